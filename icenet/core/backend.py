@@ -1,0 +1,149 @@
+"""The backend flag: from a name to an Engine. The only place that imports a backend, by name and late.
+
+A backend is a package with the modules `models`, `nn`, `engine`, `probe` and `facts`; an Engine is its hands:
+it owns one model and its optimizer and takes and gives numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.config import Config
+from icenet.core.errors import BackendError, DataError
+
+PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
+_INSTALL = {
+    "mlx": "pip install 'icenet[cpu]' on Linux, 'icenet[cuda]' with an NVIDIA GPU, 'icenet' on a Mac",
+    "torch": "pip install 'icenet[torch]'",
+}
+
+Batch = dict[str, NDArray[Any]]
+
+
+class StepResult(NamedTuple):
+    """What a training step measured."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+
+
+class Engine(Protocol):
+    """One model and its optimizer on one backend and device. Arrays are numpy, weights canonical."""
+
+    backend: ClassVar[str]
+    device: str
+    config: Config
+    model: Any
+
+    def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
+        """Submits one optimizer step; gives a handle for `read`. Step 0 is the first."""
+
+    def read(self, handle: Any) -> StepResult:
+        """Waits for a step."""
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """The mean loss of a batch in evaluation mode, and the number of labels counted."""
+
+    def forward(self, batch: Batch) -> NDArray[Any]:
+        """The model's output in evaluation mode."""
+
+    def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
+        """The mean loss and the gradient of every parameter, unclipped, with the dropout masks of a step."""
+
+    def apply_gradients(self, gradients: dict[str, NDArray[Any]], step: int, learning_rate: float) -> None:
+        """One optimizer step with gradients from elsewhere, unclipped."""
+
+    def weights(self) -> dict[str, NDArray[Any]]: ...
+
+    def set_weights(self, weights: dict[str, NDArray[Any]]) -> None: ...
+
+    def optimizer_state(self) -> dict[str, NDArray[Any]]:
+        """The optimizer's arrays by `PATH.SLOT`, in PyTorch's names and layouts."""
+
+    def set_optimizer_state(self, state: dict[str, NDArray[Any]]) -> None: ...
+
+
+def resolve(name: str) -> str:
+    """The backend that a flag means: `auto` is mlx where it runs, else torch.
+
+    Raises:
+        BackendError: the backend, or with `auto` any, is not installed or does not start.
+    """
+    if name != "auto":
+        _import(name)
+        return name
+    reasons = []
+    for candidate in PACKAGES:
+        try:
+            _import(candidate)
+            return candidate
+        except BackendError as error:
+            reasons.append(str(error))
+    raise BackendError("no backend runs here. " + "; ".join(reasons))
+
+
+def installed(name: str) -> bool:
+    """Whether a backend's framework can be found, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def _import(name: str) -> None:
+    if name not in PACKAGES:
+        raise BackendError(f"no backend {name!r}: mlx, torch or auto")
+    framework = "mlx.core" if name == "mlx" else "torch"
+    if not installed(name):
+        raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}")
+    try:
+        if name == "mlx":
+            importlib.import_module("icenet.blas")
+        importlib.import_module(framework)
+    except (ImportError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackendError(f"backend {name} is installed but does not start ({first}); see icenet doctor") from None
+
+
+def module(name: str, part: str) -> ModuleType:
+    """A module of a backend's package: `module("torch", "engine")` is `icenet_torch.engine`."""
+    _import(name)
+    return importlib.import_module(f"{PACKAGES[name]}.{part}")
+
+
+def engine(
+    config: Config, backend: str | None = None, device: str | None = None, *, dtype: str = "float32"
+) -> Engine:
+    """An Engine for a configuration; `backend` and `device` override what it says.
+
+    `dtype` is that of the parameters: float32, or float64 for the reference of parity (PyTorch only).
+    """
+    name = resolve(backend or config.backend)
+    made: Engine = module(name, "engine").Engine(config, device or config.device, dtype)
+    return made
+
+
+def exact_products() -> None:
+    """Has MLX multiply fp32 matrices in full, for comparisons; no effect once MLX is imported.
+
+    On CUDA and on M5 chips MLX's default is TF32, which has 10 bits of mantissa.
+    """
+    os.environ["MLX_ENABLE_TF32"] = "0"
+
+
+def check_ids(batch: Batch, vocab_size: int) -> None:
+    """Refuses ids outside the vocabulary: MLX reads past its tables without a word."""
+    for name, array in batch.items():
+        if array.size and np.issubdtype(array.dtype, np.integer) and name in ("inputs", "labels"):
+            least, most = int(array.min()), int(array.max())
+            if most >= vocab_size or (name == "inputs" and least < 0):
+                wrong = most if most >= vocab_size else least
+                raise DataError(
+                    f"{name} hold the id {wrong}, outside the vocabulary (0 to {vocab_size - 1}); "
+                    "raise model.vocab_size or change data.tokenizer"
+                )

@@ -1,0 +1,382 @@
+"""The configuration: one YAML file, one tree of checked sections, shared by both backends.
+
+    config = Config.from_yaml("configs/quickstart.yaml", overrides=["training.learning_rate=1e-3"])
+    config.training.mixed_precision = "bf16"      # an assignment is checked too
+
+Strict on purpose: an unknown key, a wrong type or an impossible combination is a `ConfigError` of one line
+that names the key, the file and line where it stands, what is allowed and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from typing_extensions import Self
+
+from icenet.core import yaml_file
+from icenet.core.errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict keys, strict types, checked assignments."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+    section: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self), prefix=self.section)) from None
+
+    # pydantic calls a custom __init__ for nested sections too, which would hide where an error stands
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = dict(self.__dict__)
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            self.__dict__.update(before)  # a check across fields runs after the value is in place
+            raise ConfigError(explain(error, type(self), prefix=self.section)) from None
+
+
+# ---- model ------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
+
+    section: ClassVar[str] = "model"
+
+    type: str
+    """The family: transformer."""
+    hidden_size: Annotated[int, Field(ge=1)] = 512
+    """Width of the model (d_model)."""
+    num_layers: Annotated[int, Field(ge=1)] = 6
+    """Number of blocks."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Probability with which an activation is dropped in training."""
+    vocab_size: Annotated[int, Field(ge=1)] = 50000
+    """Number of tokens (or classes) the output distinguishes."""
+    compile_model: bool = False
+    """Compile the training step with mx.compile or torch.compile."""
+
+    def __new__(cls, **values: Any) -> Self:
+        """Chooses the section of the family that `type` names."""
+        if cls is not ModelConfig:
+            return super().__new__(cls)
+        family = values.get("type")
+        if family is None:
+            raise ConfigError(f"model.type: required; one of {', '.join(FAMILIES)}")
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise ConfigError(f"model.type: no family {family!r}{_nearest(str(family), list(FAMILIES))}")
+        return super().__new__(FAMILIES[family])  # type: ignore[type-var]
+
+
+class TransformerConfig(ModelConfig):
+    """A transformer: a decoder when `causal`, an encoder otherwise."""
+
+    type: Literal["transformer"] = "transformer"
+    num_heads: Annotated[int, Field(ge=1)] = 8
+    """Attention heads; each is hidden_size / num_heads wide."""
+    max_seq_length: Annotated[int, Field(ge=1)] = 512
+    """The most tokens in one sequence."""
+    activation: Activation = "gelu"
+    """Activation of the feed-forward network; gelu is the exact (erf) form, gelu_tanh its approximation."""
+    feed_forward_multiplier: Annotated[int, Field(ge=1)] = 4
+    """Width of the feed-forward network in units of hidden_size."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Layer norm before each sublayer (pre), or after its residual sum as in the paper (post)."""
+    causal: bool = True
+    """Each position sees only itself and what is before it."""
+    tie_embeddings: bool = False
+    """The output projection uses the embedding's weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} is odd: sinusoidal positions come in pairs")
+        return self
+
+
+FAMILIES: dict[str, type[ModelConfig]] = {"transformer": TransformerConfig}
+"""The section of each family by its `type`; a new family adds its line here."""
+
+
+def _family_tag(value: Any) -> str | None:
+    family = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return family if isinstance(family, str) and family in FAMILIES else None
+
+
+AnyModelConfig = Annotated[Annotated[TransformerConfig, Tag("transformer")], Discriminator(_family_tag)]
+
+# ---- data, training, generation ---------------------------------------------------------------------------
+
+
+class DataConfig(Section):
+    """Where batches come from."""
+
+    section: ClassVar[str] = "data"
+
+    source: str = "stdlib"
+    """A text file, a folder, a glob, or 'stdlib': the Python standard library's own source."""
+    tokenizer: Literal["bytes"] = "bytes"
+    """How text becomes tokens: UTF-8 bytes 0 to 255, and 256 for the end of a text."""
+    seq_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in one training sequence; the model's max_seq_length when absent."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of tokens held out for evaluation."""
+
+
+class TrainingConfig(Section):
+    """How weights are fitted."""
+
+    section: ClassVar[str] = "training"
+
+    max_steps: Annotated[int, Field(ge=1)] = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Sequences in one step."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Decoupled weight decay (Loshchilov and Hutter, 2019), with bias correction."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """The highest learning rate, reached after the warm-up."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """The learning rate at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of matrices; vectors (biases, norms) are never decayed."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this global norm; null: never."""
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """The type of matrix products and activations; weights, moments, norms and the loss stay in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    eval_every: Annotated[int, Field(ge=1)] | None = 100
+    """Steps between evaluations; null: never."""
+    eval_batches: Annotated[int, Field(ge=1)] = 8
+    """Validation batches in one evaluation."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] | None = 3
+    """How many of the newest checkpoints stay; null: all."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}"
+            )
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        return self
+
+
+class GenerationConfig(Section):
+    """How tokens are chosen. `icenet.core.sampling` says in which order the filters apply."""
+
+    section: ClassVar[str] = "generation"
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens to add to the prompt."""
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in prompt and continuation together, when max_new_tokens is absent."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Logits are divided by it; 0 chooses the most likely token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the most likely tokens whose probabilities add up to p."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Only tokens at least this share as likely as the most likely one."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Logits of tokens already there are divided by it when positive, multiplied when negative."""
+    seed: int | None = None
+    """Seed of the draws; the configuration's own when absent."""
+    stop: list[int | str] = Field(default_factory=list)
+    """Tokens and texts after which a sequence ends; they are not part of what is returned."""
+    overflow: Literal["error", "slide"] = "error"
+    """Beyond max_seq_length: refuse before any work, or forget the older half of the context."""
+    prefill_chunk: Annotated[int, Field(ge=1)] = 512
+    """Prompt tokens read in one forward pass."""
+
+
+# ---- the whole --------------------------------------------------------------------------------------------
+
+
+class Config(Section):
+    """One run: a model, its data, its training, and the backend that carries it out."""
+
+    backend: Literal["auto", "mlx", "torch"] = "auto"
+    """mlx, torch, or auto: mlx where it runs, else torch."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|mps|cuda(:[0-9]+)?)$")] = "auto"
+    """auto, cpu, gpu (MLX), cuda, cuda:N or mps (PyTorch)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Initial weights, data order, dropout and sampling follow from it."""
+    model: AnyModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    @model_validator(mode="after")
+    def _sequence_fits(self) -> Self:
+        longest = getattr(self.model, "max_seq_length", None)
+        if longest and self.data.seq_length and self.data.seq_length > longest:
+            raise ValueError(
+                f"data.seq_length {self.data.seq_length} is more than model.max_seq_length {longest}"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """Reads a YAML file, or a preset by its name (`transformer-tiny`), and applies `key=value` overrides.
+
+        Raises:
+            ConfigError: the file cannot be read, or what it says is wrong.
+        """
+        from icenet.core.presets import find
+
+        file = find(path)
+        values, lines = yaml_file.read(file)
+        return cls._checked(values, overrides, lines, file)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+        """Checks a tree of plain values, as YAML would give it."""
+        return cls._checked(values, overrides, {}, None)
+
+    @classmethod
+    def _checked(
+        cls, values: Mapping[str, Any], overrides: Sequence[str], lines: yaml_file.Lines, file: Path | None
+    ) -> Config:
+        tree = yaml_file.copy_tree(values)
+        for override in overrides:
+            key, value = yaml_file.parse_override(override)
+            yaml_file.assign(tree, key, value)
+            lines = {path: line for path, line in lines.items() if path[: len(key)] != key} | {key: 0}
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, lines=lines, file=file)) from None
+
+    def with_overrides(self, *overrides: str) -> Config:
+        """A new configuration in which `key=value` texts replace values (`training.learning_rate=1e-3`)."""
+        return self.from_dict(self.to_dict(), overrides)
+
+    def checked(self) -> Config:
+        """The same configuration, checked as a whole: assignments check one section at a time."""
+        return self.from_dict(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A tree of plain values; `from_dict` gives the same configuration back."""
+        return self.model_dump(mode="python")
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text, every key written out."""
+        return yaml_file.dump(self.to_dict())
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the configuration, for editors: `icenet schema` prints it."""
+    schema = Config.model_json_schema()
+    schema["title"] = "IceNet configuration"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+# ---- errors a person can act on ---------------------------------------------------------------------------
+
+
+def explain(
+    error: ValidationError,
+    schema: type[Section],
+    *,
+    prefix: str = "",
+    lines: yaml_file.Lines | None = None,
+    file: Path | None = None,
+) -> str:
+    """One line for a validation error: where it stands, which key, what is wrong, what is allowed.
+
+    `lines` maps key paths to line numbers of `file`. Of several errors the first is told, and how many follow.
+    """
+    details = error.errors(include_url=False)
+    first = details[0]
+    path = tuple(part for part in first["loc"] if not (part in FAMILIES and "model" in first["loc"][:1]))
+    where = ""
+    if lines is not None and path in lines and lines[path] == 0:
+        where = "--set "
+    elif file is not None:
+        line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
+        where = f"{file}:{line}: " if line else f"{file}: "
+    name = _dotted(prefix, *map(str, path))
+    value = first.get("input")
+    kind = first["type"]
+    if kind in ("extra_forbidden", "no_such_attribute"):
+        section = _section_at(schema, path[:-1], first["loc"])
+        problem = f"unknown key{_nearest(str(path[-1]), list(section.model_fields) if section else [])}"
+    elif kind == "missing":
+        problem = "required, and not given"
+    elif kind.startswith("union_tag"):
+        name = _dotted(name, "type")
+        family = value.get("type") if isinstance(value, Mapping) else None
+        problem = (
+            f"required; one of {', '.join(FAMILIES)}"
+            if family is None
+            else f"no family {family!r}{_nearest(str(family), list(FAMILIES))}"
+        )
+    elif kind == "string_pattern_mismatch" and path[-1:] == ("device",):
+        problem = f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
+    elif kind == "value_error":
+        problem = str(first["ctx"]["error"])
+    else:
+        message = first["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
+        message = message.replace("a integer", "an integer")
+        allowed = str(first.get("ctx", {}).get("expected", ""))
+        choices = [choice.strip(" '") for choice in allowed.replace(" or ", ", ").split(",")]
+        close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and allowed else []
+        problem = f"{message}, not {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{where}{name + ': ' if name else ''}{problem}{more}"
+
+
+def _section_at(schema: type[Section], path: tuple[Any, ...], loc: tuple[Any, ...]) -> type[Section] | None:
+    """The section class that stands at a key path."""
+    section: type[Section] | None = schema
+    for part in path:
+        if section is Config and part == "model":
+            section = next((FAMILIES[tag] for tag in loc if tag in FAMILIES), None)
+            continue
+        annotation = section.model_fields[part].annotation if section and part in section.model_fields else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return section
+
+
+def _dotted(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""

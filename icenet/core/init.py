@@ -1,0 +1,51 @@
+"""Initial values as a pure function of (seed, parameter path), drawn on the host in PyTorch's layouts.
+
+Both backends are given the same arrays, so they start equal bit for bit. The rules by kind of layer:
+
+    linear      normal, standard deviation init_scale / sqrt(inputs); bias zero
+    embedding   normal, standard deviation 1 / sqrt(width)
+    norms       weight one, bias zero
+
+`init_scale` is 1 but where a layer says otherwise: projections that end a residual branch use
+1 / sqrt(2 * num_layers), so that the sum over all branches keeps its size (Radford et al., 2019).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core import rng
+from icenet.core.errors import WeightsError
+
+Array = NDArray[np.float32]
+
+
+def initial_value(
+    kind: str, name: str, path: str, shape: tuple[int, ...], seed: int, init_scale: float = 1.0
+) -> Array:
+    """The initial value, float32, of parameter `path` (whose last part is `name`) in a layer of `kind`.
+
+    `shape` is the shape in PyTorch's layout.
+    """
+    if kind in ("linear", "embedding"):
+        if name == "bias":
+            return np.zeros(shape, np.float32)
+        deviation = init_scale / math.sqrt(shape[-1])
+        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
+    if kind in ("layer_norm", "rms_norm"):
+        return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
+    raise WeightsError(f"{path}: no rule for the initial value of a layer of kind {kind!r}")
+
+
+def sinusoidal_positions(length: int, width: int) -> Array:
+    """Position encodings, float32 `[length, width]` (Vaswani et al., 2017, section 3.5).
+
+    Column 2i is sin(position / 10000^(2i / width)), column 2i + 1 the cosine of the same angle; computed in
+    float64, since the frameworks' sines of large angles differ.
+    """
+    frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width).astype(np.float32)

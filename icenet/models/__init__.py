@@ -1,0 +1,10 @@
+"""The model families, MLX. A new family adds its line to the imports and to `MODELS`."""
+
+from __future__ import annotations
+
+from icenet.models.base import BaseModel
+from icenet.models.transformer import TransformerModel
+
+MODELS: dict[str, type[BaseModel]] = {"transformer": TransformerModel}
+
+__all__ = ["MODELS", "BaseModel", "TransformerModel"]

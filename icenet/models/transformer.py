@@ -1,0 +1,169 @@
+"""The transformer (Vaswani et al., "Attention is all you need", 2017), MLX.
+
+    tokens -> embedding * sqrt(D) + sinusoidal positions -> N x [attention, feed-forward] -> vocabulary
+
+Shapes: B batch, T new positions, S positions seen (T and what the cache holds), H heads, D hidden_size,
+F feed-forward width, V vocab_size. The mirror is `icenet_torch/models/transformer.py`.
+"""
+
+from __future__ import annotations
+
+from icenet import nn as ops
+from icenet.core.config import TransformerConfig
+from icenet.core.init import sinusoidal_positions
+from icenet.models.base import BaseModel
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class KVCache:
+    """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
+
+    step = 256
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.length = 0
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None or self.length > self.keys.shape[2]:
+            batch, heads, _, width = keys.shape
+            grown = -(-self.length // self.step) * self.step
+            room = mx.zeros((batch, heads, grown - start, width), keys.dtype)
+            self.keys = room if self.keys is None else mx.concatenate([self.keys[:, :, :start], room], axis=2)
+            self.values = room if self.values is None else mx.concatenate([self.values[:, :, :start], room], axis=2)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = ops.Linear(width, width)
+        self.k_proj = ops.Linear(width, width)
+        self.v_proj = ops.Linear(width, width)
+        self.out_proj = ops.Linear(width, width, init_scale=(2 * config.num_layers) ** -0.5)
+        self.dropout = ops.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: KVCache | None = None) -> mx.array:
+        batch, length, width = x.shape
+        q, k, v = (
+            projection(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, T, D/H]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)  # [B, H, S, D/H]
+        mixed = ops.attention(q, k, v, mask).swapaxes(1, 2).reshape(batch, length, width)
+        return self.dropout(self.out_proj(mixed))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, F = feed_forward_multiplier * D wide."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        inner = config.feed_forward_multiplier * width
+        self.activation = config.activation
+        self.up_proj = ops.Linear(width, inner)
+        self.down_proj = ops.Linear(inner, width, init_scale=(2 * config.num_layers) ** -0.5)
+        self.dropout = ops.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dropout(self.down_proj(ops.activation(self.activation, self.up_proj(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each a residual branch."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.attention_norm = ops.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.feed_forward_norm = ops.LayerNorm(config.hidden_size)
+        self.feed_forward = FeedForward(config)
+
+    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: KVCache | None = None) -> mx.array:
+        if self.pre_norm:
+            x = x + self.attention(self.attention_norm(x), mask, cache)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(x + self.attention(x, mask, cache))
+        return self.feed_forward_norm(x + self.feed_forward(x))
+
+
+class TransformerModel(BaseModel):
+    """A transformer language model; an encoder with token outputs where `config.causal` is off."""
+
+    def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_embedding = ops.Embedding(config.vocab_size, width)
+        self._positions = mx.array(sinusoidal_positions(config.max_seq_length, width))
+        self.embedding_dropout = ops.Dropout(config.dropout)
+        self.blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
+        if config.norm_position == "pre":
+            self.final_norm = ops.LayerNorm(width)
+        if not config.tie_embeddings:
+            self.output = ops.Linear(width, config.vocab_size, bias=False)
+        self.init_weights(seed)
+
+    def forward(
+        self,
+        input_ids: mx.array,
+        attention_mask: mx.array | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> mx.array:
+        """Logits `[B, T, V]` of tokens int `[B, T]`.
+
+        `attention_mask` is `[B, S]`, 0 or False where a position is padding; it covers what the cache holds
+        too. Positions count from each row's first real token, so padding on the left changes nothing.
+        """
+        return self.project(self.hidden_states(input_ids, attention_mask, cache))
+
+    def hidden_states(
+        self,
+        input_ids: mx.array,
+        attention_mask: mx.array | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> mx.array:
+        """What the output projection reads, `[B, T, D]`."""
+        length = input_ids.shape[1]
+        start = cache[0].length if cache else 0
+        self.check_length(start + length)
+        visible = None if attention_mask is None else attention_mask.astype(mx.bool_)
+        if visible is None:
+            positions = self._positions[start : start + length]
+        else:
+            counted = mx.cumsum(visible.astype(mx.int32), axis=1)[:, -length:]
+            positions = self._positions[mx.maximum(counted - 1, 0)]
+        mask = ops.attention_pattern(visible, length, self.config.causal)
+
+        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
+        x = self.embedding_dropout(x.astype(self.compute_dtype))
+        for index, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                x = ops.checkpoint(block, x, mask)
+            else:
+                x = block(x, mask, cache[index] if cache else None)
+        return self.final_norm(x) if self.config.norm_position == "pre" else x
+
+    def project(self, hidden_states: mx.array) -> mx.array:
+        """Logits `[..., V]` of hidden states `[..., D]`."""
+        if self.config.tie_embeddings:
+            return ops.linear(hidden_states, self.token_embedding.weight)
+        return self.output(hidden_states)
+
+    def make_cache(self) -> list[KVCache]:
+        """An empty cache, one part a block."""
+        return [KVCache() for _ in self.blocks]

@@ -1,0 +1,170 @@
+"""The transformer (Vaswani et al., "Attention is all you need", 2017), PyTorch.
+
+    tokens -> embedding * sqrt(D) + sinusoidal positions -> N x [attention, feed-forward] -> vocabulary
+
+Shapes: B batch, T new positions, S positions seen (T and what the cache holds), H heads, D hidden_size,
+F feed-forward width, V vocab_size. The mirror is `icenet/models/transformer.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from icenet.core.config import TransformerConfig
+from icenet.core.init import sinusoidal_positions
+from icenet_torch import nn as ops
+from icenet_torch.models.base import BaseModel
+
+
+class KVCache:
+    """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
+
+    step = 256
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.length = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None or self.length > self.keys.shape[2]:
+            batch, heads, _, width = keys.shape
+            grown = -(-self.length // self.step) * self.step
+            room = keys.new_zeros((batch, heads, grown - start, width))
+            self.keys = room if self.keys is None else torch.cat([self.keys[:, :, :start], room], dim=2)
+            self.values = room if self.values is None else torch.cat([self.values[:, :, :start], room], dim=2)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = ops.Linear(width, width)
+        self.k_proj = ops.Linear(width, width)
+        self.v_proj = ops.Linear(width, width)
+        self.out_proj = ops.Linear(width, width, init_scale=(2 * config.num_layers) ** -0.5)
+        self.dropout = ops.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = (
+            projection(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, T, D/H]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)  # [B, H, S, D/H]
+        mixed = ops.attention(q, k, v, mask).swapaxes(1, 2).reshape(batch, length, width)
+        return self.dropout(self.out_proj(mixed))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, F = feed_forward_multiplier * D wide."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        inner = config.feed_forward_multiplier * width
+        self.activation = config.activation
+        self.up_proj = ops.Linear(width, inner)
+        self.down_proj = ops.Linear(inner, width, init_scale=(2 * config.num_layers) ** -0.5)
+        self.dropout = ops.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(ops.activation(self.activation, self.up_proj(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each a residual branch."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.attention_norm = ops.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.feed_forward_norm = ops.LayerNorm(config.hidden_size)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
+        if self.pre_norm:
+            x = x + self.attention(self.attention_norm(x), mask, cache)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(x + self.attention(x, mask, cache))
+        return self.feed_forward_norm(x + self.feed_forward(x))
+
+
+class TransformerModel(BaseModel):
+    """A transformer language model; an encoder with token outputs where `config.causal` is off."""
+
+    def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_embedding = ops.Embedding(config.vocab_size, width)
+        self.register_buffer(
+            "_positions", torch.from_numpy(sinusoidal_positions(config.max_seq_length, width)), persistent=False
+        )
+        self.embedding_dropout = ops.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        if config.norm_position == "pre":
+            self.final_norm = ops.LayerNorm(width)
+        if not config.tie_embeddings:
+            self.output = ops.Linear(width, config.vocab_size, bias=False)
+        self.init_weights(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """Logits `[B, T, V]` of tokens int `[B, T]`.
+
+        `attention_mask` is `[B, S]`, 0 or False where a position is padding; it covers what the cache holds
+        too. Positions count from each row's first real token, so padding on the left changes nothing.
+        """
+        return self.project(self.hidden_states(input_ids, attention_mask, cache))
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """What the output projection reads, `[B, T, D]`."""
+        length = input_ids.shape[1]
+        start = cache[0].length if cache else 0
+        self.check_length(start + length)
+        visible = None if attention_mask is None else attention_mask.to(torch.bool)
+        if visible is None:
+            positions = self._positions[start : start + length]
+        else:
+            counted = torch.cumsum(visible.to(torch.int32), dim=1)[:, -length:]
+            positions = self._positions[torch.clamp(counted - 1, min=0)]
+        mask = ops.attention_pattern(visible, length, self.config.causal)
+
+        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
+        x = self.embedding_dropout(x.to(self.compute_dtype))
+        for index, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                x = ops.checkpoint(block, x, mask)
+            else:
+                x = block(x, mask, cache[index] if cache else None)
+        return self.final_norm(x) if self.config.norm_position == "pre" else x
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`."""
+        if self.config.tie_embeddings:
+            return ops.linear(hidden_states, self.token_embedding.weight)
+        return self.output(hidden_states)
+
+    def make_cache(self) -> list[KVCache]:
+        """An empty cache, one part a block."""
+        return [KVCache() for _ in self.blocks]

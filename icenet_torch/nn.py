@@ -1,0 +1,227 @@
+"""Layers and functions of the PyTorch models, wherever the two frameworks differ in meaning.
+
+Shapes: B batch, T positions, D width, H heads. The mirror is `icenet/nn.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+Array = Tensor
+
+
+_NATIVE_KINDS: dict[type, str] = {
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "layer_norm",
+}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.layout`)."""
+    return next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+
+
+def on_cpu(x: Array) -> bool:
+    """True where products in half precision are slow and are better done in fp32 (20x on x86)."""
+    return x.device.type == "cpu"
+
+
+def is_half(x: Array) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+class Linear(nn.Linear):
+    """x W^T + b in the dtype of x; the weights stay in theirs."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.init_scale = init_scale
+
+    def reset_parameters(self) -> None:
+        """Nothing: initial values come from `icenet.core.init`."""
+
+    def forward(self, x: Array) -> Array:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x `[..., in]` times weight `[out, in]` transposed, plus bias `[out]`: `[..., out]` in x's dtype."""
+    dtype = torch.float32 if is_half(x) and on_cpu(x) else x.dtype
+    y, w = x.to(dtype), weight.to(x.dtype).to(dtype)
+    y = F.linear(y, w, None if bias is None else bias.to(x.dtype).to(dtype))
+    return y.to(x.dtype)
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table: ids int `[...]` to `[..., D]`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: initial values come from `icenet.core.init`."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (Ba et al., 2016) over the last axis, its statistics in fp32."""
+
+    def __init__(self, dims: int, eps: float = 1e-5) -> None:
+        super().__init__(dims, eps)
+
+    def forward(self, x: Array) -> Array:
+        return F.layer_norm(
+            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
+        ).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p).
+
+    With a key (see `BaseModel.seed_dropout`) the mask is a pure function of it, the same on both backends;
+    without one the framework's own generator draws it.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self._key: Array | None = None
+
+    def forward(self, x: Array) -> Array:
+        if not self.training or self.p == 0:
+            return x
+        keep = dropout_mask(x.shape, self.p, self._key, x.device)
+        return torch.where(keep, x * (1 / (1 - self.p)), 0)
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None, device: torch.device) -> Array:
+    """A mask, bool, that is True with probability 1 - p."""
+    if key is None:
+        return torch.rand(shape, device=device) >= p
+    # bit patterns are signed here: flipping the top bit of both sides keeps the unsigned order
+    threshold = signed(dropout_threshold(p) ^ 0x80000000)
+    n = math.prod(shape)
+    half = (n + 1) // 2
+    out = torch.empty((2, half), dtype=torch.bool, device=device)
+    # on a CPU the forty passes of the hash stay in the cache when they work on short pieces
+    piece = 1 << 16 if device.type == "cpu" and not torch.compiler.is_compiling() else max(half, 1)
+    for start in range(0, half, piece):
+        stop = min(start + piece, half)
+        first = torch.arange(start, stop, dtype=torch.int32, device=device)
+        words = threefry2x32((key[0], key[1]), (first, first + half))
+        for row, word in zip(out, words, strict=True):
+            torch.ge(word ^ signed(0x80000000), threshold, out=row[start:stop])
+    return out.reshape(-1)[:n].reshape(shape)
+
+
+def dropout_threshold(p: float) -> int:
+    """The least 32-bit word that keeps a value."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of an unsigned 32-bit word."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def threefry2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """`icenet.core.rng.threefry2x32` on int32 tensors: the same bits."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    x0, x1 = counter[0] + key[0], counter[1] + key[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            # >> repeats the sign bit: the mask keeps the bits that came from above
+            x1 = (x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1))
+            x1 = x1 ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + (schedule[(group + 2) % 3] + (group + 1))
+    return x0, x1
+
+
+def random_bits(keys: Array, n: int) -> Array:
+    """`n` random words under each of the keys, int32 `[..., 2]`: int32 `[..., n]`, as `rng.bits` orders them."""
+    half, odd = divmod(n, 2)
+    first = torch.arange(half + odd, dtype=torch.int32, device=keys.device)
+    second = torch.where(first < half, first + half + odd, 0)  # the middle word of an odd count is alone
+    words = threefry2x32((keys[..., :1], keys[..., 1:]), (first, second))
+    return torch.cat((words[0], words[1][..., :half]), dim=-1)
+
+
+def random_uniform(keys: Array, n: int) -> Array:
+    """Uniform variates in [0, 1), float32 `[..., n]`, under each of the keys: MLX's own, bit for bit."""
+    words = random_bits(keys, n).to(torch.int64) & 0xFFFFFFFF
+    return (words.to(torch.float32) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def activation(name: str, x: Array) -> Array:
+    """gelu (exact), gelu_tanh (its approximation), relu or silu, elementwise."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "silu":
+        return F.silu(x)
+    return F.relu(x)
+
+
+def attention(q: Array, k: Array, v: Array, mask: str | Array | None) -> Array:
+    """Scaled dot-product attention: softmax(q k^T / sqrt(D)) v, fused.
+
+    q `[B, H, T, D]`, k and v `[B, H, S, D]` give `[B, H, T, D]`. The mask is None, "causal" (the last query
+    sees the last key, also where T < S) or bool, True where a query may look, broadcast to `[B, H, T, S]`.
+    """
+    dtype = torch.float32 if is_half(q) and on_cpu(q) else q.dtype
+    queries, keys = q.shape[-2], k.shape[-2]
+    causal = isinstance(mask, str) and queries == keys
+    if isinstance(mask, str):
+        # PyTorch's is_causal lets the first query see the first key only: spell the mask out where T < S
+        positions = torch.arange(keys, device=q.device)
+        mask = None if causal or queries == 1 else positions <= positions[-queries:, None]
+    out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal)
+    return out.to(q.dtype)
+
+
+def attention_pattern(visible: Array | None, length: int, causal: bool) -> str | Array | None:
+    """The mask for `length` queries that stand at the end of the keys.
+
+    `visible` is bool `[B, S]`, False for padding, or None where there is none. A padding query sees itself:
+    a row without any key is zero in PyTorch and not a number in MLX, and nobody reads it.
+    """
+    if visible is None:
+        return "causal" if causal else None
+    keys = torch.arange(visible.shape[1], device=visible.device)
+    queries = keys[-length:, None]
+    pattern = visible[:, None, None, :]
+    if causal:
+        pattern = pattern & (keys <= queries)
+    return pattern | (keys == queries)
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """The mean cross-entropy in nats, fp32 (fp64 of fp64 logits), and the number of labels counted.
+
+    logits `[..., V]`; labels int `[...]`, where a negative label counts for nothing. The mean is taken twice,
+    the second time of what is left over: a single sum of a thousand losses is off by several roundings.
+    """
+    counted = (labels >= 0).flatten()
+    logits = logits.float() if is_half(logits) else logits
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), torch.where(counted, labels.flatten(), 0).long(), reduction="none"
+    )
+    count = counted.sum()
+    share = counted.to(losses.dtype) / count.clamp(min=1)
+    rough = (losses * share).sum().detach()
+    return rough + ((losses - rough) * share).sum(), count
+
+
+def global_norm(gradients: list[Array]) -> Array:
+    """The Euclidean norm of all gradients together, fp32."""
+    return nn.utils.get_total_norm(gradients)
+
+
+def checkpoint(block: nn.Module, *inputs: object) -> Array:
+    """The block's output, its activations computed anew in the backward pass instead of kept."""
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
