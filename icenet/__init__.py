@@ -1,0 +1,129 @@
+"""IceNet: one config, two backends, one result.
+
+    import icenet
+
+    model = icenet.build("transformer-tiny")                 # on the backend the config names
+    model = icenet.load("runs/quickstart/mlx", backend="torch")
+    text = icenet.generate(model, "def main(", max_new_tokens=100, temperature=0.8, seed=1)
+    icenet.save(model, "my-model")
+
+Importing this package loads neither MLX nor PyTorch; a function loads the one it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icenet.core.config import Config
+    from icenet.core.convert import Conversion
+
+try:
+    __version__ = metadata.version("icenet")
+except metadata.PackageNotFoundError:  # a checkout that is on the path without being installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "build", "convert", "generate", "load", "save"]
+
+
+def build(config: Config | str | Path, backend: str | None = None, device: str | None = None) -> Any:
+    """A new model with its initial weights.
+
+    Args:
+        config: a `Config`, a YAML file, or the name of a preset.
+        backend: mlx, torch or auto; what the config says when absent.
+        device: auto, cpu, gpu, cuda, cuda:N or mps; likewise.
+
+    Returns:
+        A `BaseModel` of the backend (`icenet.models` or `icenet_torch.models`), in evaluation mode.
+    """
+    from icenet.core.config import Config
+
+    config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
+    return _model(config, backend, device, initialise=True)
+
+
+def _model(config: Config, backend: str | None, device: str | None, initialise: bool) -> Any:
+    from icenet.core import backend as backends
+    from icenet.core.data.tokenizer import get_tokenizer
+
+    name = backends.resolve(backend or config.backend, config.blas)
+    model = backends.module(name, "engine").build_model(config, device or config.device, initialise)
+    model.eval()
+    tokenizer = get_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size <= config.model.vocab_size:
+        model.tokenizer = tokenizer
+    seed = config.generation.seed if config.generation.seed is not None else config.seed
+    model.generation = config.generation.model_copy(update={"seed": seed})
+    return model
+
+
+def load(path: str | Path, backend: str | None = None, device: str | None = None) -> Any:
+    """The model of a run (its newest good checkpoint), a checkpoint, or a folder that `save` wrote.
+
+    The backend need not be the one that wrote it.
+    """
+    from icenet.core import weights
+    from icenet.core.checkpoint import find
+    from icenet.core.config import Config
+
+    path = Path(path)
+    is_run = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+    if (path / "config.yaml").is_file() and not is_run:
+        config, values = Config.from_yaml(path / "config.yaml"), weights.read(path)
+    else:
+        found = find(path)
+        config, values = found.config, found.weights
+    model = _model(config, backend, device, initialise=False)
+    model.set_weights(dict(values))
+    return model
+
+
+def save(model: Any, path: str | Path) -> Path:
+    """Writes a model's canonical weights and its config to a folder; gives the folder."""
+    from icenet.core import staging, weights, yaml_file
+
+    folder = Path(path)
+    weights.write(folder, model.weights())
+    text = yaml_file.dump({"model": model.config.model_dump(mode="python")})
+    staging.write_text(folder / "config.yaml", text)
+    return folder
+
+
+def generate(
+    model: Any, prompt: str | Sequence[str], *, stream: bool = False, **options: Any
+) -> str | list[str] | Iterator[str]:
+    """Continues a text, or several; gives what follows the prompt.
+
+    `model` is a model or what `load` takes. `options` are those of `GenerationConfig` (max_new_tokens,
+    temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, overflow). With `stream`, an iterator
+    of pieces of text, for one prompt.
+    """
+    from icenet.core import backend, generation
+    from icenet.core.errors import UsageError
+
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    if model.tokenizer is None:
+        raise UsageError("generate: the model has no tokenizer; set model.tokenizer, or use model.generate with ids")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    ids = generation.encode_prompts(model.tokenizer, prompts)
+    if stream:
+        if len(ids) != 1:
+            raise UsageError("generate: stream=True takes one prompt")
+        stop = options.get("stop") or (model.generation.stop if model.generation else ())
+        return generation.text_pieces(model.generate(ids, stream=True, **options), model.tokenizer, stop)
+    request = generation.request(model, ids, None, 0, options)
+    rows = generation.complete(backend.module(model.backend, "decoder").Decoder(model, request), request)
+    texts = [model.tokenizer.decode(row) for row in rows]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
+    """Converts weights between canonical, mlx and torch form; see `icenet.core.convert.convert`."""
+    from icenet.core.convert import convert as run
+
+    return run(source, destination, to, **options)  # type: ignore[arg-type]

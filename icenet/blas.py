@@ -28,6 +28,7 @@ from icenet.core.errors import BackendError
 VARIABLE = "ICENET_BLAS"
 # The builds with threads come first: where they exist, libopenblas.so.0 is the serial one (Fedora, openSUSE).
 OPENBLAS_NAMES = ("libopenblasp.so.0", "libopenblas_pthreads.so.0", "libopenblas.so.0", "libopenblas.so")
+MKL_CBWR = "AUTO,STRICT"
 REMEDY = "install OpenBLAS (Debian: apt install libopenblas0; Fedora: dnf install openblas-threads) or torch"
 
 
@@ -149,11 +150,10 @@ def _candidates(choice: str) -> list[str]:
 def _open(path: str) -> str | None:
     """Load `path` into the global scope; None if it now serves, else what is wrong with it."""
     if _name(path) == "torch" and platform.machine() in ("x86_64", "AMD64"):
-        # Equal calls then give equal bits, whatever the alignment of the data, the threads and the run; and
-        # MLX agrees with torch bit for bit. Without it 163 of 600 small Linear products differed. (A row
-        # depends on how many rows are computed with it.) No cost was seen on an AMD EPYC, 1024x1024: 221 to
-        # 234 GFLOP/s with it, 232 to 233 without.
-        os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+        # Equal calls then give equal bits, whatever the alignment of the data, the threads and the run, and
+        # MLX agrees with torch bit for bit: without it 163 of 600 small Linear products differed on an AMD
+        # EPYC. AUTO and not AVX2: equal in effect, but on an Intel Xeon with AVX-512 AVX2 halves the speed.
+        os.environ.setdefault("MKL_CBWR", MKL_CBWR)
     try:
         # Looked at before it is made global: a library of no use must not stay in everybody's way.
         library = ctypes.CDLL(path, ctypes.RTLD_LOCAL)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
 import numpy as np
 
 from icenet import nn as ops
-
-# isort: split
-import mlx.core as mx
-
 from icenet.core.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -81,7 +80,8 @@ class Decoder:
         if index > 0:
             self.logits = self.read_token(self.token)
         keys = None if self.keys is None else self.keys[index]
-        self.token = choose(self.logits, self.request.settings, keys, self.seen)
+        self.scores = scores(self.logits, self.request.settings, keys, self.seen)
+        self.token = mx.argmax(self.scores, axis=-1)
         if self.seen is not None:
             self.seen[self.rows, self.token] = True
         mx.async_eval(self.token)
@@ -89,22 +89,18 @@ class Decoder:
 
     def fetch(self, handle: Any) -> np.ndarray:
         return np.array(handle).astype(np.int32)
-
-
-def choose(
-    logits: mx.array, settings: GenerationConfig, keys: mx.array | None, seen: mx.array | None
-) -> mx.array:
-    """The next token of each row, int `[B]`, by the rules of `icenet.core.sampling`.
-
-    logits `[B, V]`; keys uint32 `[B, 2]`, None for the most likely token; seen bool `[B, V]`.
-    """
-    return mx.argmax(scores(logits, settings, keys, seen), axis=-1)
+    def fetch_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """The logits and scores, fp32 `[B, V]`, that the last token was chosen by."""
+        return np.array(self.logits.astype(mx.float32)), np.array(self.scores)
 
 
 def scores(
     logits: mx.array, settings: GenerationConfig, keys: mx.array | None, seen: mx.array | None
 ) -> mx.array:
-    """What `choose` takes the highest of, fp32 `[B, V]`."""
+    """What the next token is the highest of, fp32 `[B, V]`, by the rules of `icenet.core.sampling`.
+
+    logits `[B, V]`; keys uint32 `[B, 2]`, None for the most likely token; seen bool `[B, V]`.
+    """
     logits = logits.astype(mx.float32)
     vocab_size = logits.shape[-1]
     if seen is not None:
@@ -119,7 +115,7 @@ def scores(
     if settings.top_p < 1:
         ordered = mx.sort(logits, axis=-1)  # ascending
         below = mx.cumsum(mx.softmax(ordered, axis=-1, precise=True), axis=-1) <= 1 - settings.top_p
-        below = below & (mx.arange(vocab_size) < vocab_size - 1)  # the most likely token always stays
+        below[:, -1] = False  # the most likely token always stays
         least = mx.where(below, mx.inf, ordered).min(axis=-1, keepdims=True)
         logits = mx.where(logits < least, -mx.inf, logits)
     if settings.min_p > 0:

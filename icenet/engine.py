@@ -5,20 +5,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
-from icenet import nn as ops
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from icenet import nn as ops
 from icenet.core import layout
 from icenet.core.backend import Batch, StepResult, check_ids
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
-from icenet.models import MODELS
+from icenet.models import MODELS, BaseModel
 from icenet.optimizers import OPTIMIZERS, set_state_arrays, state_arrays
 
 COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -36,6 +35,17 @@ def choose_device(name: str) -> mx.Device:
     return mx.Device(mx.gpu, index)
 
 
+def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
+    """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
+    mx.set_default_device(choose_device(device))
+    return MODELS[config.model.type](config.model, seed=config.seed if initialise else None)
+
+
+def outline(config: Config) -> BaseModel:
+    """A model that knows its shapes and holds no values, whatever its size: MLX's arrays are lazy."""
+    return MODELS[config.model.type](config.model, seed=None)
+
+
 class Engine:
     """See `icenet.core.backend.Engine` for what each method takes and gives."""
 
@@ -44,12 +54,10 @@ class Engine:
     def __init__(self, config: Config, device: str = "auto", dtype: str = "float32") -> None:
         if dtype != "float32":
             raise BackendError(f"MLX is no {dtype} reference: some of its functions are computed in fp32")
-        chosen = choose_device(device)
-        mx.set_default_device(chosen)
-        self.device = str(chosen).removeprefix("Device(").partition(",")[0]
         self.config = config
         training = config.training
-        self.model = MODELS[config.model.type](config.model, seed=config.seed)
+        self.model = build_model(config, device)
+        self.device = "cpu" if ops.on_cpu() else "gpu"
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.optimizer = OPTIMIZERS[training.optimizer](training)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 

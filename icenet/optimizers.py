@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
-# isort: split
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten

@@ -13,4 +13,4 @@ import platform
 if platform.machine() in ("x86_64", "AMD64"):
     # Read by MKL at its first call. Without it a product's last bits depend on the alignment of its operands,
     # so one run is not equal to the next; no cost was measured.
-    os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -80,7 +80,8 @@ class Decoder:
         if index > 0:
             self.logits = self.read_token(self.token)
         keys = None if self.keys is None else self.keys[index]
-        self.token = choose(self.logits, self.request.settings, keys, self.seen)
+        self.scores = scores(self.logits, self.request.settings, keys, self.seen)
+        self.token = torch.argmax(self.scores, dim=-1)
         if self.seen is not None:
             self.seen[self.rows, self.token] = True
         if self.token.device.type != "cuda":
@@ -96,22 +97,18 @@ class Decoder:
         if copied is not None:
             copied.synchronize()
         return host.cpu().numpy().astype(np.int32)
-
-
-def choose(
-    logits: torch.Tensor, settings: GenerationConfig, keys: torch.Tensor | None, seen: torch.Tensor | None
-) -> torch.Tensor:
-    """The next token of each row, int `[B]`, by the rules of `icenet.core.sampling`.
-
-    logits `[B, V]`; keys uint32 `[B, 2]`, None for the most likely token; seen bool `[B, V]`.
-    """
-    return torch.argmax(scores(logits, settings, keys, seen), dim=-1)
+    def fetch_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """The logits and scores, fp32 `[B, V]`, that the last token was chosen by."""
+        return self.logits.float().cpu().numpy(), self.scores.cpu().numpy()
 
 
 def scores(
     logits: torch.Tensor, settings: GenerationConfig, keys: torch.Tensor | None, seen: torch.Tensor | None
 ) -> torch.Tensor:
-    """What `choose` takes the highest of, fp32 `[B, V]`."""
+    """What the next token is the highest of, fp32 `[B, V]`, by the rules of `icenet.core.sampling`.
+
+    logits `[B, V]`; keys int32 `[B, 2]`, None for the most likely token; seen bool `[B, V]`.
+    """
     logits = logits.float()
     vocab_size = logits.shape[-1]
     if seen is not None:
@@ -126,7 +123,7 @@ def scores(
     if settings.top_p < 1:
         ordered = torch.sort(logits, dim=-1).values  # ascending
         below = torch.cumsum(torch.softmax(ordered, dim=-1), dim=-1) <= 1 - settings.top_p
-        below = below & (torch.arange(vocab_size, device=logits.device) < vocab_size - 1)  # the most likely token always stays
+        below[:, -1] = False  # the most likely token always stays
         least = torch.where(below, torch.inf, ordered).amin(dim=-1, keepdim=True)
         logits = torch.where(logits < least, -torch.inf, logits)
     if settings.min_p > 0:

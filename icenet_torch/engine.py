@@ -11,8 +11,9 @@ from icenet.core.backend import Batch, StepResult, check_ids
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet_torch import nn as ops
-from icenet_torch.models import MODELS
+from icenet_torch.models import MODELS, BaseModel
 from icenet_torch.optimizers import OPTIMIZERS, set_state_arrays, state_arrays
+from icenet_torch.state_dict import from_numpy
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +37,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
+    """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
+    chosen = choose_device(device)
+    return MODELS[config.model.type](config.model, seed=config.seed if initialise else None).to(chosen)
+
+
+def outline(config: Config) -> BaseModel:
+    """A model that knows its shapes and holds no values, whatever its size."""
+    with torch.device("meta"):
+        return MODELS[config.model.type](config.model, seed=None)
+
+
 class Engine:
     """See `icenet.core.backend.Engine` for what each method takes and gives."""
 
@@ -43,11 +56,10 @@ class Engine:
 
     def __init__(self, config: Config, device: str = "auto", dtype: str = "float32") -> None:
         self.dtype = getattr(torch, dtype)
-        chosen = choose_device(device)
-        self.device = str(chosen)
         self.config = config
         training = config.training
-        self.model = MODELS[config.model.type](config.model, seed=config.seed).to(chosen, self.dtype)
+        self.model = build_model(config, device).to(self.dtype)
+        self.device = str(self.model.device)
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         if self.dtype == torch.float64:
             self.model.compute_dtype = self.dtype
@@ -103,7 +115,7 @@ class Engine:
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         for path, p in self.parameters.items():
-            p.grad = torch.from_numpy(np.ascontiguousarray(gradients[path])).to(p)
+            p.grad = from_numpy(gradients[path]).to(p)
         self.optimizer.prepare(step, learning_rate)
         self.optimizer.step()
 
@@ -134,7 +146,7 @@ class Engine:
         return {name: _numpy(tensor) for name, tensor in state_arrays(self.optimizer, self.parameters).items()}
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+        tensors = {name: from_numpy(array) for name, array in state.items()}
         set_state_arrays(self.optimizer, self.parameters, tensors)
 
     def _arrays(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -56,5 +56,6 @@ def set_state_arrays(
 ) -> None:
     """Puts arrays by canonical name in the optimizer's state."""
     for path, parameter in parameters.items():
-        state = {slot: arrays[f"{path}.{slot}"].to(parameter) for slot in SLOTS}
+        # a copy: the optimizer works in place, and an array may be a read-only view of a file
+        state = {slot: arrays[f"{path}.{slot}"].to(parameter, copy=True) for slot in SLOTS}
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **state}

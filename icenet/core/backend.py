@@ -71,12 +71,16 @@ class Engine(Protocol):
     def set_optimizer_state(self, state: dict[str, NDArray[Any]]) -> None: ...
 
 
-def resolve(name: str) -> str:
+def resolve(name: str, blas: str = "auto") -> str:
     """The backend that a flag means: `auto` is mlx where it runs, else torch.
+
+    `blas` is the configuration's choice of a BLAS for MLX on a Linux CPU; ICENET_BLAS goes before it.
 
     Raises:
         BackendError: the backend, or with `auto` any, is not installed or does not start.
     """
+    if blas != "auto":
+        os.environ.setdefault("ICENET_BLAS", blas)
     if name != "auto":
         _import(name)
         return name
@@ -123,7 +127,7 @@ def engine(
 
     `dtype` is that of the parameters: float32, or float64 for the reference of parity (PyTorch only).
     """
-    name = resolve(backend or config.backend)
+    name = resolve(backend or config.backend, config.blas)
     made: Engine = module(name, "engine").Engine(config, device or config.device, dtype)
     return made
 

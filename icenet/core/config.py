@@ -231,6 +231,8 @@ class Config(Section):
     """mlx, torch, or auto: mlx where it runs, else torch."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, gpu (MLX), cuda, cuda:N or mps (PyTorch)."""
+    blas: str = "auto"
+    """MLX on a Linux CPU: auto, torch, openblas, none, or the path of a library; ICENET_BLAS goes first."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Initial weights, data order, dropout and sampling follow from it."""
     model: AnyModelConfig
@@ -294,6 +296,11 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The configuration as YAML text, every key written out."""
         return yaml_file.dump(self.to_dict())
+
+
+def check_device(device: str) -> None:
+    """Refuses a device of the command line that no configuration could name."""
+    Config(model=TransformerConfig(), device=device)
 
 
 def json_schema() -> dict[str, Any]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from icenet.core import layout, weights
+from icenet.core import checkpoint, describe, layout, staging, weights
+from icenet.core.config import Config
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.tensor_file import dtype_name
 from icenet.core.weights import Array, Progress
@@ -212,3 +213,29 @@ def _refuse_collision(source: Path, destination: Path, overwrite: bool) -> None:
     taken = [path for path in (destination, weights.index_of(destination)) if path.exists()]
     if taken and not overwrite:
         raise UsageError(f"{taken[0]}: exists; name another destination, or give --overwrite to replace it")
+
+
+def convert_model(
+    source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
+) -> str:
+    """Converts with the kinds and shapes of the config beside the source, or of the one that is named.
+
+    A run stands for its newest good checkpoint. Gives a text that says what was done.
+    """
+    if (source / "checkpoints").is_dir():
+        source = checkpoint.find(source).path
+    folder = source if source.is_dir() else source.parent
+    settings = config or (folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
+    kinds = shapes = None
+    if settings is not None:
+        model = describe.outline(Config.from_yaml(settings))
+        kinds, shapes = model.layer_kinds(), model.weight_shapes()
+    done = convert(
+        source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite  # type: ignore[arg-type]
+    )
+    if settings is not None and to == "canonical" and not destination.suffix:
+        staging.write_text(destination / "config.yaml", Config.from_yaml(settings).to_yaml())  # for icenet.load
+    lines = [f"from  {done.source}", f"to    {done.destination}"]
+    if done.left_out:
+        lines.append(f"left out: {', '.join(done.left_out)}")
+    return "\n".join(lines)

@@ -6,8 +6,10 @@ the next token before it looks at the last one, so the device never waits for th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -220,6 +222,15 @@ def collect(rows: Sequence[Sequence[int]], request: Request) -> Tokens:
 
 
 # ---- text -------------------------------------------------------------------------------------------------
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file; `-` is the standard input."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
+        raise UsageError(f"{path}: the prompt cannot be read: {reason}") from None
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:

@@ -39,10 +39,7 @@ class ModelFacts:
     def __repr__(self) -> str:
         settings = self.config.model_dump(exclude={"type"}, exclude_defaults=True)
         lines = [f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in settings.items())})"]
-        sizes: dict[str, int] = {}
-        for path, shape in self.weight_shapes().items():
-            part = path.split(".")[0]
-            sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
+        sizes = self.part_sizes()
         counts = {part: len(self._children(part)) for part in sizes}
         for part, size in sizes.items():
             repeat = f" x {counts[part]}" if counts[part] > 1 else ""
@@ -50,6 +47,14 @@ class ModelFacts:
         fp32, fp16 = self.memory("fp32") / 1e6, self.memory("fp16") / 1e6
         lines.append(f"  {'parameters':<24}{self.num_params:>14,}   {fp32:,.1f} MB fp32, {fp16:,.1f} MB fp16")
         return "\n".join(lines)
+
+    def part_sizes(self) -> dict[str, int]:
+        """Values in each of the model's top-level parts, in its order."""
+        sizes: dict[str, int] = {}
+        for path, shape in self.weight_shapes().items():
+            part = path.split(".")[0]
+            sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
+        return sizes
 
     def _children(self, part: str) -> set[str]:
         """The numbered children below a part (`blocks.0`, `blocks.1`, ...)."""

@@ -7,6 +7,15 @@ from pathlib import Path
 
 from icenet.core.errors import ConfigError
 
+GUIDE = {
+    "transformer-tiny": (20e6, 40e6),
+    "transformer-small": (90e6, 180e6),
+    "transformer-medium": (250e6, 500e6),
+    "transformer-large": (450e6, 900e6),
+    "transformer-xl": (1.5e9, 3e9),
+}
+"""What the model guide says of each preset: parameters, and bytes in FP16."""
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

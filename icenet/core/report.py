@@ -373,3 +373,16 @@ def duration(seconds: float) -> str:
         return f"{whole // 86400} d {whole % 86400 // 3600} h"
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def print_result(result: Any) -> None:
+    """Says on standard output what a training run came to (a `trainer.Result`) and what to do with it."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    validation = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
+    console.print(f"step {result.step}: loss {result.loss:.4f}{validation}", markup=False)
+    console.print(f"run         {result.run}", markup=False)
+    console.print(f"checkpoint  {result.checkpoint}", markup=False)
+    plot = str(result.plot) if result.plot else "none: pip install 'icenet[plot]' draws one"
+    console.print(f"plot        {plot}", markup=False)

@@ -13,7 +13,7 @@ Order, as in Hugging Face's `generate` (logits `[B, V]` in fp32):
                             left (the Gumbel-max trick). u is uniform under `key(seed, "sample", row, index)`,
                             so the draw does not depend on backend, device, batch size or chunking.
 
-The backends implement steps 1 to 6 in `decoder.choose`, on the device. Two backends choose the same token but
+The backends implement steps 1 to 6 in `decoder.scores`, on the device. Two backends choose the same token but
 where the two best scores are closer than their rounding errors.
 """
 

@@ -50,21 +50,28 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
             absent_meanwhile.unlink(missing_ok=True)
         for temporary, path in stage.files:
             os.replace(temporary, path)
-        _sync_folder(destination.parent)
+        sync_folder(destination.parent)
     except OSError as error:
         left = (
             "the files there are incomplete now: write them again"
             if replacing
             else "nothing there was changed"
         )
-        raise WeightsError(f"{destination}: {_reason(destination, error)}; {left}") from error
+        raise WeightsError(f"{destination}: {reason_of(destination, error)}; {left}") from error
     finally:
         for temporary, _ in stage.files:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, or leaves what was there."""
+    with staged(path) as stage, stage.open(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -73,7 +80,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _reason(path: Path, error: OSError) -> str:
+def reason_of(path: Path, error: OSError) -> str:
+    """Why a path could not be written, and what to do about it."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot be written ({error.strerror}); check the folder and its permissions"
     room = ""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
-from icenet import nn as ops
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
+from icenet import nn as ops
 from icenet.core import generation, layout
 from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
+from icenet.core.tensor_file import BFLOAT16
 from icenet.decoder import Decoder
 
 
@@ -112,7 +112,7 @@ class BaseModel(ModelFacts, nn.Module):
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         arrays = layout.tree_to_mlx(values, self.layer_kinds())
         dtypes = {path: array.dtype for path, array in tree_flatten(self.parameters())}
-        self.load_weights([(path, mx.array(array).astype(dtypes[path])) for path, array in arrays.items()])
+        self.load_weights([(path, array_of(values).astype(dtypes[path])) for path, values in arrays.items()])
         mx.eval(self.parameters())
 
     # ---- dropout -----------------------------------------------------------------------------------------
@@ -125,3 +125,10 @@ class BaseModel(ModelFacts, nn.Module):
         modules = dict(self.named_modules())
         for index, path in enumerate(self.dropout_sites()):
             modules[path]._key = None if keys is None else keys[index]
+
+
+def array_of(values: np.ndarray) -> mx.array:
+    """An MLX array of an array's values, bfloat16 included."""
+    if values.dtype == BFLOAT16:
+        return mx.array(values.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(values)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from icenet.core import generation, layout
+from icenet.core import generation
 from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
 from icenet_torch import nn as ops
 from icenet_torch.decoder import Decoder
+from icenet_torch.state_dict import from_numpy
 
 
 class BaseModel(ModelFacts, nn.Module):
@@ -102,7 +103,7 @@ class BaseModel(ModelFacts, nn.Module):
     @torch.no_grad()
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         for path, tensor in self.state_dict().items():
-            tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[path])))
+            tensor.copy_(from_numpy(values[path]))
 
     # ---- dropout -----------------------------------------------------------------------------------------
 
@@ -114,3 +115,4 @@ class BaseModel(ModelFacts, nn.Module):
         modules = dict(self.named_modules())
         for index, path in enumerate(self.dropout_sites()):
             modules[path]._key = None if keys is None else keys[index]
+

@@ -104,7 +104,7 @@ class TransformerBlock(nn.Module):
 class TransformerModel(BaseModel):
     """A transformer language model; an encoder with token outputs where `config.causal` is off."""
 
-    def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
+    def __init__(self, config: TransformerConfig, seed: int | None = 0) -> None:
         super().__init__(config)
         width = config.hidden_size
         self.token_embedding = ops.Embedding(config.vocab_size, width)
@@ -117,7 +117,8 @@ class TransformerModel(BaseModel):
             self.final_norm = ops.LayerNorm(width)
         if not config.tie_embeddings:
             self.output = ops.Linear(width, config.vocab_size, bias=False)
-        self.init_weights(seed)
+        if seed is not None:
+            self.init_weights(seed)
 
     def forward(
         self,

@@ -1,0 +1,7 @@
+"""`python -m icenet` is the `icenet` command."""
+
+import sys
+
+from icenet.cli import main
+
+sys.exit(main())

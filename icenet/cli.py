@@ -1,0 +1,317 @@
+"""The `icenet` command: one short function a subcommand, without logic of its own.
+
+Nothing but click is imported until a subcommand runs, so `icenet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Commands(click.Group):
+    """Commands in the order in which a newcomer meets them; a misspelt one is answered with the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, 1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def examples(*lines: str) -> str:
+    """An epilog that click prints line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Which framework; what the config says if absent."
+)
+device_option = click.option("--device", metavar="DEVICE", help="auto, cpu, gpu, cuda, cuda:N or mps.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as training.learning_rate=1e-3."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "icenet quickstart                        see both backends agree, in under two minutes",
+        "icenet train configs/quickstart.yaml     train a small GPT",
+        "icenet COMMAND --help                    options and examples of a command",
+    ),
+)
+@click.version_option(package_name="icenet", prog_name="icenet")
+def cli() -> None:
+    """One config, two backends, one result: models in MLX, mirrored in PyTorch."""
+
+
+@cli.command(epilog=examples("icenet quickstart", "icenet quickstart --out /tmp/demo --set training.max_steps=100"))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True)
+@set_option
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+def quickstart(out: Path, overrides: tuple[str, ...], quiet: bool) -> None:
+    """Train in MLX, change to PyTorch half way, and compare.
+
+    A small GPT is trained on the Python standard library's source. Its half-way checkpoint is resumed in
+    PyTorch, and beside it the run is finished in MLX; the gap between the curves is judged by PyTorch's own
+    fp32-to-fp64 distance, and both backends write a text from the finished weights.
+    """
+    from icenet import quickstart as room
+
+    report = room.run(out, overrides, quiet)
+    room.render(report)
+    sys.exit(0 if report.passed else 1)
+
+
+@cli.command(
+    epilog=examples(
+        "icenet train quickstart",
+        "icenet train my.yaml --backend torch --device cuda --run runs/mine",
+        "icenet train quickstart --set data.source=book.txt --set training.max_steps=2000",
+        "icenet train --resume runs/mine --backend mlx",
+    )
+)
+@click.argument("config", required=False)
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Folder of the run; runs/NAME if absent.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run or checkpoint.")
+@backend_option
+@device_option
+@set_option
+@click.option("--quiet", is_flag=True, help="No progress.")
+def train(
+    config: str | None,
+    run_folder: Path | None,
+    resume: Path | None,
+    backend: str | None,
+    device: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Train a model from CONFIG, a YAML file or a preset's name."""
+    from icenet.core import report
+    from icenet.core.trainer import Trainer, new_run_folder
+
+    if (config is None) == (resume is None):
+        raise click.UsageError("give either a CONFIG, or --resume RUN")
+    _check_device(device)
+    if resume is not None:
+        trainer = Trainer.resume(
+            resume, run=run_folder, overrides=overrides, backend=backend, device=device, quiet=quiet
+        )
+    else:
+        from icenet.core.config import Config
+
+        settings = Config.from_yaml(str(config), overrides)
+        folder = run_folder or new_run_folder(str(config))
+        trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
+    result = trainer.fit()
+    report.print_result(result)
+
+
+@cli.command(
+    epilog=examples(
+        'icenet generate runs/quickstart/mlx --prompt "def main("',
+        "icenet generate runs/mine --prompt-file intro.txt --temperature 0.8 --top-k 50 --seed 1",
+        "icenet generate runs/mine --backend torch --temperature 0",
+    )
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="The text to continue.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the text to continue; - for stdin.")
+@click.option("--max-new-tokens", type=int)
+@click.option("--max-length", type=int)
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--seed", type=int)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this; may be given several times.")
+@click.option("--overflow", type=click.Choice(["error", "slide"]), help="What to do beyond max_seq_length.")
+@backend_option
+@device_option
+def generate(
+    model: Path, prompt: str, prompt_file: Path | None, backend: str | None, device: str | None, **options: Any
+) -> None:
+    """Continue a text with MODEL, a run, a checkpoint or a saved model."""
+    import icenet
+    from icenet.core.generation import read_prompt
+
+    _check_device(device)
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt
+    options["stop"] = list(options["stop"]) or None
+    loaded = icenet.load(model, backend, device)
+    pieces = icenet.generate(loaded, text, stream=True, **options)
+    click.echo(text, nl=False)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@cli.command(
+    epilog=examples(
+        "icenet convert runs/mine/checkpoints/step-00000300 mine.safetensors --to mlx",
+        "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
+        "icenet convert weights.pt folder/ --to canonical --config my.yaml",
+    )
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch"]), help="The form to write.")
+@click.option("--from", "source_form", type=click.Choice(["canonical", "mlx", "torch"]), help="If it cannot be told.")
+@click.option("--config", metavar="CONFIG", help="Config of the model, where the source has none beside it.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def convert(
+    source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
+) -> None:
+    """Convert weights between the canonical form, MLX's and PyTorch's, bit for bit."""
+    from icenet.core.convert import convert_model
+
+    click.echo(convert_model(source, destination, to, source_form, config, overwrite))
+
+
+@cli.command(
+    epilog=examples(
+        "icenet parity quickstart",
+        "icenet parity runs/mine --steps 50",
+        "icenet parity my.yaml --dtype bf16 --verbose",
+    )
+)
+@click.argument("target")
+@click.option("--steps", type=click.IntRange(0), default=0, show_default=True, help="Also compare a training curve.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--verbose", is_flag=True, help="Every layer, not only the interesting ones.")
+@set_option
+@json_option
+def parity(
+    target: str, steps: int, dtype: str, verbose: bool, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Compare the backends layer by layer on TARGET, a config, a run or a checkpoint."""
+    from icenet.parity import run as room
+
+    report = room.run_target(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
+    if as_json:
+        click.echo(_json(report.as_dict()))
+    else:
+        report.render(verbose)
+    sys.exit(0 if report.passed else 1)
+
+
+@cli.command(
+    epilog=examples("icenet info", "icenet info transformer-small", "icenet info runs/mine", "icenet info --json")
+)
+@click.argument("target", required=False)
+@set_option
+@json_option
+def info(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Parameters and memory of TARGET, a config, run or checkpoint; of all presets without one."""
+    from icenet.core import describe
+
+    report = describe.presets_report() if target is None else describe.target(target, overrides)
+    click.echo(_json(report.as_dict())) if as_json else report.render()
+
+
+@cli.command(epilog=examples("icenet doctor", "icenet doctor --json"))
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, chip, devices, BLAS and its speed; what is wrong and how to mend it."""
+    from icenet.core import doctor as room
+
+    report = room.doctor()
+    if as_json:
+        click.echo(_json(room.as_dict(report)))
+    else:
+        from rich.console import Console
+
+        room.render(report, Console())
+    sys.exit(0 if report.ok else 1)
+
+
+@cli.command(epilog=examples("icenet schema > configs/schema.json"))
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from icenet.core.config import json_schema
+
+    click.echo(_json(json_schema()))
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None:
+        from icenet.core.config import check_device
+
+        check_device(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; what goes wrong is one line, and the exit code 2 for usage and 1 for failure."""
+    from icenet.core.errors import IceNetError
+
+    debug = bool(os.environ.get("ICENET_DEBUG"))
+    try:
+        cli.main(arguments, prog_name="icenet", standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        return _finish(exit_.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return _finish(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context else ""
+        return _fail(error.format_message() + where, 2)
+    except IceNetError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("stopped by Ctrl-C", 1)
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as exit_:
+        return _finish(exit_.code if isinstance(exit_.code, int) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+            return _fail(f"out of memory ({first}); lower training.batch_size or data.seq_length", 1)
+        return _fail(f"{type(error).__name__}: {first}; ICENET_DEBUG=1 shows where", 1)
+    return _finish(0)
+
+
+def _finish(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            return _fail(f"the output cannot be written: {error.strerror}", 1)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"icenet: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

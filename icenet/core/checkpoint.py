@@ -1,0 +1,197 @@
+"""Checkpoints: complete or absent, verified, and the same whichever backend wrote them.
+
+    RUN/checkpoints/step-00000100/
+        model.safetensors        canonical weights
+        optimizer.safetensors    moments by PATH.SLOT
+        state.json               step, loss scale, data fingerprint, versions
+        config.yaml              the configuration of the run
+        manifest.json            size and SHA-256 of each file; written last
+
+A checkpoint is written under another name and renamed when everything is on the disk, so a kill at any moment
+leaves the old ones and perhaps a folder whose name begins with a dot, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icenet.core import weights as weight_files
+from icenet.core.config import Config
+from icenet.core.errors import CheckpointError, IceNetError, WeightsError
+from icenet.core.staging import reason_of, sync_folder
+
+FORMAT = 1
+_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as it stood after `step` steps. Arrays are read from the disk when they are asked for."""
+
+    path: Path
+    config: Config
+    step: int
+    state: dict[str, Any]
+    weights: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
+
+
+def save(
+    run: Path,
+    config: Config,
+    step: int,
+    weights: Mapping[str, np.ndarray],
+    optimizer: Mapping[str, np.ndarray],
+    state: Mapping[str, Any],
+    keep: int | None = None,
+) -> Path:
+    """Writes the checkpoint of a step and removes all but the newest `keep`; gives its folder.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
+    """
+    parent = run / _FOLDER
+    target = parent / f"step-{step:08d}"
+    partial = parent / f".{target.name}.partial"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        weight_files.write(partial / "model.safetensors", weights)
+        weight_files.write(partial / "optimizer.safetensors", optimizer)
+        _write(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        _write(partial / "config.yaml", config.to_yaml())
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": weight_files.checksum(file)}
+            for file in sorted(partial.iterdir())
+        }
+        _write(partial / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync_folder(partial)
+        if target.exists():  # left by a run that was taken back to an earlier step
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        sync_folder(parent)
+    except (OSError, WeightsError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = error if isinstance(error, OSError) else error.__cause__
+        why = reason_of(target, cause) if isinstance(cause, OSError) else str(error)
+        older = newest(run)
+        rest = f"{older.name} is untouched; make room and resume" if older else "make room and start again"
+        raise CheckpointError(f"{target}: the checkpoint was not written: {why}; {rest}") from None
+    if keep is not None:
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, verified or not."""
+    return sorted(path for path in (run / _FOLDER).glob("step-*") if path.is_dir())
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, verified or not."""
+    return next(reversed(list_checkpoints(run)), None)
+
+
+def verify(path: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, changed or cut short.
+    """
+    manifest = _read_json(path, "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"model.safetensors", "state.json", "config.yaml"} <= files.keys():
+        raise CheckpointError(f"{path / 'manifest.json'}: damaged: it does not list the checkpoint's files")
+    for name, entry in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file}: missing; use another checkpoint of the run")
+        if file.stat().st_size != entry.get("bytes") or weight_files.checksum(file) != entry.get("sha256"):
+            raise CheckpointError(f"{file}: damaged (not what was written); use another checkpoint of the run")
+
+
+def load(path: Path) -> Checkpoint:
+    """Verifies and opens one checkpoint folder.
+
+    Raises:
+        CheckpointError: damaged, of a later format, or not a checkpoint.
+    """
+    verify(path)
+    state = _read_json(path, "state.json")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: written in checkpoint format {state.get('format')!r}, and this version reads {FORMAT}; "
+            "install the version of icenet that wrote it (state.json names it)"
+        )
+    step = state.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{path / 'state.json'}: damaged: the step is {step!r}")
+    return Checkpoint(
+        path,
+        Config.from_yaml(path / "config.yaml"),
+        step,
+        state,
+        weight_files.read(path / "model.safetensors"),
+        weight_files.read(path / "optimizer.safetensors"),
+    )
+
+
+def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
+    """Opens a checkpoint, or the newest good one of a run folder; `warn` hears of damaged ones.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (path / "manifest.json").is_file():
+        return load(path)
+    found = list_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no checkpoint; give a run's folder or a checkpoint in it")
+    problems = []
+    for candidate in reversed(found):
+        try:
+            return load(candidate)
+        except IceNetError as error:
+            problems.append(str(error))
+            if warn is not None:
+                warn(f"passing over {candidate.name}: {error}")
+    raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is whole; the newest: {problems[0]}")
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Removes the checkpoints of later steps: damaged ones, when a run goes on from an earlier one."""
+    for path in list_checkpoints(run):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads((path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not a complete checkpoint: {name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / name}: damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path / name}: damaged: not an object")
+    return value
