@@ -12,7 +12,7 @@ Importing this package loads neither MLX nor PyTorch; a function loads the one i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,8 @@ def load(path: str | Path, backend: str | None = None, device: str | None = None
     path = Path(path)
     is_run = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
     if (path / "config.yaml").is_file() and not is_run:
-        config, values = Config.from_yaml(path / "config.yaml"), weights.read(path)
+        config = Config.from_yaml(path / "config.yaml")
+        values: Mapping[str, Any] = weights.read(path)
     else:
         found = find(path)
         config, values = found.config, found.weights

@@ -28,6 +28,9 @@ class Decoder:
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")
+        self.cache: Any = None
+        self.token: Any = None
+        self.logits: Any = None
 
     def __enter__(self) -> Decoder:
         self.was_training = self.model.training
@@ -70,7 +73,7 @@ class Decoder:
         if self.visible is not None:
             self.visible = mx.concatenate([self.visible, mx.ones((len(token), 1), mx.bool_)], axis=1)
         if full:  # forget the older half and read the rest again: positions start anew
-            return self.read_context(max(window // 2, 1))
+            return self.read_context(max((window or 0) // 2, 1))
         if not self.cached:
             return self.model(self.context)[:, -1]
         hidden = self.model.hidden_states(token[:, None], self.visible, self.cache)

@@ -78,7 +78,7 @@ class Engine:
         self.model.train()
         arrays, keys = self._arrays(batch), self._keys(step)
         loss, norm, gradients = self._compute(arrays, keys, mx.array(loss_scale, mx.float32))
-        if self.config.training.mixed_precision == "fp16" and not np.isfinite(norm.item()):
+        if self.config.training.mixed_precision == "fp16" and not np.isfinite(_number(norm)):
             return loss, norm
         self.optimizer.prepare(step, learning_rate)
         self._apply(gradients, norm)
@@ -86,7 +86,7 @@ class Engine:
         return loss, norm
 
     def read(self, handle: Any) -> StepResult:
-        loss, norm = handle[0].item(), handle[1].item()
+        loss, norm = _number(handle[0]), _number(handle[1])
         return StepResult(loss, norm, bool(np.isfinite(norm)))
 
     def _mean_loss(self, batch: dict[str, mx.array], scale: mx.array) -> tuple[mx.array, mx.array]:
@@ -115,7 +115,7 @@ class Engine:
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         self.model.train()
         loss, _, gradients = self._compute(self._arrays(batch), self._keys(step), mx.array(1.0))
-        return loss.item(), self._canonical(dict(tree_flatten(gradients)))
+        return _number(loss), self._canonical(dict(tree_flatten(gradients)))
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         arrays = layout.tree_to_mlx(gradients, self.model.layer_kinds())
@@ -129,7 +129,7 @@ class Engine:
         self.model.eval()
         arrays = self._arrays(batch)
         loss, count = ops.cross_entropy(self._outputs(arrays), arrays["labels"])
-        return loss.item(), count.item()
+        return _number(loss), int(_number(count))
 
     def forward(self, batch: Batch) -> np.ndarray:
         self.model.eval()
@@ -167,3 +167,7 @@ class Engine:
 
     def _keys(self, step: int) -> mx.array:
         return mx.array(self.model.dropout_keys(self.config.seed, step))
+
+
+def _number(array: mx.array) -> float:
+    return float(np.array(array))

@@ -6,13 +6,14 @@ Shapes: B batch, T positions, D width, H heads. The mirror is `icenet_torch/nn.p
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as nn
 
-Array = mx.array
+Array: TypeAlias = mx.array
 
 
 _NATIVE_KINDS: dict[type, str] = {

@@ -26,6 +26,9 @@ class Decoder:
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")
+        self.cache: Any = None
+        self.token: Any = None
+        self.logits: Any = None
 
     @torch.no_grad()
     def __enter__(self) -> Decoder:
@@ -69,7 +72,7 @@ class Decoder:
         if self.visible is not None:
             self.visible = torch.cat([self.visible, self.visible.new_ones((len(token), 1))], dim=1)
         if full:  # forget the older half and read the rest again: positions start anew
-            return self.read_context(max(window // 2, 1))
+            return self.read_context(max((window or 0) // 2, 1))
         if not self.cached:
             return self.model(self.context)[:, -1]
         hidden = self.model.hidden_states(token[:, None], self.visible, self.cache)

@@ -6,13 +6,14 @@ Shapes: B batch, T positions, D width, H heads. The mirror is `icenet/nn.py`.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-Array = Tensor
+Array: TypeAlias = Tensor
 
 
 _NATIVE_KINDS: dict[type, str] = {

@@ -364,7 +364,9 @@ def backward_only(modules: Any) -> None:
         (backward_only, "blocks.1.attention_norm"),
     ],
 )
-def test_the_report_names_the_broken_layer_and_no_other(engines: Engines, batch: Any, change: Any, layer: str) -> None:
+def test_the_report_names_the_broken_layer_and_no_other(
+    engines: Engines, batch: Any, change: Any, layer: str
+) -> None:
     report = judge_engines(broken(engines, change), batch)
     assert report.differing() == [layer]
     assert not report.passed and f"differs here: {layer} " in report.verdict()

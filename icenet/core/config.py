@@ -79,7 +79,7 @@ class ModelConfig(Section):
             raise ConfigError(f"model.type: required; one of {', '.join(FAMILIES)}")
         if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"model.type: no family {family!r}{_nearest(str(family), list(FAMILIES))}")
-        return super().__new__(FAMILIES[family])  # type: ignore[type-var]
+        return super().__new__(FAMILIES[family])  # type: ignore[type-var, return-value]
 
 
 class TransformerConfig(ModelConfig):

@@ -70,15 +70,13 @@ class PresetReport:
         from rich.table import Table
 
         table = Table(title="Presets, beside the model guide's figures", title_style="bold")
-        for column in ("preset", "type"):
-            table.add_column(column)
+        table.add_column("preset", no_wrap=True)
         for column in ("parameters", "guide", "fp16", "guide", "within"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             guided = row["guide_params"] is not None
             table.add_row(
                 row["preset"],
-                row["type"],
                 f"{row['num_params']:,}",
                 f"~{row['guide_params'] / 1e6:,.0f} M" if guided else "",
                 _megabytes(row["fp16_bytes"]),
@@ -108,7 +106,8 @@ def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
 def presets_report() -> PresetReport:
     """The report of every preset."""
     rows = []
-    for name in presets.names():
+    by_guide = [name for name in presets.GUIDE if name in presets.names()]
+    for name in by_guide + [name for name in presets.names() if name not in by_guide]:
         config = Config.from_yaml(name)
         model = outline(config)
         guide = presets.GUIDE.get(name)

@@ -181,7 +181,7 @@ def _check_ids(tokens: NDArray[Any], vocab_size: int, visible: NDArray[np.bool_]
         )
 
 
-def stream(decoder: Decoder, request: Request, stops: Stops | None = None) -> Generator[Tokens]:
+def stream(decoder: Decoder, request: Request, stops: Stops | None = None) -> Generator[Tokens, None, None]:
     """Yields the next tokens of every row, int32 `[B]`; rows that have ended hold padding.
 
     Ends when every row has, or after `request.new_tokens`. What a stop text begins with has been yielded

@@ -322,7 +322,7 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             self._stop = number
-            signal.signal(number, previous[number])
+            signal.signal(number, previous[signal.Signals(number)])
 
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in previous:

@@ -88,8 +88,9 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: L
                 raise ValueError(f"line {line}: the key {key!r} must be a text")
             if key in mapping:
                 raise ValueError(f"line {line}: the key {key} stands here twice")
-            lines[(*path, key)] = line
-            mapping[key] = _construct(loader, value_node, (*path, key), lines, count)
+            here = (*path, key)
+            lines[here] = line
+            mapping[key] = _construct(loader, value_node, here, lines, count)
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, i), lines, count) for i, item in enumerate(node.value)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from icenet.models.base import BaseModel
 from icenet.models.transformer import TransformerModel
 
-MODELS: dict[str, type[BaseModel]] = {"transformer": TransformerModel}
+MODELS: dict[str, Callable[..., BaseModel]] = {"transformer": TransformerModel}
 
 __all__ = ["MODELS", "BaseModel", "TransformerModel"]

@@ -23,21 +23,22 @@ class KVCache:
     """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
 
     step = 256
+    keys: mx.array
+    values: mx.array
 
     def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.room = 0
         self.length = 0
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
         start, self.length = self.length, self.length + keys.shape[2]
-        if self.keys is None or self.length > self.keys.shape[2]:
+        if self.length > self.room:
             batch, heads, _, width = keys.shape
-            grown = -(-self.length // self.step) * self.step
-            room = mx.zeros((batch, heads, grown - start, width), keys.dtype)
-            self.keys = room if self.keys is None else mx.concatenate([self.keys[:, :, :start], room], axis=2)
-            self.values = room if self.values is None else mx.concatenate([self.values[:, :, :start], room], axis=2)
+            self.room = -(-self.length // self.step) * self.step
+            room = mx.zeros((batch, heads, self.room - start, width), keys.dtype)
+            self.keys = room if start == 0 else mx.concatenate([self.keys[:, :, :start], room], axis=2)
+            self.values = room if start == 0 else mx.concatenate([self.values[:, :, :start], room], axis=2)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -105,6 +106,8 @@ class TransformerBlock(nn.Module):
 
 class TransformerModel(BaseModel):
     """A transformer language model; an encoder with token outputs where `config.causal` is off."""
+
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig, seed: int | None = 0) -> None:
         super().__init__(config)

@@ -21,21 +21,22 @@ class KVCache:
     """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
 
     step = 256
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
+        self.room = 0
         self.length = 0
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
         start, self.length = self.length, self.length + keys.shape[2]
-        if self.keys is None or self.length > self.keys.shape[2]:
+        if self.length > self.room:
             batch, heads, _, width = keys.shape
-            grown = -(-self.length // self.step) * self.step
-            room = keys.new_zeros((batch, heads, grown - start, width))
-            self.keys = room if self.keys is None else torch.cat([self.keys[:, :, :start], room], dim=2)
-            self.values = room if self.values is None else torch.cat([self.values[:, :, :start], room], dim=2)
+            self.room = -(-self.length // self.step) * self.step
+            room = keys.new_zeros((batch, heads, self.room - start, width))
+            self.keys = room if start == 0 else torch.cat([self.keys[:, :, :start], room], dim=2)
+            self.values = room if start == 0 else torch.cat([self.values[:, :, :start], room], dim=2)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -103,6 +104,8 @@ class TransformerBlock(nn.Module):
 
 class TransformerModel(BaseModel):
     """A transformer language model; an encoder with token outputs where `config.causal` is off."""
+
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig, seed: int | None = 0) -> None:
         super().__init__(config)
