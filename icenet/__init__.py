@@ -12,7 +12,7 @@ Importing this package loads neither MLX nor PyTorch; a function loads the one i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,18 +66,12 @@ def load(path: str | Path, backend: str | None = None, device: str | None = None
 
     The backend need not be the one that wrote it.
     """
-    from icenet.core import weights
-    from icenet.core.checkpoint import find
-    from icenet.core.config import Config
+    from icenet.core.checkpoint import open_target
+    from icenet.core.errors import CheckpointError
 
-    path = Path(path)
-    is_run = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-    if (path / "config.yaml").is_file() and not is_run:
-        config = Config.from_yaml(path / "config.yaml")
-        values: Mapping[str, Any] = weights.read(path)
-    else:
-        found = find(path)
-        config, values = found.config, found.weights
+    config, values = open_target(Path(path)) if Path(path).exists() else (None, None)
+    if config is None or values is None:
+        raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a folder that icenet.save wrote")
     model = _model(config, backend, device, initialise=False)
     model.set_weights(dict(values))
     return model

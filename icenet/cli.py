@@ -192,12 +192,12 @@ def convert(
 )
 @click.argument("target")
 @click.option("--steps", type=click.IntRange(0), default=0, show_default=True, help="Also compare a training curve.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="The config's if absent.")
 @click.option("--verbose", is_flag=True, help="Every layer, not only the interesting ones.")
 @set_option
 @json_option
 def parity(
-    target: str, steps: int, dtype: str, verbose: bool, overrides: tuple[str, ...], as_json: bool
+    target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Compare the backends layer by layer on TARGET, a config, a run or a checkpoint."""
     from icenet.parity import run as room
@@ -206,7 +206,9 @@ def parity(
     if as_json:
         click.echo(_json(report.as_dict()))
     else:
-        report.render(verbose)
+        from rich.console import Console
+
+        report.render(Console(), verbose)
     sys.exit(0 if report.passed else 1)
 
 

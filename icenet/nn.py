@@ -57,11 +57,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     b = bias.astype(x.dtype).astype(dtype)
     if not on_cpu():
         return mx.addmm(b, y, w).astype(x.dtype)
-    if x.ndim > 2:
-        # the bias's gradient is a sum over B * T terms, which MLX's CPU takes one by one, 9 times less exactly
-        # than PyTorch; broadcast in two stages it is a sum of B sums of T terms
-        b = mx.broadcast_to(b, (*x.shape[:-2], 1, b.shape[0]))
-    return (y @ w + b).astype(x.dtype)
+    # MLX's CPU adds a bias's gradient up term by term, 13 times less exactly than PyTorch at 8192 positions;
+    # broadcast in two stages it is sqrt(N) sums of sqrt(N) terms
+    positions = math.prod(x.shape[:-1])
+    group = next((n for n in range(math.isqrt(positions), 0, -1) if positions % n == 0), 1)
+    grouped = (y @ w).reshape(-1, group, b.shape[0]) + mx.broadcast_to(b, (positions // group, 1, b.shape[0]))
+    return grouped.reshape(*x.shape[:-1], b.shape[0]).astype(x.dtype)
 
 
 class Embedding(nn.Embedding):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -135,9 +136,11 @@ def engine(
 def exact_products() -> None:
     """Has MLX multiply fp32 matrices in full, for comparisons; no effect once MLX is imported.
 
-    On CUDA and on M5 chips MLX's default is TF32, which has 10 bits of mantissa.
+    On CUDA and on M5 chips MLX's default is TF32, which has 10 bits of mantissa. PyTorch's default is full
+    precision for products; for convolutions on CUDA the PyTorch engine asks for it where this was called.
     """
-    os.environ["MLX_ENABLE_TF32"] = "0"
+    if "mlx.core" not in sys.modules:
+        os.environ["MLX_ENABLE_TF32"] = "0"
 
 
 def check_ids(batch: Batch, vocab_size: int) -> None:

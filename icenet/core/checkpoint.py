@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,20 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
             if warn is not None:
                 warn(f"passing over {candidate.name}: {error}")
     raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is whole; the newest: {problems[0]}")
+
+
+def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
+    """The configuration and weights of what a person names.
+
+    A run or checkpoint gives both, so does a folder that `icenet.save` wrote; a YAML file or a preset's name
+    gives a configuration alone.
+    """
+    if not path.is_dir():
+        return Config.from_yaml(path, overrides), None
+    if (path / _FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
+        found = find(path)
+        return found.config.with_overrides(*overrides), found.weights
+    return Config.from_yaml(path / "config.yaml", overrides), weight_files.read(path)
 
 
 def drop_after(run: Path, step: int) -> None:

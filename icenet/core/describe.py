@@ -19,7 +19,6 @@ class ModelReport:
     config: Config
     num_params: int
     parts: dict[str, int]
-    step: int | None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -29,7 +28,6 @@ class ModelReport:
             "bytes": {"fp32": 4 * self.num_params, "fp16": 2 * self.num_params},
             "training_bytes": 16 * self.num_params,
             "parts": self.parts,
-            **({"step": self.step} if self.step is not None else {}),
         }
 
     def render(self) -> None:
@@ -37,7 +35,7 @@ class ModelReport:
         from rich.table import Table
 
         console = Console()
-        table = Table(title=self.name + (f", step {self.step}" if self.step is not None else ""), title_style="bold")
+        table = Table(title=self.name, title_style="bold")
         table.add_column("part")
         table.add_column("parameters", justify="right")
         table.add_column("share", justify="right")
@@ -93,14 +91,9 @@ def outline(config: Config) -> Any:
 
 def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     """The report of a config, a preset, a run, a checkpoint or a saved model."""
-    path, step = Path(name), None
-    if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "manifest.json").is_file()):
-        found = checkpoint.find(path)
-        config, step = found.config.with_overrides(*overrides), found.step
-    else:
-        config = Config.from_yaml(path / "config.yaml" if path.is_dir() else name, overrides)
+    config, _ = checkpoint.open_target(Path(name), overrides)
     model = outline(config)
-    return ModelReport(name, config, model.num_params, model.part_sizes(), step)
+    return ModelReport(name, config, model.num_params, model.part_sizes())
 
 
 def presets_report() -> PresetReport:

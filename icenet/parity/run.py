@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
-from icenet.core import backend, rng, schedule
+from icenet.core import backend, checkpoint, rng, schedule
 from icenet.core.backend import Batch, Engine
 from icenet.core.config import Config
 from icenet.core.data import open_dataset
@@ -108,6 +112,23 @@ def run(
         report.losses = curves(engines, steps, progress)
         report.curve = judge_curve(*report.losses.values())
     return report
+
+
+def run_target(
+    target: str, overrides: Sequence[str] = (), *, steps: int = 0, dtype: str | None = None, quiet: bool = False
+) -> Report:
+    """`run` for what a person names: a configuration, a preset, a run, a checkpoint or a saved model."""
+    config, weights = checkpoint.open_target(Path(target), overrides)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("building", total=1)
+        return run(
+            config,
+            weights,
+            steps=steps,
+            dtype=dtype,
+            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+        )
 
 
 def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progress | None = None) -> Report:
