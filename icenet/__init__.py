@@ -71,7 +71,7 @@ def load(path: str | Path, backend: str | None = None, device: str | None = None
 
     config, values = open_target(Path(path)) if Path(path).exists() else (None, None)
     if config is None or values is None:
-        raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a folder that icenet.save wrote")
+        raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a saved model's folder")
     model = _model(config, backend, device, initialise=False)
     model.set_weights(dict(values))
     return model

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from typing_extensions import Self
@@ -74,12 +74,10 @@ class ModelConfig(Section):
         """Chooses the section of the family that `type` names."""
         if cls is not ModelConfig:
             return super().__new__(cls)
-        family = values.get("type")
-        if family is None:
-            raise ConfigError(f"model.type: required; one of {', '.join(FAMILIES)}")
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise ConfigError(f"model.type: no family {family!r}{_nearest(str(family), list(FAMILIES))}")
-        return super().__new__(FAMILIES[family])  # type: ignore[type-var, return-value]
+        section = _family_section(values)
+        if section is None:
+            raise ConfigError(f"model.type: {_no_family(values)}")
+        return super().__new__(section)  # type: ignore[type-var, return-value]
 
 
 class TransformerConfig(ModelConfig):
@@ -114,21 +112,40 @@ FAMILIES: dict[str, type[ModelConfig]] = {"transformer": TransformerConfig}
 """The section of each family by its `type`; a new family adds its line here."""
 
 
-def _family_tag(value: Any) -> str | None:
+def _family_section(value: Any) -> type[ModelConfig] | None:
+    """The section that a tree of values (or a section itself) asks for by its `type`."""
     family = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return family if isinstance(family, str) and family in FAMILIES else None
+    return FAMILIES.get(family) if isinstance(family, str) else None
 
 
-AnyModelConfig = Annotated[Annotated[TransformerConfig, Tag("transformer")], Discriminator(_family_tag)]
+def _family_tag(value: Any) -> str | None:
+    section = _family_section(value)
+    return section.__name__ if section else None
+
+
+def _no_family(values: Any) -> str:
+    family = values.get("type") if isinstance(values, Mapping) else None
+    if family is None:
+        return f"required; one of {', '.join(FAMILIES)}"
+    return f"no family {family!r}{_nearest(str(family), list(FAMILIES))}"
+
+
+_TAGGED = tuple(Annotated[section, Tag(section.__name__)] for section in dict.fromkeys(FAMILIES.values()))
+if TYPE_CHECKING:
+    AnyModelConfig = ModelConfig
+else:
+    AnyModelConfig = Annotated[Union[_TAGGED], Discriminator(_family_tag)]  # noqa: UP007 - made of a tuple
 
 # ---- data, training, generation ---------------------------------------------------------------------------
 
 
 class DataConfig(Section):
-    """Where batches come from."""
+    """Where batches of text come from."""
 
     section: ClassVar[str] = "data"
 
+    kind: Literal["text"] = "text"
+    """What is read: text."""
     source: str = "stdlib"
     """A text file, a folder, a glob, or 'stdlib': the Python standard library's own source."""
     tokenizer: Literal["bytes"] = "bytes"
@@ -137,6 +154,25 @@ class DataConfig(Section):
     """Tokens in one training sequence; the model's max_seq_length when absent."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of tokens held out for evaluation."""
+
+
+def _data_tag(value: Any) -> str:
+    kind = value.get("kind", "text") if isinstance(value, Mapping) else getattr(value, "kind", "text")
+    return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), "DataConfig")
+
+
+DATA: tuple[type[Section], ...] = (DataConfig,)
+"""The kinds of data; a new one adds its section here."""
+
+if TYPE_CHECKING:
+    AnyDataConfig = DataConfig
+else:
+    AnyDataConfig = Annotated[
+        Union[tuple(Annotated[section, Tag(section.__name__)] for section in DATA)],  # noqa: UP007
+        Discriminator(_data_tag),
+    ]
+
+_TAGS: dict[Any, type[Section]] = {section.__name__: section for section in (*FAMILIES.values(), *DATA)}
 
 
 class TrainingConfig(Section):
@@ -187,8 +223,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         return self
 
 
@@ -236,17 +270,16 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Initial weights, data order, dropout and sampling follow from it."""
     model: AnyModelConfig
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: AnyDataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     @model_validator(mode="after")
     def _sequence_fits(self) -> Self:
         longest = getattr(self.model, "max_seq_length", None)
-        if longest and self.data.seq_length and self.data.seq_length > longest:
-            raise ValueError(
-                f"data.seq_length {self.data.seq_length} is more than model.max_seq_length {longest}"
-            )
+        wanted = getattr(self.data, "seq_length", None)
+        if longest and wanted and wanted > longest:
+            raise ValueError(f"data.seq_length {wanted} is more than model.max_seq_length {longest}")
         return self
 
     @classmethod
@@ -328,7 +361,7 @@ def explain(
     """
     details = error.errors(include_url=False)
     first = details[0]
-    path = tuple(part for part in first["loc"] if not (part in FAMILIES and "model" in first["loc"][:1]))
+    path = tuple(part for part in first["loc"] if part not in _TAGS)
     where = ""
     if lines is not None and path in lines and lines[path] == 0:
         where = "--set "
@@ -345,12 +378,7 @@ def explain(
         problem = "required, and not given"
     elif kind.startswith("union_tag"):
         name = _dotted(name, "type")
-        family = value.get("type") if isinstance(value, Mapping) else None
-        problem = (
-            f"required; one of {', '.join(FAMILIES)}"
-            if family is None
-            else f"no family {family!r}{_nearest(str(family), list(FAMILIES))}"
-        )
+        problem = _no_family(value)
     elif kind == "string_pattern_mismatch" and path[-1:] == ("device",):
         problem = f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
     elif kind == "value_error":
@@ -370,8 +398,8 @@ def _section_at(schema: type[Section], path: tuple[Any, ...], loc: tuple[Any, ..
     """The section class that stands at a key path."""
     section: type[Section] | None = schema
     for part in path:
-        if section is Config and part == "model":
-            section = next((FAMILIES[tag] for tag in loc if tag in FAMILIES), None)
+        if section is Config and part in ("model", "data"):
+            section = next((_TAGS[tag] for tag in loc if tag in _TAGS), None)
             continue
         annotation = section.model_fields[part].annotation if section and part in section.model_fields else None
         section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

@@ -25,8 +25,8 @@ from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
 from icenet.core import plots
 from icenet.core.config import Config
-from icenet.core.data import TextDataset, get_tokenizer, open_dataset
-from icenet.core.errors import CheckpointError, ConfigError, DataError, IceNetError, UsageError
+from icenet.core.data import dataset_for
+from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.precision import LossScale
 from icenet.core.report import MetricsLog, Progress
 from icenet.core.schedule import learning_rate
@@ -46,29 +46,6 @@ class Result:
     validation_loss: float | None
     checkpoint: Path
     plot: Path | None
-
-
-def sequence_length(config: Config) -> int:
-    """Tokens in one training sequence: `data.seq_length`, else the model's `max_seq_length`."""
-    length = config.data.seq_length or getattr(config.model, "max_seq_length", None)
-    if length is None:
-        raise ConfigError("data.seq_length: required for a model without max_seq_length")
-    return int(length)
-
-
-def dataset_for(config: Config) -> TextDataset:
-    """The data of a configuration, checked against its model."""
-    tokenizer = get_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-            f"data.tokenizer {tokenizer.name}; set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    dataset = open_dataset(config.data, sequence_length(config), config.seed)
-    dataset.steps_per_epoch(config.training.batch_size)  # raises where the text is too short
-    if config.training.eval_every and config.data.validation_fraction and not dataset.num_validation_tokens:
-        raise DataError("data.validation_fraction: no validation tokens; raise it, or training.eval_every=null")
-    return dataset
 
 
 def new_run_folder(config: str) -> Path:
@@ -200,14 +177,14 @@ class Trainer:
         """
         training = self.config.training
         last = min(training.max_steps, until or training.max_steps)
-        tokens = training.batch_size * self.dataset.seq_length
+        items = training.batch_size * self.dataset.items_per_row
         log = MetricsLog(self.run / "metrics.jsonl")
         log.truncate_after(self.step)
         with (
             _locked(self.run),
             log,
             self._signals(),
-            Progress(training.max_steps, self.step, tokens_per_step=tokens, quiet=self.quiet,
+            Progress(training.max_steps, self.step, tokens_per_step=items, quiet=self.quiet,
                      label=f"{self.engine.backend} {self.engine.device}") as progress,
         ):  # fmt: skip
             for note in self.notes:
@@ -264,7 +241,7 @@ class Trainer:
         if fp16:
             self.scale.update(result.finite)
         self._last_loss = result.loss
-        speed = self.config.training.batch_size * self.dataset.seq_length / max(elapsed, 1e-9)
+        speed = self.config.training.batch_size * self.dataset.items_per_row / max(elapsed, 1e-9)
         log.append(
             {
                 "step": done,

@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from icenet.core.data.text import Batch, TextDataset
 from icenet.core.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from icenet.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from icenet.core.config import DataConfig
+    from icenet.core.config import Config, DataConfig
 
-__all__ = ["Batch", "ByteTokenizer", "TextDataset", "Tokenizer", "get_tokenizer", "open_dataset"]
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Dataset",
+    "TextDataset",
+    "Tokenizer",
+    "dataset_for",
+    "get_tokenizer",
+    "open_dataset",
+]
+
+
+class Dataset(Protocol):
+    """What the training loop needs of data. Batches are pure functions of (seed, step)."""
+
+    fingerprint: str
+    """SHA-256 of what is read: equal where the data is equal."""
+    description: str
+    unit: str
+    """What a row of a batch is counted in: tokens (`tok`) or images (`img`)."""
+
+    @property
+    def items_per_row(self) -> int: ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in one pass; raises DataError where there is not one."""
+
+    def train_batch(self, step: int, batch_size: int) -> Batch: ...
+
+    def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]: ...
+
+
+def dataset_for(config: Config) -> Dataset:
+    """The data of a configuration, checked against its model.
+
+    Raises:
+        ConfigError: model and data do not go together.
+        DataError: see `open_dataset`.
+    """
+    tokenizer = get_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+            f"data.tokenizer {tokenizer.name}; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    dataset = open_dataset(config.data, sequence_length(config), config.seed)
+    dataset.steps_per_epoch(config.training.batch_size)  # raises where the text is too short
+    return dataset
+
+
+def sequence_length(config: Config) -> int:
+    """Tokens in one training sequence: `data.seq_length`, else the model's `max_seq_length`."""
+    length = config.data.seq_length or getattr(config.model, "max_seq_length", None)
+    if length is None:
+        raise ConfigError("data.seq_length: required for a model without max_seq_length")
+    return int(length)
 
 
 def open_dataset(

@@ -33,6 +33,8 @@ class TextDataset:
         description: the source in words.
     """
 
+    unit = "tok"
+
     def __init__(
         self,
         tokens: NDArray[np.integer],
@@ -105,6 +107,11 @@ class TextDataset:
             fingerprint=file.fingerprint,
             description=found.description,
         )
+
+    @property
+    def items_per_row(self) -> int:
+        """Tokens in one row of a batch."""
+        return self.seq_length
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training part; what is left over is dropped.
