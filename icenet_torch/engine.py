@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 def choose_device(name: str) -> torch.device:
     """auto: MPS, else CUDA, else the CPU."""
+    if os.environ.get("MLX_ENABLE_TF32") == "0":  # see icenet.core.backend.exact_products
+        torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         if torch.backends.mps.is_available():
             return torch.device("mps")

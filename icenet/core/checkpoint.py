@@ -9,12 +9,16 @@
 
 A checkpoint is written under another name and renamed when everything is on the disk, so a kill at any moment
 leaves the old ones and perhaps a folder whose name begins with a dot, which the next save removes.
+
+Other folders there are the user's and stay: only names of `step-` and digits are checkpoints.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from icenet.core.staging import reason_of, sync_folder
 
 FORMAT = 1
 _FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,11 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, verified or not."""
-    return sorted(path for path in (run / _FOLDER).glob("step-*") if path.is_dir())
+def list_checkpoints(run: Path, after: int = -1) -> list[Path]:
+    """The checkpoints of a run, or those of steps after `after`, oldest first, verified or not."""
+    found = {path: _NAME.fullmatch(path.name) for path in (run / _FOLDER).glob("step-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted((path for path, step in steps.items() if step > after), key=lambda path: steps[path])
 
 
 def newest(run: Path) -> Path | None:
@@ -117,12 +124,18 @@ def verify(path: Path) -> None:
         CheckpointError: a file is missing, changed or cut short.
     """
     manifest = _read_json(path, "manifest.json")
+    _check_format(path, manifest)
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {"model.safetensors", "state.json", "config.yaml"} <= files.keys():
+    # weights beyond 5 GB are in shards, with an index
+    wanted = [("state.json",), ("config.yaml",)]
+    wanted += [(f"{kind}.safetensors", f"{kind}.safetensors.index.json") for kind in ("model", "optimizer")]
+    if not isinstance(files, dict) or not all(any(name in files for name in names) for names in wanted):
         raise CheckpointError(f"{path / 'manifest.json'}: damaged: it does not list the checkpoint's files")
     for name, entry in files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if not isinstance(entry, dict) or Path(name).name != name:
+            raise CheckpointError(f"{path / 'manifest.json'}: damaged: {name!r} is no entry of a checkpoint's file")
+        if not file.is_file():
             raise CheckpointError(f"{file}: missing; use another checkpoint of the run")
         if file.stat().st_size != entry.get("bytes") or weight_files.checksum(file) != entry.get("sha256"):
             raise CheckpointError(f"{file}: damaged (not what was written); use another checkpoint of the run")
@@ -136,11 +149,7 @@ def load(path: Path) -> Checkpoint:
     """
     verify(path)
     state = _read_json(path, "state.json")
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: written in checkpoint format {state.get('format')!r}, and this version reads {FORMAT}; "
-            "install the version of icenet that wrote it (state.json names it)"
-        )
+    _check_format(path, state)
     step = state.get("step")
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{path / 'state.json'}: damaged: the step is {step!r}")
@@ -154,8 +163,18 @@ def load(path: Path) -> Checkpoint:
     )
 
 
+def _check_format(path: Path, content: Mapping[str, Any]) -> None:
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: written in checkpoint format {content.get('format')!r}, and this version reads {FORMAT}; "
+            "install the version of icenet that wrote it (state.json names it)"
+        )
+
+
 def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
-    """Opens a checkpoint, or the newest good one of a run folder; `warn` hears of damaged ones.
+    """Opens a checkpoint, or the newest good one of a run folder.
+
+    `warn` hears of damaged ones; absent, the logger `icenet` does, which writes to the standard error.
 
     Raises:
         CheckpointError: there is none.
@@ -173,8 +192,7 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
             return load(candidate)
         except IceNetError as error:
             problems.append(str(error))
-            if warn is not None:
-                warn(f"passing over {candidate.name}: {error}")
+            (warn or logging.getLogger("icenet").warning)(f"passing over {candidate.name}: {error}")
     raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is whole; the newest: {problems[0]}")
 
 
@@ -192,11 +210,16 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     return Config.from_yaml(path / "config.yaml", overrides), weight_files.read(path)
 
 
-def drop_after(run: Path, step: int) -> None:
-    """Removes the checkpoints of later steps: damaged ones, when a run goes on from an earlier one."""
-    for path in list_checkpoints(run):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path, ignore_errors=True)
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint that could not be read, so that a run can go on from an earlier one.
+
+    It is not removed: a disk may come back, or another version of icenet read it. Gives its new name.
+    """
+    target = path.with_name(f"unread-{path.name}")
+    if target.exists():
+        shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
+    return target
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ killed and resumed ends where the uninterrupted one does, and on the same backen
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -21,9 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
-from icenet.core import plots
+from icenet.core import plots, staging
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
@@ -59,7 +62,10 @@ def new_run_folder(config: str) -> Path:
 
 
 class Trainer:
-    """A run folder, an engine and the loop between them. Make one with `start` or `resume`."""
+    """A run folder, an engine and the loop between them. Make one with `start` or `resume`.
+
+    Those only read; `fit` writes, when it has the run to itself.
+    """
 
     def __init__(
         self, config: Config, run: Path, engine: backends.Engine, step: int, scale: LossScale, quiet: bool = False
@@ -73,6 +79,8 @@ class Trainer:
         self.quiet = quiet
         self.dataset = dataset_for(config)
         self.notes: list[str] = []
+        self._branched_from: Path | None = None
+        self._present = checkpoints.list_checkpoints(run)
         self._saved_step = step if step else -1
         self._last_loss = math.nan
         self._last_validation: float | None = None
@@ -92,10 +100,14 @@ class Trainer:
         config = config.checked()
         if checkpoints.list_checkpoints(run) or (run / "metrics.jsonl").exists():
             raise UsageError(f"{run}: holds a run already; continue it with --resume {run}, or choose another --run")
-        engine = backends.engine(config, backend, device)
-        trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
-        trainer._write_config()
-        return trainer
+        return cls._fresh(config, run, backend, device, quiet)
+
+    @classmethod
+    def _fresh(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
+        # the choice goes into the run's config, so that --resume alone continues on the same backend
+        config = config.with_overrides(f"backend={backend or config.backend}")
+        engine = backends.engine(config, None, device)
+        return cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
 
     @classmethod
     def resume(
@@ -114,12 +126,20 @@ class Trainer:
         With `run` the continuation goes to another folder, and the run it came from stays as it is. A
         checkpoint that is not its run's newest needs one.
         """
+        if _killed_at_birth(path):
+            config = Config.from_yaml(path / "config.yaml", overrides)
+            trainer = cls._fresh(config, run or path, backend, device, quiet)
+            trainer.notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
+            return trainer
         notes: list[str] = []
         found = checkpoints.find(path, notes.append)
-        origin = found.path.parent.parent
-        if run is None or run.resolve() == origin.resolve():
+        origin = _run_of(found.path)
+        if run is None and origin is None:
+            raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
+        branch = run is not None and (origin is None or run.resolve() != origin.resolve())
+        if not branch:
             run = origin
-            newer = [other.name for other in checkpoints.list_checkpoints(run) if other.name > found.path.name]
+            newer = [other.name for other in checkpoints.list_checkpoints(run, found.step)]
             if newer and path.resolve() == found.path.resolve():
                 raise UsageError(
                     f"{path}: the run went on to {newer[-1]}; resume {run} to continue there, "
@@ -127,40 +147,50 @@ class Trainer:
                 )
         elif checkpoints.list_checkpoints(run) or (run / "metrics.jsonl").exists():
             raise UsageError(f"{run}: holds a run already; choose another --run for the continuation")
-        config = found.config.with_overrides(*overrides) if overrides else found.config
+        config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
         if found.step >= config.training.max_steps:
             raise UsageError(
                 f"{path}: the run is complete at step {found.step}; "
                 f"to go on: --set training.max_steps={2 * found.step}"
             )
-        engine = backends.engine(config, backend, device, dtype=dtype)
+        engine = backends.engine(config, None, device, dtype=dtype)
         engine.set_weights(dict(found.weights))
         engine.set_optimizer_state(dict(found.optimizer))
         scale = LossScale.for_precision(config.training.mixed_precision)
-        stored = found.state.get("loss_scale")
-        if isinstance(stored, dict) and config.training.mixed_precision == found.config.training.mixed_precision:
-            scale = LossScale(float(stored["scale"]), int(stored["good_steps"]))
+        if config.training.mixed_precision == found.config.training.mixed_precision:
+            try:
+                stored = found.state["loss_scale"]
+                scale = LossScale(float(stored["scale"]), int(stored["good_steps"]))
+            except (KeyError, TypeError, ValueError):
+                raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
         trainer = cls(config, run, engine, found.step, scale, quiet)
         trainer.notes = notes
+        trainer._branched_from = (origin or found.path) if branch else None
         if found.state.get("data") != trainer.dataset.fingerprint:
             notes.append(f"the text of data.source {config.data.source} is not what the checkpoint was trained on")
-        if run == origin:
-            checkpoints.drop_after(run, found.step)
-        else:
-            trainer._copy_metrics(origin)
-        trainer._write_config()
         return trainer
 
-    def _write_config(self) -> None:
+    def _make_folder(self) -> None:
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            (self.run / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{self.run}: cannot be written ({error.strerror}); choose another --run") from None
 
+    def _settle(self, log: MetricsLog) -> None:
+        """Puts the folder in the state from which training goes on; only when the run is locked."""
+        if checkpoints.list_checkpoints(self.run) != self._present:
+            raise CheckpointError(f"{self.run}: another process went on with this run meanwhile; resume it again")
+        if self._branched_from is not None:
+            self.save()  # first: a branch that is killed can then be resumed without its origin
+            self._copy_metrics(self._branched_from)
+            self._branched_from = None
+        for unread in checkpoints.list_checkpoints(self.run, self.step):
+            self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
+        staging.write_text(self.run / "config.yaml", self.config.to_yaml())
+        log.truncate_after(self.step)
+
     def _copy_metrics(self, origin: Path) -> None:
         if (origin / "metrics.jsonl").is_file():
-            self.run.mkdir(parents=True, exist_ok=True)
             with MetricsLog(self.run / "metrics.jsonl") as log:
                 for record in MetricsLog.read(origin / "metrics.jsonl"):
                     if record.get("step", 0) <= self.step:
@@ -179,7 +209,7 @@ class Trainer:
         last = min(training.max_steps, until or training.max_steps)
         items = training.batch_size * self.dataset.items_per_row
         log = MetricsLog(self.run / "metrics.jsonl")
-        log.truncate_after(self.step)
+        self._make_folder()
         with (
             _locked(self.run),
             log,
@@ -187,9 +217,14 @@ class Trainer:
             Progress(training.max_steps, self.step, tokens_per_step=items, quiet=self.quiet,
                      label=f"{self.engine.backend} {self.engine.device}") as progress,
         ):  # fmt: skip
+            self._settle(log)
             for note in self.notes:
-                progress.note(note)
-            self._run(last, log, progress)
+                (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
+            self.notes.clear()
+            try:
+                self._run(last, log, progress)
+            finally:
+                self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
         plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
         return Result(self.run, self.step, self._last_loss, self._last_validation, checkpoint, plot)
@@ -218,7 +253,10 @@ class Trainer:
                 self.save()
             if evaluates or saves:
                 began = time.perf_counter()
-            if self._stop is not None and done < last:
+            if self._stop is not None and done < training.max_steps:
+                if pending is not None:
+                    self._record(pending, log, progress)
+                self.save()  # the signal may have come after `saves` was decided
                 name = signal.Signals(self._stop).name
                 raise Interrupted(
                     f"stopped by {'Ctrl-C' if name == 'SIGINT' else name} after step {done}; "
@@ -232,10 +270,9 @@ class Trainer:
         done = step + 1
         fp16 = self.config.training.mixed_precision == "fp16"
         if not math.isfinite(result.loss) or not (result.finite or fp16):
-            newest = checkpoints.newest(self.run)
-            where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
             raise IceNetError(
-                f"step {done}: the loss is {result.loss} and the gradient norm {result.grad_norm}; {where}. "
+                f"step {done}: the loss is {result.loss} and the gradient norm {result.grad_norm}; "
+                f"{self._last_good()}. "
                 "Lower training.learning_rate, or raise training.warmup_steps"
             )
         if fp16:
@@ -254,6 +291,10 @@ class Trainer:
             }
         )
         progress.update(done, result.loss, learning_rate=rate, tokens_per_second=speed)
+
+    def _last_good(self) -> str:
+        newest = checkpoints.newest(self.run)
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def _evaluate(self, log: MetricsLog, progress: Progress) -> None:
         training = self.config.training
@@ -278,11 +319,17 @@ class Trainer:
             "device": self.engine.device,
             "versions": versions(),
         }
+        weights = self.engine.weights()
+        wrong = next((name for name, array in weights.items() if not np.isfinite(array).all()), None)
+        if wrong is not None:  # an update can overflow though loss and gradients did not
+            raise IceNetError(
+                f"step {self.step}: {wrong} is not finite; {self._last_good()}. Lower training.learning_rate"
+            )
         path = checkpoints.save(
             self.run,
             self.config,
             self.step,
-            self.engine.weights(),
+            weights,
             self.engine.optimizer_state(),
             state,
             self.config.training.keep_checkpoints,
@@ -311,6 +358,19 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run in whose folder a checkpoint lies; None for a checkpoint that was copied elsewhere."""
+    if checkpoint.parent.name != "checkpoints":
+        checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def _killed_at_birth(path: Path) -> bool:
+    """Whether this is the folder of a run that ended before it had a checkpoint."""
+    begun = (path / "config.yaml").is_file() and ((path / ".lock").is_file() or (path / "metrics.jsonl").is_file())
+    return begun and not checkpoints.list_checkpoints(path)
+
+
 @contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """One process at a time works on a run; the lock goes with the process, however it ends."""
@@ -319,7 +379,10 @@ def _locked(run: Path) -> Iterator[None]:
     except ImportError:  # not on Windows
         yield
         return
-    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
