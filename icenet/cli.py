@@ -128,7 +128,7 @@ def train(
     )
 )
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--prompt", default="", help="The text to continue.")
+@click.option("--prompt", help="The text to continue.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the text to continue; - for stdin.")
 @click.option("--max-new-tokens", type=int)
 @click.option("--max-length", type=int)
@@ -143,14 +143,16 @@ def train(
 @backend_option
 @device_option
 def generate(
-    model: Path, prompt: str, prompt_file: Path | None, backend: str | None, device: str | None, **options: Any
+    model: Path, prompt: str | None, prompt_file: Path | None, backend: str | None, device: str | None, **options: Any
 ) -> None:
     """Continue a text with MODEL, a run, a checkpoint or a saved model."""
     import icenet
     from icenet.core.generation import read_prompt
 
     _check_device(device)
-    text = read_prompt(prompt_file) if prompt_file is not None else prompt
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("give either --prompt or --prompt-file")
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options["stop"] = list(options["stop"]) or None
     loaded = icenet.load(model, backend, device)
     pieces = icenet.generate(loaded, text, stream=True, **options)

@@ -14,7 +14,6 @@ from icenet.core.config import GenerationConfig
 
 if TYPE_CHECKING:
     from icenet.core.generation import Request
-    from icenet.models.base import BaseModel
 
 
 class Decoder:
@@ -24,7 +23,7 @@ class Decoder:
     anew from its first token for each next one.
     """
 
-    def __init__(self, model: BaseModel, request: Request) -> None:
+    def __init__(self, model: Any, request: Request) -> None:
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")

@@ -23,6 +23,8 @@ from icenet.parity.texts import TextComparison, compare_texts
 
 PROMPT = "def "
 _MARK = "quickstart.json"
+_OURS = ("mlx", "torch", "quickstart.png", _MARK)
+_SCRATCH = ".reference-"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     Trainer.start(config, out / "mlx", backend="mlx", quiet=quiet).fit(until=half)
     checkpoint = out / "mlx" / "checkpoints" / f"step-{half:08d}"
     Trainer.resume(checkpoint, run=out / "torch", backend="torch", quiet=quiet).fit()
-    Trainer.resume(out / "mlx", backend="mlx", quiet=quiet).fit()
-    with tempfile.TemporaryDirectory(dir=out) as scratch:  # the yardstick: the same half in float64
+    with tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH) as scratch:  # the yardstick: that half in float64
         reference = Path(scratch) / "torch float64"
         Trainer.resume(checkpoint, run=reference, backend="torch", device="cpu", dtype="float64", quiet=quiet).fit()
         curves = {"reference": _losses(reference)}
+    # last: it may remove the half-way checkpoint, if few are kept
+    Trainer.resume(out / "mlx", backend="mlx", quiet=quiet).fit()
     curves |= {name: _losses(out / name) for name in ("mlx", "torch")}
 
     steps = sorted(curves["mlx"])
@@ -115,7 +118,8 @@ def _clear(out: Path) -> None:
         raise UsageError(f"{out}: holds other files; give --out an empty folder")
     try:
         if ours:
-            shutil.rmtree(out)
+            for path in [*(out / name for name in _OURS), *out.glob(f"{_SCRATCH}*")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).write_text("{}", encoding="utf-8")
     except OSError as error:

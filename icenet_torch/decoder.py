@@ -12,7 +12,6 @@ from icenet_torch import nn as ops
 
 if TYPE_CHECKING:
     from icenet.core.generation import Request
-    from icenet_torch.models.base import BaseModel
 
 
 class Decoder:
@@ -22,7 +21,7 @@ class Decoder:
     anew from its first token for each next one.
     """
 
-    def __init__(self, model: BaseModel, request: Request) -> None:
+    def __init__(self, model: Any, request: Request) -> None:
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas
 
 # isort: split
 import mlx.core as mx
@@ -125,7 +125,9 @@ def exact_scores(context: list[int], seen: set[int], options: Any, row: int, ind
     return plain_scores(logits, options, seen, plain_key(options, row, index))
 
 
-def rounding(context: list[int], seen: set[int], options: Any, row: int, index: int, exact: Any, **changes: Any) -> float:
+def rounding(
+    context: list[int], seen: set[int], options: Any, row: int, index: int, exact: Any, **changes: Any
+) -> float:
     """How far single precision is from `exact` among the tokens that both keep, on the worse backend."""
     worst = 0.0
     for backend in PACKAGES:
@@ -150,7 +152,9 @@ def contexts(prompts: Any, row: int, tokens: Any, window: int) -> Iterator[tuple
         seen.add(token)
 
 
-def check_tokens(out: Any, prompts: Any, options: Any, window: int = 330, limit: int | None = None, **changes: Any) -> int:
+def check_tokens(
+    out: Any, prompts: Any, options: Any, window: int = 330, limit: int | None = None, **changes: Any
+) -> int:
     """Each token of `out` is the one that the float64 loop chooses, given those before it.
 
     A token may differ only where the exact scores of the two are closer than the rounding errors of both: such
@@ -163,11 +167,12 @@ def check_tokens(out: Any, prompts: Any, options: Any, window: int = 330, limit:
         for index, (context, seen) in zip(range(len(tokens)), contexts(prompts, row, tokens, window), strict=False):
             exact = exact_scores(context, seen, options, row, index, **changes)
             best = int(np.argmax(exact))
-            if tokens[index] == best:
+            token = tokens[index]
+            if token == best:
                 continue
-            gap = exact[best] - exact[tokens[index]]
+            gap = exact[best] - exact[token]
             allowed = 2 * rounding(context, seen, options, row, index, exact, **changes)
-            told = f"row {row}, token {index}: {tokens[index]} where {best} is {gap:.3g} better (rounding: {allowed:.3g})"
+            told = f"row {row}, token {index}: {token} where {best} is {gap:.3g} better (rounding: {allowed:.3g})"
             assert gap <= allowed, told
             print("a tie within rounding:", told)
             ties += 1
@@ -242,7 +247,7 @@ def test_a_sliding_window(window: int, options: Any) -> None:
         model = build(backend, **changes)
         outputs.append(run(backend, PROMPTS, model=model, max_new_tokens=45, overflow="slide", **options))
         check_tokens(outputs[-1], PROMPTS, options, window, **changes)
-        with pytest.raises(UsageError, match="exceed model.max_seq_length"):
+        with pytest.raises(UsageError, match=r"exceed model\.max_seq_length"):
             model.generate(PROMPTS, max_new_tokens=45, **options)
     check_same(*outputs, PROMPTS, options, window, **changes)
 
@@ -371,7 +376,9 @@ CHI_SQUARE = {2: 13.82, 5: 20.52}
 
 @BACKENDS
 @pytest.mark.parametrize("many", ["rows", "tokens"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"top_k": 3}, {"temperature": 0.5, "top_k": 3}], ids=repr)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 2.0}, {"top_k": 3}, {"temperature": 0.5, "top_k": 3}], ids=repr
+)
 def test_draws_follow_the_softmax(backend: str, many: str, options: Any) -> None:
     n, logits = 20_000, np.array([0.3, -1.0, 1.7, 0.0, -2.0, 1.1])
     keys = draw_keys(11, n, 1)[0] if many == "rows" else draw_keys(11, 1, n)[:, 0]
@@ -438,7 +445,9 @@ def test_prefill_reads_pieces_of_the_size_asked_for(backend: str, monkeypatch: p
 
 @BACKENDS
 def test_a_seed_is_a_text(backend: str) -> None:
-    texts = [run(backend, [[1, 2]], max_new_tokens=20, seed=seed).tobytes() for seed in (0, 1, 2, 2**32, -1, 2**63 - 1)]
+    texts = [
+        run(backend, [[1, 2]], max_new_tokens=20, seed=seed).tobytes() for seed in (0, 1, 2, 2**32, -1, 2**63 - 1)
+    ]
     assert len(set(texts)) == 6
     assert run(backend, [[1, 2]], max_new_tokens=20, seed=2).tobytes() == texts[2]
     assert run(backend, [[1, 2]], max_new_tokens=20).tobytes() == texts[0]
@@ -459,7 +468,9 @@ def test_prompts_of_any_form(backend: str) -> None:
     prompt = [[1, 2, 3], [4, 5, 6]]
     expected = run(backend, prompt, **options)
     forms: dict[str, Any] = {name: np.array(prompt, name) for name in ("int32", "int64")}
-    forms |= {name: np.array(prompt, name) for name in ("uint8", "int8", "uint16", "int16", "uint32", "uint64", ">i4")}
+    forms |= {
+        name: np.array(prompt, name) for name in ("uint8", "int8", "uint16", "int16", "uint32", "uint64", ">i4")
+    }
     forms |= {"fortran": np.asfortranarray(np.array(prompt)), "reversed": np.array(prompt)[:, ::-1][:, ::-1]}
     forms |= {"tuples": tuple(map(tuple, prompt)), "rows": [np.array(row) for row in prompt]}
     forms |= {"mlx": mx.array(prompt), "torch": torch.tensor(prompt), "int32 tensor": torch.tensor(prompt).int()}
@@ -821,7 +832,9 @@ def refused(backend: str, prompts: Any, options: Any, monkeypatch: pytest.Monkey
 
 
 @BACKENDS
-@pytest.mark.parametrize(("prompts", "options", "told"), BAD, ids=[f"{i}-{told[:50]}" for i, (_, _, told) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("prompts", "options", "told"), BAD, ids=[f"{i}-{told[:50]}" for i, (_, _, told) in enumerate(BAD)]
+)
 def test_bad_requests(backend: str, prompts: Any, options: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(backend, prompts, options, monkeypatch) == told
 

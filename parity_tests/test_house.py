@@ -31,7 +31,9 @@ def modules(folder: str) -> dict[str, Path]:
 
 CORE, PARITY = modules("icenet/core"), modules("icenet/parity")
 FRAMELESS = {**CORE, **PARITY}
-FRONT_DOOR = {name: path for name, path in modules("icenet").items() if path.parent.name == "icenet" and path.stem in FRONT}
+FRONT_DOOR = {
+    name: path for name, path in modules("icenet").items() if path.parent.name == "icenet" and path.stem in FRONT
+}
 MLX = {name: path for name, path in modules("icenet").items() if name not in FRAMELESS and name not in FRONT_DOOR}
 TORCH = modules("icenet_torch")
 
@@ -39,12 +41,14 @@ TORCH = modules("icenet_torch")
 # ---- in fresh processes -----------------------------------------------------------------------------------
 
 PRELUDE = """
-import sys, importlib.abc
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
-sys.meta_path.insert(0, Blocker())
+import importlib.machinery, sys
+class Finder:
+    find_distributions = importlib.machinery.PathFinder.find_distributions
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        hidden = name.partition(".")[0] in {blocked!r}
+        return None if hidden else importlib.machinery.PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 def loaded(*names):
     return sorted({{name.partition(".")[0] for name in sys.modules}} & set(names))
 def forget():
@@ -66,7 +70,9 @@ FRAMEWORKS = 'print(*loaded("mlx", "torch", "icenet_torch", "tensorflow", "jax")
 
 def test_the_front_door_loads_no_framework() -> None:
     assert python(f"import icenet; {FRAMEWORKS}") == ""
-    assert python(f"import icenet; icenet.__version__; [getattr(icenet, n) for n in icenet.__all__]; {FRAMEWORKS}") == ""
+    assert (
+        python(f"import icenet; icenet.__version__; [getattr(icenet, n) for n in icenet.__all__]; {FRAMEWORKS}") == ""
+    )
 
 
 @pytest.mark.parametrize("module", sorted(set(FRONT_DOOR) - {"icenet", "icenet.__main__"}))
@@ -76,7 +82,7 @@ def test_the_other_front_modules_load_no_framework(module: str) -> None:
 
 @pytest.mark.skipif("icenet.cli" not in FRONT_DOOR, reason="no command yet")
 def test_the_commands_help_loads_no_framework() -> None:
-    code = f"""
+    code = """
     import atexit, icenet.cli
     atexit.register(lambda: print("LOADED", *loaded("mlx", "torch", "icenet_torch")))
     icenet.cli.main(["--help"])
@@ -135,9 +141,6 @@ def test_a_missing_backend_is_one_line_with_the_remedy(missing: str) -> None:
     code = f"""
     from icenet.core import backend
     from icenet.core.errors import BackendError
-    import importlib.util
-    find = importlib.util.find_spec  # the question that is asked before an import
-    importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)
     try:
         backend.resolve({missing!r})
     except BackendError as error:
@@ -151,12 +154,13 @@ def test_mlx_is_never_imported_before_the_blas_is_chosen() -> None:
     """Whichever module of the MLX side comes first: after `import mlx.core` it would be too late."""
     code = f"""
     import importlib
-    class Watch(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
+    class Watch:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
             if name.partition(".")[0] == "mlx":
                 seen.append("icenet.blas" in sys.modules)
                 raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, Watch())
+    sys.meta_path.insert(0, Watch)
     for name in {sorted(MLX)}:
         forget()
         seen = []
@@ -209,7 +213,12 @@ def standard(name: str) -> bool:
 
 def test_core_imports_nothing_of_ours_and_no_framework() -> None:
     assert not strangers(CORE, lambda n: standard(n) or within(n, "icenet.core", *CORE_NEEDS) or n == "icenet")
-    bare = [f"{p.name}" for p in CORE.values() for _, n in imports(p) if n.startswith("icenet.") and not within(n, "icenet.core")]
+    bare = [
+        f"{p.name}"
+        for p in CORE.values()
+        for _, n in imports(p)
+        if n.startswith("icenet.") and not within(n, "icenet.core")
+    ]
     assert not bare
 
 
@@ -219,7 +228,13 @@ def test_parity_imports_core_only() -> None:
 
 
 def test_the_front_door_imports_core_and_parity_only() -> None:
-    allowed = ("icenet.core", "icenet.parity", *(name for name in FRONT_DOOR if name != "icenet"), *CORE_NEEDS, "click")
+    allowed = (
+        "icenet.core",
+        "icenet.parity",
+        *(name for name in FRONT_DOOR if name != "icenet"),
+        *CORE_NEEDS,
+        "click",
+    )
     assert not strangers(FRONT_DOOR, lambda n: standard(n) or within(n, *allowed) or n == "icenet")
 
 
@@ -231,7 +246,7 @@ def test_backends_never_import_each_other() -> None:
 
 
 def test_heavy_drawing_is_imported_late() -> None:
-    for path in FRAMELESS.values():
+    for path in CORE.values():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 name = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
@@ -252,7 +267,7 @@ def test_these_rules_can_fail(tmp_path: Path) -> None:
     found = [name for _, name in imports(file)]
     assert found == ["torch.nn", "mlx", "mlx.core", "icenet", "icenet.models"]
     assert not standard("torch") and not within("icenet.core2", "icenet.core") and within("a.b", "a.b")
-    with pytest.raises(AssertionError, match="blocked"):
+    with pytest.raises(AssertionError, match=r"No module named .torch."):
         python("import torch", "torch")
 
 
@@ -304,18 +319,31 @@ class Outline:
             if function.name != "__init__":
                 continue
             for item in ast.walk(function):
-                if isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store) and isinstance(item.value, ast.Name):
+                if (
+                    isinstance(item, ast.Attribute)
+                    and isinstance(item.ctx, ast.Store)
+                    and isinstance(item.value, ast.Name)
+                ):
                     self.attributes.append(item.attr)
-                if isinstance(item, ast.Call) and getattr(item.func, "attr", "") in ("register_buffer", "register_parameter"):
+                if isinstance(item, ast.Call) and getattr(item.func, "attr", "") in (
+                    "register_buffer",
+                    "register_parameter",
+                ):
                     self.attributes.append(ast.literal_eval(item.args[0]))
         self.arguments = {
-            RENAMED.get(function.name, function.name): [argument.arg for argument in function.args.args + function.args.kwonlyargs]
+            RENAMED.get(function.name, function.name): [
+                argument.arg for argument in function.args.args + function.args.kwonlyargs
+            ]
             for function in functions
         }
 
 
 def classes(path: Path) -> dict[str, Outline]:
-    return {node.name: Outline(node) for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)}
+    return {
+        node.name: Outline(node)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def twins(name: str) -> tuple[Path, Path]:
@@ -333,7 +361,9 @@ def test_models_have_the_same_methods_and_attributes(name: str) -> None:
     ours, theirs = (classes(path) for path in twins(name))
     for kind in ours:
         other = DIFFERENT_METHODS.get((name, kind), set())
-        assert [m for m in ours[kind].methods if m not in other] == [m for m in theirs[kind].methods if m not in other], kind
+        assert [m for m in ours[kind].methods if m not in other] == [
+            m for m in theirs[kind].methods if m not in other
+        ], kind
         assert sorted(ours[kind].attributes) == sorted(theirs[kind].attributes), kind
         for method in set(ours[kind].arguments) & set(theirs[kind].arguments) - other:
             assert ours[kind].arguments[method] == theirs[kind].arguments[method], f"{kind}.{method}"
@@ -361,7 +391,10 @@ def test_what_one_side_offers_the_other_does_too(name: str) -> None:
     """PyTorch's side may have more: what MLX's framework has and PyTorch's lacks."""
     ours, theirs = (functions(path) for path in twins(name))
     assert ours <= theirs
-    more = {"nn": {"signed", "threefry2x32", "random_bits"}, "facts": {"blas", "synchronize"}}  # MLX draws threefry itself
+    more = {
+        "nn": {"signed", "threefry2x32", "random_bits"},
+        "facts": {"blas", "synchronize"},
+    }  # MLX draws threefry itself
     assert theirs - ours <= more.get(name, set())
 
 
@@ -385,7 +418,7 @@ DIFFERENT_LINES = {
     # where keys and values are made, the buffer, the list of blocks
     "models.transformer": 20,
     # conversions to numpy and layouts, the module's call
-    "models.base": 44,
+    "models.base": 40,
 }
 
 
@@ -412,7 +445,11 @@ def meaning(path: Path) -> list[str]:
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_the_files_differ_in_the_frameworks_words_and_little_else(name: str) -> None:
     ours, theirs = (meaning(path) for path in twins(name))
-    apart = [line for line in difflib.unified_diff(ours, theirs, lineterm="", n=0) if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    apart = [
+        line
+        for line in difflib.unified_diff(ours, theirs, lineterm="", n=0)
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
     print("\n".join(apart))
     limit = DIFFERENT_LINES.get(name, 20)
     assert len(apart) <= limit, f"{len(apart)} lines differ:\n" + "\n".join(apart)
@@ -438,7 +475,10 @@ def test_the_families_are_the_same() -> None:
 
 def test_no_file_grows_past_two_rooms() -> None:
     """The design: a file that grows past about 400 lines is asking to be two rooms."""
-    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in {**modules("icenet"), **TORCH}.items()}
+    sizes = {
+        name: len(path.read_text(encoding="utf-8").splitlines())
+        for name, path in {**modules("icenet"), **TORCH}.items()
+    }
     assert {name: size for name, size in sizes.items() if size > 440} == {}
 
 
@@ -446,5 +486,5 @@ def test_annotations_are_postponed_everywhere() -> None:
     for path in {**modules("icenet"), **TORCH}.values():
         text = path.read_text(encoding="utf-8")
         if text.strip():
-            assert "from __future__ import annotations" in text, path
+            assert "from __future__ import annotations" in text or "def " not in text, path
             assert ast.get_docstring(ast.parse(text)), f"{path} does not say what it is"

@@ -9,7 +9,7 @@ import re
 import textwrap
 from typing import Any
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas
 
 # isort: split
 import mlx.core as mx
@@ -120,7 +120,9 @@ def test_the_guides_snippets_as_printed() -> None:
 def test_the_guides_module_names_exist_under_icenet_torch_too(name: str) -> None:
     """So that every import of the guide works with the package's name changed."""
     module = importlib.import_module(f"icenet_torch.{name}")
-    for wanted in {"core.config": ["ModelConfig"], "models": ["TransformerModel"], "models.base": ["BaseModel"]}[name]:
+    for wanted in {"core.config": ["ModelConfig"], "models": ["TransformerModel"], "models.base": ["BaseModel"]}[
+        name
+    ]:
         assert hasattr(module, wanted)
 
 
@@ -490,7 +492,9 @@ def test_weights_of_a_model_in_half_precision(backend: str) -> None:
 def test_init_weights_starts_anew(backend: str) -> None:
     model = build(backend, seed=1)
     model.init_weights(2)
-    assert all(np.array_equal(array, model.weights()[path]) for path, array in build(backend, seed=2).weights().items())
+    assert all(
+        np.array_equal(array, model.weights()[path]) for path, array in build(backend, seed=2).weights().items()
+    )
 
 
 def test_both_backends_have_the_same_paths_sites_and_scales() -> None:
@@ -542,6 +546,7 @@ def test_a_compiled_model_gives_the_same(backend: str, compiler: Any, monkeypatc
     for first, second in zip(eager, compiled, strict=True):
         np.testing.assert_allclose(second, first, rtol=2e-6)
     for path, array in weights.items():
-        # AdamW divides by the gradient's own size: rounding of a gradient near zero moves a weight by lr
-        moved = np.abs(compiled_weights[path] - array)
-        assert np.median(moved) < 1e-6, path
+        # AdamW divides by the gradient's own size, so rounding alone moves a weight whose gradient is near zero by
+        # the learning rate: hence the median. A key's bias has no gradient at all (softmax ignores a constant).
+        if not path.endswith("k_proj.bias"):
+            assert np.median(np.abs(compiled_weights[path] - array)) < 1e-6, path

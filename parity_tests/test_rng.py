@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas
 
 # isort: split
 import mlx.core as mx
@@ -140,7 +140,19 @@ def test_uniform_variates_stay_below_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # ---- dropout ----------------------------------------------------------------------------------------------
 
-SHAPES = [(0,), (1,), (2,), (3,), (7, 3), (2, 5, 9), (3, 0, 2), (16, 128), (4, 63, 65), (1, 2 * CHUNK + 1), (3, CHUNK)]
+SHAPES = [
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (7, 3),
+    (2, 5, 9),
+    (3, 0, 2),
+    (16, 128),
+    (4, 63, 65),
+    (1, 2 * CHUNK + 1),
+    (3, CHUNK),
+]
 RATES = [1e-12, 2.0**-33, 2.0**-32, 1e-3, 0.1, 0.25, 0.5, 2 / 3, 0.999, 1 - 2.0**-32, 1 - 2.0**-40]
 
 

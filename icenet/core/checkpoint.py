@@ -127,9 +127,9 @@ def verify(path: Path) -> None:
     _check_format(path, manifest)
     files = manifest.get("files")
     # weights beyond 5 GB are in shards, with an index
-    wanted = [("state.json",), ("config.yaml",)]
-    wanted += [(f"{kind}.safetensors", f"{kind}.safetensors.index.json") for kind in ("model", "optimizer")]
-    if not isinstance(files, dict) or not all(any(name in files for name in names) for names in wanted):
+    wanted = [{"state.json"}, {"config.yaml"}]
+    wanted += [{f"{kind}.safetensors", f"{kind}.safetensors.index.json"} for kind in ("model", "optimizer")]
+    if not isinstance(files, dict) or not all(names & files.keys() for names in wanted):
         raise CheckpointError(f"{path / 'manifest.json'}: damaged: it does not list the checkpoint's files")
     for name, entry in files.items():
         file = path / name
@@ -186,13 +186,16 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
     found = list_checkpoints(path)
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint; give a run's folder or a checkpoint in it")
-    problems = []
+    problems: list[str] = []
     for candidate in reversed(found):
         try:
-            return load(candidate)
+            good = load(candidate)
         except IceNetError as error:
             problems.append(str(error))
-            (warn or logging.getLogger("icenet").warning)(f"passing over {candidate.name}: {error}")
+            continue
+        for passed, problem in zip(reversed(found), problems, strict=False):
+            (warn or logging.getLogger("icenet").warning)(f"passing over {passed.name}: {problem}")
+        return good
     raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is whole; the newest: {problems[0]}")
 
 
@@ -202,6 +205,11 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     A run or checkpoint gives both, so does a folder that `icenet.save` wrote; a YAML file or a preset's name
     gives a configuration alone.
     """
+    if path.is_file() and path.suffix in (weight_files.SUFFIX, ".pt", ".pth", ".bin"):
+        raise CheckpointError(
+            f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
+            "makes a folder of both"
+        )
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
     if (path / _FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():

@@ -230,11 +230,19 @@ def convert_model(
     if settings is not None:
         model = describe.outline(Config.from_yaml(settings))
         kinds, shapes = model.layer_kinds(), model.weight_shapes()
+    beside = None  # a config beside the weights, for icenet.load
+    if settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix):
+        _refuse_collision(source, _destination(destination, to), overwrite)
+        beside = destination / "config.yaml"
+        if beside.exists() and Path(settings).resolve() == beside.resolve():
+            beside = None
+        elif beside.exists() and not overwrite:
+            raise UsageError(f"{beside}: exists; name another destination, or give --overwrite to replace it")
     done = convert(
         source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite  # type: ignore[arg-type]
     )
-    if settings is not None and to == "canonical" and not destination.suffix:
-        staging.write_text(destination / "config.yaml", Config.from_yaml(settings).to_yaml())  # for icenet.load
+    if settings is not None and beside is not None:
+        staging.write_text(beside, Config.from_yaml(settings).to_yaml())
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")

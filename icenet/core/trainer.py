@@ -134,19 +134,19 @@ class Trainer:
         notes: list[str] = []
         found = checkpoints.find(path, notes.append)
         origin = _run_of(found.path)
-        if run is None and origin is None:
+        target = run or origin
+        if target is None:
             raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
-        branch = run is not None and (origin is None or run.resolve() != origin.resolve())
+        branch = origin is None or target.resolve() != origin.resolve()
         if not branch:
-            run = origin
-            newer = [other.name for other in checkpoints.list_checkpoints(run, found.step)]
+            newer = [other.name for other in checkpoints.list_checkpoints(target, found.step)]
             if newer and path.resolve() == found.path.resolve():
                 raise UsageError(
-                    f"{path}: the run went on to {newer[-1]}; resume {run} to continue there, "
+                    f"{path}: the run went on to {newer[-1]}; resume {target} to continue there, "
                     "or give --run NEW to branch off here"
                 )
-        elif checkpoints.list_checkpoints(run) or (run / "metrics.jsonl").exists():
-            raise UsageError(f"{run}: holds a run already; choose another --run for the continuation")
+        elif checkpoints.list_checkpoints(target) or (target / "metrics.jsonl").exists():
+            raise UsageError(f"{target}: holds a run already; choose another --run for the continuation")
         config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
         if found.step >= config.training.max_steps:
             raise UsageError(
@@ -163,7 +163,7 @@ class Trainer:
                 scale = LossScale(float(stored["scale"]), int(stored["good_steps"]))
             except (KeyError, TypeError, ValueError):
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
-        trainer = cls(config, run, engine, found.step, scale, quiet)
+        trainer = cls(config, target, engine, found.step, scale, quiet)
         trainer.notes = notes
         trainer._branched_from = (origin or found.path) if branch else None
         if found.state.get("data") != trainer.dataset.fingerprint:
