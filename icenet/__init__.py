@@ -106,13 +106,13 @@ def generate(
         raise UsageError("generate: the model has no tokenizer; set model.tokenizer, or use model.generate with ids")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = generation.encode_prompts(model.tokenizer, prompts)
-    if stream:
-        if len(ids) != 1:
-            raise UsageError("generate: stream=True takes one prompt")
-        stop = options.get("stop") or (model.generation.stop if model.generation else ())
-        return generation.text_pieces(model.generate(ids, stream=True, **options), model.tokenizer, stop)
+    if stream and len(ids) != 1:
+        raise UsageError("generate: stream=True takes one prompt")
     request = generation.request(model, ids, None, 0, options)
-    rows = generation.complete(backend.module(model.backend, "decoder").Decoder(model, request), request)
+    decoder = backend.module(model.backend, "decoder").Decoder(model, request)
+    if stream:
+        return generation.text_pieces(decoder, request)
+    rows = generation.complete(decoder, request)
     texts = [model.tokenizer.decode(row) for row in rows]
     return texts[0] if isinstance(prompt, str) else texts
 

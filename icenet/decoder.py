@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -11,6 +13,7 @@ import numpy as np
 
 from icenet import nn as ops
 from icenet.core.config import GenerationConfig
+from icenet.core.sampling import LEAST_TEMPERATURE
 
 if TYPE_CHECKING:
     from icenet.core.generation import Request
@@ -32,8 +35,6 @@ class Decoder:
         self.logits: Any = None
 
     def __enter__(self) -> Decoder:
-        self.was_training = self.model.training
-        self.model.eval()
         request = self.request
         keys, seen = request.keys(), request.seen(self.model.config.vocab_size)
         self.keys = None if keys is None else mx.array(keys)
@@ -41,11 +42,11 @@ class Decoder:
         self.rows = mx.arange(len(request.tokens))
         self.context = mx.array(request.tokens)  # all tokens so far, [B, S]
         self.visible = None if request.visible is None else mx.array(request.visible)
-        self.logits = self.read_context(request.window)
+        with evaluating(self.model):
+            self.logits = self.read_context(request.window)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.model.train(self.was_training)
         self.logits = self.cache = None
 
     def read_context(self, limit: int | None) -> mx.array:
@@ -80,7 +81,8 @@ class Decoder:
 
     def next(self, index: int) -> mx.array:
         if index > 0:
-            self.logits = self.read_token(self.token)
+            with evaluating(self.model):
+                self.logits = self.read_token(self.token)
         keys = None if self.keys is None else self.keys[index]
         self.scores = scores(self.logits, self.request.settings, keys, self.seen)
         self.token = mx.argmax(self.scores, axis=-1)
@@ -94,6 +96,17 @@ class Decoder:
     def fetch_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """The logits and scores, fp32 `[B, V]`, that the last token was chosen by."""
         return np.array(self.logits.astype(mx.float32)), np.array(self.scores)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for one piece of work: between two tokens of a stream a model is as its user set it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def scores(
@@ -110,7 +123,7 @@ def scores(
         logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
     if keys is None:
         return logits
-    logits = logits / settings.temperature
+    logits = logits / max(settings.temperature, LEAST_TEMPERATURE)
     if 0 < settings.top_k < vocab_size:
         least = mx.topk(logits, settings.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits < least, -mx.inf, logits)

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from icenet import nn as ops
 from icenet.core import layout
-from icenet.core.backend import Batch, StepResult, check_ids
+from icenet.core.backend import Batch, Evaluation, StepResult, check_ids
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet.models import MODELS, BaseModel
@@ -95,7 +95,7 @@ class Engine:
 
     def _outputs(self, batch: dict[str, mx.array]) -> mx.array:
         mask = batch.get("attention_mask")
-        return self.model(batch["inputs"]) if mask is None else self.model(batch["inputs"], mask)
+        return self.model(batch["inputs"]) if mask is None else self.model(batch["inputs"], attention_mask=mask)
 
     def _gradients(self, batch: dict[str, mx.array], keys: mx.array, scale: mx.array) -> tuple[Any, ...]:
         self.model.seed_dropout(keys)
@@ -114,7 +114,8 @@ class Engine:
 
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         self.model.train()
-        loss, _, gradients = self._compute(self._arrays(batch), self._keys(step), mx.array(1.0))
+        with ops.keep_statistics(self.model):
+            loss, _, gradients = self._compute(self._arrays(batch), self._keys(step), mx.array(1.0))
         return _number(loss), self._canonical(dict(tree_flatten(gradients)))
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
@@ -125,11 +126,13 @@ class Engine:
 
     # ---- evaluation --------------------------------------------------------------------------------------
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
+    def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
         arrays = self._arrays(batch)
-        loss, count = ops.cross_entropy(self._outputs(arrays), arrays["labels"])
-        return _number(loss), int(_number(count))
+        logits, labels = self._outputs(arrays), arrays["labels"]
+        loss, count = ops.cross_entropy(logits, labels)
+        correct = int(_number(ops.correct(logits, labels))) if labels.ndim == 1 else None
+        return Evaluation(_number(loss), int(_number(count)), correct)
 
     def forward(self, batch: Batch) -> np.ndarray:
         self.model.eval()

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet import facts
+from icenet import nn as ops
 from icenet.core.backend import Batch
 from icenet.engine import Engine
 from icenet.parity.trace import Call, Trace, Value, short_dtype
@@ -148,7 +149,8 @@ def _mode(engine: Engine, train: bool, step: int) -> Iterator[None]:
         model.train(train)
         if train:
             model.seed_dropout(engine._keys(step))
-        yield
+        with ops.keep_statistics(model):
+            yield
     finally:
         model.gradient_checkpointing = checkpointing
 

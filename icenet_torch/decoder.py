@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from icenet.core.config import GenerationConfig
+from icenet.core.sampling import LEAST_TEMPERATURE
 from icenet_torch import nn as ops
 
 if TYPE_CHECKING:
@@ -31,8 +34,6 @@ class Decoder:
 
     @torch.no_grad()
     def __enter__(self) -> Decoder:
-        self.was_training = self.model.training
-        self.model.eval()
         request = self.request
         keys, seen = request.keys(), request.seen(self.model.config.vocab_size)
         device = self.model.device
@@ -41,11 +42,11 @@ class Decoder:
         self.rows = torch.arange(len(request.tokens), device=device)
         self.context = torch.from_numpy(request.tokens).to(device)  # all tokens so far, [B, S]
         self.visible = None if request.visible is None else torch.from_numpy(request.visible).to(device)
-        self.logits = self.read_context(request.window)
+        with evaluating(self.model):
+            self.logits = self.read_context(request.window)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.model.train(self.was_training)
         self.logits = self.cache = None
 
     def read_context(self, limit: int | None) -> torch.Tensor:
@@ -80,7 +81,8 @@ class Decoder:
     @torch.no_grad()
     def next(self, index: int) -> Any:
         if index > 0:
-            self.logits = self.read_token(self.token)
+            with evaluating(self.model):
+                self.logits = self.read_token(self.token)
         keys = None if self.keys is None else self.keys[index]
         self.scores = scores(self.logits, self.request.settings, keys, self.seen)
         self.token = torch.argmax(self.scores, dim=-1)
@@ -104,6 +106,17 @@ class Decoder:
         return self.logits.float().cpu().numpy(), self.scores.cpu().numpy()
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for one piece of work: between two tokens of a stream a model is as its user set it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def scores(
     logits: torch.Tensor, settings: GenerationConfig, keys: torch.Tensor | None, seen: torch.Tensor | None
 ) -> torch.Tensor:
@@ -118,7 +131,7 @@ def scores(
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if keys is None:
         return logits
-    logits = logits / settings.temperature
+    logits = logits / max(settings.temperature, LEAST_TEMPERATURE)
     if 0 < settings.top_k < vocab_size:
         least = torch.topk(logits, settings.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
         logits = torch.where(logits < least, -torch.inf, logits)

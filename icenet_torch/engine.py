@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from icenet.core.backend import Batch, StepResult, check_ids
+from icenet.core.backend import Batch, Evaluation, StepResult, check_ids
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet_torch import nn as ops
@@ -91,7 +91,7 @@ class Engine:
 
     def _outputs(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = batch.get("attention_mask")
-        return self._call(batch["inputs"]) if mask is None else self._call(batch["inputs"], mask)
+        return self._call(batch["inputs"]) if mask is None else self._call(batch["inputs"], attention_mask=mask)
 
     def _gradients(
         self, batch: dict[str, torch.Tensor], keys: torch.Tensor, scale: float
@@ -113,7 +113,8 @@ class Engine:
 
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         self.model.train()
-        loss, _ = self._gradients(self._arrays(batch), self._keys(step), 1.0)
+        with ops.keep_statistics(self.model):
+            loss, _ = self._gradients(self._arrays(batch), self._keys(step), 1.0)
         return loss.item(), {path: _numpy(p.grad) for path, p in self.parameters.items()}
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
@@ -125,11 +126,13 @@ class Engine:
     # ---- evaluation --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
+    def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
         arrays = self._arrays(batch)
-        loss, count = ops.cross_entropy(self._outputs(arrays), arrays["labels"])
-        return loss.item(), int(count.item())
+        logits, labels = self._outputs(arrays), arrays["labels"]
+        loss, count = ops.cross_entropy(logits, labels)
+        correct = int(ops.correct(logits, labels).item()) if labels.ndim == 1 else None
+        return Evaluation(loss.item(), int(count.item()), correct)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -154,7 +157,8 @@ class Engine:
 
     def _arrays(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_ids(batch, self.config.model.vocab_size)
-        return {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        arrays = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        return {name: ops.to_channels_first(x) if x.ndim == 4 else x for name, x in arrays.items()}
 
     def _keys(self, step: int) -> torch.Tensor:
         keys = self.model.dropout_keys(self.config.seed, step)

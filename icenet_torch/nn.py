@@ -1,17 +1,22 @@
 """Layers and functions of the PyTorch models, wherever the two frameworks differ in meaning.
 
-Shapes: B batch, T positions, D width, H heads. The mirror is `icenet/nn.py`.
+Shapes: B batch, T positions, D width, H heads; of images H height, W width, C channels, O output channels.
+The mirror is `icenet/nn.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from icenet.core.errors import UsageError
 
 Array: TypeAlias = Tensor
 
@@ -20,12 +25,15 @@ _NATIVE_KINDS: dict[type, str] = {
     nn.Linear: "linear",
     nn.Embedding: "embedding",
     nn.LayerNorm: "layer_norm",
+    nn.Conv2d: "conv2d",
+    nn.BatchNorm2d: "batch_norm",
 }
 
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.layout`)."""
-    return next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+    own: str | None = getattr(module, "layer_kind", None)
+    return own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
 
 
 def on_cpu(x: Array) -> bool:
@@ -97,6 +105,13 @@ class Dropout(nn.Module):
         return torch.where(keep, x * (1 / (1 - self.p)), 0)
 
 
+class ImageDropout(Dropout):
+    """Dropout of images `[B, C, H, W]`, whose mask is drawn for `[B, H, W, C]` on both backends."""
+
+    def forward(self, x: Array) -> Array:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None, device: torch.device) -> Array:
     """A mask, bool, that is True with probability 1 - p."""
     if key is None:
@@ -155,6 +170,101 @@ def random_uniform(keys: Array, n: int) -> Array:
     """Uniform variates in [0, 1), float32 `[..., n]`, under each of the keys: MLX's own, bit for bit."""
     words = random_bits(keys, n).to(torch.int64) & 0xFFFFFFFF
     return (words.to(torch.float32) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def to_channels_first(x: Array) -> Array:
+    """Images `[B, H, W, C]` as PyTorch's models take them, `[B, C, H, W]`.
+
+    On a CPU and on CUDA a view, which is the memory format channels_last. On MPS a copy: batch norm's gradient
+    is wrong there for images that are not contiguous.
+    """
+    x = x.permute(0, 3, 1, 2)
+    return x.contiguous() if x.device.type == "mps" else x
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution without bias over images `[B, C, H, W]`, padded by half its size, in the dtype of x."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: initial values come from `icenet.core.init`."""
+
+    def forward(self, x: Array) -> Array:
+        return conv2d(x, self.weight, self.stride[0], int(self.padding[0]))
+
+
+def conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
+    """Images `[B, C, H, W]` and weight `[O, C, K, K]` to images `[B, O, H', W']` in x's dtype."""
+    dtype = torch.float32 if is_half(x) and on_cpu(x) else x.dtype
+    y, w = x.to(dtype), weight.to(x.dtype).to(dtype)
+    return F.conv2d(y, w, None, stride, padding).to(x.dtype)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm (Ioffe and Szegedy, 2015) of images `[B, C, H, W]`, its statistics in fp32.
+
+    In training the running statistics move by a tenth towards the batch's mean and unbiased variance. Unlike
+    PyTorch's own it counts no batches.
+    """
+
+    momentum: float
+    running_mean: Array
+    running_var: Array
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Array) -> Array:
+        y = x.to(self.weight.dtype)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            check_batch_norm(y.numel() // y.shape[1])
+            # with momentum 1 PyTorch leaves the batch's own mean and unbiased variance in what it is given
+            mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        y = F.batch_norm(y, mean, var, self.weight, self.bias, self.training, 1.0, self.eps)
+        if self.training:
+            keep, m = 1 - self.momentum, self.momentum
+            self.running_mean.copy_(keep * self.running_mean + m * mean)
+            self.running_var.copy_(keep * self.running_var + m * var)
+        return y.to(x.dtype)
+
+
+def check_batch_norm(count: int) -> None:
+    """Refuses to take the variance of one value."""
+    if count < 2:
+        raise UsageError(
+            "batch norm: one value in each channel has no variance to train with; "
+            "use a larger training.batch_size, or larger images"
+        )
+
+
+@contextlib.contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, (mean, var) in zip(norms, before, strict=True):
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(var)
+
+
+def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
+    """The largest value of each window of images `[B, C, H, W]`; the first of several takes the gradient."""
+    return F.max_pool2d(x, size, stride, padding)
+
+
+def global_average_pool(x: Array) -> Array:
+    """The mean over height and width, taken in fp32: `[B, C, H, W]` to `[B, C]` in x's dtype."""
+    y = x.float() if is_half(x) else x
+    return y.mean(dim=3).mean(dim=2).to(x.dtype)
 
 
 def activation(name: str, x: Array) -> Array:
@@ -223,6 +333,22 @@ def global_norm(gradients: list[Array]) -> Array:
     return nn.utils.get_total_norm(gradients)
 
 
+def correct(logits: Array, labels: Array) -> Array:
+    """How many rows of logits `[B, V]` are largest at their label."""
+    return (logits.argmax(dim=-1) == labels).sum()
+
+
 def checkpoint(block: nn.Module, *inputs: object) -> Array:
-    """The block's output, its activations computed anew in the backward pass instead of kept."""
-    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    """The block's output, its activations computed anew in the backward pass instead of kept.
+
+    Running statistics move in the forward pass only.
+    """
+    # a dropout without a key draws from PyTorch's generator, whose state is put back for the second time
+    unkeyed = any(isinstance(m, Dropout) and m._key is None and m.training and m.p > 0 for m in block.modules())
+    return torch.utils.checkpoint.checkpoint(
+        block,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=unkeyed,
+        context_fn=lambda: (contextlib.nullcontext(), keep_statistics(block)),
+    )

@@ -13,6 +13,7 @@ from torch import nn
 from icenet.core.backend import Batch
 from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet_torch import facts
+from icenet_torch import nn as ops
 from icenet_torch.engine import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -122,7 +123,8 @@ def _mode(engine: Engine, train: bool, step: int) -> Iterator[None]:
         model.train(train)
         if train:
             model.seed_dropout(engine._keys(step))
-        yield
+        with ops.keep_statistics(model):
+            yield
     finally:
         model.gradient_checkpointing = checkpointing
         engine._call = call
@@ -133,7 +135,12 @@ def _tensor(engine: Engine, value: Value) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(value.array)).to(engine.device)
     if not value.is_float:
         return tensor
+    tensor = ops.to_channels_first(tensor) if _is_image(tensor) else tensor
     return tensor.to(torch.float64 if engine.dtype == torch.float64 else DTYPES[value.dtype])
+
+
+def _is_image(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_floating_point()
 
 
 def _arrays_in(item: Any) -> list[torch.Tensor]:
@@ -150,7 +157,8 @@ def _value(item: Any) -> Any:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """An activation in the trace's layout (channels last; images come later, and their axes move here)."""
+    """An activation in the trace's layout, which is MLX's: four axes of floats are images, channels last."""
     tensor = tensor.detach().cpu()
+    tensor = tensor.permute(0, 2, 3, 1) if _is_image(tensor) else tensor
     array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().copy()
     return array

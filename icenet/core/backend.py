@@ -36,8 +36,23 @@ class StepResult(NamedTuple):
     finite: bool
 
 
+class Evaluation(NamedTuple):
+    """What the evaluation of a batch measured."""
+
+    loss: float
+    """The mean, in nats."""
+    count: int
+    """Labels counted."""
+    correct: int | None
+    """Rows classified right, where labels are `[B]`; None for tokens."""
+
+
 class Engine(Protocol):
-    """One model and its optimizer on one backend and device. Arrays are numpy, weights canonical."""
+    """One model and its optimizer on one backend and device. Arrays are numpy, weights canonical.
+
+    A batch holds `inputs` and `labels`: tokens int32 `[B, T]` and `[B, T]`, or images float32 `[B, H, W, C]`
+    and classes int32 `[B]`.
+    """
 
     backend: ClassVar[str]
     device: str
@@ -50,14 +65,17 @@ class Engine(Protocol):
     def read(self, handle: Any) -> StepResult:
         """Waits for a step."""
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """The mean loss of a batch in evaluation mode, and the number of labels counted."""
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """The loss of a batch in evaluation mode, and how many of its rows are classified right."""
 
     def forward(self, batch: Batch) -> NDArray[Any]:
         """The model's output in evaluation mode."""
 
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
-        """The mean loss and the gradient of every parameter, unclipped, with the dropout masks of a step."""
+        """The mean loss and the gradient of every parameter, unclipped, with the dropout masks of a step.
+
+        Weights and running statistics stay as they are.
+        """
 
     def apply_gradients(self, gradients: dict[str, NDArray[Any]], step: int, learning_rate: float) -> None:
         """One optimizer step with gradients from elsewhere, unclipped."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from typing_extensions import Self
 
-from icenet.core import yaml_file
+from icenet.core import stages, yaml_file
 from icenet.core.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -84,6 +84,7 @@ class TransformerConfig(ModelConfig):
     """A transformer: a decoder when `causal`, an encoder otherwise."""
 
     type: Literal["transformer"] = "transformer"
+    """The family."""
     num_heads: Annotated[int, Field(ge=1)] = 8
     """Attention heads; each is hidden_size / num_heads wide."""
     max_seq_length: Annotated[int, Field(ge=1)] = 512
@@ -108,7 +109,73 @@ class TransformerConfig(ModelConfig):
         return self
 
 
-FAMILIES: dict[str, type[ModelConfig]] = {"transformer": TransformerConfig}
+class CNNConfig(ModelConfig):
+    """A convolutional network for images: a stem, stages of blocks, and a classifier (`icenet.core.stages`)."""
+
+    type: Literal["cnn"] = "cnn"
+    hidden_size: Annotated[int, Field(ge=1)] = 512
+    """Width of the classifier's hidden layer, and of the features."""
+    num_layers: Annotated[int, Field(ge=1)] = 5
+    """Number of blocks after the stem."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Probability with which an activation is dropped in training."""
+    vocab_size: Annotated[int, Field(ge=1)] = 1000
+    """Number of classes."""
+    activation: Activation = "relu"
+    """Activation of the blocks and of the classifier."""
+    image_channels: Annotated[int, Field(ge=1)] = 3
+    """Channels of an image: 3 for colour, 1 for grey."""
+    stem: Literal["conv3", "conv7"] = "conv3"
+    """How an image is entered: a 3x3 convolution, or one of 7x7 and a max pooling, each with stride 2."""
+    base_channels: Annotated[int, Field(ge=1)] = 64
+    """Channels of the stem; each stage after the first doubles them, unless stage_widths says otherwise."""
+    block: Literal["alternating", "conv", "basic", "bottleneck"] = "alternating"
+    """What a layer is: a conv block, a residual block (basic or bottleneck), or conv and basic in turn."""
+    stage_depths: list[Annotated[int, Field(ge=1)]] | None = None
+    """Blocks of each stage; when absent, num_layers over four stages, the early ones the deeper."""
+    stage_widths: list[Annotated[int, Field(ge=1)]] | None = None
+    """Channels of each stage (of a bottleneck: of its 3x3 convolution, a quarter of what leaves it)."""
+    classifier: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer of hidden_size between pooling and classes, or none."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        stages.check(self)
+        return self
+
+
+class RecurrentConfig(ModelConfig):
+    """A recurrent network: an LSTM, a GRU, or the simple RNN. It has no longest sequence."""
+
+    type: Literal["lstm", "gru", "rnn"] = "lstm"
+    """The family: the kind of its layers."""
+    num_layers: Annotated[int, Field(ge=1)] = 4
+    """Number of recurrent layers."""
+    bidirectional: bool = False
+    """Each layer reads from both ends: for features, not for generation."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Activation of the simple RNN; the gates of lstm and gru have their own."""
+    tie_embeddings: bool = False
+    """The output projection uses the embedding's weights."""
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.activation != "tanh" and self.type != "rnn":
+            raise ValueError(f"activation {self.activation} is for type rnn; the gates of {self.type} have their own")
+        if self.tie_embeddings and self.bidirectional:
+            raise ValueError(
+                "tie_embeddings needs bidirectional: false: two directions are twice as wide as the embedding"
+            )
+        return self
+
+
+FAMILIES: dict[str, type[ModelConfig]] = {
+    "cnn": CNNConfig,
+    "transformer": TransformerConfig,
+    "lstm": RecurrentConfig,
+    "gru": RecurrentConfig,
+    "rnn": RecurrentConfig,
+}
 """The section of each family by its `type`; a new family adds its line here."""
 
 
@@ -156,12 +223,39 @@ class DataConfig(Section):
     """The share of tokens held out for evaluation."""
 
 
+class ImageDataConfig(Section):
+    """Where batches of images and their classes come from."""
+
+    section: ClassVar[str] = "data"
+
+    kind: Literal["images"] = "images"
+    """What is read: images."""
+    source: str = "digits"
+    """A folder of class folders, of MNIST's IDX files or of CIFAR-10's binary files; or 'digits', scikit-learn's."""
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    """Height and width; images of another size are resized and their middle is taken. Absent: as they are."""
+    channels: Literal[1, 3] | None = None
+    """1 turns colour to grey, 3 grey to colour. Absent: as the source has them (a folder: 3)."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The share of each class held out for evaluation, where the source has no test files of its own."""
+    horizontal_flip: bool = False
+    """Mirror every second training image, at random."""
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pad training images with so many zeros on each side and cut a random piece of the old size."""
+    normalize: bool = True
+    """Subtract the mean of each channel and divide by its standard deviation."""
+    mean: list[float] | None = None
+    """Mean of each channel, of values from 0 to 1; that of the training images when absent."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    """Standard deviation of each channel; that of the training images when absent."""
+
+
 def _data_tag(value: Any) -> str:
     kind = value.get("kind", "text") if isinstance(value, Mapping) else getattr(value, "kind", "text")
     return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), "DataConfig")
 
 
-DATA: tuple[type[Section], ...] = (DataConfig,)
+DATA: tuple[type[Section], ...] = (DataConfig, ImageDataConfig)
 """The kinds of data; a new one adds its section here."""
 
 if TYPE_CHECKING:
@@ -210,8 +304,8 @@ class TrainingConfig(Section):
     """Recompute each block's activations in the backward pass instead of keeping them."""
     eval_every: Annotated[int, Field(ge=1)] | None = 100
     """Steps between evaluations; null: never."""
-    eval_batches: Annotated[int, Field(ge=1)] = 8
-    """Validation batches in one evaluation."""
+    eval_batches: Annotated[int, Field(ge=1)] | None = 8
+    """Validation batches in one evaluation; null: all."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Annotated[int, Field(ge=1)] | None = 3
@@ -307,7 +401,7 @@ class Config(Section):
         tree = yaml_file.copy_tree(values)
         for override in overrides:
             key, value = yaml_file.parse_override(override)
-            yaml_file.assign(tree, key, value)
+            key = yaml_file.assign(tree, key, value)
             lines = {path: line for path, line in lines.items() if path[: len(key)] != key} | {key: 0}
         try:
             return cls.model_validate(tree)
@@ -360,13 +454,21 @@ def explain(
     `lines` maps key paths to line numbers of `file`. Of several errors the first is told, and how many follow.
     """
     details = error.errors(include_url=False)
+    # a misspelt section is also a missing one: the misspelling says more
+    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     first = details[0]
-    path = tuple(part for part in first["loc"] if part not in _TAGS)
+    path = tuple(part for part in first["loc"] if part not in _TAGS and not str(part).startswith("function-"))
+    if first["type"].startswith("union_tag") and path == ("model",):
+        path = ("model", "type")
+    if first["type"] in ("int_type", "string_type") and path[-1:] in (("int",), ("str",)):  # one side of a union
+        path = path[:-1]
+        details = [detail for detail in details if detail["loc"][:-1] != first["loc"][:-1]] + [first]
+        first["msg"] = "must be an integer or a text"
     where = ""
-    if lines is not None and path in lines and lines[path] == 0:
+    line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
+    if line == 0:  # see Config._checked
         where = "--set "
     elif file is not None:
-        line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
         where = f"{file}:{line}: " if line else f"{file}: "
     name = _dotted(prefix, *map(str, path))
     value = first.get("input")
@@ -377,7 +479,6 @@ def explain(
     elif kind == "missing":
         problem = "required, and not given"
     elif kind.startswith("union_tag"):
-        name = _dotted(name, "type")
         problem = _no_family(value)
     elif kind == "string_pattern_mismatch" and path[-1:] == ("device",):
         problem = f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"

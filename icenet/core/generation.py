@@ -19,6 +19,7 @@ from icenet.core.config import GenerationConfig
 from icenet.core.data.tokenizer import Tokenizer
 from icenet.core.errors import UsageError
 from icenet.core.model import ModelFacts
+from icenet.core.prompts import batch_of
 from icenet.core.sampling import Stops, draw_keys
 
 Tokens = NDArray[np.int32]
@@ -88,19 +89,22 @@ def request(
     given = {key: value for key, value in options.items() if value is not None}
     if "max_length" in given and "max_new_tokens" not in given:
         values["max_new_tokens"] = None
-    stop = given.get("stop", values["stop"])
-    given["stop"] = [stop] if isinstance(stop, (str, int)) else list(stop)
-    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        if isinstance(given.get(key), np.floating):
-            given[key] = float(given[key])
+    given = {key: _plain(value) for key, value in given.items()}
+    if "stop" in given and not isinstance(given["stop"], list):
+        given["stop"] = [given["stop"]]
     settings = GenerationConfig(**{**values, **given})
 
-    tokens, visible = _prompts(input_ids, attention_mask, pad_token_id)
-    _check_ids(tokens, model.config.vocab_size, visible)
+    vocab_size = model.config.vocab_size
+    tokens, visible = batch_of(input_ids, attention_mask, pad_token_id, vocab_size)
+    for item in settings.stop:
+        if isinstance(item, int) and not 0 <= item < vocab_size:
+            raise UsageError(f"generate: stop token {item} is outside the vocabulary (0 to {vocab_size - 1})")
     length = tokens.shape[1]
     window = getattr(model.config, "max_seq_length", None)
     if not getattr(model.config, "causal", True):
         raise UsageError("generate: this model sees the tokens to come (model.causal: false)")
+    if getattr(model.config, "bidirectional", False):
+        raise UsageError("generate: this model sees the tokens to come (model.bidirectional: true)")
     if settings.max_new_tokens is not None:
         new_tokens = settings.max_new_tokens
     elif settings.max_length is not None:
@@ -127,65 +131,18 @@ def request(
     return Request(tokens, visible, settings, new_tokens, window, seed, pad_token_id, model.tokenizer)
 
 
-def _prompts(
-    input_ids: Any, attention_mask: Any, pad_token_id: int
-) -> tuple[Tokens, NDArray[np.bool_] | None]:
-    """Prompts as int32 `[B, T]`, padded on the left, and the mask bool `[B, T]` of real tokens."""
-    if isinstance(input_ids, Sequence) and input_ids and isinstance(input_ids[0], (Sequence, np.ndarray)):
-        rows = [_integers(row) for row in input_ids]
-        length = max(row.size for row in rows)
-        tokens = np.full((len(rows), length), pad_token_id, np.int32)
-        visible = np.zeros((len(rows), length), np.bool_)
-        for index, row in enumerate(rows):
-            if row.ndim != 1 or row.size == 0:
-                raise UsageError(f"generate: prompt {index} is empty; give at least one token")
-            tokens[index, length - row.size :] = row
-            visible[index, length - row.size :] = True
-    else:
-        tokens = _integers(input_ids)
-        tokens = tokens[None, :] if tokens.ndim == 1 else tokens
-        if tokens.ndim != 2 or tokens.size == 0:
-            raise UsageError(f"generate: input_ids must be [batch, length], not {list(tokens.shape)}")
-        visible = np.ones(tokens.shape, np.bool_)
-    if attention_mask is not None:
-        mask = _numpy(attention_mask).astype(np.bool_)
-        if mask.shape != tokens.shape:
-            raise UsageError(
-                f"generate: attention_mask is {list(mask.shape)} where input_ids is {list(tokens.shape)}"
-            )
-        visible = visible & mask
-        if not visible[:, -1].all():
-            raise UsageError("generate: a prompt ends in padding; pad on the left")
-    return tokens, None if visible.all() else visible
-
-
-def _numpy(array: Any) -> NDArray[Any]:
-    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
-
-
-def _integers(array: Any) -> NDArray[Any]:
-    values = _numpy(array)
-    if values.size and not np.issubdtype(values.dtype, np.integer):
-        raise UsageError(f"generate: token ids must be integers, not {values.dtype}")
-    return values
-
-
-def _check_ids(tokens: NDArray[Any], vocab_size: int, visible: NDArray[np.bool_] | None) -> None:
-    """MLX reads past a table without a word, so ids are checked here."""
-    outside = (tokens < 0) | (tokens >= vocab_size)
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
-        raise UsageError(
-            f"generate: token {int(tokens[row, column])} at row {row}, position {column} is outside the "
-            f"vocabulary (0 to {vocab_size - 1})"
-        )
+def _plain(value: Any) -> Any:
+    """numpy's scalars as Python's, which the configuration checks."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def stream(decoder: Decoder, request: Request, stops: Stops | None = None) -> Generator[Tokens, None, None]:
     """Yields the next tokens of every row, int32 `[B]`; rows that have ended hold padding.
 
     Ends when every row has, or after `request.new_tokens`. What a stop text begins with has been yielded
-    before the stop is known.
+    before the stop is known; `stops.tokens` has what belongs to each row.
     """
     stops = stops or _stops(request)
     with decoder:
@@ -238,26 +195,24 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
     return [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
 
 
-def text_pieces(tokens: Iterator[Tokens], tokenizer: Tokenizer, stop: Sequence[int | str]) -> Iterator[str]:
-    """The text of the first row piece by piece, as a person reads it.
+def text_pieces(decoder: Decoder, request: Request) -> Iterator[str]:
+    """The text of a request of one row piece by piece, as a person reads it.
 
     Held back until they are certain: the bytes of an unfinished character, and what may be the beginning of
     a stop text.
     """
-    texts = [item for item in stop if isinstance(item, str)]
-    ids: list[int] = []
-    shown = 0
-    for chosen in tokens:
-        ids.append(int(chosen[0]))
-        text = tokenizer.decode(ids)
-        safe = len(text.rstrip("\ufffd"))
-        for ending in texts:
-            begun = next((n for n in range(len(ending) - 1, 0, -1) if text.endswith(ending[:n])), 0)
-            safe = min(safe, len(text) - begun)
-        if safe > shown:
-            yield text[shown:safe]
-            shown = safe
-    rest = tokenizer.decode(ids)
-    cut = min([at for ending in texts if (at := rest.find(ending)) >= 0], default=len(rest))
-    if cut > shown:
-        yield rest[shown:cut]
+    tokenizer = request.tokenizer
+    assert tokenizer is not None
+    stops = _stops(request)
+    endings = [item for item in request.settings.stop if isinstance(item, str)]
+    shown = ""
+    for _ in stream(decoder, request, stops):
+        text = tokenizer.decode(stops.tokens[0])
+        whole = safe = len(text.rstrip("\ufffd"))
+        for ending in endings:
+            begun = next((n for n in range(len(ending) - 1, 0, -1) if text.endswith(ending[:n], 0, whole)), 0)
+            safe = min(safe, whole - begun)
+        if safe > len(shown):
+            yield text[len(shown) : safe]
+            shown = text[:safe]
+    yield tokenizer.decode(stops.tokens[0])[len(shown) :]

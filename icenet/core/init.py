@@ -4,7 +4,9 @@ Both backends are given the same arrays, so they start equal bit for bit. The ru
 
     linear      normal, standard deviation init_scale / sqrt(inputs); bias zero
     embedding   normal, standard deviation 1 / sqrt(width)
-    norms       weight one, bias zero
+    conv2d      normal, standard deviation init_scale * sqrt(2 / inputs of one output) (He et al., 2015);
+                bias zero
+    norms       weight one, bias zero; of a batch norm also running mean zero, running variance one
 
 `init_scale` is 1 but where a layer says otherwise: projections that end a residual branch use
 1 / sqrt(2 * num_layers), so that the sum over all branches keeps its size (Radford et al., 2019).
@@ -37,6 +39,18 @@ def initial_value(
         return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
     if kind in ("layer_norm", "rms_norm"):
         return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
+    if kind == "conv2d":
+        if name == "bias":
+            return np.zeros(shape, np.float32)
+        deviation = init_scale * math.sqrt(2 / math.prod(shape[1:]))
+        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
+    if kind == "recurrent":
+        if name.startswith("bias"):
+            return np.zeros(shape, np.float32)
+        deviation = init_scale / math.sqrt(shape[-1])
+        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
+    if kind == "batch_norm":
+        return (np.ones if name in ("weight", "running_var") else np.zeros)(shape, np.float32)
     raise WeightsError(f"{path}: no rule for the initial value of a layer of kind {kind!r}")
 
 

@@ -66,6 +66,9 @@ RULES: dict[str, dict[str, Rule]] = {
     "plain": {ANY: SAME},  # arrays a module holds itself: learned positions, a scale, a token
 }
 
+STATISTICS = frozenset({"running_mean", "running_var"})
+"""What a batch norm keeps beside its parameters: part of the weights, not trained, and no parameter."""
+
 # Buffers of PyTorch without a counterpart in MLX that change no result: BatchNorm counts batches only to
 # average with momentum=None, and load_state_dict(strict=True) fills a missing counter in itself.
 LEFT_OUT: dict[str, frozenset[str]] = {"batch_norm": frozenset({"num_batches_tracked"})}

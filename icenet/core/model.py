@@ -34,7 +34,7 @@ class ModelFacts:
         """Bytes of the weights in a dtype: fp32, bf16, fp16 or int8."""
         if dtype not in BYTES:
             raise UsageError(f"memory: no dtype {dtype!r}; one of {', '.join(BYTES)}")
-        return self.num_params * BYTES[dtype]
+        return sum(self.part_sizes().values()) * BYTES[dtype]
 
     def __repr__(self) -> str:
         settings = self.config.model_dump(exclude={"type"}, exclude_defaults=True)
@@ -49,10 +49,12 @@ class ModelFacts:
         return "\n".join(lines)
 
     def part_sizes(self) -> dict[str, int]:
-        """Values in each of the model's top-level parts, in its order."""
+        """Values in each of the model's top-level parts, in its order; running statistics do not count."""
         sizes: dict[str, int] = {}
         for path, shape in self.weight_shapes().items():
-            part = path.split(".")[0]
+            part, leaf = path.split(".")[0], path.rpartition(".")[2]
+            if leaf in layout.STATISTICS:
+                continue
             sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
         return sizes
 

@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from icenet.core import rng
 from icenet.core.data.tokenizer import Tokenizer
 
+LEAST_TEMPERATURE = 1e-30
+"""Divided by less, logits would leave the range of fp32; at this the most likely token is certain."""
+
 
 def draw_keys(seed: int, rows: int, tokens: int) -> NDArray[np.uint32]:
     """The key of each draw, uint32 `[tokens, rows, 2]`."""

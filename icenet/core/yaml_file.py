@@ -35,6 +35,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_Loader` would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
     """Reads a YAML mapping; gives its values and the line of each key path.
 
@@ -69,7 +76,8 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply to be a configuration") from None
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        line, _, problem = str(error).partition(": ")
+        raise ConfigError(f"{name}:{line}: {problem}" if line.isdigit() else f"{name}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: must be a mapping of sections (model:, training:, ...)")
     return values, lines
@@ -79,15 +87,18 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: L
     count[0] += 1
     if count[0] > _MAX_NODES:
         raise ValueError("stands for too many values to be a configuration")
+    plain = {yaml.MappingNode: "tag:yaml.org,2002:map", yaml.SequenceNode: "tag:yaml.org,2002:seq"}
+    if node.tag != plain.get(type(node), node.tag):
+        raise ValueError(f"{node.start_mark.line + 1}: the tag {node.tag} has no place in a configuration")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise ValueError(f"line {line}: the key {key!r} must be a text")
+                raise ValueError(f"{line}: the key {key!r} must be a text")
             if key in mapping:
-                raise ValueError(f"line {line}: the key {key} stands here twice")
+                raise ValueError(f"{line}: the key {key} stands here twice")
             here = (*path, key)
             lines[here] = line
             mapping[key] = _construct(loader, value_node, here, lines, count)
@@ -99,7 +110,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: L
 
 def dump(values: Mapping[str, Any]) -> str:
     """YAML text of a tree of plain values, in the order given."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def copy_tree(values: Any) -> Any:
@@ -119,11 +130,14 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         raise ConfigError(f"--set {text}: the value is not valid YAML; put it in quotes") from None
 
 
-def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Puts a value at a key path, making the sections on the way."""
-    for part in path[:-1]:
+def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[str, ...]:
+    """Puts a value at a key path, making the sections on the way; gives the path of what it replaced."""
+    replaced = path
+    for depth, part in enumerate(path[:-1]):
         below = tree.get(part)
         if not isinstance(below, dict):
+            replaced = min(replaced, path[: depth + 1], key=len)
             below = tree[part] = {}
         tree = below
     tree[path[-1]] = value
+    return replaced

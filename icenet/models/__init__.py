@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from icenet.models.base import BaseModel
+from icenet.models.cnn import CNNModel
+from icenet.models.rnn import GRUModel, LSTMModel, RNNModel
 from icenet.models.transformer import TransformerModel
 
-MODELS: dict[str, Callable[..., BaseModel]] = {"transformer": TransformerModel}
+MODELS: dict[str, Callable[..., BaseModel]] = {
+    "cnn": CNNModel,
+    "transformer": TransformerModel,
+    "lstm": LSTMModel,
+    "gru": GRUModel,
+    "rnn": RNNModel,
+}
 
-__all__ = ["MODELS", "BaseModel", "TransformerModel"]
+__all__ = ["MODELS", "BaseModel", "CNNModel", "GRUModel", "LSTMModel", "RNNModel", "TransformerModel"]

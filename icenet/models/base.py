@@ -16,8 +16,8 @@ from icenet import nn as ops
 from icenet.core import generation, layout
 from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
-from icenet.core.tensor_file import BFLOAT16
 from icenet.decoder import Decoder
+from icenet.state_dict import from_numpy, to_numpy
 
 
 class BaseModel(ModelFacts, nn.Module):
@@ -106,13 +106,13 @@ class BaseModel(ModelFacts, nn.Module):
 
     def weights(self) -> dict[str, np.ndarray]:
         """The canonical weights: numpy arrays in PyTorch's layouts, by path."""
-        arrays = {path: np.array(array) for path, array in tree_flatten(self.parameters())}
+        arrays = {path: to_numpy(array) for path, array in tree_flatten(self.parameters())}
         return layout.tree_to_torch(arrays, self.layer_kinds())
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         arrays = layout.tree_to_mlx(values, self.layer_kinds())
         dtypes = {path: array.dtype for path, array in tree_flatten(self.parameters())}
-        self.load_weights([(path, array_of(values).astype(dtypes[path])) for path, values in arrays.items()])
+        self.load_weights([(path, from_numpy(values).astype(dtypes[path])) for path, values in arrays.items()])
         mx.eval(self.parameters())
 
     # ---- dropout -----------------------------------------------------------------------------------------
@@ -125,10 +125,3 @@ class BaseModel(ModelFacts, nn.Module):
         modules = dict(self.named_modules())
         for index, path in enumerate(self.dropout_sites()):
             modules[path]._key = None if keys is None else keys[index]
-
-
-def array_of(values: np.ndarray) -> mx.array:
-    """An MLX array of an array's values, bfloat16 included."""
-    if values.dtype == BFLOAT16:
-        return mx.array(values.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(values)

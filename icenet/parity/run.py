@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from icenet.core import backend, checkpoint, rng, schedule
+from icenet.core import backend, checkpoint, rng, schedule, stages
 from icenet.core.backend import Batch, Engine
-from icenet.core.config import Config
-from icenet.core.data import open_dataset
+from icenet.core.config import CNNConfig, Config
+from icenet.core.data import dataset_for
 from icenet.core.precision import LossScale
 from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
 from icenet.parity.report import Report, Section
@@ -68,7 +68,17 @@ def build(
 
 
 def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
-    """Random tokens, `inputs` and `labels` int32 `[rows, length]`, drawn from the configuration's seed."""
+    """A random batch, drawn from the configuration's seed.
+
+    Tokens: `inputs` and `labels` int32 `[rows, length]`. Images: `inputs` float32 `[rows, size, size, channels]`
+    and `labels` int32 `[rows]`, of the data's size where it names one, else of a size that the model reads.
+    """
+    if isinstance(config.model, CNNConfig):
+        size = getattr(config.data, "image_size", None) or max(8, 2 * stages.min_image_size(config.model))
+        classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
+        shape = (rows, size, size, config.model.image_channels)
+        images = rng.normal(rng.key(config.seed, "parity batch"), shape)
+        return {"inputs": images, "labels": classes.astype(np.int32)}
     shape = (rows, min(length, _length(config)) + 1)
     words = rng.bits(rng.key(config.seed, "parity batch"), shape[0] * shape[1]).astype(np.uint64)
     tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(shape)
@@ -143,8 +153,8 @@ def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progr
     report.unequal_weights = unequal(*initial)
 
     modes = [("evaluation", False)]
-    if engines.torch.config.model.dropout:
-        modes.append(("training", True))  # without dropout the two modes are one
+    if engines.torch.config.model.dropout or "batch_norm" in engines.torch.model.layer_kinds().values():
+        modes.append(("training", True))  # without either the two modes are one
     for mode, train in modes:
         title = f"layers, {mode}"
         tell(title, 0, 1)
@@ -189,7 +199,7 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
 def curves(engines: Engines, steps: int, progress: Progress | None = None) -> dict[str, list[float]]:
     """The losses of `steps` training steps on the configuration's data: MLX, PyTorch, PyTorch in float64."""
     config = engines.torch.config
-    dataset = open_dataset(config.data, _length(config), config.seed)
+    dataset = dataset_for(config)
     losses: dict[str, list[float]] = {"MLX": [], "PyTorch": [], "PyTorch float64": []}
     scales = [LossScale.for_precision(config.training.mixed_precision) for _ in range(2)] + [LossScale()]
     for step in range(steps):
@@ -208,7 +218,7 @@ def curves(engines: Engines, steps: int, progress: Progress | None = None) -> di
 def _length(config: Config) -> int:
     """Tokens in one sequence of the configuration's data."""
     longest: int = getattr(config.model, "max_seq_length", 64)
-    return config.data.seq_length or longest
+    return getattr(config.data, "seq_length", None) or longest
 
 
 def unequal(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> list[str]:

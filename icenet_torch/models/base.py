@@ -14,7 +14,7 @@ from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
 from icenet_torch import nn as ops
 from icenet_torch.decoder import Decoder
-from icenet_torch.state_dict import from_numpy
+from icenet_torch.state_dict import from_numpy, to_numpy
 
 
 class BaseModel(ModelFacts, nn.Module):
@@ -98,7 +98,7 @@ class BaseModel(ModelFacts, nn.Module):
 
     def weights(self) -> dict[str, np.ndarray]:
         """The canonical weights: numpy arrays in PyTorch's layouts, by path."""
-        return {path: tensor.detach().cpu().contiguous().numpy().copy() for path, tensor in self.state_dict().items()}
+        return {path: to_numpy(tensor).copy() for path, tensor in self.state_dict().items()}
 
     @torch.no_grad()
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:

@@ -36,7 +36,7 @@ class KVCache:
             self.room = -(-self.length // self.step) * self.step
             room = keys.new_zeros((batch, heads, self.room - start, width))
             self.keys = room if start == 0 else torch.cat([self.keys[:, :, :start], room], dim=2)
-            self.values = room if start == 0 else torch.cat([self.values[:, :, :start], room], dim=2)
+            self.values = torch.zeros_like(room) if start == 0 else torch.cat([self.values[:, :, :start], room], dim=2)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]

@@ -1,0 +1,120 @@
+"""A convolutional network for images (He et al., "Deep residual learning", 2015), MLX.
+
+    images -> stem -> stages of conv and residual blocks -> mean over height and width -> classifier
+
+The stem keeps the resolution, or quarters it; each stage after the first halves it and, as a rule, doubles the
+channels. `icenet.core.stages` says which block stands where; ResNet-18, 34 and 50 are configurations.
+
+Shapes: B batch, H height, W width, C channels in, O channels out, s stride, D hidden_size, K classes
+(vocab_size). MLX keeps channels last. The mirror is `icenet_torch/models/cnn.py`.
+"""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet import nn as ops
+from icenet.core import stages
+from icenet.core.config import CNNConfig
+from icenet.models.base import BaseModel
+
+
+class ConvNorm(nn.Module):
+    """Convolution and batch norm; the norm's bias stands for the convolution's."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = ops.Conv2d(inputs, outputs, kernel_size, stride)
+        self.norm = ops.BatchNorm2d(outputs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(self.conv(x))  # [B, H, W, C] -> [B, H/s, W/s, O]
+
+
+class ConvBlock(ConvNorm):
+    """Convolution, batch norm, activation, dropout."""
+
+    def __init__(self, config: CNNConfig, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel_size, stride)
+        self.activation = config.activation
+        self.dropout = ops.ImageDropout(config.dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dropout(ops.activation(self.activation, super().__call__(x)))
+
+
+class ResidualBlock(nn.Module):
+    """A branch of convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, config: CNNConfig, block: stages.Block) -> None:
+        super().__init__()
+        _, inputs, outputs, stride = block
+        self.activation = config.activation
+        if block.kind == "bottleneck":
+            inner = outputs // stages.EXPANSION
+            self.branch = [
+                ConvBlock(config, inputs, inner, 1),
+                ConvBlock(config, inner, inner, 3, stride),
+                ConvNorm(inner, outputs, 1),
+            ]
+        else:
+            self.branch = [
+                ConvBlock(config, inputs, outputs, 3, stride),
+                ConvNorm(outputs, outputs, 3),
+            ]
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else ConvNorm(inputs, outputs, 1, stride)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x
+        for layer in self.branch:
+            y = layer(y)
+        return ops.activation(self.activation, y + self.shortcut(x))  # [B, H/s, W/s, O]
+
+
+class CNNModel(BaseModel):
+    """An image classifier."""
+
+    config: CNNConfig
+
+    def __init__(self, config: CNNConfig, seed: int | None = 0) -> None:
+        super().__init__(config)
+        base = config.base_channels
+        large = config.stem == "conv7"
+        self.stem = ConvBlock(config, config.image_channels, base, kernel_size=7 if large else 3, stride=1 + large)
+        blocks = stages.blocks(config)
+        self.blocks = [
+            ConvBlock(config, block.inputs, block.outputs, 3, block.stride)
+            if block.kind == "conv"
+            else ResidualBlock(config, block)
+            for block in blocks
+        ]
+        if config.classifier == "hidden":
+            self.hidden = ops.Linear(blocks[-1].outputs, config.hidden_size)
+        self.dropout = ops.Dropout(config.dropout)
+        self.output = ops.Linear(config.hidden_size, config.vocab_size)
+        if seed is not None:
+            self.init_weights(seed)
+
+    def forward(self, images: mx.array) -> mx.array:
+        """Logits `[B, K]` of images, float `[B, H, W, C]`.
+
+        Any height and width from `icenet.core.stages.min_image_size` on.
+        """
+        return self.output(self.extract_features(images))
+
+    def extract_features(self, images: mx.array) -> mx.array:
+        """What the last layer reads, `[B, D]`."""
+        stages.check_images(self.config, images.shape, channel_axis=3)
+        x = self.stem(images.astype(self.compute_dtype))  # [B, H, W, base_channels]
+        if self.config.stem == "conv7":
+            x = ops.max_pool(x, size=3, stride=2, padding=1)
+        for block in self.blocks:
+            x = ops.checkpoint(block, x) if self.gradient_checkpointing and self.training else block(x)
+        x = ops.global_average_pool(x)  # [B, C]
+        if self.config.classifier == "hidden":
+            x = ops.activation(self.config.activation, self.hidden(x))
+        return self.dropout(x)

@@ -1,0 +1,288 @@
+"""Recurrent layers over time, MLX: LSTM, GRU and the simple RNN. The mirror is `icenet_torch/recurrent.py`.
+
+The products with the inputs do not wait for one another, so they are one product for all steps. What is left
+in the loop over time is the product with the state and the gates: `lstm_scan`, `gru_scan` and `rnn_scan`, each
+with its gradient written out. This is the place for kernels that fuse the loop on a GPU.
+
+The gradients are written out because automatic differentiation would form the gradient of the recurrent
+weights once a step and add the steps up; here it is one product over all steps, as in PyTorch's kernels: half
+the time on a CPU, and more exact. Whatever does not depend on the gradient that runs back through time is
+computed for all steps at once, before the loop.
+
+Shapes: T steps, B rows, I inputs, H hidden_size, G gates, D directions (1 or 2). Time is the first axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeAlias
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet import nn as ops
+
+State: TypeAlias = tuple[mx.array, ...]
+"""What a layer remembers: (h, c) of an LSTM, (h,) of the others, `[D, B, H]` each."""
+
+Arrays: TypeAlias = tuple[Any, ...]
+
+
+class Recurrent(nn.Module):
+    """What the three layers share: weights for each direction, and how a sequence is read.
+
+    Parameters, G gates one below the other: `weight_ih` `[G*H, I]`, `weight_hh` `[G*H, H]`, `bias` `[G*H]`; of
+    the direction that reads from the end `weight_ih_reverse` and so on. One bias a gate: PyTorch's modules have
+    two, whose sum alone matters (`icenet.core.recurrent_weights` folds them).
+
+    In half precision inputs and weights are rounded to it, and so are the outputs; state and gates are fp32.
+    """
+
+    layer_kind: ClassVar[str] = "recurrent"
+    gates: ClassVar[int]
+    states: ClassVar[int] = 1
+
+    def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = False) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.directions = ("", "_reverse") if bidirectional else ("",)
+        rows = self.gates * hidden_size
+        for direction in self.directions:
+            self[f"weight_ih{direction}"] = mx.zeros((rows, input_size))
+            self[f"weight_hh{direction}"] = mx.zeros((rows, hidden_size))
+            self[f"bias{direction}"] = mx.zeros((rows,))
+
+    def __call__(
+        self, x: mx.array, state: State | None = None, mask: mx.array | None = None
+    ) -> tuple[mx.array, State]:
+        """Reads x `[T, B, I]`: the outputs `[T, B, D*H]`, and the state after the last step.
+
+        `state` is that before the first step, zeros when None. `mask` is bool `[T, B]`, False for padding,
+        which leaves the state as it was and has outputs of zero.
+        """
+        zeros = mx.zeros((x.shape[1], self.hidden_size), self.weight_ih.dtype)
+        outputs, ends = [], []
+        for index, direction in enumerate(self.directions):
+            start = [part[index].astype(zeros.dtype) for part in state] if state else [zeros] * self.states
+            turn = slice(None, None, -1 if direction else 1)  # the second direction reads from the end
+            y, *end = self.scan(x[turn], start, None if mask is None else mask[turn][..., None], direction)
+            outputs.append(y[turn])
+            ends.append(end)
+        joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+        if mask is not None:
+            joined = mx.where(mask[..., None], joined, 0)
+        return joined.astype(x.dtype), tuple(mx.stack(parts) for parts in zip(*ends, strict=True))
+
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+        """One direction: the outputs `[T, B, H]`, then each part of the last state; defined by each layer."""
+        raise NotImplementedError
+
+    def weight(self, name: str, x: mx.array) -> mx.array:
+        """A parameter in the dtype that products are computed in, rounded to that of x before."""
+        return self[name].astype(x.dtype).astype(product_dtype(x))
+
+    def project(self, x: mx.array, direction: str) -> mx.array:
+        """The inputs' part of every gate at every step, `[T, B, G*H]`, in the dtype of the state."""
+        weight, bias = self.weight("weight_ih" + direction, x), self.weight("bias" + direction, x)
+        return ops.linear(x.astype(weight.dtype), weight, bias).astype(self.weight_ih.dtype)
+
+
+def product_dtype(x: mx.array) -> mx.Dtype:
+    """fp32 for half precision on a CPU, where such products are slow, else the dtype of x."""
+    return mx.float32 if ops.is_half(x) and ops.on_cpu() else x.dtype
+
+
+class LSTM(Recurrent):
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997; with forget gates, Gers et al., 2000).
+
+    i, f, o = sigmoid(W_ih x + W_hh h + b), g = tanh(the same); c' = f * c + i * g; h' = o * tanh(c').
+    The gates lie in the order i, f, g, o.
+    """
+
+    gates = 4
+    states = 2
+
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+        projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
+        outputs, c, *_ = lstm_scan(projected, weight, *start, mask)
+        return [outputs, outputs[-1], c]
+
+
+class GRU(Recurrent):
+    """The gated recurrent unit (Cho et al., 2014), the reset gate applied after the product, as cuDNN has it.
+
+    r, z = sigmoid(W_ih x + W_hh h + b); n = tanh(W_in x + b_n + r * (W_hn h + b_hn)); h' = (1 - z) * n + z * h.
+    The gates lie in the order r, z, n. Inside the reset n has a bias of its own: `bias_hn` `[H]`.
+    """
+
+    gates = 3
+
+    def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = False) -> None:
+        super().__init__(input_size, hidden_size, bidirectional)
+        for direction in self.directions:
+            self[f"bias_hn{direction}"] = mx.zeros((hidden_size,))
+
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+        projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
+        bias = self.weight("bias_hn" + direction, x).astype(projected.dtype)
+        outputs, *_ = gru_scan(projected, weight, bias, *start, mask)
+        return [outputs, outputs[-1]]
+
+
+class RNN(Recurrent):
+    """The simple recurrent network (Elman, 1990): h' = tanh(W_ih x + W_hh h + b), or relu of it."""
+
+    gates = 1
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bidirectional: bool = False, activation: str = "tanh"
+    ) -> None:
+        super().__init__(input_size, hidden_size, bidirectional)
+        self.activation = activation
+
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+        projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
+        outputs = rnn_scan(projected, weight, *start, mask, self.activation)
+        return [outputs, outputs[-1]]
+
+
+# ---- the loops over time ------------------------------------------------------------------------------------
+#
+# projected `[T, B, G*H]` is the inputs' part of the gates; weight `[G*H, H]` has the dtype of products; h and c
+# `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None. The first results are what a
+# layer reads; the others are what the gradient needs.
+
+
+@mx.custom_function
+def lstm_scan(
+    projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None
+) -> tuple[mx.array, ...]:
+    """h after every step `[T, B, H]`, c after the last `[B, H]`; and c, tanh(c) and the gates at every step."""
+    half, one = mx.full(h.shape[-1], 0.5), mx.ones(h.shape[-1])
+    scale = mx.concatenate([half, half, one, half])  # sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so that
+    shift = mx.concatenate([half, half, one * 0, half])  # all four gates are one call of tanh
+    hs, cs, squashed, gates = [], [], [], []
+    for step in range(len(projected)):
+        now = None if mask is None else mask[step]
+        gates.append(mx.tanh((projected[step] + times(h, weight.T)) * scale) * scale + shift)
+        i, f, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each
+        c = where(now, f * c + i * g, c)
+        squashed.append(mx.tanh(c))
+        h = where(now, o * squashed[-1], h)
+        cs.append(c)
+        hs.append(h)
+    return mx.stack(hs), c, mx.stack(cs), mx.stack(squashed), mx.stack(gates)
+
+
+@lstm_scan.vjp
+def lstm_scan_gradient(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    projected, weight, h0, c0, mask = primals
+    hs, _, cs, s, gates = outputs
+    i, f, g, o = mx.split(gates, 4, axis=-1)  # [T, B, H] each
+    # before its activation a gate has the gradient [dc, dc, dc, dh] * through, where dc holds dh * through_c
+    inner = [g * i * (1 - i), before(c0, cs) * f * (1 - f), i * (1 - g * g), s * o * (1 - o)]
+    through = where(mask, mx.concatenate(inner, axis=-1), 0)
+    through_c = where(mask, o * (1 - s * s), 0)
+    kept_c = where(mask, f, 1)
+    d_hs, dc = cotangents[:2]
+    dh = mx.zeros_like(h0)
+    d_gates = []
+    for step in reversed(range(len(projected))):
+        dh = dh + d_hs[step]
+        dc = dc + dh * through_c[step]
+        d_gates.append(mx.concatenate([dc, dc, dc, dh], axis=-1) * through[step])
+        dh = times(d_gates[-1], weight) + (0 if mask is None else where(mask[step], 0, dh))
+        dc = dc * kept_c[step]
+    d_projected = mx.stack(d_gates[::-1])
+    return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, dc, mask
+
+
+@mx.custom_function
+def gru_scan(
+    projected: mx.array, weight: mx.array, bias_hn: mx.array, h: mx.array, mask: mx.array | None
+) -> tuple[mx.array, ...]:
+    """h after every step `[T, B, H]`; and r and z, n and the state's part of n at every step."""
+    size = h.shape[-1]
+    hs, gates, candidates, recurrent = [], [], [], []
+    for step in range(len(projected)):
+        own, carried = projected[step], times(h, weight.T)  # [B, 3H] each
+        gates.append(0.5 * mx.tanh(0.5 * (own[:, : 2 * size] + carried[:, : 2 * size])) + 0.5)  # sigmoid
+        r, z = mx.split(gates[-1], 2, axis=-1)  # [B, H] each
+        recurrent.append(carried[:, 2 * size :] + bias_hn)
+        n = mx.tanh(own[:, 2 * size :] + r * recurrent[-1])
+        h = where(None if mask is None else mask[step], n + z * (h - n), h)
+        candidates.append(n)
+        hs.append(h)
+    return mx.stack(hs), mx.stack(gates), mx.stack(candidates), mx.stack(recurrent)
+
+
+@gru_scan.vjp
+def gru_scan_gradient(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    projected, weight, _, h0, mask = primals
+    hs, gates, n, recurrent = outputs
+    r, z = mx.split(gates, 2, axis=-1)  # [T, B, H] each
+    # dh times these is the gradient of r, z and n before their activations, and of the state's part of n
+    through_n = where(mask, (1 - z) * (1 - n * n), 0)
+    through_z = where(mask, (before(h0, hs) - n) * z * (1 - z), 0)
+    through = mx.concatenate([through_n * recurrent * r * (1 - r), through_z, through_n * r], axis=-1)
+    kept_h = where(mask, z, 1)
+    dh = mx.zeros_like(h0)
+    d_hs, d_carried = [], []
+    for step in reversed(range(len(projected))):
+        dh = dh + cotangents[0][step]
+        d_hs.append(dh)
+        d_carried.append(mx.concatenate([dh, dh, dh], axis=-1) * through[step])
+        dh = times(d_carried[-1], weight) + dh * kept_h[step]
+    d_rz, d_recurrent = mx.split(mx.stack(d_carried[::-1]), [2 * h0.shape[-1]], axis=-1)
+    d_projected = mx.concatenate([d_rz, mx.stack(d_hs[::-1]) * through_n], axis=-1)
+    d_weight = over_steps(mx.concatenate([d_rz, d_recurrent], axis=-1), before(h0, hs), weight)
+    return d_projected, d_weight, d_recurrent.sum(axis=1).sum(axis=0), dh, mask
+
+
+@mx.custom_function
+def rnn_scan(
+    projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None, activation: str
+) -> mx.array:
+    """h after every step `[T, B, H]`."""
+    activate = nn.relu if activation == "relu" else mx.tanh
+    hs = []
+    for step in range(len(projected)):
+        h = where(None if mask is None else mask[step], activate(projected[step] + times(h, weight.T)), h)
+        hs.append(h)
+    return mx.stack(hs)
+
+
+@rnn_scan.vjp
+def rnn_scan_gradient(primals: Arrays, cotangent: mx.array, hs: mx.array) -> Arrays:
+    projected, weight, h0, mask, activation = primals
+    through = where(mask, (hs > 0).astype(hs.dtype) if activation == "relu" else 1 - hs * hs, 0)
+    dh = mx.zeros_like(h0)
+    steps = []
+    for step in reversed(range(len(projected))):
+        dh = dh + cotangent[step]
+        steps.append(dh * through[step])
+        dh = times(steps[-1], weight) + (0 if mask is None else where(mask[step], 0, dh))
+    d_projected = mx.stack(steps[::-1])
+    return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, mask, activation
+
+
+def times(h: mx.array, weight: mx.array) -> mx.array:
+    """h `[B, n]` times weight `[n, m]`, computed in the weight's dtype: `[B, m]` in that of h."""
+    return (h.astype(weight.dtype) @ weight).astype(h.dtype)
+
+
+def where(mask: mx.array | None, value: mx.array, padding: mx.array | float) -> mx.array:
+    """`value` at real positions, `padding` at the others."""
+    return value if mask is None else mx.where(mask, value, padding)
+
+
+def before(first: mx.array, after: mx.array) -> mx.array:
+    """The state before every step `[T, B, H]`: the first `[B, H]`, then that after each step but the last."""
+    return mx.concatenate([first[None], after[:-1]])
+
+
+def over_steps(gradient: mx.array, states: mx.array, weight: mx.array) -> mx.array:
+    """The gradient `[n, m]` of a weight: gradient `[T, B, n]` times states `[T, B, m]`, over all steps and rows."""
+    left, right = (array.reshape(-1, array.shape[-1]).astype(weight.dtype) for array in (gradient, states))
+    return left.T @ right

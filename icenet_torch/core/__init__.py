@@ -1,0 +1,1 @@
+"""The shared core under the name that the mirror's users expect: `icenet_torch.core.config`."""
