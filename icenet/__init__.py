@@ -40,9 +40,11 @@ def build(config: Config | str | Path, backend: str | None = None, device: str |
     Returns:
         A `BaseModel` of the backend (`icenet.models` or `icenet_torch.models`), in evaluation mode.
     """
+    from icenet.core import custom
     from icenet.core.config import Config
 
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
+    custom.trust(config.model.type)
     return _model(config, backend, device, initialise=True)
 
 
@@ -50,28 +52,35 @@ def _model(config: Config, backend: str | None, device: str | None, initialise: 
     from icenet.core import backend as backends
     from icenet.core.data.tokenizer import get_tokenizer
 
-    name = backends.resolve(backend or config.backend, config.blas)
+    name = backends.choose(config, backend)
     model = backends.module(name, "engine").build_model(config, device or config.device, initialise)
     model.eval()
-    tokenizer = get_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size <= config.model.vocab_size:
-        model.tokenizer = tokenizer
+    if config.model.reads == "tokens":
+        tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
+        if tokenizer.vocab_size <= config.model.vocab_size:
+            model.tokenizer = tokenizer
     seed = config.generation.seed if config.generation.seed is not None else config.seed
     model.generation = config.generation.model_copy(update={"seed": seed})
     return model
 
 
-def load(path: str | Path, backend: str | None = None, device: str | None = None) -> Any:
+def load(
+    path: str | Path, backend: str | None = None, device: str | None = None, *, trust_code: bool = False
+) -> Any:
     """The model of a run (its newest good checkpoint), a checkpoint, or a folder that `save` wrote.
 
-    The backend need not be the one that wrote it.
+    The backend need not be the one that wrote it. Where the model is code of the user's own, its file is run
+    only with `trust_code`.
     """
+    from icenet.core import custom
     from icenet.core.checkpoint import open_target
     from icenet.core.errors import CheckpointError
 
     config, values = open_target(Path(path)) if Path(path).exists() else (None, None)
     if config is None or values is None:
         raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a saved model's folder")
+    if trust_code:
+        custom.trust(config.model.type)
     model = _model(config, backend, device, initialise=False)
     model.set_weights(dict(values))
     return model

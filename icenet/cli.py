@@ -40,6 +40,14 @@ device_option = click.option("--device", metavar="DEVICE", help="auto, cpu, gpu,
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as training.learning_rate=1e-3."
 )
+trust_option = click.option(
+    "--trust-code",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda ctx, param, value: _trust_code() if value else None,
+    help="Run the user's own file that a checkpoint's model.type names.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
@@ -90,6 +98,7 @@ def quickstart(out: Path, overrides: tuple[str, ...], quiet: bool) -> None:
 @device_option
 @set_option
 @click.option("--quiet", is_flag=True, help="No progress.")
+@trust_option
 def train(
     config: str | None,
     run_folder: Path | None,
@@ -142,6 +151,7 @@ def train(
 @click.option("--overflow", type=click.Choice(["error", "slide"]), help="What to do beyond max_seq_length.")
 @backend_option
 @device_option
+@trust_option
 def generate(
     model: Path, prompt: str | None, prompt_file: Path | None, backend: str | None, device: str | None, **options: Any
 ) -> None:
@@ -165,6 +175,31 @@ def generate(
 
 @cli.command(
     epilog=examples(
+        "icenet predict runs/cnn-digits seven.png",
+        "icenet predict runs/mine photos/ --top-k 5 --backend torch",
+        "icenet predict runs/mine photos/ --json > classes.json",
+    )
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="Classes told of each image.")
+@backend_option
+@device_option
+@json_option
+@trust_option
+def predict(
+    run: Path, images: tuple[Path, ...], top_k: int, backend: str | None, device: str | None, as_json: bool
+) -> None:
+    """Classify IMAGES, files or folders of them, with RUN, a run or a checkpoint."""
+    from icenet.core import predict as room
+
+    _check_device(device)
+    report = room.predict(run, images, backend, device, top_k)
+    click.echo(_json(report.as_dict())) if as_json else report.render()
+
+
+@cli.command(
+    epilog=examples(
         "icenet convert runs/mine/checkpoints/step-00000300 mine.safetensors --to mlx",
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
@@ -176,6 +211,7 @@ def generate(
 @click.option("--from", "source_form", type=click.Choice(["canonical", "mlx", "torch"]), help="If it cannot be told.")
 @click.option("--config", metavar="CONFIG", help="Config of the model, where the source has none beside it.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@trust_option
 def convert(
     source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
 ) -> None:
@@ -198,6 +234,7 @@ def convert(
 @click.option("--verbose", is_flag=True, help="Every layer, not only the interesting ones.")
 @set_option
 @json_option
+@trust_option
 def parity(
     target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
@@ -220,6 +257,7 @@ def parity(
 @click.argument("target", required=False)
 @set_option
 @json_option
+@trust_option
 def info(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters and memory of TARGET, a config, run or checkpoint; of all presets without one."""
     from icenet.core import describe
@@ -256,6 +294,12 @@ def _json(value: Any) -> str:
     import json
 
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _trust_code() -> None:
+    from icenet.core import custom
+
+    custom.trust_everything()
 
 
 def _check_device(device: str | None) -> None:

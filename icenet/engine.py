@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from icenet import nn as ops
 from icenet.core import layout
-from icenet.core.backend import Batch, Evaluation, StepResult, check_ids
+from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet.models import MODELS, BaseModel
@@ -38,12 +38,12 @@ def choose_device(name: str) -> mx.Device:
 def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
     """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
     mx.set_default_device(choose_device(device))
-    return MODELS[config.model.type](config.model, seed=config.seed if initialise else None)
+    return new_model(config.model, MODELS, "mlx", config.seed if initialise else None)
 
 
 def outline(config: Config) -> BaseModel:
     """A model that knows its shapes and holds no values, whatever its size: MLX's arrays are lazy."""
-    return MODELS[config.model.type](config.model, seed=None)
+    return new_model(config.model, MODELS, "mlx", None)
 
 
 class Engine:
@@ -77,8 +77,10 @@ class Engine:
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         self.model.train()
         arrays, keys = self._arrays(batch), self._keys(step)
+        statistics = ops.statistics(self.model)
         loss, norm, gradients = self._compute(arrays, keys, mx.array(loss_scale, mx.float32))
         if self.config.training.mixed_precision == "fp16" and not np.isfinite(_number(norm)):
+            ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm
         self.optimizer.prepare(step, learning_rate)
         self._apply(gradients, norm)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -25,7 +25,14 @@ _NATIVE_KINDS: dict[type, str] = {
     nn.Linear: "linear",
     nn.Embedding: "embedding",
     nn.LayerNorm: "layer_norm",
+    nn.RMSNorm: "rms_norm",
+    nn.GroupNorm: "group_norm",
+    nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
     nn.BatchNorm: "batch_norm",
 }
 
@@ -33,7 +40,9 @@ _NATIVE_KINDS: dict[type, str] = {
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.layout`)."""
     own: str | None = getattr(module, "layer_kind", None)
-    return own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+    known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+    holds_arrays = any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())
+    return known or ("plain" if holds_arrays else None)
 
 
 def on_cpu() -> bool:
@@ -91,12 +100,13 @@ class Dropout(nn.Module):
     """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p).
 
     With a key (see `BaseModel.seed_dropout`) the mask is a pure function of it, the same on both backends;
-    without one the framework's own generator draws it.
+    without one the framework's own generator draws it. The mask of images is drawn for `[B, H, W, C]`.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, images: bool = False) -> None:
         super().__init__()
         self.p = p
+        self.images = images
         self._key: Array | None = None
 
     def __call__(self, x: Array) -> Array:
@@ -104,10 +114,6 @@ class Dropout(nn.Module):
             return x
         keep = dropout_mask(x.shape, self.p, self._key)
         return mx.where(keep, x * (1 / (1 - self.p)), mx.zeros((), x.dtype))
-
-
-class ImageDropout(Dropout):
-    """Dropout of images `[B, H, W, C]`, whose mask is drawn in this order of axes on both backends."""
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None) -> Array:
@@ -231,16 +237,27 @@ def check_batch_norm(count: int) -> None:
         )
 
 
+def statistics(model: nn.Module) -> list[Array]:
+    """The running means and variances of the batch norms within `model`."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
+    return [array for norm in norms for array in (norm.running_mean, norm.running_var)]
+
+
+def set_statistics(model: nn.Module, values: list[Array]) -> None:
+    """Puts back what `statistics` gave."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
+    for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
+        norm.running_mean, norm.running_var = mean, var
+
+
 @contextlib.contextmanager
 def keep_statistics(model: nn.Module) -> Iterator[None]:
     """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
-    before = [(norm.running_mean, norm.running_var) for norm in norms]
+    before = statistics(model)
     try:
         yield
     finally:
-        for norm, (mean, var) in zip(norms, before, strict=True):
-            norm.running_mean, norm.running_var = mean, var
+        set_statistics(model, before)
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
@@ -335,7 +352,7 @@ def correct(logits: Array, labels: Array) -> Array:
     return (logits.argmax(axis=-1) == labels).sum()
 
 
-def checkpoint(block: nn.Module, *inputs: object) -> Array:
+def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """The block's output, its activations computed anew in the backward pass instead of kept.
 
     Running statistics move in the forward pass only.

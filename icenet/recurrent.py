@@ -1,8 +1,8 @@
 """Recurrent layers over time, MLX: LSTM, GRU and the simple RNN. The mirror is `icenet_torch/recurrent.py`.
 
 The products with the inputs do not wait for one another, so they are one product for all steps. What is left
-in the loop over time is the product with the state and the gates: `lstm_scan`, `gru_scan` and `rnn_scan`, each
-with its gradient written out. This is the place for kernels that fuse the loop on a GPU.
+in the loop over time is the product with the state and the gates: `lstm_scan`, `gru_scan` and `rnn_scan` at the
+end of this file, each with its gradient written out. They are the place for kernels that fuse the loop on a GPU.
 
 The gradients are written out because automatic differentiation would form the gradient of the recurrent
 weights once a step and add the steps up; here it is one product over all steps, as in PyTorch's kernels: half
@@ -14,6 +14,8 @@ Shapes: T steps, B rows, I inputs, H hidden_size, G gates, D directions (1 or 2)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -27,6 +29,7 @@ State: TypeAlias = tuple[mx.array, ...]
 """What a layer remembers: (h, c) of an LSTM, (h,) of the others, `[D, B, H]` each."""
 
 Arrays: TypeAlias = tuple[Any, ...]
+Activation: TypeAlias = Callable[[mx.array], mx.array]
 
 
 class Recurrent(nn.Module):
@@ -62,19 +65,20 @@ class Recurrent(nn.Module):
         which leaves the state as it was and has outputs of zero.
         """
         zeros = mx.zeros((x.shape[1], self.hidden_size), self.weight_ih.dtype)
-        outputs, ends = [], []
+        outputs: list[mx.array] = []
+        ends: list[Arrays] = []
         for index, direction in enumerate(self.directions):
             start = [part[index].astype(zeros.dtype) for part in state] if state else [zeros] * self.states
             turn = slice(None, None, -1 if direction else 1)  # the second direction reads from the end
             y, *end = self.scan(x[turn], start, None if mask is None else mask[turn][..., None], direction)
             outputs.append(y[turn])
-            ends.append(end)
+            ends.append(tuple(end))
         joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
         if mask is not None:
             joined = mx.where(mask[..., None], joined, 0)
-        return joined.astype(x.dtype), tuple(mx.stack(parts) for parts in zip(*ends, strict=True))
+        return joined.astype(x.dtype), tuple(mx.stack(list(parts)) for parts in zip(*ends, strict=True))
 
-    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> Arrays:
         """One direction: the outputs `[T, B, H]`, then each part of the last state; defined by each layer."""
         raise NotImplementedError
 
@@ -103,10 +107,10 @@ class LSTM(Recurrent):
     gates = 4
     states = 2
 
-    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> Arrays:
         projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
-        outputs, c, *_ = lstm_scan(projected, weight, *start, mask)
-        return [outputs, outputs[-1], c]
+        outputs, c, *_ = lstm_scan(projected, weight, *start, mask, training=self.training)
+        return outputs, outputs[-1], c
 
 
 class GRU(Recurrent):
@@ -123,11 +127,11 @@ class GRU(Recurrent):
         for direction in self.directions:
             self[f"bias_hn{direction}"] = mx.zeros((hidden_size,))
 
-    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> Arrays:
         projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
         bias = self.weight("bias_hn" + direction, x).astype(projected.dtype)
-        outputs, *_ = gru_scan(projected, weight, bias, *start, mask)
-        return [outputs, outputs[-1]]
+        outputs, *_ = gru_scan(projected, weight, bias, *start, mask, training=self.training)
+        return outputs, outputs[-1]
 
 
 class RNN(Recurrent):
@@ -141,43 +145,65 @@ class RNN(Recurrent):
         super().__init__(input_size, hidden_size, bidirectional)
         self.activation = activation
 
-    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> list[mx.array]:
+    def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> Arrays:
         projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
-        outputs = rnn_scan(projected, weight, *start, mask, self.activation)
-        return [outputs, outputs[-1]]
+        scan = relu_scan if self.activation == "relu" else tanh_scan
+        outputs, *_ = scan(projected, weight, *start, mask, training=self.training)
+        return outputs, outputs[-1]
 
 
 # ---- the loops over time ------------------------------------------------------------------------------------
 #
 # projected `[T, B, G*H]` is the inputs' part of the gates; weight `[G*H, H]` has the dtype of products; h and c
-# `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None. The first results are what a
-# layer reads; the others are what the gradient needs.
+# `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None.
 
 
-@mx.custom_function
-def lstm_scan(
-    projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None
-) -> tuple[mx.array, ...]:
-    """h after every step `[T, B, H]`, c after the last `[B, H]`; and c, tanh(c) and the gates at every step."""
+class Scan:
+    """A loop over time and its gradient, as one function that MLX can differentiate.
+
+    `forward(*inputs)` gives the results, and records: lists with a value for every step, which
+    `gradient(inputs, cotangents, (*results, *records))` needs. They are kept in training. In evaluation they
+    are dropped, since to keep them costs up to a quarter of the time; where a gradient is asked for after all,
+    the sequence is read once more.
+    """
+
+    def __init__(self, forward: Callable[..., Any], gradient: Callable[..., Arrays]) -> None:
+        def keep(*inputs: Any) -> Arrays:
+            results, records = forward(*inputs)
+            return *results, *(mx.stack(record) for record in records)
+
+        def drop(*inputs: Any) -> Arrays:
+            return forward(*inputs)[0]
+
+        self.keep, self.drop = mx.custom_function(keep), mx.custom_function(drop)
+        self.keep.vjp(gradient)
+        self.drop.vjp(lambda inputs, cotangents, _: gradient(inputs, cotangents, keep(*inputs)))
+
+    def __call__(self, *inputs: mx.array | None, training: bool) -> Any:
+        return self.keep(*inputs) if training else self.drop(*inputs)
+
+
+def lstm(projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None) -> Arrays:
+    """h after every step `[T, B, H]`, c after the last `[B, H]`; records c, tanh(c) and the gates."""
     half, one = mx.full(h.shape[-1], 0.5), mx.ones(h.shape[-1])
     scale = mx.concatenate([half, half, one, half])  # sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so that
     shift = mx.concatenate([half, half, one * 0, half])  # all four gates are one call of tanh
+    recurrent = weight.T
     hs, cs, squashed, gates = [], [], [], []
     for step in range(len(projected)):
         now = None if mask is None else mask[step]
-        gates.append(mx.tanh((projected[step] + times(h, weight.T)) * scale) * scale + shift)
+        gates.append(mx.tanh(add_product(projected[step], h, recurrent) * scale) * scale + shift)
         i, f, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each
         c = where(now, f * c + i * g, c)
         squashed.append(mx.tanh(c))
         h = where(now, o * squashed[-1], h)
         cs.append(c)
         hs.append(h)
-    return mx.stack(hs), c, mx.stack(cs), mx.stack(squashed), mx.stack(gates)
+    return (mx.stack(hs), c), (cs, squashed, gates)
 
 
-@lstm_scan.vjp
-def lstm_scan_gradient(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
-    projected, weight, h0, c0, mask = primals
+def lstm_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    projected, weight, h0, c0, mask = inputs
     hs, _, cs, s, gates = outputs
     i, f, g, o = mx.split(gates, 4, axis=-1)  # [T, B, H] each
     # before its activation a gate has the gradient [dc, dc, dc, dh] * through, where dc holds dh * through_c
@@ -185,96 +211,109 @@ def lstm_scan_gradient(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> 
     through = where(mask, mx.concatenate(inner, axis=-1), 0)
     through_c = where(mask, o * (1 - s * s), 0)
     kept_c = where(mask, f, 1)
-    d_hs, dc = cotangents[:2]
-    dh = mx.zeros_like(h0)
+    dh, dc = mx.zeros_like(h0), cotangents[1]
     d_gates = []
     for step in reversed(range(len(projected))):
-        dh = dh + d_hs[step]
+        dh = dh + cotangents[0][step]
         dc = dc + dh * through_c[step]
         d_gates.append(mx.concatenate([dc, dc, dc, dh], axis=-1) * through[step])
-        dh = times(d_gates[-1], weight) + (0 if mask is None else where(mask[step], 0, dh))
+        dh = add_product(kept_h(mask, dh, step), d_gates[-1], weight)
         dc = dc * kept_c[step]
     d_projected = mx.stack(d_gates[::-1])
     return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, dc, mask
 
 
-@mx.custom_function
-def gru_scan(
-    projected: mx.array, weight: mx.array, bias_hn: mx.array, h: mx.array, mask: mx.array | None
-) -> tuple[mx.array, ...]:
-    """h after every step `[T, B, H]`; and r and z, n and the state's part of n at every step."""
+lstm_scan = Scan(lstm, lstm_gradient)
+
+
+def gru(projected: mx.array, weight: mx.array, bias_hn: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
+    """h after every step `[T, B, H]`; records r and z, n, and the state's part of n."""
     size = h.shape[-1]
+    bias = mx.concatenate([mx.zeros(2 * size, bias_hn.dtype), bias_hn])  # [3H]
     hs, gates, candidates, recurrent = [], [], [], []
     for step in range(len(projected)):
-        own, carried = projected[step], times(h, weight.T)  # [B, 3H] each
-        gates.append(0.5 * mx.tanh(0.5 * (own[:, : 2 * size] + carried[:, : 2 * size])) + 0.5)  # sigmoid
+        own, carried = projected[step], add_product(bias, h, weight.T)  # [B, 3H] each
+        gates.append(mx.sigmoid(own[:, : 2 * size] + carried[:, : 2 * size]))
         r, z = mx.split(gates[-1], 2, axis=-1)  # [B, H] each
-        recurrent.append(carried[:, 2 * size :] + bias_hn)
+        recurrent.append(carried[:, 2 * size :])
         n = mx.tanh(own[:, 2 * size :] + r * recurrent[-1])
         h = where(None if mask is None else mask[step], n + z * (h - n), h)
         candidates.append(n)
         hs.append(h)
-    return mx.stack(hs), mx.stack(gates), mx.stack(candidates), mx.stack(recurrent)
+    return (mx.stack(hs),), (gates, candidates, recurrent)
 
 
-@gru_scan.vjp
-def gru_scan_gradient(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
-    projected, weight, _, h0, mask = primals
+def gru_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    projected, weight, _, h0, mask = inputs
     hs, gates, n, recurrent = outputs
     r, z = mx.split(gates, 2, axis=-1)  # [T, B, H] each
     # dh times these is the gradient of r, z and n before their activations, and of the state's part of n
     through_n = where(mask, (1 - z) * (1 - n * n), 0)
     through_z = where(mask, (before(h0, hs) - n) * z * (1 - z), 0)
     through = mx.concatenate([through_n * recurrent * r * (1 - r), through_z, through_n * r], axis=-1)
-    kept_h = where(mask, z, 1)
+    kept = where(mask, z, 1)
     dh = mx.zeros_like(h0)
     d_hs, d_carried = [], []
     for step in reversed(range(len(projected))):
         dh = dh + cotangents[0][step]
         d_hs.append(dh)
         d_carried.append(mx.concatenate([dh, dh, dh], axis=-1) * through[step])
-        dh = times(d_carried[-1], weight) + dh * kept_h[step]
-    d_rz, d_recurrent = mx.split(mx.stack(d_carried[::-1]), [2 * h0.shape[-1]], axis=-1)
+        dh = add_product(dh * kept[step], d_carried[-1], weight)
+    carried = mx.stack(d_carried[::-1])  # [T, B, 3H]
+    d_rz, d_recurrent = mx.split(carried, [2 * h0.shape[-1]], axis=-1)
     d_projected = mx.concatenate([d_rz, mx.stack(d_hs[::-1]) * through_n], axis=-1)
-    d_weight = over_steps(mx.concatenate([d_rz, d_recurrent], axis=-1), before(h0, hs), weight)
-    return d_projected, d_weight, d_recurrent.sum(axis=1).sum(axis=0), dh, mask
+    # a long sum in two stages, for MLX's CPU adds term by term
+    d_bias = d_recurrent.sum(axis=1).sum(axis=0)
+    return d_projected, over_steps(carried, before(h0, hs), weight), d_bias, dh, mask
 
 
-@mx.custom_function
-def rnn_scan(
-    projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None, activation: str
-) -> mx.array:
+gru_scan = Scan(gru, gru_gradient)
+
+
+def rnn(activate: Activation, projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
     """h after every step `[T, B, H]`."""
-    activate = nn.relu if activation == "relu" else mx.tanh
     hs = []
     for step in range(len(projected)):
-        h = where(None if mask is None else mask[step], activate(projected[step] + times(h, weight.T)), h)
+        new = activate(add_product(projected[step], h, weight.T))
+        h = where(None if mask is None else mask[step], new, h)
         hs.append(h)
-    return mx.stack(hs)
+    return (mx.stack(hs),), ()
 
 
-@rnn_scan.vjp
-def rnn_scan_gradient(primals: Arrays, cotangent: mx.array, hs: mx.array) -> Arrays:
-    projected, weight, h0, mask, activation = primals
-    through = where(mask, (hs > 0).astype(hs.dtype) if activation == "relu" else 1 - hs * hs, 0)
+def rnn_gradient(slope: Activation, inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    projected, weight, h0, mask = inputs
+    (hs,) = outputs
+    through = where(mask, slope(hs), 0)
     dh = mx.zeros_like(h0)
     steps = []
     for step in reversed(range(len(projected))):
-        dh = dh + cotangent[step]
+        dh = dh + cotangents[0][step]
         steps.append(dh * through[step])
-        dh = times(steps[-1], weight) + (0 if mask is None else where(mask[step], 0, dh))
+        dh = add_product(kept_h(mask, dh, step), steps[-1], weight)
     d_projected = mx.stack(steps[::-1])
-    return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, mask, activation
+    return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, mask
 
 
-def times(h: mx.array, weight: mx.array) -> mx.array:
-    """h `[B, n]` times weight `[n, m]`, computed in the weight's dtype: `[B, m]` in that of h."""
-    return (h.astype(weight.dtype) @ weight).astype(h.dtype)
+tanh_scan = Scan(partial(rnn, mx.tanh), partial(rnn_gradient, lambda h: 1 - h * h))
+relu_scan = Scan(partial(rnn, nn.relu), partial(rnn_gradient, lambda h: (h > 0).astype(h.dtype)))
+
+
+def add_product(a: mx.array | None, h: mx.array, weight: mx.array) -> mx.array:
+    """a + h `[B, n]` times weight `[n, m]`: `[B, m]` in the dtype of h, the product computed in the weight's."""
+    if a is not None and weight.dtype == h.dtype:
+        return mx.addmm(a, h, weight)
+    product = (h.astype(weight.dtype) @ weight).astype(h.dtype)
+    return product if a is None else a + product
 
 
 def where(mask: mx.array | None, value: mx.array, padding: mx.array | float) -> mx.array:
     """`value` at real positions, `padding` at the others."""
     return value if mask is None else mx.where(mask, value, padding)
+
+
+def kept_h(mask: mx.array | None, dh: mx.array, step: int) -> mx.array | None:
+    """The gradient that passes by a step's gates: that of a state which padding left as it was."""
+    return None if mask is None else mx.where(mask[step], mx.zeros_like(dh), dh)
 
 
 def before(first: mx.array, after: mx.array) -> mx.array:

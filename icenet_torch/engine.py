@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from icenet.core.backend import Batch, Evaluation, StepResult, check_ids
+from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet_torch import nn as ops
@@ -43,13 +43,13 @@ def choose_device(name: str) -> torch.device:
 def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
     """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
     chosen = choose_device(device)
-    return MODELS[config.model.type](config.model, seed=config.seed if initialise else None).to(chosen)
+    return new_model(config.model, MODELS, "torch", config.seed if initialise else None).to(chosen)
 
 
 def outline(config: Config) -> BaseModel:
     """A model that knows its shapes and holds no values, whatever its size."""
     with torch.device("meta"):
-        return MODELS[config.model.type](config.model, seed=None)
+        return new_model(config.model, MODELS, "torch", None)
 
 
 class Engine:
@@ -75,8 +75,11 @@ class Engine:
 
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         self.model.train()
+        fp16 = self.config.training.mixed_precision == "fp16"
+        statistics = ops.statistics(self.model) if fp16 else None
         loss, norm = self._gradients(self._arrays(batch), self._keys(step), loss_scale)
-        if self.config.training.mixed_precision == "fp16" and not torch.isfinite(norm).item():
+        if fp16 and not torch.isfinite(norm).item():
+            ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm
         self.optimizer.prepare(step, learning_rate)
         self._update(norm)

@@ -202,9 +202,9 @@ def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-# what core needs beside the standard library; rich and matplotlib are imported late, to draw
-CORE_NEEDS = ("numpy", "pydantic", "yaml", "safetensors", "typing_extensions", "rich", "matplotlib")
-DRAWN_LATE = ("rich", "matplotlib")
+# what core needs beside the standard library; the last four are imported late, to draw and to read images
+CORE_NEEDS = ("numpy", "pydantic", "yaml", "safetensors", "typing_extensions", "rich", "matplotlib", "PIL", "sklearn")
+DRAWN_LATE = ("rich", "matplotlib", "PIL", "sklearn")
 
 
 def standard(name: str) -> bool:
@@ -273,7 +273,7 @@ def test_these_rules_can_fail(tmp_path: Path) -> None:
 
 # ---- the mirror -------------------------------------------------------------------------------------------
 
-TORCH_ONLY = {"state_dict"}
+TORCH_ONLY: set[str] = set()
 """PyTorch's own file format (.pt), which MLX has no counterpart of."""
 TORCH_ALIASES = {"core", "core.config"}
 """The guide's names under the other package's name."""
@@ -392,9 +392,9 @@ def test_what_one_side_offers_the_other_does_too(name: str) -> None:
     ours, theirs = (functions(path) for path in twins(name))
     assert ours <= theirs
     more = {
-        "nn": {"signed", "threefry2x32", "random_bits"},
+        "nn": {"signed", "threefry2x32", "random_bits", "to_channels_first"},
         "facts": {"blas", "synchronize"},
-    }  # MLX draws threefry itself
+    }  # MLX draws threefry itself, and its images have channels last
     assert theirs - ours <= more.get(name, set())
 
 

@@ -266,7 +266,7 @@ def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
     train(config, run, "mlx")
     before = tree(run)
     old = run / "checkpoints" / "step-00000010"
-    with pytest.raises(UsageError, match=r"the run went on to step-00000020; resume .*run to continue there, or give"):
+    with pytest.raises(UsageError, match=r"the run went on to step-00000020; resume .*run to continue"):
         Trainer.resume(old, quiet=True)
     resume(old, "mlx", run=branch)
     assert tree(run) == before
@@ -422,7 +422,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, backend: str)
     weights = started.engine.weights()
     weights["output.weight"] = np.where(np.eye(257, 32, dtype=bool), np.float32(np.inf), weights["output.weight"])
     started.engine.set_weights(weights)
-    with pytest.raises(IceNetError, match=r"^step 0: output\.weight is not finite; there is no checkpoint yet\. Lower"):
+    with pytest.raises(IceNetError, match=r"^step 0: output\.weight is not finite; there is no checkpoint yet"):
         started.save()
     assert checkpoint.list_checkpoints(run) == []
 

@@ -10,14 +10,16 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.config import Config
-from icenet.core.errors import BackendError, DataError
+from icenet.core import custom
+from icenet.core.config import Config, ModelConfig
+from icenet.core.errors import BackendError, ConfigError, DataError, IceNetError
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
 _INSTALL = {
@@ -113,6 +115,39 @@ def resolve(name: str, blas: str = "auto") -> str:
     raise BackendError("no backend runs here. " + "; ".join(reasons))
 
 
+def choose(config: Config, backend: str | None = None) -> str:
+    """The backend for a configuration: what is asked for, else what it says.
+
+    `auto` takes one that a model of the user's own is written for.
+    """
+    name = backend or config.backend
+    if name != "auto" or not custom.is_custom(config.model.type):
+        return resolve(name, config.blas)
+    reasons: list[IceNetError] = []
+    for candidate in PACKAGES:
+        try:
+            resolve(candidate, config.blas)
+            custom.model_class(config.model.type, candidate)
+            return candidate
+        except BackendError as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def new_model(config: ModelConfig, models: Mapping[str, Callable[..., Any]], backend: str, seed: int | None) -> Any:
+    """A model of a backend, from its families or from the user's file; without a seed, its values are undefined."""
+    if not custom.is_custom(config.type):
+        return models[config.type](config, seed=seed)
+    made = custom.model_class(config.type, backend)
+    try:
+        model = made(config)
+    except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
+        raise ConfigError(f"{config.type} cannot be made from its options under model: {error}") from error
+    if seed is not None:
+        model.init_weights(seed)
+    return model
+
+
 def installed(name: str) -> bool:
     """Whether a backend's framework can be found, without importing it."""
     return importlib.util.find_spec(name) is not None
@@ -146,7 +181,7 @@ def engine(
 
     `dtype` is that of the parameters: float32, or float64 for the reference of parity (PyTorch only).
     """
-    name = resolve(backend or config.backend, config.blas)
+    name = choose(config, backend)
     made: Engine = module(name, "engine").Engine(config, device or config.device, dtype)
     return made
 

@@ -155,7 +155,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / 'state.json'}: damaged: the step is {step!r}")
     return Checkpoint(
         path,
-        Config.from_yaml(path / "config.yaml"),
+        Config.from_yaml(path / "config.yaml", trust_code=False),
         step,
         state,
         weight_files.read(path / "model.safetensors"),
@@ -215,7 +215,7 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     if (path / _FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
         found = find(path)
         return found.config.with_overrides(*overrides), found.weights
-    return Config.from_yaml(path / "config.yaml", overrides), weight_files.read(path)
+    return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
 
 
 def set_aside(path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from typing_extensions import Self
 
-from icenet.core import stages, yaml_file
+from icenet.core import custom, stages, yaml_file
 from icenet.core.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -56,6 +56,8 @@ class ModelConfig(Section):
     """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
 
     section: ClassVar[str] = "model"
+    reads: ClassVar[str] = "tokens"
+    """What a batch holds: tokens or images."""
 
     type: str
     """The family: transformer."""
@@ -111,6 +113,8 @@ class TransformerConfig(ModelConfig):
 
 class CNNConfig(ModelConfig):
     """A convolutional network for images: a stem, stages of blocks, and a classifier (`icenet.core.stages`)."""
+
+    reads: ClassVar[str] = "images"
 
     type: Literal["cnn"] = "cnn"
     hidden_size: Annotated[int, Field(ge=1)] = 512
@@ -169,6 +173,16 @@ class RecurrentConfig(ModelConfig):
         return self
 
 
+class CustomConfig(ModelConfig):
+    """A model of the user's own, with whatever options its class reads (`icenet.core.custom`)."""
+
+    model_config = ConfigDict(extra="allow")
+    reads: ClassVar[str] = "anything"
+
+    type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+    """A file and a class in it: my_models.py:CustomModel."""
+
+
 FAMILIES: dict[str, type[ModelConfig]] = {
     "cnn": CNNConfig,
     "transformer": TransformerConfig,
@@ -182,6 +196,8 @@ FAMILIES: dict[str, type[ModelConfig]] = {
 def _family_section(value: Any) -> type[ModelConfig] | None:
     """The section that a tree of values (or a section itself) asks for by its `type`."""
     family = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    if custom.is_custom(family):
+        return CustomConfig
     return FAMILIES.get(family) if isinstance(family, str) else None
 
 
@@ -193,11 +209,11 @@ def _family_tag(value: Any) -> str | None:
 def _no_family(values: Any) -> str:
     family = values.get("type") if isinstance(values, Mapping) else None
     if family is None:
-        return f"required; one of {', '.join(FAMILIES)}"
+        return f"required; one of {', '.join(FAMILIES)}, or my_models.py:MyModel"
     return f"no family {family!r}{_nearest(str(family), list(FAMILIES))}"
 
 
-_TAGGED = tuple(Annotated[section, Tag(section.__name__)] for section in dict.fromkeys(FAMILIES.values()))
+_TAGGED = tuple(Annotated[section, Tag(section.__name__)] for section in dict.fromkeys((*FAMILIES.values(), CustomConfig)))
 if TYPE_CHECKING:
     AnyModelConfig = ModelConfig
 else:
@@ -249,6 +265,12 @@ class ImageDataConfig(Section):
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Standard deviation of each channel; that of the training images when absent."""
 
+    @model_validator(mode="after")
+    def _mean_is_used(self) -> Self:
+        if not self.normalize and (self.mean is not None or self.std is not None):
+            raise ValueError("normalize is off, so mean and std are not used; leave them out, or turn it on")
+        return self
+
 
 def _data_tag(value: Any) -> str:
     kind = value.get("kind", "text") if isinstance(value, Mapping) else getattr(value, "kind", "text")
@@ -266,7 +288,7 @@ else:
         Discriminator(_data_tag),
     ]
 
-_TAGS: dict[Any, type[Section]] = {section.__name__: section for section in (*FAMILIES.values(), *DATA)}
+_TAGS: dict[Any, type[Section]] = {section.__name__: section for section in (*FAMILIES.values(), CustomConfig, *DATA)}
 
 
 class TrainingConfig(Section):
@@ -377,8 +399,11 @@ class Config(Section):
         return self
 
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = True) -> Config:
         """Reads a YAML file, or a preset by its name (`transformer-tiny`), and applies `key=value` overrides.
+
+        A file of the user's own that `model.type` names may be run from now on, unless `trust_code` is False
+        (a configuration that came with a checkpoint).
 
         Raises:
             ConfigError: the file cannot be read, or what it says is wrong.
@@ -387,7 +412,12 @@ class Config(Section):
 
         file = find(path)
         values, lines = yaml_file.read(file)
-        return cls._checked(values, overrides, lines, file)
+        config = cls._checked(values, overrides, lines, file)
+        if isinstance(config.model, CustomConfig):
+            config.model.type = custom.beside(config.model.type, file.parent)
+            if trust_code:
+                custom.trust(config.model.type)
+        return config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -228,7 +228,7 @@ def convert_model(
     settings = config or (folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
     kinds = shapes = None
     if settings is not None:
-        model = describe.outline(Config.from_yaml(settings))
+        model = describe.outline(Config.from_yaml(settings, trust_code=config is not None))
         kinds, shapes = model.layer_kinds(), model.weight_shapes()
     beside = None  # a config beside the weights, for icenet.load
     if settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix):
@@ -242,7 +242,7 @@ def convert_model(
         source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite  # type: ignore[arg-type]
     )
     if settings is not None and beside is not None:
-        staging.write_text(beside, Config.from_yaml(settings).to_yaml())
+        staging.write_text(beside, Config.from_yaml(settings, trust_code=False).to_yaml())
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")

@@ -86,7 +86,7 @@ class PresetReport:
 
 def outline(config: Config) -> Any:
     """A model of the configuration without values, on whichever backend runs here."""
-    return backends.module(backends.resolve("auto"), "engine").outline(config)
+    return backends.module(backends.choose(config, "auto"), "engine").outline(config)
 
 
 def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:

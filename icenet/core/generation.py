@@ -96,6 +96,8 @@ def request(
 
     vocab_size = model.config.vocab_size
     tokens, visible = batch_of(input_ids, attention_mask, pad_token_id, vocab_size)
+    if visible is not None and not hasattr(model, "make_cache"):
+        raise UsageError("generate: this model has no attention_mask; give it prompts of equal length")
     for item in settings.stop:
         if isinstance(item, int) and not 0 <= item < vocab_size:
             raise UsageError(f"generate: stop token {item} is outside the vocabulary (0 to {vocab_size - 1})")

@@ -37,9 +37,9 @@ def initial_value(
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])
         return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
-    if kind in ("layer_norm", "rms_norm"):
+    if kind in ("layer_norm", "rms_norm", "group_norm"):
         return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
-    if kind == "conv2d":
+    if kind.startswith("conv"):
         if name == "bias":
             return np.zeros(shape, np.float32)
         deviation = init_scale * math.sqrt(2 / math.prod(shape[1:]))

@@ -75,6 +75,9 @@ class ModelFacts:
         for path, shape in self.weight_shapes().items():
             module, _, name = path.rpartition(".")
             kind = layout.parameter_kind(kinds, path)
+            if kind == "plain":  # an array that a model of the user's own made itself
+                yield path, self.weights()[path]
+                continue
             yield path, init.initial_value(kind, name, path, shape, seed, scales.get(module, 1.0))
 
     def set_weights(self, values: Mapping[str, np.ndarray]) -> None:

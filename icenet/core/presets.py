@@ -13,6 +13,15 @@ GUIDE = {
     "transformer-medium": (250e6, 500e6),
     "transformer-large": (450e6, 900e6),
     "transformer-xl": (1.5e9, 3e9),
+    "cnn-small": (5e6, 10e6),
+    "cnn-medium": (20e6, 40e6),
+    "cnn-large": (80e6, 160e6),
+    "lstm-small": (5e6, 10e6),
+    "lstm-medium": (20e6, 40e6),
+    "lstm-large": (80e6, 160e6),
+    "gru-small": (5e6, 10e6),
+    "gru-medium": (20e6, 40e6),
+    "gru-large": (80e6, 160e6),
 }
 """What the model guide says of each preset: parameters, and bytes in FP16."""
 

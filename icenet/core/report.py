@@ -177,6 +177,7 @@ class Progress:
         tokens_per_step: int | None = None,
         *,
         quiet: bool = False,
+        unit: str = "tok",
         label: str = "training",
         line_seconds: float = 10.0,
     ) -> None:
@@ -186,12 +187,14 @@ class Progress:
             start_step: steps done before (a resumed run); they do not count in the speed.
             console: rich's; standard error when absent.
             tokens_per_step: for the speed in tokens; without it the speed is in steps.
+            unit: what they are called, `tok`, or `img` of images.
             quiet: say nothing at all, notes included.
             label: what stands before the bar.
             line_seconds: the shortest time between two plain lines.
         """
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
+        self.unit = unit
         self.label = label
         self._step = self._start_step = start_step
         self._line_seconds = line_seconds
@@ -274,7 +277,7 @@ class Progress:
         if speed is None and self.tokens_per_step:
             speed = self._rate.value * self.tokens_per_step
         if speed:
-            parts.append(f"{short_number(speed)} tok/s")
+            parts.append(f"{short_number(speed)} {self.unit}/s")
         elif self._rate.value:
             parts.append(f"{self._rate.value:.3g} steps/s")
         return "  ".join(parts)
@@ -381,6 +384,8 @@ def print_result(result: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     validation = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
+    if result.validation_accuracy is not None:
+        validation += f", accuracy {result.validation_accuracy:.2%}"
     console.print(f"step {result.step}: loss {result.loss:.4f}{validation}", markup=False)
     console.print(f"run         {result.run}", markup=False)
     console.print(f"checkpoint  {result.checkpoint}", markup=False)

@@ -26,7 +26,7 @@ import numpy as np
 
 from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
-from icenet.core import plots, staging
+from icenet.core import custom, plots, staging
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
@@ -49,6 +49,10 @@ class Result:
     validation_loss: float | None
     checkpoint: Path
     plot: Path | None
+    validation_accuracy: float | None = None
+
+
+_ITEMS = {"tok": "tokens", "img": "images"}
 
 
 def new_run_folder(config: str) -> Path:
@@ -84,6 +88,7 @@ class Trainer:
         self._saved_step = step if step else -1
         self._last_loss = math.nan
         self._last_validation: float | None = None
+        self._last_accuracy: float | None = None
         self._stop: int | None = None
 
     # ---- beginnings --------------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ class Trainer:
     def _fresh(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
         # the choice goes into the run's config, so that --resume alone continues on the same backend
         config = config.with_overrides(f"backend={backend or config.backend}")
+        custom.trust(config.model.type)
         engine = backends.engine(config, None, device)
         return cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
 
@@ -167,7 +173,8 @@ class Trainer:
         trainer.notes = notes
         trainer._branched_from = (origin or found.path) if branch else None
         if found.state.get("data") != trainer.dataset.fingerprint:
-            notes.append(f"the text of data.source {config.data.source} is not what the checkpoint was trained on")
+            held = "images" if trainer.dataset.unit == "img" else "text"
+            notes.append(f"the {held} of data.source {config.data.source} is not what the checkpoint was trained on")
         return trainer
 
     def _make_folder(self) -> None:
@@ -214,7 +221,7 @@ class Trainer:
             _locked(self.run),
             log,
             self._signals(),
-            Progress(training.max_steps, self.step, tokens_per_step=items, quiet=self.quiet,
+            Progress(training.max_steps, self.step, tokens_per_step=items, unit=self.dataset.unit, quiet=self.quiet,
                      label=f"{self.engine.backend} {self.engine.device}") as progress,
         ):  # fmt: skip
             self._settle(log)
@@ -227,7 +234,9 @@ class Trainer:
                 self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
         plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
-        return Result(self.run, self.step, self._last_loss, self._last_validation, checkpoint, plot)
+        return Result(
+            self.run, self.step, self._last_loss, self._last_validation, checkpoint, plot, self._last_accuracy
+        )
 
     def _run(self, last: int, log: MetricsLog, progress: Progress) -> None:
         training = self.config.training
@@ -285,7 +294,7 @@ class Trainer:
                 "loss": result.loss,
                 "learning_rate": rate,
                 "grad_norm": result.grad_norm,
-                "tokens_per_second": round(speed, 1),
+                f"{_ITEMS[self.dataset.unit]}_per_second": round(speed, 1),
                 "backend": self.engine.backend,
                 **({"loss_scale": self.scale.scale, "skipped": not result.finite} if fp16 else {}),
             }
@@ -299,13 +308,22 @@ class Trainer:
     def _evaluate(self, log: MetricsLog, progress: Progress) -> None:
         training = self.config.training
         total = counted = 0.0
+        correct: int | None = None
         for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
-            loss, count = self.engine.evaluate(batch)
-            total, counted = total + loss * count, counted + count
-        if counted:
-            self._last_validation = total / counted
-            log.append({"step": self.step, "validation_loss": self._last_validation, "backend": self.engine.backend})
-            progress.note(f"step {self.step}: validation loss {self._last_validation:.4f}")
+            found = self.engine.evaluate(batch)
+            total, counted = total + found.loss * found.count, counted + found.count
+            if found.correct is not None:
+                correct = (correct or 0) + found.correct
+        if not counted:
+            return
+        self._last_validation = total / counted
+        record = {"step": self.step, "validation_loss": self._last_validation, "backend": self.engine.backend}
+        note = f"step {self.step}: validation loss {self._last_validation:.4f}"
+        if correct is not None:
+            self._last_accuracy = record["validation_accuracy"] = correct / counted
+            note += f", accuracy {self._last_accuracy:.2%} of {counted:,.0f}"
+        log.append(record)
+        progress.note(note)
 
     def save(self) -> Path:
         """Writes a checkpoint of where the run stands, unless it is on the disk already."""
@@ -315,6 +333,7 @@ class Trainer:
         state = {
             "loss_scale": asdict(self.scale),
             "data": self.dataset.fingerprint,
+            "facts": self.dataset.facts,
             "backend": self.engine.backend,
             "device": self.engine.device,
             "versions": versions(),

@@ -98,7 +98,7 @@ class RecurrentModel(BaseModel):
             mask = attention_mask[:, -input_ids.shape[1] :].astype(mx.bool_).T  # [T, B]
         x = self.token_embedding(input_ids.T) * self.config.hidden_size**0.5  # [T, B, H]: time first from here
         x = x.astype(self.compute_dtype)
-        ends = []
+        ends: list[State] = []
         for index, layer in enumerate(self.layers):
             if index > 0:
                 x = self.dropouts[index - 1](x)
@@ -122,7 +122,7 @@ class RecurrentModel(BaseModel):
 
     def join_hidden(self, states: list[State]) -> Hidden:
         """The states of the layers, one array for each part."""
-        parts = tuple(mx.concatenate(part) for part in zip(*states, strict=True))
+        parts = tuple(mx.concatenate(list(part)) for part in zip(*states, strict=True))
         return parts if len(parts) > 1 else parts[0]
 
     def split_hidden(self, hidden: Hidden, batch: int) -> list[State]:

@@ -37,8 +37,8 @@ class KVCache:
             batch, heads, _, width = keys.shape
             self.room = -(-self.length // self.step) * self.step
             room = mx.zeros((batch, heads, self.room - start, width), keys.dtype)
-            self.keys = room if start == 0 else mx.concatenate([self.keys[:, :, :start], room], axis=2)
-            self.values = mx.zeros_like(room) if start == 0 else mx.concatenate([self.values[:, :, :start], room], axis=2)
+            held = (self.keys, self.values) if start else (keys, values)
+            self.keys, self.values = (mx.concatenate([part[:, :, :start], room], axis=2) for part in held)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]

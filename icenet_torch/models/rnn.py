@@ -97,7 +97,7 @@ class RecurrentModel(BaseModel):
             mask = attention_mask[:, -input_ids.shape[1] :].to(torch.bool).T  # [T, B]
         x = self.token_embedding(input_ids.T) * self.config.hidden_size**0.5  # [T, B, H]: time first from here
         x = x.to(self.compute_dtype)
-        ends = []
+        ends: list[State] = []
         for index, layer in enumerate(self.layers):
             if index > 0:
                 x = self.dropouts[index - 1](x)

@@ -35,8 +35,8 @@ class KVCache:
             batch, heads, _, width = keys.shape
             self.room = -(-self.length // self.step) * self.step
             room = keys.new_zeros((batch, heads, self.room - start, width))
-            self.keys = room if start == 0 else torch.cat([self.keys[:, :, :start], room], dim=2)
-            self.values = torch.zeros_like(room) if start == 0 else torch.cat([self.values[:, :, :start], room], dim=2)
+            held = (self.keys, self.values) if start else (keys, values)
+            self.keys, self.values = (torch.cat([part[:, :, :start], room], dim=2) for part in held)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]

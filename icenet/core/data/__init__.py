@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from icenet.core import stages
+from icenet.core.config import CNNConfig, ImageDataConfig
+from icenet.core.data.images import ImageDataset
 from icenet.core.data.text import Batch, TextDataset
 from icenet.core.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
 from icenet.core.errors import ConfigError
@@ -17,6 +20,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Dataset",
+    "ImageDataset",
     "TextDataset",
     "Tokenizer",
     "dataset_for",
@@ -37,6 +41,10 @@ class Dataset(Protocol):
     @property
     def items_per_row(self) -> int: ...
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What using the model needs to know of the data, in JSON's types; stored with each checkpoint."""
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in one pass; raises DataError where there is not one."""
 
@@ -52,6 +60,16 @@ def dataset_for(config: Config) -> Dataset:
         ConfigError: model and data do not go together.
         DataError: see `open_dataset`.
     """
+    section: Any = config.data
+    kind = "images" if isinstance(section, ImageDataConfig) else "tokens"
+    if config.model.reads not in (kind, "anything"):
+        wanted = "images" if kind == "tokens" else "text"
+        raise ConfigError(
+            f"data.kind {section.kind}: model.type {config.model.type} reads {config.model.reads}; "
+            f"set data.kind={wanted}, or choose another model"
+        )
+    if isinstance(section, ImageDataConfig):
+        return _images_for(config, section)
     tokenizer = get_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -60,6 +78,31 @@ def dataset_for(config: Config) -> Dataset:
         )
     dataset = open_dataset(config.data, sequence_length(config), config.seed)
     dataset.steps_per_epoch(config.training.batch_size)  # raises where the text is too short
+    return dataset
+
+
+def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
+    """Images, checked against the model that is to read them."""
+    dataset = ImageDataset.open(section, config.seed)
+    classes, (height, width, channels) = len(dataset.classes), dataset.source.images.shape
+    if config.model.vocab_size != classes:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size}, and {dataset.description} has {classes} classes; "
+            f"set model.vocab_size={classes}"
+        )
+    if isinstance(config.model, CNNConfig):
+        if config.model.image_channels != channels:
+            raise ConfigError(
+                f"model.image_channels: {config.model.image_channels}, and {dataset.description} gives {channels}; "
+                f"set model.image_channels={channels}, or data.channels={config.model.image_channels}"
+            )
+        least = stages.min_image_size(config.model)
+        if min(height, width) < least:
+            raise ConfigError(
+                f"data.image_size: images of {height}x{width} are too small for the strides of this model, "
+                f"whose least is {least}x{least}; set data.image_size={least} or more, or use fewer stages"
+            )
+    dataset.steps_per_epoch(config.training.batch_size)  # raises where there are too few
     return dataset
 
 

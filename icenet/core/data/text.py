@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,11 @@ class TextDataset:
     def items_per_row(self) -> int:
         """Tokens in one row of a batch."""
         return self.seq_length
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing: using the model needs no more than its configuration."""
+        return {}
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training part; what is left over is dropped.

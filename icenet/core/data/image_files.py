@@ -1,0 +1,367 @@
+"""Image files of the user's: single pictures, folders of them, MNIST's IDX files and CIFAR-10's binary files.
+
+What a file says of itself is not believed: sizes are checked before memory is taken, and pickles are not opened.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+MOST_PIXELS = 100_000_000  # of one picture: 300 MB in colour; a file of a few kilobytes can claim more
+IN_MEMORY = 1 << 30  # bytes up to which a folder is decoded once and kept
+_HELD_OUT = ("validation", "val", "test")
+_INSTALL = "pip install 'icenet[images]'"
+
+
+class Images(Protocol):
+    """Pictures of one size, by number."""
+
+    shape: tuple[int, int, int]
+    """Height, width, channels."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: NDArray[np.int64]) -> Pixels:
+        """Some of them, uint8 `[len(indices), H, W, C]`."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Labelled images. The last `held_out` of them are the source's own test part."""
+
+    images: Images
+    labels: NDArray[np.int32]
+    classes: list[str]
+    description: str
+    fingerprint: str
+    held_out: int = 0
+
+
+class ArrayImages:
+    """Images in memory, uint8 `[N, H, W, C]`."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.shape = pixels.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, indices: NDArray[np.int64]) -> Pixels:
+        return self.pixels[indices]
+
+
+class FileImages:
+    """Images decoded from their files each time they are asked for."""
+
+    def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
+        self.paths = paths
+        self.shape = (size, size, channels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: NDArray[np.int64]) -> Pixels:
+        pixels = np.empty((len(indices), *self.shape), np.uint8)
+        for image, index in zip(pixels, indices, strict=True):
+            image[:] = read_image(self.paths[index], self.shape[0], self.shape[2])
+        return pixels
+
+
+def find_images(source: str, size: int | None = None, channels: int | None = None) -> ImageSource:
+    """The images that `data.source` names, `size` pixels high and wide and with so many channels.
+
+    Raises:
+        DataError: nothing is there, nothing that can be read, or a file is damaged.
+    """
+    if source == "digits":
+        return _digits(size, channels)
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise _no_folder(path)
+    if not path.is_dir():
+        raise DataError(f"data.source {source!r} is not there; name a folder of images, or 'digits'")
+    names = {entry.name for entry in path.iterdir()}
+    if any("idx3-ubyte" in name for name in names):
+        return _mnist(path, sorted(names), size, channels)
+    if any(name.startswith("data_batch_") and name.endswith(".bin") for name in names):
+        return _cifar(path, sorted(names), size, channels)
+    if "batches.meta" in names or "data_batch_1" in names:
+        raise DataError(
+            f"data.source {source!r} is the Python version of CIFAR-10: its pickles can run code and are not "
+            "opened; use the binary version (data_batch_1.bin and so on)"
+        )
+    return _class_folders(path, size, channels)
+
+
+def _no_folder(path: Path) -> DataError:
+    if path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip")):
+        return DataError(f"data.source {str(path)!r} is an archive; unpack it and name the folder")
+    if path.suffix in (".pkl", ".pickle"):
+        return DataError(f"data.source {str(path)!r} is a pickle, which can run code, and is not opened")
+    return DataError(f"data.source {str(path)!r} is a file; name the folder that holds it")
+
+
+# ---- single pictures --------------------------------------------------------------------------------------
+
+
+def pillow() -> Any:
+    """Pillow's module `Image`. Raises DataError where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError(f"reading image files needs Pillow: {_INSTALL}") from None
+    return Image
+
+
+def read_image(path: Path, size: int | None, channels: int) -> Pixels:
+    """One picture, uint8 `[H, W, channels]`, turned as its camera says; its alpha channel is dropped.
+
+    With a size its shorter side is brought to it and the middle is taken; a pixel is the mean of those that
+    fall together in it (where there are none, between its neighbours').
+
+    Raises:
+        DataError: not an image, damaged, too large, or of more than 8 bits a channel.
+    """
+    Image = pillow()
+    from PIL import ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd tag, or a size that is checked below
+            with Image.open(path) as image:
+                if math.prod(image.size) > MOST_PIXELS:
+                    raise DataError(
+                        f"{path}: claims {image.size[0]:,} x {image.size[1]:,} pixels and is not opened "
+                        f"(the most is {MOST_PIXELS:,}); shrink it"
+                    )
+                if image.mode.startswith(("I", "F")):
+                    raise DataError(f"{path}: has pixels of mode {image.mode}, more than 8 bits; save it as 8-bit")
+                image.load()
+                picture = _fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), size)
+                return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (Image.UnidentifiedImageError, IsADirectoryError):
+        raise DataError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: claims far too many pixels and is not opened; shrink it") from None
+    except PermissionError:
+        raise DataError(f"{path}: cannot be read: permission denied") from None
+    except Exception as error:  # damaged files raise whatever the decoder stumbled over
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: damaged or cut short ({first}); remove it, or fetch it again") from None
+
+
+def _fit(picture: Any, size: int | None) -> Any:
+    """The middle of a picture at the scale at which its shorter side is `size`."""
+    width, height = picture.size
+    if size is None or (width, height) == (size, size):
+        return picture
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    filters = pillow().Resampling
+    return picture.resize((size, size), filters.BOX if side > size else filters.BILINEAR, box=box)
+
+
+def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayImages:
+    """Images of an array, uint8 `[N, H, W, C]`, in the size and channels wanted."""
+    _, height, width, own = pixels.shape
+    channels = channels or own
+    if (size is None or (height, width) == (size, size)) and channels == own:
+        return ArrayImages(pixels)
+    Image = pillow()
+    size = size or height
+    result = np.empty((len(pixels), size, size, channels), np.uint8)
+    for target, image in zip(result, pixels, strict=True):
+        picture = Image.fromarray(image[:, :, 0] if own == 1 else image).convert("L" if channels == 1 else "RGB")
+        target[:] = np.asarray(_fit(picture, size)).reshape(target.shape)
+    return ArrayImages(result)
+
+
+# ---- collections ------------------------------------------------------------------------------------------
+
+
+def _source(
+    images: Images, labels: NDArray[Any], classes: list[str], description: str, content: bytes, held_out: int = 0
+) -> ImageSource:
+    if len(classes) < 2:
+        raise DataError(f"{description} has one class only ({classes[0]}); a classifier needs two or more")
+    digest = hashlib.sha256(repr((images.shape, classes, held_out)).encode())
+    digest.update(np.ascontiguousarray(labels, np.int32).tobytes())
+    digest.update(content)
+    return ImageSource(images, labels.astype(np.int32), classes, description, digest.hexdigest(), held_out)
+
+
+def _digits(size: int | None, channels: int | None) -> ImageSource:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(f"data.source 'digits' needs scikit-learn: {_INSTALL}") from None
+    digits = load_digits()
+    pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # 17 steps of grey, from 0 to 16
+    images = _converted(pixels, size, channels)
+    classes = [str(name) for name in digits.target_names]
+    return _source(images, digits.target, classes, "scikit-learn's digits", images.pixels.tobytes())
+
+
+def _class_folders(folder: Path, size: int | None, channels: int | None) -> ImageSource:
+    below = _subfolders(folder)
+    held_out = next((name for name in _HELD_OUT if name in below), None)
+    parts = [folder]
+    if held_out is not None and "train" in below:
+        parts = [folder / "train", folder / held_out]
+    classes = _subfolders(parts[0])
+    if not classes:
+        raise DataError(f"data.source {str(folder)!r} holds no folders; it needs one for each class, with its images")
+    if len(parts) == 2 and _subfolders(parts[1]) != classes:
+        raise DataError(f"{parts[1]} does not hold the same class folders as {parts[0]}")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for part in parts:
+        first = len(paths)
+        for label, name in enumerate(classes):
+            found = image_files(part / name)
+            if not found:
+                raise DataError(f"class folder {part / name} holds no images ({', '.join(sorted(SUFFIXES))})")
+            paths += found
+            labels += [label] * len(found)
+    channels = channels or 3
+    images: Images
+    size = size or _common_size(paths, channels)
+    if len(paths) * size * size * channels <= IN_MEMORY:
+        images = ArrayImages(FileImages(paths, size, channels).take(np.arange(len(paths))))
+        content = images.pixels.tobytes()
+    else:
+        images = FileImages(paths, size, channels)
+        content = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]).encode()
+    test = len(paths) - first if len(parts) == 2 else 0
+    return _source(images, np.array(labels), classes, f"folder {folder}", content, test)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder and below it, by their suffix, sorted; hidden ones are passed over."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _common_size(paths: list[Path], channels: int) -> int:
+    """The one height and width of all images."""
+    height, width, _ = read_image(paths[0], None, channels).shape
+    Image = pillow()
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except Exception:
+            size = read_image(path, None, channels).shape[1::-1]  # says what is wrong with it
+        if size != (width, height) or width != height:
+            raise DataError(
+                f"{path} is {size[0]}x{size[1]} pixels, and images are to be square and of one size; "
+                "set data.image_size to resize them"
+            )
+    return height
+
+
+def _mnist(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
+    def one(part: tuple[str, ...]) -> tuple[Pixels, NDArray[Any]] | None:
+        found = [name for name in names if "idx3-ubyte" in name and any(word in name for word in part)]
+        if not found:
+            return None
+        labels = folder / found[0].replace("images", "labels").replace("idx3", "idx1")
+        if not labels.is_file():
+            twin = labels.with_name(labels.name.removesuffix(".gz") + ("" if labels.suffix == ".gz" else ".gz"))
+            if not twin.is_file():
+                raise DataError(f"{folder / found[0]}: its labels are not beside it ({labels.name})")
+            labels = twin
+        pair = read_idx(folder / found[0], 3), read_idx(labels, 1)
+        if len(pair[0]) != len(pair[1]):
+            raise DataError(f"{folder / found[0]}: {len(pair[0])} images, and {labels.name} has {len(pair[1])} labels")
+        return pair
+
+    train, test = one(("train",)), one(("t10k", "test"))
+    if train is None:
+        raise DataError(f"data.source {str(folder)!r} has IDX files, but none of training images (train-images-...)")
+    if test is not None and test[0].shape[1:] != train[0].shape[1:]:
+        raise DataError(f"{folder}: training images are {train[0].shape[1:]} and test images {test[0].shape[1:]}")
+    parts = [train] if test is None else [train, test]
+    pixels = np.concatenate([images for images, _ in parts])[..., None]
+    labels = np.concatenate([labels for _, labels in parts])
+    classes = [str(label) for label in range(int(labels.max()) + 1)]
+    images = _converted(pixels, size, channels)
+    held_out = 0 if test is None else len(test[0])
+    return _source(images, labels, classes, f"IDX files in {folder}", images.pixels.tobytes(), held_out)
+
+
+def read_idx(path: Path, axes: int) -> Pixels:
+    """The array of an IDX file of unsigned bytes with so many axes, gzipped or not.
+
+    Raises:
+        DataError: another kind of file, or not of the length that its header says.
+    """
+    try:
+        zipped = path.open("rb").read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            header = file.read(4 + 4 * axes)
+            if header[:4] != bytes([0, 0, 8, axes]) or len(header) != 4 + 4 * axes:
+                raise DataError(f"{path}: not an IDX file of {axes}-d unsigned bytes")
+            shape = tuple(int(length) for length in np.frombuffer(header, ">u4", offset=4))
+            wanted = math.prod(shape)
+            if wanted == 0 or (not zipped and path.stat().st_size != len(header) + wanted):
+                raise DataError(f"{path}: damaged or cut short: its header says {shape}")
+            content = file.read(wanted + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut short ({error}); fetch it again") from None
+    if len(content) != wanted:
+        raise DataError(f"{path}: damaged or cut short: its header says {shape}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _cifar(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
+    train = [name for name in names if name.startswith("data_batch_") and name.endswith(".bin")]
+    tests = [name for name in names if name == "test_batch.bin"]
+    parts = []
+    for name in train + tests:
+        path = folder / name
+        if path.stat().st_size == 0 or path.stat().st_size % 3073:
+            raise DataError(f"{path}: damaged or cut short: {path.stat().st_size:,} bytes are not records of 3,073")
+        parts.append(np.fromfile(path, np.uint8).reshape(-1, 3073))
+        if parts[-1][:, 0].max() > 9:
+            raise DataError(f"{path}: not CIFAR-10's binary version: it has the label {parts[-1][:, 0].max()}")
+    records = np.concatenate(parts)
+    pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    classes = [str(label) for label in range(10)]
+    if "batches.meta.txt" in names:
+        named = (folder / "batches.meta.txt").read_text(encoding="utf-8", errors="replace").split()
+        classes = named if len(named) == 10 else classes
+    images = _converted(pixels, size, channels)
+    held_out = len(parts[-1]) if tests else 0
+    return _source(images, records[:, 0], classes, f"CIFAR-10 in {folder}", images.pixels.tobytes(), held_out)
