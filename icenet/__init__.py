@@ -55,7 +55,7 @@ def _model(config: Config, backend: str | None, device: str | None, initialise: 
     name = backends.choose(config, backend)
     model = backends.module(name, "engine").build_model(config, device or config.device, initialise)
     model.eval()
-    if config.model.reads == "tokens":
+    if config.model.reads == "tokens" and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         if tokenizer.vocab_size <= config.model.vocab_size:
             model.tokenizer = tokenizer
@@ -111,6 +111,7 @@ def generate(
 
     if isinstance(model, (str, Path)):
         model = load(model)
+    generation.check_reads_tokens(model)
     if model.tokenizer is None:
         raise UsageError("generate: the model has no tokenizer; set model.tokenizer, or use model.generate with ids")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -166,10 +166,10 @@ def _cells(x: Array, weight: Array, stride: int, padding: int) -> tuple[Array, A
     cells = -(-kernel // stride)  # of one kernel, along an axis; the kernel is filled up with zeros
     high, wide = ((length + 2 * padding - kernel) // stride + cells for length in size)
     after = [max(stride * n - length - padding, 0) for n, length in zip((high, wide), size, strict=True)]
-    x = mx.pad(x, ((0, 0), (padding, after[0]), (padding, after[1]), (0, 0)))[:, : stride * high, : stride * wide]
+    x = mx.pad(x, [(0, 0), (padding, after[0]), (padding, after[1]), (0, 0)])[:, : stride * high, : stride * wide]
     x = x.reshape(batch, high, stride, wide, stride, channels).transpose(0, 1, 3, 2, 4, 5)
     fill = stride * cells - kernel
-    weight = mx.pad(weight, ((0, 0), (0, fill), (0, fill), (0, 0)))
+    weight = mx.pad(weight, [(0, 0), (0, fill), (0, fill), (0, 0)])
     weight = weight.reshape(outputs, cells, stride, cells, stride, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, high, wide, -1), weight.reshape(outputs, cells, cells, -1)
 
@@ -180,18 +180,23 @@ class BatchNorm2d(nn.BatchNorm):
     In training the running statistics move by a tenth towards the batch's mean and unbiased variance.
     """
 
+    running_mean: Array
+    running_var: Array
+
     def __call__(self, x: Array) -> Array:
         y = x.astype(self.weight.dtype)
         if not self.training:
             scale = self.weight * mx.rsqrt(self.running_var + self.eps)
-            return ((y - self.running_mean) * scale + self.bias).astype(x.dtype)
+            y = _scale_and_shift(y - self.running_mean, scale, self.bias)  # type: ignore[assignment]
+            return y.astype(x.dtype)
         count = y.size // y.shape[-1]
         check_batch_norm(count)
         mean, var = (mx.stop_gradient(moment) for moment in _moments(y))
         keep, m = 1 - self.momentum, self.momentum
         self.running_mean = keep * self.running_mean + m * mean
         self.running_var = keep * self.running_var + m * (var * (count / (count - 1)))
-        return _normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps)).astype(x.dtype)
+        y = _normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps))  # type: ignore[assignment]
+        return y.astype(x.dtype)
 
 
 def _channel_sums(x: Array) -> Array:
@@ -226,6 +231,17 @@ def _normalize_gradient(inputs: tuple[Array, ...], cotangent: Array, _: Array) -
     inner = cotangent - (bias_gradient + normal * weight_gradient) * share
     zeros = mx.zeros_like(mean)
     return inner * (weight * scale), weight_gradient, bias_gradient, zeros, zeros
+
+
+@mx.custom_function
+def _scale_and_shift(x: Array, scale: Array, shift: Array) -> Array:
+    return x * scale + shift
+
+
+@_scale_and_shift.vjp
+def _scale_and_shift_gradient(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
+    x, scale, _ = inputs
+    return cotangent * scale, _channel_sums(cotangent * x), _channel_sums(cotangent)
 
 
 def check_batch_norm(count: int) -> None:
@@ -267,7 +283,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
     pooling splits it.
     """
     edge = (padding, padding)
-    x = mx.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=mx.array(-math.inf, x.dtype))
+    x = mx.pad(x, [(0, 0), edge, edge, (0, 0)], constant_values=mx.array(-math.inf, x.dtype))
     rows, columns = (stride * ((length - size) // stride) + 1 for length in x.shape[1:3])
     best = x[:, :rows:stride, :columns:stride]
     for i, j in [(i, j) for i in range(size) for j in range(size)][1:]:

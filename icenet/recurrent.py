@@ -185,14 +185,14 @@ class Scan:
 
 def lstm(projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None) -> Arrays:
     """h after every step `[T, B, H]`, c after the last `[B, H]`; records c, tanh(c) and the gates."""
-    half, one = mx.full(h.shape[-1], 0.5), mx.ones(h.shape[-1])
-    scale = mx.concatenate([half, half, one, half])  # sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so that
-    shift = mx.concatenate([half, half, one * 0, half])  # all four gates are one call of tanh
-    recurrent = weight.T
+    half, one = mx.full(h.shape, 0.5), mx.ones(h.shape)
+    scale = mx.concatenate([half, half, one, half], axis=-1)  # sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so that
+    shift = mx.concatenate([half, half, one * 0, half], axis=-1)  # all four gates are one call of tanh
+    weight = weight.T  # [H, 4H]
     hs, cs, squashed, gates = [], [], [], []
     for step in range(len(projected)):
         now = None if mask is None else mask[step]
-        gates.append(mx.tanh(add_product(projected[step], h, recurrent) * scale) * scale + shift)
+        gates.append(mx.tanh(add_product(projected[step], h, weight) * scale) * scale + shift)
         i, f, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each
         c = where(now, f * c + i * g, c)
         squashed.append(mx.tanh(c))
@@ -228,29 +228,31 @@ lstm_scan = Scan(lstm, lstm_gradient)
 
 def gru(projected: mx.array, weight: mx.array, bias_hn: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
     """h after every step `[T, B, H]`; records r and z, n, and the state's part of n."""
-    size = h.shape[-1]
-    bias = mx.concatenate([mx.zeros(2 * size, bias_hn.dtype), bias_hn])  # [3H]
-    hs, gates, candidates, recurrent = [], [], [], []
+    two = [2 * h.shape[-1]]  # where the gates r and z end, and n begins
+    projected_rz, projected_n = mx.split(projected, two, axis=-1)
+    bias = mx.concatenate([mx.zeros(two, bias_hn.dtype), bias_hn])  # [3H]
+    weight = weight.T  # [H, 3H]
+    hs, gates, candidates, carried = [], [], [], []
     for step in range(len(projected)):
-        own, carried = projected[step], add_product(bias, h, weight.T)  # [B, 3H] each
-        gates.append(mx.sigmoid(own[:, : 2 * size] + carried[:, : 2 * size]))
+        carried_rz, carried_n = mx.split(add_product(bias, h, weight), two, axis=-1)
+        gates.append(mx.sigmoid(projected_rz[step] + carried_rz))
         r, z = mx.split(gates[-1], 2, axis=-1)  # [B, H] each
-        recurrent.append(carried[:, 2 * size :])
-        n = mx.tanh(own[:, 2 * size :] + r * recurrent[-1])
+        n = mx.tanh(projected_n[step] + r * carried_n)
         h = where(None if mask is None else mask[step], n + z * (h - n), h)
         candidates.append(n)
+        carried.append(carried_n)
         hs.append(h)
-    return (mx.stack(hs),), (gates, candidates, recurrent)
+    return (mx.stack(hs),), (gates, candidates, carried)
 
 
 def gru_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     projected, weight, _, h0, mask = inputs
-    hs, gates, n, recurrent = outputs
+    hs, gates, n, carried_n = outputs
     r, z = mx.split(gates, 2, axis=-1)  # [T, B, H] each
     # dh times these is the gradient of r, z and n before their activations, and of the state's part of n
     through_n = where(mask, (1 - z) * (1 - n * n), 0)
     through_z = where(mask, (before(h0, hs) - n) * z * (1 - z), 0)
-    through = mx.concatenate([through_n * recurrent * r * (1 - r), through_z, through_n * r], axis=-1)
+    through = mx.concatenate([through_n * carried_n * r * (1 - r), through_z, through_n * r], axis=-1)
     kept = where(mask, z, 1)
     dh = mx.zeros_like(h0)
     d_hs, d_carried = [], []
@@ -259,12 +261,11 @@ def gru_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         d_hs.append(dh)
         d_carried.append(mx.concatenate([dh, dh, dh], axis=-1) * through[step])
         dh = add_product(dh * kept[step], d_carried[-1], weight)
-    carried = mx.stack(d_carried[::-1])  # [T, B, 3H]
-    d_rz, d_recurrent = mx.split(carried, [2 * h0.shape[-1]], axis=-1)
+    d_all = mx.stack(d_carried[::-1])  # [T, B, 3H]
+    d_rz, d_carried_n = mx.split(d_all, [2 * h0.shape[-1]], axis=-1)
     d_projected = mx.concatenate([d_rz, mx.stack(d_hs[::-1]) * through_n], axis=-1)
-    # a long sum in two stages, for MLX's CPU adds term by term
-    d_bias = d_recurrent.sum(axis=1).sum(axis=0)
-    return d_projected, over_steps(carried, before(h0, hs), weight), d_bias, dh, mask
+    d_bias = d_carried_n.sum(axis=1).sum(axis=0)  # in two stages: MLX's CPU adds a long sum up term by term
+    return d_projected, over_steps(d_all, before(h0, hs), weight), d_bias, dh, mask
 
 
 gru_scan = Scan(gru, gru_gradient)
@@ -272,9 +273,10 @@ gru_scan = Scan(gru, gru_gradient)
 
 def rnn(activate: Activation, projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
     """h after every step `[T, B, H]`."""
+    weight = weight.T  # [H, H]
     hs = []
     for step in range(len(projected)):
-        new = activate(add_product(projected[step], h, weight.T))
+        new = activate(add_product(projected[step], h, weight))
         h = where(None if mask is None else mask[step], new, h)
         hs.append(h)
     return (mx.stack(hs),), ()

@@ -115,8 +115,10 @@ class Dropout(nn.Module):
     def forward(self, x: Array) -> Array:
         if not self.training or self.p == 0:
             return x
-        keep = dropout_mask(x.shape, self.p, self._key, x.device)
-        return torch.where(keep, x * (1 / (1 - self.p)), 0)
+        y = x.permute(0, 2, 3, 1) if self.images else x
+        keep = dropout_mask(y.shape, self.p, self._key, x.device)
+        y = torch.where(keep, y * (1 / (1 - self.p)), 0)
+        return y.permute(0, 3, 1, 2) if self.images else y
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None, device: torch.device) -> Array:

@@ -305,6 +305,7 @@ DIFFERENT_METHODS = {
     # PyTorch's layers draw initial values of their own unless this is overridden
     ("nn", "Linear"): {"reset_parameters"},
     ("nn", "Embedding"): {"reset_parameters"},
+    ("nn", "Conv2d"): {"reset_parameters"},
 }
 
 

@@ -43,8 +43,8 @@ class Evaluation(NamedTuple):
 
     loss: float
     """The mean, in nats."""
-    count: int
-    """Labels counted."""
+    labels: int
+    """How many were counted."""
     correct: int | None
     """Rows classified right, where labels are `[B]`; None for tokens."""
 

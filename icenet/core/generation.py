@@ -69,6 +69,15 @@ class Decoder(Protocol):
         """Waits for a choice: int32 `[B]`."""
 
 
+def check_reads_tokens(model: ModelFacts) -> None:
+    """Refuses a model that has no text to continue."""
+    if model.config.reads != "tokens":
+        raise UsageError(
+            f"generate: a model of type {model.config.type} reads {model.config.reads} and continues no text; "
+            "icenet predict classifies images"
+        )
+
+
 def request(
     model: ModelFacts,
     input_ids: Any,
@@ -84,6 +93,7 @@ def request(
     Raises:
         UsageError: an option or prompt that cannot be served, and what would be.
     """
+    check_reads_tokens(model)
     base = model.generation or GenerationConfig()
     values = base.model_dump()
     given = {key: value for key, value in options.items() if value is not None}

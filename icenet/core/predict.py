@@ -82,15 +82,13 @@ def predict(
     found = checkpoint.find(run)
     if found.config.model.reads != "images":
         raise UsageError(f"{run}: a {found.config.model.type} that reads {found.config.model.reads}, not images")
+    stored, num_classes = found.path / "state.json", found.config.model.vocab_size
     try:
         facts = ImageFacts(**found.state.get("facts", {}))
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{found.path / 'state.json'}: does not say how its images were read ({error})") from None
-    if len(facts.classes) != found.config.model.vocab_size:
-        raise CheckpointError(
-            f"{found.path / 'state.json'}: names {len(facts.classes)} classes, and the model has "
-            f"{found.config.model.vocab_size}"
-        )
+        raise CheckpointError(f"{stored}: does not say how its images were read ({error})") from None
+    if len(facts.classes) != num_classes:
+        raise CheckpointError(f"{stored}: names {len(facts.classes)} classes, and the model has {num_classes}")
     files = [file for name in names for file in _files(name)]
     engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
     engine.set_weights(dict(found.weights))

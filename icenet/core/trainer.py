@@ -311,7 +311,7 @@ class Trainer:
         correct: int | None = None
         for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
             found = self.engine.evaluate(batch)
-            total, counted = total + found.loss * found.count, counted + found.count
+            total, counted = total + found.loss * found.labels, counted + found.labels
             if found.correct is not None:
                 correct = (correct or 0) + found.correct
         if not counted:

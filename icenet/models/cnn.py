@@ -6,7 +6,7 @@ The stem keeps the resolution, or quarters it; each stage after the first halves
 channels. `icenet.core.stages` says which block stands where; ResNet-18, 34 and 50 are configurations.
 
 Shapes: B batch, H height, W width, C channels in, O channels out, s stride, D hidden_size, K classes
-(vocab_size). MLX keeps channels last. The mirror is `icenet_torch/models/cnn.py`.
+(vocab_size). Images are [B, H, W, C]. The mirror is `icenet_torch/models/cnn.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ConvNorm(nn.Module):
         self.norm = ops.BatchNorm2d(outputs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.norm(self.conv(x))  # [B, H, W, C] -> [B, H/s, W/s, O]
+        return self.norm(self.conv(x))  # H x W pixels of C -> H/s x W/s pixels of O
 
 
 class ConvBlock(ConvNorm):
@@ -40,7 +40,7 @@ class ConvBlock(ConvNorm):
     def __init__(self, config: CNNConfig, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel_size, stride)
         self.activation = config.activation
-        self.dropout = ops.ImageDropout(config.dropout)
+        self.dropout = ops.Dropout(config.dropout, images=True)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.dropout(ops.activation(self.activation, super().__call__(x)))
@@ -55,16 +55,17 @@ class ResidualBlock(nn.Module):
         self.activation = config.activation
         if block.kind == "bottleneck":
             inner = outputs // stages.EXPANSION
-            self.branch = [
+            branch = [
                 ConvBlock(config, inputs, inner, 1),
                 ConvBlock(config, inner, inner, 3, stride),
                 ConvNorm(inner, outputs, 1),
             ]
         else:
-            self.branch = [
+            branch = [
                 ConvBlock(config, inputs, outputs, 3, stride),
                 ConvNorm(outputs, outputs, 3),
             ]
+        self.branch = branch
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else ConvNorm(inputs, outputs, 1, stride)
 
@@ -72,7 +73,7 @@ class ResidualBlock(nn.Module):
         y = x
         for layer in self.branch:
             y = layer(y)
-        return ops.activation(self.activation, y + self.shortcut(x))  # [B, H/s, W/s, O]
+        return ops.activation(self.activation, y + self.shortcut(x))  # H/s x W/s pixels of O
 
 
 class CNNModel(BaseModel):
@@ -82,34 +83,31 @@ class CNNModel(BaseModel):
 
     def __init__(self, config: CNNConfig, seed: int | None = 0) -> None:
         super().__init__(config)
-        base = config.base_channels
-        large = config.stem == "conv7"
-        self.stem = ConvBlock(config, config.image_channels, base, kernel_size=7 if large else 3, stride=1 + large)
-        blocks = stages.blocks(config)
-        self.blocks = [
+        kernel_size, stride = (7, 2) if config.stem == "conv7" else (3, 1)
+        self.stem = ConvBlock(config, config.image_channels, config.base_channels, kernel_size, stride)
+        plan = stages.blocks(config)
+        blocks = [
             ConvBlock(config, block.inputs, block.outputs, 3, block.stride)
             if block.kind == "conv"
             else ResidualBlock(config, block)
-            for block in blocks
+            for block in plan
         ]
+        self.blocks = blocks
         if config.classifier == "hidden":
-            self.hidden = ops.Linear(blocks[-1].outputs, config.hidden_size)
+            self.hidden = ops.Linear(plan[-1].outputs, config.hidden_size)
         self.dropout = ops.Dropout(config.dropout)
         self.output = ops.Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
             self.init_weights(seed)
 
     def forward(self, images: mx.array) -> mx.array:
-        """Logits `[B, K]` of images, float `[B, H, W, C]`.
-
-        Any height and width from `icenet.core.stages.min_image_size` on.
-        """
+        """Logits `[B, K]` of images of any height and width from `icenet.core.stages.min_image_size` on."""
         return self.output(self.extract_features(images))
 
     def extract_features(self, images: mx.array) -> mx.array:
         """What the last layer reads, `[B, D]`."""
         stages.check_images(self.config, images.shape, channel_axis=3)
-        x = self.stem(images.astype(self.compute_dtype))  # [B, H, W, base_channels]
+        x = self.stem(images.astype(self.compute_dtype))  # pixels of base_channels
         if self.config.stem == "conv7":
             x = ops.max_pool(x, size=3, stride=2, padding=1)
         for block in self.blocks:

@@ -76,8 +76,8 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     if isinstance(config.model, CNNConfig):
         size = getattr(config.data, "image_size", None) or max(8, 2 * stages.min_image_size(config.model))
         classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
-        shape = (rows, size, size, config.model.image_channels)
-        images = rng.normal(rng.key(config.seed, "parity batch"), shape)
+        pixels = (rows, size, size, config.model.image_channels)
+        images = rng.normal(rng.key(config.seed, "parity batch"), pixels)
         return {"inputs": images, "labels": classes.astype(np.int32)}
     shape = (rows, min(length, _length(config)) + 1)
     words = rng.bits(rng.key(config.seed, "parity batch"), shape[0] * shape[1]).astype(np.uint64)

@@ -45,5 +45,4 @@ def normalize(images: Pixels, mean: list[float], std: list[float]) -> NDArray[np
     """Values 0 to 255, uint8 `[..., C]`, as (value / 255 - mean) / std of their channel, float32."""
     scale = 1 / (255 * np.asarray(std, np.float64))
     shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
-    result: NDArray[np.float32] = images * scale.astype(np.float32) - shift.astype(np.float32)
-    return result
+    return images.astype(np.float32) * scale.astype(np.float32) - shift.astype(np.float32)

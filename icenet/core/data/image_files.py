@@ -5,12 +5,13 @@ What a file says of itself is not believed: sizes are checked before memory is t
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,12 +140,21 @@ def read_image(path: Path, size: int | None, channels: int) -> Pixels:
     Raises:
         DataError: not an image, damaged, too large, or of more than 8 bits a channel.
     """
-    Image = pillow()
+    pillow()
     from PIL import ImageOps
 
+    with _opened(path) as image:
+        picture = _fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), size)
+        return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A picture whose header was checked and whose pixels are read when they are asked for."""
+    Image = pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd tag, or a size that is checked below
+            warnings.simplefilter("ignore")  # of an odd tag, or a size that is checked here
             with Image.open(path) as image:
                 if math.prod(image.size) > MOST_PIXELS:
                     raise DataError(
@@ -153,9 +163,7 @@ def read_image(path: Path, size: int | None, channels: int) -> Pixels:
                     )
                 if image.mode.startswith(("I", "F")):
                     raise DataError(f"{path}: has pixels of mode {image.mode}, more than 8 bits; save it as 8-bit")
-                image.load()
-                picture = _fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), size)
-                return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
+                yield image
     except DataError:
         raise
     except FileNotFoundError:
@@ -247,7 +255,7 @@ def _class_folders(folder: Path, size: int | None, channels: int | None) -> Imag
             labels += [label] * len(found)
     channels = channels or 3
     images: Images
-    size = size or _common_size(paths, channels)
+    size = size or _common_size(paths)
     if len(paths) * size * size * channels <= IN_MEMORY:
         images = ArrayImages(FileImages(paths, size, channels).take(np.arange(len(paths))))
         content = images.pixels.tobytes()
@@ -273,22 +281,20 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _common_size(paths: list[Path], channels: int) -> int:
+def _common_size(paths: list[Path]) -> int:
     """The one height and width of all images."""
-    height, width, _ = read_image(paths[0], None, channels).shape
-    Image = pillow()
+    common: int | None = None
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                size = image.size
-        except Exception:
-            size = read_image(path, None, channels).shape[1::-1]  # says what is wrong with it
-        if size != (width, height) or width != height:
+        with _opened(path) as image:
+            width, height = image.size
+        common = common or height
+        if not width == height == common:
             raise DataError(
-                f"{path} is {size[0]}x{size[1]} pixels, and images are to be square and of one size; "
+                f"{path} is {width}x{height} pixels, and images are to be square and of one size; "
                 "set data.image_size to resize them"
             )
-    return height
+    assert common is not None
+    return common
 
 
 def _mnist(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
@@ -304,7 +310,8 @@ def _mnist(folder: Path, names: list[str], size: int | None, channels: int | Non
             labels = twin
         pair = read_idx(folder / found[0], 3), read_idx(labels, 1)
         if len(pair[0]) != len(pair[1]):
-            raise DataError(f"{folder / found[0]}: {len(pair[0])} images, and {labels.name} has {len(pair[1])} labels")
+            counts = f"{len(pair[0])} images, and {labels.name} has {len(pair[1])} labels"
+            raise DataError(f"{folder / found[0]}: {counts}")
         return pair
 
     train, test = one(("train",)), one(("t10k", "test"))
@@ -335,7 +342,9 @@ def read_idx(path: Path, axes: int) -> Pixels:
                 raise DataError(f"{path}: not an IDX file of {axes}-d unsigned bytes")
             shape = tuple(int(length) for length in np.frombuffer(header, ">u4", offset=4))
             wanted = math.prod(shape)
-            if wanted == 0 or (not zipped and path.stat().st_size != len(header) + wanted):
+            size = path.stat().st_size
+            possible = wanted <= 1100 * size if zipped else wanted == size - len(header)  # gzip: 1032-fold at most
+            if wanted == 0 or not possible:
                 raise DataError(f"{path}: damaged or cut short: its header says {shape}")
             content = file.read(wanted + 1)
     except (OSError, EOFError, zlib.error) as error:

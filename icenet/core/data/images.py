@@ -79,10 +79,8 @@ class ImageDataset:
     def facts(self) -> dict[str, Any]:
         """`ImageFacts`, as they are stored with each checkpoint."""
         height, _, channels = self.source.images.shape
-        facts = ImageFacts(
-            classes=self.classes, image_size=height, channels=channels, mean=self.mean, std=self.std
-        )
-        return facts.model_dump()
+        facts: dict[str, Any] = {"image_size": height, "channels": channels, "mean": self.mean, "std": self.std}
+        return ImageFacts(classes=self.classes, **facts).model_dump()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training part; what is left over is dropped.
