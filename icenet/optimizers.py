@@ -6,7 +6,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from icenet.core.config import TrainingConfig
 from icenet.core.schedule import adam_corrections
@@ -61,10 +61,11 @@ def state_arrays(optimizer: optim.Optimizer, paths: set[str]) -> dict[str, mx.ar
 
 
 def set_state_arrays(optimizer: optim.Optimizer, arrays: dict[str, mx.array]) -> None:
-    """Puts arrays by canonical name in the optimizer's state."""
+    """Puts arrays by canonical name in the optimizer's state, in place: a compiled step holds on to it."""
     own = {canonical: slot for slot, canonical in SLOTS.items()}
-    state = dict(tree_flatten(optimizer.state))
     for name, array in arrays.items():
         path, _, slot = name.rpartition(".")
-        state[f"{path}.{own[slot]}"] = array
-    optimizer.state = tree_unflatten(list(state.items()))
+        place = optimizer.state
+        for part in path.split("."):
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        place[own[slot]] = array

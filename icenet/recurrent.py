@@ -52,9 +52,9 @@ class Recurrent(nn.Module):
         self.directions = ("", "_reverse") if bidirectional else ("",)
         rows = self.gates * hidden_size
         for direction in self.directions:
-            self[f"weight_ih{direction}"] = mx.zeros((rows, input_size))
-            self[f"weight_hh{direction}"] = mx.zeros((rows, hidden_size))
-            self[f"bias{direction}"] = mx.zeros((rows,))
+            setattr(self, f"weight_ih{direction}", mx.zeros((rows, input_size)))
+            setattr(self, f"weight_hh{direction}", mx.zeros((rows, hidden_size)))
+            setattr(self, f"bias{direction}", mx.zeros((rows,)))
 
     def __call__(
         self, x: mx.array, state: State | None = None, mask: mx.array | None = None
@@ -125,7 +125,7 @@ class GRU(Recurrent):
     def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = False) -> None:
         super().__init__(input_size, hidden_size, bidirectional)
         for direction in self.directions:
-            self[f"bias_hn{direction}"] = mx.zeros((hidden_size,))
+            setattr(self, f"bias_hn{direction}", mx.zeros((hidden_size,)))
 
     def scan(self, x: mx.array, start: list[mx.array], mask: mx.array | None, direction: str) -> Arrays:
         projected, weight = self.project(x, direction), self.weight("weight_hh" + direction, x)
@@ -158,8 +158,8 @@ class RNN(Recurrent):
 # `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None.
 
 
-class Scan:
-    """A loop over time and its gradient, as one function that MLX can differentiate.
+def differentiable(forward: Callable[..., Any], gradient: Callable[..., Arrays]) -> Callable[..., Any]:
+    """A loop over time and its gradient as one function, called with `training`.
 
     `forward(*inputs)` gives the results, and records: lists with a value for every step, which
     `gradient(inputs, cotangents, (*results, *records))` needs. They are kept in training. In evaluation they
@@ -167,20 +167,17 @@ class Scan:
     the sequence is read once more.
     """
 
-    def __init__(self, forward: Callable[..., Any], gradient: Callable[..., Arrays]) -> None:
-        def keep(*inputs: Any) -> Arrays:
-            results, records = forward(*inputs)
-            return *results, *(mx.stack(record) for record in records)
+    def keep(*inputs: Any) -> Arrays:
+        results, records = forward(*inputs)
+        return *results, *(mx.stack(record) for record in records)
 
-        def drop(*inputs: Any) -> Arrays:
-            return forward(*inputs)[0]
+    def drop(*inputs: Any) -> Arrays:
+        return forward(*inputs)[0]
 
-        self.keep, self.drop = mx.custom_function(keep), mx.custom_function(drop)
-        self.keep.vjp(gradient)
-        self.drop.vjp(lambda inputs, cotangents, _: gradient(inputs, cotangents, keep(*inputs)))
-
-    def __call__(self, *inputs: mx.array | None, training: bool) -> Any:
-        return self.keep(*inputs) if training else self.drop(*inputs)
+    kept, dropped = mx.custom_function(keep), mx.custom_function(drop)
+    kept.vjp(gradient)
+    dropped.vjp(lambda inputs, cotangents, _: gradient(inputs, cotangents, keep(*inputs)))
+    return lambda *inputs, training: (kept if training else dropped)(*inputs)
 
 
 def lstm(projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None) -> Arrays:
@@ -223,7 +220,7 @@ def lstm_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays
     return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, dc, mask
 
 
-lstm_scan = Scan(lstm, lstm_gradient)
+lstm_scan = differentiable(lstm, lstm_gradient)
 
 
 def gru(projected: mx.array, weight: mx.array, bias_hn: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
@@ -268,7 +265,7 @@ def gru_gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     return d_projected, over_steps(d_all, before(h0, hs), weight), d_bias, dh, mask
 
 
-gru_scan = Scan(gru, gru_gradient)
+gru_scan = differentiable(gru, gru_gradient)
 
 
 def rnn(activate: Activation, projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None) -> Arrays:
@@ -296,8 +293,8 @@ def rnn_gradient(slope: Activation, inputs: Arrays, cotangents: Arrays, outputs:
     return d_projected, over_steps(d_projected, before(h0, hs), weight), dh, mask
 
 
-tanh_scan = Scan(partial(rnn, mx.tanh), partial(rnn_gradient, lambda h: 1 - h * h))
-relu_scan = Scan(partial(rnn, nn.relu), partial(rnn_gradient, lambda h: (h > 0).astype(h.dtype)))
+tanh_scan = differentiable(partial(rnn, mx.tanh), partial(rnn_gradient, lambda h: 1 - h * h))
+relu_scan = differentiable(partial(rnn, nn.relu), partial(rnn_gradient, lambda h: (h > 0).astype(h.dtype)))
 
 
 def add_product(a: mx.array | None, h: mx.array, weight: mx.array) -> mx.array:

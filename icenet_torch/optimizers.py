@@ -28,27 +28,24 @@ class AdamW(optim.AdamW):
             betas=(training.beta1, training.beta2),
             eps=training.eps,
         )
+        # PyTorch makes the state at the first step taken, which need not be step 0: fp16 may skip some
+        zeros = {f"{path}.{slot}": torch.zeros_like(p) for path, p in parameters.items() for slot in SLOTS}
+        set_state_arrays(self, parameters, zeros)
 
     def prepare(self, step: int, learning_rate: float) -> None:
         """Sets the scalars of step 0, 1, ...; called before `step`."""
         for group in self.param_groups:
             group["lr"] = learning_rate
             for parameter in group["params"]:
-                if parameter in self.state:
-                    self.state[parameter]["step"].fill_(step)
+                self.state[parameter]["step"].fill_(step)
 
 
 OPTIMIZERS = {"adamw": AdamW}
 
 
 def state_arrays(optimizer: optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's arrays by canonical name, `PATH.exp_avg`; zeros before the first step."""
-    arrays = {}
-    for path, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        for slot in SLOTS:
-            arrays[f"{path}.{slot}"] = state[slot] if slot in state else torch.zeros_like(parameter)
-    return arrays
+    """The optimizer's arrays by canonical name, `PATH.exp_avg`."""
+    return {f"{path}.{slot}": optimizer.state[p][slot] for path, p in parameters.items() for slot in SLOTS}
 
 
 def set_state_arrays(

@@ -42,9 +42,9 @@ class Recurrent(nn.Module):
         self.directions = ("", "_reverse") if bidirectional else ("",)
         rows = self.gates * hidden_size
         for direction in self.directions:
-            self.register_parameter(f"weight_ih{direction}", nn.Parameter(torch.empty(rows, input_size)))
-            self.register_parameter(f"weight_hh{direction}", nn.Parameter(torch.empty(rows, hidden_size)))
-            self.register_parameter(f"bias{direction}", nn.Parameter(torch.empty(rows)))
+            setattr(self, f"weight_ih{direction}", nn.Parameter(torch.empty(rows, input_size)))
+            setattr(self, f"weight_hh{direction}", nn.Parameter(torch.empty(rows, hidden_size)))
+            setattr(self, f"bias{direction}", nn.Parameter(torch.empty(rows)))
 
     def forward(
         self, x: torch.Tensor, state: State | None = None, mask: torch.Tensor | None = None
@@ -151,7 +151,7 @@ class GRU(Recurrent):
     def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = False) -> None:
         super().__init__(input_size, hidden_size, bidirectional)
         for direction in self.directions:
-            self.register_parameter(f"bias_hn{direction}", nn.Parameter(torch.empty(hidden_size)))
+            setattr(self, f"bias_hn{direction}", nn.Parameter(torch.empty(hidden_size)))
 
     def kernel(self, *arguments: Any) -> State:
         return torch.gru(*arguments)

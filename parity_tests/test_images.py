@@ -18,6 +18,7 @@ import pytest
 from helpers import BACKENDS, icenet
 from PIL import Image
 
+from icenet.cli import main
 from icenet.core import backend as backends
 from icenet.core import checkpoint, rng
 from icenet.core.config import Config, ImageDataConfig
@@ -472,13 +473,14 @@ def test_predictions_are_those_of_the_validation_and_equal_on_both(run: Path, tm
         assert [len(report.ranked(row)) for row in range(80)] == [3] * 80
 
 
-def test_the_command(run: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = write_digits(tmp_path / "images", ImageDataset.open(settings(), 0), 3)
     file = tmp_path / "images" / "001.png"
     done = icenet("predict", run, file, "--backend", "torch", "--device", "cpu", folder=tmp_path)
     assert "001.png" in done.stdout and f"{labels[1]}" in done.stdout and "%" in done.stdout
     arguments = (tmp_path / "images", "--json", "--top-k", "2", "--backend", "torch", "--device", "cpu")
-    report = json.loads(icenet("predict", run, *arguments, folder=tmp_path).stdout)
+    assert main(["predict", str(run), *map(str, arguments)]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert [Path(item["image"]).name for item in report] == ["000.png", "001.png", "002.png"]
     assert all(len(item["probabilities"]) == 2 for item in report)
     assert report[1]["class"] == report[1]["probabilities"][0]["class"]
@@ -488,9 +490,9 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         ((run, tmp_path / "none.png"), "none.png: no such file"),
         ((tmp_path / "nowhere", file), "nowhere: no such run or checkpoint"),
     ):
-        failed = icenet("predict", *arguments, "--backend", "torch", folder=tmp_path, code=None)
-        assert failed.returncode in (1, 2) and message in failed.stderr
-        assert len(failed.stderr.strip().splitlines()) == 1
+        assert main(["predict", *map(str, arguments), "--backend", "torch"]) in (1, 2)
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_runs_that_cannot_predict(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

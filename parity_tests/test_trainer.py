@@ -613,7 +613,7 @@ def test_five_kills(tmp_path: Path) -> None:
 @both
 @pytest.mark.parametrize("seed", [2, 3])
 def test_twenty_kills(tmp_path: Path, backend: str, seed: int) -> None:
-    survive(tmp_path, backend, kills=20, steps=1500, seed=seed)
+    survive(tmp_path, backend, kills=20, steps={"mlx": 1500, "torch": 800}[backend], seed=seed)
 
 
 def test_killed_at_the_very_beginning(tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ Both backends are given the same arrays, so they start equal bit for bit. The ru
 
     linear      normal, standard deviation init_scale / sqrt(inputs); bias zero
     embedding   normal, standard deviation 1 / sqrt(width)
+    recurrent   as linear, the gates of one layer alike
     conv2d      normal, standard deviation init_scale * sqrt(2 / inputs of one output) (He et al., 2015);
                 bias zero
     norms       weight one, bias zero; of a batch norm also running mean zero, running variance one
+
+An LSTM's forget gates start without a bias of one (Jozefowicz et al., 2015): on bytes of text it made training
+slower (two layers of 256, 250 steps: validation loss 1.72 against 1.67; 1.82 with PyTorch's uniform weights).
 
 `init_scale` is 1 but where a layer says otherwise: projections that end a residual branch use
 1 / sqrt(2 * num_layers), so that the sum over all branches keeps its size (Radford et al., 2019).
@@ -32,8 +36,8 @@ def initial_value(
 
     `shape` is the shape in PyTorch's layout.
     """
-    if kind in ("linear", "embedding"):
-        if name == "bias":
+    if kind in ("linear", "embedding", "recurrent"):
+        if name.startswith("bias"):
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])
         return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
@@ -43,11 +47,6 @@ def initial_value(
         if name == "bias":
             return np.zeros(shape, np.float32)
         deviation = init_scale * math.sqrt(2 / math.prod(shape[1:]))
-        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
-    if kind == "recurrent":
-        if name.startswith("bias"):
-            return np.zeros(shape, np.float32)
-        deviation = init_scale / math.sqrt(shape[-1])
         return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
     if kind == "batch_norm":
         return (np.ones if name in ("weight", "running_var") else np.zeros)(shape, np.float32)

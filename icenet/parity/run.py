@@ -130,7 +130,8 @@ def run_target(
     """`run` for what a person names: a configuration, a preset, a run, a checkpoint or a saved model."""
     config, weights = checkpoint.open_target(Path(target), overrides)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Bar(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("building", total=1)
         return run(
             config,
