@@ -115,10 +115,11 @@ class Dropout(nn.Module):
     def forward(self, x: Array) -> Array:
         if not self.training or self.p == 0:
             return x
-        y = x.permute(0, 2, 3, 1) if self.images else x
-        keep = dropout_mask(y.shape, self.p, self._key, x.device)
-        y = torch.where(keep, y * (1 / (1 - self.p)), 0)
-        return y.permute(0, 3, 1, 2) if self.images else y
+        shape = x.permute(0, 2, 3, 1).shape if self.images else x.shape
+        keep = dropout_mask(shape, self.p, self._key, x.device)
+        if self.images:
+            keep = torch.empty_like(x, dtype=torch.bool).copy_(keep.permute(0, 3, 1, 2))  # in x's memory format
+        return torch.where(keep, x * (1 / (1 - self.p)), 0)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None, device: torch.device) -> Array:
@@ -184,11 +185,11 @@ def random_uniform(keys: Array, n: int) -> Array:
 def to_channels_first(x: Array) -> Array:
     """Images `[B, H, W, C]` as PyTorch's models take them, `[B, C, H, W]`.
 
-    On a CPU and on CUDA a view, which is the memory format channels_last. On MPS a copy: batch norm's gradient
-    is wrong there for images that are not contiguous.
+    On CUDA a view, which is the memory format channels_last. Elsewhere a copy: on MPS batch norm's gradient is
+    wrong for images that are not contiguous, and for the CPU see `conv2d`.
     """
     x = x.permute(0, 3, 1, 2)
-    return x.contiguous() if x.device.type == "mps" else x
+    return x if x.is_cuda else x.contiguous()
 
 
 class Conv2d(nn.Conv2d):
@@ -208,6 +209,10 @@ def conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
     """Images `[B, C, H, W]` and weight `[O, C, K, K]` to images `[B, O, H', W']` in x's dtype."""
     dtype = torch.float32 if is_half(x) and on_cpu(x) else x.dtype
     y, w = x.to(dtype), weight.to(x.dtype).to(dtype)
+    if not x.is_cuda:
+        # PyTorch 2.13's CPU code writes past its memory in the weight's gradient of a 1x1 convolution of stride 2
+        # in the format channels_last (5 images of 10x10x12 to 6 channels), which crashes much later
+        y, w = y.contiguous(), w.contiguous()
     return F.conv2d(y, w, None, stride, padding).to(x.dtype)
 
 

@@ -345,7 +345,7 @@ def test_a_backend_that_is_not_installed(place: Path, tmp_path: Path) -> None:
         return told(icenet(*arguments, folder=place, code=FAILURE, ICENET_BLAS="none", **environ).stderr)
 
     line = refused("train", "tiny.yaml", "--backend", "torch", *run, **no_torch)
-    assert line == "backend torch is not installed: pip install 'icenet[torch]'"
+    assert line == "backend torch is not installed: pip install 'icenet[torch]'; or choose --backend mlx"
     line = refused("generate", "run", "--backend", "mlx", **no_mlx)
     assert line.startswith("backend mlx is not installed: pip install 'icenet[cpu]' on Linux")
     assert refused("train", "tiny.yaml", *run, **neither).startswith("no backend runs here. backend mlx is not")
@@ -357,7 +357,7 @@ def test_a_backend_that_is_not_installed(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists() and not (tmp_path / "quick").exists()
     # and what does not need it works: auto takes the backend that is there
     icenet("train", "tiny.yaml", *run, folder=place, ICENET_BLAS="none", **no_torch)
-    icenet("generate", "run", "--max-new-tokens", "2", folder=place, **no_mlx)
+    icenet("generate", "run", "--backend", "torch", "--max-new-tokens", "2", folder=place, **no_mlx)
     icenet("info", "tiny.yaml", folder=place, **no_mlx)
 
 

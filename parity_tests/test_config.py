@@ -229,8 +229,8 @@ BAD_FILES = [
     ),
     ("model: {type: tree}\n", f"c.yaml:1: model.type: no family 'tree'; known: {KNOWN}"),
     ("model: {type: transfomer}\n", "c.yaml:1: model.type: no family 'transfomer'; did you mean transformer?"),
-    ("model: {hidden_size: 4}\n", f"c.yaml:1: model.type: required; one of {KNOWN}"),
-    ("model:\n", f"c.yaml:1: model.type: required; one of {KNOWN}"),
+    ("model: {hidden_size: 4}\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    ("model:\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
     ("seed: 3\n", "c.yaml: model: required, and not given"),
     ("", "c.yaml: model: required, and not given"),
     (f"{MODEL}seed: -1\n", "c.yaml:3: seed: must be greater than or equal to 0, not -1"),
@@ -370,8 +370,8 @@ def test_an_override_is_blamed_for_what_it_did(tmp_path: Path, text: str, overri
 # ---- what is wrong: in Python -----------------------------------------------------------------------------
 
 BAD_CALLS = [
-    (lambda: ModelConfig(), f"model.type: required; one of {KNOWN}"),
-    (lambda: ModelConfig(hidden_size=3), f"model.type: required; one of {KNOWN}"),
+    (lambda: ModelConfig(), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    (lambda: ModelConfig(hidden_size=3), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
     (lambda: ModelConfig(type="zzz"), f"model.type: no family 'zzz'; known: {KNOWN}"),
     (
         lambda: ModelConfig(type="transformer", hiden_size=3),

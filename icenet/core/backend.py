@@ -158,7 +158,9 @@ def _import(name: str) -> None:
         raise BackendError(f"no backend {name!r}: mlx, torch or auto")
     framework = "mlx.core" if name == "mlx" else "torch"
     if not installed(name):
-        raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}")
+        others = [other for other in PACKAGES if other != name and installed(other)]
+        instead = f"; or choose --backend {others[0]}" if others else ""
+        raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}{instead}")
     try:
         if name == "mlx":
             importlib.import_module("icenet.blas")

@@ -9,217 +9,42 @@ that names the key, the file and line where it stands, what is allowed and the n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from typing_extensions import Self
 
-from icenet.core import custom, stages, yaml_file
+from icenet.core import custom, yaml_file
 from icenet.core.errors import ConfigError
+from icenet.core.families import (
+    FAMILIES,
+    AnyModelConfig,
+    CNNConfig,
+    CustomConfig,
+    ModelConfig,
+    RecurrentConfig,
+    TransformerConfig,
+)
+from icenet.core.sections import Section
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: strict keys, strict types, checked assignments."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-    section: ClassVar[str] = ""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self), prefix=self.section)) from None
-
-    # pydantic calls a custom __init__ for nested sections too, which would hide where an error stands
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = dict(self.__dict__)
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            self.__dict__.update(before)  # a check across fields runs after the value is in place
-            raise ConfigError(explain(error, type(self), prefix=self.section)) from None
-
-
-# ---- model ------------------------------------------------------------------------------------------------
-
-
-class ModelConfig(Section):
-    """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
-
-    section: ClassVar[str] = "model"
-    reads: ClassVar[str] = "tokens"
-    """What a batch holds: tokens or images."""
-
-    type: str
-    """The family: transformer."""
-    hidden_size: Annotated[int, Field(ge=1)] = 512
-    """Width of the model (d_model)."""
-    num_layers: Annotated[int, Field(ge=1)] = 6
-    """Number of blocks."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Probability with which an activation is dropped in training."""
-    vocab_size: Annotated[int, Field(ge=1)] = 50000
-    """Number of tokens (or classes) the output distinguishes."""
-    compile_model: bool = False
-    """Compile the training step with mx.compile or torch.compile."""
-
-    def __new__(cls, **values: Any) -> Self:
-        """Chooses the section of the family that `type` names."""
-        if cls is not ModelConfig:
-            return super().__new__(cls)
-        section = _family_section(values)
-        if section is None:
-            raise ConfigError(f"model.type: {_no_family(values)}")
-        return super().__new__(section)  # type: ignore[type-var, return-value]
-
-
-class TransformerConfig(ModelConfig):
-    """A transformer: a decoder when `causal`, an encoder otherwise."""
-
-    type: Literal["transformer"] = "transformer"
-    """The family."""
-    num_heads: Annotated[int, Field(ge=1)] = 8
-    """Attention heads; each is hidden_size / num_heads wide."""
-    max_seq_length: Annotated[int, Field(ge=1)] = 512
-    """The most tokens in one sequence."""
-    activation: Activation = "gelu"
-    """Activation of the feed-forward network; gelu is the exact (erf) form, gelu_tanh its approximation."""
-    feed_forward_multiplier: Annotated[int, Field(ge=1)] = 4
-    """Width of the feed-forward network in units of hidden_size."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Layer norm before each sublayer (pre), or after its residual sum as in the paper (post)."""
-    causal: bool = True
-    """Each position sees only itself and what is before it."""
-    tie_embeddings: bool = False
-    """The output projection uses the embedding's weights."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} is odd: sinusoidal positions come in pairs")
-        return self
-
-
-class CNNConfig(ModelConfig):
-    """A convolutional network for images: a stem, stages of blocks, and a classifier (`icenet.core.stages`)."""
-
-    reads: ClassVar[str] = "images"
-
-    type: Literal["cnn"] = "cnn"
-    hidden_size: Annotated[int, Field(ge=1)] = 512
-    """Width of the classifier's hidden layer, and of the features."""
-    num_layers: Annotated[int, Field(ge=1)] = 5
-    """Number of blocks after the stem."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Probability with which an activation is dropped in training."""
-    vocab_size: Annotated[int, Field(ge=1)] = 1000
-    """Number of classes."""
-    activation: Activation = "relu"
-    """Activation of the blocks and of the classifier."""
-    image_channels: Annotated[int, Field(ge=1)] = 3
-    """Channels of an image: 3 for colour, 1 for grey."""
-    stem: Literal["conv3", "conv7"] = "conv3"
-    """How an image is entered: a 3x3 convolution, or one of 7x7 and a max pooling, each with stride 2."""
-    base_channels: Annotated[int, Field(ge=1)] = 64
-    """Channels of the stem; each stage after the first doubles them, unless stage_widths says otherwise."""
-    block: Literal["alternating", "conv", "basic", "bottleneck"] = "alternating"
-    """What a layer is: a conv block, a residual block (basic or bottleneck), or conv and basic in turn."""
-    stage_depths: list[Annotated[int, Field(ge=1)]] | None = None
-    """Blocks of each stage; when absent, num_layers over four stages, the early ones the deeper."""
-    stage_widths: list[Annotated[int, Field(ge=1)]] | None = None
-    """Channels of each stage (of a bottleneck: of its 3x3 convolution, a quarter of what leaves it)."""
-    classifier: Literal["hidden", "linear"] = "hidden"
-    """One hidden layer of hidden_size between pooling and classes, or none."""
-
-    @model_validator(mode="after")
-    def _stages_fit(self) -> Self:
-        stages.check(self)
-        return self
-
-
-class RecurrentConfig(ModelConfig):
-    """A recurrent network: an LSTM, a GRU, or the simple RNN. It has no longest sequence."""
-
-    type: Literal["lstm", "gru", "rnn"] = "lstm"
-    """The family: the kind of its layers."""
-    num_layers: Annotated[int, Field(ge=1)] = 4
-    """Number of recurrent layers."""
-    bidirectional: bool = False
-    """Each layer reads from both ends: for features, not for generation."""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """Activation of the simple RNN; the gates of lstm and gru have their own."""
-    tie_embeddings: bool = False
-    """The output projection uses the embedding's weights."""
-
-    @model_validator(mode="after")
-    def _options_agree(self) -> Self:
-        if self.activation != "tanh" and self.type != "rnn":
-            raise ValueError(f"activation {self.activation} is for type rnn; the gates of {self.type} have their own")
-        if self.tie_embeddings and self.bidirectional:
-            raise ValueError(
-                "tie_embeddings needs bidirectional: false: two directions are twice as wide as the embedding"
-            )
-        return self
-
-
-class CustomConfig(ModelConfig):
-    """A model of the user's own, with whatever options its class reads (`icenet.core.custom`)."""
-
-    model_config = ConfigDict(extra="allow")
-    reads: ClassVar[str] = "anything"
-
-    type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
-    """A file and a class in it: my_models.py:CustomModel."""
-
-
-FAMILIES: dict[str, type[ModelConfig]] = {
-    "cnn": CNNConfig,
-    "transformer": TransformerConfig,
-    "lstm": RecurrentConfig,
-    "gru": RecurrentConfig,
-    "rnn": RecurrentConfig,
-}
-"""The section of each family by its `type`; a new family adds its line here."""
-
-
-def _family_section(value: Any) -> type[ModelConfig] | None:
-    """The section that a tree of values (or a section itself) asks for by its `type`."""
-    family = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    if custom.is_custom(family):
-        return CustomConfig
-    return FAMILIES.get(family) if isinstance(family, str) else None
-
-
-def _family_tag(value: Any) -> str | None:
-    section = _family_section(value)
-    return section.__name__ if section else None
-
-
-def _no_family(values: Any) -> str:
-    family = values.get("type") if isinstance(values, Mapping) else None
-    if family is None:
-        return f"required; one of {', '.join(FAMILIES)}, or my_models.py:MyModel"
-    return f"no family {family!r}{_nearest(str(family), list(FAMILIES))}"
-
-
-_TAGGED = tuple(Annotated[section, Tag(section.__name__)] for section in dict.fromkeys((*FAMILIES.values(), CustomConfig)))
-if TYPE_CHECKING:
-    AnyModelConfig = ModelConfig
-else:
-    AnyModelConfig = Annotated[Union[_TAGGED], Discriminator(_family_tag)]  # noqa: UP007 - made of a tuple
-
-# ---- data, training, generation ---------------------------------------------------------------------------
+__all__ = [
+    "DATA",
+    "FAMILIES",
+    "CNNConfig",
+    "Config",
+    "CustomConfig",
+    "DataConfig",
+    "GenerationConfig",
+    "ImageDataConfig",
+    "ModelConfig",
+    "RecurrentConfig",
+    "TrainingConfig",
+    "TransformerConfig",
+    "check_device",
+    "json_schema",
+]
 
 
 class DataConfig(Section):
@@ -287,8 +112,6 @@ else:
         Union[tuple(Annotated[section, Tag(section.__name__)] for section in DATA)],  # noqa: UP007
         Discriminator(_data_tag),
     ]
-
-_TAGS: dict[Any, type[Section]] = {section.__name__: section for section in (*FAMILIES.values(), CustomConfig, *DATA)}
 
 
 class TrainingConfig(Section):
@@ -436,6 +259,8 @@ class Config(Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
+            from icenet.core.config_errors import explain  # late: it knows this module's sections
+
             raise ConfigError(explain(error, cls, lines=lines, file=file)) from None
 
     def with_overrides(self, *overrides: str) -> Config:
@@ -466,83 +291,3 @@ def json_schema() -> dict[str, Any]:
     schema["title"] = "IceNet configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
-
-
-# ---- errors a person can act on ---------------------------------------------------------------------------
-
-
-def explain(
-    error: ValidationError,
-    schema: type[Section],
-    *,
-    prefix: str = "",
-    lines: yaml_file.Lines | None = None,
-    file: Path | None = None,
-) -> str:
-    """One line for a validation error: where it stands, which key, what is wrong, what is allowed.
-
-    `lines` maps key paths to line numbers of `file`. Of several errors the first is told, and how many follow.
-    """
-    details = error.errors(include_url=False)
-    # a misspelt section is also a missing one: the misspelling says more
-    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-    first = details[0]
-    path = tuple(part for part in first["loc"] if part not in _TAGS and not str(part).startswith("function-"))
-    if first["type"].startswith("union_tag") and path == ("model",):
-        path = ("model", "type")
-    if first["type"] in ("int_type", "string_type") and path[-1:] in (("int",), ("str",)):  # one side of a union
-        path = path[:-1]
-        details = [detail for detail in details if detail["loc"][:-1] != first["loc"][:-1]] + [first]
-        first["msg"] = "must be an integer or a text"
-    where = ""
-    line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
-    if line == 0:  # see Config._checked
-        where = "--set "
-    elif file is not None:
-        where = f"{file}:{line}: " if line else f"{file}: "
-    name = _dotted(prefix, *map(str, path))
-    value = first.get("input")
-    kind = first["type"]
-    if kind in ("extra_forbidden", "no_such_attribute"):
-        section = _section_at(schema, path[:-1], first["loc"])
-        problem = f"unknown key{_nearest(str(path[-1]), list(section.model_fields) if section else [])}"
-    elif kind == "missing":
-        problem = "required, and not given"
-    elif kind.startswith("union_tag"):
-        problem = _no_family(value)
-    elif kind == "string_pattern_mismatch" and path[-1:] == ("device",):
-        problem = f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
-    elif kind == "value_error":
-        problem = str(first["ctx"]["error"])
-    else:
-        message = first["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
-        message = message.replace("a integer", "an integer")
-        allowed = str(first.get("ctx", {}).get("expected", ""))
-        choices = [choice.strip(" '") for choice in allowed.replace(" or ", ", ").split(",")]
-        close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and allowed else []
-        problem = f"{message}, not {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}{name + ': ' if name else ''}{problem}{more}"
-
-
-def _section_at(schema: type[Section], path: tuple[Any, ...], loc: tuple[Any, ...]) -> type[Section] | None:
-    """The section class that stands at a key path."""
-    section: type[Section] | None = schema
-    for part in path:
-        if section is Config and part in ("model", "data"):
-            section = next((_TAGS[tag] for tag in loc if tag in _TAGS), None)
-            continue
-        annotation = section.model_fields[part].annotation if section and part in section.model_fields else None
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-    return section
-
-
-def _dotted(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(known)}" if known else ""

@@ -87,8 +87,8 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: L
     count[0] += 1
     if count[0] > _MAX_NODES:
         raise ValueError("stands for too many values to be a configuration")
-    plain = {yaml.MappingNode: "tag:yaml.org,2002:map", yaml.SequenceNode: "tag:yaml.org,2002:seq"}
-    if node.tag != plain.get(type(node), node.tag):
+    plain = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq"}
+    if node.tag != plain.get(node.id, node.tag):
         raise ValueError(f"{node.start_mark.line + 1}: the tag {node.tag} has no place in a configuration")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[Any, Any] = {}
