@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from icenet import nn as ops
-from icenet.core import layout
+from icenet.core import buckets, layout
 from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
@@ -66,11 +66,13 @@ class Engine:
         self._differentiate = nn.value_and_grad(self.model, self._mean_loss)
         self._compute: Any = self._gradients
         self._apply: Any = self._update
+        self._evaluate: Any = self._outputs
         if config.model.compile_model:
             state = [self.model.state, self.optimizer.state]
             self.model.seed_dropout(self._keys(0))
             self._compute = partial(mx.compile, inputs=state, outputs=state)(self._gradients)
             self._apply = partial(mx.compile, inputs=state, outputs=state)(self._update)
+            self._evaluate = partial(mx.compile, inputs=[self.model.state])(self._outputs)
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -130,15 +132,20 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
-        arrays = self._arrays(batch)
-        logits, labels = self._outputs(arrays), arrays["labels"]
+        arrays = self._arrays(self._bucketed(batch))
+        logits, labels = self._evaluate(arrays), arrays["labels"]
         loss, count = ops.cross_entropy(logits, labels)
         correct = int(_number(ops.correct(logits, labels))) if labels.ndim == 1 else None
         return Evaluation(_number(loss), int(_number(count)), correct)
 
     def forward(self, batch: Batch) -> np.ndarray:
         self.model.eval()
-        return np.array(self._outputs(self._arrays(batch)).astype(mx.float32))
+        outputs = np.array(self._evaluate(self._arrays(self._bucketed(batch))).astype(mx.float32))
+        rows, length = batch["inputs"].shape[:2]
+        return outputs[:rows, :length] if outputs.ndim == 3 else outputs[:rows]
+
+    def _bucketed(self, batch: Batch) -> Batch:
+        return buckets.pad(batch, self.config.model) if self.config.model.compile_model else batch
 
     # ---- state in and out --------------------------------------------------------------------------------
 

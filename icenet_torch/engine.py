@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from icenet.core import buckets
 from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
@@ -131,7 +132,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
-        arrays = self._arrays(batch)
+        arrays = self._arrays(self._bucketed(batch))
         logits, labels = self._outputs(arrays), arrays["labels"]
         loss, count = ops.cross_entropy(logits, labels)
         correct = int(ops.correct(logits, labels).item()) if labels.ndim == 1 else None
@@ -140,8 +141,13 @@ class Engine:
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
         self.model.eval()
-        outputs = self._outputs(self._arrays(batch))
-        return _numpy(outputs.float() if ops.is_half(outputs) else outputs)
+        found = self._outputs(self._arrays(self._bucketed(batch)))
+        outputs = _numpy(found.float() if ops.is_half(found) else found)
+        rows, length = batch["inputs"].shape[:2]
+        return outputs[:rows, :length] if outputs.ndim == 3 else outputs[:rows]
+
+    def _bucketed(self, batch: Batch) -> Batch:
+        return buckets.pad(batch, self.config.model) if self.config.model.compile_model else batch
 
     # ---- state in and out --------------------------------------------------------------------------------
 

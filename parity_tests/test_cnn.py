@@ -451,6 +451,19 @@ def test_convolutions_and_their_gradients(kernel: int, stride: int, size: tuple[
         np.testing.assert_allclose(np.array(ours), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
+def test_pytorchs_convolutions_on_a_cpu_are_never_channels_last() -> None:
+    """There its gradients write past their memory; neither inputs in that format nor dropout bring it in."""
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    weight = torch.randn(8, 4, 1, 1)
+    assert icenet_torch.nn.conv2d(x, weight, 2, 0).is_contiguous()
+    assert icenet_torch.nn.to_channels_first(torch.randn(2, 6, 6, 4)).is_contiguous()
+    dropout = icenet_torch.nn.Dropout(0.5, images=True)
+    dropout._key = torch.tensor([1, 2], dtype=torch.int32)
+    assert dropout(x.contiguous()).is_contiguous()
+    assert dropout(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(dropout(x), dropout(x.contiguous()))
+
+
 @pytest.mark.parametrize("size", [(7, 7), (8, 5), (3, 3)])
 def test_max_pooling_gives_the_gradient_to_the_first_of_equals(size: tuple[int, int]) -> None:
     x = np.maximum(np.round(normal(2, *size, 4) * 1.5), 0).astype(np.float32)  # many ties

@@ -88,7 +88,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: L
     if count[0] > _MAX_NODES:
         raise ValueError("stands for too many values to be a configuration")
     plain = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq"}
-    if node.tag != plain.get(node.id, node.tag):
+    if node.tag != plain.get(getattr(node, "id", ""), node.tag):
         raise ValueError(f"{node.start_mark.line + 1}: the tag {node.tag} has no place in a configuration")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[Any, Any] = {}
