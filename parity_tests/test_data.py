@@ -55,12 +55,9 @@ def test_any_text_comes_back(text: str) -> None:
     assert tokenizer.decode(np.array(ids, np.int32)) == text
 
 
-def test_decode_never_fails_on_bytes_but_refuses_other_ids() -> None:
+def test_decode_never_fails() -> None:
     assert ByteTokenizer().decode([0xE2, 0x82, ord("a")]) == "�a"
-    with pytest.raises(DataError, match="token 257"):
-        ByteTokenizer().decode([1, 257])
-    with pytest.raises(DataError, match="token -1"):
-        ByteTokenizer().decode([-1])
+    assert ByteTokenizer().decode([ord("a"), 257, ord("b"), -1, 256, 50_000]) == "a�b��"  # a larger vocabulary's
 
 
 def test_text_that_is_no_text() -> None:
