@@ -200,7 +200,7 @@ def predict(
 
 @cli.command(
     epilog=examples(
-        "icenet convert runs/mine/checkpoints/step-00000300 mine.safetensors --to mlx",
+        "icenet convert runs/mine/checkpoints/step-00000200 mine.safetensors --to mlx",
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
     )

@@ -92,8 +92,12 @@ class BaseModel(ModelFacts, nn.Module):
         kinds = self.layer_kinds()
         return {
             path: layout.torch_shape(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array.shape)
-            for path, array in tree_flatten(self.parameters())
+            for path, array in self.own_arrays().items()
         }
+
+    def own_arrays(self) -> dict[str, mx.array]:
+        """Parameters and statistics as they are."""
+        return dict(tree_flatten(self.parameters()))
 
     def trainable_paths(self) -> set[str]:
         return {path for path, _ in tree_flatten(self.trainable_parameters())}
@@ -106,12 +110,12 @@ class BaseModel(ModelFacts, nn.Module):
 
     def weights(self) -> dict[str, np.ndarray]:
         """The canonical weights: numpy arrays in PyTorch's layouts, by path."""
-        arrays = {path: to_numpy(array) for path, array in tree_flatten(self.parameters())}
+        arrays = {path: to_numpy(array) for path, array in self.own_arrays().items()}
         return layout.tree_to_torch(arrays, self.layer_kinds())
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         arrays = layout.tree_to_mlx(values, self.layer_kinds())
-        dtypes = {path: array.dtype for path, array in tree_flatten(self.parameters())}
+        dtypes = {path: array.dtype for path, array in self.own_arrays().items()}
         self.load_weights([(path, from_numpy(values).astype(dtypes[path])) for path, values in arrays.items()])
         mx.eval(self.parameters())
 

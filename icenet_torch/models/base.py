@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from icenet.core import generation
+from icenet.core import generation, layout
 from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
 from icenet_torch import nn as ops
@@ -85,7 +85,12 @@ class BaseModel(ModelFacts, nn.Module):
     # ---- weights -----------------------------------------------------------------------------------------
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {path: tuple(tensor.shape) for path, tensor in self.state_dict().items()}
+        return {path: tuple(tensor.shape) for path, tensor in self.own_arrays().items()}
+
+    def own_arrays(self) -> dict[str, torch.Tensor]:
+        """Parameters and statistics as they are, without what MLX has not (a batch norm's count of batches)."""
+        kinds = self.layer_kinds()
+        return {path: t for path, t in self.state_dict().items() if not layout.is_left_out(kinds, path)}
 
     def trainable_paths(self) -> set[str]:
         return {path for path, parameter in self.named_parameters() if parameter.requires_grad}
@@ -98,11 +103,11 @@ class BaseModel(ModelFacts, nn.Module):
 
     def weights(self) -> dict[str, np.ndarray]:
         """The canonical weights: numpy arrays in PyTorch's layouts, by path."""
-        return {path: to_numpy(tensor).copy() for path, tensor in self.state_dict().items()}
+        return {path: to_numpy(tensor).copy() for path, tensor in self.own_arrays().items()}
 
     @torch.no_grad()
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
-        for path, tensor in self.state_dict().items():
+        for path, tensor in self.own_arrays().items():
             tensor.copy_(from_numpy(values[path]))
 
     # ---- dropout -----------------------------------------------------------------------------------------
