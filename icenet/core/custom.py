@@ -19,6 +19,8 @@ from typing import Any
 
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
+_BASES = {"mlx": "icenet.models.base", "torch": "icenet_torch.models.base"}
+
 _trusted: set[Path] = set()
 _trust_everything = False
 
@@ -75,24 +77,36 @@ def model_class(family: str, backend: str) -> type[Any]:
         except ImportError as error:  # of the other framework, where only one is installed
             problems.append(f"{candidate} cannot be imported: {error}")
             continue
-        if isinstance(made, type) and getattr(made, "backend", None) == backend and hasattr(made, "forward"):
-            return made
-        if isinstance(made, type):
-            found.append(getattr(made, "backend", None))
+        written_for = _backend_of(made)
+        if written_for == backend:
+            return made  # type: ignore[no-any-return]
+        found.append(written_for)
+    if problems:  # first: a twin that is there and cannot be imported is not missing
+        raise UsageError(f"model.type: {problems[0]}")
     other = {"mlx": "torch", "torch": "mlx"}[backend]
     if other in found:
         raise BackendError(
             f"{family} is written for {other} only: choose --backend {other}, "
             f"or write its twin {file.stem}_{backend}.py:{name}"
         )
-    if problems:
-        raise UsageError(f"model.type: {problems[0]}")
-    base = "icenet.models.base" if backend == "mlx" else "icenet_torch.models.base"
-    raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {base}.BaseModel")
+    raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {_BASES[backend]}.BaseModel")
+
+
+def _backend_of(made: Any) -> str | None:
+    """The backend of a proper subclass of a `BaseModel`, told without importing either; None of anything else."""
+    if isinstance(made, type):
+        for base in made.__mro__[1:]:
+            for backend, module in _BASES.items():
+                if (base.__module__, base.__name__) == (module, "BaseModel"):
+                    return backend
+    return None
 
 
 def _module(file: Path) -> ModuleType:
-    """Runs a file as a module, once for each of its versions."""
+    """Runs a file as a module, once for each of its versions.
+
+    What is run is the text that a person can read, never a compiled form that lies beside it.
+    """
     try:
         source = file.read_bytes()
     except OSError as error:
@@ -101,16 +115,16 @@ def _module(file: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise UsageError(f"model.type: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
     except ImportError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first}") from None

@@ -13,12 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 
 from icenet.core import rng
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import FACTOR, Judgement, judge, rms, round_to
+from icenet.parity.yardstick import (
+    FACTOR,
+    SAMPLES,
+    Judgement,
+    judge,
+    rms,
+    round_to,
+    rounded_anew,
+    spread_of,
+)
 
 DIFFERS, CONTAINS, INHERITS = "differs here", "contains", "inherits"
 
@@ -66,8 +77,17 @@ def compare(
     reference: Trace,
     dtype: str = "fp32",
     kinds: tuple[str, ...] = ("module", "loss", "gradient", "parameter", "moment"),
+    samples: Callable[[], list[Trace]] | None = None,
 ) -> list[Row]:
-    """Judges every value of the reference's trace, in its order. `dtype` is that of the arithmetic."""
+    """Judges every value of the reference's trace, in its order. `dtype` is that of the arithmetic.
+
+    `samples` gives traces of PyTorch on inputs rounded anew; it is asked where a ratio is over the yardstick.
+    """
+    if samples is not None:
+        first = compare(mlx, torch, reference, dtype, kinds)
+        if all(row.judgement.passed for row in first):
+            return first
+    moved = samples() if samples is not None else []
     rows = []
     sizes = layer_sizes(reference.of("gradient"))
     for name, exact in reference.values.items():
@@ -88,6 +108,7 @@ def compare(
             stored=theirs.dtype,
             beside=sizes.get(path.rpartition(".")[0], 0.0) if kind == "gradient" else 0.0,
             floor=_loss_noise(torch, reference) if kind == "loss" else 0.0,
+            spread=spread_of(exact.array, [trace.values[name].array for trace in moved]) if moved else None,
         )
         note = judgement.note
         if ours.dtype != theirs.dtype:
@@ -105,7 +126,7 @@ def locate(
     rows: list[Row],
     torch: Trace,
     reference: Trace,
-    replays: tuple[Replay, Replay, Replay],
+    replays: tuple[Replay, ...],
     dtype: str = "fp32",
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -114,7 +135,8 @@ def locate(
     Args:
         rows: from `compare`.
         torch, reference: the traces in the dtype under test and in float64.
-        replays: of MLX, PyTorch and the reference.
+        replays: of MLX, PyTorch and the reference; a fourth, of PyTorch with its weights rounded anew, gives
+            samples where a layer is over the yardstick.
         dtype: of the arithmetic.
         on_layer: told how many layers are done, of how many.
     """
@@ -143,7 +165,7 @@ def locate(
 
 
 def replay_layer(
-    path: str, torch: Trace, reference: Trace, replays: tuple[Replay, Replay, Replay], dtype: str = "fp32"
+    path: str, torch: Trace, reference: Trace, replays: tuple[Replay, ...], dtype: str = "fp32"
 ) -> tuple[Judgement, str]:
     """The worst judgement of one layer on the reference's inputs, and the value it was found in.
 
@@ -163,14 +185,16 @@ def replay_layer(
     for name, output in _outputs(torch, path):
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         seeds.append(Value(round_to(values, output.dtype), output.dtype))
-    ours, theirs, exact = (replay(path, call, seeds) for replay in replays)
+    ours, theirs, exact = (replay(path, call, seeds) for replay in replays[:3])
+    moved: list[dict[str, Value]] = []
     sizes = layer_sizes({name.removeprefix("gradient "): v for name, v in exact.items() if "gradient " in name})
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
     for name, value in exact.items():
         if name not in ours or name not in theirs:
             return Judgement(math.inf, 0.0, math.inf, math.inf, note=f"no {name} on one backend"), name
         parameter = name.removeprefix("gradient ")
-        judgement = judge(
+        judged = partial(
+            judge,
             ours[name].array,
             theirs[name].array,
             value.array,
@@ -178,10 +202,29 @@ def replay_layer(
             stored=theirs[name].dtype,
             beside=sizes.get(parameter.rpartition(".")[0], 0.0) if parameter != name else 0.0,
         )
+        judgement = judged()
+        if not judgement.passed and len(replays) > 3:
+            moved = moved or [replays[3](path, *anew(call, seeds, dtype, index)) for index in range(SAMPLES)]
+            judgement = judged(spread=spread_of(value.array, [sample[name].array for sample in moved]))
         backward = not name.startswith("output")
         if judgement.ratio > worst.ratio and not (backward and part.startswith("output") and not worst.passed):
             worst, part = judgement, name
     return worst, part
+
+
+def anew(call: Call, seeds: list[Value], dtype: str, index: int) -> tuple[Call, list[Value]]:
+    """A layer's inputs and cotangents, rounded anew."""
+    counter = count()
+
+    def move(value: Value) -> Value:
+        key = rng.key(index, "rounded anew", next(counter))
+        if not value.is_float:
+            return value
+        # a value of fp32 in a half-precision run was rounded to fp32
+        finer = "fp32" if value.dtype == "fp32" else dtype
+        return Value(rounded_anew(value.array, finer, key).astype(value.array.dtype), value.dtype)
+
+    return call.map(move), [move(seed) for seed in seeds]
 
 
 def first_over(rows: list[Row]) -> Row | None:

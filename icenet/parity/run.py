@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from icenet.core.precision import LossScale
 from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Trace, Value, short_dtype
-from icenet.parity.yardstick import judge_curve
+from icenet.parity.yardstick import SAMPLES, judge_curve, rounded_anew
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -160,14 +162,18 @@ def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progr
         title = f"layers, {mode}"
         tell(title, 0, 1)
         traces = [p.record(e, batch, step, train=train) for p, e in zip(probes, engines, strict=True)]
-        replays = tuple(partial(_replay, p.replay, e, step, train) for p, e in zip(probes, engines, strict=True))
-        rows = compare(traces[0], traces[1], traces[2], dtype)
-        rows = locate(rows, traces[1], traces[2], replays, dtype, partial(tell, title))  # type: ignore[arg-type]
+        replays = [partial(_replay, p.replay, e, step, train) for p, e in zip(probes, engines, strict=True)]
+        replays.append(_moved(replays[1], engines.torch, dtype))
+        moved = partial(_samples, partial(probes[1].record, step=step, train=train), engines.torch, batch, dtype)
+        rows = compare(traces[0], traces[1], traces[2], dtype, samples=moved)
+        rows = locate(rows, traces[1], traces[2], tuple(replays), dtype, partial(tell, title))  # type: ignore[arg-type]
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
     traces = [p.record(e, batch, step, train=True, gradients=True) for p, e in zip(probes, engines, strict=True)]
-    rows = compare(traces[0], traces[1], traces[2], dtype, kinds=("loss", "gradient"))
+    record = partial(probes[1].record, step=step, train=True, gradients=True)
+    moved = partial(_samples, record, engines.torch, batch, dtype)
+    rows = compare(traces[0], traces[1], traces[2], dtype, kinds=("loss", "gradient"), samples=moved)
     report.sections.append(Section("loss and gradients, training", _inherit(rows, report)))
     tell("optimizer step", 0, 1)
     gradients = {path: v.array.astype(np.float32) for path, v in traces[2].of("gradient").items()}
@@ -233,6 +239,38 @@ def unequal(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> list[str]
         or ours[path].shape != theirs[path].shape
         or ours[path].tobytes() != theirs[path].tobytes()
     ]
+
+
+@contextlib.contextmanager
+def _weights_anew(engine: Engine, dtype: str, index: int) -> Iterator[None]:
+    """While it is open, the engine's weights are rounded anew (floor 5 of the yardstick)."""
+    weights = engine.weights()
+    moved = {p: rounded_anew(a, dtype, rng.key(index, "rounded anew", p)) for p, a in weights.items()}
+    engine.set_weights({path: moved[path].astype(array.dtype) for path, array in weights.items()})
+    try:
+        yield
+    finally:
+        engine.set_weights(weights)
+
+
+def _samples(record: Callable[..., Trace], engine: Engine, batch: Batch, dtype: str) -> list[Trace]:
+    """Traces of PyTorch, its weights rounded anew."""
+    found = []
+    for index in range(SAMPLES):
+        with _weights_anew(engine, dtype, index):
+            found.append(record(engine, batch))
+    return found
+
+
+def _moved(replay: Callable[..., dict[str, Value]], engine: Engine, dtype: str) -> Callable[..., dict[str, Value]]:
+    """A replay of PyTorch with its weights rounded anew, by another draw at each call."""
+    index = count()
+
+    def moved(*layer: Any) -> dict[str, Value]:
+        with _weights_anew(engine, dtype, next(index)):
+            return replay(*layer)
+
+    return moved
 
 
 def _replay(replay: Any, engine: Engine, step: int, train: bool, path: str, call: Any, seeds: Any) -> Any:

@@ -26,6 +26,12 @@ could call wrong:
     2^-40 of that RMS, which rounding of float64 reaches and no gradient of consequence does.
 4.  A mean over n values (the loss) of noise d each has noise of at least d / sqrt(n). It matters because a
     single number has no RMS: PyTorch's error in it is near zero once in a while, by chance.
+5.  So it is with a tensor of few values, such as the bias of a layer two wide: the RMS of two errors is an eighth
+    of what is usual once in 65 times. And PyTorch may add up in float64 inside, to exact sums of terms that were
+    rounded before. So where a ratio is over FACTOR, PyTorch is run SAMPLES times more in the dtype under test, its
+    weights, inputs and cotangents rounded anew (`rounded_anew`), which draws every rounding inside anew too. The
+    noise of each value is at least the RMS of its distances from the reference: `spread`. What MLX computed does
+    not change, nor does FACTOR; it is the noise that is measured better.
 
 Curves have floor 1 and, against the same chance, the running maximum: see `judge_curve`.
 """
@@ -33,14 +39,20 @@ Curves have floor 1 and, against the same chance, the running maximum: see `judg
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from icenet.core import rng
+
 FACTOR = 8.0
 """How many times PyTorch's own noise MLX's error may be."""
+
+SAMPLES = 8
+"""How many times PyTorch is run again on inputs rounded anew, where a ratio is over FACTOR (see floor 5)."""
 
 ZERO = 2.0**-40
 """A tensor below this share of the gradients beside it is zero in exact arithmetic (see floor 3)."""
@@ -132,6 +144,7 @@ def judge(
     stored: str | None = None,
     beside: float = 0.0,
     floor: float = 0.0,
+    spread: npt.ArrayLike | None = None,
 ) -> Judgement:
     """Judges one tensor (or number) of MLX.
 
@@ -142,6 +155,7 @@ def judge(
         stored: dtype of the result where it is another (the fp32 gradients of a bf16 run).
         beside: for a gradient, the RMS of all gradients of its layer (floor 3).
         floor: noise that is known from elsewhere (floor 4).
+        spread: noise of each value, in the shape of the reference (floor 5).
     """
     a, b, r = (np.asarray(values, np.float64) for values in (mlx, torch, reference))
     if a.shape != r.shape or b.shape != r.shape:
@@ -159,9 +173,12 @@ def judge(
     stored = stored or dtype
     rounding = half_ulp(r, stored)
     least = max(floor, _FLUSHED.get(stored, 0.0))
+    moved = np.zeros(1) if spread is None else np.asarray(spread, np.float64)
+    moved = moved if moved.shape != finite.shape or finite.all() else moved[finite]
     if beside and rms(r) <= ZERO * beside:
         least = max(least, beside * float(half_ulp(1.0, dtype)))
-    measured, floored = (rms(noise), _peak(noise)), (max(rms(rounding), least), max(_peak(rounding), least))
+    measured = rms(noise), _peak(noise)
+    floored = max(rms(rounding), rms(moved), least), max(_peak(rounding), _peak(moved), least)
     rms_ratio, peak_ratio = (
         found / max(own, lowest)
         for found, own, lowest in zip((rms(error), _peak(error)), measured, floored, strict=True)
@@ -207,6 +224,29 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     strict = np.where(finite, gap / np.maximum(distance, rounding), np.inf)
     worst, strict_step = int(np.argmax(ratios)), int(np.argmax(strict))
     return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
+
+
+def rounded_anew(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:
+    """Values of which one in twelve, drawn under `key`, is moved by an ulp of `dtype` up or down.
+
+    The mean square of that is the one of a rounding, ulp^2 / 12, and each value stays one of the dtype's. Zeros and
+    what is not finite (masks) stay.
+    """
+    array = np.asarray(values, np.float64)
+    chance = rng.uniform(key, array.shape)
+    step = (chance >= 23 / 24).astype(np.float64) - (chance < 1 / 24)
+    movable = np.isfinite(array) & (array != 0)
+    moved: Floats = array + np.where(movable, 2 * step * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
+    return moved
+
+
+def spread_of(exact: npt.ArrayLike, samples: Sequence[npt.ArrayLike]) -> Floats:
+    """The RMS distance of samples from a value, element by element (floor 5)."""
+    r = np.asarray(exact, np.float64)
+    with np.errstate(invalid="ignore"):
+        squares = [np.nan_to_num(np.square(np.asarray(s, np.float64) - r), nan=0.0, posinf=0.0) for s in samples]
+    found: Floats = np.sqrt(np.mean(squares, axis=0))
+    return found
 
 
 def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:
