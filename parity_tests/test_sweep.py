@@ -9,11 +9,12 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+import icenet.blas
 
 # isort: split
 import mlx.core as mx
@@ -22,6 +23,7 @@ import pytest
 from helpers import same_bits
 from mlx.utils import tree_flatten
 
+import icenet.nn
 from icenet.core import checkpoint, rng, stages
 from icenet.core.backend import Batch
 from icenet.core.config import FAMILIES, Config, ModelConfig
@@ -161,7 +163,7 @@ def statistics(engines: Engines) -> set[str]:
 
 
 def check_conversion(engines: Engines, folder: Path, told: str) -> None:
-    """Canonical to MLX's form and back is the same file bit for bit, and between them it is what MLX's model holds."""
+    """Canonical to MLX's form and back is the same bit for bit; between them it is what MLX's model holds."""
     config = engines.torch.config
     weights = engines.torch.weights()
     source = checkpoint.save(folder / "start", config, 0, weights, engines.torch.optimizer_state(), {})
@@ -254,6 +256,40 @@ def test_every_option_is_drawn() -> None:
             choices = choices or ((False, True) if field.annotation is bool else ())
             assert {json.dumps(choice) for choice in choices} <= found, (section, name, found)
             assert len(found) > 1 or len(choices) == 1, (section, name, found)
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "batch norm divides by n - 1": ("_moments", lambda own: partial(bessel, own)),
+    "a bias gradient a hundred-thousandth too large": ("linear", lambda own: partial(biased, own)),
+    "gelu by its approximation": ("activation", lambda own: lambda name, x: own("gelu_tanh", x)),
+}
+
+
+def bessel(own: Any, x: mx.array) -> Any:
+    mean, var = own(x)
+    count = x.size // x.shape[-1]
+    return mean, var * (count / (count - 1))
+
+
+def biased(own: Any, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    y: mx.array = own(x, weight, bias)
+    return y if bias is None else y + 1e-5 * (bias - mx.stop_gradient(bias))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_small_faults_in_narrow_layers_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise measured again on inputs rounded anew excuses chance, and no fault."""
+    common = {"hidden_size": 4, "num_layers": 1, "vocab_size": 7, "dropout": 0.0, "activation": "gelu"}
+    family = {"type": "transformer", "num_heads": 1, "max_seq_length": 16}
+    about: dict[str, Any] = {"rows": 2, "length": 8, "padded": False}
+    if "batch norm" in fault:
+        family, about = {"type": "cnn", "base_channels": 2}, {"rows": 4, "size": [6, 6]}
+    config = Config.from_dict({"seed": 5, "device": "cpu", "model": {**common, **family}})
+    assert judge_engines(build(config), batch_of(config, about)).passed
+    name, change = FAULTS[fault]
+    monkeypatch.setattr(icenet.nn, name, change(getattr(icenet.nn, name)))
+    report = judge_engines(build(config), batch_of(config, about))
+    assert not report.passed and report.differing(), fault
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from icenet.core.families import (
     RecurrentConfig,
     TransformerConfig,
 )
-from icenet.core.sections import Section
+from icenet.core.sections import Section, explain
 
 __all__ = [
     "DATA",
@@ -259,8 +259,6 @@ class Config(Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            from icenet.core.config_errors import explain  # late: it knows this module's sections
-
             raise ConfigError(explain(error, cls, lines=lines, file=file)) from None
 
     def with_overrides(self, *overrides: str) -> Config:

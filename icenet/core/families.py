@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from icenet.core import custom, stages
 from icenet.core.errors import ConfigError
-from icenet.core.sections import Section, nearest
+from icenet.core.sections import Section, no_family
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -41,7 +41,7 @@ class ModelConfig(Section):
             return super().__new__(cls)
         section = _family_section(values)
         if section is None:
-            raise ConfigError(f"model.type: {no_family(values)}")
+            raise ConfigError(f"model.type: {no_family(values, list(FAMILIES))}")
         return super().__new__(section)  # type: ignore[type-var, return-value]
 
 
@@ -169,14 +169,6 @@ def _family_tag(value: Any) -> str | None:
     return section.__name__ if section else None
 
 
-def no_family(values: Any) -> str:
-    """What is wrong with the `type` of a tree of values."""
-    family = values.get("type") if isinstance(values, Mapping) else None
-    if family is None:
-        return f"required; one of {', '.join(FAMILIES)}, or my_models.py:MyModel"
-    return f"no family {family!r}{nearest(str(family), list(FAMILIES))}"
-
-
 SECTIONS: tuple[type[ModelConfig], ...] = tuple(dict.fromkeys((*FAMILIES.values(), CustomConfig)))
 """Every model section once."""
 
@@ -185,5 +177,10 @@ if TYPE_CHECKING:
 else:
     AnyModelConfig = Annotated[
         Union[tuple(Annotated[section, Tag(section.__name__)] for section in SECTIONS)],  # noqa: UP007
-        Discriminator(_family_tag),
+        Discriminator(
+            _family_tag,
+            custom_error_type="family",
+            custom_error_message="no such family",
+            custom_error_context={"known": ", ".join(FAMILIES)},
+        ),
     ]

@@ -162,11 +162,11 @@ def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progr
         title = f"layers, {mode}"
         tell(title, 0, 1)
         traces = [p.record(e, batch, step, train=train) for p, e in zip(probes, engines, strict=True)]
-        replays = [partial(_replay, p.replay, e, step, train) for p, e in zip(probes, engines, strict=True)]
-        replays.append(_moved(replays[1], engines.torch, dtype))
+        replays = tuple(partial(_replay, p.replay, e, step, train) for p, e in zip(probes, engines, strict=True))
+        again = _moved(replays[1], engines.torch, dtype)
         moved = partial(_samples, partial(probes[1].record, step=step, train=train), engines.torch, batch, dtype)
         rows = compare(traces[0], traces[1], traces[2], dtype, samples=moved)
-        rows = locate(rows, traces[1], traces[2], tuple(replays), dtype, partial(tell, title))  # type: ignore[arg-type]
+        rows = locate(rows, traces[1], traces[2], (*replays, again), dtype, partial(tell, title))  # type: ignore[arg-type]
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
