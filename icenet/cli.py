@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def train(
 ) -> None:
     """Train a model from CONFIG, a YAML file or a preset's name."""
     from icenet.core import report
-    from icenet.core.trainer import Trainer, new_run_folder
+    from icenet.core.runs import new_run_folder
+    from icenet.core.trainer import Trainer
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either a CONFIG, or --resume RUN")
@@ -314,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     from icenet.core.errors import IceNetError
 
     debug = bool(os.environ.get("ICENET_DEBUG"))
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         cli.main(arguments, prog_name="icenet", standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -354,6 +357,11 @@ def _finish(code: int) -> int:
         if not isinstance(error, BrokenPipeError):
             return _fail(f"the output cannot be written: {error.strerror}", 1)
     return code
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    """One line, as errors have it, instead of Python's two with a path."""
+    click.echo(f"icenet: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> int:

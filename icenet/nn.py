@@ -205,12 +205,17 @@ class BatchNorm2d(nn.BatchNorm):
 def _channel_sums(x: Array) -> Array:
     """Sums over all but the last axis, `[..., C]` to `[C]`.
 
-    On a CPU they are taken in fp64, as PyTorch takes them: the gradients of a few channels often cancel, and what
-    is left of sums in fp32 was up to 14 times less exact.
+    On a CPU they are taken in fp64, as PyTorch takes them; of many values but for the first eight, which makes them
+    3 to 6 times more exact than the two stages of `linear` at about their cost. All in fp64 they would be up to
+    three times as exact again, and a training step a tenth slower.
     """
     positions = x.size // x.shape[-1]
     if on_cpu():
-        return x.reshape(-1, x.shape[-1]).astype(mx.float64).sum(axis=0).astype(x.dtype)
+        most = 8 if positions > 2048 else 1
+        group = next(n for n in range(most, 0, -1) if positions % n == 0)
+        sums = x.reshape(-1, group, x.shape[-1])
+        sums = sums.sum(axis=1) if group > 1 else sums[:, 0]
+        return sums.astype(mx.float64).sum(axis=0).astype(x.dtype)
     group = next(n for n in range(math.isqrt(positions), 0, -1) if positions % n == 0)
     return x.reshape(group, -1, x.shape[-1]).sum(axis=0).sum(axis=0)
 

@@ -73,7 +73,7 @@ def model_class(family: str, backend: str) -> type[Any]:
         if not candidate.is_file():
             continue
         try:
-            made = getattr(_module(candidate), name, None)
+            made: Any = getattr(_module(candidate), name, None)
         except ImportError as error:  # of the other framework, where only one is installed
             problems.append(f"{candidate} cannot be imported: {error}")
             continue

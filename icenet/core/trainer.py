@@ -12,13 +12,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.precision import LossScale
 from icenet.core.report import MetricsLog, Progress
+from icenet.core.runs import killed_at_birth, locked, run_of, versions
 from icenet.core.schedule import learning_rate
 
 
@@ -53,16 +52,6 @@ class Result:
 
 
 _ITEMS = {"tok": "tokens", "img": "images"}
-
-
-def new_run_folder(config: str) -> Path:
-    """A folder for a new run of a config, named after it: runs/NAME, or runs/NAME-2 where that is taken."""
-    base = Path("runs") / Path(config).stem
-    number, folder = 1, base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
 
 
 class Trainer:
@@ -132,14 +121,14 @@ class Trainer:
         With `run` the continuation goes to another folder, and the run it came from stays as it is. A
         checkpoint that is not its run's newest needs one.
         """
-        if _killed_at_birth(path):
+        if killed_at_birth(path):
             config = Config.from_yaml(path / "config.yaml", overrides)
             trainer = cls._fresh(config, run or path, backend, device, quiet)
             trainer.notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
             return trainer
         notes: list[str] = []
         found = checkpoints.find(path, notes.append)
-        origin = _run_of(found.path)
+        origin = run_of(found.path)
         target = run or origin
         if target is None:
             raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
@@ -218,7 +207,7 @@ class Trainer:
         log = MetricsLog(self.run / "metrics.jsonl")
         self._make_folder()
         with (
-            _locked(self.run),
+            locked(self.run),
             log,
             self._signals(),
             Progress(training.max_steps, self.step, tokens_per_step=items, unit=self.dataset.unit, quiet=self.quiet,
@@ -375,49 +364,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    """The run in whose folder a checkpoint lies; None for a checkpoint that was copied elsewhere."""
-    if checkpoint.parent.name != "checkpoints":
-        checkpoint = checkpoint.resolve()
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
-def _killed_at_birth(path: Path) -> bool:
-    """Whether this is the folder of a run that ended before it had a checkpoint."""
-    begun = (path / "config.yaml").is_file() and ((path / ".lock").is_file() or (path / "metrics.jsonl").is_file())
-    return begun and not checkpoints.list_checkpoints(path)
-
-
-@contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """One process at a time works on a run; the lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    try:
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"{run}: another process trains this run; wait for it, or choose another --run"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what a run's numbers depend on, of the packages that are installed."""
-    found = {}
-    for name in ("icenet", "mlx", "torch", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
