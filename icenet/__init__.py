@@ -55,7 +55,7 @@ def _model(config: Config, backend: str | None, device: str | None, initialise: 
     name = backends.choose(config, backend)
     model = backends.module(name, "engine").build_model(config, device or config.device, initialise)
     model.eval()
-    if config.model.reads == "tokens" and config.data.kind == "text":
+    if config.model.reads in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         if tokenizer.vocab_size <= config.model.vocab_size:
             model.tokenizer = tokenizer

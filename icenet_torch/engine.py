@@ -167,6 +167,7 @@ class Engine:
     def _arrays(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_ids(batch, self.config.model.vocab_size)
         arrays = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        arrays = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in arrays.items()}
         return {name: ops.to_channels_first(x) if x.ndim == 4 else x for name, x in arrays.items()}
 
     def _keys(self, step: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import icenet.blas
 
+import click
 import numpy as np
 import pytest
 import yaml
@@ -231,7 +232,8 @@ def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
     needs = {"generate": 1, "convert": 4, "parity": 1, "predict": 2}.get(words[0], 0)
     if len(words) == 1 and needs:
         return  # a command that is only named
-    with cli.commands[words[0]].make_context(words[0], words[1:]) as context:
+    above = click.Context(cli, info_name="icenet", **cli.context_settings)
+    with cli.commands[words[0]].make_context(words[0], words[1:], parent=above) as context:
         given = context.params
     target = given.get("config") or (given.get("target") if words[0] in ("parity", "info") else None)
     overrides = given.get("overrides") or ()

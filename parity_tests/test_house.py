@@ -258,7 +258,8 @@ def test_only_the_backend_flag_imports_by_name() -> None:
     for name, path in {**modules("icenet"), **TORCH}.items():
         text = path.read_text(encoding="utf-8")
         if re.search(r"import_module|__import__|runpy|exec\(", text):
-            assert name == "icenet.core.backend", name
+            # custom runs a file of the user's own, which a person has named
+            assert name in ("icenet.core.backend", "icenet.core.custom"), name
 
 
 def test_these_rules_can_fail(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Decoder(Protocol):
 
 def check_reads_tokens(model: ModelFacts) -> None:
     """Refuses a model that has no text to continue."""
-    if model.config.reads != "tokens":
+    if model.config.reads not in ("tokens", "anything"):
         raise UsageError(
             f"generate: a model of type {model.config.type} reads {model.config.reads} and continues no text; "
             "icenet predict classifies images"

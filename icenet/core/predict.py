@@ -80,7 +80,7 @@ def predict(
         DataError: a file is no image, or damaged.
     """
     found = checkpoint.find(run)
-    if found.config.model.reads != "images":
+    if found.config.model.reads not in ("images", "anything"):
         raise UsageError(f"{run}: a {found.config.model.type} that reads {found.config.model.reads}, not images")
     stored, num_classes = found.path / "state.json", found.config.model.vocab_size
     try:

@@ -94,13 +94,13 @@ class Trainer:
         config = config.checked()
         if checkpoints.list_checkpoints(run) or (run / "metrics.jsonl").exists():
             raise UsageError(f"{run}: holds a run already; continue it with --resume {run}, or choose another --run")
+        custom.trust(config.model.type)
         return cls._fresh(config, run, backend, device, quiet)
 
     @classmethod
     def _fresh(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
         # the choice goes into the run's config, so that --resume alone continues on the same backend
         config = config.with_overrides(f"backend={backend or config.backend}")
-        custom.trust(config.model.type)
         engine = backends.engine(config, None, device)
         return cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
 
@@ -122,7 +122,7 @@ class Trainer:
         checkpoint that is not its run's newest needs one.
         """
         if killed_at_birth(path):
-            config = Config.from_yaml(path / "config.yaml", overrides)
+            config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
             trainer = cls._fresh(config, run or path, backend, device, quiet)
             trainer.notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
             return trainer

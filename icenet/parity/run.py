@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 
 from icenet.core import backend, checkpoint, rng, schedule, stages
 from icenet.core.backend import Batch, Engine
-from icenet.core.config import CNNConfig, Config
+from icenet.core.config import CNNConfig, Config, ImageDataConfig
 from icenet.core.data import dataset_for
 from icenet.core.precision import LossScale
 from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
@@ -81,6 +81,8 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
         pixels = (rows, size, size, config.model.image_channels)
         images = rng.normal(rng.key(config.seed, "parity batch"), pixels)
         return {"inputs": images, "labels": classes.astype(np.int32)}
+    if config.model.reads == "anything" and isinstance(config.data, ImageDataConfig):
+        return dataset_for(config).train_batch(0, rows)  # what the model reads only its data can say
     shape = (rows, min(length, _length(config)) + 1)
     words = rng.bits(rng.key(config.seed, "parity batch"), shape[0] * shape[1]).astype(np.uint64)
     tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(shape)
