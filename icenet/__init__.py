@@ -114,7 +114,10 @@ def generate(
     generation.check_reads_tokens(model)
     if model.tokenizer is None:
         raise UsageError("generate: the model has no tokenizer; set model.tokenizer, or use model.generate with ids")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+    wrong = next((item for item in prompts if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise UsageError(f"generate: a prompt must be a text, not {type(wrong).__name__}; model.generate takes ids")
     ids = generation.encode_prompts(model.tokenizer, prompts)
     if stream and len(ids) != 1:
         raise UsageError("generate: stream=True takes one prompt")

@@ -264,6 +264,8 @@ def info(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters and memory of TARGET, a config, run or checkpoint; of all presets without one."""
     from icenet.core import describe
 
+    if target is None and overrides:
+        raise click.UsageError("--set needs a TARGET to change")
     report = describe.presets_report() if target is None else describe.target(target, overrides)
     click.echo(_json(report.as_dict())) if as_json else report.render()
 
@@ -337,6 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
     except SystemExit as exit_:
         return _finish(exit_.code if isinstance(exit_.code, int) else 1)
     except Exception as error:

@@ -28,6 +28,7 @@ def choose_device(name: str) -> torch.device:
         if torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = name
     if name == "gpu":
         name = "mps" if torch.backends.mps.is_available() else "cuda"
     device = torch.device(name)
@@ -37,7 +38,7 @@ def choose_device(name: str) -> torch.device:
         "cuda": torch.cuda.device_count(),
     }
     if (device.index or 0) >= found[device.type]:
-        raise BackendError(f"PyTorch finds no device {name} here: say --device cpu, and see icenet doctor")
+        raise BackendError(f"PyTorch finds no device {asked} here: say --device cpu, and see icenet doctor")
     return device
 
 

@@ -97,9 +97,9 @@ class ImageDataConfig(Section):
         return self
 
 
-def _data_tag(value: Any) -> str:
+def _data_tag(value: Any) -> str | None:
     kind = value.get("kind", "text") if isinstance(value, Mapping) else getattr(value, "kind", "text")
-    return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), "DataConfig")
+    return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), None)
 
 
 DATA: tuple[type[Section], ...] = (DataConfig, ImageDataConfig)
@@ -110,7 +110,12 @@ if TYPE_CHECKING:
 else:
     AnyDataConfig = Annotated[
         Union[tuple(Annotated[section, Tag(section.__name__)] for section in DATA)],  # noqa: UP007
-        Discriminator(_data_tag),
+        Discriminator(
+            _data_tag,
+            custom_error_type="kind",
+            custom_error_message="no such kind",
+            custom_error_context={"known": ", ".join(section.model_fields["kind"].default for section in DATA)},
+        ),
     ]
 
 

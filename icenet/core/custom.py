@@ -65,11 +65,12 @@ def model_class(family: str, backend: str) -> type[Any]:
     """
     file, name = split(family)
     if not file.is_file():
-        raise ConfigError(f"model.type: {file}: no such file; its path is relative to the working folder or the YAML")
+        raise ConfigError(f"model.type: {file}: no such file; run this in the folder that it lies in")
     if not _trust_everything and file.resolve() not in _trusted:
         raise UsageError(f"the model is code of its own, {family}: read it, then add --trust-code to run it")
     found, problems = [], []
-    for candidate in (file, file.with_name(f"{file.stem}_{backend}.py")):
+    # the twin first: the other backend's file would import the other framework
+    for candidate in (file.with_name(f"{file.stem}_{backend}.py"), file):
         if not candidate.is_file():
             continue
         try:

@@ -15,6 +15,10 @@ from icenet.core.sections import Section, no_family
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""A width, a depth or a count: beyond 16 million nothing that is made of them could be built."""
+
+
 class ModelConfig(Section):
     """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
 
@@ -24,13 +28,13 @@ class ModelConfig(Section):
 
     type: str
     """The family: transformer."""
-    hidden_size: Annotated[int, Field(ge=1)] = 512
+    hidden_size: Size = 512
     """Width of the model (d_model)."""
-    num_layers: Annotated[int, Field(ge=1)] = 6
+    num_layers: Size = 6
     """Number of blocks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Probability with which an activation is dropped in training."""
-    vocab_size: Annotated[int, Field(ge=1)] = 50000
+    vocab_size: Size = 50000
     """Number of tokens (or classes) the output distinguishes."""
     compile_model: bool = False
     """Compile the training step with mx.compile or torch.compile."""
@@ -50,13 +54,13 @@ class TransformerConfig(ModelConfig):
 
     type: Literal["transformer"] = "transformer"
     """The family."""
-    num_heads: Annotated[int, Field(ge=1)] = 8
+    num_heads: Size = 8
     """Attention heads; each is hidden_size / num_heads wide."""
-    max_seq_length: Annotated[int, Field(ge=1)] = 512
+    max_seq_length: Size = 512
     """The most tokens in one sequence."""
     activation: Activation = "gelu"
     """Activation of the feed-forward network; gelu is the exact (erf) form, gelu_tanh its approximation."""
-    feed_forward_multiplier: Annotated[int, Field(ge=1)] = 4
+    feed_forward_multiplier: Size = 4
     """Width of the feed-forward network in units of hidden_size."""
     norm_position: Literal["pre", "post"] = "pre"
     """Layer norm before each sublayer (pre), or after its residual sum as in the paper (post)."""
@@ -80,27 +84,27 @@ class CNNConfig(ModelConfig):
     reads: ClassVar[str] = "images"
 
     type: Literal["cnn"] = "cnn"
-    hidden_size: Annotated[int, Field(ge=1)] = 512
+    hidden_size: Size = 512
     """Width of the classifier's hidden layer, and of the features."""
-    num_layers: Annotated[int, Field(ge=1)] = 5
+    num_layers: Size = 5
     """Number of blocks after the stem."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Probability with which an activation is dropped in training."""
-    vocab_size: Annotated[int, Field(ge=1)] = 1000
+    vocab_size: Size = 1000
     """Number of classes."""
     activation: Activation = "relu"
     """Activation of the blocks and of the classifier."""
-    image_channels: Annotated[int, Field(ge=1)] = 3
+    image_channels: Size = 3
     """Channels of an image: 3 for colour, 1 for grey."""
     stem: Literal["conv3", "conv7"] = "conv3"
     """How an image is entered: a 3x3 convolution, or one of 7x7 and a max pooling, each with stride 2."""
-    base_channels: Annotated[int, Field(ge=1)] = 64
+    base_channels: Size = 64
     """Channels of the stem; each stage after the first doubles them, unless stage_widths says otherwise."""
     block: Literal["alternating", "conv", "basic", "bottleneck"] = "alternating"
     """What a layer is: a conv block, a residual block (basic or bottleneck), or conv and basic in turn."""
-    stage_depths: list[Annotated[int, Field(ge=1)]] | None = None
+    stage_depths: list[Size] | None = None
     """Blocks of each stage; when absent, num_layers over four stages, the early ones the deeper."""
-    stage_widths: list[Annotated[int, Field(ge=1)]] | None = None
+    stage_widths: list[Size] | None = None
     """Channels of each stage (of a bottleneck: of its 3x3 convolution, a quarter of what leaves it)."""
     classifier: Literal["hidden", "linear"] = "hidden"
     """One hidden layer of hidden_size between pooling and classes, or none."""
@@ -116,7 +120,7 @@ class RecurrentConfig(ModelConfig):
 
     type: Literal["lstm", "gru", "rnn"] = "lstm"
     """The family: the kind of its layers."""
-    num_layers: Annotated[int, Field(ge=1)] = 4
+    num_layers: Size = 4
     """Number of recurrent layers."""
     bidirectional: bool = False
     """Each layer reads from both ends: for features, not for generation."""

@@ -67,15 +67,16 @@ def explain(
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     first = details[0]
     path = tuple(part for part in first["loc"] if part not in _SECTIONS and not str(part).startswith("function-"))
-    if first["type"] == "family":
-        path = (*path, "type")
+    if first["type"] in ("family", "kind"):
+        path = (*path, "type" if first["type"] == "family" else "kind")
     if first["type"] in ("int_type", "string_type") and path[-1:] in (("int",), ("str",)):  # one side of a union
         path = path[:-1]
         details = [detail for detail in details if detail["loc"][:-1] != first["loc"][:-1]] + [first]
         first["msg"] = "must be an integer or a text"
     where = ""
     line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
-    if line == 0:  # see Config._checked
+    changed = any(number == 0 and at[: len(path)] == path for at, number in (lines or {}).items())
+    if line == 0 or (changed and first["type"] == "value_error"):  # see Config._checked
         where = "--set "
     elif file is not None:
         where = f"{file}:{line}: " if line else f"{file}: "
@@ -85,6 +86,11 @@ def explain(
     if kind in ("extra_forbidden", "no_such_attribute"):
         section = _section_at(schema, first["loc"][:-1])
         problem = f"unknown key{nearest(str(path[-1]), list(section.model_fields) if section else [])}"
+    elif kind == "kind":
+        given = value.get("kind") if isinstance(value, Mapping) else value
+        problem = f"no kind {given!r}{nearest(str(given), first['ctx']['known'].split(', '))}"
+    elif kind == "model_type":
+        problem = f"must be a mapping of keys, not {value!r}"
     elif kind == "missing":
         problem = "required, and not given"
     elif kind == "family":

@@ -94,7 +94,8 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
         if config.model.image_channels != channels:
             raise ConfigError(
                 f"model.image_channels: {config.model.image_channels}, and {dataset.description} gives {channels}; "
-                f"set model.image_channels={channels}, or data.channels={config.model.image_channels}"
+                f"set model.image_channels={channels}"
+                + (f", or data.channels={wanted}" if (wanted := config.model.image_channels) in (1, 3) else "")
             )
         least = stages.min_image_size(config.model)
         if min(height, width) < least:
