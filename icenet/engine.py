@@ -157,18 +157,14 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         by_slot = state_arrays(self.optimizer, self.model.trainable_paths())
-        return {name: self._relay(name, np.array(array), layout.to_torch) for name, array in by_slot.items()}
+        kinds = self.model.layer_kinds()
+        return {name: _relay(kinds, name, np.array(array), layout.to_torch) for name, array in by_slot.items()}
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        arrays = {name: mx.array(self._relay(name, array, layout.to_mlx)) for name, array in state.items()}
+        kinds = self.model.layer_kinds()
+        arrays = {name: mx.array(_relay(kinds, name, array, layout.to_mlx)) for name, array in state.items()}
         set_state_arrays(self.optimizer, arrays)
         mx.eval(self.optimizer.state)
-
-    def _relay(self, name: str, array: np.ndarray, direction: Any) -> np.ndarray:
-        """A slot `PATH.SLOT` has its parameter's layout."""
-        path = name.rpartition(".")[0]
-        kind = layout.parameter_kind(self.model.layer_kinds(), path)
-        return direction(kind, path.rpartition(".")[2], array)
 
     def _canonical(self, arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
         return layout.tree_to_torch({path: np.array(a) for path, a in arrays.items()}, self.model.layer_kinds())
@@ -183,3 +179,9 @@ class Engine:
 
 def _number(array: mx.array) -> float:
     return float(np.array(array))
+
+
+def _relay(kinds: dict[str, str], name: str, array: np.ndarray, direction: Any) -> np.ndarray:
+    """A slot `PATH.SLOT` has its parameter's layout."""
+    path = name.rpartition(".")[0]
+    return direction(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array)
