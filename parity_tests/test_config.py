@@ -176,10 +176,7 @@ BAD_FILES = [
     (f"{MODEL}trainig:\n  max_steps: 5\n", "c.yaml:3: trainig: unknown key; did you mean training?"),
     (
         f"{MODEL}training:\n  lr: 5\n  learn_rate: 1\n",
-        "c.yaml:4: training.lr: unknown key; known: max_steps, batch_size, optimizer, learning_rate, "
-        "min_learning_rate, warmup_steps, schedule, weight_decay, beta1, beta2, eps, max_grad_norm, "
-        "mixed_precision, gradient_checkpointing, eval_every, eval_batches, checkpoint_every, keep_checkpoints "
-        "(and 1 more)",
+        "c.yaml:4: training.lr: unknown key; did you mean learning_rate? (and 1 more)",
     ),
     (f"{MODEL}training:\n  learning_rate: fast\n", "c.yaml:4: training.learning_rate: must be a number, not 'fast'"),
     (
@@ -336,7 +333,6 @@ BAD_OVERRIDES = [
     ("seed=99999999999999999999", "--set seed: must be less than 9223372036854775808, not 99999999999999999999"),
     ("device=tpu", "--set device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'tpu'"),
     ("backend=MLX", "--set backend: must be 'auto', 'mlx' or 'torch', not 'MLX'"),
-    ("data.tokenizer=byte", "--set data.tokenizer: must be 'bytes', not 'byte'; did you mean 'bytes'?"),
     ("seed=true", "--set seed: must be an integer, not True"),
     (
         "data.source=!!python/name:os.system",

@@ -28,6 +28,7 @@ from icenet.core.families import (
     TransformerConfig,
 )
 from icenet.core.sections import Section, explain
+from icenet.core.training import ParameterGroup, TrainingConfig
 
 __all__ = [
     "DATA",
@@ -39,6 +40,7 @@ __all__ = [
     "GenerationConfig",
     "ImageDataConfig",
     "ModelConfig",
+    "ParameterGroup",
     "RecurrentConfig",
     "TrainingConfig",
     "TransformerConfig",
@@ -56,8 +58,12 @@ class DataConfig(Section):
     """What is read: text."""
     source: str = "stdlib"
     """A text file, a folder, a glob, or 'stdlib': the Python standard library's own source."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """How text becomes tokens: UTF-8 bytes 0 to 255, and 256 for the end of a text."""
+    tokenizer: str = "bytes"
+    """How text becomes tokens: `bytes` (UTF-8 bytes 0 to 255, and 256 for the end of a text) or a tokenizer.json."""
+    text_key: str = "text"
+    """Of files of JSON lines (.jsonl, .jsonl.gz): the key of the text in each."""
+    packing: bool = True
+    """Texts follow each other without a gap; if not, each begins a row of its own, filled up and masked."""
     seq_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens in one training sequence; the model's max_seq_length when absent."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -117,57 +123,6 @@ else:
             custom_error_context={"known": ", ".join(section.model_fields["kind"].default for section in DATA)},
         ),
     ]
-
-
-class TrainingConfig(Section):
-    """How weights are fitted."""
-
-    section: ClassVar[str] = "training"
-
-    max_steps: Annotated[int, Field(ge=1)] = 1000
-    """Optimizer steps in the whole run."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    """Sequences in one step."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Decoupled weight decay (Loshchilov and Hutter, 2019), with bias correction."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """The highest learning rate, reached after the warm-up."""
-    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """The learning rate at the last step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises linearly."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decay of matrices; vectors (biases, norms) are never decayed."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this global norm; null: never."""
-    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """The type of matrix products and activations; weights, moments, norms and the loss stay in fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass instead of keeping them."""
-    eval_every: Annotated[int, Field(ge=1)] | None = 100
-    """Steps between evaluations; null: never."""
-    eval_batches: Annotated[int, Field(ge=1)] | None = 8
-    """Validation batches in one evaluation; null: all."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] | None = 3
-    """How many of the newest checkpoints stay; null: all."""
-
-    @model_validator(mode="after")
-    def _rates_in_order(self) -> Self:
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}"
-            )
-        return self
 
 
 class GenerationConfig(Section):

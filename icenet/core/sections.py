@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -101,7 +101,7 @@ def explain(
         problem = str(first["ctx"]["error"])
     else:
         message = first["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
-        message = message.replace("a integer", "an integer")
+        message = message.replace("a integer", "an integer").replace("List should", "must")
         allowed = str(first.get("ctx", {}).get("expected", ""))
         choices = [choice.strip(" '") for choice in allowed.replace(" or ", ", ").split(",")]
         close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and allowed else []
@@ -117,8 +117,9 @@ def _section_at(schema: type[Section], loc: tuple[Any, ...]) -> type[Section] | 
         if part in _SECTIONS:  # the tag of one of several
             section = _SECTIONS[part]
         elif section is not None:
-            field = section.model_fields.get(part)
-            inner = field.annotation if field else None
+            field = section.model_fields.get(part) if isinstance(part, str) else None
+            inner = field.annotation if field else section if isinstance(part, int) else None
+            inner = next(iter(get_args(inner)), inner)  # the sections of a list
             section = inner if isinstance(inner, type) and issubclass(inner, Section) else None
     return section
 
@@ -138,7 +139,8 @@ def dotted(*parts: str) -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
+    close = initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known: {', '.join(known)}" if known else ""
