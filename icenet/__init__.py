@@ -65,18 +65,25 @@ def _model(config: Config, backend: str | None, device: str | None, initialise: 
 
 
 def load(
-    path: str | Path, backend: str | None = None, device: str | None = None, *, trust_code: bool = False
+    path: str | Path,
+    backend: str | None = None,
+    device: str | None = None,
+    *,
+    averaged: bool = False,
+    trust_code: bool = False,
 ) -> Any:
     """The model of a run (its newest good checkpoint), a checkpoint, or a folder that `save` wrote.
 
-    The backend need not be the one that wrote it. Where the model is code of the user's own, its file is run
+    The backend need not be the one that wrote it. `averaged` takes the running mean of the weights that
+    `training.ema_decay` kept, in place of the weights. Where the model is code of the user's own, its file is run
     only with `trust_code`.
     """
     from icenet.core import custom
-    from icenet.core.checkpoint import open_target
+    from icenet.core.checkpoint import open_averaged, open_target
     from icenet.core.errors import CheckpointError
 
-    config, values = open_target(Path(path)) if Path(path).exists() else (None, None)
+    opened = open_averaged if averaged else open_target
+    config, values = opened(Path(path)) if Path(path).exists() else (None, None)
     if config is None or values is None:
         raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a saved model's folder")
     if trust_code:
@@ -87,13 +94,16 @@ def load(
 
 
 def save(model: Any, path: str | Path) -> Path:
-    """Writes a model's canonical weights and its config to a folder; gives the folder."""
+    """Writes a model's canonical weights, its config and its tokenizer's file to a folder; gives the folder."""
     from icenet.core import staging, weights, yaml_file
 
     folder = Path(path)
     weights.write(folder, model.weights())
-    text = yaml_file.dump({"model": model.config.model_dump(mode="python")})
-    staging.write_text(folder / "config.yaml", text)
+    values = {"model": model.config.model_dump(mode="python")}
+    for name, content in getattr(model.tokenizer, "files", {}).items():
+        staging.write_bytes(folder / name, content)
+        values["data"] = {"tokenizer": name}
+    staging.write_text(folder / "config.yaml", yaml_file.dump(values))
     return folder
 
 
@@ -125,8 +135,7 @@ def generate(
     decoder = backend.module(model.backend, "decoder").Decoder(model, request)
     if stream:
         return generation.text_pieces(decoder, request)
-    rows = generation.complete(decoder, request)
-    texts = [model.tokenizer.decode(row) for row in rows]
+    texts = generation.texts(decoder, request)
     return texts[0] if isinstance(prompt, str) else texts
 
 

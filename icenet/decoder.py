@@ -11,9 +11,9 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import numpy as np
 
-from icenet import nn as ops
 from icenet.core.config import GenerationConfig
 from icenet.core.sampling import LEAST_TEMPERATURE
+from icenet.random import random_uniform
 
 if TYPE_CHECKING:
     from icenet.core.generation import Request
@@ -137,5 +137,5 @@ def scores(
         probabilities = mx.softmax(logits, axis=-1, precise=True)
         least = settings.min_p * probabilities.max(axis=-1, keepdims=True)
         logits = mx.where(probabilities < least, -mx.inf, logits)
-    uniform = ops.random_uniform(keys, vocab_size)
+    uniform = random_uniform(keys, vocab_size)
     return logits - mx.log(-mx.log(uniform))

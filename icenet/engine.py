@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,24 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from icenet import nn as ops
-from icenet.core import buckets, layout
-from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
+from icenet.core import buckets, layout, rng
+from icenet.core.backend import (
+    Batch,
+    Evaluation,
+    StepResult,
+    check_ids,
+    micro_batches,
+    new_model,
+    split_averages,
+    step_result,
+)
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
+from icenet.core.schedule import ema_weight
+from icenet.ema import WeightAverage
 from icenet.models import MODELS, BaseModel
-from icenet.optimizers import OPTIMIZERS, set_state_arrays, state_arrays
+from icenet.optimizers import new_optimizer, set_state_arrays, state_arrays
+from icenet.random import seed_dropouts
 
 COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 
@@ -60,16 +73,18 @@ class Engine:
         self.device = "cpu" if ops.on_cpu() else "gpu"
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
-        self.optimizer = OPTIMIZERS[training.optimizer](training)
-        self.optimizer.init(self.model.trainable_parameters())
-        self.optimizer.prepare(0, training.learning_rate)
+        self.optimizer = new_optimizer(training, self.model)
+        self.average = WeightAverage(self.model) if training.ema_decay else None
+        self._dropouts = self.model.dropout_layers()
+        self._paths = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         self._differentiate = nn.value_and_grad(self.model, self._mean_loss)
         self._compute: Any = self._gradients
         self._apply: Any = self._update
         self._evaluate: Any = self._outputs
         if config.model.compile_model:
-            state = [self.model.state, self.optimizer.state]
-            self.model.seed_dropout(self._keys(0))
+            state = [self.model.state, self.optimizer.state, mx.random.state]
+            state += [self.average.arrays] if self.average else []
+            self._seed_dropouts(self._keys(0, range(1)))
             self._compute = partial(mx.compile, inputs=state, outputs=state)(self._gradients)
             self._apply = partial(mx.compile, inputs=state, outputs=state)(self._update)
             self._evaluate = partial(mx.compile, inputs=[self.model.state])(self._outputs)
@@ -78,48 +93,71 @@ class Engine:
 
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         self.model.train()
-        arrays, keys = self._arrays(batch), self._keys(step)
-        statistics = ops.statistics(self.model)
-        loss, norm, gradients = self._compute(arrays, keys, mx.array(loss_scale, mx.float32))
-        if self.config.training.mixed_precision == "fp16" and not np.isfinite(_number(norm)):
+        guarded = self.config.training.mixed_precision == "fp16" or self.config.training.on_nan == "skip"
+        statistics = ops.statistics(self.model) if guarded else []
+        loss, gradients = self._accumulate(batch, step, loss_scale)
+        norm, norms = ops.gradient_norms([gradient for _, gradient in tree_flatten(gradients)])
+        if guarded and not np.isfinite(_number(loss + norm)):
             ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
-            return loss, norm
+            return loss, norm, norms
         self.optimizer.prepare(step, learning_rate)
-        self._apply(gradients, norm)
-        mx.async_eval(loss, norm, self.model.parameters(), self.optimizer.state)
-        return loss, norm
+        weight = ema_weight(step, self.config.training.ema_decay or 0.0)
+        self._apply(gradients, norm, mx.array(weight, mx.float32))
+        averages = self.average.arrays if self.average else {}
+        mx.async_eval(loss, norm, norms, self.model.parameters(), self.optimizer.state, averages)
+        return loss, norm, norms
 
     def read(self, handle: Any) -> StepResult:
-        loss, norm = _number(handle[0]), _number(handle[1])
-        return StepResult(loss, norm, bool(np.isfinite(norm)))
+        loss, norm, norms = handle
+        return step_result(_number(loss), _number(norm), lambda: dict(zip(self._paths, norms.tolist(), strict=True)))
 
-    def _mean_loss(self, batch: dict[str, mx.array], scale: mx.array) -> tuple[mx.array, mx.array]:
+    def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[mx.array, Any]:
+        """The mean loss of a batch and its gradients, from one micro-batch after the other."""
+        if self.config.training.rng == "native":
+            mx.random.seed(rng.native_seed(self.config.seed, step))
+        loss: Any = None
+        gradients: Any = None
+        for part, rows, share in micro_batches(batch, self.config.training.gradient_accumulation):
+            factors = mx.array([share, loss_scale], mx.float32)
+            found, parts = self._compute(self._arrays(part), self._keys(step, rows), factors)
+            loss = found if loss is None else loss + found
+            gradients = parts if gradients is None else tree_map(mx.add, gradients, parts)
+            mx.async_eval(loss, gradients)  # before the next part is looked at: its activations can go
+        return loss, gradients
+
+    def _mean_loss(self, batch: dict[str, mx.array], factor: mx.array) -> tuple[mx.array, mx.array]:
         loss, _ = ops.cross_entropy(self._outputs(batch), batch["labels"])
-        return loss * scale, loss
+        return loss * factor, loss
 
     def _outputs(self, batch: dict[str, mx.array]) -> mx.array:
         mask = batch.get("attention_mask")
         return self.model(batch["inputs"]) if mask is None else self.model(batch["inputs"], attention_mask=mask)
 
-    def _gradients(self, batch: dict[str, mx.array], keys: mx.array, scale: mx.array) -> tuple[Any, ...]:
-        self.model.seed_dropout(keys)
-        (_, loss), gradients = self._differentiate(batch, scale)
+    def _gradients(self, batch: dict[str, mx.array], keys: mx.array | None, factors: mx.array) -> tuple[Any, ...]:
+        self._seed_dropouts(keys)
+        share, scale = factors[0], factors[1]
+        (_, loss), gradients = self._differentiate(batch, share * scale)
         if self.config.training.mixed_precision == "fp16":
             gradients = tree_map(lambda gradient: gradient / scale, gradients)
-        norm = ops.global_norm([gradient for _, gradient in tree_flatten(gradients)])
-        return loss, norm, gradients
+        return loss * share, gradients
 
-    def _update(self, gradients: Any, norm: mx.array) -> None:
-        limit = self.config.training.max_grad_norm
-        if limit is not None:  # as torch.nn.utils.clip_grad_norm_
-            factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+    def _update(self, gradients: Any, norm: mx.array, weight: mx.array) -> None:
+        training = self.config.training
+        if training.max_grad_value is not None:
+            limit = training.max_grad_value
+            gradients = tree_map(lambda gradient: mx.clip(gradient, -limit, limit), gradients)
+            norm, _ = ops.gradient_norms([gradient for _, gradient in tree_flatten(gradients)])
+        if training.max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_
+            factor = mx.minimum(training.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = tree_map(lambda gradient: gradient * factor, gradients)
         self.optimizer.update(self.model, gradients)
+        if self.average is not None:
+            self.average.update(weight)
 
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         self.model.train()
         with ops.keep_statistics(self.model):
-            loss, _, gradients = self._compute(self._arrays(batch), self._keys(step), mx.array(1.0))
+            loss, gradients = self._accumulate(batch, step)
         return _number(loss), self._canonical(dict(tree_flatten(gradients)))
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
@@ -132,11 +170,12 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
-        arrays = self._arrays(self._bucketed(batch))
-        logits, labels = self._evaluate(arrays), arrays["labels"]
-        loss, count = ops.cross_entropy(logits, labels)
-        correct = int(_number(ops.correct(logits, labels))) if labels.ndim == 1 else None
-        return Evaluation(_number(loss), int(_number(count)), correct)
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            arrays = self._arrays(self._bucketed(batch))
+            logits, labels = self._evaluate(arrays), arrays["labels"]
+            loss, count = ops.cross_entropy(logits, labels)
+            correct = int(_number(ops.correct(logits, labels))) if labels.ndim == 1 else None
+            return Evaluation(_number(loss), int(_number(count)), correct)
 
     def forward(self, batch: Batch) -> np.ndarray:
         self.model.eval()
@@ -156,15 +195,21 @@ class Engine:
         self.model.set_weights(weights)
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        by_slot = state_arrays(self.optimizer, self.model.trainable_paths())
-        kinds = self.model.layer_kinds()
-        return {name: _relay(kinds, name, np.array(array), layout.to_torch) for name, array in by_slot.items()}
+        arrays = {name: np.array(array) for name, array in state_arrays(self.optimizer).items()}
+        averages = self._canonical(self.average.arrays) if self.average else {}
+        return arrays | {f"{path}.ema": array for path, array in averages.items()}
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        kinds = self.model.layer_kinds()
-        arrays = {name: mx.array(_relay(kinds, name, array, layout.to_mlx)) for name, array in state.items()}
-        set_state_arrays(self.optimizer, arrays)
+        averages, slots = split_averages(state)
+        set_state_arrays(self.optimizer, {name: mx.array(array) for name, array in slots.items()})
+        if self.average is not None:
+            # a run that has kept no average yet begins with the weights it has
+            arrays = layout.tree_to_mlx(averages or self._trainable(), self.model.layer_kinds())
+            self.average.assign({path: mx.array(array) for path, array in arrays.items()})
         mx.eval(self.optimizer.state)
+
+    def _trainable(self) -> dict[str, np.ndarray]:
+        return {path: array for path, array in self.weights().items() if path in self.model.trainable_paths()}
 
     def _canonical(self, arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
         return layout.tree_to_torch({path: np.array(a) for path, a in arrays.items()}, self.model.layer_kinds())
@@ -173,15 +218,15 @@ class Engine:
         check_ids(batch, self.config.model.vocab_size)
         return {name: mx.array(array) for name, array in batch.items()}
 
-    def _keys(self, step: int) -> mx.array:
-        return mx.array(self.model.dropout_keys(self.config.seed, step))
+    def _keys(self, step: int, rows: range) -> mx.array | None:
+        """The dropout keys of some rows of a step's batch; None: the framework's own generator draws."""
+        if self.config.training.rng == "native" or not self._dropouts:
+            return None
+        return mx.array(self.model.dropout_keys(self.config.seed, step, rows, list(self._dropouts)))
+
+    def _seed_dropouts(self, keys: mx.array | None) -> None:
+        seed_dropouts(list(self._dropouts.values()), keys)
 
 
 def _number(array: mx.array) -> float:
     return float(np.array(array))
-
-
-def _relay(kinds: dict[str, str], name: str, array: np.ndarray, direction: Any) -> np.ndarray:
-    """A slot `PATH.SLOT` has its parameter's layout."""
-    path = name.rpartition(".")[0]
-    return direction(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array)

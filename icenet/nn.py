@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.errors import UsageError
+from icenet.random import Dropout as Dropout
 
 Array: TypeAlias = mx.array
 
@@ -94,46 +95,6 @@ class LayerNorm(nn.LayerNorm):
 
     def __call__(self, x: Array) -> Array:
         return mx.fast.layer_norm(x.astype(self.weight.dtype), self.weight, self.bias, self.eps).astype(x.dtype)
-
-
-class Dropout(nn.Module):
-    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p).
-
-    With a key (see `BaseModel.seed_dropout`) the mask is a pure function of it, the same on both backends;
-    without one the framework's own generator draws it. The mask of images is drawn for `[B, H, W, C]`.
-    """
-
-    def __init__(self, p: float, images: bool = False) -> None:
-        super().__init__()
-        self.p = p
-        self.images = images
-        self._key: Array | None = None
-
-    def __call__(self, x: Array) -> Array:
-        if not self.training or self.p == 0:
-            return x
-        keep = dropout_mask(x.shape, self.p, self._key)
-        return mx.where(keep, x * (1 / (1 - self.p)), mx.zeros((), x.dtype))
-
-
-def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None) -> Array:
-    """A mask, bool, that is True with probability 1 - p."""
-    if key is None:
-        return mx.random.bernoulli(1 - p, shape)
-    n = math.prod(shape)
-    words = mx.random.split(key, (n + 1) // 2).reshape(-1)[:n]  # the public way to MLX's random bits
-    return (words >= mx.array(dropout_threshold(p), mx.uint32)).reshape(shape)
-
-
-def dropout_threshold(p: float) -> int:
-    """The least 32-bit word that keeps a value."""
-    return min(round(p * 2**32), 2**32 - 1)
-
-
-def random_uniform(keys: Array, n: int) -> Array:
-    """Uniform variates in [0, 1), float32 `[..., n]`, under each of the keys uint32 `[..., 2]`."""
-    draw = mx.vmap(lambda key: mx.random.uniform(shape=(n,), key=key))
-    return draw(keys.reshape(-1, 2)).reshape(*keys.shape[:-1], n)
 
 
 class Conv2d(nn.Conv2d):
@@ -368,13 +329,14 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     return rough + ((losses - rough) * share).sum(), count
 
 
-def global_norm(gradients: list[Array]) -> Array:
-    """The Euclidean norm of all gradients together, fp32.
+def gradient_norms(gradients: list[Array]) -> tuple[Array, Array]:
+    """The Euclidean norm of all gradients together, and of each, `[N]`; fp32.
 
     Summed row by row first: one long sum in fp32 is off by 1e-5 over 1e7 values in MLX.
     """
     rows = [mx.square(gradient.astype(mx.float32)).sum(axis=-1) for gradient in gradients]
-    return mx.sqrt(sum((row.sum() for row in rows), mx.zeros(())))
+    squares = mx.stack([row.sum() for row in rows])
+    return mx.sqrt(squares.sum()), mx.sqrt(squares)
 
 
 def correct(logits: Array, labels: Array) -> Array:
@@ -389,19 +351,19 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """
     passes = 0
     # a dropout without a key would draw another mask the second time: it is lent one
-    unkeyed = [m for m in block.modules() if isinstance(m, Dropout) and m._key is None and m.training and m.p > 0]
-    keys = [mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) for _ in unkeyed]
+    unkeyed = [m for m in block.modules() if isinstance(m, Dropout) and m._keys is None and m.training and m.p > 0]
+    keys = [mx.random.randint(0, 2**31 - 1, (1, 2)).astype(mx.uint32) for _ in unkeyed]
 
     def run(*arguments: object) -> Array:
         nonlocal passes
         passes += 1
         for module, key in zip(unkeyed, keys, strict=True):
-            module._key = key
+            module._keys = key
         try:
             with contextlib.nullcontext() if passes == 1 else keep_statistics(block):
                 return block(*arguments)
         finally:
             for module in unkeyed:
-                module._key = None
+                module._keys = None
 
     return nn.utils.checkpoint(block, run)(*inputs)

@@ -47,7 +47,7 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
     trace = Trace(meta={**describe(engine), "mode": "training" if train else "evaluation", "step": str(step)})
     for name, array in batch.items():
         trace.add("input", name, Value(np.asarray(array), str(array.dtype)))
-    with _mode(engine, train, step), recording(engine.model, trace):
+    with _mode(engine, train, step, len(batch["inputs"])), recording(engine.model, trace):
         mx.eval(engine._outputs(engine._arrays(batch)))
     if gradients:
         loss, arrays = engine.gradients(batch, step)
@@ -121,7 +121,7 @@ def replay(
     gradients: list[mx.array] = []
     primals = [*leaves, *(array for _, array in tree_flatten(module.trainable_parameters()))]
     try:
-        with _mode(engine, train, step):
+        with _mode(engine, train, step, len(call.values[0].array)):
             if cotangents is None:
                 found = outputs(*primals)
             else:
@@ -141,14 +141,14 @@ def replay(
 
 
 @contextlib.contextmanager
-def _mode(engine: Engine, train: bool, step: int) -> Iterator[None]:
+def _mode(engine: Engine, train: bool, step: int, rows: int) -> Iterator[None]:
     """Training with a step's dropout masks, or evaluation; every module called plainly, so that it is seen."""
     model = engine.model
     checkpointing, model.gradient_checkpointing = model.gradient_checkpointing, False
     try:
         model.train(train)
         if train:
-            model.seed_dropout(engine._keys(step))
+            engine._seed_dropouts(engine._keys(step, range(rows)))
         with ops.keep_statistics(model):
             yield
     finally:

@@ -11,7 +11,7 @@ import torch
 
 from icenet.core.config import GenerationConfig
 from icenet.core.sampling import LEAST_TEMPERATURE
-from icenet_torch import nn as ops
+from icenet_torch.random import random_uniform
 
 if TYPE_CHECKING:
     from icenet.core.generation import Request
@@ -145,5 +145,5 @@ def scores(
         probabilities = torch.softmax(logits, dim=-1)
         least = settings.min_p * probabilities.amax(dim=-1, keepdim=True)
         logits = torch.where(probabilities < least, -torch.inf, logits)
-    uniform = ops.random_uniform(keys, vocab_size)
+    uniform = random_uniform(keys, vocab_size)
     return logits - torch.log(-torch.log(uniform))

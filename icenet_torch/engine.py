@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
 import numpy as np
 import torch
 
-from icenet.core import buckets
-from icenet.core.backend import Batch, Evaluation, StepResult, check_ids, new_model
+from icenet.core import buckets, rng
+from icenet.core.backend import (
+    Batch,
+    Evaluation,
+    StepResult,
+    check_ids,
+    micro_batches,
+    new_model,
+    split_averages,
+    step_result,
+)
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
+from icenet.core.schedule import ema_weight
 from icenet_torch import nn as ops
+from icenet_torch.ema import WeightAverage
 from icenet_torch.models import MODELS, BaseModel
-from icenet_torch.optimizers import OPTIMIZERS, set_state_arrays, state_arrays
+from icenet_torch.optimizers import new_optimizer, set_state_arrays, state_arrays
+from icenet_torch.random import seed_dropouts
 from icenet_torch.state_dict import from_numpy
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,26 +83,41 @@ class Engine:
             self.model.compute_dtype = self.dtype
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.parameters = {path: p for path, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
+        self.optimizer = new_optimizer(training, self.model)
+        self.average = WeightAverage(self.model) if training.ema_decay else None
+        self._dropouts = self.model.dropout_layers()
         self._call = torch.compile(self.model) if config.model.compile_model else self.model
 
     # ---- training ----------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         self.model.train()
-        fp16 = self.config.training.mixed_precision == "fp16"
-        statistics = ops.statistics(self.model) if fp16 else None
-        loss, norm = self._gradients(self._arrays(batch), self._keys(step), loss_scale)
-        if fp16 and not torch.isfinite(norm).item():
+        guarded = self.config.training.mixed_precision == "fp16" or self.config.training.on_nan == "skip"
+        statistics = ops.statistics(self.model) if guarded else []
+        loss = self._accumulate(batch, step, loss_scale)
+        norm, norms = ops.gradient_norms(self._gradient_list())
+        if guarded and not torch.isfinite(loss + norm).item():
             ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
-            return loss, norm
+            return loss, norm, norms
         self.optimizer.prepare(step, learning_rate)
-        self._update(norm)
-        return loss, norm
+        self._update(norm, ema_weight(step, self.config.training.ema_decay or 0.0))
+        return loss, norm, norms
 
     def read(self, handle: Any) -> StepResult:
-        loss, norm = handle[0].item(), handle[1].item()
-        return StepResult(loss, norm, bool(np.isfinite(norm)))
+        loss, norm, norms = handle
+        return step_result(loss.item(), norm.item(), lambda: dict(zip(self.parameters, norms.tolist(), strict=True)))
+
+    def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> torch.Tensor:
+        """The mean loss of a batch, from one micro-batch after the other; the parameters then hold its gradients."""
+        if self.config.training.rng == "native":
+            torch.manual_seed(rng.native_seed(self.config.seed, step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        for part, rows, share in micro_batches(batch, self.config.training.gradient_accumulation):
+            loss = loss + self._gradients(self._arrays(part), self._keys(step, rows), share, loss_scale)
+        if self.config.training.mixed_precision == "fp16":
+            torch._foreach_div_(self._gradient_list(), loss_scale)
+        return loss
 
     def _mean_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return ops.cross_entropy(self._outputs(batch), batch["labels"])[0]
@@ -99,27 +127,34 @@ class Engine:
         return self._call(batch["inputs"]) if mask is None else self._call(batch["inputs"], attention_mask=mask)
 
     def _gradients(
-        self, batch: dict[str, torch.Tensor], keys: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.model.seed_dropout(keys)
-        self.optimizer.zero_grad(set_to_none=True)
+        self, batch: dict[str, torch.Tensor], keys: torch.Tensor | None, share: float, scale: float
+    ) -> torch.Tensor:
+        self._seed_dropouts(keys)
         loss = self._mean_loss(batch)
-        (loss * scale).backward()
-        gradients = [p.grad for p in self.parameters.values()]
-        if self.config.training.mixed_precision == "fp16":
-            torch._foreach_div_(gradients, scale)
-        return loss.detach(), ops.global_norm(gradients)
+        (loss * (share * scale)).backward()
+        return loss.detach() * share
 
-    def _update(self, norm: torch.Tensor) -> None:
-        limit = self.config.training.max_grad_norm
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
+    def _gradient_list(self) -> list[torch.Tensor]:
+        for p in self.parameters.values():
+            if p.grad is None:  # what a model of the user's own did not use has a gradient of zero, as in MLX
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.parameters.values()]
+
+    def _update(self, norm: torch.Tensor, weight: float) -> None:
+        training = self.config.training
+        if training.max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters.values(), training.max_grad_value)
+            norm, _ = ops.gradient_norms(self._gradient_list())
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), training.max_grad_norm, norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(weight)
 
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         self.model.train()
         with ops.keep_statistics(self.model):
-            loss, _ = self._gradients(self._arrays(batch), self._keys(step), 1.0)
+            loss = self._accumulate(batch, step)
         return loss.item(), {path: _numpy(p.grad) for path, p in self.parameters.items()}
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
@@ -133,11 +168,12 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Evaluation:
         self.model.eval()
-        arrays = self._arrays(self._bucketed(batch))
-        logits, labels = self._outputs(arrays), arrays["labels"]
-        loss, count = ops.cross_entropy(logits, labels)
-        correct = int(ops.correct(logits, labels).item()) if labels.ndim == 1 else None
-        return Evaluation(loss.item(), int(count.item()), correct)
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            arrays = self._arrays(self._bucketed(batch))
+            logits, labels = self._outputs(arrays), arrays["labels"]
+            loss, count = ops.cross_entropy(logits, labels)
+            correct = int(ops.correct(logits, labels).item()) if labels.ndim == 1 else None
+            return Evaluation(loss.item(), int(count.item()), correct)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -159,11 +195,16 @@ class Engine:
         self.model.set_weights(weights)
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        return {name: _numpy(tensor) for name, tensor in state_arrays(self.optimizer, self.parameters).items()}
+        arrays = {name: _numpy(tensor) for name, tensor in state_arrays(self.optimizer).items()}
+        averages = self.average.arrays if self.average else {}
+        return arrays | {f"{path}.ema": _numpy(tensor) for path, tensor in averages.items()}
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        tensors = {name: from_numpy(array) for name, array in state.items()}
-        set_state_arrays(self.optimizer, self.parameters, tensors)
+        averages, slots = split_averages(state)
+        set_state_arrays(self.optimizer, {name: from_numpy(array) for name, array in slots.items()})
+        if self.average is not None:
+            # a run that has kept no average yet begins with the weights it has
+            self.average.assign({path: from_numpy(a) for path, a in averages.items()} or self.parameters)
 
     def _arrays(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_ids(batch, self.config.model.vocab_size)
@@ -171,9 +212,15 @@ class Engine:
         arrays = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in arrays.items()}
         return {name: ops.to_channels_first(x) if x.ndim == 4 else x for name, x in arrays.items()}
 
-    def _keys(self, step: int) -> torch.Tensor:
-        keys = self.model.dropout_keys(self.config.seed, step)
+    def _keys(self, step: int, rows: range) -> torch.Tensor | None:
+        """The dropout keys of some rows of a step's batch; None: the framework's own generator draws."""
+        if self.config.training.rng == "native" or not self._dropouts:
+            return None
+        keys = self.model.dropout_keys(self.config.seed, step, rows, list(self._dropouts))
         return torch.from_numpy(keys.view(np.int32)).to(self.device)
+
+    def _seed_dropouts(self, keys: torch.Tensor | None) -> None:
+        seed_dropouts(list(self._dropouts.values()), keys)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,6 @@ The mirror is `icenet/nn.py`.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -17,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from icenet.core.errors import UsageError
+from icenet_torch.random import Dropout as Dropout
 
 Array: TypeAlias = Tensor
 
@@ -97,89 +97,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(
             x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
         ).to(x.dtype)
-
-
-class Dropout(nn.Module):
-    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p).
-
-    With a key (see `BaseModel.seed_dropout`) the mask is a pure function of it, the same on both backends;
-    without one the framework's own generator draws it. The mask of images is drawn for `[B, H, W, C]`.
-    """
-
-    def __init__(self, p: float, images: bool = False) -> None:
-        super().__init__()
-        self.p = p
-        self.images = images
-        self._key: Array | None = None
-
-    def forward(self, x: Array) -> Array:
-        if not self.training or self.p == 0:
-            return x
-        shape = x.permute(0, 2, 3, 1).shape if self.images else x.shape
-        keep = dropout_mask(shape, self.p, self._key, x.device)
-        if self.images:
-            keep = torch.empty_like(x, dtype=torch.bool).copy_(keep.permute(0, 3, 1, 2))  # in x's memory format
-        return torch.where(keep, x * (1 / (1 - self.p)), 0)
-
-
-def dropout_mask(shape: tuple[int, ...], p: float, key: Array | None, device: torch.device) -> Array:
-    """A mask, bool, that is True with probability 1 - p."""
-    if key is None:
-        return torch.rand(shape, device=device) >= p
-    # bit patterns are signed here: flipping the top bit of both sides keeps the unsigned order
-    threshold = signed(dropout_threshold(p) ^ 0x80000000)
-    n = math.prod(shape)
-    half = (n + 1) // 2
-    out = torch.empty((2, half), dtype=torch.bool, device=device)
-    # on a CPU the forty passes of the hash stay in the cache when they work on short pieces
-    piece = 1 << 16 if device.type == "cpu" and not torch.compiler.is_compiling() else max(half, 1)
-    for start in range(0, half, piece):
-        stop = min(start + piece, half)
-        first = torch.arange(start, stop, dtype=torch.int32, device=device)
-        words = threefry2x32((key[0], key[1]), (first, first + half))
-        for row, word in zip(out, words, strict=True):
-            torch.ge(word ^ signed(0x80000000), threshold, out=row[start:stop])
-    return out.reshape(-1)[:n].reshape(shape)
-
-
-def dropout_threshold(p: float) -> int:
-    """The least 32-bit word that keeps a value."""
-    return min(round(p * 2**32), 2**32 - 1)
-
-
-def signed(word: int) -> int:
-    """The int32 with the bits of an unsigned 32-bit word."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-def threefry2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """`icenet.core.rng.threefry2x32` on int32 tensors: the same bits."""
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
-    x0, x1 = counter[0] + key[0], counter[1] + key[1]
-    for group in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x0 = x0 + x1
-            # >> repeats the sign bit: the mask keeps the bits that came from above
-            x1 = (x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1))
-            x1 = x1 ^ x0
-        x0 = x0 + schedule[(group + 1) % 3]
-        x1 = x1 + (schedule[(group + 2) % 3] + (group + 1))
-    return x0, x1
-
-
-def random_bits(keys: Array, n: int) -> Array:
-    """`n` random words under each of the keys, int32 `[..., 2]`: int32 `[..., n]`, as `rng.bits` orders them."""
-    half, odd = divmod(n, 2)
-    first = torch.arange(half + odd, dtype=torch.int32, device=keys.device)
-    second = torch.where(first < half, first + half + odd, 0)  # the middle word of an odd count is alone
-    words = threefry2x32((keys[..., :1], keys[..., 1:]), (first, second))
-    return torch.cat((words[0], words[1][..., :half]), dim=-1)
-
-
-def random_uniform(keys: Array, n: int) -> Array:
-    """Uniform variates in [0, 1), float32 `[..., n]`, under each of the keys: MLX's own, bit for bit."""
-    words = random_bits(keys, n).to(torch.int64) & 0xFFFFFFFF
-    return (words.to(torch.float32) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def to_channels_first(x: Array) -> Array:
@@ -353,9 +270,10 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     return rough + ((losses - rough) * share).sum(), count
 
 
-def global_norm(gradients: list[Array]) -> Array:
-    """The Euclidean norm of all gradients together, fp32."""
-    return nn.utils.get_total_norm(gradients)
+def gradient_norms(gradients: list[Array]) -> tuple[Array, Array]:
+    """The Euclidean norm of all gradients together, and of each, `[N]`; fp32 (fp64 of a reference)."""
+    norms = torch.stack(torch._foreach_norm(gradients))  # as torch.nn.utils.get_total_norm does
+    return torch.linalg.vector_norm(norms), norms
 
 
 def correct(logits: Array, labels: Array) -> Array:
@@ -369,7 +287,7 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
     Running statistics move in the forward pass only.
     """
     # a dropout without a key draws from PyTorch's generator, whose state is put back for the second time
-    unkeyed = any(isinstance(m, Dropout) and m._key is None and m.training and m.p > 0 for m in block.modules())
+    unkeyed = any(isinstance(m, Dropout) and m._keys is None and m.training and m.p > 0 for m in block.modules())
     return torch.utils.checkpoint.checkpoint(
         block,
         *inputs,

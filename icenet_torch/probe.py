@@ -39,7 +39,7 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
     trace = Trace(meta={**describe(engine), "mode": "training" if train else "evaluation", "step": str(step)})
     for name, array in batch.items():
         trace.add("input", name, Value(np.asarray(array), str(array.dtype)))
-    with _mode(engine, train, step), recording(engine.model, trace), torch.no_grad():
+    with _mode(engine, train, step, len(batch["inputs"])), recording(engine.model, trace), torch.no_grad():
         engine._outputs(engine._arrays(batch))
     if gradients:
         loss, arrays = engine.gradients(batch, step)
@@ -97,7 +97,7 @@ def replay(
 
     filled = call.map(fill)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    with _mode(engine, train, step), torch.set_grad_enabled(cotangents is not None):
+    with _mode(engine, train, step, len(call.values[0].array)), torch.set_grad_enabled(cotangents is not None):
         found = _arrays_in(module(*filled.args, **filled.kwargs))
         gradients: list[torch.Tensor] = []
         if cotangents is not None:
@@ -114,7 +114,7 @@ def replay(
 
 
 @contextlib.contextmanager
-def _mode(engine: Engine, train: bool, step: int) -> Iterator[None]:
+def _mode(engine: Engine, train: bool, step: int, rows: int) -> Iterator[None]:
     """Training with a step's dropout masks, or evaluation; every module called plainly, so that it is seen."""
     model = engine.model
     checkpointing, model.gradient_checkpointing = model.gradient_checkpointing, False
@@ -122,7 +122,7 @@ def _mode(engine: Engine, train: bool, step: int) -> Iterator[None]:
     try:
         model.train(train)
         if train:
-            model.seed_dropout(engine._keys(step))
+            engine._seed_dropouts(engine._keys(step, range(rows)))
         with ops.keep_statistics(model):
             yield
     finally:

@@ -458,7 +458,7 @@ def test_pytorchs_convolutions_on_a_cpu_are_never_channels_last() -> None:
     assert icenet_torch.nn.conv2d(x, weight, 2, 0).is_contiguous()
     assert icenet_torch.nn.to_channels_first(torch.randn(2, 6, 6, 4)).is_contiguous()
     dropout = icenet_torch.nn.Dropout(0.5, images=True)
-    dropout._key = torch.tensor([1, 2], dtype=torch.int32)
+    dropout._keys = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
     assert dropout(x.contiguous()).is_contiguous()
     assert dropout(x).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(dropout(x), dropout(x.contiguous()))
@@ -545,9 +545,9 @@ def test_batch_norm_is_torchs_own(shape: tuple[int, ...]) -> None:
 
 def test_dropout_of_images_drops_the_same_values_on_both() -> None:
     x = np.abs(normal(3, 4, 5, 6)) + 1
-    key = rng.key(1, "mask")
+    keys = rng.fold(rng.key(1, "mask")[None], np.arange(3))
     ours, theirs = icenet.nn.Dropout(0.4, images=True), icenet_torch.nn.Dropout(0.4, images=True)
-    ours._key, theirs._key = mx.array(key), torch.from_numpy(key.view(np.int32).copy())
+    ours._keys, theirs._keys = mx.array(keys), torch.from_numpy(keys.view(np.int32).copy())
     kept = np.array(ours(mx.array(x)))
     mirrored = theirs(native("torch", x)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(kept == 0, mirrored == 0)

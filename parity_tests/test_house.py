@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FRONT = {"__init__", "__main__", "cli", "quickstart"}
+FRONT = {"__init__", "__main__", "cli", "cli_bench", "cli_options", "quickstart"}
 """The modules of `icenet` that belong to no backend, beside its folders `core` and `parity`."""
 
 
@@ -202,9 +202,10 @@ def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-# what core needs beside the standard library; the last four are imported late, to draw and to read images
-CORE_NEEDS = ("numpy", "pydantic", "yaml", "safetensors", "typing_extensions", "rich", "matplotlib", "PIL", "sklearn")
-DRAWN_LATE = ("rich", "matplotlib", "PIL", "sklearn")
+# what core imports late: to draw and to show, to read images and text
+DRAWN_LATE = ("rich", "matplotlib", "PIL", "sklearn", "tokenizers", "tensorboard", "IPython")
+# what it needs beside the standard library
+CORE_NEEDS = ("numpy", "pydantic", "yaml", "safetensors", "typing_extensions", *DRAWN_LATE)
 
 
 def standard(name: str) -> bool:
@@ -371,7 +372,7 @@ def test_models_have_the_same_methods_and_attributes(name: str) -> None:
             assert ours[kind].arguments[method] == theirs[kind].arguments[method], f"{kind}.{method}"
 
 
-@pytest.mark.parametrize("name", ["nn", "decoder", "engine", "probe"])
+@pytest.mark.parametrize("name", ["nn", "random", "ema", "decoder", "engine", "probe"])
 def test_layers_and_engines_have_the_same_public_methods(name: str) -> None:
     ours, theirs = (classes(path) for path in twins(name))
     for kind in ours.keys() & theirs.keys():
@@ -388,13 +389,14 @@ def functions(path: Path) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", ["nn", "decoder", "probe", "optimizers", "facts"])
+@pytest.mark.parametrize("name", ["nn", "random", "decoder", "probe", "optimizers", "facts"])
 def test_what_one_side_offers_the_other_does_too(name: str) -> None:
     """PyTorch's side may have more: what MLX's framework has and PyTorch's lacks."""
     ours, theirs = (functions(path) for path in twins(name))
     assert ours <= theirs
     more = {
-        "nn": {"signed", "threefry2x32", "random_bits", "to_channels_first"},
+        "nn": {"to_channels_first"},
+        "random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits"},
         "facts": {"blas", "synchronize"},
     }  # MLX draws threefry itself, and its images have channels last
     assert theirs - ours <= more.get(name, set())

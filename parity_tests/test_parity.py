@@ -270,8 +270,8 @@ def test_threefry_is_the_papers() -> None:
 def test_bits_are_the_same_in_numpy_mlx_and_torch(n: int) -> None:
     import mlx.core as mx
 
-    from icenet import nn as mlx_ops
-    from icenet_torch import nn as torch_ops
+    from icenet import random as mlx_ops
+    from icenet_torch import random as torch_ops
 
     key = rng.key(5, "bits", n)
     torch_key = torch.from_numpy(key.view(np.int32).copy())
@@ -280,8 +280,8 @@ def test_bits_are_the_same_in_numpy_mlx_and_torch(n: int) -> None:
     np.testing.assert_array_equal(np.array(mx.random.uniform(shape=(n,), key=mx.array(key))), uniform)
     np.testing.assert_array_equal(torch_ops.random_uniform(torch_key, n).numpy(), uniform)
     assert uniform.min() >= 0 and uniform.max() < 1
-    ours = np.array(mlx_ops.dropout_mask((n,), 0.3, mx.array(key)))
-    theirs = torch_ops.dropout_mask((n,), 0.3, torch_key, torch.device("cpu")).numpy()
+    ours = np.array(mlx_ops.dropout_mask((1, n), 0.3, mx.array(key[None])))
+    theirs = torch_ops.dropout_mask((1, n), 0.3, torch_key[None], torch.device("cpu")).numpy()
     np.testing.assert_array_equal(ours, theirs)
     if n > 10000:
         assert abs(ours.mean() - 0.7) < 5 * math.sqrt(0.21 / n)

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import icenet.models
 import icenet.nn
+import icenet.random
 import icenet_torch.models
 import icenet_torch.nn
+import icenet_torch.random
 from icenet.core import init, rng
 from icenet.core.config import ModelConfig
 from icenet.core.errors import WeightsError
@@ -79,7 +81,7 @@ def test_published_vectors(counter: Any, key: Any, result: Any) -> None:
     pair = tuple(words(word) for word in key), tuple(words(word) for word in counter)
     assert tuple(int(word[0]) for word in rng.threefry2x32(*pair)) == result
     signed = [tuple(torch_key(word) for word in part) for part in pair]
-    mirrored = icenet_torch.nn.threefry2x32(*signed)
+    mirrored = icenet_torch.random.threefry2x32(*signed)
     assert tuple(int(word.numpy().view(np.uint32)[0]) for word in mirrored) == result
     assert plain_threefry(key, counter) == result
 
@@ -113,9 +115,9 @@ def test_uniform_variates_of_any_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("n", SIZES + LARGE)
 def test_torch_draws_what_numpy_draws(n: int) -> None:
     keys = np.stack([rng.key(5, "torch", n, row) for row in range(3)])
-    drawn = icenet_torch.nn.random_bits(torch_key(keys), n).numpy().view(np.uint32)
+    drawn = icenet_torch.random.random_bits(torch_key(keys), n).numpy().view(np.uint32)
     assert np.array_equal(drawn, np.stack([rng.bits(key, n) for key in keys]))
-    uniform = icenet_torch.nn.random_uniform(torch_key(keys), n)
+    uniform = icenet_torch.random.random_uniform(torch_key(keys), n)
     assert uniform.dtype == torch.float32
     assert np.array_equal(uniform.numpy(), np.stack([rng.uniform(key, (n,)) for key in keys]))
 
@@ -124,24 +126,24 @@ def test_torch_draws_what_numpy_draws(n: int) -> None:
 def test_uniform_variates_under_many_keys(n: int) -> None:
     keys = np.stack([[rng.key(5, "many", row, column) for column in range(2)] for row in range(3)])
     expected = np.stack([[rng.uniform(key, (n,)) for key in row] for row in keys])
-    assert np.array_equal(np.array(icenet.nn.random_uniform(mx.array(keys), n)), expected)
-    assert np.array_equal(icenet_torch.nn.random_uniform(torch_key(keys), n).numpy(), expected)
+    assert np.array_equal(np.array(icenet.random.random_uniform(mx.array(keys), n)), expected)
+    assert np.array_equal(icenet_torch.random.random_uniform(torch_key(keys), n).numpy(), expected)
 
 
 def test_uniform_variates_stay_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The highest 128 words round to 2^32 in float32; the Gumbel draw needs log(u) < 0."""
     top = np.array([0, 1, 2**32 - 129, 2**32 - 128, 2**32 - 1], np.uint32)
     monkeypatch.setattr(rng, "bits", lambda key, n: top[:n])
-    monkeypatch.setattr(icenet_torch.nn, "random_bits", lambda keys, n: torch_key(top)[:n])
+    monkeypatch.setattr(icenet_torch.random, "random_bits", lambda keys, n: torch_key(top)[:n])
     ours = rng.uniform(words(0, 0), (5,))
     assert ours.max() == 1 - 2.0**-24 and ours.min() == 0
-    assert np.array_equal(icenet_torch.nn.random_uniform(torch.zeros(2, dtype=torch.int32), 5).numpy(), ours)
+    assert np.array_equal(icenet_torch.random.random_uniform(torch.zeros(2, dtype=torch.int32), 5).numpy(), ours)
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------
 
 SHAPES = [
-    (0,),
+    (1, 0),
     (1,),
     (2,),
     (3,),
@@ -156,26 +158,42 @@ SHAPES = [
 RATES = [1e-12, 2.0**-33, 2.0**-32, 1e-3, 0.1, 0.25, 0.5, 2 / 3, 0.999, 1 - 2.0**-32, 1 - 2.0**-40]
 
 
+def row_keys(key: Any, rows: int) -> Any:
+    return np.stack([rng.fold(key, row) for row in range(rows)])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_masks_agree(shape: tuple[int, ...]) -> None:
-    n = math.prod(shape)
+    """Each row of the first axis under its own key, whatever number of rows is drawn together."""
+    n = math.prod(shape[1:])
     for p in RATES:
-        key = rng.key(11, "dropout", 4, repr(p))
-        drawn = rng.bits(key, 2 * math.ceil(n / 2))[:n].astype(np.float64)
+        keys = row_keys(rng.key(11, "dropout", 4, repr(p)), shape[0])
+        drawn = np.stack([rng.bits(key, 2 * math.ceil(n / 2))[:n] for key in keys]).astype(np.float64)
         expected = (drawn >= min(np.rint(p * 2.0**32), 2.0**32 - 1)).reshape(shape)
-        mlx = np.array(icenet.nn.dropout_mask(shape, p, mx.array(key)))
-        mirrored = icenet_torch.nn.dropout_mask(shape, p, torch_key(key), CPU).numpy()
+        mlx = np.array(icenet.random.dropout_mask(shape, p, mx.array(keys)))
+        mirrored = icenet_torch.random.dropout_mask(shape, p, torch_key(keys), CPU).numpy()
         assert mlx.dtype == mirrored.dtype == np.bool_ and mlx.shape == mirrored.shape == shape
         assert np.array_equal(mlx, expected), p
         assert np.array_equal(mirrored, expected), p
 
 
+def test_rows_that_are_not_in_the_first_axis_are_drawn_under_the_first_key() -> None:
+    """A user's own layer may have another first axis: split evenly where it divides, else all under one key."""
+    keys = row_keys(rng.key(2, "rows"), 4)
+    for shape, groups in (((8, 3), 4), ((6, 5), 1)):
+        n = math.prod(shape) // groups
+        drawn = np.concatenate([rng.bits(key, 2 * math.ceil(n / 2))[:n] for key in keys[:groups]])
+        expected = (drawn >= 2**31).reshape(shape)
+        assert np.array_equal(np.array(icenet.random.dropout_mask(shape, 0.5, mx.array(keys))), expected)
+        assert np.array_equal(icenet_torch.random.dropout_mask(shape, 0.5, torch_key(keys), CPU).numpy(), expected)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_share_it_should_and_scales_it(p: float) -> None:
     x = np.random.default_rng(0).normal(size=(101, 999)).astype(np.float32)
-    key = rng.key(1, "dropout", 9, "site")
+    keys = row_keys(rng.key(1, "dropout", 9, "site"), 101)
     ours, theirs = icenet.nn.Dropout(p), icenet_torch.nn.Dropout(p)
-    ours._key, theirs._key = mx.array(key), torch_key(key)
+    ours._keys, theirs._keys = mx.array(keys), torch_key(keys)
     out, mirrored = np.array(ours(mx.array(x))), theirs(torch.from_numpy(x)).numpy()
     assert np.array_equal(out, mirrored)
     kept = out != 0
@@ -188,9 +206,9 @@ def test_dropout_keeps_the_share_it_should_and_scales_it(p: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dropout_keeps_the_type(dtype: str) -> None:
-    key = rng.key(1, "dropout")
+    keys = row_keys(rng.key(1, "dropout"), 1)
     ours, theirs = icenet.nn.Dropout(0.3), icenet_torch.nn.Dropout(0.3)
-    ours._key, theirs._key = mx.array(key), torch_key(key)
+    ours._keys, theirs._keys = mx.array(keys), torch_key(keys)
     out = ours(mx.ones((64,), getattr(mx, dtype)))
     mirrored = theirs(torch.ones(64, dtype=getattr(torch, dtype)))
     assert out.dtype == getattr(mx, dtype) and mirrored.dtype == getattr(torch, dtype)
@@ -209,15 +227,20 @@ def test_dropout_without_a_key_is_the_frameworks_own(draw: int) -> None:
         assert abs(kept.mean() - 0.8) < 0.02
 
 
-def test_each_site_and_step_has_a_mask_of_its_own() -> None:
+def test_each_site_step_and_row_has_a_mask_of_its_own() -> None:
     config = ModelConfig(type="transformer", hidden_size=8, num_layers=2, num_heads=2, vocab_size=9, max_seq_length=8)
     model, mirror = icenet.models.TransformerModel(config), icenet_torch.models.TransformerModel(config)
     sites = model.dropout_sites()
     assert sites == mirror.dropout_sites() and len(sites) == 5
-    drawn = np.concatenate([model.dropout_keys(seed, step) for seed in (0, 1) for step in range(20)])
-    assert len({tuple(key) for key in drawn.tolist()}) == len(drawn) == 2 * 20 * 5
-    for row, site in zip(model.dropout_keys(3, 17), sites, strict=True):
-        assert np.array_equal(row, rng.key(3, "dropout", 17, site))
+    drawn = np.concatenate([model.dropout_keys(seed, step, 3) for seed in (0, 1) for step in range(20)])
+    assert len({tuple(key) for key in drawn.reshape(-1, 2).tolist()}) == 2 * 20 * 5 * 3
+    keys = model.dropout_keys(3, 17, 4)
+    assert keys.shape == (5, 4, 2)
+    for rows, site in zip(keys, sites, strict=True):
+        assert np.array_equal(rows, row_keys(rng.key(3, "dropout", 17, site), 4))
+    assert np.array_equal(model.dropout_keys(3, 17, range(1, 3)), keys[:, 1:3])  # those of a micro-batch
+    config.dropout = 0.0
+    assert icenet.models.TransformerModel(config).dropout_sites() == []
 
 
 # ---- distributions ----------------------------------------------------------------------------------------

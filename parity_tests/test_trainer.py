@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -293,7 +294,7 @@ def test_ended_before_the_first_checkpoint(
     """Killed in the first steps, a run has a config and metrics and no checkpoint; it is resumed all the same."""
     config, run = tiny(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         train(config, run, backend)
     assert len(losses(run)) == 5 and not checkpoint.list_checkpoints(run)
     with pytest.raises(UsageError, match=r"holds a run already; continue it with --resume"):
@@ -372,7 +373,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     seen: list[str] = []
     evaluate = first._evaluate
 
-    def meanwhile(*arguments: Any) -> None:
+    def meanwhile(*arguments: Any) -> bool:
         if first.step == 30:
             before = tree(run)
             with pytest.raises(CheckpointError, match="another process trains this run; wait for it"):
@@ -382,7 +383,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
             other = icenet("train", "--resume", "run", folder=tmp_path, code=1)
             seen.append(other.stderr)
             assert tree(run) == before
-        evaluate(*arguments)
+        return evaluate(*arguments)
 
     first._evaluate = meanwhile  # type: ignore[method-assign]
     first.fit()
@@ -407,7 +408,8 @@ def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
     message = str(error.value)
     assert message.startswith("step ") and "the loss is nan" in message and "\n" not in message
     assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000006'}" in message
-    assert message.endswith("Lower training.learning_rate, or raise training.warmup_steps")
+    assert re.search(r"\(largest: [\w.]+ nan, [\w.]+ nan, [\w.]+ nan\)", message)
+    assert message.endswith("or leave such steps out with training.on_nan=skip")
     assert tree(run / "checkpoints") == before
     resume(run)  # with the rate it had
     train(config, tmp_path / "whole", backend)
@@ -423,7 +425,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, backend: str)
     weights["output.weight"] = np.where(np.eye(257, 32, dtype=bool), np.float32(np.inf), weights["output.weight"])
     started.engine.set_weights(weights)
     with pytest.raises(IceNetError, match=r"^step 0: output\.weight is not finite; there is no checkpoint yet"):
-        started.save()
+        started.save(wait=True)
     assert checkpoint.list_checkpoints(run) == []
 
 
@@ -521,10 +523,11 @@ def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.
     started = Trainer.start(config, run, backend=backend, quiet=True)
     evaluate = started._evaluate
 
-    def interrupted(*arguments: Any) -> None:
-        evaluate(*arguments)
+    def interrupted(*arguments: Any) -> bool:
+        best = evaluate(*arguments)
         if started.step == 6:
             os.kill(os.getpid(), number)
+        return best
 
     started._evaluate = interrupted  # type: ignore[method-assign]
     handler = signal.getsignal(number)

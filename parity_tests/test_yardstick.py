@@ -293,11 +293,14 @@ def test_a_trace_survives_the_disk(engines: Engines, batch: Any, tmp_path: Any) 
 
 def broken(engines: Engines, change: Any) -> Engines:
     """The three engines with a copy of the PyTorch one, changed, in the place of the one judged."""
+    from icenet_torch.optimizers import new_optimizer
+
     victim = copy.copy(engines.torch)
     victim.model = copy.deepcopy(engines.torch.model)
     victim._call = victim.model
     victim.parameters = dict(victim.model.named_parameters())
-    victim.optimizer = type(victim.optimizer)(victim.parameters, victim.config.training)
+    victim.optimizer = new_optimizer(victim.config.training, victim.model)
+    victim._dropouts = victim.model.dropout_layers()
     modules = dict(victim.model.named_modules())
     change(modules)
     return Engines(victim, engines.torch, engines.reference)
@@ -382,8 +385,9 @@ def test_an_unbroken_copy_passes_with_a_ratio_of_one(engines: Engines, batch: An
 
 def test_a_wrong_optimizer_is_seen(engines: Engines, batch: Any) -> None:
     altered = broken(engines, lambda modules: None)
-    for group in altered.mlx.optimizer.param_groups:  # type: ignore[attr-defined]
-        group["betas"] = (0.9, 0.951)
+    for part in altered.mlx.optimizer.parts:  # type: ignore[attr-defined]
+        for group in part.optimizer.param_groups:
+            group["betas"] = (0.9, 0.951)
     report = judge_engines(altered, batch)
     failing = [section.title for section in report.sections if not section.passed]
     assert failing == ["optimizer step on equal gradients"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -35,7 +37,45 @@ class StepResult(NamedTuple):
 
     loss: float
     grad_norm: float
+    """Of all gradients together, before any clipping."""
     finite: bool
+    largest: tuple[tuple[str, float], ...] = ()
+    """Where not finite: the parameters with the largest gradients and their norms."""
+
+
+LARGEST = 3
+"""How many parameters `StepResult.largest` names."""
+
+
+def step_result(loss: float, norm: float, norms: Callable[[], Mapping[str, float]]) -> StepResult:
+    """The result of a step; `norms` gives the norm of each gradient, and is asked only where one is not finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return StepResult(loss, norm, True)
+    ranked = sorted(norms().items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
+    return StepResult(loss, norm, False, tuple(ranked[:LARGEST]))
+
+
+def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The averaged weights by path, and the rest, of an optimizer's state by `PATH.SLOT`."""
+    averages = {name.removesuffix(".ema"): array for name, array in state.items() if name.endswith(".ema")}
+    return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
+
+
+def micro_batches(batch: Batch, number: int) -> list[tuple[Batch, range, float]]:
+    """A batch cut into consecutive parts of its rows: each with its rows and its share of the labels that count.
+
+    The losses of the parts, each a mean over its own labels, add up to the whole's when weighted by the shares.
+    """
+    rows = len(batch["labels"])
+    if number == 1:
+        return [(batch, range(rows), 1.0)]
+    counted = max(int((batch["labels"] >= 0).sum()), 1)
+    edges = [rows * index // number for index in range(number + 1)]
+    parts = []
+    for first, last in pairwise(edges):
+        part = {name: array[first:last] for name, array in batch.items()}
+        parts.append((part, range(first, last), int((part["labels"] >= 0).sum()) / counted))
+    return parts
 
 
 class Evaluation(NamedTuple):
@@ -68,7 +108,10 @@ class Engine(Protocol):
         """Waits for a step."""
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """The loss of a batch in evaluation mode, and how many of its rows are classified right."""
+        """The loss of a batch in evaluation mode, and how many of its rows are classified right.
+
+        With `training.ema_decay` it is that of the averaged weights.
+        """
 
     def forward(self, batch: Batch) -> NDArray[Any]:
         """The model's output in evaluation mode."""
@@ -76,7 +119,8 @@ class Engine(Protocol):
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
         """The mean loss and the gradient of every parameter, unclipped, with the dropout masks of a step.
 
-        Weights and running statistics stay as they are.
+        Weights and running statistics stay as they are. As in a training step the batch is taken in
+        `training.gradient_accumulation` parts.
         """
 
     def apply_gradients(self, gradients: dict[str, NDArray[Any]], step: int, learning_rate: float) -> None:
@@ -87,7 +131,7 @@ class Engine(Protocol):
     def set_weights(self, weights: dict[str, NDArray[Any]]) -> None: ...
 
     def optimizer_state(self) -> dict[str, NDArray[Any]]:
-        """The optimizer's arrays by `PATH.SLOT`, in PyTorch's names and layouts."""
+        """The optimizer's arrays by `PATH.SLOT`, in PyTorch's names and layouts; averaged weights are `PATH.ema`."""
 
     def set_optimizer_state(self, state: dict[str, NDArray[Any]]) -> None: ...
 

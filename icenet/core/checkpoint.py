@@ -5,6 +5,7 @@
         optimizer.safetensors    moments by PATH.SLOT
         state.json               step, loss scale, data fingerprint, versions
         config.yaml              the configuration of the run
+        tokenizer.json           the tokenizer, where it is not `bytes`
         manifest.json            size and SHA-256 of each file; written last
 
 A checkpoint is written under another name and renamed when everything is on the disk, so a kill at any moment
@@ -29,6 +30,7 @@ import numpy as np
 
 from icenet.core import weights as weight_files
 from icenet.core.config import Config
+from icenet.core.data.tokenizer import FILE as TOKENIZER
 from icenet.core.errors import CheckpointError, IceNetError, WeightsError
 from icenet.core.staging import reason_of, sync_folder
 
@@ -57,8 +59,12 @@ def save(
     optimizer: Mapping[str, np.ndarray],
     state: Mapping[str, Any],
     keep: int | None = None,
+    protect: int | None = None,
+    files: Mapping[str, bytes] = {},
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep`; gives its folder.
+    """Writes the checkpoint of a step and removes all but the newest `keep` and that of step `protect`.
+
+    `files` are others that go with it, by name (`Dataset.files`). Gives its folder.
 
     Raises:
         CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
@@ -74,12 +80,12 @@ def save(
         weight_files.write(partial / "model.safetensors", weights)
         weight_files.write(partial / "optimizer.safetensors", optimizer)
         _write(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        _write(partial / "config.yaml", config.to_yaml())
-        files = {
+        write_config(partial, config, files)
+        listed = {
             file.name: {"bytes": file.stat().st_size, "sha256": weight_files.checksum(file)}
             for file in sorted(partial.iterdir())
         }
-        _write(partial / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
+        _write(partial / "manifest.json", json.dumps({"format": FORMAT, "files": listed}, indent=1))
         sync_folder(partial)
         if target.exists():  # left by a run that was taken back to an earlier step
             shutil.rmtree(target)
@@ -93,14 +99,31 @@ def save(
         rest = f"{older.name} is untouched; make room and resume" if older else "make room and start again"
         raise CheckpointError(f"{target}: the checkpoint was not written: {why}; {rest}") from None
     if keep is not None:
-        for old in list_checkpoints(run)[:-keep]:
+        kept = {*list_checkpoints(run)[-keep:], parent / f"step-{protect or 0:08d}"}
+        for old in set(list_checkpoints(run)) - kept:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_config(folder: Path, config: Config, files: Mapping[str, bytes]) -> None:
+    """Writes a configuration and the files that go with it to a folder; there it names those, wherever it is moved.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    for name, content in files.items():
+        _write(folder / name, content)
+    _write(folder / "config.yaml", carried(config, files).to_yaml())
+
+
+def carried(config: Config, files: Mapping[str, bytes]) -> Config:
+    """A configuration whose tokenizer is the file of its name that lies beside it."""
+    return config.with_overrides(f"data.tokenizer={TOKENIZER}") if TOKENIZER in files else config
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -216,6 +239,19 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         found = find(path)
         return found.config.with_overrides(*overrides), found.weights
     return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
+
+
+def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
+    """The configuration and the averaged weights of a run or checkpoint.
+
+    Raises:
+        CheckpointError: the run kept none.
+    """
+    found = find(path)
+    averages = {name: array for name, array in found.optimizer.items() if name.endswith(".ema")}
+    if not averages:
+        raise CheckpointError(f"{found.path}: keeps no averaged weights; train with training.ema_decay")
+    return found.config, {**found.weights, **{name.removesuffix(".ema"): array for name, array in averages.items()}}
 
 
 def set_aside(path: Path) -> Path:

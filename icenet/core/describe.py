@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core import backend as backends
-from icenet.core import checkpoint, presets
+from icenet.core import checkpoint, groups, presets
 from icenet.core.config import Config
 
 
@@ -19,6 +19,8 @@ class ModelReport:
     config: Config
     num_params: int
     parts: dict[str, int]
+    training_bytes: int
+    """Weights, gradients and the optimizer's state, fp32."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -26,7 +28,7 @@ class ModelReport:
             "model": self.config.model.model_dump(),
             "num_params": self.num_params,
             "bytes": {"fp32": 4 * self.num_params, "fp16": 2 * self.num_params},
-            "training_bytes": 16 * self.num_params,
+            "training_bytes": self.training_bytes,
             "parts": self.parts,
         }
 
@@ -48,8 +50,8 @@ class ModelReport:
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
             f"weights {_megabytes(4 * self.num_params)} in fp32, {_megabytes(2 * self.num_params)} in fp16; "
-            f"training with AdamW in fp32 holds {_megabytes(16 * self.num_params)} (weights, gradients, two moments) "
-            "and activations",
+            f"training with {self.config.training.optimizer} holds {_megabytes(self.training_bytes)} in fp32 (weights, "
+            "gradients, the optimizer's state) and activations",
             highlight=False,
         )
 
@@ -93,7 +95,10 @@ def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     """The report of a config, a preset, a run, a checkpoint or a saved model."""
     config, _ = checkpoint.open_target(Path(name), overrides)
     model = outline(config)
-    return ModelReport(name, config, model.num_params, model.part_sizes())
+    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in model.trainable_paths()}
+    fitted = groups.assign(config.training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None))
+    state = groups.state_values(config.training, fitted, shapes)
+    return ModelReport(name, config, model.num_params, model.part_sizes(), 4 * (2 * model.num_params + state))
 
 
 def presets_report() -> PresetReport:

@@ -95,9 +95,15 @@ class ModelFacts:
         if longest is not None and length > longest:
             raise UsageError(f"a sequence of {length} tokens is longer than model.max_seq_length {longest}")
 
-    def dropout_keys(self, seed: int, step: int) -> np.ndarray:
-        """The key of each dropout in one step, uint32 `[sites, 2]`, in the order of `dropout_sites()`."""
-        return rng.keys_for_names(rng.key(seed, "dropout", step), self.dropout_sites())
+    def dropout_keys(self, seed: int, step: int, rows: int | range, sites: list[str] | None = None) -> np.ndarray:
+        """The keys of each dropout in one step, uint32 `[sites, rows, 2]`, in the order of `dropout_sites()`.
+
+        `rows` counts the rows of a batch, or says which rows of the step's whole batch it holds: a row has its own
+        key, so that its mask does not depend on how the batch is cut into micro-batches or shared by processes.
+        """
+        rows = range(rows) if isinstance(rows, int) else rows
+        by_site = rng.keys_for_names(rng.key(seed, "dropout", step), self.dropout_sites() if sites is None else sites)
+        return rng.fold(by_site[:, None, :], np.arange(rows.start, rows.stop, dtype=np.uint64)[None, :])
 
     # ---- answered by each backend's BaseModel ------------------------------------------------------------
 
@@ -117,9 +123,13 @@ class ModelFacts:
         """The `init_scale` of each layer that has one, by module path."""
         raise NotImplementedError
 
-    def dropout_sites(self) -> list[str]:
-        """The module paths of the dropouts, sorted."""
+    def dropout_layers(self) -> dict[str, Any]:
+        """The dropouts that leave something out, by module path, sorted."""
         raise NotImplementedError
+
+    def dropout_sites(self) -> list[str]:
+        """Their module paths."""
+        return list(self.dropout_layers())
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         raise NotImplementedError

@@ -1,14 +1,16 @@
-"""The folder of a run: its name, its lock, and what can be told from what lies in it."""
+"""The folder of a run: its name, its lock, where it goes on, and what can be told from what lies in it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from icenet.core.checkpoint import list_checkpoints
+from icenet.core.checkpoint import Checkpoint, find, list_checkpoints
+from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
 
 
@@ -33,6 +35,64 @@ def killed_at_birth(path: Path) -> bool:
     """Whether this is the folder of a run that ended before it had a checkpoint."""
     begun = (path / "config.yaml").is_file() and ((path / ".lock").is_file() or (path / "metrics.jsonl").is_file())
     return begun and not list_checkpoints(path)
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run has left something in this folder."""
+    return bool(list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a run goes on: from which checkpoint, in which folder, with which configuration."""
+
+    config: Config
+    run: Path
+    found: Checkpoint | None
+    """None: the run ended before it had one, and begins again."""
+    branched_from: Path | None = None
+    """The run, or the lone checkpoint, that stays as it is, where the continuation has another folder."""
+    notes: list[str] = field(default_factory=list)
+
+
+def continuation(
+    path: Path, run: Path | None = None, overrides: Sequence[str] = (), backend: str | None = None
+) -> Continuation:
+    """How to continue a run (its newest good checkpoint) or a checkpoint.
+
+    With `run` the continuation goes to another folder, and the run it came from stays as it is. A checkpoint that
+    is not its run's newest needs one.
+
+    Raises:
+        UsageError: the run is complete or went on after the checkpoint, or the new folder holds a run.
+        CheckpointError: there is no good checkpoint.
+    """
+    if killed_at_birth(path):
+        config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
+        notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
+        return Continuation(config, run or path, None, notes=notes)
+    notes = []
+    found = find(path, notes.append)
+    origin = run_of(found.path)
+    target = run or origin
+    if target is None:
+        raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
+    branch = origin is None or target.resolve() != origin.resolve()
+    if not branch:
+        newer = [other.name for other in list_checkpoints(target, found.step)]
+        if newer and path.resolve() == found.path.resolve():
+            raise UsageError(
+                f"{path}: the run went on to {newer[-1]}; resume {target} to continue there, "
+                "or give --run NEW to branch off here"
+            )
+    elif holds_a_run(target):
+        raise UsageError(f"{target}: holds a run already; choose another --run for the continuation")
+    config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
+    if found.step >= config.training.max_steps:
+        raise UsageError(
+            f"{path}: the run is complete at step {found.step}; to go on: --set training.max_steps={2 * found.step}"
+        )
+    return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,16 @@ import numpy as np
 from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
 from icenet.core import custom, plots, staging
+from icenet.core.background import Background
+from icenet.core.best import Best, link
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.precision import LossScale
 from icenet.core.report import MetricsLog, Progress
-from icenet.core.runs import killed_at_birth, locked, run_of, versions
+from icenet.core.runs import continuation, holds_a_run, locked, versions
 from icenet.core.schedule import learning_rate
+from icenet.core.signals import stopping
 
 
 class Interrupted(IceNetError):
@@ -49,9 +51,14 @@ class Result:
     checkpoint: Path
     plot: Path | None
     validation_accuracy: float | None = None
+    best: Best = field(default_factory=Best)
+    stopped_early: bool = False
+    """`training.early_stopping` ended it."""
 
 
 _ITEMS = {"tok": "tokens", "img": "images"}
+_MOST_SKIPPED = 10
+"""Steps in a row without a finite gradient, after which a run ends whatever `training.on_nan` says."""
 
 
 class Trainer:
@@ -72,13 +79,16 @@ class Trainer:
         self.quiet = quiet
         self.dataset = dataset_for(config)
         self.notes: list[str] = []
+        self.best = Best()
+        self._background = Background()
+        self._skipped = 0
         self._branched_from: Path | None = None
         self._present = checkpoints.list_checkpoints(run)
         self._saved_step = step if step else -1
         self._last_loss = math.nan
         self._last_validation: float | None = None
         self._last_accuracy: float | None = None
-        self._stop: int | None = None
+        self._stop: str | None = None
 
     # ---- beginnings --------------------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ class Trainer:
             UsageError: the folder holds a run already.
         """
         config = config.checked()
-        if checkpoints.list_checkpoints(run) or (run / "metrics.jsonl").exists():
+        if holds_a_run(run):
             raise UsageError(f"{run}: holds a run already; continue it with --resume {run}, or choose another --run")
         custom.trust(config.model.type)
         return cls._fresh(config, run, backend, device, quiet)
@@ -116,38 +126,13 @@ class Trainer:
         dtype: str = "float32",
         quiet: bool = False,
     ) -> Trainer:
-        """Continues a run (its newest good checkpoint) or a checkpoint, on either backend.
-
-        With `run` the continuation goes to another folder, and the run it came from stays as it is. A
-        checkpoint that is not its run's newest needs one.
-        """
-        if killed_at_birth(path):
-            config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
-            trainer = cls._fresh(config, run or path, backend, device, quiet)
-            trainer.notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
+        """Continues a run (its newest good checkpoint) or a checkpoint, on either backend; see `continuation`."""
+        plan = continuation(path, run, overrides, backend)
+        if plan.found is None:
+            trainer = cls._fresh(plan.config, plan.run, backend, device, quiet)
+            trainer.notes = plan.notes
             return trainer
-        notes: list[str] = []
-        found = checkpoints.find(path, notes.append)
-        origin = run_of(found.path)
-        target = run or origin
-        if target is None:
-            raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
-        branch = origin is None or target.resolve() != origin.resolve()
-        if not branch:
-            newer = [other.name for other in checkpoints.list_checkpoints(target, found.step)]
-            if newer and path.resolve() == found.path.resolve():
-                raise UsageError(
-                    f"{path}: the run went on to {newer[-1]}; resume {target} to continue there, "
-                    "or give --run NEW to branch off here"
-                )
-        elif checkpoints.list_checkpoints(target) or (target / "metrics.jsonl").exists():
-            raise UsageError(f"{target}: holds a run already; choose another --run for the continuation")
-        config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
-        if found.step >= config.training.max_steps:
-            raise UsageError(
-                f"{path}: the run is complete at step {found.step}; "
-                f"to go on: --set training.max_steps={2 * found.step}"
-            )
+        config, found = plan.config, plan.found
         engine = backends.engine(config, None, device, dtype=dtype)
         engine.set_weights(dict(found.weights))
         engine.set_optimizer_state(dict(found.optimizer))
@@ -158,12 +143,15 @@ class Trainer:
                 scale = LossScale(float(stored["scale"]), int(stored["good_steps"]))
             except (KeyError, TypeError, ValueError):
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
-        trainer = cls(config, target, engine, found.step, scale, quiet)
-        trainer.notes = notes
-        trainer._branched_from = (origin or found.path) if branch else None
+        trainer = cls(config, plan.run, engine, found.step, scale, quiet)
+        trainer.notes = plan.notes
+        trainer.best = Best.read(found.state.get("best"))
+        trainer._branched_from = plan.branched_from
         if found.state.get("data") != trainer.dataset.fingerprint:
             held = "images" if trainer.dataset.unit == "img" else "text"
-            notes.append(f"the {held} of data.source {config.data.source} is not what the checkpoint was trained on")
+            trainer.notes.append(
+                f"the {held} of data.source {config.data.source} is not what the checkpoint was trained on"
+            )
         return trainer
 
     def _make_folder(self) -> None:
@@ -177,7 +165,7 @@ class Trainer:
         if checkpoints.list_checkpoints(self.run) != self._present:
             raise CheckpointError(f"{self.run}: another process went on with this run meanwhile; resume it again")
         if self._branched_from is not None:
-            self.save()  # first: a branch that is killed can then be resumed without its origin
+            self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
             self._copy_metrics(self._branched_from)
             self._branched_from = None
         for unread in checkpoints.list_checkpoints(self.run, self.step):
@@ -206,32 +194,49 @@ class Trainer:
         items = training.batch_size * self.dataset.items_per_row
         log = MetricsLog(self.run / "metrics.jsonl")
         self._make_folder()
-        with (
-            locked(self.run),
-            log,
-            self._signals(),
-            Progress(training.max_steps, self.step, tokens_per_step=items, unit=self.dataset.unit, quiet=self.quiet,
-                     label=f"{self.engine.backend} {self.engine.device}") as progress,
-        ):  # fmt: skip
-            self._settle(log)
-            for note in self.notes:
-                (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
-            self.notes.clear()
+        progress = Progress(
+            training.max_steps,
+            self.step,
+            tokens_per_step=items,
+            unit=self.dataset.unit,
+            quiet=self.quiet,
+            label=f"{self.engine.backend} {self.engine.device}",
+        )
+        with locked(self.run), log, stopping(self._ask_to_stop), progress:
             try:
-                self._run(last, log, progress)
+                with Background() as self._background:
+                    self._settle(log)
+                    for note in self.notes:
+                        (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
+                    self.notes.clear()
+                    over = self._run(last, log, progress)
             finally:
                 self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
         plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
         return Result(
-            self.run, self.step, self._last_loss, self._last_validation, checkpoint, plot, self._last_accuracy
+            self.run,
+            self.step,
+            self._last_loss,
+            self._last_validation,
+            checkpoint,
+            plot,
+            self._last_accuracy,
+            self.best,
+            over,
         )
 
-    def _run(self, last: int, log: MetricsLog, progress: Progress) -> None:
+    def _ask_to_stop(self, signal: str) -> None:
+        self._stop = signal
+
+    def _run(self, last: int, log: MetricsLog, progress: Progress) -> bool:
+        """The loop; says whether it ended before `last` because evaluations got no better."""
         training = self.config.training
+        lagged = training.mixed_precision != "fp16" and training.on_nan == "stop"
         pending: tuple[int, float, float, Any] | None = None
         began = time.perf_counter()
         while self.step < last:
+            self._background.check()
             step, rate = self.step, learning_rate(self.step, training)
             batch = self.dataset.train_batch(step, training.batch_size)
             handle = self.engine.train_step(batch, step, rate, self.scale.scale)
@@ -242,40 +247,44 @@ class Trainer:
             self.step = done = step + 1
             evaluates = training.eval_every is not None and (done % training.eval_every == 0 or done == last)
             saves = done % training.checkpoint_every == 0 or done == last or self._stop is not None
-            if evaluates or saves or training.mixed_precision == "fp16":
+            if evaluates or saves or not lagged:
                 self._record(pending, log, progress)
                 pending = None
+            over = False
             if evaluates:
-                self._evaluate(log, progress)
-            if saves:
-                self.save()
+                saves |= self._evaluate(log, progress) and training.keep_best
+                over = self.best.is_time(training.early_stopping) and done < last
+            if saves or over:
+                self.save(wait=over or done == last)
             if evaluates or saves:
                 began = time.perf_counter()
+            if over:
+                progress.note(
+                    f"step {done}: stopped early: {self.best.waited} evaluations without a lower validation loss "
+                    f"than {self.best.validation_loss:.4f} at step {self.best.step}"
+                )
+                return True
             if self._stop is not None and done < training.max_steps:
                 if pending is not None:
                     self._record(pending, log, progress)
-                self.save()  # the signal may have come after `saves` was decided
-                name = signal.Signals(self._stop).name
+                self.save(wait=True)  # the signal may have come after `saves` was decided
                 raise Interrupted(
-                    f"stopped by {'Ctrl-C' if name == 'SIGINT' else name} after step {done}; "
+                    f"stopped by {self._stop} after step {done}; "
                     f"everything is saved: icenet train --resume {self.run}"
                 )
+        return False
 
     def _record(self, pending: tuple[int, float, float, Any], log: MetricsLog, progress: Progress) -> None:
         step, rate, began, handle = pending
         result = self.engine.read(handle)
         elapsed = time.perf_counter() - began
         done = step + 1
+        self._check(done, result)
         fp16 = self.config.training.mixed_precision == "fp16"
-        if not math.isfinite(result.loss) or not (result.finite or fp16):
-            raise IceNetError(
-                f"step {done}: the loss is {result.loss} and the gradient norm {result.grad_norm}; "
-                f"{self._last_good()}. "
-                "Lower training.learning_rate, or raise training.warmup_steps"
-            )
         if fp16:
             self.scale.update(result.finite)
-        self._last_loss = result.loss
+        if math.isfinite(result.loss):
+            self._last_loss = result.loss
         speed = self.config.training.batch_size * self.dataset.items_per_row / max(elapsed, 1e-9)
         log.append(
             {
@@ -285,16 +294,38 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 f"{_ITEMS[self.dataset.unit]}_per_second": round(speed, 1),
                 "backend": self.engine.backend,
-                **({"loss_scale": self.scale.scale, "skipped": not result.finite} if fp16 else {}),
+                **({"loss_scale": self.scale.scale} if fp16 else {}),
+                **({"skipped": not result.finite} if fp16 or not result.finite else {}),
             }
         )
         progress.update(done, result.loss, learning_rate=rate, tokens_per_second=speed)
+
+    def _check(self, done: int, result: backends.StepResult) -> None:
+        """Ends the run where a step's loss or gradients are no numbers and it may not be left out."""
+        training = self.config.training
+        self._skipped = 0 if result.finite else self._skipped + 1
+        if result.finite:
+            return
+        overflow = training.mixed_precision == "fp16" and math.isfinite(result.loss) and self.scale.scale > 1
+        if overflow or (training.on_nan == "skip" and self._skipped < _MOST_SKIPPED):
+            return
+        with contextlib.suppress(IceNetError):
+            self._background.wait()  # what is being written may be the last good one
+        again = f", {self._skipped} times in a row" if self._skipped > 1 else ""
+        named = ", ".join(f"{path} {norm:.3g}" for path, norm in result.largest)
+        raise IceNetError(
+            f"step {done}: the loss is {result.loss} and the gradient norm {result.grad_norm}{again} "
+            f"(largest: {named}); {self._last_good()}. "
+            "Lower training.learning_rate, raise training.warmup_steps, or leave such steps out with "
+            "training.on_nan=skip"
+        )
 
     def _last_good(self) -> str:
         newest = checkpoints.newest(self.run)
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
-    def _evaluate(self, log: MetricsLog, progress: Progress) -> None:
+    def _evaluate(self, log: MetricsLog, progress: Progress) -> bool:
+        """Evaluates and logs it; says whether it is the best so far."""
         training = self.config.training
         total = counted = 0.0
         correct: int | None = None
@@ -304,7 +335,7 @@ class Trainer:
             if found.correct is not None:
                 correct = (correct or 0) + found.correct
         if not counted:
-            return
+            return False
         self._last_validation = total / counted
         record = {"step": self.step, "validation_loss": self._last_validation, "backend": self.engine.backend}
         note = f"step {self.step}: validation loss {self._last_validation:.4f}"
@@ -313,54 +344,44 @@ class Trainer:
             note += f", accuracy {self._last_accuracy:.2%} of {counted:,.0f}"
         log.append(record)
         progress.note(note)
+        return self.best.take(self.step, self._last_validation)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of where the run stands, unless it is on the disk already."""
+    def save(self, wait: bool = False) -> Path:
+        """Writes a checkpoint of where the run stands, unless it is being written or on the disk already.
+
+        It is written in the background, from a copy, and what goes wrong then ends the run at its next step; with
+        `wait` it is on the disk when this returns.
+        """
         target = self.run / "checkpoints" / f"step-{self.step:08d}"
-        if self._saved_step == self.step and target.is_dir():
-            return target
+        if self._saved_step != self.step or not (self._background.busy or target.is_dir()):
+            self._saved_step = self.step
+            self._background.start(partial(self._write, *self._snapshot()))
+        if wait:
+            self._background.wait()
+        return target
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        """All that a checkpoint of this moment holds; numpy, which no later step changes."""
         state = {
             "loss_scale": asdict(self.scale),
+            "best": asdict(self.best),
             "data": self.dataset.fingerprint,
             "facts": self.dataset.facts,
             "backend": self.engine.backend,
             "device": self.engine.device,
             "versions": versions(),
         }
-        weights = self.engine.weights()
+        return self.step, self.config, self.engine.weights(), self.engine.optimizer_state(), state
+
+    def _write(
+        self, step: int, config: Config, weights: backends.Batch, optimizer: backends.Batch, state: dict[str, Any]
+    ) -> None:
         wrong = next((name for name, array in weights.items() if not np.isfinite(array).all()), None)
         if wrong is not None:  # an update can overflow though loss and gradients did not
             raise IceNetError(
-                f"step {self.step}: {wrong} is not finite; {self._last_good()}. Lower training.learning_rate"
+                f"step {step}: {wrong} is not finite; {self._last_good()}. Lower training.learning_rate"
             )
-        path = checkpoints.save(
-            self.run,
-            self.config,
-            self.step,
-            weights,
-            self.engine.optimizer_state(),
-            state,
-            self.config.training.keep_checkpoints,
-        )
-        self._saved_step = self.step
-        return path
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step in hand; a second Ctrl-C ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            self._stop = number
-            signal.signal(number, previous[signal.Signals(number)])
-
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in previous:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        best, keep = state["best"]["step"] if config.training.keep_best else None, config.training.keep_checkpoints
+        path = checkpoints.save(self.run, config, step, weights, optimizer, state, keep, protect=best)
+        if step == best:
+            link(self.run, path)

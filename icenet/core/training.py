@@ -55,14 +55,14 @@ class TrainingConfig(Section):
     """Schedules step and exponential: what the rate is multiplied by."""
     decay_steps: Annotated[int, Field(ge=0)] | None = None
     """Schedule wsd (warm-up, stable, decay): the steps of the decay, at the end; absent: a fifth of all."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decay of matrices; vectors (biases, norms) are decayed only by a parameter group that says so."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Decay of matrices, of vectors only where a parameter group says so; absent: 0.1, and 0 with adam and sgd."""
     parameter_groups: list[ParameterGroup] = Field(default_factory=list)
     """Parameters with a learning rate or decay of their own."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean (Adam, AdamW, Lion)."""
+    """Decay of the gradient's running mean (Adam, AdamW, Lion; Adafactor has none)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean (Adam, AdamW); of the momentum (Lion)."""
+    """Decay of the squared gradient's running mean (Adam, AdamW); of the momentum (Lion, whose paper has 0.99)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment (Adam, AdamW)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None

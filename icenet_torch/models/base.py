@@ -14,6 +14,7 @@ from icenet.core.config import ModelConfig
 from icenet.core.model import ModelFacts
 from icenet_torch import nn as ops
 from icenet_torch.decoder import Decoder
+from icenet_torch.random import Dropout, seed_dropouts
 from icenet_torch.state_dict import from_numpy, to_numpy
 
 
@@ -112,12 +113,10 @@ class BaseModel(ModelFacts, nn.Module):
 
     # ---- dropout -----------------------------------------------------------------------------------------
 
-    def dropout_sites(self) -> list[str]:
-        return sorted(path for path, module in self.named_modules() if isinstance(module, ops.Dropout))
+    def dropout_layers(self) -> dict[str, Dropout]:
+        found = {path: m for path, m in self.named_modules() if isinstance(m, Dropout) and m.p > 0}
+        return dict(sorted(found.items()))
 
     def seed_dropout(self, keys: torch.Tensor | None) -> None:
-        """Gives each dropout its key, int32 `[sites, 2]` from `dropout_keys`; None: PyTorch's own generator."""
-        modules = dict(self.named_modules())
-        for index, path in enumerate(self.dropout_sites()):
-            modules[path]._key = None if keys is None else keys[index]
-
+        """Gives each dropout its keys, int32 `[sites, rows, 2]` of `dropout_keys`; None: PyTorch's generator."""
+        seed_dropouts(list(self.dropout_layers().values()), keys)

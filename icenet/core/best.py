@@ -1,0 +1,53 @@
+"""The best evaluation of a run, and whether it is time to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LINK = "best"
+"""The name in a run's folder that leads to the checkpoint of the lowest validation loss."""
+
+
+@dataclass
+class Best:
+    """The lowest validation loss so far, the step it was found at, and the evaluations since."""
+
+    step: int | None = None
+    validation_loss: float | None = None
+    waited: int = 0
+
+    def take(self, step: int, validation_loss: float) -> bool:
+        """Takes in an evaluation; says whether it is the best."""
+        if step == self.step:  # evaluated again, by a run that was resumed here
+            return False
+        if self.validation_loss is None or validation_loss < self.validation_loss:
+            self.step, self.validation_loss, self.waited = step, validation_loss, 0
+            return True
+        self.waited += 1
+        return False
+
+    def is_time(self, patience: int | None) -> bool:
+        """Whether so many evaluations brought nothing that the run should stop."""
+        return patience is not None and self.waited >= patience
+
+    @classmethod
+    def read(cls, stored: Any) -> Best:
+        """What a checkpoint's state holds; anew where it holds none."""
+        if not isinstance(stored, Mapping) or not isinstance(stored.get("step"), int):
+            return cls()
+        loss, waited = stored.get("validation_loss"), stored.get("waited", 0)
+        return cls(stored["step"], float(loss), int(waited)) if isinstance(loss, (int, float)) else cls()
+
+
+def link(run: Path, checkpoint: Path) -> None:
+    """Lets RUN/best lead to a checkpoint; where links cannot be made there is none."""
+    temporary = run / f".{LINK}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint.relative_to(run), target_is_directory=True)
+        os.replace(temporary, run / LINK)

@@ -1,0 +1,201 @@
+"""What the pictures share: colours, panels, smoothing, and writing a file in one move.
+
+The object-oriented interface of matplotlib with the Agg canvas needs no screen and leaves the user's own pyplot
+state alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.errors import IceNetError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any form of colour blindness
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+PALE_BLUE = "#9ED0EE"
+INK, GREY, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
+SUFFIXES = (".png", ".pdf", ".svg")
+"""The kinds of pictures, by the end of the file's name."""
+
+
+def available() -> bool:
+    """Whether matplotlib can be imported; `pip install 'icenet[plot]'` brings it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def new_figure(
+    size: tuple[float, float],
+    heights: list[float],
+    title: str,
+    subtitle: str = "",
+    colour: str = GREY,
+    *,
+    right: float = 0.35,
+    space: float = 0.14,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels that share their x axis, with a title and a line below it at the upper left."""
+    from matplotlib import ticker
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    left = 0.95 / size[0]
+    top = 1 - (0.2 + 0.4 * bool(title) + 0.32 * bool(subtitle)) / size[1]
+    grid = figure.add_gridspec(
+        len(heights),
+        1,
+        height_ratios=heights,
+        hspace=space,
+        left=left,
+        right=1 - right / size[0],
+        top=top,
+        bottom=0.65 / size[1],
+    )
+    panels: list[Axes] = []
+    for row in range(len(heights)):
+        axes = figure.add_subplot(grid[row], sharex=panels[0] if panels else None)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#AAAAAA")
+        axes.tick_params(color="#AAAAAA", labelcolor=INK, labelsize=10, labelbottom=row == len(heights) - 1)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.xaxis.label.set(color=INK, fontsize=11)
+        axes.yaxis.label.set(color=INK, fontsize=11)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == round(value) else "")
+        axes.margins(x=0.01)
+        panels.append(axes)
+    if title:
+        figure.text(left, 1 - 0.2 / size[1], title, fontsize=15, fontweight="bold", color=INK, va="top")
+    if subtitle:
+        figure.text(left, 1 - 0.55 / size[1], subtitle, fontsize=11.5, color=colour, va="top")
+    return figure, panels
+
+
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and values of one metric, finite ones only, in order of step."""
+    pairs = sorted(
+        (float(record["step"]), float(record[key]))
+        for record in metrics
+        if isinstance(record.get(key), (int, float))
+        and isinstance(record.get("step"), (int, float))
+        and math.isfinite(record[key])
+    )
+    table = np.array(pairs, np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def smoothed(values: NDArray[Any], window: int | None = None) -> NDArray[Any]:
+    """A mean over `window` values, a fortieth of the curve if None; narrower at the start, backward at the end."""
+    half = len(values) // 80 if window is None else window // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    first = np.maximum(index - half, 0)
+    ahead = np.clip(index, half // 8, half)
+    last = np.minimum(index + ahead, len(values) - 1)
+    return np.asarray((total[last + 1] - total[first]) / (last + 1 - first))
+
+
+def robust_top(values: NDArray[Any]) -> float:
+    """The largest value, but for a few spikes."""
+    return float(min(values.max(), 3 * np.quantile(values, 0.98) + 1e-30))
+
+
+def set_limits(axes: Axes, raw: NDArray[Any], shown: NDArray[Any]) -> None:
+    """y limits that hold all of `shown` and nearly all of `raw`: one spike does not flatten the rest."""
+    low, high = float(raw.min()), max(float(shown.max()), float(np.quantile(raw, 0.995)))
+    room = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - room, high + room)
+
+
+def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.11) -> None:
+    """Names and last values of curves, right of where they end, at least `apart` of the height from each other."""
+    low, high = axes.get_ylim()
+    least = apart * (high - low)
+    ends = sorted(ends)
+    places = [value for value, _, _ in ends]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + least)
+    moved = (places[-1] - ends[-1][0]) / 2
+    places = [place - moved for place in places]
+    for place, (_, text, colour) in zip(places, ends, strict=True):
+        axes.annotate(
+            text,
+            (1.0, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=11,
+            linespacing=1.1,
+            annotation_clip=False,
+        )
+
+
+def mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A line at each change of backend, with the name of what comes after it."""
+    steps = sorted(
+        (r["step"], r["backend"]) for r in metrics if r.get("backend") and r.get("step") is not None
+    )
+    changes = [now for before, now in itertools.pairwise(steps) if before[1] != now[1]]
+    for step, backend in changes[:12]:
+        axes.axvline(step, color=INK, linewidth=0.9, dashes=(2, 2))
+        axes.annotate(
+            str(backend),
+            (step, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="top",
+            color=INK,
+            fontsize=10,
+        )
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses a picture of a kind that cannot be written."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a PNG, PDF or SVG, by its name, in one move, so that a viewer never sees half of it."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    check_suffix(path)
+    # letters stay letters in a PDF, and a picture of the same data is the same file
+    options = {"pdf.fonttype": 42, "svg.hashsalt": "icenet"}
+    metadata: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rc_context(options):
+            figure.savefig(temporary, format=path.suffix[1:].lower(), metadata=metadata.get(path.suffix.lower()))
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise IceNetError(f"cannot write the plot {path}: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return path

@@ -1,0 +1,140 @@
+"""Dropout, and random numbers that are a pure function of their key, in PyTorch. The mirror is `icenet/random.py`.
+
+PyTorch has no threefry: its bits, those of `icenet.core.rng`, are worked out in signed 32-bit integers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Array: TypeAlias = Tensor
+
+
+class Dropout(nn.Module):
+    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p).
+
+    With keys (see `BaseModel.seed_dropout`) the mask is a pure function of them, the same on both backends, each
+    row of the batch, its first axis, under its own key; without, the framework's own generator draws it. The mask
+    of images is drawn for `[B, H, W, C]`.
+    """
+
+    def __init__(self, p: float, images: bool = False) -> None:
+        super().__init__()
+        self.p = p
+        self.images = images
+        self._keys: Array | None = None
+
+    def forward(self, x: Array) -> Array:
+        if not self.training or self.p == 0:
+            return x
+        shape = x.permute(0, 2, 3, 1).shape if self.images else x.shape
+        keep = dropout_mask(shape, self.p, self._keys, x.device)
+        if self.images:
+            keep = torch.empty_like(x, dtype=torch.bool).copy_(keep.permute(0, 3, 1, 2))  # in x's memory format
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)
+        return torch.where(keep, x, zero).mul_(1 / (1 - self.p))  # one array of x's size, where a product makes two
+
+
+def seed_dropouts(dropouts: list[Dropout], keys: Array | None) -> None:
+    """Gives each dropout its keys, int32 `[dropouts, rows, 2]`; None: the framework's own generator."""
+    for index, dropout in enumerate(dropouts):
+        dropout._keys = None if keys is None else keys[index]
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: torch.device) -> Array:
+    """A mask, bool, that is True with probability 1 - p; keys int32 `[rows, 2]`, one for each row."""
+    if keys is None:
+        return torch.rand(shape, device=device) >= p
+    keys = keys_for_rows(keys, shape)
+    rows = keys.shape[0]
+    n = math.prod(shape) // rows
+    half = (n + 1) // 2
+    out = torch.empty((rows, 2, half), dtype=torch.bool, device=device)
+    # bit patterns are signed here: flipping the top bit of both sides keeps the unsigned order
+    top, threshold = signed(0x80000000), signed(dropout_threshold(p) ^ 0x80000000)
+    in_pieces = device.type == "cpu" and not torch.compiler.is_compiling()
+    # On a CPU the hundred passes of the hash stay in the cache when they work in place on short pieces. PyTorch cuts
+    # more than 2^15 values up for its threads: faster on an idle machine, and many times slower on a busy one, where
+    # each of the passes waits for every thread.
+    piece = 1 << 15 if in_pieces else max(rows * half, 1)
+    high, wide = min(max(piece // max(half, 1), 1), rows), max(min(piece, half), 1)
+    room = torch.empty((3, high * wide), dtype=torch.int32, device=device) if in_pieces else None
+    for row in range(0, rows, high):
+        key = (keys[row : row + high, :1], keys[row : row + high, 1:])
+        for start in range(0, half, wide):
+            first = torch.arange(start, min(start + wide, half), dtype=torch.int32, device=device)
+            if room is None:
+                words = threefry2x32(key, (first, first + half))
+            else:
+                words = threefry2x32_in_place(room, key, (first, first + half))
+            for index, word in enumerate(words):
+                torch.ge(word ^ top, threshold, out=out[row : row + high, index, start : start + wide])
+    return out.reshape(rows, -1)[:, :n].reshape(shape)
+
+
+def keys_for_rows(keys: Array, shape: tuple[int, ...]) -> Array:
+    """The keys for an array of `shape`: those of its rows; the first alone where its first axis holds no rows."""
+    return keys if shape[0] % keys.shape[0] == 0 else keys[:1]
+
+
+def dropout_threshold(p: float) -> int:
+    """The least 32-bit word that keeps a value."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of an unsigned 32-bit word."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def threefry2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """`icenet.core.rng.threefry2x32` on int32 tensors: the same bits."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    x0, x1 = counter[0] + key[0], counter[1] + key[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            # >> repeats the sign bit: the mask keeps the bits that came from above
+            x1 = (x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1))
+            x1 = x1 ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + (schedule[(group + 2) % 3] + (group + 1))
+    return x0, x1
+
+
+def threefry2x32_in_place(room: Array, key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """`threefry2x32` of keys `[R, 1]` and counters `[N]`, worked out in `room`, int32 `[3, >= R N]`."""
+    shape = (key[0].shape[0], counter[0].shape[0])
+    x0, x1, above = (part[: shape[0] * shape[1]].view(shape) for part in room)
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    torch.add(counter[0], key[0], out=x0)
+    torch.add(counter[1], key[1], out=x1)
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0.add_(x1)
+            # >> repeats the sign bit: the mask keeps the bits that came from above
+            torch.bitwise_right_shift(x1, 32 - rotation, out=above).bitwise_and_((1 << rotation) - 1)
+            torch.add(above, x1, alpha=1 << rotation, out=x1)  # a shift and an or in one pass
+            x1.bitwise_xor_(x0)
+        x0.add_(schedule[(group + 1) % 3])
+        x1.add_(schedule[(group + 2) % 3] + (group + 1))
+    return x0, x1
+
+
+def random_bits(keys: Array, n: int) -> Array:
+    """`n` random words under each of the keys, int32 `[..., 2]`: int32 `[..., n]`, as `rng.bits` orders them."""
+    half, odd = divmod(n, 2)
+    first = torch.arange(half + odd, dtype=torch.int32, device=keys.device)
+    second = torch.where(first < half, first + half + odd, 0)  # the middle word of an odd count is alone
+    words = threefry2x32((keys[..., :1], keys[..., 1:]), (first, second))
+    return torch.cat((words[0], words[1][..., :half]), dim=-1)
+
+
+def random_uniform(keys: Array, n: int) -> Array:
+    """Uniform variates in [0, 1), float32 `[..., n]`, under each of the keys: MLX's own, bit for bit."""
+    words = random_bits(keys, n).to(torch.int64) & 0xFFFFFFFF
+    return (words.to(torch.float32) * 2.0**-32).clamp(max=1 - 2.0**-24)
