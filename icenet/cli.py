@@ -5,7 +5,6 @@ Nothing but click is imported until a subcommand runs, so `icenet --help` answer
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -14,42 +13,18 @@ from typing import Any
 
 import click
 
-
-class Commands(click.Group):
-    """Commands in the order in which a newcomer meets them; a misspelt one is answered with the nearest."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], self.commands, 1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}"
-            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-def examples(*lines: str) -> str:
-    """An epilog that click prints line by line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Which framework; what the config says if absent."
+from icenet.cli_bench import bench
+from icenet.cli_options import (
+    Commands,
+    backend_option,
+    check_device,
+    device_option,
+    examples,
+    json_option,
+    json_text,
+    set_option,
+    trust_option,
 )
-device_option = click.option("--device", metavar="DEVICE", help="auto, cpu, gpu, cuda, cuda:N or mps.")
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as training.learning_rate=1e-3."
-)
-trust_option = click.option(
-    "--trust-code",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=lambda ctx, param, value: _trust_code() if value else None,
-    help="Run the user's own file that a checkpoint's model.type names.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
 @click.group(
@@ -116,7 +91,7 @@ def train(
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either a CONFIG, or --resume RUN")
-    _check_device(device)
+    check_device(device)
     if resume is not None:
         trainer = Trainer.resume(
             resume, run=run_folder, overrides=overrides, backend=backend, device=device, quiet=quiet
@@ -128,7 +103,75 @@ def train(
         folder = run_folder or new_run_folder(str(config))
         trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
     result = trainer.fit()
-    report.print_result(result)
+    if trainer.leads:
+        report.print_result(result)
+
+
+@cli.command(
+    epilog=examples(
+        "icenet prepare my.yaml",
+        "icenet prepare my.yaml --workers 4 --set data.source=corpus.jsonl.gz",
+        "icenet prepare corpus/ --train-tokenizer bpe --vocab-size 4096 --out tokenizer.json",
+        "icenet prepare my.yaml --set data.tokenizer=tokenizer.json --set model.vocab_size=4096",
+    )
+)
+@click.argument("target", metavar="CONFIG|TEXT")
+@set_option
+@click.option("--workers", type=click.IntRange(1), help="Processes that share the work; one a core where it is much.")
+@click.option("--train-tokenizer", "kind", type=click.Choice(["bpe"]), help="Train one on TEXT instead.")
+@click.option("--vocab-size", type=int, help="Tokens of the new tokenizer; 4096 if absent.")
+@click.option("--out", type=click.Path(path_type=Path), help="Its file; tokenizer.json if absent.")
+@click.option("--text-key", help="Of JSON lines: the key of the text in each; text if absent.")
+@click.option("--overwrite", is_flag=True, help="Replace the tokenizer that is there.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def prepare(
+    target: str, overrides: tuple[str, ...], workers: int | None, kind: str | None, quiet: bool, **options: Any
+) -> None:
+    """Make the tokens of a text before the training, or train a tokenizer.
+
+    With a CONFIG, a YAML file or a preset's name, its text is made tokens once, by several processes. What is done
+    is kept: stopped at any moment, the same command goes on from there, and so does icenet train.
+
+    With --train-tokenizer a tokenizer is trained on a TEXT: a file, a folder, a glob, or stdlib.
+    """
+    from icenet.core.data import prepare as room
+
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if kind is None:
+        click.echo(room.prepare(room.read_config(target, overrides, given), workers, quiet))
+    elif overrides or workers:
+        raise click.UsageError("--set and --workers go with a CONFIG, not with --train-tokenizer")
+    else:
+        click.echo(room.train_tokenizer(target, quiet=quiet, **given))
+
+
+@cli.command(epilog=examples("icenet runs", "icenet runs experiments --json"))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@json_option
+def runs(folder: Path | None, as_json: bool) -> None:
+    """List the runs in FOLDER (runs/ if absent), the newest first: how far each is, its losses, its state."""
+    from icenet.core import run_list
+
+    report = run_list.list_runs(folder)
+    click.echo(json_text(report.as_dict())) if as_json else report.render()
+
+
+@cli.command(
+    epilog=examples(
+        "icenet plot runs/mine",
+        "icenet plot runs/* --out compared.pdf --x tokens",
+        "icenet plot runs/mine runs/other --smooth 50",
+    )
+)
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="PNG, PDF or SVG; plot.png, in the run if it is one.")
+@click.option("--smooth", type=click.IntRange(1), metavar="N", help="Steps of the thick lines' mean; 1: no mean.")
+@click.option("--x", type=click.Choice(["step", "tokens", "time"]), default="step", show_default=True)
+def plot(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str) -> None:
+    """Draw loss, learning rate, gradient norm and throughput of RUNS over each other, while they train or after."""
+    from icenet.core import overlay
+
+    click.echo(overlay.plot(runs, out, smooth, x))
 
 
 @cli.command(
@@ -151,22 +194,29 @@ def train(
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this; may be given several times.")
 @click.option("--overflow", type=click.Choice(["error", "slide"]), help="What to do beyond max_seq_length.")
+@click.option("--averaged", is_flag=True, help="With the averaged weights that training.ema_decay kept.")
 @backend_option
 @device_option
 @trust_option
 def generate(
-    model: Path, prompt: str | None, prompt_file: Path | None, backend: str | None, device: str | None, **options: Any
+    model: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    averaged: bool,
+    backend: str | None,
+    device: str | None,
+    **options: Any,
 ) -> None:
     """Continue a text with MODEL, a run, a checkpoint or a saved model."""
     import icenet
     from icenet.core.generation import read_prompt
 
-    _check_device(device)
+    check_device(device)
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options["stop"] = list(options["stop"]) or None
-    loaded = icenet.load(model, backend, device)
+    loaded = icenet.load(model, backend, device, averaged=averaged)
     pieces = icenet.generate(loaded, text, stream=True, **options)
     click.echo(text, nl=False)
     for piece in pieces:
@@ -195,9 +245,9 @@ def predict(
     """Classify IMAGES, files or folders of them, with RUN, a run or a checkpoint."""
     from icenet.core import predict as room
 
-    _check_device(device)
+    check_device(device)
     report = room.predict(run, images, backend, device, top_k)
-    click.echo(_json(report.as_dict())) if as_json else report.render()
+    click.echo(json_text(report.as_dict())) if as_json else report.render()
 
 
 @cli.command(
@@ -245,7 +295,7 @@ def parity(
 
     report = room.run_target(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
     if as_json:
-        click.echo(_json(report.as_dict()))
+        click.echo(json_text(report.as_dict()))
     else:
         from rich.console import Console
 
@@ -254,20 +304,34 @@ def parity(
 
 
 @cli.command(
-    epilog=examples("icenet info", "icenet info transformer-small", "icenet info runs/mine", "icenet info --json")
+    epilog=examples(
+        "icenet info",
+        "icenet info transformer-small",
+        "icenet info runs/mine --json",
+        "icenet info my.yaml --schedule --set training.schedule=wsd",
+    )
 )
 @click.argument("target", required=False)
+@click.option("--schedule", is_flag=True, help="The learning rate of TARGET instead, as a table and a picture.")
+@click.option("--out", type=click.Path(path_type=Path), help="The picture; schedule.png, in the run if it is one.")
 @set_option
 @json_option
 @trust_option
-def info(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def info(target: str | None, schedule: bool, out: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters and memory of TARGET, a config, run or checkpoint; of all presets without one."""
-    from icenet.core import describe
+    from icenet.core import describe, schedule_report
 
-    if target is None and overrides:
-        raise click.UsageError("--set needs a TARGET to change")
+    if target is None and (overrides or schedule):
+        raise click.UsageError("--set needs a TARGET to change" if overrides else "--schedule needs a TARGET")
+    if out is not None and not schedule:
+        raise click.UsageError("--out is where --schedule draws; give both")
+    if schedule:
+        curve = schedule_report.of_target(str(target), overrides)
+        picture = curve.draw(out) if out or not as_json else None
+        click.echo(json_text(curve.as_dict())) if as_json else curve.render(picture)
+        return
     report = describe.presets_report() if target is None else describe.target(target, overrides)
-    click.echo(_json(report.as_dict())) if as_json else report.render()
+    click.echo(json_text(report.as_dict())) if as_json else report.render()
 
 
 @cli.command(epilog=examples("icenet doctor", "icenet doctor --json"))
@@ -278,7 +342,7 @@ def doctor(as_json: bool) -> None:
 
     report = room.doctor()
     if as_json:
-        click.echo(_json(room.as_dict(report)))
+        click.echo(json_text(room.as_dict(report)))
     else:
         from rich.console import Console
 
@@ -286,31 +350,15 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if report.ok else 1)
 
 
+cli.add_command(bench)
+
+
 @cli.command(epilog=examples("icenet schema > configs/schema.json"))
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
     from icenet.core.config import json_schema
 
-    click.echo(_json(json_schema()))
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _trust_code() -> None:
-    from icenet.core import custom
-
-    custom.trust_everything()
-
-
-def _check_device(device: str | None) -> None:
-    if device is not None:
-        from icenet.core.config import check_device
-
-        check_device(device)
+    click.echo(json_text(json_schema()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,7 +419,9 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"icenet: {' '.join(message.split())}", err=True)
+    from icenet.core import launch
+
+    click.echo(f"icenet: {launch.after_the_first()}{' '.join(message.split())}", err=True)
     return code
 
 

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from icenet import distributed
 from icenet import nn as ops
-from icenet.core import buckets, layout, rng
+from icenet.core import buckets, layout, processes, rng
 from icenet.core.backend import (
     Batch,
     Evaluation,
@@ -69,7 +70,10 @@ class Engine:
             raise BackendError(f"MLX is no {dtype} reference: some of its functions are computed in fp32")
         self.config = config
         training = config.training
-        self.model = build_model(config, device)
+        self.world = distributed.join(device)
+        processes.check(training, self.world.size)
+        self.model = build_model(config, distributed.own_device(device))
+        self.world.spread(self.model, training.sharded)
         self.device = "cpu" if ops.on_cpu() else "gpu"
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
@@ -96,8 +100,9 @@ class Engine:
         guarded = self.config.training.mixed_precision == "fp16" or self.config.training.on_nan == "skip"
         statistics = ops.statistics(self.model) if guarded else []
         loss, gradients = self._accumulate(batch, step, loss_scale)
-        norm, norms = ops.gradient_norms([gradient for _, gradient in tree_flatten(gradients)])
-        if guarded and not np.isfinite(_number(loss + norm)):
+        norm, norms = self._norms(gradients)
+        loss = self.world.add_loss(loss)
+        if guarded and not np.isfinite(_number((loss + norm).sum())):
             ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm, norms
         self.optimizer.prepare(step, learning_rate)
@@ -108,22 +113,28 @@ class Engine:
         return loss, norm, norms
 
     def read(self, handle: Any) -> StepResult:
-        loss, norm, norms = handle
-        return step_result(_number(loss), _number(norm), lambda: dict(zip(self._paths, norms.tolist(), strict=True)))
+        added, norm, norms = handle
+        loss, stop = distributed.read_loss(self.world, added)
+        named = lambda: dict(zip(self._paths, norms.tolist(), strict=True))  # noqa: E731
+        return step_result(loss, _number(norm), stop, named)
 
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[mx.array, Any]:
         """The mean loss of a batch and its gradients, from one micro-batch after the other."""
         if self.config.training.rng == "native":
-            mx.random.seed(rng.native_seed(self.config.seed, step))
+            mx.random.seed(rng.native_seed(self.config.seed, step, self.world.rank))
         loss: Any = None
         gradients: Any = None
-        for part, rows, share in micro_batches(batch, self.config.training.gradient_accumulation):
+        number = self.config.training.gradient_accumulation
+        for part, rows, share in micro_batches(batch, number, self.world.rank, self.world.size):
             factors = mx.array([share, loss_scale], mx.float32)
             found, parts = self._compute(self._arrays(part), self._keys(step, rows), factors)
             loss = found if loss is None else loss + found
             gradients = parts if gradients is None else tree_map(mx.add, gradients, parts)
             mx.async_eval(loss, gradients)  # before the next part is looked at: its activations can go
-        return loss, gradients
+        return loss, self.world.add_gradients(gradients)
+
+    def _norms(self, gradients: Any) -> tuple[mx.array, mx.array]:
+        return self.world.add_norms(*ops.gradient_norms([gradient for _, gradient in tree_flatten(gradients)]))
 
     def _mean_loss(self, batch: dict[str, mx.array], factor: mx.array) -> tuple[mx.array, mx.array]:
         loss, _ = ops.cross_entropy(self._outputs(batch), batch["labels"])
@@ -146,7 +157,7 @@ class Engine:
         if training.max_grad_value is not None:
             limit = training.max_grad_value
             gradients = tree_map(lambda gradient: mx.clip(gradient, -limit, limit), gradients)
-            norm, _ = ops.gradient_norms([gradient for _, gradient in tree_flatten(gradients)])
+            norm, _ = self._norms(gradients)
         if training.max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_
             factor = mx.minimum(training.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = tree_map(lambda gradient: gradient * factor, gradients)
@@ -158,7 +169,8 @@ class Engine:
         self.model.train()
         with ops.keep_statistics(self.model):
             loss, gradients = self._accumulate(batch, step)
-        return _number(loss), self._canonical(dict(tree_flatten(gradients)))
+        number, _ = distributed.read_loss(self.world, self.world.add_loss(loss))
+        return number, self.world.whole(self._canonical(dict(tree_flatten(gradients))))
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         arrays = layout.tree_to_mlx(gradients, self.model.layer_kinds())
@@ -189,22 +201,23 @@ class Engine:
     # ---- state in and out --------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, np.ndarray]:
-        return self.model.weights()
+        self.world.average_statistics(self.model)
+        return self.world.whole(self.model.weights())
 
     def set_weights(self, weights: dict[str, np.ndarray]) -> None:
-        self.model.set_weights(weights)
+        self.model.set_weights(self.world.parts(weights))
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         arrays = {name: np.array(array) for name, array in state_arrays(self.optimizer).items()}
         averages = self._canonical(self.average.arrays) if self.average else {}
-        return arrays | {f"{path}.ema": array for path, array in averages.items()}
+        return self.world.whole(arrays | {f"{path}.ema": array for path, array in averages.items()})
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        averages, slots = split_averages(state)
+        averages, slots = split_averages(self.world.parts(state))
         set_state_arrays(self.optimizer, {name: mx.array(array) for name, array in slots.items()})
         if self.average is not None:
             # a run that has kept no average yet begins with the weights it has
-            arrays = layout.tree_to_mlx(averages or self._trainable(), self.model.layer_kinds())
+            arrays = layout.tree_to_mlx(averages or self.world.parts(self._trainable()), self.model.layer_kinds())
             self.average.assign({path: mx.array(array) for path, array in arrays.items()})
         mx.eval(self.optimizer.state)
 

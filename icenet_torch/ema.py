@@ -16,8 +16,10 @@ class WeightAverage:
     Running statistics of a batch norm have no average of their own.
     """
 
-    def __init__(self, model: BaseModel) -> None:
+    def __init__(self, model: BaseModel, in_place: bool = False) -> None:
+        """`in_place`: others hold on to the memory of the model's weights, so it is filled instead of exchanged."""
         self.model = model
+        self.in_place = in_place
         self.arrays = {path: tensor.detach().clone() for path, tensor in self._current().items()}
 
     def _current(self) -> dict[str, torch.nn.Parameter]:
@@ -37,11 +39,16 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """While it is open, the model has the averages for weights."""
-        current = {path: p.data for path, p in self._current().items()}
-        for path, p in self._current().items():
-            p.data = self.arrays[path]
+        current = {path: p.data.clone() if self.in_place else p.data for path, p in self._current().items()}
+        self._give(self.arrays)
         try:
             yield
         finally:
-            for path, p in self._current().items():
-                p.data = current[path]
+            self._give(current)
+
+    def _give(self, arrays: Mapping[str, torch.Tensor]) -> None:
+        for path, p in self._current().items():
+            if self.in_place:
+                p.data.copy_(arrays[path])
+            else:
+                p.data = arrays[path]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from icenet.core import buckets, rng
+from icenet.core import buckets, processes, rng
 from icenet.core.backend import (
     Batch,
     Evaluation,
@@ -23,6 +23,7 @@ from icenet.core.backend import (
 from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet.core.schedule import ema_weight
+from icenet_torch import distributed
 from icenet_torch import nn as ops
 from icenet_torch.ema import WeightAverage
 from icenet_torch.models import MODELS, BaseModel
@@ -76,17 +77,23 @@ class Engine:
         self.dtype = getattr(torch, dtype)
         self.config = config
         training = config.training
-        self.model = build_model(config, device).to(self.dtype)
+        self.world = distributed.join(device)
+        processes.check(training, self.world.size)
+        self.model = build_model(config, distributed.own_device(device)).to(self.dtype)
+        self.world.spread(self.model, training.sharded)
         self.device = str(self.model.device)
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         if self.dtype == torch.float64:
             self.model.compute_dtype = self.dtype
         self.model.gradient_checkpointing = training.gradient_checkpointing
-        self.parameters = {path: p for path, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = new_optimizer(training, self.model)
-        self.average = WeightAverage(self.model) if training.ema_decay else None
+        fitted = self.world.fitted(self.model)
+        self.parameters = {path: p for path, p in fitted.named_parameters() if p.requires_grad}
+        self.optimizer = new_optimizer(training, fitted)
+        in_place = fitted is not self.model
+        self.average = WeightAverage(fitted, in_place) if training.ema_decay else None
         self._dropouts = self.model.dropout_layers()
-        self._call = torch.compile(self.model) if config.model.compile_model else self.model
+        call = self.world.callable(self.model)
+        self._call = torch.compile(call) if config.model.compile_model else call
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -95,8 +102,9 @@ class Engine:
         guarded = self.config.training.mixed_precision == "fp16" or self.config.training.on_nan == "skip"
         statistics = ops.statistics(self.model) if guarded else []
         loss = self._accumulate(batch, step, loss_scale)
-        norm, norms = ops.gradient_norms(self._gradient_list())
-        if guarded and not torch.isfinite(loss + norm).item():
+        norm, norms = self._norms()
+        loss = self.world.add_loss(loss)
+        if guarded and not torch.isfinite((loss + norm).sum()).item():
             ops.set_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm, norms
         self.optimizer.prepare(step, learning_rate)
@@ -104,17 +112,23 @@ class Engine:
         return loss, norm, norms
 
     def read(self, handle: Any) -> StepResult:
-        loss, norm, norms = handle
-        return step_result(loss.item(), norm.item(), lambda: dict(zip(self.parameters, norms.tolist(), strict=True)))
+        added, norm, norms = handle
+        loss, stop = distributed.read_loss(self.world, added)
+        named = lambda: dict(zip(self.parameters, norms.tolist(), strict=True))  # noqa: E731
+        return step_result(loss, norm.item(), stop, named)
 
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> torch.Tensor:
         """The mean loss of a batch, from one micro-batch after the other; the parameters then hold its gradients."""
         if self.config.training.rng == "native":
-            torch.manual_seed(rng.native_seed(self.config.seed, step))
+            torch.manual_seed(rng.native_seed(self.config.seed, step, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
-        for part, rows, share in micro_batches(batch, self.config.training.gradient_accumulation):
-            loss = loss + self._gradients(self._arrays(part), self._keys(step, rows), share, loss_scale)
+        number = self.config.training.gradient_accumulation
+        parts = micro_batches(batch, number, self.world.rank, self.world.size)
+        for index, (part, rows, share) in enumerate(parts):
+            with self.world.accumulating(last=index + 1 == len(parts)):
+                loss = loss + self._gradients(self._arrays(part), self._keys(step, rows), share, loss_scale)
+        self.world.add_gradients(self.parameters)
         if self.config.training.mixed_precision == "fp16":
             torch._foreach_div_(self._gradient_list(), loss_scale)
         return loss
@@ -140,11 +154,14 @@ class Engine:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters.values()]
 
+    def _norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.world.add_norms(*ops.gradient_norms(self._gradient_list()))
+
     def _update(self, norm: torch.Tensor, weight: float) -> None:
         training = self.config.training
         if training.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters.values(), training.max_grad_value)
-            norm, _ = ops.gradient_norms(self._gradient_list())
+            norm, _ = self._norms()
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), training.max_grad_norm, norm)
         self.optimizer.step()
@@ -155,7 +172,9 @@ class Engine:
         self.model.train()
         with ops.keep_statistics(self.model):
             loss = self._accumulate(batch, step)
-        return loss.item(), {path: _numpy(p.grad) for path, p in self.parameters.items()}
+        number, _ = distributed.read_loss(self.world, self.world.add_loss(loss))
+        gradients = dict(zip(self.parameters, map(_numpy, self._gradient_list()), strict=True))
+        return number, self.world.whole(gradients)
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         for path, p in self.parameters.items():
@@ -189,18 +208,19 @@ class Engine:
     # ---- state in and out --------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, np.ndarray]:
-        return self.model.weights()
+        self.world.average_statistics(self.model)
+        return self.world.whole(self.model.weights())
 
     def set_weights(self, weights: dict[str, np.ndarray]) -> None:
-        self.model.set_weights(weights)
+        self.model.set_weights(self.world.parts(weights))
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         arrays = {name: _numpy(tensor) for name, tensor in state_arrays(self.optimizer).items()}
         averages = self.average.arrays if self.average else {}
-        return arrays | {f"{path}.ema": _numpy(tensor) for path, tensor in averages.items()}
+        return self.world.whole(arrays | {f"{path}.ema": _numpy(tensor) for path, tensor in averages.items()})
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        averages, slots = split_averages(state)
+        averages, slots = split_averages(self.world.parts(state))
         set_state_arrays(self.optimizer, {name: from_numpy(array) for name, array in slots.items()})
         if self.average is not None:
             # a run that has kept no average yet begins with the weights it has
@@ -208,7 +228,7 @@ class Engine:
 
     def _arrays(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_ids(batch, self.config.model.vocab_size)
-        arrays = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        arrays = {name: self._on_device(array) for name, array in batch.items()}
         arrays = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in arrays.items()}
         return {name: ops.to_channels_first(x) if x.ndim == 4 else x for name, x in arrays.items()}
 
@@ -217,7 +237,13 @@ class Engine:
         if self.config.training.rng == "native" or not self._dropouts:
             return None
         keys = self.model.dropout_keys(self.config.seed, step, rows, list(self._dropouts))
-        return torch.from_numpy(keys.view(np.int32)).to(self.device)
+        return self._on_device(keys.view(np.int32))
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.startswith("cuda"):  # from pinned memory the host need not wait for the steps under way
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _seed_dropouts(self, keys: torch.Tensor | None) -> None:
         seed_dropouts(list(self._dropouts.values()), keys)

@@ -5,8 +5,10 @@ PyTorch has no threefry: its bits, those of `icenet.core.rng`, are worked out in
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,28 @@ class Dropout(nn.Module):
         keep = dropout_mask(shape, self.p, self._keys, x.device)
         if self.images:
             keep = torch.empty_like(x, dtype=torch.bool).copy_(keep.permute(0, 3, 1, 2))  # in x's memory format
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)
-        return torch.where(keep, x, zero).mul_(1 / (1 - self.p))  # one array of x's size, where a product makes two
+        return _Masked.apply(x, keep, 1 / (1 - self.p))
+
+
+class _Masked(torch.autograd.Function):
+    """x where a mask is True, times a scale; 0 elsewhere. Autograd's own backward pass makes two arrays more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, keep: Array, scale: float) -> Array:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return masked(x, keep, scale)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Array, None, None]:
+        return masked(cotangent, ctx.saved_tensors[0], ctx.scale), None, None
+
+
+def masked(x: Array, keep: Array, scale: float) -> Array:
+    """x where `keep` is True, times `scale`; 0 elsewhere."""
+    if x.is_cuda:
+        return torch.ops.aten.native_dropout_backward(x, keep, scale)  # their product, in one kernel
+    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device)).mul_(scale)
 
 
 def seed_dropouts(dropouts: list[Dropout], keys: Array | None) -> None:
@@ -53,14 +75,16 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: t
     rows = keys.shape[0]
     n = math.prod(shape) // rows
     half = (n + 1) // 2
+    if device.type == "cuda" and not torch.compiler.is_compiling() and (kernels := _kernels()) is not None:
+        return kernels.dropout_mask(keys, n, dropout_threshold(p)).reshape(shape)
     out = torch.empty((rows, 2, half), dtype=torch.bool, device=device)
     # bit patterns are signed here: flipping the top bit of both sides keeps the unsigned order
     top, threshold = signed(0x80000000), signed(dropout_threshold(p) ^ 0x80000000)
     in_pieces = device.type == "cpu" and not torch.compiler.is_compiling()
     # On a CPU the hundred passes of the hash stay in the cache when they work in place on short pieces. PyTorch cuts
     # more than 2^15 values up for its threads: faster on an idle machine, and many times slower on a busy one, where
-    # each of the passes waits for every thread.
-    piece = 1 << 15 if in_pieces else max(rows * half, 1)
+    # each of the passes waits for every thread. With one thread longer pieces cost fewer calls.
+    piece = 1 << (15 if torch.get_num_threads() > 1 else 16) if in_pieces else max(rows * half, 1)
     high, wide = min(max(piece // max(half, 1), 1), rows), max(min(piece, half), 1)
     room = torch.empty((3, high * wide), dtype=torch.int32, device=device) if in_pieces else None
     for row in range(0, rows, high):
@@ -74,6 +98,16 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: t
             for index, word in enumerate(words):
                 torch.ge(word ^ top, threshold, out=out[row : row + high, index, start : start + wide])
     return out.reshape(rows, -1)[:, :n].reshape(shape)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """`icenet_torch.kernels` where Triton is installed, else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from icenet_torch import kernels
+
+    return kernels
 
 
 def keys_for_rows(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -132,7 +132,7 @@ def test_each_backend_leaves_the_other_alone() -> None:
     """Also where both are installed."""
     everything = "; ".join(f"import {name}" for name in MLX)
     assert python(f'{everything}; print(*loaded("mlx", "torch", "icenet_torch"))') == "mlx"
-    everything = "; ".join(f"import {name}" for name in TORCH)
+    everything = "; ".join(f"import {name}" for name in TORCH if not name.endswith(".kernels"))  # needs Triton
     assert python(f'{everything}; print(*loaded("mlx", "torch", "icenet_torch"))') == "icenet_torch torch"
 
 
@@ -243,7 +243,7 @@ def test_backends_never_import_each_other() -> None:
     ours = ("icenet.core", "icenet.parity", *(name for name in MLX))
     assert not strangers(MLX, lambda n: standard(n) or within(n, "mlx", "numpy", *ours) or n == "icenet")
     shared = ("icenet.core", "icenet.parity", "icenet_torch")
-    assert not strangers(TORCH, lambda n: standard(n) or within(n, "torch", "numpy", *shared))
+    assert not strangers(TORCH, lambda n: standard(n) or within(n, "torch", "triton", "numpy", *shared))
 
 
 def test_heavy_drawing_is_imported_late() -> None:
@@ -275,8 +275,8 @@ def test_these_rules_can_fail(tmp_path: Path) -> None:
 
 # ---- the mirror -------------------------------------------------------------------------------------------
 
-TORCH_ONLY: set[str] = set()
-"""PyTorch's own file format (.pt), which MLX has no counterpart of."""
+TORCH_ONLY = {"kernels"}
+"""In Triton what MLX has kernels for."""
 TORCH_ALIASES = {"core", "core.config"}
 """The guide's names under the other package's name."""
 MLX_ONLY = {"blas"}
@@ -396,7 +396,7 @@ def test_what_one_side_offers_the_other_does_too(name: str) -> None:
     assert ours <= theirs
     more = {
         "nn": {"to_channels_first"},
-        "random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits"},
+        "random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits", "masked"},
         "facts": {"blas", "synchronize"},
     }  # MLX draws threefry itself, and its images have channels last
     assert theirs - ours <= more.get(name, set())

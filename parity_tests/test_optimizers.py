@@ -16,8 +16,7 @@ import pytest
 from helpers import BACKENDS, losses, same_bits, tiny
 
 from icenet.core import backend as backends
-from icenet.core import describe
-from icenet.core import checkpoint, rng, trainer
+from icenet.core import checkpoint, describe, rng, trainer
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, ConfigError
 from icenet.core.groups import Group, assign, check_pieces, gather

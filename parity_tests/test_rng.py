@@ -188,6 +188,24 @@ def test_rows_that_are_not_in_the_first_axis_are_drawn_under_the_first_key() -> 
         assert np.array_equal(icenet_torch.random.dropout_mask(shape, 0.5, torch_key(keys), CPU).numpy(), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpus_masks_are_those_of_a_cpu(shape: tuple[int, ...]) -> None:
+    keys = torch_key(row_keys(rng.key(11, "dropout"), shape[0]))
+    for p in RATES:
+        ours = icenet_torch.random.dropout_mask(shape, p, keys.cuda(), torch.device("cuda"))
+        assert torch.equal(ours.cpu(), icenet_torch.random.dropout_mask(shape, p, keys, CPU)), p
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        y = x.detach().cuda().requires_grad_()
+        for leaf in (x, y):
+            dropout = icenet_torch.nn.Dropout(0.3)
+            dropout._keys = keys.to(leaf.device)
+            (dropout(leaf) * 2).sum().backward()
+        assert torch.equal(y.grad.cpu(), x.grad)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_share_it_should_and_scales_it(p: float) -> None:
     x = np.random.default_rng(0).normal(size=(101, 999)).astype(np.float32)

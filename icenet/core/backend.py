@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core import custom
+from icenet.core import custom, processes
 from icenet.core.config import Config, ModelConfig
 from icenet.core.errors import BackendError, ConfigError, DataError, IceNetError
 
@@ -39,6 +39,8 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Of all gradients together, before any clipping."""
     finite: bool
+    stop: str | None = None
+    """What asks the processes to stop, where there are several: all hear of it at the same step."""
     largest: tuple[tuple[str, float], ...] = ()
     """Where not finite: the parameters with the largest gradients and their norms."""
 
@@ -47,12 +49,12 @@ LARGEST = 3
 """How many parameters `StepResult.largest` names."""
 
 
-def step_result(loss: float, norm: float, norms: Callable[[], Mapping[str, float]]) -> StepResult:
+def step_result(loss: float, norm: float, stop: str | None, norms: Callable[[], Mapping[str, float]]) -> StepResult:
     """The result of a step; `norms` gives the norm of each gradient, and is asked only where one is not finite."""
     if math.isfinite(loss) and math.isfinite(norm):
-        return StepResult(loss, norm, True)
+        return StepResult(loss, norm, True, stop)
     ranked = sorted(norms().items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
-    return StepResult(loss, norm, False, tuple(ranked[:LARGEST]))
+    return StepResult(loss, norm, False, stop, tuple(ranked[:LARGEST]))
 
 
 def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,16 +63,16 @@ def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
 
 
-def micro_batches(batch: Batch, number: int) -> list[tuple[Batch, range, float]]:
-    """A batch cut into consecutive parts of its rows: each with its rows and its share of the labels that count.
+def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> list[tuple[Batch, range, float]]:
+    """A process's rows of a batch in consecutive parts: each with its rows and its share of all labels that count.
 
     The losses of the parts, each a mean over its own labels, add up to the whole's when weighted by the shares.
     """
-    rows = len(batch["labels"])
-    if number == 1:
-        return [(batch, range(rows), 1.0)]
+    own = processes.own_rows(len(batch["labels"]), rank, size)
+    if number == size == 1:
+        return [(batch, own, 1.0)]
     counted = max(int((batch["labels"] >= 0).sum()), 1)
-    edges = [rows * index // number for index in range(number + 1)]
+    edges = [own.start + len(own) * index // number for index in range(number + 1)]
     parts = []
     for first, last in pairwise(edges):
         part = {name: array[first:last] for name, array in batch.items()}
@@ -100,6 +102,8 @@ class Engine(Protocol):
     device: str
     config: Config
     model: Any
+    world: processes.World
+    """The processes that train together; each is given every batch to train on whole, and takes its rows."""
 
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         """Submits one optimizer step; gives a handle for `read`. Step 0 is the first."""
@@ -110,7 +114,7 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Evaluation:
         """The loss of a batch in evaluation mode, and how many of its rows are classified right.
 
-        With `training.ema_decay` it is that of the averaged weights.
+        With `training.ema_decay` it is that of the averaged weights. Of several processes each is given its own rows.
         """
 
     def forward(self, batch: Batch) -> NDArray[Any]:

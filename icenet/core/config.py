@@ -9,6 +9,7 @@ that names the key, the file and line where it stands, what is allowed and the n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -200,6 +201,9 @@ class Config(Section):
             config.model.type = custom.beside(config.model.type, file.parent)
             if trust_code:
                 custom.trust(config.model.type)
+        if isinstance(config.data, DataConfig):
+            told = any(override.partition("=")[0].strip() in ("data", "data.tokenizer") for override in overrides)
+            config.data.tokenizer = _found(config.data.tokenizer, Path() if told else file.parent)
         return config
 
     @classmethod
@@ -236,6 +240,15 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The configuration as YAML text, every key written out."""
         return yaml_file.dump(self.to_dict())
+
+
+def _found(tokenizer: str, folder: Path) -> str:
+    """A tokenizer's file as an absolute path, looked for in a folder first and then in the working folder."""
+    for place in (folder, Path()):
+        path = os.path.abspath(place / os.path.expanduser(tokenizer))
+        if tokenizer.strip() not in ("", "bytes") and os.path.exists(path):
+            return path
+    return tokenizer
 
 
 def check_device(device: str) -> None:

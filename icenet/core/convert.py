@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 from icenet.core import checkpoint, describe, layout, staging, weights
 from icenet.core.config import Config
+from icenet.core.data.tokenizer import files_of
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.tensor_file import dtype_name
 from icenet.core.weights import Array, Progress
@@ -242,7 +243,11 @@ def convert_model(
         source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite  # type: ignore[arg-type]
     )
     if settings is not None and beside is not None:
-        staging.write_text(beside, Config.from_yaml(settings, trust_code=False).to_yaml())
+        read = Config.from_yaml(settings, trust_code=False)
+        files = files_of(getattr(read.data, "tokenizer", "bytes"))
+        for name, content in files.items():
+            staging.write_bytes(beside.with_name(name), content)
+        staging.write_text(beside, checkpoint.carried(read, files).to_yaml())
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")

@@ -50,8 +50,8 @@ class ModelReport:
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
             f"weights {_megabytes(4 * self.num_params)} in fp32, {_megabytes(2 * self.num_params)} in fp16; "
-            f"training with {self.config.training.optimizer} holds {_megabytes(self.training_bytes)} in fp32 (weights, "
-            "gradients, the optimizer's state) and activations",
+            f"training with {self.config.training.optimizer} holds {_megabytes(self.training_bytes)} in fp32 "
+            "(weights, gradients, the optimizer's state) and activations",
             highlight=False,
         )
 

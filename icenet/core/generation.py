@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import GenerationConfig
-from icenet.core.data.tokenizer import Tokenizer
+from icenet.core.data.tokenizer import Tokenizer, text_after
 from icenet.core.errors import UsageError
 from icenet.core.model import ModelFacts
 from icenet.core.prompts import batch_of
@@ -207,6 +207,17 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
     return [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
 
 
+def texts(decoder: Decoder, request: Request) -> list[str]:
+    """The new text of every row, without stops."""
+    tokenizer = request.tokenizer
+    assert tokenizer is not None
+    stops = _stops(request)
+    for _ in stream(decoder, request, stops):
+        pass
+    rows = zip(stops.tokens, stops.endings, strict=True)
+    return [text_after(tokenizer, tokens) + ending for tokens, ending in rows]
+
+
 def text_pieces(decoder: Decoder, request: Request) -> Iterator[str]:
     """The text of a request of one row piece by piece, as a person reads it.
 
@@ -219,7 +230,7 @@ def text_pieces(decoder: Decoder, request: Request) -> Iterator[str]:
     endings = [item for item in request.settings.stop if isinstance(item, str)]
     shown = ""
     for _ in stream(decoder, request, stops):
-        text = tokenizer.decode(stops.tokens[0])
+        text = text_after(tokenizer, stops.tokens[0])
         whole = safe = len(text.rstrip("\ufffd"))
         for ending in endings:
             begun = next((n for n in range(len(ending) - 1, 0, -1) if text.endswith(ending[:n], 0, whole)), 0)
@@ -227,4 +238,4 @@ def text_pieces(decoder: Decoder, request: Request) -> Iterator[str]:
         if safe > len(shown):
             yield text[len(shown) : safe]
             shown = text[:safe]
-    yield tokenizer.decode(stops.tokens[0])[len(shown) :]
+    yield (text_after(tokenizer, stops.tokens[0]) + stops.endings[0])[len(shown) :]

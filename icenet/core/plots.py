@@ -1,15 +1,11 @@
 """Pictures of runs, drawn with matplotlib where it is installed (`pip install 'icenet[plot]'`).
 
-Every function returns the path it wrote, or None where matplotlib is missing. The object-oriented interface
-with the Agg canvas needs no screen and leaves the user's own pyplot state alone.
+Every function returns the path it wrote, or None where matplotlib is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from icenet.core.errors import IceNetError
+from icenet.core.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE_BLUE,
+    PURPLE,
+    available,
+    end_labels,
+    mark_backends,
+    new_figure,
+    robust_top,
+    save,
+    series,
+    set_limits,
+    smoothed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any form of colour blindness
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-PALE_BLUE = "#9ED0EE"
-INK, GREY, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
 _RAW_POINTS = 4000
 
 
@@ -47,19 +55,19 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: 
     """
     if not available():
         return None
-    steps, loss = _series(metrics, "loss")
-    eval_steps, eval_loss = _series(metrics, "validation_loss")
+    steps, loss = series(metrics, "loss")
+    eval_steps, eval_loss = series(metrics, "validation_loss")
     small = [
-        (name, *series, colour)
+        (name, *found, colour)
         for name, key, colour in (
             ("learning rate", "learning_rate", GREEN),
             ("gradient norm", "grad_norm", PURPLE),
         )
-        if len((series := _series(metrics, key))[0])
+        if len((found := series(metrics, key))[0])
     ]
-    figure, panels = _figure((9, 4.6 + 1.1 * len(small)), [4.2, *[1] * len(small)], title, right=1.25)
+    figure, panels = new_figure((9, 4.6 + 1.1 * len(small)), [4.2, *[1] * len(small)], title, right=1.25)
     axes = panels[0]
-    smooth = _smooth(loss)
+    smooth = smoothed(loss)
     ends = []
     if len(loss):
         thin = slice(None, None, max(1, len(loss) // _RAW_POINTS))
@@ -71,22 +79,22 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: 
         axes.plot(eval_steps, eval_loss, "o", color=ORANGE, markersize=5.5, markeredgecolor="white")
         ends.append((float(eval_loss[-1]), f"validation\n{eval_loss[-1]:.3f}", ORANGE))
     if ends:
-        _limits(axes, np.concatenate([loss, eval_loss]), np.concatenate([smooth, eval_loss]))
-        _end_labels(axes, ends)
+        set_limits(axes, np.concatenate([loss, eval_loss]), np.concatenate([smooth, eval_loss]))
+        end_labels(axes, ends)
     else:
         axes.text(0.5, 0.5, "no finite loss yet", transform=axes.transAxes, ha="center", color=GREY)
     axes.set_ylabel("loss (nats)")
-    _mark_backends(axes, metrics)
+    mark_backends(axes, metrics)
     for panel, (name, at, values, colour) in zip(panels[1:], small, strict=True):
         panel.plot(at, values, color=colour, linewidth=1.4)
         panel.text(
             1, 0.5, " " + name.replace(" ", "\n "), transform=panel.transAxes, va="center", color=colour
         )
-        panel.set_ylim(0, 1.15 * _robust_top(values) or 1)
+        panel.set_ylim(0, 1.15 * robust_top(values) or 1)
         panel.locator_params(axis="y", nbins=3)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
     panels[-1].set_xlabel("step")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_parity(
@@ -131,7 +139,7 @@ def plot_parity(
     at = np.asarray(steps, np.float64)
     gaps, limits = _aligned(gap, len(at), "gap"), _aligned(allowed, len(at), "allowed")
     verdict, passed = _verdict(at, gaps, limits, passed)
-    figure, (above, below) = _figure(
+    figure, (above, below) = new_figure(
         (9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24
     )
 
@@ -150,7 +158,7 @@ def plot_parity(
         ends.append(curve[seen])
     everything = np.concatenate(ends) if ends else np.zeros(0)
     if len(everything):
-        _limits(above, everything, everything)
+        set_limits(above, everything, everything)
     above.set_ylabel("loss (nats)")
     above.legend(loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
 
@@ -172,16 +180,7 @@ def plot_parity(
             color=INK,
             fontsize=10.5,
         )
-    return _save(figure, path)
-
-
-def available() -> bool:
-    """Whether matplotlib can be imported; `pip install 'icenet[plot]'` brings it."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return save(figure, path)
 
 
 def _draw_gap(
@@ -257,157 +256,9 @@ def _short(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
 
 
-def _figure(
-    size: tuple[float, float],
-    heights: list[float],
-    title: str,
-    subtitle: str = "",
-    colour: str = GREY,
-    *,
-    right: float = 0.35,
-    space: float = 0.14,
-) -> tuple[Figure, list[Axes]]:
-    """A figure of panels that share their x axis, with a title and a line below it at the upper left."""
-    from matplotlib import ticker
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    left = 0.95 / size[0]
-    top = 1 - (0.2 + 0.4 * bool(title) + 0.32 * bool(subtitle)) / size[1]
-    grid = figure.add_gridspec(
-        len(heights),
-        1,
-        height_ratios=heights,
-        hspace=space,
-        left=left,
-        right=1 - right / size[0],
-        top=top,
-        bottom=0.65 / size[1],
-    )
-    panels: list[Axes] = []
-    for row in range(len(heights)):
-        axes = figure.add_subplot(grid[row], sharex=panels[0] if panels else None)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#AAAAAA")
-        axes.tick_params(color="#AAAAAA", labelcolor=INK, labelsize=10, labelbottom=row == len(heights) - 1)
-        axes.grid(axis="y", color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.label.set(color=INK, fontsize=11)
-        axes.yaxis.label.set(color=INK, fontsize=11)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == round(value) else "")
-        axes.margins(x=0.01)
-        panels.append(axes)
-    if title:
-        figure.text(left, 1 - 0.2 / size[1], title, fontsize=15, fontweight="bold", color=INK, va="top")
-    if subtitle:
-        figure.text(left, 1 - 0.55 / size[1], subtitle, fontsize=11.5, color=colour, va="top")
-    return figure, panels
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps and values of one metric, finite ones only, in order of step."""
-    pairs = sorted(
-        (float(record["step"]), float(record[key]))
-        for record in metrics
-        if isinstance(record.get(key), (int, float))
-        and isinstance(record.get("step"), (int, float))
-        and math.isfinite(record[key])
-    )
-    table = np.array(pairs, np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _smooth(values: NDArray[Any]) -> NDArray[Any]:
-    """A mean over about a fortieth of the curve, narrower at the steep start, backward at the end."""
-    half = len(values) // 80
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    first = np.maximum(index - half, 0)
-    ahead = np.clip(index, half // 8, half)
-    last = np.minimum(index + ahead, len(values) - 1)
-    return np.asarray((total[last + 1] - total[first]) / (last + 1 - first))
-
-
-def _robust_top(values: NDArray[Any]) -> float:
-    """The largest value, but for a few spikes."""
-    return float(min(values.max(), 3 * np.quantile(values, 0.98) + 1e-30))
-
-
-def _limits(axes: Axes, raw: NDArray[Any], shown: NDArray[Any]) -> None:
-    """y limits that hold all of `shown` and nearly all of `raw`: one spike does not flatten the rest."""
-    low, high = float(raw.min()), max(float(shown.max()), float(np.quantile(raw, 0.995)))
-    room = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - room, high + room)
-
-
-def _end_labels(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Names and last values of curves, right of where they end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    least = 0.11 * (high - low)
-    ends = sorted(ends)
-    places = [value for value, _, _ in ends]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + least)
-    moved = (places[-1] - ends[-1][0]) / 2
-    places = [place - moved for place in places]
-    for place, (_, text, colour) in zip(places, ends, strict=True):
-        axes.annotate(
-            text,
-            (1.0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=11,
-            linespacing=1.1,
-            annotation_clip=False,
-        )
-
-
-def _mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """A line at each change of backend, with the name of what comes after it."""
-    steps = sorted(
-        (r["step"], r["backend"]) for r in metrics if r.get("backend") and r.get("step") is not None
-    )
-    changes = [now for before, now in itertools.pairwise(steps) if before[1] != now[1]]
-    for step, backend in changes[:12]:
-        axes.axvline(step, color=INK, linewidth=0.9, dashes=(2, 2))
-        axes.annotate(
-            str(backend),
-            (step, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="top",
-            color=INK,
-            fontsize=10,
-        )
-
-
 def _aligned(values: ArrayLike, length: int, name: str) -> NDArray[Any]:
     """Values for the last steps, with NaN before them."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or len(array) > length:
         raise ValueError(f"{name} has shape {array.shape}, and there are {length} steps")
     return np.concatenate([np.full(length - len(array), np.nan), array])
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG in one move, so that a viewer never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise IceNetError(f"cannot write the plot {path}: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return path

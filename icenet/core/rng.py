@@ -70,9 +70,9 @@ def key(seed: int, stream: str, *words: int | str) -> Words:
     return result
 
 
-def native_seed(seed: int, step: int) -> int:
-    """What a framework's own generator is seeded with before a step, below 2^63."""
-    high, low = (int(word) for word in key(seed, "native", step))
+def native_seed(seed: int, step: int, rank: int = 0) -> int:
+    """What a framework's own generator is seeded with before a step, below 2^63; each process has rows of its own."""
+    high, low = (int(word) for word in key(seed, f"native {rank}" if rank else "native", step))
     return (high << 32 | low) >> 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -109,7 +110,11 @@ def locked(run: Path) -> Iterator[None]:
         raise UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # `icenet runs` looks at the lock for an instant
+                time.sleep(0.1)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(
                 f"{run}: another process trains this run; wait for it, or choose another --run"

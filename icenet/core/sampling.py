@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
-from icenet.core.data.tokenizer import Tokenizer
+from icenet.core.data.tokenizer import Tokenizer, text_after
 
 LEAST_TEMPERATURE = 1e-30
 """Divided by less, logits would leave the range of fp32; at this the most likely token is certain."""
@@ -40,13 +40,15 @@ def draw_keys(seed: int, rows: int, tokens: int) -> NDArray[np.uint32]:
 class Stops:
     """Follows each row of a batch and says where it ends.
 
-    A stop token, or the first token of a stop text, ends its row; neither is part of the result.
+    A stop token, or the first token of a stop text, ends its row; neither is part of the result. What that first
+    token holds before the stop text is in `endings`.
     """
 
     def __init__(
         self, rows: int, stop: Sequence[int | str], tokenizer: Tokenizer | None, pad_token_id: int
     ) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.endings = [""] * rows
         self.done = [False] * rows
         self._ids = {item for item in stop if isinstance(item, int)}
         self._texts = [item for item in stop if isinstance(item, str)]
@@ -78,10 +80,13 @@ class Stops:
         if not self._texts or self._tokenizer is None:
             return False
         first = max(0, len(tokens) - self._tail)
-        text = self._tokenizer.decode(tokens[first:])
+        text = text_after(self._tokenizer, tokens[first:])
         starts = [at for stop in self._texts if (at := text.find(stop)) >= 0]
         if not starts:
             return False
-        while len(tokens) > first and len(self._tokenizer.decode(tokens[first:])) > min(starts):
+        kept = text
+        while len(tokens) > first and len(kept) > min(starts):
             tokens.pop()
+            kept = text_after(self._tokenizer, tokens[first:])
+        self.endings[row] = text[len(kept) : min(starts)]
         return True

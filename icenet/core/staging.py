@@ -66,8 +66,13 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file, or leaves what was there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, or leaves what was there."""
     with staged(path) as stage, stage.open(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def sync_folder(folder: Path) -> None:

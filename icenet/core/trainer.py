@@ -23,7 +23,7 @@ import numpy as np
 
 from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
-from icenet.core import custom, plots, staging
+from icenet.core import custom, plots, processes, staging, tensorboard
 from icenet.core.background import Background
 from icenet.core.best import Best, link
 from icenet.core.config import Config
@@ -76,8 +76,11 @@ class Trainer:
         self.step = step
         """Steps done."""
         self.scale = scale
-        self.quiet = quiet
-        self.dataset = dataset_for(config)
+        self.world = engine.world
+        self.leads = self.world.rank == 0
+        """Whether this process writes and prints; the only one does, and the first of several."""
+        self.quiet = quiet or not self.leads
+        self.dataset = processes.in_turn(self.world, partial(dataset_for, config, quiet=self.quiet))
         self.notes: list[str] = []
         self.best = Best()
         self._background = Background()
@@ -89,6 +92,8 @@ class Trainer:
         self._last_validation: float | None = None
         self._last_accuracy: float | None = None
         self._stop: str | None = None
+        self._clock = time.perf_counter()
+        self._watch = processes.Watch(self.world, run)
 
     # ---- beginnings --------------------------------------------------------------------------------------
 
@@ -147,6 +152,8 @@ class Trainer:
         trainer.notes = plan.notes
         trainer.best = Best.read(found.state.get("best"))
         trainer._branched_from = plan.branched_from
+        if plan.branched_from is not None:
+            trainer._saved_step = -1  # in the new folder nothing is saved yet
         if found.state.get("data") != trainer.dataset.fingerprint:
             held = "images" if trainer.dataset.unit == "img" else "text"
             trainer.notes.append(
@@ -162,15 +169,21 @@ class Trainer:
 
     def _settle(self, log: MetricsLog) -> None:
         """Puts the folder in the state from which training goes on; only when the run is locked."""
-        if checkpoints.list_checkpoints(self.run) != self._present:
+        if self.leads and checkpoints.list_checkpoints(self.run) != self._present:
             raise CheckpointError(f"{self.run}: another process went on with this run meanwhile; resume it again")
         if self._branched_from is not None:
             self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
-            self._copy_metrics(self._branched_from)
+            if self.leads:
+                self._copy_metrics(self._branched_from)
             self._branched_from = None
+        if not self.leads:
+            return
         for unread in checkpoints.list_checkpoints(self.run, self.step):
             self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
-        staging.write_text(self.run / "config.yaml", self.config.to_yaml())
+        for name, content in self.dataset.files.items():
+            staging.write_bytes(self.run / name, content)
+        text = checkpoints.carried(self.config, self.dataset.files).to_yaml()
+        staging.write_text(self.run / "config.yaml", text)
         log.truncate_after(self.step)
 
     def _copy_metrics(self, origin: Path) -> None:
@@ -192,8 +205,13 @@ class Trainer:
         training = self.config.training
         last = min(training.max_steps, until or training.max_steps)
         items = training.batch_size * self.dataset.items_per_row
-        log = MetricsLog(self.run / "metrics.jsonl")
-        self._make_folder()
+        board = None
+        if training.tensorboard and self.leads:
+            board = tensorboard.TensorBoardLog(self.run / tensorboard.FOLDER)
+        log = MetricsLog(self.run / "metrics.jsonl", beside=board)
+        self._agree()
+        if self.leads:
+            self._make_folder()
         progress = Progress(
             training.max_steps,
             self.step,
@@ -202,18 +220,25 @@ class Trainer:
             quiet=self.quiet,
             label=f"{self.engine.backend} {self.engine.device}",
         )
-        with locked(self.run), log, stopping(self._ask_to_stop), progress:
+        self._watch = processes.Watch(self.world, self.run)
+        lock = locked(self.run) if self.leads else contextlib.nullcontext()
+        others = processes.explaining(self.world, self.run)
+        with lock, log, stopping(self._ask_to_stop), progress, self._watch, others:
             try:
                 with Background() as self._background:
                     self._settle(log)
-                    for note in self.notes:
+                    if board is not None:
+                        board.begin(self.step, MetricsLog.read(log.path) if log.path.exists() else ())
+                    for note in self.notes if self.leads else ():
                         (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
                     self.notes.clear()
                     over = self._run(last, log, progress)
             finally:
                 self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
-        plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
+        plot = None
+        if self.leads:
+            plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
         return Result(
             self.run,
             self.step,
@@ -226,24 +251,33 @@ class Trainer:
             over,
         )
 
+    def _agree(self) -> None:
+        """Waits until all processes have read what they begin with, before the first one writes."""
+        if self.world.size > 1:
+            found = {"step": str(self.step), "config": self.config.to_yaml(), "data": str(self.dataset.fingerprint)}
+            processes.agree(self.world, found)
+
     def _ask_to_stop(self, signal: str) -> None:
-        self._stop = signal
+        if self.world.size > 1:
+            self.world.stop = signal  # the result of a step says it to all processes
+        else:
+            self._stop = signal
 
     def _run(self, last: int, log: MetricsLog, progress: Progress) -> bool:
         """The loop; says whether it ended before `last` because evaluations got no better."""
         training = self.config.training
         lagged = training.mixed_precision != "fp16" and training.on_nan == "stop"
-        pending: tuple[int, float, float, Any] | None = None
-        began = time.perf_counter()
+        pending: tuple[int, float, Any] | None = None
+        self._clock = time.perf_counter()
         while self.step < last:
+            self._watch.beat()
             self._background.check()
             step, rate = self.step, learning_rate(self.step, training)
             batch = self.dataset.train_batch(step, training.batch_size)
             handle = self.engine.train_step(batch, step, rate, self.scale.scale)
             if pending is not None:  # the device works on this step while the host looks at the last one
                 self._record(pending, log, progress)
-            pending = (step, rate, began, handle)
-            began = time.perf_counter()
+            pending = (step, rate, handle)
             self.step = done = step + 1
             evaluates = training.eval_every is not None and (done % training.eval_every == 0 or done == last)
             saves = done % training.checkpoint_every == 0 or done == last or self._stop is not None
@@ -257,7 +291,7 @@ class Trainer:
             if saves or over:
                 self.save(wait=over or done == last)
             if evaluates or saves:
-                began = time.perf_counter()
+                self._clock = time.perf_counter()
             if over:
                 progress.note(
                     f"step {done}: stopped early: {self.best.waited} evaluations without a lower validation loss "
@@ -274,17 +308,21 @@ class Trainer:
                 )
         return False
 
-    def _record(self, pending: tuple[int, float, float, Any], log: MetricsLog, progress: Progress) -> None:
-        step, rate, began, handle = pending
+    def _record(self, pending: tuple[int, float, Any], log: MetricsLog, progress: Progress) -> None:
+        step, rate, handle = pending
         result = self.engine.read(handle)
-        elapsed = time.perf_counter() - began
+        before, self._clock = self._clock, time.perf_counter()
+        elapsed = self._clock - before  # from one result to the next: several steps may be under way
         done = step + 1
+        self._stop = self._stop or result.stop
         self._check(done, result)
         fp16 = self.config.training.mixed_precision == "fp16"
         if fp16:
             self.scale.update(result.finite)
         if math.isfinite(result.loss):
             self._last_loss = result.loss
+        if not self.leads:
+            return
         speed = self.config.training.batch_size * self.dataset.items_per_row / max(elapsed, 1e-9)
         log.append(
             {
@@ -327,22 +365,25 @@ class Trainer:
     def _evaluate(self, log: MetricsLog, progress: Progress) -> bool:
         """Evaluates and logs it; says whether it is the best so far."""
         training = self.config.training
-        total = counted = 0.0
-        correct: int | None = None
+        total = counted = right = 0.0
+        classifies = False
+        self.world.average_statistics(self.engine.model)
         for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
-            found = self.engine.evaluate(batch)
+            self._watch.beat()
+            found = self.engine.evaluate(processes.share_rows(batch, self.world))
             total, counted = total + found.loss * found.labels, counted + found.labels
-            if found.correct is not None:
-                correct = (correct or 0) + found.correct
+            right, classifies = right + (found.correct or 0), found.correct is not None
+        total, counted, right = self.world.gather([total, counted, right]).sum(axis=0).tolist()
         if not counted:
             return False
         self._last_validation = total / counted
         record = {"step": self.step, "validation_loss": self._last_validation, "backend": self.engine.backend}
         note = f"step {self.step}: validation loss {self._last_validation:.4f}"
-        if correct is not None:
-            self._last_accuracy = record["validation_accuracy"] = correct / counted
+        if classifies:
+            self._last_accuracy = record["validation_accuracy"] = right / counted
             note += f", accuracy {self._last_accuracy:.2%} of {counted:,.0f}"
-        log.append(record)
+        if self.leads:
+            log.append(record)
         progress.note(note)
         return self.best.take(self.step, self._last_validation)
 
@@ -353,11 +394,21 @@ class Trainer:
         `wait` it is on the disk when this returns.
         """
         target = self.run / "checkpoints" / f"step-{self.step:08d}"
-        if self._saved_step != self.step or not (self._background.busy or target.is_dir()):
+        there = self.world.size > 1 or self._background.busy or target.is_dir()  # several processes cannot all look
+        if self._saved_step != self.step or not there:
             self._saved_step = self.step
-            self._background.start(partial(self._write, *self._snapshot()))
+            if self.leads:
+                self._background.start(partial(self._write, *self._snapshot()))
+            elif self.config.training.sharded:
+                self._snapshot()  # the first process puts the parts of all together
+            else:
+                self.world.average_statistics(self.engine.model)
+            self._watch.beat()
         if wait:
             self._background.wait()
+            if self.world.size > 1:
+                with self._watch.resting():
+                    self.world.gather([0.0])  # the end of one process ends the others: not before all is written
         return target
 
     def _snapshot(self) -> tuple[Any, ...]:
@@ -382,6 +433,6 @@ class Trainer:
                 f"step {step}: {wrong} is not finite; {self._last_good()}. Lower training.learning_rate"
             )
         best, keep = state["best"]["step"] if config.training.keep_best else None, config.training.keep_checkpoints
-        path = checkpoints.save(self.run, config, step, weights, optimizer, state, keep, protect=best)
+        path = checkpoints.save(self.run, config, step, weights, optimizer, state, keep, best, self.dataset.files)
         if step == best:
             link(self.run, path)

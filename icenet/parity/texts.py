@@ -15,6 +15,7 @@ import numpy as np
 
 from icenet.core import backend as backends
 from icenet.core import generation
+from icenet.core.data.tokenizer import text_after
 
 TIE = 64 * 2.0**-23
 """A margin below this share of the largest logit is a tie: 64 roundings of fp32, over some dozens of layers."""
@@ -66,7 +67,7 @@ def compare_texts(
     requests = [generation.request(model, ids, None, 0, options) for model in models]
     decoders = [backends.module(name, "decoder").Decoder for name in names]
     rows = [generation.complete(decoders[i](models[i], requests[i]), requests[i])[0] for i in range(2)]
-    text = models[0].tokenizer.decode(rows[0]) if models[0].tokenizer else ""
+    text = text_after(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
     tokens = dict(zip(names, rows, strict=True))
     at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), None)
     if at is None:

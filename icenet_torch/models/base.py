@@ -91,7 +91,9 @@ class BaseModel(ModelFacts, nn.Module):
     def own_arrays(self) -> dict[str, torch.Tensor]:
         """Parameters and statistics as they are, without what MLX has not (a batch norm's count of batches)."""
         kinds = self.layer_kinds()
-        return {path: t for path, t in self.state_dict().items() if not layout.is_left_out(kinds, path)}
+        # of a parameter that is spread over several processes, this one's piece
+        state = {path: t.to_local() if hasattr(t, "to_local") else t for path, t in self.state_dict().items()}
+        return {path: t for path, t in state.items() if not layout.is_left_out(kinds, path)}
 
     def trainable_paths(self) -> set[str]:
         return {path for path, parameter in self.named_parameters() if parameter.requires_grad}

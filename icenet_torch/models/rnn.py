@@ -100,7 +100,7 @@ class RecurrentModel(BaseModel):
         ends: list[State] = []
         for index, layer in enumerate(self.layers):
             if index > 0:
-                x = self.dropouts[index - 1](x)
+                x = self.dropouts[index - 1](x.swapaxes(0, 1)).swapaxes(0, 1)  # rows first, see Dropout
             start = states[index] if states else None
             if self.gradient_checkpointing and self.training:
                 x, end = ops.checkpoint(layer, x, start, mask)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from icenet.core import stages
+from icenet.core import custom, stages
 from icenet.core.config import CNNConfig, ImageDataConfig
+from icenet.core.data.bar import Bar
+from icenet.core.data.cache import Progress
+from icenet.core.data.documents import DocumentDataset
 from icenet.core.data.images import ImageDataset
 from icenet.core.data.text import Batch, TextDataset
 from icenet.core.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
@@ -20,6 +23,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Dataset",
+    "DocumentDataset",
     "ImageDataset",
     "TextDataset",
     "Tokenizer",
@@ -45,6 +49,10 @@ class Dataset(Protocol):
     def facts(self) -> dict[str, Any]:
         """What using the model needs to know of the data, in JSON's types; stored with each checkpoint."""
 
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Files that go with each checkpoint, by name: what using the model needs beside its configuration."""
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in one pass; raises DataError where there is not one."""
 
@@ -53,8 +61,13 @@ class Dataset(Protocol):
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]: ...
 
 
-def dataset_for(config: Config) -> Dataset:
+def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = True) -> Dataset:
     """The data of a configuration, checked against its model.
+
+    Args:
+        config: the configuration.
+        workers: processes that make the tokens of a text, where that is not done; None: as many as are worth it.
+        quiet: show no progress of it.
 
     Raises:
         ConfigError: model and data do not go together.
@@ -74,11 +87,32 @@ def dataset_for(config: Config) -> Dataset:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-            f"data.tokenizer {tokenizer.name}; set model.vocab_size={tokenizer.vocab_size} or more"
+            f"data.tokenizer {config.data.tokenizer}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    dataset = open_dataset(config.data, sequence_length(config), config.seed)
+    if not config.data.packing:
+        _check_masks(config)
+    length = sequence_length(config)
+    with Bar(f"making tokens of {config.data.source}", quiet) as bar:
+        dataset = open_dataset(config.data, length, config.seed, tokenizer=tokenizer, workers=workers, progress=bar)
     dataset.steps_per_epoch(config.training.batch_size)  # raises where the text is too short
     return dataset
+
+
+def _check_masks(config: Config) -> None:
+    """Refuses a user's model that could not tell tokens from what rows are filled up with."""
+    if not custom.is_custom(config.model.type):
+        return
+    import inspect
+
+    from icenet.core import backend
+
+    forward = custom.model_class(config.model.type, backend.choose(config)).forward
+    taken = inspect.signature(forward).parameters
+    if "attention_mask" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ConfigError(
+            f"data.packing: false needs a model whose forward takes attention_mask, and that of {config.model.type} "
+            "does not; add it, or set data.packing=true"
+        )
 
 
 def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
@@ -116,7 +150,14 @@ def sequence_length(config: Config) -> int:
 
 
 def open_dataset(
-    data_config: DataConfig, seq_length: int, seed: int, cache_dir: str | Path | None = None
+    data_config: DataConfig,
+    seq_length: int,
+    seed: int,
+    cache_dir: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> TextDataset:
     """Opens the data that a configuration names. A new kind of source adds its branch here.
 
@@ -125,15 +166,21 @@ def open_dataset(
         seq_length: tokens in one sequence (`data.seq_length`, or else the model's longest).
         seed: of the order of batches.
         cache_dir: where prepared data is kept; $ICENET_CACHE or ~/.cache/icenet when absent.
+        tokenizer: the one that `data_config` names, where it has been read already.
+        workers, progress: see `icenet.core.data.cache.load_tokens`.
 
     Raises:
         DataError: the source is missing, empty, not text or too short, or the cache cannot be written.
     """
-    return TextDataset.open(
+    kind = TextDataset if data_config.packing else DocumentDataset
+    return kind.open(
         data_config.source,
         seq_length=seq_length,
         seed=seed,
-        tokenizer=data_config.tokenizer,
+        tokenizer=tokenizer or data_config.tokenizer,
         validation_fraction=data_config.validation_fraction,
         cache_dir=cache_dir,
+        text_key=data_config.text_key,
+        workers=workers,
+        progress=progress,
     )

@@ -3,7 +3,7 @@ of (seed, step)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +81,11 @@ class ImageDataset:
         height, _, channels = self.source.images.shape
         facts: dict[str, Any] = {"image_size": height, "channels": channels, "mean": self.mean, "std": self.std}
         return ImageFacts(classes=self.classes, **facts).model_dump()
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """None."""
+        return {}
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in one pass over the training part; what is left over is dropped.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import glob
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from icenet.core.errors import DataError
 
 CHUNK_BYTES = 1 << 20
+LINES = (".jsonl", ".jsonl.gz")
+"""The names of files of JSON lines end in these: each line is a text, under a key of an object."""
+PACKED = (".jsonl.gz", ".txt.gz")
+"""And those of packed files, which are read as what was packed."""
 
 # not the library itself: what pip put there, its tests, a bundled editor, and generated tables
 _NOT_LIBRARY = {
@@ -32,6 +35,16 @@ class Document:
     path: Path
     size: int
     mtime_ns: int
+
+    @property
+    def lines(self) -> bool:
+        """Whether it holds JSON lines."""
+        return self.path.name.lower().endswith(LINES)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is a gzip file to be read through."""
+        return self.path.name.lower().endswith(PACKED)
 
 
 @dataclass(frozen=True)
@@ -73,31 +86,8 @@ def find_source(source: str) -> Source:
         if glob.has_magic(source):
             return _glob(source, path)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
-        raise DataError(f"data.source {source!r} cannot be read: {_reason(error)}") from None
-    raise DataError(f"data.source {source!r} is not there{_nearby(path)}")
-
-
-def text_chunks(document: Document) -> Iterator[str]:
-    """The text of a document in pieces of about a megabyte. Newlines stay as they are.
-
-    Raises:
-        DataError: the file cannot be read, or has changed since it was listed.
-        UnicodeDecodeError: it is not UTF-8 text, or has NUL bytes.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    done = 0
-    try:
-        with open(document.path, "rb") as file:
-            while data := file.read(CHUNK_BYTES):
-                if (nul := data.find(0)) >= 0:
-                    raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "NUL byte")
-                done += len(data)
-                yield decoder.decode(data)
-    except OSError as error:
-        raise DataError(f"cannot read {document.path}: {_reason(error)}") from None
-    yield decoder.decode(b"", final=True)
-    if done != document.size:
-        raise DataError(f"{document.path} changed while it was read; try again when nothing writes to it")
+        raise DataError(f"data.source {source!r} cannot be read: {reason(error)}") from None
+    raise DataError(f"data.source {source!r} is not there{nearby(path)}")
 
 
 def _document(name: str, path: Path | str) -> Document:
@@ -144,7 +134,7 @@ def _glob(source: str, pattern: Path) -> Source:
     if not files:
         if matches:
             raise DataError(f"data.source {source!r} matches folders but no files; '**/*' takes all below")
-        where = "" if root.is_dir() else f": there is no folder {str(root)!r}{_nearby(root)}"
+        where = "" if root.is_dir() else f": there is no folder {str(root)!r}{nearby(root)}"
         raise DataError(f"data.source {source!r} matches no files{where}")
     documents = [_document(Path(file).relative_to(root).as_posix(), file) for file in files]
     return Source(f"files {source}", str(root.resolve().joinpath(*parts[fixed:])), _sorted(documents))
@@ -167,7 +157,7 @@ def _stdlib() -> Source:
     return Source(f"the standard library of Python {version}", f"stdlib {root.resolve()}", documents)
 
 
-def _nearby(path: Path) -> str:
+def nearby(path: Path) -> str:
     """A hint for a path that is not there: its nearest neighbour, or the part of it that is there."""
     parent = path.parent
     try:
@@ -182,5 +172,6 @@ def _nearby(path: Path) -> str:
     return f" (looked in {str(parent.resolve())!r})"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong with a file, as the end of a sentence."""
     return (getattr(error, "strerror", None) or str(error)).lower()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from icenet.core import rng
-from icenet.core.data.cache import load_tokens
+from icenet.core.data.cache import Progress, load_tokens
 from icenet.core.data.sources import find_source
 from icenet.core.data.tokenizer import Tokenizer, get_tokenizer
 from icenet.core.errors import DataError
 
-Batch = dict[str, NDArray[np.int32]]
+Batch = dict[str, NDArray[Any]]
 """`inputs` and `labels`, int32 `[batch, seq_length]` each: a label is the token after its input."""
 
 
@@ -32,9 +33,12 @@ class TextDataset:
         num_documents: the texts in it (files that are not text, or empty, do not count).
         fingerprint: SHA-256, hex, of the tokenizer and all tokens: equal where the data is equal.
         description: the source in words.
+        path: the file of the tokens, where there is one.
     """
 
     unit = "tok"
+    packing: ClassVar[bool] = True
+    path: Path | None = None
 
     def __init__(
         self,
@@ -65,18 +69,22 @@ class TextDataset:
         self.description = description
         self.num_validation_tokens = int(len(tokens) * validation_fraction)
         self.num_train_tokens = len(tokens) - self.num_validation_tokens
+        self._tokens = tokens
         self._train = tokens[: self.num_train_tokens]
         self._validation = tokens[self.num_train_tokens :]
         # Windows start at the epoch's offset, at most seq_length - 1, and their last label is one further on:
         # this many fit whatever the offset, so that all epochs are of one length.
         self._windows = max(0, (self.num_train_tokens - seq_length) // seq_length)
         self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
-        if validation_fraction and self.num_validation_tokens <= seq_length:
+        self._check_validation(validation_fraction)
+
+    def _check_validation(self, fraction: float) -> None:
+        if fraction and self.num_validation_tokens <= self.seq_length:
             raise DataError(
-                f"{description} leaves {self.num_validation_tokens:,} tokens for validation, "
-                f"and one window needs {seq_length + 1:,}: name a longer data.source, "
-                f"raise data.validation_fraction ({validation_fraction:g}; 0 for no validation) "
-                f"or lower data.seq_length ({seq_length})"
+                f"{self.description} leaves {self.num_validation_tokens:,} tokens for validation, "
+                f"and one window needs {self.seq_length + 1:,}: name a longer data.source, "
+                f"raise data.validation_fraction ({fraction:g}; 0 for no validation) "
+                f"or lower data.seq_length ({self.seq_length})"
             )
 
     @classmethod
@@ -86,19 +94,25 @@ class TextDataset:
         *,
         seq_length: int,
         seed: int,
-        tokenizer: str = "bytes",
+        tokenizer: str | Tokenizer = "bytes",
         validation_fraction: float = 0.0,
         cache_dir: str | Path | None = None,
-    ) -> TextDataset:
+        text_key: str = "text",
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Opens a source ('stdlib', a file, a folder or a glob); its tokens are made once and then mapped.
+
+        `workers` and `progress` are those of `load_tokens`.
 
         Raises:
             DataError: the source is missing, empty, not text or too short, or the cache cannot be written.
         """
         found = find_source(source)
-        encoder = get_tokenizer(tokenizer)
-        file = load_tokens(found, encoder, Path(cache_dir) if cache_dir is not None else None)
-        return cls(
+        encoder = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        folder = Path(cache_dir) if cache_dir is not None else None
+        file = load_tokens(found, encoder, folder, text_key=text_key, workers=workers, progress=progress)
+        dataset = cls(
             file.tokens,
             encoder,
             seq_length=seq_length,
@@ -107,7 +121,15 @@ class TextDataset:
             num_documents=file.num_documents,
             fingerprint=file.fingerprint,
             description=found.description,
+            **({} if cls.packing else {"starts": file.starts}),
         )
+        dataset.path = file.path
+        return dataset
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """What goes with a checkpoint so that using it needs no data: the tokenizer's file, if it has one."""
+        return self.tokenizer.files
 
     @property
     def items_per_row(self) -> int:
