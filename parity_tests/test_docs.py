@@ -39,7 +39,7 @@ def test_the_guide_has_what_it_should() -> None:
 
 @pytest.mark.parametrize("measures", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_command_of_the_guide(tmp_path: Path, measures: bool) -> None:
-    """One after the other, in a folder that has nothing; each must end well. Benchmarks are left to the slow tests."""
+    """One after the other, in an empty folder; each must end well. Benchmarks are slow."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
     for name, module in (("icenet", "icenet"), ("python", "")):
