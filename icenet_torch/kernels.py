@@ -28,6 +28,19 @@ def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
     return out
 
 
+def dropout(x: Tensor, keys: Tensor, threshold: int, scale: float) -> tuple[Tensor, Tensor]:
+    """x, contiguous, where the mask is True, times `scale`, and 0 elsewhere; and the mask, in x's shape."""
+    rows = keys.shape[0]
+    out, keep = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    n = x.numel() // rows
+    half = (n + 1) // 2
+    keys = keys.contiguous()
+    if x.numel():
+        with torch.cuda.device(x.device):
+            _dropout[(triton.cdiv(half, BLOCK), rows)](x, out, keep, keys, n, half, threshold, scale, BLOCK)
+    return out, keep
+
+
 @triton.jit
 def _four_rounds(x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):  # type: ignore[no-untyped-def]
     x0 += x1
@@ -42,10 +55,8 @@ def _four_rounds(x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: t
 
 
 @triton.jit
-def _mask(keys, out, n, half, threshold, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """threefry-2x32-20 of the counters (c, c + half), a row of programs for each key; see `icenet.core.rng`."""
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _words(keys, row, c, half):  # type: ignore[no-untyped-def]
+    """threefry-2x32-20 of the counters (c, c + half) under a row's key; see `icenet.core.rng`."""
     k0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
     k1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
     k2 = k0 ^ k1 ^ 0x1BD11BDA
@@ -66,6 +77,31 @@ def _mask(keys, out, n, half, threshold, BLOCK: tl.constexpr):  # type: ignore[n
     x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6)
     x0 += k2
     x1 += k0 + 5
+    return x0, x1
+
+
+@triton.jit
+def _mask(keys, out, n, half, threshold, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x0, x1 = _words(keys, row, c, half)
     first = out + row * n + c
     tl.store(first, x0 >= threshold, mask=c < half)
     tl.store(first + half, x1 >= threshold, mask=c + half < n)
+
+
+@triton.jit
+def _dropout(x, out, keep, keys, n, half, threshold, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x0, x1 = _words(keys, row, c, half)
+    at = row * n + c
+    there = c < half
+    kept = x0 >= threshold
+    tl.store(keep + at, kept, mask=there)
+    tl.store(out + at, tl.where(kept, tl.load(x + at, mask=there) * scale, 0.0), mask=there)
+    at += half
+    there = c + half < n
+    kept = x1 >= threshold
+    tl.store(keep + at, kept, mask=there)
+    tl.store(out + at, tl.where(kept, tl.load(x + at, mask=there) * scale, 0.0), mask=there)

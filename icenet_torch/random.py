@@ -33,6 +33,9 @@ class Dropout(nn.Module):
     def forward(self, x: Array) -> Array:
         if not self.training or self.p == 0:
             return x
+        keyed = self._keys is not None and not self.images
+        if keyed and x.is_cuda and not torch.compiler.is_compiling() and _kernels():
+            return _Fused.apply(x, keys_for_rows(self._keys, x.shape), self.p)
         shape = x.permute(0, 2, 3, 1).shape if self.images else x.shape
         keep = dropout_mask(shape, self.p, self._keys, x.device)
         if self.images:
@@ -48,6 +51,21 @@ class _Masked(torch.autograd.Function):
         ctx.save_for_backward(keep)
         ctx.scale = scale
         return masked(x, keep, scale)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Array, None, None]:
+        return masked(cotangent, ctx.saved_tensors[0], ctx.scale), None, None
+
+
+class _Fused(torch.autograd.Function):
+    """Dropout on CUDA, the mask drawn in the kernel that applies it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, keys: Array, p: float) -> Array:
+        out, keep = _kernels().dropout(x.contiguous(), keys, dropout_threshold(p), 1 / (1 - p))
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return out
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array, None, None]:

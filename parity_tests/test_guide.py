@@ -208,7 +208,7 @@ def commands() -> list[tuple[str, str]]:
     """Every `icenet ...` of the pages: the lines of the shell blocks, and what stands in backquotes."""
     found = []
     for page in PAGES:
-        lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+        lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
         prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         lines += [" ".join(code.split()) for code in re.findall(r"`(icenet [^`]+)`", prose)]
         for line in lines:
@@ -229,7 +229,7 @@ def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
     """It has options that exist; the presets and keys that it names are there."""
     words = shlex.split(line.split(" > ")[0])
     assert words[0] in cli.commands, line
-    needs = {"generate": 1, "convert": 4, "parity": 1, "predict": 2}.get(words[0], 0)
+    needs = {"generate": 1, "convert": 4, "parity": 1, "predict": 2, "prepare": 1}.get(words[0], 0)
     if len(words) == 1 and needs:
         return  # a command that is only named
     above = click.Context(cli, info_name="icenet", **cli.context_settings)
@@ -255,6 +255,9 @@ def test_the_configurations_of_the_pages(page: str, here: Path) -> None:
         for section in ("data", "training", "generation", "model"):
             for key, value in values.get(section, {}).items():
                 found = getattr(getattr(config, section), key)
+                if key == "parameter_groups":
+                    assert [given.parameters for given in found] == [group["parameters"] for group in value]
+                    continue
                 assert found == (float(value) if isinstance(found, float) else value)  # PyYAML reads 5e-3 as a text
 
 
