@@ -92,6 +92,7 @@ class BareLoop:
 
     def _loss(self, inputs: mx.array, labels: mx.array, options: dict[str, mx.array]) -> mx.array:
         logits = self.model(inputs, **options)
+        logits = logits.astype(mx.float32) if ops.is_half(logits) else logits
         if not options:
             return nn.losses.cross_entropy(logits, labels, reduction="mean")
         counted = labels >= 0  # of rows that are filled up

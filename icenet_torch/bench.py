@@ -92,6 +92,7 @@ class BareLoop:
             masks = ["attention_mask"] if "attention_mask" in batch else []
             options = {name: torch.from_numpy(batch[name]).to(device) for name in masks}
             logits = self._call(inputs, **options)
+            logits = logits.float() if ops.is_half(logits) else logits  # as torch.autocast does
             loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,8 @@ def start_icenet(arguments: Sequence[str | Path], folder: Path, **more: str) -> 
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        # where the tests run in the background of a script, Ctrl-C is ignored, and processes inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
 

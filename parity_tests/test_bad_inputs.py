@@ -392,7 +392,10 @@ def test_ctrl_c_before_there_is_anything_to_save(place: Path, tmp_path: Path) ->
                                 "training.max_steps=1000000", "--quiet"], place)  # fmt: skip
         time.sleep(wait)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode in (1, -signal.SIGINT)
         if process.returncode == 1:
             assert re.fullmatch(r"\n?icenet: stopped by Ctrl-C.*\n", err), err
