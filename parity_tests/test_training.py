@@ -22,6 +22,7 @@ from icenet.core.best import Best
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.metrics import MetricsLog
 from icenet.core.schedule import ema_weight
 from icenet.core.trainer import Trainer
 from icenet.parity.yardstick import judge
@@ -402,3 +403,21 @@ def test_background_work() -> None:
         raise ValueError("first")
     with pytest.raises(CheckpointError, match="late"), Background() as background:
         background.start(fails)
+
+
+@both
+def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes a tenth of a second and is logged as that, those before an evaluation or checkpoint too."""
+    config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=3")
+    started = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True)
+    step_of = started.engine.train_step
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return step_of(*arguments)
+
+    started.engine.train_step = slow  # type: ignore[method-assign]
+    started.fit()
+    records = [r for r in MetricsLog.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    seconds = [4 * 32 / record["tokens_per_second"] for record in records]
+    assert len(seconds) == 8 and all(s >= 0.1 for s in seconds) and np.median(seconds) < 0.16

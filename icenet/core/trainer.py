@@ -92,7 +92,7 @@ class Trainer:
         self._last_validation: float | None = None
         self._last_accuracy: float | None = None
         self._stop: str | None = None
-        self._clock = time.perf_counter()
+        self._began = self._seconds = 0.0
         self._watch = processes.Watch(self.world, run)
 
     # ---- beginnings --------------------------------------------------------------------------------------
@@ -268,8 +268,8 @@ class Trainer:
         training = self.config.training
         lagged = training.mixed_precision != "fp16" and training.on_nan == "stop"
         pending: tuple[int, float, Any] | None = None
-        self._clock = time.perf_counter()
         while self.step < last:
+            self._began, self._seconds = time.perf_counter(), 0.0
             self._watch.beat()
             self._background.check()
             step, rate = self.step, learning_rate(self.step, training)
@@ -290,8 +290,6 @@ class Trainer:
                 over = self.best.is_time(training.early_stopping) and done < last
             if saves or over:
                 self.save(wait=over or done == last)
-            if evaluates or saves:
-                self._clock = time.perf_counter()
             if over:
                 progress.note(
                     f"step {done}: stopped early: {self.best.waited} evaluations without a lower validation loss "
@@ -311,8 +309,10 @@ class Trainer:
     def _record(self, pending: tuple[int, float, Any], log: MetricsLog, progress: Progress) -> None:
         step, rate, handle = pending
         result = self.engine.read(handle)
-        before, self._clock = self._clock, time.perf_counter()
-        elapsed = self._clock - before  # from one result to the next: several steps may be under way
+        # a turn of the loop is a step's time, whether the device works while the host goes on or not; where two steps
+        # are read in one turn, it is that of each, or what the second was waited for
+        now = time.perf_counter()
+        self._seconds, self._began = max(now - self._began, self._seconds), now
         done = step + 1
         self._stop = self._stop or result.stop
         self._check(done, result)
@@ -323,7 +323,7 @@ class Trainer:
             self._last_loss = result.loss
         if not self.leads:
             return
-        speed = self.config.training.batch_size * self.dataset.items_per_row / max(elapsed, 1e-9)
+        speed = self.config.training.batch_size * self.dataset.items_per_row / max(self._seconds, 1e-9)
         log.append(
             {
                 "step": done,
