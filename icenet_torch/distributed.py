@@ -215,7 +215,8 @@ class Shards:
         mesh = init_device_mesh(world.device.type, (world.size,))
         units = _units(model)
         for unit in reversed(units):
-            fully_shard(unit, mesh=mesh)
+            # else the outermost unit keeps what an evaluation put together, averaged weights maybe, for the next step
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
             if not hasattr(unit, "set_force_sum_reduction_for_comms"):
                 raise BackendError("training.sharded needs PyTorch 2.8 or later: pip install -U torch")
             unit.set_gradient_divide_factor(1.0)  # a sum, not a mean

@@ -433,7 +433,10 @@ def test_numbers_of_processes_change(tmp_path: Path, backend: str, sharded: bool
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
 def test_sharded_and_whole_are_one(tmp_path: Path, backend: str, optimizer: str) -> None:
-    """With recomputation, both kinds of clipping, and tied embeddings, which two places of the model read."""
+    """With recomputation, both kinds of clipping, and tied embeddings, which two places of the model read.
+
+    Evaluations of the averages come without a checkpoint, which would put things right after them.
+    """
     config = shared(
         tmp_path,
         f"training.optimizer={optimizer}",
@@ -441,6 +444,8 @@ def test_sharded_and_whole_are_one(tmp_path: Path, backend: str, optimizer: str)
         "training.max_grad_value=0.05",
         "training.gradient_checkpointing=true",
         "training.ema_decay=0.9",
+        "training.eval_every=6",
+        "training.checkpoint_every=100",
         "model.tie_embeddings=true",
     )
     train(tmp_path, config, tmp_path / "whole", backend, until=40)

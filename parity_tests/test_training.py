@@ -21,7 +21,7 @@ from icenet.core.background import Background
 from icenet.core.best import Best
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
-from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.metrics import MetricsLog
 from icenet.core.schedule import ema_weight
 from icenet.core.trainer import Trainer
@@ -231,7 +231,11 @@ def test_the_best_evaluation() -> None:
     assert (best.step, best.validation_loss, best.waited) == (2, 2.0, 3)
     assert best.is_time(3) and not best.is_time(4) and not best.is_time(None)
     assert not best.take(2, 1.0)  # evaluated again at a resumed step
-    for stored in (None, 3, {}, {"step": "x"}, {"step": 1, "validation_loss": "y"}):
+    first = Best()
+    assert not first.take(1, math.nan) and first.take(2, 1.0) and not first.take(3, math.nan) and first.waited == 1
+    for loss in ("y", math.nan, None):
+        assert Best.read({"step": 1, "validation_loss": loss}) == Best()
+    for stored in (None, 3, {}, {"step": "x"}):
         assert Best.read(stored) == Best()
 
 
@@ -421,3 +425,65 @@ def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pyt
     records = [r for r in MetricsLog.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     seconds = [4 * 32 / record["tokens_per_second"] for record in records]
     assert len(seconds) == 8 and all(s >= 0.1 for s in seconds) and np.median(seconds) < 0.16
+
+
+# ---- a trainer that goes on after an error ----------------------------------------------------------------
+
+
+@both
+def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook: no step is taken twice, a checkpoint that failed is made good, a stop stops once."""
+    config, run = tiny(tmp_path, "training.max_steps=12"), tmp_path / "run"
+    started = Trainer.start(config, run, backend=backend, quiet=True)
+    taken: list[int] = []
+    step_of, record = started.engine.train_step, started._record
+
+    def train_step(batch: Any, step: int, *rest: Any) -> Any:
+        taken.append(step)
+        return step_of(batch, step, *rest)
+
+    def failing(pending: Any, *rest: Any) -> None:
+        if pending[0] == 1 and len(taken) == 3:
+            raise IceNetError("no room for the metrics")
+        record(pending, *rest)
+
+    started.engine.train_step = train_step  # type: ignore[method-assign]
+    started._record = failing  # type: ignore[method-assign]
+    with pytest.raises(IceNetError, match="no room"):
+        started.fit()
+    save = checkpoint.save
+
+    def full(*arguments: Any) -> Path:
+        raise CheckpointError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(checkpoint, "save", full)
+        started.fit(4)
+    result = started.fit(4)
+    assert result.checkpoint.is_dir() and taken == [0, 1, 2, 3]
+    monkeypatch.setattr(checkpoint, "save", save)
+    started._stop = "SIGTERM"  # left by a stop before
+    assert started.fit().step == 12 and taken == list(range(12))
+    assert started.save().is_dir()
+
+
+def test_a_run_that_went_on_elsewhere_is_seen_each_time(tmp_path: Path) -> None:
+    config, run = tiny(tmp_path), tmp_path / "run"
+    first = Trainer.start(config, run, backend="torch", quiet=True)
+    first.fit(5)
+    Trainer.resume(run, quiet=True).fit()
+    before = losses(run)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="another process went on with this run"):
+            first.fit()
+    assert losses(run) == before and len(checkpoint.list_checkpoints(run)) == 4
+
+
+def test_a_run_killed_at_birth_takes_no_other_runs_folder(tmp_path: Path) -> None:
+    config, good, dead = tiny(tmp_path), tmp_path / "good", tmp_path / "dead"
+    Trainer.start(config, good, backend="torch", quiet=True).fit(5)
+    dead.mkdir()
+    (dead / "config.yaml").write_text(config.to_yaml())
+    (dead / ".lock").touch()
+    with pytest.raises(UsageError, match="good: holds a run already"):
+        Trainer.resume(dead, run=good, quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Best:
         """Takes in an evaluation; says whether it is the best."""
         if step == self.step:  # evaluated again, by a run that was resumed here
             return False
-        if self.validation_loss is None or validation_loss < self.validation_loss:
+        best = math.inf if self.validation_loss is None else self.validation_loss
+        if validation_loss < best:  # one that is no number is none
             self.step, self.validation_loss, self.waited = step, validation_loss, 0
             return True
         self.waited += 1
@@ -41,7 +43,9 @@ class Best:
         if not isinstance(stored, Mapping) or not isinstance(stored.get("step"), int):
             return cls()
         loss, waited = stored.get("validation_loss"), stored.get("waited", 0)
-        return cls(stored["step"], float(loss), int(waited)) if isinstance(loss, (int, float)) else cls()
+        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            return cls()
+        return cls(stored["step"], float(loss), int(waited))
 
 
 def link(run: Path, checkpoint: Path) -> None:

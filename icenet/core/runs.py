@@ -69,6 +69,8 @@ def continuation(
         CheckpointError: there is no good checkpoint.
     """
     if killed_at_birth(path):
+        if run is not None and run.resolve() != path.resolve() and holds_a_run(run):
+            raise UsageError(f"{run}: holds a run already; choose another --run for the continuation")
         config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
         notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
         return Continuation(config, run or path, None, notes=notes)

@@ -11,7 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def stopping(ask: Callable[[str], None]) -> Iterator[None]:
-    """While it is open, `ask` hears the name of the first Ctrl-C or SIGTERM; a second ends the process at once."""
+    """While it is open, `ask` hears the name of the first Ctrl-C or SIGTERM; a second ends the run at once.
+
+    A checkpoint that is being written is waited for all the same.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -203,6 +203,7 @@ class Trainer:
             IceNetError: the loss is not a number, or a checkpoint could not be written.
         """
         training = self.config.training
+        self._stop = self.world.stop = None
         last = min(training.max_steps, until or training.max_steps)
         items = training.batch_size * self.dataset.items_per_row
         board = None
@@ -224,9 +225,11 @@ class Trainer:
         lock = locked(self.run) if self.leads else contextlib.nullcontext()
         others = processes.explaining(self.world, self.run)
         with lock, log, stopping(self._ask_to_stop), progress, self._watch, others:
+            settled = False
             try:
                 with Background() as self._background:
                     self._settle(log)
+                    settled = True
                     if board is not None:
                         board.begin(self.step, MetricsLog.read(log.path) if log.path.exists() else ())
                     for note in self.notes if self.leads else ():
@@ -234,7 +237,9 @@ class Trainer:
                     self.notes.clear()
                     over = self._run(last, log, progress)
             finally:
-                self._present = checkpoints.list_checkpoints(self.run)
+                self._background = Background()  # for a `save` between two calls of `fit`
+                if settled:  # else what another process did must be seen the next time too
+                    self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
         plot = None
         if self.leads:
@@ -275,10 +280,10 @@ class Trainer:
             step, rate = self.step, learning_rate(self.step, training)
             batch = self.dataset.train_batch(step, training.batch_size)
             handle = self.engine.train_step(batch, step, rate, self.scale.scale)
+            self.step = done = step + 1  # at once: whatever goes wrong from here on, the step is taken
             if pending is not None:  # the device works on this step while the host looks at the last one
                 self._record(pending, log, progress)
             pending = (step, rate, handle)
-            self.step = done = step + 1
             evaluates = training.eval_every is not None and (done % training.eval_every == 0 or done == last)
             saves = done % training.checkpoint_every == 0 or done == last or self._stop is not None
             if evaluates or saves or not lagged:
@@ -304,6 +309,7 @@ class Trainer:
                     f"stopped by {self._stop} after step {done}; "
                     f"everything is saved: icenet train --resume {self.run}"
                 )
+        self.save(wait=True)  # where the last one could not be written before
         return False
 
     def _record(self, pending: tuple[int, float, Any], log: MetricsLog, progress: Progress) -> None:
@@ -398,6 +404,7 @@ class Trainer:
         if self._saved_step != self.step or not there:
             self._saved_step = self.step
             if self.leads:
+                self._background.wait()  # before the copy is made: two would be in memory
                 self._background.start(partial(self._write, *self._snapshot()))
             elif self.config.training.sharded:
                 self._snapshot()  # the first process puts the parts of all together
