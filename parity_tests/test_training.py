@@ -255,7 +255,9 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) ->
     assert same_bits(checkpoint.find(run / "best").weights, best.weights)
     content = json.loads((result.checkpoint / "state.json").read_text())
     assert content["best"] == {"step": 6, "validation_loss": 3.5, "waited": 3}
-    resumed = Trainer.resume(run, quiet=True)  # a person wants more of it all the same
+    with pytest.raises(UsageError, match=r"stopped early at step 12; to go on: --set training\.early_stopping=null"):
+        Trainer.resume(run, quiet=True)
+    resumed = Trainer.resume(run, overrides=["training.early_stopping=20"], quiet=True)
     assert resumed.best == result.best
     assert not evaluated(resumed, [3.0] + [2.0] * 9).fit().stopped_early
     assert (run / "best").resolve().name == "step-00000016"
@@ -487,3 +489,36 @@ def test_a_run_killed_at_birth_takes_no_other_runs_folder(tmp_path: Path) -> Non
     (dead / ".lock").touch()
     with pytest.raises(UsageError, match="good: holds a run already"):
         Trainer.resume(dead, run=good, quiet=True)
+
+
+def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> None:
+    config, run = tiny(tmp_path, "training.keep_best=true"), tmp_path / "run"
+    Trainer.start(config, run, backend="torch", quiet=True).fit()
+    icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
+    for folder in (run / "best", run / "checkpoints" / "step-00000005", tmp_path / "saved"):
+        with pytest.raises(UsageError, match="holds a run already"):
+            Trainer.start(config, folder, backend="torch", quiet=True)
+    with pytest.raises(UsageError, match="holds a run already"):
+        Trainer.resume(run, run=run / "best", overrides=["training.max_steps=30"], quiet=True)
+
+
+def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.keep_best=true", "training.keep_checkpoints=1", "training.eval_batches=1",
+                  "training.eval_every=5")  # fmt: skip
+    run = tmp_path / "run"
+    evaluated(Trainer.start(config, run, backend="torch", quiet=True), [2.0, 3.0]).fit(10)
+    (run / "best").unlink()  # as a copy without links
+    resumed = Trainer.resume(run, quiet=True)
+    assert resumed.best.step == 5
+    evaluated(resumed, [4.0]).fit(15)
+    assert (run / "best").resolve().name == "step-00000005"
+    branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
+    assert branch.best == Best()  # the best is not in the branch's folder
+    evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
+    assert not (run / "best").is_symlink()  # its checkpoint went with the old ones
+
+
+def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
+    result = evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [math.nan] * 9).fit()
+    assert result.stopped_early and result.step == 4 and result.best.step is None

@@ -48,6 +48,13 @@ class Best:
         return cls(stored["step"], float(loss), int(waited))
 
 
+def tidy(run: Path) -> None:
+    """Removes RUN/best where it leads to a checkpoint that is gone."""
+    with contextlib.suppress(OSError):
+        if (run / LINK).is_symlink() and not (run / LINK).exists():
+            (run / LINK).unlink()
+
+
 def link(run: Path, checkpoint: Path) -> None:
     """Lets RUN/best lead to a checkpoint; where links cannot be made there is none."""
     temporary = run / f".{LINK}.{os.getpid()}"

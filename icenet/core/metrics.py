@@ -98,6 +98,15 @@ class MetricsLog:
             return []
         return [_numbers(record)] if isinstance(record, dict) else []
 
+    @classmethod
+    def copy(cls, origin: Path, target: Path, step: int) -> None:
+        """Appends the records of another file up to a step, where there is one."""
+        if origin.is_file():
+            with cls(target) as log:
+                for record in cls.read(origin):
+                    if record.get("step", 0) <= step:
+                        log.append(record)
+
     def close(self) -> None:
         """Closes the file; the next `append` opens it again."""
         if self._file is not None:

@@ -62,7 +62,7 @@ class RunState:
         used = self.backends if len(self.backends) < 4 else [self.backends[0], "…", self.backends[-1]]
         return {
             "run": self.name,
-            "model": f"{Path(self.model or '').name} {short_number(self.num_params) if self.num_params else ''}",
+            "model": f"{Path(str(self.model or '')).name} {short_number(self.num_params) if self.num_params else ''}",
             "backend": " → ".join(used),
             "step": f"{self.step:,}/{self.max_steps:,}" if self.max_steps else f"{self.step:,}",
             "loss": _loss(self.loss),
@@ -246,7 +246,7 @@ def _progress(metrics: Path) -> tuple[int, float | None, tuple[float, int] | Non
     best = [
         (record["validation_loss"], record["step"])
         for record in evaluations
-        if isinstance(record["validation_loss"], (int, float)) and math.isfinite(record["validation_loss"])
+        if isinstance(record.get("validation_loss"), (int, float)) and math.isfinite(record["validation_loss"])
     ]
     backends = [name.decode() for name, _ in itertools.groupby(_BACKEND.findall(content))]
     loss = last.get("loss")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from icenet.core.best import Best
 from icenet.core.checkpoint import Checkpoint, find, list_checkpoints
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
@@ -39,8 +40,10 @@ def killed_at_birth(path: Path) -> bool:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a run has left something in this folder."""
-    return bool(list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+    """Whether a run has left something in this folder, or it is a checkpoint or a saved model itself."""
+    run = bool(list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+    weights = (folder / "manifest.json").is_file() or any(folder.glob("model*.safetensors*"))
+    return run or weights or folder.resolve().parent.name == "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,12 @@ def continuation(
     if found.step >= config.training.max_steps:
         raise UsageError(
             f"{path}: the run is complete at step {found.step}; to go on: --set training.max_steps={2 * found.step}"
+        )
+    best = Best.read(found.state.get("best"))
+    if not branch and best.is_time(config.training.early_stopping):
+        raise UsageError(
+            f"{path}: the run stopped early at step {found.step}; to go on: --set training.early_stopping=null, "
+            f"or more than {best.waited}"
         )
     return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
 

@@ -25,7 +25,7 @@ from icenet.core import backend as backends
 from icenet.core import checkpoint as checkpoints
 from icenet.core import custom, plots, processes, staging, tensorboard
 from icenet.core.background import Background
-from icenet.core.best import Best, link
+from icenet.core.best import Best, link, tidy
 from icenet.core.config import Config
 from icenet.core.data import dataset_for
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
@@ -150,7 +150,10 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes = plan.notes
-        trainer.best = Best.read(found.state.get("best"))
+        best = Best.read(found.state.get("best"))
+        kept = (plan.run / "checkpoints" / f"step-{best.step or 0:08d}").is_dir()
+        if plan.branched_from is None and (kept or not config.training.keep_best):
+            trainer.best = best  # else its checkpoint is not here: the best is that of the evaluations to come
         trainer._branched_from = plan.branched_from
         if plan.branched_from is not None:
             trainer._saved_step = -1  # in the new folder nothing is saved yet
@@ -174,7 +177,7 @@ class Trainer:
         if self._branched_from is not None:
             self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
             if self.leads:
-                self._copy_metrics(self._branched_from)
+                MetricsLog.copy(self._branched_from / "metrics.jsonl", self.run / "metrics.jsonl", self.step)
             self._branched_from = None
         if not self.leads:
             return
@@ -182,16 +185,12 @@ class Trainer:
             self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
         for name, content in self.dataset.files.items():
             staging.write_bytes(self.run / name, content)
+        best = self.run / "checkpoints" / f"step-{self.best.step or 0:08d}"
+        if self.config.training.keep_best and best.is_dir():
+            link(self.run, best)
         text = checkpoints.carried(self.config, self.dataset.files).to_yaml()
         staging.write_text(self.run / "config.yaml", text)
         log.truncate_after(self.step)
-
-    def _copy_metrics(self, origin: Path) -> None:
-        if (origin / "metrics.jsonl").is_file():
-            with MetricsLog(self.run / "metrics.jsonl") as log:
-                for record in MetricsLog.read(origin / "metrics.jsonl"):
-                    if record.get("step", 0) <= self.step:
-                        log.append(record)
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
@@ -296,10 +295,10 @@ class Trainer:
             if saves or over:
                 self.save(wait=over or done == last)
             if over:
-                progress.note(
-                    f"step {done}: stopped early: {self.best.waited} evaluations without a lower validation loss "
-                    f"than {self.best.validation_loss:.4f} at step {self.best.step}"
-                )
+                best = self.best.validation_loss
+                than = f" than {best:.4f} at step {self.best.step}" if best is not None else ", none of them a number"
+                waited = f"{self.best.waited} evaluations without a lower validation loss{than}"
+                progress.note(f"step {done}: stopped early: {waited}")
                 return True
             if self._stop is not None and done < training.max_steps:
                 if pending is not None:
@@ -443,3 +442,4 @@ class Trainer:
         path = checkpoints.save(self.run, config, step, weights, optimizer, state, keep, best, self.dataset.files)
         if step == best:
             link(self.run, path)
+        tidy(self.run)
