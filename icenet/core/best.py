@@ -37,6 +37,12 @@ class Best:
         """Whether so many evaluations brought nothing that the run should stop."""
         return patience is not None and self.waited >= patience
 
+    @property
+    def in_words(self) -> str:
+        """Why it is time to stop."""
+        than = f" than {self.validation_loss:.4f} at step {self.step}" if self.step is not None else ", none a number"
+        return f"{self.waited} evaluations without a lower validation loss{than}"
+
     @classmethod
     def read(cls, stored: Any) -> Best:
         """What a checkpoint's state holds; anew where it holds none."""
@@ -56,7 +62,9 @@ def tidy(run: Path) -> None:
 
 
 def link(run: Path, checkpoint: Path) -> None:
-    """Lets RUN/best lead to a checkpoint; where links cannot be made there is none."""
+    """Lets RUN/best lead to a checkpoint that is there; where links cannot be made there is none."""
+    if not checkpoint.is_dir():
+        return
     temporary = run / f".{LINK}.{os.getpid()}"
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)

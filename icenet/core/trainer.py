@@ -185,9 +185,8 @@ class Trainer:
             self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
         for name, content in self.dataset.files.items():
             staging.write_bytes(self.run / name, content)
-        best = self.run / "checkpoints" / f"step-{self.best.step or 0:08d}"
-        if self.config.training.keep_best and best.is_dir():
-            link(self.run, best)
+        if self.config.training.keep_best and self.best.step is not None:
+            link(self.run, self.run / "checkpoints" / f"step-{self.best.step:08d}")
         text = checkpoints.carried(self.config, self.dataset.files).to_yaml()
         staging.write_text(self.run / "config.yaml", text)
         log.truncate_after(self.step)
@@ -295,10 +294,7 @@ class Trainer:
             if saves or over:
                 self.save(wait=over or done == last)
             if over:
-                best = self.best.validation_loss
-                than = f" than {best:.4f} at step {self.best.step}" if best is not None else ", none of them a number"
-                waited = f"{self.best.waited} evaluations without a lower validation loss{than}"
-                progress.note(f"step {done}: stopped early: {waited}")
+                progress.note(f"step {done}: stopped early: {self.best.in_words}")
                 return True
             if self._stop is not None and done < training.max_steps:
                 if pending is not None:
