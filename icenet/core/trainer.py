@@ -187,8 +187,7 @@ class Trainer:
             staging.write_bytes(self.run / name, content)
         if self.config.training.keep_best and self.best.step is not None:
             link(self.run, self.run / "checkpoints" / f"step-{self.best.step:08d}")
-        text = checkpoints.carried(self.config, self.dataset.files).to_yaml()
-        staging.write_text(self.run / "config.yaml", text)
+        staging.write_text(self.run / "config.yaml", checkpoints.carried(self.config, self.dataset.files).to_yaml())
         log.truncate_after(self.step)
 
     # ---- the loop ----------------------------------------------------------------------------------------
