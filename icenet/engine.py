@@ -221,12 +221,10 @@ class Engine:
         set_state_arrays(self.optimizer, {name: mx.array(array) for name, array in slots.items()})
         if self.average is not None:
             # a run that has kept no average yet begins with the weights it has
-            arrays = layout.tree_to_mlx(averages or self.world.parts(self._trainable()), self.model.layer_kinds())
-            self.average.assign({path: mx.array(array) for path, array in arrays.items()})
+            arrays = layout.tree_to_mlx(averages, self.model.layer_kinds())
+            current = dict(tree_flatten(self.model.trainable_parameters()))
+            self.average.assign({path: mx.array(array) for path, array in arrays.items()} or current)
         mx.eval(self.optimizer.state)
-
-    def _trainable(self) -> dict[str, np.ndarray]:
-        return {path: array for path, array in self.weights().items() if path in self.model.trainable_paths()}
 
     def _canonical(self, arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
         return layout.tree_to_torch({path: np.array(a) for path, a in arrays.items()}, self.model.layer_kinds())

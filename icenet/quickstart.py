@@ -14,6 +14,7 @@ import numpy as np
 
 from icenet.core import backend as backends
 from icenet.core import plots, staging
+from icenet.core.checkpoint import path_of
 from icenet.core.config import Config
 from icenet.core.errors import BackendError, UsageError
 from icenet.core.report import MetricsLog
@@ -65,7 +66,7 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
 
     # the half-way checkpoint stays: the run in MLX ends by adding to it
     Trainer.start(config, out / "mlx", backend="mlx", quiet=quiet).fit(until=half)
-    checkpoint = out / "mlx" / "checkpoints" / f"step-{half:08d}"
+    checkpoint = path_of(out / "mlx", half)
     Trainer.resume(checkpoint, run=out / "torch", backend="torch", quiet=quiet).fit()
     with tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH) as scratch:  # the yardstick: that half in float64
         reference = Path(scratch) / "torch float64"

@@ -13,6 +13,8 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.core import rng
+
 Array: TypeAlias = mx.array
 
 
@@ -51,17 +53,12 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None) -> Array:
     n = math.prod(shape) // keys.shape[0]
     draw = mx.vmap(lambda key: mx.random.split(key, (n + 1) // 2))  # the public way to MLX's random bits
     words = draw(keys).reshape(keys.shape[0], -1)[:, :n]
-    return (words >= mx.array(dropout_threshold(p), mx.uint32)).reshape(shape)
+    return (words >= mx.array(rng.dropout_threshold(p), mx.uint32)).reshape(shape)
 
 
 def keys_for_rows(keys: Array, shape: tuple[int, ...]) -> Array:
     """The keys for an array of `shape`: those of its rows; the first alone where its first axis holds no rows."""
     return keys if shape[0] % keys.shape[0] == 0 else keys[:1]
-
-
-def dropout_threshold(p: float) -> int:
-    """The least 32-bit word that keeps a value."""
-    return min(round(p * 2**32), 2**32 - 1)
 
 
 def random_uniform(keys: Array, n: int) -> Array:

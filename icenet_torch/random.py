@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from icenet.core import rng
+
 Array: TypeAlias = Tensor
 
 
@@ -57,19 +59,15 @@ class _Masked(torch.autograd.Function):
         return masked(cotangent, ctx.saved_tensors[0], ctx.scale), None, None
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(_Masked):
     """Dropout on CUDA, the mask drawn in the kernel that applies it."""
 
     @staticmethod
     def forward(ctx: Any, x: Array, keys: Array, p: float) -> Array:
-        out, keep = _kernels().dropout(x.contiguous(), keys, dropout_threshold(p), 1 / (1 - p))
-        ctx.save_for_backward(keep)
         ctx.scale = 1 / (1 - p)
+        out, keep = _kernels().dropout(x.contiguous(), keys, rng.dropout_threshold(p), ctx.scale)
+        ctx.save_for_backward(keep)
         return out
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Array) -> tuple[Array, None, None]:
-        return masked(cotangent, ctx.saved_tensors[0], ctx.scale), None, None
 
 
 def masked(x: Array, keep: Array, scale: float) -> Array:
@@ -94,10 +92,10 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: t
     n = math.prod(shape) // rows
     half = (n + 1) // 2
     if device.type == "cuda" and not torch.compiler.is_compiling() and (kernels := _kernels()) is not None:
-        return kernels.dropout_mask(keys, n, dropout_threshold(p)).reshape(shape)
+        return kernels.dropout_mask(keys, n, rng.dropout_threshold(p)).reshape(shape)
     out = torch.empty((rows, 2, half), dtype=torch.bool, device=device)
     # bit patterns are signed here: flipping the top bit of both sides keeps the unsigned order
-    top, threshold = signed(0x80000000), signed(dropout_threshold(p) ^ 0x80000000)
+    top, threshold = signed(0x80000000), signed(rng.dropout_threshold(p) ^ 0x80000000)
     in_pieces = device.type == "cpu" and not torch.compiler.is_compiling()
     # On a CPU the hundred passes of the hash stay in the cache when they work in place on short pieces. PyTorch cuts
     # more than 2^15 values up for its threads: faster on an idle machine, and many times slower on a busy one, where
@@ -131,11 +129,6 @@ def _kernels() -> Any:
 def keys_for_rows(keys: Array, shape: tuple[int, ...]) -> Array:
     """The keys for an array of `shape`: those of its rows; the first alone where its first axis holds no rows."""
     return keys if shape[0] % keys.shape[0] == 0 else keys[:1]
-
-
-def dropout_threshold(p: float) -> int:
-    """The least 32-bit word that keeps a value."""
-    return min(round(p * 2**32), 2**32 - 1)
 
 
 def signed(word: int) -> int:

@@ -16,10 +16,10 @@ import pytest
 from helpers import BACKENDS, losses, same_bits, tiny
 
 from icenet.core import backend as backends
-from icenet.core import checkpoint, describe, rng, trainer
+from icenet.core import checkpoint, describe, processes, rng, trainer
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, ConfigError
-from icenet.core.groups import Group, assign, check_pieces, gather
+from icenet.core.groups import Group, assign, gather
 from icenet.core.schedule import learning_rate
 from icenet.core.trainer import Trainer
 from icenet.core.training import ParameterGroup, TrainingConfig
@@ -372,14 +372,15 @@ def test_a_pattern_that_fits_nothing(tmp_path: Path, backend: str, pattern: str,
 def test_pieces_of_parameters(optimizer: str) -> None:
     """What fits each value by itself fits a piece as it would the whole: by the formulas, so it is of four."""
     p, g = (rng.normal(rng.key(4, name), (6, 5)).astype(np.float64) for name in ("p", "g"))
-    formula, training = FORMULAS[optimizer], TrainingConfig(optimizer=optimizer)  # type: ignore[arg-type]
+    formula, training = FORMULAS[optimizer], TrainingConfig(optimizer=optimizer, sharded=True)  # type: ignore[arg-type]
     whole = formula(p, g, {}, 1, 1e-2, 0.1, training)
     pieces = [formula(part, slope, {}, 1, 1e-2, 0.1, training) for part, slope in ((p[:3], g[:3]), (p[3:], g[3:]))]
     if np.array_equal(np.concatenate(pieces), whole):
-        check_pieces(training)
+        processes.check(training, 2)
     else:
-        with pytest.raises(ConfigError, match=f"optimizer {optimizer} needs whole parameters, and training.sharded"):
-            check_pieces(training)
+        told = rf"^training\.sharded needs .*: {optimizer} needs whole parameters; set another, or training\.sharded"
+        with pytest.raises(ConfigError, match=told):
+            processes.check(training, 2)
 
 
 @both

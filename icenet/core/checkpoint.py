@@ -69,8 +69,8 @@ def save(
     Raises:
         CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
     """
-    parent = run / _FOLDER
-    target = parent / f"step-{step:08d}"
+    target = path_of(run, step)
+    parent = target.parent
     partial = parent / f".{target.name}.partial"
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def save(
         rest = f"{older.name} is untouched; make room and resume" if older else "make room and start again"
         raise CheckpointError(f"{target}: the checkpoint was not written: {why}; {rest}") from None
     if keep is not None:
-        kept = {*list_checkpoints(run)[-keep:], parent / f"step-{protect or 0:08d}"}
+        kept = {*list_checkpoints(run)[-keep:], path_of(run, protect or 0)}
         for old in set(list_checkpoints(run)) - kept:
             shutil.rmtree(old, ignore_errors=True)
     return target
@@ -126,6 +126,11 @@ def _write(path: Path, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would."""
+    return run / _FOLDER / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path, after: int = -1) -> list[Path]:

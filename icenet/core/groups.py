@@ -116,19 +116,6 @@ def muon_factor(shape: Sequence[int]) -> float:
     return 0.2 * float(max(shape)) ** 0.5
 
 
-def check_pieces(training: TrainingConfig) -> None:
-    """Refuses an optimizer that needs whole parameters, where each process has a piece of every one.
-
-    Raises:
-        ConfigError: Adafactor's means and Muon's singular values are those of a whole matrix.
-    """
-    if training.optimizer in ("adafactor", "muon"):
-        raise ConfigError(
-            f"training.optimizer {training.optimizer} needs whole parameters, and training.sharded cuts them; "
-            "take adamw, adam, lion or sgd, or sharded: false"
-        )
-
-
 def check_slots(wanted: Mapping[str, Shape], found: Mapping[str, Shape], optimizer: str) -> None:
     """Compares a checkpoint's optimizer state, shapes by `PATH.SLOT`, with what the optimizer keeps.
 

@@ -70,6 +70,11 @@ def key(seed: int, stream: str, *words: int | str) -> Words:
     return result
 
 
+def dropout_threshold(p: float) -> int:
+    """The least 32-bit word that keeps a value, where each is left out with probability p."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
 def native_seed(seed: int, step: int, rank: int = 0) -> int:
     """What a framework's own generator is seeded with before a step, below 2^63; each process has rows of its own."""
     high, low = (int(word) for word in key(seed, f"native {rank}" if rank else "native", step))

@@ -72,8 +72,8 @@ def continuation(
         CheckpointError: there is no good checkpoint.
     """
     if killed_at_birth(path):
-        if run is not None and run.resolve() != path.resolve() and holds_a_run(run):
-            raise UsageError(f"{run}: holds a run already; choose another --run for the continuation")
+        if run is not None and run.resolve() != path.resolve():
+            _must_be_free(run)
         config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
         notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
         return Continuation(config, run or path, None, notes=notes)
@@ -91,8 +91,8 @@ def continuation(
                 f"{path}: the run went on to {newer[-1]}; resume {target} to continue there, "
                 "or give --run NEW to branch off here"
             )
-    elif holds_a_run(target):
-        raise UsageError(f"{target}: holds a run already; choose another --run for the continuation")
+    else:
+        _must_be_free(target)
     config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
     if found.step >= config.training.max_steps:
         raise UsageError(
@@ -105,6 +105,11 @@ def continuation(
             f"or more than {best.waited}"
         )
     return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
+
+
+def _must_be_free(folder: Path) -> None:
+    if holds_a_run(folder):
+        raise UsageError(f"{folder}: holds a run already; choose another --run for the continuation")
 
 
 @contextlib.contextmanager
@@ -120,16 +125,16 @@ def locked(run: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run") from None
     try:
-        try:
+        for again in (True, False):  # `icenet runs` looks at the lock for an instant
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # `icenet runs` looks at the lock for an instant
+                break
+            except OSError:
+                if not again:
+                    raise CheckpointError(
+                        f"{run}: another process trains this run; wait for it, or choose another --run"
+                    ) from None
                 time.sleep(0.1)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"{run}: another process trains this run; wait for it, or choose another --run"
-            ) from None
         yield
     finally:
         os.close(handle)

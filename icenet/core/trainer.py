@@ -151,7 +151,7 @@ class Trainer:
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes = plan.notes
         best = Best.read(found.state.get("best"))
-        kept = (plan.run / "checkpoints" / f"step-{best.step or 0:08d}").is_dir()
+        kept = checkpoints.path_of(plan.run, best.step or 0).is_dir()
         if plan.branched_from is None and (kept or not config.training.keep_best):
             trainer.best = best  # else its checkpoint is not here: the best is that of the evaluations to come
         trainer._branched_from = plan.branched_from
@@ -186,7 +186,7 @@ class Trainer:
         for name, content in self.dataset.files.items():
             staging.write_bytes(self.run / name, content)
         if self.config.training.keep_best and self.best.step is not None:
-            link(self.run, self.run / "checkpoints" / f"step-{self.best.step:08d}")
+            link(self.run, checkpoints.path_of(self.run, self.best.step))
         staging.write_text(self.run / "config.yaml", checkpoints.carried(self.config, self.dataset.files).to_yaml())
         log.truncate_after(self.step)
 
@@ -237,7 +237,7 @@ class Trainer:
                 self._background = Background()  # for a `save` between two calls of `fit`
                 if settled:  # else what another process did must be seen the next time too
                     self._present = checkpoints.list_checkpoints(self.run)
-        checkpoint = self.run / "checkpoints" / f"step-{self._saved_step:08d}"
+        checkpoint = checkpoints.path_of(self.run, self._saved_step)
         plot = None
         if self.leads:
             plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
@@ -291,7 +291,7 @@ class Trainer:
                 saves |= self._evaluate(log, progress) and training.keep_best
                 over = self.best.is_time(training.early_stopping) and done < last
             if saves or over:
-                self.save(wait=over or done == last)
+                self.save(wait=over)
             if over:
                 progress.note(f"step {done}: stopped early: {self.best.in_words}")
                 return True
@@ -303,7 +303,7 @@ class Trainer:
                     f"stopped by {self._stop} after step {done}; "
                     f"everything is saved: icenet train --resume {self.run}"
                 )
-        self.save(wait=True)  # where the last one could not be written before
+        self.save(wait=True)  # begun in the last turn, or what could not be written before
         return False
 
     def _record(self, pending: tuple[int, float, Any], log: MetricsLog, progress: Progress) -> None:
@@ -393,7 +393,7 @@ class Trainer:
         It is written in the background, from a copy, and what goes wrong then ends the run at its next step; with
         `wait` it is on the disk when this returns.
         """
-        target = self.run / "checkpoints" / f"step-{self.step:08d}"
+        target = checkpoints.path_of(self.run, self.step)
         there = self.world.size > 1 or self._background.busy or target.is_dir()  # several processes cannot all look
         if self._saved_step != self.step or not there:
             self._saved_step = self.step

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from icenet.core import backend as backends
 from icenet.core.config import Config
+from icenet.core.data.workers import processors
 from icenet.core.errors import IceNetError
 from icenet.core.runs import versions
 
@@ -144,5 +145,5 @@ def machine(backend: str, device: str) -> dict[str, Any]:
         "device": device,
         "version": versions().get(backend),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": processors(),
     }
