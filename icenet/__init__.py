@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.core.config import Config
-    from icenet.core.convert import Conversion
+    from icenet.core.generation import streaming
+    from icenet.core.weights.convert import Conversion
 
 try:
     __version__ = metadata.version("icenet")
@@ -40,8 +41,7 @@ def build(config: Config | str | Path, backend: str | None = None, device: str |
     Returns:
         A `BaseModel` of the backend (`icenet.models` or `icenet_torch.models`), in evaluation mode.
     """
-    from icenet.core import custom
-    from icenet.core.config import Config
+    from icenet.core.config import Config, custom
 
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
     custom.trust(config.model.type)
@@ -49,11 +49,11 @@ def build(config: Config | str | Path, backend: str | None = None, device: str |
 
 
 def _model(config: Config, backend: str | None, device: str | None, initialise: bool) -> Any:
-    from icenet.core import backend as backends
-    from icenet.core.data.tokenizer import get_tokenizer
+    from icenet.core import backends
+    from icenet.core.tokenizers import get_tokenizer
 
     name = backends.choose(config, backend)
-    model = backends.module(name, "engine").build_model(config, device or config.device, initialise)
+    model = backends.module(name, "engine.engine").build_model(config, device or config.device, initialise)
     model.eval()
     if config.model.reads in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
@@ -78,9 +78,9 @@ def load(
     `training.ema_decay` kept, in place of the weights. Where the model is code of the user's own, its file is run
     only with `trust_code`.
     """
-    from icenet.core import custom
-    from icenet.core.checkpoint import open_averaged, open_target
+    from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
+    from icenet.core.training.open_model import open_averaged, open_target
 
     opened = open_averaged if averaged else open_target
     config, values = opened(Path(path)) if Path(path).exists() else (None, None)
@@ -95,7 +95,9 @@ def load(
 
 def save(model: Any, path: str | Path) -> Path:
     """Writes a model's canonical weights, its config and its tokenizer's file to a folder; gives the folder."""
-    from icenet.core import staging, weights, yaml_file
+    from icenet.core import files as staging
+    from icenet.core.config import yaml_file
+    from icenet.core.weights import files as weights
 
     folder = Path(path)
     weights.write(folder, model.weights())
@@ -116,8 +118,9 @@ def generate(
     temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, overflow). With `stream`, an iterator
     of pieces of text, for one prompt.
     """
-    from icenet.core import backend, generation
+    from icenet.core import backends as backend
     from icenet.core.errors import UsageError
+    from icenet.core.generation import request as generation
 
     if isinstance(model, (str, Path)):
         model = load(model)
@@ -132,15 +135,15 @@ def generate(
     if stream and len(ids) != 1:
         raise UsageError("generate: stream=True takes one prompt")
     request = generation.request(model, ids, None, 0, options)
-    decoder = backend.module(model.backend, "decoder").Decoder(model, request)
+    decoder = backend.module(model.backend, "generation.decoder").Decoder(model, request)
     if stream:
-        return generation.text_pieces(decoder, request)
-    texts = generation.texts(decoder, request)
+        return streaming.text_pieces(decoder, request)
+    texts = streaming.texts(decoder, request)
     return texts[0] if isinstance(prompt, str) else texts
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
-    """Converts weights between canonical, mlx and torch form; see `icenet.core.convert.convert`."""
-    from icenet.core.convert import convert as run
+    """Converts weights between canonical, mlx and torch form; see `icenet.core.weights.convert.convert`."""
+    from icenet.core.weights.convert import convert as run
 
     return run(source, destination, to, **options)  # type: ignore[arg-type]

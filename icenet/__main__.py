@@ -2,6 +2,6 @@
 
 import sys
 
-from icenet.cli import main
+from icenet.cli.main import main
 
 sys.exit(main())

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from icenet.core.backend import exact_products
+from icenet.core.backends import exact_products
 
 exact_products()  # before any test module imports MLX

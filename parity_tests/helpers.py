@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core import checkpoint
 from icenet.core.config import Config
-from icenet.core.report import MetricsLog
+from icenet.core.report.metrics import MetricsLog
+from icenet.core.training import checkpoint
 
 BACKENDS = ("mlx", "torch")
 

@@ -3,7 +3,7 @@
 The generator is threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
 easy as 1, 2, 3", SC 2011), which is also MLX's own: `bits(key, n)` gives the words that MLX draws for an
 array of n 32-bit values under the same key, so MLX uses its fast kernels and the PyTorch mirror
-(`icenet_torch.random.random_bits`) reproduces them with integer operations.
+(`icenet_torch.nn.random.random_bits`) reproduces them with integer operations.
 
 A key names what a draw is for: `key(seed, "dropout", step, "blocks.0.feed_forward.dropout")`. Nothing has a
 hidden state, so order of evaluation, recomputation and a resume change nothing.

@@ -12,13 +12,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from icenet import nn as ops
-from icenet.core import generation, layout
 from icenet.core.config import ModelConfig
-from icenet.core.model import ModelFacts
-from icenet.decoder import Decoder
-from icenet.random import Dropout, seed_dropouts
-from icenet.state_dict import from_numpy, to_numpy
+from icenet.core.generation import request as generation
+from icenet.core.generation import streaming
+from icenet.core.models.base import ModelFacts
+from icenet.core.weights import layout
+from icenet.generation.decoder import Decoder
+from icenet.nn.arrays import from_numpy, to_numpy
+from icenet.nn.dropout import Dropout, seed_dropouts
+from icenet.nn.kinds import kind_of
 
 
 class BaseModel(ModelFacts, nn.Module):
@@ -84,8 +86,8 @@ class BaseModel(ModelFacts, nn.Module):
         request = generation.request(self, input_ids, attention_mask, pad_token_id, options)
         decoder = Decoder(self, request)
         if stream:
-            return generation.stream(decoder, request)
-        return mx.array(generation.collect(generation.complete(decoder, request), request))
+            return streaming.stream(decoder, request)
+        return mx.array(streaming.collect(streaming.complete(decoder, request), request))
 
     # ---- weights -----------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class BaseModel(ModelFacts, nn.Module):
         return {path for path, _ in tree_flatten(self.trainable_parameters())}
 
     def layer_kinds(self) -> dict[str, str]:
-        return {path: kind for path, module in self.named_modules() if (kind := ops.kind_of(module))}
+        return {path: kind for path, module in self.named_modules() if (kind := kind_of(module))}
 
     def init_scales(self) -> dict[str, float]:
         return {path: module.init_scale for path, module in self.named_modules() if hasattr(module, "init_scale")}

@@ -3,7 +3,7 @@
     images -> stem -> stages of conv and residual blocks -> mean over height and width -> classifier
 
 The stem keeps the resolution, or quarters it; each stage after the first halves it and, as a rule, doubles the
-channels. `icenet.core.stages` says which block stands where; ResNet-18, 34 and 50 are configurations.
+channels. `icenet.core.config.cnn_plan` says which block stands where; ResNet-18, 34 and 50 are configurations.
 
 Shapes: B batch, H height, W width, C channels in, O channels out, s stride, D hidden_size, K classes
 (vocab_size). Images are [B, H, W, C]. The mirror is `icenet_torch/models/cnn.py`.
@@ -17,8 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet import nn as ops
-from icenet.core import stages
-from icenet.core.config import CNNConfig
+from icenet.core.config import CNNConfig, cnn_plan
 from icenet.models.base import BaseModel
 
 
@@ -49,12 +48,12 @@ class ConvBlock(ConvNorm):
 class ResidualBlock(nn.Module):
     """A branch of convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
 
-    def __init__(self, config: CNNConfig, block: stages.Block) -> None:
+    def __init__(self, config: CNNConfig, block: cnn_plan.Block) -> None:
         super().__init__()
         _, inputs, outputs, stride = block
         self.activation = config.activation
         if block.kind == "bottleneck":
-            inner = outputs // stages.EXPANSION
+            inner = outputs // cnn_plan.EXPANSION
             branch = [
                 ConvBlock(config, inputs, inner, 1),
                 ConvBlock(config, inner, inner, 3, stride),
@@ -85,7 +84,7 @@ class CNNModel(BaseModel):
         super().__init__(config)
         kernel_size, stride = (7, 2) if config.stem == "conv7" else (3, 1)
         self.stem = ConvBlock(config, config.image_channels, config.base_channels, kernel_size, stride)
-        plan = stages.blocks(config)
+        plan = cnn_plan.blocks(config)
         blocks = [
             ConvBlock(config, block.inputs, block.outputs, 3, block.stride)
             if block.kind == "conv"
@@ -101,12 +100,12 @@ class CNNModel(BaseModel):
             self.init_weights(seed)
 
     def forward(self, images: mx.array) -> mx.array:
-        """Logits `[B, K]` of images of any height and width from `icenet.core.stages.min_image_size` on."""
+        """Logits `[B, K]` of images of any height and width from `icenet.core.config.cnn_plan.min_image_size` on."""
         return self.output(self.extract_features(images))
 
     def extract_features(self, images: mx.array) -> mx.array:
         """What the last layer reads, `[B, D]`."""
-        stages.check_images(self.config, images.shape, channel_axis=3)
+        cnn_plan.check_images(self.config, images.shape, channel_axis=3)
         x = self.stem(images.astype(self.compute_dtype))  # pixels of base_channels
         if self.config.stem == "conv7":
             x = ops.max_pool(x, size=3, stride=2, padding=1)

@@ -18,7 +18,7 @@ from icenet import nn as ops
 from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
 from icenet.models.base import BaseModel
-from icenet.recurrent import GRU, LSTM, RNN, Recurrent, State
+from icenet.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 
 Hidden: TypeAlias = mx.array | tuple[mx.array, ...]
 """What the model remembers, as `torch.nn.LSTM` has it: (h, c) of an LSTM, h of the others, `[N*D, B, H]` each."""
@@ -113,7 +113,7 @@ class RecurrentModel(BaseModel):
     def project(self, hidden_states: mx.array) -> mx.array:
         """Logits `[..., V]` of hidden states `[..., D*H]`."""
         if self.config.tie_embeddings:
-            return ops.linear(hidden_states, self.token_embedding.weight)
+            return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
     def make_cache(self) -> RecurrentCache:

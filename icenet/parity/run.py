@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from icenet.core import backend, checkpoint, rng, schedule, stages
-from icenet.core.backend import Batch, Engine
-from icenet.core.config import CNNConfig, Config, ImageDataConfig
-from icenet.core.data import dataset_for
-from icenet.core.precision import LossScale
+from icenet.core import backends as backend
+from icenet.core import rng
+from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
+from icenet.core.data.datasets import dataset_for
+from icenet.core.engine import Batch, Engine
+from icenet.core.training import open_model, schedule
+from icenet.core.training.loss_scale import LossScale
 from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Trace, Value, short_dtype
@@ -76,7 +78,7 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     and `labels` int32 `[rows]`, of the data's size where it names one, else of a size that the model reads.
     """
     if isinstance(config.model, CNNConfig):
-        size = getattr(config.data, "image_size", None) or max(8, 2 * stages.min_image_size(config.model))
+        size = getattr(config.data, "image_size", None) or max(8, 2 * cnn_plan.min_image_size(config.model))
         classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
         pixels = (rows, size, size, config.model.image_channels)
         images = rng.normal(rng.key(config.seed, "parity batch"), pixels)
@@ -132,7 +134,7 @@ def run_target(
     target: str, overrides: Sequence[str] = (), *, steps: int = 0, dtype: str | None = None, quiet: bool = False
 ) -> Report:
     """`run` for what a person names: a configuration, a preset, a run, a checkpoint or a saved model."""
-    config, weights = checkpoint.open_target(Path(target), overrides)
+    config, weights = open_model.open_target(Path(target), overrides)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(stderr=True)
     with Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
@@ -150,7 +152,7 @@ def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progr
     """Judges three engines that are already there; leaves their weights and optimizers as they were."""
     tell = progress or (lambda stage, done, total: None)
     dtype = engines.torch.config.training.mixed_precision
-    probes = [backend.module(engine.backend, "probe") for engine in engines]
+    probes = [backend.module(engine.backend, "tools.probe") for engine in engines]
     names = ("MLX", "PyTorch", "reference")
     report = Report(dtype, {n: p.describe(e) for n, p, e in zip(names, probes, engines, strict=True)})
     initial = [engine.weights() for engine in engines[:2]]

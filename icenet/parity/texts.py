@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core import backend as backends
-from icenet.core import generation
-from icenet.core.data.tokenizer import text_after
+from icenet.core import backends
+from icenet.core.generation import request as generation
+from icenet.core.generation import streaming
+from icenet.core.tokenizers.base import text_after
 
 TIE = 64 * 2.0**-23
 """A margin below this share of the largest logit is a tie: 64 roundings of fp32, over some dozens of layers."""
@@ -65,8 +66,8 @@ def compare_texts(
     models = [icenet.load(path, name, device) for name in names]
     ids = [list(prompt)] if not isinstance(prompt, str) else generation.encode_prompts(models[0].tokenizer, [prompt])
     requests = [generation.request(model, ids, None, 0, options) for model in models]
-    decoders = [backends.module(name, "decoder").Decoder for name in names]
-    rows = [generation.complete(decoders[i](models[i], requests[i]), requests[i])[0] for i in range(2)]
+    decoders = [backends.module(name, "generation.decoder").Decoder for name in names]
+    rows = [streaming.complete(decoders[i](models[i], requests[i]), requests[i])[0] for i in range(2)]
     text = text_after(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
     tokens = dict(zip(names, rows, strict=True))
     at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), None)

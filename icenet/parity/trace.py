@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from icenet.core import weights as weight_files
 from icenet.core.errors import WeightsError
+from icenet.core.weights import files as weight_files
 
 Array = npt.NDArray[Any]
 

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from icenet.core import generation, layout
 from icenet.core.config import ModelConfig
-from icenet.core.model import ModelFacts
-from icenet_torch import nn as ops
-from icenet_torch.decoder import Decoder
-from icenet_torch.random import Dropout, seed_dropouts
-from icenet_torch.state_dict import from_numpy, to_numpy
+from icenet.core.generation import request as generation
+from icenet.core.generation import streaming
+from icenet.core.models.base import ModelFacts
+from icenet.core.weights import layout
+from icenet_torch.generation.decoder import Decoder
+from icenet_torch.nn.arrays import from_numpy, to_numpy
+from icenet_torch.nn.dropout import Dropout, seed_dropouts
+from icenet_torch.nn.kinds import kind_of
 
 
 class BaseModel(ModelFacts, nn.Module):
@@ -79,8 +81,8 @@ class BaseModel(ModelFacts, nn.Module):
         request = generation.request(self, input_ids, attention_mask, pad_token_id, options)
         decoder = Decoder(self, request)
         if stream:
-            return generation.stream(decoder, request)
-        tokens = generation.collect(generation.complete(decoder, request), request)
+            return streaming.stream(decoder, request)
+        tokens = streaming.collect(streaming.complete(decoder, request), request)
         return torch.from_numpy(tokens).long().to(self.device)
 
     # ---- weights -----------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ class BaseModel(ModelFacts, nn.Module):
         return {path for path, parameter in self.named_parameters() if parameter.requires_grad}
 
     def layer_kinds(self) -> dict[str, str]:
-        return {path: kind for path, module in self.named_modules() if (kind := ops.kind_of(module))}
+        return {path: kind for path, module in self.named_modules() if (kind := kind_of(module))}
 
     def init_scales(self) -> dict[str, float]:
         return {path: module.init_scale for path, module in self.named_modules() if hasattr(module, "init_scale")}

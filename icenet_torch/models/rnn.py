@@ -17,7 +17,7 @@ from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
 from icenet_torch import nn as ops
 from icenet_torch.models.base import BaseModel
-from icenet_torch.recurrent import GRU, LSTM, RNN, Recurrent, State
+from icenet_torch.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 
 Hidden: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 """What the model remembers, as `torch.nn.LSTM` has it: (h, c) of an LSTM, h of the others, `[N*D, B, H]` each."""
@@ -112,7 +112,7 @@ class RecurrentModel(BaseModel):
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., D*H]`."""
         if self.config.tie_embeddings:
-            return ops.linear(hidden_states, self.token_embedding.weight)
+            return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
     def make_cache(self) -> RecurrentCache:

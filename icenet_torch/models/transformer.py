@@ -12,34 +12,10 @@ import torch
 from torch import nn
 
 from icenet.core.config import TransformerConfig
-from icenet.core.init import sinusoidal_positions
+from icenet.core.models.init import sinusoidal_positions
 from icenet_torch import nn as ops
+from icenet_torch.generation.cache import KVCache
 from icenet_torch.models.base import BaseModel
-
-
-class KVCache:
-    """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
-
-    step = 256
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self) -> None:
-        self.room = 0
-        self.length = 0
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.room:
-            batch, heads, _, width = keys.shape
-            self.room = -(-self.length // self.step) * self.step
-            room = keys.new_zeros((batch, heads, self.room - start, width))
-            held = (self.keys, self.values) if start else (keys, values)
-            self.keys, self.values = (torch.cat([part[:, :, :start], room], dim=2) for part in held)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class Attention(nn.Module):
@@ -63,7 +39,7 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)  # [B, H, S, D/H]
-        mixed = ops.attention(q, k, v, mask).swapaxes(1, 2).reshape(batch, length, width)
+        mixed = ops.scaled_dot_product_attention(q, k, v, mask).swapaxes(1, 2).reshape(batch, length, width)
         return self.dropout(self.out_proj(mixed))
 
 
@@ -152,7 +128,7 @@ class TransformerModel(BaseModel):
         else:
             counted = torch.cumsum(visible.to(torch.int32), dim=1)[:, -length:]
             positions = self._positions[torch.clamp(counted - 1, min=0)]
-        mask = ops.attention_pattern(visible, length, self.config.causal)
+        mask = ops.attention_mask(visible, length, self.config.causal)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
         x = self.embedding_dropout(x.to(self.compute_dtype))
@@ -166,7 +142,7 @@ class TransformerModel(BaseModel):
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`."""
         if self.config.tie_embeddings:
-            return ops.linear(hidden_states, self.token_embedding.weight)
+            return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
     def make_cache(self) -> list[KVCache]:

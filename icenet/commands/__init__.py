@@ -1,0 +1,1 @@
+"""What each subcommand of `icenet` does; the command line itself is `icenet.cli`."""

@@ -1,0 +1,127 @@
+"""What a model comes to: parameters and memory, of one configuration or of all presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icenet.core import backends
+from icenet.core.config import Config, presets
+from icenet.core.training import open_model
+from icenet.core.training import parameter_groups as groups
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One model: its parts and their sizes."""
+
+    name: str
+    config: Config
+    num_params: int
+    parts: dict[str, int]
+    training_bytes: int
+    """Weights, gradients and the optimizer's state, fp32."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "model": self.config.model.model_dump(),
+            "num_params": self.num_params,
+            "bytes": {"fp32": 4 * self.num_params, "fp16": 2 * self.num_params},
+            "training_bytes": self.training_bytes,
+            "parts": self.parts,
+        }
+
+    def render(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        table = Table(title=self.name, title_style="bold")
+        table.add_column("part")
+        table.add_column("parameters", justify="right")
+        table.add_column("share", justify="right")
+        for part, size in self.parts.items():
+            table.add_row(part, f"{size:,}", f"{size / self.num_params:.1%}")
+        table.add_section()
+        table.add_row("all", f"{self.num_params:,}", "")
+        console.print(table)
+        settings = self.config.model.model_dump(exclude_defaults=False)
+        console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
+        console.print(
+            f"weights {_megabytes(4 * self.num_params)} in fp32, {_megabytes(2 * self.num_params)} in fp16; "
+            f"training with {self.config.training.optimizer} holds {_megabytes(self.training_bytes)} in fp32 "
+            "(weights, gradients, the optimizer's state) and activations",
+            highlight=False,
+        )
+
+
+@dataclass(frozen=True)
+class PresetReport:
+    """All presets, each beside the figures of the model guide."""
+
+    rows: list[dict[str, Any]]
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        return self.rows
+
+    def render(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="Presets, beside the model guide's figures", title_style="bold")
+        table.add_column("preset", no_wrap=True)
+        for column in ("parameters", "guide", "fp16", "guide", "within"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.rows:
+            guided = row["guide_params"] is not None
+            table.add_row(
+                row["preset"],
+                f"{row['num_params']:,}",
+                f"~{row['guide_params'] / 1e6:,.0f} M" if guided else "",
+                _megabytes(row["fp16_bytes"]),
+                f"~{_megabytes(row['guide_bytes'])}" if guided else "",
+                ("yes" if row["fp16_bytes"] <= row["guide_bytes"] else "no") if guided else "",
+            )
+        Console().print(table)
+
+
+def outline(config: Config) -> Any:
+    """A model of the configuration without values, on whichever backend runs here."""
+    return backends.module(backends.choose(config, "auto"), "engine.engine").outline(config)
+
+
+def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
+    """The report of a config, a preset, a run, a checkpoint or a saved model."""
+    config, _ = open_model.open_target(Path(name), overrides)
+    model = outline(config)
+    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in model.trainable_paths()}
+    fitted = groups.assign(config.training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None))
+    state = groups.state_values(config.training, fitted, shapes)
+    return ModelReport(name, config, model.num_params, model.part_sizes(), 4 * (2 * model.num_params + state))
+
+
+def presets_report() -> PresetReport:
+    """The report of every preset."""
+    rows = []
+    by_guide = [name for name in presets.GUIDE if name in presets.names()]
+    for name in by_guide + [name for name in presets.names() if name not in by_guide]:
+        config = Config.from_yaml(name)
+        model = outline(config)
+        guide = presets.GUIDE.get(name)
+        rows.append(
+            {
+                "preset": name,
+                "type": config.model.type,
+                "num_params": model.num_params,
+                "fp16_bytes": model.memory("fp16"),
+                "guide_params": guide[0] if guide else None,
+                "guide_bytes": guide[1] if guide else None,
+            }
+        )
+    return PresetReport(rows)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,357 @@
+"""`icenet plot`: loss, learning rate, gradient norm and throughput of one run or several, in one picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.config import Config, ImageDataConfig
+from icenet.core.data.datasets import sequence_length
+from icenet.core.errors import IceNetError, UsageError
+from icenet.core.report import canvas
+from icenet.core.report.metrics import MetricsLog
+from icenet.core.training.run_folder import run_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = tuple[NDArray[Any], NDArray[Any]]
+
+# Okabe and Ito's palette without its yellow, which is pale on white; then the same again, dashed
+COLOURS = (canvas.BLUE, canvas.ORANGE, canvas.GREEN, canvas.PURPLE, "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_POINTS = 3000
+"""Drawn of one curve at most: more cannot be told apart on paper."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The metrics of a run, and what they are counted in."""
+
+    name: str
+    folder: Path
+    records: list[dict[str, Any]]
+
+    @property
+    def unit(self) -> str:
+        """`tokens` or `images`."""
+        return "images" if any("images_per_second" in record for record in self.records) else "tokens"
+
+    @property
+    def backends(self) -> list[tuple[float, str]]:
+        """The backends that trained it, each with its first step."""
+        steps = [(r["step"], str(r["backend"])) for r in self.records if "loss" in r and r.get("backend")]
+        return [next(group) for _, group in itertools.groupby(sorted(steps), key=lambda pair: pair[1])]
+
+    @property
+    def changes(self) -> list[float]:
+        """The first step after each change of backend."""
+        return [step for step, _ in self.backends[1:]]
+
+    def curve(self, key: str) -> Curve:
+        """Steps and values of a metric, the finite ones, of a step that was taken twice the last.
+
+        `speed` is in tokens or images a second.
+        """
+        key = f"{self.unit}_per_second" if key == "speed" else key
+        by_step = {record["step"]: record for record in self.records if key in record}
+        return canvas.series(list(by_step.values()), key)
+
+    def items_per_step(self) -> int:
+        """Tokens or images in a step, by the run's configuration.
+
+        Raises:
+            IceNetError: the run has none that can be read.
+        """
+        config = Config.from_yaml(self.folder / "config.yaml", trust_code=False)
+        row = 1 if isinstance(config.data, ImageDataConfig) else sequence_length(config)
+        return config.training.batch_size * row
+
+    def seconds(self) -> Curve:
+        """Seconds of training since the start, by step; evaluations and pauses do not count."""
+        steps, speed = self.curve("speed")
+        good = speed > 0
+        steps, spent = steps[good], self.items_per_step() / speed[good]
+        # a step whose line was lost took as long as the next that is known
+        return steps, np.cumsum(spent * np.diff(steps, prepend=steps[0] - 1 if len(steps) else 0))
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """The runs of several folders, each once, named by as much of their paths as tells them apart.
+
+    Raises:
+        IceNetError: one is no run, or has no metrics.
+    """
+    folders = list(dict.fromkeys(_folder(path).resolve() for path in paths))
+    runs = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        records = [r for r in MetricsLog.read(folder / "metrics.jsonl") if isinstance(r.get("step"), (int, float))]
+        if not any("loss" in record or "validation_loss" in record for record in records):
+            raise IceNetError(f"{folder / 'metrics.jsonl'}: holds no step yet; wait for one, or leave the run out")
+        runs.append(Run(name, folder, records))
+    return runs
+
+
+def _folder(path: Path) -> Path:
+    """The run that a folder, a checkpoint in it or its metrics.jsonl stands for."""
+    if path.name == "metrics.jsonl" and path.is_file():
+        return path.parent
+    if not path.exists():
+        raise IceNetError(f"{path}: no such run; icenet runs lists those there are")
+    for folder in (path, run_of(path)):
+        if folder is not None and (folder / "metrics.jsonl").is_file():
+            return folder
+    raise IceNetError(f"{path}: holds no metrics.jsonl, which a run has from its first step on; leave it out")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that are all different."""
+    longest = max((len(folder.parts) for folder in folders), default=1)
+    for length in range(1, longest + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = None, x: str = "step") -> Path:
+    """Draws runs over each other; gives the picture's path.
+
+    Args:
+        paths: folders of runs, whether under way or over.
+        out: the picture, PNG, PDF or SVG by its name; plot.png, in the run if there is one only.
+        smooth: steps that the thick lines are a mean of; about a fortieth of the run if None; 1: no mean.
+        x: `step`, `tokens` (images, where those are trained on) or `time`, in training steps.
+
+    Raises:
+        IceNetError: a run without metrics; no matplotlib; a file that cannot be written.
+    """
+    if out is not None:
+        canvas.check_suffix(out)
+    runs = read(paths)
+    if not canvas.available():
+        raise IceNetError("icenet plot needs matplotlib: pip install 'icenet[plot]'")
+    units = {run.unit for run in runs}
+    if x == "tokens" and len(units) > 1:
+        raise UsageError("--x tokens: some of these runs read tokens and some images; use --x step or --x time")
+    scale, label = _axis(runs, x)
+    title = _caption(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+    # the blank second line makes room for the name of the first panel
+    figure, panels = canvas.new_figure((9, 9.4), [3.6, 1.1, 1.1, 1.1], title, " ", right=0.75, space=0.32)
+    rates, norms, speeds = ([run.curve(key) for run in runs] for key in ("learning_rate", "grad_norm", "speed"))
+    for index, run in enumerate(runs):
+        look, at = _look(index), scale[index]
+        _draw(panels[0], run.curve("loss"), look, at, smooth)
+        _draw(panels[1], rates[index], look, at, 1)
+        _draw(panels[2], norms[index], look, at, smooth)
+        _draw(panels[3], speeds[index], look, at, smooth, run.changes)
+        _mark(panels[0], run, look, at, smooth, index)
+    _finish_loss(panels[0], runs, smooth)
+    _finish(panels[1], rates, "learning rate", _rates_want_logs([values for _, values in rates]), _small)
+    _finish(panels[2], norms, "gradient norm", _wide([values for _, values in norms], 0.05, 0.99, 20), _small)
+    name = f"{' or '.join(sorted(units, reverse=True))} a second"
+    _finish(panels[3], speeds, name, _wide([values for _, values in speeds], 0.5, 0.5, 10), _large)
+    _finish_x(panels[-1], label)
+    return canvas.save(figure, out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("plot.png")))
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour and dashes of a run's curves."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
+
+
+def _caption(run: Run) -> str:
+    """A run's name, and the backends that trained it."""
+    names = [backend for _, backend in run.backends]
+    used = " → ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
+    return f"{run.name}  ({used})" if used else run.name
+
+
+def _small(value: float, _: Any = None) -> str:
+    """0.05, 5e-4."""
+    text = f"{value:g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}"
+    mantissa, _, exponent = text.partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if exponent else text
+
+
+def _large(value: float, _: Any = None) -> str:
+    """950, 20k, 1.5M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+# ---- the x axis -------------------------------------------------------------------------------------------
+
+Scale = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def _axis(runs: Sequence[Run], x: str) -> tuple[list[Scale], str]:
+    """For each run, where a step lies on the x axis; and what the axis is called."""
+    if x == "step":
+        return [lambda steps: steps] * len(runs), "step"
+    if x == "tokens":
+        sizes = [run.items_per_step() for run in runs]
+        return [lambda steps, size=size: steps * size for size in sizes], runs[0].unit  # type: ignore[misc]
+    clocks = [run.seconds() for run in runs]
+    without = [run.name for run, (steps, _) in zip(runs, clocks, strict=True) if not len(steps)]
+    if without:
+        raise IceNetError(f"{without[0]}: its metrics hold no speed, so no time either; use --x step")
+    longest = max(float(clock[1][-1]) for clock in clocks)
+    unit, size = ("h", 3600.0) if longest >= 10800 else ("min", 60.0) if longest >= 180 else ("s", 1.0)
+    return [
+        lambda at, steps=steps, clock=clock: np.interp(at, steps, clock / size)  # type: ignore[misc]
+        for steps, clock in clocks
+    ], f"time in training steps ({unit})"
+
+
+def _finish_x(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    if label != "step":
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.xaxis.set_major_formatter(_large)
+
+
+# ---- the panels -------------------------------------------------------------------------------------------
+
+
+def _draw(
+    axes: Axes, curve: Curve, look: dict[str, Any], at: Scale, smooth: int | None, breaks: Sequence[float] = ()
+) -> None:
+    """A curve, thin as it is and thick as its mean, which is not taken across `breaks`."""
+    steps, values = curve
+    if not len(steps):
+        return
+    thin = slice(None, None, max(1, len(steps) // _POINTS))
+    places = at(steps)
+    if smooth != 1:
+        axes.plot(places[thin], values[thin], color=look["color"], alpha=0.22, linewidth=0.7)
+    window = max(len(values) // 40, 1) if smooth is None else smooth
+    parts = np.split(values, np.searchsorted(steps, breaks))
+    mean = np.concatenate([canvas.smoothed(part, window) for part in parts if len(part)])
+    axes.plot(places[thin], mean[thin], **look, linewidth=1.8, marker="o" if len(steps) == 1 else None, markersize=4)
+
+
+def _mark(axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | None, index: int) -> None:
+    """The evaluations of a run, and where its backend changes."""
+    from matplotlib.patheffects import withStroke
+
+    white: dict[str, Any] = {"linestyle": "none", "color": look["color"], "markeredgecolor": "white"}
+    steps, values = run.curve("validation_loss")
+    if len(steps):
+        few = slice(None, None, max(1, len(steps) // 100))
+        axes.plot(at(steps)[few], values[few], marker="o", markersize=5, zorder=3, **white)
+    steps, values = run.curve("loss")
+    mean = canvas.smoothed(values, smooth)
+    for step, backend in run.backends[1:13] if len(steps) else []:
+        place, height = float(at(np.array([step]))[0]), float(np.interp(step, steps, mean))
+        axes.plot([place], [height], marker="D", markersize=7, zorder=4, **white)
+        axes.annotate(
+            backend,
+            (place, height),
+            xytext=(0, 10 + 11 * (index % 3)),
+            textcoords="offset points",
+            ha="center",
+            color=look["color"],
+            fontsize=9.5,
+            zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
+
+
+def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
+    """The limits and legend of the loss, and each run's last value at the right."""
+    from matplotlib.lines import Line2D
+
+    mean = "mean" if smooth is None else f"mean of {smooth} steps"
+    what = ["line: each step"] if smooth == 1 else ["thin: each step", f"thick: {mean}"]
+    curves = [canvas.smoothed(run.curve("loss")[1], smooth) for run in runs]
+    evaluations = np.concatenate([run.curve("validation_loss")[1] for run in runs])
+    what += ["points: validation"] if len(evaluations) else []
+    what += ["diamonds: change of backend"] if any(run.changes for run in runs) else []
+    shown = np.concatenate([*curves, evaluations])
+    raw = np.concatenate([shown, *(run.curve("loss")[1] for run in runs)])
+    _name(axes, "loss (nats)")
+    if not len(shown):
+        axes.text(0.5, 0.5, "no finite loss yet", transform=axes.transAxes, ha="center", color=canvas.GREY)
+        axes.set_yticks([])
+        return
+    axes.set_title(",  ".join(what), loc="right", fontsize=9, color=canvas.GREY)
+    if _wide([shown], 0.0, 1.0, 20):
+        _logarithmic(axes, raw, _small)
+    else:
+        canvas.set_limits(axes, raw, shown)
+        ends = [(float(c[-1]), f"{c[-1]:.3f}", _look(index)["color"]) for index, c in enumerate(curves) if len(c)]
+        if 0 < len(ends) <= 6:
+            canvas.end_labels(axes, ends, 0.055)
+    if len(runs) > 1:
+        lines = [Line2D([], [], **_look(index), linewidth=2, label=_caption(run)) for index, run in enumerate(runs)]
+        axes.legend(
+            handles=lines,
+            loc="upper right",
+            framealpha=0.85,
+            edgecolor="none",
+            labelcolor=canvas.INK,
+            fontsize=10.5 if len(runs) <= 8 else 8.5,
+            ncols=1 + len(runs) // 11,
+            handlelength=2.2,
+        )
+
+
+def _name(axes: Axes, name: str) -> None:
+    axes.set_title(name, loc="left", fontsize=11, color=canvas.INK)
+
+
+def _finish(axes: Axes, curves: Sequence[Curve], name: str, log: bool, words: Callable[..., str]) -> None:
+    """The limits and labels of a small panel."""
+    everything = np.concatenate([values for _, values in curves])
+    _name(axes, name)
+    if not len(everything):
+        axes.text(0.5, 0.45, "not recorded", transform=axes.transAxes, ha="center", color=canvas.GREY)
+        axes.set_yticks([])
+        return
+    if log:
+        _logarithmic(axes, everything, words)
+        return
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylim(0, 1.15 * canvas.robust_top(everything) or 1)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(words)
+
+
+def _logarithmic(axes: Axes, values: NDArray[Any], words: Callable[..., str]) -> None:
+    """A y axis of powers of ten that holds nearly all positive values."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    positive = values[values > 0]
+    low, high = float(np.quantile(positive, 0.001)), float(positive.max())
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.3, high * 1.3)
+    few = high < 30 * low  # less than two powers of ten: 2 and 5 are marked as well
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(words)
+
+
+def _wide(curves: Sequence[NDArray[Any]], low: float, high: float, times: float) -> bool:
+    """Whether quantiles of curves are so many times apart that a linear axis would show one of them only."""
+    lows = [float(np.quantile(curve, low)) for curve in curves if len(curve)]
+    highs = [float(np.quantile(curve, high)) for curve in curves if len(curve)]
+    return bool(lows) and min(lows) > 0 and max(highs) > times * min(lows)
+
+
+def _rates_want_logs(curves: Sequence[NDArray[Any]]) -> bool:
+    """Whether peaks are far apart, or a rate falls far before the last quarter (exponentially, say)."""
+    falls = [curve[curve.argmax() :] for curve in curves if len(curve) and curve.max() > 0]
+    peaks = [np.array([fall[0]]) for fall in falls]
+    return _wide(peaks, 0, 1, 10) or any(_wide([fall], 0.25, 1, 30) for fall in falls)

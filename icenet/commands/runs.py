@@ -1,0 +1,294 @@
+"""`icenet runs`: the runs in a folder, with how far each is; read from their files, without loading a model."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icenet.core.errors import IceNetError, UsageError
+from icenet.core.report.metrics import MetricsLog, plain
+from icenet.core.report.progress import short_number
+from icenet.core.training.checkpoint import list_checkpoints
+from icenet.core.weights import safetensors as tensor_file
+from icenet.core.weights.layout import STATISTICS
+
+DEFAULT = Path("runs")
+_DEPTH = 3
+"""How deep below the folder runs are looked for; not inside of runs."""
+_BACKEND = re.compile(rb'"backend": "(\w+)"')
+_LEAST_WIDTH = {"model": 106, "backend": 86, "best validation": 68, "when": 118}
+"""Columns that a narrower screen leaves out."""
+_STATES = {"running": "green", "complete": "", "stopped": "yellow", "damaged": "bold red"}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the files of a run tell."""
+
+    name: str
+    """Its path below the folder that was looked through."""
+    model: str | None
+    num_params: int | None
+    """Values in its newest checkpoint, statistics not counted; None without one."""
+    backends: list[str]
+    """In the order in which they trained it."""
+    step: int
+    max_steps: int | None
+    loss: float | None
+    validation_loss: float | None
+    """The lowest."""
+    validation_step: int | None
+    state: str
+    """running, complete, stopped (it can be resumed), or damaged: `problem` says how."""
+    when: str
+    """Its last change, ISO 8601 in UTC."""
+    problem: str | None = None
+
+    def cells(self) -> dict[str, str]:
+        """What the table says of it, by column."""
+        validation = f"{_loss(self.validation_loss)} at {self.validation_step:,}" if self.validation_step else ""
+        used = self.backends if len(self.backends) < 4 else [self.backends[0], "…", self.backends[-1]]
+        return {
+            "run": self.name,
+            "model": f"{Path(str(self.model or '')).name} {short_number(self.num_params) if self.num_params else ''}",
+            "backend": " → ".join(used),
+            "step": f"{self.step:,}/{self.max_steps:,}" if self.max_steps else f"{self.step:,}",
+            "loss": _loss(self.loss),
+            "best validation": validation,
+            "state": self.state,
+            "when": ago(self.when),
+        }
+
+
+@dataclass(frozen=True)
+class RunList:
+    """The runs of a folder, the newest first."""
+
+    folder: Path
+    runs: list[RunState]
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        return [plain(asdict(run)) for run in self.runs]
+
+    def render(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        console = Console()
+        if not console.is_terminal:  # in a file or a pipe nothing need be cut off
+            console.width = max(console.width, 160)
+        if not self.runs:
+            line = f"no runs in {self.folder}; make one: icenet train quickstart"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        columns = ("run", "model", "backend", "step", "loss", "best validation", "state", "when")
+        shown = [column for column in columns if console.width >= _LEAST_WIDTH.get(column, 0)]
+        for column in shown:
+            justify: Any = "right" if column in ("step", "loss", "best validation") else "left"
+            table.add_column(column, justify=justify, no_wrap=column != "run", overflow="fold")
+        for run in self.runs:
+            cells = run.cells()
+            table.add_row(*(Text(cells[column], style=_STATES.get(cells[column], "")) for column in shown))
+        console.print(table)
+        for run in self.runs:
+            if run.problem:
+                console.print(f"{run.name}: {run.problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def list_runs(folder: Path | None = None) -> RunList:
+    """The runs in a folder, or in `runs` where none is named; a run's own folder gives that run.
+
+    Raises:
+        UsageError: the folder that is named is not there.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name one that holds runs")
+    folder = folder or DEFAULT
+    found = [describe(run, _name(run, folder)) for run in _runs_below(folder, _DEPTH)]
+    return RunList(folder, sorted(found, key=lambda run: run.when, reverse=True))
+
+
+def describe(run: Path, name: str | None = None) -> RunState:
+    """What the files of one run tell. Checkpoints are not hashed: their files are there and of the right size."""
+    problem: str | None = None
+    settings: dict[str, Any] = {}
+    try:
+        settings = _settings(run)
+    except IceNetError as error:
+        problem = str(error)
+    training = settings.get("training") or {}
+    step, loss, best, backends = _progress(run / "metrics.jsonl")
+    newest = next(reversed(list_checkpoints(run)), None)
+    stored: dict[str, Any] = {}
+    size = None
+    if newest is not None:
+        step = max(step, int(newest.name.partition("-")[2]))
+        try:
+            stored, size = _checkpoint(newest)
+        except IceNetError as error:
+            rest = "; resuming takes the one before" if len(list_checkpoints(run)) > 1 else ""
+            problem = problem or f"{error}{rest}"
+    goal = training.get("max_steps")
+    over = newest is not None and isinstance(goal, int) and int(newest.name.partition("-")[2]) >= goal
+    if in_use(run):
+        state, problem = "running", None  # what is being written looks damaged
+    elif problem is not None:
+        state = "damaged"
+    else:
+        state = "complete" if over or _stopped_early(stored, training) else "stopped"
+    changed = max(_changed(path) for path in (run / "metrics.jsonl", run / "config.yaml", newest or run))
+    return RunState(
+        name=name or run.name,
+        model=(settings.get("model") or {}).get("type"),
+        num_params=size,
+        backends=backends,
+        step=step,
+        max_steps=goal if isinstance(goal, int) else None,
+        loss=loss,
+        validation_loss=best[0] if best else None,
+        validation_step=best[1] if best else None,
+        state=state,
+        when=datetime.fromtimestamp(changed, timezone.utc).isoformat(timespec="seconds"),
+        problem=problem,
+    )
+
+
+def in_use(run: Path) -> bool:
+    """Whether a process holds the lock of a run (see `icenet.core.training.run_folder.locked`)."""
+    try:
+        import fcntl
+
+        handle = os.open(run / ".lock", os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        # shared and for an instant: several may look at once
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+
+
+def ago(when: str) -> str:
+    """How long ago an ISO 8601 time was: `5 min ago`; a date from a week on."""
+    then = datetime.fromisoformat(when)
+    seconds = time.time() - then.timestamp()
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 36), ("days", 86400, 7)):
+        if seconds < most * size:
+            return f"{max(seconds, 0) / size:.0f} {unit} ago"
+    return then.astimezone().strftime("%Y-%m-%d")
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _name(run: Path, folder: Path) -> str:
+    return str(run.relative_to(folder)) if run != folder else run.resolve().name
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    """The folders of runs, this one or those below."""
+    holds = {name for name in (".lock", "metrics.jsonl", "config.yaml", "checkpoints") if (folder / name).exists()}
+    if "metrics.jsonl" in holds or {"checkpoints", "config.yaml"} <= holds or {".lock", "config.yaml"} <= holds:
+        yield folder
+    elif depth:
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                if entry.is_dir() and not entry.name.startswith("."):
+                    yield from _runs_below(Path(entry.path), depth - 1)
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """The configuration as it is written; not checked, which takes longer than all the rest."""
+    try:
+        found = yaml.load((run / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (OSError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not YAML"
+        raise IceNetError(f"{run / 'config.yaml'}: cannot be read: {reason}") from None
+    parts = [found.get(part) or {} for part in ("model", "training")] if isinstance(found, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise IceNetError(f"{run / 'config.yaml'}: not a configuration")
+    return dict(found)
+
+
+def _progress(metrics: Path) -> tuple[int, float | None, tuple[float, int] | None, list[str]]:
+    """The last step, its loss, the best evaluation with its step, and the backends.
+
+    Only the lines that matter are parsed: a long run has a million.
+    """
+    try:
+        content = metrics.read_bytes()
+    except OSError:
+        return 0, None, None, []
+    lines = content.split(b"\n")
+    steps = (record for line in reversed(lines) if b'"loss"' in line for record in _parsed(line))
+    last = next(steps, {})
+    evaluations = [record for line in lines if b'"validation_loss"' in line for record in _parsed(line)]
+    best = [
+        (record["validation_loss"], record["step"])
+        for record in evaluations
+        if isinstance(record.get("validation_loss"), (int, float)) and math.isfinite(record["validation_loss"])
+    ]
+    backends = [name.decode() for name, _ in itertools.groupby(_BACKEND.findall(content))]
+    loss = last.get("loss")
+    return int(last.get("step", 0)), loss if isinstance(loss, float) else None, min(best, default=None), backends
+
+
+def _parsed(line: bytes) -> list[dict[str, Any]]:
+    """The record of a line, if it is whole and of a step."""
+    return [record for record in MetricsLog.parse(line) if isinstance(record.get("step"), int)]
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], int]:
+    """The state of a checkpoint and the number of its weights' values.
+
+    Raises:
+        IceNetError: a file is missing or of another size than when it was written.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        state = json.loads((path / "state.json").read_bytes())
+        sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise IceNetError(f"{path.name} is damaged: its manifest.json or state.json cannot be read") from None
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise IceNetError(f"{path.name} is damaged: {name} is {'cut short' if file.is_file() else 'missing'}")
+    weights = [path / name for name in sizes if name.startswith("model") and name.endswith(".safetensors")]
+    entries = [tensor_file.open_file(file)[1] for file in weights]
+    shapes = {name: entry.shape for part in entries for name, entry in part.items()}
+    count = sum(math.prod(shape) for name, shape in shapes.items() if name.rpartition(".")[2] not in STATISTICS)
+    return state if isinstance(state, dict) else {}, count
+
+
+def _stopped_early(state: dict[str, Any], training: dict[str, Any]) -> bool:
+    """Whether evaluations got no better for so long that the run is over."""
+    patience, best = training.get("early_stopping"), state.get("best")
+    return isinstance(patience, int) and isinstance(best, dict) and best.get("waited", 0) >= patience
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

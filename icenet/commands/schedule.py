@@ -1,0 +1,227 @@
+"""A run's learning rate before it is run: a table, a line of blocks for the terminal, and a picture."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icenet.commands import info as describe
+from icenet.core.config import Config
+from icenet.core.config.training import TrainingConfig
+from icenet.core.errors import UsageError
+from icenet.core.report import canvas
+from icenet.core.training import open_model
+from icenet.core.training.parameter_groups import assign, gather
+from icenet.core.training.schedule import decay_start, learning_rate
+
+_POINTS = 1000
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_COLOURS = (canvas.ORANGE, canvas.GREEN, canvas.PURPLE)
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Parameters that are fitted alike."""
+
+    method: str
+    learning_rate: float
+    """The highest one."""
+    factor: float
+    weight_decay: float
+    first: str
+    tensors: int
+    values: int
+
+    @property
+    def parameters(self) -> str:
+        return self.first if self.tensors == 1 else f"{self.first} and {self.tensors - 1} more"
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """The learning rate of every step; steps are counted from 1, as metrics.jsonl does."""
+
+    name: str
+    training: TrainingConfig
+    groups: list[GroupRow]
+    run: Path | None = None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 1, 2, ... max_steps."""
+        return learning_rate(step - 1, self.training)
+
+    def rows(self) -> list[tuple[str, int, float]]:
+        """What the table shows: a name, a step and its learning rate, in order of steps."""
+        last = self.training.max_steps
+        named: dict[int, str] = {}
+        for name, step in {"first": 1, **self.marks(), "last": last}.items():
+            named[step] = f"{named[step]}, {name}" if step in named else name
+        for name, part in (("a quarter", 1), ("half", 2), ("three quarters", 3)):
+            named.setdefault(max(part * last // 4, 1), name)
+        return [(name, step, self.rate(step)) for step, name in sorted(named.items())]
+
+    def marks(self) -> dict[str, int]:
+        """The steps where one part of the schedule ends and another begins."""
+        training, found = self.training, {}
+        if training.warmup_steps:
+            found["end of warm-up"] = min(training.warmup_steps, training.max_steps)
+        decay = decay_start(training)
+        if decay is not None:
+            found["start of decay"] = max(decay, 1)
+        return found
+
+    def points(self) -> tuple[list[int], list[float]]:
+        """Steps, a thousand or so of a long run, and their learning rates."""
+        last = self.training.max_steps
+        steps = {1 + index * (last - 1) // max(_POINTS - 1, 1) for index in range(_POINTS)}
+        chosen = sorted(steps | {step for _, step, _ in self.rows()})
+        return chosen, [self.rate(step) for step in chosen]
+
+    def sparkline(self, width: int = 60) -> str:
+        """The curve in blocks, from zero to the highest rate."""
+        last = self.training.max_steps
+        count = min(width, last)
+        steps = [1 + index * (last - 1) // max(count - 1, 1) for index in range(count)]
+        top = max(self.points()[1])
+        return "".join(_BLOCKS[round(self.rate(step) / top * (len(_BLOCKS) - 1))] for step in steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        steps, rates = self.points()
+        return {
+            "name": self.name,
+            "schedule": self.training.schedule,
+            "max_steps": self.training.max_steps,
+            "rows": [{"at": name, "step": step, "learning_rate": rate} for name, step, rate in self.rows()],
+            "steps": steps,
+            "learning_rates": rates,
+            "groups": [{**vars(group)} for group in self.groups],
+        }
+
+    def render(self, picture: Path | None) -> None:
+        """Prints it; `picture` is what `draw` gave."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        training = self.training
+        title = f"{Path(self.name).stem}: {training.schedule}, {training.max_steps:,} steps"
+        table = Table(title=title, title_style="bold")
+        table.add_column("at")
+        for column in ("step", "learning rate", "of the highest"):
+            table.add_column(column, justify="right")
+        for name, step, rate in self.rows():
+            table.add_row(name, f"{step:,}", f"{rate:.3g}", f"{rate / training.learning_rate:.1%}")
+        console.print(table)
+        console.print(self.sparkline(), highlight=False)
+        groups = Table(title=f"Parameters, optimizer {training.optimizer}", title_style="bold")
+        groups.add_column("parameters")
+        for column in ("values", "method", "highest rate", "decay"):
+            groups.add_column(column, justify="right", no_wrap=True)
+        for group in self.groups:
+            highest = f"{group.learning_rate:.3g}" if group.learning_rate else "not fitted"
+            groups.add_row(group.parameters, f"{group.values:,}", group.method, highest, f"{group.weight_decay:g}")
+        console.print(groups)
+        words = f"drawn in {picture}" if picture else "no picture: matplotlib is missing; pip install 'icenet[plot]'"
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+    def draw(self, path: Path | None = None) -> Path | None:
+        """Draws the learning rate: in `path`, or schedule.png in the run's folder or the current one.
+
+        Returns:
+            The path, or None where matplotlib is missing.
+
+        Raises:
+            UsageError: the name is not that of a PNG.
+            IceNetError: the file cannot be written.
+        """
+        target = path or (self.run or Path()) / "schedule.png"
+        if target.suffix.lower() != ".png":
+            raise UsageError(f"{target}: the picture is a PNG; say --out NAME.png")
+        if not canvas.available():
+            return None
+        training, (steps, rates) = self.training, self.points()
+        peak, least = _short(training.learning_rate), _short(training.min_learning_rate)
+        title = f"{Path(self.name).stem}: {training.schedule}, {training.max_steps:,} steps"
+        below = f"highest {peak}, after the warm-up at least {least}"
+        figure, (axes,) = canvas.new_figure((9, 4.4), [1], title, below, right=1.15)
+        whose = {1.0: "the rest"}
+        for group in self.groups:
+            if group.factor not in (0.0, 1.0):
+                whose.setdefault(group.factor, group.parameters)
+        ends: list[tuple[float, str, str]] = []
+        for factor, colour in zip(whose, itertools.cycle((canvas.BLUE, *_COLOURS)), strict=False):
+            own = [rate * factor for rate in rates]
+            axes.plot(steps, own, color=colour, linewidth=2.2, solid_joinstyle="round", label=whose[factor])
+            ends.append((own[-1], f"last {_short(own[-1])}", colour))
+        axes.fill_between(steps, rates, color=canvas.BLUE, alpha=0.08, linewidth=0)
+        most = max(whose)  # the marks stand on the highest curve, the legend above all of them
+        limit = max(rates) * most * (1.14 if len(whose) == 1 else 1.2 + 0.09 * len(whose))
+        axes.set_ylim(0, limit)
+        axes.set_xlim(1 - 0.01 * training.max_steps, training.max_steps)
+        for name, step in self.marks().items():
+            height = self.rate(step) * most
+            axes.axvline(step, ymax=height / limit, color=canvas.INK, linewidth=0.9, dashes=(2, 2))
+            right = step < 0.7 * training.max_steps
+            axes.annotate(
+                f"{name}, step {step:,}",
+                (step, height),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                color=canvas.INK,
+                fontsize=10,
+            )
+        if len(whose) > 1:
+            axes.legend(loc="upper right", edgecolor="none", fontsize=10, labelcolor=canvas.INK)
+        axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.set_xlabel("step")
+        axes.set_ylabel("learning rate")
+        # apart from each other and clear of the axis below
+        lowest = 0.06 * len(ends) * limit
+        canvas.end_labels(axes, [(max(rate, lowest), text, colour) for rate, text, colour in ends])
+        return canvas.save(figure, target)
+
+
+def of_target(name: str, overrides: tuple[str, ...] = ()) -> ScheduleReport:
+    """The report of a config, a preset, a run or a checkpoint.
+
+    Raises:
+        ConfigError: it cannot be read, or a pattern of `training.parameter_groups` fits no parameter.
+    """
+    path = Path(name)
+    config, _ = open_model.open_target(path, overrides)
+    run = path if (path / "checkpoints").is_dir() else None
+    return ScheduleReport(name, config.training, _groups(config), run)
+
+
+def _groups(config: Config) -> list[GroupRow]:
+    model, training = describe.outline(config), config.training
+    fitted = model.trainable_paths()
+    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in fitted}
+    groups = gather(assign(training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None)))
+    return [
+        GroupRow(
+            group.method,
+            group.factor * training.learning_rate,
+            group.factor,
+            group.weight_decay,
+            paths[0],
+            len(paths),
+            sum(_size(shapes[path]) for path in paths),
+        )
+        for group, paths in groups.items()
+    ]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _short(value: float) -> str:
+    """Three digits, without the exponent's leading zero: 5e-4."""
+    return f"{value:.3g}".replace("e-0", "e-")

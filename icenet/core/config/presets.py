@@ -1,0 +1,61 @@
+"""The configurations that ship with the package, found by name or as files of the user's."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from icenet.core.errors import ConfigError
+
+GUIDE = {
+    "transformer-tiny": (20e6, 40e6),
+    "transformer-small": (90e6, 180e6),
+    "transformer-medium": (250e6, 500e6),
+    "transformer-large": (450e6, 900e6),
+    "transformer-xl": (1.5e9, 3e9),
+    "cnn-small": (5e6, 10e6),
+    "cnn-medium": (20e6, 40e6),
+    "cnn-large": (80e6, 160e6),
+    "lstm-small": (5e6, 10e6),
+    "lstm-medium": (20e6, 40e6),
+    "lstm-large": (80e6, 160e6),
+    "gru-small": (5e6, 10e6),
+    "gru-medium": (20e6, 40e6),
+    "gru-large": (80e6, 160e6),
+}
+"""What the model guide says of each preset: parameters, and bytes in FP16."""
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def folder() -> Path:
+    """Where the presets lie: inside an installed package, or beside it in a checkout."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """The names of all presets."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(path: str | Path) -> Path:
+    """The file that a path or a preset's name stands for.
+
+    `configs/NAME.yaml` that is not there also means the preset NAME, so commands in the documentation work
+    from any folder.
+
+    Raises:
+        ConfigError: neither a file nor a preset.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise ConfigError(f"{path}: a folder, where a YAML file or a preset is wanted")
+    preset = folder() / f"{file.stem}.yaml"
+    if preset.is_file() and file.parent.name in ("", "configs") and file.suffix in ("", ".yaml"):
+        return preset
+    close = difflib.get_close_matches(file.stem, names(), 1)
+    hint = f"did you mean {close[0]}?" if close else f"presets: {', '.join(names())}"
+    raise ConfigError(f"{path}: no such file or preset; {hint}")

@@ -1,0 +1,1 @@
+"""Images as training batches: files, augmentation, batches."""

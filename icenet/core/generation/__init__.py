@@ -1,0 +1,1 @@
+"""Generation without a framework: requests, prompts, sampling rules, the loop over tokens."""

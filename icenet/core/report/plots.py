@@ -1,0 +1,264 @@
+"""Pictures of runs, drawn with matplotlib where it is installed (`pip install 'icenet[plot]'`).
+
+Every function returns the path it wrote, or None where matplotlib is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from icenet.core.report.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE_BLUE,
+    PURPLE,
+    available,
+    end_labels,
+    mark_backends,
+    new_figure,
+    robust_top,
+    save,
+    series,
+    set_limits,
+    smoothed,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_RAW_POINTS = 4000
+
+
+def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path | None:
+    """Draws a run's loss, and below it its learning rate and gradient norm.
+
+    Args:
+        metrics: records as in metrics.jsonl: `step` with `loss`, `learning_rate`, `grad_norm`, `backend`, or
+            with `validation_loss`. Missing and non-finite values are left out.
+        path: of the PNG.
+        title: stands above.
+
+    Returns:
+        The path, or None where matplotlib is missing.
+
+    Raises:
+        IceNetError: the file cannot be written.
+    """
+    if not available():
+        return None
+    steps, loss = series(metrics, "loss")
+    eval_steps, eval_loss = series(metrics, "validation_loss")
+    small = [
+        (name, *found, colour)
+        for name, key, colour in (
+            ("learning rate", "learning_rate", GREEN),
+            ("gradient norm", "grad_norm", PURPLE),
+        )
+        if len((found := series(metrics, key))[0])
+    ]
+    figure, panels = new_figure((9, 4.6 + 1.1 * len(small)), [4.2, *[1] * len(small)], title, right=1.25)
+    axes = panels[0]
+    smooth = smoothed(loss)
+    ends = []
+    if len(loss):
+        thin = slice(None, None, max(1, len(loss) // _RAW_POINTS))
+        axes.plot(steps[thin], loss[thin], color=BLUE, alpha=0.28, linewidth=0.8)
+        axes.plot(steps, smooth, color=BLUE, linewidth=2, marker="o" if len(loss) == 1 else None)
+        ends.append((float(smooth[-1]), f"train\n{smooth[-1]:.3f}", BLUE))
+    if len(eval_loss):
+        axes.plot(eval_steps, eval_loss, color=ORANGE, linewidth=1, alpha=0.5)
+        axes.plot(eval_steps, eval_loss, "o", color=ORANGE, markersize=5.5, markeredgecolor="white")
+        ends.append((float(eval_loss[-1]), f"validation\n{eval_loss[-1]:.3f}", ORANGE))
+    if ends:
+        set_limits(axes, np.concatenate([loss, eval_loss]), np.concatenate([smooth, eval_loss]))
+        end_labels(axes, ends)
+    else:
+        axes.text(0.5, 0.5, "no finite loss yet", transform=axes.transAxes, ha="center", color=GREY)
+    axes.set_ylabel("loss (nats)")
+    mark_backends(axes, metrics)
+    for panel, (name, at, values, colour) in zip(panels[1:], small, strict=True):
+        panel.plot(at, values, color=colour, linewidth=1.4)
+        panel.text(
+            1, 0.5, " " + name.replace(" ", "\n "), transform=panel.transAxes, va="center", color=colour
+        )
+        panel.set_ylim(0, 1.15 * robust_top(values) or 1)
+        panel.locator_params(axis="y", nbins=3)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
+    panels[-1].set_xlabel("step")
+    return save(figure, path)
+
+
+def plot_parity(
+    path: str | Path,
+    *,
+    steps: Sequence[int],
+    curves: Mapping[str, ArrayLike],
+    gap: ArrayLike,
+    allowed: ArrayLike,
+    switch_step: int | None = None,
+    switch_label: str = "the checkpoint changes backend",
+    gap_label: str = "|MLX − PyTorch|",
+    allowed_label: str = "allowed: 8 × |PyTorch fp32 − fp64|",
+    title: str = "One run, two backends",
+    passed: bool | None = None,
+) -> Path | None:
+    """Draws loss curves that ought to coincide, and below them their distance beside what is allowed.
+
+    Args:
+        path: of the PNG.
+        steps: the steps of the longest curve.
+        curves: name to loss (nats) per step, the reference first. A shorter curve belongs to the last steps,
+            and so do a shorter `gap` and `allowed`; NaN is not drawn.
+        gap: |first curve - second curve| per step; exact zeros are drawn on the lower edge. NaN after the
+            first number counts as a difference without bound.
+        allowed: the largest gap allowed at each step: 8 x |PyTorch fp32 - PyTorch fp64|.
+        switch_step: the last step before the change of backend.
+        switch_label: stands beside the line that marks it.
+        gap_label, allowed_label: name the two in the legend.
+        title: stands above; the verdict is added below it.
+        passed: the verdict; whether no gap is above `allowed`, where it is not given.
+
+    Returns:
+        The path, or None where matplotlib is missing.
+
+    Raises:
+        IceNetError: the file cannot be written.
+        ValueError: a curve is longer than `steps`.
+    """
+    if not available():
+        return None
+    at = np.asarray(steps, np.float64)
+    gaps, limits = _aligned(gap, len(at), "gap"), _aligned(allowed, len(at), "allowed")
+    verdict, passed = _verdict(at, gaps, limits, passed)
+    figure, (above, below) = new_figure(
+        (9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24
+    )
+
+    ends = []
+    # thick and pale below, thin and dashed above: where curves coincide both are seen
+    looks: list[dict[str, Any]] = [
+        {"color": PALE_BLUE, "linewidth": 5, "solid_joinstyle": "round"},
+        {"color": ORANGE, "linewidth": 1.5, "dashes": (4, 2)},
+        {"color": INK, "linewidth": 1.2, "dashes": (1, 2)},
+    ]
+    for index, (name, values) in enumerate(curves.items()):
+        look = looks[min(index, len(looks) - 1)]
+        curve = _aligned(values, len(at), name)
+        seen = np.isfinite(curve)
+        above.plot(at[seen], curve[seen], label=name, **look)
+        ends.append(curve[seen])
+    everything = np.concatenate(ends) if ends else np.zeros(0)
+    if len(everything):
+        set_limits(above, everything, everything)
+    above.set_ylabel("loss (nats)")
+    above.legend(loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
+
+    _draw_gap(below, at, gaps, limits, gap_label, allowed_label)
+    below.set_xlabel("step")
+    figure.align_ylabels([above, below])
+    if switch_step is not None:
+        for axes in (above, below):
+            axes.axvline(switch_step, color=INK, linewidth=1, dashes=(2, 2))
+        # where the falling curve leaves room: left of the line, but for a change near the start
+        early = len(at) > 0 and switch_step < at[0] + 0.35 * (at[-1] - at[0])
+        above.annotate(
+            switch_label,
+            (switch_step, 0.7),
+            xycoords=("data", "axes fraction"),
+            xytext=(6 if early else -6, 0),
+            textcoords="offset points",
+            ha="left" if early else "right",
+            color=INK,
+            fontsize=10.5,
+        )
+    return save(figure, path)
+
+
+def _draw_gap(
+    axes: Axes, at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], gap_label: str, allowed_label: str
+) -> None:
+    """The lower panel: distances as points on a log axis, the allowed region shaded."""
+    from matplotlib.ticker import NullLocator
+
+    positive = np.concatenate([gaps, limits])
+    positive = positive[np.isfinite(positive) & (positive > 0)]
+    floor = 10 ** math.floor(math.log10(positive.min()) - 0.3) if len(positive) else 1e-9
+    top = 10 ** math.ceil(math.log10(positive.max()) + 0.1) if len(positive) else 1.0
+    known = np.isfinite(limits)
+    if known.any():
+        edge = np.maximum(limits[known], floor)
+        axes.fill_between(at[known], floor, edge, color=GREEN, alpha=0.13, linewidth=0)
+        axes.plot(at[known], edge, color=GREEN, linewidth=1.2, label=allowed_label)
+    over = gaps > np.where(known, limits, np.inf)
+    shown = (gaps > 0) & ~over
+    points: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 0, "clip_on": False}
+    if shown.any():
+        axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, label=gap_label, **points)
+    if over.any():
+        label = f"{gap_label}, above it"
+        axes.plot(
+            at[over], np.clip(gaps[over], floor, top), "D", color=ORANGE, markersize=4, label=label, **points
+        )
+    if (gaps == 0).any():
+        at_floor = np.full(int((gaps == 0).sum()), floor)
+        points["markeredgewidth"] = 1
+        axes.plot(
+            at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="no distance at all", **points
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(floor, top)
+    axes.set_ylabel("distance (nats)")
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.99),
+        ncols=4,
+        frameon=False,
+        fontsize=10.5,
+        labelcolor=INK,
+        handletextpad=0.6,
+        columnspacing=1.8,
+    )
+
+
+def _verdict(
+    at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], passed: bool | None
+) -> tuple[str, bool]:
+    """The judgement in words. What counts is the gap as a share of what is allowed at the same step."""
+    begun = np.cumsum(~np.isnan(gaps)) > 0
+    both = begun & ~np.isnan(limits)
+    gaps = np.where(np.isnan(gaps), np.inf, gaps)  # once there are two curves, NaN is no agreement
+    if not both.any():
+        return "no steps to compare", bool(passed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(gaps[both] > 0, gaps[both] / limits[both], 0.0)
+    worst = int(shares.argmax())
+    if passed is None:
+        passed = bool(shares[worst] <= 1)
+    share = shares[worst]
+    words = f"at most {share:.2f} of" if share <= 1 else f"up to {share:,.{0 if share >= 10 else 1}f} times"
+    largest, step = _short(gaps[both].max()), f"step {at[both][worst]:,.0f}"
+    opening = "The same curve" if passed else "The curves differ"
+    return f"{opening}: largest distance {largest}, {words} what is allowed ({step})", passed
+
+
+def _short(value: float) -> str:
+    """Two digits, without the exponent's leading zero: 4.8e-7."""
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
+
+
+def _aligned(values: ArrayLike, length: int, name: str) -> NDArray[Any]:
+    """Values for the last steps, with NaN before them."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or len(array) > length:
+        raise ValueError(f"{name} has shape {array.shape}, and there are {length} steps")
+    return np.concatenate([np.full(length - len(array), np.nan), array])

@@ -1,0 +1,45 @@
+"""Opens what a path names: a run, a checkpoint, a saved model, or a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from icenet.core.config import Config
+from icenet.core.errors import CheckpointError
+from icenet.core.training.checkpoint import _FOLDER, find
+from icenet.core.weights import files as weight_files
+
+
+def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
+    """The configuration and weights of what a person names.
+
+    A run or checkpoint gives both, so does a folder that `icenet.save` wrote; a YAML file or a preset's name
+    gives a configuration alone.
+    """
+    if path.is_file() and path.suffix in (weight_files.SUFFIX, ".pt", ".pth", ".bin"):
+        raise CheckpointError(
+            f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
+            "makes a folder of both"
+        )
+    if not path.is_dir():
+        return Config.from_yaml(path, overrides), None
+    if (path / _FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
+        found = find(path)
+        return found.config.with_overrides(*overrides), found.weights
+    return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
+
+
+def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
+    """The configuration and the averaged weights of a run or checkpoint.
+
+    Raises:
+        CheckpointError: the run kept none.
+    """
+    found = find(path)
+    averages = {name: array for name, array in found.optimizer.items() if name.endswith(".ema")}
+    if not averages:
+        raise CheckpointError(f"{found.path}: keeps no averaged weights; train with training.ema_decay")
+    return found.config, {**found.weights, **{name.removesuffix(".ema"): array for name, array in averages.items()}}

@@ -1,0 +1,32 @@
+"""What a model remembers of the tokens read so far, MLX."""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+
+class KVCache:
+    """Keys and values of the positions read so far, in buffers that grow by `step` positions."""
+
+    step = 256
+    keys: mx.array
+    values: mx.array
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.length = 0
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Adds T positions, `[B, H, T, D/H]` each; gives all S of them."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.room:
+            batch, heads, _, width = keys.shape
+            self.room = -(-self.length // self.step) * self.step
+            room = mx.zeros((batch, heads, self.room - start, width), keys.dtype)
+            held = (self.keys, self.values) if start else (keys, values)
+            self.keys, self.values = (mx.concatenate([part[:, :, :start], room], axis=2) for part in held)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]

@@ -1,0 +1,32 @@
+"""Layers and functions of the MLX models; the same names and meaning in `icenet_torch.nn`."""
+
+from __future__ import annotations
+
+from icenet.nn.activations import activation
+from icenet.nn.attention import attention_mask, scaled_dot_product_attention
+from icenet.nn.checkpointing import checkpoint
+from icenet.nn.conv import Conv2d, global_average_pool, max_pool
+from icenet.nn.dropout import Dropout
+from icenet.nn.linear import Embedding, Linear
+from icenet.nn.loss import cross_entropy
+from icenet.nn.norm import BatchNorm2d, LayerNorm
+from icenet.nn.recurrent import GRU, LSTM, RNN
+
+__all__ = [
+    "BatchNorm2d",
+    "Conv2d",
+    "Dropout",
+    "Embedding",
+    "GRU",
+    "LSTM",
+    "LayerNorm",
+    "Linear",
+    "RNN",
+    "activation",
+    "attention_mask",
+    "checkpoint",
+    "cross_entropy",
+    "global_average_pool",
+    "max_pool",
+    "scaled_dot_product_attention",
+]

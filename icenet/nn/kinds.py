@@ -1,0 +1,31 @@
+"""Layer kinds: which row of `icenet.core.weights.layout` a layer of MLX follows."""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_NATIVE_KINDS: dict[type, str] = {
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "layer_norm",
+    nn.RMSNorm: "rms_norm",
+    nn.GroupNorm: "group_norm",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.BatchNorm: "batch_norm",
+}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.weights.layout`)."""
+    own: str | None = getattr(module, "layer_kind", None)
+    known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+    holds_arrays = any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())
+    return known or ("plain" if holds_arrays else None)

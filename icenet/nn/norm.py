@@ -1,0 +1,85 @@
+"""Normalization layers and their running statistics, MLX."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet.core.errors import UsageError
+from icenet.nn.arrays import Array
+from icenet.nn.exact import _moments, _normalize, _scale_and_shift
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (Ba et al., 2016) over the last axis, its statistics in fp32."""
+
+    def __init__(self, dims: int, eps: float = 1e-5) -> None:
+        super().__init__(dims, eps)
+
+    def __call__(self, x: Array) -> Array:
+        return mx.fast.layer_norm(x.astype(self.weight.dtype), self.weight, self.bias, self.eps).astype(x.dtype)
+
+
+class BatchNorm2d(nn.BatchNorm):
+    """Batch norm (Ioffe and Szegedy, 2015) of images `[B, H, W, C]`, its statistics in fp32.
+
+    In training the running statistics move by a tenth towards the batch's mean and unbiased variance.
+    """
+
+    running_mean: Array
+    running_var: Array
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(self.weight.dtype)
+        if not self.training:
+            scale = self.weight * mx.rsqrt(self.running_var + self.eps)
+            y = _scale_and_shift(y - self.running_mean, scale, self.bias)  # type: ignore[assignment]
+            return y.astype(x.dtype)
+        count = y.size // y.shape[-1]
+        check_batch_norm(count)
+        mean, var = (mx.stop_gradient(moment) for moment in _moments(y))
+        keep, m = 1 - self.momentum, self.momentum
+        self.running_mean = keep * self.running_mean + m * mean
+        self.running_var = keep * self.running_var + m * (var * (count / (count - 1)))
+        y = _normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps))  # type: ignore[assignment]
+        return y.astype(x.dtype)
+
+
+def check_batch_norm(count: int) -> None:
+    """Refuses to take the variance of one value."""
+    if count < 2:
+        raise UsageError(
+            "batch norm: one value in each channel has no variance to train with; "
+            "use a larger training.batch_size, or larger images"
+        )
+
+
+def running_statistics(model: nn.Module) -> list[Array]:
+    """The running means and variances of the batch norms within `model`."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
+    return [array for norm in norms for array in (norm.running_mean, norm.running_var)]
+
+
+def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
+    """Puts back what `running_statistics` gave."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
+    for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
+        norm.running_mean, norm.running_var = mean, var
+
+
+@contextlib.contextmanager
+def keep_running_statistics(model: nn.Module) -> Iterator[None]:
+    """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
+    before = running_statistics(model)
+    try:
+        yield
+    finally:
+        set_running_statistics(model, before)

@@ -1,0 +1,1 @@
+"""What the commands ask of this backend: recording, benchmarks, facts about the machine."""

@@ -1,0 +1,1 @@
+"""Training: the engine, its optimizers, averages and process group."""

@@ -1,0 +1,1 @@
+"""Generation on the device: the decoder and its cache."""

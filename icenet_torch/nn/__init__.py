@@ -1,0 +1,32 @@
+"""Layers and functions of the PyTorch models; the same names and meaning in `icenet.nn`."""
+
+from __future__ import annotations
+
+from icenet_torch.nn.activations import activation
+from icenet_torch.nn.attention import attention_mask, scaled_dot_product_attention
+from icenet_torch.nn.checkpointing import checkpoint
+from icenet_torch.nn.conv import Conv2d, global_average_pool, max_pool
+from icenet_torch.nn.dropout import Dropout
+from icenet_torch.nn.linear import Embedding, Linear
+from icenet_torch.nn.loss import cross_entropy
+from icenet_torch.nn.norm import BatchNorm2d, LayerNorm
+from icenet_torch.nn.recurrent import GRU, LSTM, RNN
+
+__all__ = [
+    "BatchNorm2d",
+    "Conv2d",
+    "Dropout",
+    "Embedding",
+    "GRU",
+    "LSTM",
+    "LayerNorm",
+    "Linear",
+    "RNN",
+    "activation",
+    "attention_mask",
+    "checkpoint",
+    "cross_entropy",
+    "global_average_pool",
+    "max_pool",
+    "scaled_dot_product_attention",
+]

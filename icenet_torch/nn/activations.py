@@ -1,0 +1,18 @@
+"""Activation functions, PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from icenet_torch.nn.arrays import Array
+
+
+def activation(name: str, x: Array) -> Array:
+    """gelu (exact), gelu_tanh (its approximation), relu or silu, elementwise."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "silu":
+        return F.silu(x)
+    return F.relu(x)

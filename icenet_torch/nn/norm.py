@@ -1,0 +1,91 @@
+"""Normalization layers and their running statistics, PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+from icenet.core.errors import UsageError
+from icenet_torch.nn.arrays import Array
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (Ba et al., 2016) over the last axis, its statistics in fp32."""
+
+    def __init__(self, dims: int, eps: float = 1e-5) -> None:
+        super().__init__(dims, eps)
+
+    def forward(self, x: Array) -> Array:
+        return F.layer_norm(
+            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
+        ).to(x.dtype)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm (Ioffe and Szegedy, 2015) of images `[B, C, H, W]`, its statistics in fp32.
+
+    In training the running statistics move by a tenth towards the batch's mean and unbiased variance. Unlike
+    PyTorch's own it counts no batches.
+    """
+
+    momentum: float
+    running_mean: Array
+    running_var: Array
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Array) -> Array:
+        y = x.to(self.weight.dtype)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            check_batch_norm(y.numel() // y.shape[1])
+            # with momentum 1 PyTorch leaves the batch's own mean and unbiased variance in what it is given
+            mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        y = F.batch_norm(y, mean, var, self.weight, self.bias, self.training, 1.0, self.eps)
+        if self.training:
+            keep, m = 1 - self.momentum, self.momentum
+            self.running_mean.copy_(keep * self.running_mean + m * mean)
+            self.running_var.copy_(keep * self.running_var + m * var)
+        return y.to(x.dtype)
+
+
+def check_batch_norm(count: int) -> None:
+    """Refuses to take the variance of one value."""
+    if count < 2:
+        raise UsageError(
+            "batch norm: one value in each channel has no variance to train with; "
+            "use a larger training.batch_size, or larger images"
+        )
+
+
+def running_statistics(model: nn.Module) -> list[Array]:
+    """The running means and variances of the batch norms within `model`, copied."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [tensor.clone() for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+
+
+@torch.no_grad()
+def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
+    """Puts back what `running_statistics` gave."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+@contextlib.contextmanager
+def keep_running_statistics(model: nn.Module) -> Iterator[None]:
+    """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
+    before = running_statistics(model)
+    try:
+        yield
+    finally:
+        set_running_statistics(model, before)

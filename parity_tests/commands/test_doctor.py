@@ -1,0 +1,301 @@
+"""`icenet doctor`: its findings on this machine, on broken ones (made here) and on ones it is told of."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icenet.commands import doctor as doc
+
+ROOT = Path(__file__).resolve().parents[2]
+with_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="needs mlx")
+with_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
+
+
+@pytest.fixture(autouse=True)
+def _ours_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delenv("ICENET_BLAS", raising=False)
+
+
+# ---- this machine --------------------------------------------------------------------------------
+
+
+@with_mlx
+@with_torch
+def test_this_machine() -> None:
+    report = doc.doctor()
+    assert report.ok
+    for name in ("mlx", "torch"):
+        facts = report.backends[name]
+        assert facts["version"].split("+")[0] == importlib.metadata.version(name).split("+")[0]
+        assert facts["default_device"] in [device.split(":")[0] for device in facts["devices"]]
+        assert set(facts["matmul_gflops"]) == {device.split(":")[0] for device in facts["devices"]}
+        assert all(rate > 0 for rate in facts["matmul_gflops"].values())
+    assert list(report.backends["mlx"]) == list(report.backends["torch"])  # the mirror
+    as_json = json.loads(json.dumps(doc.as_dict(report)))
+    assert as_json == doc.as_dict(report) and as_json["ok"] is True
+
+
+@linux
+def test_memory_and_cores_are_the_kernels() -> None:
+    facts = doc.system_facts()
+    assert facts["memory"] == pytest.approx(
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=1e-3
+    )
+    assert facts["cores"] == len(os.sched_getaffinity(0))
+    assert facts["python"] == sys.version.split()[0]
+
+
+def test_doctor_imports_no_framework() -> None:
+    code = """
+import sys
+from icenet.commands.doctor import as_dict, doctor, render
+from rich.console import Console
+render(doctor(), Console(file=sys.stderr))
+print(sorted({"mlx", "mlx.core", "torch"} & set(sys.modules)))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@linux
+@with_mlx
+def test_the_reference_blas_is_found_and_its_remedy_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICENET_BLAS", "none")
+    facts = doc.backend_facts("mlx", 120)
+    assert facts["blas"] == {"name": "reference", "path": None, "note": "ICENET_BLAS=none"}
+    (problem,) = doc._of_backend("mlx", facts)
+    assert "reference BLAS" in problem.what and "leave ICENET_BLAS unset" in problem.remedy
+
+
+@linux
+@with_mlx
+def test_a_bad_icenet_blas_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICENET_BLAS", "/no/such.so")
+    facts = doc.backend_facts("mlx", 120)
+    assert facts["error"].startswith("BackendError: ICENET_BLAS=/no/such.so: ")
+    system, versions = machine()
+    (problem,) = doc.find_problems(system, versions, {"mlx": facts, "torch": WORKS["torch"]})
+    assert (problem.severity, problem.remedy) == (
+        "error",
+        "unset ICENET_BLAS, or name a library that is there",
+    )
+
+
+# ---- broken frameworks ---------------------------------------------------------------------------
+
+BREAKS = {
+    "raises": ("raise ImportError('libtorch.so: no such file')", "ImportError: libtorch.so: no such file"),
+    "crashes": (
+        "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "its process was killed by SIGSEGV",
+    ),
+    "exits": ("import os; os._exit(3)", "its process ended with 3 and no answer: silent"),
+    "gives up": ("raise SystemExit('no licence')", "SystemExit: no licence"),
+    "hangs": ("import time; time.sleep(60)", "no answer within 3 s"),
+}
+
+
+@pytest.mark.parametrize("way", BREAKS)
+def test_a_broken_framework_is_a_finding(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "win32" and way == "crashes":
+        pytest.skip("no signals")
+    code, error = BREAKS[way]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('a word on stdout')\n" + code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    facts = doc.backend_facts("torch", 3 if way == "hangs" else 60)
+    assert facts == {"error": error}
+    system, versions = machine()
+    report = doc.Report(system, versions, {"mlx": {"error": "not installed"}, "torch": facts}, [])
+    assert not report.ok
+    problems = doc.find_problems(system, versions, {**WORKS, "torch": facts})
+    assert [problem.what for problem in problems] == [f"torch does not work: {error}"]
+    assert problems[0].severity == "error"
+    assert (
+        "importtime" if way == "hangs" else "pip uninstall -y torch; pip install 'icenet[torch]'"
+    ) in problems[0].remedy
+
+
+def test_a_framework_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert doc.backend_facts("mlx", 60) == {"error": "not installed"}
+
+
+def test_a_file_in_the_current_folder_is_not_taken_for_a_framework(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    assert "the wrong one" not in doc.backend_facts("torch", 120).get("error", "")
+
+
+# ---- machines told of ----------------------------------------------------------------------------
+
+TF32_OFF = {"enabled": False, "matters": False, "switch": "MLX_ENABLE_TF32=0"}
+WORKS: dict[str, dict[str, Any]] = {
+    "mlx": {
+        "framework": "MLX",
+        "version": "0.32.4",
+        "devices": ["cpu"],
+        "default_device": "cpu",
+        "chip": "a chip",
+        "blas": {"name": "openblas", "path": "/lib/libopenblas.so.0", "note": "ICENET_BLAS=auto"},
+        "matmul_gflops": {"cpu": 200.0},
+        "tf32": TF32_OFF,
+        "dtypes": "",
+    },
+    "torch": {
+        "framework": "PyTorch",
+        "version": "2.13.0",
+        "devices": ["cpu"],
+        "default_device": "cpu",
+        "chip": None,
+        "blas": {"name": "mkl", "path": None, "note": "MKL 2024.2"},
+        "matmul_gflops": {"cpu": 200.0},
+        "tf32": TF32_OFF,
+        "dtypes": "",
+    },
+}
+
+
+def machine(**changes: Any) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """A Linux machine on which nothing is wrong, but for `changes` (of its facts, or of package versions)."""
+    system: dict[str, Any] = {
+        "python": "3.12.4",
+        "executable": "/venv/bin/python",
+        "platform": "Linux",
+        "system": "Linux",
+        "machine": "x86_64",
+        "macos": None,
+        "chip": "a chip",
+        "cores": 2,
+        "memory": 2**34,
+        "nvidia": None,
+        "compiler": "/usr/bin/g++",
+    }
+    versions: dict[str, str | None] = dict.fromkeys(doc.PACKAGES)
+    versions |= {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "torch": "2.13.0+cpu"}
+    for name, value in changes.items():
+        (system if name in system else versions)[name.replace("_", "-")] = value
+    return system, versions
+
+
+def mac(**changes: Any) -> dict[str, Any]:
+    facts = {"system": "Darwin", "machine": "arm64", "macos": "15.2", "chip": "Apple M4", "mlx_cpu": None}
+    return {**facts, **changes}
+
+
+def test_a_good_machine_has_no_problems() -> None:
+    for good in (
+        machine(),
+        machine(**mac()),
+        machine(python="3.10.0"),
+        machine(python="3.13.9"),
+        machine(torch="2.6.0"),
+    ):
+        assert doc.find_problems(*good, WORKS) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "severity", "what", "remedy"),
+    [
+        ({"mlx": None, "mlx_cpu": None}, "warning", "mlx is not installed", "pip install 'icenet[cpu]'"),
+        (mac(mlx=None), "warning", "mlx is not installed", "pip install 'mlx>=0.32.1,<0.33'"),
+        ({"torch": None}, "warning", "torch is not installed", "pip install 'icenet[torch]'"),
+        (
+            {"torch": "2.5.1"},
+            "warning",
+            "torch 2.5.1 is outside of what is tested",
+            "pip install 'torch>=2.6,<2.14'",
+        ),
+        ({"torch": "2.14.0a0"}, "warning", "at least 2.6 and below 2.14", "pip install 'torch>=2.6,<2.14'"),
+        (mac(mlx="0.33.0"), "warning", "mlx 0.33.0 is outside", "pip install 'mlx>=0.32.1,<0.33'"),
+        (mac(mlx="0.32.0"), "warning", "mlx 0.32.0 is outside", "pip install 'mlx>=0.32.1,<0.33'"),
+        (
+            {"mlx_cuda_13": "0.32.4"},
+            "error",
+            "mlx-cpu and mlx-cuda-13 are both installed",
+            "pip uninstall -y mlx mlx-cpu mlx-cuda-13; pip install 'icenet[cpu]'",
+        ),
+        ({"mlx_cpu": None}, "error", "without a build for this machine", "pip install 'icenet[cpu]'"),
+        ({"mlx_cpu": "0.32.1"}, "error", "do not belong together", "pip install 'mlx-cpu==0.32.4'"),
+        ({"python": "3.14.0"}, "warning", "Python 3.14.0 is outside", "Python 3.12"),
+        ({"python": "3.9.18"}, "warning", "Python 3.9.18 is outside", "Python 3.12"),
+        (mac(machine="x86_64"), "error", "under Rosetta", "install an arm64 Python"),
+        (mac(macos="13.6"), "error", "macOS 13.6", "update macOS"),
+        ({"compiler": None}, "note", "no C++ compiler", "apt install g++"),
+    ],
+)
+def test_each_problem_has_its_remedy(changes: dict[str, Any], severity: str, what: str, remedy: str) -> None:
+    (problem,) = doc.find_problems(*machine(**changes), WORKS)
+    assert problem.severity == severity
+    assert what in problem.what
+    assert remedy in problem.remedy
+
+
+def test_a_gpu_that_is_not_used_and_tf32_on_one_that_is() -> None:
+    backends = copy.deepcopy(WORKS)
+    backends["torch"] |= {"devices": ["cpu", "cuda"], "default_device": "cuda"}
+    backends["torch"]["tf32"] = {"enabled": True, "matters": True, "switch": "allow_tf32=True"}
+    unused, tf32 = doc.find_problems(*machine(nvidia="580.1"), backends)
+    assert (
+        unused.what == "there is an NVIDIA GPU, and mlx does not use it" and "icenet[cuda]" in unused.remedy
+    )
+    assert tf32.severity == "note" and "PyTorch may compute fp32 at TF32's precision" in tf32.what
+
+
+def test_the_worst_comes_first() -> None:
+    problems = doc.find_problems(*machine(compiler=None, torch=None, mlx_cpu=None), WORKS)
+    assert [problem.severity for problem in problems] == ["error", "warning", "note"]
+
+
+@with_mlx
+def test_tf32_matters_on_cuda_and_from_m5_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icenet.tools.facts import tf32
+
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    cases = [
+        ("metal", "Apple M4 Max"),
+        ("metal", "Apple M5"),
+        ("metal", "Apple M10"),
+        ("cuda", "H200"),
+        ("cpu", "Apple M5"),
+    ]
+    assert [tf32(*case)["matters"] for case in cases] == [False, True, True, True, False]
+    assert tf32("cuda", "H200")["enabled"] is True  # MLX's default
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert tf32("cuda", "H200") == {"enabled": False, "matters": True, "switch": "MLX_ENABLE_TF32=0"}
+
+
+def test_rendering_keeps_every_word() -> None:
+    console_module = pytest.importorskip("rich.console")
+    system, versions = machine(mlx=None, mlx_cpu=None)
+    backends = {**WORKS, "mlx": {"error": "not installed"}}
+    report = doc.Report(system, versions, backends, doc.find_problems(system, versions, backends))
+    out = io.StringIO()
+    doc.render(report, console_module.Console(file=out, width=160))
+    for words in (
+        "a chip, 2 cores",
+        "16.0 GiB",
+        "not installed",
+        "200 GFLOP/s",
+        "pip install 'icenet[cpu]'",
+        "MKL 2024.2",
+    ):
+        assert words in out.getvalue()
+    assert "Nothing is wrong" not in out.getvalue()

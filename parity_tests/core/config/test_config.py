@@ -1,0 +1,629 @@
+"""The configuration: what is right is read, from YAML or from Python; what is wrong is one line that names the
+file, the line, the key and the way out; an assignment is checked and, where it fails, undone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from icenet.core.config import (
+    FAMILIES,
+    Config,
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    TrainingConfig,
+    TransformerConfig,
+    json_schema,
+    presets,
+    yaml_file,
+)
+from icenet.core.errors import ConfigError, IceNetError, UsageError
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = "model:\n  type: transformer\n"
+MODEL_KEYS = (
+    "type, hidden_size, num_layers, dropout, vocab_size, compile_model, num_heads, max_seq_length, activation, "
+    "feed_forward_multiplier, norm_position, causal, tie_embeddings"
+)
+
+
+def read(folder: Path, text: str, *overrides: str) -> Config:
+    file = folder / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    return Config.from_yaml(file, overrides)
+
+
+def message(folder: Path, text: str, *overrides: str) -> str:
+    """What a person is told, with the folder's own path left out."""
+    with pytest.raises(ConfigError) as caught:
+        read(folder, text, *overrides)
+    told = str(caught.value).replace(f"{folder}/", "")
+    assert "\n" not in told and "pydantic" not in told
+    return told
+
+
+# ---- what is right ----------------------------------------------------------------------------------------
+
+GUIDE = """
+model:
+  type: transformer
+  hidden_size: 512        # Model dimension (d_model)
+  num_layers: 6           # Number of transformer blocks
+  num_heads: 8            # Attention heads
+  dropout: 0.1            # Dropout rate
+  vocab_size: 50000       # Vocabulary size
+  max_seq_length: 512     # Maximum sequence length
+  activation: gelu        # Activation function
+"""
+
+
+def test_the_guides_yaml(tmp_path: Path) -> None:
+    config = read(tmp_path, GUIDE)
+    assert isinstance(config.model, TransformerConfig) and isinstance(config.model, ModelConfig)
+    assert config.model == ModelConfig(type="transformer")  # the guide's values are the defaults
+    assert (config.model.hidden_size, config.model.num_heads, config.model.activation) == (512, 8, "gelu")
+
+
+def test_the_guides_python() -> None:
+    config = ModelConfig(
+        type="transformer",
+        hidden_size=512,
+        num_layers=6,
+        num_heads=8,
+    )
+    assert type(config) is TransformerConfig
+    assert (config.hidden_size, config.vocab_size, config.num_heads) == (512, 50000, 8)
+
+
+def test_the_guides_assignments(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL)
+    config.training.mixed_precision = "fp16"
+    config.model.compile_model = True
+    config.training.gradient_checkpointing = True
+    again = Config.from_dict(config.to_dict())
+    assert again == config and again.training.mixed_precision == "fp16"
+    assert again.model.compile_model is again.training.gradient_checkpointing is True
+
+
+def test_every_section_is_optional_but_the_model(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL)
+    assert config.data == DataConfig() and config.training == TrainingConfig()
+    assert config.generation == GenerationConfig()
+    assert (config.backend, config.device, config.seed) == ("auto", "auto", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("1.0e-3", 1e-3),
+        ("+1e-3", 1e-3),
+        ("1e+3", 1e3),
+        ("1e3", 1e3),
+        ("1.", 1.0),
+        (".5", 0.5),
+        (".5e-2", 0.005),
+        ("2", 2.0),
+        ("3.0e-4", 3e-4),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
+    config = read(tmp_path, f"{MODEL}training:\n  learning_rate: {text}\n")
+    assert config.training.learning_rate == value and type(config.training.learning_rate) is float
+    assert read(tmp_path, MODEL, f"training.learning_rate={text}").training.learning_rate == value
+
+
+def test_anchors_and_quotes(tmp_path: Path) -> None:
+    config = read(tmp_path, f"{MODEL}data: {{source: &x 'a b'}}\ngeneration:\n  stop: [*x, '1e3', 5, \"\\n\"]\n")
+    assert config.generation.stop == ["a b", "1e3", 5, "\n"]
+
+
+# ---- overrides --------------------------------------------------------------------------------------------
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    text = f"{MODEL}  hidden_size: 64\ntraining:\n  max_steps: 5\n"
+    config = read(
+        tmp_path,
+        text,
+        "training.max_steps=7",
+        "training.max_steps=9",
+        "model.dropout=0",
+        "data.source=a=b.txt",
+        "generation.stop=[1, 'END']",
+        "data.seq_length=null",
+        " seed = 3 ",
+    )
+    assert config.training.max_steps == 9 and config.model.hidden_size == 64 and config.model.dropout == 0.0
+    assert config.data.source == "a=b.txt" and config.generation.stop == [1, "END"]
+    assert config.data.seq_length is None and config.seed == 3
+
+
+def test_an_override_can_mend_a_file(tmp_path: Path) -> None:
+    text = f"{MODEL}  num_heads: 7\n"
+    assert "num_heads 7" in message(tmp_path, text)
+    assert read(tmp_path, text, "model.num_heads=4").model == TransformerConfig(num_heads=4)
+    assert read(tmp_path, "seed: 4\n", "model.type=transformer").seed == 4
+
+
+def test_with_overrides_leaves_the_first_alone() -> None:
+    first = Config.from_dict({"model": {"type": "transformer"}})
+    second = first.with_overrides("training.learning_rate=1e-3", "model.num_layers=2")
+    assert (first.training.learning_rate, first.model.num_layers) == (3e-4, 6)
+    assert (second.training.learning_rate, second.model.num_layers) == (1e-3, 2)
+    tree = {"model": {"type": "transformer"}, "data": {}}
+    Config.from_dict(tree, ["data.source=x", "model.num_layers=1"])
+    assert tree == {"model": {"type": "transformer"}, "data": {}}
+
+
+# ---- what is wrong: in a file -----------------------------------------------------------------------------
+
+KNOWN = ", ".join(FAMILIES)
+
+BAD_FILES = [
+    # the issue's own list: unknown key, wrong type, impossible combination
+    (f"{MODEL}  hiden_size: 3\n", "c.yaml:3: model.hiden_size: unknown key; did you mean hidden_size?"),
+    (f"{MODEL}  zzz: 3\n", f"c.yaml:3: model.zzz: unknown key; known: {MODEL_KEYS}"),
+    (f"{MODEL}trainig:\n  max_steps: 5\n", "c.yaml:3: trainig: unknown key; did you mean training?"),
+    (
+        f"{MODEL}training:\n  lr: 5\n  learn_rate: 1\n",
+        "c.yaml:4: training.lr: unknown key; did you mean learning_rate? (and 1 more)",
+    ),
+    (f"{MODEL}training:\n  learning_rate: fast\n", "c.yaml:4: training.learning_rate: must be a number, not 'fast'"),
+    (
+        f"{MODEL}training:\n  learning_rate: '1e-3'\n",
+        "c.yaml:4: training.learning_rate: must be a number, not '1e-3'",
+    ),
+    (
+        f"{MODEL}training:\n  learning_rate: .inf\n",
+        "c.yaml:4: training.learning_rate: must be a finite number, not inf",
+    ),
+    (
+        f"{MODEL}training:\n  learning_rate: .nan\n",
+        "c.yaml:4: training.learning_rate: must be a finite number, not nan",
+    ),
+    (f"{MODEL}training:\n  learning_rate: 0\n", "c.yaml:4: training.learning_rate: must be greater than 0, not 0"),
+    (f"{MODEL}training:\n  batch_size: 1e3\n", "c.yaml:4: training.batch_size: must be an integer, not 1000.0"),
+    (f"{MODEL}training:\n  batch_size: true\n", "c.yaml:4: training.batch_size: must be an integer, not True"),
+    (f"{MODEL}training:\n  batch_size:\n", "c.yaml:4: training.batch_size: must be an integer, not None"),
+    (
+        f"{MODEL}training:\n  batch_size: 0\n",
+        "c.yaml:4: training.batch_size: must be greater than or equal to 1, not 0",
+    ),
+    (
+        f"{MODEL}training:\n  mixed_precision: fp61\n",
+        "c.yaml:4: training.mixed_precision: must be 'fp32', 'bf16' or 'fp16', not 'fp61'; did you mean 'fp16'?",
+    ),
+    (f"{MODEL}  dropout: 1\n", "c.yaml:3: model.dropout: must be less than 1, not 1"),
+    (f"{MODEL}  dropout: -0.1\n", "c.yaml:3: model.dropout: must be greater than or equal to 0, not -0.1"),
+    (f"{MODEL}  causal: 1\n", "c.yaml:3: model.causal: must be a boolean, not 1"),
+    (
+        f"{MODEL}  activation: gelu_tahn\n",
+        "c.yaml:3: model.activation: must be 'gelu', 'gelu_tanh', 'relu' or 'silu', not 'gelu_tahn'; "
+        "did you mean 'gelu_tanh'?",
+    ),
+    (f"{MODEL}  num_heads: 7\n", "c.yaml:1: model: hidden_size 512 is not a multiple of num_heads 7"),
+    (
+        f"{MODEL}  hidden_size: 15\n  num_heads: 5\n",
+        "c.yaml:1: model: hidden_size 15 is odd: sinusoidal positions come in pairs",
+    ),
+    (
+        f"{MODEL}training:\n  min_learning_rate: 1\n",
+        "c.yaml:3: training: min_learning_rate 1 is above learning_rate 0.0003",
+    ),
+    (
+        f"{MODEL}data:\n  seq_length: 600\n",
+        "c.yaml: data.seq_length 600 is more than model.max_seq_length 512",
+    ),
+    ("model: {type: tree}\n", f"c.yaml:1: model.type: no family 'tree'; known: {KNOWN}"),
+    ("model: {type: transfomer}\n", "c.yaml:1: model.type: no family 'transfomer'; did you mean transformer?"),
+    ("model: {hidden_size: 4}\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    ("model:\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    ("seed: 3\n", "c.yaml: model: required, and not given"),
+    ("", "c.yaml: model: required, and not given"),
+    (f"{MODEL}seed: -1\n", "c.yaml:3: seed: must be greater than or equal to 0, not -1"),
+    (f"{MODEL}backend: jax\n", "c.yaml:3: backend: must be 'auto', 'mlx' or 'torch', not 'jax'"),
+    (f"{MODEL}device: cuda:x\n", "c.yaml:3: device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'cuda:x'"),
+    (f"{MODEL}data:\n  source: 5\n", "c.yaml:4: data.source: must be a string, not 5"),
+    (f"{MODEL}generation:\n  stop: END\n", "c.yaml:4: generation.stop: must be a list, not 'END'"),
+    (f"{MODEL}generation:\n  top_p: 0\n", "c.yaml:4: generation.top_p: must be greater than 0, not 0"),
+    # not a configuration at all
+    ("- a\n", "c.yaml: must be a mapping of sections (model:, training:, ...)"),
+    ("hello\n", "c.yaml: must be a mapping of sections (model:, training:, ...)"),
+    ("1: 2\n", "c.yaml:1: the key 1 must be a text"),
+    ("model: {type: transformer\n", "c.yaml:2: not valid YAML: expected ',' or '}', but got '<stream end>'"),
+    ("\tmodel: 1\n", "c.yaml:1: not valid YAML: found character '\\t' that cannot start any token"),
+    ("model: *base\n", "c.yaml:1: not valid YAML: found undefined alias 'base'"),
+    (f"{MODEL}---\n{MODEL}", "c.yaml:3: not valid YAML: but found another document"),
+    (f"{MODEL}  num_heads: 4\n  num_heads: 8\n", "c.yaml:4: the key num_heads stands here twice"),
+    (f"{MODEL}seed: 1\nmodel: 5\n", "c.yaml:4: the key model stands here twice"),
+    ("[" * 3000, "c.yaml: nested too deeply to be a configuration"),
+    ("a: &a [*a]\n", "c.yaml: nested too deeply to be a configuration"),
+    (
+        "seed: !!python/name:os.system\n",
+        "c.yaml:1: not valid YAML: could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/name:os.system'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), BAD_FILES, ids=[told[:60] for _, told in BAD_FILES])
+def test_bad_files(tmp_path: Path, text: str, told: str) -> None:
+    assert message(tmp_path, text) == told
+
+
+def test_a_misspelt_section_is_what_is_told(tmp_path: Path) -> None:
+    """That the model is missing follows from it."""
+    told = message(tmp_path, "modle:\n  type: transformer\n")
+    assert told.startswith("c.yaml:1: modle: unknown key; did you mean model?")
+
+
+def test_an_unknown_key_with_the_name_of_a_family(tmp_path: Path) -> None:
+    told = message(tmp_path, f"{MODEL}  transformer: 1\n")
+    assert told.startswith("c.yaml:3: model.transformer: unknown key")
+
+
+def test_a_wrong_stop_is_told_once_with_what_is_allowed(tmp_path: Path) -> None:
+    told = message(tmp_path, f"{MODEL}generation:\n  stop: [1, a, 1.5]\n")
+    assert told.startswith("c.yaml:4: generation.stop.2: ") and "not 1.5" in told
+    assert "integer" in told and ("string" in told or "text" in told) and "more)" not in told
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/new:os.system", "!!python/object/apply:os.system", "!custom", "!!set"]
+)
+@pytest.mark.parametrize("value", ["{type: transformer}", "[touch, x]"])
+def test_tags_are_refused_and_nothing_is_run(tmp_path: Path, tag: str, value: str) -> None:
+    told = message(tmp_path, f"model: {tag} {value}\n")
+    assert told.startswith("c.yaml:1: ") and tag.lstrip("!").split(":")[0] in told
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_alias_bomb_ends_at_once(tmp_path: Path) -> None:
+    names = "abcdefghij"
+    text = f"{names[0]}: &{names[0]} [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    for before, name in itertools.pairwise(names):
+        text += f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
+    assert message(tmp_path, text) == "c.yaml: stands for too many values to be a configuration"
+    mappings = "a: &a {x: 1}\n" + "".join(
+        f"{name}: &{name} {{{', '.join(f'k{i}: *{before}' for i in range(9))}}}\n"
+        for before, name in itertools.pairwise(names)
+    )
+    assert message(tmp_path, mappings) == "c.yaml: stands for too many values to be a configuration"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    def told(path: Path | str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            Config.from_yaml(path)
+        return str(caught.value)
+
+    assert told(tmp_path) == f"{tmp_path}: a folder, where a YAML file or a preset is wanted"
+    assert told(tmp_path / "no.yaml").startswith(f"{tmp_path}/no.yaml: no such file or preset; ")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("seed: é".encode("latin-1"))
+    assert told(latin) == f"{latin}: cannot be read: not a text in UTF-8"
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * (1 << 20) + "\nmodel: {type: transformer}\n")
+    assert told(large) == f"{large}: larger than 1 MB, which no configuration is"
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\x00\x01")
+    assert told(binary).startswith(f"{binary}: not valid YAML: ") and "\n" not in told(binary)
+
+
+# ---- what is wrong: in an override ------------------------------------------------------------------------
+
+BAD_OVERRIDES = [
+    ("training.learning_rte=1e-3", "--set training.learning_rte: unknown key; did you mean learning_rate?"),
+    ("lr", "--set lr: must be key=value, such as training.learning_rate=1e-3"),
+    ("=3", "--set =3: must be key=value, such as training.learning_rate=1e-3"),
+    ("training.=3", "--set training.=3: must be key=value, such as training.learning_rate=1e-3"),
+    ("training..max_steps=3", "--set training..max_steps=3: must be key=value, such as training.learning_rate=1e-3"),
+    ("training.learning_rate=", "--set training.learning_rate: must be a number, not None"),
+    ("training.learning_rate=[1", "--set training.learning_rate=[1: the value is not valid YAML; put it in quotes"),
+    ("seed=99999999999999999999", "--set seed: must be less than 9223372036854775808, not 99999999999999999999"),
+    ("device=tpu", "--set device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'tpu'"),
+    ("backend=MLX", "--set backend: must be 'auto', 'mlx' or 'torch', not 'MLX'"),
+    ("seed=true", "--set seed: must be an integer, not True"),
+    (
+        "data.source=!!python/name:os.system",
+        "--set data.source=!!python/name:os.system: the value is not valid YAML; put it in quotes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "told"), BAD_OVERRIDES)
+def test_bad_overrides(tmp_path: Path, override: str, told: str) -> None:
+    assert message(tmp_path, MODEL, override) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "told"),
+    [
+        (MODEL, "model={type: transformer, foo: 1}", f"--set model.foo: unknown key; known: {MODEL_KEYS}"),
+        (
+            f"{MODEL}training:\n  learning_rate: 1.0\n",
+            "training.learning_rate.x=3",
+            "--set training.learning_rate: must be a number, not {'x': 3}",
+        ),
+        (MODEL, "model.type=tree", f"--set model.type: no family 'tree'; known: {KNOWN}"),
+    ],
+)
+def test_an_override_is_blamed_for_what_it_did(tmp_path: Path, text: str, override: str, told: str) -> None:
+    """Not the file, which is right."""
+    assert message(tmp_path, text, override) == told
+
+
+# ---- what is wrong: in Python -----------------------------------------------------------------------------
+
+BAD_CALLS = [
+    (lambda: ModelConfig(), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    (lambda: ModelConfig(hidden_size=3), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
+    (lambda: ModelConfig(type="zzz"), f"model.type: no family 'zzz'; known: {KNOWN}"),
+    (
+        lambda: ModelConfig(type="transformer", hiden_size=3),
+        "model.hiden_size: unknown key; did you mean hidden_size?",
+    ),
+    (lambda: ModelConfig(type="transformer", num_heads=7), "model: hidden_size 512 is not a multiple of num_heads 7"),
+    (lambda: TransformerConfig(type="cnn"), "model.type: must be 'transformer', not 'cnn'"),
+    (lambda: Config(), "model: required, and not given"),
+    (lambda: Config(model={"type": "transformer", "x": 1}), f"model.x: unknown key; known: {MODEL_KEYS}"),
+    (lambda: Config(model={"type": "transformer"}, traning=1), "traning: unknown key; did you mean training?"),
+    (lambda: TrainingConfig(max_grad_norm=0), "training.max_grad_norm: must be greater than 0, not 0"),
+    (lambda: TrainingConfig(eps=float("nan")), "training.eps: must be a finite number, not nan"),
+    (lambda: GenerationConfig(temperature=-1), "generation.temperature: must be greater than or equal to 0, not -1"),
+    (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction: must be less than 1, not 1.0"),
+]
+
+
+@pytest.mark.parametrize(("call", "told"), BAD_CALLS, ids=[told for _, told in BAD_CALLS])
+def test_bad_calls(call: Any, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert str(caught.value) == told
+    assert isinstance(caught.value, (UsageError, IceNetError)) and caught.value.exit_code == 2
+
+
+BAD_ASSIGNMENTS = [
+    ("model", "hidden_size", 511, "model: hidden_size 511 is not a multiple of num_heads 8"),
+    ("model", "hidden_size", "a", "model.hidden_size: must be an integer, not 'a'"),
+    ("model", "hiden", 1, "model.hiden: unknown key; did you mean hidden_size?"),
+    ("model", "type", "cnn", "model.type: must be 'transformer', not 'cnn'"),
+    ("model", "dropout", 1.0, "model.dropout: must be less than 1, not 1.0"),
+    (
+        "training",
+        "mixed_precision",
+        "fp8",
+        "training.mixed_precision: must be 'fp32', 'bf16' or 'fp16', not 'fp8'",
+    ),
+    ("training", "min_learning_rate", 1.0, "training: min_learning_rate 1 is above learning_rate 0.0003"),
+    ("training", "learning_rate", float("inf"), "training.learning_rate: must be a finite number, not inf"),
+    ("generation", "top_k", -1, "generation.top_k: must be greater than or equal to 0, not -1"),
+    ("data", "seq_length", 0, "data.seq_length: must be greater than or equal to 1, not 0"),
+    ("", "seed", -1, "seed: must be greater than or equal to 0, not -1"),
+    ("", "backend", "jax", "backend: must be 'auto', 'mlx' or 'torch', not 'jax'"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "told"), BAD_ASSIGNMENTS)
+def test_a_bad_assignment_changes_nothing(section: str, key: str, value: Any, told: str) -> None:
+    config = Config.from_dict({"model": {"type": "transformer"}})
+    before = copy.deepcopy(config)
+    with pytest.raises(ConfigError) as caught:
+        setattr(getattr(config, section) if section else config, key, value)
+    assert str(caught.value) == told
+    assert config == before and config.to_yaml() == before.to_yaml()
+
+
+def test_a_section_assigned_as_a_whole_is_checked() -> None:
+    config = Config.from_dict({"model": {"type": "transformer"}})
+    config.training = TrainingConfig(max_steps=3)
+    config.model = {"type": "transformer", "hidden_size": 64}
+    assert config.model == TransformerConfig(hidden_size=64) and config.training.max_steps == 3
+    config.data.seq_length = 512
+    with pytest.raises(ConfigError, match=r"^data\.seq_length 512 is more than model\.max_seq_length 100$"):
+        config.model = TransformerConfig(max_seq_length=100)
+    assert config.model.max_seq_length == 512
+
+
+def test_a_check_of_the_whole_finds_what_single_assignments_cannot() -> None:
+    config = Config.from_dict({"model": {"type": "transformer"}, "data": {"seq_length": 512}})
+    config.model.max_seq_length = 100
+    with pytest.raises(ConfigError, match=r"^data\.seq_length 512 is more than model\.max_seq_length 100$"):
+        config.checked()
+
+
+# ---- there and back ---------------------------------------------------------------------------------------
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
+    [
+        "1e5",
+        "1e-3",
+        "1.",
+        "null",
+        "~",
+        "yes",
+        "0x1",
+        "1_0",
+        "1:30",
+        "=",
+        "<<",
+        "- a",
+        "# b",
+        "2020-01-01",
+        "\x85",
+        "\r",
+    ]
+)
+SMALL = st.integers(1, 10**6)
+RATES = st.floats(0, 1, exclude_max=True)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Any:
+    heads = draw(st.integers(1, 8))
+    longest = draw(SMALL)
+    learning_rate, max_steps = draw(st.floats(1e-300, 1e300)), draw(SMALL)
+    return {
+        "backend": draw(st.sampled_from(["auto", "mlx", "torch"])),
+        "device": draw(st.sampled_from(["auto", "cpu", "gpu", "mps", "cuda", "cuda:0", "cuda:11"])),
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "model": {
+            "type": "transformer",
+            "hidden_size": heads * 2 * draw(st.integers(1, 64)),
+            "num_heads": heads,
+            "num_layers": draw(SMALL),
+            "dropout": draw(RATES),
+            "max_seq_length": longest,
+            "activation": draw(st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"])),
+            "norm_position": draw(st.sampled_from(["pre", "post"])),
+            "causal": draw(st.booleans()),
+        },
+        "data": {
+            "source": draw(TEXTS),
+            "seq_length": draw(st.none() | st.integers(1, longest)),
+            "validation_fraction": draw(RATES),
+        },
+        "training": {
+            "max_steps": max_steps,
+            "warmup_steps": draw(st.integers(0, max_steps)),
+            "learning_rate": learning_rate,
+            "min_learning_rate": learning_rate * draw(RATES),
+            "max_grad_norm": draw(st.none() | st.floats(1e-9, 1e9)),
+            "eps": draw(st.floats(5e-324, 1.0)),
+            "eval_every": draw(st.none() | SMALL),
+        },
+        "generation": {
+            "stop": draw(st.lists(TEXTS | st.integers(0, 10**6), max_size=4)),
+            "temperature": draw(st.floats(0, 1e9)),
+            "seed": draw(st.none() | st.integers(-(2**70), 2**70)),
+            "overflow": draw(st.sampled_from(["error", "slide"])),
+        },
+    }
+
+
+@settings(max_examples=80, deadline=None)
+@given(tree=trees())
+@example(tree={"model": {"type": "transformer"}, "data": {"source": "1e-3"}})
+@example(tree={"model": {"type": "transformer"}, "generation": {"stop": ["a\x85b"]}})
+def test_to_yaml_and_back(tree: Any) -> None:
+    config = Config.from_dict(tree)
+    for section, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else []:
+            assert getattr(getattr(config, section), key) == value
+    values, lines = yaml_file.parse(config.to_yaml(), "text")
+    again = Config.from_dict(values)
+    assert again == config and again.to_yaml() == config.to_yaml()
+    assert lines[("model",)] == 5  # every key is written out, in the order of the class
+    assert list(values) == list(Config.model_fields)
+    for name in ("model", "data", "training", "generation"):
+        assert list(values[name]) == list(type(getattr(config, name)).model_fields)
+
+
+def test_from_yaml_of_to_yaml(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL, "training.eps=1e-12", "data.source=ünï.txt")
+    assert read(tmp_path, config.to_yaml()) == config
+
+
+def test_copies_and_pickles() -> None:
+    config = Config.from_dict({"model": {"type": "transformer", "hidden_size": 64}})
+    for twin in (copy.deepcopy(config), config.model_copy(deep=True), pickle.loads(pickle.dumps(config))):  # noqa: S301
+        assert twin == config and type(twin.model) is TransformerConfig
+        twin.model.hidden_size = 128
+        assert config.model.hidden_size == 64
+
+
+# ---- the schema and the presets ---------------------------------------------------------------------------
+
+
+def test_the_schema_has_every_key_and_what_it_is() -> None:
+    schema = json_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert list(schema["properties"]) == list(Config.model_fields) and schema["required"] == ["model"]
+    sections = {"DataConfig": DataConfig, "TrainingConfig": TrainingConfig, "GenerationConfig": GenerationConfig}
+    for name, section in {**sections, "TransformerConfig": TransformerConfig}.items():
+        told = schema["$defs"][name]
+        assert told["additionalProperties"] is False
+        assert set(told["properties"]) == set(section.model_fields)
+        assert all(prop.get("description") for prop in told["properties"].values()), name
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["TransformerConfig"]["properties"]["type"]["const"] == "transformer"
+    assert schema["$defs"]["TransformerConfig"]["properties"]["activation"]["enum"] == [
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "silu",
+    ]
+
+
+def test_the_schema_accepts_what_the_config_accepts() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(json_schema())
+    good: list[Any] = [
+        {"model": {"type": "transformer"}},
+        {"model": {"type": "transformer", "num_heads": 4}, "training": {"max_grad_norm": None}, "seed": 5},
+        Config.from_dict({"model": {"type": "transformer"}}).to_dict(),
+    ]
+    bad: list[Any] = [
+        {},
+        {"model": {"type": "transformer", "hiden": 1}},
+        {"model": {"type": "transformer"}, "backend": "jax"},
+        {"model": {"type": "transformer", "dropout": 1}},
+        {"model": {"type": "transformer"}, "training": {"batch_size": 1.5}},
+        {"model": {"type": "transformer"}, "device": "tpu"},
+    ]
+    for tree in good:
+        Config.from_dict(tree)
+        assert not list(check.iter_errors(tree)), tree
+    for tree in bad:
+        with pytest.raises(ConfigError):
+            Config.from_dict(tree)
+        assert list(check.iter_errors(tree)), tree
+
+
+def test_the_schema_file_is_up_to_date() -> None:
+    file = ROOT / "configs" / "schema.json"
+    if not file.exists():
+        pytest.skip("no configs/schema.json")
+    assert json.loads(file.read_text(encoding="utf-8")) == json_schema()
+
+
+def test_presets_are_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    for name in ("transformer-tiny", "quickstart"):
+        (tmp_path / "presets" / f"{name}.yaml").write_text(MODEL)
+    monkeypatch.setattr(presets, "folder", lambda: tmp_path / "presets")
+    monkeypatch.chdir(tmp_path)
+    assert presets.names() == ["quickstart", "transformer-tiny"]
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart", "configs/quickstart.yaml"):
+        assert presets.find(name) == tmp_path / "presets" / "quickstart.yaml"
+    (tmp_path / "quickstart.yaml").write_text(MODEL)
+    assert presets.find("quickstart.yaml") == Path("quickstart.yaml")  # the user's own file comes first
+    for name, hint in {
+        "quikstart": "did you mean quickstart?",
+        "zzz": "presets: quickstart, transformer-tiny",
+        "other/quickstart.yaml": "did you mean quickstart?",
+        "quickstart.json": "did you mean quickstart?",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            presets.find(name)
+        assert str(caught.value) == f"{name}: no such file or preset; {hint}"
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_is_right_and_names_the_schema(name: str) -> None:
+    config = Config.from_yaml(name)
+    assert Config.from_dict(config.to_dict()) == config
+    first = presets.find(name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# yaml-language-server: $schema=") and first.endswith("schema.json")

@@ -1,0 +1,898 @@
+"""Generation: both backends against each other and against a loop written anew in float64 (no cache, no batch, no
+padding, the rules of sampling in plain NumPy); stops, streams, windows; every bad input and what it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import icenet.blas
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import icenet.generation.decoder
+import icenet.models
+import icenet_torch.generation.decoder
+import icenet_torch.models
+from icenet.core import rng
+from icenet.core.config import GenerationConfig, ModelConfig
+from icenet.core.errors import UsageError
+from icenet.core.generation import request as generation
+from icenet.core.generation import streaming
+from icenet.core.generation.sampling import Stops, draw_keys
+from icenet.core.tokenizers.bytes import ByteTokenizer
+
+PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
+BACKENDS = pytest.mark.parametrize("backend", ["mlx", "torch"])
+EPS = 2.0**-23
+VOCAB = 61
+PROMPTS = [[1, 2, 3, 2], [0], [5, 9, 60] * 6]
+
+
+def config_of(**changes: Any) -> Any:
+    sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB, "max_seq_length": 330}
+    return ModelConfig(type="transformer", **{**sizes, **changes})
+
+
+_built: dict[Any, Any] = {}
+
+
+def build(backend: str, **changes: Any) -> Any:
+    """A model in evaluation mode, one for all tests of the same kind; `exact` is PyTorch in float64."""
+    key = (backend, *sorted(changes.items()))
+    if key not in _built:
+        models = importlib.import_module(f"{PACKAGES.get(backend, 'icenet_torch')}.models")
+        model = models.TransformerModel(config_of(**changes), seed=7)
+        # larger logits than a new model's, so that a choice depends on what was read
+        weights = model.weights()
+        weights["output.weight"] = weights["output.weight"] * np.float32(2)
+        model.set_weights(weights)
+        if backend == "exact":
+            model = model.double()
+            model.compute_dtype = torch.float64
+        model.eval()
+        _built[key] = model
+    return _built[key]
+
+
+def fresh(backend: str, **changes: Any) -> Any:
+    """A small model that a test may change."""
+    models = importlib.import_module(f"{PACKAGES[backend]}.models")
+    return models.TransformerModel(config_of(hidden_size=32, num_layers=1, max_seq_length=48, **changes), seed=7)
+
+
+def native(backend: str, array: Any) -> Any:
+    return mx.array(np.asarray(array)) if backend == "mlx" else torch.from_numpy(np.asarray(array))
+
+
+def run(backend: str, prompts: Any, *, model: Any = None, **options: Any) -> Any:
+    """What generate gives, int `[B, L]`."""
+    out = (model if model is not None else build(backend)).generate(prompts, **options)
+    assert type(out) is (mx.array if backend == "mlx" else torch.Tensor)
+    return np.array(out) if backend == "mlx" else out.numpy()
+
+
+# ---- the rules, written anew ------------------------------------------------------------------------------
+
+
+def plain_softmax(x: Any) -> Any:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
+
+
+def plain_scores(logits: Any, options: Any, seen: set[int], key: Any) -> Any:
+    """The scores of one row, float64 `[V]`, one rule after the other as `core.generation.sampling` documents them."""
+    scores = np.array(logits, np.float64)
+    penalty = options.get("repetition_penalty", 1.0)
+    for token in seen:
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    temperature = options.get("temperature", 1.0)
+    if temperature == 0:
+        return scores
+    scores = scores / temperature
+    top_k = options.get("top_k", 0)
+    if 0 < top_k < len(scores):
+        scores[scores < sorted(scores)[-top_k]] = -math.inf
+    if options.get("top_p", 1.0) < 1:
+        probabilities, dropped = plain_softmax(scores), 0.0
+        for token in np.argsort(probabilities)[:-1]:
+            dropped += probabilities[token]
+            if dropped > 1 - options["top_p"]:
+                break
+            scores[token] = -math.inf
+    if options.get("min_p", 0.0) > 0:
+        probabilities = plain_softmax(scores)
+        scores[probabilities < options["min_p"] * probabilities.max()] = -math.inf
+    uniform = rng.uniform(key, (len(scores),)).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return scores - np.log(-np.log(uniform))
+
+
+def plain_key(options: Any, row: int, index: int) -> Any:
+    return rng.fold(rng.fold(rng.key(options.get("seed", 0), "sample"), row), index)
+
+
+def exact_scores(context: list[int], seen: set[int], options: Any, row: int, index: int, **changes: Any) -> Any:
+    """What a token is chosen by after `context`, in float64: the whole context read anew, without padding."""
+    with torch.no_grad():
+        logits = build("exact", **changes)(torch.tensor([context]))[0, -1].numpy()
+    return plain_scores(logits, options, seen, plain_key(options, row, index))
+
+
+def rounding(
+    context: list[int], seen: set[int], options: Any, row: int, index: int, exact: Any, **changes: Any
+) -> float:
+    """How far single precision is from `exact` among the tokens that both keep, on the worse backend."""
+    worst = 0.0
+    for backend in PACKAGES:
+        logits = build(backend, **changes)(native(backend, np.array([context])))[0, -1]
+        logits = np.array(logits) if backend == "mlx" else logits.detach().numpy()
+        scores = plain_scores(logits, options, seen, plain_key(options, row, index))
+        both = np.isfinite(scores) & np.isfinite(exact)
+        worst = max(worst, float(np.abs(scores - exact)[both].max()))
+    return worst
+
+
+def contexts(prompts: Any, row: int, tokens: Any, window: int) -> Iterator[tuple[list[int], set[int]]]:
+    """What is read before each new token of a row, and which tokens it holds: where the window is full, the older
+    half of the batch's columns is forgotten."""
+    width = max(map(len, prompts))
+    columns: list[Any] = [None] * (width - len(prompts[row])) + list(prompts[row])
+    seen = set(prompts[row])
+    columns = columns[-window:]
+    for token in [*tokens, None]:
+        yield [column for column in columns if column is not None], set(seen)
+        columns = [*columns, token][-(max(window // 2, 1) if len(columns) >= window else window) :]
+        seen.add(token)
+
+
+def check_tokens(
+    out: Any, prompts: Any, options: Any, window: int = 330, limit: int | None = None, **changes: Any
+) -> int:
+    """Each token of `out` is the one that the float64 loop chooses, given those before it.
+
+    A token may differ only where the exact scores of the two are closer than the rounding errors of both: such
+    places are counted. Anything else fails.
+    """
+    width, ties = max(map(len, prompts)), 0
+    for row, prompt in enumerate(prompts):
+        assert out[row, width - len(prompt) : width].tolist() == list(prompt)
+        tokens = out[row, width:].tolist()[:limit]
+        for index, (context, seen) in zip(range(len(tokens)), contexts(prompts, row, tokens, window), strict=False):
+            exact = exact_scores(context, seen, options, row, index, **changes)
+            best = int(np.argmax(exact))
+            token = tokens[index]
+            if token == best:
+                continue
+            gap = exact[best] - exact[token]
+            allowed = 2 * rounding(context, seen, options, row, index, exact, **changes)
+            told = f"row {row}, token {index}: {token} where {best} is {gap:.3g} better (rounding: {allowed:.3g})"
+            assert gap <= allowed, told
+            print("a tie within rounding:", told)
+            ties += 1
+    return ties
+
+
+def check_same(first: Any, second: Any, prompts: Any, options: Any, window: int = 330, **changes: Any) -> None:
+    """Two outputs are equal; a row that is not must part at a tie within rounding."""
+    assert first.shape == second.shape
+    width = max(map(len, prompts))
+    for row in range(len(prompts)):
+        apart = np.flatnonzero(first[row] != second[row])
+        if len(apart) == 0:
+            continue
+        index = int(apart[0]) - width
+        tokens = first[row, width:].tolist()
+        context, seen = list(contexts(prompts, row, tokens[:index], window))[-1]
+        exact = exact_scores(context, seen, options, row, index, **changes)
+        one, other = exact[first[row, apart[0]]], exact[second[row, apart[0]]]
+        gap = abs(one - other)
+        allowed = 2 * rounding(context, seen, options, row, index, exact, **changes)
+        told = f"row {row} parts at token {index}, whose scores differ by {gap:.3g} (rounding: {allowed:.3g})"
+        assert gap <= allowed, told
+        print("a tie within rounding:", told)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.8, "top_k": 50},
+    {"temperature": 1.3, "top_k": 5, "seed": 9},
+    {"top_p": 0.7, "seed": 1},
+    {"min_p": 0.1, "seed": 2},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"repetition_penalty": 4.0, "seed": 3},
+    {"repetition_penalty": 0.7, "temperature": 0.9, "seed": 4},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 2**40 + 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+def test_300_tokens_are_equal_on_both_backends(options: Any) -> None:
+    outputs = [run(backend, PROMPTS, max_new_tokens=300, **options) for backend in PACKAGES]
+    assert outputs[0].shape == (3, 318)
+    check_same(*outputs, PROMPTS, options)
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+def test_tokens_are_those_of_a_plain_loop_in_float64(backend: str, options: Any) -> None:
+    out = run(backend, PROMPTS, max_new_tokens=60, prefill_chunk=7, **options)
+    ties = check_tokens(out, PROMPTS, options, limit=40)
+    assert ties <= 1
+    if options.get("temperature") != 0:
+        assert len(set(out[0, 18:].tolist())) > 3  # a text that says something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_1000_tokens_are_equal_on_both_backends(seed: int) -> None:
+    options = {"temperature": 0.8, "top_k": 50, "seed": seed}
+    outputs = [run(b, PROMPTS, model=build(b, max_seq_length=1100), max_new_tokens=1000, **options) for b in PACKAGES]
+    check_same(*outputs, PROMPTS, options, window=1100, max_seq_length=1100)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 5, "repetition_penalty": 1.3}], ids=repr)
+@pytest.mark.parametrize("window", [1, 2, 5, 17])
+def test_a_sliding_window(window: int, options: Any) -> None:
+    changes = {"max_seq_length": window}
+    outputs = []
+    for backend in PACKAGES:
+        model = build(backend, **changes)
+        outputs.append(run(backend, PROMPTS, model=model, max_new_tokens=45, overflow="slide", **options))
+        check_tokens(outputs[-1], PROMPTS, options, window, **changes)
+        with pytest.raises(UsageError, match=r"exceed model\.max_seq_length"):
+            model.generate(PROMPTS, max_new_tokens=45, **options)
+    check_same(*outputs, PROMPTS, options, window, **changes)
+
+
+def test_the_judge_can_fail() -> None:
+    """One wrong token is found, whichever of the two comparisons looks at it."""
+    options = {"temperature": 0.0}
+    right = run("torch", PROMPTS, max_new_tokens=6, **options)
+    wrong = right.copy()
+    wrong[1, 20] = (wrong[1, 20] + 1) % VOCAB
+    with pytest.raises(AssertionError, match=r"row 1, token 2: \d+ where \d+ is"):
+        check_tokens(wrong, PROMPTS, options)
+    with pytest.raises(AssertionError, match="row 1 parts at token 2"):
+        check_same(right, wrong, PROMPTS, options)
+    with pytest.raises(AssertionError):
+        check_tokens(right, PROMPTS, {"temperature": 0.0, "repetition_penalty": 2.0})
+    with pytest.raises(AssertionError):
+        check_tokens(run("torch", PROMPTS, max_new_tokens=6, seed=1), PROMPTS, {"seed": 2})
+
+
+# ---- scores -----------------------------------------------------------------------------------------------
+
+
+def backend_scores(backend: str, logits: Any, options: Any, keys: Any, seen: Any) -> Any:
+    config = GenerationConfig(**{key: value for key, value in options.items() if key != "seed"})
+    if backend == "mlx":
+        drawn = None if keys is None else mx.array(keys)
+        held = None if seen is None else mx.array(seen)
+        return np.array(icenet.generation.decoder.scores(mx.array(logits), config, drawn, held))
+    drawn = None if keys is None else torch.from_numpy(keys.view(np.int32))
+    held = None if seen is None else torch.from_numpy(seen)
+    return icenet_torch.generation.decoder.scores(torch.from_numpy(logits), config, drawn, held).numpy()
+
+
+FILTERS: list[dict[str, Any]] = [
+    *OPTIONS,
+    *({"top_k": k} for k in (1, 2, 96, 97, 98, 10**6)),
+    *({"top_p": p} for p in (1e-9, 0.05, 0.5, 0.999, 1 - 1e-12)),
+    *({"min_p": p} for p in (1e-6, 0.5, 1.0)),
+    {"temperature": 0.01, "top_p": 0.9},
+    {"temperature": 100.0, "min_p": 0.9},
+    {"top_k": 3, "top_p": 0.2, "min_p": 0.99, "repetition_penalty": 10.0},
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", FILTERS, ids=repr)
+def test_scores_follow_the_rules(backend: str, options: Any) -> None:
+    generator = np.random.default_rng(3)
+    logits = (3 * generator.normal(size=(5, 97))).astype(np.float32)
+    seen = generator.random((5, 97)) < 0.3
+    keys = None if options.get("temperature") == 0 else draw_keys(4, 5, 8)[6]
+    held = seen if "repetition_penalty" in options else None
+    found = backend_scores(backend, logits, options, keys, held)
+    assert found.shape == (5, 97) and found.dtype == np.float32
+    for row in range(5):
+        tokens = set(np.flatnonzero(seen[row]).tolist()) if held is not None else set()
+        exact = plain_scores(logits[row], options, tokens, None if keys is None else keys[row])
+        assert np.array_equal(np.isfinite(found[row]), np.isfinite(exact))
+        kept = np.isfinite(exact)
+        assert kept.any() and np.argmax(found[row]) == np.argmax(exact)
+        size = np.maximum(np.abs(exact), np.abs(exact).max() if options.get("temperature", 1) < 1 else 1)
+        assert (np.abs(found[row] - exact) <= 8 * EPS * size)[kept].all()
+
+
+@BACKENDS
+def test_ties_are_kept_together_by_top_k(backend: str) -> None:
+    """As in Hugging Face's TopKLogitsWarper: what equals the k-th highest stays."""
+    logits = np.array([[1, 3, 3, 3, 0, 2]], np.float32)
+    found = backend_scores(backend, logits, {"top_k": 2}, draw_keys(0, 1, 1)[0], None)
+    assert np.isfinite(found[0]).tolist() == [False, True, True, True, False, False]
+
+
+@BACKENDS
+def test_half_precision_logits_are_scored_in_single(backend: str) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float16)
+    keys = draw_keys(1, 2, 1)[0]
+    found = backend_scores(backend, logits, {"top_p": 0.9}, keys, None)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, backend_scores(backend, logits.astype(np.float32), {"top_p": 0.9}, keys, None))
+
+
+@BACKENDS
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(backend: str, temperature: float) -> None:
+    """Logits divided by it overflow single precision: an infinity chooses nothing."""
+    logits = (5 * np.random.default_rng(1).normal(size=(6, 50))).astype(np.float32)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        found = backend_scores(backend, logits, {"temperature": temperature, **options}, draw_keys(1, 6, 1)[0], None)
+        assert found.argmax(-1).tolist() == logits.argmax(-1).tolist(), options
+
+
+@pytest.mark.parametrize("options", [o for o in FILTERS if o.get("temperature", 1) > 0], ids=repr)
+def test_scores_follow_hugging_face(options: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    generator = np.random.default_rng(5)
+    logits = (3 * generator.normal(size=(4, 97))).astype(np.float32)
+    prompt = generator.integers(0, 97, (4, 20))
+    seen = np.zeros((4, 97), bool)
+    for row in range(4):
+        seen[row, prompt[row]] = True
+    steps = [transformers.TemperatureLogitsWarper(float(options.get("temperature", 1.0)))]
+    if "repetition_penalty" in options:
+        steps.insert(0, transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "top_k" in options:
+        steps.append(transformers.TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        steps.append(transformers.TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        steps.append(transformers.MinPLogitsWarper(options["min_p"]))
+    expected = torch.from_numpy(logits)
+    for step in steps:
+        expected = step(torch.from_numpy(prompt), expected)
+    keys = draw_keys(2, 4, 1)[0]
+    gumbel = np.stack([-np.log(-np.log(rng.uniform(key, (97,)))) for key in keys])
+    for backend in PACKAGES:
+        found = backend_scores(backend, logits, options, keys, seen if "repetition_penalty" in options else None)
+        kept = torch.isfinite(expected).numpy()
+        assert np.array_equal(np.isfinite(found), kept)
+        np.testing.assert_allclose((found - gumbel)[kept], expected.numpy()[kept], rtol=1e-5, atol=1e-5)
+
+
+# 0.999 quantile of chi-square by degrees of freedom
+CHI_SQUARE = {2: 13.82, 5: 20.52}
+
+
+@BACKENDS
+@pytest.mark.parametrize("many", ["rows", "tokens"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 2.0}, {"top_k": 3}, {"temperature": 0.5, "top_k": 3}], ids=repr
+)
+def test_draws_follow_the_softmax(backend: str, many: str, options: Any) -> None:
+    n, logits = 20_000, np.array([0.3, -1.0, 1.7, 0.0, -2.0, 1.1])
+    keys = draw_keys(11, n, 1)[0] if many == "rows" else draw_keys(11, 1, n)[:, 0]
+    found = backend_scores(backend, np.tile(logits.astype(np.float32), (n, 1)), options, keys, None)
+    counts = np.bincount(found.argmax(-1), minlength=6)
+    scaled = logits / options.get("temperature", 1.0)
+    if "top_k" in options:
+        scaled[np.argsort(scaled)[:-3]] = -np.inf
+    expected = n * plain_softmax(scaled)
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < CHI_SQUARE[int(kept.sum()) - 1]
+
+
+def test_draw_keys_are_one_per_row_and_token() -> None:
+    keys = draw_keys(3, 4, 5)
+    assert keys.shape == (5, 4, 2) and keys.dtype == np.uint32
+    assert len({tuple(key) for key in keys.reshape(-1, 2).tolist()}) == 20
+    for index in range(5):
+        for row in range(4):
+            assert np.array_equal(keys[index, row], plain_key({"seed": 3}, row, index))
+    assert np.array_equal(draw_keys(3, 2, 3), keys[:3, :2])
+
+
+# ---- what must not change a text --------------------------------------------------------------------------
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 6, "top_p": 0.95}], ids=repr)
+def test_the_first_row_does_not_depend_on_the_others(backend: str, options: Any) -> None:
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        width = max(map(len, prompts)) - len(prompts[0])
+        alone = run(backend, prompts[:1], max_new_tokens=50, **options)
+        among = run(backend, prompts, max_new_tokens=50, **options)[:1, width:]
+        check_same(alone, among, prompts[:1], options)
+
+
+@BACKENDS
+def test_a_longer_request_begins_with_the_shorter(backend: str) -> None:
+    long = run(backend, PROMPTS, max_new_tokens=40, seed=1)
+    assert np.array_equal(run(backend, PROMPTS, max_new_tokens=15, seed=1), long[:, :33])
+    assert np.array_equal(run(backend, PROMPTS, max_length=33, seed=1), long[:, :33])
+
+
+@BACKENDS
+def test_prefill_in_pieces(backend: str) -> None:
+    whole = run(backend, PROMPTS, max_new_tokens=40, seed=8)
+    for chunk in (1, 2, 5, 17, 18, 19, 1000):
+        check_same(run(backend, PROMPTS, max_new_tokens=40, seed=8, prefill_chunk=chunk), whole, PROMPTS, {"seed": 8})
+
+
+@BACKENDS
+def test_prefill_reads_pieces_of_the_size_asked_for(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = fresh(backend), []
+    original = type(model).hidden_states
+    monkeypatch.setattr(
+        type(model),
+        "hidden_states",
+        lambda self, ids, *rest: (lengths.append(ids.shape[1]), original(self, ids, *rest))[1],
+    )
+    model.generate([[1] * 10], max_new_tokens=4, prefill_chunk=4)
+    assert lengths == [4, 4, 2, 1, 1, 1]  # the last token is chosen, not read
+
+
+@BACKENDS
+def test_a_seed_is_a_text(backend: str) -> None:
+    texts = [
+        run(backend, [[1, 2]], max_new_tokens=20, seed=seed).tobytes() for seed in (0, 1, 2, 2**32, -1, 2**63 - 1)
+    ]
+    assert len(set(texts)) == 6
+    assert run(backend, [[1, 2]], max_new_tokens=20, seed=2).tobytes() == texts[2]
+    assert run(backend, [[1, 2]], max_new_tokens=20).tobytes() == texts[0]
+    rows = run(backend, [[1, 2]] * 3, max_new_tokens=20)
+    assert len({row.tobytes() for row in rows}) == 3  # equal prompts, draws of their own
+
+
+@BACKENDS
+def test_a_greedy_text_has_no_seed(backend: str) -> None:
+    first = run(backend, [[1, 2]] * 2, max_new_tokens=20, temperature=0, seed=1)
+    assert np.array_equal(first, run(backend, [[1, 2]] * 2, max_new_tokens=20, temperature=0, seed=2, top_k=1))
+    assert np.array_equal(first[0], first[1])
+
+
+@BACKENDS
+def test_prompts_of_any_form(backend: str) -> None:
+    options = {"max_new_tokens": 5, "temperature": 0}
+    prompt = [[1, 2, 3], [4, 5, 6]]
+    expected = run(backend, prompt, **options)
+    forms: dict[str, Any] = {name: np.array(prompt, name) for name in ("int32", "int64")}
+    forms |= {
+        name: np.array(prompt, name) for name in ("uint8", "int8", "uint16", "int16", "uint32", "uint64", ">i4")
+    }
+    forms |= {"fortran": np.asfortranarray(np.array(prompt)), "reversed": np.array(prompt)[:, ::-1][:, ::-1]}
+    forms |= {"tuples": tuple(map(tuple, prompt)), "rows": [np.array(row) for row in prompt]}
+    forms |= {"mlx": mx.array(prompt), "torch": torch.tensor(prompt), "int32 tensor": torch.tensor(prompt).int()}
+    forms |= {"native rows": [native(backend, row) for row in prompt]}
+    wrong = {}
+    for name, form in forms.items():
+        try:
+            assert np.array_equal(run(backend, form, **options), expected)
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    assert not wrong
+    for form in (prompt[0], np.array(prompt[0]), native(backend, prompt[0]), (1, 2, 3)):
+        assert np.array_equal(run(backend, form, **options), expected[:1])
+
+
+@BACKENDS
+def test_unequal_prompts_of_arrays(backend: str) -> None:
+    options = {"max_new_tokens": 5, "temperature": 0}
+    expected = run(backend, [[1, 2, 3], [4]], **options)
+    assert np.array_equal(run(backend, [np.array([1, 2, 3]), np.array([4])], **options), expected)
+    assert np.array_equal(run(backend, [native(backend, [1, 2, 3]), native(backend, [4])], **options), expected)
+
+
+@BACKENDS
+def test_numpy_numbers_as_options(backend: str) -> None:
+    expected = run(backend, [[1, 2]], max_new_tokens=9, temperature=0.5, top_k=5, seed=3, stop=[7])
+    options = {"max_new_tokens": np.int64(9), "top_k": np.int32(5), "seed": np.uint8(3), "stop": np.int64(7)}
+    assert np.array_equal(run(backend, [[1, 2]], temperature=np.float64(0.5), **options), expected)
+    assert np.array_equal(run(backend, [[1, 2]], temperature=np.float32(0.5), **options), expected)
+
+
+@BACKENDS
+def test_a_mask_is_what_unequal_prompts_are(backend: str) -> None:
+    tokens = np.array([[9, 9, 4], [1, 2, 3]])
+    mask = np.array([[0, 0, 1], [1, 1, 1]])
+    options = {"max_new_tokens": 12, "seed": 2, "repetition_penalty": 3.0}
+    expected = run(backend, [[4], [1, 2, 3]], **options)
+    for form in (mask, mask.astype(bool), mask.tolist(), native(backend, mask)):
+        found = run(backend, native(backend, tokens), attention_mask=form, **options)
+        assert np.array_equal(found[:, 2:], expected[:, 2:])
+
+
+@BACKENDS
+def test_dropout_is_off_and_the_mode_comes_back(backend: str) -> None:
+    model = fresh(backend, dropout=0.5)
+    model.eval()
+    expected = run(backend, [[1, 2]], model=model, max_new_tokens=20, seed=1)
+    assert not model.training
+    model.train()
+    assert np.array_equal(run(backend, [[1, 2]], model=model, max_new_tokens=20, seed=1), expected)
+    assert model.training and model.blocks[0].feed_forward.dropout.training
+    with pytest.raises(UsageError):
+        model.generate([[999]])
+    assert model.training
+
+
+# ---- lengths ----------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_lengths(backend: str) -> None:
+    model = fresh(backend)  # 48 positions
+
+    def length(**options: Any) -> int:
+        return run(backend, [[1, 2, 3]], model=model, temperature=0, **options).shape[1]
+
+    assert length() == 48  # a hundred more, where they fit
+    assert length(overflow="slide") == 103
+    assert length(max_length=10) == 10 and length(max_new_tokens=10) == 13
+    assert length(max_length=10, max_new_tokens=20) == 23  # new tokens go first, as the config says
+    assert length(max_length=48) == 48 and length(max_new_tokens=1) == 4
+    assert length(max_length=60, overflow="slide") == 60
+    assert run(backend, [[1] * 60], model=model, max_new_tokens=3, overflow="slide").shape == (1, 63)
+
+
+@BACKENDS
+def test_the_models_own_settings(backend: str) -> None:
+    model = fresh(backend)
+    model.generation = GenerationConfig(max_new_tokens=4, temperature=0.0, stop=[])
+    greedy = run(backend, [[1, 2]], model=model)
+    assert np.array_equal(greedy, run(backend, [[1, 2]], model=fresh(backend), max_new_tokens=4, temperature=0))
+    assert run(backend, [[1, 2]], model=model, max_length=20).shape == (1, 20)
+    assert run(backend, [[1, 2]], model=model, max_new_tokens=7).shape == (1, 9)
+    sampled = run(backend, [[1, 2]], model=model, temperature=1.0, max_new_tokens=20, seed=5)
+    assert np.array_equal(sampled, run(backend, [[1, 2]], model=fresh(backend), max_new_tokens=20, seed=5))
+    model.generation = GenerationConfig(max_length=9, seed=5)
+    assert np.array_equal(run(backend, [[1, 2]], model=model), sampled[:, :9])
+    assert model.generation == GenerationConfig(max_length=9, seed=5)
+
+
+# ---- stops ------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_stop_tokens(backend: str) -> None:
+    options = {"max_new_tokens": 40, "seed": 12}
+    free = run(backend, PROMPTS, **options)
+    stop = [int(free[0, 18 + 9]), int(free[2, 18 + 4])]
+    ends = [int(np.flatnonzero(np.isin(row[18:], stop))[0]) if np.isin(row[18:], stop).any() else 40 for row in free]
+    out = run(backend, PROMPTS, stop=stop, pad_token_id=33, **options)
+    assert ends[0] <= 9 and ends[2] <= 4 and out.shape[1] == 18 + max(ends)
+    for row, end in enumerate(ends):
+        assert np.array_equal(out[row, 18 : 18 + end], free[row, 18 : 18 + end])
+        assert (out[row, 18 + end :] == 33).all()
+        assert (out[row, : 18 - len(PROMPTS[row])] == 33).all()
+    one = run(backend, PROMPTS[:1], stop=int(free[0, 18]), max_new_tokens=5, seed=12)
+    assert one.tolist() == PROMPTS[:1]  # the first token stops: nothing is added
+    assert run(backend, [[stop[0], 1]], stop=stop, **options).shape[1] >= 2  # in a prompt it stops nothing
+
+
+class Scripted:
+    """Logits that make a model count: after token n comes n + 1 (bytes, so "a" is followed by "bcd...")."""
+
+    @staticmethod
+    def build(backend: str) -> Any:
+        base = importlib.import_module(f"{PACKAGES[backend]}.models").BaseModel
+
+        class Counter(base):  # type: ignore[misc, valid-type]
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                zero = np.zeros(1, np.float32)
+                self.bias = mx.array(zero) if backend == "mlx" else torch.nn.Parameter(torch.from_numpy(zero))
+
+            def forward(self, input_ids: Any) -> Any:
+                if backend == "mlx":
+                    return 50.0 * (mx.arange(257) == ((input_ids + 1) % 257)[..., None]) + self.bias
+                return 50.0 * (torch.arange(257) == ((input_ids + 1) % 257)[..., None]) + self.bias
+
+        model = Counter(config_of(vocab_size=257, hidden_size=2, num_heads=1, max_seq_length=200))
+        model.tokenizer = ByteTokenizer()
+        return model
+
+
+@BACKENDS
+def test_stop_texts(backend: str) -> None:
+    model = Scripted.build(backend)
+    tokenizer = model.tokenizer
+
+    def text(prompt: str, **options: Any) -> str:
+        out = run(backend, [list(prompt.encode())], model=model, **options)
+        return tokenizer.decode(out[0].tolist())
+
+    assert text("ab", max_new_tokens=4) == "abcdef"  # a model without a cache is read anew for each token
+    assert text("ab", max_new_tokens=20, stop="gh") == "abcdef"
+    assert text("ab", max_new_tokens=20, stop=["xyz", "hi", "gh"]) == "abcdef"
+    assert text("ab", max_new_tokens=20, stop=["bc", "e"]) == "abcd"  # what begins in the prompt stops nothing
+    assert text("ab", max_new_tokens=20, stop=["ghi", ord("h")]) == "abcdefg"
+    assert text("ab", max_new_tokens=20, stop=["c"]) == "ab"
+    assert text("ab", max_new_tokens=3, stop=["cdef"]) == "abcde"  # not complete: kept
+    rows = run(backend, [list(b"a"), list(b"m")], model=model, max_new_tokens=6, stop=["de"], pad_token_id=256)
+    assert [tokenizer.decode(row.tolist()) for row in rows] == ["abc", "mnopqrs"]
+
+
+WORDS = st.text(st.sampled_from("abé€😀 \n"), max_size=12)
+
+
+def until_stopped(tokens: list[int], stop: list[Any]) -> list[int]:
+    """The tokens before a stop, found by decoding everything after each token."""
+    tokenizer = ByteTokenizer()
+    for n in range(1, len(tokens) + 1):
+        if tokens[n - 1] in [item for item in stop if isinstance(item, int)]:
+            return tokens[: n - 1]
+        text = tokenizer.decode(tokens[:n])
+        found = [text.find(item) for item in stop if isinstance(item, str) and item in text]
+        if found:
+            return tokenizer.encode(text[: min(found)])
+    return tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=WORDS, stop=st.lists(WORDS.filter(bool) | st.sampled_from([10, 0xE9, 0x80]), max_size=3))
+@example(text="aab", stop=["ab"])
+@example(text="éa", stop=["é"])
+def test_stops_against_decoding_everything(text: str, stop: list[Any]) -> None:
+    tokens, stops = list(text.encode()), Stops(1, stop, ByteTokenizer(), 0)
+    for token in tokens:
+        chosen = stops.update(np.array([token], np.int32))
+        assert chosen[0] == (0 if stops.all_done else token)
+        if stops.all_done:
+            break
+    assert stops.tokens[0] == until_stopped(tokens, stop)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=WORDS, stop=st.lists(WORDS.filter(bool) | st.sampled_from([10]), max_size=3))
+@example(text="aEND", stop=["END"])
+@example(text="aEN", stop=["END"])
+@example(text="a\U0001f600", stop=[])
+def test_the_pieces_of_a_streamed_text_are_the_text(text: str, stop: list[Any]) -> None:
+    """Nothing of a stop text is shown, no half character, and nothing is missing."""
+    tokenizer = ByteTokenizer()
+    ids = list(text.encode())
+
+    class Spoken(contextlib.nullcontext):  # type: ignore[type-arg]
+        """A decoder that says the text."""
+
+        def next(self, index: int) -> int:
+            return ids[index]
+
+        def fetch(self, handle: int) -> Any:
+            return np.array([handle], np.int32)
+
+    prompt = np.zeros((1, 1), np.int32)
+    wanted = GenerationConfig(stop=stop)
+    request = generation.Request(prompt, None, wanted, len(ids), None, 0, 0, tokenizer)
+    pieces = [piece for piece in streaming.text_pieces(Spoken(), request) if piece] if ids else []
+    assert "".join(pieces) == tokenizer.decode(until_stopped(list(text.encode()), stop))
+    assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
+
+
+# ---- streams ----------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_a_stream_gives_the_same_tokens(backend: str) -> None:
+    options = {"max_new_tokens": 30, "seed": 4}
+    expected = run(backend, PROMPTS, **options)[:, 18:]
+    stream = build(backend).generate(PROMPTS, stream=True, **options)
+    tokens = list(stream)
+    assert all(token.dtype == np.int32 and token.shape == (3,) for token in tokens)
+    assert np.array_equal(np.stack(tokens, axis=1), expected)
+    stop = int(expected[1, 3])
+    stopped = run(backend, PROMPTS, stop=stop, pad_token_id=7, **options)[:, 18:]
+    tokens = list(build(backend).generate(PROMPTS, stream=True, stop=stop, pad_token_id=7, **options))
+    assert np.array_equal(np.stack(tokens, axis=1)[:, : stopped.shape[1]], stopped)
+
+
+@BACKENDS
+@pytest.mark.parametrize("ending", ["exhausted", "closed", "forgotten", "error"])
+def test_the_mode_comes_back_after_a_stream(backend: str, ending: str) -> None:
+    model = fresh(backend)
+    model.train()
+    stream = model.generate([[1, 2]], max_new_tokens=6, stream=True)
+    if ending == "exhausted":
+        assert len(list(stream)) == 6
+    else:
+        next(stream), next(stream)
+        if ending == "closed":
+            stream.close()
+        elif ending == "error":
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt())
+        del stream
+    assert model.training and model.blocks[0].attention.dropout.training
+
+
+@BACKENDS
+def test_two_streams_of_one_model(backend: str) -> None:
+    """The one that ends first must not switch dropout on under the other."""
+    model = fresh(backend, dropout=0.5)
+    options = {"max_new_tokens": 12, "temperature": 0}
+    model.eval()
+    expected = [run(backend, [prompt], model=model, **options)[0, 1:].tolist() for prompt in ([1], [2])]
+    model.train()
+    first = model.generate([[1]], stream=True, **{**options, "max_new_tokens": 3})
+    second = model.generate([[2]], stream=True, **options)
+    found: list[list[int]] = [[], []]
+    found[0].append(int(next(first)[0]))
+    found[1].append(int(next(second)[0]))
+    found[0] += [int(token[0]) for token in first]
+    found[1] += [int(token[0]) for token in second]
+    assert found[0] == expected[0][:3]
+    assert found[1] == expected[1]
+    assert model.training
+
+
+@BACKENDS
+def test_the_next_token_is_submitted_before_the_last_is_read(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = importlib.import_module(f"{PACKAGES[backend]}.decoder").Decoder
+    calls: list[str] = []
+    submit, fetch = decoder.next, decoder.fetch
+    monkeypatch.setattr(decoder, "next", lambda self, i: (calls.append(f"next {i}"), submit(self, i))[1])
+    monkeypatch.setattr(decoder, "fetch", lambda self, handle: (calls.append("fetch"), fetch(self, handle))[1])
+    stream = fresh(backend).generate([[1]], max_new_tokens=3, stream=True)
+    assert calls == []  # nothing is done before the first token is asked for
+    assert len(list(stream)) == 3
+    assert calls == ["next 0", "next 1", "fetch", "next 2", "fetch", "fetch"]
+
+
+# ---- bad inputs -------------------------------------------------------------------------------------------
+
+INHOMOGENEOUS = [[[1, 2], [3]]]
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    ([[1, 2], []], {}, "generate: prompt 1 is empty; give at least one token"),
+    ([[]], {}, "generate: prompt 0 is empty; give at least one token"),
+    (np.zeros((1, 0), int), {}, "generate: input_ids must be [batch, length], not [1, 0]"),
+    (np.zeros((1, 2, 3), int), {}, "generate: input_ids must be [batch, length], not [1, 2, 3]"),
+    (5, {}, "generate: input_ids must be [batch, length], not []"),
+    ([[1.0, 2.0]], {}, "generate: token ids must be integers, not float64"),
+    (np.array([[1.0]], np.float32), {}, "generate: token ids must be integers, not float32"),
+    (np.array([[True]]), {}, "generate: token ids must be integers, not bool"),
+    (None, {}, "generate: token ids must be integers, not object"),
+    ([[61]], {}, "generate: token 61 at row 0, position 0 is outside the vocabulary (0 to 60)"),
+    (np.array([[1, -1]]), {}, "generate: token -1 at row 0, position 1 is outside the vocabulary (0 to 60)"),
+    ([[1, 2], [3, 99]], {}, "generate: token 99 at row 1, position 1 is outside the vocabulary (0 to 60)"),
+    (
+        [[2**32 + 5]],
+        {},
+        "generate: token 4294967301 at row 0, position 0 is outside the vocabulary (0 to 60)",
+    ),
+    (
+        np.array([[2**32 + 5]]),
+        {},
+        "generate: token 4294967301 at row 0, position 0 is outside the vocabulary (0 to 60)",
+    ),
+    (
+        [[1] * 49],
+        {},
+        "generate: a prompt of 49 tokens and 1 new ones exceed model.max_seq_length 48; "
+        "ask for fewer, or pass overflow='slide' to forget the oldest tokens",
+    ),
+    (
+        [[1] * 40],
+        {"max_new_tokens": 9},
+        "generate: a prompt of 40 tokens and 9 new ones exceed model.max_seq_length 48; "
+        "ask for fewer, or pass overflow='slide' to forget the oldest tokens",
+    ),
+    (
+        [[1, 2, 3]],
+        {"max_length": 3},
+        "generate: max_length 3 leaves no room after a prompt of 3 tokens; raise it or use max_new_tokens",
+    ),
+    ([[1]], {"max_new_tokens": 0}, "generation.max_new_tokens: must be greater than or equal to 1, not 0"),
+    ([[1]], {"max_length": 2.5}, "generation.max_length: must be an integer, not 2.5"),
+    ([[1]], {"temperature": -1}, "generation.temperature: must be greater than or equal to 0, not -1"),
+    ([[1]], {"temperature": math.nan}, "generation.temperature: must be a finite number, not nan"),
+    ([[1]], {"temperature": "hot"}, "generation.temperature: must be a number, not 'hot'"),
+    ([[1]], {"top_k": -1}, "generation.top_k: must be greater than or equal to 0, not -1"),
+    ([[1]], {"top_k": 2.0}, "generation.top_k: must be an integer, not 2.0"),
+    ([[1]], {"top_p": 0}, "generation.top_p: must be greater than 0, not 0"),
+    ([[1]], {"top_p": 1.5}, "generation.top_p: must be less than or equal to 1, not 1.5"),
+    ([[1]], {"min_p": 2}, "generation.min_p: must be less than or equal to 1, not 2"),
+    ([[1]], {"repetition_penalty": 0}, "generation.repetition_penalty: must be greater than 0, not 0"),
+    ([[1]], {"prefill_chunk": 0}, "generation.prefill_chunk: must be greater than or equal to 1, not 0"),
+    ([[1]], {"seed": "a"}, "generation.seed: must be an integer, not 'a'"),
+    (
+        [[1]],
+        {"overflow": "slid"},
+        "generation.overflow: must be 'error' or 'slide', not 'slid'; did you mean 'slide'?",
+    ),
+    ([[1]], {"stop": "END"}, "generate: stop texts need a model with a tokenizer; give stop tokens"),
+    (
+        [[1, 2]],
+        {"attention_mask": [[1]]},
+        "generate: attention_mask is [1, 1] where input_ids is [1, 2]",
+    ),
+    ([[1, 2]], {"attention_mask": [[1, 0]]}, "generate: a prompt ends in padding; pad on the left"),
+    ([[1, 2]], {"attention_mask": [[0, 0]]}, "generate: a prompt ends in padding; pad on the left"),
+]
+
+
+def refused(backend: str, prompts: Any, options: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
+    """The one line that a bad request gives, at once and before any work, streamed or not."""
+    model = fresh(backend, **changes)
+    model.train()
+    monkeypatch.setattr(type(model), "hidden_states", lambda *_: pytest.fail("work was done first"))
+    told = set()
+    for stream in (False, True):
+        with pytest.raises(UsageError) as caught:
+            model.generate(prompts, stream=stream, **options)
+        told.add(str(caught.value))
+    assert len(told) == 1 and model.training
+    return told.pop()
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("prompts", "options", "told"), BAD, ids=[f"{i}-{told[:50]}" for i, (_, _, told) in enumerate(BAD)]
+)
+def test_bad_requests(backend: str, prompts: Any, options: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(backend, prompts, options, monkeypatch) == told
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([], {}, "empty"),
+        ("hello", {}, "text"),
+        (["hello", "you"], {}, "text"),
+        ([[1, 2], 3], {}, "prompt 1"),
+        ([np.array([[1, 2]])], {}, "prompt 0"),
+        (INHOMOGENEOUS, {}, "prompt 0"),
+        ([[1, 2], [3]], {"attention_mask": [[1, 1], [1]]}, "attention_mask"),
+        ([[1, 2], [3]], {"pad_token_id": 99}, "pad_token_id"),
+        ([[1, 2], [3]], {"pad_token_id": -1}, "pad_token_id"),
+        ([[1, 2], [3]], {"pad_token_id": 2**40}, "pad_token_id"),
+        ([[1]], {"stop": [1.5]}, "not 1.5"),
+        ([[1]], {"stop": [99]}, "99"),
+        ([[1]], {"stop": 5.0}, "stop"),
+        ([[1]], {"stop": [None]}, "stop"),
+    ],
+    ids=repr,
+)
+def test_more_bad_requests_are_one_line_that_names_the_thing(
+    backend: str, prompts: Any, options: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = refused(backend, prompts, options, monkeypatch)
+    assert words in told and "\n" not in told and "more)" not in told
+    assert "is empty" not in told or prompts == []  # these are wrong in another way
+
+
+@BACKENDS
+def test_a_model_that_sees_ahead_does_not_generate(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refused(backend, [[1]], {}, monkeypatch, causal=False)
+    assert told == "generate: this model sees the tokens to come (model.causal: false)"
+
+
+@BACKENDS
+def test_an_empty_stop_text(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icenet.core.models.base.ModelFacts.tokenizer", ByteTokenizer())
+    for stop in ("", ["a", ""]):
+        told = refused(backend, [[1]], {"stop": stop}, monkeypatch)
+        assert told == "generate: an empty stop text would end every text"
+
+
+@BACKENDS
+def test_an_unknown_option_is_a_python_error(backend: str) -> None:
+    with pytest.raises(TypeError, match="top_kk"):
+        fresh(backend).generate([[1]], top_kk=5)
+    with pytest.raises(TypeError):
+        fresh(backend).generate([[1]], 100)  # options are named, so that their order can change

@@ -1,0 +1,363 @@
+"""Checkpoints: complete or absent, verified, and the newest good one found whatever happened to the others."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import environment, icenet, same_bits, tiny, tree
+
+import icenet as front_door
+from icenet.core.config import Config
+from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.training import checkpoint
+from icenet.core.training.trainer import Trainer
+from icenet.core.weights import files as weights
+
+pytest.importorskip("mlx")
+
+Arrays = dict[str, np.ndarray]
+
+
+def arrays(seed: int) -> Arrays:
+    draw = np.random.default_rng(seed)
+    return {name: draw.standard_normal((3, 5)).astype(np.float32) for name in ("a.weight", "b.0.bias")}
+
+
+STATE = {"loss_scale": {"scale": 1.0, "good_steps": 0}, "data": "x"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with checkpoints of the steps 1, 2 and 3; the weights of step n are arrays(n)."""
+    folder = tmp_path / "run"
+    for step in (1, 2, 3):
+        checkpoint.save(folder, tiny(tmp_path), step, arrays(step), arrays(-step + 100), STATE)
+    return folder
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def test_there_and_back(run: Path, tmp_path: Path) -> None:
+    found = checkpoint.find(run)
+    assert found.step == 3 and found.path == step_folder(run, 3) and found.config == tiny(tmp_path)
+    assert same_bits(found.weights, arrays(3)) and same_bits(found.optimizer, arrays(97))
+    assert found.state == {"format": 1, "step": 3, **STATE}
+    assert checkpoint.find(step_folder(run, 1)).step == 1
+    torch = pytest.importorskip("torch")
+    loaded = pytest.importorskip("safetensors.torch").load_file(step_folder(run, 3) / "model.safetensors")
+    assert torch.equal(loaded["a.weight"], torch.from_numpy(arrays(3)["a.weight"]))
+
+
+def test_the_manifest_is_of_the_files(run: Path) -> None:
+    files = tree(step_folder(run, 2))
+    manifest = json.loads((step_folder(run, 2) / "manifest.json").read_text())
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} | {
+        "manifest.json": files["manifest.json"]
+    } == files
+
+
+def test_keep(run: Path, tmp_path: Path) -> None:
+    checkpoint.save(run, tiny(tmp_path), 4, arrays(4), arrays(0), STATE, keep=2)
+    assert checkpoint.list_checkpoints(run) == [step_folder(run, 3), step_folder(run, 4)]
+    assert checkpoint.list_checkpoints(run, after=3) == [step_folder(run, 4)]
+
+
+def test_many_steps_are_in_order(tmp_path: Path) -> None:
+    """Names grow a digit beyond 99,999,999 steps: the order is that of numbers."""
+    for step in (99_999_999, 100_000_000):
+        checkpoint.save(tmp_path, tiny(tmp_path), step, arrays(1), arrays(2), STATE)
+    assert checkpoint.find(tmp_path).step == 100_000_000
+
+
+def test_weights_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 5 GB is written in shards with an index (here: more than 70 bytes)."""
+    monkeypatch.setattr(weights, "write", partial(weights.write, max_shard_bytes=70))
+    path = checkpoint.save(tmp_path, tiny(tmp_path), 1, arrays(1), arrays(2), STATE)
+    assert (path / "model.safetensors.index.json").is_file()
+    found = checkpoint.find(tmp_path)
+    assert same_bits(found.weights, arrays(1)) and same_bits(found.optimizer, arrays(2))
+    shard = next(path.glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"model-00002.*damaged"):
+        checkpoint.find(tmp_path)
+
+
+# ---- damage -----------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, name: str, at: int = -3) -> None:
+    data = bytearray((path / name).read_bytes())
+    data[at] ^= 1
+    (path / name).write_bytes(data)
+
+
+def cut(path: Path, name: str) -> None:
+    os.truncate(path / name, (path / name).stat().st_size // 2)
+
+
+def signed(path: Path, name: str, text: str) -> None:
+    """Another text in a file, with a manifest that vouches for it."""
+    (path / name).write_text(text, encoding="utf-8")
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = {"bytes": (path / name).stat().st_size, "sha256": weights.checksum(path / name)}
+    manifest["files"][name] = entry
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_manifest(path: Path, change: Callable[[Any], Any]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(change(manifest)))
+
+
+def listing(manifest: Any, name: str, entry: Any) -> Any:
+    return {**manifest, "files": {**manifest["files"], name: entry}}
+
+
+OUTSIDE = {"bytes": 2, "sha256": "0" * 64}
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights cut short": (lambda p: cut(p, "model.safetensors"), r"model\.safetensors: damaged"),
+    "one bit of the weights": (lambda p: flip(p, "model.safetensors"), r"model\.safetensors: damaged"),
+    "one bit of the optimizer": (lambda p: flip(p, "optimizer.safetensors"), r"optimizer\.safetensors: damaged"),
+    "one bit of the state": (lambda p: flip(p, "state.json", 20), r"state\.json: damaged"),
+    "weights empty": (lambda p: (p / "model.safetensors").write_bytes(b""), r"model\.safetensors: damaged"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors: missing"),
+    "no optimizer": (lambda p: (p / "optimizer.safetensors").unlink(), r"optimizer\.safetensors: missing"),
+    "no state": (lambda p: (p / "state.json").unlink(), r"state\.json: missing"),
+    "no config": (lambda p: (p / "config.yaml").unlink(), r"config\.yaml: missing"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), r"not a complete .*: manifest\.json is missing"),
+    "manifest cut short": (lambda p: cut(p, "manifest.json"), r"manifest\.json: damaged"),
+    "manifest of bytes": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe\x00"), r"manifest\.json: damaged"),
+    "manifest a list": (lambda p: (p / "manifest.json").write_text("[]"), r"manifest\.json: damaged: not an object"),
+    "manifest too deep": (
+        lambda p: (p / "manifest.json").write_text("[" * 100_000), r"manifest\.json: damaged"),
+    "manifest of nothing": (
+        lambda p: change_manifest(p, lambda m: {**m, "files": {}}), "does not list the checkpoint's files"),
+    "manifest without the optimizer": (
+        lambda p: change_manifest(
+            p, lambda m: {**m, "files": {k: v for k, v in m["files"].items() if "optim" not in k}}),
+        "does not list the checkpoint's files"),
+    "manifest with numbers for entries": (
+        lambda p: change_manifest(p, lambda m: {**m, "files": dict.fromkeys(m["files"], 3)}), "is no entry"),
+    "manifest that names ../x": (
+        lambda p: change_manifest(p, lambda m: listing(m, "../../outside", OUTSIDE)),
+        r"'\.\./\.\./outside' is no entry"),
+    "manifest that names ..": (lambda p: change_manifest(p, lambda m: listing(m, "..", OUTSIDE)), r"\.\.: missing"),
+    "manifest that names /etc/passwd": (
+        lambda p: change_manifest(p, lambda m: listing(m, "/etc/passwd", OUTSIDE)), "'/etc/passwd' is no entry"),
+    "a later format": (
+        lambda p: change_manifest(p, lambda m: {"format": 2, "content": "elsewhere"}),
+        "written in checkpoint format 2, and this version reads 1; install the version of icenet that wrote it"),
+    "a later format of the state": (
+        lambda p: signed(p, "state.json", '{"format": 7, "step": 3}'), "written in checkpoint format 7"),
+    "a state of nonsense": (lambda p: signed(p, "state.json", "\x00 what?"), r"state\.json: damaged"),
+    "a step that is no number": (
+        lambda p: signed(p, "state.json", '{"format": 1, "step": "three"}'), "the step is 'three'"),
+    "a step below zero": (lambda p: signed(p, "state.json", '{"format": 1, "step": -3}'), "the step is -3"),
+    "a config that is no YAML": (lambda p: signed(p, "config.yaml", "model: [}"), r"config\.yaml:1: not valid YAML"),
+    "a config of another version": (
+        lambda p: signed(p, "config.yaml", "model: {type: transformer}\nwarp: 9\n"), "warp: unknown key"),
+    "weights that are none": (
+        lambda p: signed(p, "model.safetensors", "no tensors here, only a text"), "or not a safetensors file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage(run: Path, name: str) -> None:
+    """The newest is damaged: alone it is refused, in its run the one before is taken, and told."""
+    damage, message = DAMAGE[name]
+    damage(step_folder(run, 3))
+    before = tree(run)
+    with pytest.raises(IceNetError, match=message) as alone:
+        checkpoint.load(step_folder(run, 3))
+    assert "\n" not in str(alone.value) and str(step_folder(run, 3)) in str(alone.value)
+    notes: list[str] = []
+    found = checkpoint.find(run, notes.append)
+    assert found.step == 2 and same_bits(found.weights, arrays(2))
+    assert notes == [f"passing over step-00000003: {alone.value}"]
+    assert tree(run) == before
+
+
+def test_all_damaged(run: Path) -> None:
+    for step in (1, 2, 3):
+        cut(step_folder(run, step), "model.safetensors")
+    notes: list[str] = []
+    with pytest.raises(CheckpointError, match=r"none of its 3 checkpoints is whole; .*step-00000003") as e:
+        checkpoint.find(run, notes.append)
+    assert notes == [] and "\n" not in str(e.value)
+
+
+def test_without_a_listener_the_log_hears(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flip(step_folder(run, 3), "model.safetensors")
+    assert checkpoint.find(run).step == 2
+    assert [record.name for record in caplog.records] == ["icenet"]
+    assert caplog.messages[0].startswith("passing over step-00000003")
+
+
+def test_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such run or checkpoint"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give a run's folder or a checkpoint in it"):
+        checkpoint.find(tmp_path)
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_what_a_kill_leaves(run: Path, tmp_path: Path) -> None:
+    """A partial folder is no checkpoint, is never read, and goes with the next save; a user's folders stay."""
+    partial_folder = run / "checkpoints" / ".step-00000004.partial"
+    shutil.copytree(step_folder(run, 3), partial_folder)
+    (partial_folder / "manifest.json").unlink()
+    for own in ("step-best", "step-00000009.old", "step-3", "notes"):
+        shutil.copytree(step_folder(run, 1), run / "checkpoints" / own)
+    (run / "checkpoints" / "step-00000008").write_text("a file")
+    assert checkpoint.find(run).step == 3
+    checkpoint.save(run, tiny(tmp_path), 4, arrays(4), arrays(5), STATE, keep=1)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-best", "step-00000009.old", "step-3", "notes", "step-00000008"}
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_killed_while_writing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """Ended at each fsync and rename: what was there is whole, and the next save succeeds."""
+
+    class Killed(BaseException):
+        pass
+
+    calls = [0]
+
+    def counting(call: Callable[..., Any], *arguments: Any) -> Any:
+        if calls[0] == moment:
+            raise Killed
+        calls[0] += 1
+        return call(*arguments)
+
+    before = {step: tree(step_folder(run, step)) for step in (1, 2, 3)}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "fsync", partial(counting, os.fsync))
+        patch.setattr(os, "replace", partial(counting, os.replace))
+        # a kill runs no clean-up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        checkpoint.save(run, tiny(tmp_path), 4, arrays(4), arrays(5), STATE)
+    assert calls[0] == moment
+    assert {step: tree(step_folder(run, step)) for step in (1, 2, 3)} == before
+    found = checkpoint.find(run)
+    assert found.step == 3 or (found.step == 4 and same_bits(found.weights, arrays(4)))
+    checkpoint.save(run, tiny(tmp_path), 4, arrays(4), arrays(5), STATE)
+    assert checkpoint.find(run).step == 4
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("moment", [0, 1, 2, 5])
+def test_a_disk_that_refuses(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, code: int
+) -> None:
+    calls = [0]
+    fsync = os.fsync
+
+    def refusing(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] > moment:
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    before = tree(run)
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.save(run, tiny(tmp_path), 4, arrays(4), arrays(5), STATE, keep=1)
+    message = str(error.value)
+    assert message.startswith(f"{step_folder(run, 4)}: the checkpoint was not written: ") and "\n" not in message
+    assert ("no space" if code == errno.ENOSPC else os.strerror(code)) in message
+    assert message.endswith("step-00000003 is untouched; make room and resume")
+    assert tree(run) == before
+
+
+def test_a_full_disk_in_a_run(tmp_path: Path) -> None:
+    """A real limit on the size of files, in a process of its own: one line, and a run that resumes exactly."""
+    pytest.importorskip("resource")
+    config = tiny(tmp_path, "training.eval_every=null")
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml())
+    icenet("train", "tiny.yaml", "--run", "whole", "--backend", "mlx", "--quiet", folder=tmp_path)
+    Trainer.start(config, tmp_path / "run", backend="mlx", quiet=True).fit(until=6)
+    before = tree(tmp_path / "run" / "checkpoints")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "from icenet.cli.main import main; sys.exit(main(['train', '--resume', 'run', '--quiet']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    target = Path("run/checkpoints/step-00000010")
+    assert done.stderr.startswith(f"icenet: {target}: the checkpoint was not written: ")
+    assert done.stderr.endswith("step-00000006 is untouched; make room and resume\n")
+    assert done.stderr.count("\n") == 1 and "no space" in done.stderr
+    assert tree(tmp_path / "run" / "checkpoints") == before
+    Trainer.resume(tmp_path / "run", quiet=True).fit()
+    ours, theirs = (checkpoint.find(tmp_path / name) for name in ("run", "whole"))
+    assert same_bits(ours.weights, theirs.weights) and same_bits(ours.optimizer, theirs.optimizer)
+
+
+# ---- damage in a run --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    Trainer.start(tiny(tmp_path), tmp_path / "run", backend="mlx", quiet=True).fit(until=15)
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_from_the_newest_good_one(trained: Path, tmp_path: Path) -> None:
+    flip(step_folder(trained, 15), "model.safetensors")
+    cut(step_folder(trained, 10), "optimizer.safetensors")
+    damaged = tree(step_folder(trained, 15))
+    result = icenet("train", "--resume", "run", "--set", "training.eval_every=null", folder=tmp_path)
+    for line in (
+        "passing over step-00000015: run/checkpoints/step-00000015/model.safetensors: damaged",
+        "passing over step-00000010: run/checkpoints/step-00000010/optimizer.safetensors: damaged",
+        "step-00000015 is kept as unread-step-00000015",
+    ):
+        assert line in result.stderr
+    Trainer.start(tiny(tmp_path), tmp_path / "whole", backend="mlx", quiet=True).fit()
+    ours, theirs = checkpoint.find(trained), checkpoint.find(tmp_path / "whole")
+    assert ours.step == 20 and same_bits(ours.weights, theirs.weights)
+    # nothing is thrown away: the disk may come back, or the checkpoint be of a later version
+    assert tree(trained / "checkpoints" / "unread-step-00000015") == damaged
+    assert [path.name for path in checkpoint.list_checkpoints(trained)] == [f"step-{n:08d}" for n in (5, 10, 15, 20)]
+
+
+def test_generating_from_a_damaged_run_says_so(trained: Path, tmp_path: Path) -> None:
+    flip(step_folder(trained, 15), "model.safetensors")
+    result = icenet("generate", "run", "--max-new-tokens", "3", folder=tmp_path)
+    assert result.stderr.startswith("passing over step-00000015: ") and result.stderr.count("\n") == 1
+    model = front_door.load(trained, backend="mlx")
+    assert same_bits(model.weights(), dict(checkpoint.load(step_folder(trained, 10)).weights))
+
+
+def test_a_state_without_a_loss_scale(trained: Path) -> None:
+    signed(step_folder(trained, 15), "state.json", '{"format": 1, "step": 15, "loss_scale": {"scale": "big"}}')
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged: no loss_scale"):
+        Trainer.resume(trained, quiet=True)
+
+
+def test_the_config_of_the_checkpoint_counts(trained: Path, tmp_path: Path) -> None:
+    """RUN/config.yaml is for people: a run resumes even where it was lost or spoilt."""
+    (trained / "config.yaml").write_text("spoilt: [")
+    resumed = Trainer.resume(trained, quiet=True)
+    resumed.fit(until=16)
+    assert Config.from_yaml(trained / "config.yaml") == resumed.config

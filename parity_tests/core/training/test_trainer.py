@@ -1,0 +1,653 @@
+"""The training loop on both backends: what it computes, what it writes, and that a run can stop anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, environment, icenet, losses, metrics, same_bits, start_icenet, state, tiny, tree
+
+from icenet.core import backends, rng
+from icenet.core.config import Config
+from icenet.core.data.datasets import open_dataset
+from icenet.core.errors import CheckpointError, ConfigError, DataError, IceNetError, UsageError, WeightsError
+from icenet.core.training import checkpoint, trainer
+from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
+from icenet.core.training.schedule import adam_corrections, learning_rate
+from icenet.core.training.trainer import Interrupted, Trainer
+from icenet.parity.run import build, curves
+from icenet.parity.yardstick import judge, judge_curve
+
+torch: Any = pytest.importorskip("torch")
+pytest.importorskip("mlx")
+
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Named by a test whose runs draw their plots; others save that time."""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+
+
+def train(config: Config, run: Path, backend: str, until: int | None = None) -> trainer.Result:
+    return Trainer.start(config, run, backend=backend, quiet=True).fit(until)
+
+
+def resume(path: Path, backend: str | None = None, until: int | None = None, **more: Any) -> trainer.Result:
+    return Trainer.resume(path, backend=backend, quiet=True, **more).fit(until)
+
+
+# ---- what a run leaves ------------------------------------------------------------------------------------
+
+
+@both
+def test_a_run(tmp_path: Path, backend: str, drawn: None) -> None:
+    config, run = tiny(tmp_path), tmp_path / "run"
+    result = train(config, run, backend)
+    assert result.step == 20 and result.run == run
+    assert result.checkpoint == run / "checkpoints" / "step-00000020"
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == [f"step-{n:08d}" for n in (5, 10, 15, 20)]
+    steps = [record for record in metrics(run) if "loss" in record]
+    assert losses(run)[-1] == result.loss < 0.8 * losses(run)[0]  # it learns
+    assert all(record["backend"] == backend and record["grad_norm"] > 0 for record in steps)
+    assert [record["learning_rate"] for record in steps] == [learning_rate(n, config.training) for n in range(20)]
+    evaluations = [record for record in metrics(run) if "validation_loss" in record]
+    assert [record["step"] for record in evaluations] == [10, 20]
+    assert evaluations[-1]["validation_loss"] == result.validation_loss
+    assert result.plot is not None and result.plot.read_bytes().startswith(b"\x89PNG")
+    written = Config.from_yaml(run / "config.yaml")
+    assert written.backend == backend  # so that --resume alone continues on it
+    assert written.with_overrides("backend=auto") == config
+    content = json.loads((result.checkpoint / "state.json").read_text())
+    assert content["step"] == 20 and content["backend"] == backend and content["versions"]["numpy"] == np.__version__
+
+
+@both
+def test_the_evaluation_is_the_mean_over_tokens(tmp_path: Path, backend: str) -> None:
+    """Recomputed from the weights in the checkpoint, batch by batch, through log-softmax in float64."""
+    config = tiny(tmp_path, "training.eval_batches=1000")
+    result = train(config, tmp_path / "run", backend)
+    engine = backends.engine(config, backend)
+    engine.set_weights(dict(checkpoint.find(tmp_path / "run").weights))
+    data = open_dataset(config.data, 32, config.seed)
+    total, count, rows = 0.0, 0, set()
+    for batch in data.validation_batches(4):
+        logits = engine.forward(batch).astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= np.take_along_axis(log_p, batch["labels"][..., None].astype(np.int64), -1).sum()
+        count += batch["labels"].size
+        rows.add(len(batch["labels"]))
+    assert rows == {4, 1} or len(rows) > 1, "the last batch must be smaller, or means of means would do"
+    assert result.validation_loss == pytest.approx(total / count, rel=1e-6)
+
+
+@both
+def test_no_evaluation_where_none_is_asked_for(tmp_path: Path, backend: str) -> None:
+    result = train(tiny(tmp_path, "training.eval_every=null"), tmp_path / "run", backend)
+    assert result.validation_loss is None
+    assert not [record for record in metrics(tmp_path / "run") if "validation_loss" in record]
+
+
+@both
+def test_old_checkpoints_go(tmp_path: Path, backend: str) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-best").mkdir(parents=True)  # a user's, not ours to count or remove
+    train(tiny(tmp_path, "training.keep_checkpoints=2", "training.checkpoint_every=3"), run, backend)
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000018", "step-00000020"]
+    assert (run / "checkpoints" / "step-best").is_dir()
+
+
+def test_the_schedule_by_hand(tmp_path: Path) -> None:
+    training = tiny(tmp_path, "training.max_steps=11", "training.warmup_steps=4").training
+    rates = [learning_rate(step, training) for step in range(11)]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01], rel=1e-15)  # a line that ends at the peak
+    # then half a cosine over the six intervals between the steps 4 and 10
+    by_hand = [1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(7)]
+    assert rates[4:] == pytest.approx(by_hand, rel=1e-12)
+    assert rates[4] == 1e-2 and rates[7] == pytest.approx(0.00505) and rates[10] == pytest.approx(1e-4)
+    training.schedule = "constant"
+    assert [learning_rate(step, training) for step in (3, 4, 10)] == [0.01] * 3
+    training.warmup_steps = 0
+    assert learning_rate(0, training) == 0.01
+    training.schedule, training.max_steps = "cosine", 1
+    assert learning_rate(0, training) == 0.01  # no division by an empty span
+    assert adam_corrections(0, 0.9, 0.95) == pytest.approx((0.1, 0.05))
+
+
+@both
+def test_adamw_20_steps(tmp_path: Path, backend: str) -> None:
+    """Equal gradients; against AdamW written out in float64, with torch.optim's own fp32 error as the noise."""
+    config = tiny(tmp_path)
+    training = config.training
+    training.weight_decay = 0.3
+    engine = backends.engine(config, backend)
+    start = engine.weights()
+    theirs = {name: torch.nn.Parameter(torch.from_numpy(array.copy())) for name, array in start.items()}
+    matrices = [p for p in theirs.values() if p.ndim >= 2]
+    vectors = [p for p in theirs.values() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(training.beta1, training.beta2), eps=training.eps,
+    )  # fmt: skip
+    exact = {name: array.astype(np.float64) for name, array in start.items()}
+    first = {name: np.zeros(array.shape) for name, array in start.items()}
+    second = {name: np.zeros(array.shape) for name, array in start.items()}
+    for step in range(20):
+        rate = learning_rate(step, training)
+        gradients = {}
+        for index, (name, array) in enumerate(start.items()):
+            scale = 10.0 ** -(index % 7)
+            drawn = rng.normal(rng.key(1, "gradient", step, index), array.shape) * np.float32(scale)
+            gradients[name] = g = np.asarray(drawn, np.float32)
+            first[name] = 0.9 * first[name] + 0.1 * g.astype(np.float64)
+            second[name] = 0.95 * second[name] + 0.05 * np.square(g.astype(np.float64))
+            decay = 0.3 if array.ndim >= 2 else 0.0
+            root = np.sqrt(second[name] / (1 - 0.95 ** (step + 1))) + 1e-8
+            exact[name] = exact[name] * (1 - rate * decay) - rate * first[name] / (1 - 0.9 ** (step + 1)) / root
+            theirs[name].grad = torch.from_numpy(g.copy())
+        engine.apply_gradients(gradients, step, rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    ours, moments = engine.weights(), engine.optimizer_state()
+    assert moments.keys() == {f"{name}.{slot}" for name in start for slot in ("exp_avg", "exp_avg_sq")}
+    for name, parameter in theirs.items():
+        verdict = judge(ours[name], parameter.detach().numpy(), exact[name])
+        assert verdict.passed, (name, verdict)
+        for slot, reference in (("exp_avg", first), ("exp_avg_sq", second)):
+            verdict = judge(moments[f"{name}.{slot}"], optimizer.state[parameter][slot].numpy(), reference[name])
+            assert verdict.passed, (name, slot, verdict)
+
+
+@both
+def test_clipping(tmp_path: Path, backend: str) -> None:
+    """The step taken is that of the gradients scaled to the norm; the norm reported is that before."""
+    loose = tiny(tmp_path, "training.max_grad_norm=null", "model.dropout=0")
+    limit = 0.05
+    tight = loose.with_overrides(f"training.max_grad_norm={limit}")
+    batch = open_dataset(loose.data, 32, 3).train_batch(0, 4)
+    clipped, by_hand, free = (backends.engine(config, backend) for config in (tight, loose, loose))
+    _, gradients = by_hand.gradients(batch)
+    norm = math.sqrt(sum(float(np.square(g.astype(np.float64)).sum()) for g in gradients.values()))
+    assert norm > 10 * limit
+    scaled = {name: (g * (limit / norm)).astype(np.float32) for name, g in gradients.items()}
+    by_hand.apply_gradients(scaled, 0, 1e-3)
+    found = clipped.read(clipped.train_step(batch, 0, 1e-3))
+    free.read(free.train_step(batch, 0, 1e-3))
+    assert found.grad_norm == pytest.approx(norm, rel=1e-5)
+    ours, theirs, unclipped = clipped.optimizer_state(), by_hand.optimizer_state(), free.optimizer_state()
+    total = 0.0
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=2e-5, atol=1e-12, err_msg=name)
+        if name.endswith(".exp_avg"):
+            total += float(np.square(array.astype(np.float64) / 0.1).sum())
+            np.testing.assert_allclose(unclipped[name], array * (norm / limit), rtol=1e-4, atol=1e-9)
+    assert math.sqrt(total) == pytest.approx(limit, rel=1e-4)
+
+
+# ---- stopping and going on --------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
+    """Stopped at several steps, between checkpoints and on them: dropout, clipping, evaluation, all bits."""
+    config = tiny(tmp_path, f"training.mixed_precision={precision}")
+    train(config, tmp_path / "whole", backend)
+    broken = tmp_path / "broken"
+    train(config, broken, backend, until=1)
+    for until in (5, 7, 13, 19, None):
+        resume(broken, until=until)  # without a backend: the run goes on where it was
+    assert metrics(broken, 10) == metrics(tmp_path / "whole", 10)
+    assert same_bits(state(broken), state(tmp_path / "whole"))
+    assert same_bits(state(broken, 10), state(tmp_path / "whole", 10))
+
+
+@both
+def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path)
+    for name, given in (("a", config), ("b", config), ("c", config.with_overrides("seed=4"))):
+        train(given, tmp_path / name, backend, until=5)
+    assert same_bits(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert not same_bits(state(tmp_path / "a"), state(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
+def test_changing_backend(tmp_path: Path, order: tuple[str, str]) -> None:
+    """Four parts on alternating backends, against the uninterrupted run, by the yardstick."""
+    config = tiny(tmp_path, "training.max_steps=80", "training.checkpoint_every=20", "training.eval_every=40")
+    moved = tmp_path / "moved"
+    train(config, moved, order[0], until=20)
+    for backend, until in ((order[1], 40), (order[0], 60), (order[1], 80)):
+        resume(moved, backend, until)
+    named = [record["backend"] for record in metrics(moved) if "loss" in record]
+    assert named == [order[0]] * 20 + [order[1]] * 20 + [order[0]] * 20 + [order[1]] * 20
+    curve = curves(build(config), 80)
+    verdict = judge_curve(losses(moved), curve["PyTorch"], curve["PyTorch float64"])
+    assert verdict.passed, (verdict.worst, verdict.worst_step)
+    train(config, tmp_path / "whole", order[0])
+    assert losses(tmp_path / "whole") == curve[{"mlx": "MLX", "torch": "PyTorch"}[order[0]]]
+    # the yardstick can fail: one batch of another seed is seen
+    verdict = judge_curve(
+        [*losses(moved)[:-1], losses(moved)[-1] * 1.001], curve["PyTorch"], curve["PyTorch float64"]
+    )
+    assert not verdict.passed
+
+
+def test_curve_of_200_steps(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.max_steps=200", "training.warmup_steps=20", "training.weight_decay=0.1")
+    curve = curves(build(config), 200)
+    verdict = judge_curve(*curve.values())
+    assert verdict.passed, (verdict.worst, verdict.worst_step)
+    assert curve["MLX"][-1] < 0.4 * curve["MLX"][0]
+    assert len(set(curve["PyTorch float64"])) == 200 and verdict.noise.max() < 1e-3
+
+
+def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
+    config, run, branch = tiny(tmp_path), tmp_path / "run", tmp_path / "branch"
+    train(config, run, "mlx")
+    before = tree(run)
+    old = run / "checkpoints" / "step-00000010"
+    with pytest.raises(UsageError, match=r"the run went on to step-00000020; resume .*run to continue"):
+        Trainer.resume(old, quiet=True)
+    resume(old, "mlx", run=branch)
+    assert tree(run) == before
+    assert same_bits(state(branch), state(run)) and metrics(branch) == metrics(run)
+    with pytest.raises(UsageError, match="branch: holds a run already"):
+        Trainer.resume(old, run=branch, quiet=True)
+    assert tree(run) == before
+
+
+def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    train(tiny(tmp_path), run, "mlx")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        resume(run / "checkpoints" / "step-00000010", run=branch)
+    resume(branch)
+    assert same_bits(state(branch), state(run)) and metrics(branch) == metrics(run)
+
+
+@both
+def test_ended_before_the_first_checkpoint(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the first steps, a run has a config and metrics and no checkpoint; it is resumed all the same."""
+    config, run = tiny(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(config, run, backend)
+    assert len(losses(run)) == 5 and not checkpoint.list_checkpoints(run)
+    with pytest.raises(UsageError, match=r"holds a run already; continue it with --resume"):
+        train(config, run, backend)
+    resumed = Trainer.resume(run, quiet=True)
+    assert resumed.engine.backend == backend and resumed.notes == [
+        f"{run}: ended before its first checkpoint; it begins again at step 1"
+    ]
+    resumed.fit()
+    train(config, tmp_path / "whole", backend)
+    assert metrics(run) == metrics(tmp_path / "whole") and same_bits(state(run), state(tmp_path / "whole"))
+
+
+def test_a_checkpoint_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint outside a run's folder has no run to go on in; the folder around it is left alone."""
+    import shutil
+
+    train(tiny(tmp_path), tmp_path / "run", "mlx", until=5)
+    (tmp_path / "home" / "deep").mkdir(parents=True)
+    copy = tmp_path / "home" / "deep" / "best"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000005", copy)
+    before = tree(tmp_path / "home")
+    with pytest.raises(UsageError, match=r"best: lies in no run's folder; say with --run NEW"):
+        Trainer.resume(copy, quiet=True)
+    resume(copy, run=tmp_path / "new")
+    assert tree(tmp_path / "home") == before
+    train(tiny(tmp_path), tmp_path / "whole", "mlx")
+    assert same_bits(state(tmp_path / "new"), state(tmp_path / "whole"))
+    # from inside the folder the run is found, however the path is written
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert resume(Path("step-00000005"), until=6).run.resolve() == (tmp_path / "run").resolve()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    config, run = tiny(tmp_path), tmp_path / "run"
+    train(config, run, "torch")
+    before = tree(run)
+    with pytest.raises(UsageError, match=r"the run is complete at step 20; to go on: --set training.max_steps=40"):
+        Trainer.resume(run)
+    with pytest.raises(UsageError, match="holds a run already; continue it with --resume"):
+        Trainer.start(config, run)
+    with pytest.raises(WeightsError, match=r"does not fit: .*use the config it was made with"):
+        Trainer.resume(run, overrides=["training.max_steps=40", "model.hidden_size=64"])
+    with pytest.raises(ConfigError, match="max_step: unknown key"):
+        Trainer.resume(run, overrides=["training.max_step=40"])
+    with pytest.raises(CheckpointError, match="no such run"):
+        Trainer.resume(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 100 is less than the 257 tokens"):
+        Trainer.start(config.with_overrides("model.vocab_size=100"), tmp_path / "small", backend="torch")
+    with pytest.raises(DataError, match="one batch needs"):
+        Trainer.start(config.with_overrides("training.batch_size=4000"), tmp_path / "small", backend="torch")
+    assert tree(run) == before and not (tmp_path / "small").exists()  # nothing is written before all is well
+
+
+def test_going_on_beyond_the_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(tmp_path), run, "mlx")
+    assert resume(run, overrides=["training.max_steps=24"]).step == 24
+    assert len(losses(run)) == 24
+    assert Config.from_yaml(run / "config.yaml").training.max_steps == 24
+
+
+def test_another_text_is_noticed(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    train(config, tmp_path / "run", "mlx", until=5)
+    assert Trainer.resume(tmp_path / "run").notes == []
+    (tmp_path / "text.txt").write_text("something else " * 3000)
+    assert "is not what the checkpoint was trained on" in Trainer.resume(tmp_path / "run").notes[0]
+
+
+def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    """The first process is between two checkpoints: what it has written since must stay."""
+    config, run = tiny(tmp_path, "training.max_steps=40", "training.checkpoint_every=10"), tmp_path / "run"
+    first = Trainer.start(config, run, backend="mlx", quiet=True)
+    second = Trainer.start(config, run, backend="torch", quiet=True)  # both find an empty folder
+    seen: list[str] = []
+    evaluate = first._evaluate
+
+    def meanwhile(*arguments: Any) -> bool:
+        if first.step == 30:
+            before = tree(run)
+            with pytest.raises(CheckpointError, match="another process trains this run; wait for it"):
+                second.fit()
+            with pytest.raises(CheckpointError, match="another process trains this run"):
+                Trainer.resume(run, quiet=True).fit()
+            other = icenet("train", "--resume", "run", folder=tmp_path, code=1)
+            seen.append(other.stderr)
+            assert tree(run) == before
+        return evaluate(*arguments)
+
+    first._evaluate = meanwhile  # type: ignore[method-assign]
+    first.fit()
+    assert seen == ["icenet: run: another process trains this run; wait for it, or choose another --run\n"]
+    assert len(losses(run)) == 40
+    # the lock is gone; whoever prepared while the other went on must look again
+    with pytest.raises(CheckpointError, match="another process went on with this run meanwhile; resume it again"):
+        second.fit()
+
+
+# ---- what goes wrong --------------------------------------------------------------------------------------
+
+
+@both
+def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.checkpoint_every=2", "training.eval_every=null", "training.warmup_steps=0")
+    run = tmp_path / "run"
+    train(config, run, backend, until=6)
+    before = tree(run / "checkpoints")
+    with pytest.raises(IceNetError) as error:
+        resume(run, overrides=["training.learning_rate=1e30", "training.checkpoint_every=100"])
+    message = str(error.value)
+    assert message.startswith("step ") and "the loss is nan" in message and "\n" not in message
+    assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000006'}" in message
+    assert re.search(r"\(largest: [\w.]+ nan, [\w.]+ nan, [\w.]+ nan\)", message)
+    assert message.endswith("or leave such steps out with training.on_nan=skip")
+    assert tree(run / "checkpoints") == before
+    resume(run)  # with the rate it had
+    train(config, tmp_path / "whole", backend)
+    assert same_bits(state(run), state(tmp_path / "whole")) and metrics(run) == metrics(tmp_path / "whole")
+
+
+@both
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, backend: str) -> None:
+    """Loss and gradients of a step may be fine and its update overflow: no checkpoint may hold that."""
+    run = tmp_path / "run"
+    started = Trainer.start(tiny(tmp_path), run, backend=backend, quiet=True)
+    weights = started.engine.weights()
+    weights["output.weight"] = np.where(np.eye(257, 32, dtype=bool), np.float32(np.inf), weights["output.weight"])
+    started.engine.set_weights(weights)
+    with pytest.raises(IceNetError, match=r"^step 0: output\.weight is not finite; there is no checkpoint yet"):
+        started.save(wait=True)
+    assert checkpoint.list_checkpoints(run) == []
+
+
+def test_the_loss_scale() -> None:
+    assert LossScale.for_precision("fp32").scale == LossScale.for_precision("bf16").scale == 1.0
+    scale = LossScale.for_precision("fp16")
+    assert scale.scale == 65536.0
+    scale.update(False)
+    assert (scale.scale, scale.good_steps) == (32768.0, 0)
+    for _ in range(GROWTH_INTERVAL - 1):
+        scale.update(True)
+    assert (scale.scale, scale.good_steps) == (32768.0, GROWTH_INTERVAL - 1)
+    scale.update(True)
+    assert (scale.scale, scale.good_steps) == (65536.0, 0)
+    scale.update(True)
+    scale.update(False)
+    assert (scale.scale, scale.good_steps) == (32768.0, 0)
+    low, high = LossScale(1.0), LossScale(2.0**24, GROWTH_INTERVAL - 1)
+    low.update(False)
+    high.update(True)
+    assert low.scale == 1.0 and high.scale == 2.0**24
+
+
+def fp16_run(config: Config, run: Path, backend: str, until: int | None = None, scale: float = 2.0**22) -> None:
+    started = Trainer.start(config, run, backend=backend, quiet=True)
+    started.scale = LossScale(scale)
+    started.fit(until)
+
+
+@both
+def test_fp16_skips_and_halves(tmp_path: Path, backend: str) -> None:
+    """A scale that overflows: steps are skipped, weights stay, until it fits; an interruption changes nothing."""
+    config, whole, broken = tiny(tmp_path, "training.mixed_precision=fp16"), tmp_path / "a", tmp_path / "b"
+    fp16_run(config, whole, backend)
+    records = [record for record in metrics(whole) if "loss" in record]
+    skipped = [record["skipped"] for record in records]
+    number = skipped.index(False)
+    assert number >= 3 and not all(skipped[number:])
+    assert [record["loss_scale"] for record in records] == [2.0 ** (22 - sum(skipped[: n + 1])) for n in range(20)]
+    for until in (2, number + 1, None):  # while steps are skipped, and at the first that is not
+        if until == 2:
+            fp16_run(config, broken, backend, until)
+            initial = backends.engine(config, backend).weights()
+            assert same_bits(dict(checkpoint.find(broken).weights), initial)
+            assert not any(array.any() for array in checkpoint.find(broken).optimizer.values())
+        else:
+            resume(broken, until=until)
+    assert metrics(broken, 10) == metrics(whole, 10)
+    assert same_bits(state(broken), state(whole))
+    content = json.loads((broken / "checkpoints" / "step-00000020" / "state.json").read_text())
+    assert content["loss_scale"] == {
+        "scale": records[-1]["loss_scale"],
+        "good_steps": 19 - max(n for n in range(20) if skipped[n]),
+    }
+
+
+def test_fp16_skipped_steps_count_alike(tmp_path: Path) -> None:
+    """The number of the step in the bias correction after skipped steps is the same on both backends."""
+    config = tiny(tmp_path, "training.mixed_precision=fp16", "training.max_steps=10", "model.dropout=0")
+    for backend in BACKENDS:
+        fp16_run(config, tmp_path / backend, backend)
+    np.testing.assert_allclose(losses(tmp_path / "mlx"), losses(tmp_path / "torch"), rtol=2e-3)
+
+
+@both
+def test_bf16_learns(tmp_path: Path, backend: str) -> None:
+    """bf16's curve is near that of fp32 and is not it; weights and moments stay in fp32."""
+    config = tiny(tmp_path, "training.eval_every=null")
+    train(config, tmp_path / "fp32", backend)
+    train(config.with_overrides("training.mixed_precision=bf16"), tmp_path / "bf16", backend)
+    full, half = np.array(losses(tmp_path / "fp32")), np.array(losses(tmp_path / "bf16"))
+    assert 1e-5 < np.abs(full - half).max() < 0.1
+    assert {array.dtype for array in state(tmp_path / "bf16").values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
+def test_compiled(tmp_path: Path, backend: str) -> None:
+    """A compiled step is the step: near the curve of the plain one, with fresh dropout in every step."""
+    config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=8")
+    train(config, tmp_path / "plain", backend)
+    train(config.with_overrides("model.compile_model=true"), tmp_path / "compiled", backend, until=5)
+    resume(tmp_path / "compiled")
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
+
+
+# ---- signals and kills ------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.Signals) -> None:
+    """The signal comes after the loop has decided not to save at this step: it is saved all the same."""
+    config = tiny(tmp_path, "training.checkpoint_every=20", "training.eval_every=3")
+    run = tmp_path / "run"
+    started = Trainer.start(config, run, backend=backend, quiet=True)
+    evaluate = started._evaluate
+
+    def interrupted(*arguments: Any) -> bool:
+        best = evaluate(*arguments)
+        if started.step == 6:
+            os.kill(os.getpid(), number)
+        return best
+
+    started._evaluate = interrupted  # type: ignore[method-assign]
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted) as error:
+        started.fit()
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert str(error.value) == f"stopped by {name} after step 6; everything is saved: icenet train --resume {run}"
+    assert signal.getsignal(number) is handler
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000006"]
+    assert len(losses(run)) == 6
+    resume(run)
+    train(config, tmp_path / "whole", backend)
+    assert metrics(run) == metrics(tmp_path / "whole") and same_bits(state(run), state(tmp_path / "whole"))
+
+
+def command_config(folder: Path, *overrides: str) -> None:
+    (folder / "tiny.yaml").write_text(tiny(folder, *overrides).to_yaml(), encoding="utf-8")
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    began = time.monotonic()
+    while process.poll() is None and time.monotonic() - began < 120:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b'"loss"') >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize(
+    ("backend", "number"), [("mlx", signal.SIGTERM), ("mlx", signal.SIGINT), ("torch", signal.SIGTERM)]
+)
+def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: signal.Signals) -> None:
+    command_config(tmp_path, "training.max_steps=100000", "training.checkpoint_every=100000")
+    run = tmp_path / "run"
+    process = start_icenet(["train", "tiny.yaml", "--run", "run", "--backend", backend, "--quiet"], tmp_path)
+    wait_for_steps(run, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    step = int(checkpoint.find(run).step)
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert (process.returncode, out) == (1, "")
+    assert err == (
+        f"icenet: stopped by {name} after step {step}; everything is saved: icenet train --resume run\n"
+    )
+    assert step >= 3 and len(losses(run)) == step
+    assert Trainer.resume(run).step == step
+
+
+def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> None:
+    """Kills a run at random moments, resumes it each time, and compares the end with an uninterrupted run."""
+    command_config(
+        folder, f"training.max_steps={steps}", "training.checkpoint_every=3", "training.keep_checkpoints=3",
+        "training.eval_every=7",
+    )  # fmt: skip
+    draw = random.Random(seed)
+    run, killed, done = folder / "run", 0, 0
+    command = ["train", "tiny.yaml", "--run", "run", "--backend", backend, "--quiet"]
+    while killed < kills:
+        process = start_icenet(command, folder)
+        # somewhere in the next few steps, wherever in a step, a checkpoint or the beginning that may be
+        wait_for_steps(run, done + draw.randint(0, max(1, (steps - done) // (kills - killed + 1))), process)
+        time.sleep(draw.random() * 0.03)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: more steps are needed"
+        killed += 1
+        began = (run / "metrics.jsonl").exists()
+        command = ["train", "--resume", "run", "--quiet"] if began else command
+        newest = checkpoint.newest(run)
+        if newest is not None:
+            checkpoint.verify(newest)  # complete or absent
+            done = max(done, int(newest.name[5:]))
+    result = icenet(*command, folder=folder)
+    assert result.stderr == "" and f"step {steps}: loss" in result.stdout
+    train(Config.from_yaml(folder / "tiny.yaml"), folder / "whole", backend)
+    assert same_bits(state(run), state(folder / "whole"))
+    assert metrics(run) == metrics(folder / "whole")
+    assert not list((run / "checkpoints").glob(".*")), "leftovers of the kills"
+
+
+def test_five_kills(tmp_path: Path) -> None:
+    survive(tmp_path, "mlx", kills=5, steps=300, seed=1)
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("seed", [2, 3])
+def test_twenty_kills(tmp_path: Path, backend: str, seed: int) -> None:
+    survive(tmp_path, backend, kills=20, steps={"mlx": 1500, "torch": 800}[backend], seed=seed)
+
+
+def test_killed_at_the_very_beginning(tmp_path: Path) -> None:
+    """Before the first step, wherever: either the run can be resumed, or its folder can be begun in."""
+    command_config(tmp_path, "training.max_steps=4")
+    whole = tmp_path / "whole"
+    train(Config.from_yaml(tmp_path / "tiny.yaml"), whole, "mlx")
+    for part, wait in enumerate((0.0, 0.25, 0.45)):
+        run = tmp_path / f"run{part}"
+        process = start_icenet(["train", "tiny.yaml", "--run", run, "--backend", "mlx", "--quiet"], tmp_path)
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+        if checkpoint.newest(run) == run / "checkpoints" / "step-00000004":
+            continue
+        begun = (run / "config.yaml").exists()
+        arguments = ["--resume", run] if begun else ["tiny.yaml", "--run", run, "--backend", "mlx"]
+        icenet("train", *arguments, "--quiet", folder=tmp_path)
+        assert same_bits(state(run), state(whole))
+
+
+def test_an_environment_without_the_plot(tmp_path: Path) -> None:
+    """matplotlib is an extra: a run without it ends well and says so."""
+    blocker = tmp_path / "block"
+    blocker.mkdir()
+    (blocker / "matplotlib.py").write_text("raise ImportError('No module named matplotlib', name='matplotlib')")
+    command_config(tmp_path, "training.max_steps=4")
+    environ = environment(tmp_path, PYTHONPATH=str(blocker))
+    done = subprocess.run(
+        [sys.executable, "-m", "icenet", "train", "tiny.yaml", "--run", "run", "--quiet"],
+        cwd=tmp_path, env=environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'icenet[plot]'" in done.stdout

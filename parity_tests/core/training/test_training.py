@@ -1,0 +1,524 @@
+"""The options of training on both backends: accumulation, clipping, averages, stopping early, steps left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, losses, metrics, same_bits, state, tiny
+
+import icenet
+from icenet.core import backends
+from icenet.core.config import Config
+from icenet.core.data.datasets import dataset_for
+from icenet.core.engine import Evaluation, micro_batches, step_result
+from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.report.metrics import MetricsLog
+from icenet.core.training import checkpoint, trainer
+from icenet.core.training.background import Background
+from icenet.core.training.early_stopping import Best
+from icenet.core.training.schedule import ema_weight
+from icenet.core.training.trainer import Trainer
+from icenet.parity.yardstick import judge
+
+pytest.importorskip("torch")
+pytest.importorskip("mlx")
+backends.exact_products()
+
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+
+
+def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
+    """A batch; with `hide` its rows count unequal numbers of labels."""
+    batch = dataset_for(config).train_batch(step, config.training.batch_size)
+    if hide:
+        for row, labels in enumerate(batch["labels"]):
+            labels[: 5 * row] = -100
+    return batch
+
+
+# ---- accumulation -----------------------------------------------------------------------------------------
+
+
+LSTM = "model={type: lstm, hidden_size: 24, num_layers: 3, vocab_size: 257, dropout: 0.2}"
+
+
+@both
+@pytest.mark.parametrize("family", ["transformer", "lstm"])
+@pytest.mark.parametrize("number", [2, 3, 6])
+def test_micro_batches_give_the_gradients_of_the_whole(
+    tmp_path: Path, backend: str, number: int, family: str
+) -> None:
+    """With dropout, and rows in which unequal numbers of labels count."""
+    given = [LSTM, "data.seq_length=16"] if family == "lstm" else ["model.dropout=0.2"]
+    config = tiny(tmp_path, "training.batch_size=6", *given)
+    batch = batch_of(config, hide=True)
+    cut = config.with_overrides(f"training.gradient_accumulation={number}")
+    loss, found = backends.engine(cut, backend).gradients(batch, 5)
+    noise_loss, noise = backends.engine(config, "torch").gradients(batch, 5)
+    true_loss, truth = backends.engine(config, "torch", dtype="float64").gradients(batch, 5)
+    assert judge(np.asarray(loss), np.asarray(noise_loss), np.asarray(true_loss)).passed
+    for path, reference in truth.items():
+        if np.abs(reference).max() < 1e-9:  # zero in exact arithmetic: a key's bias
+            continue
+        verdict = judge(found[path], noise[path], reference)
+        assert verdict.passed, (path, verdict)
+
+
+@both
+def test_the_mean_is_over_labels_and_not_over_micro_batches(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.batch_size=6", "model.dropout=0", "training.gradient_accumulation=3")
+    batch = batch_of(config, hide=True)
+    engine = backends.engine(config, backend)
+    logits = engine.forward(batch).astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    counted = batch["labels"] >= 0
+    chosen = np.take_along_axis(logits, np.where(counted, batch["labels"], 0)[..., None].astype(np.int64), -1)[..., 0]
+    expected = -chosen[counted].sum() / counted.sum()
+    means = np.mean([-chosen[r][counted[r]].mean() for r in (slice(0, 2), slice(2, 4), slice(4, 6))])
+    found = engine.read(engine.train_step(batch, 0, 1e-3)).loss
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(means - expected) > 1e-4  # what a mean of means would give
+
+
+@both
+def test_accumulation_resumes_and_changes_no_curve(tmp_path: Path, backend: str) -> None:
+    plain = tiny(tmp_path, "training.max_steps=12")
+    cut = plain.with_overrides("training.gradient_accumulation=4")
+    for name, config in (("plain", plain), ("cut", cut)):
+        Trainer.start(config, tmp_path / name, backend=backend, quiet=True).fit()
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "plain"), rtol=2e-5)
+    Trainer.start(cut, tmp_path / "broken", backend=backend, quiet=True).fit(7)
+    Trainer.resume(tmp_path / "broken", quiet=True).fit()
+    assert same_bits(state(tmp_path / "broken"), state(tmp_path / "cut"))
+
+
+def test_cutting_a_batch() -> None:
+    labels = np.array([[1, -100], [-100, -100], [2, 3], [4, 5]], np.int32)
+    batch = {"inputs": np.arange(8, dtype=np.int32).reshape(4, 2), "labels": labels}
+    parts = micro_batches(batch, 2)
+    assert [rows for _, rows, _ in parts] == [range(0, 2), range(2, 4)]
+    assert [share for *_, share in parts] == [1 / 5, 4 / 5]
+    assert np.array_equal(np.concatenate([part["inputs"] for part, *_ in parts]), batch["inputs"])
+    nothing = {"inputs": batch["inputs"], "labels": np.full((4, 2), -100, np.int32)}
+    assert [share for *_, share in micro_batches(nothing, 2)] == [0, 0]  # no division by zero
+
+
+# ---- clipping ---------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("norm", [None, 0.01])
+def test_clipping_by_value(tmp_path: Path, backend: str, norm: float | None) -> None:
+    """Against numpy on the engine's own raw gradients; the norm comes after the values."""
+    limit = 1e-3
+    config = tiny(tmp_path, "model.dropout=0", f"training.max_grad_norm={norm or 'null'}")
+    cut = config.with_overrides(f"training.max_grad_value={limit}")
+    batch = batch_of(config)
+    clipped, by_hand = (backends.engine(c, backend) for c in (cut, config))
+    _, raw = by_hand.gradients(batch)
+    size = math.sqrt(sum(float(np.square(g.astype(np.float64)).sum()) for g in raw.values()))
+    gradients = {path: np.clip(g, -limit, limit) for path, g in raw.items()}
+    assert any((np.abs(g) > limit).any() for g in raw.values())
+    if norm is not None:
+        total = math.sqrt(sum(float(np.square(g.astype(np.float64)).sum()) for g in gradients.values()))
+        assert total > norm
+        gradients = {path: (g * (norm / total)).astype(np.float32) for path, g in gradients.items()}
+    by_hand.apply_gradients(gradients, 0, 1e-3)
+    found = clipped.read(clipped.train_step(batch, 0, 1e-3))
+    assert found.grad_norm == pytest.approx(size, rel=1e-5)  # that before any clipping
+    for name, array in by_hand.optimizer_state().items():
+        np.testing.assert_allclose(clipped.optimizer_state()[name], array, rtol=2e-5, atol=1e-12, err_msg=name)
+
+
+# ---- averaged weights -------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_an_average() -> None:
+    assert [1 - ema_weight(step, 0.9) for step in (0, 1, 8)] == pytest.approx([1 / 10, 2 / 11, 9 / 18])
+    assert ema_weight(10_000, 0.9) == pytest.approx(0.1)
+
+
+@both
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_weights(tmp_path: Path, backend: str, compiled: bool) -> None:
+    """Against the mean written out in float64; evaluations are of the averages, and training is not changed."""
+    if compiled and backend == "torch":
+        pytest.skip("the average is outside of what PyTorch compiles")
+    config = tiny(tmp_path, "training.ema_decay=0.8", f"model.compile_model={str(compiled).lower()}")
+    engine, plain = backends.engine(config, backend), backends.engine(tiny(tmp_path), backend)
+    average = {path: array.astype(np.float64) for path, array in engine.weights().items()}
+    for step in range(8):
+        batch = batch_of(config, step)
+        engine.read(engine.train_step(batch, step, 1e-2))
+        plain.read(plain.train_step(batch, step, 1e-2))
+        weight = 1 - min(0.8, (1 + step) / (10 + step))
+        for path, array in engine.weights().items():
+            average[path] += weight * (array - average[path])
+    stored = engine.optimizer_state()
+    for path, array in average.items():
+        np.testing.assert_allclose(stored[f"{path}.ema"], array, rtol=1e-5, atol=1e-6, err_msg=path)
+    if not compiled:
+        assert same_bits(engine.weights(), plain.weights())
+    plain.set_weights({path: stored[f"{path}.ema"] for path in average})
+    assert engine.evaluate(batch) == plain.evaluate(batch)
+    weights = engine.weights()
+    engine.evaluate(batch)
+    assert same_bits(engine.weights(), weights)
+
+
+@pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
+def test_averages_go_on_on_the_other_backend(tmp_path: Path, order: tuple[str, str]) -> None:
+    config = tiny(tmp_path, "training.ema_decay=0.9", "training.max_steps=10")
+    Trainer.start(config, tmp_path / "moved", backend=order[0], quiet=True).fit(5)
+    Trainer.resume(tmp_path / "moved", backend=order[1], quiet=True).fit()
+    Trainer.start(config, tmp_path / "whole", backend=order[0], quiet=True).fit()
+    moved, whole = state(tmp_path / "moved"), state(tmp_path / "whole")
+    assert moved.keys() == whole.keys() and any(name.endswith(".ema") for name in moved)
+    for name in whole:
+        if name.endswith(".ema") and "k_proj.bias" not in name:  # whose gradient is nothing but rounding
+            np.testing.assert_allclose(moved[name], whole[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@both
+def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path: Path, backend: str) -> None:
+    Trainer.start(tiny(tmp_path), tmp_path / "run", backend=backend, quiet=True).fit(5)
+    resumed = Trainer.resume(tmp_path / "run", overrides=["training.ema_decay=0.9"], quiet=True)
+    weights, stored = resumed.engine.weights(), resumed.engine.optimizer_state()
+    assert all(np.array_equal(stored[f"{path}.ema"], weights[path]) for path in weights)
+    resumed.fit(6)
+
+
+@both
+def test_a_model_of_averaged_weights(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.ema_decay=0.9")
+    result = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True).fit()
+    stored = checkpoint.load(result.checkpoint)
+    model = icenet.load(tmp_path / "run", backend, averaged=True)
+    assert all(np.array_equal(array, stored.optimizer[f"{path}.ema"]) for path, array in model.weights().items())
+    Trainer.start(tiny(tmp_path), tmp_path / "none", backend=backend, quiet=True).fit(1)
+    with pytest.raises(CheckpointError, match=r"keeps no averaged weights; train with training\.ema_decay"):
+        icenet.load(tmp_path / "none", backend, averaged=True)
+
+
+# ---- evaluations that decide ------------------------------------------------------------------------------
+
+
+def evaluated(started: Trainer, found: list[float]) -> Trainer:
+    """A trainer whose evaluations come to given numbers, whatever the model does."""
+    numbers = iter(found)
+    started.engine.evaluate = lambda batch: Evaluation(next(numbers), 1, None)  # type: ignore[method-assign]
+    return started
+
+
+def test_the_best_evaluation() -> None:
+    best = Best()
+    assert [best.take(step, loss) for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5), (4, 2.5))] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    assert (best.step, best.validation_loss, best.waited) == (2, 2.0, 3)
+    assert best.is_time(3) and not best.is_time(4) and not best.is_time(None)
+    assert not best.take(2, 1.0)  # evaluated again at a resumed step
+    first = Best()
+    assert not first.take(1, math.nan) and first.take(2, 1.0) and not first.take(3, math.nan) and first.waited == 1
+    for loss in ("y", math.nan, None):
+        assert Best.read({"step": 1, "validation_loss": loss}) == Best()
+    for stored in (None, 3, {}, {"step": "x"}):
+        assert Best.read(stored) == Best()
+
+
+@both
+def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) -> None:
+    config = tiny(
+        tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=3",
+        "training.keep_best=true", "training.keep_checkpoints=1", "training.checkpoint_every=5",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    result = evaluated(Trainer.start(config, run, backend=backend, quiet=True), [5.0, 4.0, 3.5, 4.5, 3.6, 9.0]).fit()
+    assert result.stopped_early and result.step == 12
+    assert (result.best.step, result.best.validation_loss) == (6, 3.5)
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000006", "step-00000012"]
+    assert (run / "best").resolve() == (run / "checkpoints" / "step-00000006").resolve()
+    best = checkpoint.load(run / "checkpoints" / "step-00000006")
+    assert same_bits(checkpoint.find(run / "best").weights, best.weights)
+    content = json.loads((result.checkpoint / "state.json").read_text())
+    assert content["best"] == {"step": 6, "validation_loss": 3.5, "waited": 3}
+    with pytest.raises(UsageError, match=r"stopped early at step 12; to go on: --set training\.early_stopping=null"):
+        Trainer.resume(run, quiet=True)
+    resumed = Trainer.resume(run, overrides=["training.early_stopping=20"], quiet=True)
+    assert resumed.best == result.best
+    assert not evaluated(resumed, [3.0] + [2.0] * 9).fit().stopped_early
+    assert (run / "best").resolve().name == "step-00000016"
+
+
+@both
+def test_stopping_early_survives_a_stop(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
+    run = tmp_path / "run"
+    evaluated(Trainer.start(config, run, backend=backend, quiet=True), [2.0, 3.0]).fit(4)
+    result = evaluated(Trainer.resume(run, quiet=True), [3.0, 1.0]).fit()
+    assert result.stopped_early and result.step == 6
+
+
+# ---- steps that are no numbers ----------------------------------------------------------------------------
+
+
+def overflowing(started: Trainer, steps: set[int]) -> Trainer:
+    """A trainer whose gradients are no numbers at given steps."""
+    step_of = started.engine.train_step
+
+    def train_step(batch: Any, step: int, rate: float, scale: float = 1.0) -> Any:
+        return step_of(batch, step, rate, math.inf if step in steps else scale)
+
+    started.engine.train_step = train_step  # type: ignore[method-assign]
+    return started
+
+
+@both
+def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.on_nan=skip", "training.checkpoint_every=1", "training.max_steps=12")
+    run = tmp_path / "run"
+    overflowing(Trainer.start(config, run, backend=backend, quiet=True), {7}).fit()
+    skipped = [record["step"] for record in metrics(run) if record.get("skipped")]
+    assert skipped == [8]
+    before, after, later = (checkpoint.load(run / "checkpoints" / f"step-{n:08d}") for n in (7, 8, 9))
+    assert same_bits(before.weights, after.weights) and same_bits(before.optimizer, after.optimizer)
+    assert not same_bits(later.weights, after.weights)
+    with pytest.raises(IceNetError, match=r"^step 8: the loss is .* and the gradient norm nan \(largest: [\w.]+ nan"):
+        stops = config.with_overrides("training.on_nan=stop")
+        overflowing(Trainer.start(stops, tmp_path / "b", backend=backend, quiet=True), {7}).fit()
+
+
+@both
+def test_ten_such_steps_end_a_run(tmp_path: Path, backend: str) -> None:
+    config = tiny(tmp_path, "training.on_nan=skip")
+    with pytest.raises(IceNetError, match=r"^step 13: .* 10 times in a row .*the last good checkpoint is .*00010"):
+        overflowing(Trainer.start(config, tmp_path / "run", backend=backend, quiet=True), set(range(3, 20))).fit()
+
+
+@both
+def test_the_largest_gradients_are_named(tmp_path: Path, backend: str) -> None:
+    engine = backends.engine(tiny(tmp_path, "model.dropout=0"), backend)
+    batch = batch_of(engine.config)
+    norms = {path: float(np.linalg.norm(g.astype(np.float64))) for path, g in engine.gradients(batch)[1].items()}
+    huge = engine.read(engine.train_step(batch, 0, 1e-3, 1e38))  # some overflow, some do not
+    assert not huge.finite and len(huge.largest) == 3 and {path for path, _ in huge.largest} <= norms.keys()
+    assert not math.isfinite(huge.largest[0][1])
+    fresh = backends.engine(engine.config, backend)
+    assert fresh.read(fresh.train_step(batch, 0, 1e-3)).largest == ()
+    found = step_result(math.nan, math.inf, None, lambda: {"a": 1.0, "b": math.inf, "c": math.nan, "d": 2.0})
+    assert [path for path, _ in found.largest] == ["c", "b", "d"]
+
+
+# ---- native random numbers --------------------------------------------------------------------------------
+
+
+@both
+def test_native_random_numbers(tmp_path: Path, backend: str) -> None:
+    """A function of seed and step all the same, so that a run resumes exactly; other masks than the keyed ones."""
+    config = tiny(tmp_path, "training.rng=native", "training.max_steps=10", "training.gradient_accumulation=2")
+    for name, given in (("a", config), ("b", config), ("c", config.with_overrides("training.rng=keyed"))):
+        Trainer.start(given, tmp_path / name, backend=backend, quiet=True).fit(10)
+    assert same_bits(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert not same_bits(state(tmp_path / "a"), state(tmp_path / "c"))
+    Trainer.start(config, tmp_path / "d", backend=backend, quiet=True).fit(4)
+    Trainer.resume(tmp_path / "d", quiet=True).fit()
+    assert same_bits(state(tmp_path / "a"), state(tmp_path / "d"))
+    loss = losses(tmp_path / "a")
+    assert len(set(np.round(loss, 6))) == 10 and loss[0] != losses(tmp_path / "c")[0]
+
+
+# ---- writing in the background ----------------------------------------------------------------------------
+
+
+@both
+def test_steps_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step 5 is held up until step 8 is in the metrics; what it writes is step 5 to the bit."""
+    config, run = tiny(tmp_path, "training.max_steps=10"), tmp_path / "run"
+    save, threads = checkpoint.save, []
+
+    def slow(folder: Path, config: Config, step: int, *rest: Any, **options: Any) -> Path:
+        threads.append(threading.current_thread())
+        deadline = time.monotonic() + 60
+        while step == 5 and len(losses(run)) < 8:
+            assert time.monotonic() < deadline, "the loop waits for the checkpoint"
+            time.sleep(0.01)
+        return save(folder, config, step, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", slow)
+        Trainer.start(config, run, backend=backend, quiet=True).fit()
+    assert threading.main_thread() not in threads and len(threads) == 2
+    Trainer.start(config, tmp_path / "other", backend=backend, quiet=True).fit(5)
+    assert same_bits(state(run, 5), state(tmp_path / "other", 5))
+
+
+@both
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = tiny(tmp_path), tmp_path / "run"
+
+    def full(folder: Path, config: Config, step: int, *rest: Any, **options: Any) -> Path:
+        if step == 10:
+            raise CheckpointError("no space left")
+        return save(folder, config, step, *rest, **options)
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"^no space left$"):
+        patch.setattr(checkpoint, "save", full)
+        Trainer.start(config, run, backend=backend, quiet=True).fit()
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000005"]
+    Trainer.resume(run, quiet=True).fit()
+    Trainer.start(config, tmp_path / "whole", backend=backend, quiet=True).fit()
+    assert same_bits(state(run), state(tmp_path / "whole")) and metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_background_work() -> None:
+    done: list[int] = []
+
+    def fails() -> None:
+        raise CheckpointError("late")
+
+    with Background() as background:
+        for number in range(3):
+            background.start(lambda number=number: done.append(number))
+        background.wait()
+        assert done == [0, 1, 2] and not background.busy
+        background.start(fails)
+        with pytest.raises(CheckpointError, match="late"):
+            while background.busy:
+                background.check()
+        background.check()  # told once
+    with pytest.raises(ValueError, match="first"), Background() as background:
+        background.start(fails)
+        raise ValueError("first")
+    with pytest.raises(CheckpointError, match="late"), Background() as background:
+        background.start(fails)
+
+
+@both
+def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes a tenth of a second and is logged as that, those before an evaluation or checkpoint too."""
+    config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=3")
+    started = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True)
+    step_of = started.engine.train_step
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return step_of(*arguments)
+
+    started.engine.train_step = slow  # type: ignore[method-assign]
+    started.fit()
+    records = [r for r in MetricsLog.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    seconds = [4 * 32 / record["tokens_per_second"] for record in records]
+    assert len(seconds) == 8 and all(s >= 0.1 for s in seconds) and np.median(seconds) < 0.16
+
+
+# ---- a trainer that goes on after an error ----------------------------------------------------------------
+
+
+@both
+def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook: no step is taken twice, a checkpoint that failed is made good, a stop stops once."""
+    config, run = tiny(tmp_path, "training.max_steps=12"), tmp_path / "run"
+    started = Trainer.start(config, run, backend=backend, quiet=True)
+    taken: list[int] = []
+    step_of, record = started.engine.train_step, started._record
+
+    def train_step(batch: Any, step: int, *rest: Any) -> Any:
+        taken.append(step)
+        return step_of(batch, step, *rest)
+
+    def failing(pending: Any, *rest: Any) -> None:
+        if pending[0] == 1 and len(taken) == 3:
+            raise IceNetError("no room for the metrics")
+        record(pending, *rest)
+
+    started.engine.train_step = train_step  # type: ignore[method-assign]
+    started._record = failing  # type: ignore[method-assign]
+    with pytest.raises(IceNetError, match="no room"):
+        started.fit()
+    save = checkpoint.save
+
+    def full(*arguments: Any) -> Path:
+        raise CheckpointError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(checkpoint, "save", full)
+        started.fit(4)
+    result = started.fit(4)
+    assert result.checkpoint.is_dir() and taken == [0, 1, 2, 3]
+    monkeypatch.setattr(checkpoint, "save", save)
+    started._stop = "SIGTERM"  # left by a stop before
+    assert started.fit().step == 12 and taken == list(range(12))
+    assert started.save().is_dir()
+
+
+def test_a_run_that_went_on_elsewhere_is_seen_each_time(tmp_path: Path) -> None:
+    config, run = tiny(tmp_path), tmp_path / "run"
+    first = Trainer.start(config, run, backend="torch", quiet=True)
+    first.fit(5)
+    Trainer.resume(run, quiet=True).fit()
+    before = losses(run)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="another process went on with this run"):
+            first.fit()
+    assert losses(run) == before and len(checkpoint.list_checkpoints(run)) == 4
+
+
+def test_a_run_killed_at_birth_takes_no_other_runs_folder(tmp_path: Path) -> None:
+    config, good, dead = tiny(tmp_path), tmp_path / "good", tmp_path / "dead"
+    Trainer.start(config, good, backend="torch", quiet=True).fit(5)
+    dead.mkdir()
+    (dead / "config.yaml").write_text(config.to_yaml())
+    (dead / ".lock").touch()
+    with pytest.raises(UsageError, match="good: holds a run already"):
+        Trainer.resume(dead, run=good, quiet=True)
+
+
+def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> None:
+    config, run = tiny(tmp_path, "training.keep_best=true"), tmp_path / "run"
+    Trainer.start(config, run, backend="torch", quiet=True).fit()
+    icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
+    for folder in (run / "best", run / "checkpoints" / "step-00000005", tmp_path / "saved"):
+        with pytest.raises(UsageError, match="holds a run already"):
+            Trainer.start(config, folder, backend="torch", quiet=True)
+    with pytest.raises(UsageError, match="holds a run already"):
+        Trainer.resume(run, run=run / "best", overrides=["training.max_steps=30"], quiet=True)
+
+
+def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.keep_best=true", "training.keep_checkpoints=1", "training.eval_batches=1",
+                  "training.eval_every=5")  # fmt: skip
+    run = tmp_path / "run"
+    evaluated(Trainer.start(config, run, backend="torch", quiet=True), [2.0, 3.0]).fit(10)
+    (run / "best").unlink()  # as a copy without links
+    resumed = Trainer.resume(run, quiet=True)
+    assert resumed.best.step == 5
+    evaluated(resumed, [4.0]).fit(15)
+    assert (run / "best").resolve().name == "step-00000005"
+    branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
+    assert branch.best == Best()  # the best is not in the branch's folder
+    evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
+    assert not (run / "best").is_symlink()  # its checkpoint went with the old ones
+
+
+def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
+    result = evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [math.nan] * 9).fit()
+    assert result.stopped_early and result.step == 4 and result.best.step is None

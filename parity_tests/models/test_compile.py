@@ -1,0 +1,83 @@
+"""Compiled models: the same numbers as eager ones, and few traces where lengths change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icenet.core import backends as backend
+from icenet.core.config import Config, ModelConfig
+from icenet.core.models import buckets
+
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer": {"type": "transformer", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_seq_length": 100},
+    "encoder": {
+        "type": "transformer",
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_seq_length": 100,
+        "causal": False,
+    },
+    "gru": {"type": "gru", "hidden_size": 16, "num_layers": 1},
+}
+
+
+def config(name: str, compiled: bool) -> Config:
+    model = {**MODELS[name], "vocab_size": 61, "compile_model": compiled}
+    return Config.from_dict({"model": model, "data": {"seq_length": 32}})
+
+
+def batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(seed).integers(0, 61, (rows, length + 1)).astype(np.int32)
+    return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}
+
+
+def test_a_bucket_holds_its_length() -> None:
+    for length in range(1, 300):
+        assert buckets.bucket(length) >= length and buckets.bucket(length) in (16, 32, 64, 128, 256, 512)
+        assert length <= buckets.bucket(length, 300) <= 300
+    assert {buckets.bucket(n, 100) for n in range(1, 101)} == {16, 32, 64, 100}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_added_counts_for_nothing(name: str) -> None:
+    """On the uncompiled engine, so that only the padding is at work."""
+    engine = backend.engine(config(name, False), "torch", "cpu", dtype="float64")
+    for rows, length in ((1, 5), (3, 33), (4, 16), (5, 97)):
+        given = batch(rows, length)
+        padded = buckets.pad(given, engine.config.model)
+        assert len(padded["inputs"]) in (1, 2, 4, 8)
+        loss, count, _ = engine.evaluate(given)
+        again, counted, _ = engine.evaluate(padded)
+        assert counted == count == rows * length
+        assert again == pytest.approx(loss, rel=1e-12)
+
+
+def test_images_get_rows_only() -> None:
+    images = {"inputs": np.ones((3, 8, 8, 1), np.float32), "labels": np.zeros(3, np.int32)}
+    padded = buckets.pad(images, ModelConfig(type="cnn"))
+    assert padded["inputs"].shape == (4, 8, 8, 1) and padded["labels"].tolist() == [0, 0, 0, -100]
+
+
+@pytest.mark.parametrize(("name", "method"), [("transformer", "hidden_states"), ("gru", "read")])
+def test_mlx_traces_few_times_and_agrees_with_eager(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, eager = (backend.engine(config(name, on), "mlx") for on in (True, False))
+    traced = []
+    plain = getattr(type(compiled.model), method)
+
+    def counting(self: Any, input_ids: Any, *others: Any) -> Any:
+        traced.append(input_ids.shape)
+        return plain(self, input_ids, *others)
+
+    lengths = range(3, 40, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(compiled.model), method, counting)
+        found = [compiled.forward(batch(2, length, length)) for length in lengths]
+    assert len(traced) == len(set(traced)) <= 3, traced
+    for length, values in zip(lengths, found, strict=True):
+        expected = eager.forward(batch(2, length, length))
+        assert values.shape == expected.shape
+        assert np.abs(values - expected).max() <= 64 * 2.0**-24 * np.abs(expected).max()

@@ -1,0 +1,649 @@
+"""Models in a user's own file: what a built-in model does they do, on both backends and across; what is wrong with
+them is one clear line; and nothing of a file that only a checkpoint names is run without --trust-code."""
+
+from __future__ import annotations
+
+import json
+import py_compile
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import icenet.blas
+
+import numpy as np
+import pytest
+import yaml
+from helpers import BACKENDS, icenet, losses, metrics, same_bits, state, tree, write_text
+
+import icenet as front_door
+from icenet.cli.main import main
+from icenet.core.config import Config, CustomConfig, custom
+from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError
+from icenet.core.training import checkpoint, trainer
+from icenet.core.training.trainer import Trainer
+from icenet.core.weights import files as weight_files
+from icenet.parity.run import build, curves, run
+from icenet.parity.yardstick import judge_curve
+
+mx: Any = pytest.importorskip("mlx.core")
+torch: Any = pytest.importorskip("torch")
+
+TEXT = {
+    "my_models.py": """
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet.models.base import BaseModel
+
+
+class CustomModel(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gain = config.gain * mx.arange(1, config.hidden_size + 1)
+        self.custom_layer = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x):
+        past = mx.cumsum(self.embedding(x), axis=1)
+        return self.custom_layer(self.gain * mx.tanh(self.hidden(self.norm(past))))
+
+
+class ImageModel(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv = nn.Conv2d(1, config.hidden_size, 7)
+        self.norm = nn.BatchNorm(config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, images):
+        x = nn.relu(self.norm(self.conv(images)))
+        return self.classifier(x.mean(axis=(1, 2)))
+""",
+    "my_models_torch.py": """
+import torch
+import torch.nn as nn
+
+from icenet_torch.models.base import BaseModel
+
+
+class CustomModel(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gain = nn.Parameter(config.gain * torch.arange(1, config.hidden_size + 1, dtype=torch.float32))
+        self.custom_layer = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x):
+        past = torch.cumsum(self.embedding(x), dim=1)
+        return self.custom_layer(self.gain * torch.tanh(self.hidden(self.norm(past))))
+
+
+class ImageModel(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv = nn.Conv2d(1, config.hidden_size, 7)
+        self.norm = nn.BatchNorm2d(config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.conv(images)))
+        return self.classifier(x.mean(dim=(2, 3)))
+""",
+    "one_mlx.py": """
+import mlx.nn as nn
+
+from icenet.models.base import BaseModel
+
+
+class Only(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, x):
+        return self.embedding(x)
+""",
+    "one_torch.py": """
+import torch.nn as nn
+
+from icenet_torch.models.base import BaseModel
+
+
+class Only(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, x):
+        return self.embedding(x)
+""",
+}
+
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "seed": 3,
+    "model": {"type": "my_models.py:CustomModel", "hidden_size": 16, "vocab_size": 257, "gain": 0.125},
+    "data": {"source": "text.txt", "seq_length": 24},
+    "training": {
+        "max_steps": 20,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "eval_every": 10,
+        "eval_batches": 2,
+        "checkpoint_every": 10,
+    },
+}
+IMAGES: dict[str, Any] = {
+    **SETTINGS,
+    "model": {"type": "my_models.py:ImageModel", "hidden_size": 16, "vocab_size": 10},
+    "data": {"kind": "images", "source": "digits"},
+    "training": {"max_steps": 60, "batch_size": 32, "learning_rate": 3e-2, "eval_every": 30},
+}
+ONLY = {"type": "one_mlx.py:Only", "hidden_size": 1, "vocab_size": 257}
+
+
+@pytest.fixture(autouse=True)
+def distrust(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins as a fresh process does: no file may be run."""
+    monkeypatch.setattr(custom, "_trusted", set())
+    monkeypatch.setattr(custom, "_trust_everything", False)
+    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the models, a text and the configurations."""
+    write_text(tmp_path / "text.txt")
+    for name, text in TEXT.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(IMAGES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def told(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command says when it fails."""
+    capfd.readouterr()
+    assert main(arguments) in (1, 2)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("icenet: ") and len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err and "ICENET_DEBUG" not in err
+    return err
+
+
+def with_model(**model: Any) -> dict[str, Any]:
+    return {**SETTINGS, "model": {"hidden_size": 16, "vocab_size": 257, **model}}
+
+
+def native(backend: str, array: np.ndarray) -> Any:
+    return mx.array(array) if backend == "mlx" else torch.from_numpy(array)
+
+
+# ---- like a built-in one ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+def test_a_run_that_changes_backend(first: str, second: str, here: Path) -> None:
+    config = Config.from_yaml("my.yaml")
+    Trainer.start(config, here / "run", backend=first, quiet=True).fit(until=10)
+    result = Trainer.resume(here / "run", backend=second, quiet=True).fit()
+    assert result.validation_loss is not None and np.isfinite(result.validation_loss)
+    three = curves(build(config), 20)
+    assert judge_curve(losses(here / "run"), three["PyTorch"], three["PyTorch float64"]).passed
+    assert losses(here / "run")[-1] < 0.8 * losses(here / "run")[0]
+    assert sum("validation_loss" in record for record in metrics(here / "run")) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resumed_run_is_the_uninterrupted_one(backend: str, here: Path) -> None:
+    config = Config.from_yaml("my.yaml")
+    Trainer.start(config, here / "whole", backend=backend, quiet=True).fit()
+    Trainer.start(config, here / "parts", backend=backend, quiet=True).fit(until=10)
+    Trainer.resume(here / "parts", quiet=True).fit()
+    assert same_bits(state(here / "parts"), state(here / "whole"))
+    assert {"gain", "gain.exp_avg"} <= state(here / "parts").keys()
+
+
+def test_generation_without_a_cache(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The text is that of reading everything anew for each token, on both backends, in pieces or whole."""
+    Trainer.start(Config.from_yaml("my.yaml"), here / "run", backend="mlx", quiet=True).fit()
+    texts = {}
+    for backend in BACKENDS:
+        model = front_door.load(here / "run", backend, "cpu", trust_code=True)
+        ids = [list(b"alpha")]
+        found = model.generate(native(backend, np.array(ids)), max_new_tokens=8, temperature=0).tolist()
+        for _ in range(8):
+            logits = np.array(model(native(backend, np.array(ids))).tolist())
+            ids[0].append(int(logits[0, -1].argmax()))
+        assert found == ids
+        options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.8, "top_k": 20, "seed": 4}
+        texts[backend] = front_door.generate(model, "beta ", **options)
+        assert "".join(front_door.generate(model, "beta ", stream=True, **options)) == texts[backend]
+    assert texts["mlx"] == texts["torch"] and len(texts["mlx"]) > 20
+    arguments = ["--prompt", "x", "--max-new-tokens", "3", "--temperature", "0", "--device", "cpu", "--trust-code"]
+    capfd.readouterr()
+    assert main(["generate", "run", *arguments]) == 0
+    assert capfd.readouterr().out.startswith("x")
+
+
+def test_conversion_there_and_back(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Trainer.start(Config.from_yaml("my.yaml"), here / "run", backend="torch", quiet=True).fit(until=2)
+    for source, target, form in (("run", "m.safetensors", "mlx"), ("m.safetensors", "t.pt", "torch")):
+        assert main(["convert", source, target, "--to", form, "--config", "my.yaml"]) == 0
+    assert main(["convert", "t.pt", "back", "--to", "canonical", "--config", "my.yaml"]) == 0
+    before, after = checkpoint.find(here / "run").weights, weight_files.read(here / "back")
+    assert same_bits(dict(before), dict(after))
+    model = front_door.build("my.yaml", "mlx")
+    model.load_weights("m.safetensors")
+    assert same_bits(model.weights(), dict(before))
+    assert same_bits(front_door.load("back", "torch", trust_code=True).weights(), dict(before))
+
+
+def test_images_by_convolutions_of_the_users_own_convert(here: Path) -> None:
+    """MLX's kernels lie the other way round."""
+    models = {backend: front_door.build("images.yaml", backend, "cpu") for backend in BACKENDS}
+    assert models["mlx"].conv.weight.shape == (16, 7, 7, 1)
+    assert models["mlx"].weights()["conv.weight"].shape == (16, 1, 7, 7)
+    assert same_bits(models["mlx"].weights(), models["torch"].weights())
+
+
+def test_saved_and_loaded(here: Path) -> None:
+    model = front_door.build("my.yaml", "mlx")
+    front_door.save(model, here / "saved")
+    again = front_door.load(here / "saved", "torch", "cpu", trust_code=True)
+    assert same_bits(model.weights(), again.weights())
+    assert again.config.gain == 0.125
+
+
+def test_parity(here: Path) -> None:
+    report = run(Config.from_yaml("my.yaml"), steps=20)
+    assert report.passed and report.curve is not None
+    assert report.num_weights == 8 and not report.unequal_weights  # two biases of linear layers, one of the norm
+    judged = {row.path for section in report.sections for row in section.rows}
+    assert any("gain" in path for path in judged)
+
+
+def test_parity_finds_a_twin_that_differs(here: Path) -> None:
+    twin = here / "my_models_torch.py"
+    twin.write_text(twin.read_text().replace("torch.tanh(", "1.001 * torch.tanh("))
+    assert not run(Config.from_yaml("my.yaml")).passed
+
+
+def test_an_image_classifier(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    from icenet.core.data.datasets import dataset_for
+
+    config = Config.from_yaml("images.yaml")
+    data: Any = dataset_for(config)
+    assert run(config, batch=data.train_batch(0, 8)).passed
+    Trainer.start(config, here / "run", backend="mlx", quiet=True).fit(until=30)
+    result = Trainer.resume(here / "run", backend="torch", quiet=True).fit()
+    assert result.validation_accuracy is not None and result.validation_accuracy > 0.4  # by chance: 0.1
+    rows = data.validation[:40]
+    (here / "pictures").mkdir()
+    for number, image in enumerate(data.source.images.take(rows)):
+        Image.fromarray(np.kron(image[:, :, 0], np.ones((4, 4), np.uint8))).save(here / f"pictures/{number:03}.png")
+    capfd.readouterr()
+    tables = []
+    for backend in BACKENDS:
+        arguments = ["run", "pictures", "--json", "--trust-code", "--device", "cpu", "--backend", backend]
+        assert main(["predict", *arguments]) == 0
+        tables.append(json.loads(capfd.readouterr().out))
+    assert [row["class"] for row in tables[0]] == [row["class"] for row in tables[1]]
+    right = sum(row["class"] == str(data.source.labels[index]) for row, index in zip(tables[0], rows, strict=True))
+    assert right >= 14
+
+
+def test_the_parity_command_on_an_image_classifier(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "images.yaml", "--json"]) == 0, capfd.readouterr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_that_a_module_makes_itself_keep_their_value(backend: str, here: Path) -> None:
+    model = front_door.build("my.yaml", backend, "cpu")
+    weights = model.weights()
+    np.testing.assert_array_equal(weights["gain"], 0.125 * np.arange(1, 17, dtype=np.float32))
+    assert np.abs(weights["embedding.weight"]).max() < 2 and not weights["custom_layer.bias"].any()
+    assert "gain" in model.trainable_paths()
+    model.set_weights({**weights, "gain": np.full(16, 3, np.float32)})
+    front_door.save(model, here / "saved")
+    again = front_door.load(here / "saved", backend, "cpu", trust_code=True)
+    assert (again.weights()["gain"] == 3).all()  # the stored value, not the one that __init__ gives
+
+
+def test_initial_weights_are_a_function_of_the_seed(here: Path) -> None:
+    found = [front_door.build(Config.from_yaml("my.yaml", [f"seed={seed}"]), "torch").weights() for seed in (3, 3, 4)]
+    assert same_bits(found[0], found[1]) and not same_bits(found[0], found[2])
+
+
+# ---- options ----------------------------------------------------------------------------------------------
+
+
+def test_options_of_its_own(here: Path) -> None:
+    config = Config.from_yaml("my.yaml", ["model.gain=0.5", "model.more={a: [1, 2.5, x]}", "model.flag=true"])
+    assert isinstance(config.model, CustomConfig)
+    read: Any = config.model
+    assert (read.gain, read.more, read.flag) == (0.5, {"a": [1, 2.5, "x"]}, True)
+    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+    model = front_door.build(config, "torch")
+    assert model.weights()["gain"][1] == 1.0
+    with pytest.raises(ConfigError, match="hidden_size"):
+        Config.from_yaml("my.yaml", ["model.hidden_size=-1"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_option(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "bare.yaml").write_text(yaml.safe_dump(with_model(type="my_models.py:CustomModel")))
+    line = told(["train", "bare.yaml", "--run", "run", "--backend", backend], capfd)
+    assert "my_models.py:CustomModel" in line and "under model" in line and "'gain'" in line
+    assert not (here / "run" / "checkpoints").exists()
+
+
+def test_an_option_of_a_wrong_type(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = told(["train", "my.yaml", "--run", "run", "--set", "model.gain=[]", "--backend", "torch"], capfd)
+    assert "my_models.py:CustomModel cannot be made from its options under model" in line
+
+
+# ---- one backend only -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "other"), [("mlx", "torch"), ("torch", "mlx")])
+def test_written_for_one_backend(given: str, other: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    family = f"one_{given}.py:Only"
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": family}})
+    (here / "one.yaml").write_text(config.to_yaml())
+    assert main(["train", "one.yaml", "--run", "run", "--quiet", "--set", "training.max_steps=2"]) == 0
+    assert checkpoint.find(here / "run").step == 2
+    assert front_door.build("one.yaml").backend == given
+    line = told(["train", "one.yaml", "--run", "no", "--backend", other], capfd)
+    assert f"{family} is written for {given} only" in line and f"--backend {given}" in line
+    assert f"_{other}.py:Only" in line
+    assert "is written for" in told(["parity", "one.yaml"], capfd)
+    resume = ["train", "--resume", "run", "--trust-code", "--set", "training.max_steps=4"]
+    line = told([*resume, "--backend", other], capfd)
+    assert f"written for {given} only" in line
+    assert main(["info", "run", "--trust-code"]) == 0
+    assert main(["convert", "run", "x.safetensors", "--to", "mlx", "--trust-code"]) == 0
+    with pytest.raises(BackendError, match=f"written for {given} only"):
+        front_door.load("run", other, trust_code=True)
+
+
+def test_a_twin_without_the_class(here: Path) -> None:
+    (here / "both.py").write_text(TEXT["one_mlx.py"].replace("Only", "Mine"))
+    (here / "both_torch.py").write_text(TEXT["one_torch.py"].replace("Only", "Other"))
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "both.py:Mine"}})
+    assert front_door.build(config, "mlx").backend == "mlx"
+    with pytest.raises(BackendError, match="written for mlx only"):  # the twin has another class name
+        front_door.build(config, "torch")
+
+
+def test_a_twin_that_cannot_be_imported_is_not_a_missing_one(here: Path) -> None:
+    (here / "my_models_torch.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(UsageError, match=r"my_models_torch\.py cannot be imported: No module named 'a_package"):
+        front_door.build("my.yaml", "torch")
+
+
+# ---- what is wrong ----------------------------------------------------------------------------------------
+
+WRONG = {
+    "no file": (None, r"model\.type: bad\.py: no such file"),
+    "a folder": ("FOLDER", r"bad\.py: no such file"),
+    "syntax": ("def f(:\n    pass\n", r"bad\.py cannot be run: SyntaxError: invalid syntax .*line 1"),
+    "raises": ("1 / 0\n", r"bad\.py cannot be run: ZeroDivisionError: division by zero"),
+    "raises lines": ('raise ValueError("first\\nsecond")\n', r"bad\.py cannot be run: ValueError: first$"),
+    "raises nothing": ("raise RuntimeError\n", r"bad\.py cannot be run: RuntimeError"),
+    "exits": ("import sys\nsys.exit(0)\n", r"bad\.py cannot be run: SystemExit"),
+    "imports what is not there": ("import nowhere_at_all\n", r"bad\.py cannot be imported: No module named 'nowhere"),
+    "no text": ("\0\1", r"bad\.py cannot be run: (ValueError|SyntaxError): "),
+    "no class": ("class Other: pass\n", r"bad\.py has no class Model that is a subclass of icenet\w*\.models\.base"),
+    "no model": ("class Model: pass\n", r"bad\.py has no class Model that is a subclass of"),
+    "a function": ("def Model(config): pass\n", r"bad\.py has no class Model that is a subclass of"),
+    "a lookalike": (
+        "class Model:\n    backend = 'torch'\n    def __init__(self, config): pass\n    def forward(self, x): pass\n",
+        r"bad\.py has no class Model that is a subclass of",
+    ),
+    "the base itself": (
+        "from icenet_torch.models.base import BaseModel as Model\n",
+        r"bad\.py has no class Model that is a subclass of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_one_clear_line(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text, message = WRONG[name]
+    if text == "FOLDER":
+        (here / "bad.py").mkdir()
+    elif text is not None:
+        (here / "bad.py").write_text(text)
+    (here / "bad.yaml").write_text(yaml.safe_dump(with_model(type="bad.py:Model")))
+    for backend in ("torch", "auto"):
+        line = told(["train", "bad.yaml", "--run", "run", "--backend", backend], capfd)
+        assert re.search(message, line.strip()), line
+    assert not (here / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "family", ["my_models.py", "my_models:CustomModel", "my_models.py:", ":X", "a.py:b c", "a.py:1"]
+)
+def test_types_that_name_no_class(family: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "bad.yaml").write_text(yaml.safe_dump(with_model(type=family)))
+    assert "model.type" in told(["train", "bad.yaml", "--run", "run"], capfd)
+
+
+def test_a_change_of_the_file_counts_at_once(here: Path) -> None:
+    """Even one of the same length within the clock's resolution, which Python's compiled files do not notice."""
+    file = here / "one_torch.py"
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}})
+    assert "embedding.weight" in front_door.build(config, "torch").weights()
+    file.write_text(file.read_text().replace("self.embedding", "self.amendment"))
+    assert list(front_door.build(config, "torch").weights()) == ["amendment.weight"]
+
+
+# ---- nothing runs unasked ---------------------------------------------------------------------------------
+
+EVIL = "from pathlib import Path\nPath(r'{marker}').write_text('run')\n"
+
+
+@pytest.fixture
+def trap(here: Path) -> Path:
+    """Runs, a checkpoint and a saved model that came from elsewhere; their models leave a mark where they are run."""
+    for name, model in (("my.yaml", "run"), ("images.yaml", "pictures")):
+        Trainer.start(Config.from_yaml(name), here / model, backend="torch", quiet=True).fit(until=2)
+    front_door.save(front_door.build("my.yaml", "torch"), here / "saved")
+    for name in ("my_models.py", "my_models_torch.py"):
+        (here / name).write_text(EVIL.format(marker=here / "MARK") + TEXT[name])
+    custom._trusted.clear()
+    return here
+
+
+NEWEST = "run/checkpoints/step-00000002"
+COMMANDS = {
+    "resume": "train --resume run",
+    "resume a checkpoint": f"train --resume {NEWEST} --run other",
+    "resume elsewhere": "train --resume run --backend mlx --set seed=3",
+    "generate": "generate run --prompt x --max-new-tokens 1",
+    "generate a checkpoint": f"generate {NEWEST} --prompt x --backend mlx",
+    "generate a saved model": "generate saved --prompt x --max-new-tokens 1",
+    "predict": "predict pictures picture.png",
+    "convert": "convert run x.safetensors --to mlx",
+    "convert a checkpoint": f"convert {NEWEST} x.safetensors --to mlx",
+    "convert a saved model": "convert saved/model.safetensors y.pt --to torch",
+    "convert to a folder": "convert saved folder --to canonical",
+    "info": "info run",
+    "info of a checkpoint": f"info {NEWEST}",
+    "info of a saved model": "info saved",
+    "parity": "parity run",
+    "parity of a checkpoint": f"parity {NEWEST}",
+    "parity of a saved model": "parity saved",
+}
+
+
+def picture(folder: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "picture.png")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_refuses_what_a_checkpoint_names(name: str, trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture(trap)
+    before = tree(trap)
+    line = told(COMMANDS[name].split(), capfd)
+    assert "--trust-code" in line and "my_models.py" in line
+    assert not (trap / "MARK").exists()
+    assert tree(trap) == before
+
+
+def test_with_the_flag_the_commands_run(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same files, so the refusals are for want of the flag and nothing else."""
+    picture(trap)
+    for name in ("resume", "generate", "predict", "convert", "info of a saved model", "convert to a folder"):
+        mark = trap / "MARK"
+        mark.unlink(missing_ok=True)
+        # a module is run once in a process: make it another version
+        for file in ("my_models.py", "my_models_torch.py"):
+            (trap / file).write_text((trap / file).read_text() + f"# {name}\n")
+        quick = ["--quiet"] if name == "resume" else []
+        assert main([*COMMANDS[name].split(), *quick, "--trust-code"]) == 0, (name, capfd.readouterr().err)
+        assert mark.exists(), name
+
+
+@pytest.mark.parametrize("place", ["run", NEWEST, "saved"])
+def test_load_refuses_and_with_trust_code_loads(place: str, trap: Path) -> None:
+    with pytest.raises(UsageError, match="--trust-code"):
+        front_door.load(place)
+    with pytest.raises(UsageError, match="--trust-code"):
+        front_door.generate(place, "x")
+    assert not (trap / "MARK").exists()
+    assert front_door.load(place, "torch", trust_code=True).num_params > 0
+    assert (trap / "MARK").exists()
+
+
+def test_trust_of_one_file_is_not_trust_of_another(trap: Path) -> None:
+    front_door.load("run", "torch", trust_code=True)
+    (trap / "MARK").unlink()
+    (trap / "far").mkdir()
+    shutil.copy(trap / "my_models_torch.py", trap / "far" / "my_models.py")
+    text = (trap / "saved" / "config.yaml").read_text()
+    (trap / "saved" / "config.yaml").write_text(text.replace("my_models.py:", "far/my_models.py:"))
+    with pytest.raises(UsageError, match="--trust-code"):
+        front_door.load("saved", "torch")
+    assert not (trap / "MARK").exists()
+
+
+@pytest.mark.parametrize("begun", ["metrics.jsonl", ".lock"])
+def test_a_run_without_a_checkpoint_runs_nothing_either(
+    begun: str, trap: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed before its first checkpoint is begun anew from its config.yaml alone."""
+    folder = trap / "sent"
+    folder.mkdir()
+    shutil.copy(trap / "run" / "config.yaml", folder)
+    (folder / begun).touch()
+    for model in ("my_models.py:CustomModel", str(trap / "my_models.py") + ":CustomModel"):
+        text = yaml.safe_load((folder / "config.yaml").read_text())
+        text["model"]["type"] = model
+        (folder / "config.yaml").write_text(yaml.safe_dump(text))
+        line = told(["train", "--resume", str(folder), "--backend", "torch"], capfd)
+        assert "--trust-code" in line
+        assert not (trap / "MARK").exists()
+
+
+@pytest.mark.parametrize("way", ["absolute", "parent", "beside", "inside", "dots", "symlink"])
+def test_paths_in_a_config_that_came_along(way: str, trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved = trap / "saved"
+    away = trap / "away"
+    away.mkdir()
+    (away / "x.py").write_text(EVIL.format(marker=trap / "MARK") + TEXT["my_models_torch.py"])
+    shutil.copy(away / "x.py", saved / "x.py")
+    if way == "symlink":
+        (trap / "link.py").symlink_to(away / "x.py")
+    file = {
+        "absolute": str(away / "x.py"),
+        "parent": "../away/x.py",  # from the folder of the config
+        "beside": "x.py",
+        "inside": "saved/x.py",
+        "dots": "./away/../away/./x.py",
+        "symlink": "link.py",
+    }[way]
+    values = yaml.safe_load((saved / "config.yaml").read_text())
+    values["model"]["type"] = f"{file}:CustomModel"
+    (saved / "config.yaml").write_text(yaml.safe_dump(values))
+    for command in ("generate saved --prompt x", "info saved", "convert saved/model.safetensors z.pt --to torch"):
+        assert "--trust-code" in told(command.split(), capfd)
+    with pytest.raises(IceNetError, match="--trust-code"):
+        front_door.load("saved")
+    assert not (trap / "MARK").exists()
+    assert front_door.load("saved", "torch", trust_code=True).num_params > 0
+    assert (trap / "MARK").exists()
+
+
+def test_another_config_does_not_vouch_for_the_file(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`--config` of a built-in model, or overrides, leave the checkpoint's own file unread."""
+    assert "--trust-code" in told(["info", "run", "--set", "model.hidden_size=8"], capfd)
+    assert main(["convert", "run", "x.pt", "--to", "torch", "--config", "transformer-tiny"]) in (1, 2)
+    assert not (trap / "MARK").exists()
+
+
+def test_what_is_run_is_what_can_be_read(here: Path) -> None:
+    """A compiled file that lies beside a harmless one, and that Python would take without a look at it."""
+    evil, file = here / "evil.py", here / "one_torch.py"
+    evil.write_text(EVIL.format(marker=here / "MARK") + TEXT["one_torch.py"])
+    from importlib.util import cache_from_source
+
+    never = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(evil), cfile=cache_from_source(str(file)), dfile=str(file), invalidation_mode=never)
+    front_door.build(Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}}), "torch")
+    assert not (here / "MARK").exists()
+
+
+def test_reading_a_config_runs_nothing(trap: Path) -> None:
+    Config.from_yaml("my.yaml").checked().to_yaml()
+    checkpoint.find(trap / "run")
+    assert not (trap / "MARK").exists()
+
+
+# ---- paths and processes ----------------------------------------------------------------------------------
+
+
+def test_a_file_beside_the_yaml_from_another_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    config = Config.from_yaml("../my.yaml", [f"data.source={here / 'text.txt'}"])
+    assert custom.split(config.model.type)[0].resolve() == here / "my_models.py"
+    for backend in BACKENDS:
+        assert front_door.build(config, backend, "cpu").backend == backend
+    Trainer.start(config, here / "run", backend="torch", quiet=True).fit(until=2)
+    assert front_door.load(here / "run", "mlx", trust_code=True).num_params > 0
+
+
+def test_the_working_folder_goes_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "work").mkdir()
+    shutil.copy(here / "one_torch.py", here / "work" / "my_models.py")
+    monkeypatch.chdir(here / "work")
+    assert custom.beside("my_models.py:X", here) == "my_models.py:X"
+    assert custom.beside("my_models_torch.py:X", here) == "../my_models_torch.py:X"
+    assert custom.beside(f"{here}/one_mlx.py:X", here) == f"{here}/one_mlx.py:X"
+
+
+def test_the_documented_commands_in_processes_of_their_own(here: Path) -> None:
+    """Train, refuse, trust, resume on the other: as two people in two shells do it."""
+    short = ["--set", "training.max_steps=4", "--set", "training.checkpoint_every=2", "--quiet"]
+    icenet("train", "my.yaml", "--run", "runs/mine", "--backend", "mlx", *short, folder=here)
+    refused = icenet("generate", "runs/mine", "--prompt", "def ", folder=here, code=None)
+    assert refused.returncode in (1, 2) and "--trust-code" in refused.stderr and refused.stdout == ""
+    resume = ["train", "--resume", "runs/mine", "--backend", "torch", "--trust-code", "--quiet"]
+    icenet(*resume, "--set", "training.max_steps=6", folder=here)
+    assert len(losses(here / "runs/mine")) == 6

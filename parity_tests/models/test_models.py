@@ -1,0 +1,552 @@
+"""The models as a person meets them: the guide's snippets, sizes, masks, the cache, weights in and out, gradient
+checkpointing and compilation, on both backends. (Forward and gradients by the yardstick: test_parity.py.)"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import textwrap
+from typing import Any
+
+import icenet.blas
+
+# isort: split
+import mlx.core as mx
+import mlx.nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+import icenet.models
+import icenet.nn
+import icenet_torch.models
+import icenet_torch.nn
+from icenet.core import backends
+from icenet.core.config import Config, ModelConfig, TransformerConfig
+from icenet.core.errors import ConfigError, UsageError, WeightsError
+
+PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
+BACKENDS = pytest.mark.parametrize("backend", ["mlx", "torch"])
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 61,
+    "max_seq_length": 48,
+    "dropout": 0.2,
+}
+
+
+def config_of(**changes: Any) -> Any:
+    return ModelConfig(type="transformer", **{**SMALL, **changes})
+
+
+def build(backend: str, seed: int = 3, **changes: Any) -> Any:
+    """A model in evaluation mode."""
+    models = importlib.import_module(f"{PACKAGES[backend]}.models")
+    model = models.TransformerModel(config_of(**changes), seed=seed)
+    model.eval()
+    return model
+
+
+def reference(**changes: Any) -> Any:
+    """PyTorch's mirror in float64: what rounding errors are measured against."""
+    model = build("torch", **changes).double()
+    model.compute_dtype = torch.float64
+    return model
+
+
+def native(backend: str, array: Any) -> Any:
+    array = np.asarray(array)
+    return mx.array(array) if backend == "mlx" else torch.from_numpy(np.ascontiguousarray(array))
+
+
+def plain(array: Any) -> Any:
+    return array.detach().numpy() if isinstance(array, torch.Tensor) else np.array(array)
+
+
+def ids(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, SMALL["vocab_size"], shape).astype(np.int32)
+
+
+# ---- the guide --------------------------------------------------------------------------------------------
+
+GUIDE = """
+from icenet.models import TransformerModel
+from icenet.core.config import ModelConfig
+
+config = ModelConfig(
+    type="transformer",
+    hidden_size=512,
+    num_layers=6,
+    num_heads=8,
+)
+
+model = TransformerModel(config)
+
+# Forward pass
+output = model(input_ids)  # [batch, seq_len, vocab_size]
+
+# Generation
+generated = model.generate(
+    input_ids,
+    max_length=100,
+    temperature=0.8,
+    top_k=50,
+)
+"""
+
+
+def test_the_guides_snippets_as_printed() -> None:
+    """On `icenet` and, with the package's name changed, on `icenet_torch`; the texts are equal."""
+    prompt = np.array([[11, 2025, 7, 49999], [0, 1, 2, 3]])
+    generated = {}
+    for backend, package in PACKAGES.items():
+        scope: dict[str, Any] = {"input_ids": native(backend, prompt)}
+        exec(GUIDE.replace("icenet.", f"{package}."), scope)
+        output = scope["output"]
+        assert type(output) is (mx.array if backend == "mlx" else torch.Tensor)
+        assert tuple(output.shape) == (2, 4, 50000) and np.isfinite(plain(output)).all()
+        assert scope["model"].num_params == 70_115_328
+        generated[backend] = plain(scope["generated"])
+        assert generated[backend].shape == (2, 100)
+        assert np.array_equal(generated[backend][:, :4], prompt)
+    assert np.array_equal(generated["mlx"], generated["torch"])
+
+
+@pytest.mark.parametrize("name", ["core.config", "models", "models.base"])
+def test_the_guides_module_names_exist_under_icenet_torch_too(name: str) -> None:
+    """So that every import of the guide works with the package's name changed."""
+    module = importlib.import_module(f"icenet_torch.{name}")
+    for wanted in {"core.config": ["ModelConfig"], "models": ["TransformerModel"], "models.base": ["BaseModel"]}[
+        name
+    ]:
+        assert hasattr(module, wanted)
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------
+
+
+def expected_parameters(config: Any) -> int:
+    """Counted by hand: embedding, blocks of four projections, two linear layers and two norms, final norm, output."""
+    d, f, v = config.hidden_size, config.feed_forward_multiplier * config.hidden_size, config.vocab_size
+    block = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * (2 * d)
+    final_norm = 2 * d if config.norm_position == "pre" else 0
+    output = 0 if config.tie_embeddings else v * d
+    return v * d + config.num_layers * block + final_norm + output
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"norm_position": "post"},
+        {"feed_forward_multiplier": 3, "num_layers": 1},
+        {"causal": False, "tie_embeddings": True, "norm_position": "post", "num_heads": 1, "vocab_size": 1},
+    ],
+)
+def test_sizes(backend: str, changes: Any) -> None:
+    model = build(backend, **changes)
+    expected = expected_parameters(model.config)
+    assert model.num_params == expected == sum(array.size for array in model.weights().values())
+    assert model.memory() == model.memory("fp32") == 4 * expected
+    assert model.memory("fp16") == model.memory("bf16") == 2 * expected and model.memory("int8") == expected
+    with pytest.raises(UsageError, match=r"^memory: no dtype 'fp8'; one of fp32, bf16, fp16, int8$"):
+        model.memory("fp8")
+
+
+@BACKENDS
+def test_frozen_weights_still_take_memory(backend: str) -> None:
+    model = build(backend)
+    memory, count = model.memory(), model.num_params
+    if backend == "mlx":
+        model.token_embedding.freeze()
+    else:
+        model.token_embedding.requires_grad_(False)
+    assert model.num_params == count - 61 * 32  # the trainable ones
+    assert model.memory() == memory
+
+
+def test_repr_reads_well_and_is_the_same_on_both() -> None:
+    ours, theirs = build("mlx"), build("torch")
+    assert repr(ours) == repr(theirs)
+    expected = """\
+        TransformerModel(hidden_size=32, num_layers=2, dropout=0.2, vocab_size=61, num_heads=4, max_seq_length=48)
+          token_embedding                  1,952
+          blocks x 2                      25,408
+          final_norm                          64
+          output                           1,952
+          parameters                      29,376   0.1 MB fp32, 0.1 MB fp16"""
+    assert repr(ours) == textwrap.dedent(expected)
+    assert str(ours) == repr(ours)
+    assert repr(build("torch", num_layers=1)).splitlines()[2].split() == ["blocks", "12,704"]
+
+
+@BACKENDS
+def test_the_model_knows_its_config(backend: str) -> None:
+    config = config_of()
+    models = importlib.import_module(f"{PACKAGES[backend]}.models")
+    model = models.MODELS[config.type](config)
+    assert isinstance(model, models.BaseModel) and type(model) is models.TransformerModel
+    assert model.config is config and model.backend == backend
+
+
+def test_model_config_chooses_the_family() -> None:
+    assert type(config_of()) is TransformerConfig
+    with pytest.raises(ConfigError, match="no family 'mlp'"):
+        ModelConfig(type="mlp", hidden_size=512)
+
+
+@BACKENDS
+def test_a_sequence_too_long(backend: str) -> None:
+    model = build(backend)
+    assert model(native(backend, ids(1, 48))).shape[1] == 48
+    told = r"^a sequence of 49 tokens is longer than model\.max_seq_length 48$"
+    with pytest.raises(UsageError, match=told):
+        model(native(backend, ids(1, 49)))
+    cache = model.make_cache()
+    model(native(backend, ids(1, 40)), None, cache)
+    with pytest.raises(UsageError, match=told):
+        model(native(backend, ids(1, 9)), None, cache)
+
+
+# ---- masks and the cache ----------------------------------------------------------------------------------
+
+
+def check_close(actual: Any, exact: Any, noise: Any) -> None:
+    """By the design's yardstick: the error is at most 8 times that of the whole sequence read at once."""
+    scale = max(float(np.abs(noise - exact).max()), 2.0**-23 * float(np.abs(exact).max()))
+    assert float(np.abs(actual - exact).max()) <= 8 * scale
+
+
+@BACKENDS
+@pytest.mark.parametrize("changes", [{}, {"causal": False}, {"norm_position": "post"}, {"num_heads": 1}])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_real_positions(backend: str, changes: Any, side: str) -> None:
+    model, exact_model = build(backend, **changes), reference(**changes)
+    lengths, width = [9, 1, 4, 6], 9
+    rows = [ids(1, length, seed=length) for length in lengths]
+    tokens, mask = np.full((4, width), 60, np.int32), np.zeros((4, width), np.int32)
+    spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in lengths]
+    for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        tokens[index, span], mask[index, span] = row[0], 1
+    for kind in (np.int32, np.bool_, np.float32):
+        padded = plain(model(native(backend, tokens), native(backend, mask.astype(kind))))
+        assert np.isfinite(padded).all()  # padding too: a NaN there would spread
+        for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
+            exact = plain(exact_model(torch.from_numpy(row)))[0]
+            check_close(padded[index, span], exact, plain(model(native(backend, row)))[0])
+
+
+@BACKENDS
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_stands_in_padding_does_not_matter(backend: str, causal: bool) -> None:
+    model = build(backend, causal=causal)
+    tokens, mask = ids(2, 8), np.ones((2, 8), np.int32)
+    mask[0, :3] = mask[1, :5] = 0
+    first = plain(model(native(backend, tokens), native(backend, mask)))
+    second = plain(model(native(backend, np.where(mask == 1, tokens, 7).astype(np.int32)), native(backend, mask)))
+    assert np.array_equal(first[mask == 1], second[mask == 1])
+    unmasked = plain(model(native(backend, tokens)))
+    assert not np.allclose(first[0, 3:], unmasked[0, 3:], atol=1e-3)  # the mask does something
+
+
+@BACKENDS
+def test_a_causal_model_does_not_see_ahead_and_a_bidirectional_one_does(backend: str) -> None:
+    tokens = ids(1, 12)
+    other = tokens.copy()
+    other[0, -1] = (other[0, -1] + 1) % 61
+    for mask in (None, np.ones((1, 12), np.int32), np.array([[0] * 3 + [1] * 9])):
+        for causal in (True, False):
+            model = build(backend, causal=causal)
+            visible = () if mask is None else (native(backend, mask),)
+            first, second = (plain(model(native(backend, x), *visible))[0] for x in (tokens, other))
+            assert np.array_equal(first[3:-1], second[3:-1]) == causal
+
+
+@BACKENDS
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("pieces", [[1] * 40, [3] * 13 + [1], [40], [1, 39], [39, 1], [17, 1, 5, 1, 1, 15]])
+def test_the_cache_in_pieces_gives_what_the_whole_gives(backend: str, norm: str, pieces: list[int]) -> None:
+    model, tokens = build(backend, norm_position=norm), ids(2, 40)
+    exact = plain(reference(norm_position=norm)(torch.from_numpy(tokens)))
+    whole = plain(model(native(backend, tokens)))
+    mask = np.ones((2, 40), np.int32)
+    mask[1, :11] = 0
+    padded = plain(model(native(backend, tokens), native(backend, mask)))
+    padded_exact = plain(reference(norm_position=norm)(torch.from_numpy(tokens), torch.from_numpy(mask)))
+    for expected, noise, visible in ((exact, whole, None), (padded_exact, padded, mask)):
+        cache, start, parts = model.make_cache(), 0, []
+        for length in pieces:
+            stop = start + length
+            seen = None if visible is None else native(backend, visible[:, :stop])
+            parts.append(plain(model(native(backend, tokens[:, start:stop]), seen, cache)))
+            start = stop
+        assert all(part.length == 40 for part in cache)
+        real = np.ones((2, 40), bool) if visible is None else visible.astype(bool)
+        check_close(np.concatenate(parts, axis=1)[real], expected[real], noise[real])
+
+
+@BACKENDS
+@pytest.mark.parametrize("pieces", [[256, 1, 300], [255, 2, 1, 255], [600], [250] + [1] * 12])
+def test_the_cache_grows_in_steps(backend: str, pieces: list[int]) -> None:
+    changes = {"max_seq_length": 600, "hidden_size": 16, "num_layers": 1}
+    model, tokens = build(backend, **changes), ids(2, sum(pieces))
+    exact = plain(reference(**changes)(torch.from_numpy(tokens)))
+    cache, start, parts = model.make_cache(), 0, []
+    for length in pieces:
+        parts.append(plain(model(native(backend, tokens[:, start : start + length]), None, cache)))
+        start += length
+        assert cache[0].length == start
+        assert cache[0].keys.shape[2] == cache[0].values.shape[2] == math.ceil(start / 256) * 256
+    check_close(np.concatenate(parts, axis=1), exact, plain(model(native(backend, tokens))))
+
+
+@BACKENDS
+def test_project_of_hidden_states_is_the_output(backend: str) -> None:
+    for tie in (True, False):
+        model, tokens = build(backend, tie_embeddings=tie), native(backend, ids(2, 5))
+        hidden = model.hidden_states(tokens)
+        assert tuple(hidden.shape) == (2, 5, 32)
+        assert np.array_equal(plain(model.project(hidden)), plain(model(tokens)))
+
+
+# ---- gradient checkpointing and dropout -------------------------------------------------------------------
+
+
+def gradients(backend: str, model: Any, keys: Any, tokens: Any, mask: Any = None) -> dict[str, Any]:
+    """Of the mean of squared logits in training mode, by path."""
+    model.train()
+    if keys is not None:
+        model.seed_dropout(native(backend, keys if backend == "mlx" else keys.view(np.int32)))
+    inputs = [native(backend, tokens)] + ([] if mask is None else [native(backend, mask)])
+    if backend == "mlx":
+        _, grads = mlx.nn.value_and_grad(model, lambda: mx.square(model(*inputs)).mean())()
+        return {path: np.array(array) for path, array in tree_flatten(grads)}
+    model.zero_grad()
+    model(*inputs).square().mean().backward()
+    return {path: parameter.grad.numpy().copy() for path, parameter in model.named_parameters()}
+
+
+@BACKENDS
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_no_gradient(backend: str, padded: bool, dropout: float) -> None:
+    model, tokens = build(backend, dropout=dropout), ids(2, 12)
+    mask = np.array([[1] * 12, [0] * 5 + [1] * 7]) if padded else None
+    keys = model.dropout_keys(0, 5, 2)
+    expected = gradients(backend, model, keys, tokens, mask)
+    model.gradient_checkpointing = True
+    found = gradients(backend, model, keys, tokens, mask)
+    assert found.keys() == expected.keys() and len(found) == len(model.weights())
+    for path in found:
+        scale = np.abs(expected[path]).max()
+        assert scale > 0 or "k_proj.bias" in path, path
+        np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=4 * 2.0**-23 * scale, err_msg=path)
+    model.eval()
+    assert np.isfinite(plain(model(native(backend, tokens)))).all()
+
+
+def test_gradient_checkpointing_without_keys_repeats_the_masks() -> None:
+    """With the framework's own generator too the backward pass must recompute what the forward pass computed:
+    the gradient of x * mask / (1 - p) is the same mask."""
+
+    class Dropped(mlx.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.dropout = mx.ones((1000,)), icenet.nn.Dropout(0.5)
+
+        def __call__(self) -> Any:
+            y = icenet.nn.checkpoint(self.dropout, self.x)
+            return y.sum(), y
+
+    module = Dropped()
+    (_, y), gradient = mlx.nn.value_and_grad(module, lambda: module())()
+    x = torch.ones(1000, requires_grad=True)
+    theirs = icenet_torch.nn.checkpoint(icenet_torch.nn.Dropout(0.5), x)
+    theirs.sum().backward()
+    assert x.grad is not None
+    found = {"mlx": np.array_equal(np.array(y), np.array(gradient["x"])), "torch": torch.equal(theirs, x.grad)}
+    assert found == {"mlx": True, "torch": True}
+
+
+def test_checkpointing_recomputes() -> None:
+    """Each block runs twice: it is no flag without a meaning."""
+    for backend in PACKAGES:
+        model = build(backend, num_layers=3)
+        model.gradient_checkpointing = True
+        runs, kind = [], type(model.blocks[0].attention)
+        name = "__call__" if backend == "mlx" else "forward"
+        original = getattr(kind, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, name, lambda self, *x, _o=original, _r=runs: (_r.append(1), _o(self, *x))[1])
+            gradients(backend, model, model.dropout_keys(0, 0, 1), ids(1, 4))
+        assert len(runs) == 6, backend
+
+
+@BACKENDS
+def test_dropout_follows_its_keys(backend: str) -> None:
+    model, tokens = build(backend), native(backend, ids(2, 12))
+    exact = plain(model(tokens))
+    model.train()
+
+    def drawn(step: int) -> Any:
+        keys = model.dropout_keys(0, step, 2)
+        model.seed_dropout(native(backend, keys if backend == "mlx" else keys.view(np.int32)))
+        return plain(model(tokens))
+
+    first = drawn(1)
+    assert np.array_equal(first, drawn(1)) and not np.array_equal(first, drawn(2))
+    assert not np.array_equal(first, exact)
+    model.eval()
+    assert np.array_equal(plain(model(tokens)), exact)
+
+
+# ---- weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "norm_position": "post", "causal": False}])
+def test_weights_move_from_mlx_to_torch_and_back_bit_for_bit(changes: Any) -> None:
+    generator = np.random.default_rng(1)
+    first, second, third = build("mlx", 1, **changes), build("torch", 2, **changes), build("mlx", 3, **changes)
+    values = {path: generator.normal(size=array.shape).astype(np.float32) for path, array in first.weights().items()}
+    for array in values.values():  # values that arithmetic would change
+        array.reshape(-1)[:4] = [np.float32(1e-45), -0.0, np.inf, np.nan][: array.size]
+    first.set_weights(values)
+    second.set_weights(first.weights())
+    third.set_weights(second.weights())
+    for model in (first, second, third):
+        found = model.weights()
+        assert list(found) == list(model.weight_shapes()) and found.keys() == values.keys()
+        for path, array in found.items():
+            assert array.dtype == np.float32 and tuple(array.shape) == model.weight_shapes()[path]
+            assert array.tobytes() == values[path].tobytes(), path
+    assert set(second.state_dict()) == set(values)
+
+
+@BACKENDS
+def test_weights_are_copies(backend: str) -> None:
+    model, given = build(backend), build(backend, seed=9).weights()
+    before = model.weights()
+    for array in model.weights().values():
+        array[...] = 7
+    assert all(np.array_equal(before[path], array) for path, array in model.weights().items())
+    model.set_weights(given)
+    kept = {path: array.copy() for path, array in given.items()}
+    for array in given.values():
+        array[...] = 7
+    assert all(np.array_equal(kept[path], array) for path, array in model.weights().items())
+
+
+@BACKENDS
+def test_set_weights_is_strict_and_all_or_nothing(backend: str) -> None:
+    model = build(backend)
+    before = model.weights()
+    path, other = "blocks.1.feed_forward.up_proj.weight", "output.weight"
+    right = build(backend, seed=8).weights()
+    wrong = {
+        "missing": {name: array for name, array in right.items() if name != path},
+        "extra": {**right, "blocks.1.feed_forward.up_projection.weight": right[path]},
+        "transposed": {**right, path: right[path].T},
+        "flat": {**right, other: right[other].reshape(-1)},
+        "none": {},
+    }
+    for case, values in wrong.items():
+        with pytest.raises(WeightsError) as caught:
+            model.set_weights(values)
+        told = str(caught.value)
+        assert "\n" not in told
+        if case != "none":
+            assert {"flat": other, "extra": "up_projection"}.get(case, path) in told, case
+        assert all(np.array_equal(before[name], array) for name, array in model.weights().items()), case
+
+
+@BACKENDS
+def test_set_weights_takes_other_types_and_layouts_in_memory(backend: str) -> None:
+    model, given = build(backend), build(backend, seed=4).weights()
+    rounded = {path: array.astype(np.float16) for path, array in given.items()}
+    model.set_weights(rounded)
+    assert all(np.array_equal(rounded[path].astype(np.float32), array) for path, array in model.weights().items())
+    strided = {path: np.asfortranarray(np.repeat(array, 2, axis=0))[::2] for path, array in given.items()}
+    model.set_weights({path: array.astype(np.float64) for path, array in strided.items()})
+    assert all(np.array_equal(given[path], array) for path, array in model.weights().items())
+    assert {array.dtype for array in model.weights().values()} == {np.dtype(np.float32)}
+
+
+@BACKENDS
+def test_weights_of_a_model_in_half_precision(backend: str) -> None:
+    for name in ("float16", "bfloat16"):
+        model = build(backend)
+        if backend == "mlx":
+            model.set_dtype(getattr(mx, name))
+        else:
+            model.to(getattr(torch, name))
+        assert model.weights().keys() == build(backend).weights().keys()
+
+
+@BACKENDS
+def test_init_weights_starts_anew(backend: str) -> None:
+    model = build(backend, seed=1)
+    model.init_weights(2)
+    assert all(
+        np.array_equal(array, model.weights()[path]) for path, array in build(backend, seed=2).weights().items()
+    )
+
+
+def test_both_backends_have_the_same_paths_sites_and_scales() -> None:
+    for changes in ({}, {"tie_embeddings": True}, {"norm_position": "post"}):
+        ours, theirs = build("mlx", **changes), build("torch", **changes)
+        for fact in ("weight_shapes", "trainable_paths", "layer_kinds", "init_scales", "dropout_sites"):
+            first, second = getattr(ours, fact)(), getattr(theirs, fact)()
+            assert first == second, fact
+            assert not isinstance(first, dict) or list(first) == list(second) or fact != "weight_shapes"
+        assert all(re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", path) for path in ours.weight_shapes())
+
+
+# ---- compilation ------------------------------------------------------------------------------------------
+
+
+def trained(backend: str, compiled: bool) -> tuple[list[Any], Any]:
+    """Losses of four steps with dropout, on two lengths, and the weights after them."""
+    tree = {
+        "model": {"type": "transformer", **SMALL, "num_layers": 1, "compile_model": compiled},
+        "training": {"max_steps": 4, "learning_rate": 1e-2},
+    }
+    engine = backends.engine(Config.from_dict(tree), backend, "cpu")
+    results: list[Any] = []
+    for step, length in enumerate([8, 8, 5, 8]):
+        batch = {"inputs": ids(2, length, seed=step), "labels": ids(2, length, seed=step + 9)}
+        results.append(engine.read(engine.train_step(batch, step, 1e-2))[:2])
+        results.append(engine.evaluate(batch)[:2])
+    return results, engine.weights()
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [
+        ("mlx", None),
+        ("torch", "aot_eager"),  # the graph as torch.compile captures it, without half a minute of C++
+        pytest.param(
+            "torch",
+            "inductor",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_compiled_model_gives_the_same(backend: str, compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler is not None:
+        compile_model = torch.compile
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=compiler))
+    (eager, weights), (compiled, compiled_weights) = trained(backend, False), trained(backend, True)
+    for first, second in zip(eager, compiled, strict=True):
+        np.testing.assert_allclose(second, first, rtol=2e-6)
+    for path, array in weights.items():
+        # AdamW divides by the gradient's own size, so rounding alone moves a weight whose gradient is near zero by
+        # the learning rate: hence the median. A key's bias has no gradient at all (softmax ignores a constant).
+        if not path.endswith("k_proj.bias"):
+            assert np.median(np.abs(compiled_weights[path] - array)) < 1e-6, path
