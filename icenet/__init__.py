@@ -45,17 +45,17 @@ def build(config: Config | str | Path, backend: str | None = None, device: str |
 
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
     custom.trust(config.model.type)
-    return _model(config, backend, device, initialise=True)
+    return _model(config, backend, device, init_weights=True)
 
 
-def _model(config: Config, backend: str | None, device: str | None, initialise: bool) -> Any:
+def _model(config: Config, backend: str | None, device: str | None, init_weights: bool) -> Any:
     from icenet.core import backends
     from icenet.core.tokenizers import get_tokenizer
 
     name = backends.choose(config, backend)
-    model = backends.module(name, "engine.engine").build_model(config, device or config.device, initialise)
+    model = backends.module(name, "engine.engine").build_model(config, device or config.device, init_weights)
     model.eval()
-    if config.model.reads in ("tokens", "anything") and config.data.kind == "text":
+    if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         if tokenizer.vocab_size <= config.model.vocab_size:
             model.tokenizer = tokenizer
@@ -88,7 +88,7 @@ def load(
         raise CheckpointError(f"{path}: holds no weights; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
-    model = _model(config, backend, device, initialise=False)
+    model = _model(config, backend, device, init_weights=False)
     model.set_weights(dict(values))
     return model
 

@@ -105,9 +105,7 @@ def _load(choice: str) -> Status:
         return Status(_name(before), before, "was in the global scope already")
     if not before and "mlx.core" in sys.modules:
         note = "mlx was imported before icenet, too late for a fast BLAS: import icenet.blas before mlx.core"
-        warnings.warn(
-            f"{note}, else matrix products on the CPU are about 25 times slower", BlasWarning, stacklevel=4
-        )
+        warnings.warn(f"{note}, else matrix products on the CPU are about 25 times slower", BlasWarning, stacklevel=4)
         return Status("reference", None, note)
 
     complaints = []
@@ -124,9 +122,7 @@ def _load(choice: str) -> Status:
         warnings.warn(f"{text} ({VARIABLE}=none silences this)", BlasWarning, stacklevel=4)
         return Status("reference", None, note)
     ways_out = {"torch": "pip install torch", "openblas": REMEDY}
-    way_out = ways_out.get(
-        choice, "give auto, torch, openblas, none or the path of a library that exports sgemm_"
-    )
+    way_out = ways_out.get(choice, "give auto, torch, openblas, none or the path of a library that exports sgemm_")
     raise BackendError(f"{VARIABLE}={choice}: {'; '.join(complaints) or 'not found'}; {way_out}")
 
 

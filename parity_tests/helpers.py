@@ -102,8 +102,12 @@ def state(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
 
 def same_bits(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> bool:
     """Whether two states are equal bit for bit, and not empty."""
-    return bool(ours) and ours.keys() == theirs.keys() and all(
-        ours[name].dtype == theirs[name].dtype and ours[name].tobytes() == theirs[name].tobytes() for name in ours
+    return (
+        bool(ours)
+        and ours.keys() == theirs.keys()
+        and all(
+            ours[name].dtype == theirs[name].dtype and ours[name].tobytes() == theirs[name].tobytes() for name in ours
+        )
     )
 
 

@@ -103,7 +103,7 @@ def train(
         folder = run_folder or new_run_folder(str(config))
         trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
     result = trainer.fit()
-    if trainer.leads:
+    if trainer.is_main_process:
         report.print_result(result)
 
 

@@ -26,7 +26,7 @@ def convert_model(
     settings = config or (folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
     kinds = shapes = None
     if settings is not None:
-        model = describe.outline(Config.from_yaml(settings, trust_code=config is not None))
+        model = describe.meta_model(Config.from_yaml(settings, trust_code=config is not None))
         kinds, shapes = model.layer_kinds(), model.weight_shapes()
     beside = None  # a config beside the weights, for icenet.load
     if settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix):
@@ -36,9 +36,8 @@ def convert_model(
             beside = None
         elif beside.exists() and not overwrite:
             raise UsageError(f"{beside}: exists; name another destination, or give --overwrite to replace it")
-    done = convert(
-        source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite  # type: ignore[arg-type]
-    )
+    forms = {"to": to, "source_form": source_form}
+    done = convert(source, destination, kinds=kinds, shapes=shapes, overwrite=overwrite, **forms)  # type: ignore[arg-type]
     if settings is not None and beside is not None:
         read = Config.from_yaml(settings, trust_code=False)
         files = files_of(getattr(read.data, "tokenizer", "bytes"))

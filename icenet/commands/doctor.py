@@ -1,7 +1,7 @@
 """`icenet doctor`: what is installed, what this machine has, what works, what is wrong and how to mend it.
 
-A backend is examined in a process of its own (`icenet.tools.facts`, `icenet_torch.tools.facts`): this module imports
-no framework, and a broken one (an import that fails, crashes or hangs) is a finding, not the end of the report.
+Each backend is examined in its own process (`icenet.tools.environment`, `icenet_torch.tools.environment`). This module
+imports no framework, so a broken one (an import that fails, crashes or hangs) is reported instead of ending the report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-BACKENDS = {"mlx": "icenet.tools.facts", "torch": "icenet_torch.tools.facts"}
+BACKENDS = {"mlx": "icenet.tools.environment", "torch": "icenet_torch.tools.environment"}
 PACKAGES = (
     *("icenet", "mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "torch"),
     *("numpy", "safetensors", "pydantic", "pyyaml", "rich", "click", "matplotlib"),
@@ -37,8 +37,8 @@ CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 try:
-    from {module} import facts
-    answer = facts()
+    from {module} import environment
+    answer = environment()
 except BaseException as error:
     answer = {{"error": f"{{type(error).__name__}}: {{error}}"}}
 print("\\n" + {mark!r} + json.dumps(answer))
@@ -128,9 +128,7 @@ def backend_facts(framework: str, timeout: float) -> dict[str, Any]:
         return {"error": "not installed"}
     child = [sys.executable, "-c", CHILD.format(module=BACKENDS[framework], mark=MARK), json.dumps(sys.path)]
     try:
-        done = subprocess.run(
-            child, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
-        )
+        done = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout:g} s"}
     answers = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith(MARK)]
@@ -140,9 +138,7 @@ def backend_facts(framework: str, timeout: float) -> dict[str, Any]:
     if done.returncode < 0:
         return {"error": f"its process was killed by {signal.Signals(-done.returncode).name}"}
     last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    return {
-        "error": f"its process ended with {done.returncode} and no answer: {''.join(last_words) or 'silent'}"
-    }
+    return {"error": f"its process ended with {done.returncode} and no answer: {''.join(last_words) or 'silent'}"}
 
 
 def find_problems(
@@ -172,17 +168,11 @@ def _of_python(system: dict[str, Any]) -> list[Problem]:
         found.append(Problem("warning", what, "make a virtual environment with Python 3.12"))
     if system["system"] == "Darwin" and system["machine"] == "x86_64":
         apple = system["chip"].startswith("Apple")
-        what = (
-            "this Python is an Intel build under Rosetta"
-            if apple
-            else "an Intel Mac: MLX needs Apple silicon"
-        )
+        what = "this Python is an Intel build under Rosetta" if apple else "an Intel Mac: MLX needs Apple silicon"
         remedy = "install an arm64 Python: MLX needs it" if apple else "use --backend torch"
         found.append(Problem("error" if apple else "warning", what, remedy))
     if system["macos"] and _numbers(system["macos"]) < (14,):
-        found.append(
-            Problem("error", f"macOS {system['macos']}: MLX needs macOS 14 or later", "update macOS")
-        )
+        found.append(Problem("error", f"macOS {system['macos']}: MLX needs macOS 14 or later", "update macOS"))
     return found
 
 
@@ -197,9 +187,7 @@ def _of_packages(system: dict[str, Any], versions: dict[str, str | None]) -> lis
         first, below = TESTED[name]
         if not first <= _numbers(version) < below:
             what = f"{name} {version} is outside of what is tested, {_range(first, below)}"
-            found.append(
-                Problem("warning", what, f"pip install '{name}>={_dotted(first)},<{_dotted(below)}'")
-            )
+            found.append(Problem("warning", what, f"pip install '{name}>={_dotted(first)},<{_dotted(below)}'"))
     if len(builds) > 1:
         what = f"{' and '.join(builds)} are both installed: they overwrite each other's files"
         found.append(Problem("error", what, _reinstall("mlx", system, versions)))
@@ -346,9 +334,7 @@ def _shown(facts: dict[str, Any]) -> dict[str, str]:
         error = facts["error"]
         return {"state": error if error == "not installed" else f"does not work: {error}"}
     blas, tf32 = facts["blas"], facts["tf32"]
-    state = ("on" if tf32["enabled"] else "off") + (
-        "" if tf32["matters"] else ", of no effect on this device"
-    )
+    state = ("on" if tf32["enabled"] else "off") + ("" if tf32["matters"] else ", of no effect on this device")
     return {
         "state": "works",
         "version": facts["version"],

@@ -80,8 +80,8 @@ def predict(
         DataError: a file is no image, or damaged.
     """
     found = checkpoint.find(run)
-    if found.config.model.reads not in ("images", "anything"):
-        raise UsageError(f"{run}: a {found.config.model.type} that reads {found.config.model.reads}, not images")
+    if found.config.model.input_kind not in ("images", "anything"):
+        raise UsageError(f"{run}: a {found.config.model.type} that reads {found.config.model.input_kind}, not images")
     stored, num_classes = found.path / "state.json", found.config.model.vocab_size
     try:
         facts = ImageFacts(**found.state.get("facts", {}))

@@ -28,7 +28,7 @@ class GroupRow:
     method: str
     learning_rate: float
     """The highest one."""
-    factor: float
+    lr_scale: float
     weight_decay: float
     first: str
     tensors: int
@@ -148,8 +148,8 @@ class ScheduleReport:
         figure, (axes,) = canvas.new_figure((9, 4.4), [1], title, below, right=1.15)
         whose = {1.0: "the rest"}
         for group in self.groups:
-            if group.factor not in (0.0, 1.0):
-                whose.setdefault(group.factor, group.parameters)
+            if group.lr_scale not in (0.0, 1.0):
+                whose.setdefault(group.lr_scale, group.parameters)
         ends: list[tuple[float, str, str]] = []
         for factor, colour in zip(whose, itertools.cycle((canvas.BLUE, *_COLOURS)), strict=False):
             own = [rate * factor for rate in rates]
@@ -197,15 +197,15 @@ def of_target(name: str, overrides: tuple[str, ...] = ()) -> ScheduleReport:
 
 
 def _groups(config: Config) -> list[GroupRow]:
-    model, training = describe.outline(config), config.training
+    model, training = describe.meta_model(config), config.training
     fitted = model.trainable_paths()
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in fitted}
     groups = gather(assign(training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None)))
     return [
         GroupRow(
             group.method,
-            group.factor * training.learning_rate,
-            group.factor,
+            group.lr_scale * training.learning_rate,
+            group.lr_scale,
             group.weight_decay,
             paths[0],
             len(paths),

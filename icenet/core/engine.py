@@ -87,7 +87,7 @@ class Engine(Protocol):
     device: str
     config: Config
     model: Any
-    world: processes.World
+    process_group: processes.ProcessGroup
     """The processes that train together; each is given every batch to train on whole, and takes its rows."""
 
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:

@@ -53,11 +53,7 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
             os.replace(temporary, path)
         sync_folder(destination.parent)
     except OSError as error:
-        left = (
-            "the files there are incomplete now: write them again"
-            if replacing
-            else "nothing there was changed"
-        )
+        left = "the files there are incomplete now: write them again" if replacing else "nothing there was changed"
         raise WeightsError(f"{destination}: {reason_of(destination, error)}; {left}") from error
     finally:
         for temporary, _ in stage.files:

@@ -94,8 +94,8 @@ def bits(key: Words, n: int) -> Words:
     for start in range(0, half, _CHUNK):
         first = np.arange(start, min(start + _CHUNK, half), dtype=np.uint32)
         second = first + np.uint32(half + odd)
-        out[start : start + len(first)], out[half + odd + start : half + odd + start + len(first)] = (
-            threefry2x32(pair, (first, second))
+        out[start : start + len(first)], out[half + odd + start : half + odd + start + len(first)] = threefry2x32(
+            pair, (first, second)
         )
     if odd:  # the middle word of an odd count is drawn alone, with a second counter of zero
         out[half] = threefry2x32(pair, (np.full(1, half, np.uint32), np.zeros(1, np.uint32)))[0][0]

@@ -22,8 +22,8 @@ from icenet.core.errors import BackendError
 from icenet.nn.norm import running_statistics, set_running_statistics
 
 
-class World:
-    """The processes; see `icenet.core.distributed.processes.World`. A world of one does nothing."""
+class ProcessGroup:
+    """The processes; see `icenet.core.distributed.processes.ProcessGroup`. A group of one does nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
@@ -41,7 +41,7 @@ class World:
 
     # ---- the model ---------------------------------------------------------------------------------------
 
-    def spread(self, model: Any, sharded: bool) -> None:
+    def broadcast_or_shard(self, model: Any, sharded: bool) -> None:
         """Makes the model that of all processes: the same values everywhere or, sharded, a part of them in each."""
         if self.size == 1:
             return
@@ -54,30 +54,34 @@ class World:
             self.shards = Shards(model, self)
 
     def callable(self, model: Any) -> Any:
-        """What to call to compute the model with gradients; `add_gradients` sums them over the processes."""
+        """What to call to compute the model with gradients; `all_reduce_gradients` sums them over the processes."""
         return model
 
-    def whole(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def gather_full(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All of the parameters of which this process has parts, canonical, by `PATH` or `PATH.SLOT`.
 
         All processes must ask at once.
         """
-        return {name: self.shards.whole(name, array) if self.shards else array for name, array in arrays.items()}
+        return {
+            name: self.shards.gather_full(name, array) if self.shards else array for name, array in arrays.items()
+        }
 
-    def parts(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """This process's parts of whole parameters; the reverse of `whole`."""
-        return {name: self.shards.part(name, array) if self.shards else array for name, array in arrays.items()}
+    def local_shard(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's parts of whole parameters; the reverse of `gather_full`."""
+        return {
+            name: self.shards.local_shard(name, array) if self.shards else array for name, array in arrays.items()
+        }
 
     # ---- a step ------------------------------------------------------------------------------------------
 
-    def add_gradients(self, gradients: Any) -> Any:
+    def all_reduce_gradients(self, gradients: Any) -> Any:
         """The gradients summed over the processes."""
         if self.size == 1 or self.shards is not None:  # shards are summed as they are taken
             return gradients
         averaged = nn.average_gradients(gradients, self.group)
         return tree_map(lambda gradient: gradient * self.size, averaged)
 
-    def add_loss(self, loss: mx.array) -> mx.array:
+    def all_reduce_loss(self, loss: mx.array) -> mx.array:
         """The loss summed over the processes, and how many each of `processes.SIGNALS` asks to stop: `[1 + S]`.
 
         One process alone gives its loss as it is.
@@ -87,7 +91,7 @@ class World:
         asked = mx.array(processes.asked(self.stop), mx.float32)
         return self._sum(mx.concatenate([loss.reshape(1).astype(mx.float32), asked]))
 
-    def add_norms(self, norm: mx.array, norms: mx.array) -> tuple[mx.array, mx.array]:
+    def all_reduce_norms(self, norm: mx.array, norms: mx.array) -> tuple[mx.array, mx.array]:
         """The norms of whole gradients, together and each, from those of this process's parts."""
         if self.shards is None:
             return norm, norms
@@ -109,19 +113,19 @@ class World:
         return mx.distributed.all_sum(array, group=self.group)
 
 
-def read_loss(world: World, added: Any) -> tuple[float, str | None]:
-    """What `World.add_loss` gave: the loss, and what asks all processes to stop."""
-    if world.size == 1:
+def read_loss(process_group: ProcessGroup, added: Any) -> tuple[float, str | None]:
+    """What `ProcessGroup.all_reduce_loss` gave: the loss, and what asks all processes to stop."""
+    if process_group.size == 1:
         return float(np.array(added)), None
     loss, *asked = np.array(added).tolist()
     return loss, processes.asked_for(asked)
 
 
-_worlds: list[World] = []
+_joined: list[ProcessGroup] = []
 
 
-def join(device: str = "auto") -> World:
-    """This process's world; it waits for the others that a launcher started.
+def join(device: str = "auto") -> ProcessGroup:
+    """This process's group; it waits for the others that a launcher started.
 
     Args:
         device: as in the configuration; it decides what carries PyTorch's tensors.
@@ -129,10 +133,10 @@ def join(device: str = "auto") -> World:
     Raises:
         BackendError: they are not there, or their launcher is not MLX's.
     """
-    if not _worlds:
+    if not _joined:
         place = launch.place_for("mlx")
         if place is None:
-            return World()
+            return ProcessGroup()
         try:
             group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
@@ -140,8 +144,8 @@ def join(device: str = "auto") -> World:
             raise BackendError(launch.not_met(place, first)) from error
         if group.size() != place.size:
             raise BackendError(launch.not_met(place, f"MLX has no way here to what {place.launcher} started"))
-        _worlds.append(World(group.rank(), group.size(), group))
-    return World(_worlds[0].rank, _worlds[0].size, _worlds[0].group)
+        _joined.append(ProcessGroup(group.rank(), group.size(), group))
+    return ProcessGroup(_joined[0].rank, _joined[0].size, _joined[0].group)
 
 
 def own_device(name: str) -> str:
@@ -164,8 +168,8 @@ class Shards:
     changes the class of modules in place. (Zhao et al., "PyTorch FSDP", 2023.)
     """
 
-    def __init__(self, model: Any, world: World) -> None:
-        self.world = world
+    def __init__(self, model: Any, process_group: ProcessGroup) -> None:
+        self.process_group = process_group
         self.shapes: dict[str, tuple[int, ...]] = {}
         kinds = model.layer_kinds()
         for path, array in tree_flatten(model.trainable_parameters()):
@@ -180,7 +184,7 @@ class Shards:
 
     def _scatters(self) -> bool:
         try:
-            mx.eval(mx.distributed.sum_scatter(mx.zeros((self.world.size,)), group=self.world.group))
+            mx.eval(mx.distributed.sum_scatter(mx.zeros((self.process_group.size,)), group=self.process_group.group))
         except RuntimeError:
             return False
         return True
@@ -213,7 +217,7 @@ class Shards:
 
     def _gatherer(self, shapes: list[tuple[int, ...]]) -> Any:
         """A function from pieces of parameters to whole ones, in one exchange; its gradient sums and cuts."""
-        size, rank, group = self.world.size, self.world.rank, self.world.group
+        size, rank, group = self.process_group.size, self.process_group.rank, self.process_group.group
         padded = [(-(-shape[0] // size), *shape[1:]) for shape in shapes]
         lengths = [int(np.prod(shape)) for shape in padded]
         edges = np.cumsum(lengths)[:-1].tolist()
@@ -236,17 +240,17 @@ class Shards:
         return gather
 
     def _piece(self, array: mx.array) -> mx.array:
-        size = self.world.size
-        return mx.contiguous(mx.split(_filled(array, size), size)[self.world.rank])
+        size = self.process_group.size
+        return mx.contiguous(mx.split(_filled(array, size), size)[self.process_group.rank])
 
-    def part(self, name: str, array: np.ndarray) -> np.ndarray:
+    def local_shard(self, name: str, array: np.ndarray) -> np.ndarray:
         return array if self._length(name) is None else np.array(self._piece(mx.array(array)))
 
-    def whole(self, name: str, array: np.ndarray) -> np.ndarray:
+    def gather_full(self, name: str, array: np.ndarray) -> np.ndarray:
         length = self._length(name)
         if length is None:
             return array
-        return np.array(mx.distributed.all_gather(mx.array(array), group=self.world.group))[:length]
+        return np.array(mx.distributed.all_gather(mx.array(array), group=self.process_group.group))[:length]
 
     def _length(self, name: str) -> int | None:
         """The first axis of a parameter or its slot, which is the canonical form's too; None of what is not cut."""

@@ -56,13 +56,13 @@ def choose_device(name: str) -> mx.Device:
     return mx.Device(mx.gpu, index)
 
 
-def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
+def build_model(config: Config, device: str = "auto", init_weights: bool = True) -> BaseModel:
     """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
     mx.set_default_device(choose_device(device))
-    return new_model(config.model, MODELS, "mlx", config.seed if initialise else None)
+    return new_model(config.model, MODELS, "mlx", config.seed if init_weights else None)
 
 
-def outline(config: Config) -> BaseModel:
+def meta_model(config: Config) -> BaseModel:
     """A model that knows its shapes and holds no values, whatever its size: MLX's arrays are lazy."""
     return new_model(config.model, MODELS, "mlx", None)
 
@@ -77,10 +77,10 @@ class Engine:
             raise BackendError(f"MLX is no {dtype} reference: some of its functions are computed in fp32")
         self.config = config
         training = config.training
-        self.world = distributed.join(device)
-        processes.check(training, self.world.size)
+        self.process_group = distributed.join(device)
+        processes.check(training, self.process_group.size)
         self.model = build_model(config, distributed.own_device(device))
-        self.world.spread(self.model, training.sharded)
+        self.process_group.broadcast_or_shard(self.model, training.sharded)
         self.device = "cpu" if on_cpu() else "gpu"
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
@@ -108,7 +108,7 @@ class Engine:
         statistics = running_statistics(self.model) if guarded else []
         loss, gradients = self._accumulate(batch, step, loss_scale)
         norm, norms = self._norms(gradients)
-        loss = self.world.add_loss(loss)
+        loss = self.process_group.all_reduce_loss(loss)
         if guarded and not np.isfinite(_number((loss + norm).sum())):
             set_running_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm, norms
@@ -121,27 +121,29 @@ class Engine:
 
     def read(self, handle: Any) -> StepResult:
         added, norm, norms = handle
-        loss, stop = distributed.read_loss(self.world, added)
+        loss, stop = distributed.read_loss(self.process_group, added)
         named = lambda: dict(zip(self._paths, norms.tolist(), strict=True))  # noqa: E731
         return step_result(loss, _number(norm), stop, named)
 
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[mx.array, Any]:
         """The mean loss of a batch and its gradients, from one micro-batch after the other."""
         if self.config.training.rng == "native":
-            mx.random.seed(rng.native_seed(self.config.seed, step, self.world.rank))
+            mx.random.seed(rng.native_seed(self.config.seed, step, self.process_group.rank))
         loss: Any = None
         gradients: Any = None
         number = self.config.training.gradient_accumulation
-        for part, rows, share in micro_batches(batch, number, self.world.rank, self.world.size):
+        for part, rows, share in micro_batches(batch, number, self.process_group.rank, self.process_group.size):
             factors = mx.array([share, loss_scale], mx.float32)
             found, parts = self._compute(self._arrays(part), self._keys(step, rows), factors)
             loss = found if loss is None else loss + found
             gradients = parts if gradients is None else tree_map(mx.add, gradients, parts)
             mx.async_eval(loss, gradients)  # before the next part is looked at: its activations can go
-        return loss, self.world.add_gradients(gradients)
+        return loss, self.process_group.all_reduce_gradients(gradients)
 
     def _norms(self, gradients: Any) -> tuple[mx.array, mx.array]:
-        return self.world.add_norms(*gradient_norms([gradient for _, gradient in tree_flatten(gradients)]))
+        return self.process_group.all_reduce_norms(
+            *gradient_norms([gradient for _, gradient in tree_flatten(gradients)])
+        )
 
     def _mean_loss(self, batch: dict[str, mx.array], factor: mx.array) -> tuple[mx.array, mx.array]:
         loss, _ = ops.cross_entropy(self._outputs(batch), batch["labels"])
@@ -176,8 +178,8 @@ class Engine:
         self._mode(True)
         with keep_running_statistics(self.model):
             loss, gradients = self._accumulate(batch, step)
-        number, _ = distributed.read_loss(self.world, self.world.add_loss(loss))
-        return number, self.world.whole(self._canonical(dict(tree_flatten(gradients))))
+        number, _ = distributed.read_loss(self.process_group, self.process_group.all_reduce_loss(loss))
+        return number, self.process_group.gather_full(self._canonical(dict(tree_flatten(gradients))))
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         arrays = layout.tree_to_mlx(gradients, self.model.layer_kinds())
@@ -212,19 +214,19 @@ class Engine:
     # ---- state in and out --------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, np.ndarray]:
-        self.world.average_statistics(self.model)
-        return self.world.whole(self.model.weights())
+        self.process_group.average_statistics(self.model)
+        return self.process_group.gather_full(self.model.weights())
 
     def set_weights(self, weights: dict[str, np.ndarray]) -> None:
-        self.model.set_weights(self.world.parts(weights))
+        self.model.set_weights(self.process_group.local_shard(weights))
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         arrays = {name: np.array(array) for name, array in state_arrays(self.optimizer).items()}
         averages = self._canonical(self.average.arrays) if self.average else {}
-        return self.world.whole(arrays | {f"{path}.ema": array for path, array in averages.items()})
+        return self.process_group.gather_full(arrays | {f"{path}.ema": array for path, array in averages.items()})
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        averages, slots = split_averages(self.world.parts(state))
+        averages, slots = split_averages(self.process_group.local_shard(state))
         set_state_arrays(self.optimizer, {name: mx.array(array) for name, array in slots.items()})
         if self.average is not None:
             # a run that has kept no average yet begins with the weights it has

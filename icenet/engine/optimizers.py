@@ -194,11 +194,11 @@ def orthogonalised(matrix: mx.array, steps: int = 5) -> mx.array:
     return x.T if tall else x
 
 
-class Part(NamedTuple):
+class OptimizerGroup(NamedTuple):
     """One group: its optimizer, its learning rate in units of the schedule's, and its state by path and slot."""
 
     optimizer: Any
-    factor: float
+    lr_scale: float
     slots: dict[str, State]
 
 
@@ -208,21 +208,21 @@ class Optimizer:
     `state` holds every array that a step changes, in containers that stay the same: a compiled step holds on to them.
     """
 
-    def __init__(self, name: str, parts: list[Part], rules: Mapping[str, layout.Rule]) -> None:
+    def __init__(self, name: str, groups: list[OptimizerGroup], rules: Mapping[str, layout.Rule]) -> None:
         self.name = name
-        self.parts = parts
+        self.groups = groups
         self.rules = rules
-        self.state = [[part.optimizer.state, part.slots] for part in parts]
+        self.state = [[part.optimizer.state, part.slots] for part in groups]
 
     def prepare(self, step: int, learning_rate: float) -> None:
         """Sets the numbers of step 0, 1, ...; called before `update`."""
-        for part in self.parts:
-            part.optimizer.prepare(step, learning_rate * part.factor)
+        for part in self.groups:
+            part.optimizer.prepare(step, learning_rate * part.lr_scale)
 
     def update(self, model: BaseModel, gradients: Any) -> None:
         """Moves the model's parameters; `gradients` is a tree of them."""
         arrays, slopes = dict(tree_flatten(model.trainable_parameters())), dict(tree_flatten(gradients))
-        for part in self.parts:
+        for part in self.groups:
             for path, state in part.slots.items():
                 arrays[path] = part.optimizer.apply_single(slopes[path], arrays[path], state)
         model.update(tree_unflatten(list(arrays.items())))
@@ -237,18 +237,18 @@ def new_optimizer(training: TrainingConfig, model: BaseModel) -> Optimizer:
     kinds, arrays = model.layer_kinds(), dict(tree_flatten(model.trainable_parameters()))
     rules = {path: layout.rule(layout.parameter_kind(kinds, path), layout.split(path)[1]) for path in arrays}
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in arrays}
-    groups = assign(training, shapes, kinds, getattr(model.config, "vocab_size", None))
-    parts: dict[Any, Part] = {}
-    for path, group in groups.items():
+    assigned = assign(training, shapes, kinds, getattr(model.config, "vocab_size", None))
+    groups: dict[Any, OptimizerGroup] = {}
+    for path, group in assigned.items():
         axes = (rules[path].to_torch or (-2, -1))[-2:]
         key = (group, axes if group.method == "adafactor" else None)
-        if key not in parts:
+        if key not in groups:
             more = axes if group.method == "adafactor" else ()
-            parts[key] = Part(METHODS[group.method](training, group, *more), group.factor, {})
-        part = parts[key]
+            groups[key] = OptimizerGroup(METHODS[group.method](training, group, *more), group.lr_scale, {})
+        part = groups[key]
         part.slots[path] = {}
         part.optimizer.init_single(arrays[path], part.slots[path])
-    optimizer = Optimizer(training.optimizer, list(parts.values()), rules)
+    optimizer = Optimizer(training.optimizer, list(groups.values()), rules)
     optimizer.prepare(0, 0.0)  # so that a compiled step finds every array of the state
     return optimizer
 
@@ -257,7 +257,7 @@ def state_arrays(optimizer: Optimizer) -> dict[str, mx.array]:
     """The optimizer's state by canonical name (`PATH.exp_avg`), in PyTorch's layouts."""
     return {
         f"{path}.{part.optimizer.slots[slot]}": _relaid(array, optimizer.rules[path].to_torch)
-        for part in optimizer.parts
+        for part in optimizer.groups
         for path, state in part.slots.items()
         for slot, array in state.items()
     }
@@ -271,7 +271,7 @@ def set_state_arrays(optimizer: Optimizer, arrays: Mapping[str, mx.array]) -> No
     """
     own = {name: tuple(array.shape) for name, array in state_arrays(optimizer).items()}
     check_slots(own, {name: tuple(array.shape) for name, array in arrays.items()}, optimizer.name)
-    for part in optimizer.parts:
+    for part in optimizer.groups:
         for path, state in part.slots.items():
             for slot, array in state.items():
                 given = arrays[f"{path}.{part.optimizer.slots[slot]}"].astype(array.dtype)

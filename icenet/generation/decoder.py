@@ -41,48 +41,48 @@ class Decoder:
         self.seen = None if seen is None else mx.array(seen)
         self.rows = mx.arange(len(request.tokens))
         self.context = mx.array(request.tokens)  # all tokens so far, [B, S]
-        self.visible = None if request.visible is None else mx.array(request.visible)
+        self.attention_mask = None if request.attention_mask is None else mx.array(request.attention_mask)
         with evaluating(self.model):
-            self.logits = self.read_context(request.window)
+            self.logits = self.prefill(request.context_length)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.logits = self.cache = None
 
-    def read_context(self, limit: int | None) -> mx.array:
+    def prefill(self, limit: int | None) -> mx.array:
         """Reads the last `limit` tokens of the context into a new cache; gives the logits `[B, V]` after them."""
         if limit is not None:
             self.context = self.context[:, -limit:]
-            self.visible = None if self.visible is None else self.visible[:, -limit:]
+            self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, -limit:]
         if not self.cached:
             return self.model(self.context)[:, -1]
         self.cache = self.model.make_cache()
         chunk, length = self.request.settings.prefill_chunk, self.context.shape[1]
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
-            visible = None if self.visible is None else self.visible[:, :stop]
-            hidden = self.model.hidden_states(self.context[:, start:stop], visible, self.cache)
+            mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
+            hidden = self.model.hidden_states(self.context[:, start:stop], mask, self.cache)
             mx.eval(hidden)
         return self.model.project(hidden[:, -1])
 
-    def read_token(self, token: mx.array) -> mx.array:
+    def decode_step(self, token: mx.array) -> mx.array:
         """Reads one more token of each row, `[B]`; gives the logits `[B, V]` after it."""
-        window = self.request.window
-        full = window is not None and self.context.shape[1] >= window
+        context_length = self.request.context_length
+        full = context_length is not None and self.context.shape[1] >= context_length
         self.context = mx.concatenate([self.context, token[:, None]], axis=1)
-        if self.visible is not None:
-            self.visible = mx.concatenate([self.visible, mx.ones((len(token), 1), mx.bool_)], axis=1)
+        if self.attention_mask is not None:
+            self.attention_mask = mx.concatenate([self.attention_mask, mx.ones((len(token), 1), mx.bool_)], axis=1)
         if full:  # forget the older half and read the rest again: positions start anew
-            return self.read_context(max((window or 0) // 2, 1))
+            return self.prefill(max((context_length or 0) // 2, 1))
         if not self.cached:
             return self.model(self.context)[:, -1]
-        hidden = self.model.hidden_states(token[:, None], self.visible, self.cache)
+        hidden = self.model.hidden_states(token[:, None], self.attention_mask, self.cache)
         return self.model.project(hidden[:, -1])
 
     def next(self, index: int) -> mx.array:
         if index > 0:
             with evaluating(self.model):
-                self.logits = self.read_token(self.token)
+                self.logits = self.decode_step(self.token)
         keys = None if self.keys is None else self.keys[index]
         self.scores = scores(self.logits, self.request.settings, keys, self.seen)
         self.token = mx.argmax(self.scores, axis=-1)
@@ -93,6 +93,7 @@ class Decoder:
 
     def fetch(self, handle: Any) -> np.ndarray:
         return np.array(handle).astype(np.int32)
+
     def fetch_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """The logits and scores, fp32 `[B, V]`, that the last token was chosen by."""
         return np.array(self.logits.astype(mx.float32)), np.array(self.scores)
@@ -109,9 +110,7 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def scores(
-    logits: mx.array, settings: GenerationConfig, keys: mx.array | None, seen: mx.array | None
-) -> mx.array:
+def scores(logits: mx.array, settings: GenerationConfig, keys: mx.array | None, seen: mx.array | None) -> mx.array:
     """What the next token is the highest of, fp32 `[B, V]`, by the rules of `icenet.core.generation.sampling`.
 
     logits `[B, V]`; keys uint32 `[B, 2]`, None for the most likely token; seen bool `[B, V]`.

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from icenet.core.config import ModelConfig
 from icenet.core.generation import request as generation
 from icenet.core.generation import streaming
-from icenet.core.models.base import ModelFacts
+from icenet.core.models.base import ModelBase
 from icenet.core.weights import layout
 from icenet.generation.decoder import Decoder
 from icenet.nn.arrays import from_numpy, to_numpy
@@ -23,7 +23,7 @@ from icenet.nn.dropout import Dropout, seed_dropouts
 from icenet.nn.kinds import kind_of
 
 
-class BaseModel(ModelFacts, nn.Module):
+class BaseModel(ModelBase, nn.Module):
     """The base of all models. A subclass defines its layers in `__init__` and `forward`.
 
     `config` is the model's section of the configuration. A model whose `__init__` ends with

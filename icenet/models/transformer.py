@@ -122,13 +122,13 @@ class TransformerModel(BaseModel):
         length = input_ids.shape[1]
         start = cache[0].length if cache else 0
         self.check_length(start + length)
-        visible = None if attention_mask is None else attention_mask.astype(mx.bool_)
-        if visible is None:
+        real = None if attention_mask is None else attention_mask.astype(mx.bool_)
+        if real is None:
             positions = self._positions[start : start + length]
         else:
-            counted = mx.cumsum(visible.astype(mx.int32), axis=1)[:, -length:]
+            counted = mx.cumsum(real.astype(mx.int32), axis=1)[:, -length:]
             positions = self._positions[mx.maximum(counted - 1, 0)]
-        mask = ops.attention_mask(visible, length, self.config.causal)
+        mask = ops.make_attention_mask(real, length, self.config.causal)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
         x = self.embedding_dropout(x.astype(self.compute_dtype))

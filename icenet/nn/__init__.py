@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icenet.nn.activations import activation
-from icenet.nn.attention import attention_mask, scaled_dot_product_attention
+from icenet.nn.attention import make_attention_mask, scaled_dot_product_attention
 from icenet.nn.checkpointing import checkpoint
 from icenet.nn.conv import Conv2d, global_average_pool, max_pool
 from icenet.nn.dropout import Dropout
@@ -23,7 +23,7 @@ __all__ = [
     "Linear",
     "RNN",
     "activation",
-    "attention_mask",
+    "make_attention_mask",
     "checkpoint",
     "cross_entropy",
     "global_average_pool",

@@ -23,17 +23,17 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array
     return out.astype(q.dtype)
 
 
-def attention_mask(visible: Array | None, length: int, causal: bool) -> str | Array | None:
+def make_attention_mask(attention_mask: Array | None, length: int, causal: bool) -> str | Array | None:
     """The mask for `length` queries that stand at the end of the keys.
 
-    `visible` is bool `[B, S]`, False for padding, or None where there is none. A padding query sees itself:
+    `attention_mask` is bool `[B, S]`, False for padding, or None where there is none. A padding query sees itself:
     a row without any key is zero in PyTorch and not a number in MLX, and nobody reads it.
     """
-    if visible is None:
+    if attention_mask is None:
         return "causal" if causal else None
-    keys = mx.arange(visible.shape[1])
+    keys = mx.arange(attention_mask.shape[1])
     queries = keys[-length:, None]
-    pattern = visible[:, None, None, :]
+    pattern = attention_mask[:, None, None, :]
     if causal:
         pattern = pattern & (keys <= queries)
     return pattern | (keys == queries)

@@ -25,10 +25,10 @@ from icenet.parity.yardstick import (
     SAMPLES,
     Judgement,
     judge,
+    noise_rms,
+    perturb_by_ulp,
     rms,
     round_to,
-    rounded_anew,
-    spread_of,
 )
 
 DIFFERS, CONTAINS, INHERITS = "differs here", "contains", "inherits"
@@ -108,7 +108,7 @@ def compare(
             stored=theirs.dtype,
             beside=sizes.get(path.rpartition(".")[0], 0.0) if kind == "gradient" else 0.0,
             floor=_loss_noise(torch, reference) if kind == "loss" else 0.0,
-            spread=spread_of(exact.array, [trace.values[name].array for trace in moved]) if moved else None,
+            spread=noise_rms(exact.array, [trace.values[name].array for trace in moved]) if moved else None,
         )
         note = judgement.note
         if ours.dtype != theirs.dtype:
@@ -205,7 +205,7 @@ def replay_layer(
         judgement = judged()
         if not judgement.passed and len(replays) > 3:
             moved = moved or [replays[3](path, *anew(call, seeds, dtype, index)) for index in range(SAMPLES)]
-            judgement = judged(spread=spread_of(value.array, [sample[name].array for sample in moved]))
+            judgement = judged(spread=noise_rms(value.array, [sample[name].array for sample in moved]))
         backward = not name.startswith("output")
         if judgement.ratio > worst.ratio and not (backward and part.startswith("output") and not worst.passed):
             worst, part = judgement, name
@@ -222,7 +222,7 @@ def anew(call: Call, seeds: list[Value], dtype: str, index: int) -> tuple[Call, 
             return value
         # a value of fp32 in a half-precision run was rounded to fp32
         finer = "fp32" if value.dtype == "fp32" else dtype
-        return Value(rounded_anew(value.array, finer, key).astype(value.array.dtype), value.dtype)
+        return Value(perturb_by_ulp(value.array, finer, key).astype(value.array.dtype), value.dtype)
 
     return call.map(move), [move(seed) for seed in seeds]
 

@@ -26,7 +26,7 @@ from icenet.core.training.loss_scale import LossScale
 from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Trace, Value, short_dtype
-from icenet.parity.yardstick import SAMPLES, judge_curve, rounded_anew
+from icenet.parity.yardstick import SAMPLES, judge_curve, perturb_by_ulp
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -83,7 +83,7 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
         pixels = (rows, size, size, config.model.image_channels)
         images = rng.normal(rng.key(config.seed, "parity batch"), pixels)
         return {"inputs": images, "labels": classes.astype(np.int32)}
-    if config.model.reads == "anything" and isinstance(config.data, ImageDataConfig):
+    if config.model.input_kind == "anything" and isinstance(config.data, ImageDataConfig):
         return dataset_for(config).train_batch(0, rows)  # what the model reads only its data can say
     shape = (rows, min(length, _length(config)) + 1)
     words = rng.bits(rng.key(config.seed, "parity batch"), shape[0] * shape[1]).astype(np.uint64)
@@ -249,7 +249,7 @@ def unequal(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> list[str]
 def _weights_anew(engine: Engine, dtype: str, index: int) -> Iterator[None]:
     """While it is open, the engine's weights are rounded anew (floor 5 of the yardstick)."""
     weights = engine.weights()
-    moved = {p: rounded_anew(a, dtype, rng.key(index, "rounded anew", p)) for p, a in weights.items()}
+    moved = {p: perturb_by_ulp(a, dtype, rng.key(index, "rounded anew", p)) for p, a in weights.items()}
     engine.set_weights({path: moved[path].astype(array.dtype) for path, array in weights.items()})
     try:
         yield

@@ -29,7 +29,7 @@ could call wrong:
 5.  So it is with a tensor of few values, such as the bias of a layer two wide: the RMS of two errors is an eighth
     of what is usual once in 65 times. And PyTorch may add up in float64 inside, to exact sums of terms that were
     rounded before. So where a ratio is over FACTOR, PyTorch is run SAMPLES times more in the dtype under test, its
-    weights, inputs and cotangents rounded anew (`rounded_anew`), which draws every rounding inside anew too. The
+    weights, inputs and cotangents rounded anew (`perturb_by_ulp`), which draws every rounding inside anew too. The
     noise of each value is at least the RMS of its distances from the reference: `spread`. What MLX computed does
     not change, nor does FACTOR; it is the noise that is measured better.
 
@@ -226,7 +226,7 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
 
 
-def rounded_anew(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:
+def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:
     """Values of which one in twelve, drawn under `key`, is moved by an ulp of `dtype` up or down.
 
     The mean square of that is the one of a rounding, ulp^2 / 12, and each value stays one of the dtype's. Zeros and
@@ -240,7 +240,7 @@ def rounded_anew(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32])
     return moved
 
 
-def spread_of(exact: npt.ArrayLike, samples: Sequence[npt.ArrayLike]) -> Floats:
+def noise_rms(exact: npt.ArrayLike, samples: Sequence[npt.ArrayLike]) -> Floats:
     """The RMS distance of samples from a value, element by element (floor 5)."""
     r = np.asarray(exact, np.float64)
     with np.errstate(invalid="ignore"):

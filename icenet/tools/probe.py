@@ -19,7 +19,7 @@ from icenet.core.engine import Batch
 from icenet.engine.engine import Engine
 from icenet.nn.norm import keep_running_statistics
 from icenet.parity.trace import Call, Trace, Value, short_dtype
-from icenet.tools import facts
+from icenet.tools import environment
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 
@@ -29,7 +29,7 @@ def describe(engine: Engine) -> dict[str, str]:
     kind = "cpu"
     if engine.device != "cpu":
         kind = "cuda" if mx.cuda.is_available() else "metal"
-    state = facts.tf32(kind, str(mx.device_info().get("device_name", "")))
+    state = environment.tf32(kind, str(mx.device_info().get("device_name", "")))
     return {
         "framework": "MLX",
         "version": mx.__version__,  # type: ignore[attr-defined]  # its stub lacks it

@@ -26,8 +26,8 @@ from icenet.core.errors import BackendError, UsageError
 from icenet_torch.nn.norm import running_statistics, set_running_statistics
 
 
-class World:
-    """The processes; see `icenet.core.distributed.processes.World`. A world of one does nothing."""
+class ProcessGroup:
+    """The processes; see `icenet.core.distributed.processes.ProcessGroup`. A group of one does nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
@@ -49,7 +49,7 @@ class World:
 
     # ---- the model ---------------------------------------------------------------------------------------
 
-    def spread(self, model: Any, sharded: bool) -> None:
+    def broadcast_or_shard(self, model: Any, sharded: bool) -> None:
         """Makes the model that of all processes: the same values everywhere or, sharded, a part of them in each."""
         if self.size == 1:
             return
@@ -83,27 +83,31 @@ class World:
         """The model, or this process's part of its parameters, as an optimizer takes it."""
         return model if self.shards is None else self.shards
 
-    def whole(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def gather_full(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All of the parameters of which this process has parts, canonical, by `PATH` or `PATH.SLOT`.
 
         All processes must ask at once.
         """
-        return {name: self.shards.whole(name, array) if self.shards else array for name, array in arrays.items()}
+        return {
+            name: self.shards.gather_full(name, array) if self.shards else array for name, array in arrays.items()
+        }
 
-    def parts(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """This process's parts of whole parameters; the reverse of `whole`."""
-        return {name: self.shards.part(name, array) if self.shards else array for name, array in arrays.items()}
+    def local_shard(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's parts of whole parameters; the reverse of `gather_full`."""
+        return {
+            name: self.shards.local_shard(name, array) if self.shards else array for name, array in arrays.items()
+        }
 
     # ---- a step ------------------------------------------------------------------------------------------
 
-    def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Turns what the backward pass left at the parameters into the gradients summed over the processes."""
         if self.shards is not None:
             self.shards.take_gradients()
         elif self._parallel is not None:
             torch._foreach_mul_([p.grad for p in parameters.values() if p.grad is not None], self.size)
 
-    def add_loss(self, loss: Tensor) -> Tensor:
+    def all_reduce_loss(self, loss: Tensor) -> Tensor:
         """The loss summed over the processes, and how many each of `processes.SIGNALS` asks to stop: `[1 + S]`.
 
         One process alone gives its loss as it is.
@@ -113,7 +117,7 @@ class World:
         asked = torch.tensor(processes.asked(self.stop), dtype=loss.dtype, device=loss.device)
         return self._sum(torch.cat([loss.reshape(1), asked]))
 
-    def add_norms(self, norm: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def all_reduce_norms(self, norm: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of whole gradients, together and each, from those of this process's parts."""
         if self.shards is None:
             return norm, norms
@@ -139,16 +143,16 @@ class World:
         return torch.cat(found)
 
 
-def read_loss(world: World, added: Tensor) -> tuple[float, str | None]:
-    """What `World.add_loss` gave: the loss, and what asks all processes to stop."""
-    if world.size == 1:
+def read_loss(process_group: ProcessGroup, added: Tensor) -> tuple[float, str | None]:
+    """What `ProcessGroup.all_reduce_loss` gave: the loss, and what asks all processes to stop."""
+    if process_group.size == 1:
         return added.item(), None
     loss, *asked = added.tolist()
     return loss, processes.asked_for(asked)
 
 
-def join(device: str = "auto") -> World:
-    """This process's world; it waits for the others that a launcher started.
+def join(device: str = "auto") -> ProcessGroup:
+    """This process's group; it waits for the others that a launcher started.
 
     Args:
         device: as in the configuration; it decides what carries PyTorch's tensors.
@@ -158,7 +162,7 @@ def join(device: str = "auto") -> World:
     """
     place = launch.place_for("torch")
     if place is None:
-        return World()
+        return ProcessGroup()
     if not dist.is_initialized():
         if device != "cpu" and torch.backends.mps.is_available():
             raise BackendError("PyTorch's processes cannot share a Mac's GPU: --backend mlx, started with mlx.launch")
@@ -171,7 +175,7 @@ def join(device: str = "auto") -> World:
             first = next(iter(str(error).splitlines()), "")
             raise BackendError(launch.not_met(place, first)) from error
         atexit.register(_leave)
-    return World(dist.get_rank(), dist.get_world_size())
+    return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
 
 def _leave() -> None:
@@ -202,17 +206,17 @@ class Shards:
     plain tensors, on which any optimizer works that fits each value by itself.
     """
 
-    def __init__(self, model: Any, world: World) -> None:
+    def __init__(self, model: Any, process_group: ProcessGroup) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self.world = world
+        self.process_group = process_group
         self.shapes: dict[str, tuple[int, ...]] = {}
         kinds = model.layer_kinds()
         for path, parameter in model.named_parameters():
             processes.check_cut(path, parameter.ndim, kinds)
             self.shapes[path] = tuple(parameter.shape)
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        mesh = init_device_mesh(process_group.device.type, (process_group.size,))
         units = _units(model)
         for unit in reversed(units):
             # else the outermost unit keeps what an evaluation put together, averaged weights maybe, for the next step
@@ -237,20 +241,22 @@ class Shards:
             if source.grad is not None:
                 self.parameters[path].grad, source.grad = source.grad.to_local(), None
 
-    def part(self, name: str, array: np.ndarray) -> np.ndarray:
+    def local_shard(self, name: str, array: np.ndarray) -> np.ndarray:
         length = self._length(name)
         if length is None:
             return array
-        each = -(-length // self.world.size)
-        return array[self.world.rank * each : (self.world.rank + 1) * each]
+        each = -(-length // self.process_group.size)
+        return array[self.process_group.rank * each : (self.process_group.rank + 1) * each]
 
-    def whole(self, name: str, array: np.ndarray) -> np.ndarray:
+    def gather_full(self, name: str, array: np.ndarray) -> np.ndarray:
         length = self._length(name)
         if length is None:
             return array
-        filled = np.zeros((-(-length // self.world.size), *array.shape[1:]), array.dtype)
+        filled = np.zeros((-(-length // self.process_group.size), *array.shape[1:]), array.dtype)
         filled[: len(array)] = array
-        return self.world._gather(torch.from_numpy(filled).to(self.world.device)).cpu().numpy()[:length]
+        return (
+            self.process_group._gather(torch.from_numpy(filled).to(self.process_group.device)).cpu().numpy()[:length]
+        )
 
     def _length(self, name: str) -> int | None:
         """The first axis of a parameter or its slot; None of what is not cut."""

@@ -61,13 +61,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_model(config: Config, device: str = "auto", initialise: bool = True) -> BaseModel:
+def build_model(config: Config, device: str = "auto", init_weights: bool = True) -> BaseModel:
     """A model on a device, with its initial weights or, for weights to be loaded, with none drawn."""
     chosen = choose_device(device)
-    return new_model(config.model, MODELS, "torch", config.seed if initialise else None).to(chosen)
+    return new_model(config.model, MODELS, "torch", config.seed if init_weights else None).to(chosen)
 
 
-def outline(config: Config) -> BaseModel:
+def meta_model(config: Config) -> BaseModel:
     """A model that knows its shapes and holds no values, whatever its size."""
     with torch.device("meta"):
         return new_model(config.model, MODELS, "torch", None)
@@ -82,22 +82,22 @@ class Engine:
         self.dtype = getattr(torch, dtype)
         self.config = config
         training = config.training
-        self.world = distributed.join(device)
-        processes.check(training, self.world.size)
+        self.process_group = distributed.join(device)
+        processes.check(training, self.process_group.size)
         self.model = build_model(config, distributed.own_device(device)).to(self.dtype)
-        self.world.spread(self.model, training.sharded)
+        self.process_group.broadcast_or_shard(self.model, training.sharded)
         self.device = str(self.model.device)
         self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         if self.dtype == torch.float64:
             self.model.compute_dtype = self.dtype
         self.model.gradient_checkpointing = training.gradient_checkpointing
-        fitted = self.world.fitted(self.model)
+        fitted = self.process_group.fitted(self.model)
         self.parameters = {path: p for path, p in fitted.named_parameters() if p.requires_grad}
         self.optimizer = new_optimizer(training, fitted)
         in_place = fitted is not self.model
         self.average = WeightAverage(fitted, in_place) if training.ema_decay else None
         self._dropouts = self.model.dropout_layers()
-        call = self.world.callable(self.model)
+        call = self.process_group.callable(self.model)
         self._call = torch.compile(call) if config.model.compile_model else call
 
     # ---- training ----------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Engine:
         statistics = running_statistics(self.model) if guarded else []
         loss = self._accumulate(batch, step, loss_scale)
         norm, norms = self._norms()
-        loss = self.world.add_loss(loss)
+        loss = self.process_group.all_reduce_loss(loss)
         if guarded and not torch.isfinite((loss + norm).sum()).item():
             set_running_statistics(self.model, statistics)  # a skipped step leaves no trace
             return loss, norm, norms
@@ -118,22 +118,22 @@ class Engine:
 
     def read(self, handle: Any) -> StepResult:
         added, norm, norms = handle
-        loss, stop = distributed.read_loss(self.world, added)
+        loss, stop = distributed.read_loss(self.process_group, added)
         named = lambda: dict(zip(self.parameters, norms.tolist(), strict=True))  # noqa: E731
         return step_result(loss, norm.item(), stop, named)
 
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> torch.Tensor:
         """The mean loss of a batch, from one micro-batch after the other; the parameters then hold its gradients."""
         if self.config.training.rng == "native":
-            torch.manual_seed(rng.native_seed(self.config.seed, step, self.world.rank))
+            torch.manual_seed(rng.native_seed(self.config.seed, step, self.process_group.rank))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
         number = self.config.training.gradient_accumulation
-        parts = micro_batches(batch, number, self.world.rank, self.world.size)
+        parts = micro_batches(batch, number, self.process_group.rank, self.process_group.size)
         for index, (part, rows, share) in enumerate(parts):
-            with self.world.accumulating(last=index + 1 == len(parts)):
+            with self.process_group.accumulating(last=index + 1 == len(parts)):
                 loss = loss + self._gradients(self._arrays(part), self._keys(step, rows), share, loss_scale)
-        self.world.add_gradients(self.parameters)
+        self.process_group.all_reduce_gradients(self.parameters)
         if self.config.training.mixed_precision == "fp16":
             torch._foreach_div_(self._gradient_list(), loss_scale)
         return loss
@@ -160,7 +160,7 @@ class Engine:
         return [p.grad for p in self.parameters.values()]
 
     def _norms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.world.add_norms(*gradient_norms(self._gradient_list()))
+        return self.process_group.all_reduce_norms(*gradient_norms(self._gradient_list()))
 
     def _update(self, norm: torch.Tensor, weight: float) -> None:
         training = self.config.training
@@ -177,9 +177,9 @@ class Engine:
         self._mode(True)
         with keep_running_statistics(self.model):
             loss = self._accumulate(batch, step)
-        number, _ = distributed.read_loss(self.world, self.world.add_loss(loss))
+        number, _ = distributed.read_loss(self.process_group, self.process_group.all_reduce_loss(loss))
         gradients = dict(zip(self.parameters, map(_numpy, self._gradient_list()), strict=True))
-        return number, self.world.whole(gradients)
+        return number, self.process_group.gather_full(gradients)
 
     def apply_gradients(self, gradients: dict[str, np.ndarray], step: int, learning_rate: float) -> None:
         for path, p in self.parameters.items():
@@ -217,19 +217,21 @@ class Engine:
     # ---- state in and out --------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, np.ndarray]:
-        self.world.average_statistics(self.model)
-        return self.world.whole(self.model.weights())
+        self.process_group.average_statistics(self.model)
+        return self.process_group.gather_full(self.model.weights())
 
     def set_weights(self, weights: dict[str, np.ndarray]) -> None:
-        self.model.set_weights(self.world.parts(weights))
+        self.model.set_weights(self.process_group.local_shard(weights))
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         arrays = {name: _numpy(tensor) for name, tensor in state_arrays(self.optimizer).items()}
         averages = self.average.arrays if self.average else {}
-        return self.world.whole(arrays | {f"{path}.ema": _numpy(tensor) for path, tensor in averages.items()})
+        return self.process_group.gather_full(
+            arrays | {f"{path}.ema": _numpy(tensor) for path, tensor in averages.items()}
+        )
 
     def set_optimizer_state(self, state: dict[str, np.ndarray]) -> None:
-        averages, slots = split_averages(self.world.parts(state))
+        averages, slots = split_averages(self.process_group.local_shard(state))
         set_state_arrays(self.optimizer, {name: from_numpy(array) for name, array in slots.items()})
         if self.average is not None:
             # a run that has kept no average yet begins with the weights it has

@@ -147,37 +147,37 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.T if tall else x
 
 
-class Part(NamedTuple):
+class OptimizerGroup(NamedTuple):
     """One group: its optimizer, its learning rate in units of the schedule's, and its parameters by path."""
 
     optimizer: Any
-    factor: float
+    lr_scale: float
     parameters: dict[str, nn.Parameter]
 
 
 class Optimizer:
     """The optimizers of all groups as one."""
 
-    def __init__(self, name: str, parts: list[Part]) -> None:
+    def __init__(self, name: str, groups: list[OptimizerGroup]) -> None:
         self.name = name
-        self.parts = parts
+        self.groups = groups
 
     def prepare(self, step: int, learning_rate: float) -> None:
         """Sets the numbers of step 0, 1, ...; called before `step`."""
-        for part in self.parts:
+        for part in self.groups:
             for group in part.optimizer.param_groups:
-                group["lr"] = learning_rate * part.factor
+                group["lr"] = learning_rate * part.lr_scale
             for state in part.optimizer.state.values():
                 if "step" in state:
                     state["step"].fill_(step)
 
     def step(self) -> None:
         """Moves the model's parameters by their `grad`."""
-        for part in self.parts:
+        for part in self.groups:
             part.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
+        for part in self.groups:
             part.optimizer.zero_grad(set_to_none)
 
 
@@ -189,9 +189,9 @@ def new_optimizer(training: TrainingConfig, model: BaseModel) -> Optimizer:
     """
     parameters = {path: p for path, p in model.named_parameters() if p.requires_grad}
     shapes = {path: tuple(p.shape) for path, p in parameters.items()}
-    groups = assign(training, shapes, model.layer_kinds(), getattr(model.config, "vocab_size", None))
-    parts = []
-    for group, paths in gather(groups).items():
+    assigned = assign(training, shapes, model.layer_kinds(), getattr(model.config, "vocab_size", None))
+    groups = []
+    for group, paths in gather(assigned).items():
         own = {path: parameters[path] for path in paths}
         optimizer = METHODS[group.method](list(own.values()), training, group)
         for parameter in own.values():
@@ -199,15 +199,15 @@ def new_optimizer(training: TrainingConfig, model: BaseModel) -> Optimizer:
             optimizer.state[parameter] = optimizer.init_single(parameter)
             if isinstance(optimizer, (Adam, AdamW, Adafactor)):
                 optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
-        parts.append(Part(optimizer, group.factor, own))
-    return Optimizer(training.optimizer, parts)
+        groups.append(OptimizerGroup(optimizer, group.lr_scale, own))
+    return Optimizer(training.optimizer, groups)
 
 
 def state_arrays(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by canonical name (`PATH.exp_avg`), in PyTorch's layouts."""
     return {
         f"{path}.{slot}": tensor
-        for part in optimizer.parts
+        for part in optimizer.groups
         for path, parameter in part.parameters.items()
         for slot, tensor in part.optimizer.state[parameter].items()
         if slot != "step"

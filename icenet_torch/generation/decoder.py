@@ -41,48 +41,52 @@ class Decoder:
         self.seen = None if seen is None else torch.from_numpy(seen).to(device)
         self.rows = torch.arange(len(request.tokens), device=device)
         self.context = torch.from_numpy(request.tokens).to(device)  # all tokens so far, [B, S]
-        self.visible = None if request.visible is None else torch.from_numpy(request.visible).to(device)
+        self.attention_mask = (
+            None if request.attention_mask is None else torch.from_numpy(request.attention_mask).to(device)
+        )
         with evaluating(self.model):
-            self.logits = self.read_context(request.window)
+            self.logits = self.prefill(request.context_length)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.logits = self.cache = None
 
-    def read_context(self, limit: int | None) -> torch.Tensor:
+    def prefill(self, limit: int | None) -> torch.Tensor:
         """Reads the last `limit` tokens of the context into a new cache; gives the logits `[B, V]` after them."""
         if limit is not None:
             self.context = self.context[:, -limit:]
-            self.visible = None if self.visible is None else self.visible[:, -limit:]
+            self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, -limit:]
         if not self.cached:
             return self.model(self.context)[:, -1]
         self.cache = self.model.make_cache()
         chunk, length = self.request.settings.prefill_chunk, self.context.shape[1]
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
-            visible = None if self.visible is None else self.visible[:, :stop]
-            hidden = self.model.hidden_states(self.context[:, start:stop], visible, self.cache)
+            mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
+            hidden = self.model.hidden_states(self.context[:, start:stop], mask, self.cache)
         return self.model.project(hidden[:, -1])
 
-    def read_token(self, token: torch.Tensor) -> torch.Tensor:
+    def decode_step(self, token: torch.Tensor) -> torch.Tensor:
         """Reads one more token of each row, `[B]`; gives the logits `[B, V]` after it."""
-        window = self.request.window
-        full = window is not None and self.context.shape[1] >= window
+        context_length = self.request.context_length
+        full = context_length is not None and self.context.shape[1] >= context_length
         self.context = torch.cat([self.context, token[:, None]], dim=1)
-        if self.visible is not None:
-            self.visible = torch.cat([self.visible, self.visible.new_ones((len(token), 1))], dim=1)
+        if self.attention_mask is not None:
+            self.attention_mask = torch.cat(
+                [self.attention_mask, self.attention_mask.new_ones((len(token), 1))], dim=1
+            )
         if full:  # forget the older half and read the rest again: positions start anew
-            return self.read_context(max((window or 0) // 2, 1))
+            return self.prefill(max((context_length or 0) // 2, 1))
         if not self.cached:
             return self.model(self.context)[:, -1]
-        hidden = self.model.hidden_states(token[:, None], self.visible, self.cache)
+        hidden = self.model.hidden_states(token[:, None], self.attention_mask, self.cache)
         return self.model.project(hidden[:, -1])
 
     @torch.no_grad()
     def next(self, index: int) -> Any:
         if index > 0:
             with evaluating(self.model):
-                self.logits = self.read_token(self.token)
+                self.logits = self.decode_step(self.token)
         keys = None if self.keys is None else self.keys[index]
         self.scores = scores(self.logits, self.request.settings, keys, self.seen)
         self.token = torch.argmax(self.scores, dim=-1)
@@ -101,6 +105,7 @@ class Decoder:
         if copied is not None:
             copied.synchronize()
         return host.cpu().numpy().astype(np.int32)
+
     def fetch_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """The logits and scores, fp32 `[B, V]`, that the last token was chosen by."""
         return self.logits.float().cpu().numpy(), self.scores.cpu().numpy()

@@ -12,7 +12,7 @@ from torch import nn
 from icenet.core.config import ModelConfig
 from icenet.core.generation import request as generation
 from icenet.core.generation import streaming
-from icenet.core.models.base import ModelFacts
+from icenet.core.models.base import ModelBase
 from icenet.core.weights import layout
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn.arrays import from_numpy, to_numpy
@@ -20,7 +20,7 @@ from icenet_torch.nn.dropout import Dropout, seed_dropouts
 from icenet_torch.nn.kinds import kind_of
 
 
-class BaseModel(ModelFacts, nn.Module):
+class BaseModel(ModelBase, nn.Module):
     """The base of all models. A subclass defines its layers in `__init__` and `forward`.
 
     `config` is the model's section of the configuration. A model whose `__init__` ends with

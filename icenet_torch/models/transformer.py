@@ -122,13 +122,13 @@ class TransformerModel(BaseModel):
         length = input_ids.shape[1]
         start = cache[0].length if cache else 0
         self.check_length(start + length)
-        visible = None if attention_mask is None else attention_mask.to(torch.bool)
-        if visible is None:
+        real = None if attention_mask is None else attention_mask.to(torch.bool)
+        if real is None:
             positions = self._positions[start : start + length]
         else:
-            counted = torch.cumsum(visible.to(torch.int32), dim=1)[:, -length:]
+            counted = torch.cumsum(real.to(torch.int32), dim=1)[:, -length:]
             positions = self._positions[torch.clamp(counted - 1, min=0)]
-        mask = ops.attention_mask(visible, length, self.config.causal)
+        mask = ops.make_attention_mask(real, length, self.config.causal)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
         x = self.embedding_dropout(x.to(self.compute_dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icenet_torch.nn.activations import activation
-from icenet_torch.nn.attention import attention_mask, scaled_dot_product_attention
+from icenet_torch.nn.attention import make_attention_mask, scaled_dot_product_attention
 from icenet_torch.nn.checkpointing import checkpoint
 from icenet_torch.nn.conv import Conv2d, global_average_pool, max_pool
 from icenet_torch.nn.dropout import Dropout
@@ -23,7 +23,7 @@ __all__ = [
     "Linear",
     "RNN",
     "activation",
-    "attention_mask",
+    "make_attention_mask",
     "checkpoint",
     "cross_entropy",
     "global_average_pool",

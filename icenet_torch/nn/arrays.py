@@ -33,6 +33,7 @@ def to_channels_first(x: Array) -> Array:
     x = x.permute(0, 3, 1, 2)
     return x if x.is_cuda else x.contiguous()
 
+
 _TORCH_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

@@ -21,9 +21,9 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dims, eps)
 
     def forward(self, x: Array) -> Array:
-        return F.layer_norm(
-            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-        ).to(x.dtype)
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
+            x.dtype
+        )
 
 
 class BatchNorm2d(nn.BatchNorm2d):

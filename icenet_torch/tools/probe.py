@@ -15,14 +15,14 @@ from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet_torch.engine.engine import Engine
 from icenet_torch.nn.arrays import to_channels_first
 from icenet_torch.nn.norm import keep_running_statistics
-from icenet_torch.tools import facts
+from icenet_torch.tools import environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def describe(engine: Engine) -> dict[str, str]:
     """What a report says of the engine: framework, version, device, TF32."""
-    state = facts.tf32(engine.device.partition(":")[0])
+    state = environment.tf32(engine.device.partition(":")[0])
     return {
         "framework": "PyTorch",
         "version": torch.__version__,

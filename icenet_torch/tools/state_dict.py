@@ -55,16 +55,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Array]:
             raise WeightsError(
                 f"{path}: {name!r} is a {type(value).__name__}, not a tensor; save model.state_dict() alone"
             )
-        if (
-            value.layout != torch.strided
-            or value.is_meta
-            or value.is_quantized
-            or value.dtype not in _STORABLE
-        ):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype not in _STORABLE:
             what = f"{value.layout}, {value.dtype}".replace("torch.", "")
-            raise WeightsError(
-                f"{path}: {name!r} ({what}) is not a plain tensor; make it dense and of a plain dtype"
-            )
+            raise WeightsError(f"{path}: {name!r} ({what}) is not a plain tensor; make it dense and of a plain dtype")
     return {name: to_numpy(value) for name, value in content.items()}
 
 

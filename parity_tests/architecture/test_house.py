@@ -108,15 +108,15 @@ import numpy as np
 from {package}.models import TransformerModel
 from {package}.models.base import BaseModel
 from icenet.core.config import ModelConfig, Config
-from icenet.core import backend
-import {package}.probe, {package}.facts, {package}.optimizers
+from icenet.core import backends
+import {package}.tools.probe, {package}.tools.environment, {package}.engine.optimizers
 sizes = dict(type="transformer", hidden_size=8, num_layers=1, num_heads=2, vocab_size=11, max_seq_length=8)
 model = TransformerModel(ModelConfig(**sizes))
 assert model.generate([[1, 2], [3]], max_new_tokens=3, seed=1).shape == (2, 5)
-engine = backend.engine(Config.from_dict({{"model": sizes}}), {name!r})
+engine = backends.engine(Config.from_dict({{"model": sizes}}), {name!r})
 batch = {{"inputs": np.ones((2, 4), np.int32), "labels": np.ones((2, 4), np.int32)}}
 assert engine.read(engine.train_step(batch, 0, 1e-3)).finite
-assert backend.resolve("auto") == {name!r}
+assert backends.resolve("auto") == {name!r}
 print(*loaded("mlx", "torch", "icenet_torch"))
 """
 
@@ -139,10 +139,10 @@ def test_each_backend_leaves_the_other_alone() -> None:
 @pytest.mark.parametrize("missing", ["mlx", "torch"])
 def test_a_missing_backend_is_one_line_with_the_remedy(missing: str) -> None:
     code = f"""
-    from icenet.core import backend
+    from icenet.core import backends
     from icenet.core.errors import BackendError
     try:
-        backend.resolve({missing!r})
+        backends.resolve({missing!r})
     except BackendError as error:
         print(error)
     """

@@ -90,7 +90,7 @@ import json
 import icenet.tools.bench, icenet.engine.engine
 from icenet.core.report.resident_memory import Resident
 from icenet.core.config import Config
-from icenet.core.data import dataset_for
+from icenet.core.data.datasets import dataset_for
 config = Config.from_dict(json.loads({json.dumps(json.dumps(process.plain(config)))}))
 engine = icenet.engine.engine.Engine(config, "cpu")
 batch = dataset_for(config).train_batch(0, 16)

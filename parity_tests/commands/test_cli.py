@@ -78,9 +78,7 @@ def test_answers_import_no_framework(arguments: list[str]) -> None:
         "if n in sys.modules]; "
         "print(code, heavy, file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     code = {"nonsense": 2, "": 2}.get("".join(arguments), 0)
     assert done.stderr.splitlines()[-1] == f"{code} []"
 

@@ -51,9 +51,7 @@ def test_this_machine() -> None:
 @linux
 def test_memory_and_cores_are_the_kernels() -> None:
     facts = doc.system_facts()
-    assert facts["memory"] == pytest.approx(
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=1e-3
-    )
+    assert facts["memory"] == pytest.approx(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=1e-3)
     assert facts["cores"] == len(os.sched_getaffinity(0))
     assert facts["python"] == sys.version.split()[0]
 
@@ -127,9 +125,9 @@ def test_a_broken_framework_is_a_finding(way: str, tmp_path: Path, monkeypatch: 
     problems = doc.find_problems(system, versions, {**WORKS, "torch": facts})
     assert [problem.what for problem in problems] == [f"torch does not work: {error}"]
     assert problems[0].severity == "error"
-    assert (
-        "importtime" if way == "hangs" else "pip uninstall -y torch; pip install 'icenet[torch]'"
-    ) in problems[0].remedy
+    assert ("importtime" if way == "hangs" else "pip uninstall -y torch; pip install 'icenet[torch]'") in problems[
+        0
+    ].remedy
 
 
 def test_a_framework_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,9 +251,7 @@ def test_a_gpu_that_is_not_used_and_tf32_on_one_that_is() -> None:
     backends["torch"] |= {"devices": ["cpu", "cuda"], "default_device": "cuda"}
     backends["torch"]["tf32"] = {"enabled": True, "matters": True, "switch": "allow_tf32=True"}
     unused, tf32 = doc.find_problems(*machine(nvidia="580.1"), backends)
-    assert (
-        unused.what == "there is an NVIDIA GPU, and mlx does not use it" and "icenet[cuda]" in unused.remedy
-    )
+    assert unused.what == "there is an NVIDIA GPU, and mlx does not use it" and "icenet[cuda]" in unused.remedy
     assert tf32.severity == "note" and "PyTorch may compute fp32 at TF32's precision" in tf32.what
 
 
@@ -266,7 +262,7 @@ def test_the_worst_comes_first() -> None:
 
 @with_mlx
 def test_tf32_matters_on_cuda_and_from_m5_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from icenet.tools.facts import tf32
+    from icenet.tools.environment import tf32
 
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
     cases = [

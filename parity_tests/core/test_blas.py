@@ -234,9 +234,7 @@ def test_a_named_library_of_no_use_is_an_error(value: str, words: tuple[str, ...
 @linux
 def test_suffixed_and_64_bit_builds_are_refused_by_name(tmp_path: Path) -> None:
     suffixed = stub(tmp_path, "libopenblas64_.so", "SUFFIXED")
-    assert "does not export sgemm_ (builds with suffixed" in last_error(
-        "import icenet.blas", ICENET_BLAS=suffixed
-    )
+    assert "does not export sgemm_ (builds with suffixed" in last_error("import icenet.blas", ICENET_BLAS=suffixed)
     wide = stub(tmp_path, "libopenblas64.so", "WIDE")
     assert "64-bit integers (ILP64)" in last_error("import icenet.blas", ICENET_BLAS=wide)
 
@@ -270,9 +268,7 @@ def test_nothing_found_is_one_warning_with_the_remedy() -> None:
 
 
 @linux
-@pytest.mark.parametrize(
-    ("choice", "remedy"), [("torch", "pip install torch"), ("openblas", "install OpenBLAS")]
-)
+@pytest.mark.parametrize(("choice", "remedy"), [("torch", "pip install torch"), ("openblas", "install OpenBLAS")])
 def test_a_chosen_library_that_is_not_installed_is_an_error(choice: str, remedy: str) -> None:
     line = last_error(ABSENT.format(choice=choice), ICENET_BLAS="none")
     assert f"ICENET_BLAS={choice}: not found; {remedy}" in line
@@ -334,9 +330,7 @@ def unguarded(source: str) -> list[int]:
         for node in tree.body
         if (isinstance(node, ast.Import) and any(alias.name == "icenet.blas" for alias in node.names))
         or (
-            isinstance(node, ast.ImportFrom)
-            and node.module == "icenet"
-            and any(a.name == "blas" for a in node.names)
+            isinstance(node, ast.ImportFrom) and node.module == "icenet" and any(a.name == "blas" for a in node.names)
         )
     ]
     first = min(guards, default=sys.maxsize)
@@ -354,9 +348,7 @@ def unguarded(source: str) -> list[int]:
 def test_every_module_that_imports_mlx_imports_the_fast_blas_first() -> None:
     files = sorted((ROOT / "icenet").rglob("*.py"))
     assert ROOT / "icenet" / "facts.py" in files
-    offenders = {
-        str(path.relative_to(ROOT)): lines for path in files if (lines := unguarded(path.read_text()))
-    }
+    offenders = {str(path.relative_to(ROOT)): lines for path in files if (lines := unguarded(path.read_text()))}
     assert offenders == {}
 
 

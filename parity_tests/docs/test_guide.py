@@ -97,7 +97,7 @@ def test_the_rnns_yaml(family: str, here: Path) -> None:
 # ---- optimization -----------------------------------------------------------------------------------------
 
 ASSIGNMENTS = (
-    "# Automatic in training pipeline\nconfig.training.mixed_precision = \"fp16\"\n",
+    '# Automatic in training pipeline\nconfig.training.mixed_precision = "fp16"\n',
     "config.model.compile_model = True\n",
     "config.training.gradient_checkpointing = True\n",
 )
@@ -332,7 +332,7 @@ import numpy as np
 
 import icenet
 from icenet.core.config import Config
-from icenet.core.weights.convert import convert_model
+from icenet.commands.convert import convert_model
 from icenet.core.training.trainer import Trainer
 from icenet.parity.run import run
 

@@ -319,7 +319,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         "token_embedding.weight": 0.2, "blocks.0.up.weight": 0.2, "blocks.0.up.bias": 0.0, "norm.weight": 0.0,
         "conv.weight": 0.2, "output.weight": 0.2,
     }  # fmt: skip
-    assert {(g.method, g.factor) for g in found.values()} == {("adamw", 1.0)}
+    assert {(g.method, g.lr_scale) for g in found.values()} == {("adamw", 1.0)}
     for optimizer, usual in (("adamw", 0.1), ("muon", 0.1), ("adam", 0.0), ("sgd", 0.0)):  # coupled: not by itself
         assert assign(TrainingConfig(optimizer=optimizer), SHAPES, KINDS)["output.weight"].weight_decay == usual
     assert list(found) == list(SHAPES)
@@ -454,7 +454,7 @@ def test_another_optimizers_state(tmp_path: Path, backend: str, written: str, as
     with pytest.raises(CheckpointError, match=says) as error:
         engine.set_optimizer_state(made(written).optimizer_state())
     assert "\n" not in str(error.value)
-    assert (same_bits(engine.optimizer_state(), before) if before else engine.optimizer_state() == {})
+    assert same_bits(engine.optimizer_state(), before) if before else engine.optimizer_state() == {}
 
 
 @both
@@ -553,8 +553,6 @@ def test_a_compiled_step(tmp_path: Path, optimizer: str) -> None:
     found = compiled.optimizer_state()
     for name, array in eager.optimizer_state().items():
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4 * np.abs(array).max(), err_msg=name)
-
-
 
 
 @pytest.mark.parametrize("family", ["transformer", "cnn"])

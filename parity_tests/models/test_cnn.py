@@ -75,9 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config(seed: int = 7, training: dict[str, Any] | None = None, **model: Any) -> Config:
-    return Config.from_dict(
-        {"seed": seed, "device": "cpu", "model": {**BASE, **model}, "training": training or {}}
-    )
+    return Config.from_dict({"seed": seed, "device": "cpu", "model": {**BASE, **model}, "training": training or {}})
 
 
 def digits(*overrides: str) -> Config:
@@ -156,7 +154,7 @@ PUBLISHED = {"resnet-18": 11_689_512, "resnet-34": 21_797_672, "resnet-50": 25_5
 @ON_BOTH
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_resnets_have_the_published_number_of_parameters(backend: str, name: str) -> None:
-    model = backends.module(backend, "engine.engine").outline(Config.from_yaml(name))
+    model = backends.module(backend, "engine.engine").meta_model(Config.from_yaml(name))
     assert model.num_params == PUBLISHED[name]
     assert model.memory("fp16") == 2 * PUBLISHED[name]  # running statistics are no parameters
     assert sum(model.part_sizes().values()) == PUBLISHED[name]
@@ -196,7 +194,7 @@ def test_sizes(backend: str, name: str) -> None:
 def test_presets_beside_the_guide(name: str, classes: int) -> None:
     given = Config.from_yaml(name).model
     parameters, memory = presets.GUIDE[name]
-    model = backends.module("torch", "engine.engine").outline(Config.from_yaml(name))
+    model = backends.module("torch", "engine.engine").meta_model(Config.from_yaml(name))
     assert given.vocab_size == classes
     assert 0.92 * parameters < model.num_params <= parameters and model.memory("fp16") <= memory
 
@@ -652,9 +650,7 @@ def test_a_run_changes_backend(first: str, tmp_path: Path) -> None:
     Trainer.start(given, tmp_path / "origin", backend=first, quiet=True).fit(12)
     runs = {"there": (first, "float32"), "changed": (second, "float32"), "exact": ("torch", "float64")}
     for name, (backend, dtype) in runs.items():
-        trainer = Trainer.resume(
-            tmp_path / "origin", run=tmp_path / name, backend=backend, dtype=dtype, quiet=True
-        )
+        trainer = Trainer.resume(tmp_path / "origin", run=tmp_path / name, backend=backend, dtype=dtype, quiet=True)
         assert not trainer.notes
         result = trainer.fit()
         assert result.step == 24 and result.validation_accuracy is not None

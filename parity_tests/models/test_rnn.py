@@ -618,9 +618,9 @@ def test_presets(family: str, row: str, size: int, layers: int, limit: float) ->
     gates = GATES[family]
     biases = (gates + (family == "gru")) * size
     expected = layers * (2 * gates * size * size + biases) + 2 * size * given.model.vocab_size
-    model = importlib.import_module("icenet.engine.engine").outline(given)
+    model = importlib.import_module("icenet.engine.engine").meta_model(given)
     assert model.num_params == expected
-    assert importlib.import_module("icenet_torch.engine.engine").outline(given).num_params == expected
+    assert importlib.import_module("icenet_torch.engine.engine").meta_model(given).num_params == expected
     assert (0.93 if family == "lstm" else 0.82) * limit < expected <= limit
 
 

@@ -108,9 +108,7 @@ def case(seed: int, index: int) -> tuple[Config, dict[str, Any]]:
         "weight_decay": draw.choice([0.0, 0.1]),
         "max_grad_norm": draw.choice([None, 0.1, 1.0]),
     }
-    config = Config.from_dict(
-        {"seed": draw.randrange(2**40), "device": "cpu", "model": model, "training": training}
-    )
+    config = Config.from_dict({"seed": draw.randrange(2**40), "device": "cpu", "model": model, "training": training})
     rows = draw.choice([1, 2, 3, 4])
     if family != "cnn":
         return config, {"rows": rows, "length": draw.choice([1, 2, 5, 13, 16]), "padded": draw.random() < 0.4}
@@ -186,9 +184,7 @@ def check_resume(engines: Engines, about: Mapping[str, Any], folder: Path, from_
     for step in range(2):
         result = first.read(first.train_step(batch_of(config, about, step), step, RATE))
         assert result.finite, told
-    saved = checkpoint.load(
-        checkpoint.save(folder / "run", config, 2, first.weights(), first.optimizer_state(), {})
-    )
+    saved = checkpoint.load(checkpoint.save(folder / "run", config, 2, first.weights(), first.optimizer_state(), {}))
     weights, state = dict(saved.weights), dict(saved.optimizer)
     for engine in engines:
         engine.set_weights(weights)

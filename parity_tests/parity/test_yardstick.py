@@ -385,7 +385,7 @@ def test_an_unbroken_copy_passes_with_a_ratio_of_one(engines: Engines, batch: An
 
 def test_a_wrong_optimizer_is_seen(engines: Engines, batch: Any) -> None:
     altered = broken(engines, lambda modules: None)
-    for part in altered.mlx.optimizer.parts:  # type: ignore[attr-defined]
+    for part in altered.mlx.optimizer.groups:  # type: ignore[attr-defined]
         for group in part.optimizer.param_groups:
             group["betas"] = (0.9, 0.951)
     report = judge_engines(altered, batch)

@@ -23,7 +23,7 @@ class ModelConfig(Section):
     """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
 
     section: ClassVar[str] = "model"
-    reads: ClassVar[str] = "tokens"
+    input_kind: ClassVar[str] = "tokens"
     """What a batch holds: tokens or images."""
 
     type: str
@@ -81,7 +81,7 @@ class TransformerConfig(ModelConfig):
 class CNNConfig(ModelConfig):
     """A convolutional network for images: a stem, stages of blocks, and a classifier (`cnn_plan`)."""
 
-    reads: ClassVar[str] = "images"
+    input_kind: ClassVar[str] = "images"
 
     type: Literal["cnn"] = "cnn"
     hidden_size: Size = 512
@@ -144,7 +144,7 @@ class CustomConfig(ModelConfig):
     """A model of the user's own, with whatever options its class reads (`icenet.core.config.custom`)."""
 
     model_config = ConfigDict(extra="allow")
-    reads: ClassVar[str] = "anything"
+    input_kind: ClassVar[str] = "anything"
 
     type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
     """A file and a class in it: my_models.py:CustomModel."""

@@ -50,6 +50,7 @@ class Section(BaseModel):
 _SECTIONS: dict[Any, type[Section]] = {}
 """All sections by the name of their class, which is also their tag where one of several is chosen."""
 
+
 def explain(
     error: ValidationError,
     schema: type[Section],

@@ -76,10 +76,10 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
     """
     section: Any = config.data
     kind = "images" if isinstance(section, ImageDataConfig) else "tokens"
-    if config.model.reads not in (kind, "anything"):
+    if config.model.input_kind not in (kind, "anything"):
         wanted = "images" if kind == "tokens" else "text"
         raise ConfigError(
-            f"data.kind {section.kind}: model.type {config.model.type} reads {config.model.reads}; "
+            f"data.kind {section.kind}: model.type {config.model.type} reads {config.model.input_kind}; "
             f"set data.kind={wanted}, or choose another model"
         )
     if isinstance(section, ImageDataConfig):

@@ -26,7 +26,7 @@ ELEMENTWISE = ("adamw", "adam", "sgd", "lion")
 T = TypeVar("T")
 
 
-class World(Protocol):
+class ProcessGroup(Protocol):
     """The processes of a run, on one backend. Of a single one, all of it is nothing and costs nothing."""
 
     rank: int
@@ -51,12 +51,12 @@ def own_rows(rows: int, rank: int, size: int) -> range:
     return range(first, first + each + (rank < more))
 
 
-def share_rows(batch: dict[str, NDArray[Any]], world: World) -> dict[str, NDArray[Any]]:
+def share_rows(batch: dict[str, NDArray[Any]], process_group: ProcessGroup) -> dict[str, NDArray[Any]]:
     """A process's rows of a batch to be evaluated.
 
     Where there are too few it is the first row, its labels not counted: every process has something to compute.
     """
-    rows = own_rows(len(batch["labels"]), world.rank, world.size)
+    rows = own_rows(len(batch["labels"]), process_group.rank, process_group.size)
     if rows:
         return {name: array[rows.start : rows.stop] for name, array in batch.items()}
     first = {name: array[:1] for name, array in batch.items()}
@@ -95,32 +95,32 @@ def check_cut(path: str, ndim: int, kinds: Mapping[str, str]) -> None:
         raise ConfigError(f"training.sharded: {path} is {what} and cannot be cut; set training.sharded=false")
 
 
-def in_turn(world: World, work: Callable[[], T]) -> T:
+def in_turn(process_group: ProcessGroup, work: Callable[[], T]) -> T:
     """Does a piece of work in the first process, then in the others, which may find it done on the disk."""
-    if world.rank > 0:
-        world.gather([0.0])
+    if process_group.rank > 0:
+        process_group.gather([0.0])
     found = work()
-    if world.rank == 0:
-        world.gather([0.0])
+    if process_group.rank == 0:
+        process_group.gather([0.0])
     return found
 
 
 # ---- what they agree on -----------------------------------------------------------------------------------
 
 
-def agree(world: World, what: Mapping[str, str]) -> None:
+def agree(process_group: ProcessGroup, what: Mapping[str, str]) -> None:
     """Waits for all processes, and refuses to go on where they were given different things.
 
     Args:
-        world: the processes.
+        process_group: the processes.
         what: texts that must be the same, each under the name that an error calls it.
 
     Raises:
         CheckpointError: they differ; the run's folder is not the same everywhere, say.
     """
-    sums = world.gather([float(zlib.crc32(text.encode())) for text in what.values()])
+    sums = process_group.gather([float(zlib.crc32(text.encode())) for text in what.values()])
     for name, column in zip(what, sums.T, strict=True):
-        other = next((rank for rank in range(world.size) if column[rank] != column[0]), None)
+        other = next((rank for rank in range(process_group.size) if column[rank] != column[0]), None)
         if other is not None:
             raise CheckpointError(
                 f"process {other} has another {name} than process 0: each machine needs the same config, data and "
@@ -155,12 +155,12 @@ _OF_THE_NETWORK = ("connection", "peer", "gloo", "nccl", "[ring]", "[jaccl]", "[
 
 
 @contextlib.contextmanager
-def explaining(world: World, run: Path) -> Iterator[None]:
+def explaining(process_group: ProcessGroup, run: Path) -> Iterator[None]:
     """Tells of a connection that broke in one line: the frameworks raise a RuntimeError of their own."""
     try:
         yield
     except RuntimeError as error:
-        if world.size == 1 or not any(word in str(error).lower() for word in _OF_THE_NETWORK):
+        if process_group.size == 1 or not any(word in str(error).lower() for word in _OF_THE_NETWORK):
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise IceNetError(

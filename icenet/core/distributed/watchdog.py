@@ -12,32 +12,32 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from icenet.core.distributed.processes import World
+from icenet.core.distributed.processes import ProcessGroup
 
 
-class Watch:
+class Watchdog:
     """Ends this process where it is asked to stop but waits for others that are gone.
 
     A launcher asks the others to stop when one process fails. Python's signal handlers run between two of its own
     instructions, hence never while a framework waits for the network, and MLX's ring can wait forever once a
     connection broke. So a thread hears of the signal too, and gives the loop ten times its longest beat so far.
 
-        with Watch(world, run) as watch:
+        with Watchdog(process_group, run) as watch:
             watch.beat()                # at every step
             with watch.resting(): ...   # a wait that may take long and cannot hang
     """
 
     least_seconds = 20.0
 
-    def __init__(self, world: World, run: Path) -> None:
-        self.world = world
+    def __init__(self, process_group: ProcessGroup, run: Path) -> None:
+        self.process_group = process_group
         self.run = run
         self._last = time.monotonic()
         self._longest = 0.0
         self._resting = False
-        self._works = world.size > 1 and threading.current_thread() is threading.main_thread()
+        self._works = process_group.size > 1 and threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._last = time.monotonic()
         if self._works:
             self._reader, self._writer = os.pipe()
@@ -81,7 +81,8 @@ class Watch:
         finally:
             os.close(self._reader)
         print(
-            f"icenet: process {self.world.rank} was asked to stop and ends, for the other processes do not answer. "
+            f"icenet: process {self.process_group.rank} was asked to stop and ends: the other processes "
+            "do not answer. "
             f"To go on from the last checkpoint: --resume {self.run}",
             file=sys.stderr,
             flush=True,

@@ -15,7 +15,7 @@ from icenet.core.config import GenerationConfig
 from icenet.core.errors import UsageError
 from icenet.core.generation.prompts import batch_of
 from icenet.core.generation.sampling import draw_keys
-from icenet.core.models.base import ModelFacts
+from icenet.core.models.base import ModelBase
 from icenet.core.tokenizers.base import Tokenizer
 
 Tokens = NDArray[np.int32]
@@ -27,10 +27,10 @@ class Request:
     """A checked request: prompts `[B, T]`, which of their positions are real, and the settings."""
 
     tokens: Tokens
-    visible: NDArray[np.bool_] | None
+    attention_mask: NDArray[np.bool_] | None
     settings: GenerationConfig
     new_tokens: int
-    window: int | None
+    context_length: int | None
     seed: int
     pad_token_id: int
     tokenizer: Tokenizer | None
@@ -47,21 +47,21 @@ class Request:
             return None
         seen = np.zeros((self.tokens.shape[0], vocab_size), np.bool_)
         for row, tokens in enumerate(self.tokens):
-            seen[row, tokens if self.visible is None else tokens[self.visible[row]]] = True
+            seen[row, tokens if self.attention_mask is None else tokens[self.attention_mask[row]]] = True
         return seen
 
 
-def check_reads_tokens(model: ModelFacts) -> None:
+def check_reads_tokens(model: ModelBase) -> None:
     """Refuses a model that has no text to continue."""
-    if model.config.reads not in ("tokens", "anything"):
+    if model.config.input_kind not in ("tokens", "anything"):
         raise UsageError(
-            f"generate: a model of type {model.config.type} reads {model.config.reads} and continues no text; "
+            f"generate: a model of type {model.config.type} reads {model.config.input_kind} and continues no text; "
             "icenet predict classifies images"
         )
 
 
 def request(
-    model: ModelFacts,
+    model: ModelBase,
     input_ids: Any,
     attention_mask: Any,
     pad_token_id: int,
@@ -94,7 +94,7 @@ def request(
         if isinstance(item, int) and not 0 <= item < vocab_size:
             raise UsageError(f"generate: stop token {item} is outside the vocabulary (0 to {vocab_size - 1})")
     length = tokens.shape[1]
-    window = getattr(model.config, "max_seq_length", None)
+    context_length = getattr(model.config, "max_seq_length", None)
     if not getattr(model.config, "causal", True):
         raise UsageError("generate: this model sees the tokens to come (model.causal: false)")
     if getattr(model.config, "bidirectional", False):
@@ -110,19 +110,19 @@ def request(
             )
     else:
         new_tokens = DEFAULT_NEW_TOKENS
-        if window is not None and settings.overflow == "error":
-            new_tokens = max(1, min(new_tokens, window - length))
-    if window is not None and length + new_tokens > window and settings.overflow == "error":
+        if context_length is not None and settings.overflow == "error":
+            new_tokens = max(1, min(new_tokens, context_length - length))
+    if context_length is not None and length + new_tokens > context_length and settings.overflow == "error":
         raise UsageError(
-            f"generate: a prompt of {length} tokens and {new_tokens} new ones exceed model.max_seq_length {window}; "
-            "ask for fewer, or pass overflow='slide' to forget the oldest tokens"
+            f"generate: a prompt of {length} tokens and {new_tokens} new ones exceed model.max_seq_length "
+            f"{context_length}; ask for fewer, or pass overflow='slide' to forget the oldest tokens"
         )
     if any(isinstance(item, str) for item in settings.stop) and model.tokenizer is None:
         raise UsageError("generate: stop texts need a model with a tokenizer; give stop tokens")
     if "" in settings.stop:
         raise UsageError("generate: an empty stop text would end every text")
     seed = settings.seed if settings.seed is not None else 0
-    return Request(tokens, visible, settings, new_tokens, window, seed, pad_token_id, model.tokenizer)
+    return Request(tokens, visible, settings, new_tokens, context_length, seed, pad_token_id, model.tokenizer)
 
 
 def _plain(value: Any) -> Any:

@@ -37,16 +37,14 @@ def draw_keys(seed: int, rows: int, tokens: int) -> NDArray[np.uint32]:
     return rng.fold(by_row[None, :, :], np.arange(tokens)[:, None])
 
 
-class Stops:
+class StoppingCriteria:
     """Follows each row of a batch and says where it ends.
 
     A stop token, or the first token of a stop text, ends its row; neither is part of the result. What that first
     token holds before the stop text is in `endings`.
     """
 
-    def __init__(
-        self, rows: int, stop: Sequence[int | str], tokenizer: Tokenizer | None, pad_token_id: int
-    ) -> None:
+    def __init__(self, rows: int, stop: Sequence[int | str], tokenizer: Tokenizer | None, pad_token_id: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.endings = [""] * rows
         self.done = [False] * rows

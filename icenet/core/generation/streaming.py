@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from icenet.core.generation.request import Request, Tokens
-from icenet.core.generation.sampling import Stops
+from icenet.core.generation.sampling import StoppingCriteria
 from icenet.core.tokenizers.base import text_after
 
 
@@ -26,7 +26,9 @@ class Decoder(Protocol):
         """Waits for a choice: int32 `[B]`."""
 
 
-def stream(decoder: Decoder, request: Request, stops: Stops | None = None) -> Generator[Tokens, None, None]:
+def stream(
+    decoder: Decoder, request: Request, stops: StoppingCriteria | None = None
+) -> Generator[Tokens, None, None]:
     """Yields the next tokens of every row, int32 `[B]`; rows that have ended hold padding.
 
     Ends when every row has, or after `request.new_tokens`. What a stop text begins with has been yielded
@@ -44,8 +46,8 @@ def stream(decoder: Decoder, request: Request, stops: Stops | None = None) -> Ge
             pending = upcoming
 
 
-def _stops(request: Request) -> Stops:
-    return Stops(len(request.tokens), request.settings.stop, request.tokenizer, request.pad_token_id)
+def _stops(request: Request) -> StoppingCriteria:
+    return StoppingCriteria(len(request.tokens), request.settings.stop, request.tokenizer, request.pad_token_id)
 
 
 def complete(decoder: Decoder, request: Request) -> list[list[int]]:

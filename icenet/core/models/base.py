@@ -18,7 +18,7 @@ from icenet.core.weights import layout
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
-class ModelFacts:
+class ModelBase:
     """The framework-free half of `BaseModel`; the other half answers the four methods at the end."""
 
     backend: ClassVar[str]

@@ -19,8 +19,8 @@ _LINE_SECONDS = 15.0
 class Bar:
     """Called with the bytes done and those in all, from any thread. Nothing is shown of what takes a moment.
 
-        with Bar("making tokens of stdlib") as bar:
-            load_tokens(source, tokenizer, progress=bar)
+    with Bar("making tokens of stdlib") as bar:
+        load_tokens(source, tokenizer, progress=bar)
     """
 
     def __init__(self, label: str, quiet: bool = False, console: Console | None = None) -> None:

@@ -153,9 +153,7 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
 
 def mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """A line at each change of backend, with the name of what comes after it."""
-    steps = sorted(
-        (r["step"], r["backend"]) for r in metrics if r.get("backend") and r.get("step") is not None
-    )
+    steps = sorted((r["step"], r["backend"]) for r in metrics if r.get("backend") and r.get("step") is not None)
     changes = [now for before, now in itertools.pairwise(steps) if before[1] != now[1]]
     for step, backend in changes[:12]:
         axes.axvline(step, color=INK, linewidth=0.9, dashes=(2, 2))

@@ -123,9 +123,7 @@ class MetricsLog:
 
     def _unwritable(self, error: OSError) -> IceNetError:
         reason = (error.strerror or str(error)).lower()
-        return IceNetError(
-            f"cannot write the metrics {self.path}: {reason}; make room or choose another run folder"
-        )
+        return IceNetError(f"cannot write the metrics {self.path}: {reason}; make room or choose another run folder")
 
 
 def plain(value: Any) -> Any:

@@ -87,9 +87,7 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: 
     mark_backends(axes, metrics)
     for panel, (name, at, values, colour) in zip(panels[1:], small, strict=True):
         panel.plot(at, values, color=colour, linewidth=1.4)
-        panel.text(
-            1, 0.5, " " + name.replace(" ", "\n "), transform=panel.transAxes, va="center", color=colour
-        )
+        panel.text(1, 0.5, " " + name.replace(" ", "\n "), transform=panel.transAxes, va="center", color=colour)
         panel.set_ylim(0, 1.15 * robust_top(values) or 1)
         panel.locator_params(axis="y", nbins=3)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
@@ -139,9 +137,7 @@ def plot_parity(
     at = np.asarray(steps, np.float64)
     gaps, limits = _aligned(gap, len(at), "gap"), _aligned(allowed, len(at), "allowed")
     verdict, passed = _verdict(at, gaps, limits, passed)
-    figure, (above, below) = new_figure(
-        (9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24
-    )
+    figure, (above, below) = new_figure((9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24)
 
     ends = []
     # thick and pale below, thin and dashed above: where curves coincide both are seen
@@ -205,15 +201,11 @@ def _draw_gap(
         axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, label=gap_label, **points)
     if over.any():
         label = f"{gap_label}, above it"
-        axes.plot(
-            at[over], np.clip(gaps[over], floor, top), "D", color=ORANGE, markersize=4, label=label, **points
-        )
+        axes.plot(at[over], np.clip(gaps[over], floor, top), "D", color=ORANGE, markersize=4, label=label, **points)
     if (gaps == 0).any():
         at_floor = np.full(int((gaps == 0).sum()), floor)
         points["markeredgewidth"] = 1
-        axes.plot(
-            at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="no distance at all", **points
-        )
+        axes.plot(at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="no distance at all", **points)
     axes.set_yscale("log")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(floor, top)
@@ -230,9 +222,7 @@ def _draw_gap(
     )
 
 
-def _verdict(
-    at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], passed: bool | None
-) -> tuple[str, bool]:
+def _verdict(at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], passed: bool | None) -> tuple[str, bool]:
     """The judgement in words. What counts is the gap as a share of what is allowed at the same step."""
     begun = np.cumsum(~np.isnan(gaps)) > 0
     both = begun & ~np.isnan(limits)

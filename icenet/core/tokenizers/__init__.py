@@ -33,7 +33,6 @@ def get_tokenizer(name: str) -> Tokenizer:
 
         return HFTokenizer.from_file(path)
     if path.suffix == ".json" or os.sep in name or "/" in name:
-
         raise DataError(f"data.tokenizer: {path}: no such file{nearby(path)}")
     close = difflib.get_close_matches(name, [ByteTokenizer.name], 1)
     hint = f"did you mean {close[0]!r}?" if close else "give 'bytes' or the path of a tokenizer.json"

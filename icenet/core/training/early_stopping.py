@@ -15,12 +15,12 @@ LINK = "best"
 
 
 @dataclass
-class Best:
+class EarlyStopping:
     """The lowest validation loss so far, the step it was found at, and the evaluations since."""
 
     step: int | None = None
     validation_loss: float | None = None
-    waited: int = 0
+    num_bad_evals: int = 0
 
     def take(self, step: int, validation_loss: float) -> bool:
         """Takes in an evaluation; says whether it is the best."""
@@ -28,30 +28,31 @@ class Best:
             return False
         best = math.inf if self.validation_loss is None else self.validation_loss
         if validation_loss < best:  # one that is no number is none
-            self.step, self.validation_loss, self.waited = step, validation_loss, 0
+            self.step, self.validation_loss, self.num_bad_evals = step, validation_loss, 0
             return True
-        self.waited += 1
+        self.num_bad_evals += 1
         return False
 
-    def is_time(self, patience: int | None) -> bool:
+    def should_stop(self, patience: int | None) -> bool:
         """Whether so many evaluations brought nothing that the run should stop."""
-        return patience is not None and self.waited >= patience
+        return patience is not None and self.num_bad_evals >= patience
 
     @property
-    def in_words(self) -> str:
+    def reason(self) -> str:
         """Why it is time to stop."""
         than = f" than {self.validation_loss:.4f} at step {self.step}" if self.step is not None else ", none a number"
-        return f"{self.waited} evaluations without a lower validation loss{than}"
+        return f"{self.num_bad_evals} evaluations without a lower validation loss{than}"
 
     @classmethod
-    def read(cls, stored: Any) -> Best:
+    def read(cls, stored: Any) -> EarlyStopping:
         """What a checkpoint's state holds; anew where it holds none."""
         if not isinstance(stored, Mapping) or not isinstance(stored.get("step"), int):
             return cls()
-        loss, waited = stored.get("validation_loss"), stored.get("waited", 0)
+        loss = stored.get("validation_loss")
+        num_bad_evals = stored.get("num_bad_evals", stored.get("waited", 0))  # `waited` until version 0.1
         if not isinstance(loss, (int, float)) or not math.isfinite(loss):
             return cls()
-        return cls(stored["step"], float(loss), int(waited))
+        return cls(stored["step"], float(loss), int(num_bad_evals))
 
 
 def tidy(run: Path) -> None:

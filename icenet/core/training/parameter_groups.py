@@ -27,7 +27,7 @@ class Group:
 
     method: str
     """A value of `training.optimizer`."""
-    factor: float
+    lr_scale: float
     """Their learning rate in units of the schedule's."""
     weight_decay: float
 

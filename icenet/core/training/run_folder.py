@@ -13,7 +13,7 @@ from pathlib import Path
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
 from icenet.core.training.checkpoint import Checkpoint, find, list_checkpoints
-from icenet.core.training.early_stopping import Best
+from icenet.core.training.early_stopping import EarlyStopping
 
 
 def new_run_folder(config: str) -> Path:
@@ -33,13 +33,13 @@ def run_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
-def killed_at_birth(path: Path) -> bool:
+def has_no_checkpoint(path: Path) -> bool:
     """Whether this is the folder of a run that ended before it had a checkpoint."""
     begun = (path / "config.yaml").is_file() and ((path / ".lock").is_file() or (path / "metrics.jsonl").is_file())
     return begun and not list_checkpoints(path)
 
 
-def holds_a_run(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     """Whether a run has left something in this folder, or it is a checkpoint or a saved model itself."""
     run = bool(list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
     weights = (folder / "manifest.json").is_file() or any(folder.glob("model*.safetensors*"))
@@ -71,7 +71,7 @@ def continuation(
         UsageError: the run is complete or went on after the checkpoint, or the new folder holds a run.
         CheckpointError: there is no good checkpoint.
     """
-    if killed_at_birth(path):
+    if has_no_checkpoint(path):
         if run is not None and run.resolve() != path.resolve():
             _must_be_free(run)
         config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
@@ -98,17 +98,17 @@ def continuation(
         raise UsageError(
             f"{path}: the run is complete at step {found.step}; to go on: --set training.max_steps={2 * found.step}"
         )
-    best = Best.read(found.state.get("best"))
-    if not branch and best.is_time(config.training.early_stopping):
+    best = EarlyStopping.read(found.state.get("best"))
+    if not branch and best.should_stop(config.training.early_stopping):
         raise UsageError(
             f"{path}: the run stopped early at step {found.step}; to go on: --set training.early_stopping=null, "
-            f"or more than {best.waited}"
+            f"or more than {best.num_bad_evals}"
         )
     return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
 
 
 def _must_be_free(folder: Path) -> None:
-    if holds_a_run(folder):
+    if is_run_folder(folder):
         raise UsageError(f"{folder}: holds a run already; choose another --run for the continuation")
 
 

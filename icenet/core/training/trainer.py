@@ -32,9 +32,9 @@ from icenet.core.report.metrics import MetricsLog
 from icenet.core.report.progress import Progress
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.background import Background
-from icenet.core.training.early_stopping import Best, link, tidy
+from icenet.core.training.early_stopping import EarlyStopping, link, tidy
 from icenet.core.training.loss_scale import LossScale
-from icenet.core.training.run_folder import continuation, holds_a_run, locked, versions
+from icenet.core.training.run_folder import continuation, is_run_folder, locked, versions
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.signals import stopping
 
@@ -54,7 +54,7 @@ class Result:
     checkpoint: Path
     plot: Path | None
     validation_accuracy: float | None = None
-    best: Best = field(default_factory=Best)
+    best: EarlyStopping = field(default_factory=EarlyStopping)
     stopped_early: bool = False
     """`training.early_stopping` ended it."""
 
@@ -79,13 +79,13 @@ class Trainer:
         self.step = step
         """Steps done."""
         self.scale = scale
-        self.world = engine.world
-        self.leads = self.world.rank == 0
+        self.process_group = engine.process_group
+        self.is_main_process = self.process_group.rank == 0
         """Whether this process writes and prints; the only one does, and the first of several."""
-        self.quiet = quiet or not self.leads
-        self.dataset = processes.in_turn(self.world, partial(dataset_for, config, quiet=self.quiet))
+        self.quiet = quiet or not self.is_main_process
+        self.dataset = processes.in_turn(self.process_group, partial(dataset_for, config, quiet=self.quiet))
         self.notes: list[str] = []
-        self.best = Best()
+        self.best = EarlyStopping()
         self._background = Background()
         self._skipped = 0
         self._branched_from: Path | None = None
@@ -96,7 +96,7 @@ class Trainer:
         self._last_accuracy: float | None = None
         self._stop: str | None = None
         self._began = self._seconds = 0.0
-        self._watch = watchdog.Watch(self.world, run)
+        self._watch = watchdog.Watchdog(self.process_group, run)
 
     # ---- beginnings --------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Trainer:
             UsageError: the folder holds a run already.
         """
         config = config.checked()
-        if holds_a_run(run):
+        if is_run_folder(run):
             raise UsageError(f"{run}: holds a run already; continue it with --resume {run}, or choose another --run")
         custom.trust(config.model.type)
         return cls._fresh(config, run, backend, device, quiet)
@@ -153,7 +153,7 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes = plan.notes
-        best = Best.read(found.state.get("best"))
+        best = EarlyStopping.read(found.state.get("best"))
         kept = checkpoints.path_of(plan.run, best.step or 0).is_dir()
         if plan.branched_from is None and (kept or not config.training.keep_best):
             trainer.best = best  # else its checkpoint is not here: the best is that of the evaluations to come
@@ -175,14 +175,14 @@ class Trainer:
 
     def _settle(self, log: MetricsLog) -> None:
         """Puts the folder in the state from which training goes on; only when the run is locked."""
-        if self.leads and checkpoints.list_checkpoints(self.run) != self._present:
+        if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._present:
             raise CheckpointError(f"{self.run}: another process went on with this run meanwhile; resume it again")
         if self._branched_from is not None:
             self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
-            if self.leads:
+            if self.is_main_process:
                 MetricsLog.copy(self._branched_from / "metrics.jsonl", self.run / "metrics.jsonl", self.step)
             self._branched_from = None
-        if not self.leads:
+        if not self.is_main_process:
             return
         for unread in checkpoints.list_checkpoints(self.run, self.step):
             self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
@@ -203,15 +203,15 @@ class Trainer:
             IceNetError: the loss is not a number, or a checkpoint could not be written.
         """
         training = self.config.training
-        self._stop = self.world.stop = None
+        self._stop = self.process_group.stop = None
         last = min(training.max_steps, until or training.max_steps)
         items = training.batch_size * self.dataset.items_per_row
         board = None
-        if training.tensorboard and self.leads:
+        if training.tensorboard and self.is_main_process:
             board = tensorboard.TensorBoardLog(self.run / tensorboard.FOLDER)
         log = MetricsLog(self.run / "metrics.jsonl", beside=board)
         self._agree()
-        if self.leads:
+        if self.is_main_process:
             self._make_folder()
         progress = Progress(
             training.max_steps,
@@ -221,9 +221,9 @@ class Trainer:
             quiet=self.quiet,
             label=f"{self.engine.backend} {self.engine.device}",
         )
-        self._watch = watchdog.Watch(self.world, self.run)
-        lock = locked(self.run) if self.leads else contextlib.nullcontext()
-        others = processes.explaining(self.world, self.run)
+        self._watch = watchdog.Watchdog(self.process_group, self.run)
+        lock = locked(self.run) if self.is_main_process else contextlib.nullcontext()
+        others = processes.explaining(self.process_group, self.run)
         with lock, log, stopping(self._ask_to_stop), progress, self._watch, others:
             settled = False
             try:
@@ -232,7 +232,7 @@ class Trainer:
                     settled = True
                     if board is not None:
                         board.begin(self.step, MetricsLog.read(log.path) if log.path.exists() else ())
-                    for note in self.notes if self.leads else ():
+                    for note in self.notes if self.is_main_process else ():
                         (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
                     self.notes.clear()
                     over = self._run(last, log, progress)
@@ -242,7 +242,7 @@ class Trainer:
                     self._present = checkpoints.list_checkpoints(self.run)
         checkpoint = checkpoints.path_of(self.run, self._saved_step)
         plot = None
-        if self.leads:
+        if self.is_main_process:
             plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
         return Result(
             self.run,
@@ -258,13 +258,13 @@ class Trainer:
 
     def _agree(self) -> None:
         """Waits until all processes have read what they begin with, before the first one writes."""
-        if self.world.size > 1:
+        if self.process_group.size > 1:
             found = {"step": str(self.step), "config": self.config.to_yaml(), "data": str(self.dataset.fingerprint)}
-            processes.agree(self.world, found)
+            processes.agree(self.process_group, found)
 
     def _ask_to_stop(self, signal: str) -> None:
-        if self.world.size > 1:
-            self.world.stop = signal  # the result of a step says it to all processes
+        if self.process_group.size > 1:
+            self.process_group.stop = signal  # the result of a step says it to all processes
         else:
             self._stop = signal
 
@@ -292,11 +292,11 @@ class Trainer:
             over = False
             if evaluates:
                 saves |= self._evaluate(log, progress) and training.keep_best
-                over = self.best.is_time(training.early_stopping) and done < last
+                over = self.best.should_stop(training.early_stopping) and done < last
             if saves or over:
                 self.save(wait=over)
             if over:
-                progress.note(f"step {done}: stopped early: {self.best.in_words}")
+                progress.note(f"step {done}: stopped early: {self.best.reason}")
                 return True
             if self._stop is not None and done < training.max_steps:
                 if pending is not None:
@@ -324,7 +324,7 @@ class Trainer:
             self.scale.update(result.finite)
         if math.isfinite(result.loss):
             self._last_loss = result.loss
-        if not self.leads:
+        if not self.is_main_process:
             return
         speed = self.config.training.batch_size * self.dataset.items_per_row / max(self._seconds, 1e-9)
         log.append(
@@ -370,13 +370,13 @@ class Trainer:
         training = self.config.training
         total = counted = right = 0.0
         classifies = False
-        self.world.average_statistics(self.engine.model)
+        self.process_group.average_statistics(self.engine.model)
         for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
             self._watch.beat()
-            found = self.engine.evaluate(processes.share_rows(batch, self.world))
+            found = self.engine.evaluate(processes.share_rows(batch, self.process_group))
             total, counted = total + found.loss * found.labels, counted + found.labels
             right, classifies = right + (found.correct or 0), found.correct is not None
-        total, counted, right = self.world.gather([total, counted, right]).sum(axis=0).tolist()
+        total, counted, right = self.process_group.gather([total, counted, right]).sum(axis=0).tolist()
         if not counted:
             return False
         self._last_validation = total / counted
@@ -385,7 +385,7 @@ class Trainer:
         if classifies:
             self._last_accuracy = record["validation_accuracy"] = right / counted
             note += f", accuracy {self._last_accuracy:.2%} of {counted:,.0f}"
-        if self.leads:
+        if self.is_main_process:
             log.append(record)
         progress.note(note)
         return self.best.take(self.step, self._last_validation)
@@ -397,22 +397,26 @@ class Trainer:
         `wait` it is on the disk when this returns.
         """
         target = checkpoints.path_of(self.run, self.step)
-        there = self.world.size > 1 or self._background.busy or target.is_dir()  # several processes cannot all look
+        there = (
+            self.process_group.size > 1 or self._background.busy or target.is_dir()
+        )  # several processes cannot all look
         if self._saved_step != self.step or not there:
             self._saved_step = self.step
-            if self.leads:
+            if self.is_main_process:
                 self._background.wait()  # before the copy is made: two would be in memory
                 self._background.start(partial(self._write, *self._snapshot()))
             elif self.config.training.sharded:
                 self._snapshot()  # the first process puts the parts of all together
             else:
-                self.world.average_statistics(self.engine.model)
+                self.process_group.average_statistics(self.engine.model)
             self._watch.beat()
         if wait:
             self._background.wait()
-            if self.world.size > 1:
+            if self.process_group.size > 1:
                 with self._watch.resting():
-                    self.world.gather([0.0])  # the end of one process ends the others: not before all is written
+                    self.process_group.gather(
+                        [0.0]
+                    )  # the end of one process ends the others: not before all is written
         return target
 
     def _snapshot(self) -> tuple[Any, ...]:

@@ -128,9 +128,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if index.is_file():
         return _read_index(path, index)
     if path.is_dir():
-        raise WeightsError(
-            f"{path}: holds neither {whole.name} nor its index; give the folder of a checkpoint"
-        )
+        raise WeightsError(f"{path}: holds neither {whole.name} nor its index; give the folder of a checkpoint")
     raise WeightsError(f"{path}: no such file; check the path")
 
 
@@ -151,9 +149,7 @@ def _read_index(path: Path, index: Path) -> Weights:
     for file in listed.values():
         # Only plain names: an index from elsewhere must not make us open files outside its folder.
         if file in ("", ".", "..") or re.search(r"[/\\:\x00]", file) or not file.endswith(SUFFIX):
-            raise WeightsError(
-                f"{index}: shard {file!r} must be a {SUFFIX} file in the same folder; save it again"
-            )
+            raise WeightsError(f"{index}: shard {file!r} must be a {SUFFIX} file in the same folder; save it again")
     files = sorted(set(listed.values()))
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
@@ -217,9 +213,7 @@ def write(
     if len(shards) == 1:
         files = [path]
     else:
-        files = [
-            path.with_name(f"{path.stem}-{i + 1:05}-of-{len(shards):05}{SUFFIX}") for i in range(len(shards))
-        ]
+        files = [path.with_name(f"{path.stem}-{i + 1:05}-of-{len(shards):05}{SUFFIX}") for i in range(len(shards))]
     done, total = 0, sum(sizes.values())
     # An index beside shards of two saves would be a silent mixture: it is away while they change.
     with staged(path, absent_meanwhile=index_of(path) if len(shards) > 1 else None) as stage:
@@ -303,9 +297,7 @@ def checksum(path: str | os.PathLike[str]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error.strerror}); check path and permissions"
-        ) from error
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from error
     return digest.hexdigest()
 
 
@@ -335,8 +327,7 @@ def check(
     if extra:
         near = [difflib.get_close_matches(name, missing or expected, n=1) for name in extra[:3]]
         shown = [
-            f"{name}, nearest is {match[0]}" if match else name
-            for name, match in zip(extra, near, strict=False)
+            f"{name}, nearest is {match[0]}" if match else name for name, match in zip(extra, near, strict=False)
         ]
         told.append(f"{len(extra)} unexpected ({_some(shown + extra[3:])})")
     if misshapen:

@@ -60,9 +60,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     for name, known in DTYPES.items():
         if little == known:
             return name
-    raise WeightsError(
-        f"numpy dtype {dtype} cannot be stored in safetensors; cast it to one of {', '.join(DTYPES)}"
-    )
+    raise WeightsError(f"numpy dtype {dtype} cannot be stored in safetensors; cast it to one of {', '.join(DTYPES)}")
 
 
 def bfloat16_to_float32(array: Array) -> Array:
@@ -105,9 +103,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
     """Metadata, entries and memory map of one file, all checked against the file's size."""
     try:
         if not path.is_file():
-            raise WeightsError(
-                f"{path}: no such file; check the path, or copy the missing file beside the others"
-            )
+            raise WeightsError(f"{path}: no such file; check the path, or copy the missing file beside the others")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
@@ -118,9 +114,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
             f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
         ) from error
     if data[:8] == b"version ":
-        raise WeightsError(
-            f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` where it came from"
-        )
+        raise WeightsError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
     length = int.from_bytes(data[:8], "little")
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise damaged(path, f"its header claims {length} bytes of a file of {size}")
@@ -157,8 +151,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise WeightsError(
-            f"{path}: {name!r} has dtype {dtype!r}, which IceNet does not read; "
-            f"save it as one of {', '.join(DTYPES)}"
+            f"{path}: {name!r} has dtype {dtype!r}, which IceNet does not read; save it as one of {', '.join(DTYPES)}"
         )
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise damaged(path, f"the shape or the offsets of {name!r} are not whole numbers in order")

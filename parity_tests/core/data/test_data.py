@@ -38,9 +38,7 @@ def tokens_of(source: str | Path, cache: Path) -> list[int]:
 
 def counting(n: int, seq_length: int, seed: int = 0, fraction: float = 0.0) -> TextDataset:
     """A data set in which each token is its own position."""
-    return TextDataset(
-        np.arange(n), ByteTokenizer(), seq_length=seq_length, seed=seed, validation_fraction=fraction
-    )
+    return TextDataset(np.arange(n), ByteTokenizer(), seq_length=seq_length, seed=seed, validation_fraction=fraction)
 
 
 # ---- tokenizer --------------------------------------------------------------------------------------------
@@ -163,9 +161,7 @@ def test_stdlib_is_the_library(cache: Path) -> None:
 # ---- windows ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n", "seq_length", "batch_size"), [(1000, 7, 4), (64, 16, 3), (33, 16, 1), (500, 1, 5)]
-)
+@pytest.mark.parametrize(("n", "seq_length", "batch_size"), [(1000, 7, 4), (64, 16, 3), (33, 16, 1), (500, 1, 5)])
 def test_an_epoch_covers_windows_once(n: int, seq_length: int, batch_size: int) -> None:
     data = counting(n, seq_length, seed=3)
     steps = data.steps_per_epoch(batch_size)
@@ -196,9 +192,7 @@ def test_order_is_a_pure_function_of_seed_and_step() -> None:
         np.testing.assert_array_equal(fresh.train_batch(step, 16)["inputs"], forward[step])
     assert not np.array_equal(counting(5000, 8, seed=2).train_batch(0, 16)["inputs"], forward[0])
     steps = data.steps_per_epoch(16)
-    firsts = [
-        np.sort(np.concatenate([b[:, 0] for b in forward[e * steps : (e + 1) * steps]])) for e in (0, 1)
-    ]
+    firsts = [np.sort(np.concatenate([b[:, 0] for b in forward[e * steps : (e + 1) * steps]])) for e in (0, 1)]
     assert (firsts[0] % 8)[0] != (firsts[1] % 8)[0]  # another offset (by this seed) in each epoch
     assert not np.array_equal(forward[0] % 5000, forward[steps] % 5000)
     with pytest.raises(ValueError, match="from 0"):
@@ -224,9 +218,7 @@ def test_validation_is_the_tail_and_always_the_same() -> None:
     starts = np.concatenate([batch["inputs"][:, 0] for batch in every])
     np.testing.assert_array_equal(starts, 750 + 9 * np.arange(249 // 9))
     assert [len(batch["inputs"]) for batch in every] == [4] * 6 + [3]
-    assert all(
-        (batch["labels"] == batch["inputs"] + 1).all() and batch["labels"].max() < 1000 for batch in every
-    )
+    assert all((batch["labels"] == batch["inputs"] + 1).all() and batch["labels"].max() < 1000 for batch in every)
     some = [batch["inputs"][:, 0] for batch in data.validation_batches(4, 3)]
     np.testing.assert_array_equal(some, [batch["inputs"][:, 0] for batch in data.validation_batches(4, 3)])
     spread = np.concatenate(some)
@@ -305,9 +297,7 @@ def test_altered_tokens_are_found_by_their_fingerprint(tmp_path: Path, cache: Pa
     data = bytearray(path.read_bytes())
     data[HEADER_BYTES + 4] ^= 1
     path.write_bytes(data)
-    assert not load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache).intact(
-        ByteTokenizer()
-    )
+    assert not load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache).intact(ByteTokenizer())
 
 
 def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -354,9 +344,7 @@ def test_two_processes_and_a_kill_leave_a_whole_cache(tmp_path: Path, cache: Pat
         process.wait()
     together = [child(code, source, cache) for _ in range(2)]
     said = [output(process).split()[-1] for process in together]
-    expected = hashlib.sha256(
-        b"bytes\n" + np.frombuffer(source.read_bytes(), np.uint8).astype("<u2").tobytes()
-    )
+    expected = hashlib.sha256(b"bytes\n" + np.frombuffer(source.read_bytes(), np.uint8).astype("<u2").tobytes())
     assert said == [expected.hexdigest()] * 2
     assert load_tokens(find_source(str(source)), ByteTokenizer(), cache).intact(ByteTokenizer())
 
@@ -368,9 +356,7 @@ def test_what_a_kill_left_is_removed(tmp_path: Path, cache: Path) -> None:
         os.utime(cache / name, (time.time() - age, time.time() - age))
     (tmp_path / "a.txt").write_text("text")
     tokens_of(tmp_path / "a.txt", cache)
-    assert (
-        not (cache / "old.tmp").exists() and (cache / "fresh.tmp").exists()
-    )  # another process may be at work
+    assert not (cache / "old.tmp").exists() and (cache / "fresh.tmp").exists()  # another process may be at work
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX")
@@ -396,14 +382,10 @@ def test_what_may_only_be_read() -> None:
         (folder / "b.txt").write_text("not cached")
         fingerprint = load_tokens(find_source(str(folder / "a.txt")), ByteTokenizer(), cache).fingerprint
         cache.chmod(0o555)
-        said = [
-            output(child(BUILD.format(before=NO_RIGHTS), folder / file, cache)) for file in ("a.txt", "b.txt")
-        ]
+        said = [output(child(BUILD.format(before=NO_RIGHTS), folder / file, cache)) for file in ("a.txt", "b.txt")]
         cache.chmod(0o755)
     assert said[0] == fingerprint + "\n"
-    assert said[1].startswith(
-        f"DataError: cannot keep tokens in {cache}: permission denied; set ICENET_CACHE"
-    )
+    assert said[1].startswith(f"DataError: cannot keep tokens in {cache}: permission denied; set ICENET_CACHE")
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX")
@@ -484,9 +466,7 @@ def test_too_short_says_what_there_is_and_what_is_needed(tmp_path: Path, cache: 
     with pytest.raises(DataError, match=r"lower data\.seq_length \(20\) or training\.batch_size \(5\)"):
         data.steps_per_epoch(5)
     assert counting(120, 20).steps_per_epoch(5) == 1
-    with pytest.raises(
-        DataError, match=r"leaves 10 tokens for validation, and one window needs 21: .*\(0\.1; 0"
-    ):
+    with pytest.raises(DataError, match=r"leaves 10 tokens for validation, and one window needs 21: .*\(0\.1; 0"):
         counting(100, 20, fraction=0.1)
     with pytest.raises(DataError, match="batch_size"):
         data.steps_per_epoch(0)

@@ -491,7 +491,7 @@ def test_damaged_packed_files_are_named(tmp_path: Path, cache: Path) -> None:
 PREPARE = """
     import sys
     from pathlib import Path
-    from icenet.core.data import shards
+    from icenet.core.data.text import shards
     from icenet.core.data.text.cache import load_tokens
     from icenet.core.data.text.sources import find_source
     from icenet.core.tokenizers import get_tokenizer
@@ -1001,7 +1001,7 @@ def test_a_path_in_a_configuration_is_beside_it_first(
 
 def test_stop_texts_end_within_a_token(bpe: Path) -> None:
     """What a token holds before the stop is part of the text."""
-    from icenet.core.generation.sampling import Stops
+    from icenet.core.generation.sampling import StoppingCriteria
 
     tokenizer = get_tokenizer(str(bpe))
     text = "def main(self):\n    return self.value  # end"
@@ -1009,7 +1009,7 @@ def test_stop_texts_end_within_a_token(bpe: Path) -> None:
     joined = [tokenizer.decode([token]) for token in tokens]
     assert any(len(piece) > 2 for piece in joined)
     for stop in ("elf", "n", "):", "lue  #", "\n  "):
-        stops = Stops(1, [stop], tokenizer, 0)
+        stops = StoppingCriteria(1, [stop], tokenizer, 0)
         for token in tokens:
             stops.update(np.array([token], np.int32))
             if stops.all_done:

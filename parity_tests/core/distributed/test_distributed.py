@@ -43,7 +43,8 @@ import os, sys
 from pathlib import Path
 from icenet.core.backends import exact_products
 exact_products()
-from icenet.core import launch, trainer
+from icenet.core.distributed import launch
+from icenet.core.training import trainer
 from icenet.core.config import Config
 place = launch.started_by()
 rank = place.rank if place else 0
@@ -64,7 +65,7 @@ if sys.argv[1] == "until":
     else:
         trainer.Trainer.start(Config.from_yaml(config), Path(run), backend=backend, quiet=True).fit(int(step))
 else:
-    from icenet.cli import main
+    from icenet.cli.main import main
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -244,7 +245,7 @@ def test_rows_are_shared_as_numpy_cuts_them(size: int) -> None:
 
 
 class Alone:
-    """A world of this process, that plays one of several."""
+    """A group of this process, that plays one of several."""
 
     def __init__(self, rank: int, size: int, others: Any = None) -> None:
         self.rank, self.size, self.stop = rank, size, None
@@ -352,12 +353,12 @@ def test_processes_that_were_given_different_things() -> None:
 WATCHED = """
 import os, signal, sys, threading
 from pathlib import Path
-from icenet.core import processes
-class World: rank, size, stop = 1, 2, None
-watchdog.Watch.least_seconds = 0.5
-def stop(number, frame): World.stop = "SIGTERM"
+from icenet.core.distributed import watchdog
+class ProcessGroup: rank, size, stop = 1, 2, None
+watchdog.Watchdog.least_seconds = 0.5
+def stop(number, frame): ProcessGroup.stop = "SIGTERM"
 signal.signal(signal.SIGTERM, stop)
-with watchdog.Watch(World, Path("run")) as watch:
+with watchdog.Watchdog(ProcessGroup, Path("run")) as watch:
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     if sys.argv[1] == "rests":
         with watch.resting():
@@ -368,7 +369,7 @@ with watchdog.Watch(World, Path("run")) as watch:
             watch.beat()
     else:
         threading.Event().wait(30)
-print(World.stop)
+print(ProcessGroup.stop)
 """
 
 
@@ -391,8 +392,8 @@ def test_a_lost_connection_is_one_line() -> None:
     told = r"^the other processes were lost \(\[ring\] connection to a peer was lost\); .* --resume run$"
     with pytest.raises(IceNetError, match=told), processes.explaining(Alone(0, 2), Path("run")):
         raise RuntimeError("[ring] connection to a peer was lost")
-    for world, message in ((Alone(0, 1), "connection"), (Alone(0, 2), "shapes do not fit")):
-        with pytest.raises(RuntimeError, match=message), processes.explaining(world, Path("run")):
+    for process_group, message in ((Alone(0, 1), "connection"), (Alone(0, 2), "shapes do not fit")):
+        with pytest.raises(RuntimeError, match=message), processes.explaining(process_group, Path("run")):
             raise RuntimeError(message)
 
 

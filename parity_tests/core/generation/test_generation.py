@@ -28,7 +28,7 @@ from icenet.core.config import GenerationConfig, ModelConfig
 from icenet.core.errors import UsageError
 from icenet.core.generation import request as generation
 from icenet.core.generation import streaming
-from icenet.core.generation.sampling import Stops, draw_keys
+from icenet.core.generation.sampling import StoppingCriteria, draw_keys
 from icenet.core.tokenizers.bytes import ByteTokenizer
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
@@ -648,7 +648,7 @@ def until_stopped(tokens: list[int], stop: list[Any]) -> list[int]:
 @example(text="aab", stop=["ab"])
 @example(text="éa", stop=["é"])
 def test_stops_against_decoding_everything(text: str, stop: list[Any]) -> None:
-    tokens, stops = list(text.encode()), Stops(1, stop, ByteTokenizer(), 0)
+    tokens, stops = list(text.encode()), StoppingCriteria(1, stop, ByteTokenizer(), 0)
     for token in tokens:
         chosen = stops.update(np.array([token], np.int32))
         assert chosen[0] == (0 if stops.all_done else token)
@@ -884,7 +884,7 @@ def test_a_model_that_sees_ahead_does_not_generate(backend: str, monkeypatch: py
 
 @BACKENDS
 def test_an_empty_stop_text(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icenet.core.models.base.ModelFacts.tokenizer", ByteTokenizer())
+    monkeypatch.setattr("icenet.core.models.base.ModelBase.tokenizer", ByteTokenizer())
     for stop in ("", ["a", ""]):
         told = refused(backend, [[1]], {"stop": stop}, monkeypatch)
         assert told == "generate: an empty stop text would end every text"

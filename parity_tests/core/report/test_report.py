@@ -49,9 +49,7 @@ def test_records_come_back_and_every_line_is_strict_json(tmp_path: Path) -> None
     assert math.isnan(back[2]["loss"]) and back[2]["text"] == "ä\n"
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"step": 3, "lo', b"\0\0\0\0", b'{"step": 3, "loss": 1.0}', b'{"t": "\xc3']
-)
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\0\0\0\0", b'{"step": 3, "loss": 1.0}', b'{"t": "\xc3'])
 def test_torn_last_line(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
@@ -95,7 +93,7 @@ def test_truncate_after(tmp_path: Path) -> None:
 def test_a_kill_loses_at_most_the_line_being_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import sys; from icenet.commands.train import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "import sys; from icenet.core.report.metrics import MetricsLog; log = MetricsLog(sys.argv[1])\n"
         "for step in range(10**9):\n    log.append({'step': step, 'loss': step / 7})\n"
         "    print(step, flush=True)"
     )
@@ -172,9 +170,7 @@ def test_log_file_gets_few_plain_lines() -> None:
     with Progress(100, 0, console) as progress:
         for step in range(1, 101):
             progress.update(step, loss=math.nan)
-    assert len(text_of(console).splitlines()) == 1 and "loss nan" in text_of(
-        console
-    )  # ten seconds have not passed
+    assert len(text_of(console).splitlines()) == 1 and "loss nan" in text_of(console)  # ten seconds have not passed
 
 
 def test_an_interrupted_run_tells_where_it_was() -> None:
@@ -246,9 +242,7 @@ def run_of(steps: int) -> list[dict[str, Any]]:
     for step in range(1, steps + 1):
         loss = 2 + 3 * math.exp(-step / 40)
         backend = "mlx" if step <= steps // 2 else "torch"
-        records.append(
-            {"step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "backend": backend}
-        )
+        records.append({"step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "backend": backend})
         if step % 20 == 0:
             records.append({"step": step, "validation_loss": loss + 0.1})
     return records
@@ -319,9 +313,7 @@ def test_verdict_in_words() -> None:
 
     at, limits = np.arange(1.0, 5.0), np.array([np.nan, 8e-7, 2e-7, 0.0])
     said, passed = _verdict(at, np.array([np.nan, 4e-7, 1.5e-7, 0.0]), limits, None)
-    assert (
-        passed and said == "The same curve: largest distance 4.0e-7, at most 0.75 of what is allowed (step 3)"
-    )
+    assert passed and said == "The same curve: largest distance 4.0e-7, at most 0.75 of what is allowed (step 3)"
     said, passed = _verdict(at, np.array([np.nan, 4e-7, 3e-7, 0.0]), limits, None)
     assert not passed and said.endswith("up to 1.5 times what is allowed (step 3)")
     for wrong in (1e-12, np.inf, np.nan):
@@ -354,7 +346,7 @@ def test_late_imports_and_no_matplotlib(tmp_path: Path) -> None:
     """Importing loads neither rich nor matplotlib; without matplotlib there is no picture and no error."""
     code = f"""
 import sys
-import icenet.core.report as report
+import icenet.core.report.progress, icenet.core.report.plots as report
 assert not {{"rich", "matplotlib", "mlx", "torch"}} & set(sys.modules), sorted(sys.modules)
 class Absent:
     def find_spec(self, name, path=None, target=None):

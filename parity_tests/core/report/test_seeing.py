@@ -238,7 +238,7 @@ def test_runs_are_listed_with_how_far_they_are(runs: Path, monkeypatch: pytest.M
     assert whole.loss == [r["loss"] for r in records if "loss" in r][-1]
     assert (whole.validation_loss, whole.validation_step) == best
     assert (half.state, half.step, half.backends, half.model) == ("stopped", 10, ["torch"], "transformer")
-    assert whole.num_params == describe.outline(Config.from_dict(TINY)).num_params > 257 * 32
+    assert whole.num_params == describe.meta_model(Config.from_dict(TINY)).num_params > 257 * 32
 
 
 def test_a_run_in_training_says_so(runs: Path) -> None:

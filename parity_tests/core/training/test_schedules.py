@@ -102,8 +102,14 @@ def test_adafactors_scalars() -> None:
     st.one_of(st.none(), st.integers(0, 90)), st.one_of(st.none(), st.integers(1, 90)), st.floats(0.01, 1),
 )  # fmt: skip
 def test_whatever_the_lengths(
-    schedule: str, last: int, warmup: int, share: float, peak: float,
-    decay: int | None, every: int | None, factor: float,
+    schedule: str,
+    last: int,
+    warmup: int,
+    share: float,
+    peak: float,
+    decay: int | None,
+    every: int | None,
+    factor: float,
 ) -> None:
     """A warm-up or a decay longer than the run, a run of one step: a line to the peak, then never up again."""
     least = share * peak
@@ -149,9 +155,7 @@ def test_the_table_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rows_of_short_runs_and_of_a_decay(tmp_path: Path) -> None:
-    assert report(tmp_path, "training.max_steps=1", "training.warmup_steps=0").rows() == [
-        ("first, last", 1, 0.005)
-    ]
+    assert report(tmp_path, "training.max_steps=1", "training.warmup_steps=0").rows() == [("first, last", 1, 0.005)]
     rows = report(tmp_path, "training.schedule=wsd", "training.max_steps=1000").rows()
     assert ("start of decay", 800, 0.005) in rows
     cut = report(tmp_path, "training.warmup_steps=300").rows()

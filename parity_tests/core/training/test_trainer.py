@@ -288,9 +288,7 @@ def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pyt
 
 
 @both
-def test_ended_before_the_first_checkpoint(
-    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the first steps, a run has a config and metrics and no checkpoint; it is resumed all the same."""
     config, run = tiny(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -569,9 +567,7 @@ def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: s
     step = int(checkpoint.find(run).step)
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert (process.returncode, out) == (1, "")
-    assert err == (
-        f"icenet: stopped by {name} after step {step}; everything is saved: icenet train --resume run\n"
-    )
+    assert err == (f"icenet: stopped by {name} after step {step}; everything is saved: icenet train --resume run\n")
     assert step >= 3 and len(losses(run)) == step
     assert Trainer.resume(run).step == step
 

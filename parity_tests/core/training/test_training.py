@@ -22,7 +22,7 @@ from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.training import checkpoint, trainer
 from icenet.core.training.background import Background
-from icenet.core.training.early_stopping import Best
+from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.schedule import ema_weight
 from icenet.core.training.trainer import Trainer
 from icenet.parity.yardstick import judge
@@ -224,19 +224,24 @@ def evaluated(started: Trainer, found: list[float]) -> Trainer:
 
 
 def test_the_best_evaluation() -> None:
-    best = Best()
+    best = EarlyStopping()
     assert [best.take(step, loss) for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5), (4, 2.5))] == [
         True, True, False, False, False,
     ]  # fmt: skip
-    assert (best.step, best.validation_loss, best.waited) == (2, 2.0, 3)
-    assert best.is_time(3) and not best.is_time(4) and not best.is_time(None)
+    assert (best.step, best.validation_loss, best.num_bad_evals) == (2, 2.0, 3)
+    assert best.should_stop(3) and not best.should_stop(4) and not best.should_stop(None)
     assert not best.take(2, 1.0)  # evaluated again at a resumed step
-    first = Best()
-    assert not first.take(1, math.nan) and first.take(2, 1.0) and not first.take(3, math.nan) and first.waited == 1
+    first = EarlyStopping()
+    assert (
+        not first.take(1, math.nan)
+        and first.take(2, 1.0)
+        and not first.take(3, math.nan)
+        and first.num_bad_evals == 1
+    )
     for loss in ("y", math.nan, None):
-        assert Best.read({"step": 1, "validation_loss": loss}) == Best()
+        assert EarlyStopping.read({"step": 1, "validation_loss": loss}) == EarlyStopping()
     for stored in (None, 3, {}, {"step": "x"}):
-        assert Best.read(stored) == Best()
+        assert EarlyStopping.read(stored) == EarlyStopping()
 
 
 @both
@@ -513,7 +518,7 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
     evaluated(resumed, [4.0]).fit(15)
     assert (run / "best").resolve().name == "step-00000005"
     branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
-    assert branch.best == Best()  # the best is not in the branch's folder
+    assert branch.best == EarlyStopping()  # the best is not in the branch's folder
     evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
     assert not (run / "best").is_symlink()  # its checkpoint went with the old ones
 

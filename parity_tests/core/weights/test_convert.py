@@ -115,18 +115,10 @@ def test_a_layer_computes_the_same_on_both_sides(tmp_path: Path, name: str) -> N
     mirror.load_state_dict(loaded, strict=True)
     mirror.eval()
     draw = np.random.default_rng(1)
-    x = (
-        draw.integers(0, 11, (2, 3))
-        if kind == "embedding"
-        else draw.standard_normal(shape).astype(np.float32)
-    )
+    x = draw.integers(0, 11, (2, 3)) if kind == "embedding" else draw.standard_normal(shape).astype(np.float32)
     with torch.no_grad():
         fp32 = mirror.layer(torch.from_numpy(x)).numpy()
-        exact = (
-            mirror.double()
-            .layer(torch.from_numpy(x if kind == "embedding" else x.astype(np.float64)))
-            .numpy()
-        )
+        exact = mirror.double().layer(torch.from_numpy(x if kind == "embedding" else x.astype(np.float64))).numpy()
 
     convert.convert(tmp_path / "c.safetensors", tmp_path / "m.safetensors", "mlx", kinds={"layer": kind})
     native = Holder(make_mlx())
@@ -139,15 +131,11 @@ def test_a_layer_computes_the_same_on_both_sides(tmp_path: Path, name: str) -> N
     noise = max(np.abs(fp32 - exact).max(), np.finfo(np.float32).eps * np.abs(exact).max())
     assert np.abs(got - exact).max() <= 8 * noise
 
-    convert.convert(
-        tmp_path / "m.safetensors", tmp_path / "b.safetensors", "canonical", kinds={"layer": kind}
-    )
+    convert.convert(tmp_path / "m.safetensors", tmp_path / "b.safetensors", "canonical", kinds={"layer": kind})
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     # and from a file that MLX itself has saved
     native.save_weights(str(tmp_path / "s.safetensors"))
-    convert.convert(
-        tmp_path / "s.safetensors", tmp_path / "d", "canonical", source_form="mlx", kinds={"layer": kind}
-    )
+    convert.convert(tmp_path / "s.safetensors", tmp_path / "d", "canonical", source_form="mlx", kinds={"layer": kind})
     same_tree(weights.read(tmp_path / "d"), canonical)
 
 
@@ -161,9 +149,7 @@ def same_tree(found: Any, expected: Any) -> None:
     for name in expected:
         assert found[name].dtype == expected[name].dtype, name
         assert found[name].shape == expected[name].shape, name
-        assert (
-            np.ascontiguousarray(found[name]).tobytes() == np.ascontiguousarray(expected[name]).tobytes()
-        ), name
+        assert np.ascontiguousarray(found[name]).tobytes() == np.ascontiguousarray(expected[name]).tobytes(), name
 
 
 # --- layout ------------------------------------------------------------------------------------------------
@@ -184,9 +170,7 @@ def trees(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, str]]:
             rank = RANKS.get(kind) if leaf == "weight" else None
             rank = draw(st.integers(0, 3)) if rank is None else rank
             shape = tuple(draw(st.lists(st.integers(0, 4), min_size=rank, max_size=rank)))
-            dtype = tensor_file.DTYPES[
-                draw(st.sampled_from(sorted(set(tensor_file.DTYPES) - {"F64", "BOOL"})))
-            ]
+            dtype = tensor_file.DTYPES[draw(st.sampled_from(sorted(set(tensor_file.DTYPES) - {"F64", "BOOL"})))]
             size = int(np.prod(shape)) * dtype.itemsize
             data = bytearray(draw(st.binary(min_size=size, max_size=size)))
             name = "anything" if leaf == layout.ANY else leaf
@@ -219,9 +203,7 @@ def test_there_and_back_on_disk(tmp_path_factory: pytest.TempPathFactory, drawn:
     assert [file.read_bytes() for file in after] == [file.read_bytes() for file in before]
     # idempotent: canonical to canonical, mlx to mlx
     convert.convert(folder / "a", folder / "again", "canonical", max_shard_bytes=limit)
-    assert [(folder / "again" / file.name).read_bytes() for file in before] == [
-        f.read_bytes() for f in before
-    ]
+    assert [(folder / "again" / file.name).read_bytes() for file in before] == [f.read_bytes() for f in before]
     convert.convert(folder / "m.safetensors", folder / "n.safetensors", "mlx")
     assert (folder / "n.safetensors").read_bytes() == (folder / "m.safetensors").read_bytes()
     # what MLX reads is what numpy transposed
@@ -358,9 +340,7 @@ def test_views_and_shared_tensors_of_a_state_dict(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
     torch.save({"a": table.T, "b": table, "c": table[1:, ::2], "d": torch.tensor(3.0)}, tmp_path / "x.pt")
     found = read_state_dict(tmp_path / "x.pt")
-    same_tree(
-        found, {"a": table.T.numpy(), "b": table.numpy(), "c": table[1:, ::2].numpy(), "d": np.float32(3)}
-    )
+    same_tree(found, {"a": table.T.numpy(), "b": table.numpy(), "c": table[1:, ::2].numpy(), "d": np.float32(3)})
     assert all(array.flags.c_contiguous for array in found.values())
 
 
@@ -376,9 +356,7 @@ def source(tmp_path: Path, **metadata: str) -> Path:
 def test_requests_that_are_refused(tmp_path: Path) -> None:
     a, b = source(tmp_path), tmp_path / "b.safetensors"
     weights.write(tmp_path / "there.safetensors", {})
-    weights.write(
-        tmp_path / "shards" / "x.safetensors", {"a": np.ones(3), "b": np.ones(3)}, max_shard_bytes=24
-    )
+    weights.write(tmp_path / "shards" / "x.safetensors", {"a": np.ones(3), "b": np.ones(3)}, max_shard_bytes=24)
     shards = tmp_path / "shards"
     kinds = {"conv": "conv2d"}
 
@@ -455,9 +433,7 @@ def test_requests_that_are_refused(tmp_path: Path) -> None:
     assert list(weights.read(tmp_path / "there.safetensors")) == ["conv.bias", "conv.weight"]
 
 
-@pytest.mark.parametrize(
-    ("metadata", "match"), [(None, "name no format"), ({"format": "np"}, "say format 'np'")]
-)
+@pytest.mark.parametrize(("metadata", "match"), [(None, "name no format"), ({"format": "np"}, "say format 'np'")])
 def test_a_form_is_never_guessed(tmp_path: Path, metadata: Any, match: str) -> None:
     import safetensors.numpy
 

@@ -48,9 +48,7 @@ def arrays(draw: st.DrawFn) -> Any:
 
 @settings(max_examples=150, deadline=None)
 @given(tree=st.dictionaries(NAMES, arrays(), max_size=5), limit=st.sampled_from([None, 1, 40, 10**9]))
-def test_what_is_written_is_read_back(
-    tmp_path_factory: pytest.TempPathFactory, tree: Any, limit: Any
-) -> None:
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, tree: Any, limit: Any) -> None:
     folder = tmp_path_factory.mktemp("w")
     files = weights.write(folder, tree, {"made_by": "a test"}, max_shard_bytes=limit)
     found = weights.read(folder)
@@ -69,9 +67,7 @@ def test_what_is_written_is_read_back(
 
 @settings(max_examples=60, deadline=None)
 @given(tree=st.dictionaries(NAMES, arrays(), min_size=1, max_size=5))
-def test_the_bytes_are_those_of_the_safetensors_package(
-    tmp_path_factory: pytest.TempPathFactory, tree: Any
-) -> None:
+def test_the_bytes_are_those_of_the_safetensors_package(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     tree = {name: np.array(array, order="C") for name, array in tree.items()}
     tree = {name: array for name, array in tree.items() if array.dtype != weights.BFLOAT16}
     path = tmp_path_factory.mktemp("w") / "x.safetensors"
@@ -220,9 +216,7 @@ def test_an_index_at_odds_with_its_shards(tmp_path: Path) -> None:
     refuse_index(tmp_path, index, "does not list c")
     weights.write(tmp_path / SHARDS[1], {"b": np.zeros(9), "a": np.zeros(9)})
     refuse_index(tmp_path, index, "'a' is in both")
-    refuse_index(
-        tmp_path, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' is there twice"
-    )
+    refuse_index(tmp_path, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' is there twice")
     (tmp_path / SHARDS[1]).unlink()
     refuse_index(tmp_path, index, f"1 of 2 shards are missing .{SHARDS[1]}.; copy them")
 
@@ -367,17 +361,13 @@ def test_a_full_disk_leaves_the_old_file(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(
-        WeightsError, match=r"no space to write it .*; free some or choose another disk"
-    ) as caught:
+    with pytest.raises(WeightsError, match=r"no space to write it .*; free some or choose another disk") as caught:
         weights.write(tmp_path, {"a": np.ones(9), "b": np.ones(9)}, max_shard_bytes=limit)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_shards_half_replaced_are_never_read_as_a_mixture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_half_replaced_are_never_read_as_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded(tmp_path)
     real, calls = os.replace, []
 
@@ -432,9 +422,7 @@ def test_a_failing_source_leaves_nothing(tmp_path: Path) -> None:
 
 def test_checksum(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2
-    assert weights.checksum(tmp_path / "abc") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert weights.checksum(tmp_path / "abc") == ("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     with pytest.raises(WeightsError, match="cannot be read"):
         weights.checksum(tmp_path / "none")
 
@@ -456,10 +444,6 @@ def test_check() -> None:
     assert "9 missing (blocks.0.weight, blocks.1.weight, blocks.2.weight and 6 more)" in told({})
     assert "1 unexpected (head)" in told({**shapes, "head": ()})
     renamed = {("block.0.weight" if name == "blocks.0.weight" else name): s for name, s in shapes.items()}
-    assert "1 missing (blocks.0.weight); 1 unexpected (block.0.weight, nearest is blocks.0.weight)" in told(
-        renamed
-    )
-    assert "1 of another shape (blocks.3.weight is [3, 2], not [2, 3])" in told(
-        {**shapes, "blocks.3.weight": (3, 2)}
-    )
+    assert "1 missing (blocks.0.weight); 1 unexpected (block.0.weight, nearest is blocks.0.weight)" in told(renamed)
+    assert "1 of another shape (blocks.3.weight is [3, 2], not [2, 3])" in told({**shapes, "blocks.3.weight": (3, 2)})
     assert told({}).startswith("run/model.safetensors: does not fit")

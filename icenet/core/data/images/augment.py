@@ -10,9 +10,7 @@ from icenet.core import rng
 Pixels = NDArray[np.uint8]
 
 
-def augment(
-    images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *, flip: bool, padding: int
-) -> Pixels:
+def augment(images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *, flip: bool, padding: int) -> Pixels:
     """A random crop out of a border of `padding` zeros, then with `flip` a mirror image of every second one.
 
     Args:

@@ -262,4 +262,3 @@ def load(path: Path, verify: bool = False) -> Shard | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-

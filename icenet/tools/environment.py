@@ -17,7 +17,7 @@ SIZE = 1024  # of the square matrices timed
 SECONDS = 2.5  # after which no further repetition is begun: the reference BLAS takes up to 0.7 s for each
 
 
-def facts() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Version, devices, chip, BLAS, matmul GFLOP/s of each device, TF32, notes on dtypes; JSON types only."""
     gpus = mx.device_count(mx.gpu) if mx.is_available(mx.gpu) else 0
     kind = "cuda" if mx.cuda.is_available() else "metal"

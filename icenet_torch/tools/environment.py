@@ -13,7 +13,7 @@ SIZE = 1024  # of the square matrices timed
 SECONDS = 2.5  # after which no further repetition is begun
 
 
-def facts() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Version, devices, chip, BLAS, matmul GFLOP/s of each device, TF32, notes on dtypes; JSON types only."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else int(torch.backends.mps.is_available())
     kind = "cuda" if torch.cuda.is_available() else "mps"
@@ -67,7 +67,5 @@ def tf32(device: str) -> dict[str, Any]:
     """Whether fp32 products may run at reduced precision, by which switch, and whether that matters here."""
     enabled = bool(torch.backends.cuda.matmul.allow_tf32)
     convolutions = bool(torch.backends.cudnn.allow_tf32)
-    switch = (
-        f"torch.backends.cuda.matmul.allow_tf32={enabled}, torch.backends.cudnn.allow_tf32={convolutions}"
-    )
+    switch = f"torch.backends.cuda.matmul.allow_tf32={enabled}, torch.backends.cudnn.allow_tf32={convolutions}"
     return {"enabled": enabled or convolutions, "matters": device == "cuda", "switch": switch}
