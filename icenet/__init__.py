@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.core.config import Config
-    from icenet.core.generation import streaming
     from icenet.core.weights.convert import Conversion
 
 try:
@@ -121,6 +120,7 @@ def generate(
     from icenet.core import backends as backend
     from icenet.core.errors import UsageError
     from icenet.core.generation import request as generation
+    from icenet.core.generation import streaming
 
     if isinstance(model, (str, Path)):
         model = load(model)

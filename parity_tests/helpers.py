@@ -137,3 +137,12 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def is_one_line(message: object, *names: str) -> bool:
+    """Whether an error is one line that contains each of `names`: the key, the file, the value at fault.
+
+    Tests use it instead of whole sentences, so that a better wording breaks no test.
+    """
+    text = str(message).strip()
+    return bool(text) and "\n" not in text and all(name in text for name in names)

@@ -1,7 +1,7 @@
 """`icenet doctor`: what is installed, what this machine has, what works, what is wrong and how to mend it.
 
-Each backend is examined in its own process (`icenet.tools.environment`, `icenet_torch.tools.environment`). This module
-imports no framework, so a broken one (an import that fails, crashes or hangs) is reported instead of ending the report.
+Each backend is examined in its own process (`icenet.tools.environment`, `icenet_torch.tools.environment`). This
+module imports no framework, so a broken one (its import fails, crashes or hangs) is reported like any other finding.
 """
 
 from __future__ import annotations
