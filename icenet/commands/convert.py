@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from icenet.commands import info as describe
+from icenet.core import backends
 from icenet.core import files as staging
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
@@ -26,7 +26,7 @@ def convert_model(
     settings = config or (folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
     kinds = shapes = None
     if settings is not None:
-        model = describe.meta_model(Config.from_yaml(settings, trust_code=config is not None))
+        model = backends.meta_model(Config.from_yaml(settings, trust_code=config is not None))
         kinds, shapes = model.layer_kinds(), model.weight_shapes()
     beside = None  # a config beside the weights, for icenet.load
     if settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix):

@@ -87,15 +87,10 @@ class PresetReport:
         Console().print(table)
 
 
-def meta_model(config: Config) -> Any:
-    """A model of the configuration without values, on whichever backend runs here."""
-    return backends.module(backends.choose(config, "auto"), "engine.engine").meta_model(config)
-
-
 def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     """The report of a config, a preset, a run, a checkpoint or a saved model."""
     config, _ = open_model.open_target(Path(name), overrides)
-    model = meta_model(config)
+    model = backends.meta_model(config)
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in model.trainable_paths()}
     fitted = groups.assign(config.training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None))
     state = groups.state_values(config.training, fitted, shapes)
@@ -108,7 +103,7 @@ def presets_report() -> PresetReport:
     by_guide = [name for name in presets.GUIDE if name in presets.names()]
     for name in by_guide + [name for name in presets.names() if name not in by_guide]:
         config = Config.from_yaml(name)
-        model = meta_model(config)
+        model = backends.meta_model(config)
         guide = presets.GUIDE.get(name)
         rows.append(
             {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icenet.commands import info as describe
+from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import UsageError
@@ -197,7 +197,7 @@ def of_target(name: str, overrides: tuple[str, ...] = ()) -> ScheduleReport:
 
 
 def _groups(config: Config) -> list[GroupRow]:
-    model, training = describe.meta_model(config), config.training
+    model, training = backends.meta_model(config), config.training
     fitted = model.trainable_paths()
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in fitted}
     groups = gather(assign(training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None)))

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 from icenet.core.config import Config, custom
 from icenet.core.engine import Engine
@@ -103,6 +104,14 @@ def engine(
     name = choose(config, backend)
     made: Engine = module(name, "engine.engine").Engine(config, device or config.device, dtype)
     return made
+
+
+def meta_model(config: Config) -> Any:
+    """Returns a model of a configuration without parameter values: its shapes, layer kinds and sizes.
+
+    These do not depend on the backend, so any that runs here is used.
+    """
+    return module(choose(config, "auto"), "engine.engine").meta_model(config)
 
 
 def exact_products() -> None:

@@ -21,9 +21,9 @@ from helpers import TINY, environment, tiny
 from rich.console import Console
 
 from icenet.cli import main as cli
-from icenet.commands import info as describe
 from icenet.commands import plot as overlay
 from icenet.commands import runs as run_list
+from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import canvas, tensorboard
@@ -238,7 +238,7 @@ def test_runs_are_listed_with_how_far_they_are(runs: Path, monkeypatch: pytest.M
     assert whole.loss == [r["loss"] for r in records if "loss" in r][-1]
     assert (whole.validation_loss, whole.validation_step) == best
     assert (half.state, half.step, half.backends, half.model) == ("stopped", 10, ["torch"], "transformer")
-    assert whole.num_params == describe.meta_model(Config.from_dict(TINY)).num_params > 257 * 32
+    assert whole.num_params == backends.meta_model(Config.from_dict(TINY)).num_params > 257 * 32
 
 
 def test_a_run_in_training_says_so(runs: Path) -> None:
