@@ -1,7 +1,71 @@
-"""What all tests share: full-precision products, so that fp32 means fp32 on every device."""
+"""Settings and fixtures of all tests.
+
+The settings must be made before a test module imports a framework: one thread per process, because the tests run in
+parallel and their arrays are small, and full-precision products, so that fp32 means fp32 on every device.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
 from icenet.core.backends import exact_products
 
-exact_products()  # before any test module imports MLX
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+exact_products()
+
+DEFAULT_MARKERS = "not slow and not gpu and not mutation"
+"""The markers of a default run, as in `pyproject.toml`."""
+
+MAX_WORKERS = 4
+"""Each worker process holds both frameworks, about 1 GB."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns the number of workers of `-n auto`, the default.
+
+    Runs of whole folders are parallel. Single files start faster in one process, and slow tests and mutations measure
+    time or start processes of their own, so they run one after another.
+    """
+    if config.option.markexpr != DEFAULT_MARKERS or any(".py" in argument for argument in config.args):
+        return 0
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MAX_WORKERS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache() -> Iterator[None]:
+    """Keeps token files of fixtures of a wider scope than one test out of the user's cache."""
+    folder = tempfile.mkdtemp(prefix="icenet-tests-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ICENET_CACHE", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each test its own cache, and hides the variables of a launcher of several processes."""
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    for name in ("RANK", "WORLD_SIZE", "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes runs draw no plots, which saves a second each."""
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns an empty folder that is the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path

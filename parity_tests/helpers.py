@@ -1,23 +1,38 @@
-"""What several tests share: a tiny configuration, a text, the command in a process of its own, states to compare."""
+"""Helpers of several test files: tiny configurations, models, texts, commands and fresh processes, states of runs.
+
+Fixtures are in `conftest.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from icenet.core.config import Config
+from icenet.core.config import Config, ModelConfig
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.training import checkpoint
+from icenet.core.training.trainer import Result, Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout."""
 
 BACKENDS = ("mlx", "torch")
+PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+"""Runs a test once per backend, passed as `backend`."""
+
+# ---- configurations ---------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
     "device": "cpu",
@@ -46,29 +61,94 @@ TINY: dict[str, Any] = {
 }
 
 
+TINY_MODELS: dict[str, dict[str, Any]] = {
+    "transformer": TINY["model"],
+    "lstm": {"type": "lstm", "hidden_size": 24, "num_layers": 2, "vocab_size": 257, "dropout": 0.1},
+    "gru": {"type": "gru", "hidden_size": 24, "num_layers": 2, "vocab_size": 257, "dropout": 0.1},
+    "rnn": {"type": "rnn", "hidden_size": 24, "num_layers": 2, "vocab_size": 257, "dropout": 0.1},
+    "cnn": {
+        "type": "cnn",
+        "base_channels": 4,
+        "num_layers": 2,
+        "hidden_size": 12,
+        "vocab_size": 10,
+        "image_channels": 1,
+        "dropout": 0.1,
+    },
+}
+"""One small model per family. The text models read bytes, the CNN reads scikit-learn's digits."""
+
+MODEL_CLASSES = {
+    "transformer": "TransformerModel",
+    "lstm": "LSTMModel",
+    "gru": "GRUModel",
+    "rnn": "RNNModel",
+    "cnn": "CNNModel",
+}
+
+
 def write_text(path: Path, words: int = 6000) -> Path:
-    """A small text with something to learn, the same every time."""
+    """Writes a small text with something to learn, the same every time."""
     vocabulary = ["alpha", "beta", "gamma(x)", "if", "then", "else", "return", "größe", "\n", "0.5"]
     chosen = np.random.default_rng(5).integers(len(vocabulary), size=words)
     path.write_text(" ".join(vocabulary[index] for index in chosen), encoding="utf-8")
     return path
 
 
-def tiny(folder: Path, *overrides: str) -> Config:
-    """The tiny configuration, on a text in `folder`."""
+def tiny(folder: Path, *overrides: str, family: str = "transformer") -> Config:
+    """Returns the tiny configuration of a family. Text families read a text in `folder`, the CNN reads the digits."""
+    values = {**TINY, "model": TINY_MODELS[family]}
+    if family == "cnn":
+        return Config.from_dict({**values, "data": {"kind": "images", "source": "digits"}}, list(overrides))
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
-    return Config.from_dict(TINY, [f"data.source={text}", *overrides])
+    return Config.from_dict(values, [f"data.source={text}", *overrides])
+
+
+# ---- models and arrays ------------------------------------------------------------------------------------
+
+
+def build_model(backend: str, config: ModelConfig, seed: int | None = 3) -> Any:
+    """Returns a model in evaluation mode. Backend "exact" is PyTorch in float64, the reference of a comparison."""
+    models = importlib.import_module(f"{PACKAGES.get(backend, 'icenet_torch')}.models")
+    model = getattr(models, MODEL_CLASSES[config.type])(config, seed=seed)
+    if backend == "exact":
+        model.double().compute_dtype = importlib.import_module("torch").float64
+    model.eval()
+    return model
+
+
+def native(backend: str, array: Any, *, images: bool = False) -> Any:
+    """Returns a numpy array as an array of a backend; `images` turns NHWC into NCHW for PyTorch."""
+    array = np.asarray(array)
+    if backend == "mlx":
+        return importlib.import_module("mlx.core").array(array)
+    if images:
+        array = array.transpose(0, 3, 1, 2)
+    return importlib.import_module("torch").from_numpy(np.ascontiguousarray(array))
+
+
+def plain(array: Any) -> np.ndarray:
+    """Returns an array of either backend as a numpy array."""
+    return array.detach().cpu().numpy() if hasattr(array, "detach") else np.array(array)
+
+
+def token_ids(*shape: int, vocab_size: int, seed: int = 0) -> np.ndarray:
+    """Returns random token ids, int32."""
+    return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
+
+
+# ---- processes and commands -------------------------------------------------------------------------------
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a command that keeps its files in `folder`."""
+    """Returns the environment of a command that keeps its files in `folder`."""
     return {**os.environ, "ICENET_CACHE": str(folder / "cache"), "COLUMNS": "120", "NO_COLOR": "1", **more}
 
 
 def start_icenet(arguments: Sequence[str | Path], folder: Path, **more: str) -> subprocess.Popen[str]:
-    """`icenet ARGUMENTS` begun in a process of its own, in `folder`."""
+    """Starts `icenet ARGUMENTS` as a new process in `folder`."""
     return subprocess.Popen(
         [sys.executable, "-m", "icenet", *map(str, arguments)],
         cwd=folder,
@@ -77,7 +157,7 @@ def start_icenet(arguments: Sequence[str | Path], folder: Path, **more: str) -> 
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        # where the tests run in the background of a script, Ctrl-C is ignored, and processes inherit that
+        # Processes that a script starts in the background ignore Ctrl-C, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
@@ -85,15 +165,86 @@ def start_icenet(arguments: Sequence[str | Path], folder: Path, **more: str) -> 
 def icenet(
     *arguments: str | Path, folder: Path, code: int | None = 0, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """`icenet ARGUMENTS` run to its end in a process of its own; `code` is the exit code that it must have."""
+    """Runs `icenet ARGUMENTS` as a new process to its end. It must exit with `code`, unless that is None."""
     process = start_icenet(arguments, folder, **more)
     out, err = process.communicate(timeout=300)
     assert code is None or process.returncode == code, f"exit code {process.returncode}: {err}{out}"
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def start_python(
+    program: str, *arguments: str | Path, blocked: Sequence[str] = (), **more: str
+) -> subprocess.Popen[str]:
+    """Starts a Python program as a new process in the checkout; stderr joins stdout.
+
+    Args:
+        program: Source text; common indentation is removed.
+        arguments: Its `sys.argv[1:]`.
+        blocked: Top-level packages that seem not to be installed.
+        more: Environment variables to set.
+    """
+    prelude = _BLOCK.format(blocked=set(blocked)) if blocked else ""
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + textwrap.dedent(program), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+_BLOCK = """
+import importlib.machinery, sys
+class _Finder:
+    find_distributions = importlib.machinery.PathFinder.find_distributions
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = _Finder
+"""
+
+
+def python(program: str, *arguments: str | Path, blocked: Sequence[str] = (), **more: str) -> str:
+    """Runs a Python program as a new process (see `start_python`) and returns its output. It must exit with 0."""
+    process = start_python(program, *arguments, blocked=blocked, **more)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    return output.strip()
+
+
+def error_line(stderr: str) -> str:
+    """Returns the error of a command: stderr must be the one line "icenet: MESSAGE" and nothing else."""
+    assert stderr.startswith("icenet: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    return stderr[len("icenet: ") : -1]
+
+
+def is_one_line(message: object, *names: str) -> bool:
+    """Returns whether an error is one line that contains each of `names`: the key, the file, the value at fault.
+
+    Tests use it instead of whole sentences, so that a better wording breaks no test.
+    """
+    text = str(message).strip()
+    return bool(text) and "\n" not in text and all(name in text for name in names)
+
+
+# ---- runs -------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, run: Path, backend: str, until: int | None = None) -> Result:
+    """Starts a run and trains it up to step `until` (default: its end)."""
+    return Trainer.start(config, run, backend=backend, quiet=True).fit(until)
+
+
+def resume(run: Path, backend: str | None = None, until: int | None = None, **more: Any) -> Result:
+    """Resumes a run, on another backend if one is named, and trains it up to step `until` (default: its end)."""
+    return Trainer.resume(run, backend=backend, quiet=True, **more).fit(until)
+
+
 def state(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """Weights and optimizer state of a checkpoint of a run, the newest if no step is named."""
+    """Returns weights and optimizer state of a checkpoint of a run (default: the newest)."""
     path = checkpoint.newest(run) if step is None else run / "checkpoints" / f"step-{step:08d}"
     assert path is not None
     found = checkpoint.load(path)
@@ -101,7 +252,7 @@ def state(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
 
 
 def same_bits(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> bool:
-    """Whether two states are equal bit for bit, and not empty."""
+    """Returns whether two states are equal bit for bit, and not empty."""
     return (
         bool(ours)
         and ours.keys() == theirs.keys()
@@ -112,7 +263,7 @@ def same_bits(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) 
 
 
 def metrics(run: Path, evaluated_every: int = 1) -> list[dict[str, Any]]:
-    """The metrics of a run, without what no two runs share.
+    """Returns the metrics of a run, without the throughput, which differs between any two runs.
 
     A run also evaluates where it pauses; `evaluated_every` leaves such evaluations out.
     """
@@ -124,25 +275,16 @@ def metrics(run: Path, evaluated_every: int = 1) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of every step of a run; every step is there once, in order."""
+    """Returns the training loss of every step of a run; every step must be there once, in order."""
     records = [record for record in metrics(run) if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     return [record["loss"] for record in records]
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its SHA-256."""
+    """Returns every file below a folder with its SHA-256."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def is_one_line(message: object, *names: str) -> bool:
-    """Whether an error is one line that contains each of `names`: the key, the file, the value at fault.
-
-    Tests use it instead of whole sentences, so that a better wording breaks no test.
-    """
-    text = str(message).strip()
-    return bool(text) and "\n" not in text and all(name in text for name in names)
