@@ -175,7 +175,7 @@ def icenet(
 def start_python(
     program: str, *arguments: str | Path, blocked: Sequence[str] = (), **more: str
 ) -> subprocess.Popen[str]:
-    """Starts a Python program as a new process in the checkout; stderr joins stdout.
+    """Starts a Python program as a new process in the checkout.
 
     Args:
         program: Source text; common indentation is removed.
@@ -189,7 +189,7 @@ def start_python(
         cwd=ROOT,
         env={**os.environ, **more},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -210,9 +210,9 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = _Finder
 def python(program: str, *arguments: str | Path, blocked: Sequence[str] = (), **more: str) -> str:
     """Runs a Python program as a new process (see `start_python`) and returns its output. It must exit with 0."""
     process = start_python(program, *arguments, blocked=blocked, **more)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-2000:]
-    return output.strip()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    return out.strip()
 
 
 def error_line(stderr: str) -> str:

@@ -11,11 +11,13 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icenet.core.config import Config, custom
-from icenet.core.engine import Engine
 from icenet.core.errors import BackendError, IceNetError
+
+if TYPE_CHECKING:
+    from icenet.core.engine import Engine
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
 _INSTALL = {
