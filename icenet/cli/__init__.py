@@ -1,1 +1,1 @@
-"""The command line: click definitions only."""
+"""The command line: definitions of commands, arguments and options. Their work is in `icenet.commands`."""

@@ -1,55 +1,52 @@
-"""`icenet bench`: one short function a measurement."""
+"""`icenet bench`: the measurements and their options."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from icenet.cli.options import (
-    Commands,
+    PATH,
+    CommandGroup,
     backend_option,
-    check_device,
     device_option,
     examples,
     json_option,
-    json_text,
     set_option,
+    show,
 )
 
 
-@click.group(cls=Commands, epilog=examples("icenet bench memory", "icenet bench step", "icenet bench dropout"))
+@click.group(cls=CommandGroup, epilog=examples("icenet bench memory", "icenet bench step", "icenet bench dropout"))
 def bench() -> None:
-    """Measure what things cost on this machine, on each backend in a process of its own.
+    """Measure memory and speed on this machine, each backend in a separate process.
 
-    Without --backend all that are installed are measured.
+    Measures every installed backend unless --backend is given.
     """
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+def _layer_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
     try:
-        found = [int(part) for part in (value or "").split(",") if part.strip()]
+        counts = [int(part) for part in (value or "").split(",") if part.strip()]
     except ValueError:
-        found = [0]
-    if any(number < 1 for number in found):
-        raise click.BadParameter("numbers of layers with commas between them, as 4,8,16,24", ctx, parameter)
-    return found
+        counts = [0]
+    if any(count < 1 for count in counts):
+        raise click.BadParameter("give numbers of layers separated by commas, e.g. 4,8,16,24", ctx, parameter)
+    return counts
 
 
 def _precisions(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
     known = ("fp32", "bf16", "fp16")
-    found = [part.strip() for part in value.split(",")]
-    if not set(found) <= set(known):
-        raise click.BadParameter(f"some of {', '.join(known)}, with commas between them", ctx, parameter)
-    return found
+    precisions = [part.strip() for part in value.split(",")]
+    if not set(precisions) <= set(known):
+        raise click.BadParameter(f"give one or more of {', '.join(known)}, separated by commas", ctx, parameter)
+    return precisions
 
 
-def _show(report: Any, as_json: bool) -> None:
-    click.echo(json_text(report.as_dict())) if as_json else report.render()
-
-
-def _notify(as_json: bool) -> Any:
+def _notify(as_json: bool) -> Callable[[str], None]:
+    """Returns the function that reports progress: to standard error, or nowhere with --json."""
     return (lambda text: None) if as_json else (lambda text: click.echo(text, err=True))
 
 
@@ -57,21 +54,31 @@ config_argument = click.argument("config", default="quickstart")
 
 
 @bench.command(
+    "memory",
     epilog=examples(
         "icenet bench memory",
         "icenet bench memory my.yaml --backend torch --device cuda --precision fp32,bf16,fp16",
         "icenet bench memory --depth 4,8,16,24 --set model.hidden_size=64 --set training.batch_size=8",
-    )
+    ),
 )
 @config_argument
-@click.option("--precision", callback=_precisions, default="fp32,bf16", show_default=True, metavar="LIST")
-@click.option("--depth", callback=_numbers, metavar="LIST", help="Numbers of layers; draws the peak against them.")
-@click.option("--out", type=click.Path(path_type=Path), help="The picture; bench-memory.png with several depths.")
+@click.option(
+    "--precision",
+    callback=_precisions,
+    default="fp32,bf16",
+    show_default=True,
+    metavar="LIST",
+    help="Values of training.mixed_precision to measure.",
+)
+@click.option(
+    "--depth", callback=_layer_counts, metavar="LIST", help="Numbers of layers to measure, with a plot of the peaks."
+)
+@click.option("--out", type=PATH, help="File of the plot. Default: bench-memory.png.")
 @backend_option
 @device_option
 @set_option
 @json_option
-def memory(
+def memory_command(
     config: str,
     precision: list[str],
     depth: list[int],
@@ -81,40 +88,40 @@ def memory(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Peak memory of a training step of CONFIG, with gradient checkpointing and without."""
-    from icenet.commands.bench import memory as room
+    """Measure the peak memory of a training step of CONFIG, with and without gradient checkpointing."""
+    from icenet.commands.bench import memory
 
-    check_device(device)
-    _show(room.run(config, overrides, backend, device, precision, depth, out, _notify(as_json)), as_json)
+    show(memory.run(config, overrides, backend, device, precision, depth, out, _notify(as_json)), as_json)
 
 
 @bench.command(
-    epilog=examples("icenet bench step --set model.dropout=0", "icenet bench step my.yaml --steps 400 --backend mlx")
+    "step",
+    epilog=examples("icenet bench step --set model.dropout=0", "icenet bench step my.yaml --steps 400 --backend mlx"),
 )
 @config_argument
-@click.option("--steps", type=click.IntRange(8), default=200, show_default=True, help="Steps of each loop.")
+@click.option(
+    "--steps", type=click.IntRange(8), default=200, show_default=True, help="Number of steps to time in each loop."
+)
 @backend_option
 @device_option
 @set_option
 @json_option
-def step(
+def step_command(
     config: str, steps: int, backend: str | None, device: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """A step of icenet's loop on CONFIG, against the framework's own minimal loop for the same model."""
-    from icenet.commands.bench import step as room
+    """Time a training step of CONFIG against a minimal loop written with the framework alone."""
+    from icenet.commands.bench import step
 
-    check_device(device)
-    _show(room.run(config, overrides, backend, device, steps, _notify(as_json)), as_json)
+    show(step.run(config, overrides, backend, device, steps, _notify(as_json)), as_json)
 
 
-@bench.command(epilog=examples("icenet bench dropout", "icenet bench dropout --backend torch --rounds 51"))
-@click.option("--rounds", type=click.IntRange(3), default=15, show_default=True)
+@bench.command("dropout", epilog=examples("icenet bench dropout", "icenet bench dropout --backend torch --rounds 51"))
+@click.option("--rounds", type=click.IntRange(3), default=15, show_default=True, help="Number of repetitions.")
 @backend_option
 @device_option
 @json_option
-def dropout(rounds: int, backend: str | None, device: str | None, as_json: bool) -> None:
-    """Keyed dropout, whose masks agree on both backends, against each framework's own."""
-    from icenet.commands.bench import dropout as room
+def dropout_command(rounds: int, backend: str | None, device: str | None, as_json: bool) -> None:
+    """Time keyed dropout, which has the same masks on both backends, against the framework's own dropout."""
+    from icenet.commands.bench import dropout
 
-    check_device(device)
-    _show(room.run(backend, device, rounds, _notify(as_json)), as_json)
+    show(dropout.run(backend, device, rounds, _notify(as_json)), as_json)

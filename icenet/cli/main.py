@@ -1,6 +1,7 @@
-"""The `icenet` command: one short function a subcommand, without logic of its own.
+"""The `icenet` command: its subcommands, their options, and how errors end it.
 
-Nothing but click is imported until a subcommand runs, so `icenet --help` answers at once.
+Only click is imported until a subcommand runs, so `icenet --help` takes less than 0.1 s. The subcommands' work is
+in `icenet.commands`.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ import click
 
 from icenet.cli.bench import bench
 from icenet.cli.options import (
-    Commands,
+    PATH,
+    CommandGroup,
     backend_option,
-    check_device,
     device_option,
     examples,
     json_option,
-    json_text,
     set_option,
+    show,
+    show_json,
     trust_option,
 )
 
 
 @click.group(
-    cls=Commands,
+    cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(
-        "icenet quickstart                        see both backends agree, in under two minutes",
+        "icenet quickstart                        train on both backends and compare, in under two minutes",
         "icenet train configs/quickstart.yaml     train a small GPT",
-        "icenet COMMAND --help                    options and examples of a command",
+        "icenet COMMAND --help                    show the options and examples of a command",
     ),
 )
 @click.version_option(package_name="icenet", prog_name="icenet")
@@ -41,41 +43,42 @@ def cli() -> None:
     """One config, two backends, one result: models in MLX, mirrored in PyTorch."""
 
 
-@cli.command(epilog=examples("icenet quickstart", "icenet quickstart --out /tmp/demo --set training.max_steps=100"))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True)
+@cli.command("quickstart", epilog=examples("icenet quickstart", "icenet quickstart --out /tmp/demo --set seed=7"))
+@click.option("--out", type=PATH, default=Path("runs/quickstart"), show_default=True, help="Folder of the results.")
 @set_option
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
-def quickstart(out: Path, overrides: tuple[str, ...], quiet: bool) -> None:
-    """Train in MLX, change to PyTorch half way, and compare.
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def quickstart_command(out: Path, overrides: tuple[str, ...], quiet: bool) -> None:
+    """Train on MLX, switch to PyTorch halfway, and compare.
 
-    A small GPT is trained on the Python standard library's source. Its half-way checkpoint is resumed in
-    PyTorch, and beside it the run is finished in MLX; the gap between the curves is judged by PyTorch's own
-    fp32-to-fp64 distance, and both backends write a text from the finished weights.
+    Trains a small GPT on the source code of the Python standard library. The halfway checkpoint is resumed both in
+    MLX and in PyTorch. The difference between the two loss curves must stay within a multiple of the difference
+    between PyTorch in fp32 and in fp64. Both backends then generate a text from the final weights.
     """
-    from icenet.commands import quickstart as room
+    from icenet.commands import quickstart
 
-    report = room.run(out, overrides, quiet)
-    room.render(report)
+    report = quickstart.run(out, overrides, quiet)
+    report.render()
     sys.exit(0 if report.passed else 1)
 
 
 @cli.command(
+    "train",
     epilog=examples(
         "icenet train quickstart",
         "icenet train my.yaml --backend torch --device cuda --run runs/mine",
         "icenet train quickstart --set data.source=book.txt --set training.max_steps=2000",
         "icenet train --resume runs/mine --backend mlx",
-    )
+    ),
 )
 @click.argument("config", required=False)
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Folder of the run; runs/NAME if absent.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run or checkpoint.")
+@click.option("--run", "run_folder", type=PATH, help="Folder of the run. Default: runs/NAME, after the config.")
+@click.option("--resume", type=PATH, metavar="RUN", help="Continue a run or a checkpoint, on either backend.")
 @backend_option
 @device_option
 @set_option
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 @trust_option
-def train(
+def train_command(
     config: str | None,
     run_folder: Path | None,
     resume: Path | None,
@@ -84,14 +87,13 @@ def train(
     overrides: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Train a model from CONFIG, a YAML file or a preset's name."""
-    from icenet.commands import train as report
+    """Train a model from CONFIG, a YAML file or the name of a preset."""
+    from icenet.commands import train
     from icenet.core.training.run_folder import new_run_folder
     from icenet.core.training.trainer import Trainer
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either a CONFIG, or --resume RUN")
-    check_device(device)
     if resume is not None:
         trainer = Trainer.resume(
             resume, run=run_folder, overrides=overrides, backend=backend, device=device, quiet=quiet
@@ -104,101 +106,121 @@ def train(
         trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
     result = trainer.fit()
     if trainer.is_main_process:
-        report.print_result(result)
+        train.print_result(result)
 
 
 @cli.command(
+    "prepare",
     epilog=examples(
         "icenet prepare my.yaml",
         "icenet prepare my.yaml --workers 4 --set data.source=corpus.jsonl.gz",
         "icenet prepare corpus/ --train-tokenizer bpe --vocab-size 4096 --out tokenizer.json",
         "icenet prepare my.yaml --set data.tokenizer=tokenizer.json --set model.vocab_size=4096",
-    )
+    ),
 )
 @click.argument("target", metavar="CONFIG|TEXT")
 @set_option
-@click.option("--workers", type=click.IntRange(1), help="Processes that share the work; one a core where it is much.")
-@click.option("--train-tokenizer", "kind", type=click.Choice(["bpe"]), help="Train one on TEXT instead.")
-@click.option("--vocab-size", type=int, help="Tokens of the new tokenizer; 4096 if absent.")
-@click.option("--out", type=click.Path(path_type=Path), help="Its file; tokenizer.json if absent.")
-@click.option("--text-key", help="Of JSON lines: the key of the text in each; text if absent.")
-@click.option("--overwrite", is_flag=True, help="Replace the tokenizer that is there.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def prepare(
+@click.option(
+    "--workers", type=click.IntRange(1), help="Number of tokenizer processes. Default: one per core for large texts."
+)
+@click.option("--train-tokenizer", "kind", type=click.Choice(["bpe"]), help="Train a tokenizer on TEXT instead.")
+@click.option("--vocab-size", type=int, help="Vocabulary size of the new tokenizer. Default: 4096.")
+@click.option("--out", type=PATH, help="File of the new tokenizer. Default: tokenizer.json.")
+@click.option("--text-key", help="Key of the text in each object of a JSON Lines file. Default: text.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing tokenizer file.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def prepare_command(
     target: str, overrides: tuple[str, ...], workers: int | None, kind: str | None, quiet: bool, **options: Any
 ) -> None:
-    """Make the tokens of a text before the training, or train a tokenizer.
+    """Tokenize a text before training, or train a tokenizer.
 
-    With a CONFIG, a YAML file or a preset's name, its text is made tokens once, by several processes. What is done
-    is kept: stopped at any moment, the same command goes on from there, and so does icenet train.
+    With a CONFIG (a YAML file or the name of a preset), tokenizes its text in several processes and stores the
+    tokens. If the command is interrupted, running it again, or icenet train, continues where it stopped.
 
-    With --train-tokenizer a tokenizer is trained on a TEXT: a file, a folder, a glob, or stdlib.
+    With --train-tokenizer, trains a tokenizer on TEXT: a file, a folder, a glob pattern, or stdlib (the source code
+    of the Python standard library).
     """
-    from icenet.commands import prepare as room
+    from icenet.commands import prepare
 
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if kind is None:
-        click.echo(room.prepare(room.read_config(target, overrides, given), workers, quiet))
+        click.echo(prepare.prepare(prepare.read_config(target, overrides, given), workers, quiet))
     elif overrides or workers:
-        raise click.UsageError("--set and --workers go with a CONFIG, not with --train-tokenizer")
+        raise click.UsageError("--set and --workers need a CONFIG; --train-tokenizer takes neither")
     else:
-        click.echo(room.train_tokenizer(target, quiet=quiet, **given))
+        click.echo(prepare.train_tokenizer(target, quiet=quiet, **given))
 
 
-@cli.command(epilog=examples("icenet runs", "icenet runs experiments --json"))
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@cli.command("runs", epilog=examples("icenet runs", "icenet runs experiments --json"))
+@click.argument("folder", type=PATH, required=False)
 @json_option
-def runs(folder: Path | None, as_json: bool) -> None:
-    """List the runs in FOLDER (runs/ if absent), the newest first: how far each is, its losses, its state."""
-    from icenet.commands import runs as run_list
+def runs_command(folder: Path | None, as_json: bool) -> None:
+    """List the runs in FOLDER (default: runs/), newest first, with their progress, losses and state."""
+    from icenet.commands import runs
 
-    report = run_list.list_runs(folder)
-    click.echo(json_text(report.as_dict())) if as_json else report.render()
+    show(runs.list_runs(folder), as_json)
 
 
 @cli.command(
+    "plot",
     epilog=examples(
         "icenet plot runs/mine",
         "icenet plot runs/* --out compared.pdf --x tokens",
         "icenet plot runs/mine runs/other --smooth 50",
-    )
+    ),
 )
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="PNG, PDF or SVG; plot.png, in the run if it is one.")
-@click.option("--smooth", type=click.IntRange(1), metavar="N", help="Steps of the thick lines' mean; 1: no mean.")
-@click.option("--x", type=click.Choice(["step", "tokens", "time"]), default="step", show_default=True)
-def plot(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str) -> None:
-    """Draw loss, learning rate, gradient norm and throughput of RUNS over each other, while they train or after."""
-    from icenet.commands import plot as overlay
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="PNG, PDF or SVG file. Default: plot.png, in the run's folder for one run.")
+@click.option(
+    "--smooth", type=click.IntRange(1), metavar="N", help="Window of the moving average, in steps. 1: no smoothing."
+)
+@click.option(
+    "--x",
+    type=click.Choice(["step", "tokens", "time"]),
+    default="step",
+    show_default=True,
+    help="Unit of the x axis.",
+)
+def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str) -> None:
+    """Plot the loss, learning rate, gradient norm and throughput of RUNS in one figure.
 
-    click.echo(overlay.plot(runs, out, smooth, x))
+    Works on finished runs and on runs in progress.
+    """
+    from icenet.commands import plot
+
+    click.echo(plot.plot(runs, out, smooth, x))
 
 
 @cli.command(
+    "generate",
     epilog=examples(
         'icenet generate runs/quickstart/mlx --prompt "def main("',
         "icenet generate runs/mine --prompt-file intro.txt --temperature 0.8 --top-k 50 --seed 1",
         "icenet generate runs/mine --backend torch --temperature 0",
-    )
+    ),
 )
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The text to continue.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the text to continue; - for stdin.")
-@click.option("--max-new-tokens", type=int)
-@click.option("--max-length", type=int)
-@click.option("--temperature", type=float)
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
-@click.option("--seed", type=int)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this; may be given several times.")
-@click.option("--overflow", type=click.Choice(["error", "slide"]), help="What to do beyond max_seq_length.")
-@click.option("--averaged", is_flag=True, help="With the averaged weights that training.ema_decay kept.")
+@click.argument("model", type=PATH)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=PATH, help="File with the text to continue; - for standard input.")
+@click.option("--max-new-tokens", type=int, help="Number of tokens to generate.")
+@click.option("--max-length", type=int, help="Number of tokens of prompt and continuation together.")
+@click.option("--temperature", type=float, help="Divisor of the logits; 0 takes the most likely token.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all.")
+@click.option("--top-p", type=float, help="Sample from the most likely tokens with total probability p.")
+@click.option("--min-p", type=float, help="Drop tokens less likely than p times the most likely one.")
+@click.option("--repetition-penalty", type=float, help="Penalty on tokens that occurred; 1: none.")
+@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the output before this text. Repeatable.")
+@click.option(
+    "--overflow",
+    type=click.Choice(["error", "slide"]),
+    help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
+)
+@click.option("--averaged", is_flag=True, help="Use the averaged weights that training.ema_decay stored.")
 @backend_option
 @device_option
 @trust_option
-def generate(
+def generate_command(
     model: Path,
     prompt: str | None,
     prompt_file: Path | None,
@@ -207,95 +229,107 @@ def generate(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Continue a text with MODEL, a run, a checkpoint or a saved model."""
-    import icenet
-    from icenet.core.generation.request import read_prompt
+    """Continue a text with MODEL: a run, a checkpoint or a saved model.
 
-    check_device(device)
+    Options that are not given take their values from the generation section of the model's config.
+    """
+    from icenet.commands import generate
+
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
-    text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
+    text = generate.read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options["stop"] = list(options["stop"]) or None
-    loaded = icenet.load(model, backend, device, averaged=averaged)
-    pieces = icenet.generate(loaded, text, stream=True, **options)
-    click.echo(text, nl=False)
-    for piece in pieces:
+    for piece in generate.stream(model, text, backend, device, averaged=averaged, **options):
         click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
 
 
 @cli.command(
+    "predict",
     epilog=examples(
         "icenet predict runs/cnn-digits seven.png",
         "icenet predict runs/mine photos/ --top-k 5 --backend torch",
         "icenet predict runs/mine photos/ --json > classes.json",
-    )
+    ),
 )
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="Classes told of each image.")
+@click.argument("run", type=PATH)
+@click.argument("images", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--top-k", type=click.IntRange(1), default=3, show_default=True, help="Number of classes to print per image."
+)
 @backend_option
 @device_option
 @json_option
 @trust_option
-def predict(
+def predict_command(
     run: Path, images: tuple[Path, ...], top_k: int, backend: str | None, device: str | None, as_json: bool
 ) -> None:
-    """Classify IMAGES, files or folders of them, with RUN, a run or a checkpoint."""
-    from icenet.commands import predict as room
+    """Classify IMAGES (files or folders) with RUN, a run or a checkpoint."""
+    from icenet.commands import predict
 
-    check_device(device)
-    report = room.predict(run, images, backend, device, top_k)
-    click.echo(json_text(report.as_dict())) if as_json else report.render()
+    show(predict.predict(run, images, backend, device, top_k), as_json)
 
 
 @cli.command(
+    "convert",
     epilog=examples(
         "icenet convert runs/mine/checkpoints/step-00000200 mine.safetensors --to mlx",
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
-    )
+    ),
 )
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch"]), help="The form to write.")
-@click.option("--from", "source_form", type=click.Choice(["canonical", "mlx", "torch"]), help="If it cannot be told.")
-@click.option("--config", metavar="CONFIG", help="Config of the model, where the source has none beside it.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.argument("source", type=PATH)
+@click.argument("destination", type=PATH)
+@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch"]), help="Format to write.")
+@click.option(
+    "--from",
+    "source_form",
+    type=click.Choice(["canonical", "mlx", "torch"]),
+    help="Format of SOURCE, if it cannot be detected.",
+)
+@click.option("--config", metavar="CONFIG", help="Config of the model, if there is none next to SOURCE.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @trust_option
-def convert(
+def convert_command(
     source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
 ) -> None:
-    """Convert weights between the canonical form, MLX's and PyTorch's, bit for bit."""
+    """Convert weights between the canonical, the MLX and the PyTorch format, bit for bit."""
     from icenet.commands.convert import convert_model
 
     click.echo(convert_model(source, destination, to, source_form, config, overwrite))
 
 
 @cli.command(
+    "parity",
     epilog=examples(
         "icenet parity quickstart",
         "icenet parity runs/mine --steps 50",
         "icenet parity my.yaml --dtype bf16 --verbose",
-    )
+    ),
 )
 @click.argument("target")
-@click.option("--steps", type=click.IntRange(0), default=0, show_default=True, help="Also compare a training curve.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="The config's if absent.")
-@click.option("--verbose", is_flag=True, help="Every layer, not only the interesting ones.")
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Length of a training curve to compare as well.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Dtype under test. Default: the config's precision."
+)
+@click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
 @set_option
 @json_option
 @trust_option
-def parity(
+def parity_command(
     target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Compare the backends layer by layer on TARGET, a config, a run or a checkpoint."""
-    from icenet.parity import run as room
+    """Compare the backends layer by layer on TARGET: a config, a run or a checkpoint."""
+    from icenet.commands.parity import parity
 
-    report = room.run_target(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
+    report = parity(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
     if as_json:
-        click.echo(json_text(report.as_dict()))
+        show_json(report.as_dict())
     else:
         from rich.console import Console
 
@@ -304,66 +338,67 @@ def parity(
 
 
 @cli.command(
+    "info",
     epilog=examples(
         "icenet info",
         "icenet info transformer-small",
         "icenet info runs/mine --json",
         "icenet info my.yaml --schedule --set training.schedule=wsd",
-    )
+    ),
 )
 @click.argument("target", required=False)
-@click.option("--schedule", is_flag=True, help="The learning rate of TARGET instead, as a table and a picture.")
-@click.option("--out", type=click.Path(path_type=Path), help="The picture; schedule.png, in the run if it is one.")
+@click.option("--schedule", is_flag=True, help="Show the learning rate schedule of TARGET instead, with a plot.")
+@click.option("--out", type=PATH, help="File of the plot. Default: schedule.png, in the run's folder for a run.")
 @set_option
 @json_option
 @trust_option
-def info(target: str | None, schedule: bool, out: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Parameters and memory of TARGET, a config, run or checkpoint; of all presets without one."""
-    from icenet.commands import info as describe
-    from icenet.commands import schedule as schedule_report
-
+def info_command(
+    target: str | None, schedule: bool, out: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Show parameter counts and memory of TARGET (a config, run or checkpoint), or of all presets."""
     if target is None and (overrides or schedule):
-        raise click.UsageError("--set needs a TARGET to change" if overrides else "--schedule needs a TARGET")
+        raise click.UsageError("--set needs a TARGET" if overrides else "--schedule needs a TARGET")
     if out is not None and not schedule:
-        raise click.UsageError("--out is where --schedule draws; give both")
+        raise click.UsageError("--out is the file of the plot of --schedule; give both")
     if schedule:
-        curve = schedule_report.of_target(str(target), overrides)
+        from icenet.commands import schedule as schedule_command
+
+        curve = schedule_command.of_target(str(target), overrides)
         picture = curve.draw(out) if out or not as_json else None
-        click.echo(json_text(curve.as_dict())) if as_json else curve.render(picture)
+        show_json(curve.as_dict()) if as_json else curve.render(picture)
         return
-    report = describe.presets_report() if target is None else describe.target(target, overrides)
-    click.echo(json_text(report.as_dict())) if as_json else report.render()
+    from icenet.commands import info
+
+    show(info.presets_report() if target is None else info.model_report(target, overrides), as_json)
 
 
-@cli.command(epilog=examples("icenet doctor", "icenet doctor --json"))
+@cli.command("doctor", epilog=examples("icenet doctor", "icenet doctor --json"))
 @json_option
-def doctor(as_json: bool) -> None:
-    """Versions, chip, devices, BLAS and its speed; what is wrong and how to mend it."""
-    from icenet.commands import doctor as room
+def doctor_command(as_json: bool) -> None:
+    """Check the installation: versions, devices, BLAS, matmul speed, problems and their fixes."""
+    from icenet.commands import doctor
 
-    report = room.doctor()
-    if as_json:
-        click.echo(json_text(room.as_dict(report)))
-    else:
-        from rich.console import Console
-
-        room.render(report, Console())
+    report = doctor.examine()
+    show(report, as_json)
     sys.exit(0 if report.ok else 1)
 
 
 cli.add_command(bench)
 
 
-@cli.command(epilog=examples("icenet schema > configs/schema.json"))
-def schema() -> None:
+@cli.command("schema", epilog=examples("icenet schema > configs/schema.json"))
+def schema_command() -> None:
     """Print the JSON schema of the configuration, for editors."""
     from icenet.core.config import json_schema
 
-    click.echo(json_text(json_schema()))
+    show_json(json_schema())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one line, and the exit code 2 for usage and 1 for failure."""
+    """Runs a command and returns its exit code: 0, 2 for a usage error, 1 for any other failure.
+
+    Errors are printed to standard error as one line. With ICENET_DEBUG=1 they are raised.
+    """
     from icenet.core.errors import IceNetError
 
     debug = bool(os.environ.get("ICENET_DEBUG"))
@@ -385,8 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped by Ctrl-C", 1)
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the output, such as head, has exited
+        _discard_output()
         return 1
     except OSError as error:
         if debug:
@@ -400,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
         first = next(iter(str(error).splitlines()), "")
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             return _fail(f"out of memory ({first}); lower training.batch_size or data.seq_length", 1)
-        return _fail(f"{type(error).__name__}: {first}; ICENET_DEBUG=1 shows where", 1)
+        return _fail(f"{type(error).__name__}: {first}; set ICENET_DEBUG=1 to see the traceback", 1)
     return _finish(0)
 
 
@@ -408,21 +443,26 @@ def _finish(code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         if not isinstance(error, BrokenPipeError):
             return _fail(f"the output cannot be written: {error.strerror}", 1)
     return code
 
 
+def _discard_output() -> None:
+    """Redirects standard output to the null device, so that Python's flush at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, *where: Any) -> None:
-    """One line, as errors have it, instead of Python's two with a path."""
+    """Prints a warning as one line, like an error, instead of Python's two lines with a path."""
     click.echo(f"icenet: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> int:
     from icenet.core.distributed import launch
 
-    click.echo(f"icenet: {launch.after_the_first()}{' '.join(message.split())}", err=True)
+    click.echo(f"icenet: {launch.error_prefix()}{' '.join(message.split())}", err=True)
     return code
 
 

@@ -1,15 +1,16 @@
-"""What the commands of `icenet` share: their order, their examples, and the options that several have."""
+"""What the commands share: the group class, the options that several commands have, and the output of reports."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import click
 
 
-class Commands(click.Group):
-    """Commands in the order in which a newcomer meets them; a misspelt one is answered with the nearest."""
+class CommandGroup(click.Group):
+    """A group that lists its commands in the order of definition and suggests a name for a misspelled one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -17,51 +18,79 @@ class Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             close = difflib.get_close_matches(args[0], self.commands, 1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}"
+            hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(self.commands)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
 def examples(*lines: str) -> str:
-    """An epilog that click prints line by line."""
+    """Returns an epilog that click prints line by line, without reflowing it."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _trust_code(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from icenet.core.config import custom
+
+        custom.trust_everything()
+
+
+def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from icenet.core import config
+
+        config.check_device(value)
+    return value
+
+
+PATH = click.Path(path_type=Path)
+"""The type of an argument or option that is a path."""
+
 backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Which framework; what the config says if absent."
+    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Framework to use. Default: the config's backend."
 )
-device_option = click.option("--device", metavar="DEVICE", help="auto, cpu, gpu, cuda, cuda:N or mps.")
+device_option = click.option(
+    "--device",
+    metavar="DEVICE",
+    callback=_check_device,
+    help="auto, cpu, gpu, cuda, cuda:N or mps. Default: the config's device.",
+)
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as training.learning_rate=1e-3."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a config key, e.g. training.learning_rate=1e-3. Repeatable.",
 )
 trust_option = click.option(
     "--trust-code",
     is_flag=True,
     expose_value=False,
     is_eager=True,
-    callback=lambda ctx, param, value: trust_code() if value else None,
-    help="Run the user's own file that a checkpoint's model.type names.",
+    callback=_trust_code,
+    help="Allow a checkpoint to run the Python file that its model.type names.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
-def json_text(value: Any) -> str:
-    """A report as JSON."""
+class Report(Protocol):
+    """The result of a command, which can be printed as tables or as JSON."""
+
+    def as_dict(self) -> Any: ...
+
+    def render(self) -> None: ...
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Prints a report to standard output, as tables or as JSON."""
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        report.render()
+
+
+def show_json(value: Any) -> None:
+    """Prints a value of JSON types to standard output."""
     import json
 
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def trust_code() -> None:
-    """Lets a checkpoint run the user's own file."""
-    from icenet.core.config import custom
-
-    custom.trust_everything()
-
-
-def check_device(device: str | None) -> None:
-    """Refuses a device that no configuration could name."""
-    if device is not None:
-        from icenet.core import config
-
-        config.check_device(device)
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

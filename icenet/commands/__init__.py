@@ -1,1 +1,1 @@
-"""What each subcommand of `icenet` does; the command line itself is `icenet.cli`."""
+"""The work of each subcommand of `icenet`, one module per subcommand. The command line is in `icenet.cli`."""

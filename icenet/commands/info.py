@@ -1,4 +1,4 @@
-"""What a model comes to: parameters and memory, of one configuration or of all presets."""
+"""`icenet info`: parameter counts and memory of a model, or of all presets."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config, presets
-from icenet.core.training import open_model
-from icenet.core.training import parameter_groups as groups
+from icenet.core.training import open_model, parameter_groups
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One model: its parts and their sizes."""
+    """The size of a model.
+
+    Attributes:
+        name: the target: a config, run, checkpoint or saved model.
+        config: its configuration.
+        num_params: number of trainable parameters.
+        parts: number of parameters of each top-level module.
+        training_bytes: bytes of the weights, gradients and optimizer state in fp32.
+    """
 
     name: str
     config: Config
     num_params: int
     parts: dict[str, int]
     training_bytes: int
-    """Weights, gradients and the optimizer's state, fp32."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -45,21 +51,21 @@ class ModelReport:
         for part, size in self.parts.items():
             table.add_row(part, f"{size:,}", f"{size / self.num_params:.1%}")
         table.add_section()
-        table.add_row("all", f"{self.num_params:,}", "")
+        table.add_row("total", f"{self.num_params:,}", "")
         console.print(table)
         settings = self.config.model.model_dump(exclude_defaults=False)
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
             f"weights {_megabytes(4 * self.num_params)} in fp32, {_megabytes(2 * self.num_params)} in fp16; "
-            f"training with {self.config.training.optimizer} holds {_megabytes(self.training_bytes)} in fp32 "
-            "(weights, gradients, the optimizer's state) and activations",
+            f"training with {self.config.training.optimizer} needs {_megabytes(self.training_bytes)} in fp32 "
+            "(weights, gradients, optimizer state) plus activations",
             highlight=False,
         )
 
 
 @dataclass(frozen=True)
 class PresetReport:
-    """All presets, each beside the figures of the model guide."""
+    """The sizes of all presets, with the figures of the model guide."""
 
     rows: list[dict[str, Any]]
 
@@ -70,38 +76,39 @@ class PresetReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title="Presets, beside the model guide's figures", title_style="bold")
+        table = Table(title="Presets, compared with the model guide", title_style="bold")
         table.add_column("preset", no_wrap=True)
-        for column in ("parameters", "guide", "fp16", "guide", "within"):
+        for column in ("parameters", "guide", "fp16 size", "guide", "within guide"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
-            guided = row["guide_params"] is not None
+            in_guide = row["guide_params"] is not None
             table.add_row(
                 row["preset"],
                 f"{row['num_params']:,}",
-                f"~{row['guide_params'] / 1e6:,.0f} M" if guided else "",
+                f"~{row['guide_params'] / 1e6:,.0f} M" if in_guide else "",
                 _megabytes(row["fp16_bytes"]),
-                f"~{_megabytes(row['guide_bytes'])}" if guided else "",
-                ("yes" if row["fp16_bytes"] <= row["guide_bytes"] else "no") if guided else "",
+                f"~{_megabytes(row['guide_bytes'])}" if in_guide else "",
+                ("yes" if row["fp16_bytes"] <= row["guide_bytes"] else "no") if in_guide else "",
             )
         Console().print(table)
 
 
-def target(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
-    """The report of a config, a preset, a run, a checkpoint or a saved model."""
+def model_report(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
+    """Returns the size of a config, a preset, a run, a checkpoint or a saved model."""
     config, _ = open_model.open_target(Path(name), overrides)
     model = backends.meta_model(config)
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in model.trainable_paths()}
-    fitted = groups.assign(config.training, shapes, model.layer_kinds(), getattr(config.model, "vocab_size", None))
-    state = groups.state_values(config.training, fitted, shapes)
+    vocab_size = getattr(config.model, "vocab_size", None)
+    groups = parameter_groups.assign(config.training, shapes, model.layer_kinds(), vocab_size)
+    state = parameter_groups.state_values(config.training, groups, shapes)
     return ModelReport(name, config, model.num_params, model.part_sizes(), 4 * (2 * model.num_params + state))
 
 
 def presets_report() -> PresetReport:
-    """The report of every preset."""
+    """Returns the sizes of all presets, those of the model guide first."""
     rows = []
-    by_guide = [name for name in presets.GUIDE if name in presets.names()]
-    for name in by_guide + [name for name in presets.names() if name not in by_guide]:
+    names = presets.names()
+    for name in [*(name for name in presets.GUIDE if name in names), *(n for n in names if n not in presets.GUIDE)]:
         config = Config.from_yaml(name)
         model = backends.meta_model(config)
         guide = presets.GUIDE.get(name)

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 from helpers import BACKENDS, losses, same_bits, tiny
 
-from icenet.commands import info as describe
+from icenet.commands import info
 from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.config.training import ParameterGroup, TrainingConfig
 from icenet.core.distributed import processes
 from icenet.core.errors import CheckpointError, ConfigError
-from icenet.core.training import checkpoint, trainer
+from icenet.core.training import checkpoint
 from icenet.core.training.parameter_groups import Group, assign, gather
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
-from icenet.parity.run import build, curves
+from icenet.parity.engines import build
+from icenet.parity.run import curves
 from icenet.parity.yardstick import CurveJudgement, judge, judge_curve
 
 torch: Any = pytest.importorskip("torch")
@@ -45,7 +46,7 @@ Slots = dict[str, Array]
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
 
 
 # ---- the formulas -----------------------------------------------------------------------------------------
@@ -378,11 +379,11 @@ def test_pieces_of_parameters(optimizer: str) -> None:
     whole = formula(p, g, {}, 1, 1e-2, 0.1, training)
     pieces = [formula(part, slope, {}, 1, 1e-2, 0.1, training) for part, slope in ((p[:3], g[:3]), (p[3:], g[3:]))]
     if np.array_equal(np.concatenate(pieces), whole):
-        processes.check(training, 2)
+        processes.check_training(training, 2)
     else:
         told = rf"^training\.sharded needs .*: {optimizer} needs whole parameters; set another, or training\.sharded"
         with pytest.raises(ConfigError, match=told):
-            processes.check(training, 2)
+            processes.check_training(training, 2)
 
 
 @both
@@ -565,5 +566,5 @@ def test_the_size_of_the_state_is_known_without_it(tmp_path: Path, optimizer: st
     engine = backends.engine(config, "torch")
     kept = sum(array.size for array in engine.optimizer_state().values())
     (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    found = describe.target(str(tmp_path / "c.yaml"))
+    found = info.model_report(str(tmp_path / "c.yaml"))
     assert found.training_bytes == 4 * (2 * engine.model.num_params + kept)

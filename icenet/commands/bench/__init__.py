@@ -1,1 +1,1 @@
-"""`icenet bench`: what things cost here, measured. Each measurement has a process of its own."""
+"""`icenet bench`: measurements of memory and speed. Each runs in a separate process per backend."""

@@ -1,24 +1,25 @@
-"""`icenet bench dropout`: keyed dropout, whose masks agree on both backends, against each framework's own."""
+"""`icenet bench dropout`: keyed dropout, which has the same masks on both backends, against the framework's own."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from icenet.commands.bench import process
+from icenet.commands.bench import common
 from icenet.core import backends, rng
 
 SHAPE = (32, 512, 512)
 P = 0.1
+PASSES = {"forward": False, "forward and backward": True}
+"""The passes that are timed, and whether each includes the backward pass."""
 
 
 @dataclass(frozen=True)
 class DropoutReport:
-    """The figures of each backend."""
+    """The times of each backend: per pass `own_ms`, `keyed_ms` and their `ratio`."""
 
     backends: list[dict[str, Any]]
 
@@ -26,50 +27,54 @@ class DropoutReport:
         return self.backends
 
     def render(self) -> None:
-        lines = [
+        rows = [
             {
-                "backend": f"{found['backend']} {found['device']}",
-                "what": what,
-                "its own, ms": f"{found[what]['own_ms']:.2f}",
-                "keyed, ms": f"{found[what]['keyed_ms']:.2f}",
-                "ratio": f"{found[what]['ratio']['median']:.2f}",
-                "quartiles": f"{found[what]['ratio']['low']:.2f} to {found[what]['ratio']['high']:.2f}",
+                "backend": f"{result['backend']} {result['device']}",
+                "pass": name,
+                "framework, ms": f"{result[name]['own_ms']:.2f}",
+                "keyed, ms": f"{result[name]['keyed_ms']:.2f}",
+                "ratio": f"{result[name]['ratio']['median']:.2f}",
+                "quartiles": f"{result[name]['ratio']['low']:.2f} to {result[name]['ratio']['high']:.2f}",
             }
-            for found in self.backends
-            for what in ("forward", "forward and backward")
+            for result in self.backends
+            for name in PASSES
         ]
-        numbers = ("its own, ms", "keyed, ms", "ratio", "quartiles")
         title = f"Dropout of {'x'.join(map(str, SHAPE))} values, p = {P}"
-        process.console().print(process.table(title, lines, numbers))
+        numbers = ("framework, ms", "keyed, ms", "ratio", "quartiles")
+        common.console().print(common.table(title, rows, numbers))
 
 
 def run(
-    backend: str | None = None,
-    device: str | None = None,
-    rounds: int = 15,
-    notify: Callable[[str], None] = lambda text: None,
+    backend: str | None = None, device: str | None = None, rounds: int = 15, notify: common.Notify = common.ignore
 ) -> DropoutReport:
-    """Measures on the backends that are here, each in a process of its own."""
-    found = []
-    for name in process.backends_here(backend):
+    """Times both dropouts on each installed backend, or on the given one.
+
+    Args:
+        backend: the only backend to measure.
+        device: the device; `auto` if absent.
+        rounds: number of repetitions.
+        notify: receives a line of progress per backend.
+    """
+    results = []
+    for name in common.installed_backends(backend):
         notify(f"{name}: {rounds} rounds")
         task = {"backend": name, "device": device or "auto", "rounds": rounds, "shape": SHAPE}
-        found.append(process.measure_apart("dropout", task))
-    return DropoutReport(found)
+        results.append(common.measure_isolated("dropout", task))
+    return DropoutReport(results)
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: milliseconds of each, and ratios round by round."""
-    room = backends.module(task["backend"], "tools.bench")
+    """Returns the times of one backend. Runs in a separate process."""
+    tools = backends.module(task["backend"], "tools.bench")
     shape = tuple(task["shape"])
     keys = rng.fold(rng.key(0, "dropout", 0)[None, :], np.arange(shape[0], dtype=np.uint64))
-    pair = room.DropoutPair(shape, P, keys, task["device"])
-    report: dict[str, Any] = process.machine(task["backend"], pair.device)
-    for what, backward in (("forward", False), ("forward and backward", True)):
-        ways = {"own": lambda b=backward: pair.own(b), "keyed": lambda b=backward: pair.keyed(b)}
-        times = process.interleaved(ways, task["rounds"], pair.synchronize)
-        report[what] = {
-            **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()},
-            "ratio": process.ratio(times["keyed"], times["own"]),
+    pair = tools.DropoutPair(shape, P, keys, task["device"])
+    result: dict[str, Any] = common.machine(task["backend"], pair.device)
+    for name, backward in PASSES.items():
+        layers = {"own": lambda b=backward: pair.own(b), "keyed": lambda b=backward: pair.keyed(b)}
+        times = common.time_interleaved(layers, task["rounds"], pair.synchronize)
+        result[name] = {
+            **{f"{layer}_ms": 1e3 * statistics.median(values) for layer, values in times.items()},
+            "ratio": common.ratio(times["keyed"], times["own"]),
         }
-    return report
+    return result

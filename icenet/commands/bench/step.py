@@ -1,4 +1,4 @@
-"""`icenet bench step`: a step of our training loop against the framework's own minimal loop, for the same model."""
+"""`icenet bench step`: a step of the training loop against a minimal loop written with the framework alone."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icenet.commands.bench import process
-from icenet.core import backends, engine
+from icenet.commands.bench import common
+from icenet.core import backends
 from icenet.core.config import Config
+from icenet.core.engine import Batch
 from icenet.core.training.trainer import Trainer
 
 WARM_UP = 5
-# what the bare loop has not: it fits with AdamW, and neither evaluates nor saves
-_SAME = (
+"""Steps of each loop before the first timed block."""
+# the minimal loop uses AdamW with a constant learning rate, and neither evaluates nor saves
+_SAME_WORK = (
     "training.optimizer=adamw",
     "training.parameter_groups=[]",
     "training.gradient_accumulation=1",
@@ -30,12 +32,14 @@ _SAME = (
     "training.warmup_steps=0",
     "training.schedule=constant",
     "training.min_learning_rate=0",
+    "training.tensorboard=false",
+    "training.checkpoint_every=1000000000",
 )
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The figures of each backend."""
+    """The times of each backend: `bare_ms` of the minimal loop, `icenet_ms`, their `ratio`."""
 
     name: str
     backends: list[dict[str, Any]]
@@ -44,30 +48,30 @@ class StepReport:
         return {"config": self.name, "backends": self.backends}
 
     def render(self) -> None:
-        lines = [
+        rows = [
             {
-                "backend": f"{found['backend']} {found['device']}",
-                "bare loop, ms": f"{found['bare_ms']:.2f}",
-                "icenet, ms": f"{found['icenet_ms']:.2f}",
-                "ratio": f"{found['ratio']['median']:.3f}",
-                "quartiles": f"{found['ratio']['low']:.3f} to {found['ratio']['high']:.3f}",
-                "blocks": f"{found['blocks']} of {found['block']}",
+                "backend": f"{result['backend']} {result['device']}",
+                "minimal loop, ms": f"{result['bare_ms']:.2f}",
+                "icenet, ms": f"{result['icenet_ms']:.2f}",
+                "ratio": f"{result['ratio']['median']:.3f}",
+                "quartiles": f"{result['ratio']['low']:.3f} to {result['ratio']['high']:.3f}",
+                "blocks": f"{result['blocks']} of {result['block']} steps",
             }
-            for found in self.backends
+            for result in self.backends
         ]
-        console = process.console()
-        numbers = ("bare loop, ms", "icenet, ms", "ratio", "quartiles", "blocks")
-        console.print(process.table(f"A training step, {self.name}", lines, numbers))
+        console = common.console()
+        numbers = ("minimal loop, ms", "icenet, ms", "ratio", "quartiles", "blocks")
+        console.print(common.table(f"A training step, {self.name}", rows, numbers))
         console.print(
-            "Blocks of both loops took turns in one process. icenet's steps read their batch, log loss, norm and "
-            "speed, and show progress; the bare loop is given its batches and reads nothing.",
+            "Blocks of steps of the two loops alternate in one process. icenet's steps include reading the batch, "
+            "the log and the progress bar; the minimal loop receives its batches and reports nothing.",
             soft_wrap=True,
         )
-        for found in self.backends:
-            if found["dropout"]:
+        for result in self.backends:
+            if result["dropout"]:
                 console.print(
-                    f"{found['backend']}: dropout {found['dropout']:g}, keyed in icenet, the framework's own in the "
-                    "bare loop; --set model.dropout=0 compares the loops alone",
+                    f"{result['backend']}: dropout {result['dropout']:g} is keyed in icenet and the framework's own "
+                    "in the minimal loop; --set model.dropout=0 compares the loops alone",
                     soft_wrap=True,
                 )
 
@@ -78,79 +82,93 @@ def run(
     backend: str | None = None,
     device: str | None = None,
     steps: int = 200,
-    notify: Callable[[str], None] = lambda text: None,
+    notify: common.Notify = common.ignore,
 ) -> StepReport:
-    """Measures `steps` steps of each loop on the backends that are here, each in a process of its own."""
+    """Times `steps` steps of each loop on each installed backend, or on the given one.
+
+    Args:
+        name: a YAML file or a preset.
+        overrides: `KEY=VALUE` changes to it.
+        backend: the only backend to measure.
+        device: the device; the config's device if absent.
+        steps: number of steps of each loop, rounded up to whole blocks.
+        notify: receives a line of progress per backend.
+    """
     blocks = max(4, min(40, steps // 4))
     block = math.ceil(steps / blocks)
-    keys = (f"training.max_steps={WARM_UP + blocks * block + 1}", "training.checkpoint_every=1000000000")
-    config = Config.from_yaml(name, overrides).with_overrides(*_SAME, *keys)
-    if hasattr(config.training, "tensorboard"):
-        config = config.with_overrides("training.tensorboard=false")
-    found = []
-    for kind in process.backends_here(backend):
+    max_steps = WARM_UP + blocks * block + 1
+    config = Config.from_yaml(name, overrides).with_overrides(*_SAME_WORK, f"training.max_steps={max_steps}")
+    results = []
+    for kind in common.installed_backends(backend):
         notify(f"{kind}: {blocks} blocks of {block} steps of each loop")
-        task = {"config": process.plain(config), "backend": kind, "device": device, "blocks": blocks, "block": block}
-        found.append(process.measure_apart("step", task))
-    return StepReport(name, found)
+        task = {"config": common.json_config(config), "backend": kind, "device": device}
+        results.append(common.measure_isolated("step", {**task, "blocks": blocks, "block": block}))
+    return StepReport(name, results)
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: milliseconds of a step of each loop, and their ratio block by block."""
+    """Returns the milliseconds of a step of each loop and their ratio, block by block. Runs in a separate process."""
     config = Config.from_dict(task["config"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer.start(config, Path(folder) / "run", backend=task["backend"], device=task["device"])
-        room = backends.module(trainer.engine.backend, "tools.bench")
-        turns = TakingTurns(trainer, room.BareLoop(config, trainer.engine.device), task["block"], task["blocks"])
-        trainer.engine = turns  # type: ignore[assignment]
+        tools = backends.module(trainer.engine.backend, "tools.bench")
+        bare_loop = tools.BareLoop(config, trainer.engine.device)
+        engine = AlternatingEngine(trainer, bare_loop, task["block"], task["blocks"])
+        trainer.engine = engine  # type: ignore[assignment]
         trainer.fit()
     return {
-        **process.machine(turns.engine.backend, turns.engine.device),
+        **common.machine(engine.engine.backend, engine.engine.device),
         "dropout": float(getattr(config.model, "dropout", 0.0)),
         "blocks": task["blocks"],
         "block": task["block"],
-        "bare_ms": 1e3 * statistics.median(turns.bare_seconds),
-        "icenet_ms": 1e3 * statistics.median(turns.own_seconds),
-        "ratio": process.ratio(turns.own_seconds, turns.bare_seconds),
+        "bare_ms": 1e3 * statistics.median(engine.bare_seconds),
+        "icenet_ms": 1e3 * statistics.median(engine.own_seconds),
+        "ratio": common.ratio(engine.own_seconds, engine.bare_seconds),
     }
 
 
-class TakingTurns:
-    """Stands between a trainer and its engine: where a block of steps begins, the other loop takes as many first.
+class AlternatingEngine:
+    """A trainer's engine that runs and times a block of the minimal loop before each block of the trainer's steps.
 
-    From there to the beginning of the next block the clock of the trainer runs: its steps with all that it does
-    between them. Nobody's work is under way at a change: both sides wait for the device.
+    A block of the trainer is timed from its first step to the first step of the next block, so that it includes what
+    the trainer does between steps. The device is idle at each change.
+
+    Attributes:
+        own_seconds: seconds per step of the trainer, by block.
+        bare_seconds: seconds per step of the minimal loop, by block.
     """
 
-    def __init__(self, trainer: Trainer, bare: Any, block: int, blocks: int) -> None:
+    def __init__(self, trainer: Trainer, bare_loop: Any, block: int, blocks: int) -> None:
         self.engine = trainer.engine
         self.own_seconds: list[float] = []
-        """Seconds of a step of the trainer's, by block."""
         self.bare_seconds: list[float] = []
-        """Seconds of a step of the bare loop's."""
-        self._bare = bare
+        self._bare_loop = bare_loop
         self._dataset = trainer.dataset
         self._batch_size = trainer.config.training.batch_size
         self._block, self._blocks = block, blocks
-        self._began = 0.0
-        bare.run([self._dataset.train_batch(step, self._batch_size) for step in range(WARM_UP)])
+        self._begin = 0.0
+        bare_loop.run(self._batches(0, WARM_UP))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def train_step(self, batch: engine.Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
-        done, within = divmod(step - WARM_UP, self._block)
-        if within == 0 and 0 <= done <= self._blocks:
-            self._change(step, done)
+    def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
+        completed, within = divmod(step - WARM_UP, self._block)
+        if within == 0 and 0 <= completed <= self._blocks:
+            self._alternate(step, completed)
         return self.engine.train_step(batch, step, learning_rate, loss_scale)
 
-    def _change(self, step: int, done: int) -> None:
-        self._bare.synchronize()
-        if done:
-            self.own_seconds.append((time.perf_counter() - self._began) / self._block)
-        if done < self._blocks:
-            batches = [self._dataset.train_batch(step + i, self._batch_size) for i in range(self._block)]
+    def _alternate(self, step: int, completed: int) -> None:
+        """Ends a block of the trainer, if there was one, and runs the next block of the minimal loop."""
+        self._bare_loop.synchronize()
+        if completed:
+            self.own_seconds.append((time.perf_counter() - self._begin) / self._block)
+        if completed < self._blocks:
+            batches = self._batches(step, self._block)
             begin = time.perf_counter()
-            self._bare.run(batches)
+            self._bare_loop.run(batches)
             self.bare_seconds.append((time.perf_counter() - begin) / self._block)
-        self._began = time.perf_counter()
+        self._begin = time.perf_counter()
+
+    def _batches(self, first: int, count: int) -> list[Batch]:
+        return [self._dataset.train_batch(first + index, self._batch_size) for index in range(count)]

@@ -1,0 +1,52 @@
+"""`icenet generate`: reads a prompt, loads a model and streams the continuation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import icenet
+from icenet.core.errors import UsageError
+
+
+def read_prompt(path: Path) -> str:
+    """Returns the text of a prompt file; `-` is standard input.
+
+    Raises:
+        UsageError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
+        raise UsageError(f"{path}: the prompt cannot be read: {reason}") from None
+
+
+def stream(
+    path: Path,
+    prompt: str,
+    backend: str | None = None,
+    device: str | None = None,
+    *,
+    averaged: bool = False,
+    **options: Any,
+) -> Iterator[str]:
+    """Yields the prompt, its continuation piece by piece, and a final newline.
+
+    The options are checked before the first piece.
+
+    Args:
+        path: a run, a checkpoint or a saved model.
+        prompt: the text to continue.
+        backend: mlx, torch or auto; the config's backend if absent.
+        device: the device; the config's device if absent.
+        averaged: use the averaged weights of `training.ema_decay`.
+        options: keys of `GenerationConfig`; None keeps the model's own setting.
+    """
+    model = icenet.load(path, backend, device, averaged=averaged)
+    continuation = icenet.generate(model, prompt, stream=True, **options)
+    yield prompt
+    yield from continuation
+    yield "\n"
