@@ -10,7 +10,6 @@ import click
 from icenet.cli.options import (
     PATH,
     CommandGroup,
-    backend_option,
     device_option,
     examples,
     json_option,
@@ -21,9 +20,9 @@ from icenet.cli.options import (
 
 @click.group(cls=CommandGroup, epilog=examples("icenet bench memory", "icenet bench step", "icenet bench dropout"))
 def bench() -> None:
-    """Measure memory and speed on this machine, each backend in a separate process.
+    """Measure memory and speed on this machine.
 
-    Measures every installed backend unless --backend is given.
+    Measures every installed backend, or the one given with --backend, each in a separate process.
     """
 
 
@@ -51,6 +50,9 @@ def _notify(as_json: bool) -> Callable[[str], None]:
 
 
 config_argument = click.argument("config", default="quickstart")
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Backend to measure. Default: every installed one."
+)
 
 
 @bench.command(
@@ -88,7 +90,10 @@ def memory_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure the peak memory of a training step of CONFIG, with and without gradient checkpointing."""
+    """Measure the peak memory of a training step.
+
+    Measures a step of CONFIG with and without gradient checkpointing.
+    """
     from icenet.commands.bench import memory
 
     show(memory.run(config, overrides, backend, device, precision, depth, out, _notify(as_json)), as_json)
@@ -109,7 +114,10 @@ def memory_command(
 def step_command(
     config: str, steps: int, backend: str | None, device: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Time a training step of CONFIG against a minimal loop written with the framework alone."""
+    """Time a training step against a minimal loop.
+
+    The minimal loop trains the model of CONFIG and is written with the framework alone.
+    """
     from icenet.commands.bench import step
 
     show(step.run(config, overrides, backend, device, steps, _notify(as_json)), as_json)
@@ -121,7 +129,10 @@ def step_command(
 @device_option
 @json_option
 def dropout_command(rounds: int, backend: str | None, device: str | None, as_json: bool) -> None:
-    """Time keyed dropout, which has the same masks on both backends, against the framework's own dropout."""
+    """Time keyed dropout against the framework's own.
+
+    Keyed dropout has the same masks on both backends.
+    """
     from icenet.commands.bench import dropout
 
     show(dropout.run(backend, device, rounds, _notify(as_json)), as_json)

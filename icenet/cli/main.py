@@ -87,7 +87,10 @@ def train_command(
     overrides: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Train a model from CONFIG, a YAML file or the name of a preset."""
+    """Train a model, or continue a run.
+
+    CONFIG is a YAML file or the name of a preset.
+    """
     from icenet.commands import train
     from icenet.core.training.run_folder import new_run_folder
     from icenet.core.training.trainer import Trainer
@@ -155,7 +158,10 @@ def prepare_command(
 @click.argument("folder", type=PATH, required=False)
 @json_option
 def runs_command(folder: Path | None, as_json: bool) -> None:
-    """List the runs in FOLDER (default: runs/), newest first, with their progress, losses and state."""
+    """List runs with their progress, losses and state.
+
+    Lists the runs in FOLDER (default: runs/), newest first.
+    """
     from icenet.commands import runs
 
     show(runs.list_runs(folder), as_json)
@@ -182,9 +188,10 @@ def runs_command(folder: Path | None, as_json: bool) -> None:
     help="Unit of the x axis.",
 )
 def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str) -> None:
-    """Plot the loss, learning rate, gradient norm and throughput of RUNS in one figure.
+    """Plot the loss and other curves of one or more runs.
 
-    Works on finished runs and on runs in progress.
+    Draws loss, learning rate, gradient norm and throughput in one figure. Works on finished runs and on runs in
+    progress.
     """
     from icenet.commands import plot
 
@@ -229,9 +236,9 @@ def generate_command(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Continue a text with MODEL: a run, a checkpoint or a saved model.
+    """Continue a text with a trained model.
 
-    Options that are not given take their values from the generation section of the model's config.
+    MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation section of the model's config.
     """
     from icenet.commands import generate
 
@@ -263,7 +270,10 @@ def generate_command(
 def predict_command(
     run: Path, images: tuple[Path, ...], top_k: int, backend: str | None, device: str | None, as_json: bool
 ) -> None:
-    """Classify IMAGES (files or folders) with RUN, a run or a checkpoint."""
+    """Classify images with a trained model.
+
+    RUN is a run or a checkpoint. IMAGES are files or folders.
+    """
     from icenet.commands import predict
 
     show(predict.predict(run, images, backend, device, top_k), as_json)
@@ -292,7 +302,10 @@ def predict_command(
 def convert_command(
     source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
 ) -> None:
-    """Convert weights between the canonical, the MLX and the PyTorch format, bit for bit."""
+    """Convert weights between file formats, bit for bit.
+
+    The formats are canonical (safetensors with PyTorch layouts), mlx and torch.
+    """
     from icenet.commands.convert import convert_model
 
     click.echo(convert_model(source, destination, to, source_form, config, overwrite))
@@ -324,7 +337,10 @@ def convert_command(
 def parity_command(
     target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Compare the backends layer by layer on TARGET: a config, a run or a checkpoint."""
+    """Compare the backends layer by layer.
+
+    TARGET is a config, a run or a checkpoint.
+    """
     from icenet.commands.parity import parity
 
     report = parity(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
@@ -355,7 +371,10 @@ def parity_command(
 def info_command(
     target: str | None, schedule: bool, out: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Show parameter counts and memory of TARGET (a config, run or checkpoint), or of all presets."""
+    """Show parameter counts and memory of models.
+
+    TARGET is a config, a run or a checkpoint. Without it, all presets are listed.
+    """
     if target is None and (overrides or schedule):
         raise click.UsageError("--set needs a TARGET" if overrides else "--schedule needs a TARGET")
     if out is not None and not schedule:
@@ -375,7 +394,10 @@ def info_command(
 @cli.command("doctor", epilog=examples("icenet doctor", "icenet doctor --json"))
 @json_option
 def doctor_command(as_json: bool) -> None:
-    """Check the installation: versions, devices, BLAS, matmul speed, problems and their fixes."""
+    """Check the installation, and list problems and fixes.
+
+    Shows the versions, the devices, the BLAS on the CPU and the speed of matrix products.
+    """
     from icenet.commands import doctor
 
     report = doctor.examine()
