@@ -8,7 +8,7 @@ from icenet.core import backends
 from icenet.core import files as staging
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
-from icenet.core.tokenizers import files_of
+from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint
 from icenet.core.weights.convert import _destination, _refuse_collision, convert
 
@@ -40,7 +40,7 @@ def convert_model(
     done = convert(source, destination, kinds=kinds, shapes=shapes, overwrite=overwrite, **forms)  # type: ignore[arg-type]
     if settings is not None and beside is not None:
         read = Config.from_yaml(settings, trust_code=False)
-        files = files_of(getattr(read.data, "tokenizer", "bytes"))
+        files = tokenizer_files(getattr(read.data, "tokenizer", "bytes"))
         for name, content in files.items():
             staging.write_bytes(beside.with_name(name), content)
         staging.write_text(beside, checkpoint.carried(read, files).to_yaml())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from icenet.core import files as staging
 from icenet.core.config import Config
 from icenet.core.config.presets import names
 from icenet.core.data.datasets import Bar, TextDataset, dataset_for
-from icenet.core.data.text.reading import texts
+from icenet.core.data.text.reading import NotTextError, Reader
 from icenet.core.data.text.sources import Source, find_source
 from icenet.core.errors import DataError, IceNetError, UsageError
 from icenet.core.tokenizers.huggingface import HFTokenizer, library
@@ -92,9 +91,9 @@ def train_tokenizer(
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out}: exists; choose another, or give --overwrite to replace it")
     found = find_source(source)
-    trained = library().Tokenizer(library().models.BPE())
-    trained.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = library().decoders.ByteLevel()
+    tokenizer = library().Tokenizer(library().models.BPE())
+    tokenizer.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library().decoders.ByteLevel()
     trainer = library().trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
@@ -102,35 +101,34 @@ def train_tokenizer(
         show_progress=False,
     )
     with Bar(f"learning from {found.description}", quiet) as bar:
-        told = _Told(bar, sum(document.size for document in found.documents))
-        trained.train_from_iterator(_pieces(found, text_key, told), trainer=trainer)
-    if not told.done:
+        total, done = sum(document.size for document in found.documents), 0
+
+        def progress(size: int) -> None:
+            nonlocal done
+            done += size
+            bar(done, max(done, total))  # a gzip file has more text than bytes
+
+        tokenizer.train_from_iterator(_training_texts(found, text_key, progress), trainer=trainer)
+    if not done:
         raise DataError(f"data.source: there is no text in {found.description}")
-    content = (trained.to_str(pretty=True) + "\n").encode("utf-8")
+    content = (tokenizer.to_str(pretty=True) + "\n").encode("utf-8")
     size = HFTokenizer(content).vocab_size  # what cannot be read is not written
     staging.write_bytes(out, content)
     fewer = "" if size == vocab_size else f" (of the {vocab_size:,} wanted: the text has no more pairs to join)"
     return (
-        f"{size:,} tokens{fewer} from {told.done / 1e6:,.1f} MB of {found.description}, in {out}\n"
+        f"{size:,} tokens{fewer} from {done / 1e6:,.1f} MB of {found.description}, in {out}\n"
         f"train with it: --set data.tokenizer={out} --set model.vocab_size={size}"
     )
 
 
-class _Told:
-    """Counts the bytes of text, and tells how many there are."""
-
-    def __init__(self, bar: Bar, total: int) -> None:
-        self.done = 0
-        self._bar = bar
-        self._total = total
-
-    def add(self, size: int) -> None:
-        self.done += size
-        self._bar(self.done, max(self.done, self._total))
-
-
-def _pieces(source: Source, text_key: str, told: _Told) -> Iterator[Any]:
-    """The text in pieces, without what it has for the end of one."""
-    for text in texts(source.documents, text_key, source.sole):
-        told.add(len(text))
-        yield [part for part in text.decode("utf-8").split(END) if part]
+def _training_texts(source: Source, text_key: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
+    """Yields the text of a source in chunks, each split at end-of-text tokens. Files that are not text are left out."""
+    for document in source.documents:
+        try:
+            with Reader(document) as reader:
+                for chunk in reader.chunks(text_key=text_key):
+                    progress(len(chunk.text.encode()))
+                    yield [part for part in chunk.text.split(END) if part]
+        except NotTextError:
+            if source.sole:
+                raise

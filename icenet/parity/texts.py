@@ -16,7 +16,7 @@ import numpy as np
 from icenet.core import backends
 from icenet.core.generation import request as generation
 from icenet.core.generation import streaming
-from icenet.core.tokenizers.base import text_after
+from icenet.core.tokenizers.base import decode_continuation
 
 TIE = 64 * 2.0**-23
 """A margin below this share of the largest logit is a tie: 64 roundings of fp32, over some dozens of layers."""
@@ -68,7 +68,7 @@ def compare_texts(
     requests = [generation.request(model, ids, None, 0, options) for model in models]
     decoders = [backends.module(name, "generation.decoder").Decoder for name in names]
     rows = [streaming.complete(decoders[i](models[i], requests[i]), requests[i])[0] for i in range(2)]
-    text = text_after(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
+    text = decode_continuation(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
     tokens = dict(zip(names, rows, strict=True))
     at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), None)
     if at is None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from icenet.core.config import CNNConfig, ImageDataConfig, cnn_plan, custom
 from icenet.core.data.images.dataset import ImageDataset
-from icenet.core.data.text.cache import Progress
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import Batch, TextDataset
+from icenet.core.data.text.prepare import Progress
 from icenet.core.errors import ConfigError
 from icenet.core.report.bar import Bar
 from icenet.core.tokenizers import get_tokenizer

@@ -1,55 +1,54 @@
-"""Tokenizers by name: `bytes`, or a Hugging Face tokenizer.json."""
+"""Tokenizers by name: `bytes`, or the file of a Hugging Face tokenizer."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from icenet.core.errors import DataError
-from icenet.core.files import nearby
-from icenet.core.tokenizers.base import FILE, Tokenizer
+from icenet.core.files import path_hint
+from icenet.core.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: 'bytes', a tokenizer.json, or a folder with one.
+    """Returns the tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json, or a folder that contains one.
 
     Raises:
-        DataError: there is none of this name, or its file is no tokenizer.
+        DataError: It does not exist, or its file is not a valid tokenizer.
     """
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     path = Path(name).expanduser()
     try:
         if name.strip() and path.is_dir():
-            path /= FILE
-        there = path.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~ of an unknown user
-        there = False
-    if there:
-        from icenet.core.tokenizers.huggingface import HFTokenizer
-
-        return HFTokenizer.from_file(path)
+            path /= TOKENIZER_FILE
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, ~ of an unknown user
+        exists = False
+    if exists:
+        return read_tokenizer(path)
     if path.suffix == ".json" or os.sep in name or "/" in name:
-        raise DataError(f"data.tokenizer: {path}: no such file{nearby(path)}")
+        raise DataError(f"data.tokenizer: {path}: no such file{path_hint(path)}")
     close = difflib.get_close_matches(name, [ByteTokenizer.name], 1)
     hint = f"did you mean {close[0]!r}?" if close else "give 'bytes' or the path of a tokenizer.json"
     raise DataError(f"data.tokenizer: no tokenizer {name!r}; {hint}")
 
 
-def files_of(name: str) -> dict[str, bytes]:
-    """The files of the tokenizer that `data.tokenizer` names, by name, as they are; none where there are none."""
-    path = Path(name).expanduser()
-    path = path / FILE if path.is_dir() else path
-    return {FILE: path.read_bytes()} if name != ByteTokenizer.name and path.is_file() else {}
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer from its file. This is where the kind of the file decides the class.
 
-
-def from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer whose `files` these are."""
-    if FILE not in files:
-        return ByteTokenizer()
+    Raises:
+        DataError: The file cannot be read, or is not a valid tokenizer.
+    """
     from icenet.core.tokenizers.huggingface import HFTokenizer
 
-    return HFTokenizer(files[FILE])
+    return HFTokenizer.from_file(path)
+
+
+def tokenizer_files(name: str) -> dict[str, bytes]:
+    """Returns the content of the files of the tokenizer that `data.tokenizer` names, by file name, unchecked."""
+    path = Path(name).expanduser()
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    return {TOKENIZER_FILE: path.read_bytes()} if name != ByteTokenizer.name and path.is_file() else {}

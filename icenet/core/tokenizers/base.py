@@ -1,68 +1,67 @@
-"""How text becomes tokens and tokens become text."""
+"""The interface of tokenizers, which turn text into token ids and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
 
-FILE = "tokenizer.json"
-"""The name under which a tokenizer's file goes with a checkpoint or a saved model."""
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the tokenizer's file in a checkpoint and in the folder of a saved model."""
 
 
 class Tokenizer(Protocol):
     """What data and generation need of a tokenizer."""
 
     name: str
-    """Names the tokenizer and its vocabulary: two with one name give the same tokens."""
+    """Identifies the tokenizer and its vocabulary: tokenizers of one name produce the same tokens."""
     vocab_size: int
-    """One more than the largest token."""
+    """The largest token id plus one."""
     eot_id: int
-    """The token that ends a text."""
+    """The end-of-text token, which separates documents and ends generation."""
     files: Mapping[str, bytes]
-    """What makes the tokenizer anew elsewhere (`from_files`), by file name; empty where nothing is needed."""
-    bytes_per_second: float
-    """About how much text one process can read; decides whether more are worth their start."""
+    """The files that define the tokenizer, by name. Checkpoints store them; empty if none are needed."""
 
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def continuation(self, ids: Iterable[int]) -> str:
-        """The text of ids that go on from a text before them: a space between the two is kept."""
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text, without special tokens around it."""
         ...
 
-    def begins(self, data: bytes, at: int) -> int | None:
-        """The first place from `at` on where a token of `data`, UTF-8, begins; None where it is not UTF-8."""
-        ...
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool]) -> list[NDArray[Any]]:
+        """Returns the tokens of several texts, integer `[tokens]` each. May use several threads.
 
-    def encode_part(self, data: bytes, first: int, last: int) -> NDArray[np.integer]:
-        """The tokens of `data[first:last]` as they are in the midst of `data`, UTF-8 cut between characters.
-
-        Raises:
-            UnicodeDecodeError: it is not UTF-8.
+        Args:
+            texts: The texts.
+            continues: For each text, whether it continues another one. Then its tokens decode to the text as it is,
+                even if the tokenizer puts a space before the first word of a text.
         """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of tokens, without special tokens."""
+        ...
+
+    def decode_continuation(self, ids: Iterable[int]) -> str:
+        """Returns the text of tokens that follow other text: a space at its beginning is kept."""
         ...
 
 
 def utf8(text: str) -> bytes:
-    """A text's bytes; bytes of the command line that are no UTF-8 arrive escaped, and go on as they were.
+    """Returns the UTF-8 bytes of a text. Surrogate escapes (invalid bytes of the command line) become those bytes.
 
     Raises:
-        DataError: a lone surrogate, which UTF-8 cannot hold.
+        DataError: The text has another lone surrogate, which UTF-8 cannot represent.
     """
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError as error:
-        raise DataError(f"the text has a lone surrogate at {error.start}, no character") from None
+        raise DataError(f"the text has a lone surrogate at {error.start}, which is not a character") from None
 
 
-def text_after(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """`tokenizer.continuation`, or `decode` of a tokenizer of the user's own that has none."""
-    continuation = getattr(tokenizer, "continuation", tokenizer.decode)
-    text: str = continuation(ids)
+def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Returns `tokenizer.decode_continuation(ids)`, or `decode(ids)` for a user's tokenizer without that method."""
+    decode = getattr(tokenizer, "decode_continuation", tokenizer.decode)
+    text: str = decode(ids)
     return text

@@ -1,8 +1,9 @@
-"""The byte tokenizer: UTF-8 bytes and one token for the end of a text."""
+"""The byte tokenizer: the 256 bytes of UTF-8 and an end-of-text token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,39 +12,32 @@ from icenet.core.tokenizers.base import utf8
 
 
 class ByteTokenizer:
-    """UTF-8 bytes: ids 0 to 255 are the bytes, 256 ends a text. Any text comes back as it was."""
+    """UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the end of a text. Decoding returns any text unchanged."""
 
     name = "bytes"
     vocab_size = 257
     eot_id = 256
     files: Mapping[str, bytes] = {}
-    bytes_per_second = 2e8
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of a text, as ids.
+        """Returns the bytes of a text as ids.
 
         Raises:
-            DataError: a lone surrogate, which UTF-8 cannot hold.
+            DataError: The text has a lone surrogate, which UTF-8 cannot represent.
         """
         return list(utf8(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. End of text is left out.
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[NDArray[Any]]:
+        """Returns the bytes of each text, uint8 `[bytes]`. `continues` makes no difference."""
+        return [np.frombuffer(utf8(text), np.uint8) for text in texts]
 
-        Bytes that are no UTF-8 become U+FFFD, and so do ids above 256: a model may have a larger vocabulary.
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, without end-of-text tokens.
+
+        Invalid UTF-8 becomes U+FFFD, and so do ids outside the vocabulary: a model may have a larger one.
         """
         values = np.fromiter(ids, dtype=np.int64)
-        values = np.where((values < 0) | (values > self.eot_id), 0xFF, values)  # a byte that UTF-8 never has
+        values = np.where((values < 0) | (values > self.eot_id), 0xFF, values)  # 0xFF is never valid in UTF-8
         return bytes(values[values != self.eot_id].tolist()).decode("utf-8", errors="replace")
 
-    continuation = decode
-
-    def begins(self, data: bytes, at: int) -> int | None:
-        """Every byte is a token."""
-        return at
-
-    def encode_part(self, data: bytes, first: int, last: int) -> NDArray[np.integer]:
-        """The bytes, uint8 `[last - first]`."""
-        part = data[first:last]
-        part.decode("utf-8")  # raises where it is no text
-        return np.frombuffer(part, np.uint8)
+    decode_continuation = decode

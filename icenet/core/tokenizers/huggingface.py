@@ -1,14 +1,13 @@
-"""Tokenizers of Hugging Face's library `tokenizers`, from the one file tokenizer.json."""
+"""Tokenizers of Hugging Face's library `tokenizers`, defined by one file, tokenizer.json."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,58 +16,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
-from icenet.core.tokenizers.base import FILE, utf8
+from icenet.core.tokenizers.base import TOKENIZER_FILE, utf8
 
-ENDS = (
+EOT_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|end|>", "<end_of_text>"),
     *("<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]"),
 )
-"""What tokenizers call the token that ends a text; the first that is there is taken."""
+"""Common names of the end-of-text token. The first one in the vocabulary is used."""
 _MAX_BYTES = 1 << 28
 
 
 class HFTokenizer:
-    """A tokenizer.json. Special tokens written in a text are read as those tokens, as the library does.
+    """A tokenizer.json. Special tokens that are written in a text are encoded as those tokens, as the library does.
 
-    What the file says of cutting and filling up (truncation, padding), of tokens around each text (post-processing)
-    and of dropout in BPE is not used: a text becomes all of its tokens, the same ones each time, and no others.
+    The file's truncation, padding, post-processing (tokens around each text) and BPE dropout are not used: a text is
+    encoded completely, always the same, without added tokens.
     """
 
-    bytes_per_second = 2e6
+    def __init__(self, content: bytes, where: str = TOKENIZER_FILE) -> None:
+        """Reads the content of a tokenizer.json.
 
-    def __init__(self, content: bytes, where: str = FILE) -> None:
-        """Reads the bytes of a tokenizer.json; `where` is what errors call it.
+        Args:
+            content: The bytes of the file.
+            where: Name of the file in error messages.
 
         Raises:
-            DataError: it is none, it has no token that ends a text, or `tokenizers` is not installed.
+            DataError: It is not a tokenizer, it has no end-of-text token, or `tokenizers` is not installed.
         """
-        self.files: Mapping[str, bytes] = {FILE: content}
+        self.files: Mapping[str, bytes] = {TOKENIZER_FILE: content}
         self.name = f"hf:{hashlib.sha256(content).hexdigest()[:32]}"
         self._where = where
         self._tokenizer = _read(content, where)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        end = next((name for name in ENDS if name in vocabulary), None)
-        if end is None:
+        eot_token = next((name for name in EOT_TOKENS if name in vocabulary), None)
+        if eot_token is None:
             raise DataError(
-                f"data.tokenizer: {where}: has no token that ends a text ({', '.join(ENDS[:4])}, ...); "
+                f"data.tokenizer: {where}: has no end-of-text token ({', '.join(EOT_TOKENS[:4])}, ...); "
                 "add one to its added_tokens"
             )
-        self.eot_id = vocabulary[end]
+        self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
-        before = self._ids("a")
-        self._before = before[-1:]  # stands for the text before a continuation
-        self._before_text = self._text(self._before)
+        # Stand for the text before a continuation: some tokenizers put a space before the first word of a text, and
+        # remove it when they decode.
+        self._line_end = self.encode("\n")
+        self._letter = self.encode("a")[-1:]
+        self._letter_text = self._text(self._letter)
 
     @classmethod
     def from_file(cls, path: Path) -> HFTokenizer:
         """Reads a file.
 
         Raises:
-            DataError: it cannot be read, or see `__init__`.
+            DataError: It cannot be read, or see `__init__`.
         """
         try:
             if path.stat().st_size > _MAX_BYTES:
-                raise DataError(f"data.tokenizer: {path}: larger than {_MAX_BYTES >> 20} MB, which no tokenizer is")
+                raise DataError(f"data.tokenizer: {path}: larger than {_MAX_BYTES >> 20} MB: not a tokenizer")
             content = path.read_bytes()
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
@@ -76,93 +79,63 @@ class HFTokenizer:
         return cls(content, str(path))
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without any around it.
+        """Returns the tokens of a text, without special tokens around it.
 
         Raises:
-            DataError: what is no text (a lone surrogate), or what the tokenizer has no token for.
+            DataError: The text has a lone surrogate, or the tokenizer has no token for a part of it.
         """
-        return self._ids(utf8(text).decode("utf-8", errors="replace"))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens are left out.
-
-        Bytes that are no UTF-8 become U+FFFD, and so do ids that the tokenizer does not have: a model may have a
-        larger vocabulary.
-        """
-        values = [int(token) for token in ids]
-        wrong = next((at for at, token in enumerate(values) if not 0 <= token < self.vocab_size), None)
-        if wrong is None:
-            return self._text(values)
-        return self._text(values[:wrong]) + "\ufffd" + self.continuation(values[wrong + 1 :])
-
-    def continuation(self, ids: Iterable[int]) -> str:
-        """As `decode`, where a text is before: some decoders drop the space that a text begins with."""
-        text = self.decode([*self._before, *ids])
-        return text.removeprefix(self._before_text)
-
-    def begins(self, data: bytes, at: int) -> int | None:
-        """The first place from `at` on where a token of `data`, UTF-8, begins; None where there is none."""
-        try:
-            before, after = data[:at].decode("utf-8"), data[at:].decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-        encoding = self._encode(before + after)
-        reached = 0
-        for token in range(len(encoding)):
-            start, stop = self._span(encoding, token)
-            if start >= max(reached, len(before)):
-                return len((before + after)[:start].encode("utf-8"))
-            reached = max(reached, stop)
-        return None
-
-    def encode_part(self, data: bytes, first: int, last: int) -> NDArray[np.integer]:
-        """The tokens of `data[first:last]`, int64; those that the text around it makes them.
-
-        Where a token would lie across an end, the part is cut there and its tokens are those that it has alone.
-        """
-        part = data[first:last].decode("utf-8")
-        before, after = data[:first].decode("utf-8"), data[last:].decode("utf-8")
-        if not before and not after:
-            return np.array(self._ids(part), np.int64)
-        encoding = self._encode(before + part + after)
-        start = self._boundary(encoding, len(before)) if before else 0
-        if start is None:
-            return self.encode_part(data[first:], 0, last - first)
-        stop = self._boundary(encoding, len(before) + len(part)) if after else len(encoding)
-        if stop is None:
-            return self.encode_part(data[:last], first, last)
-        return np.array(encoding.ids[start:stop], np.int64)
-
-    def _boundary(self, encoding: Any, at: int) -> int | None:
-        """The first token that begins at character `at` or later; None where the one before reaches beyond."""
-        index = bisect.bisect_left(range(len(encoding)), at, key=lambda token: self._span(encoding, token)[0])
-        return index if index == 0 or self._span(encoding, index - 1)[1] <= at else None
-
-    @staticmethod
-    def _span(encoding: Any, token: int) -> tuple[int, int]:
-        span: tuple[int, int] | None = encoding.token_to_chars(token)
-        return span or (0, 0)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._encode(text).ids
+        with self._errors("encode"):
+            ids: list[int] = self._tokenizer.encode(_clean(text), add_special_tokens=False).ids
         return ids
 
-    def _encode(self, text: str) -> Any:
-        with _one_line(f"data.tokenizer: {self._where}: cannot read a text"):
-            return self._tokenizer.encode(text, add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool]) -> list[NDArray[Any]]:
+        """Returns the tokens of several texts, int64 `[tokens]` each, in the library's threads.
+
+        Raises:
+            DataError: See `encode`.
+        """
+        before = self._line_end
+        inputs = [f"\n{text}" if follows else text for text, follows in zip(texts, continues, strict=True)]
+        with self._errors("encode"):
+            encodings = self._tokenizer.encode_batch_fast(inputs, add_special_tokens=False)
+        found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        for index, follows in enumerate(continues):
+            if follows and found[index][: len(before)].tolist() == before:
+                found[index] = found[index][len(before) :]
+            elif follows:  # one token covers the line end and more
+                found[index] = np.array(self.encode(texts[index]), np.int64)
+        return found
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, without special tokens.
+
+        Invalid UTF-8 becomes U+FFFD, and so do ids outside the vocabulary: a model may have a larger one.
+        """
+        values = [int(token) for token in ids]
+        unknown = next((index for index, token in enumerate(values) if not 0 <= token < self.vocab_size), None)
+        if unknown is None:
+            return self._text(values)
+        return self._text(values[:unknown]) + "\ufffd" + self.decode_continuation(values[unknown + 1 :])
+
+    def decode_continuation(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids that follow other text: a space at its beginning is kept."""
+        return self.decode([*self._letter, *ids]).removeprefix(self._letter_text)
 
     def _text(self, ids: list[int]) -> str:
-        # the end of a text may be an ordinary token of the file
-        with _one_line(f"data.tokenizer: {self._where}: cannot write a text"):
+        with self._errors("decode"):
+            # the end-of-text token may be an ordinary token of the file
             text: str = self._tokenizer.decode([token for token in ids if token != self.eot_id])
         return text
 
+    def _errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
+        return _one_line(f"data.tokenizer: {self._where}: cannot {verb} a text")
+
 
 def library() -> ModuleType:
-    """The module `tokenizers`.
+    """Returns the module `tokenizers`.
 
     Raises:
-        DataError: it is not installed.
+        DataError: It is not installed.
     """
     try:
         import tokenizers
@@ -174,34 +147,61 @@ def library() -> ModuleType:
     return tokenizers
 
 
+@contextlib.contextmanager
+def limit_threads(count: int | None) -> Iterator[None]:
+    """Sets the number of threads of `encode_batch`; None leaves the library's default, one per processor.
+
+    The library reads the number when it first uses threads, and keeps it until the process ends.
+    """
+    if count is None:
+        yield
+        return
+    values = {"TOKENIZERS_PARALLELISM": "true" if count > 1 else "false", "RAYON_NUM_THREADS": str(count)}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _clean(text: str) -> str:
+    """Replaces the surrogate escapes of invalid bytes by U+FFFD. Raises DataError for other lone surrogates."""
+    return text if text.isascii() else utf8(text).decode("utf-8", errors="replace")
+
+
 def _read(content: bytes, where: str) -> Any:
-    """The library's tokenizer, with nothing in it that would drop tokens, add some, or draw them."""
+    """Returns the library's tokenizer, without anything that drops, adds or samples tokens."""
     try:
         values = json.loads(content)
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise DataError(f"data.tokenizer: {where}: no tokenizer.json of Hugging Face's: it has no model")
+        raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")
     tokenizers = library()
-    with _one_line(f"data.tokenizer: {where}: no tokenizer that this version of tokenizers reads"), _silent():
-        made = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        made.no_truncation()
-        made.no_padding()
-        made.post_processor = None
-        if getattr(made.model, "dropout", None):
-            made.model.dropout = None
-        made.decode(made.encode("a b\n", add_special_tokens=False).ids)
-    return made
+    with _one_line(f"data.tokenizer: {where}: this version of tokenizers cannot read it"), _silent():
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.post_processor = None
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
+        tokenizer.decode(tokenizer.encode("a b\n", add_special_tokens=False).ids)
+    return tokenizer
 
 
 @contextlib.contextmanager
 def _one_line(problem: str) -> Iterator[None]:
-    """What goes wrong in the library, its panics included, as a DataError."""
+    """Turns errors of the library, panics included, into a DataError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError):
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         raise DataError(f"{problem}: {_first_line(error)}") from None
 
 
@@ -211,17 +211,17 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Rust writes where it panicked to the standard error, which is for one line of ours."""
+    """Discards what Rust writes to the standard error when it panics; the DataError reports it."""
     try:
-        kept = os.dup(2)
-    except OSError:  # there is none
+        saved = os.dup(2)
+    except OSError:  # there is no standard error
         yield
         return
     try:
         sys.stderr.flush()
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)

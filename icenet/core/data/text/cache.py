@@ -1,11 +1,11 @@
-"""Where the tokens of sources are kept, so that they are made once.
+"""The folder in which the tokens of sources are kept, so that they are made once.
 
-    NAME.tokens     the tokens of a source (`icenet.core.data.text.token_file`)
-    NAME.shards/    while they are being made: what is done (`icenet.core.data.text.shards`)
+    NAME-STATE.tokens   the tokens of a source (`token_file`)
+    NAME.partial/       unfinished work (`prepare`)
+    NAME.lock           held by the process that makes them; others wait
 
-A file is written beside its place and renamed into it, so that it is there whole or not at all: two processes that
-want the same one, and a kill at any moment, leave nothing broken, and what is done is not done again. Its name is a
-hash of everything the tokens depend on, so a changed source makes a new file.
+NAME is a hash of the source and the tokenizer, STATE one of the source's files (names, sizes, times): a changed source
+gets a new token file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from icenet.core.data.text.build import Build, Progress
-from icenet.core.data.text.shards import SUFFIX
+from icenet.core import files
+from icenet.core.data.text.prepare import Progress, make_token_file
 from icenet.core.data.text.sources import Source
-from icenet.core.data.text.token_file import HEADER_BYTES, VERSION, TokenFile, open_file
-from icenet.core.errors import DataError
+from icenet.core.data.text.token_file import VERSION, TokenFile, open_file
+from icenet.core.errors import DataError, FileError
 from icenet.core.tokenizers.base import Tokenizer
+from icenet.core.tokenizers.huggingface import limit_threads
 
-__all__ = ["HEADER_BYTES", "Progress", "TokenFile", "default_folder", "load_tokens"]
-
-_ABANDONED_SECONDS = 3600
-_ABANDONED_SHARDS_SECONDS = 7 * 86400
+_MAX_AGE_SECONDS = {"*.tmp": 3600, "*.partial": 7 * 86400}
+"""Age at which unfinished files are taken to be abandoned."""
 
 
 def default_folder() -> Path:
-    """$ICENET_CACHE, or ~/.cache/icenet."""
+    """Returns $ICENET_CACHE, or ~/.cache/icenet."""
     chosen = os.environ.get("ICENET_CACHE")
     return Path(chosen).expanduser() if chosen else Path(os.path.expanduser("~"), ".cache", "icenet")
 
@@ -47,80 +45,43 @@ def load_tokens(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> TokenFile:
-    """The tokens of a source, from the cache folder where they are there and whole, else made now.
+    """Returns the tokens of a source, and makes them first if the cache does not have them.
 
     Args:
-        source: its files.
-        tokenizer: how their text becomes tokens.
-        folder: the cache; `default_folder()` when absent.
-        text_key: of files of JSON lines, the key of the text.
-        workers: processes that share the work; when absent one where it is little, else one a processor.
-        progress: told how far it is.
+        source: The documents.
+        tokenizer: Encodes their text.
+        folder: The cache (default: `default_folder()`).
+        text_key: Key of the text in JSON lines.
+        workers: Number of threads that encode (default: one per processor). The tokens do not depend on it.
+        progress: Is called with the bytes that are done and the bytes in total.
 
     Raises:
-        DataError: no text in the source, a file that cannot be read, or no place to write to.
+        DataError: The source has no text, a file cannot be read, or the cache cannot be written.
     """
     folder = folder if folder is not None else default_folder()
     key = f"{text_key}\n" if any(document.lines for document in source.documents) else ""
-    which = os.fsencode(f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}")
-    state = hashlib.sha256(which)
-    for document in source.documents:
-        state.update(os.fsencode(f"{document.name}\0{document.size}\0{document.mtime_ns}\n"))
-    name = hashlib.sha256(which).hexdigest()[:12]
-    path = folder / f"{name}-{state.hexdigest()[:16]}.tokens"
-    shards = folder / f"{name}.shards"
+    name = hashlib.sha256(os.fsencode(f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}")).hexdigest()[:12]
+    state = hashlib.sha256(b"".join(document.state for document in source.documents)).hexdigest()[:16]
+    path = folder / f"{name}-{state}.tokens"
+    partial = folder / f"{name}.partial"
     try:
-        for _ in range(3):  # a process that sees the source in another state may have cleaned this one away
-            found = open_file(path, tokenizer)
-            if found is not None:
+        for _ in range(3):  # a process that finds the source changed may remove the file that another has made
+            if (found := open_file(path, tokenizer)) is not None:
                 return found
-            with _alone(shards):
-                if open_file(path, tokenizer) is None:  # by now another process may have made it
-                    Build(source, tokenizer, text_key, shards, path, progress).run(workers)
+            folder.mkdir(parents=True, exist_ok=True)
+            with files.locked(folder / f"{name}.lock"), limit_threads(workers):
+                if open_file(path, tokenizer) is None:  # another process may have made it meanwhile
+                    make_token_file(path, source, tokenizer, text_key, partial, progress)
                     _clean(path)
-    except OSError as error:
-        raise _unusable(path, error, shards) from None
-    raise DataError(f"the token cache {path} is not what was written there; is the disk sound?")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While it is open, this process alone makes the shards in a folder; others wait.
-
-    The folder goes when it holds no shard.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # who had it has removed the folder meanwhile
-            handle = _locked(folder / "lock")
-            break
-    try:
-        yield
-    finally:
-        if folder.is_dir() and not any(folder.glob(f"*{SUFFIX}")):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
-
-
-def _locked(path: Path) -> int:
-    """Waits for a lock and gives its handle. It goes with the process, however that ends."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with contextlib.suppress(ImportError, OSError):  # Windows; a disk that knows no locks: each does all the work
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.stat(path).st_ino != os.fstat(handle).st_ino:
-            raise FileNotFoundError(path)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    except (OSError, FileError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise _unusable(folder, cause, partial.is_dir()) from None
+    raise DataError(f"the token file {path} differs from what was written to it; check the disk")
 
 
 def _clean(path: Path) -> None:
-    """Removes what killed builds left, and this source's tokens from before it changed."""
-    for pattern, age in (("*.tmp", _ABANDONED_SECONDS), ("*.shards", _ABANDONED_SHARDS_SECONDS)):
+    """Removes abandoned files, and the token files of earlier states of the same source."""
+    for pattern, age in _MAX_AGE_SECONDS.items():
         for old in path.parent.glob(pattern):
             with contextlib.suppress(OSError):
                 if time.time() - old.stat().st_mtime > age:
@@ -131,11 +92,11 @@ def _clean(path: Path) -> None:
                 old.unlink()
 
 
-def _unusable(path: Path, error: OSError, shards: Path) -> DataError:
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    reason = "no space left" if full else (error.strerror or str(error)).lower()
-    kept = "; what is done is kept for the next attempt" if full and shards.is_dir() else ""
+def _unusable(folder: Path, error: BaseException | None, resumable: bool) -> DataError:
+    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    reason = "no space left" if full else (getattr(error, "strerror", None) or str(error)).lower()
+    kept = "; the work done so far is kept for the next attempt" if full and resumable else ""
     return DataError(
-        f"cannot keep tokens in {path.parent}: {reason}; "
-        f"set ICENET_CACHE to a folder with room that you may write to{kept}"
+        f"cannot keep tokens in {folder}: {reason}; "
+        f"set ICENET_CACHE to a writable folder with enough free space{kept}"
     )

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from icenet.core import rng
-from icenet.core.data.text.cache import Progress, load_tokens
+from icenet.core.data.text.cache import load_tokens
+from icenet.core.data.text.prepare import Progress
 from icenet.core.data.text.sources import find_source
 from icenet.core.errors import DataError
 from icenet.core.tokenizers import get_tokenizer

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icenet.core.errors import DataError
-from icenet.core.files import nearby
+from icenet.core.files import path_hint
 
-CHUNK_BYTES = 1 << 20
 LINES = (".jsonl", ".jsonl.gz")
 """The names of files of JSON lines end in these: each line is a text, under a key of an object."""
 PACKED = (".jsonl.gz", ".txt.gz")
@@ -35,6 +34,11 @@ class Document:
     path: Path
     size: int
     mtime_ns: int
+
+    @property
+    def state(self) -> bytes:
+        """A line of bytes that changes when the file does."""
+        return os.fsencode(f"{self.name}\0{self.size}\0{self.mtime_ns}\n")
 
     @property
     def lines(self) -> bool:
@@ -87,7 +91,7 @@ def find_source(source: str) -> Source:
             return _glob(source, path)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
         raise DataError(f"data.source {source!r} cannot be read: {reason(error)}") from None
-    raise DataError(f"data.source {source!r} is not there{nearby(path)}")
+    raise DataError(f"data.source {source!r} is not there{path_hint(path)}")
 
 
 def _document(name: str, path: Path | str) -> Document:
@@ -134,7 +138,7 @@ def _glob(source: str, pattern: Path) -> Source:
     if not files:
         if matches:
             raise DataError(f"data.source {source!r} matches folders but no files; '**/*' takes all below")
-        where = "" if root.is_dir() else f": there is no folder {str(root)!r}{nearby(root)}"
+        where = "" if root.is_dir() else f": there is no folder {str(root)!r}{path_hint(root)}"
         raise DataError(f"data.source {source!r} matches no files{where}")
     documents = [_document(Path(file).relative_to(root).as_posix(), file) for file in files]
     return Source(f"files {source}", str(root.resolve().joinpath(*parts[fixed:])), _sorted(documents))

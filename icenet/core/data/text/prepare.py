@@ -1,0 +1,278 @@
+"""Makes the token file of a source, so that an interrupted run can resume.
+
+The documents are encoded in order and their tokens appended to a partial file. A journal, replaced atomically every
+few seconds, records how far the file is valid: after a kill the file is truncated to it and the work continues, with
+the same result. At the end the blocks (text files, ranges of JSON lines) are copied to the token file in shuffled
+order. So the validation part, the tail of the file, is a fair sample of the source.
+
+The journal is written by hand because the libraries that tokenize whole data sets (`datasets`) start an interrupted
+pass again and keep their own file format. The threads are those of the tokenizer's own batch call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core import files, rng
+from icenet.core.data.text.reading import Chunk, NotTextError, Reader
+from icenet.core.data.text.sources import Source
+from icenet.core.data.text.token_file import PIECE_TOKENS, token_dtype, write_file
+from icenet.core.errors import DataError
+from icenet.core.tokenizers.base import Tokenizer
+
+BATCH_BYTES = 1 << 20
+"""Text that is encoded in one call of the tokenizer, about."""
+SAVE_SECONDS = 2.0
+"""Time between two updates of the journal: the work that a kill can lose."""
+
+Progress = Callable[[int, int], None]
+"""Receives the bytes of the source that are done and its size in bytes."""
+
+
+@dataclass
+class Position:
+    """How far the partial file is valid.
+
+    Attributes:
+        document: Index of the current document; the ones before it are complete.
+        offset: Where reading continues in the current document.
+        tokens, blocks: Numbers of tokens and blocks in the partial file.
+        first_token, first_block: Their values where the current document begins.
+    """
+
+    document: int = 0
+    offset: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    first_token: int = 0
+    first_block: int = 0
+
+
+def make_token_file(
+    path: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    text_key: str,
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Encodes a source and writes its token file, complete or not at all.
+
+    Args:
+        path: The token file.
+        source: The documents.
+        tokenizer: Encodes their text.
+        text_key: Key of the text in JSON lines.
+        folder: Keeps unfinished work for the next call; removed at the end.
+        progress: Is called after each batch.
+
+    Raises:
+        DataError: The source has no text, or a document cannot be read.
+        OSError, FileError: A file cannot be written, for example because the disk is full.
+    """
+    with PartialTokens(folder, source, tokenizer) as partial:
+        _encode(partial, source, tokenizer, text_key, progress or (lambda done, total: None))
+        if not partial.position.tokens:
+            count = len(source.documents)
+            looked_at = f"{count} file{'s' if count != 1 else ''} looked at"
+            raise DataError(f"data.source: there is no text in {source.description} ({looked_at})")
+        partial.save()
+        temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
+        try:
+            write_file(temporary, partial.shuffled_blocks(), tokenizer)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encode(
+    partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_key: str, progress: Progress
+) -> None:
+    """Encodes the documents from the current position on. Batches reach across documents."""
+    batch: list[Chunk] = []
+    batch_bytes = done = 0
+    total = sum(document.size for document in source.documents)
+    saved = time.monotonic()
+
+    def encode_batch(bytes_read: int) -> None:
+        nonlocal batch_bytes, saved
+        texts = [chunk for chunk in batch if chunk.text]
+        ids = iter(tokenizer.encode_batch([c.text for c in texts], [c.continues for c in texts]))
+        for chunk in batch:
+            partial.append(chunk, next(ids) if chunk.text else None)
+        batch.clear()
+        batch_bytes = 0
+        if partial.resumable and time.monotonic() - saved >= SAVE_SECONDS:
+            partial.save()
+            saved = time.monotonic()
+        progress(bytes_read, total)
+
+    first, start = partial.position.document, partial.position.offset
+    done = sum(document.size for document in source.documents[:first])
+    for document in source.documents[first:]:
+        try:
+            with Reader(document) as reader:
+                for chunk in reader.chunks(start, text_key):
+                    batch.append(chunk)
+                    batch_bytes += len(chunk.text)
+                    if batch_bytes >= BATCH_BYTES:
+                        encode_batch(done + reader.bytes_read)
+        except DataError as error:
+            encode_batch(done)
+            partial.discard_document()
+            if source.sole or not isinstance(error, NotTextError):
+                partial.save()
+                raise
+            batch.append(Chunk("", False, 0, None, last=True))  # the document is left out
+        start = 0
+        done += document.size
+    encode_batch(done)
+
+
+class PartialTokens:
+    """The tokens of a source in the order of its documents, with a journal. Use it as a context manager.
+
+    Three files in a folder: `tokens`; `blocks`, the offset of each block's first token (uint64); `journal.json`, the
+    `Position` up to which both are valid and a hash of the documents up to there. Work on documents that have not
+    changed is reused although later ones have.
+
+    Attributes:
+        position: Where the next chunk is appended.
+        resumable: Whether reading can resume at `position`: not in the middle of a JSON line.
+    """
+
+    def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+        """Opens the folder, or creates it, and truncates the files to the journal."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.resumable = True
+        self._documents = source.documents
+        self._dtype = token_dtype(tokenizer)
+        self._eot = np.array([tokenizer.eot_id])
+        self._hash, self._hashed = hashlib.sha256(), 0
+        self.position = self._read_journal()
+        self._tokens = open(folder / "tokens", "ab")  # noqa: SIM115 - closed by __exit__
+        self._blocks = open(folder / "blocks", "ab")  # noqa: SIM115
+        self._truncate()
+        begins = self._block_starts()
+        self._block_start = int(begins[-1]) if len(begins) else 0
+        self._needs_eot = False
+
+    def __enter__(self) -> PartialTokens:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in (self._tokens, self._blocks):
+            with contextlib.suppress(OSError):  # a full disk: only what the journal describes counts
+                file.close()
+        if not (self.folder / "journal.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def append(self, chunk: Chunk, tokens: NDArray[np.integer] | None) -> None:
+        """Appends the tokens of a chunk, after an end-of-text token if another text is before it in its block."""
+        position = self.position
+        while position.blocks - position.first_block <= chunk.block:
+            self._block_start = position.tokens
+            self._blocks.write(np.array([position.tokens], "<u8").tobytes())
+            position.blocks += 1
+        if not chunk.continues:
+            self._needs_eot = position.tokens > self._block_start
+        if tokens is not None and len(tokens):
+            if self._needs_eot:
+                self._write(self._eot)
+                self._needs_eot = False
+            self._write(tokens)
+        self.resumable = chunk.last or chunk.end is not None
+        if chunk.last:
+            position.document, position.offset = position.document + 1, 0
+            position.first_token, position.first_block = position.tokens, position.blocks
+        elif chunk.end is not None:
+            position.offset = chunk.end
+
+    def _write(self, tokens: NDArray[np.integer]) -> None:
+        self._tokens.write(tokens.astype(self._dtype).tobytes())
+        self.position.tokens += len(tokens)
+
+    def discard_document(self) -> None:
+        """Removes the tokens of the current document."""
+        position = self.position
+        position.offset, position.tokens, position.blocks = 0, position.first_token, position.first_block
+        self.resumable = True
+        self._truncate()
+
+    def save(self) -> None:
+        """Flushes the files to the disk and replaces the journal. Removes it if there is nothing to keep."""
+        if self.position == Position():
+            (self.folder / "journal.json").unlink(missing_ok=True)
+            return
+        for file in (self._tokens, self._blocks):
+            file.flush()
+            os.fsync(file.fileno())
+        journal = {"documents": self._documents_hash(), "position": asdict(self.position)}
+        files.write_text(self.folder / "journal.json", json.dumps(journal))
+
+    def shuffled_blocks(self) -> Iterator[NDArray[np.integer]]:
+        """Yields the tokens of all blocks in an order that depends on their number alone, separated by end of text."""
+        self._tokens.flush()
+        self._blocks.flush()
+        tokens = np.memmap(self.folder / "tokens", self._dtype, "r", shape=(self.position.tokens,))
+        edges = np.append(self._block_starts(), self.position.tokens).astype(np.int64)
+        begun = False
+        for index in rng.permutation(rng.key(0, "documents"), len(edges) - 1):
+            start, end = int(edges[index]), int(edges[index + 1])
+            if start == end:
+                continue
+            if begun:
+                yield self._eot
+            for first in range(start, end, PIECE_TOKENS):
+                yield tokens[first : min(end, first + PIECE_TOKENS)]
+            begun = True
+
+    def _block_starts(self) -> NDArray[np.uint64]:
+        return np.fromfile(self.folder / "blocks", "<u8", self.position.blocks)
+
+    def _truncate(self) -> None:
+        self._tokens.truncate(self.position.tokens * self._dtype.itemsize)
+        self._blocks.truncate(self.position.blocks * 8)
+
+    def _read_journal(self) -> Position:
+        """Returns the position in the journal, or the beginning if there is no journal that fits the files."""
+        try:
+            journal = json.loads((self.folder / "journal.json").read_text())
+            self.position = Position(**journal["position"])
+            sizes = [(self.folder / name).stat().st_size for name in ("tokens", "blocks")]
+            if (
+                journal["documents"] == self._documents_hash()
+                and self.position.document <= len(self._documents)
+                and sizes[0] >= self.position.tokens * self._dtype.itemsize
+                and sizes[1] >= self.position.blocks * 8
+            ):
+                return self.position
+        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+            pass
+        self._hash, self._hashed = hashlib.sha256(), 0
+        return Position()
+
+    def _documents_hash(self) -> str:
+        """Returns a hash of the names, sizes and times of the documents up to the position."""
+        for document in self._documents[self._hashed : self.position.document]:
+            self._hash.update(document.state)
+        self._hashed = self.position.document
+        state = self._hash.copy()
+        if self.position.offset:
+            state.update(self._documents[self.position.document].state)
+        return state.hexdigest()
