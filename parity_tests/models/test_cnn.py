@@ -30,7 +30,8 @@ from icenet.core.errors import ConfigError, UsageError
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
-from icenet.parity.run import build, curves, judge_engines, random_batch, unequal
+from icenet.parity.engines import build, record
+from icenet.parity.run import compare_engines, curves, random_batch, unequal
 from icenet.parity.yardstick import FACTOR, judge, judge_curve
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
@@ -222,7 +223,7 @@ def test_any_size_that_the_strides_allow(backend: str) -> None:
             logits = plain(model(native(backend, normal(2, height, width, 3))))
             assert logits.shape == (2, 11) and np.isfinite(logits).all()
         if least > 1:
-            with pytest.raises(UsageError, match=f"images of {least - 1}x40 are too small.*the least is {least}x"):
+            with pytest.raises(UsageError, match=f"images of {least - 1}x40 are too small.* {least}x{least}"):
                 model(native(backend, normal(2, least - 1, 40, 3)))
 
 
@@ -244,9 +245,9 @@ def test_images_that_do_not_fit(backend: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage_depths": [2, 2]}, "stage_depths [2, 2] come to 4 blocks and num_layers is 5; set num_layers to 4"),
+        ({"stage_depths": [2, 2]}, "stage_depths [2, 2] has 4 blocks and num_layers is 5; set num_layers to 4"),
         ({"stage_depths": [], "num_layers": 1}, "stage_depths is empty"),
-        ({"stage_widths": [8, 16]}, "stage_widths [8, 16] has 2 stages and there are 4 (stage_depths [2, 1, 1, 1])"),
+        ({"stage_widths": [8, 16]}, "stage_widths [8, 16] has 2 stages and stage_depths [2, 1, 1, 1] has 4"),
         ({"classifier": "linear"}, "hidden_size 24 is not the 64 channels of the last stage"),
         ({"block": "dense"}, "model.block: must be 'alternating', 'conv', 'basic' or 'bottleneck', not 'dense'"),
         ({"base_chanels": 8}, "model.base_chanels: unknown key; did you mean base_channels?"),
@@ -264,7 +265,7 @@ def test_configurations_that_contradict_themselves(changes: dict[str, Any], mess
 def judged(given: Config, dtype: str = "fp32") -> None:
     engines = build(given, dtype)
     before = engines.mlx.weights()
-    report = judge_engines(engines, random_batch(given), step=2)
+    report = compare_engines(engines, random_batch(given), step=2)
     assert report.unequal_weights == []
     assert report.passed, report.verdict()
     assert "layers, training" in [section.title for section in report.sections]
@@ -571,7 +572,7 @@ def test_only_training_moves_the_running_statistics(backend: str) -> None:
     engine.evaluate(batch)
     engine.forward(batch)
     engine.gradients(batch)
-    backends.module(backend, "tools.probe").record(engine, batch, train=True, gradients=True)
+    record(engine, batch, train=True, gradients=True)
     assert unequal(running_statistics(engine.weights()), before) == []
     engine.read(engine.train_step(batch, 0, 1e-3))
     assert len(unequal(running_statistics(engine.weights()), before)) == len(before)

@@ -21,10 +21,11 @@ import icenet as front_door
 from icenet.cli.main import main
 from icenet.core.config import Config, CustomConfig, custom
 from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError
-from icenet.core.training import checkpoint, trainer
+from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
-from icenet.parity.run import build, curves, run
+from icenet.parity.engines import build
+from icenet.parity.run import curves, run
 from icenet.parity.yardstick import judge_curve
 
 mx: Any = pytest.importorskip("mlx.core")
@@ -154,7 +155,7 @@ def distrust(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a fresh process does: no file may be run."""
     monkeypatch.setattr(custom, "_trusted", set())
     monkeypatch.setattr(custom, "_trust_everything", False)
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -633,9 +634,9 @@ def test_the_working_folder_goes_first(here: Path, monkeypatch: pytest.MonkeyPat
     (here / "work").mkdir()
     shutil.copy(here / "one_torch.py", here / "work" / "my_models.py")
     monkeypatch.chdir(here / "work")
-    assert custom.beside("my_models.py:X", here) == "my_models.py:X"
-    assert custom.beside("my_models_torch.py:X", here) == "../my_models_torch.py:X"
-    assert custom.beside(f"{here}/one_mlx.py:X", here) == f"{here}/one_mlx.py:X"
+    assert custom.resolve("my_models.py:X", here) == "my_models.py:X"
+    assert custom.resolve("my_models_torch.py:X", here) == "../my_models_torch.py:X"
+    assert custom.resolve(f"{here}/one_mlx.py:X", here) == f"{here}/one_mlx.py:X"
 
 
 def test_the_documented_commands_in_processes_of_their_own(here: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_model_knows_its_config(backend: str) -> None:
 
 def test_model_config_chooses_the_family() -> None:
     assert type(config_of()) is TransformerConfig
-    with pytest.raises(ConfigError, match="no family 'mlp'"):
+    with pytest.raises(ConfigError, match="unknown family 'mlp'"):
         ModelConfig(type="mlp", hidden_size=512)
 
 

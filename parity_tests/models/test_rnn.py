@@ -23,10 +23,10 @@ from icenet.commands.convert import convert_model
 from icenet.core import rng
 from icenet.core.config import Config, ModelConfig
 from icenet.core.errors import ConfigError, UsageError, WeightsError
-from icenet.core.training import trainer
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights.torch_rnn import from_torch, to_torch
-from icenet.parity.run import build, curves, judge_engines, optimizer_rows, random_batch
+from icenet.parity.engines import build
+from icenet.parity.run import compare_engines, curves, optimizer_rows, random_batch
 from icenet.parity.yardstick import FACTOR, judge, judge_curve
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
@@ -92,7 +92,7 @@ def left_padding(lengths: list[int], longest: int) -> Any:
 
 
 def judged(given: Config, batch: Any, dtype: str = "fp32") -> None:
-    report = judge_engines(build(given, dtype), batch, step=2)
+    report = compare_engines(build(given, dtype), batch, step=2)
     assert report.unequal_weights == []
     assert report.passed, report.verdict()
     gradients = {row.path for row in report.sections[-2].rows if row.kind == "gradient"}
@@ -142,7 +142,7 @@ def test_large_weights(family: str) -> None:
     weights = {path: array * np.float32(3) for path, array in engines.torch.weights().items()}
     for engine in engines:
         engine.set_weights(weights)
-    report = judge_engines(engines, random_batch(given, rows=3, length=37))
+    report = compare_engines(engines, random_batch(given, rows=3, length=37))
     assert report.passed, report.verdict()
 
 
@@ -656,7 +656,7 @@ def test_a_run_that_changes_backend(
 ) -> None:
     """Ten steps on one backend and ten on the other stay as near to either as PyTorch to float64."""
     monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
     given = tiny(tmp_path).to_dict()
     given["model"] = {"type": family, "hidden_size": 32, "num_layers": 2, "vocab_size": 257, "dropout": 0.1}
     given["data"]["seq_length"] = 32
@@ -694,7 +694,7 @@ def test_initial_weights(family: str) -> None:
         ({"type": "lstm", "activation": "relu"}, "activation relu is for type rnn"),
         ({"type": "gru", "num_heads": 8}, "model.num_heads: unknown key"),
         ({"type": "rnn", "num_layers": 0}, "model.num_layers"),
-        ({"type": "lstmm"}, "no family 'lstmm'; did you mean lstm?"),
+        ({"type": "lstmm"}, "unknown family 'lstmm'; did you mean lstm?"),
     ],
 )
 def test_configurations_that_are_refused(values: Any, message: str) -> None:

@@ -1,10 +1,10 @@
-"""The configuration: one YAML file, one tree of checked sections, shared by both backends.
+"""The configuration: one YAML file, read into a tree of validated sections that both backends share.
 
     config = Config.from_yaml("configs/quickstart.yaml", overrides=["training.learning_rate=1e-3"])
-    config.training.mixed_precision = "bf16"      # an assignment is checked too
+    config.training.mixed_precision = "bf16"      # assignments are validated too
 
-Strict on purpose: an unknown key, a wrong type or an impossible combination is a `ConfigError` of one line
-that names the key, the file and line where it stands, what is allowed and the nearest known key.
+Validation is strict: an unknown key, a wrong type or an impossible combination is a `ConfigError`. Its message is one
+line with the file, the line, the key, the allowed values and the closest known key.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Models in a user's own file, named in the configuration: `type: my_models.py:CustomModel`.
+"""Models in a file of the user, named by the configuration: `type: my_models.py:CustomModel`.
 
-Such a file is code and is run. Only what a person names is: a configuration file given to a command or to
-`Config.from_yaml`, or `--trust-code`. What a checkpoint names is not, since a checkpoint may come from anyone.
+Reading such a model runs the file. Only files that the user named are run: by a configuration file given to a command
+or to `Config.from_yaml`, or with `--trust-code`. A file that a checkpoint names is not run, because a checkpoint may
+come from anyone.
 
-The file holds a subclass of `BaseModel` for one backend. Its twin for the other has the same class name, in
-the same file or in `my_models_torch.py` (`my_models_mlx.py`) beside it.
+The file contains a subclass of `BaseModel` for one backend. The class for the other backend has the same name and is
+in the same file, or in `my_models_torch.py` (`my_models_mlx.py`) next to it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
 _BASES = {"mlx": "icenet.models.base", "torch": "icenet_torch.models.base"}
+"""The module of each backend's `BaseModel`."""
 
 _trusted: set[Path] = set()
 _trust_everything = False
@@ -31,13 +33,13 @@ def is_custom(family: Any) -> bool:
 
 
 def split(family: str) -> tuple[Path, str]:
-    """The file and the class of `my_models.py:CustomModel`."""
+    """Splits `my_models.py:CustomModel` into file and class name."""
     file, _, name = family.rpartition(":")
     return Path(file), name
 
 
-def beside(family: str, folder: Path) -> str:
-    """The same `type`, its file looked for in the working folder first and then in `folder`."""
+def resolve(family: str, folder: Path) -> str:
+    """Returns a `type` whose file is relative to the working directory; it is looked up there, then in `folder`."""
     file, name = split(family)
     if file.is_absolute() or file.is_file() or not (folder / file).is_file():
         return family
@@ -45,68 +47,69 @@ def beside(family: str, folder: Path) -> str:
 
 
 def trust(family: str) -> None:
-    """Allows the file that a `type` names, and its twins, to be run: a person has named it."""
+    """Allows the file of a `type` that the user named, and its counterpart for the other backend, to be run."""
     if is_custom(family):
         _trusted.add(split(family)[0].resolve())
 
 
 def trust_everything() -> None:
-    """Allows whatever a checkpoint names (`--trust-code`)."""
+    """Allows every file that a checkpoint names to be run (`--trust-code`)."""
     global _trust_everything
     _trust_everything = True
 
 
 def model_class(family: str, backend: str) -> type[Any]:
-    """The class that a `type` names, for a backend.
+    """Returns the class of a `type` for a backend. This runs the file.
 
     Raises:
-        UsageError: the file is not trusted, not there, cannot be run, or has no such class.
-        BackendError: the class is written for the other backend only.
+        ConfigError: the file does not exist.
+        UsageError: the file is not trusted, fails to run, or has no such class.
+        BackendError: the class is for the other backend only.
     """
     file, name = split(family)
     if not file.is_file():
-        raise ConfigError(f"model.type: {file}: no such file; run this in the folder that it lies in")
+        raise ConfigError(f"model.type: {file}: no such file; run this command in the folder that contains it")
     if not _trust_everything and file.resolve() not in _trusted:
-        raise UsageError(f"the model is code of its own, {family}: read it, then add --trust-code to run it")
-    found, problems = [], []
-    # the twin first: the other backend's file would import the other framework
+        raise UsageError(f"the model is defined by Python code, {family}: read it, then add --trust-code to run it")
+    backends_found, import_errors = [], []
+    # the backend's own file first: the other one would import the other framework
     for candidate in (file.with_name(f"{file.stem}_{backend}.py"), file):
         if not candidate.is_file():
             continue
         try:
-            made: Any = getattr(_module(candidate), name, None)
-        except ImportError as error:  # of the other framework, where only one is installed
-            problems.append(f"{candidate} cannot be imported: {error}")
+            found: Any = getattr(_import_file(candidate), name, None)
+        except ImportError as error:  # of the other framework, if only one is installed
+            import_errors.append(f"{candidate} cannot be imported: {error}")
             continue
-        written_for = _backend_of(made)
-        if written_for == backend:
-            return made  # type: ignore[no-any-return]
-        found.append(written_for)
-    if problems:  # first: a twin that is there and cannot be imported is not missing
-        raise UsageError(f"model.type: {problems[0]}")
+        found_backend = _backend_of(found)
+        if found_backend == backend:
+            return found  # type: ignore[no-any-return]
+        backends_found.append(found_backend)
+    if import_errors:  # before the error about a missing class: the class may be in the file that failed
+        raise UsageError(f"model.type: {import_errors[0]}")
     other = {"mlx": "torch", "torch": "mlx"}[backend]
-    if other in found:
+    if other in backends_found:
         raise BackendError(
             f"{family} is written for {other} only: choose --backend {other}, "
-            f"or write its twin {file.stem}_{backend}.py:{name}"
+            f"or write {file.stem}_{backend}.py:{name} for {backend}"
         )
     raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {_BASES[backend]}.BaseModel")
 
 
-def _backend_of(made: Any) -> str | None:
-    """The backend of a proper subclass of a `BaseModel`, told without importing either; None of anything else."""
-    if isinstance(made, type):
-        for base in made.__mro__[1:]:
+def _backend_of(found: Any) -> str | None:
+    """Returns the backend of a proper subclass of a `BaseModel`; None for anything else. Imports no framework."""
+    if isinstance(found, type):
+        for base in found.__mro__[1:]:
             for backend, module in _BASES.items():
                 if (base.__module__, base.__name__) == (module, "BaseModel"):
                     return backend
     return None
 
 
-def _module(file: Path) -> ModuleType:
-    """Runs a file as a module, once for each of its versions.
+def _import_file(file: Path) -> ModuleType:
+    """Runs a file as a module, once for each version of its content.
 
-    What is run is the text that a person can read, never a compiled form that lies beside it.
+    The source is compiled here, so that a compiled file next to it, which the user cannot read, is never run.
     """
     try:
         source = file.read_bytes()
@@ -127,6 +130,6 @@ def _module(file: Path) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first}") from None
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}") from None
     return module

@@ -1,4 +1,4 @@
-"""The configuration's section `data`: where batches come from."""
+"""The section `data`: the source of the batches, one class per kind."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from icenet.core.config.section import Section
 
 
 class DataConfig(Section):
-    """Where batches of text come from."""
+    """Source of batches of text."""
 
     section: ClassVar[str] = "data"
 
     kind: Literal["text"] = "text"
-    """What is read: text."""
+    """Kind of data."""
     source: str = "stdlib"
-    """A text file, a folder, a glob, or 'stdlib': the Python standard library's own source."""
+    """A text file, a folder, a glob, or stdlib: the source code of Python's standard library."""
     tokenizer: str = "bytes"
-    """How text becomes tokens: `bytes` (UTF-8 bytes 0 to 255, and 256 for the end of a text) or a tokenizer.json."""
+    """bytes (UTF-8 bytes 0 to 255, and 256 for the end of a text), or the path of a tokenizer.json."""
     text_key: str = "text"
-    """Of files of JSON lines (.jsonl, .jsonl.gz): the key of the text in each."""
+    """Key of the text in each object of a JSON Lines file (.jsonl, .jsonl.gz)."""
     packing: bool = True
-    """Texts follow each other without a gap; if not, each begins a row of its own, filled up and masked."""
+    """Concatenate texts; otherwise each text begins a new row, which is padded and masked."""
     seq_length: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in one training sequence; the model's max_seq_length when absent."""
+    """Tokens in one training sequence; null: the model's max_seq_length."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The share of tokens held out for evaluation."""
+    """Fraction of the tokens held out for evaluation."""
 
 
 class ImageDataConfig(Section):
-    """Where batches of images and their classes come from."""
+    """Source of batches of images and classes."""
 
     section: ClassVar[str] = "data"
 
     kind: Literal["images"] = "images"
-    """What is read: images."""
+    """Kind of data."""
     source: str = "digits"
-    """A folder of class folders, of MNIST's IDX files or of CIFAR-10's binary files; or 'digits', scikit-learn's."""
+    """A folder of class folders, MNIST IDX files or CIFAR-10 binary files; or digits: scikit-learn's digits."""
     image_size: Annotated[int, Field(ge=1)] | None = None
-    """Height and width; images of another size are resized and their middle is taken. Absent: as they are."""
+    """Height and width; other images are resized and center-cropped; null: the size in the source."""
     channels: Literal[1, 3] | None = None
-    """1 turns colour to grey, 3 grey to colour. Absent: as the source has them (a folder: 3)."""
+    """1 converts to grayscale, 3 to RGB; null: the channels in the source (of a folder: 3)."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """The share of each class held out for evaluation, where the source has no test files of its own."""
+    """Fraction of each class held out for evaluation, if the source has no test set."""
     horizontal_flip: bool = False
-    """Mirror every second training image, at random."""
+    """Mirror training images with probability 0.5."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
-    """Pad training images with so many zeros on each side and cut a random piece of the old size."""
+    """Pad training images with this number of zeros on each side and crop at random to the original size."""
     normalize: bool = True
     """Subtract the mean of each channel and divide by its standard deviation."""
     mean: list[float] | None = None
-    """Mean of each channel, of values from 0 to 1; that of the training images when absent."""
+    """Mean of each channel, for values from 0 to 1; null: that of the training images."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    """Standard deviation of each channel; that of the training images when absent."""
+    """Standard deviation of each channel, for values from 0 to 1; null: that of the training images."""
 
     @model_validator(mode="after")
-    def _mean_is_used(self) -> Self:
+    def _check_normalize(self) -> Self:
         if not self.normalize and (self.mean is not None or self.std is not None):
-            raise ValueError("normalize is off, so mean and std are not used; leave them out, or turn it on")
+            raise ValueError(
+                "normalize is false, so mean and std have no effect; remove them, or set normalize to true"
+            )
         return self
 
 
@@ -71,7 +73,7 @@ def _data_tag(value: Any) -> str | None:
 
 
 DATA: tuple[type[Section], ...] = (DataConfig, ImageDataConfig)
-"""The kinds of data; a new one adds its section here."""
+"""The class of each kind. A new kind adds its class here."""
 
 if TYPE_CHECKING:
     AnyDataConfig = DataConfig
@@ -81,7 +83,7 @@ else:
         Discriminator(
             _data_tag,
             custom_error_type="kind",
-            custom_error_message="no such kind",
+            custom_error_message="unknown kind",
             custom_error_context={"known": ", ".join(section.model_fields["kind"].default for section in DATA)},
         ),
     ]

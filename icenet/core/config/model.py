@@ -1,4 +1,4 @@
-"""The model families' sections of the configuration; a new family adds its own and a line in `FAMILIES`."""
+"""The section `model`, one class per family. A new family adds its class and a line in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -9,68 +9,67 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import cnn_plan, custom
-from icenet.core.config.section import Section, no_family
+from icenet.core.config.section import Section, unknown_family
 from icenet.core.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
-
 Size = Annotated[int, Field(ge=1, le=2**24)]
-"""A width, a depth or a count: beyond 16 million nothing that is made of them could be built."""
+"""A width, a depth or a count. The bound catches typing errors before memory is allocated."""
 
 
 class ModelConfig(Section):
-    """What every model family has. `ModelConfig(type="transformer", ...)` gives that family's section."""
+    """The fields of every family. `ModelConfig(type="transformer", ...)` returns a `TransformerConfig`."""
 
     section: ClassVar[str] = "model"
     input_kind: ClassVar[str] = "tokens"
-    """What a batch holds: tokens or images."""
+    """Content of `inputs` in a batch: tokens, images, or anything."""
 
     type: str
-    """The family: transformer."""
+    """Model family."""
     hidden_size: Size = 512
     """Width of the model (d_model)."""
     num_layers: Size = 6
     """Number of blocks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Probability with which an activation is dropped in training."""
+    """Probability of zeroing an activation in training."""
     vocab_size: Size = 50000
-    """Number of tokens (or classes) the output distinguishes."""
+    """Number of tokens in the vocabulary, or of classes."""
     compile_model: bool = False
     """Compile the training step with mx.compile or torch.compile."""
 
     def __new__(cls, **values: Any) -> Self:
-        """Chooses the section of the family that `type` names."""
+        """Creates an instance of the class of the family `type`."""
         if cls is not ModelConfig:
             return super().__new__(cls)
         section = _family_section(values)
         if section is None:
-            raise ConfigError(f"model.type: {no_family(values, list(FAMILIES))}")
+            raise ConfigError(f"model.type: {unknown_family(values, list(FAMILIES))}")
         return super().__new__(section)  # type: ignore[type-var, return-value]
 
 
 class TransformerConfig(ModelConfig):
-    """A transformer: a decoder when `causal`, an encoder otherwise."""
+    """A transformer: a decoder if `causal`, otherwise an encoder."""
 
     type: Literal["transformer"] = "transformer"
-    """The family."""
+    """Model family."""
     num_heads: Size = 8
-    """Attention heads; each is hidden_size / num_heads wide."""
+    """Number of attention heads; the head dimension is hidden_size / num_heads."""
     max_seq_length: Size = 512
-    """The most tokens in one sequence."""
+    """Maximum number of tokens in a sequence."""
     activation: Activation = "gelu"
-    """Activation of the feed-forward network; gelu is the exact (erf) form, gelu_tanh its approximation."""
+    """Activation of the feed-forward network; gelu is the exact form (erf), gelu_tanh its approximation."""
     feed_forward_multiplier: Size = 4
-    """Width of the feed-forward network in units of hidden_size."""
+    """Width of the feed-forward network divided by hidden_size."""
     norm_position: Literal["pre", "post"] = "pre"
-    """Layer norm before each sublayer (pre), or after its residual sum as in the paper (post)."""
+    """Layer norm before each sublayer (pre), or after the residual sum as in the original paper (post)."""
     causal: bool = True
-    """Each position sees only itself and what is before it."""
+    """Each position attends only to itself and to earlier positions."""
     tie_embeddings: bool = False
-    """The output projection uses the embedding's weights."""
+    """The output projection shares the weights of the token embedding."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _check_hidden_size(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 2:
@@ -79,75 +78,78 @@ class TransformerConfig(ModelConfig):
 
 
 class CNNConfig(ModelConfig):
-    """A convolutional network for images: a stem, stages of blocks, and a classifier (`cnn_plan`)."""
+    """A convolutional network for images: a stem, stages of blocks, and a classifier (see `cnn_plan`)."""
 
     input_kind: ClassVar[str] = "images"
 
     type: Literal["cnn"] = "cnn"
+    """Model family."""
     hidden_size: Size = 512
     """Width of the classifier's hidden layer, and of the features."""
     num_layers: Size = 5
     """Number of blocks after the stem."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Probability with which an activation is dropped in training."""
+    """Probability of zeroing an activation in training."""
     vocab_size: Size = 1000
     """Number of classes."""
     activation: Activation = "relu"
     """Activation of the blocks and of the classifier."""
     image_channels: Size = 3
-    """Channels of an image: 3 for colour, 1 for grey."""
-    stem: Literal["conv3", "conv7"] = "conv3"
-    """How an image is entered: a 3x3 convolution, or one of 7x7 and a max pooling, each with stride 2."""
+    """Channels of an image: 3 for RGB, 1 for grayscale."""
+    stem: cnn_plan.Stem = "conv3"
+    """First layers: conv3 is a 3x3 convolution; conv7 is 7x7 with stride 2, then max pooling with stride 2."""
     base_channels: Size = 64
-    """Channels of the stem; each stage after the first doubles them, unless stage_widths says otherwise."""
-    block: Literal["alternating", "conv", "basic", "bottleneck"] = "alternating"
-    """What a layer is: a conv block, a residual block (basic or bottleneck), or conv and basic in turn."""
+    """Channels of the stem; each stage after the first doubles them, unless stage_widths is given."""
+    block: cnn_plan.BlockType = "alternating"
+    """Type of the blocks: plain convolution (conv), residual (basic, bottleneck), or conv and basic alternating."""
     stage_depths: list[Size] | None = None
-    """Blocks of each stage; when absent, num_layers over four stages, the early ones the deeper."""
+    """Number of blocks in each stage; null: num_layers are distributed over up to four stages."""
     stage_widths: list[Size] | None = None
-    """Channels of each stage (of a bottleneck: of its 3x3 convolution, a quarter of what leaves it)."""
-    classifier: Literal["hidden", "linear"] = "hidden"
-    """One hidden layer of hidden_size between pooling and classes, or none."""
+    """Channels of each stage; for bottleneck those of the 3x3 convolution, a quarter of the output; null: doubled."""
+    classifier: cnn_plan.Classifier = "hidden"
+    """hidden: one hidden layer of hidden_size before the classes; linear: none."""
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> Self:
+    def _check_stages(self) -> Self:
         cnn_plan.check(self)
         return self
 
 
 class RecurrentConfig(ModelConfig):
-    """A recurrent network: an LSTM, a GRU, or the simple RNN. It has no longest sequence."""
+    """A recurrent network: LSTM, GRU or simple RNN. Sequences may have any length."""
 
     type: Literal["lstm", "gru", "rnn"] = "lstm"
-    """The family: the kind of its layers."""
+    """Model family: the type of the recurrent layers."""
     num_layers: Size = 4
     """Number of recurrent layers."""
     bidirectional: bool = False
-    """Each layer reads from both ends: for features, not for generation."""
+    """Each layer processes the sequence in both directions: for features, not for generation."""
     activation: Literal["tanh", "relu"] = "tanh"
-    """Activation of the simple RNN; the gates of lstm and gru have their own."""
+    """Activation of the simple RNN; those of lstm and gru are fixed."""
     tie_embeddings: bool = False
-    """The output projection uses the embedding's weights."""
+    """The output projection shares the weights of the token embedding."""
 
     @model_validator(mode="after")
-    def _options_agree(self) -> Self:
+    def _check_options(self) -> Self:
         if self.activation != "tanh" and self.type != "rnn":
-            raise ValueError(f"activation {self.activation} is for type rnn; the gates of {self.type} have their own")
+            raise ValueError(
+                f"activation {self.activation} is for type rnn; the activations of {self.type} are fixed"
+            )
         if self.tie_embeddings and self.bidirectional:
             raise ValueError(
-                "tie_embeddings needs bidirectional: false: two directions are twice as wide as the embedding"
+                "tie_embeddings needs bidirectional: false, because two directions are twice as wide as the embedding"
             )
         return self
 
 
 class CustomConfig(ModelConfig):
-    """A model of the user's own, with whatever options its class reads (`icenet.core.config.custom`)."""
+    """A model in a file of the user, with the options that its class reads (see `icenet.core.config.custom`)."""
 
     model_config = ConfigDict(extra="allow")
     input_kind: ClassVar[str] = "anything"
 
     type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
-    """A file and a class in it: my_models.py:CustomModel."""
+    """A file and the class in it: my_models.py:CustomModel."""
 
 
 FAMILIES: dict[str, type[ModelConfig]] = {
@@ -157,11 +159,11 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "gru": RecurrentConfig,
     "rnn": RecurrentConfig,
 }
-"""The section of each family by its `type`; a new family adds its line here."""
+"""The class of each family by its `type`. A new family adds its line here."""
 
 
 def _family_section(value: Any) -> type[ModelConfig] | None:
-    """The section that a tree of values (or a section itself) asks for by its `type`."""
+    """Returns the class for the `type` of a mapping or a section; None if it is unknown."""
     family = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
     if custom.is_custom(family):
         return CustomConfig
@@ -174,7 +176,7 @@ def _family_tag(value: Any) -> str | None:
 
 
 SECTIONS: tuple[type[ModelConfig], ...] = tuple(dict.fromkeys((*FAMILIES.values(), CustomConfig)))
-"""Every model section once."""
+"""All classes, each once."""
 
 if TYPE_CHECKING:
     AnyModelConfig = ModelConfig
@@ -184,7 +186,7 @@ else:
         Discriminator(
             _family_tag,
             custom_error_type="family",
-            custom_error_message="no such family",
+            custom_error_message="unknown family",
             custom_error_context={"known": ", ".join(FAMILIES)},
         ),
     ]

@@ -1,4 +1,4 @@
-"""The configurations that ship with the package, found by name or as files of the user's."""
+"""The configurations that are part of the package, found by name."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ GUIDE = {
     "gru-medium": (20e6, 40e6),
     "gru-large": (80e6, 160e6),
 }
-"""What the model guide says of each preset: parameters, and bytes in FP16."""
+"""Figures of the model guide for each preset: number of parameters, and their bytes in FP16."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def folder() -> Path:
-    """Where the presets lie: inside an installed package, or beside it in a checkout."""
+    """Returns the folder of the presets: inside an installed package, or next to the package in a checkout."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
-    """The names of all presets."""
+    """Returns the names of all presets."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(path: str | Path) -> Path:
-    """The file that a path or a preset's name stands for.
+    """Returns the file of a path or of the name of a preset.
 
-    `configs/NAME.yaml` that is not there also means the preset NAME, so commands in the documentation work
-    from any folder.
+    `configs/NAME.yaml` also means the preset NAME if there is no such file, so that the commands in the documentation
+    work in any folder.
 
     Raises:
-        ConfigError: neither a file nor a preset.
+        ConfigError: there is neither a file nor a preset.
     """
     file = Path(path)
     if file.is_file():
         return file
     if file.is_dir():
-        raise ConfigError(f"{path}: a folder, where a YAML file or a preset is wanted")
+        raise ConfigError(f"{path}: is a folder; expected a YAML file or a preset")
     preset = folder() / f"{file.stem}.yaml"
     if preset.is_file() and file.parent.name in ("", "configs") and file.suffix in ("", ".yaml"):
         return preset

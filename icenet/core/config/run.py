@@ -1,4 +1,4 @@
-"""A run's configuration: the whole tree, read from YAML or from Python, with overrides."""
+"""The root of the configuration, `Config`: read from YAML or Python, with overrides."""
 
 from __future__ import annotations
 
@@ -13,51 +13,48 @@ from typing_extensions import Self
 from icenet.core.config import custom, yaml_file
 from icenet.core.config.data import AnyDataConfig, DataConfig
 from icenet.core.config.generation import GenerationConfig
-from icenet.core.config.model import (
-    AnyModelConfig,
-    CustomConfig,
-    TransformerConfig,
-)
+from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
 from icenet.core.config.section import Section, explain
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
 
-# ---- the whole --------------------------------------------------------------------------------------------
-
 
 class Config(Section):
-    """One run: a model, its data, its training, and the backend that carries it out."""
+    """Configuration of one run: backend, model, data, training and generation."""
 
     backend: Literal["auto", "mlx", "torch"] = "auto"
-    """mlx, torch, or auto: mlx where it runs, else torch."""
+    """auto takes mlx if it runs on this machine, otherwise torch."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, gpu (MLX), cuda, cuda:N or mps (PyTorch)."""
     blas: str = "auto"
-    """MLX on a Linux CPU: auto, torch, openblas, none, or the path of a library; ICENET_BLAS goes first."""
+    """BLAS of MLX on a Linux CPU: auto, torch, openblas, none, or the path of a library; ICENET_BLAS overrides it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Initial weights, data order, dropout and sampling follow from it."""
+    """Seed of initial weights, data order, dropout and sampling."""
     model: AnyModelConfig
     data: AnyDataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     @model_validator(mode="after")
-    def _sequence_fits(self) -> Self:
-        longest = getattr(self.model, "max_seq_length", None)
-        wanted = getattr(self.data, "seq_length", None)
-        if longest and wanted and wanted > longest:
-            raise ValueError(f"data.seq_length {wanted} is more than model.max_seq_length {longest}")
+    def _check_seq_length(self) -> Self:
+        limit = getattr(self.model, "max_seq_length", None)
+        length = getattr(self.data, "seq_length", None)
+        if limit and length and length > limit:
+            raise ValueError(f"data.seq_length {length} is more than model.max_seq_length {limit}")
         return self
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = True) -> Config:
-        """Reads a YAML file, or a preset by its name (`transformer-tiny`), and applies `key=value` overrides.
+        """Reads a YAML file or a preset.
 
-        A file of the user's own that `model.type` names may be run from now on, unless `trust_code` is False
-        (a configuration that came with a checkpoint).
+        Args:
+            path: of the file, or the name of a preset (`transformer-tiny`).
+            overrides: `key=value` changes (`training.learning_rate=1e-3`).
+            trust_code: whether a Python file that `model.type` names may be run. False for the configuration of a
+                checkpoint.
 
         Raises:
-            ConfigError: the file cannot be read, or what it says is wrong.
+            ConfigError: the file cannot be read, or its content is invalid.
         """
         from icenet.core.config.presets import find
 
@@ -65,17 +62,21 @@ class Config(Section):
         values, lines = yaml_file.read(file)
         config = cls._checked(values, overrides, lines, file)
         if isinstance(config.model, CustomConfig):
-            config.model.type = custom.beside(config.model.type, file.parent)
+            config.model.type = custom.resolve(config.model.type, file.parent)
             if trust_code:
                 custom.trust(config.model.type)
         if isinstance(config.data, DataConfig):
-            told = any(override.partition("=")[0].strip() in ("data", "data.tokenizer") for override in overrides)
-            config.data.tokenizer = _found(config.data.tokenizer, Path() if told else file.parent)
+            overridden = any(key.partition("=")[0].strip() in ("data", "data.tokenizer") for key in overrides)
+            config.data.tokenizer = _absolute(config.data.tokenizer, Path() if overridden else file.parent)
         return config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-        """Checks a tree of plain values, as YAML would give it."""
+        """Validates a tree of plain values, with `key=value` overrides.
+
+        Raises:
+            ConfigError: the content is invalid.
+        """
         return cls._checked(values, overrides, {}, None)
 
     @classmethod
@@ -93,24 +94,24 @@ class Config(Section):
             raise ConfigError(explain(error, cls, lines=lines, file=file)) from None
 
     def with_overrides(self, *overrides: str) -> Config:
-        """A new configuration in which `key=value` texts replace values (`training.learning_rate=1e-3`)."""
+        """Returns a new configuration with `key=value` changes (`training.learning_rate=1e-3`)."""
         return self.from_dict(self.to_dict(), overrides)
 
     def checked(self) -> Config:
-        """The same configuration, checked as a whole: assignments check one section at a time."""
+        """Returns the same configuration, validated as a whole: an assignment validates its section only."""
         return self.from_dict(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """A tree of plain values; `from_dict` gives the same configuration back."""
+        """Returns the configuration as a tree of plain values, for `from_dict`."""
         return self.model_dump(mode="python")
 
     def to_yaml(self) -> str:
-        """The configuration as YAML text, every key written out."""
+        """Returns the configuration as YAML with every key."""
         return yaml_file.dump(self.to_dict())
 
 
-def _found(tokenizer: str, folder: Path) -> str:
-    """A tokenizer's file as an absolute path, looked for in a folder first and then in the working folder."""
+def _absolute(tokenizer: str, folder: Path) -> str:
+    """Returns the absolute path of a tokenizer file, looked up in a folder and then in the working directory."""
     for place in (folder, Path()):
         path = os.path.abspath(place / os.path.expanduser(tokenizer))
         if tokenizer.strip() not in ("", "bytes") and os.path.exists(path):
@@ -119,12 +120,16 @@ def _found(tokenizer: str, folder: Path) -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuses a device of the command line that no configuration could name."""
+    """Checks the syntax of a device that the command line was given.
+
+    Raises:
+        ConfigError: it is not valid.
+    """
     Config(model=TransformerConfig(), device=device)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of the configuration, for editors: `icenet schema` prints it."""
+    """Returns the JSON schema of the configuration, for editors. `icenet schema` prints it."""
     schema = Config.model_json_schema()
     schema["title"] = "IceNet configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"

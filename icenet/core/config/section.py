@@ -1,7 +1,4 @@
-"""A part of the configuration: what all of them share, and how their errors are told.
-
-The parts themselves are in `families` and `config`.
-"""
+"""The base class of all sections of the configuration, and their error messages."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ from icenet.core.errors import ConfigError
 
 
 class Section(BaseModel):
-    """A part of the configuration: strict keys, strict types, checked assignments."""
+    """A section of the configuration: strict keys, strict types, checked assignments."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
     section: ClassVar[str] = ""
+    """Key of the section, for error messages."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -30,7 +28,7 @@ class Section(BaseModel):
         except ValidationError as error:
             raise ConfigError(explain(error, type(self), prefix=self.section)) from None
 
-    # pydantic calls a custom __init__ for nested sections too, which would hide where an error stands
+    # pydantic calls a custom __init__ for nested sections too, which would hide the location of an error
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -38,7 +36,7 @@ class Section(BaseModel):
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
-            self.__dict__.update(before)  # a check across fields runs after the value is in place
+            self.__dict__.update(before)  # checks of several fields run after the assignment
             raise ConfigError(explain(error, type(self), prefix=self.section)) from None
 
     @classmethod
@@ -48,7 +46,10 @@ class Section(BaseModel):
 
 
 _SECTIONS: dict[Any, type[Section]] = {}
-"""All sections by the name of their class, which is also their tag where one of several is chosen."""
+"""All sections by class name, which is also the tag of a section in a union of several."""
+
+KeyPath = tuple[Any, ...]
+"""Keys from the root of the configuration to a value."""
 
 
 def explain(
@@ -59,89 +60,102 @@ def explain(
     lines: yaml_file.Lines | None = None,
     file: Path | None = None,
 ) -> str:
-    """One line for a validation error: where it stands, which key, what is wrong, what is allowed.
+    """Returns a validation error as one line: location, key, problem, allowed values.
 
-    `lines` maps key paths to line numbers of `file`. Of several errors the first is told, and how many follow.
+    Args:
+        error: from pydantic. Of several problems the first is described and the rest are counted.
+        schema: the class that was validated.
+        prefix: key of the section, if it was validated alone.
+        lines: line number of each key in `file`; 0 for a key of `--set`.
+        file: the YAML file.
     """
     details = error.errors(include_url=False)
-    # a misspelt section is also a missing one: the misspelling says more
-    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-    first = details[0]
-    path = tuple(part for part in first["loc"] if part not in _SECTIONS and not str(part).startswith("function-"))
+    # a misspelt section is also a missing one: report the misspelling
+    first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    path = tuple(key for key in first["loc"] if key not in _SECTIONS and not str(key).startswith("function-"))
+    number = len(details)
     if first["type"] in ("family", "kind"):
         path = (*path, "type" if first["type"] == "family" else "kind")
-    if first["type"] in ("int_type", "string_type") and path[-1:] in (("int",), ("str",)):  # one side of a union
+    elif first["type"] in ("int_type", "string_type") and path[-1:] in (("int",), ("str",)):
+        # a value of type `int | str` has one problem for each of the two types
         path = path[:-1]
-        details = [detail for detail in details if detail["loc"][:-1] != first["loc"][:-1]] + [first]
-        first["msg"] = "must be an integer or a text"
-    where = ""
-    line = next((lines[path[:n]] for n in range(len(path), -1, -1) if lines and path[:n] in lines), None)
-    changed = any(number == 0 and at[: len(path)] == path for at, number in (lines or {}).items())
-    if line == 0 or (changed and first["type"] == "value_error"):  # see Config._checked
-        where = "--set "
-    elif file is not None:
-        where = f"{file}:{line}: " if line else f"{file}: "
-    name = dotted(prefix, *map(str, path))
-    value = first.get("input")
-    kind = first["type"]
+        number -= sum(detail["loc"][:-1] == first["loc"][:-1] for detail in details) - 1
+        first["msg"] = "must be an integer or a string"
+    where = _location(path, first["type"], lines or {}, file)
+    key = dotted(prefix, *map(str, path))
+    more = f" (and {number - 1} more)" if number > 1 else ""
+    return f"{where}{key + ': ' if key else ''}{_problem(first, path, schema)}{more}"
+
+
+def _location(path: KeyPath, kind: str, lines: yaml_file.Lines, file: Path | None) -> str:
+    """Returns `--set `, `FILE:LINE: `, `FILE: ` or nothing."""
+    line = next((lines[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in lines), None)
+    overridden_below = any(number == 0 and key[: len(path)] == path for key, number in lines.items())
+    if line == 0 or (overridden_below and kind == "value_error"):
+        return "--set "
+    if file is None:
+        return ""
+    return f"{file}:{line}: " if line else f"{file}: "
+
+
+def _problem(detail: Any, path: KeyPath, schema: type[Section]) -> str:
+    """Describes one problem of a validation error and what is allowed instead."""
+    kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     if kind in ("extra_forbidden", "no_such_attribute"):
-        section = _section_at(schema, first["loc"][:-1])
-        problem = f"unknown key{nearest(str(path[-1]), list(section.model_fields) if section else [])}"
-    elif kind == "kind":
+        section = _section_at(schema, detail["loc"][:-1])
+        return f"unknown key{nearest(str(path[-1]), list(section.model_fields) if section else [])}"
+    if kind == "family":
+        return unknown_family(value, context["known"].split(", "))
+    if kind == "kind":
         given = value.get("kind") if isinstance(value, Mapping) else value
-        problem = f"no kind {given!r}{nearest(str(given), first['ctx']['known'].split(', '))}"
-    elif kind == "model_type":
-        problem = f"must be a mapping of keys, not {value!r}"
-    elif kind == "missing":
-        problem = "required, and not given"
-    elif kind == "family":
-        problem = no_family(value, first["ctx"]["known"].split(", "))
-    elif kind == "string_pattern_mismatch" and path[-1:] == ("device",):
-        problem = f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
-    elif kind == "value_error":
-        problem = str(first["ctx"]["error"])
-    else:
-        message = first["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
-        message = message.replace("a integer", "an integer").replace("List should", "must")
-        allowed = str(first.get("ctx", {}).get("expected", ""))
-        choices = [choice.strip(" '") for choice in allowed.replace(" or ", ", ").split(",")]
-        close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and allowed else []
-        problem = f"{message}, not {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}{name + ': ' if name else ''}{problem}{more}"
+        return f"unknown kind {given!r}{nearest(str(given), context['known'].split(', '))}"
+    if kind == "missing":
+        return "required, but missing"
+    if kind == "model_type":
+        return f"must be a mapping of keys, not {value!r}"
+    if kind == "string_pattern_mismatch" and path[-1:] == ("device",):
+        return f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
+    if kind == "value_error":
+        return str(context["error"])
+    message = detail["msg"].replace("Input should be", "must be").replace("List should", "must")
+    message = message.replace("a valid ", "a ").replace("a integer", "an integer")
+    expected = str(context.get("expected", ""))
+    choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
+    close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and expected else []
+    return f"{message}, not {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _section_at(schema: type[Section], loc: tuple[Any, ...]) -> type[Section] | None:
-    """The section class that an error's location ends in."""
+def _section_at(schema: type[Section], location: KeyPath) -> type[Section] | None:
+    """Returns the class of the section at the location of an error, or None."""
     section: type[Section] | None = schema
-    for part in loc:
-        if part in _SECTIONS:  # the tag of one of several
+    for part in location:
+        if part in _SECTIONS:  # the tag in a union
             section = _SECTIONS[part]
         elif section is not None:
             field = section.model_fields.get(part) if isinstance(part, str) else None
             inner = field.annotation if field else section if isinstance(part, int) else None
-            inner = next(iter(get_args(inner)), inner)  # the sections of a list
+            inner = next(iter(get_args(inner)), inner)  # the items of a list
             section = inner if isinstance(inner, type) and issubclass(inner, Section) else None
     return section
 
 
-def no_family(values: Any, known: Sequence[str]) -> str:
-    """What is wrong with the `type` of a tree of values."""
+def unknown_family(values: Any, known: Sequence[str]) -> str:
+    """Describes a missing or unknown `type` in a section `model`."""
     family = values.get("type") if isinstance(values, Mapping) else None
     if family is None:
         return f"required; one of {', '.join(known)}, or my_models.py:MyModel"
-    return f"no family {family!r}{nearest(str(family), list(known))}"
+    return f"unknown family {family!r}{nearest(str(family), list(known))}"
 
 
 def dotted(*parts: str) -> str:
-    """The parts that are there, joined by dots."""
+    """Joins the non-empty parts with dots."""
     return ".".join(part for part in parts if part)
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The end of an error about an unknown name: the nearest known one, or all of them."""
-    initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
-    close = initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    """Returns a suggestion for an unknown name: the most similar known one, or else all of them."""
+    same_initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
+    close = same_initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known: {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""The configuration's section `training`: how weights are fitted."""
+"""The section `training`: optimizer, schedule, precision, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,103 +13,103 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class ParameterGroup(Section):
-    """Parameters that are fitted otherwise than the rest. What is not given is as for the rest."""
+    """Parameters with their own learning rate or weight decay; null takes the value of all other parameters."""
 
     section: ClassVar[str] = "training.parameter_groups"
 
     parameters: Annotated[list[str], Field(min_length=1)]
-    """Names of parameters, or patterns of them: `lm_head.*`, `*.bias`. A parameter belongs to the first that fits."""
+    """Names or patterns: `lm_head.*`, `*.bias`. A parameter belongs to the first group with a matching pattern."""
     learning_rate: Annotated[float, Field(ge=0)] | None = None
-    """Their highest learning rate, in place of training.learning_rate; 0 leaves them as they are."""
+    """Peak learning rate, instead of training.learning_rate; 0 freezes the parameters."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Their decay, of matrices and vectors alike."""
+    """Weight decay, of matrices and vectors."""
 
 
 class TrainingConfig(Section):
-    """How weights are fitted."""
+    """Settings of training."""
 
     section: ClassVar[str] = "training"
 
     max_steps: Positive = 1000
-    """Optimizer steps in the whole run."""
+    """Number of optimizer steps of the run."""
     batch_size: Positive = 16
-    """Sequences or images in one step, however many micro-batches and processes share them."""
+    """Sequences or images per step, summed over all micro-batches and processes."""
     gradient_accumulation: Positive = 1
-    """Micro-batches that a process computes one after the other, to need less memory; the gradients stay the same."""
+    """Number of micro-batches that a process computes one after the other to save memory; same gradients."""
     sharded: bool = False
-    """Of several processes, each keeps a part of parameters and optimizer state instead of all."""
+    """Shard parameters, gradients and optimizer state over the processes."""
 
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"] = "adamw"
-    """docs/training.md gives their formulas and papers."""
+    """Optimizer; docs/training.md has the formulas and papers."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """The highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached at the end of the warmup."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """The lowest learning rate after the warm-up; cosine, linear and wsd reach it at the last step."""
+    """Lowest learning rate after the warmup; cosine, linear and wsd reach it at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises linearly."""
+    """Number of steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "linear", "constant", "step", "exponential", "inverse_sqrt", "wsd"] = "cosine"
-    """How the learning rate falls after the warm-up; `icenet info CONFIG --schedule` draws it."""
+    """Learning rate schedule after the warmup; `icenet info CONFIG --schedule` draws it."""
     decay_every: Positive | None = None
-    """Schedules step and exponential: the steps in which the rate falls by decay_factor; absent: a tenth of all."""
+    """Schedules step and exponential: steps per decay by decay_factor; null: a tenth of max_steps."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Schedules step and exponential: what the rate is multiplied by."""
+    """Schedules step and exponential: factor of each decay."""
     decay_steps: Annotated[int, Field(ge=0)] | None = None
-    """Schedule wsd (warm-up, stable, decay): the steps of the decay, at the end; absent: a fifth of all."""
+    """Schedule wsd (warmup, stable, decay): number of decay steps at the end; null: a fifth of max_steps."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Decay of matrices, of vectors only where a parameter group says so; absent: 0.1, and 0 with adam and sgd."""
+    """Weight decay of matrices (of vectors: see parameter_groups); null: 0.1, and 0 for adam and sgd."""
     parameter_groups: list[ParameterGroup] = Field(default_factory=list)
-    """Parameters with a learning rate or decay of their own."""
+    """Parameters with their own learning rate or weight decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean (Adam, AdamW, Lion; Adafactor has none)."""
+    """Decay rate of the first moment (Adam, AdamW), or interpolation of the update (Lion)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean (Adam, AdamW); of the momentum (Lion, whose paper has 0.99)."""
+    """Decay rate of the second moment (Adam, AdamW), or of the momentum (Lion; its paper has 0.99)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment (Adam, AdamW)."""
+    """Added to the square root of the second moment (Adam, AdamW)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of SGD and Muon; absent: 0.9 and 0.95."""
+    """Momentum of SGD and Muon; null: 0.9 for SGD and 0.95 for Muon."""
     nesterov: bool = True
-    """Nesterov's momentum, of SGD and Muon."""
+    """Nesterov momentum of SGD and Muon."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this global norm; null: never."""
+    """Clip gradients to this global norm; null: no clipping."""
     max_grad_value: Annotated[float, Field(gt=0)] | None = None
-    """Each value of a gradient is cut off here, before the norm is; null: never."""
+    """Clip each value of a gradient to this magnitude, before the norm; null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep a running mean of the weights, with this decay, and evaluate it; null: none."""
+    """Keep an exponential moving average of the weights with this decay, and evaluate it; null: none."""
 
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """The type of matrix products and activations; weights, moments, norms and the loss stay in fp32."""
+    """Dtype of matrix products and activations; weights, moments, norms and the loss stay in fp32."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
     rng: Literal["keyed", "native"] = "keyed"
-    """Dropout masks: the same on both backends, or each framework's own, with which curves agree only on average."""
+    """Dropout masks: keyed are the same on both backends; with native ones, loss curves agree only on average."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is no number ends the run, or its step is left out (ten in a row end the run)."""
+    """A loss or gradient that is not finite: stop the run, or skip the step (ten in a row stop the run)."""
 
     eval_every: Positive | None = 100
     """Steps between evaluations; null: never."""
     eval_batches: Positive | None = 8
     """Validation batches in one evaluation; null: all."""
     early_stopping: Positive | None = None
-    """Stop after so many evaluations without a lower validation loss; null: never."""
+    """Stop after this number of evaluations without a lower validation loss; null: never."""
     checkpoint_every: Positive = 100
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; there is always one of the last step."""
     keep_checkpoints: Positive | None = 3
-    """How many of the newest checkpoints stay; null: all."""
+    """Number of newest checkpoints to keep; null: all."""
     keep_best: bool = False
-    """Also save and keep the checkpoint of the lowest validation loss, as RUN/best."""
+    """Also save and keep the checkpoint of the lowest validation loss, with the link RUN/best."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, in RUN/tensorboard."""
+    """Also write the metrics for TensorBoard, to RUN/tensorboard."""
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into {self.gradient_accumulation} micro-batches "
-                "(gradient_accumulation) of one size"
+                f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation} micro-batches "
+                "(gradient_accumulation) of equal size"
             )
         for key in ("early_stopping", "keep_best"):
             if getattr(self, key) and self.eval_every is None:

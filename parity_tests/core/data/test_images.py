@@ -170,7 +170,7 @@ def test_given_mean_and_deviation() -> None:
     assert (given.mean, given.std) == ([0.25], [0.5])
     with pytest.raises(DataError, match=r"^data.mean has 3 values, and the images have 1 channels$"):
         ImageDataset.open(settings(mean=[0.1, 0.2, 0.3]), 0)
-    with pytest.raises(ConfigError, match="normalize is off, so mean and std are not used"):
+    with pytest.raises(ConfigError, match="normalize is false, so mean and std have no effect"):
         settings(normalize=False, mean=[0.5])
 
 
