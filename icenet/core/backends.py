@@ -113,7 +113,7 @@ def meta_model(config: Config) -> Any:
 
     These do not depend on the backend, so any that runs here is used.
     """
-    return module(choose(config, "auto"), "engine.engine").meta_model(config)
+    return module(choose(config, "auto"), "engine.build").meta_model(config)
 
 
 def exact_products() -> None:

@@ -1,152 +1,389 @@
-"""The engine: one model and its optimizer on one backend, numpy in and out."""
+"""The training engine: one model and its optimizer on one backend and device, with numpy arrays in and out.
+
+`Engine` is the base class of `icenet.engine.engine.Engine` and `icenet_torch.engine.engine.Engine`. It holds
+everything that does not depend on the framework.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.config import Config, ModelConfig, custom
+from icenet.core import rng
+from icenet.core.config import Config
 from icenet.core.distributed import processes
-from icenet.core.errors import ConfigError, DataError
+from icenet.core.errors import DataError
+from icenet.core.models import buckets
+from icenet.core.models.dropout import seed_dropouts
+
+if TYPE_CHECKING:
+    from icenet.core.training.ema import WeightAverage
+    from icenet.core.training.optimizer import Optimizer
 
 Batch = dict[str, NDArray[Any]]
+"""`inputs` and `labels`, and `attention_mask` for padded sequences.
+
+Tokens: inputs and labels int32 `[B, T]`. Images: inputs float32 `[B, H, W, C]`, labels int32 `[B]`. A negative label
+is ignored.
+"""
+
+Array = Any
+"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
+
+MAX_LARGEST = 3
+"""Number of parameters in `StepResult.largest`."""
 
 
 class StepResult(NamedTuple):
-    """What a training step measured."""
+    """Loss, gradient norm and status of one training step."""
 
     loss: float
+    """Mean loss in nats."""
     grad_norm: float
-    """Of all gradients together, before any clipping."""
+    """Norm of all gradients together, before clipping."""
     finite: bool
+    """Whether loss and gradient norm are finite."""
     stop: str | None = None
-    """What asks the processes to stop, where there are several: all hear of it at the same step."""
+    """Why one of several processes was requested to stop. All processes read it in the same step."""
     largest: tuple[tuple[str, float], ...] = ()
-    """Where not finite: the parameters with the largest gradients and their norms."""
+    """If not finite: the parameters with the largest gradients, and the norms of these."""
 
 
-LARGEST = 3
-"""How many parameters `StepResult.largest` names."""
+class Evaluation(NamedTuple):
+    """Loss and accuracy of one batch in evaluation mode."""
+
+    loss: float
+    """Mean loss in nats."""
+    labels: int
+    """Number of labels counted."""
+    correct: int | None
+    """Number of rows classified correctly if labels are `[B]`; None for tokens."""
 
 
-def step_result(loss: float, norm: float, stop: str | None, norms: Callable[[], Mapping[str, float]]) -> StepResult:
-    """The result of a step; `norms` gives the norm of each gradient, and is asked only where one is not finite."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return StepResult(loss, norm, True, stop)
-    ranked = sorted(norms().items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
-    return StepResult(loss, norm, False, stop, tuple(ranked[:LARGEST]))
+class MicroBatch(NamedTuple):
+    """The part of a training batch that one forward and backward pass computes."""
+
+    arrays: dict[str, Array]
+    """The batch on the device."""
+    dropout_keys: Array | None
+    """Dropout keys `[sites, rows, 2]`; None if the framework's own generator draws the masks."""
+    share: float
+    """Its part of the batch's counted labels. Losses weighted by their shares add up to the batch's mean loss."""
+    is_last: bool
+    """Whether it is the last one of this process."""
 
 
-def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The averaged weights by path, and the rest, of an optimizer's state by `PATH.SLOT`."""
-    averages = {name.removesuffix(".ema"): array for name, array in state.items() if name.endswith(".ema")}
-    return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
+class Engine(ABC):
+    """One model and its optimizer on one backend and device.
+
+    Arrays are numpy in and out. Weights, gradients and optimizer state are canonical: PyTorch's layouts, by path.
+
+    A backend's constructor takes `(config, device, dtype)`. It calls this constructor, then `_set_model`, and sets
+    `device`, `optimizer`, `average` and `_trainable`. A backend implements the abstract methods.
+
+    Args:
+        config: the configuration.
+        process_group: the processes that train together.
+
+    Raises:
+        ConfigError: so many processes cannot share the training.
+
+    Attributes:
+        backend: mlx or torch.
+        nn: the backend's `nn` package, whose functions have the same names and meaning on both backends.
+        device: the device's name in the backend.
+        model: a `BaseModel` of the backend.
+        optimizer: updates the trainable parameters.
+        average: the moving average of the weights with `training.ema_decay`, otherwise None.
+    """
+
+    backend: ClassVar[str]
+    nn: ClassVar[ModuleType]
+    device: str
+    model: Any
+    optimizer: Optimizer
+    average: WeightAverage | None
+    _trainable: list[str]
+    """Paths of the parameters that are trained, in the order of `_norms`."""
+
+    def __init__(self, config: Config, process_group: processes.ProcessGroup) -> None:
+        processes.check_training(config.training, process_group.size)
+        self.config = config
+        self.process_group = process_group
+
+    def _set_model(self, model: Any, compute_dtype: Any) -> None:
+        """Takes a new model: the same in all processes, or this process's shard of it."""
+        training = self.config.training
+        self.process_group.broadcast_or_shard(model, training.sharded)
+        model.compute_dtype = compute_dtype
+        model.gradient_checkpointing = training.gradient_checkpointing
+        self.model = model
+        self._dropouts = model.dropout_layers()
+
+    # ---- training ----------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
+        """Submits one optimizer step and returns a handle for `read`.
+
+        With fp16 or `training.on_nan: skip`, a step without finite loss and gradients changes nothing.
+
+        Args:
+            batch: the whole batch, also in each of several processes.
+            step: the number of the step; the first one is 0.
+            learning_rate: the schedule's learning rate.
+            loss_scale: the factor of the loss in the backward pass of fp16.
+        """
+        training = self.config.training
+        self._set_mode(train=True)
+        may_skip = training.mixed_precision == "fp16" or training.on_nan == "skip"
+        statistics = self.nn.norm.running_statistics(self.model) if may_skip else []
+        loss, gradients = self._accumulate(batch, step, loss_scale)
+        norm, norms = self._norms(gradients)
+        loss = self.process_group.all_reduce_loss(loss)
+        if may_skip and not math.isfinite((loss + norm).sum().item()):
+            self.nn.norm.set_running_statistics(self.model, statistics)
+            return loss, norm, norms
+        self.optimizer.prepare(step, learning_rate)
+        self._update(gradients, norm, self.average.weight(step) if self.average else 0.0)
+        self._submit(loss, norm, norms)
+        return loss, norm, norms
+
+    def read(self, handle: Any) -> StepResult:
+        """Waits for the step of a handle and returns its result."""
+        loss, norm, norms = handle
+        mean, stop = self.process_group.read_loss(loss)
+        return step_result(mean, norm.item(), stop, lambda: dict(zip(self._trainable, norms.tolist(), strict=True)))
+
+    def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
+        """Returns the mean loss and the unclipped gradient of every parameter, with the dropout masks of `step`.
+
+        Weights and running statistics do not change. The batch is split as in a training step.
+        """
+        self._set_mode(train=True)
+        with self.nn.norm.keep_running_statistics(self.model):
+            loss, gradients = self._accumulate(batch, step)
+        mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
+        return mean, self.process_group.gather_full(self._to_canonical(gradients))
+
+    def apply_gradients(self, gradients: Mapping[str, NDArray[Any]], step: int, learning_rate: float) -> None:
+        """Runs one optimizer step with the given gradients, without clipping."""
+        self.optimizer.prepare(step, learning_rate)
+        self.optimizer.update(self._from_canonical(gradients))
+        self._submit()
+
+    def _micro_batches(self, batch: Batch, step: int) -> Iterator[MicroBatch]:
+        """Yields this process's micro-batches of a training batch, each moved to the device when it is requested."""
+        training, group = self.config.training, self.process_group
+        if training.rng == "native":
+            self._seed_generator(rng.native_seed(self.config.seed, step, group.rank))
+        parts = micro_batches(batch, training.gradient_accumulation, group.rank, group.size)
+        for index, (part, rows, share) in enumerate(parts):
+            keys = self._dropout_keys(step, rows)
+            yield MicroBatch(self.to_device(part), keys, share, is_last=index + 1 == len(parts))
+
+    def _set_mode(self, train: bool) -> None:
+        if self.model.training != train:  # it visits all modules, half a millisecond for a small GPT
+            self.model.train(train)
+
+    # ---- evaluation --------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Returns the loss of a batch in evaluation mode, with the averaged weights if `training.ema_decay` is set.
+
+        Each of several processes passes its own rows.
+        """
+        self._set_mode(train=False)
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            arrays = self.to_device(self._padded(batch))
+            logits, labels = self._predict(arrays), arrays["labels"]
+            loss, count = self.nn.cross_entropy(logits, labels)
+            correct = int(self.nn.loss.count_correct(logits, labels).item()) if labels.ndim == 1 else None
+            return Evaluation(loss.item(), int(count.item()), correct)
+
+    def forward(self, batch: Batch) -> NDArray[Any]:
+        """Returns the model's output in evaluation mode; half precision as float32."""
+        self._set_mode(train=False)
+        outputs = self._to_float_numpy(self._predict(self.to_device(self._padded(batch))))
+        rows, length = batch["inputs"].shape[:2]
+        return outputs[:rows, :length] if outputs.ndim == 3 else outputs[:rows]
+
+    def average_statistics(self) -> None:
+        """Replaces the running statistics of batch norms by their mean over the processes.
+
+        They are linear in the batches, so averaging when they are needed is the same as averaging at every step.
+        A collective operation: all processes must call it.
+        """
+        values = self.nn.norm.running_statistics(self.model)
+        if self.process_group.size > 1 and values:
+            self.nn.norm.set_running_statistics(self.model, self.process_group.mean(values))
+
+    def _padded(self, batch: Batch) -> Batch:
+        """The batch, padded to one of few shapes if the model is compiled."""
+        return buckets.pad(batch, self.config.model) if self.config.model.compile_model else batch
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Returns the canonical weights by path. With several processes a collective operation."""
+        self.average_statistics()
+        return self.process_group.gather_full(self.model.weights())
+
+    def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Sets the canonical weights: all of them, no others."""
+        self.model.set_weights(self.process_group.local_shard(weights))
+
+    def optimizer_state(self) -> dict[str, NDArray[Any]]:
+        """Returns the optimizer's arrays by `PATH.SLOT`, with PyTorch's slot names, and averages by `PATH.ema`.
+
+        With several processes a collective operation.
+        """
+        averages = self._to_canonical(self.average.arrays) if self.average else {}
+        return self.process_group.gather_full(
+            {**self.optimizer.state_arrays(), **{f"{path}.ema": array for path, array in averages.items()}}
+        )
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Sets what `optimizer_state` returned, on either backend.
+
+        Raises:
+            CheckpointError: it is the state of another optimizer or model; nothing is changed then.
+        """
+        averages, slots = split_averages(self.process_group.local_shard(state))
+        self.optimizer.set_state_arrays(slots)
+        if self.average is not None:
+            # a checkpoint that has no averages starts them from the current weights
+            self.average.assign(self._from_canonical(averages) if averages else self.average.current())
+        self._submit()
+
+    # ---- inputs ------------------------------------------------------------------------------------------
+
+    def to_device(self, batch: Batch) -> dict[str, Array]:
+        """Returns a batch as the backend's arrays on the device, in the layout that the model takes.
+
+        Raises:
+            DataError: an id is outside of the vocabulary.
+        """
+        check_ids(batch, self.config.model.vocab_size)
+        return {name: self._to_device(array) for name, array in batch.items()}
+
+    def seed_dropouts(self, step: int, rows: range) -> None:
+        """Gives every dropout layer the keys of the given rows of the batch of `step`."""
+        self._seed_dropouts(self._dropout_keys(step, rows))
+
+    def _dropout_keys(self, step: int, rows: range) -> Array | None:
+        if self.config.training.rng == "native" or not self._dropouts:
+            return None
+        return self._to_device(self.model.dropout_keys(self.config.seed, step, rows, list(self._dropouts)))
+
+    def _seed_dropouts(self, keys: Array | None) -> None:
+        seed_dropouts(self._dropouts.values(), keys)
+
+    # ---- implemented by each backend ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _to_canonical(self, arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+        """Returns parameters or gradients by path as numpy arrays in PyTorch's layouts."""
+
+    @abstractmethod
+    def _from_canonical(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
+        """The inverse of `_to_canonical`."""
+
+    @abstractmethod
+    def _to_device(self, array: NDArray[Any]) -> Array:
+        """Returns one array of a batch, or dropout keys (uint32), on the device."""
+
+    @abstractmethod
+    def _to_float_numpy(self, array: Array) -> NDArray[Any]:
+        """Returns an output of the model as numpy; half precision as float32."""
+
+    @abstractmethod
+    def _seed_generator(self, seed: int) -> None:
+        """Seeds the framework's own random generator."""
+
+    @abstractmethod
+    def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
+        """Returns the mean loss of this process's rows and the gradients summed over the processes, by path.
+
+        The forward and backward passes of all of `_micro_batches`, scaled by `loss_scale` in the backward pass only.
+        """
+
+    @abstractmethod
+    def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Returns the norm of all gradients together, and of each, `[N]`, float32 and over all processes."""
+
+    @abstractmethod
+    def _update(self, gradients: dict[str, Array], norm: Array, average_weight: float) -> None:
+        """Clips the gradients as `training` describes, and updates parameters, optimizer state and weight average."""
+
+    @abstractmethod
+    def _predict(self, arrays: Mapping[str, Array]) -> Array:
+        """Returns the output of the model without gradients, compiled if `model.compile_model` is set."""
+
+    def _submit(self, *results: Array) -> None:  # noqa: B027  (not abstract on purpose)
+        """Starts the computation of results and new state on a framework that is lazy. By default does nothing."""
+
+
+def call_model(model: Callable[..., Array], arrays: Mapping[str, Array]) -> Array:
+    """Returns the output of a model for a batch on the device."""
+    mask = arrays.get("attention_mask")
+    return model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
 
 
 def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> list[tuple[Batch, range, float]]:
-    """A process's rows of a batch in consecutive parts: each with its rows and its share of all labels that count.
+    """Splits a process's rows of a batch into consecutive micro-batches.
 
-    The losses of the parts, each a mean over its own labels, add up to the whole's when weighted by the shares.
+    Returns:
+        For each micro-batch: its arrays, its rows in the batch, and its share of the batch's counted labels. The mean
+        losses of all micro-batches of all processes, weighted by their shares, add up to the batch's mean loss.
     """
-    own = processes.own_rows(len(batch["labels"]), rank, size)
+    own = processes.local_rows(len(batch["labels"]), rank, size)
     if number == size == 1:
         return [(batch, own, 1.0)]
     counted = max(int((batch["labels"] >= 0).sum()), 1)
     edges = [own.start + len(own) * index // number for index in range(number + 1)]
     parts = []
-    for first, last in pairwise(edges):
-        part = {name: array[first:last] for name, array in batch.items()}
-        parts.append((part, range(first, last), int((part["labels"] >= 0).sum()) / counted))
+    for start, end in pairwise(edges):
+        part = {name: array[start:end] for name, array in batch.items()}
+        parts.append((part, range(start, end), int((part["labels"] >= 0).sum()) / counted))
     return parts
 
 
-class Evaluation(NamedTuple):
-    """What the evaluation of a batch measured."""
-
-    loss: float
-    """The mean, in nats."""
-    labels: int
-    """How many were counted."""
-    correct: int | None
-    """Rows classified right, where labels are `[B]`; None for tokens."""
-
-
-class Engine(Protocol):
-    """One model and its optimizer on one backend and device. Arrays are numpy, weights canonical.
-
-    A batch holds `inputs` and `labels`: tokens int32 `[B, T]` and `[B, T]`, or images float32 `[B, H, W, C]`
-    and classes int32 `[B]`.
-    """
-
-    backend: ClassVar[str]
-    device: str
-    config: Config
-    model: Any
-    process_group: processes.ProcessGroup
-    """The processes that train together; each is given every batch to train on whole, and takes its rows."""
-
-    def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
-        """Submits one optimizer step; gives a handle for `read`. Step 0 is the first."""
-
-    def read(self, handle: Any) -> StepResult:
-        """Waits for a step."""
-
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """The loss of a batch in evaluation mode, and how many of its rows are classified right.
-
-        With `training.ema_decay` it is that of the averaged weights. Of several processes each is given its own rows.
-        """
-
-    def forward(self, batch: Batch) -> NDArray[Any]:
-        """The model's output in evaluation mode."""
-
-    def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
-        """The mean loss and the gradient of every parameter, unclipped, with the dropout masks of a step.
-
-        Weights and running statistics stay as they are. As in a training step the batch is taken in
-        `training.gradient_accumulation` parts.
-        """
-
-    def apply_gradients(self, gradients: dict[str, NDArray[Any]], step: int, learning_rate: float) -> None:
-        """One optimizer step with gradients from elsewhere, unclipped."""
-
-    def weights(self) -> dict[str, NDArray[Any]]: ...
-
-    def set_weights(self, weights: dict[str, NDArray[Any]]) -> None: ...
-
-    def optimizer_state(self) -> dict[str, NDArray[Any]]:
-        """The optimizer's arrays by `PATH.SLOT`, in PyTorch's names and layouts; averaged weights are `PATH.ema`."""
-
-    def set_optimizer_state(self, state: dict[str, NDArray[Any]]) -> None: ...
+def step_result(
+    loss: float, grad_norm: float, stop: str | None, norms: Callable[[], Mapping[str, float]]
+) -> StepResult:
+    """Returns the result of a step. `norms` returns each gradient's norm; it is called only if one is not finite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return StepResult(loss, grad_norm, True, stop)
+    ranked = sorted(norms().items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
+    return StepResult(loss, grad_norm, False, stop, tuple(ranked[:MAX_LARGEST]))
 
 
-def new_model(config: ModelConfig, models: Mapping[str, Callable[..., Any]], backend: str, seed: int | None) -> Any:
-    """A model of a backend, from its families or from the user's file; without a seed, its values are undefined."""
-    if not custom.is_custom(config.type):
-        return models[config.type](config, seed=seed)
-    made = custom.model_class(config.type, backend)
-    try:
-        model = made(config)
-    except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
-        raise ConfigError(f"{config.type} cannot be made from its options under model: {error}") from error
-    if seed is not None:
-        model.init_weights(seed)
-    return model
+def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits optimizer state by `PATH.SLOT` into averaged weights by path and the other slots."""
+    averages = {name.removesuffix(".ema"): array for name, array in state.items() if name.endswith(".ema")}
+    return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
 
 
 def check_ids(batch: Batch, vocab_size: int) -> None:
-    """Refuses ids outside the vocabulary: MLX reads past its tables without a word."""
+    """Checks that token and class ids are inside the vocabulary, because MLX does not check index bounds.
+
+    Raises:
+        DataError: an id is outside; negative labels are allowed.
+    """
     for name, array in batch.items():
         if array.size and np.issubdtype(array.dtype, np.integer) and name in ("inputs", "labels"):
             least, most = int(array.min()), int(array.max())
             if most >= vocab_size or (name == "inputs" and least < 0):
                 wrong = most if most >= vocab_size else least
                 raise DataError(
-                    f"{name} hold the id {wrong}, outside the vocabulary (0 to {vocab_size - 1}); "
+                    f"{name} contain the id {wrong}, outside of the vocabulary (0 to {vocab_size - 1}); "
                     "raise model.vocab_size or change data.tokenizer"
                 )

@@ -1,226 +1,168 @@
 """Several processes that train one model, MLX. The mirror is `icenet_torch/engine/distributed.py`.
 
-Each computes the gradients of its rows, and they are added up: with all parameters in every process (data parallel),
-or with each process keeping a part of every parameter and of the optimizer's state (sharded).
+Each process computes the gradients of its rows, and they are summed. Either every process holds all parameters (data
+parallelism), or each holds a shard of every parameter and of its optimizer state (`training.sharded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from icenet.core.config.custom import is_custom
 from icenet.core.distributed import launch, processes
-from icenet.core.errors import BackendError
-from icenet.nn.norm import running_statistics, set_running_statistics
+from icenet.models import BaseModel
 
 
-class ProcessGroup:
-    """The processes; see `icenet.core.distributed.processes.ProcessGroup`. A group of one does nothing."""
+class ProcessGroup(processes.ProcessGroup):
+    """See `icenet.core.distributed.processes.ProcessGroup`."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size = rank, size
+        super().__init__(rank, size)
         self.group = group
-        self.stop: str | None = None
-        self.shards: Shards | None = None
 
-    def gather(self, numbers: Sequence[float]) -> np.ndarray:
-        own = np.array([numbers], np.float64)
-        if self.size == 1:
-            return own
-        # as bytes: a GPU has no float64
-        words = mx.distributed.all_gather(mx.array(own.view(np.uint32)), group=self.group)
-        return np.array(words).view(np.float64)
-
-    # ---- the model ---------------------------------------------------------------------------------------
-
-    def broadcast_or_shard(self, model: Any, sharded: bool) -> None:
-        """Makes the model that of all processes: the same values everywhere or, sharded, a part of them in each."""
+    def broadcast_or_shard(self, model: BaseModel, sharded: bool) -> None:
         if self.size == 1:
             return
-        # the initial values that a model of the user's own drew are those of the first process
         own = dict(tree_flatten(model.parameters()))
-        first = {path: self._sum(a if self.rank == 0 else mx.zeros_like(a)) for path, a in own.items()}
+        first = {path: self._all_sum(a if self.rank == 0 else mx.zeros_like(a)) for path, a in own.items()}
         model.update(tree_unflatten(list(first.items())))
         mx.eval(model.parameters())
         if sharded:
             self.shards = Shards(model, self)
 
-    def callable(self, model: Any) -> Any:
-        """What to call to compute the model with gradients; `all_reduce_gradients` sums them over the processes."""
-        return model
+    def all_gather(self, array: np.ndarray) -> np.ndarray:
+        # a GPU has no float64, so it is sent as its bytes
+        words = array.view(np.uint32) if array.dtype == np.float64 else array
+        return np.array(mx.distributed.all_gather(mx.array(words), group=self.group)).view(array.dtype)
 
-    def gather_full(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All of the parameters of which this process has parts, canonical, by `PATH` or `PATH.SLOT`.
-
-        All processes must ask at once.
-        """
-        return {
-            name: self.shards.gather_full(name, array) if self.shards else array for name, array in arrays.items()
-        }
-
-    def local_shard(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """This process's parts of whole parameters; the reverse of `gather_full`."""
-        return {
-            name: self.shards.local_shard(name, array) if self.shards else array for name, array in arrays.items()
-        }
-
-    # ---- a step ------------------------------------------------------------------------------------------
-
-    def all_reduce_gradients(self, gradients: Any) -> Any:
-        """The gradients summed over the processes."""
-        if self.size == 1 or self.shards is not None:  # shards are summed as they are taken
+    def all_reduce_gradients(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Returns the gradients summed over the processes. Those of shards are summed in the backward pass."""
+        if self.size == 1 or self.shards is not None:
             return gradients
-        averaged = nn.average_gradients(gradients, self.group)
-        return tree_map(lambda gradient: gradient * self.size, averaged)
+        averaged = nn.average_gradients(list(gradients.values()), self.group)
+        return {path: mean * self.size for path, mean in zip(gradients, averaged, strict=True)}
 
-    def all_reduce_loss(self, loss: mx.array) -> mx.array:
-        """The loss summed over the processes, and how many each of `processes.SIGNALS` asks to stop: `[1 + S]`.
+    def mean(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        means = super().mean(arrays)
+        mx.eval(means)  # a lazy collective operation would wait until some process reads its result
+        return means
 
-        One process alone gives its loss as it is.
-        """
-        if self.size == 1:
-            return loss
-        asked = mx.array(processes.asked(self.stop), mx.float32)
-        return self._sum(mx.concatenate([loss.reshape(1).astype(mx.float32), asked]))
-
-    def all_reduce_norms(self, norm: mx.array, norms: mx.array) -> tuple[mx.array, mx.array]:
-        """The norms of whole gradients, together and each, from those of this process's parts."""
-        if self.shards is None:
-            return norm, norms
-        squares = self._sum(mx.square(norms))
-        return mx.sqrt(squares.sum()), mx.sqrt(squares)
-
-    def average_statistics(self, model: Any) -> None:
-        """Gives the batch norms the mean of the processes' running statistics.
-
-        They move linearly, so it is the same whether they are averaged after every step or when they are needed.
-        """
-        values = running_statistics(model)
-        if self.size > 1 and values:
-            means = [self._sum(value) / self.size for value in values]
-            mx.eval(means)  # by all at this moment, whoever looks at them later
-            set_running_statistics(model, means)
-
-    def _sum(self, array: mx.array) -> mx.array:
+    def _all_sum(self, array: mx.array) -> mx.array:
         return mx.distributed.all_sum(array, group=self.group)
 
-
-def read_loss(process_group: ProcessGroup, added: Any) -> tuple[float, str | None]:
-    """What `ProcessGroup.all_reduce_loss` gave: the loss, and what asks all processes to stop."""
-    if process_group.size == 1:
-        return float(np.array(added)), None
-    loss, *asked = np.array(added).tolist()
-    return loss, processes.asked_for(asked)
+    def _append(self, scalar: mx.array, numbers: Sequence[float]) -> mx.array:
+        return mx.concatenate([scalar.reshape(1).astype(mx.float32), mx.array(list(numbers), mx.float32)])
 
 
 _joined: list[ProcessGroup] = []
 
 
 def join(device: str = "auto") -> ProcessGroup:
-    """This process's group; it waits for the others that a launcher started.
+    """Returns a new group of this process, after it has connected to the others that a launcher started.
 
     Args:
-        device: as in the configuration; it decides what carries PyTorch's tensors.
+        device: as in the configuration. It decides which library PyTorch's processes communicate with.
 
     Raises:
-        BackendError: they are not there, or their launcher is not MLX's.
+        BackendError: the other processes are not reachable, or their launcher is not MLX's.
     """
     if not _joined:
-        place = launch.place_for("mlx")
-        if place is None:
+        launched = launch.detect_for("mlx")
+        if launched is None:
             return ProcessGroup()
         try:
             group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise BackendError(launch.not_met(place, first)) from error
-        if group.size() != place.size:
-            raise BackendError(launch.not_met(place, f"MLX has no way here to what {place.launcher} started"))
+            raise launch.connection_error(launched, next(iter(str(error).splitlines()), "")) from error
+        if group.size() != launched.size:
+            raise launch.connection_error(launched, f"MLX does not support {launched.launcher} here")
         _joined.append(ProcessGroup(group.rank(), group.size(), group))
     return ProcessGroup(_joined[0].rank, _joined[0].size, _joined[0].group)
 
 
-def own_device(name: str) -> str:
-    """The device of this process; `mlx.launch` shows each process one GPU."""
+def local_device(name: str) -> str:
+    """Returns the device of this process: the given one, because `mlx.launch` shows each process one GPU."""
     return name
 
 
 # ---- sharding ---------------------------------------------------------------------------------------------
 
 
-class Shards:
-    """A model's parameters cut along their first axis, of which each process keeps one piece.
+class Shards(processes.Shards):
+    """The parameters of a model, split along their first axis, of which each process holds one piece.
 
-    Each block of the model, and the model for what is in none, puts its parameters together when it is called and
-    lets go of them when it returns; in the backward pass each process gets the sum of all gradients for its piece.
-    Pieces are of one size, the last filled up with zeros, which have no gradient and stay.
+    Each unit of the model (a block, or the model for parameters outside of blocks) gathers its parameters when it is
+    called and releases them when it returns. In the backward pass each process receives its piece of the sum of all
+    gradients. The last pieces are padded with zeros, whose gradients are zero.
 
-    It is `mlx.nn.fully_shard` for any first axis (a vocabulary of 257), which leaves running statistics and the
-    names of parameters as they are and works over the ring, where MLX has no `sum_scatter`. As PyTorch's does, it
-    changes the class of modules in place. (Zhao et al., "PyTorch FSDP", 2023.)
+    The difference to `mlx.nn.fully_shard`: any length of the first axis (a vocabulary of 257) is allowed, running
+    statistics and parameter paths stay the same, and it works on the ring, which has no `sum_scatter`. Like PyTorch's
+    `fully_shard` it changes the class of modules in place. (Zhao et al., "PyTorch FSDP", 2023.)
     """
 
-    def __init__(self, model: Any, process_group: ProcessGroup) -> None:
-        self.process_group = process_group
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        kinds = model.layer_kinds()
-        for path, array in tree_flatten(model.trainable_parameters()):
-            processes.check_cut(path, array.ndim, kinds)
-            self.shapes[path] = array.shape
-        self.scatters = self._scatters()
-        units = _units(model)
+    padded: ClassVar[bool] = True
+
+    def __init__(self, model: BaseModel, process_group: ProcessGroup) -> None:
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        super().__init__(model, parameters, process_group)
+        self.group = process_group.group
+        self.has_sum_scatter = self._has_sum_scatter()
+        modules = dict(model.named_modules())
+        units = {f"{path}." if path else "": modules[path] for path in processes.unit_paths(model, parameters)}
         for prefix, module in units.items():
-            within = tuple(other for other in units if other != prefix and other.startswith(prefix))
-            self._cut(module, prefix, within)
+            inner = tuple(other for other in units if other != prefix and other.startswith(prefix))
+            self._shard_unit(module, prefix, inner)
         mx.eval(model.parameters())
 
-    def _scatters(self) -> bool:
+    def _has_sum_scatter(self) -> bool:
         try:
-            mx.eval(mx.distributed.sum_scatter(mx.zeros((self.process_group.size,)), group=self.process_group.group))
+            mx.eval(mx.distributed.sum_scatter(mx.zeros((self.process_group.size,)), group=self.group))
         except RuntimeError:
             return False
         return True
 
-    def _cut(self, module: nn.Module, prefix: str, within: tuple[str, ...]) -> None:
+    def _shard_unit(self, module: nn.Module, prefix: str, inner: tuple[str, ...]) -> None:
+        """Splits the parameters of a unit, without those of its inner units, and changes its class."""
         own = {
             path: array
             for path, array in tree_flatten(module.trainable_parameters())
-            if not (prefix + path).startswith(within)
+            if not (prefix + path).startswith(inner)
         }
         if not own:
             return
         module.update(tree_unflatten([(path, self._piece(array)) for path, array in own.items()]))
         paths = list(own)
-        put_together = self._gatherer([self.shapes[prefix + path] for path in paths])
-        plain = type(module)
+        gather = self._gather_function([self.shapes[prefix + path] for path in paths])
+        original = type(module)
 
-        class Sharded(plain):  # type: ignore[valid-type, misc]
+        class Sharded(original):  # type: ignore[valid-type, misc]
             def __call__(self, *inputs: Any, **options: Any) -> Any:
                 held = dict(tree_flatten(self.parameters()))
                 pieces = [held[path] for path in paths]
-                self.update(tree_unflatten(list(zip(paths, put_together(pieces), strict=True))))
+                self.update(tree_unflatten(list(zip(paths, gather(pieces), strict=True))))
                 try:
                     return super().__call__(*inputs, **options)
                 finally:
                     self.update(tree_unflatten(list(zip(paths, pieces, strict=True))))
 
-        Sharded.__name__, Sharded.__qualname__ = plain.__name__, plain.__qualname__
+        Sharded.__name__, Sharded.__qualname__ = original.__name__, original.__qualname__
         module.__class__ = Sharded
 
-    def _gatherer(self, shapes: list[tuple[int, ...]]) -> Any:
-        """A function from pieces of parameters to whole ones, in one exchange; its gradient sums and cuts."""
-        size, rank, group = self.process_group.size, self.process_group.rank, self.process_group.group
-        padded = [(-(-shape[0] // size), *shape[1:]) for shape in shapes]
-        lengths = [int(np.prod(shape)) for shape in padded]
-        edges = np.cumsum(lengths)[:-1].tolist()
+    def _gather_function(self, shapes: list[tuple[int, ...]]) -> Any:
+        """Returns a function from pieces of parameters to full ones, in one exchange.
+
+        Its gradient is this process's pieces of the sum of the gradients.
+        """
+        size, rank, group = self.process_group.size, self.process_group.rank, self.group
+        piece_shapes = [(self._rows(shape[0]), *shape[1:]) for shape in shapes]
+        edges = np.cumsum([int(np.prod(shape)) for shape in piece_shapes])[:-1].tolist()
 
         @mx.custom_function
         def gather(pieces: list[mx.array]) -> list[mx.array]:
@@ -229,49 +171,22 @@ class Shards:
             return [column.reshape(-1, *shape[1:])[: shape[0]] for column, shape in zip(columns, shapes, strict=True)]
 
         @gather.vjp
-        def sums(pieces: list[mx.array], cotangents: list[mx.array], _: Any) -> list[mx.array]:
-            rows = mx.concatenate([_filled(c, size).reshape(size, -1) for c in cotangents], axis=1)
-            if self.scatters:
+        def sum_and_split(pieces: list[mx.array], cotangents: list[mx.array], _: Any) -> list[mx.array]:
+            rows = mx.concatenate([_padded(c, size).reshape(size, -1) for c in cotangents], axis=1)
+            if self.has_sum_scatter:
                 row = mx.distributed.sum_scatter(rows, group=group).reshape(-1)
             else:
                 row = mx.distributed.all_sum(rows, group=group)[rank]
-            return [part.reshape(shape) for part, shape in zip(mx.split(row, edges), padded, strict=True)]
+            return [piece.reshape(shape) for piece, shape in zip(mx.split(row, edges), piece_shapes, strict=True)]
 
         return gather
 
     def _piece(self, array: mx.array) -> mx.array:
         size = self.process_group.size
-        return mx.contiguous(mx.split(_filled(array, size), size)[self.process_group.rank])
-
-    def local_shard(self, name: str, array: np.ndarray) -> np.ndarray:
-        return array if self._length(name) is None else np.array(self._piece(mx.array(array)))
-
-    def gather_full(self, name: str, array: np.ndarray) -> np.ndarray:
-        length = self._length(name)
-        if length is None:
-            return array
-        return np.array(mx.distributed.all_gather(mx.array(array), group=self.process_group.group))[:length]
-
-    def _length(self, name: str) -> int | None:
-        """The first axis of a parameter or its slot, which is the canonical form's too; None of what is not cut."""
-        shape = self.shapes.get(name) or self.shapes.get(name.rpartition(".")[0])
-        return shape[0] if shape else None
+        return mx.contiguous(mx.split(_padded(array, size), size)[self.process_group.rank])
 
 
-def _filled(array: mx.array, size: int) -> mx.array:
-    """An array whose first axis can be cut into `size` parts, with zeros at its end."""
-    more = -array.shape[0] % size
-    return mx.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) if more else array
-
-
-def _units(model: Any) -> dict[str, nn.Module]:
-    """What is put together and let go of as one, by the beginning of its paths, the innermost last.
-
-    The blocks of the models that we know; a model of the user's own as a whole, since nobody knows how it is called.
-    """
-    blocks: dict[str, nn.Module] = {}
-    if not is_custom(model.config.type):
-        for name, parts in model.children().items():
-            if isinstance(parts, list):
-                blocks |= {f"{name}.{index}.": part for index, part in enumerate(parts)}
-    return {"": model, **blocks}
+def _padded(array: mx.array, size: int) -> mx.array:
+    """The array with zeros appended until its first axis is a multiple of `size`."""
+    missing = -array.shape[0] % size
+    return mx.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array

@@ -1,35 +1,38 @@
 """MLX's optimizers, with PyTorch's conventions. The mirror is `icenet_torch/engine/optimizers.py`.
 
-Each class fits the parameters of one group, `Optimizer` all of them. What depends on the step alone (learning rate,
-bias corrections, decay) is computed on the host in float64 and put in the state as fp32 arrays: MLX computes
-1 - beta^t in fp32, which is off by 3e-5 in the first steps, and a compiled step would keep a Python number forever.
-docs/training.md has the formulas and their sources.
+Each class updates the parameters of one group; `Optimizer` combines all groups. Scalars that depend on the step only
+(learning rate, bias corrections, decay) are computed on the host in float64 and stored in the state as fp32 arrays:
+MLX computes 1 - beta^t in fp32, which is off by 3e-5 in the first steps, and a compiled step would keep the value
+that a Python number has when it is traced. docs/training.md has the formulas and their sources.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet.core.config import TrainingConfig
-from icenet.core.training.parameter_groups import Group, assign, check_slots, momentum, muon_factor
+from icenet.core.training import optimizer
+from icenet.core.training.optimizer import NEWTON_SCHULZ, OptimizerGroup
+from icenet.core.training.parameter_groups import Group, momentum, muon_factor
 from icenet.core.training.schedule import adafactor_scalars, adam_corrections
 from icenet.core.weights import layout
 from icenet.models import BaseModel
+from icenet.nn.arrays import from_numpy, to_numpy
 
 State = dict[str, mx.array]
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""The coefficients of Muon's polynomial (Jordan, 2024)."""
+"""The arrays of one parameter by slot."""
 
 
 class SGD(optim.SGD):
-    """MLX's SGD: with momentum and Nesterov's, without dampening, the decay added to the gradient."""
+    """MLX's SGD with momentum (also Nesterov's), without dampening; weight decay is added to the gradient."""
 
     slots: ClassVar = {"v": "momentum_buffer"}
 
@@ -47,7 +50,7 @@ class SGD(optim.SGD):
 
 
 class Adam(optim.Adam):
-    """MLX's Adam with exact bias corrections, the decay added to the gradient."""
+    """MLX's Adam with exact bias corrections; weight decay is added to the gradient."""
 
     slots: ClassVar = {"m": "exp_avg", "v": "exp_avg_sq"}
 
@@ -65,10 +68,10 @@ class Adam(optim.Adam):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         if self.weight_decay:
             gradient = gradient + self.weight_decay * parameter
-        return self.move(gradient, parameter, state)
+        return self.adam_step(gradient, parameter, state)
 
-    def move(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
-        """The step that is left when the decay is done."""
+    def adam_step(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
+        """Returns the parameter after Adam's step, without weight decay."""
         beta1, beta2 = self.betas
         state["m"] = m = beta1 * state["m"] + (1 - beta1) * gradient
         state["v"] = v = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
@@ -77,33 +80,33 @@ class Adam(optim.Adam):
 
 
 class AdamW(Adam):
-    """The same, the decay beside the gradient."""
+    """Adam with decoupled weight decay."""
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
-        return self.move(gradient, parameter * self.state["shrink"] if self.weight_decay else parameter, state)
+        return self.adam_step(gradient, parameter * self.state["shrink"] if self.weight_decay else parameter, state)
 
 
 class Adafactor(optim.Optimizer):
-    """Adafactor as PyTorch has it: the learning rate is an upper limit, in units of the parameter's size.
+    """Adafactor as in PyTorch: the learning rate is an upper limit, relative to the RMS of the parameter.
 
-    MLX's own has another epsilon, and factors a convolution's weights over other axes: here they are the last two
-    of PyTorch's layout, where MLX has them: `across` the last but one, `along` the last.
+    MLX's own has another epsilon and factors the weights of a convolution over other axes. Here these are the last
+    two axes of PyTorch's layout: in MLX's layout `row_axis` is the last but one of them and `column_axis` the last.
     """
 
     slots: ClassVar = {name: name for name in ("row_var", "col_var", "variance")}
     EPS: ClassVar = (2.0**-23, 1e-3)
-    """The least mean square of a gradient in a row, and the least size of a parameter."""
+    """The lower limits of a gradient's mean square in a row, and of a parameter's RMS."""
 
-    def __init__(self, training: TrainingConfig, group: Group, across: int, along: int) -> None:
+    def __init__(self, training: TrainingConfig, group: Group, row_axis: int, column_axis: int) -> None:
         super().__init__()
         self.weight_decay = group.weight_decay
-        self.across, self.along = across, along
+        self.row_axis, self.column_axis = row_axis, column_axis
 
     def init_single(self, parameter: mx.array, state: State) -> None:
         if parameter.ndim < 2:
             state["variance"] = mx.zeros_like(parameter)
             return
-        for slot, axis in (("row_var", self.along), ("col_var", self.across)):
+        for slot, axis in (("row_var", self.column_axis), ("col_var", self.row_axis)):
             shape = list(parameter.shape)
             shape[axis] = 1
             state[slot] = mx.zeros(shape, parameter.dtype)
@@ -115,22 +118,22 @@ class Adafactor(optim.Optimizer):
         self.state["shrink"] = mx.array(1 - learning_rate * self.weight_decay, mx.float32)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
-        tiny, least_size = self.EPS
-        size = mx.maximum(_root_mean_square(parameter), least_size) * self.state["limit"]
+        eps, min_rms = self.EPS
+        step_size = mx.maximum(_root_mean_square(parameter), min_rms) * self.state["limit"]
         if self.weight_decay:
             parameter = parameter * self.state["shrink"]
         squares = mx.square(gradient)
         if gradient.ndim < 2:
-            variance = self.moved(state, "variance", squares)
+            variance = self.running_mean(state, "variance", squares)
         else:
-            rows = self.moved(state, "row_var", squares.mean(axis=self.along, keepdims=True))
-            columns = self.moved(state, "col_var", squares.mean(axis=self.across, keepdims=True))
-            variance = rows * columns / mx.maximum(rows.mean(axis=self.across, keepdims=True), tiny)
-        update = gradient * mx.rsqrt(mx.maximum(variance, tiny**2))
-        return parameter - size / mx.maximum(_root_mean_square(update), 1.0) * update
+            rows = self.running_mean(state, "row_var", squares.mean(axis=self.column_axis, keepdims=True))
+            columns = self.running_mean(state, "col_var", squares.mean(axis=self.row_axis, keepdims=True))
+            variance = rows * columns / mx.maximum(rows.mean(axis=self.row_axis, keepdims=True), eps)
+        update = gradient * mx.rsqrt(mx.maximum(variance, eps**2))
+        return parameter - step_size / mx.maximum(_root_mean_square(update), 1.0) * update
 
-    def moved(self, state: State, slot: str, values: mx.array) -> mx.array:
-        """The running mean of a slot, moved towards the step's values."""
+    def running_mean(self, state: State, slot: str, values: mx.array) -> mx.array:
+        """Updates the running mean of a slot with the step's values and returns it."""
         state[slot] = state[slot] + self.state["weight"] * (values - state[slot])
         return state[slot]
 
@@ -148,7 +151,7 @@ class Lion(optim.Lion):
 
 
 class Muon(optim.Muon):
-    """MLX's Muon with the decay beside the gradient, and steps of AdamW's size (see `muon_factor`)."""
+    """MLX's Muon with decoupled weight decay and steps of AdamW's size (see `muon_factor`)."""
 
     slots: ClassVar = {"v": "momentum_buffer"}
 
@@ -162,7 +165,7 @@ class Muon(optim.Muon):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         mass = self.momentum
         state["v"] = v = mass * state["v"] + (1 - mass) * gradient
-        update = orthogonalised(mass * v + (1 - mass) * gradient if self.nesterov else v)
+        update = orthogonalize(mass * v + (1 - mass) * gradient if self.nesterov else v)
         if self.weight_decay:
             parameter = parameter * self.state["shrink"]
         return parameter - self.learning_rate * muon_factor(parameter.shape) * update
@@ -176,13 +179,14 @@ METHODS: dict[str, Any] = {
     "lion": Lion,
     "muon": Muon,
 }
+"""Optimizers by the value of `training.optimizer`."""
 
 
-def orthogonalised(matrix: mx.array, steps: int = 5) -> mx.array:
-    """A matrix `[rows, columns]` with all its singular values moved near to 1, in its own dtype.
+def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
+    """Returns a matrix `[rows, columns]` with all singular values moved close to 1, in its own dtype.
 
-    Newton and Schulz's iteration with the quintic of Jordan, "Muon: an optimizer for hidden layers in neural
-    networks", 2024. MLX's own adds the norm up in one sum, which is off by 3e-4 over a million values.
+    The Newton-Schulz iteration with the quintic polynomial of Jordan, "Muon: an optimizer for hidden layers in neural
+    networks", 2024. MLX's own computes the norm in one sum, which is off by 3e-4 for a million values.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
@@ -194,91 +198,53 @@ def orthogonalised(matrix: mx.array, steps: int = 5) -> mx.array:
     return x.T if tall else x
 
 
-class OptimizerGroup(NamedTuple):
-    """One group: its optimizer, its learning rate in units of the schedule's, and its state by path and slot."""
+class Optimizer(optimizer.Optimizer):
+    """See `icenet.core.training.optimizer.Optimizer`.
 
-    optimizer: Any
-    lr_scale: float
-    slots: dict[str, State]
-
-
-class Optimizer:
-    """The optimizers of all groups as one.
-
-    `state` holds every array that a step changes, in containers that stay the same: a compiled step holds on to them.
+    `state` holds every array that a step changes, in containers that stay the same: a compiled step captures them.
     """
 
-    def __init__(self, name: str, groups: list[OptimizerGroup], rules: Mapping[str, layout.Rule]) -> None:
-        self.name = name
-        self.groups = groups
-        self.rules = rules
-        self.state = [[part.optimizer.state, part.slots] for part in groups]
+    def __init__(self, training: TrainingConfig, model: BaseModel) -> None:
+        kinds, parameters = model.layer_kinds(), dict(tree_flatten(model.trainable_parameters()))
+        self.model = model
+        self._rules = {
+            path: layout.rule(layout.parameter_kind(kinds, path), layout.split(path)[1]) for path in parameters
+        }
+        super().__init__(training, model, parameters)
+        self.state = [[group.optimizer.state, group.state] for group in self.groups]
+        self.prepare(0, 0.0)  # a compiled step needs every array of the state when it is traced
 
-    def prepare(self, step: int, learning_rate: float) -> None:
-        """Sets the numbers of step 0, 1, ...; called before `update`."""
-        for part in self.groups:
-            part.optimizer.prepare(step, learning_rate * part.lr_scale)
+    def update(self, gradients: Mapping[str, mx.array]) -> None:
+        arrays = dict(tree_flatten(self.model.trainable_parameters()))
+        for group in self.groups:
+            for path, state in group.state.items():
+                arrays[path] = group.optimizer.apply_single(gradients[path], arrays[path], state)
+        self.model.update(tree_unflatten(list(arrays.items())))
 
-    def update(self, model: BaseModel, gradients: Any) -> None:
-        """Moves the model's parameters; `gradients` is a tree of them."""
-        arrays, slopes = dict(tree_flatten(model.trainable_parameters())), dict(tree_flatten(gradients))
-        for part in self.groups:
-            for path, state in part.slots.items():
-                arrays[path] = part.optimizer.apply_single(slopes[path], arrays[path], state)
-        model.update(tree_unflatten(list(arrays.items())))
+    def _variant(self, path: str, group: Group) -> tuple[int, ...]:
+        """The axes over which Adafactor factors a parameter: those of convolutions are others in MLX's layout."""
+        return (self._rules[path].to_torch or (-2, -1))[-2:] if group.method == "adafactor" else ()
 
+    def _new_group(
+        self, training: TrainingConfig, group: Group, variant: tuple[int, ...], parameters: dict[str, mx.array]
+    ) -> OptimizerGroup:
+        own = METHODS[group.method](training, group, *variant)
+        state: dict[str, State] = {path: {} for path in parameters}
+        for path, parameter in parameters.items():
+            own.init_single(parameter, state[path])
+        return OptimizerGroup(own, group.lr_scale, state)
 
-def new_optimizer(training: TrainingConfig, model: BaseModel) -> Optimizer:
-    """The optimizer of a run, its state zero.
+    def _to_canonical(self, path: str, array: mx.array) -> mx.array:
+        return _transposed(array, self._rules[path].to_torch)
 
-    Raises:
-        ConfigError: a pattern of `training.parameter_groups` fits no parameter.
-    """
-    kinds, arrays = model.layer_kinds(), dict(tree_flatten(model.trainable_parameters()))
-    rules = {path: layout.rule(layout.parameter_kind(kinds, path), layout.split(path)[1]) for path in arrays}
-    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in arrays}
-    assigned = assign(training, shapes, kinds, getattr(model.config, "vocab_size", None))
-    groups: dict[Any, OptimizerGroup] = {}
-    for path, group in assigned.items():
-        axes = (rules[path].to_torch or (-2, -1))[-2:]
-        key = (group, axes if group.method == "adafactor" else None)
-        if key not in groups:
-            more = axes if group.method == "adafactor" else ()
-            groups[key] = OptimizerGroup(METHODS[group.method](training, group, *more), group.lr_scale, {})
-        part = groups[key]
-        part.slots[path] = {}
-        part.optimizer.init_single(arrays[path], part.slots[path])
-    optimizer = Optimizer(training.optimizer, list(groups.values()), rules)
-    optimizer.prepare(0, 0.0)  # so that a compiled step finds every array of the state
-    return optimizer
+    def _to_numpy(self, array: mx.array) -> np.ndarray:
+        return to_numpy(array)
+
+    def _set_slot(self, path: str, state: State, slot: str, values: np.ndarray) -> None:
+        state[slot] = _transposed(from_numpy(values).astype(state[slot].dtype), self._rules[path].to_mlx)
 
 
-def state_arrays(optimizer: Optimizer) -> dict[str, mx.array]:
-    """The optimizer's state by canonical name (`PATH.exp_avg`), in PyTorch's layouts."""
-    return {
-        f"{path}.{part.optimizer.slots[slot]}": _relaid(array, optimizer.rules[path].to_torch)
-        for part in optimizer.groups
-        for path, state in part.slots.items()
-        for slot, array in state.items()
-    }
-
-
-def set_state_arrays(optimizer: Optimizer, arrays: Mapping[str, mx.array]) -> None:
-    """Puts arrays by canonical name in the optimizer's state, in place: a compiled step holds on to it.
-
-    Raises:
-        CheckpointError: they are another optimizer's; nothing is changed then.
-    """
-    own = {name: tuple(array.shape) for name, array in state_arrays(optimizer).items()}
-    check_slots(own, {name: tuple(array.shape) for name, array in arrays.items()}, optimizer.name)
-    for part in optimizer.groups:
-        for path, state in part.slots.items():
-            for slot, array in state.items():
-                given = arrays[f"{path}.{part.optimizer.slots[slot]}"].astype(array.dtype)
-                state[slot] = _relaid(given, optimizer.rules[path].to_mlx)
-
-
-def _relaid(array: mx.array, axes: tuple[int, ...] | None) -> mx.array:
+def _transposed(array: mx.array, axes: tuple[int, ...] | None) -> mx.array:
     return array if axes is None else mx.contiguous(array.transpose(axes))
 
 

@@ -1,7 +1,7 @@
-"""Who started this process as one of several, which its environment tells. Standard library only.
+"""How a launcher started this process, read from its environment variables. Standard library only.
 
-A launcher starts the same command several times: `mlx.launch` or `mpirun` for MLX, `torchrun` for PyTorch. Without
-one there is one process.
+A launcher starts the same command several times: `mlx.launch` or `mpirun` for MLX, `torchrun` for PyTorch.
+Without a launcher there is one process.
 """
 
 from __future__ import annotations
@@ -16,92 +16,98 @@ from typing import NamedTuple
 from icenet.core.errors import BackendError
 
 LAUNCHERS = {"mlx": "mlx.launch", "torch": "torchrun"}
-"""What starts several processes of a backend."""
+"""The launcher to recommend for each backend."""
 
 
-class Place(NamedTuple):
-    """Which process this is."""
+class Launch(NamedTuple):
+    """The launcher of this process, and its rank."""
 
     launcher: str
     rank: int
     size: int
+    """Number of processes."""
     local_rank: int
-    """Its number among those of its machine, where the launcher tells it."""
+    """Rank among the processes of the same machine; 0 if the launcher does not set it."""
 
 
-def started_by() -> Place | None:
-    """This process's place among several; None where no launcher started it."""
+def detect() -> Launch | None:
+    """Returns how this process was launched, by any launcher; None without one."""
     return _by_mlx() or _by_torchrun() or _by_mpi()
 
 
-def place_for(backend: str) -> Place | None:
-    """This process's place among those that train on a backend; None where it is alone.
+def detect_for(backend: str) -> Launch | None:
+    """Returns how this process was launched for a backend; None if it is the only one.
 
     Raises:
-        BackendError: it is one of several, whose launcher is the other backend's: each would train alone.
+        BackendError: the launcher of several processes is the other backend's, so each would train alone.
     """
     own = (_by_mlx() or _by_mpi()) if backend == "mlx" else _by_torchrun()
-    found = own or started_by()
+    found = own or detect()
     if found is None or found.size == 1:
         return None
     if own is None:
         other = "torch" if backend == "mlx" else "mlx"
-        ours = f", or say --backend {other}" if found.launcher == LAUNCHERS[other] else ""
+        alternative = f", or use --backend {other}" if found.launcher == LAUNCHERS[other] else ""
         raise BackendError(
             f"{found.launcher} started {found.size} processes, which cannot train together on {backend}: start them "
-            f"with {LAUNCHERS[backend]}{ours}"
+            f"with {LAUNCHERS[backend]}{alternative}"
         )
     return own
 
 
-def not_met(place: Place, why: str) -> str:
-    """What is said where a process waited for the others in vain."""
-    return f"process {place.rank} of {place.size} does not find the others: {why}; docs/training.md has the commands"
+def connection_error(launch: Launch, reason: str) -> BackendError:
+    """Returns the error of a process that could not connect to the others."""
+    return BackendError(
+        f"process {launch.rank} of {launch.size} cannot connect to the others: {reason}; "
+        "docs/training.md has the commands"
+    )
 
 
-def after_the_first(seconds: float = 2.0) -> str:
-    """What an error begins with: nothing in the first process, its number in another.
+def error_prefix(seconds: float = 2.0) -> str:
+    """Returns the beginning of an error message: the rank of this process, or nothing for rank 0 or one process.
 
-    The others wait before: an error that all have is told by the first, whose end lets the launcher end them.
+    Processes other than rank 0 wait `seconds` first. The launcher ends them when rank 0 ends, so an error that all
+    processes have in common is printed only once.
     """
-    place = started_by()
-    if place is None or place.rank == 0:
+    launch = detect()
+    if launch is None or launch.rank == 0:
         return ""
     time.sleep(seconds)
-    return f"process {place.rank}: "
+    return f"process {launch.rank}: "
 
 
-def _by_mlx() -> Place | None:
+def _by_mlx() -> Launch | None:
     rank = _number("MLX_RANK")
     if rank is None:
         return None
     size = _number("MLX_WORLD_SIZE") or _length("MLX_HOSTFILE") or _length("MLX_IBV_DEVICES") or 1
-    return Place("mlx.launch", rank, size, rank)
+    return Launch("mlx.launch", rank, size, rank)
 
 
-def _by_torchrun() -> Place | None:
+def _by_torchrun() -> Launch | None:
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if rank is None or size is None or "MASTER_ADDR" not in os.environ:
         return None
-    return Place("torchrun", rank, size, _number("LOCAL_RANK") or 0)
+    return Launch("torchrun", rank, size, _number("LOCAL_RANK") or 0)
 
 
-def _by_mpi() -> Place | None:
-    for prefix in ("OMPI_COMM_WORLD_", "PMI_"):  # Open MPI; MPICH and those that follow it
+def _by_mpi() -> Launch | None:
+    for prefix in ("OMPI_COMM_WORLD_", "PMI_"):  # Open MPI; MPICH and its derivatives
         rank, size = _number(prefix + "RANK"), _number(prefix + "SIZE")
         if rank is not None and size is not None:
-            return Place("mpirun", rank, size, _number(prefix + "LOCAL_RANK") or 0)
+            return Launch("mpirun", rank, size, _number(prefix + "LOCAL_RANK") or 0)
     return None
 
 
 def _number(name: str) -> int | None:
+    """The integer value of an environment variable, if it has one."""
     with contextlib.suppress(ValueError):
         return int(os.environ.get(name, ""))
     return None
 
 
 def _length(name: str) -> int:
-    """How many processes a file of JSON that the environment names speaks of."""
+    """The length of the list in the JSON file that an environment variable names; 0 without one."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(Path(os.environ.get(name, "")).read_text(encoding="utf-8"))
         return len(content) if isinstance(content, list) else 0

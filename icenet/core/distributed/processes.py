@@ -1,7 +1,8 @@
-"""Several processes that train one model: what each takes on, what they agree on, and what happens when one is gone.
+"""Several processes that train one model: the base class of their group, the rows of each, and what they agree on.
 
-Each makes every batch whole, since batches are pure functions of the step, and takes its rows of it: so all know how
-many labels the batch counts without asking one another. The first process alone writes and prints.
+Every process builds each training batch in full, because batches are pure functions of the step, and computes its
+rows of it. All processes therefore know the number of counted labels without communication. Only the main process,
+rank 0, writes and prints.
 """
 
 from __future__ import annotations
@@ -9,65 +10,213 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core.config.custom import is_custom
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
 from icenet.core.weights import layout
 
 ELEMENTWISE = ("adamw", "adam", "sgd", "lion")
-"""Optimizers that fit each value by itself, so that a part of a parameter needs no other part."""
+"""Optimizers that update each value of a parameter independently, so that they can work on a shard of it."""
+
+SIGNALS = ("SIGTERM", "Ctrl-C", "the end of its launcher")
+"""The reasons to stop a run."""
+
+Array = Any
+"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
 
 T = TypeVar("T")
 
 
-class ProcessGroup(Protocol):
-    """The processes of a run, on one backend. Of a single one, all of it is nothing and costs nothing."""
+class ProcessGroup(ABC):
+    """The processes that train one model on one backend. In a group of one process every method is trivial.
 
-    rank: int
-    size: int
-    stop: str | None
-    """What asks this process to stop, one of SIGNALS; the result of the next step tells it to all of them."""
+    With data parallelism each process holds the whole model. With `training.sharded` each process holds a shard of
+    every parameter and of its optimizer state.
+
+    Attributes:
+        rank: the index of this process.
+        size: the number of processes.
+        stop: why this process was requested to stop, one of SIGNALS, or None. `all_reduce_loss` passes it to all.
+        shards: the shards of the model's parameters, or None if every process holds the whole model.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self.stop: str | None = None
+        self.shards: Shards | None = None
+
+    # ---- the model ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def broadcast_or_shard(self, model: Any, sharded: bool) -> None:
+        """Gives all processes the parameters of rank 0 and, if `sharded`, leaves each a shard of them.
+
+        The processes can differ before because a user's model may draw its own initial values.
+        """
+
+    def local_shard(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Returns this process's shards of full canonical arrays by `PATH` or `PATH.SLOT`."""
+        return {name: self.shards.local_shard(name, a) if self.shards else a for name, a in arrays.items()}
+
+    def gather_full(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Returns the full arrays of which each process holds a shard: the inverse of `local_shard`.
+
+        A collective operation: all processes must call it.
+        """
+        return {name: self.shards.gather_full(name, a) if self.shards else a for name, a in arrays.items()}
+
+    # ---- collective operations ---------------------------------------------------------------------------
 
     def gather(self, numbers: Sequence[float]) -> NDArray[np.float64]:
-        """The numbers of every process, float64 `[size, N]`; waits until all have given theirs."""
+        """Returns the numbers of every process, float64 `[size, N]`. It waits for all processes."""
+        own = np.array([numbers], np.float64)
+        return own if self.size == 1 else self.all_gather(own)
 
-    def average_statistics(self, model: Any) -> None:
-        """Gives the batch norms the mean of the processes' running statistics."""
+    @abstractmethod
+    def all_gather(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Returns the arrays of all processes, all of one shape, concatenated along the first axis."""
+
+    @abstractmethod
+    def all_reduce_gradients(self, gradients: Any) -> Any:
+        """Sums the gradients of a step over the processes, unless the backward pass already did."""
+
+    def all_reduce_loss(self, loss: Array) -> Array:
+        """Returns the loss summed over the processes and the stop flags counted over them, `[1 + len(SIGNALS)]`.
+
+        `read_loss` reads it. In a group of one process it is the loss itself.
+        """
+        return loss if self.size == 1 else self._all_sum(self._append(loss, stop_flags(self.stop)))
+
+    def read_loss(self, reduced: Array) -> tuple[float, str | None]:
+        """Returns the loss and the reason to stop, one of SIGNALS or None, from the output of `all_reduce_loss`."""
+        if self.size == 1:
+            return float(reduced.item()), None
+        loss, *counts = reduced.tolist()
+        return loss, stop_reason(counts)
+
+    def all_reduce_norms(self, norm: Array, norms: Array) -> tuple[Array, Array]:
+        """Returns the norm of all gradients and of each, `[N]`, from the norms of this process's shards of them."""
+        if self.shards is None:
+            return norm, norms
+        squares = self._all_sum(norms.square())
+        return squares.sum().sqrt(), squares.sqrt()
+
+    def mean(self, arrays: Sequence[Array]) -> list[Array]:
+        """Returns the mean of each array over the processes."""
+        return [self._all_sum(array) / self.size for array in arrays]
+
+    @abstractmethod
+    def _all_sum(self, array: Array) -> Array:
+        """Returns the sum of an array over the processes."""
+
+    @abstractmethod
+    def _append(self, scalar: Array, numbers: Sequence[float]) -> Array:
+        """Returns a scalar followed by numbers as one array, `[1 + N]`."""
 
 
-# ---- what each takes on -----------------------------------------------------------------------------------
+class Shards:
+    """The parameters of a model, split along their first axis, of which each process holds one piece.
+
+    A piece has ceil(length / size) rows. The last pieces have fewer, or are padded with zeros if `padded`.
+
+    Args:
+        model: a `BaseModel` before it is split.
+        parameters: its trainable parameters by path.
+        process_group: the processes.
+
+    Raises:
+        ConfigError: a parameter cannot be split.
+    """
+
+    padded: ClassVar[bool] = False
+
+    def __init__(self, model: Any, parameters: Mapping[str, Array], process_group: ProcessGroup) -> None:
+        self.process_group = process_group
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        kinds = model.layer_kinds()
+        for path, array in parameters.items():
+            check_shardable(path, array.ndim, kinds)
+            self.shapes[path] = tuple(array.shape)
+
+    def local_shard(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Returns this process's piece of a full canonical array."""
+        length = self._length(name)
+        if length is None:
+            return array
+        rows = self._rows(length)
+        piece = array[self.process_group.rank * rows : (self.process_group.rank + 1) * rows]
+        return _pad(piece, rows) if self.padded else piece
+
+    def gather_full(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Returns the full canonical array. A collective operation: all processes must call it."""
+        length = self._length(name)
+        if length is None:
+            return array
+        return self.process_group.all_gather(_pad(array, self._rows(length)))[:length]
+
+    def _rows(self, length: int) -> int:
+        return -(-length // self.process_group.size)
+
+    def _length(self, name: str) -> int | None:
+        """The length of the first axis, the same in all layouts; None for an array that is not split."""
+        shape = self.shapes.get(name) or self.shapes.get(name.rpartition(".")[0])
+        return shape[0] if shape else None
 
 
-def own_rows(rows: int, rank: int, size: int) -> range:
-    """The rows of a batch that are a process's: consecutive, as `numpy.array_split` cuts them."""
+def _pad(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    missing = rows - len(array)
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+
+
+def unit_paths(model: Any, parameters: Mapping[str, Array]) -> list[str]:
+    """The modules of which each gathers its parameters at once, by path: the model, "", and its blocks.
+
+    A block is a numbered child that holds parameters, such as `blocks.0`. A user's model is one unit, because the
+    order in which it calls its modules is unknown.
+    """
+    if is_custom(model.config.type):
+        return [""]
+    split = (path.split(".") for path in parameters)
+    blocks = [f"{names[0]}.{names[1]}" for names in split if len(names) > 2 and names[1].isdigit()]
+    return ["", *dict.fromkeys(blocks)]
+
+
+# ---- the rows of each process -----------------------------------------------------------------------------
+
+
+def local_rows(rows: int, rank: int, size: int) -> range:
+    """The consecutive rows of a batch that a process computes, split as `numpy.array_split` does."""
     each, more = divmod(rows, size)
     first = rank * each + min(rank, more)
     return range(first, first + each + (rank < more))
 
 
-def share_rows(batch: dict[str, NDArray[Any]], process_group: ProcessGroup) -> dict[str, NDArray[Any]]:
-    """A process's rows of a batch to be evaluated.
+def local_batch(batch: dict[str, NDArray[Any]], process_group: ProcessGroup) -> dict[str, NDArray[Any]]:
+    """Returns a process's rows of an evaluation batch.
 
-    Where there are too few it is the first row, its labels not counted: every process has something to compute.
+    If there are fewer rows than processes, a process without rows computes the first row with all labels ignored.
     """
-    rows = own_rows(len(batch["labels"]), process_group.rank, process_group.size)
+    rows = local_rows(len(batch["labels"]), process_group.rank, process_group.size)
     if rows:
         return {name: array[rows.start : rows.stop] for name, array in batch.items()}
     first = {name: array[:1] for name, array in batch.items()}
     return {**first, "labels": np.full_like(first["labels"], -1)}
 
 
-def check(training: TrainingConfig, size: int) -> None:
-    """Refuses a training that so many processes cannot share.
+def check_training(training: TrainingConfig, size: int) -> None:
+    """Checks that `size` processes can share a training run.
 
     Raises:
-        ConfigError: too few rows in a batch, or an optimizer that needs whole parameters where they are sharded.
+        ConfigError: a batch has too few rows, or parameters are sharded for an optimizer that needs them whole.
     """
     parts = size * training.gradient_accumulation
     if size > 1 and training.batch_size < parts:
@@ -78,25 +227,25 @@ def check(training: TrainingConfig, size: int) -> None:
         )
     if size > 1 and training.sharded and training.optimizer not in ELEMENTWISE:
         raise ConfigError(
-            f"training.sharded needs an optimizer that fits each value by itself ({', '.join(ELEMENTWISE)}): "
+            f"training.sharded needs an optimizer that updates each value independently ({', '.join(ELEMENTWISE)}): "
             f"{training.optimizer} needs whole parameters; set another, or training.sharded=false"
         )
 
 
-def check_cut(path: str, ndim: int, kinds: Mapping[str, str]) -> None:
-    """Refuses a parameter that cannot be cut along its first axis, the same one on both backends.
+def check_shardable(path: str, ndim: int, kinds: Mapping[str, str]) -> None:
+    """Checks that a parameter can be split along the same first axis on both backends.
 
     Raises:
-        ConfigError: it is a single value, or a transposed convolution, whose axes MLX has in another order.
+        ConfigError: it is a scalar, or the weight of a transposed convolution, whose first axis differs in MLX.
     """
     transposed = "transpose" in layout.parameter_kind(kinds, path)
     if ndim == 0 or transposed:
-        what = "a transposed convolution" if transposed else "a single value"
-        raise ConfigError(f"training.sharded: {path} is {what} and cannot be cut; set training.sharded=false")
+        what = "the weight of a transposed convolution" if transposed else "a scalar"
+        raise ConfigError(f"training.sharded: {path} is {what} and cannot be split; set training.sharded=false")
 
 
-def in_turn(process_group: ProcessGroup, work: Callable[[], T]) -> T:
-    """Does a piece of work in the first process, then in the others, which may find it done on the disk."""
+def main_process_first(process_group: ProcessGroup, work: Callable[[], T]) -> T:
+    """Runs `work` in the main process and then in the others, which may find its result on the disk."""
     if process_group.rank > 0:
         process_group.gather([0.0])
     found = work()
@@ -105,21 +254,21 @@ def in_turn(process_group: ProcessGroup, work: Callable[[], T]) -> T:
     return found
 
 
-# ---- what they agree on -----------------------------------------------------------------------------------
+# ---- what the processes agree on --------------------------------------------------------------------------
 
 
-def agree(process_group: ProcessGroup, what: Mapping[str, str]) -> None:
-    """Waits for all processes, and refuses to go on where they were given different things.
+def check_same(process_group: ProcessGroup, texts: Mapping[str, str]) -> None:
+    """Waits for all processes and checks that they have the same inputs.
 
     Args:
         process_group: the processes.
-        what: texts that must be the same, each under the name that an error calls it.
+        texts: what must be the same everywhere, by the name that an error uses for it.
 
     Raises:
-        CheckpointError: they differ; the run's folder is not the same everywhere, say.
+        CheckpointError: a text differs, for example because the run's folder is not the same on all machines.
     """
-    sums = process_group.gather([float(zlib.crc32(text.encode())) for text in what.values()])
-    for name, column in zip(what, sums.T, strict=True):
+    sums = process_group.gather([float(zlib.crc32(text.encode())) for text in texts.values()])
+    for name, column in zip(texts, sums.T, strict=True):
         other = next((rank for rank in range(process_group.size) if column[rank] != column[0]), None)
         if other is not None:
             raise CheckpointError(
@@ -128,41 +277,39 @@ def agree(process_group: ProcessGroup, what: Mapping[str, str]) -> None:
             )
 
 
-SIGNALS = ("SIGTERM", "Ctrl-C", "the end of its launcher")
-"""What can ask a run to stop."""
 _parent = os.getppid()
 
 
-def asked(stop: str | None) -> list[float]:
-    """Which of SIGNALS asks this process to stop: 1 for one of them or none.
+def stop_flags(stop: str | None) -> list[float]:
+    """Returns a flag for each of SIGNALS: 1 for the reason why this process was requested to stop.
 
-    A launcher that is killed need not end its processes (`mlx.launch` does not): they would train on, unseen.
+    A launcher that is killed may leave its processes running (`mlx.launch` does). They notice it by their parent.
     """
     stop = stop or (SIGNALS[-1] if os.getppid() != _parent else None)
     return [float(stop == name) for name in SIGNALS]
 
 
-def asked_for(counts: Sequence[float]) -> str | None:
-    """What asks a run to stop, from how many processes each of SIGNALS asked."""
+def stop_reason(counts: Sequence[float]) -> str | None:
+    """Returns the first of SIGNALS that any process reported, from their flags summed over the processes."""
     return next((name for name, count in zip(SIGNALS, counts, strict=True) if count), None)
 
 
-# ---- when one is gone -------------------------------------------------------------------------------------
+# ---- when a process is lost -------------------------------------------------------------------------------
 
-
-_OF_THE_NETWORK = ("connection", "peer", "gloo", "nccl", "[ring]", "[jaccl]", "[mpi]", "timed out")
-"""In what a framework says when it lost another process."""
+_NETWORK_WORDS = ("connection", "peer", "gloo", "nccl", "[ring]", "[jaccl]", "[mpi]", "timed out")
+"""Words of the frameworks' errors about a lost process."""
 
 
 @contextlib.contextmanager
-def explaining(process_group: ProcessGroup, run: Path) -> Iterator[None]:
-    """Tells of a connection that broke in one line: the frameworks raise a RuntimeError of their own."""
+def explain_lost_processes(process_group: ProcessGroup, run: Path) -> Iterator[None]:
+    """Replaces a framework's RuntimeError about a broken connection by an error of one line."""
     try:
         yield
     except RuntimeError as error:
-        if process_group.size == 1 or not any(word in str(error).lower() for word in _OF_THE_NETWORK):
+        if process_group.size == 1 or not any(word in str(error).lower() for word in _NETWORK_WORDS):
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise IceNetError(
-            f"the other processes were lost ({first}); one of them may have said why. To go on: --resume {run}"
+            f"the connection to the other processes was lost ({first}); see their errors for the cause. "
+            f"To continue: --resume {run}"
         ) from error

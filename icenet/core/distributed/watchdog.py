@@ -1,4 +1,4 @@
-"""Ends a process that waits for others that are gone."""
+"""Ends a process that was requested to stop but waits for lost processes."""
 
 from __future__ import annotations
 
@@ -16,64 +16,70 @@ from icenet.core.distributed.processes import ProcessGroup
 
 
 class Watchdog:
-    """Ends this process where it is asked to stop but waits for others that are gone.
+    """Ends this process after a stop signal if the training loop makes no progress.
 
-    A launcher asks the others to stop when one process fails. Python's signal handlers run between two of its own
-    instructions, hence never while a framework waits for the network, and MLX's ring can wait forever once a
-    connection broke. So a thread hears of the signal too, and gives the loop ten times its longest beat so far.
+    When one process fails, the launcher sends a signal to the others. Python runs signal handlers only between two
+    of its own instructions, never while a framework waits for the network, and MLX's ring can wait forever on a
+    broken connection. Therefore a thread reads the signal, too. From then on the process ends if the time since the
+    last `beat` exceeds `min_seconds` and ten times the longest interval between two beats.
 
-        with Watchdog(process_group, run) as watch:
-            watch.beat()                # at every step
-            with watch.resting(): ...   # a wait that may take long and cannot hang
+        with Watchdog(process_group, run) as watchdog:
+            watchdog.beat()                   # at every step
+            with watchdog.paused(): ...       # a wait that may be long and cannot hang
+
+    Args:
+        process_group: the processes. The watchdog does nothing in a group of one, or outside of the main thread.
+        run: the run's folder, named in the message.
     """
 
-    least_seconds = 20.0
+    min_seconds = 20.0
 
     def __init__(self, process_group: ProcessGroup, run: Path) -> None:
         self.process_group = process_group
         self.run = run
-        self._last = time.monotonic()
-        self._longest = 0.0
-        self._resting = False
-        self._works = process_group.size > 1 and threading.current_thread() is threading.main_thread()
+        self._last_beat = time.monotonic()
+        self._longest_interval = 0.0
+        self._paused = False
+        self._enabled = process_group.size > 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Watchdog:
-        self._last = time.monotonic()
-        if self._works:
+        self._last_beat = time.monotonic()
+        if self._enabled:
             self._reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
-            self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._works:
-            signal.set_wakeup_fd(self._before)
-            os.close(self._writer)  # which ends the thread
+        if self._enabled:
+            signal.set_wakeup_fd(self._previous_fd)
+            os.close(self._writer)  # ends the thread
 
     def beat(self) -> None:
-        """The loop goes on."""
+        """Records that the training loop makes progress."""
         now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
+        self._longest_interval, self._last_beat = max(self._longest_interval, now - self._last_beat), now
 
     @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
-        """A time in which nothing is expected."""
-        self._resting = True
+    def paused(self) -> Iterator[None]:
+        """A context in which no beat is expected."""
+        self._paused = True
         try:
             yield
         finally:
-            self._resting = False
-            self._last = time.monotonic()
+            self._paused = False
+            self._last_beat = time.monotonic()
 
     def _listen(self) -> None:
+        """Waits for a signal, then for the end of the loop or of the process."""
         try:
             if not os.read(self._reader, 1):
                 return
-            asked = time.monotonic()
+            signalled = time.monotonic()
             while True:
-                patience = max(self.least_seconds, 10 * self._longest)
-                left = patience if self._resting else max(self._last, asked) + patience - time.monotonic()
+                timeout = max(self.min_seconds, 10 * self._longest_interval)
+                left = timeout if self._paused else max(self._last_beat, signalled) + timeout - time.monotonic()
                 if left <= 0:
                     break
                 if select.select([self._reader], [], [], left)[0] and not os.read(self._reader, 64):
@@ -81,9 +87,8 @@ class Watchdog:
         finally:
             os.close(self._reader)
         print(
-            f"icenet: process {self.process_group.rank} was asked to stop and ends: the other processes "
-            "do not answer. "
-            f"To go on from the last checkpoint: --resume {self.run}",
+            f"icenet: process {self.process_group.rank} was requested to stop and ends, because the other processes "
+            f"do not respond. To continue from the last checkpoint: --resume {self.run}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,35 @@
+"""Builds a model of either backend from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from icenet.core.config import ModelConfig, custom
+from icenet.core.errors import ConfigError
+
+
+def new_model(
+    config: ModelConfig, families: Mapping[str, Callable[..., Any]], backend: str, seed: int | None = None
+) -> Any:
+    """Returns a model of one of the backend's families or of a class in the user's file.
+
+    Args:
+        config: the model's section of the configuration.
+        families: the backend's model classes by the value of `model.type`.
+        backend: mlx or torch.
+        seed: seed of the initial weights; without one the weights are undefined.
+
+    Raises:
+        ConfigError: the user's class does not accept its options.
+    """
+    if not custom.is_custom(config.type):
+        return families[config.type](config, seed=seed)
+    model_class = custom.model_class(config.type, backend)
+    try:
+        model = model_class(config)
+    except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
+        raise ConfigError(f"{config.type} cannot be built from its options under model: {error}") from error
+    if seed is not None:
+        model.init_weights(seed)
+    return model

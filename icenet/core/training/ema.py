@@ -1,0 +1,63 @@
+"""The moving average of a model's weights: the base class of both backends'."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from icenet.core.training.schedule import ema_weight
+
+Array = Any
+"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
+
+
+class WeightAverage(ABC):
+    """The exponential moving average of a model's trainable weights, in their dtype.
+
+    Running statistics of batch norms are not averaged.
+
+    Attributes:
+        decay: the value of `training.ema_decay`.
+        arrays: the averages by parameter path, in the framework's layouts. They start as the current weights.
+    """
+
+    arrays: dict[str, Array]
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def weight(self, step: int) -> float:
+        """Returns the fraction by which step 0, 1, ... moves the averages towards the weights."""
+        return ema_weight(step, self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context in which the averages are the model's weights."""
+        weights = self._saved()
+        self._set_weights(self.arrays)
+        try:
+            yield
+        finally:
+            self._set_weights(weights)
+
+    @abstractmethod
+    def current(self) -> dict[str, Array]:
+        """Returns the model's trainable weights by path."""
+
+    @abstractmethod
+    def update(self, weight: Any) -> None:
+        """Moves the averages towards the model's weights by the fraction `weight` of the difference."""
+
+    @abstractmethod
+    def assign(self, arrays: Mapping[str, Array]) -> None:
+        """Sets the averages."""
+
+    def _saved(self) -> dict[str, Array]:
+        """The model's weights, which `_set_weights` does not overwrite."""
+        return self.current()
+
+    @abstractmethod
+    def _set_weights(self, arrays: Mapping[str, Array]) -> None:
+        """Sets the model's trainable weights."""

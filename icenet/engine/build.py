@@ -1,0 +1,50 @@
+"""Chooses the device and builds the model, MLX. The mirror is `icenet_torch/engine/build.py`."""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.core.config import Config
+from icenet.core.errors import BackendError
+from icenet.core.models.build import new_model
+from icenet.models import MODELS, BaseModel
+
+COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+"""The dtype of activations by the value of `training.mixed_precision`."""
+
+
+def choose_device(name: str) -> mx.Device:
+    """Returns the device of a name: auto, cpu, gpu, cuda or cuda:N.
+
+    auto is a GPU if there is one. gpu and cuda are the same to MLX.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if name in ("cpu", "auto") and not (name == "auto" and mx.is_available(mx.gpu)):
+        return mx.Device(mx.cpu)
+    if name == "mps":
+        raise BackendError("device mps is PyTorch's name for the GPU: with MLX use --device gpu, or --backend torch")
+    index = int(name.partition(":")[2] or 0)
+    if not mx.is_available(mx.Device(mx.gpu, index)):
+        raise BackendError(f"MLX finds no device {name}: use --device cpu, and see icenet doctor")
+    return mx.Device(mx.gpu, index)
+
+
+def build_model(config: Config, device: str = "auto", *, seed: int | None) -> BaseModel:
+    """Returns a new model on a device, which becomes MLX's default device.
+
+    Args:
+        config: the configuration.
+        device: as for `choose_device`.
+        seed: seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
+    """
+    mx.set_default_device(choose_device(device))
+    return new_model(config.model, MODELS, "mlx", seed)
+
+
+def meta_model(config: Config) -> BaseModel:
+    """Returns a model without parameter values, of any size: MLX's arrays are lazy, and these are never computed."""
+    return new_model(config.model, MODELS, "mlx")

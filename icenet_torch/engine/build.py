@@ -1,0 +1,55 @@
+"""Chooses the device and builds the model, PyTorch. The mirror is `icenet/engine/build.py`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from icenet.core.config import Config
+from icenet.core.errors import BackendError
+from icenet.core.models.build import new_model
+from icenet_torch.models import MODELS, BaseModel
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of activations by the value of `training.mixed_precision`."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name: auto, cpu, gpu, mps, cuda or cuda:N.
+
+    auto is MPS, otherwise CUDA, otherwise the CPU. gpu is MPS or CUDA.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if os.environ.get("MLX_ENABLE_TF32") == "0":  # see icenet.core.backends.exact_products
+        torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = "mps" if torch.backends.mps.is_available() else "cuda"
+    device = torch.device(gpu if name == "gpu" else name)
+    counts = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    if (device.index or 0) >= counts[device.type]:
+        raise BackendError(f"PyTorch finds no device {name}: use --device cpu, and see icenet doctor")
+    return device
+
+
+def build_model(config: Config, device: str = "auto", *, seed: int | None) -> BaseModel:
+    """Returns a new model on a device.
+
+    Args:
+        config: the configuration.
+        device: as for `choose_device`.
+        seed: seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
+    """
+    chosen = choose_device(device)
+    return new_model(config.model, MODELS, "torch", seed).to(chosen)
+
+
+def meta_model(config: Config) -> BaseModel:
+    """Returns a model without parameter values, of any size."""
+    with torch.device("meta"):
+        return new_model(config.model, MODELS, "torch")
