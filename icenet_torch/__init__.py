@@ -1,8 +1,6 @@
-"""IceNet's PyTorch mirror: the same models under the same names, MPS, CUDA or CPU.
+"""IceNet's PyTorch mirror: the models of `icenet` under the same names, on CPU, CUDA or MPS. It does not need MLX.
 
-    from icenet_torch.models import TransformerModel
-
-Works with MLX absent.
+from icenet_torch.models import TransformerModel
 """
 
 from __future__ import annotations
@@ -10,7 +8,9 @@ from __future__ import annotations
 import os
 import platform
 
+import icenet._deprecated  # noqa: F401  (old module names)
+
 if platform.machine() in ("x86_64", "AMD64"):
-    # Read by MKL at its first call. Without it a product's last bits depend on the alignment of its operands,
-    # so one run is not equal to the next; no cost was measured.
+    # MKL reads this at its first call. Without it, the last bits of a product depend on the alignment of its
+    # operands, and two equal runs differ. No cost was measured.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

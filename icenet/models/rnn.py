@@ -17,18 +17,12 @@ import mlx.core as mx
 from icenet import nn as ops
 from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
+from icenet.generation.cache import RecurrentCache
 from icenet.models.base import BaseModel
 from icenet.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 
 Hidden: TypeAlias = mx.array | tuple[mx.array, ...]
 """What the model remembers, as `torch.nn.LSTM` has it: (h, c) of an LSTM, h of the others, `[N*D, B, H]` each."""
-
-
-class RecurrentCache:
-    """The state of every layer after the tokens read so far."""
-
-    def __init__(self) -> None:
-        self.states: list[State] | None = None
 
 
 class RecurrentModel(BaseModel):

@@ -10,7 +10,7 @@ from icenet.nn.arrays import Array
 
 
 def activation(name: str, x: Array) -> Array:
-    """gelu (exact), gelu_tanh (its approximation), relu or silu, elementwise."""
+    """Applies an activation elementwise: gelu (exact), gelu_tanh (approximate), relu or silu."""
     if name == "gelu":
         return nn.gelu(x)
     if name == "gelu_tanh":

@@ -1,4 +1,4 @@
-"""Arrays of MLX: dtypes, devices, and in and out of numpy."""
+"""MLX arrays: dtypes of products, and conversion to and from numpy."""
 
 from __future__ import annotations
 
@@ -6,32 +6,45 @@ from typing import TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
-
-from icenet.core.weights.safetensors import BFLOAT16
 
 Array: TypeAlias = mx.array
 
 
 def on_cpu() -> bool:
-    """True where products in half precision are slow and are better done in fp32 (20x on x86)."""
+    """Returns whether MLX's default device is the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
 def is_half(x: Array) -> bool:
+    """Returns whether x is fp16 or bf16."""
     return x.dtype in (mx.float16, mx.bfloat16)
 
 
+def product_dtype(x: Array) -> mx.Dtype:
+    """Returns the dtype in which products with x are computed (matrix products, convolutions, attention).
+
+    It is the dtype of x, or fp32 for half precision on a CPU, where such products are about 20 times slower.
+    """
+    return mx.float32 if is_half(x) and on_cpu() else x.dtype
+
+
+def cast_weight(weight: Array, x: Array) -> Array:
+    """Rounds a weight to the dtype of x and returns it in `product_dtype(x)`."""
+    return weight.astype(x.dtype).astype(product_dtype(x))
+
+
 def to_numpy(array: mx.array) -> np.ndarray:
-    """The array's values and bits; bfloat16 becomes `icenet.core.weights.safetensors.BFLOAT16`."""
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(BFLOAT16)
+    """Returns a numpy array with the same bits; bfloat16 becomes `ml_dtypes.bfloat16`."""
+    if array.dtype == mx.bfloat16:  # MLX exports no bfloat16 to numpy
+        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
     return np.array(array)
 
 
 def from_numpy(array: np.ndarray) -> mx.array:
-    """The inverse of `to_numpy`."""
-    if array.dtype == BFLOAT16:
+    """Returns an MLX array with the same bits; `ml_dtypes.bfloat16` becomes bfloat16."""
+    if array.dtype == ml_dtypes.bfloat16:
         return mx.array(array.view(np.uint16)).view(mx.bfloat16)
     return mx.array(array)

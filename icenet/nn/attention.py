@@ -6,16 +6,23 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.nn.arrays import Array, is_half, on_cpu
+from icenet.nn.arrays import Array, product_dtype
 
 
 def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array | None) -> Array:
-    """Scaled dot-product attention: softmax(q k^T / sqrt(D)) v, fused.
+    """Computes softmax(q k^T / sqrt(D)) v with the fused kernel.
 
-    q `[B, H, T, D]`, k and v `[B, H, S, D]` give `[B, H, T, D]`. The mask is None, "causal" (the last query
-    sees the last key, also where T < S) or bool, True where a query may look, broadcast to `[B, H, T, S]`.
+    Args:
+        q: Queries `[B, H, T, D]`.
+        k: Keys `[B, H, S, D]`.
+        v: Values `[B, H, S, D]`.
+        mask: None, "causal", or bool that broadcasts to `[B, H, T, S]`, True where a query may attend. A causal mask
+            is aligned to the end: the last query attends to the last key, also if T < S.
+
+    Returns:
+        `[B, H, T, D]` in the dtype of q.
     """
-    dtype = mx.float32 if is_half(q) and on_cpu() else q.dtype
+    dtype = product_dtype(q)
     scale = q.shape[-1] ** -0.5
     out = mx.fast.scaled_dot_product_attention(
         q.astype(dtype), k.astype(dtype), v.astype(dtype), scale=scale, mask=mask
@@ -24,16 +31,21 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array
 
 
 def make_attention_mask(attention_mask: Array | None, length: int, causal: bool) -> str | Array | None:
-    """The mask for `length` queries that stand at the end of the keys.
+    """Returns the mask of `scaled_dot_product_attention` for the last `length` of S positions.
 
-    `attention_mask` is bool `[B, S]`, False for padding, or None where there is none. A padding query sees itself:
-    a row without any key is zero in PyTorch and not a number in MLX, and nobody reads it.
+    A padding query attends to itself. A row without any key would be zero in PyTorch and NaN in MLX; the outputs of
+    padding positions are ignored.
+
+    Args:
+        attention_mask: bool `[B, S]`, False for padding, or None without padding.
+        length: Number of queries.
+        causal: Whether a query attends to its own and earlier positions only.
     """
     if attention_mask is None:
         return "causal" if causal else None
     keys = mx.arange(attention_mask.shape[1])
     queries = keys[-length:, None]
-    pattern = attention_mask[:, None, None, :]
+    mask = attention_mask[:, None, None, :]
     if causal:
-        pattern = pattern & (keys <= queries)
-    return pattern | (keys == queries)
+        mask = mask & (keys <= queries)
+    return mask | (keys == queries)

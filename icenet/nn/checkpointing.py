@@ -16,25 +16,25 @@ from icenet.nn.norm import keep_running_statistics
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
-    """The block's output, its activations computed anew in the backward pass instead of kept.
+    """Calls a block without keeping its activations; the backward pass computes them again.
 
-    Running statistics move in the forward pass only.
+    Both passes use the same dropout masks. Only the first one updates running statistics.
     """
     passes = 0
-    # a dropout without a key would draw another mask the second time: it is lent one
-    unkeyed = [m for m in block.modules() if isinstance(m, Dropout) and m._keys is None and m.training and m.p > 0]
-    keys = [mx.random.randint(0, 2**31 - 1, (1, 2)).astype(mx.uint32) for _ in unkeyed]
+    # Without keys, a dropout would draw another mask in the backward pass. It gets temporary keys.
+    unseeded = [m for m in block.modules() if isinstance(m, Dropout) and m.is_active and not m.is_seeded]
+    keys = [mx.random.randint(0, 2**31 - 1, (1, 2)).astype(mx.uint32) for _ in unseeded]
 
     def run(*arguments: object) -> Array:
         nonlocal passes
         passes += 1
-        for module, key in zip(unkeyed, keys, strict=True):
-            module._keys = key
+        for module, key in zip(unseeded, keys, strict=True):
+            module.seed(key)
         try:
             with contextlib.nullcontext() if passes == 1 else keep_running_statistics(block):
                 return block(*arguments)
         finally:
-            for module in unkeyed:
-                module._keys = None
+            for module in unseeded:
+                module.seed(None)
 
     return nn.utils.checkpoint(block, run)(*inputs)

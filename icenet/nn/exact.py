@@ -1,4 +1,4 @@
-"""Sums that need care to be exact to the last bits, MLX."""
+"""Operations written for numerical accuracy, MLX. The layers call them; each docstring gives the reason."""
 
 from __future__ import annotations
 
@@ -11,67 +11,96 @@ import mlx.core as mx
 from icenet.nn.arrays import Array, on_cpu
 
 
-def _channel_sums(x: Array) -> Array:
-    """Sums over all but the last axis, `[..., C]` to `[C]`.
+def add_bias(x: Array, bias: Array) -> Array:
+    """Adds a bias `[C]` to x `[..., C]`, with an accurate gradient for the bias on the CPU.
 
-    On a CPU they are taken in fp64, as PyTorch takes them; of many values but for the first eight, which makes them
-    3 to 6 times more exact than the two stages of `linear` at about their cost. All in fp64 they would be up to
-    three times as exact again, and a training step a tenth slower.
+    MLX's CPU sums the gradient of a bias term by term, with 13 times the error of PyTorch at 8192 positions.
+    Broadcasting N positions in two stages makes it sqrt(N) sums of sqrt(N) terms.
+    """
+    positions = math.prod(x.shape[:-1])
+    group = _divisor(positions, math.isqrt(positions))
+    grouped = x.reshape(-1, group, bias.shape[0]) + mx.broadcast_to(bias, (positions // group, 1, bias.shape[0]))
+    return grouped.reshape(x.shape)
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Returns the sum of values times weights, where the weights add up to 1.
+
+    The mean is taken in two passes, the second over the differences from the first. A single fp32 sum of a thousand
+    losses is off by several units in the last place.
+    """
+    mean = mx.stop_gradient((values * weights).sum())
+    return mean + ((values - mean) * weights).sum()
+
+
+def channel_sums(x: Array) -> Array:
+    """Returns sums over all axes but the last: `[..., C]` to `[C]`.
+
+    On the CPU the sums are taken in fp64, as in PyTorch. For many values, groups of up to eight are first summed in
+    fp32: this is 3 to 6 times more accurate than the two stages of `add_bias` at about the same cost. With fp64
+    throughout, the error would be up to three times smaller and a training step a tenth slower.
     """
     positions = x.size // x.shape[-1]
     if on_cpu():
-        most = 8 if positions > 2048 else 1
-        group = next(n for n in range(most, 0, -1) if positions % n == 0)
+        group = _divisor(positions, 8 if positions > 2048 else 1)
         sums = x.reshape(-1, group, x.shape[-1])
         sums = sums.sum(axis=1) if group > 1 else sums[:, 0]
         return sums.astype(mx.float64).sum(axis=0).astype(x.dtype)
-    group = next(n for n in range(math.isqrt(positions), 0, -1) if positions % n == 0)
+    group = _divisor(positions, math.isqrt(positions))
     return x.reshape(group, -1, x.shape[-1]).sum(axis=0).sum(axis=0)
 
 
-def _moments(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, `[..., C]` to `[C]`; the mean is taken twice, as the loss's is."""
-    share = x.shape[-1] / x.size
-    rough = _channel_sums(x) * share
-    rest = x - rough
-    left = _channel_sums(rest) * share
-    return rough + left, _channel_sums(mx.square(rest)) * share - mx.square(left)
+def moments(x: Array) -> tuple[Array, Array]:
+    """Returns mean and biased variance of each channel, `[..., C]` to `[C]`; the mean in two passes."""
+    weight = x.shape[-1] / x.size
+    mean = channel_sums(x) * weight
+    centered = x - mean
+    correction = channel_sums(centered) * weight
+    return mean + correction, channel_sums(mx.square(centered)) * weight - mx.square(correction)
 
 
 @mx.custom_function
-def _normalize(x: Array, weight: Array, bias: Array, mean: Array, scale: Array) -> Array:
-    """weight (x - mean) scale + bias, where mean and scale = 1 / deviation are those of x's own channels."""
+def normalize(x: Array, weight: Array, bias: Array, mean: Array, scale: Array) -> Array:
+    """Returns weight * (x - mean) * scale + bias; mean and scale = 1 / deviation are those of the channels of x.
+
+    The gradient for x includes the paths through mean and scale, so their own gradients are zero. It is written out
+    because differentiation through mean and variance doubles the number of passes over the images.
+    """
     return (x - mean) * (scale * weight) + bias
 
 
-@_normalize.vjp
+@normalize.vjp
 def _normalize_gradient(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
-    # written out: differentiating through mean and variance doubles the passes over the images
     x, weight, _, mean, scale = inputs
     normal = (x - mean) * scale
-    bias_gradient, weight_gradient = _channel_sums(cotangent), _channel_sums(cotangent * normal)
-    share = x.shape[-1] / x.size
-    inner = cotangent - (bias_gradient + normal * weight_gradient) * share
+    d_bias, d_weight = channel_sums(cotangent), channel_sums(cotangent * normal)
+    inner = cotangent - (d_bias + normal * d_weight) * (x.shape[-1] / x.size)
     zeros = mx.zeros_like(mean)
-    return inner * (weight * scale), weight_gradient, bias_gradient, zeros, zeros
+    return inner * (weight * scale), d_weight, d_bias, zeros, zeros
 
 
 @mx.custom_function
-def _scale_and_shift(x: Array, scale: Array, shift: Array) -> Array:
+def scale_and_shift(x: Array, scale: Array, shift: Array) -> Array:
+    """Returns x * scale + shift, where scale and shift are `[C]`; their gradients are `channel_sums`."""
     return x * scale + shift
 
 
-@_scale_and_shift.vjp
+@scale_and_shift.vjp
 def _scale_and_shift_gradient(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
     x, scale, _ = inputs
-    return cotangent * scale, _channel_sums(cotangent * x), _channel_sums(cotangent)
+    return cotangent * scale, channel_sums(cotangent * x), channel_sums(cotangent)
 
 
 def gradient_norms(gradients: list[Array]) -> tuple[Array, Array]:
-    """The Euclidean norm of all gradients together, and of each, `[N]`; fp32.
+    """Returns the Euclidean norm of all gradients together, fp32 `[]`, and of each one, fp32 `[N]`.
 
-    Summed row by row first: one long sum in fp32 is off by 1e-5 over 1e7 values in MLX.
+    Squares are summed row by row first: one long fp32 sum in MLX has a relative error of 1e-5 for 1e7 values.
     """
     rows = [mx.square(gradient.astype(mx.float32)).sum(axis=-1) for gradient in gradients]
     squares = mx.stack([row.sum() for row in rows])
     return mx.sqrt(squares.sum()), mx.sqrt(squares)
+
+
+def _divisor(n: int, limit: int) -> int:
+    """Returns the largest divisor of n that is at most `limit`; 1 if there is none."""
+    return next((d for d in range(limit, 0, -1) if n % d == 0), 1)

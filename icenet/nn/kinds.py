@@ -1,4 +1,4 @@
-"""Layer kinds: which row of `icenet.core.weights.layout` a layer of MLX follows."""
+"""Layer kinds: the row of the table in `icenet.core.weights.layout` for each layer class of MLX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _NATIVE_KINDS: dict[type, str] = {
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.weights.layout`)."""
+    """Returns the kind of a layer with parameters (see `icenet.core.weights.layout`), or None without parameters.
+
+    A module class can name its kind in `layer_kind`. Other modules that hold arrays are of kind "plain".
+    """
     own: str | None = getattr(module, "layer_kind", None)
     known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
     holds_arrays = any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())

@@ -1,4 +1,4 @@
-"""The loss and the count of right answers, MLX."""
+"""Loss and accuracy, MLX."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.nn import exact
 from icenet.nn.arrays import Array
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """The mean cross-entropy in nats, fp32, and the number of labels counted.
+    """Returns the mean cross-entropy in nats, fp32, and the number of labels that count.
 
-    logits `[..., V]`; labels int `[...]`, where a negative label counts for nothing. The mean is taken twice,
-    the second time of what is left over: a single sum of a thousand losses is off by several roundings.
+    Args:
+        logits: `[..., V]`.
+        labels: int `[...]`; negative labels are ignored.
     """
     counted = labels >= 0
-    logits = logits.astype(mx.float32)
-    losses = nn.losses.cross_entropy(logits, mx.where(counted, labels, 0))
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.where(counted, labels, 0))
     count = counted.sum()
-    share = counted / mx.maximum(count, 1)
-    rough = mx.stop_gradient((losses * share).sum())
-    return rough + ((losses - rough) * share).sum(), count
+    return exact.weighted_mean(losses, counted / mx.maximum(count, 1)), count
 
 
 def count_correct(logits: Array, labels: Array) -> Array:
-    """How many rows of logits `[B, V]` are largest at their label."""
+    """Returns the number of rows of logits `[B, V]` with the maximum at their label, labels `[B]`."""
     return (logits.argmax(axis=-1) == labels).sum()

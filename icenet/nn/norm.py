@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.errors import UsageError
+from icenet.nn import exact
 from icenet.nn.arrays import Array
-from icenet.nn.exact import _moments, _normalize, _scale_and_shift
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm (Ba et al., 2016) over the last axis, its statistics in fp32."""
+    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32."""
 
     def __init__(self, dims: int, eps: float = 1e-5) -> None:
         super().__init__(dims, eps)
@@ -26,9 +26,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class BatchNorm2d(nn.BatchNorm):
-    """Batch norm (Ioffe and Szegedy, 2015) of images `[B, H, W, C]`, its statistics in fp32.
+    """Batch normalization of images `[B, H, W, C]` (Ioffe and Szegedy, 2015), with statistics in fp32.
 
-    In training the running statistics move by a tenth towards the batch's mean and unbiased variance.
+    In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
     """
 
     running_mean: Array
@@ -41,35 +41,35 @@ class BatchNorm2d(nn.BatchNorm):
         y = x.astype(self.weight.dtype)
         if not self.training:
             scale = self.weight * mx.rsqrt(self.running_var + self.eps)
-            y = _scale_and_shift(y - self.running_mean, scale, self.bias)  # type: ignore[assignment]
+            y = exact.scale_and_shift(y - self.running_mean, scale, self.bias)  # type: ignore[assignment]
             return y.astype(x.dtype)
         count = y.size // y.shape[-1]
         check_batch_norm(count)
-        mean, var = (mx.stop_gradient(moment) for moment in _moments(y))
+        mean, var = (mx.stop_gradient(moment) for moment in exact.moments(y))
         keep, m = 1 - self.momentum, self.momentum
         self.running_mean = keep * self.running_mean + m * mean
         self.running_var = keep * self.running_var + m * (var * (count / (count - 1)))
-        y = _normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps))  # type: ignore[assignment]
+        y = exact.normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps))  # type: ignore[assignment]
         return y.astype(x.dtype)
 
 
 def check_batch_norm(count: int) -> None:
-    """Refuses to take the variance of one value."""
+    """Raises UsageError if a channel has fewer than two values, which have no variance."""
     if count < 2:
         raise UsageError(
-            "batch norm: one value in each channel has no variance to train with; "
+            "batch norm: a batch with one value per channel has no variance; "
             "use a larger training.batch_size, or larger images"
         )
 
 
 def running_statistics(model: nn.Module) -> list[Array]:
-    """The running means and variances of the batch norms within `model`."""
+    """Returns the running means and variances of all batch norms in `model`."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
     return [array for norm in norms for array in (norm.running_mean, norm.running_var)]
 
 
 def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
-    """Puts back what `running_statistics` gave."""
+    """Sets the running means and variances that `running_statistics` returned."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
     for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
         norm.running_mean, norm.running_var = mean, var
@@ -77,7 +77,7 @@ def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
 
 @contextlib.contextmanager
 def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
+    """Restores the running statistics of all batch norms in `model` on exit."""
     before = running_statistics(model)
     try:
         yield

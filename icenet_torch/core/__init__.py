@@ -1,1 +1,1 @@
-"""The shared core under the name that the mirror's users expect: `icenet_torch.core.config`."""
+"""The parts of `icenet.core` that the guide imports, under the name of the mirror: `icenet_torch.core.config`."""

@@ -1,1 +1,1 @@
-"""Generation on the device: the decoder and its cache."""
+"""Text generation on PyTorch: the decoder, its sampling steps and its caches."""

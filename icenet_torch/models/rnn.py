@@ -16,18 +16,12 @@ from torch import nn
 from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
 from icenet_torch import nn as ops
+from icenet_torch.generation.cache import RecurrentCache
 from icenet_torch.models.base import BaseModel
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 
 Hidden: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 """What the model remembers, as `torch.nn.LSTM` has it: (h, c) of an LSTM, h of the others, `[N*D, B, H]` each."""
-
-
-class RecurrentCache:
-    """The state of every layer after the tokens read so far."""
-
-    def __init__(self) -> None:
-        self.states: list[State] | None = None
 
 
 class RecurrentModel(BaseModel):

@@ -1,76 +1,67 @@
-"""Arrays of PyTorch: dtypes, devices, and in and out of numpy."""
+"""PyTorch tensors: dtypes of products, memory layout of images, and conversion to and from numpy."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TypeAlias
 
+import ml_dtypes
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
-
-from icenet.core.weights.safetensors import BFLOAT16, DTYPES, dtype_name
 
 Array: TypeAlias = Tensor
 
 
 def on_cpu(x: Array) -> bool:
-    """True where products in half precision are slow and are better done in fp32 (20x on x86)."""
+    """Returns whether x is on the CPU."""
     return x.device.type == "cpu"
 
 
 def is_half(x: Array) -> bool:
+    """Returns whether x is fp16 or bf16."""
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def to_channels_first(x: Array) -> Array:
-    """Images `[B, H, W, C]` as PyTorch's models take them, `[B, C, H, W]`.
+def product_dtype(x: Array) -> torch.dtype:
+    """Returns the dtype in which products with x are computed (matrix products, convolutions, attention).
 
-    On CUDA a view, which is the memory format channels_last. Elsewhere a copy: on MPS batch norm's gradient is
-    wrong for images that are not contiguous, and for the CPU see `conv2d`.
+    It is the dtype of x, or fp32 for half precision on a CPU, where such products are about 20 times slower.
+    """
+    return torch.float32 if is_half(x) and on_cpu(x) else x.dtype
+
+
+def cast_weight(weight: Array, x: Array) -> Array:
+    """Rounds a weight to the dtype of x and returns it in `product_dtype(x)`."""
+    return weight.to(x.dtype).to(product_dtype(x))
+
+
+def to_channels_first(x: Array) -> Array:
+    """Returns images `[B, H, W, C]` as `[B, C, H, W]`, the layout of PyTorch's models.
+
+    On CUDA the result is a view, which is the memory format channels_last. On other devices it is a copy: on MPS the
+    gradient of batch norm is wrong for images that are not contiguous, and `conv2d` gives the reason for the CPU.
     """
     x = x.permute(0, 3, 1, 2)
     return x if x.is_cuda else x.contiguous()
 
 
-_TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-
-
-def to_numpy(tensor: torch.Tensor) -> Array:
-    """The tensor's values and bits as a C-contiguous numpy array on the host; a view where it can be.
-
-    bfloat16 becomes `icenet.core.weights.safetensors.BFLOAT16`.
-    """
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Returns a C-contiguous numpy array on the host, a view if possible; bfloat16 becomes `ml_dtypes.bfloat16`."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    if tensor.dtype == torch.bfloat16:  # PyTorch exports no bfloat16 to numpy
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
-def from_numpy(array: Array) -> torch.Tensor:
-    """The inverse of `to_numpy`, sharing memory where it can: do not write into the tensor."""
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """Returns a tensor on the host; `ml_dtypes.bfloat16` becomes bfloat16.
+
+    The tensor shares memory with the array if possible and must not be written to.
+    """
+    if array.dtype == ml_dtypes.bfloat16:
+        return from_numpy(array.view(np.int16)).view(torch.bfloat16)
     array = array if array.flags.c_contiguous else array.copy(order="C")
-    name = dtype_name(array.dtype)
-    if name == "BF16":
-        array = array.view(np.int16)
-    elif array.dtype != DTYPES[name].newbyteorder("="):
-        array = array.astype(DTYPES[name].newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array).view(_TORCH_DTYPES[name])
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

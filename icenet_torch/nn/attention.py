@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
-from icenet_torch.nn.arrays import Array, is_half, on_cpu
+from icenet_torch.nn.arrays import Array, product_dtype
 
 
 def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array | None) -> Array:
-    """Scaled dot-product attention: softmax(q k^T / sqrt(D)) v, fused.
+    """Computes softmax(q k^T / sqrt(D)) v with the fused kernel.
 
-    q `[B, H, T, D]`, k and v `[B, H, S, D]` give `[B, H, T, D]`. The mask is None, "causal" (the last query
-    sees the last key, also where T < S) or bool, True where a query may look, broadcast to `[B, H, T, S]`.
+    Args:
+        q: Queries `[B, H, T, D]`.
+        k: Keys `[B, H, S, D]`.
+        v: Values `[B, H, S, D]`.
+        mask: None, "causal", or bool that broadcasts to `[B, H, T, S]`, True where a query may attend. A causal mask
+            is aligned to the end: the last query attends to the last key, also if T < S.
+
+    Returns:
+        `[B, H, T, D]` in the dtype of q.
     """
-    dtype = torch.float32 if is_half(q) and on_cpu(q) else q.dtype
+    dtype = product_dtype(q)
     queries, keys = q.shape[-2], k.shape[-2]
-    causal = isinstance(mask, str) and queries == keys
+    is_causal = isinstance(mask, str) and queries == keys
     if isinstance(mask, str):
-        # PyTorch's is_causal lets the first query see the first key only: spell the mask out where T < S
+        # PyTorch aligns is_causal to the start, so T < S needs an explicit mask
         positions = torch.arange(keys, device=q.device)
-        mask = None if causal or queries == 1 else positions <= positions[-queries:, None]
-    out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal)
+        mask = None if is_causal or queries == 1 else positions <= positions[-queries:, None]
+    out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=is_causal)
     return out.to(q.dtype)
 
 
 def make_attention_mask(attention_mask: Array | None, length: int, causal: bool) -> str | Array | None:
-    """The mask for `length` queries that stand at the end of the keys.
+    """Returns the mask of `scaled_dot_product_attention` for the last `length` of S positions.
 
-    `attention_mask` is bool `[B, S]`, False for padding, or None where there is none. A padding query sees itself:
-    a row without any key is zero in PyTorch and not a number in MLX, and nobody reads it.
+    A padding query attends to itself. A row without any key would be zero in PyTorch and NaN in MLX; the outputs of
+    padding positions are ignored.
+
+    Args:
+        attention_mask: bool `[B, S]`, False for padding, or None without padding.
+        length: Number of queries.
+        causal: Whether a query attends to its own and earlier positions only.
     """
     if attention_mask is None:
         return "causal" if causal else None
     keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     queries = keys[-length:, None]
-    pattern = attention_mask[:, None, None, :]
+    mask = attention_mask[:, None, None, :]
     if causal:
-        pattern = pattern & (keys <= queries)
-    return pattern | (keys == queries)
+        mask = mask & (keys <= queries)
+    return mask | (keys == queries)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 import torch.utils.checkpoint
 from torch import nn
 
@@ -14,16 +13,16 @@ from icenet_torch.nn.norm import keep_running_statistics
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
-    """The block's output, its activations computed anew in the backward pass instead of kept.
+    """Calls a block without keeping its activations; the backward pass computes them again.
 
-    Running statistics move in the forward pass only.
+    Both passes use the same dropout masks. Only the first one updates running statistics.
     """
-    # a dropout without a key draws from PyTorch's generator, whose state is put back for the second time
-    unkeyed = any(isinstance(m, Dropout) and m._keys is None and m.training and m.p > 0 for m in block.modules())
+    # Without keys, a dropout draws from PyTorch's generator. Its state is restored for the backward pass.
+    unseeded = any(isinstance(m, Dropout) and m.is_active and not m.is_seeded for m in block.modules())
     return torch.utils.checkpoint.checkpoint(
         block,
         *inputs,
         use_reentrant=False,
-        preserve_rng_state=unkeyed,
+        preserve_rng_state=unseeded,
         context_fn=lambda: (contextlib.nullcontext(), keep_running_statistics(block)),
     )

@@ -1,4 +1,4 @@
-"""Layer kinds: which row of `icenet.core.weights.layout` a layer of PyTorch follows."""
+"""Layer kinds: the row of the table in `icenet.core.weights.layout` for each layer class of PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _NATIVE_KINDS: dict[type, str] = {
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of a layer that holds parameters, ours or the framework's own (see `icenet.core.weights.layout`)."""
+    """Returns the kind of a layer with parameters (see `icenet.core.weights.layout`), or None without parameters.
+
+    A module class can name its kind in `layer_kind`. Other modules that hold arrays are of kind "plain".
+    """
     own: str | None = getattr(module, "layer_kind", None)
     known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
     holds_arrays = bool(module._parameters) or any(

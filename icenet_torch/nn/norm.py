@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 
 from icenet.core.errors import UsageError
@@ -15,22 +14,21 @@ from icenet_torch.nn.arrays import Array
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm (Ba et al., 2016) over the last axis, its statistics in fp32."""
+    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32."""
 
     def __init__(self, dims: int, eps: float = 1e-5) -> None:
         super().__init__(dims, eps)
 
     def forward(self, x: Array) -> Array:
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
-            x.dtype
-        )
+        y = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.to(x.dtype)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm (Ioffe and Szegedy, 2015) of images `[B, C, H, W]`, its statistics in fp32.
+    """Batch normalization of images `[B, C, H, W]` (Ioffe and Szegedy, 2015), with statistics in fp32.
 
-    In training the running statistics move by a tenth towards the batch's mean and unbiased variance. Unlike
-    PyTorch's own it counts no batches.
+    In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
+    Unlike PyTorch's own layer it does not count batches.
     """
 
     momentum: float
@@ -47,7 +45,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean, var = self.running_mean, self.running_var
         if self.training:
             check_batch_norm(y.numel() // y.shape[1])
-            # with momentum 1 PyTorch leaves the batch's own mean and unbiased variance in what it is given
+            # with momentum 1, PyTorch writes the batch's mean and unbiased variance into these buffers
             mean, var = torch.zeros_like(mean), torch.zeros_like(var)
         y = F.batch_norm(y, mean, var, self.weight, self.bias, self.training, 1.0, self.eps)
         if self.training:
@@ -58,23 +56,23 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def check_batch_norm(count: int) -> None:
-    """Refuses to take the variance of one value."""
+    """Raises UsageError if a channel has fewer than two values, which have no variance."""
     if count < 2:
         raise UsageError(
-            "batch norm: one value in each channel has no variance to train with; "
+            "batch norm: a batch with one value per channel has no variance; "
             "use a larger training.batch_size, or larger images"
         )
 
 
 def running_statistics(model: nn.Module) -> list[Array]:
-    """The running means and variances of the batch norms within `model`, copied."""
+    """Returns copies of the running means and variances of all batch norms in `model`."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     return [tensor.clone() for norm in norms for tensor in (norm.running_mean, norm.running_var)]
 
 
 @torch.no_grad()
 def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
-    """Puts back what `running_statistics` gave."""
+    """Sets the running means and variances that `running_statistics` returned."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
         norm.running_mean.copy_(mean)
@@ -83,7 +81,7 @@ def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
 
 @contextlib.contextmanager
 def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """While it is open, training leaves the running statistics of batch norms within `model` as they were."""
+    """Restores the running statistics of all batch norms in `model` on exit."""
     before = running_statistics(model)
     try:
         yield

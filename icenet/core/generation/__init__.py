@@ -1,1 +1,1 @@
-"""Generation without a framework: requests, prompts, sampling rules, the loop over tokens."""
+"""Text generation without a framework: prompts, requests, sampling rules, stopping criteria, the decoding loop."""

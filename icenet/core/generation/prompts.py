@@ -1,99 +1,124 @@
-"""Prompts as people give them (arrays of any framework, lists of unequal length) as one checked batch."""
+"""Prompts: token ids (arrays of any framework, lists of unequal length) or texts, as one checked batch."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import UsageError
+from icenet.core.tokenizers.base import Tokenizer
 
 
 def batch_of(
     input_ids: Any, attention_mask: Any, pad_token_id: int, vocab_size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_] | None]:
-    """Prompts as int32 `[B, T]`, padded on the left, and which positions are real, bool `[B, T]`.
+    """Checks prompts and pads them on the left. MLX does not check token ids, so they are checked here.
 
-    The mask is None where every position is. Ids are checked here because MLX reads past a table without a
-    word.
+    Args:
+        input_ids: Token ids `[B, T]`, `[T]`, or a list of lists of unequal length.
+        attention_mask: `[B, T]`, 0 or False for padding, or None.
+        pad_token_id: Token for padding.
+        vocab_size: Number of valid token ids.
+
+    Returns:
+        Tokens, int32 `[B, T]`, and their attention mask, bool `[B, T]`; the mask is None without padding.
 
     Raises:
-        UsageError: not integers, empty, of a wrong shape, outside the vocabulary, or ending in padding.
+        UsageError: The ids are not integers, are empty, have a wrong shape, are outside the vocabulary, or a prompt
+            ends in padding.
     """
     if not isinstance(pad_token_id, (int, np.integer)) or not 0 <= pad_token_id < vocab_size:
         raise UsageError(f"generate: pad_token_id {pad_token_id} is outside the vocabulary (0 to {vocab_size - 1})")
     if isinstance(input_ids, str) or (
         isinstance(input_ids, (list, tuple)) and any(isinstance(row, str) for row in input_ids)
     ):
-        raise UsageError("generate: input_ids must be token ids; icenet.generate(model, text) takes a text")
-    if isinstance(input_ids, (list, tuple)) and any(_has_length(row) for row in input_ids):
-        tokens, visible = _padded([_row(row, index) for index, row in enumerate(input_ids)], pad_token_id)
+        raise UsageError("generate: input_ids must be token ids; use icenet.generate(model, text) for text")
+    if isinstance(input_ids, (list, tuple)) and any(_is_sequence(row) for row in input_ids):
+        tokens, mask = _pad_left([_to_row(row, index) for index, row in enumerate(input_ids)], pad_token_id)
     else:
-        tokens = _integers(input_ids, "token ids")
+        tokens = _to_integers(input_ids, "token ids")
         tokens = tokens[None, :] if tokens.ndim == 1 and tokens.size else tokens
         if tokens.ndim != 2 or tokens.size == 0:
-            empty = ", which is empty" if tokens.ndim == 1 else ""
+            empty = " (empty)" if tokens.ndim == 1 else ""
             raise UsageError(f"generate: input_ids must be [batch, length], not {list(tokens.shape)}{empty}")
-        visible = np.ones(tokens.shape, np.bool_)
+        mask = np.ones(tokens.shape, np.bool_)
     if attention_mask is not None:
-        visible = visible & _mask(attention_mask, tokens.shape)
-        if not visible[:, -1].all():
+        mask = mask & _to_mask(attention_mask, tokens.shape)
+        if not mask[:, -1].all():
             raise UsageError("generate: a prompt ends in padding; pad on the left")
-    _check(tokens, vocab_size)
-    return tokens.astype(np.int32), None if visible.all() else visible
+    _check_vocabulary(tokens, vocab_size)
+    return tokens.astype(np.int32), None if mask.all() else mask
 
 
-def _padded(rows: list[NDArray[Any]], pad_token_id: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_prompt(path: Path) -> str:
+    """Returns the text of a prompt file in UTF-8; `-` is the standard input."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"{path}: cannot read the prompt: {reason}") from None
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of texts. An empty text becomes the end-of-text token."""
+    return [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+
+
+def _pad_left(rows: list[NDArray[Any]], pad_token_id: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     length = max(len(row) for row in rows)
     tokens = np.full((len(rows), length), pad_token_id, np.int64)
-    visible = np.zeros((len(rows), length), np.bool_)
+    mask = np.zeros((len(rows), length), np.bool_)
     for index, row in enumerate(rows):
         tokens[index, length - len(row) :] = row
-        visible[index, length - len(row) :] = True
-    return tokens, visible
+        mask[index, length - len(row) :] = True
+    return tokens, mask
 
 
-def _row(row: Any, index: int) -> NDArray[Any]:
-    if not _has_length(row):
-        raise UsageError(f"generate: prompt {index} is the number {row!r}, where the others are lists of ids")
-    values = _integers(row, f"prompt {index}: token ids") if len(row) else np.zeros(0, np.int64)
+def _to_row(row: Any, index: int) -> NDArray[Any]:
+    if not _is_sequence(row):
+        raise UsageError(f"generate: prompt {index} is the number {row!r} and the others are lists of ids")
+    values = _to_integers(row, f"prompt {index}: token ids") if len(row) else np.zeros(0, np.int64)
     if values.ndim != 1:
         raise UsageError(f"generate: prompt {index} must be a flat list of ids, not {list(values.shape)}")
     if values.size == 0:
-        raise UsageError(f"generate: prompt {index} is empty; give at least one token")
+        raise UsageError(f"generate: prompt {index} is empty; pass at least one token")
     return values
 
 
-def _has_length(value: Any) -> bool:
+def _is_sequence(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
-def _numpy(array: Any) -> NDArray[Any]:
+def _to_numpy(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
-def _integers(array: Any, what: str) -> NDArray[Any]:
+def _to_integers(array: Any, name: str) -> NDArray[Any]:
     try:
-        values = _numpy(array)
+        values = _to_numpy(array)
     except (ValueError, TypeError):
-        raise UsageError(f"generate: {what} are nested unevenly; give a flat list of integers") from None
+        raise UsageError(f"generate: {name} are nested unevenly; pass a flat list of integers") from None
     if values.size and not np.issubdtype(values.dtype, np.integer):
         raise UsageError(f"generate: token ids must be integers, not {values.dtype}")
     return values
 
 
-def _mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _to_mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     try:
-        mask = _numpy(attention_mask).astype(np.bool_)
+        mask = _to_numpy(attention_mask).astype(np.bool_)
     except ValueError:
-        raise UsageError(f"generate: attention_mask is ragged where input_ids is {list(shape)}") from None
+        raise UsageError(f"generate: attention_mask is ragged and input_ids is {list(shape)}") from None
     if mask.shape != shape:
-        raise UsageError(f"generate: attention_mask is {list(mask.shape)} where input_ids is {list(shape)}")
+        raise UsageError(f"generate: attention_mask is {list(mask.shape)} and input_ids is {list(shape)}")
     return mask
 
 
-def _check(tokens: NDArray[Any], vocab_size: int) -> None:
+def _check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         row, column = np.argwhere(outside)[0]

@@ -1,90 +1,77 @@
-"""The rules by which the next token is chosen, and those by which a text ends.
+"""Sampling: the order of the filters that turn logits into the next token.
 
-Order, as in Hugging Face's `generate` (logits `[B, V]` in fp32):
+The order is that of Hugging Face's `generate`. Logits are fp32 `[B, V]`.
 
-    1. repetition_penalty   logits of tokens already in the row (prompt or continuation, not padding):
-                            divided by it where positive, multiplied where negative (Keskar et al., 2019)
-    2. temperature          0 ends here: the most likely token. Otherwise logits / temperature
-    3. top_k                all but the k highest are dropped
-    4. top_p                the least likely tokens whose probabilities together are at most 1 - top_p are
-                            dropped (Holtzman et al., 2020)
-    5. min_p                tokens less than min_p times as likely as the most likely one are dropped
-    6. draw                 argmax(logits + g), g = -log(-log(u)): an exact draw from the softmax of what is
-                            left (the Gumbel-max trick). u is uniform under `key(seed, "sample", row, index)`,
-                            so the draw does not depend on backend, device, batch size or chunking.
+    1. repetition_penalty   Logits of tokens that are already in the row (prompt or continuation, not padding) are
+                            divided by the penalty if positive and multiplied by it if negative (Keskar et al., 2019).
+    2. temperature          0 selects the most likely token and skips all later steps. Otherwise logits / temperature.
+    3. top_k                Drops all but the k highest logits. Ties with the k-th highest are kept.
+    4. top_p                Drops the least likely tokens whose probabilities add up to at most 1 - top_p
+                            (nucleus sampling, Holtzman et al., 2020).
+    5. min_p                Drops tokens that are less than min_p times as likely as the most likely token.
+    6. Gumbel noise         argmax(logits + g) with g = -log(-log(u)) is an exact draw from the softmax of the
+                            remaining logits (the Gumbel-max trick). u is uniform under the key
+                            (seed, "sample", row, index), so a draw does not depend on the backend, the device, the
+                            batch size or the prefill chunks.
 
-The backends implement steps 1 to 6 in `decoder.scores`, on the device. Two backends choose the same token but
-where the two best scores are closer than their rounding errors.
+`compute_scores` applies steps 1 to 6. The backend's `generation/sampling.py` implements each step on the device.
+Two backends choose the same token unless the two best scores are closer than their rounding errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
-from icenet.core.tokenizers.base import Tokenizer, text_after
+from icenet.core.config import GenerationConfig
 
-LEAST_TEMPERATURE = 1e-30
-"""Divided by less, logits would leave the range of fp32; at this the most likely token is certain."""
+MIN_TEMPERATURE = 1e-30
+"""Lower temperatures are raised to this one, so that logits / temperature stays in the range of fp32."""
+
+
+class SamplingOps(Protocol):
+    """The sampling steps of one backend: the functions of its `generation/sampling.py`, on its arrays."""
+
+    def to_fp32(self, logits: Any) -> Any: ...
+    def penalize_repetition(self, logits: Any, seen: Any, penalty: float) -> Any: ...
+    def keep_top_k(self, logits: Any, top_k: int) -> Any: ...
+    def keep_top_p(self, logits: Any, top_p: float) -> Any: ...
+    def keep_min_p(self, logits: Any, min_p: float) -> Any: ...
+    def add_gumbel_noise(self, logits: Any, keys: Any) -> Any: ...
+
+
+def compute_scores(ops: SamplingOps, logits: Any, settings: GenerationConfig, keys: Any, seen: Any) -> Any:
+    """Applies the sampling steps to logits. The next token of a row is the argmax of its scores.
+
+    Args:
+        ops: Sampling steps of the backend.
+        logits: Logits `[B, V]` in any floating dtype.
+        settings: Sampling options.
+        keys: Key of each row's draw, `[B, 2]`, or None for the most likely token.
+        seen: Tokens that each row contains, bool `[B, V]`, or None without a repetition penalty.
+
+    Returns:
+        Scores, fp32 `[B, V]`; -inf for dropped tokens.
+    """
+    logits = ops.to_fp32(logits)
+    if seen is not None:
+        logits = ops.penalize_repetition(logits, seen, settings.repetition_penalty)
+    if keys is None:
+        return logits
+    logits = logits / max(settings.temperature, MIN_TEMPERATURE)
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = ops.keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = ops.keep_top_p(logits, settings.top_p)
+    if settings.min_p > 0:
+        logits = ops.keep_min_p(logits, settings.min_p)
+    return ops.add_gumbel_noise(logits, keys)
 
 
 def draw_keys(seed: int, rows: int, tokens: int) -> NDArray[np.uint32]:
-    """The key of each draw, uint32 `[tokens, rows, 2]`."""
+    """Returns the key of each draw, uint32 `[tokens, rows, 2]`."""
     by_row = rng.fold(rng.key(seed, "sample")[None, :], np.arange(rows))
     return rng.fold(by_row[None, :, :], np.arange(tokens)[:, None])
-
-
-class StoppingCriteria:
-    """Follows each row of a batch and says where it ends.
-
-    A stop token, or the first token of a stop text, ends its row; neither is part of the result. What that first
-    token holds before the stop text is in `endings`.
-    """
-
-    def __init__(self, rows: int, stop: Sequence[int | str], tokenizer: Tokenizer | None, pad_token_id: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.endings = [""] * rows
-        self.done = [False] * rows
-        self._ids = {item for item in stop if isinstance(item, int)}
-        self._texts = [item for item in stop if isinstance(item, str)]
-        self._tokenizer = tokenizer
-        self._pad = pad_token_id
-        # no token stands for less than a byte
-        self._tail = max((len(text.encode()) for text in self._texts), default=0) + 4
-
-    @property
-    def all_done(self) -> bool:
-        return all(self.done)
-
-    def update(self, chosen: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Takes the next token of every row; gives them with padding where a row has ended."""
-        out = chosen.copy()
-        for row, token in enumerate(chosen.tolist()):
-            if not self.done[row]:
-                self.tokens[row].append(token)
-                self.done[row] = self._ends(row)
-            if self.done[row]:
-                out[row] = self._pad
-        return out
-
-    def _ends(self, row: int) -> bool:
-        tokens = self.tokens[row]
-        if tokens[-1] in self._ids:
-            tokens.pop()
-            return True
-        if not self._texts or self._tokenizer is None:
-            return False
-        first = max(0, len(tokens) - self._tail)
-        text = text_after(self._tokenizer, tokens[first:])
-        starts = [at for stop in self._texts if (at := text.find(stop)) >= 0]
-        if not starts:
-            return False
-        kept = text
-        while len(tokens) > first and len(kept) > min(starts):
-            tokens.pop()
-            kept = text_after(self._tokenizer, tokens[first:])
-        self.endings[row] = text[len(kept) : min(starts)]
-        return True

@@ -1,1 +1,1 @@
-"""What a model has on either backend: its base class, initial values, padding for compiled functions."""
+"""Models without a framework: the base class, initial values, dropout keys, padded shapes for compiled functions."""

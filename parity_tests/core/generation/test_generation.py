@@ -16,19 +16,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from helpers import is_one_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import icenet.generation.decoder
+import icenet.generation.sampling
 import icenet.models
-import icenet_torch.generation.decoder
+import icenet_torch.generation.sampling
 import icenet_torch.models
 from icenet.core import rng
 from icenet.core.config import GenerationConfig, ModelConfig
 from icenet.core.errors import UsageError
 from icenet.core.generation import request as generation
 from icenet.core.generation import streaming
-from icenet.core.generation.sampling import StoppingCriteria, draw_keys
+from icenet.core.generation.sampling import compute_scores, draw_keys
+from icenet.core.generation.stopping import StoppingCriteria
 from icenet.core.tokenizers.bytes import ByteTokenizer
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
@@ -279,10 +281,10 @@ def backend_scores(backend: str, logits: Any, options: Any, keys: Any, seen: Any
     if backend == "mlx":
         drawn = None if keys is None else mx.array(keys)
         held = None if seen is None else mx.array(seen)
-        return np.array(icenet.generation.decoder.scores(mx.array(logits), config, drawn, held))
+        return np.array(compute_scores(icenet.generation.sampling, mx.array(logits), config, drawn, held))
     drawn = None if keys is None else torch.from_numpy(keys.view(np.int32))
     held = None if seen is None else torch.from_numpy(seen)
-    return icenet_torch.generation.decoder.scores(torch.from_numpy(logits), config, drawn, held).numpy()
+    return compute_scores(icenet_torch.generation.sampling, torch.from_numpy(logits), config, drawn, held).numpy()
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -670,7 +672,7 @@ def test_the_pieces_of_a_streamed_text_are_the_text(text: str, stop: list[Any]) 
     class Spoken(contextlib.nullcontext):  # type: ignore[type-arg]
         """A decoder that says the text."""
 
-        def next(self, index: int) -> int:
+        def submit(self, index: int) -> int:
             return ids[index]
 
         def fetch(self, handle: int) -> Any:
@@ -679,7 +681,7 @@ def test_the_pieces_of_a_streamed_text_are_the_text(text: str, stop: list[Any]) 
     prompt = np.zeros((1, 1), np.int32)
     wanted = GenerationConfig(stop=stop)
     request = generation.Request(prompt, None, wanted, len(ids), None, 0, 0, tokenizer)
-    pieces = [piece for piece in streaming.text_pieces(Spoken(), request) if piece] if ids else []
+    pieces = [piece for piece in streaming.stream_text(Spoken(), request) if piece] if ids else []
     assert "".join(pieces) == tokenizer.decode(until_stopped(list(text.encode()), stop))
     assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
 
@@ -742,152 +744,110 @@ def test_two_streams_of_one_model(backend: str) -> None:
 
 @BACKENDS
 def test_the_next_token_is_submitted_before_the_last_is_read(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = importlib.import_module(f"{PACKAGES[backend]}.decoder").Decoder
+    decoder = importlib.import_module(f"{PACKAGES[backend]}.models").BaseModel.decoder_type
     calls: list[str] = []
-    submit, fetch = decoder.next, decoder.fetch
-    monkeypatch.setattr(decoder, "next", lambda self, i: (calls.append(f"next {i}"), submit(self, i))[1])
+    submit, fetch = decoder.submit, decoder.fetch
+    monkeypatch.setattr(decoder, "submit", lambda self, i: (calls.append(f"submit {i}"), submit(self, i))[1])
     monkeypatch.setattr(decoder, "fetch", lambda self, handle: (calls.append("fetch"), fetch(self, handle))[1])
     stream = fresh(backend).generate([[1]], max_new_tokens=3, stream=True)
     assert calls == []  # nothing is done before the first token is asked for
     assert len(list(stream)) == 3
-    assert calls == ["next 0", "next 1", "fetch", "next 2", "fetch", "fetch"]
+    assert calls == ["submit 0", "submit 1", "fetch", "submit 2", "fetch", "fetch"]
 
 
 # ---- bad inputs -------------------------------------------------------------------------------------------
 
-INHOMOGENEOUS = [[[1, 2], [3]]]
-BAD: list[tuple[Any, dict[str, Any], str]] = [
-    ([[1, 2], []], {}, "generate: prompt 1 is empty; give at least one token"),
-    ([[]], {}, "generate: prompt 0 is empty; give at least one token"),
-    (np.zeros((1, 0), int), {}, "generate: input_ids must be [batch, length], not [1, 0]"),
-    (np.zeros((1, 2, 3), int), {}, "generate: input_ids must be [batch, length], not [1, 2, 3]"),
-    (5, {}, "generate: input_ids must be [batch, length], not []"),
-    ([[1.0, 2.0]], {}, "generate: token ids must be integers, not float64"),
-    (np.array([[1.0]], np.float32), {}, "generate: token ids must be integers, not float32"),
-    (np.array([[True]]), {}, "generate: token ids must be integers, not bool"),
-    (None, {}, "generate: token ids must be integers, not object"),
-    ([[61]], {}, "generate: token 61 at row 0, position 0 is outside the vocabulary (0 to 60)"),
-    (np.array([[1, -1]]), {}, "generate: token -1 at row 0, position 1 is outside the vocabulary (0 to 60)"),
-    ([[1, 2], [3, 99]], {}, "generate: token 99 at row 1, position 1 is outside the vocabulary (0 to 60)"),
-    (
-        [[2**32 + 5]],
-        {},
-        "generate: token 4294967301 at row 0, position 0 is outside the vocabulary (0 to 60)",
-    ),
-    (
-        np.array([[2**32 + 5]]),
-        {},
-        "generate: token 4294967301 at row 0, position 0 is outside the vocabulary (0 to 60)",
-    ),
-    (
-        [[1] * 49],
-        {},
-        "generate: a prompt of 49 tokens and 1 new ones exceed model.max_seq_length 48; "
-        "ask for fewer, or pass overflow='slide' to forget the oldest tokens",
-    ),
-    (
-        [[1] * 40],
-        {"max_new_tokens": 9},
-        "generate: a prompt of 40 tokens and 9 new ones exceed model.max_seq_length 48; "
-        "ask for fewer, or pass overflow='slide' to forget the oldest tokens",
-    ),
-    (
-        [[1, 2, 3]],
-        {"max_length": 3},
-        "generate: max_length 3 leaves no room after a prompt of 3 tokens; raise it or use max_new_tokens",
-    ),
-    ([[1]], {"max_new_tokens": 0}, "generation.max_new_tokens: must be greater than or equal to 1, not 0"),
-    ([[1]], {"max_length": 2.5}, "generation.max_length: must be an integer, not 2.5"),
-    ([[1]], {"temperature": -1}, "generation.temperature: must be greater than or equal to 0, not -1"),
-    ([[1]], {"temperature": math.nan}, "generation.temperature: must be a finite number, not nan"),
-    ([[1]], {"temperature": "hot"}, "generation.temperature: must be a number, not 'hot'"),
-    ([[1]], {"top_k": -1}, "generation.top_k: must be greater than or equal to 0, not -1"),
-    ([[1]], {"top_k": 2.0}, "generation.top_k: must be an integer, not 2.0"),
-    ([[1]], {"top_p": 0}, "generation.top_p: must be greater than 0, not 0"),
-    ([[1]], {"top_p": 1.5}, "generation.top_p: must be less than or equal to 1, not 1.5"),
-    ([[1]], {"min_p": 2}, "generation.min_p: must be less than or equal to 1, not 2"),
-    ([[1]], {"repetition_penalty": 0}, "generation.repetition_penalty: must be greater than 0, not 0"),
-    ([[1]], {"prefill_chunk": 0}, "generation.prefill_chunk: must be greater than or equal to 1, not 0"),
-    ([[1]], {"seed": "a"}, "generation.seed: must be an integer, not 'a'"),
-    (
-        [[1]],
-        {"overflow": "slid"},
-        "generation.overflow: must be 'error' or 'slide', not 'slid'; did you mean 'slide'?",
-    ),
-    ([[1]], {"stop": "END"}, "generate: stop texts need a model with a tokenizer; give stop tokens"),
-    (
-        [[1, 2]],
-        {"attention_mask": [[1]]},
-        "generate: attention_mask is [1, 1] where input_ids is [1, 2]",
-    ),
-    ([[1, 2]], {"attention_mask": [[1, 0]]}, "generate: a prompt ends in padding; pad on the left"),
-    ([[1, 2]], {"attention_mask": [[0, 0]]}, "generate: a prompt ends in padding; pad on the left"),
+BAD: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
+    # prompts, options, what the error names
+    ([], {}, ("input_ids", "empty")),
+    ([[1, 2], []], {}, ("prompt 1", "empty")),
+    ([[]], {}, ("prompt 0", "empty")),
+    (np.zeros((1, 0), int), {}, ("input_ids", "[1, 0]")),
+    (np.zeros((1, 2, 3), int), {}, ("input_ids", "[1, 2, 3]")),
+    (5, {}, ("input_ids", "[]")),
+    ("hello", {}, ("input_ids", "text")),
+    (["hello", "you"], {}, ("input_ids", "text")),
+    ([[1, 2], 3], {}, ("prompt 1", "3")),
+    ([np.array([[1, 2]])], {}, ("prompt 0", "[1, 2]")),
+    ([[[1, 2], [3]]], {}, ("prompt 0",)),
+    ([[1.0, 2.0]], {}, ("integers", "float64")),
+    (np.array([[1.0]], np.float32), {}, ("integers", "float32")),
+    (np.array([[True]]), {}, ("integers", "bool")),
+    (None, {}, ("integers", "object")),
+    ([[61]], {}, ("token 61", "row 0", "position 0", "0 to 60")),
+    (np.array([[1, -1]]), {}, ("token -1", "row 0", "position 1")),
+    ([[1, 2], [3, 99]], {}, ("token 99", "row 1", "position 1")),
+    ([[2**32 + 5]], {}, ("token 4294967301",)),
+    (np.array([[2**32 + 5]]), {}, ("token 4294967301",)),
+    ([[1] * 49], {}, ("49", "model.max_seq_length 48", "overflow='slide'")),
+    ([[1] * 40], {"max_new_tokens": 9}, ("40", "9", "model.max_seq_length 48", "overflow='slide'")),
+    ([[1, 2, 3]], {"max_length": 3}, ("max_length 3", "3 tokens", "max_new_tokens")),
+    ([[1]], {"max_new_tokens": 0}, ("generation.max_new_tokens", "0")),
+    ([[1]], {"max_length": 2.5}, ("generation.max_length", "2.5")),
+    ([[1]], {"temperature": -1}, ("generation.temperature", "-1")),
+    ([[1]], {"temperature": math.nan}, ("generation.temperature", "nan")),
+    ([[1]], {"temperature": "hot"}, ("generation.temperature", "'hot'")),
+    ([[1]], {"top_k": -1}, ("generation.top_k", "-1")),
+    ([[1]], {"top_k": 2.0}, ("generation.top_k", "2.0")),
+    ([[1]], {"top_p": 0}, ("generation.top_p", "0")),
+    ([[1]], {"top_p": 1.5}, ("generation.top_p", "1.5")),
+    ([[1]], {"min_p": 2}, ("generation.min_p", "2")),
+    ([[1]], {"repetition_penalty": 0}, ("generation.repetition_penalty", "0")),
+    ([[1]], {"prefill_chunk": 0}, ("generation.prefill_chunk", "0")),
+    ([[1]], {"seed": "a"}, ("generation.seed", "'a'")),
+    ([[1]], {"overflow": "slid"}, ("generation.overflow", "'slid'", "'slide'")),
+    ([[1]], {"stop": "END"}, ("stop", "tokenizer")),
+    ([[1]], {"stop": [1.5]}, ("stop", "1.5")),
+    ([[1]], {"stop": [99]}, ("stop", "99")),
+    ([[1]], {"stop": 5.0}, ("stop", "5.0")),
+    ([[1]], {"stop": [None]}, ("stop",)),
+    ([[1, 2]], {"attention_mask": [[1]]}, ("attention_mask", "[1, 1]", "[1, 2]")),
+    ([[1, 2]], {"attention_mask": [[1, 0]]}, ("padding", "left")),
+    ([[1, 2]], {"attention_mask": [[0, 0]]}, ("padding", "left")),
+    ([[1, 2], [3]], {"attention_mask": [[1, 1], [1]]}, ("attention_mask",)),
+    ([[1, 2], [3]], {"pad_token_id": 99}, ("pad_token_id", "99")),
+    ([[1, 2], [3]], {"pad_token_id": -1}, ("pad_token_id", "-1")),
+    ([[1, 2], [3]], {"pad_token_id": 2**40}, ("pad_token_id",)),
 ]
 
 
 def refused(backend: str, prompts: Any, options: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
-    """The one line that a bad request gives, at once and before any work, streamed or not."""
+    """The error of a bad request, raised at once and before any work, streamed or not."""
     model = fresh(backend, **changes)
     model.train()
-    monkeypatch.setattr(type(model), "hidden_states", lambda *_: pytest.fail("work was done first"))
-    told = set()
+    monkeypatch.setattr(type(model), "hidden_states", lambda *_: pytest.fail("the model was run first"))
+    messages = set()
     for stream in (False, True):
         with pytest.raises(UsageError) as caught:
             model.generate(prompts, stream=stream, **options)
-        told.add(str(caught.value))
-    assert len(told) == 1 and model.training
-    return told.pop()
+        messages.add(str(caught.value))
+    assert len(messages) == 1 and model.training
+    return messages.pop()
 
 
 @BACKENDS
 @pytest.mark.parametrize(
-    ("prompts", "options", "told"), BAD, ids=[f"{i}-{told[:50]}" for i, (_, _, told) in enumerate(BAD)]
+    ("prompts", "options", "names"), BAD, ids=[f"{i}-{names[0]}" for i, (*_, names) in enumerate(BAD)]
 )
-def test_bad_requests(backend: str, prompts: Any, options: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused(backend, prompts, options, monkeypatch) == told
-
-
-@BACKENDS
-@pytest.mark.parametrize(
-    ("prompts", "options", "words"),
-    [
-        ([], {}, "empty"),
-        ("hello", {}, "text"),
-        (["hello", "you"], {}, "text"),
-        ([[1, 2], 3], {}, "prompt 1"),
-        ([np.array([[1, 2]])], {}, "prompt 0"),
-        (INHOMOGENEOUS, {}, "prompt 0"),
-        ([[1, 2], [3]], {"attention_mask": [[1, 1], [1]]}, "attention_mask"),
-        ([[1, 2], [3]], {"pad_token_id": 99}, "pad_token_id"),
-        ([[1, 2], [3]], {"pad_token_id": -1}, "pad_token_id"),
-        ([[1, 2], [3]], {"pad_token_id": 2**40}, "pad_token_id"),
-        ([[1]], {"stop": [1.5]}, "not 1.5"),
-        ([[1]], {"stop": [99]}, "99"),
-        ([[1]], {"stop": 5.0}, "stop"),
-        ([[1]], {"stop": [None]}, "stop"),
-    ],
-    ids=repr,
-)
-def test_more_bad_requests_are_one_line_that_names_the_thing(
-    backend: str, prompts: Any, options: Any, words: str, monkeypatch: pytest.MonkeyPatch
+def test_bad_requests_are_one_line_that_names_the_fault(
+    backend: str, prompts: Any, options: Any, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = refused(backend, prompts, options, monkeypatch)
-    assert words in told and "\n" not in told and "more)" not in told
-    assert "is empty" not in told or prompts == []  # these are wrong in another way
+    message = refused(backend, prompts, options, monkeypatch)
+    assert is_one_line(message, *names), message
+    assert "more)" not in message
+    assert ("empty" in message) == ("empty" in names), message
 
 
 @BACKENDS
 def test_a_model_that_sees_ahead_does_not_generate(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = refused(backend, [[1]], {}, monkeypatch, causal=False)
-    assert told == "generate: this model sees the tokens to come (model.causal: false)"
+    assert is_one_line(refused(backend, [[1]], {}, monkeypatch, causal=False), "model.causal: false")
 
 
 @BACKENDS
 def test_an_empty_stop_text(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icenet.core.models.base.ModelBase.tokenizer", ByteTokenizer())
     for stop in ("", ["a", ""]):
-        told = refused(backend, [[1]], {"stop": stop}, monkeypatch)
-        assert told == "generate: an empty stop text would end every text"
+        assert is_one_line(refused(backend, [[1]], {"stop": stop}, monkeypatch), "stop text", "empty")
 
 
 @BACKENDS

@@ -1,0 +1,37 @@
+"""Old names of documented modules. Importing one warns and returns the module under its new name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+RENAMED = {
+    "icenet.core.checkpoint": "icenet.core.training.checkpoint",
+    "icenet.core.convert": "icenet.core.weights.convert",
+    "icenet.core.recurrent_weights": "icenet.core.weights.torch_rnn",
+    "icenet.core.trainer": "icenet.core.training.trainer",
+    "icenet.probe": "icenet.tools.probe",
+    "icenet_torch.probe": "icenet_torch.tools.probe",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Imports the modules of `RENAMED`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in RENAMED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        warnings.warn(f"{old} is deprecated; import {RENAMED[old]}", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(RENAMED[old])  # the import system returns this entry
+
+
+sys.meta_path.append(_Finder())
