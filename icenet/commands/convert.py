@@ -1,49 +1,53 @@
-"""`icenet convert`: weights of a model from one form to another."""
+"""`icenet convert`: converts the weights of a model between the forms of MLX and PyTorch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from icenet.core import backends
-from icenet.core import files as staging
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint
-from icenet.core.weights.convert import _destination, _refuse_collision, convert
+from icenet.core.weights.convert import convert, destination_file, refuse_existing
 
 
 def convert_model(
     source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
 ) -> str:
-    """Converts with the kinds and shapes of the config beside the source, or of the one that is named.
+    """Converts weights with the layer kinds and shapes of their config. Returns a summary in text.
 
-    A run stands for its newest good checkpoint. Gives a text that says what was done.
+    Args:
+        source: A file or folder of weights, or a run, which stands for its newest intact checkpoint.
+        destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
+        to: "canonical", "mlx" or "torch".
+        source_form: The form of the source; None detects it.
+        config: A YAML file or the name of a preset; None uses the config.yaml next to the source, if there is one.
+        overwrite: Whether to replace existing files.
     """
-    if (source / "checkpoints").is_dir():
+    if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find(source).path
-    folder = source if source.is_dir() else source.parent
-    settings = config or (folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
+    if config is None:
+        stored = (source if source.is_dir() else source.parent) / "config.yaml"
+        settings = Config.from_yaml(stored, trust_code=False) if stored.is_file() else None
+    else:
+        stored = Path(config)
+        settings = Config.from_yaml(config)
     kinds = shapes = None
     if settings is not None:
-        model = backends.meta_model(Config.from_yaml(settings, trust_code=config is not None))
+        model = backends.meta_model(settings)
         kinds, shapes = model.layer_kinds(), model.weight_shapes()
-    beside = None  # a config beside the weights, for icenet.load
-    if settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix):
-        _refuse_collision(source, _destination(destination, to), overwrite)
-        beside = destination / "config.yaml"
-        if beside.exists() and Path(settings).resolve() == beside.resolve():
-            beside = None
-        elif beside.exists() and not overwrite:
-            raise UsageError(f"{beside}: exists; name another destination, or give --overwrite to replace it")
-    forms = {"to": to, "source_form": source_form}
-    done = convert(source, destination, kinds=kinds, shapes=shapes, overwrite=overwrite, **forms)  # type: ignore[arg-type]
-    if settings is not None and beside is not None:
-        read = Config.from_yaml(settings, trust_code=False)
-        files = tokenizer_files(getattr(read.data, "tokenizer", "bytes"))
-        for name, content in files.items():
-            staging.write_bytes(beside.with_name(name), content)
-        staging.write_text(beside, checkpoint.carried(read, files).to_yaml())
+    writes_config = settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix)
+    if writes_config:
+        refuse_existing(source, destination_file(destination, to), overwrite)
+        new = destination / "config.yaml"
+        if new.exists() and stored.resolve() == new.resolve():
+            writes_config = False
+        elif new.exists() and not overwrite:
+            raise UsageError(f"{new}: exists; name another destination, or give --overwrite to replace it")
+    done = convert(source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite)
+    if settings is not None and writes_config:
+        checkpoint.write_config(destination, settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")

@@ -20,7 +20,9 @@ import yaml
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
+from icenet.core.training import run_folder
 from icenet.core.training.checkpoint import list_checkpoints
+from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.weights import safetensors as tensor_file
 from icenet.core.weights.layout import STATISTICS
 
@@ -144,7 +146,7 @@ def describe(run: Path, name: str | None = None) -> RunState:
             problem = problem or f"{error}{rest}"
     goal = training.get("max_steps")
     over = newest is not None and isinstance(goal, int) and int(newest.name.partition("-")[2]) >= goal
-    if in_use(run):
+    if run_folder.is_locked(run):
         state, problem = "running", None  # what is being written looks damaged
     elif problem is not None:
         state = "damaged"
@@ -165,26 +167,6 @@ def describe(run: Path, name: str | None = None) -> RunState:
         when=datetime.fromtimestamp(changed, timezone.utc).isoformat(timespec="seconds"),
         problem=problem,
     )
-
-
-def in_use(run: Path) -> bool:
-    """Whether a process holds the lock of a run (see `icenet.core.training.run_folder.locked`)."""
-    try:
-        import fcntl
-
-        handle = os.open(run / ".lock", os.O_RDONLY)
-    except (ImportError, OSError):
-        return False
-    try:
-        # shared and for an instant: several may look at once
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
 
 
 def ago(when: str) -> str:
@@ -282,9 +264,9 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _stopped_early(state: dict[str, Any], training: dict[str, Any]) -> bool:
-    """Whether evaluations got no better for so long that the run is over."""
-    patience, best = training.get("early_stopping"), state.get("best")
-    return isinstance(patience, int) and isinstance(best, dict) and best.get("waited", 0) >= patience
+    """Whether `training.early_stopping` ended the run."""
+    patience = training.get("early_stopping")
+    return isinstance(patience, int) and EarlyStopping.read(state.get("best")).should_stop(patience)
 
 
 def _changed(path: Path) -> float:

@@ -1,39 +1,43 @@
-"""The errors a person can cause, each told in one line that names the thing and the way out.
+"""Errors with a message of one line, which names the cause and the way to fix it.
 
-The command prints `str(error)` alone and exits with `exit_code`: 2 where the request itself was wrong
-(usage, configuration, data that was named), 1 where a well-formed request could not be carried out.
+The command line prints `str(error)` without a traceback and exits with the error's `exit_code`: 2 if the request
+is wrong (an argument, the configuration, the data that it names), 1 if a valid request cannot be carried out.
 """
 
 from __future__ import annotations
 
 
 class IceNetError(Exception):
-    """A failure to be shown as one line, without a traceback."""
+    """Base class of all errors that are shown to the user as one line."""
 
     exit_code = 1
 
 
 class UsageError(IceNetError):
-    """The request was wrong: an argument, an option, a file that is not there."""
+    """A wrong request: an argument, an option, a file that does not exist."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError, ValueError):
-    """A configuration that names an unknown key, a wrong type or an impossible combination."""
+    """A configuration with an unknown key, a wrong type or an impossible combination of values."""
 
 
 class DataError(UsageError):
-    """A data source that is missing, empty or too small for what is asked of it."""
+    """A data source that is missing, empty, damaged or too small."""
+
+
+class FileError(IceNetError):
+    """A file that cannot be written: a full disk, a missing permission."""
 
 
 class CheckpointError(IceNetError):
-    """A checkpoint that is missing, incomplete, damaged or not of this run."""
+    """A checkpoint that is missing, incomplete, damaged or part of another run."""
 
 
 class WeightsError(IceNetError):
-    """Weights whose names, shapes, types or bytes are not what the model needs."""
+    """Weights with names, shapes, dtypes or bytes other than the model or the file format requires."""
 
 
 class BackendError(IceNetError):
-    """A backend or device that is not there, or that cannot do what is asked."""
+    """A backend or a device that is not available, or does not support an operation."""

@@ -1,4 +1,14 @@
-"""New files take the place of old ones only when they are complete and on the disk."""
+"""Atomic writes and file locks.
+
+A file is written under a temporary name in the folder of its destination, flushed to the disk (fsync) and renamed.
+A reader therefore finds the old file or the new one, never a part of it, even after a crash.
+
+    write_bytes, write_text     one small file
+    staged                      one or more files of any size
+    staged_folder               a whole folder: the rename at its end is where a checkpoint becomes complete
+    replace_symlink             a symbolic link
+    locked, is_locked           one process at a time
+"""
 
 from __future__ import annotations
 
@@ -12,19 +22,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from icenet.core.errors import WeightsError
+import filelock
+
+from icenet.core.errors import FileError
+
+# --- atomic writes ------------------------------------------------------------------------------------------
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name in the same folder, because only renames within a file system are atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 class Stage:
-    """New files, written beside their destinations under temporary names. See `staged`."""
+    """The temporary files of one call of `staged`."""
 
     def __init__(self) -> None:
-        self.files: list[tuple[Path, Path]] = []
+        self.files: list[tuple[Path, Path]] = []  # (temporary, destination)
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """A file to write that will become `path`."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        """Opens a temporary file that replaces `path` when `staged` ends."""
+        temporary = _temporary(path)
         self.files.append((temporary, path))
         with temporary.open("xb") as file:
             yield file
@@ -34,27 +53,33 @@ class Stage:
 
 @contextlib.contextmanager
 def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[Stage]:
-    """Writes several files as one act: all are complete and on disk before the first takes its place.
+    """Writes files under temporary names and renames them when all are complete and on the disk.
 
-    On any error the temporary files go and what was there stays. An OSError (a full disk, no permission)
-    becomes a WeightsError of one line about `destination`. Each rename is atomic, several are not:
-    `absent_meanwhile` is a file removed before the first and written last, without which the others are not
-    read.
+    On an error the temporary files are removed and the existing files stay.
+
+    Args:
+        destination: The path that error messages name. Its folder is created if absent.
+        absent_meanwhile: A file without which readers ignore the others, such as an index. It is removed before the
+            first rename and must be the last that is written. Several renames are not atomic, and without this a
+            crash between them could leave a mixture of old and new files.
+
+    Raises:
+        FileError: a file cannot be written, for example because the disk is full.
     """
     stage = Stage()
-    replacing = False
+    renaming = False
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         yield stage
-        replacing = len(stage.files) > 1
+        renaming = len(stage.files) > 1
         if absent_meanwhile is not None:
             absent_meanwhile.unlink(missing_ok=True)
         for temporary, path in stage.files:
             os.replace(temporary, path)
-        sync_folder(destination.parent)
+        _sync(destination.parent)
     except OSError as error:
-        left = "the files there are incomplete now: write them again" if replacing else "nothing there was changed"
-        raise WeightsError(f"{destination}: {reason_of(destination, error)}; {left}") from error
+        state = "the files there are incomplete: write them again" if renaming else "the existing files are unchanged"
+        raise FileError(f"{destination}: {write_error(destination, error)}; {state}") from error
     finally:
         for temporary, _ in stage.files:
             with contextlib.suppress(OSError):
@@ -62,43 +87,145 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file, or leaves what was there."""
+    """Writes a text file (UTF-8) atomically. Raises FileError if it cannot be written."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, or leaves what was there."""
+    """Writes a file atomically. Raises FileError if it cannot be written."""
     with staged(path) as stage, stage.open(path) as file:
         file.write(content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Creates the folder `target` completely or not at all.
+
+    Yields an empty folder, `.NAME.partial` next to the target, for the caller to fill. At the end of the block its
+    files are flushed to the disk and it is renamed to `target`, which it replaces. On an error it is removed. A
+    killed process leaves it behind; it is removed when the same target is written again.
+
+    Raises:
+        OSError: a file or a folder cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def reason_of(path: Path, error: OSError) -> str:
-    """Why a path could not be written, and what to do about it."""
+def replace_symlink(link: Path, target: Path) -> None:
+    """Points the symbolic link `link` to the folder `target`, given relative to the link's folder.
+
+    Raises:
+        OSError: the link cannot be written, or the file system has no symbolic links.
+    """
+    temporary = _temporary(link)
+    try:
+        temporary.symlink_to(target, target_is_directory=True)
+        os.replace(temporary, link)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX systems can open a folder
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_error(path: Path, error: OSError) -> str:
+    """The reason why `path` cannot be written, and a remedy."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot be written ({error.strerror}); check the folder and its permissions"
-    room = ""
+    free = ""
     with contextlib.suppress(OSError):
-        if error.errno == errno.ENOSPC:  # the others are limits of a user or a file
-            room = f" ({shutil.disk_usage(path.parent).free:,} bytes left)"
-    return f"no space to write it{room}; free some or choose another disk"
+        if error.errno == errno.ENOSPC:  # the other two are limits of a user and of a file
+            free = f" ({shutil.disk_usage(path.parent).free:,} bytes left)"
+    return f"no space to write it{free}; free some or choose another disk"
 
 
-def nearby(path: Path) -> str:
-    """A hint for a path that is not there: its nearest neighbour, or the part of it that is there."""
+# --- locks --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Holds an exclusive lock during the block.
+
+    The operating system releases the lock when the process ends, even if it is killed. The lock file stays. On
+    Linux and macOS this is `flock`: on a network file system it may hold among the processes of one host only, and
+    a file system without it (Lustre mounted without `flock`) gets no lock or a marker file, depending on filelock's
+    version.
+
+    Args:
+        path: The lock file, created if absent. Its folder must exist.
+        timeout: Seconds to wait for another process; -1 waits without limit.
+
+    Raises:
+        TimeoutError: another process holds the lock.
+        OSError: the lock file cannot be created.
+    """
+    lock = filelock.FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except NotImplementedError:  # the file system has no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of `path`; False if that cannot be determined.
+
+    Does not use filelock, which opens the file for writing and takes an exclusive lock. This also works in a folder
+    without write permission, and several processes can check at once.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; no lock file
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # the file system has no locks
+        return False
+    finally:
+        os.close(handle)
+
+
+# --- hints --------------------------------------------------------------------------------------------------
+
+
+def path_hint(path: Path) -> str:
+    """A hint for the message about a missing path: a similar name in its folder, or where it was looked for."""
     parent = path.parent
     try:
         if not parent.is_dir():
-            return f"; the folder {str(parent)!r} is not there either"
+            return f"; the folder {str(parent)!r} does not exist either"
         names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
     except OSError:
         return ""

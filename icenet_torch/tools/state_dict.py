@@ -1,4 +1,4 @@
-"""PyTorch state dicts on disk (.pt, .pth, .bin) as numpy arrays, and back. Nothing in a file is ever run."""
+"""PyTorch state dicts on disk (.pt, .pth, .bin) to and from numpy arrays. Code in a file is never executed."""
 
 from __future__ import annotations
 
@@ -15,56 +15,66 @@ import torch
 
 from icenet.core.errors import WeightsError
 from icenet.core.files import staged
-from icenet_torch.nn.arrays import _TORCH_DTYPES, from_numpy, to_numpy
+from icenet_torch.nn.arrays import from_numpy, to_numpy
 
 Array = npt.NDArray[Any]
-_STORABLE = set(_TORCH_DTYPES.values())
+
+# the dtypes that safetensors, PyTorch and numpy have in common
+_DTYPES = {
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64),
+    *(torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
+}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """The tensors of a state dict saved by `torch.save`, by name, on the host; memory-mapped where it can be.
+    """Returns the tensors of a state dict that `torch.save` wrote, as numpy arrays by name.
 
-    Loaded with `weights_only=True`, so that a file cannot run code. Raises WeightsError for a file that holds
-    more than a flat table of dense tensors, or is damaged.
+    The file is memory-mapped if it is a zip file (PyTorch 1.6 and later). It is loaded with `weights_only=True`, so
+    it cannot run code.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds anything but names and dense tensors.
     """
     path = Path(path)
     try:
-        # only the zip form (torch 1.6 and later) can be mapped
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of, it refuses
+            warnings.simplefilter("ignore")  # PyTorch warns about tensors that are refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
-    except Exception as error:  # damaged files raise whatever the parser stumbled over
+    except Exception as error:  # the parser of a damaged file can raise anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise WeightsError(
-                f"{path}: holds more than tensors and is not loaded, since unpickling can run code; "
-                "re-save its state dict alone, or as .safetensors, where you trust it"
+                f"{path}: holds objects other than tensors and is not loaded, because unpickling them can run code; "
+                "if you trust the file, save its state dict alone, or as .safetensors"
             ) from None
         raise WeightsError(
-            f"{path}: is damaged or not a state dict; save model.state_dict() again, or use .safetensors"
+            f"{path}: damaged or not a state dict; save model.state_dict() again, or use .safetensors"
         ) from None
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}; save model.state_dict() alone")
     for name, value in content.items():
         if not isinstance(name, str):
-            raise WeightsError(f"{path}: {name!r} is no name of a tensor; save model.state_dict() alone")
+            raise WeightsError(f"{path}: {name!r} is not a name of a tensor; save model.state_dict() alone")
         if not isinstance(value, torch.Tensor):
             raise WeightsError(
                 f"{path}: {name!r} is a {type(value).__name__}, not a tensor; save model.state_dict() alone"
             )
-        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype not in _STORABLE:
-            what = f"{value.layout}, {value.dtype}".replace("torch.", "")
-            raise WeightsError(f"{path}: {name!r} ({what}) is not a plain tensor; make it dense and of a plain dtype")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype not in _DTYPES:
+            form = f"{value.layout}, {value.dtype}".replace("torch.", "")
+            raise WeightsError(
+                f"{path}: {name!r} ({form}) is not a dense tensor of a supported dtype; convert it first"
+            )
     return {name: to_numpy(value) for name, value in content.items()}
 
 
 def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:
-    """Saves arrays as a state dict that `torch.load(path, weights_only=True)` and `load_state_dict` take.
+    """Saves arrays as a state dict for `torch.load(path, weights_only=True)`. The write is atomic.
 
-    Atomic, as `icenet.core.weights.files.write`; raises WeightsError for a full or refusing disk.
+    Raises:
+        FileError: the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     tensors = {name: from_numpy(array) for name, array in sorted(weights.items())}
@@ -72,7 +82,7 @@ def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array])
         try:
             torch.save(tensors, file)
         except RuntimeError as error:
-            # torch's zip writer covers a failed write with an error of its own
+            # PyTorch's zip writer raises its own error on top of a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise WeightsError(f"{path}: PyTorch cannot write it ({str(error).splitlines()[0]})") from error

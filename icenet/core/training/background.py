@@ -1,4 +1,4 @@
-"""Work that a training loop need not wait for: one thing at a time, in a thread, its error told later."""
+"""Work in a background thread, such as writing a checkpoint while training continues."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from types import TracebackType
 
 
 class Background:
-    """Runs one piece of work in a thread while the caller goes on.
+    """Runs one task at a time in a thread. An error of the task is raised in the caller's thread.
 
         with Background() as background:
-            background.start(write)      # waits for what was started before
-            background.check()           # raises what the work raised, if it is over
+            background.start(write)      # waits for the task before
+            background.check()           # raises the error of the task if it has failed
 
-    Leaving it waits, and raises too, unless another error is on its way out. The work must touch numpy and files
-    only: an array of MLX cannot be evaluated in another thread.
+    Leaving the block waits for the task and raises its error, unless another error is being raised. A task must use
+    numpy and files only, because an array of MLX cannot be evaluated in another thread than the one that created it.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "icenet")
-        self._work: Future[None] | None = None
+        self._task: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether there is work that nobody has waited for."""
-        return self._work is not None
+        """Whether there is a task whose result was not collected by `check` or `wait`."""
+        return self._task is not None
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Begins a piece of work, after the one before."""
+    def start(self, task: Callable[[], None]) -> None:
+        """Waits for the task before and starts another."""
         self.wait()
-        self._work = self._pool.submit(work)
+        self._task = self._pool.submit(task)
 
     def check(self) -> None:
-        """Raises what the work raised, if it is over."""
-        if self._work is not None and self._work.done():
+        """Raises the error of the task if it has finished with one. Does not wait."""
+        if self._task is not None and self._task.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the work, and raises what it raised."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
+        """Waits for the task and raises its error."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
 
     def __enter__(self) -> Background:
         return self

@@ -1,17 +1,18 @@
-"""Checkpoints: complete or absent, verified, and the same whichever backend wrote them.
+"""Checkpoints: complete or absent, verified, and the same for both backends.
 
     RUN/checkpoints/step-00000100/
         model.safetensors        canonical weights
-        optimizer.safetensors    moments by PATH.SLOT
-        state.json               step, loss scale, data fingerprint, versions
+        optimizer.safetensors    optimizer state, named PATH.SLOT
+        state.json               step, loss scale, fingerprint of the data, versions
         config.yaml              the configuration of the run
-        tokenizer.json           the tokenizer, where it is not `bytes`
-        manifest.json            size and SHA-256 of each file; written last
+        tokenizer.json           the tokenizer, unless it is `bytes`
+        manifest.json            size and SHA-256 of each of these files
 
-A checkpoint is written under another name and renamed when everything is on the disk, so a kill at any moment
-leaves the old ones and perhaps a folder whose name begins with a dot, which the next save removes.
+A checkpoint becomes complete with one rename. `save` writes it as `.step-00000100.partial`, flushes everything to the
+disk and renames the folder (`icenet.core.files.staged_folder`). A process that is killed before leaves the older
+checkpoints and a partial folder, which no reader opens and the next save removes.
 
-Other folders there are the user's and stay: only names of `step-` and digits are checkpoints.
+Only names of `step-` and digits are checkpoints; the user's own folders next to them stay.
 """
 
 from __future__ import annotations
@@ -29,19 +30,30 @@ from typing import Any
 import numpy as np
 
 from icenet.core.config import Config
-from icenet.core.errors import CheckpointError, IceNetError, WeightsError
-from icenet.core.files import reason_of, sync_folder
-from icenet.core.tokenizers.base import FILE as TOKENIZER
+from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.files import staged_folder, write_bytes, write_error, write_text
+from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
 
 FORMAT = 1
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
+"""Name of the folder of checkpoints in the folder of a run."""
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run as it stood after `step` steps. Arrays are read from the disk when they are asked for."""
+    """The state of a run after a step.
+
+    Attributes:
+        path: The folder of the checkpoint.
+        config: The configuration of the run.
+        step: Number of completed steps.
+        state: The content of state.json.
+        weights: Canonical weights. Arrays are read from the disk when they are looked up.
+        optimizer: Optimizer state by PATH.SLOT, read like `weights`.
+    """
 
     path: Path
     config: Config
@@ -62,42 +74,42 @@ def save(
     protect: int | None = None,
     files: Mapping[str, bytes] = {},
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep` and that of step `protect`.
+    """Writes the checkpoint of a step, then removes old ones. Returns the folder of the checkpoint.
 
-    `files` are others that go with it, by name (`Dataset.files`). Gives its folder.
+    Args:
+        run: The folder of the run.
+        config: The configuration of the run.
+        step: Number of completed steps.
+        weights: Canonical weights.
+        optimizer: Optimizer state by PATH.SLOT.
+        state: Further content of state.json.
+        keep: Number of checkpoints that stay, the newest ones; None keeps all.
+        protect: Step of a checkpoint that stays in addition.
+        files: Content of further files by name (`Dataset.files`).
 
     Raises:
-        CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
+        CheckpointError: the checkpoint cannot be written, for example because the disk is full. Older ones stay.
     """
     target = path_of(run, step)
-    parent = target.parent
-    partial = parent / f".{target.name}.partial"
+    for leftover in target.parent.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        weight_files.write(partial / "model.safetensors", weights)
-        weight_files.write(partial / "optimizer.safetensors", optimizer)
-        _write(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        write_config(partial, config, files)
-        listed = {
-            file.name: {"bytes": file.stat().st_size, "sha256": weight_files.checksum(file)}
-            for file in sorted(partial.iterdir())
-        }
-        _write(partial / "manifest.json", json.dumps({"format": FORMAT, "files": listed}, indent=1))
-        sync_folder(partial)
-        if target.exists():  # left by a run that was taken back to an earlier step
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        sync_folder(parent)
-    except (OSError, WeightsError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with staged_folder(target) as partial:
+            weight_files.write(partial / "model.safetensors", weights)
+            weight_files.write(partial / "optimizer.safetensors", optimizer)
+            write_text(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+            write_config(partial, config, files)
+            listed = {
+                file.name: {"bytes": file.stat().st_size, "sha256": weight_files.checksum(file)}
+                for file in sorted(partial.iterdir())
+            }
+            write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": listed}, indent=1))
+    except (OSError, IceNetError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        why = reason_of(target, cause) if isinstance(cause, OSError) else str(error)
+        reason = write_error(target, cause) if isinstance(cause, OSError) else str(error)
         older = newest(run)
-        rest = f"{older.name} is untouched; make room and resume" if older else "make room and start again"
-        raise CheckpointError(f"{target}: the checkpoint was not written: {why}; {rest}") from None
+        rest = f"{older.name} is intact: resume from it" if older else "there is no earlier checkpoint"
+        raise CheckpointError(f"{target}: the checkpoint was not written: {reason}; {rest}") from None
     if keep is not None:
         kept = {*list_checkpoints(run)[-keep:], path_of(run, protect or 0)}
         for old in set(list_checkpoints(run)) - kept:
@@ -106,74 +118,66 @@ def save(
 
 
 def write_config(folder: Path, config: Config, files: Mapping[str, bytes]) -> None:
-    """Writes a configuration and the files that go with it to a folder; there it names those, wherever it is moved.
+    """Writes config.yaml and the files that belong to it, such as tokenizer.json, to a folder.
+
+    The config.yaml refers to the tokenizer.json next to it, so the folder can be moved.
 
     Raises:
-        OSError: they cannot be written.
+        FileError: a file cannot be written.
     """
     for name, content in files.items():
-        _write(folder / name, content)
-    _write(folder / "config.yaml", carried(config, files).to_yaml())
-
-
-def carried(config: Config, files: Mapping[str, bytes]) -> Config:
-    """A configuration whose tokenizer is the file of its name that lies beside it."""
-    return config.with_overrides(f"data.tokenizer={TOKENIZER}") if TOKENIZER in files else config
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+        write_bytes(folder / name, content)
+    if TOKENIZER_FILE in files:
+        config = config.with_overrides(f"data.tokenizer={TOKENIZER_FILE}")
+    write_text(folder / "config.yaml", config.to_yaml())
 
 
 def path_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, or would."""
-    return run / _FOLDER / f"step-{step:08d}"
+    """Returns the folder of the checkpoint of a step, whether it exists or not."""
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path, after: int = -1) -> list[Path]:
-    """The checkpoints of a run, or those of steps after `after`, oldest first, verified or not."""
-    found = {path: _NAME.fullmatch(path.name) for path in (run / _FOLDER).glob("step-*") if path.is_dir()}
+    """Returns the checkpoints of a run whose step is greater than `after`, oldest first. They are not verified."""
+    found = {path: _NAME.fullmatch(path.name) for path in (run / FOLDER).glob("step-*") if path.is_dir()}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return sorted((path for path, step in steps.items() if step > after), key=lambda path: steps[path])
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run, verified or not."""
+    """Returns the newest checkpoint of a run, not verified, or None."""
     return next(reversed(list_checkpoints(run)), None)
 
 
 def verify(path: Path) -> None:
-    """Compares every file with the manifest.
+    """Compares size and SHA-256 of every file of a checkpoint with the manifest.
 
     Raises:
         CheckpointError: a file is missing, changed or cut short.
     """
-    manifest = _read_json(path, "manifest.json")
+    manifest = _read_json(path, MANIFEST)
     _check_format(path, manifest)
     files = manifest.get("files")
-    # weights beyond 5 GB are in shards, with an index
-    wanted = [{"state.json"}, {"config.yaml"}]
-    wanted += [{f"{kind}.safetensors", f"{kind}.safetensors.index.json"} for kind in ("model", "optimizer")]
-    if not isinstance(files, dict) or not all(names & files.keys() for names in wanted):
-        raise CheckpointError(f"{path / 'manifest.json'}: damaged: it does not list the checkpoint's files")
+    # more than 5 GB of weights are in shards with an index
+    required = [{"state.json"}, {"config.yaml"}]
+    required += [{f"{kind}.safetensors", f"{kind}.safetensors.index.json"} for kind in ("model", "optimizer")]
+    if not isinstance(files, dict) or not all(names & files.keys() for names in required):
+        raise CheckpointError(f"{path / MANIFEST}: damaged: it does not list the checkpoint's files")
     for name, entry in files.items():
         file = path / name
         if not isinstance(entry, dict) or Path(name).name != name:
-            raise CheckpointError(f"{path / 'manifest.json'}: damaged: {name!r} is no entry of a checkpoint's file")
+            raise CheckpointError(f"{path / MANIFEST}: damaged: invalid entry {name!r}")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing; use another checkpoint of the run")
         if file.stat().st_size != entry.get("bytes") or weight_files.checksum(file) != entry.get("sha256"):
-            raise CheckpointError(f"{file}: damaged (not what was written); use another checkpoint of the run")
+            raise CheckpointError(f"{file}: damaged (its checksum is wrong); use another checkpoint of the run")
 
 
 def load(path: Path) -> Checkpoint:
-    """Verifies and opens one checkpoint folder.
+    """Verifies and opens the checkpoint in the folder `path`.
 
     Raises:
-        CheckpointError: damaged, of a later format, or not a checkpoint.
+        CheckpointError: it is damaged, has a newer format, or is not a checkpoint.
     """
     verify(path)
     state = _read_json(path, "state.json")
@@ -194,43 +198,47 @@ def load(path: Path) -> Checkpoint:
 def _check_format(path: Path, content: Mapping[str, Any]) -> None:
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: written in checkpoint format {content.get('format')!r}, and this version reads {FORMAT}; "
-            "install the version of icenet that wrote it (state.json names it)"
+            f"{path}: has checkpoint format {content.get('format')!r}, and this version of icenet reads {FORMAT}; "
+            "install the version that wrote it (see state.json)"
         )
 
 
 def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
-    """Opens a checkpoint, or the newest good one of a run folder.
+    """Opens a checkpoint, or the newest intact checkpoint of a run.
 
-    `warn` hears of damaged ones; absent, the logger `icenet` does, which writes to the standard error.
+    Args:
+        path: The folder of a checkpoint or of a run.
+        warn: Called with a message for each damaged checkpoint that is skipped; default: the logger `icenet`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no intact checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return load(path)
-    found = list_checkpoints(path)
-    if not found:
-        raise CheckpointError(f"{path}: holds no checkpoint; give a run's folder or a checkpoint in it")
+    candidates = list_checkpoints(path)[::-1]
+    if not candidates:
+        raise CheckpointError(f"{path}: holds no checkpoint; give the folder of a run or of a checkpoint")
     problems: list[str] = []
-    for candidate in reversed(found):
+    for candidate in candidates:
         try:
-            good = load(candidate)
+            found = load(candidate)
         except IceNetError as error:
-            problems.append(str(error))
+            problems.append(f"{candidate.name}: {error}")
             continue
-        for passed, problem in zip(reversed(found), problems, strict=False):
-            (warn or logging.getLogger("icenet").warning)(f"passing over {passed.name}: {problem}")
-        return good
-    raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is whole; the newest: {problems[0]}")
+        for problem in problems:
+            (warn or logging.getLogger("icenet").warning)(f"skipping {problem}")
+        return found
+    raise CheckpointError(
+        f"{path}: all of its {len(candidates)} checkpoints are damaged; the newest is {problems[0]}"
+    )
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a checkpoint that could not be read, so that a run can go on from an earlier one.
+    """Renames a damaged checkpoint, so that its run can continue from an earlier one. Returns the new path.
 
-    It is not removed: a disk may come back, or another version of icenet read it. Gives its new name.
+    It is not removed, because the disk may recover, or another version of icenet may read it.
     """
     target = path.with_name(f"unread-{path.name}")
     if target.exists():

@@ -9,7 +9,7 @@ import numpy as np
 
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
-from icenet.core.training.checkpoint import _FOLDER, find
+from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.weights import files as weight_files
 
 
@@ -26,7 +26,7 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         )
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
-    if (path / _FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
+    if (path / FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
         found = find(path)
         return found.config.with_overrides(*overrides), found.weights
     return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)

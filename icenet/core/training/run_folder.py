@@ -1,23 +1,27 @@
-"""The folder of a run: its name, its lock, where it goes on, and what can be told from what lies in it."""
+"""The folder of a run: its name, its lock, its files, and the point from which a run continues."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from icenet.core import files
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
-from icenet.core.training.checkpoint import Checkpoint, find, list_checkpoints
+from icenet.core.training import checkpoint as checkpoints
+from icenet.core.training.checkpoint import Checkpoint
 from icenet.core.training.early_stopping import EarlyStopping
+
+LOCK = ".lock"
+BEST = "best"
+"""Name of the link in a run's folder to the checkpoint of the lowest validation loss."""
 
 
 def new_run_folder(config: str) -> Path:
-    """A folder for a new run of a config, named after it: runs/NAME, or runs/NAME-2 where that is taken."""
+    """Returns the folder for a new run of a config, named after it: runs/NAME, or runs/NAME-2 if that exists."""
     base = Path("runs") / Path(config).stem
     number, folder = 1, base
     while folder.exists():
@@ -27,49 +31,59 @@ def new_run_folder(config: str) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run in whose folder a checkpoint lies; None for a checkpoint that was copied elsewhere."""
-    if checkpoint.parent.name != "checkpoints":
+    """Returns the run whose folder contains a checkpoint; None for a checkpoint that was copied elsewhere."""
+    if checkpoint.parent.name != checkpoints.FOLDER:
         checkpoint = checkpoint.resolve()
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint.parent.parent if checkpoint.parent.name == checkpoints.FOLDER else None
 
 
 def has_no_checkpoint(path: Path) -> bool:
-    """Whether this is the folder of a run that ended before it had a checkpoint."""
-    begun = (path / "config.yaml").is_file() and ((path / ".lock").is_file() or (path / "metrics.jsonl").is_file())
-    return begun and not list_checkpoints(path)
+    """Whether this is the folder of a run that ended before its first checkpoint."""
+    begun = (path / "config.yaml").is_file() and ((path / LOCK).is_file() or (path / "metrics.jsonl").is_file())
+    return begun and not checkpoints.list_checkpoints(path)
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run has left something in this folder, or it is a checkpoint or a saved model itself."""
-    run = bool(list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
-    weights = (folder / "manifest.json").is_file() or any(folder.glob("model*.safetensors*"))
-    return run or weights or folder.resolve().parent.name == "checkpoints"
+    """Whether the folder contains results of a run, or is a checkpoint or a saved model itself."""
+    run = bool(checkpoints.list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
+    weights = (folder / checkpoints.MANIFEST).is_file() or any(folder.glob("model*.safetensors*"))
+    return run or weights or folder.resolve().parent.name == checkpoints.FOLDER
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a run goes on: from which checkpoint, in which folder, with which configuration."""
+    """The checkpoint, the folder and the configuration with which a run continues.
+
+    Attributes:
+        config: The configuration, with overrides.
+        run: The folder of the continuation.
+        found: The checkpoint; None if the run has none and starts again at step 1.
+        branched_from: The run, or the single checkpoint, that stays unchanged if `run` is another folder; else None.
+        notes: Messages for the user.
+    """
 
     config: Config
     run: Path
     found: Checkpoint | None
-    """None: the run ended before it had one, and begins again."""
     branched_from: Path | None = None
-    """The run, or the lone checkpoint, that stays as it is, where the continuation has another folder."""
     notes: list[str] = field(default_factory=list)
 
 
 def continuation(
     path: Path, run: Path | None = None, overrides: Sequence[str] = (), backend: str | None = None
 ) -> Continuation:
-    """How to continue a run (its newest good checkpoint) or a checkpoint.
+    """Decides how a run continues.
 
-    With `run` the continuation goes to another folder, and the run it came from stays as it is. A checkpoint that
-    is not its run's newest needs one.
+    Args:
+        path: A run, which continues from its newest intact checkpoint, or a checkpoint.
+        run: Another folder for the continuation; the run of `path` stays unchanged. Required for a checkpoint that
+            is not the newest of its run.
+        overrides: Changes of the configuration, `KEY=VALUE`.
+        backend: The backend of the continuation; None keeps that of the run.
 
     Raises:
-        UsageError: the run is complete or went on after the checkpoint, or the new folder holds a run.
-        CheckpointError: there is no good checkpoint.
+        UsageError: the run is complete or continued after the checkpoint, or the new folder contains a run.
+        CheckpointError: there is no intact checkpoint.
     """
     if has_no_checkpoint(path):
         if run is not None and run.resolve() != path.resolve():
@@ -78,17 +92,17 @@ def continuation(
         notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
         return Continuation(config, run or path, None, notes=notes)
     notes = []
-    found = find(path, notes.append)
+    found = checkpoints.find(path, notes.append)
     origin = run_of(found.path)
     target = run or origin
     if target is None:
-        raise UsageError(f"{path}: lies in no run's folder; say with --run NEW where to continue")
+        raise UsageError(f"{path}: is not in the folder of a run; name a folder for the continuation with --run NEW")
     branch = origin is None or target.resolve() != origin.resolve()
     if not branch:
-        newer = [other.name for other in list_checkpoints(target, found.step)]
+        newer = [other.name for other in checkpoints.list_checkpoints(target, found.step)]
         if newer and path.resolve() == found.path.resolve():
             raise UsageError(
-                f"{path}: the run went on to {newer[-1]}; resume {target} to continue there, "
+                f"{path}: the run continued to {newer[-1]}; resume {target} to continue there, "
                 "or give --run NEW to branch off here"
             )
     else:
@@ -96,12 +110,13 @@ def continuation(
     config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
     if found.step >= config.training.max_steps:
         raise UsageError(
-            f"{path}: the run is complete at step {found.step}; to go on: --set training.max_steps={2 * found.step}"
+            f"{path}: the run is complete at step {found.step}; to continue: "
+            f"--set training.max_steps={2 * found.step}"
         )
     best = EarlyStopping.read(found.state.get("best"))
     if not branch and best.should_stop(config.training.early_stopping):
         raise UsageError(
-            f"{path}: the run stopped early at step {found.step}; to go on: --set training.early_stopping=null, "
+            f"{path}: the run stopped early at step {found.step}; to continue: --set training.early_stopping=null, "
             f"or more than {best.num_bad_evals}"
         )
     return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
@@ -109,39 +124,93 @@ def continuation(
 
 def _must_be_free(folder: Path) -> None:
     if is_run_folder(folder):
-        raise UsageError(f"{folder}: holds a run already; choose another --run for the continuation")
+        raise UsageError(f"{folder}: contains a run already; choose another --run for the continuation")
 
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """One process at a time works on a run; the lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
+    """Locks the folder of a run during the block, so that one process at a time trains it.
+
+    Raises:
+        CheckpointError: another process trains the run.
+        UsageError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as lock:
+        try:
+            # waits a little, because `is_locked` of another process holds the lock for an instant
+            lock.enter_context(files.locked(run / LOCK, timeout=0.5))
+        except TimeoutError:
+            raise CheckpointError(
+                f"{run}: another process trains this run; wait for it, or choose another --run"
+            ) from None
+        except OSError as error:
+            raise _not_writable(run, error) from None
         yield
-        return
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process trains the run."""
+    return files.is_locked(run / LOCK)
+
+
+def create(run: Path) -> None:
+    """Creates the folder of a run.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+        run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run") from None
-    try:
-        for again in (True, False):  # `icenet runs` looks at the lock for an instant
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if not again:
-                    raise CheckpointError(
-                        f"{run}: another process trains this run; wait for it, or choose another --run"
-                    ) from None
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(handle)
+        raise _not_writable(run, error) from None
+
+
+def _not_writable(run: Path, error: OSError) -> UsageError:
+    return UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run")
+
+
+def prepare(
+    run: Path, config: Config, dataset_files: Mapping[str, bytes], step: int, best_step: int | None
+) -> list[str]:
+    """Brings the folder of a locked run to the state from which training continues after `step`.
+
+    Args:
+        run: The folder.
+        config: Written as config.yaml.
+        dataset_files: Content of the dataset's files by name (`Dataset.files`).
+        step: Number of completed steps. Checkpoints of later steps are damaged and set aside.
+        best_step: Step of the checkpoint that the link `best` points to; None for no link.
+
+    Returns:
+        Notes for the user.
+    """
+    notes = [
+        f"{unread.name} is kept as {checkpoints.set_aside(unread).name}"
+        for unread in checkpoints.list_checkpoints(run, step)
+    ]
+    checkpoints.write_config(run, config, dataset_files)
+    if best_step is not None:
+        link_best(run, checkpoints.path_of(run, best_step))
+    return notes
+
+
+def link_best(run: Path, checkpoint: Path) -> None:
+    """Points RUN/best to an existing checkpoint. Does nothing on a file system without symbolic links."""
+    if not checkpoint.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        files.replace_symlink(run / BEST, checkpoint.relative_to(run))
+
+
+def unlink_stale_best(run: Path) -> None:
+    """Removes RUN/best if its checkpoint no longer exists."""
+    with contextlib.suppress(OSError):
+        if (run / BEST).is_symlink() and not (run / BEST).exists():
+            (run / BEST).unlink()
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run's numbers depend on, of the packages that are installed."""
+    """Returns the versions of the installed packages on which the results of a run depend."""
     found = {}
     for name in ("icenet", "mlx", "torch", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):

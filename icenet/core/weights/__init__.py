@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, layouts, and conversion between the frameworks' forms."""
+"""Weights on disk: safetensors files, axis layouts, and conversion between the forms of the frameworks."""
 
 from __future__ import annotations
 

@@ -1,47 +1,60 @@
-"""Weights from one form to another, bit for bit.
+"""Converts weights between three forms, bit for bit.
 
-    canonical   safetensors with PyTorch's layouts, metadata `format: pt`: a file, or a checkpoint folder
-    mlx         one safetensors file with MLX's layouts, metadata `format: mlx`, for
-    `mlx.nn.Module.load_weights` torch       a PyTorch state dict: .pt, .pth or .bin; as .safetensors it is
-    the canonical form
+| form        | on disk                         | layouts   | metadata      | read by                          |
+|-------------|---------------------------------|-----------|---------------|----------------------------------|
+| `canonical` | .safetensors file, or a folder  | PyTorch's | `format: pt`  | IceNet; `load_state_dict`        |
+| `mlx`       | one .safetensors file           | MLX's     | `format: mlx` | `mlx.nn.Module.load_weights`     |
+| `torch`     | .pt, .pth or .bin: a state dict | PyTorch's | none          | `torch.load` + `load_state_dict` |
 
-A form is known by the file's extension and metadata, never by what the arrays look like. Between PyTorch's
-layouts and MLX's, arrays move by the kind of their layer (`icenet.core.weights.layout`), which the model's config
-gives.
+A .safetensors file of the `torch` form is the canonical form.
+
+A form is detected from the extension and the metadata of a file, never from its arrays. Between PyTorch's and MLX's
+layouts arrays are permuted by the kind of their layer (`icenet.core.weights.layout`), which the model's config
+determines.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
+from icenet.core import backends
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import layout
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.safetensors import dtype_name
 
-Form = Literal["canonical", "mlx", "torch"]
-FORMS: tuple[str, ...] = get_args(Form)
+FORMS = ("canonical", "mlx", "torch")
 PICKLED = (".pt", ".pth", ".bin")
 _FORMATS = {"canonical": "pt", "mlx": "mlx", "torch": "pt"}  # form -> metadata `format`
-_MLX_REFUSES = ("F64",)  # mlx.core.load: "unsupported dtype F64"
+_MLX_UNSUPPORTED = ("F64",)  # mlx.core.load: "unsupported dtype F64"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a file or folder of weights holds; `values` counts the numbers of all arrays, buffers included."""
+    """A file or folder of weights in numbers.
+
+    Attributes:
+        path: The file or folder.
+        form: "canonical", "mlx" or "torch".
+        tensors: Number of arrays.
+        values: Number of values of all arrays, buffers included.
+        bytes: Size of all arrays.
+        dtypes: safetensors dtype -> number of arrays.
+        metadata: Metadata of the file.
+    """
 
     path: Path
     form: str
     tensors: int
     values: int
     bytes: int
-    dtypes: dict[str, int]  # safetensors dtype -> number of arrays
+    dtypes: dict[str, int]
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -52,7 +65,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` read and what it wrote; `left_out` names buffers that the new form does without."""
+    """The result of `convert`.
+
+    Attributes:
+        source: The weights that were read.
+        destination: The weights that were written.
+        files: The files that were written.
+        left_out: Names of buffers that the new form does not have.
+    """
 
     source: Summary
     destination: Summary
@@ -60,8 +80,16 @@ class Conversion:
     left_out: list[str]
 
 
-def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> Form:
-    """The form of a file or folder, by extension, then by metadata. Raises UsageError where neither tells."""
+def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> str:
+    """Returns the form of a file or folder.
+
+    Args:
+        path: The file or folder.
+        metadata: Its metadata; None reads them.
+
+    Raises:
+        UsageError: neither the extension nor the metadata determine the form.
+    """
     path = Path(path)
     if path.suffix in PICKLED and not path.is_dir():
         return "torch"
@@ -70,12 +98,12 @@ def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = No
         return "canonical"
     if stated == "mlx":
         return "mlx"
-    said = f"its metadata say format {stated!r}" if stated else "its metadata name no format"
-    raise UsageError(f"{path}: cannot tell its form ({said}); name it with --from canonical, mlx or torch")
+    reason = f"its metadata have format {stated!r}" if stated else "its metadata have no format"
+    raise UsageError(f"{path}: unknown form of weights ({reason}); name it with --from canonical, mlx or torch")
 
 
-def inspect(path: str | os.PathLike[str], form: Form | None = None) -> Summary:
-    """Counts what is at `path` without converting it; the data of safetensors files are not read."""
+def inspect(path: str | os.PathLike[str], form: str | None = None) -> Summary:
+    """Returns the summary of a file or folder of weights. The data of safetensors files are not read."""
     path = Path(path)
     found, metadata = _read(path)
     return _summary(path, form or detect(path, metadata), found, metadata)
@@ -84,9 +112,9 @@ def inspect(path: str | os.PathLike[str], form: Form | None = None) -> Summary:
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    to: Form,
+    to: str,
     *,
-    source_form: Form | None = None,
+    source_form: str | None = None,
     kinds: Mapping[str, str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -97,60 +125,56 @@ def convert(
     """Writes the weights at `source` to `destination` in the form `to`.
 
     Args:
-        source: a .safetensors file, its index, a folder with one, or a .pt/.pth/.bin file.
-        destination: a .safetensors or .pt/.pth/.bin file, or a folder (for `model.safetensors` in it).
-        to: "canonical", "mlx" or "torch"; its layouts and metadata.
-        source_form: the form of the source where extension and metadata do not tell, or tell wrongly.
-        kinds: module path -> layer kind; needed between "mlx" and the others.
-        shapes: the model's parameters and their canonical shapes, to be met exactly; None: no check.
-        metadata: text to store beside the source's own.
-        overwrite: whether a destination that exists may be replaced.
-        max_shard_bytes: where to split; the mlx form is always one file, since `load_weights` takes one.
-        progress: called with (bytes done, bytes in all) after each array.
+        source: A .safetensors file, its index, a folder that contains one, or a .pt, .pth or .bin file.
+        destination: A .safetensors, .pt, .pth or .bin file, or a folder, for `model.safetensors` in it.
+        to: "canonical", "mlx" or "torch".
+        source_form: The form of the source; None detects it.
+        kinds: Module path -> layer kind; required between "mlx" and the other forms.
+        shapes: Name -> canonical shape of the model's parameters, which must be equal; None: no check.
+        metadata: Text to store in addition to the metadata of the source.
+        overwrite: Whether to replace an existing destination.
+        max_shard_bytes: Size above which the weights are split; the mlx form is always one file, because
+            `load_weights` reads one.
+        progress: Called with (bytes done, bytes in total) after each array.
 
-    Raises UsageError for a request that cannot be meant, WeightsError for weights that are damaged or do not
-    fit, BackendError where a .pt file is wanted and PyTorch is not installed.
+    Raises:
+        UsageError: the request is not valid.
+        WeightsError: the weights are damaged or do not fit.
+        FileError: the destination cannot be written.
+        BackendError: the request needs PyTorch, which is not installed.
     """
     source, destination = Path(source), Path(destination)
-    if to not in FORMS:
-        raise UsageError(f"no form {to!r}; give one of {', '.join(FORMS)}")
-    destination = _destination(destination, to)
-    _refuse_collision(source, destination, overwrite)
+    _check_form(to)
+    destination = destination_file(destination, to)
+    refuse_existing(source, destination, overwrite)
     found, source_metadata = _read(source)
     form = source_form or detect(source, source_metadata)
-    if form not in FORMS:
-        raise UsageError(f"no form {form!r}; give one of {', '.join(FORMS)}")
-    crosses = (form == "mlx") != (to == "mlx")
-    if kinds is None and (crosses or (form == "mlx" and shapes is not None)):
+    _check_form(form)
+    permutes = (form == "mlx") != (to == "mlx")
+    if kinds is None and (permutes or (form == "mlx" and shapes is not None)):
         raise UsageError(
-            f"{source}: converting {form} to {to} needs the layers' kinds, which the config gives; "
+            f"{source}: converting {form} to {to} needs the kinds of the layers, which a config determines; "
             "name it with --config"
         )
     if shapes is not None:
-        canonical = layout.Relaid(found, kinds or {}, None)
-        if form == "mlx":
-            # names first: a name without a kind is then one of the unexpected, told with all the others
-            names: dict[str, tuple[int, ...]] = dict.fromkeys(canonical, ())
-            weights.check(dict.fromkeys(shapes, ()), names, str(source))
-            canonical = layout.Relaid(found, kinds or {}, "to_torch")
-        weights.check(shapes, weights.shapes(canonical), str(source))
-    direction = None if not crosses else "to_mlx" if to == "mlx" else "to_torch"
-    result = layout.Relaid(found, kinds or {}, direction)
+        _check_shapes(found, form, kinds or {}, shapes, str(source))
+    direction = None if not permutes else "to_mlx" if to == "mlx" else "to_torch"
+    result = layout.PermutedWeights(found, kinds or {}, direction)
     if to == "mlx":
-        refused = [name for name in result if dtype_name(result[name].dtype) in _MLX_REFUSES]
-        if refused:
+        unsupported = [name for name in result if dtype_name(result[name].dtype) in _MLX_UNSUPPORTED]
+        if unsupported:
             raise WeightsError(
-                f"{source}: MLX reads no float64 from safetensors, and {len(refused)} arrays have it "
-                f"(the first is {refused[0]}); save the weights as float32 first"
+                f"{source}: MLX does not read float64 from safetensors, and {len(unsupported)} arrays have it "
+                f"(the first is {unsupported[0]}); save the weights as float32 first"
             )
     described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
     if destination.suffix in PICKLED:
-        _state_dict_functions()[1](destination, result)
+        _state_dict_module().write_state_dict(destination, result)
         files = [destination]
         if progress is not None:
             total = sum(array.nbytes for array in result.values())
             progress(total, total)
-        described = {}  # a state dict holds tensors only
+        described = {}  # a state dict contains tensors only
     else:
         limit = None if to == "mlx" else max_shard_bytes
         files = weights.write(destination, result, described, limit, progress)
@@ -160,6 +184,27 @@ def convert(
         files,
         [name for name in found if name not in result],
     )
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}; give one of {', '.join(FORMS)}")
+
+
+def _check_shapes(
+    found: Mapping[str, Array],
+    form: str,
+    kinds: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Raises WeightsError unless the canonical form of `found` has exactly the names and shapes of `shapes`."""
+    canonical = layout.PermutedWeights(found, kinds, None)
+    if form == "mlx":
+        # names first: a name without a layer kind is then reported together with the other unexpected names
+        weights.check(dict.fromkeys(shapes, ()), dict.fromkeys(canonical, ()), source)
+        canonical = layout.PermutedWeights(found, kinds, "to_torch")
+    weights.check(shapes, weights.shapes(canonical), source)
 
 
 def _summary(path: Path, form: str, found: Mapping[str, Array], metadata: Mapping[str, str]) -> Summary:
@@ -173,21 +218,22 @@ def _read(path: Path) -> tuple[Mapping[str, Array], dict[str, str]]:
     if path.suffix in PICKLED and not path.is_dir():
         if not path.is_file():
             raise WeightsError(f"{path}: no such file; check the path")
-        return _state_dict_functions()[0](path), {}
+        return _state_dict_module().read_state_dict(path), {}
     found = weights.read(path)
     return found, found.metadata
 
 
-def _state_dict_functions() -> tuple[Callable[..., dict[str, Array]], Callable[..., None]]:
-    # Late, and through the one place that imports a backend: only .pt files need PyTorch.
-    from icenet.core import backends as backend
-
-    module = backend.module("torch", "tools.state_dict")
-    return module.read_state_dict, module.write_state_dict
+def _state_dict_module() -> Any:
+    # imported late, because only .pt files need PyTorch
+    return backends.module("torch", "tools.state_dict")
 
 
-def _destination(path: Path, to: str) -> Path:
-    """The file to write: `path`, or model.safetensors in the folder `path`."""
+def destination_file(path: Path, to: str) -> Path:
+    """Returns the file that `convert` writes: `path`, or model.safetensors in the folder `path`.
+
+    Raises:
+        UsageError: the form `to` cannot have this extension.
+    """
     if path.is_dir() or path.suffix == "" or str(path).endswith(os.sep):
         return path / weights.DEFAULT_NAME
     if path.suffix in PICKLED:
@@ -202,14 +248,19 @@ def _destination(path: Path, to: str) -> Path:
     return path
 
 
-def _refuse_collision(source: Path, destination: Path, overwrite: bool) -> None:
+def refuse_existing(source: Path, destination: Path, overwrite: bool) -> None:
+    """Checks that the file `destination` may be written.
+
+    Raises:
+        UsageError: it is the source, or it exists and `overwrite` is False.
+    """
     read_from = source
     if source.name.endswith(weights.INDEX_SUFFIX):
         read_from = source.with_name(source.name.removesuffix(".index.json"))
     elif source.suffix not in PICKLED or source.is_dir():
         read_from = weights.target(source)
     if read_from.resolve() == destination.resolve():
-        raise UsageError(f"{destination}: is the source itself; name another destination")
-    taken = [path for path in (destination, weights.index_of(destination)) if path.exists()]
-    if taken and not overwrite:
-        raise UsageError(f"{taken[0]}: exists; name another destination, or give --overwrite to replace it")
+        raise UsageError(f"{destination}: source and destination are the same file; name another destination")
+    existing = [path for path in (destination, weights.index_of(destination)) if path.exists()]
+    if existing and not overwrite:
+        raise UsageError(f"{existing[0]}: exists; name another destination, or give --overwrite to replace it")

@@ -1,12 +1,12 @@
-"""Layouts: how each layer kind stores its parameters in PyTorch and in MLX.
+"""Layouts: the order of axes in which PyTorch and MLX store the parameters of each layer kind.
 
-Canonical weights (`icenet.core.weights.files`) have PyTorch's layouts. The two frameworks differ only in the order
-of a parameter's axes, and only for convolutions: PyTorch keeps channels before space, MLX after. One table,
-`RULES`, says for every parameter of every kind which permutation of axes leads from one to the other.
+Canonical weights (`icenet.core.weights.files`) have PyTorch's layouts. The frameworks differ for convolutions only:
+PyTorch stores channels before space, MLX after. The table `RULES` contains the permutation of axes for every
+parameter of every layer kind.
 
-A parameter is moved by the kind of its layer, which its model states (`kinds`: module path -> kind), never by
-its shape: a [8, 8, 8] array may be a Conv1d weight or not, and a guess that is right for most shapes is
-silently wrong for the rest. What is not in the table is an error.
+Arrays are permuted by the kind of their layer, which the model declares (`kinds`: module path -> kind), never by
+their shape: an [8, 8, 8] array may be a Conv1d weight or not, and a guess that is right for most shapes is silently
+wrong for the others. A parameter that is not in the table is an error.
 
 Sources: torch.nn.Conv1d/2d/3d (out, in/groups, *space) and ConvTranspose (in, out/groups, *space);
 mlx.nn.Conv1d/2d/3d (out, *space, in/groups) and ConvTranspose (out, *space, in), the latter without groups.
@@ -29,9 +29,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """The axes of one parameter: `torch_array.transpose(to_mlx)` is MLX's array, and back by `to_torch`.
+    """The permutations of one parameter: MLX's array is `torch_array.transpose(to_mlx)`, and vice versa.
 
-    None on both sides means that the arrays are the same.
+    Both are None if the layouts are equal.
     """
 
     to_mlx: tuple[int, ...] | None = None
@@ -39,12 +39,12 @@ class Rule:
 
 
 def _axes(*to_mlx: int) -> Rule:
-    # The way back is computed, so that no entry of the table can fail to be the inverse of its other half.
+    # the inverse is computed, so the two halves of an entry cannot disagree
     return Rule(to_mlx, tuple(int(axis) for axis in np.argsort(to_mlx)))
 
 
 SAME = Rule()
-ANY = "*"  # a kind whose every parameter, whatever its name, is the same in both
+ANY = "*"  # any name of a parameter
 _AFFINE = {"weight": SAME, "bias": SAME}
 
 RULES: dict[str, dict[str, Rule]] = {
@@ -55,50 +55,54 @@ RULES: dict[str, dict[str, Rule]] = {
     "group_norm": _AFFINE,
     "batch_norm": {**_AFFINE, "running_mean": SAME, "running_var": SAME},
     "prelu": {"weight": SAME},
-    # Grouped and depthwise convolutions have the same axes, the input one being in/groups in both.
+    # grouped and depthwise convolutions have the same axes: the input axis is in/groups on both sides
     "conv1d": {"weight": _axes(0, 2, 1), "bias": SAME},  # OIL -> OLI
     "conv2d": {"weight": _axes(0, 2, 3, 1), "bias": SAME},  # OIHW -> OHWI
     "conv3d": {"weight": _axes(0, 2, 3, 4, 1), "bias": SAME},  # OIDHW -> ODHWI
     "conv_transpose1d": {"weight": _axes(1, 2, 0), "bias": SAME},  # IOL -> OLI
     "conv_transpose2d": {"weight": _axes(1, 2, 3, 0), "bias": SAME},  # IOHW -> OHWI
     "conv_transpose3d": {"weight": _axes(1, 2, 3, 4, 0), "bias": SAME},  # IODHW -> ODHWI
-    "recurrent": {ANY: SAME},  # IceNet's own layers name and shape their parameters alike on both
-    "plain": {ANY: SAME},  # arrays a module holds itself: learned positions, a scale, a token
+    "recurrent": {ANY: SAME},  # IceNet's own layers have the same names and shapes in both backends
+    "plain": {ANY: SAME},  # arrays of the module itself: learned positions, a scale, a token
 }
 
 STATISTICS = frozenset({"running_mean", "running_var"})
-"""What a batch norm keeps beside its parameters: part of the weights, not trained, and no parameter."""
+"""The running statistics of batch norm: stored with the weights, but not trained and not counted as parameters."""
 
-# Buffers of PyTorch without a counterpart in MLX that change no result: BatchNorm counts batches only to
-# average with momentum=None, and load_state_dict(strict=True) fills a missing counter in itself.
+# Buffers of PyTorch that MLX lacks and that change no result. BatchNorm counts batches only to average with
+# momentum=None, and load_state_dict(strict=True) fills in a missing counter.
 LEFT_OUT: dict[str, frozenset[str]] = {"batch_norm": frozenset({"num_batches_tracked"})}
 
 
 def split(path: str) -> tuple[str, str]:
-    """Module path and leaf name of a parameter: "stem.conv.weight" -> ("stem.conv", "weight")."""
-    module, _, leaf = path.rpartition(".")
-    return module, leaf
+    """Splits the path of a parameter into module path and name: "stem.conv.weight" -> ("stem.conv", "weight")."""
+    module, _, name = path.rpartition(".")
+    return module, name
 
 
 def parameter_kind(kinds: Mapping[str, str], path: str) -> str:
-    """The kind of the layer that owns the parameter at `path`.
+    """Returns the kind of the layer that owns the parameter at `path`.
 
-    `kinds` maps module paths to kinds, "" standing for the model itself. Raises WeightsError, naming the
-    nearest module, where the model has no module that owns `path`.
+    Args:
+        kinds: Module path -> layer kind; "" is the model itself.
+        path: Path of the parameter.
+
+    Raises:
+        WeightsError: the model has no module that owns `path`; the message names the most similar one.
     """
     module, _ = split(path)
     if module not in kinds:
         near = difflib.get_close_matches(module, kinds, n=1)
-        hint = f"the nearest is {near[0]!r}" if near else f"it knows {len(kinds)} modules"
+        hint = f"the nearest is {near[0]!r}" if near else f"{len(kinds)} modules are known"
         raise WeightsError(
             f"no layer kind is known for module {module!r}, which owns {path!r} ({hint}); "
-            "use the config these weights were made with, or add the module to the model's kinds"
+            "use the config of these weights, or add the module to the model's kinds"
         )
     return kinds[module]
 
 
 def rule(kind: str, name: str) -> Rule:
-    """The rule for parameter `name` of a layer of this `kind`. Raises WeightsError for either unknown."""
+    """Returns the rule for parameter `name` of a layer of kind `kind`. Raises WeightsError if one is unknown."""
     rules = RULES.get(kind)
     if rules is None:
         near = difflib.get_close_matches(kind, RULES, n=1)
@@ -108,15 +112,15 @@ def rule(kind: str, name: str) -> Rule:
     if found is None:
         raise WeightsError(
             f"a layer of kind {kind!r} has no parameter {name!r}: it has {', '.join(rules)}; "
-            "a parameter of a module's own is of kind 'plain'"
+            "a module that owns arrays itself is of kind 'plain'"
         )
     return found
 
 
 def is_left_out(kinds: Mapping[str, str], path: str) -> bool:
-    """Whether `path` is a buffer that canonical weights do without (a batch norm's `num_batches_tracked`)."""
-    module, leaf = split(path)
-    return leaf in LEFT_OUT.get(kinds.get(module, ""), ())
+    """Whether `path` is a buffer that canonical weights do not contain: `num_batches_tracked` of a batch norm."""
+    module, name = split(path)
+    return name in LEFT_OUT.get(kinds.get(module, ""), ())
 
 
 def _permuted(array: Array, axes: tuple[int, ...] | None, kind: str, path: str) -> Array:
@@ -125,7 +129,7 @@ def _permuted(array: Array, axes: tuple[int, ...] | None, kind: str, path: str) 
     if array.ndim != len(axes):
         raise WeightsError(
             f"{path!r} of a {kind!r} layer has shape {list(array.shape)}, but {len(axes)} axes are expected; "
-            "use the config these weights were made with"
+            "use the config of these weights"
         )
     view: Array = array.transpose(axes)
     return view
@@ -137,30 +141,36 @@ def _contiguous(array: Array) -> Array:
 
 
 def to_mlx(kind: str, name: str, array: Array) -> Array:
-    """Parameter `name` of a layer of `kind`, from PyTorch's layout to MLX's.
+    """Converts parameter `name` of a layer of kind `kind` from PyTorch's layout to MLX's.
 
-    The values, the dtype and the bits are untouched; the result is C-contiguous, and is `array` itself where
-    the layouts agree. Raises WeightsError for an unknown kind, an unknown name, or a wrong number of axes.
+    The bits of the values stay. The result is C-contiguous, and is `array` itself if the layouts are equal.
+
+    Raises:
+        WeightsError: the kind or the name is unknown, or the array has another number of axes.
     """
     return _contiguous(_permuted(array, rule(kind, name).to_mlx, kind, name))
 
 
 def to_torch(kind: str, name: str, array: Array) -> Array:
-    """The inverse of `to_mlx`: from MLX's layout to PyTorch's (the canonical one)."""
+    """Converts a parameter from MLX's layout to PyTorch's, the canonical one. The inverse of `to_mlx`."""
     return _contiguous(_permuted(array, rule(kind, name).to_torch, kind, name))
 
 
 def torch_shape(kind: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The canonical shape of a parameter whose shape in MLX is `shape`; errors as `to_torch`."""
-    # a view of one value: the shape goes through the rule itself, and no memory is taken
+    """Returns the canonical shape of a parameter that has the shape `shape` in MLX. Raises like `to_torch`."""
+    # a broadcast view of one value takes the same path as an array, but no memory
     return _permuted(np.broadcast_to(np.int8(0), shape), rule(kind, name).to_torch, kind, name).shape
 
 
-class Relaid(Mapping[str, Array]):
-    """Weights seen in another layout: each array is a transposed view, made when it is asked for.
+class PermutedWeights(Mapping[str, Array]):
+    """A view of weights in another layout. Arrays are transposed when they are looked up, without a copy.
 
-    A file of any size can be converted through it one array at a time. `direction` is "to_mlx", "to_torch" or
-    None (no change of layout); buffers that canonical weights do without are not shown.
+    Buffers that canonical weights do not contain are left out.
+
+    Args:
+        weights: The weights, such as a memory-mapped file of any size.
+        kinds: Module path -> layer kind.
+        direction: "to_mlx", "to_torch" or None, which keeps the layout.
     """
 
     def __init__(self, weights: Mapping[str, Array], kinds: Mapping[str, str], direction: str | None) -> None:
@@ -173,8 +183,8 @@ class Relaid(Mapping[str, Array]):
         array = self._weights[path]
         if self._direction is None:
             return array
-        kind, (_, leaf) = parameter_kind(self._kinds, path), split(path)
-        return _permuted(array, getattr(rule(kind, leaf), self._direction), kind, path)
+        kind, (_, name) = parameter_kind(self._kinds, path), split(path)
+        return _permuted(array, getattr(rule(kind, name), self._direction), kind, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -184,10 +194,10 @@ class Relaid(Mapping[str, Array]):
 
 
 def tree_to_mlx(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
-    """All of `weights` from PyTorch's layouts to MLX's, contiguous; see `to_mlx` and `parameter_kind`."""
-    return {path: _contiguous(array) for path, array in Relaid(weights, kinds, "to_mlx").items()}
+    """Converts all of `weights` from PyTorch's layouts to MLX's; see `to_mlx` and `parameter_kind`."""
+    return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_mlx").items()}
 
 
 def tree_to_torch(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
     """The inverse of `tree_to_mlx`."""
-    return {path: _contiguous(array) for path, array in Relaid(weights, kinds, "to_torch").items()}
+    return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_torch").items()}

@@ -1,11 +1,11 @@
-"""One safetensors file: its dtypes, and its header read with every claim checked against the file.
+"""One safetensors file: reads its table of arrays, maps its data, writes it.
 
-The format is small (8 bytes of length, a JSON header, the arrays) and is read here rather than by the
-safetensors package, whose numpy side refuses bfloat16. The tests hold the two against each other.
+The safetensors package parses and validates headers. Two parts are our own:
 
-numpy has no bfloat16, and a bare uint16 would forget what it holds. Such arrays have the dtype `BFLOAT16`: a
-record of one field named bfloat16. It keeps every bit, survives indexing and transposing, refuses arithmetic,
-and is `array.view(numpy.uint16)` to a framework. Arrays of ml_dtypes' bfloat16 are accepted for writing.
+- Arrays are views of a memory map. The package copies each array that it reads.
+- The writer. The package writes metadata in random order, so the same weights would give different bytes, and
+  converting a file twice would not be idempotent. It also reports a full disk as text without `errno`. The header
+  is 8 bytes of length and one line of JSON.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -15,24 +15,22 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
 
 Array = npt.NDArray[Any]
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
-
-BFLOAT16 = np.dtype([("bfloat16", "<u2")], align=True)
-
-# In the order of the safetensors package, which puts the arrays of later types first: wide types before
-# narrow ones, so that every array is aligned.
+# In the order of the safetensors package, which writes the arrays of later dtypes first: wide dtypes before narrow
+# ones, so that every array is aligned.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype("u1"),
@@ -40,7 +38,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I16": np.dtype("<i2"),
     "U16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "I32": np.dtype("<i4"),
     "U32": np.dtype("<u4"),
     "F32": np.dtype("<f4"),
@@ -49,28 +47,25 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
 }
-RANK = {name: rank for rank, name in enumerate(DTYPES)}
+_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The safetensors name of a dtype: "F32", "BF16". Raises WeightsError where there is none."""
-    if dtype.name == "bfloat16":  # ml_dtypes, known by name so that it need not be installed
-        return "BF16"
-    little = dtype.newbyteorder("<") if dtype.names is None else dtype
+    """Returns the safetensors name of a dtype, such as "F32" or "BF16".
+
+    Raises:
+        WeightsError: safetensors has no such dtype.
+    """
+    little_endian = dtype.newbyteorder("<")
     for name, known in DTYPES.items():
-        if little == known:
+        if little_endian == known:
             return name
     raise WeightsError(f"numpy dtype {dtype} cannot be stored in safetensors; cast it to one of {', '.join(DTYPES)}")
 
 
-def bfloat16_to_float32(array: Array) -> Array:
-    """The float32 array of the same shape and values (exact: bfloat16 is float32's upper half)."""
-    return np.asarray(np.left_shift(array.view(np.uint16), 16, dtype=np.uint32)).view(np.float32)
-
-
 @dataclass(frozen=True)
 class Entry:
-    """Where one array lies: bytes start to stop of a file, its safetensors dtype and its shape."""
+    """The location of one array: bytes `start` to `stop` of `file`, with its safetensors dtype and its shape."""
 
     file: Path
     dtype: str
@@ -79,88 +74,106 @@ class Entry:
     stop: int
 
 
-def damaged(path: Path, what: str) -> WeightsError:
-    return WeightsError(f"{path}: {what}; it is damaged or not a safetensors file: copy or save it again")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return found
-
-
-def parse_json(text: bytes | bytearray) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
-    """Metadata, entries and memory map of one file, all checked against the file's size."""
+    """Returns the metadata, the entries and a read-only memory map of a file. No array is read.
+
+    Raises:
+        WeightsError: the file cannot be read, or its header does not describe the whole file.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; check the path, or copy the missing file next to the others")
     try:
-        if not path.is_file():
-            raise WeightsError(f"{path}: no such file; check the path, or copy the missing file beside the others")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise damaged(path, f"it has {size} bytes, too few for a header")
+            if file.read(8) == b"version ":
+                raise WeightsError(
+                    f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+                )
+            with safe_open(path, framework="np") as header:
+                metadata = header.metadata() or {}
+                entries = _entries(path, header, _header_bytes(file))
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise WeightsError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk"
         ) from error
-    if data[:8] == b"version ":
-        raise WeightsError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
-    length = int.from_bytes(data[:8], "little")
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        raise damaged(path, f"its header claims {length} bytes of a file of {size}")
-    try:
-        header = parse_json(data[8 : 8 + length])
-    except ValueError as error:
-        raise damaged(path, f"its header is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise damaged(path, "its header is not a table of arrays")
-    metadata = header.pop("__metadata__", None) or {}  # mlx.core.save_safetensors writes null for none
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged(path, "its metadata are not text")
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise damaged(path, f"the data of {name!r} overlap others or leave a gap")
-        end = entry.stop
-    if end > size:
-        raise damaged(path, f"it is cut short, at {size} of {end} bytes")
-    if end < size:
-        raise damaged(path, f"it has {size - end} bytes that belong to no array")
+    except SafetensorError as error:
+        raise _damaged(path, str(error).removeprefix("Error while deserializing header: ")) from None
+    if max((entry.stop for entry in entries.values()), default=0) > len(data):
+        raise _damaged(path, "it changed while it was opened")
     return metadata, entries, data
 
 
-def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
-    def whole(numbers: Any) -> bool:
-        return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+def _header_bytes(file: BinaryIO) -> int:
+    file.seek(0)
+    return 8 + int.from_bytes(file.read(8), "little")
 
-    if not name:
-        raise damaged(path, "an array has no name")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(path, f"the entry of {name!r} is not dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightsError(
-            f"{path}: {name!r} has dtype {dtype!r}, which IceNet does not read; save it as one of {', '.join(DTYPES)}"
-        )
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(path, f"the shape or the offsets of {name!r} are not whole numbers in order")
-    itemsize = DTYPES[dtype].itemsize
-    # numpy bounds what the non-empty axes of even an empty array may span, and (before 2.0) their number
-    if len(shape) > 32 or math.prod(n for n in shape if n) * itemsize >= 2**63:
-        raise damaged(path, f"the shape of {name!r} is impossible")
-    if math.prod(shape) * itemsize != offsets[1] - offsets[0]:
-        raise damaged(
-            path, f"{name!r} of shape {shape} and dtype {dtype} cannot have {offsets[1] - offsets[0]} bytes"
-        )
-    return Entry(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+def _entries(path: Path, header: Any, start: int) -> dict[str, Entry]:
+    """The entries of an open file whose data begin at byte `start`.
+
+    The package has checked that the arrays fill the rest of the file without gaps or overlaps, so offsets are sums of
+    sizes.
+    """
+    entries = {}
+    for name in header.offset_keys():
+        array = header.get_slice(name)
+        dtype, shape = array.get_dtype(), tuple(array.get_shape())
+        if not name:
+            raise _damaged(path, "an array has no name")
+        if dtype not in DTYPES:
+            raise WeightsError(
+                f"{path}: {name!r} has dtype {dtype}, which IceNet does not support; save it as one of "
+                f"{', '.join(DTYPES)}"
+            )
+        itemsize = DTYPES[dtype].itemsize
+        # numpy limits the product of the non-empty axes even of an empty array and (before 2.0) their number
+        if len(shape) > 32 or math.prod(size for size in shape if size) * itemsize >= 2**63:
+            raise _damaged(path, f"the shape of {name!r} is impossible")
+        stop = start + math.prod(shape) * itemsize
+        entries[name] = Entry(path, dtype, shape, start, stop)
+        start = stop
+    return entries
+
+
+def _damaged(path: Path, reason: str) -> WeightsError:
+    # the reason can contain names from the file: keep it to one short line
+    line = "".join(character if character.isprintable() else "?" for character in reason)
+    line = line if len(line) <= 200 else line[:200] + "..."
+    return WeightsError(f"{path}: damaged or not a safetensors file ({line}); copy or save it again")
+
+
+def view(entry: Entry, data: mmap.mmap) -> Array:
+    """Returns the array of an entry as a read-only view of the memory map `data` of its file.
+
+    Copies it only if the file does not align it, because the frameworks may refuse such a view.
+    """
+    dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
+    if count == 0:
+        return np.empty(entry.shape, dtype)
+    flat = np.frombuffer(data, dtype, count, entry.start)
+    return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
+
+
+def write_file(
+    file: BinaryIO, arrays: Mapping[str, Array], metadata: Mapping[str, str], written: Callable[[int], None]
+) -> None:
+    """Writes arrays to an open file, C-contiguous and little-endian; calls `written(nbytes)` after each.
+
+    The bytes are those of the safetensors package, except that the metadata are sorted.
+    """
+    dtypes = {name: dtype_name(array.dtype) for name, array in arrays.items()}
+    names = sorted(arrays, key=lambda name: (-_RANK[dtypes[name]], name))
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name in names:
+        stop = start + arrays[name].nbytes
+        table[name] = {"dtype": dtypes[name], "shape": list(arrays[name].shape), "data_offsets": [start, stop]}
+        start = stop
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name in names:
+        flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+        data = flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+        file.write(data.data)
+        written(data.nbytes)

@@ -1,15 +1,16 @@
-"""Weights of `torch.nn.LSTM`, `GRU` and `RNN` as those of IceNet's recurrent layers, and back; numpy alone.
+"""Converts the weights of `torch.nn.LSTM`, `GRU` and `RNN` to those of IceNet's recurrent layers, and back.
 
-PyTorch's modules add two biases to every gate, `bias_ih` and `bias_hh`, of which only the sum matters; but for
-the n gate of a GRU, whose recurrent bias stands inside the reset. IceNet's layers have one bias a gate, since
-two would be trained at twice the speed: importing adds the two up, exporting writes zeros for the second.
+PyTorch's modules add two biases to every gate, `bias_ih` and `bias_hh`. Only their sum matters, except for the n gate
+of a GRU, whose recurrent bias is multiplied by the reset gate. IceNet's layers have one bias per gate, because a sum
+of two is trained at twice the speed. Importing adds the two biases; exporting writes zeros for the second.
 
-    weight_ih_l0, weight_hh_l0, ...                   layers.0.weight_ih, layers.0.weight_hh
+    PyTorch                                           IceNet
+    weight_ih_l0, weight_hh_l0, ...                   layers.0.weight_ih, layers.0.weight_hh, ...
     bias_ih_l0 + bias_hh_l0                           layers.0.bias
-    the n gate's part of bias_hh_l0 (GRU)             layers.0.bias_hn
+    rows of the n gate in bias_hh_l0 (GRU)            layers.0.bias_hn
     weight_ih_l1_reverse, ...                         layers.1.weight_ih_reverse, ...
 
-Rows are in the same order on both sides: gates i, f, g, o of an LSTM, r, z, n of a GRU.
+The gates have the same order on both sides: i, f, g, o for an LSTM; r, z, n for a GRU.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ _OUR_NAME = re.compile(r"layers\.(\d+)\.(weight_ih|weight_hh|bias|bias_hn)(_reve
 
 
 def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
-    """The layers of a model of a family (lstm, gru, rnn) from the state dict of PyTorch's module.
+    """Converts the state dict of PyTorch's module to the weights of IceNet's layers.
 
-    A module made with `bias=False` has biases of zero here.
+    Args:
+        weights: The state dict, as floating-point numpy arrays. Missing biases (`bias=False`) become zeros.
+        family: "lstm", "gru" or "rnn".
 
     Raises:
-        WeightsError: a name that no such module has, a weight missing, or one of another shape.
+        WeightsError: a name does not belong to such a module, or a weight is missing or has another shape.
     """
     gates = _gates(family)
     layers: dict[tuple[int, str], dict[str, Array]] = {}
@@ -45,39 +48,44 @@ def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         match = _TORCH_NAME.fullmatch(name)
         if match is None:
             hint = "; projections (proj_size) have no counterpart" if name.startswith("weight_hr") else ""
-            raise WeightsError(f"{name!r} is no weight of torch.nn.{family.upper()}{hint}")
+            raise WeightsError(f"{name!r} is not a weight of torch.nn.{family.upper()}{hint}")
         if not np.issubdtype(array.dtype, np.floating):
-            raise WeightsError(f"{name!r} is of {array.dtype}; give it as float16, float32 or float64")
+            raise WeightsError(f"{name!r} has dtype {array.dtype}; convert it to float16, float32 or float64")
         layers.setdefault((int(match[2]), match[3] or ""), {})[match[1]] = array
     result: dict[str, Array] = {}
     for (index, direction), found in sorted(layers.items()):
         for part in ("weight_ih", "weight_hh"):
             if part not in found:
-                raise WeightsError(f"{part}_l{index}{direction}: not there")
+                raise WeightsError(f"{part}_l{index}{direction}: missing")
         rows, size = found["weight_hh"].shape
         if rows != gates * size:
             raise WeightsError(
-                f"weight_hh_l{index}{direction} is {[rows, size]}; "
-                f"the {gates} gates of {family} make it {[gates * size, size]}"
+                f"weight_hh_l{index}{direction} has shape {[rows, size]}, not {[gates * size, size]} "
+                f"for the {gates} gates of {family}"
             )
         zeros = np.zeros(rows, found["weight_hh"].dtype)
         first, second = found.get("bias_ih", zeros), found.get("bias_hh", zeros)
-        inside = slice(2 * size, None) if family == "gru" else slice(rows, None)  # of the reset
+        n_gate = slice(2 * size, None) if family == "gru" else slice(rows, None)  # empty for other families
         bias = first + second
-        bias[inside] = first[inside]
+        bias[n_gate] = first[n_gate]
         path = f"layers.{index}."
         result[f"{path}weight_ih{direction}"] = found["weight_ih"]
         result[f"{path}weight_hh{direction}"] = found["weight_hh"]
         result[f"{path}bias{direction}"] = bias
         if family == "gru":
-            result[f"{path}bias_hn{direction}"] = second[inside].copy()
+            result[f"{path}bias_hn{direction}"] = second[n_gate].copy()
     return result
 
 
 def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
-    """The inverse of `from_torch`: a state dict for PyTorch's module, the second biases zero.
+    """Converts the weights of IceNet's layers to a state dict for PyTorch's module. The inverse of `from_torch`.
 
-    Takes the weights of a whole model too: what is not below `layers.` is passed over.
+    Args:
+        weights: Weights of the layers or of a whole model, whose other parameters are ignored.
+        family: "lstm", "gru" or "rnn".
+
+    Raises:
+        WeightsError: a name below `layers.` does not belong to a recurrent layer.
     """
     gates = _gates(family)
     result: dict[str, Array] = {}
@@ -85,7 +93,7 @@ def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         match = _OUR_NAME.fullmatch(name)
         if match is None:
             if name.startswith("layers."):
-                raise WeightsError(f"{name!r} is no weight of a recurrent layer")
+                raise WeightsError(f"{name!r} is not a weight of a recurrent layer")
             continue
         suffix = f"_l{match[1]}{match[3] or ''}"
         if match[2] in ("weight_ih", "weight_hh"):
@@ -101,5 +109,5 @@ def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
 
 def _gates(family: str) -> int:
     if family not in GATES:
-        raise WeightsError(f"no recurrent family {family!r}; one of {', '.join(GATES)}")
+        raise WeightsError(f"unknown recurrent family {family!r}; give one of {', '.join(GATES)}")
     return GATES[family]

@@ -1,5 +1,5 @@
-"""Canonical weights: what is written is read back bit for bit, by us and by the safetensors package; what is
-damaged, hostile or too large for the disk is one line, and nothing is lost by it."""
+"""Canonical weights: round trips are bit-exact, for us and for the safetensors package; damaged and hostile files and
+full disks raise errors of one line, and existing files survive."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import is_one_line, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from icenet.core.errors import WeightsError
+from icenet.core.errors import FileError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import safetensors as tensor_file
 
@@ -34,7 +36,7 @@ def bits(array: Any) -> bytes:
 
 @st.composite
 def arrays(draw: st.DrawFn) -> Any:
-    """Any bits of any dtype, NaNs with payloads included; 0-d, empty and non-contiguous arrays too."""
+    """Arrays of any dtype and any bits, including NaNs with payloads, and 0-d, empty and non-contiguous arrays."""
     dtype = draw(st.sampled_from(list(tensor_file.DTYPES.values())))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     count = int(np.prod(shape))
@@ -46,7 +48,7 @@ def arrays(draw: st.DrawFn) -> Any:
     return array.T if draw(st.booleans()) else array
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tree=st.dictionaries(NAMES, arrays(), max_size=5), limit=st.sampled_from([None, 1, 40, 10**9]))
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, tree: Any, limit: Any) -> None:
     folder = tmp_path_factory.mktemp("w")
@@ -69,7 +71,6 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 @given(tree=st.dictionaries(NAMES, arrays(), min_size=1, max_size=5))
 def test_the_bytes_are_those_of_the_safetensors_package(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     tree = {name: np.array(array, order="C") for name, array in tree.items()}
-    tree = {name: array for name, array in tree.items() if array.dtype != weights.BFLOAT16}
     path = tmp_path_factory.mktemp("w") / "x.safetensors"
     weights.write(path, tree)
     theirs = safetensors.numpy.save(tree, {"format": "pt"})
@@ -87,22 +88,18 @@ def test_bfloat16_is_torchs(tmp_path: Path) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     save_file({"a": every.reshape(256, 256)}, tmp_path / "t.safetensors", {"format": "pt"})
     found = weights.read(tmp_path / "t.safetensors")
-    assert found["a"].dtype == weights.BFLOAT16 and found["a"].shape == (256, 256)
+    assert found["a"].dtype == ml_dtypes.bfloat16 and found["a"].shape == (256, 256)
     weights.write(tmp_path / "n.safetensors", found)
     assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
     loaded = load_file(tmp_path / "n.safetensors")["a"]
     assert torch.equal(loaded.view(torch.int16), every.reshape(256, 256).view(torch.int16))
-    wide = weights.bfloat16_to_float32(found["a"])
-    assert wide.tobytes() == every.reshape(256, 256).float().numpy().tobytes()
-    assert weights.bfloat16_to_float32(found["a"][3, 3]).shape == ()
-    with pytest.raises(TypeError):
-        found["a"] + found["a"]
+    assert found["a"].astype(np.float32).tobytes() == every.reshape(256, 256).float().numpy().tobytes()
 
 
 def test_other_byte_orders_and_dtypes(tmp_path: Path) -> None:
     weights.write(tmp_path / "a.safetensors", {"a": np.arange(5, dtype=">f4")})
     assert weights.read(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(WeightsError, match="complex128 cannot be stored"):
+    with pytest.raises(WeightsError, match="complex128"):
         weights.write(tmp_path / "b.safetensors", {"a": np.zeros(2, np.complex128)})
 
 
@@ -171,22 +168,22 @@ def test_an_index_cannot_lead_elsewhere(tmp_path: Path, where: str) -> None:
     folder = tmp_path / "folder"
     index = sharded(folder)
     index["weight_map"]["a"] = where
-    refuse_index(folder, index, "must be a .safetensors file in the same folder")
+    refuse_index(folder, index, f"shard {where!r}")
 
 
-def refuse_index(folder: Path, index: Any, match: str) -> None:
+def refuse_index(folder: Path, index: Any, *names: str) -> None:
     path = folder / "model.safetensors.index.json"
     path.write_text(index if isinstance(index, str) else json.dumps(index))
-    refused(folder, match)
+    refused(folder, *names)
 
 
-def refused(path: Path, match: str) -> str:
-    with pytest.raises(WeightsError, match=match) as caught:
+def refused(path: Path, *names: str) -> None:
+    """Reading `path` raises an error of one short line that begins with the path and contains `names`."""
+    with pytest.raises(WeightsError) as caught:
         weights.read(path)
     message = str(caught.value)
-    assert "\n" not in message and message.startswith(str(path)), message
+    assert is_one_line(message, *names) and message.startswith(str(path)), message
     assert len(message) < 400 + len(str(path))
-    return message
 
 
 @pytest.mark.parametrize(
@@ -202,23 +199,23 @@ def refused(path: Path, match: str) -> str:
         "[" * 100_000,
     ],
 )
-def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_index(tmp_path: Path, text: str) -> None:
     sharded(tmp_path)
     refuse_index(tmp_path, text, "not an index of shards")
 
 
-def test_an_index_at_odds_with_its_shards(tmp_path: Path) -> None:
+def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
     index = sharded(tmp_path)
     both = dict.fromkeys("ab", SHARDS[0])
-    refuse_index(tmp_path, {"weight_map": both}, "does not hold 'b', as it says")
-    refuse_index(tmp_path, {"weight_map": {**index["weight_map"], "c": SHARDS[0]}}, "does not hold 'c'")
+    refuse_index(tmp_path, {"weight_map": both}, "'b'", SHARDS[0])
+    refuse_index(tmp_path, {"weight_map": {**index["weight_map"], "c": SHARDS[0]}}, "'c'", SHARDS[0])
     weights.write(tmp_path / SHARDS[1], {"b": np.zeros(9), "c": np.zeros(1)})
     refuse_index(tmp_path, index, "does not list c")
     weights.write(tmp_path / SHARDS[1], {"b": np.zeros(9), "a": np.zeros(9)})
-    refuse_index(tmp_path, index, "'a' is in both")
-    refuse_index(tmp_path, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' is there twice")
+    refuse_index(tmp_path, index, "'a' is in both", *SHARDS)
+    refuse_index(tmp_path, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "duplicate name 'a'")
     (tmp_path / SHARDS[1]).unlink()
-    refuse_index(tmp_path, index, f"1 of 2 shards are missing .{SHARDS[1]}.; copy them")
+    refuse_index(tmp_path, index, "1 of 2 shards are missing", SHARDS[1])
 
 
 # --- hostile and damaged files -----------------------------------------------------------------------------
@@ -235,73 +232,76 @@ def one(**changes: Any) -> dict[str, Any]:
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
 
 
+# name: (header, data, length of the header if not the true one, what the message names)
 HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
-    "length lies": (one(), bytes(8), 2**63, "header claims"),
-    "length a little too long": (one(), bytes(8), 10_000, "header claims"),
-    "length zero": (one(), bytes(8), 0, "not valid JSON"),
-    "length too short": (one(), bytes(8), 10, "not valid JSON"),
-    "not UTF-8": (b"\xff{}", b"", None, "not valid JSON"),
-    "deep nesting": (b"[" * 200_000, b"", None, "nested too deeply"),
-    "a list": ([], b"", None, "not a table"),
-    "twice": (
-        b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}',
-        b"",
-        None,
-        "'a' is there twice",
-    ),
-    "no name": ({"": one()["a"]}, bytes(8), None, "no name"),
-    "entry of another kind": ({"a": 3}, b"", None, "entry of 'a'"),
-    "entry incomplete": ({"a": {"dtype": "F32"}}, b"", None, "entry of 'a'"),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", None, "metadata are not text"),
-    "unknown dtype": (
-        one(dtype="F8_E4M3"),
+    "length lies": (one(), bytes(8), 2**63, "header"),
+    "length a little too long": (one(), bytes(8), 10_000, "header"),
+    "length zero": (one(), bytes(8), 0, "JSON"),
+    "length too short": (one(), bytes(8), 10, "JSON"),
+    "not UTF-8": (b"\xff{}", b"", None, "UTF-8"),
+    "deep nesting": (b"[" * 200_000, b"", None, "JSON"),
+    "deep nesting of an entry": (b'{"a":' * 200_000, b"", None, "JSON"),
+    "a list": ([], b"", None, "JSON"),
+    "twice": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":1}', bytes(8), None, "JSON"),
+    "twice, differently": (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         bytes(8),
         None,
-        "has dtype 'F8_E4M3', which IceNet does not read",
+        "not fully covered",
     ),
-    "dtype of another kind": (one(dtype=[]), bytes(8), None, "which IceNet does not read"),
-    "negative axis": (one(shape=[-2]), bytes(8), None, "whole numbers"),
-    "axis true": (one(shape=[True, 2]), bytes(8), None, "whole numbers"),
-    "fraction": (one(shape=[2.0]), bytes(8), None, "whole numbers"),
+    "no name": ({"": one()["a"]}, bytes(8), None, "no name"),
+    "name of several lines": ({"a\n\x1b[31m": {**one()["a"], "data_offsets": [8, 0]}}, bytes(8), None, "offset"),
+    "entry of another type": ({"a": 3}, b"", None, "JSON"),
+    "entry incomplete": ({"a": {"dtype": "F32"}}, b"", None, "JSON"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", None, "JSON"),
+    "dtype that numpy lacks": (one(dtype="F8_E4M3", shape=[8]), bytes(8), None, "F8_E4M3"),
+    "unknown dtype": (one(dtype="F3"), bytes(8), None, "F3"),
+    "dtype of another type": (one(dtype=[]), bytes(8), None, "JSON"),
+    "negative axis": (one(shape=[-2]), bytes(8), None, "-2"),
+    "axis true": (one(shape=[True, 2]), bytes(8), None, "true"),
+    "fraction": (one(shape=[2.0]), bytes(8), None, "2.0"),
     "huge number": (
-        b'{"a":{"dtype":"F32","shape":[' + b"9" * 9999 + b'],"data_offsets":[0,8]}}',
-        b"",
-        None,
-        "not valid JSON|whole",
-    ),
-    "shape beyond data": (one(shape=[3]), bytes(8), None, "cannot have 8 bytes"),
-    "product overflows": (one(shape=[2**62, 4, 2]), bytes(8), None, "impossible"),
-    "empty but huge": (one(shape=[0, 2**62], data_offsets=[0, 0]), b"", None, "impossible"),
-    "too many axes": (one(shape=[1] * 70 + [2]), bytes(8), None, "impossible"),
-    "offsets reversed": (one(data_offsets=[8, 0]), bytes(8), None, "in order"),
-    "offset of three": (one(data_offsets=[0, 4, 8]), bytes(8), None, "in order"),
-    "gap before": (one(data_offsets=[8, 16]), bytes(16), None, "overlap others or leave a gap"),
-    "overlap": ({**one(), "b": one()["a"]}, bytes(8), None, "overlap others or leave a gap"),
-    "cut short": (one(), bytes(7), None, "cut short"),
-    "bytes left over": (one(), bytes(9), None, "belong to no array"),
-}
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 9999 + b'],"data_offsets":[0,8]}}', b"", None, "out of range"),
+    "shape beyond data": (one(shape=[3]), bytes(8), None, "shape"),
+    "product overflows": (one(shape=[2**62, 4, 2]), bytes(8), None, "overflow"),
+    "empty but huge": (one(shape=[0, 2**62], data_offsets=[0, 0]), b"", None, "'a'"),
+    "too many axes": (one(shape=[1] * 70 + [2]), bytes(8), None, "'a'"),
+    "offsets reversed": (one(data_offsets=[8, 0]), bytes(8), None, "offset"),
+    "offset of three": (one(data_offsets=[0, 4, 8]), bytes(8), None, "JSON"),
+    "gap before": (one(data_offsets=[8, 16]), bytes(16), None, "offset"),
+    "overlap": ({**one(), "b": one()["a"]}, bytes(8), None, "offset"),
+    "cut short": (one(), bytes(7), None, "not fully covered"),
+    "bytes left over": (one(), bytes(9), None, "not fully covered"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_header_is_refused(tmp_path: Path, name: str) -> None:
-    header, data, length, match = HOSTILE[name]
-    refused(raw(tmp_path, header, data, length), match)
+    header, data, length, named = HOSTILE[name]
+    refused(raw(tmp_path, header, data, length), named)
 
 
-def test_files_that_are_something_else(tmp_path: Path) -> None:
+def test_null_metadata(tmp_path: Path) -> None:
+    """mlx.core.save_safetensors writes null for no metadata."""
+    found = weights.read(raw(tmp_path, {"__metadata__": None, **one()}, bytes(8)))
+    assert found.metadata == {} and list(found) == ["a"]
+
+
+def test_files_of_other_kinds(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for content, match in [
-        (b"", "too few for a header"),
-        (b"1234567", "too few for a header"),
-        (b"PK\x03\x04 a zip, or what was one", "header claims"),
+    for content, named in [
+        (b"", "header"),
+        (b"1234567", "header"),
+        (b"PK\x03\x04 a zip file, cut short", "header"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     ]:
         path.write_bytes(content)
-        refused(path, match)
+        refused(path, named)
     refused(tmp_path / "none.safetensors", "no such file")
     refused(tmp_path / "none", "no such file or folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds neither model.safetensors nor its index")
+    refused(tmp_path / "empty", "model.safetensors")
 
 
 @settings(max_examples=200, deadline=None)
@@ -319,7 +319,7 @@ def test_any_damage_is_a_weights_error_or_harmless(
             for array in weights.read(path).values():
                 array.tobytes()
         except WeightsError as error:
-            assert str(error).count("\n") == 0
+            assert is_one_line(error, str(path))
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "__metadata__", "\ud800", 3])
-def test_names_that_cannot_be(tmp_path: Path, name: Any) -> None:
+def test_invalid_names(tmp_path: Path, name: Any) -> None:
     with pytest.raises(WeightsError, match="cannot be the name"):
         weights.write(tmp_path, {name: np.zeros(1)})
     assert not list(tmp_path.iterdir())
@@ -355,19 +355,19 @@ def test_a_full_disk_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, limit: int | None
 ) -> None:
     weights.write(tmp_path, {"a": np.zeros(9)})
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = tree(tmp_path)
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(WeightsError, match=r"no space to write it .*; free some or choose another disk") as caught:
+    with pytest.raises(FileError) as caught:
         weights.write(tmp_path, {"a": np.ones(9), "b": np.ones(9)}, max_shard_bytes=limit)
-    assert "\n" not in str(caught.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert is_one_line(caught.value, str(tmp_path), "no space")
+    assert tree(tmp_path) == before
 
 
-def test_shards_half_replaced_are_never_read_as_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_replaced_shards_are_never_read_as_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded(tmp_path)
     real, calls = os.replace, []
 
@@ -378,45 +378,47 @@ def test_shards_half_replaced_are_never_read_as_a_mixture(tmp_path: Path, monkey
         real(*paths)
 
     monkeypatch.setattr(os, "replace", fail_second)
-    with pytest.raises(WeightsError, match="the files there are incomplete now: write them again"):
+    with pytest.raises(FileError, match="incomplete"):
         weights.write(tmp_path, {"a": np.ones(9), "b": np.ones(9)}, max_shard_bytes=80)
-    refused(tmp_path, "holds neither")
+    refused(tmp_path, "model.safetensors")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-def test_a_file_that_outgrows_its_room_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_leaves_the_old_one(tmp_path: Path) -> None:
+    """A real limit of the operating system, in a process of its own."""
     weights.write(tmp_path, {"a": np.zeros(9)})
-    before = (tmp_path / "model.safetensors").read_bytes()
+    before = tree(tmp_path)
     script = (
         "import resource, signal, sys, numpy\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "from icenet.core import weights, errors\n"
         "try: weights.write(sys.argv[1], {'a': numpy.ones(9000), 'b': numpy.ones(3)})\n"
-        "except errors.WeightsError as error: print(error)\n"
+        "except errors.FileError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert "no space to write it" in done.stdout and done.stdout.count("\n") == 1, done
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert is_one_line(done.stdout, "no space"), done
+    assert tree(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightsError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         weights.write(tmp_path / "file" / "x.safetensors", {"a": np.zeros(1)})
 
 
 def test_a_failing_source_leaves_nothing(tmp_path: Path) -> None:
-    class Shrinking(dict[str, Any]):
+    class Failing(dict[str, Any]):
         reads = 0
 
         def __getitem__(self, name: str) -> Any:
             self.reads += 1
-            return np.zeros(10 - self.reads)
+            if self.reads == 4:  # while the second shard is written
+                raise KeyError(name)
+            return super().__getitem__(name)
 
-    with pytest.raises(WeightsError, match="'a' changed while it was written"):
-        weights.write(tmp_path, Shrinking(a=None))
+    with pytest.raises(KeyError):
+        weights.write(tmp_path, Failing(a=np.zeros(9), b=np.zeros(9)), max_shard_bytes=80)
     assert not list(tmp_path.iterdir())
 
 
@@ -435,15 +437,17 @@ def test_check() -> None:
     weights.check(shapes, dict(shapes))
     weights.check(shapes, weights.shapes({name: np.zeros((2, 3)) for name in shapes}))
 
-    def told(found: dict[str, Any]) -> str:
+    def message(found: dict[str, Any]) -> str:
         with pytest.raises(WeightsError) as caught:
             weights.check(shapes, found, "run/model.safetensors")
-        assert "\n" not in str(caught.value)
+        assert is_one_line(caught.value) and str(caught.value).startswith("run/model.safetensors: ")
         return str(caught.value)
 
-    assert "9 missing (blocks.0.weight, blocks.1.weight, blocks.2.weight and 6 more)" in told({})
-    assert "1 unexpected (head)" in told({**shapes, "head": ()})
+    assert "9 missing (blocks.0.weight, blocks.1.weight, blocks.2.weight and 6 more)" in message({})
+    assert "1 unexpected (head)" in message({**shapes, "head": ()})
     renamed = {("block.0.weight" if name == "blocks.0.weight" else name): s for name, s in shapes.items()}
-    assert "1 missing (blocks.0.weight); 1 unexpected (block.0.weight, nearest is blocks.0.weight)" in told(renamed)
-    assert "1 of another shape (blocks.3.weight is [3, 2], not [2, 3])" in told({**shapes, "blocks.3.weight": (3, 2)})
-    assert told({}).startswith("run/model.safetensors: does not fit")
+    assert "1 missing (blocks.0.weight); 1 unexpected (block.0.weight, nearest is blocks.0.weight)" in message(
+        renamed
+    )
+    swapped = message({**shapes, "blocks.3.weight": (3, 2)})
+    assert "1 of another shape (blocks.3.weight is [3, 2], not [2, 3])" in swapped
