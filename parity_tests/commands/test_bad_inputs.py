@@ -1,31 +1,31 @@
-"""What a person can get wrong on the command line: one line that names the thing, and the exit code."""
+"""Wrong commands, options, configs, files and runs: one line that names the cause, the exit code, no side effects."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import re
 import shlex
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment, icenet, start_icenet, tiny, tree
+from helpers import error_line, icenet, is_one_line, start_icenet, tiny, train, tree
 
 from icenet.cli.main import main
-from icenet.core.training.trainer import Trainer
 
 torch: Any = pytest.importorskip("torch")
-mx: Any = pytest.importorskip("icenet.engine.engine").mx
+pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
+mx: Any = pytest.importorskip("mlx.core")
 
-PRESETS = r"presets: .*quickstart, .*transformer-tiny"
 USAGE, FAILURE = 2, 1
 
 
 class Hostile:
-    """What it does when it is unpickled leaves a trace."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return (os.system, ("touch PWNED",))
@@ -33,7 +33,7 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder full of things that are not what they should be, beside a good config, text and run."""
+    """Returns a folder with a good config, text and run, and with damaged or misleading files."""
     folder = tmp_path_factory.mktemp("bad")
     config = tiny(folder, "data.source=text.txt", "training.keep_checkpoints=2")
     text = config.to_yaml()
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("ICENET_CACHE", str(folder / "cache"))
-        Trainer.start(config, folder / "run", backend="mlx", quiet=True).fit()
+        train(config, folder / "run", "mlx")
         pickle.dump(Hostile(), (folder / "hostile.pt").open("wb"))
         pickle.dump({"a": Hostile()}, (folder / "hostile.bin").open("wb"))
         torch.save({"a": Hostile()}, folder / "hostile.pth")
@@ -66,146 +66,123 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# arguments, exit code, what the line says (a pattern that it matches in full, after "icenet: ")
-TABLE: list[tuple[str, int, str]] = [
+# the arguments, the exit code, and what the message names: the cause and the way out
+TABLE: list[tuple[str, int, list[str]]] = [
     # the command
-    ("trian tiny.yaml", USAGE, r"no command 'trian'; did you mean train\? \(see icenet --help\)"),
-    ("frobnicate", USAGE, r"no command 'frobnicate'; there are quickstart, train, .* \(see icenet --help\)"),
-    ("--nope", USAGE, r"No such option.*--nope.*\(see icenet --help\)"),
-    ("train tiny.yaml --nope", USAGE, r"No such option.*--nope.*\(see icenet train --help\)"),
-    ("train tiny.yaml tiny.yaml", USAGE, r"Got unexpected extra argument \(tiny\.yaml\).*"),
-    ("doctor extra", USAGE, r"Got unexpected extra argument \(extra\) \(see icenet doctor --help\)"),
-    ("generate", USAGE, r"Missing argument 'MODEL'. \(see icenet generate --help\)"),
-    ("train", USAGE, r"give either a CONFIG, or --resume RUN.*"),
-    ("train tiny.yaml --resume run", USAGE, r"give either a CONFIG, or --resume RUN.*"),
-    ("train tiny.yaml --backend jax", USAGE, r".*'--backend': 'jax' is not one of 'auto', 'mlx', 'torch'.*"),
+    ("trian tiny.yaml", USAGE, ["'trian'", "did you mean train?", "(see icenet --help)"]),
+    ("frobnicate", USAGE, ["'frobnicate'", "quickstart, train, ", "(see icenet --help)"]),
+    ("--nope", USAGE, ["--nope", "(see icenet --help)"]),
+    ("train tiny.yaml --nope", USAGE, ["--nope", "(see icenet train --help)"]),
+    ("train tiny.yaml tiny.yaml", USAGE, ["(tiny.yaml)", "(see icenet train --help)"]),
+    ("doctor extra", USAGE, ["(extra)", "(see icenet doctor --help)"]),
+    ("generate", USAGE, ["'MODEL'", "(see icenet generate --help)"]),
+    ("train", USAGE, ["CONFIG", "--resume"]),
+    ("train tiny.yaml --resume run", USAGE, ["CONFIG", "--resume"]),
+    ("train tiny.yaml --backend jax", USAGE, ["--backend", "'jax'", "'auto', 'mlx', 'torch'"]),
     # the config
-    ("train missing.yaml", USAGE, rf"missing\.yaml: no such file or preset; {PRESETS}.*"),
-    ("train transfomer-tiny", USAGE, r"transfomer-tiny: no such file or preset; did you mean transformer-tiny\?"),
-    ("train folder", USAGE, r"folder: is a folder; .*YAML file or a preset"),
-    ("train unknown.yaml", USAGE, r"unknown\.yaml:\d+: sede: unknown key; did you mean seed\?"),
-    ("train type.yaml", USAGE, r"type\.yaml:\d+: training\.max_steps: must be an integer, not 'many'"),
-    ("train tabs.yaml", USAGE, r"tabs\.yaml:2: not valid YAML: .*"),
-    ("train list.yaml", USAGE, r"list\.yaml: must be a mapping of sections \(model:, training:, \.\.\.\)"),
-    ("train twice.yaml", USAGE, r"twice\.yaml:2: duplicate key seed"),
-    ("train empty.yaml", USAGE, r"empty\.yaml: model: required, but missing"),
-    ("train binary.yaml", USAGE, r"binary\.yaml: cannot be read: not UTF-8 text"),
-    ("train tiny.yaml --set training.max_step=3", USAGE,
-     r"--set training\.max_step: unknown key; did you mean max_steps\?"),
-    ("train tiny.yaml --set max_steps", USAGE, r"--set max_steps: must be key=value, such as .*"),
-    ("train tiny.yaml --set training.max_steps=abc", USAGE,
-     r"--set training\.max_steps: must be an integer, not 'abc'"),
-    ("train tiny.yaml --set training.max_steps=0", USAGE, r"--set training\.max_steps: must be .* 1, not 0"),
-    ("train tiny.yaml --set training.learning_rate=.nan", USAGE,
-     r"--set training\.learning_rate: must be .*, not nan"),
-    ("train tiny.yaml --set training=3", USAGE, r"--set training: must be .*, not 3"),
-    ("train tiny.yaml --set model.activation=[", USAGE, r"--set model\.activation=\[: the value is not valid YAML.*"),
-    ("train tiny.yaml --set data.kind=imags", 2, r"--set data\.kind: unknown kind 'imags'; did you mean images\?"),
-    ("train tiny.yaml --set model.hidden_size=99999999999999999999", 2, r"--set model\.hidden_size: must be less .*"),
-    ("info --set model.num_layers=3", 2, r"--set needs a TARGET to change \(see icenet info --help\)"),
-    ("train tiny.yaml --set model.num_heads=5", USAGE,
-     r"--set model: hidden_size 32 is not a multiple of num_heads 5"),
+    ("train missing.yaml", USAGE, ["missing.yaml", "quickstart", "transformer-tiny"]),
+    ("train transfomer-tiny", USAGE, ["transfomer-tiny", "did you mean transformer-tiny?"]),
+    ("train folder", USAGE, ["folder", "YAML file", "preset"]),
+    ("train unknown.yaml", USAGE, ["unknown.yaml:", "sede", "did you mean seed?"]),
+    ("train type.yaml", USAGE, ["type.yaml:", "training.max_steps", "an integer", "'many'"]),
+    ("train tabs.yaml", USAGE, ["tabs.yaml:2", "YAML"]),
+    ("train list.yaml", USAGE, ["list.yaml", "model:", "training:"]),
+    ("train twice.yaml", USAGE, ["twice.yaml:2", "seed"]),
+    ("train empty.yaml", USAGE, ["empty.yaml", "model", "required"]),
+    ("train binary.yaml", USAGE, ["binary.yaml", "UTF-8"]),
+    ("train tiny.yaml --set training.max_step=3", USAGE, ["--set training.max_step", "did you mean max_steps?"]),
+    ("train tiny.yaml --set max_steps", USAGE, ["--set max_steps", "key=value"]),
+    ("train tiny.yaml --set training.max_steps=abc", USAGE, ["--set training.max_steps", "an integer", "'abc'"]),
+    ("train tiny.yaml --set training.max_steps=0", USAGE, ["--set training.max_steps", "1", "not 0"]),
+    ("train tiny.yaml --set training.learning_rate=.nan", USAGE, ["--set training.learning_rate", "not nan"]),
+    ("train tiny.yaml --set training=3", USAGE, ["--set training", "not 3"]),
+    ("train tiny.yaml --set model.activation=[", USAGE, ["--set model.activation=[", "YAML"]),
+    ("train tiny.yaml --set data.kind=imags", USAGE, ["--set data.kind", "'imags'", "did you mean images?"]),
+    ("train tiny.yaml --set model.hidden_size=99999999999999999999", USAGE, ["--set model.hidden_size", "less"]),
+    ("train tiny.yaml --set model.num_heads=5", USAGE, ["--set model", "hidden_size 32", "num_heads 5"]),
     ("train tiny.yaml --set model.type=transfromer", USAGE,
-     r"--set model\.type: unknown family 'transfromer'; did you mean transformer\?"),
+     ["--set model.type", "'transfromer'", "did you mean transformer?"]),
     ("train tiny.yaml --set data.seq_length=64", USAGE,
-     r"--set data\.seq_length 64 is more than model\.max_seq_length 32"),
-    ("train tiny.yaml --set model.vocab_size=100", USAGE,
-     r"model\.vocab_size: 100 is less than the 257 tokens of data\.tokenizer bytes; set .*=257 or more"),
+     ["--set data.seq_length", "64", "model.max_seq_length", "32"]),
+    ("train tiny.yaml --set model.vocab_size=100", USAGE, ["model.vocab_size", "100", "257", "bytes"]),
     # devices
-    ("train tiny.yaml --device banana", USAGE,
-     r"device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'banana'"),
-    ("generate run --device cuda:x", USAGE, r"device: must be auto, .*, not 'cuda:x'"),
-    ("train tiny.yaml --backend mlx --device mps", FAILURE,
-     r"device mps is PyTorch's name for the GPU: with MLX say --device gpu, or --backend torch"),
+    ("train tiny.yaml --device banana", USAGE, ["device", "auto, cpu, gpu", "cuda:N", "'banana'"]),
+    ("generate run --device cuda:x", USAGE, ["device", "auto", "'cuda:x'"]),
+    ("train tiny.yaml --backend mlx --device mps", FAILURE, ["mps", "--device gpu", "--backend torch"]),
     # data
     ("train tiny.yaml --set data.source=txet.txt", USAGE,
-     r"data\.source 'txet\.txt' is not there; did you mean 'text\.txt'\?"),
-    ("train tiny.yaml --set data.source=short.txt", USAGE,
-     r"file short\.txt leaves 0 tokens for validation, .*: name a longer data\.source, .*"),
+     ["data.source", "'txet.txt'", "did you mean 'text.txt'?"]),
+    ("train tiny.yaml --set data.source=short.txt", USAGE, ["short.txt", "0 tokens", "validation", "data.source"]),
     ("train tiny.yaml --set data.source=short.txt --set data.validation_fraction=0", USAGE,
-     r"file short\.txt has 9 training tokens, and one batch needs 160: name a longer data\.source, .*"),
-    ("train tiny.yaml --set data.source=empty.txt", USAGE, r"data\.source: there is no text in file empty\.txt.*"),
-    ("train tiny.yaml --set data.source=binary.txt", USAGE, r"data\.source: binary\.txt is not UTF-8 text .*"),
-    ("train tiny.yaml --set data.source=folder", USAGE, r"data\.source 'folder' is a folder without files.*"),
-    ("train tiny.yaml --set data.source=https://host/x.txt", USAGE, r"data\.source .* is a URL; download it first.*"),
+     ["short.txt", "9 ", "160", "data.source"]),
+    ("train tiny.yaml --set data.source=empty.txt", USAGE, ["data.source", "empty.txt"]),
+    ("train tiny.yaml --set data.source=binary.txt", USAGE, ["data.source", "binary.txt", "UTF-8"]),
+    ("train tiny.yaml --set data.source=folder", USAGE, ["data.source", "'folder'", "folder without files"]),
+    ("train tiny.yaml --set data.source=https://host/x.txt", USAGE, ["data.source", "URL", "download"]),
     # runs
-    ("train tiny.yaml --run run", USAGE,
-     r"run: contains a run already; continue it with --resume run, or choose another --run"),
-    ("train tiny.yaml --run text.txt", USAGE, r"text\.txt: cannot be written \(.*\); choose another --run"),
-    ("train tiny.yaml --run text.txt/below", USAGE,
-     r"text\.txt/below: cannot be written \(.*\); choose another --run"),
-    ("train --resume nothing", FAILURE, r"nothing: no such run or checkpoint"),
-    ("train --resume folder", FAILURE, r"folder: holds no checkpoint; give .*"),
-    ("train --resume text.txt", FAILURE, r"text\.txt: holds no checkpoint; give .*"),
-    ("train --resume run", USAGE, r"run: the run is complete at step 20; to continue: --set training\.max_steps=40"),
-    ("train --resume damaged", FAILURE,
-     r"damaged: all of its 2 checkpoints are damaged; .*/model\.safetensors: damaged .*"),
+    ("train tiny.yaml --run run", USAGE, ["run: ", "--resume run", "another --run"]),
+    ("train tiny.yaml --run text.txt", USAGE, ["text.txt", "cannot be written", "another --run"]),
+    ("train tiny.yaml --run text.txt/below", USAGE, ["text.txt/below", "cannot be written", "another --run"]),
+    ("train --resume nothing", FAILURE, ["nothing", "no such run or checkpoint"]),
+    ("train --resume folder", FAILURE, ["folder", "no checkpoint"]),
+    ("train --resume text.txt", FAILURE, ["text.txt", "no checkpoint"]),
+    ("train --resume run", USAGE, ["run: ", "complete at step 20", "--set training.max_steps=40"]),
+    ("train --resume damaged", FAILURE, ["damaged: ", "2 checkpoints", "damaged/checkpoints/", "model.safetensors"]),
     ("train --resume run/checkpoints/step-00000015", USAGE,
-     r"run/checkpoints/step-00000015: the run continued to step-00000020; resume run to continue there, or give .*"),
-    ("train --resume run --run damaged --set training.max_steps=40", USAGE, r"damaged: contains a run already; .*"),
-    ("train --resume run --set training.max_steps=40 --set model.hidden_size=64", FAILURE,
-     r".*not the parameters of this model: .*use the config"),
+     ["run/checkpoints/step-00000015", "step-00000020", "resume run"]),
+    ("train --resume run --run damaged --set training.max_steps=40", USAGE, ["damaged: ", "a run already"]),
+    ("train --resume run --set training.max_steps=40 --set model.hidden_size=64", FAILURE, ["config"]),
     # generation
-    ("generate nothing", FAILURE, r"nothing: holds no weights; give a run, a checkpoint or a saved model's folder"),
-    ("generate folder", FAILURE, r"folder: holds no checkpoint; give .*"),
-    ("generate damaged", FAILURE, r"damaged: all of its 2 checkpoints are damaged; .*"),
-    ("generate good.safetensors", FAILURE, r"good\.safetensors: weights without a config; icenet convert .*"),
-    ("generate tiny.yaml", FAILURE, r"tiny\.yaml: holds no weights; give a run, .*"),
-    ("generate run --max-new-tokens 500", USAGE,
-     r"generate: a prompt of 1 tokens and 500 new ones exceed model\.max_seq_length 32; ask for fewer, .*"),
-    ("generate run --prompt 'this is a prompt of more than 32 tokens'", USAGE,
-     r"generate: a prompt of 39 tokens and 1 new ones exceed model\.max_seq_length 32; .*"),
-    ("generate run --max-length 3 --prompt alpha", USAGE,
-     r"generate: max_length 3 leaves no room after a prompt of 5 tokens; raise it or use max_new_tokens"),
-    ("generate run --max-new-tokens 0", USAGE, r"generation\.max_new_tokens: must be .* 1, not 0"),
-    ("generate run --max-new-tokens ten", USAGE, r".*'--max-new-tokens': 'ten' is not a valid integer.*"),
-    ("generate run --temperature -1", USAGE, r"generation\.temperature: must be .* 0, not -1\.0"),
-    ("generate run --temperature nan", USAGE, r"generation\.temperature: must be .*, not nan"),
-    ("generate run --top-p 2", USAGE, r"generation\.top_p: must be less than or equal to 1, not 2\.0"),
-    ("generate run --top-k -1", USAGE, r"generation\.top_k: must be .* 0, not -1"),
-    ("generate run --repetition-penalty 0", USAGE, r"generation\.repetition_penalty: must be .* 0, not 0\.0"),
-    ("generate run --stop ''", USAGE, r"generate: an empty stop text would end every text"),
-    ("generate run --prompt-file nothing", USAGE, r"nothing: the prompt cannot be read: No such file or directory"),
-    ("generate run --prompt-file binary.txt", USAGE, r"binary\.txt: the prompt cannot be read: not a text in UTF-8"),
-    ("generate run --prompt-file folder", USAGE, r"folder: the prompt cannot be read: Is a directory"),
-    ("generate run --prompt a --prompt-file text.txt", USAGE, r"give either --prompt or --prompt-file.*"),
+    ("generate nothing", FAILURE, ["nothing", "a run, a checkpoint or a saved model"]),
+    ("generate folder", FAILURE, ["folder", "no checkpoint"]),
+    ("generate damaged", FAILURE, ["damaged: ", "2 checkpoints"]),
+    ("generate good.safetensors", FAILURE, ["good.safetensors", "config", "icenet convert"]),
+    ("generate tiny.yaml", FAILURE, ["tiny.yaml", "a run, a checkpoint or a saved model"]),
+    ("generate run --max-new-tokens 500", USAGE, ["500", "model.max_seq_length 32", "slide"]),
+    ("generate run --prompt 'this is a prompt of more than 32 tokens'", USAGE, ["39", "model.max_seq_length 32"]),
+    ("generate run --max-length 3 --prompt alpha", USAGE, ["max_length 3", "5 tokens", "max_new_tokens"]),
+    ("generate run --max-new-tokens 0", USAGE, ["generation.max_new_tokens", "1", "not 0"]),
+    ("generate run --max-new-tokens ten", USAGE, ["'--max-new-tokens'", "'ten'"]),
+    ("generate run --temperature -1", USAGE, ["generation.temperature", "0", "not -1.0"]),
+    ("generate run --temperature nan", USAGE, ["generation.temperature", "not nan"]),
+    ("generate run --top-p 2", USAGE, ["generation.top_p", "1", "not 2.0"]),
+    ("generate run --top-k -1", USAGE, ["generation.top_k", "0", "not -1"]),
+    ("generate run --repetition-penalty 0", USAGE, ["generation.repetition_penalty", "0", "not 0.0"]),
+    ("generate run --stop ''", USAGE, ["stop", "empty"]),
+    ("generate run --prompt-file nothing", USAGE, ["nothing", "No such file"]),
+    ("generate run --prompt-file binary.txt", USAGE, ["binary.txt", "UTF-8"]),
+    ("generate run --prompt-file folder", USAGE, ["folder", "Is a directory"]),
+    ("generate run --prompt a --prompt-file text.txt", USAGE, ["--prompt", "--prompt-file"]),
     # conversion
-    ("convert good.safetensors out.safetensors", USAGE, r"Missing option '--to'.*canonical, mlx, torch.*"),
-    ("convert good.safetensors text.txt --to canonical", USAGE, r"text\.txt: cannot write \.txt files; name .*"),
-    ("convert good.safetensors good.safetensors --to canonical", USAGE,
-     r"good\.safetensors: is the source itself; name another destination"),
+    ("convert good.safetensors out.safetensors", USAGE, ["'--to'", "canonical", "mlx", "torch"]),
+    ("convert good.safetensors text.txt --to canonical", USAGE, ["text.txt", ".txt"]),
+    ("convert good.safetensors good.safetensors --to canonical", USAGE, ["good.safetensors", "another destination"]),
     ("convert good.safetensors cut.safetensors --to canonical", USAGE,
-     r"cut\.safetensors: exists; name another destination, or give --overwrite to replace it"),
+     ["cut.safetensors", "exists", "another destination", "--overwrite"]),
     ("convert good.safetensors run/checkpoints/step-00000020 --to canonical", USAGE,
-     r"run/checkpoints/step-00000020/model\.safetensors: exists; .*"),
-    ("convert good.safetensors out.safetensors --to mlx", USAGE,
-     r"good\.safetensors: converting canonical to mlx needs the layers' kinds, .*; name it with --config"),
-    ("convert good.safetensors out.pt --to mlx --config tiny.yaml", USAGE,
-     r"out\.pt: the mlx form is safetensors; .*"),
+     ["run/checkpoints/step-00000020/model.safetensors", "exists"]),
+    ("convert good.safetensors out.safetensors --to mlx", USAGE, ["good.safetensors", "mlx", "kinds", "--config"]),
+    ("convert good.safetensors out.pt --to mlx --config tiny.yaml", USAGE, ["out.pt", "mlx", "safetensors"]),
     ("convert good.safetensors out.safetensors --to mlx --config transformer-tiny", FAILURE,
-     r"good\.safetensors: not the parameters of this model: .*use the config"),
-    ("convert nothing.safetensors out.safetensors --to canonical", FAILURE,
-     r"nothing\.safetensors: no such file; check the path"),
-    ("convert folder out.safetensors --to canonical", FAILURE, r"folder: holds neither model\.safetensors nor .*"),
-    ("convert cut.safetensors out.safetensors --to canonical", FAILURE,
-     r"cut\.safetensors: it is cut short, at \d+ of \d+ bytes; it is damaged .*"),
-    ("convert text.safetensors out.safetensors --to canonical", FAILURE,
-     r"text\.safetensors: its header claims \d+ bytes .*"),
-    ("convert good.safetensors out --to canonical --config nothing.yaml", USAGE,
-     rf"nothing\.yaml: no such file or preset; {PRESETS}.*"),
+     ["good.safetensors", "config"]),
+    ("convert nothing.safetensors out.safetensors --to canonical", FAILURE, ["nothing.safetensors", "no such file"]),
+    ("convert folder out.safetensors --to canonical", FAILURE, ["folder", "model.safetensors"]),
+    ("convert cut.safetensors out.safetensors --to canonical", FAILURE, ["cut.safetensors", "bytes"]),
+    ("convert text.safetensors out.safetensors --to canonical", FAILURE, ["text.safetensors", "header", "bytes"]),
+    ("convert good.safetensors out --to canonical --config nothing.yaml", USAGE, ["nothing.yaml", "quickstart"]),
     # info, parity, quickstart
-    ("info nothing", USAGE, rf"nothing: no such file or preset; {PRESETS}.*"),
-    ("info folder", FAILURE, r"folder: holds no checkpoint; .*"),
-    ("info good.safetensors", FAILURE, r"good\.safetensors: weights without a config; .*"),
-    ("info tiny.yaml --set model.foo=1", USAGE, r"--set model\.foo: unknown key; known: .*hidden_size.*"),
-    ("parity nothing", USAGE, rf"nothing: no such file or preset; {PRESETS}.*"),
-    ("parity run --dtype int8", USAGE, r".*'--dtype': 'int8' is not one of 'fp32', 'bf16', 'fp16'.*"),
-    ("parity run --steps -1", USAGE, r".*'--steps': -1 is not in the range x>=0.*"),
-    ("quickstart --out text.txt", USAGE, r"text\.txt: a file; give --out a folder"),
-    ("quickstart --out run", USAGE, r"run: holds other files; give --out an empty folder"),
-    ("quickstart --out new --set training.max_steps=1", USAGE,
-     r"quickstart: training\.max_steps must be at least 2, to change backend half way"),
-    ("quickstart --out new --set foo=1", USAGE, r"--set foo: unknown key; known: .*model.*"),
+    ("info --set model.num_layers=3", USAGE, ["--set", "TARGET", "(see icenet info --help)"]),
+    ("info nothing", USAGE, ["nothing", "no such file or preset", "quickstart"]),
+    ("info folder", FAILURE, ["folder", "no checkpoint"]),
+    ("info good.safetensors", FAILURE, ["good.safetensors", "config"]),
+    ("info tiny.yaml --set model.foo=1", USAGE, ["--set model.foo", "hidden_size"]),
+    ("parity nothing", USAGE, ["nothing", "no such file or preset", "quickstart"]),
+    ("parity run --dtype int8", USAGE, ["'--dtype'", "'int8'", "'fp32', 'bf16', 'fp16'"]),
+    ("parity run --steps -1", USAGE, ["'--steps'", "-1", "x>=0"]),
+    ("quickstart --out text.txt", USAGE, ["text.txt", "file", "--out"]),
+    ("quickstart --out run", USAGE, ["run: ", "other files", "--out"]),
+    ("quickstart --out new --set training.max_steps=1", USAGE, ["training.max_steps", "at least 2"]),
+    ("quickstart --out new --set foo=1", USAGE, ["--set foo", "model"]),
 ]  # fmt: skip
 
 
@@ -213,46 +190,42 @@ def test_the_table_is_long_enough() -> None:
     assert len({arguments for arguments, _, _ in TABLE}) == len(TABLE) >= 80
 
 
-def told(err: str) -> str:
-    """The one line on standard error, without the name of the command."""
-    assert err.count("\n") == 1 and err.startswith("icenet: ") and err.endswith("\n"), err
-    return err[len("icenet: ") : -1]
+def files(place: Path) -> dict[str, str]:
+    """Returns the files and their hashes, without the cache of tokens."""
+    return {name: digest for name, digest in tree(place).items() if not name.startswith("cache")}
 
 
-@pytest.mark.parametrize(("arguments", "code", "pattern"), TABLE, ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(("arguments", "code", "names"), TABLE, ids=[row[0] for row in TABLE])
 def test_bad_input(
-    arguments: str, code: int, pattern: str, place: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: str, code: int, names: list[str], place: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(place)
     monkeypatch.setenv("ICENET_CACHE", str(place / "cache"))
-    before = {name: digest for name, digest in tree(place).items() if not name.startswith("cache")}
+    before = files(place)
     assert main(shlex.split(arguments)) == code
     out, err = capfd.readouterr()
-    line = told(err)
-    assert re.fullmatch(pattern, line), line
+    line = error_line(err)
+    assert is_one_line(line, *names), line
     assert out == ""
-    after = {name: digest for name, digest in tree(place).items() if not name.startswith("cache")}
-    assert after == before, "a request that is refused changes nothing"
+    assert files(place) == before, "a rejected command must change nothing"
     assert not (place / "runs").exists() and not (place / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ("train unknown.yaml", USAGE),
         ("train tiny.yaml --backend torch --set data.source=txet.txt", USAGE),
         ("generate run --backend mlx --max-new-tokens 500", USAGE),
-        ("generate run --backend torch --top-p 2", USAGE),
         ("convert cut.safetensors out.safetensors --to canonical", FAILURE),
         ("parity damaged", FAILURE),
     ],
 )
-def test_in_a_process_of_its_own(arguments: str, code: int, place: Path) -> None:
-    """As above, with everything that Python and the frameworks may say when they start and end."""
+def test_a_new_process_prints_one_line_too(arguments: str, code: int, place: Path) -> None:
+    """Includes what Python and the frameworks print when they start and exit."""
     result = icenet(*shlex.split(arguments), folder=place, code=code)
     assert result.stdout == ""
-    told(result.stderr)
+    error_line(result.stderr)
 
 
 @pytest.mark.parametrize("name", ["hostile.pt", "hostile.bin", "hostile.pth"])
@@ -264,57 +237,54 @@ def test_a_hostile_pickle_does_not_run(
     monkeypatch.chdir(tmp_path)
     command = ["convert", str(place / name), "out.safetensors", "--to", to, "--config", str(place / "tiny.yaml")]
     assert main(command) == FAILURE
-    assert re.fullmatch(rf"\S+{name}: (holds more than tensors and is not loaded|is damaged or not).*",
-                        told(capfd.readouterr().err))  # fmt: skip
+    assert is_one_line(error_line(capfd.readouterr().err), name)
     assert list(tmp_path.iterdir()) == [] and not (place / "PWNED").exists()
 
 
 def test_the_hostile_pickle_is_hostile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof above is one only if the file does harm to those who unpickle it."""
+    """The test above proves something only if unpickling the file runs its command."""
     monkeypatch.chdir(tmp_path)
     with (place / "hostile.pt").open("rb") as file:
         pickle.load(file)  # noqa: S301
     assert (tmp_path / "PWNED").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
-def test_cuda_where_there_is_none(
+def test_a_device_that_does_not_exist(
     device: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if device == "gpu" and torch.backends.mps.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("this machine has a GPU")
     monkeypatch.chdir(place)
     assert main(["train", "tiny.yaml", "--run", "cuda", "--backend", "torch", "--device", device]) == FAILURE
-    line = told(capfd.readouterr().err)
-    assert re.fullmatch(r"PyTorch finds no device (cuda|gpu)(:1)? here: say --device cpu, and see .*", line)
-    if mx.is_available(mx.gpu):
-        return
-    assert main(["generate", "run", "--backend", "mlx", "--device", device]) == FAILURE
-    line = told(capfd.readouterr().err)
-    assert line == f"MLX finds no device {device} here: say --device cpu, and see icenet doctor"
+    assert is_one_line(error_line(capfd.readouterr().err), "PyTorch", device, "--device cpu")
     assert not (place / "cuda").exists()
+    if not mx.is_available(mx.gpu):
+        assert main(["generate", "run", "--backend", "mlx", "--device", device]) == FAILURE
+        assert is_one_line(error_line(capfd.readouterr().err), "MLX", device, "--device cpu", "icenet doctor")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_write_permission(place: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    for run in (closed / "run", closed):
+        result = icenet("train", "tiny.yaml", "--run", run, folder=place, code=USAGE)
+        assert is_one_line(error_line(result.stderr), f"{run}: cannot be written", "another --run")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this machine has no /proc")
+def test_a_file_system_that_cannot_be_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Holds for root as well."""
     monkeypatch.chdir(place)
-    (tmp_path / "closed").mkdir(mode=0o555)
-    result = icenet("train", "tiny.yaml", "--run", tmp_path / "closed" / "run", folder=place, code=USAGE)
-    assert re.fullmatch(r"\S+closed/run: cannot be written \(.*\); choose another --run", told(result.stderr))
-    result = icenet("train", "tiny.yaml", "--run", tmp_path / "closed", folder=place, code=USAGE)
-    assert re.fullmatch(r"\S+closed: cannot be written \(.*\); choose another --run", told(result.stderr))
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
-def test_a_place_where_nothing_can_be_written(place: Path) -> None:
-    """Also for root."""
-    for command in (["train", "tiny.yaml", "--run", "/proc/run"], ["quickstart", "--out", "/proc/run"]):
-        result = icenet(*command, folder=place, code=USAGE)
-        assert re.fullmatch(r"/proc/run: cannot be written \(.*\); (choose|give) another --(run|out)",
-                            told(result.stderr))  # fmt: skip
-    result = icenet("convert", "good.safetensors", "/proc/x.safetensors", "--to", "torch", folder=place, code=FAILURE)
-    assert re.fullmatch(r"/proc/x\.safetensors: cannot be written .*; the existing files are unchanged", told(result.stderr))
+    for command, option in ((["train", "tiny.yaml", "--run"], "--run"), (["quickstart", "--out"], "--out")):
+        assert main([*command, "/proc/run"]) == USAGE
+        assert is_one_line(error_line(capfd.readouterr().err), "/proc/run: cannot be written", f"another {option}")
+    assert main(["convert", "good.safetensors", "/proc/x.safetensors", "--to", "torch"]) == FAILURE
+    assert is_one_line(error_line(capfd.readouterr().err), "/proc/x.safetensors: cannot be written")
 
 
 BLOCKER = """
@@ -333,7 +303,7 @@ importlib.util.find_spec = find_spec
 
 
 def without(folder: Path, *blocked: str) -> dict[str, str]:
-    """An environment in which packages seem not to be installed."""
+    """Returns an environment in which packages seem not to be installed."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCKER.format(blocked=blocked))
     return {"PYTHONPATH": str(folder)}
@@ -344,52 +314,50 @@ def test_a_backend_that_is_not_installed(place: Path, tmp_path: Path) -> None:
     neither = without(tmp_path / "c", "mlx", "torch")
     run = ["--run", str(tmp_path / "run"), "--quiet", "--set", "training.max_steps=2"]
 
-    def refused(*arguments: str, **environ: str) -> str:
-        return told(icenet(*arguments, folder=place, code=FAILURE, ICENET_BLAS="none", **environ).stderr)
+    def rejected(*arguments: str, **environ: str) -> str:
+        return error_line(icenet(*arguments, folder=place, code=FAILURE, ICENET_BLAS="none", **environ).stderr)
 
-    line = refused("train", "tiny.yaml", "--backend", "torch", *run, **no_torch)
-    assert line == "backend torch is not installed: pip install 'icenet[torch]'; or choose --backend mlx"
-    line = refused("generate", "run", "--backend", "mlx", **no_mlx)
-    assert line.startswith("backend mlx is not installed: pip install 'icenet[cpu]' on Linux")
-    assert refused("train", "tiny.yaml", *run, **neither).startswith("no backend runs here. backend mlx is not")
-    assert "quickstart needs both backends, and torch is missing" in refused(
-        "quickstart", "--out", str(tmp_path / "quick"), **no_torch
-    )
-    assert "pip install 'icenet[torch]'" in refused("parity", "tiny.yaml", **no_torch)
-    assert "torch" in refused("convert", "good.safetensors", str(tmp_path / "x.pt"), "--to", "torch", **no_torch)
+    install_torch = "pip install 'icenet[torch]'"
+    line = rejected("train", "tiny.yaml", "--backend", "torch", *run, **no_torch)
+    assert is_one_line(line, "backend torch", "not installed", install_torch, "--backend mlx")
+    line = rejected("generate", "run", "--backend", "mlx", **no_mlx)
+    assert is_one_line(line, "backend mlx", "not installed", "pip install 'icenet[cpu]'")
+    line = rejected("train", "tiny.yaml", *run, **neither)
+    assert is_one_line(line, "backend mlx", "backend torch", "pip install 'icenet[cpu]'", install_torch)
+    line = rejected("quickstart", "--out", str(tmp_path / "quick"), **no_torch)
+    assert is_one_line(line, "quickstart", "torch", "pip install 'icenet[all]'")
+    assert is_one_line(rejected("parity", "tiny.yaml", **no_torch), install_torch)
+    assert "torch" in rejected("convert", "good.safetensors", str(tmp_path / "x.pt"), "--to", "torch", **no_torch)
     assert not (tmp_path / "run").exists() and not (tmp_path / "quick").exists()
-    # and what does not need it works: auto takes the backend that is there
+    # commands that do not need the missing backend work; auto takes the installed one
     icenet("train", "tiny.yaml", *run, folder=place, ICENET_BLAS="none", **no_torch)
     icenet("generate", "run", "--backend", "torch", "--max-new-tokens", "2", folder=place, **no_mlx)
     icenet("info", "tiny.yaml", folder=place, **no_mlx)
 
 
-def test_a_blas_that_is_not_there(place: Path) -> None:
-    if sys.platform != "linux":
-        pytest.skip("elsewhere MLX has the platform's own")
+@pytest.mark.skipif(sys.platform != "linux", reason="IceNet chooses a BLAS on Linux only")
+def test_a_blas_that_does_not_exist(place: Path) -> None:
     result = icenet("generate", "run", "--backend", "mlx", folder=place, code=FAILURE, ICENET_BLAS="/no/lib.so")
-    assert re.fullmatch(r"ICENET_BLAS=/no/lib\.so: /no/lib\.so cannot be loaded .*; give auto, torch, openblas, .*",
-                        told(result.stderr))  # fmt: skip
-    # what uses no MLX does not look for it
+    assert is_one_line(error_line(result.stderr), "ICENET_BLAS", "/no/lib.so", "openblas")
+    # PyTorch does not use it
     icenet("generate", "run", "--backend", "torch", "--max-new-tokens", "1", folder=place, ICENET_BLAS="/no/lib.so")
 
 
-def test_a_cache_that_cannot_be_written(place: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    result = icenet(
-        "train", "tiny.yaml", "--run", tmp_path / "run", folder=place, code=USAGE, ICENET_CACHE=str(tmp_path / "file")
-    )
-    assert re.fullmatch(r"cannot keep tokens in \S+: .*; set ICENET_CACHE to a folder .*", told(result.stderr))
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "file"))
+    assert main(["train", "tiny.yaml", "--run", str(tmp_path / "run")]) == USAGE
+    assert is_one_line(error_line(capfd.readouterr().err), str(tmp_path / "file"), "ICENET_CACHE")
 
 
-def test_ctrl_c_before_there_is_anything_to_save(place: Path, tmp_path: Path) -> None:
-    """At any moment of the start: one line or none, and no traceback."""
-    import signal
-    import time
-
+def test_ctrl_c_before_the_first_checkpoint(place: Path, tmp_path: Path) -> None:
+    """At any time of the start: at most one line, and no traceback."""
     for wait in (0.3, 0.6):
-        process = start_icenet(["train", "tiny.yaml", "--run", tmp_path / str(wait), "--set",
-                                "training.max_steps=1000000", "--quiet"], place)  # fmt: skip
+        options = ["--set", "training.max_steps=1000000", "--quiet"]
+        process = start_icenet(["train", "tiny.yaml", "--run", tmp_path / str(wait), *options], place)
         time.sleep(wait)
         process.send_signal(signal.SIGINT)
         try:
@@ -398,8 +366,4 @@ def test_ctrl_c_before_there_is_anything_to_save(place: Path, tmp_path: Path) ->
             process.kill()
         assert process.returncode in (1, -signal.SIGINT)
         if process.returncode == 1:
-            assert re.fullmatch(r"\n?icenet: stopped by Ctrl-C.*\n", err), err
-
-
-def test_the_environment_is_the_one_of_the_tests(place: Path) -> None:
-    assert environment(place)["ICENET_CACHE"] == str(place / "cache")
+            assert is_one_line(err, "icenet: ", "Ctrl-C"), err
