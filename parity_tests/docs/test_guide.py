@@ -1,5 +1,5 @@
-"""The model guide as printed, where no test of a family runs it, on `icenet` and on `icenet_torch`; the commands and
-configurations of the pages; and a model family added as the README says."""
+"""The model guide as printed, on `icenet` and on `icenet_torch`, as far as no test of a family runs it; the commands
+and configurations of the pages; a model family added as the documentation describes."""
 
 from __future__ import annotations
 
@@ -19,32 +19,25 @@ import click
 import numpy as np
 import pytest
 import yaml
-from helpers import BACKENDS, losses, write_text
+from helpers import BACKENDS, PACKAGES, ROOT, losses, native, train, write_text
+from pages import PAGES, code
 
 import icenet as front_door
 from icenet.cli.main import cli
 from icenet.core import backends
 from icenet.core.config import CNNConfig, Config, RecurrentConfig, TransformerConfig, presets
-from icenet.core.training import trainer
 from icenet.core.training.trainer import Trainer
 
-mx: Any = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx")
 torch: Any = pytest.importorskip("torch")
 
-PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 TRAIN = "\ndata: {source: text.txt, seq_length: 16}\ntraining: {max_steps: 2, batch_size: 2, eval_every: null}\n"
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a text."""
-    write_text(tmp_path / "text.txt", 2000)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
-    return tmp_path
+@pytest.fixture(autouse=True)
+def text_file(here: Path, no_plots: None) -> None:
+    """Puts a text into the working folder."""
+    write_text(here / "text.txt", 2000)
 
 
 # ---- the guide's configurations ---------------------------------------------------------------------------
@@ -79,7 +72,7 @@ def test_the_cnns_yaml(here: Path) -> None:
     for backend in BACKENDS:
         model = front_door.build("my.yaml", backend, "cpu")
         images = np.zeros((2, 16, 16, 3), np.float32)
-        given = mx.array(images) if backend == "mlx" else torch.from_numpy(images.transpose(0, 3, 1, 2))
+        given = native(backend, images, images=True)
         assert tuple(model(given).shape) == (2, 1000)
         assert tuple(model.extract_features(given).shape) == (2, 512)
         shapes[backend] = model.weight_shapes()
@@ -105,7 +98,7 @@ ASSIGNMENTS = (
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_assignments_as_printed(backend: str, here: Path) -> None:
-    """They are taken from the configuration by what is built with it afterwards."""
+    """A model and an engine built afterwards use the assigned values."""
     model = "model: {type: transformer, hidden_size: 16, num_layers: 2, num_heads: 2, vocab_size: 257}"
     (here / "my.yaml").write_text(model + TRAIN)
     scope: dict[str, Any] = {}
@@ -144,7 +137,7 @@ CUSTOM_YAML = "model: {type: custom_model.py:CustomModel, hidden_size: 8, vocab_
 
 
 def test_the_custom_model_as_printed(here: Path) -> None:
-    """On `icenet` it is a PyTorch layer in an MLX model: made and called, nothing more."""
+    """On `icenet` it is a PyTorch layer in an MLX model: it can be built and called, not trained."""
     scope: dict[str, Any] = {}
     exec(CUSTOM, scope)
     (here / "custom_model.py").write_text(CUSTOM)
@@ -173,16 +166,10 @@ def test_the_custom_model_under_icenet_torch_trains(here: Path) -> None:
     assert found[2] < found[1] < found[0]
 
 
-def blocks(page: str, language: str) -> list[str]:
-    """The code blocks of a page."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 def test_the_custom_model_of_the_page(here: Path) -> None:
-    """`docs/models.md` as printed, and its twin as it describes it."""
-    (source,) = (block for block in blocks("docs/models.md", "python") if "class CustomModel" in block)
-    (settings,) = (block for block in blocks("docs/models.md", "yaml") if "CustomModel" in block)
+    """The custom model of `docs/models.md` as printed, and its PyTorch version as the page describes it."""
+    (source,) = (block for block in code("docs/models.md", "python") if "class CustomModel" in block)
+    (settings,) = (block for block in code("docs/models.md", "yaml") if "CustomModel" in block)
     (here / "my_models.py").write_text(source)
     twin = source.replace("import mlx.nn", "import torch.nn").replace("icenet.models", "icenet_torch.models")
     (here / "my_models_torch.py").write_text(twin)
@@ -190,7 +177,7 @@ def test_the_custom_model_of_the_page(here: Path) -> None:
     short = ["training.max_steps=2", "training.batch_size=2", "data.source=text.txt", "device=cpu"]
     config = Config.from_yaml("my.yaml", short)
     for backend in BACKENDS:
-        Trainer.start(config, here / backend, backend=backend, quiet=True).fit()
+        train(config, here / backend, backend)
     assert losses(here / "mlx") == pytest.approx(losses(here / "torch"), rel=1e-6)
     texts = {
         backend: front_door.generate(
@@ -205,10 +192,10 @@ def test_the_custom_model_of_the_page(here: Path) -> None:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every `icenet ...` of the pages: the lines of the shell blocks, and what stands in backquotes."""
+    """Returns every `icenet ...` of the pages, as (page, arguments): shell blocks and code in the text."""
     found = []
     for page in PAGES:
-        lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+        lines = [line for block in code(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
         prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         lines += [" ".join(code.split()) for code in re.findall(r"`(icenet [^`]+)`", prose)]
         for line in lines:
@@ -226,7 +213,7 @@ def test_the_pages_have_commands() -> None:
 
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
-    """It has options that exist; the presets and keys that it names are there."""
+    """Its options, presets and configuration keys exist."""
     words = shlex.split(line.split(" > ")[0])
     assert words[0] in cli.commands, line
     needs = {"generate": 1, "convert": 4, "parity": 1, "predict": 2, "prepare": 1, "bench": 1}.get(words[0], 0)
@@ -247,8 +234,8 @@ def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_configurations_of_the_pages(page: str, here: Path) -> None:
-    """Each is accepted; a part without a model is put beside one."""
-    for block in blocks(page, "yaml"):
+    """Each is accepted, with a model added to those that have none."""
+    for block in code(page, "yaml"):
         values = yaml.safe_load(block)
         (here / "page.yaml").write_text(block if "model" in values else f"{block}\nmodel: {{type: transformer}}\n")
         config = Config.from_yaml("page.yaml")
@@ -261,12 +248,14 @@ def test_the_configurations_of_the_pages(page: str, here: Path) -> None:
                 assert found == (float(value) if isinstance(found, float) else value)  # PyYAML reads 5e-3 as a text
 
 
-def test_the_python_of_the_readme(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second block on both; the first one's model is that of a preset, its run that of the quickstart."""
-    first, second = blocks("README.md", "python")
+def test_the_python_of_the_readme(here: Path) -> None:
+    """Both blocks run with smaller models, the second on both backends."""
+    first, second = code("README.md", "python")
+    first = first.replace("transformer-tiny", "my.yaml")
+    second = second.replace("hidden_size=512, num_layers=6", "hidden_size=32, num_layers=1")
     for backend, package in PACKAGES.items():
         ids = np.zeros((1, 3), np.int64)
-        scope: dict[str, Any] = {"input_ids": mx.array(ids) if backend == "mlx" else torch.from_numpy(ids)}
+        scope: dict[str, Any] = {"input_ids": native(backend, ids)}
         exec(second.replace("icenet.", f"{package}."), scope)
         assert tuple(scope["logits"].shape) == (1, 3, 50000)
     model = "model: {type: transformer, hidden_size: 16, num_layers: 1, num_heads: 2, vocab_size: 257}"
@@ -277,9 +266,9 @@ def test_the_python_of_the_readme(here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert scope["model"].backend == "torch"
 
 
-# ---- a family of one's own --------------------------------------------------------------------------------
+# ---- a new family -------------------------------------------------------------------------------------------
 
-BAG = '''"""A bag of embeddings: the sum of what came before, {name}."""
+BAG = '''"""A bag of embeddings: the running sum of the embeddings, {name}."""
 
 from __future__ import annotations
 
@@ -357,24 +346,24 @@ print(json.dumps({
 
 
 def insert(file: Path, before: str, line: str) -> None:
-    """Puts lines into a file, before the one place where a text stands."""
+    """Inserts lines into a file before a text that it contains once."""
     text = file.read_text(encoding="utf-8")
     assert text.count(before) == 1
     file.write_text(text.replace(before, line + before), encoding="utf-8")
 
 
 def test_a_family_added_as_the_readme_says(tmp_path: Path) -> None:
-    """One file a backend, the exports, and its options; nothing else is touched."""
+    """It needs one file per backend, the exports and its options, and no other change."""
     steps = (ROOT / "README.md").read_text(encoding="utf-8").split("## Add a model family")[1].split("\n## ")[0]
     for word in ("icenet/core/config/model.py", "FAMILIES", "icenet/models/NAME.py", "icenet_torch/models/NAME.py",
                  "models/__init__.py", "self.init_weights(seed)"):  # fmt: skip
         assert word in steps
-    house = tmp_path / "house"
+    checkout = tmp_path / "checkout"
     leave = shutil.ignore_patterns("__pycache__")
     for part in ("icenet", "icenet_torch", "configs"):
-        shutil.copytree(presets.folder() if part == "configs" else ROOT / part, house / part, ignore=leave)
+        shutil.copytree(presets.folder() if part == "configs" else ROOT / part, checkout / part, ignore=leave)
 
-    families = house / "icenet/core/config/model.py"
+    families = checkout / "icenet/core/config/model.py"
     insert(families, "FAMILIES: dict", BAG_CONFIG)
     insert(families, '    "cnn": CNNConfig,\n', '    "bag": BagConfig,\n')
     words = {
@@ -388,7 +377,7 @@ def test_a_family_added_as_the_readme_says(tmp_path: Path) -> None:
         },
     }
     for package, change in words.items():
-        models = house / package / "models"
+        models = checkout / package / "models"
         (models / "bag.py").write_text(BAG.format(**change), encoding="utf-8")
         insert(models / "__init__.py", f"from {package}.models.base", f"from {package}.models.bag import BagModel\n")
         insert(models / "__init__.py", '    "cnn": CNNModel,\n', '    "bag": BagModel,\n')
@@ -396,7 +385,7 @@ def test_a_family_added_as_the_readme_says(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt", 2000)
     settings = "device: cpu\nmodel: {type: bag, hidden_size: 16, vocab_size: 257, power: 2, dropout: 0.1}"
     (tmp_path / "bag.yaml").write_text(settings + TRAIN)
-    paths = os.pathsep.join(filter(None, [str(house), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
@@ -406,7 +395,7 @@ def test_a_family_added_as_the_readme_says(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert Path(found["place"]).is_relative_to(house)
+    assert Path(found["place"]).is_relative_to(checkout)
     assert found["types"] == ["icenet.models.bag", "icenet_torch.models.bag"]
     assert found["equal"] and found["moved"] and found["parity"] and found["steps"] == [2, 2]
     assert found["texts"][0] == found["texts"][1]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from icenet.core.config import Config
-from icenet.core.training import trainer
 from icenet.core.training.trainer import Trainer
 
 pytest.importorskip("torch")
@@ -30,7 +29,7 @@ def test_the_recipe_is_the_published_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backends", [("mlx",) * 4, ("torch",) * 4, ("torch", "mlx", "torch", "mlx")])
 def test_nanogpt_on_characters(tmp_path: Path, backends: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
     run = tmp_path / "run"
     result = Trainer.start(Config.from_yaml("nanogpt-char"), run, backend=backends[0], quiet=True).fit(500)
     for step, backend in zip((1000, 1500, 2000), backends[1:], strict=True):
