@@ -1,12 +1,12 @@
-"""Random numbers that are a pure function of a key, the same on every backend and device.
+"""Random numbers as a pure function of a key, the same on every backend and device.
 
-The generator is threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011), which is also MLX's own: `bits(key, n)` gives the words that MLX draws for an
-array of n 32-bit values under the same key, so MLX uses its fast kernels and the PyTorch mirror
-(`icenet_torch.nn.random.random_bits`) reproduces them with integer operations.
+The generator is threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3", SC 2011). MLX uses the same generator: `bits(key, n)` returns the words that MLX draws for an array of n
+32-bit values under the same key. MLX uses its own kernels, and `icenet_torch.nn.random` reproduces them with integer
+operations.
 
-A key names what a draw is for: `key(seed, "dropout", step, "blocks.0.feed_forward.dropout")`. Nothing has a
-hidden state, so order of evaluation, recomputation and a resume change nothing.
+A key identifies a draw: `key(seed, "dropout", step, "blocks.0.feed_forward.dropout")`. There is no hidden state, so
+the order of evaluation, recomputation and resuming a run have no effect.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Words = NDArray[np.uint32]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA  # the constant of the Threefish key schedule, 32-bit form
-_CHUNK = 1 << 16  # words a block in `bits`: the working set stays in the cache
+_CHUNK = 1 << 16  # words per chunk, so that the working set stays in the cache
 
 
 def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Words, Words]:
-    """The threefry-2x32-20 hash of `counter` under `key`, elementwise.
+    """Computes the threefry-2x32-20 hash of `counter` under `key`, elementwise.
 
-    Key and counter are pairs of uint32 arrays that broadcast together; so is the result. Arithmetic is
+    Key and counter are pairs of uint32 arrays that broadcast together. The result is such a pair. Arithmetic is
     modulo 2^32.
     """
     k0, k1 = key
@@ -45,14 +45,14 @@ def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tupl
 
 
 def _word(value: int | str) -> int:
-    """A 64-bit word for one part of a key: integers as they are, names by the head of their SHA-256."""
+    """Returns the 64-bit word of one part of a key: an integer itself, or the first 8 bytes of a name's SHA-256."""
     if isinstance(value, str):
         return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "little")
     return int(value) & 0xFFFFFFFFFFFFFFFF
 
 
 def fold(keys: Words, words: int | str | NDArray[np.integer]) -> Words:
-    """Derives keys from keys: uint32 `[..., 2]` and one word (or an array `[...]` of words) to `[..., 2]`."""
+    """Derives keys, uint32 `[..., 2]`, from keys `[..., 2]` and one word or an array of words `[...]`."""
     if isinstance(words, (int, str)):
         words = np.asarray(_word(words), dtype=np.uint64)
     else:
@@ -63,7 +63,7 @@ def fold(keys: Words, words: int | str | NDArray[np.integer]) -> Words:
 
 
 def key(seed: int, stream: str, *words: int | str) -> Words:
-    """The key, uint32 `[2]`, of one draw: a seed, what is drawn (`stream`), and which one (`words`)."""
+    """Returns the key of a draw, uint32 `[2]`: the seed, the kind of draw (`stream`), and its index (`words`)."""
     result = fold(np.zeros(2, np.uint32), seed)
     for word in (stream, *words):
         result = fold(result, word)
@@ -71,23 +71,23 @@ def key(seed: int, stream: str, *words: int | str) -> Words:
 
 
 def dropout_threshold(p: float) -> int:
-    """The least 32-bit word that keeps a value, where each is left out with probability p."""
+    """Returns the smallest 32-bit word that keeps a value, for a probability p of dropping it."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def native_seed(seed: int, step: int, rank: int = 0) -> int:
-    """What a framework's own generator is seeded with before a step, below 2^63; each process has rows of its own."""
+    """Returns the seed of a framework's own generator for a step, below 2^63; it differs between processes."""
     high, low = (int(word) for word in key(seed, f"native {rank}" if rank else "native", step))
     return (high << 32 | low) >> 1
 
 
 def keys_for_names(base: Words, names: list[str]) -> Words:
-    """One key for each name under a base key `[2]`: uint32 `[len(names), 2]`, in one pass."""
+    """Returns one key for each name, derived from a base key `[2]`: uint32 `[len(names), 2]`."""
     return fold(base[None, :], np.array([_word(name) for name in names], dtype=np.uint64))
 
 
 def bits(key: Words, n: int) -> Words:
-    """`n` uint32 words drawn under a key `[2]`, in the order in which MLX lays them out."""
+    """Returns `n` random words under a key `[2]`, uint32, in MLX's order."""
     half, odd = divmod(n, 2)
     out = np.empty(n, np.uint32)
     pair = (key[0], key[1])
@@ -97,22 +97,22 @@ def bits(key: Words, n: int) -> Words:
         out[start : start + len(first)], out[half + odd + start : half + odd + start + len(first)] = threefry2x32(
             pair, (first, second)
         )
-    if odd:  # the middle word of an odd count is drawn alone, with a second counter of zero
+    if odd:  # the middle word of an odd count has no partner; its second counter is zero
         out[half] = threefry2x32(pair, (np.full(1, half, np.uint32), np.zeros(1, np.uint32)))[0][0]
     return out
 
 
 def uniform(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Uniform variates in [0, 1), float32, equal to `mx.random.uniform(shape=shape, key=key)` bit for bit."""
+    """Returns uniform variates in [0, 1), float32, bitwise equal to `mx.random.uniform(shape=shape, key=key)`."""
     words = bits(key, int(np.prod(shape, dtype=np.int64)))
     values = words.astype(np.float32) * np.float32(2.0**-32)
     return np.minimum(values, np.float32(1 - 2.0**-24)).reshape(shape)
 
 
 def normal(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal variates, float32, by Box and Muller's transform (1958) in float64.
+    """Returns standard normal variates, float32, by the Box-Muller transform (1958) in float64.
 
-    Drawn on the host: the frameworks' inverse error functions differ from each other.
+    They are drawn on the host, because the frameworks' inverse error functions differ.
     """
     n = int(np.prod(shape, dtype=np.int64))
     pairs = (n + 1) // 2
@@ -120,7 +120,7 @@ def normal(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
     out = np.empty(2 * pairs, np.float32)
     for start in range(0, pairs, _CHUNK):
         stop = min(start + _CHUNK, pairs)
-        # (word + 1/2) / 2^32 lies strictly inside (0, 1), so the logarithm is finite
+        # (word + 1/2) / 2^32 is strictly between 0 and 1, so the logarithm is finite
         radius = np.sqrt(-2.0 * np.log((words[start:stop] + 0.5) * 2.0**-32))
         angle = (2.0 * np.pi * 2.0**-32) * words[pairs + start : pairs + stop]
         out[start:stop] = radius * np.cos(angle)
@@ -129,6 +129,6 @@ def normal(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def permutation(key: Words, n: int) -> NDArray[np.int64]:
-    """A random order of range(n), int64 `[n]`: the argsort of n random 64-bit words (ties keep their order)."""
+    """Returns a random permutation of range(n), int64 `[n]`: the stable argsort of n random 64-bit words."""
     words = bits(key, 2 * n).astype(np.uint64)
     return np.argsort((words[:n] << np.uint64(32)) | words[n:], kind="stable").astype(np.int64)

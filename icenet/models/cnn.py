@@ -2,8 +2,8 @@
 
     images -> stem -> stages of conv and residual blocks -> mean over height and width -> classifier
 
-The stem keeps the resolution, or quarters it; each stage after the first halves it and, as a rule, doubles the
-channels. `icenet.core.config.cnn_plan` says which block stands where; ResNet-18, 34 and 50 are configurations.
+The stem keeps the resolution or divides it by four. Each stage after the first halves it and by default doubles the
+channels. `icenet.core.config.cnn_plan` lists the blocks. ResNet-18, 34 and 50 are configurations of this model.
 
 Shapes: B batch, H height, W width, C channels in, O channels out, s stride, D hidden_size, K classes
 (vocab_size). Images are [B, H, W, C]. The mirror is `icenet_torch/models/cnn.py`.
@@ -22,7 +22,7 @@ from icenet.models.base import BaseModel
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm; the norm's bias stands for the convolution's."""
+    """Convolution and batch norm. The convolution has no bias, because the norm has one."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ConvBlock(ConvNorm):
 
 
 class ResidualBlock(nn.Module):
-    """A branch of convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """The sum of a branch of convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, config: CNNConfig, block: cnn_plan.Block) -> None:
         super().__init__()
@@ -100,11 +100,11 @@ class CNNModel(BaseModel):
             self.init_weights(seed)
 
     def forward(self, images: mx.array) -> mx.array:
-        """Logits `[B, K]` of images of any height and width from `icenet.core.config.cnn_plan.min_image_size` on."""
+        """Returns logits `[B, K]` of images. The smallest size is `icenet.core.config.cnn_plan.min_image_size`."""
         return self.output(self.extract_features(images))
 
     def extract_features(self, images: mx.array) -> mx.array:
-        """What the last layer reads, `[B, D]`."""
+        """Returns the input of the last layer, `[B, D]`."""
         cnn_plan.check_images(self.config, images.shape, channel_axis=3)
         x = self.stem(images.astype(self.compute_dtype))  # pixels of base_channels
         if self.config.stem == "conv7":

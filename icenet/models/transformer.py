@@ -2,7 +2,7 @@
 
     tokens -> embedding * sqrt(D) + sinusoidal positions -> N x [attention, feed-forward] -> vocabulary
 
-Shapes: B batch, T new positions, S positions seen (T and what the cache holds), H heads, D hidden_size,
+Shapes: B batch, T new positions, S all positions (those in the cache and T), H heads, D hidden_size,
 F feed-forward width, V vocab_size. The mirror is `icenet_torch/models/transformer.py`.
 """
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, F = feed_forward_multiplier * D wide."""
+    """Two linear layers with an activation between them; its width is F = feed_forward_multiplier * D."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each a residual branch."""
+    """Attention and feed-forward network, each in a residual branch."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerModel(BaseModel):
-    """A transformer language model; an encoder with token outputs where `config.causal` is off."""
+    """A transformer language model, or with `causal: false` an encoder."""
 
     config: TransformerConfig
 
@@ -105,10 +105,16 @@ class TransformerModel(BaseModel):
         attention_mask: mx.array | None = None,
         cache: list[KVCache] | None = None,
     ) -> mx.array:
-        """Logits `[B, T, V]` of tokens int `[B, T]`.
+        """Computes logits of tokens.
 
-        `attention_mask` is `[B, S]`, 0 or False where a position is padding; it covers what the cache holds
-        too. Positions count from each row's first real token, so padding on the left changes nothing.
+        Args:
+            input_ids: Tokens, int `[B, T]`.
+            attention_mask: `[B, S]`, 0 or False for padding; it includes the positions in the cache. Positions are
+                counted from the first token of each row that is not padding, so padding on the left has no effect.
+            cache: Keys and values of earlier tokens, one cache per block, which is updated.
+
+        Returns:
+            Logits `[B, T, V]`.
         """
         return self.project(self.hidden_states(input_ids, attention_mask, cache))
 
@@ -118,17 +124,17 @@ class TransformerModel(BaseModel):
         attention_mask: mx.array | None = None,
         cache: list[KVCache] | None = None,
     ) -> mx.array:
-        """What the output projection reads, `[B, T, D]`."""
+        """Returns the input of the output projection, `[B, T, D]`."""
         length = input_ids.shape[1]
         start = cache[0].length if cache else 0
         self.check_length(start + length)
-        real = None if attention_mask is None else attention_mask.astype(mx.bool_)
-        if real is None:
+        is_token = None if attention_mask is None else attention_mask.astype(mx.bool_)
+        if is_token is None:
             positions = self._positions[start : start + length]
         else:
-            counted = mx.cumsum(real.astype(mx.int32), axis=1)[:, -length:]
+            counted = mx.cumsum(is_token.astype(mx.int32), axis=1)[:, -length:]
             positions = self._positions[mx.maximum(counted - 1, 0)]
-        mask = ops.make_attention_mask(real, length, self.config.causal)
+        mask = ops.make_attention_mask(is_token, length, self.config.causal)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
         x = self.embedding_dropout(x.astype(self.compute_dtype))
@@ -140,11 +146,11 @@ class TransformerModel(BaseModel):
         return self.final_norm(x) if self.config.norm_position == "pre" else x
 
     def project(self, hidden_states: mx.array) -> mx.array:
-        """Logits `[..., V]` of hidden states `[..., D]`."""
+        """Returns logits `[..., V]` of hidden states `[..., D]`."""
         if self.config.tie_embeddings:
             return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
     def make_cache(self) -> list[KVCache]:
-        """An empty cache, one part a block."""
+        """Returns an empty cache for each block."""
         return [KVCache() for _ in self.blocks]

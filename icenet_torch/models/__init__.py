@@ -1,4 +1,4 @@
-"""The model families, PyTorch. A new family adds its line to the imports and to `MODELS`."""
+"""The model families, PyTorch. A new family is added to the imports and to `MODELS`."""
 
 from __future__ import annotations
 

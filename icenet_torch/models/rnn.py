@@ -2,7 +2,7 @@
 
     tokens -> embedding * sqrt(H) -> N x [recurrent layer, dropout between layers] -> vocabulary
 
-Shapes: B batch, T positions, N num_layers, H hidden_size, D directions (1, or 2 where bidirectional),
+Shapes: B batch, T positions, N num_layers, H hidden_size, D directions (1, or 2 if bidirectional),
 V vocab_size. The mirror is `icenet/models/rnn.py`.
 """
 
@@ -21,11 +21,11 @@ from icenet_torch.models.base import BaseModel
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 
 Hidden: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
-"""What the model remembers, as `torch.nn.LSTM` has it: (h, c) of an LSTM, h of the others, `[N*D, B, H]` each."""
+"""The state of all layers as in `torch.nn.LSTM`: (h, c) for an LSTM, h for GRU and RNN, `[N*D, B, H]` each."""
 
 
 class RecurrentModel(BaseModel):
-    """What the three models share; bidirectional ones give features and tags, and generate nothing."""
+    """The base class of the three models. Bidirectional models compute features and cannot generate."""
 
     config: RecurrentConfig
     family: ClassVar[str]
@@ -33,7 +33,7 @@ class RecurrentModel(BaseModel):
     def __init__(self, config: RecurrentConfig, seed: int | None = 0) -> None:
         super().__init__(config)
         if config.type != self.family:
-            raise UsageError(f"{type(self).__name__}: model.type is {config.type}, where {self.family} is wanted")
+            raise UsageError(f"{type(self).__name__}: model.type is {config.type}; it must be {self.family}")
         width = config.hidden_size
         joined = 2 * width if config.bidirectional else width
         self.token_embedding = ops.Embedding(config.vocab_size, width)
@@ -45,7 +45,7 @@ class RecurrentModel(BaseModel):
             self.init_weights(seed)
 
     def make_layer(self, input_size: int) -> Recurrent:
-        """One recurrent layer; defined by each model."""
+        """Returns one recurrent layer; defined by each model."""
         raise NotImplementedError
 
     def forward(
@@ -55,15 +55,19 @@ class RecurrentModel(BaseModel):
         attention_mask: torch.Tensor | None = None,
         return_hidden: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, Hidden]:
-        """Logits `[B, T, V]` of tokens int `[B, T]`; with `return_hidden` also the state after the last one.
+        """Computes logits of tokens. A sequence in pieces, with the state passed on, has the same logits as a whole.
 
-        `hidden` is the state before the first token: what an earlier call returned, or None for zeros. A
-        sequence read in pieces, the state handed on, gives what it gives when read whole.
+        Args:
+            input_ids: Tokens, int `[B, T]`.
+            hidden: State before the first token, as returned by an earlier call, or None for zeros.
+            attention_mask: `[B, T]`, 0 or False for padding, which leaves the state unchanged.
+            return_hidden: Whether to also return the state after the last token.
 
-        `attention_mask` is `[B, T]`, 0 or False where a position is padding: it leaves the state as it was.
+        Returns:
+            Logits `[B, T, V]`, or a tuple of logits and state.
         """
         states = None if hidden is None else self.split_hidden(hidden, input_ids.shape[0])
-        x, states = self.read(input_ids, attention_mask, states)
+        x, states = self.run_layers(input_ids, attention_mask, states)
         logits = self.project(x)
         return (logits, self.join_hidden(states)) if return_hidden else logits
 
@@ -73,28 +77,32 @@ class RecurrentModel(BaseModel):
         attention_mask: torch.Tensor | None = None,
         cache: RecurrentCache | None = None,
     ) -> torch.Tensor:
-        """What the output projection reads, `[B, T, D*H]`: the features of each position.
+        """Returns the input of the output projection, `[B, T, D*H]`: the features of each position.
 
-        A cache goes on from the tokens read before; `attention_mask` may cover those too.
+        A cache provides the state after earlier tokens and is updated; `attention_mask` may cover those tokens too.
         """
-        x, states = self.read(input_ids, attention_mask, cache.states if cache else None)
+        x, states = self.run_layers(input_ids, attention_mask, cache.states if cache else None)
         if cache:
             cache.states = states
         return x
 
-    def read(
+    def run_layers(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, states: list[State] | None
     ) -> tuple[torch.Tensor, list[State]]:
-        """The last layer's outputs `[B, T, D*H]`, and the state of every layer after the last token."""
+        """Returns the outputs of the last layer, `[B, T, D*H]`, and the state of each layer after the last token."""
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -input_ids.shape[1] :].to(torch.bool).T  # [T, B]
-        x = self.token_embedding(input_ids.T) * self.config.hidden_size**0.5  # [T, B, H]: time first from here
+        x = (
+            self.token_embedding(input_ids.T) * self.config.hidden_size**0.5
+        )  # [T, B, H]: time is the first axis in the layers
         x = x.to(self.compute_dtype)
         ends: list[State] = []
         for index, layer in enumerate(self.layers):
             if index > 0:
-                x = self.dropouts[index - 1](x.swapaxes(0, 1)).swapaxes(0, 1)  # rows first, see Dropout
+                x = self.dropouts[index - 1](x.swapaxes(0, 1)).swapaxes(
+                    0, 1
+                )  # dropout keys are per row, the first axis
             start = states[index] if states else None
             if self.gradient_checkpointing and self.training:
                 x, end = ops.checkpoint(layer, x, start, mask)
@@ -104,34 +112,34 @@ class RecurrentModel(BaseModel):
         return x.swapaxes(0, 1), ends
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., V]` of hidden states `[..., D*H]`."""
+        """Returns logits `[..., V]` of hidden states `[..., D*H]`."""
         if self.config.tie_embeddings:
             return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
     def make_cache(self) -> RecurrentCache:
-        """The state before any token."""
+        """Returns an empty cache."""
         return RecurrentCache()
 
     def join_hidden(self, states: list[State]) -> Hidden:
-        """The states of the layers, one array for each part."""
+        """Joins the states of the layers into one array per state."""
         parts = tuple(torch.cat(part) for part in zip(*states, strict=True))
         return parts if len(parts) > 1 else parts[0]
 
     def split_hidden(self, hidden: Hidden, batch: int) -> list[State]:
-        """The inverse of `join_hidden`; raises UsageError where the shapes are not those of this model."""
+        """The inverse of `join_hidden`. Raises UsageError if the shapes do not match the model."""
         parts = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
         directions = 2 if self.config.bidirectional else 1
-        wanted = [[self.config.num_layers * directions, batch, self.config.hidden_size]] * self.layers[0].states
+        expected = [[self.config.num_layers * directions, batch, self.config.hidden_size]] * self.layers[0].states
         found = [list(part.shape) for part in parts]
-        if found != wanted:
-            raise UsageError(f"hidden: arrays of {found}, where {wanted} are wanted (layers, batch, hidden_size)")
-        layers = range(0, wanted[0][0], directions)
+        if found != expected:
+            raise UsageError(f"hidden: shapes {found} must be {expected} (layers, batch, hidden_size)")
+        layers = range(0, expected[0][0], directions)
         return [tuple(part[first : first + directions] for part in parts) for first in layers]
 
 
 class LSTMModel(RecurrentModel):
-    """Embedding, layers of long short-term memory, output projection."""
+    """A language model of LSTM layers: embedding, recurrent layers, output projection."""
 
     family = "lstm"
 
@@ -140,7 +148,7 @@ class LSTMModel(RecurrentModel):
 
 
 class GRUModel(RecurrentModel):
-    """Embedding, layers of gated recurrent units, output projection."""
+    """A language model of GRU layers: embedding, recurrent layers, output projection."""
 
     family = "gru"
 
@@ -149,7 +157,7 @@ class GRUModel(RecurrentModel):
 
 
 class RNNModel(RecurrentModel):
-    """Embedding, simple recurrent layers, output projection."""
+    """A language model of simple recurrent layers: embedding, recurrent layers, output projection."""
 
     family = "rnn"
 

@@ -1,6 +1,6 @@
-"""Kernels for NVIDIA GPUs, in Triton, which PyTorch's CUDA builds bring. MLX needs none: it draws threefry itself.
+"""Triton kernels for NVIDIA GPUs: dropout masks. MLX needs none, because it draws threefry numbers itself.
 
-Imported where there is such a GPU and Triton is installed, and not before.
+The module is imported only on a GPU and with Triton, which PyTorch's CUDA builds include.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ BLOCK = 1024
 
 
 def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
-    """The mask of `icenet_torch.nn.dropout.dropout_mask` in one kernel: bool `[rows, n]`.
+    """Computes `icenet_torch.nn.random.random_bits_at_least` in one kernel.
 
-    keys int32 `[rows, 2]`; True where the word drawn is at least `threshold`. In PyTorch's own operations it is more
-    than a hundred kernels: 2,000 us where this takes 10 (32 x 512 x 512 values on an H100).
+    keys int32 `[rows, 2]` to bool `[rows, n]`. PyTorch's own operations take more than a hundred kernels: 2,000 us
+    instead of 10 us for 32 x 512 x 512 values on an H100.
     """
     rows = keys.shape[0]
     out = torch.empty((rows, n), dtype=torch.bool, device=keys.device)
@@ -29,7 +29,7 @@ def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
 
 
 def dropout(x: Tensor, keys: Tensor, threshold: int, scale: float) -> tuple[Tensor, Tensor]:
-    """x, contiguous, where the mask is True, times `scale`, and 0 elsewhere; and the mask, in x's shape."""
+    """Applies dropout to a contiguous x. Returns x * scale or zero, and the mask, both in the shape of x."""
     rows = keys.shape[0]
     out, keep = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
     n = x.numel() // rows
@@ -56,7 +56,7 @@ def _four_rounds(x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: t
 
 @triton.jit
 def _words(keys, row, c, half):  # type: ignore[no-untyped-def]
-    """threefry-2x32-20 of the counters (c, c + half) under a row's key; see `icenet.core.rng`."""
+    """Computes threefry-2x32-20 of the counters (c, c + half) under the key of a row; see `icenet.core.rng`."""
     k0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
     k1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
     k2 = k0 ^ k1 ^ 0x1BD11BDA
@@ -95,13 +95,13 @@ def _dropout(x, out, keep, keys, n, half, threshold, scale, BLOCK: tl.constexpr)
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x0, x1 = _words(keys, row, c, half)
-    at = row * n + c
-    there = c < half
+    index = row * n + c
+    valid = c < half
     kept = x0 >= threshold
-    tl.store(keep + at, kept, mask=there)
-    tl.store(out + at, tl.where(kept, tl.load(x + at, mask=there) * scale, 0.0), mask=there)
-    at += half
-    there = c + half < n
+    tl.store(keep + index, kept, mask=valid)
+    tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)
+    index += half
+    valid = c + half < n
     kept = x1 >= threshold
-    tl.store(keep + at, kept, mask=there)
-    tl.store(out + at, tl.where(kept, tl.load(x + at, mask=there) * scale, 0.0), mask=there)
+    tl.store(keep + index, kept, mask=valid)
+    tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)

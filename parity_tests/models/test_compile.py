@@ -62,7 +62,7 @@ def test_images_get_rows_only() -> None:
     assert padded["inputs"].shape == (4, 8, 8, 1) and padded["labels"].tolist() == [0, 0, 0, -100]
 
 
-@pytest.mark.parametrize(("name", "method"), [("transformer", "hidden_states"), ("gru", "read")])
+@pytest.mark.parametrize(("name", "method"), [("transformer", "hidden_states"), ("gru", "run_layers")])
 def test_mlx_traces_few_times_and_agrees_with_eager(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, eager = (backend.engine(config(name, on), "mlx") for on in (True, False))
     traced = []

@@ -1,19 +1,18 @@
 """Initial values as a pure function of (seed, parameter path), drawn on the host in PyTorch's layouts.
 
-Both backends are given the same arrays, so they start equal bit for bit. The rules by kind of layer:
+Both backends receive the same arrays, so they start equal bit for bit. The rules by layer kind:
 
-    linear      normal, standard deviation init_scale / sqrt(inputs); bias zero
-    embedding   normal, standard deviation 1 / sqrt(width)
-    recurrent   as linear, the gates of one layer alike
-    conv2d      normal, standard deviation init_scale * sqrt(2 / inputs of one output) (He et al., 2015);
-                bias zero
-    norms       weight one, bias zero; of a batch norm also running mean zero, running variance one
+    linear      Normal with standard deviation init_scale / sqrt(inputs). Bias zero.
+    embedding   Normal with standard deviation 1 / sqrt(width).
+    recurrent   As linear, with the same deviation for all gates.
+    conv        Normal with standard deviation init_scale * sqrt(2 / inputs per output) (He et al., 2015). Bias zero.
+    norms       Weight one, bias zero. For batch norm also running mean zero, running variance one.
 
-An LSTM's forget gates start without a bias of one (Jozefowicz et al., 2015): on bytes of text it made training
-slower (two layers of 256, 250 steps: validation loss 1.72 against 1.67; 1.82 with PyTorch's uniform weights).
+The bias of an LSTM's forget gate is zero, not one (Jozefowicz et al., 2015): on bytes of text, one made training
+slower (two layers of 256, 250 steps: validation loss 1.72 instead of 1.67; 1.82 with PyTorch's uniform weights).
 
-`init_scale` is 1 but where a layer says otherwise: projections that end a residual branch use
-1 / sqrt(2 * num_layers), so that the sum over all branches keeps its size (Radford et al., 2019).
+`init_scale` is 1 by default. Projections at the end of a residual branch use 1 / sqrt(2 * num_layers), so that the
+sum over all branches keeps its size (Radford et al., 2019).
 """
 
 from __future__ import annotations
@@ -32,9 +31,18 @@ Array = NDArray[np.float32]
 def initial_value(
     kind: str, name: str, path: str, shape: tuple[int, ...], seed: int, init_scale: float = 1.0
 ) -> Array:
-    """The initial value, float32, of parameter `path` (whose last part is `name`) in a layer of `kind`.
+    """Returns the initial value of a parameter, float32.
 
-    `shape` is the shape in PyTorch's layout.
+    Args:
+        kind: Layer kind (see `icenet.core.weights.layout`).
+        name: Name of the parameter in its layer.
+        path: Path of the parameter in the model, which selects its random numbers.
+        shape: Shape in PyTorch's layout.
+        seed: Seed of the run.
+        init_scale: Factor of the standard deviation.
+
+    Raises:
+        WeightsError: The layer kind has no rule.
     """
     if kind in ("linear", "embedding", "recurrent"):
         if name.startswith("bias"):
@@ -54,10 +62,10 @@ def initial_value(
 
 
 def sinusoidal_positions(length: int, width: int) -> Array:
-    """Position encodings, float32 `[length, width]` (Vaswani et al., 2017, section 3.5).
+    """Returns sinusoidal position encodings, float32 `[length, width]` (Vaswani et al., 2017, section 3.5).
 
-    Column 2i is sin(position / 10000^(2i / width)), column 2i + 1 the cosine of the same angle; computed in
-    float64, since the frameworks' sines of large angles differ.
+    Column 2i is sin(position / 10000^(2i / width)); column 2i + 1 is the cosine of the same angle. They are computed
+    in float64, because the frameworks' sines of large angles differ.
     """
     frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
