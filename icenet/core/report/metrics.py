@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from icenet.core.errors import IceNetError
+from icenet.core.files import write_text
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -26,9 +26,9 @@ class MetricsLog:
     this one.
     """
 
-    def __init__(self, path: str | Path, beside: Any = None) -> None:
+    def __init__(self, path: str | Path, mirror: Any = None) -> None:
         self.path = Path(path)
-        self._beside = beside
+        self._mirror = mirror
         self._file: IO[str] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from None
-        if self._beside is not None:
-            self._beside.append(record)
+        if self._mirror is not None:
+            self._mirror.append(record)
 
     def truncate_after(self, step: int) -> None:
         """Drops the records of steps after `step`, and unfinished lines: what a resumed run writes again.
@@ -59,21 +59,9 @@ class MetricsLog:
             IceNetError: the file cannot be written.
         """
         self.close()
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            if not self.path.exists():
-                return
+        if self.path.exists():
             kept = [record for record in self.read(self.path) if record.get("step", step) <= step]
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(plain(record), allow_nan=False) + "\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            write_text(self.path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in kept))
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
@@ -112,8 +100,8 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._beside is not None:
-            self._beside.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -1,73 +1,53 @@
-"""The best evaluation of a run, and whether it is time to stop."""
+"""Early stopping: the lowest validation loss of a run and the number of evaluations since."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-LINK = "best"
-"""The name in a run's folder that leads to the checkpoint of the lowest validation loss."""
 
 
 @dataclass
 class EarlyStopping:
-    """The lowest validation loss so far, the step it was found at, and the evaluations since."""
+    """The best evaluation so far. It is part of a checkpoint, so a resumed run continues to count."""
 
     step: int | None = None
+    """Step of the lowest validation loss; None before the first finite one."""
     validation_loss: float | None = None
+    """The lowest validation loss, in nats."""
     num_bad_evals: int = 0
+    """Evaluations in a row without a lower loss."""
 
-    def take(self, step: int, validation_loss: float) -> bool:
-        """Takes in an evaluation; says whether it is the best."""
-        if step == self.step:  # evaluated again, by a run that was resumed here
+    def update(self, step: int, validation_loss: float) -> bool:
+        """Records an evaluation and returns whether it is the best so far. NaN never is."""
+        if step == self.step:  # the same evaluation again, by a run that was resumed at this step
             return False
-        best = math.inf if self.validation_loss is None else self.validation_loss
-        if validation_loss < best:  # one that is no number is none
+        if validation_loss < (math.inf if self.validation_loss is None else self.validation_loss):
             self.step, self.validation_loss, self.num_bad_evals = step, validation_loss, 0
             return True
         self.num_bad_evals += 1
         return False
 
     def should_stop(self, patience: int | None) -> bool:
-        """Whether so many evaluations brought nothing that the run should stop."""
+        """Whether `patience` evaluations in a row brought no lower loss. None disables early stopping."""
         return patience is not None and self.num_bad_evals >= patience
 
     @property
     def reason(self) -> str:
-        """Why it is time to stop."""
-        than = f" than {self.validation_loss:.4f} at step {self.step}" if self.step is not None else ", none a number"
-        return f"{self.num_bad_evals} evaluations without a lower validation loss{than}"
+        """Why the run should stop, for a message."""
+        best = (
+            "none was finite" if self.step is None else f"the best is {self.validation_loss:.4f} at step {self.step}"
+        )
+        return f"{self.num_bad_evals} evaluations without a lower validation loss; {best}"
 
     @classmethod
     def read(cls, stored: Any) -> EarlyStopping:
-        """What a checkpoint's state holds; anew where it holds none."""
+        """Returns the entry `best` of a checkpoint's state.json; the initial state if it is absent or invalid."""
         if not isinstance(stored, Mapping) or not isinstance(stored.get("step"), int):
             return cls()
         loss = stored.get("validation_loss")
-        num_bad_evals = stored.get("num_bad_evals", stored.get("waited", 0))  # `waited` until version 0.1
         if not isinstance(loss, (int, float)) or not math.isfinite(loss):
             return cls()
+        num_bad_evals = stored.get("num_bad_evals", stored.get("waited", 0))  # "waited" until version 0.1
         return cls(stored["step"], float(loss), int(num_bad_evals))
-
-
-def tidy(run: Path) -> None:
-    """Removes RUN/best where it leads to a checkpoint that is gone."""
-    with contextlib.suppress(OSError):
-        if (run / LINK).is_symlink() and not (run / LINK).exists():
-            (run / LINK).unlink()
-
-
-def link(run: Path, checkpoint: Path) -> None:
-    """Lets RUN/best lead to a checkpoint that is there; where links cannot be made there is none."""
-    if not checkpoint.is_dir():
-        return
-    temporary = run / f".{LINK}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(checkpoint.relative_to(run), target_is_directory=True)
-        os.replace(temporary, run / LINK)

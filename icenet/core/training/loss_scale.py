@@ -1,38 +1,63 @@
-"""The precision policy, and the loss scale of fp16 as plain state.
+"""The precision policy, and the loss scale of fp16.
 
-Parameters and optimizer moments are fp32. `training.mixed_precision` names the type of activations and matrix
-products; norms, softmax and the loss are computed in fp32 whatever it is. Both backends follow it by the same
-rule: a layer computes in the type of what it is given, and the embedding gives the compute type.
+Parameters and optimizer moments are fp32. `training.mixed_precision` is the dtype of activations and matrix products.
+Norms, softmax and the loss are always computed in fp32. Both backends follow the same rule: a layer computes in the
+dtype of its input, and the embedding returns the compute dtype.
 
-fp16 has gradients as small as 6e-8 round to zero, so the loss is scaled up before the backward pass and the
-gradients down after it (Micikevicius et al., 2018).
+fp16 rounds gradients below 6e-8 to zero. So the loss is scaled up before the backward pass and the gradients are
+scaled down after it (Micikevicius et al., "Mixed precision training", 2018).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GROWTH_INTERVAL = 2000
-_LARGEST = 2.0**24
+"""Number of steps without overflow after which the scale is doubled."""
+MAX_SCALE = 2.0**24
 
 
 @dataclass
 class LossScale:
-    """Halved by an overflow, whose step is skipped; doubled after 2,000 steps without one."""
+    """A dynamic loss scale.
+
+    It is halved after an overflow, whose step is skipped, and doubled after GROWTH_INTERVAL steps without one.
+    """
 
     scale: float = 1.0
     good_steps: int = 0
+    """Steps without overflow since the last change."""
 
     @classmethod
     def for_precision(cls, mixed_precision: str) -> LossScale:
-        """2^16 for fp16; 1, which never changes, for the types with the range of fp32."""
+        """Returns the initial scale: 2^16 for fp16; 1, which never changes, for dtypes with the range of fp32."""
         return cls(2.0**16 if mixed_precision == "fp16" else 1.0)
 
+    @classmethod
+    def read(cls, stored: Any) -> LossScale:
+        """Returns the entry `loss_scale` of a checkpoint's state.json.
+
+        Raises:
+            ValueError: it is absent or invalid.
+        """
+        if not isinstance(stored, Mapping):
+            raise ValueError("no loss scale")
+        try:
+            return cls(float(stored["scale"]), int(stored["good_steps"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError("not a loss scale") from error
+
     def update(self, finite: bool) -> None:
-        """Takes in whether the step's gradients were finite."""
+        """Adjusts the scale after a step.
+
+        Args:
+            finite: whether all gradients of the step were finite.
+        """
         if not finite:
             self.scale, self.good_steps = max(self.scale / 2, 1.0), 0
             return
         self.good_steps += 1
         if self.good_steps >= GROWTH_INTERVAL:
-            self.scale, self.good_steps = min(self.scale * 2, _LARGEST), 0
+            self.scale, self.good_steps = min(self.scale * 2, MAX_SCALE), 0

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run after the step in hand."""
+"""Ctrl-C and SIGTERM: they end a run after the current step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def stopping(ask: Callable[[str], None]) -> Iterator[None]:
-    """While it is open, `ask` hears the name of the first Ctrl-C or SIGTERM; a second ends the run at once.
+def on_stop_signal(request_stop: Callable[[str], None]) -> Iterator[None]:
+    """Context in which the first Ctrl-C or SIGTERM calls `request_stop` with the name of the signal.
 
-    A checkpoint that is being written is waited for all the same.
+    A second one has its usual effect, which ends the process. Outside of the main thread, where Python allows no
+    signal handlers, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         signal.signal(number, previous[signal.Signals(number)])
-        ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        request_stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
-        signal.signal(number, stop)
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -1,123 +1,139 @@
-"""The one training loop. It talks to an Engine and knows no framework.
+"""The training loop. It works through an `Engine` and knows no framework.
 
     trainer = Trainer.start(config, Path("runs/first"))        # or Trainer.resume(Path("runs/first"), ...)
     result = trainer.fit()
 
-Everything in a step is a function of the step's number and the state in the checkpoint, so a run that was
-killed and resumed ends where the uninterrupted one does, and on the same backend bit for bit.
+A step is a function of its number and of the state in the checkpoint. So a run that was killed and resumed has the
+same result as an uninterrupted one, on the same backend bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from icenet.core import backends, engine
-from icenet.core import files as staging
+from icenet.core import backends
 from icenet.core.config import Config, custom
 from icenet.core.data.datasets import dataset_for
 from icenet.core.distributed import processes, watchdog
+from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
-from icenet.core.report import plots, tensorboard
-from icenet.core.report.metrics import MetricsLog
-from icenet.core.report.progress import Progress
+from icenet.core.report.reporter import Reporter
 from icenet.core.training import checkpoint as checkpoints
-from icenet.core.training.background import Background
-from icenet.core.training.early_stopping import EarlyStopping, link, tidy
+from icenet.core.training import run_folder
+from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
+from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
-from icenet.core.training.run_folder import continuation, is_run_folder, locked, versions
 from icenet.core.training.schedule import learning_rate
-from icenet.core.training.signals import stopping
+from icenet.core.training.signals import on_stop_signal
 
 
 class Interrupted(IceNetError):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and did, with its state saved."""
+    """Training was stopped by Ctrl-C or SIGTERM, and its state was saved."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call of `fit` came to."""
+    """The result of a call of `Trainer.fit`."""
 
     run: Path
+    """Folder of the run."""
     step: int
+    """Number of completed steps."""
     loss: float
+    """Training loss of the last step with a finite one, in nats."""
     validation_loss: float | None
+    """Of the last evaluation, in nats; None if there was none."""
     checkpoint: Path
+    """The newest checkpoint."""
     plot: Path | None
+    """The picture of the metrics; None without matplotlib."""
     validation_accuracy: float | None = None
-    best: EarlyStopping = field(default_factory=EarlyStopping)
+    """Of the last evaluation of a classifier, from 0 to 1."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    """The best evaluation."""
     stopped_early: bool = False
-    """`training.early_stopping` ended it."""
+    """Whether `training.early_stopping` ended the run."""
 
 
-_ITEMS = {"tok": "tokens", "img": "images"}
-_MOST_SKIPPED = 10
-"""Steps in a row without a finite gradient, after which a run ends whatever `training.on_nan` says."""
+class PendingStep(NamedTuple):
+    """A training step that the engine was given and whose result was not read."""
+
+    step: int
+    learning_rate: float
+    handle: Any
+    """From `Engine.train_step`, for `Engine.read`."""
+
+
+MAX_SKIPPED_STEPS = 10
+"""Number of steps in a row without a finite gradient that ends a run even with `training.on_nan: skip`."""
 
 
 class Trainer:
-    """A run folder, an engine and the loop between them. Make one with `start` or `resume`.
+    """Trains the model of one run. Create it with `start` or `resume`.
 
-    Those only read; `fit` writes, when it has the run to itself.
+    These two write nothing. `fit` locks the run's folder first, then writes.
     """
 
     def __init__(
-        self, config: Config, run: Path, engine: engine.Engine, step: int, scale: LossScale, quiet: bool = False
+        self, config: Config, run: Path, engine: Engine, step: int, scale: LossScale, quiet: bool = False
     ) -> None:
         self.config = config
         self.run = run
         self.engine = engine
         self.step = step
-        """Steps done."""
+        """Number of completed steps."""
         self.scale = scale
+        self.early_stopping = EarlyStopping()
         self.process_group = engine.process_group
         self.is_main_process = self.process_group.rank == 0
-        """Whether this process writes and prints; the only one does, and the first of several."""
+        """Whether this is the process that writes and prints: the only one, or the first of several."""
         self.quiet = quiet or not self.is_main_process
-        self.dataset = processes.in_turn(self.process_group, partial(dataset_for, config, quiet=self.quiet))
+        self.dataset = processes.main_process_first(self.process_group, partial(dataset_for, config, quiet=self.quiet))
         self.notes: list[str] = []
-        self.best = EarlyStopping()
-        self._background = Background()
-        self._skipped = 0
+        """Shown when `fit` begins."""
+        self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)
+        self._watchdog = watchdog.Watchdog(self.process_group, run)
         self._branched_from: Path | None = None
-        self._present = checkpoints.list_checkpoints(run)
-        self._saved_step = step if step else -1
+        self._known_checkpoints = checkpoints.list_checkpoints(run)
+        self._stop_signal: str | None = None
+        self._num_skipped = 0
+        """Steps in a row without a finite gradient."""
         self._last_loss = math.nan
-        self._last_validation: float | None = None
+        self._last_validation_loss: float | None = None
         self._last_accuracy: float | None = None
-        self._stop: str | None = None
-        self._began = self._seconds = 0.0
-        self._watch = watchdog.Watchdog(self.process_group, run)
-
-    # ---- beginnings --------------------------------------------------------------------------------------
 
     @classmethod
     def start(
         cls, config: Config, run: Path, *, backend: str | None = None, device: str | None = None, quiet: bool = False
     ) -> Trainer:
-        """A new run in a folder that holds none.
+        """Returns the trainer of a new run.
+
+        Args:
+            config: the configuration.
+            run: folder of the run; it must not contain another one.
+            backend, device: take the place of those of the configuration.
+            quiet: show no progress.
 
         Raises:
-            UsageError: the folder holds a run already.
+            UsageError: the folder contains a run, a checkpoint or a saved model.
         """
         config = config.checked()
-        if is_run_folder(run):
-            raise UsageError(f"{run}: holds a run already; continue it with --resume {run}, or choose another --run")
+        if run_folder.is_run_folder(run):
+            raise UsageError(
+                f"{run}: contains a run already; continue it with --resume {run}, or choose another --run"
+            )
         custom.trust(config.model.type)
-        return cls._fresh(config, run, backend, device, quiet)
+        return cls._new(config, run, backend, device, quiet)
 
     @classmethod
-    def _fresh(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
-        # the choice goes into the run's config, so that --resume alone continues on the same backend
+    def _new(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
+        # the run's config.yaml records the backend, so that --resume alone continues on it
         config = config.with_overrides(f"backend={backend or config.backend}")
         engine = backends.engine(config, None, device)
         return cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
@@ -134,314 +150,256 @@ class Trainer:
         dtype: str = "float32",
         quiet: bool = False,
     ) -> Trainer:
-        """Continues a run (its newest good checkpoint) or a checkpoint, on either backend; see `continuation`."""
-        plan = continuation(path, run, overrides, backend)
-        if plan.found is None:
-            trainer = cls._fresh(plan.config, plan.run, backend, device, quiet)
+        """Returns a trainer that continues a run from its newest good checkpoint, or from a given checkpoint.
+
+        Args:
+            path: folder of the run, or a checkpoint.
+            run: folder of the continuation, if it is to be another one; the original run stays as it is.
+            overrides: `key=value` changes of the configuration.
+            backend, device: take the place of those of the run.
+            dtype: of parameters and computation; float64 is for PyTorch on the CPU only.
+            quiet: show no progress.
+
+        Raises:
+            UsageError: see `run_folder.continuation`.
+            CheckpointError: there is no good checkpoint.
+        """
+        plan = run_folder.continuation(path, run, overrides, backend)
+        config, found = plan.config, plan.found
+        if found is None:
+            trainer = cls._new(config, plan.run, backend, device, quiet)
             trainer.notes = plan.notes
             return trainer
-        config, found = plan.config, plan.found
         engine = backends.engine(config, None, device, dtype=dtype)
         engine.set_weights(dict(found.weights))
         engine.set_optimizer_state(dict(found.optimizer))
-        scale = LossScale.for_precision(config.training.mixed_precision)
-        if config.training.mixed_precision == found.config.training.mixed_precision:
+        precision = config.training.mixed_precision
+        scale = LossScale.for_precision(precision)
+        if precision == found.config.training.mixed_precision:
             try:
-                stored = found.state["loss_scale"]
-                scale = LossScale(float(stored["scale"]), int(stored["good_steps"]))
-            except (KeyError, TypeError, ValueError):
-                raise CheckpointError(f"{found.path / 'state.json'}: damaged: no loss_scale in it") from None
+                scale = LossScale.read(found.state.get("loss_scale"))
+            except ValueError:
+                raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes = plan.notes
-        best = EarlyStopping.read(found.state.get("best"))
-        kept = checkpoints.path_of(plan.run, best.step or 0).is_dir()
-        if plan.branched_from is None and (kept or not config.training.keep_best):
-            trainer.best = best  # else its checkpoint is not here: the best is that of the evaluations to come
         trainer._branched_from = plan.branched_from
         if plan.branched_from is not None:
-            trainer._saved_step = -1  # in the new folder nothing is saved yet
+            trainer._writer.saved_step = None  # the new folder has no checkpoint
+        else:
+            best = EarlyStopping.read(found.state.get("best"))
+            if not config.training.keep_best or checkpoints.path_of(plan.run, best.step or 0).is_dir():
+                trainer.early_stopping = best
         if found.state.get("data") != trainer.dataset.fingerprint:
-            held = "images" if trainer.dataset.unit == "img" else "text"
+            content = "images" if trainer.dataset.unit == "img" else "text"
             trainer.notes.append(
-                f"the {held} of data.source {config.data.source} is not what the checkpoint was trained on"
+                f"the {content} of data.source {config.data.source} is not what the checkpoint was trained on"
             )
         return trainer
 
-    def _make_folder(self) -> None:
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{self.run}: cannot be written ({error.strerror}); choose another --run") from None
-
-    def _settle(self, log: MetricsLog) -> None:
-        """Puts the folder in the state from which training goes on; only when the run is locked."""
-        if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._present:
-            raise CheckpointError(f"{self.run}: another process went on with this run meanwhile; resume it again")
-        if self._branched_from is not None:
-            self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
-            if self.is_main_process:
-                MetricsLog.copy(self._branched_from / "metrics.jsonl", self.run / "metrics.jsonl", self.step)
-            self._branched_from = None
-        if not self.is_main_process:
-            return
-        for unread in checkpoints.list_checkpoints(self.run, self.step):
-            self.notes.append(f"{unread.name} is kept as {checkpoints.set_aside(unread).name}")
-        for name, content in self.dataset.files.items():
-            staging.write_bytes(self.run / name, content)
-        if self.config.training.keep_best and self.best.step is not None:
-            link(self.run, checkpoints.path_of(self.run, self.best.step))
-        staging.write_text(self.run / "config.yaml", checkpoints.carried(self.config, self.dataset.files).to_yaml())
-        log.truncate_after(self.step)
-
-    # ---- the loop ----------------------------------------------------------------------------------------
-
     def fit(self, until: int | None = None) -> Result:
-        """Trains to `training.max_steps`, or to step `until`; the state is saved when it returns.
+        """Trains to `training.max_steps`, or to step `until`, and saves the state.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; the state was saved.
-            IceNetError: the loss is not a number, or a checkpoint could not be written.
+            Interrupted: Ctrl-C or SIGTERM. The state was saved.
+            IceNetError: the loss is not finite, or a checkpoint could not be written.
         """
         training = self.config.training
-        self._stop = self.process_group.stop = None
-        last = min(training.max_steps, until or training.max_steps)
-        items = training.batch_size * self.dataset.items_per_row
-        board = None
-        if training.tensorboard and self.is_main_process:
-            board = tensorboard.TensorBoardLog(self.run / tensorboard.FOLDER)
-        log = MetricsLog(self.run / "metrics.jsonl", beside=board)
-        self._agree()
-        if self.is_main_process:
-            self._make_folder()
-        progress = Progress(
-            training.max_steps,
-            self.step,
-            tokens_per_step=items,
-            unit=self.dataset.unit,
-            quiet=self.quiet,
-            label=f"{self.engine.backend} {self.engine.device}",
-        )
-        self._watch = watchdog.Watchdog(self.process_group, self.run)
-        lock = locked(self.run) if self.is_main_process else contextlib.nullcontext()
-        others = processes.explaining(self.process_group, self.run)
-        with lock, log, stopping(self._ask_to_stop), progress, self._watch, others:
-            settled = False
-            try:
-                with Background() as self._background:
-                    self._settle(log)
-                    settled = True
-                    if board is not None:
-                        board.begin(self.step, MetricsLog.read(log.path) if log.path.exists() else ())
-                    for note in self.notes if self.is_main_process else ():
-                        (logging.getLogger("icenet").warning if self.quiet else progress.note)(note)
-                    self.notes.clear()
-                    over = self._run(last, log, progress)
-            finally:
-                self._background = Background()  # for a `save` between two calls of `fit`
-                if settled:  # else what another process did must be seen the next time too
-                    self._present = checkpoints.list_checkpoints(self.run)
-        checkpoint = checkpoints.path_of(self.run, self._saved_step)
-        plot = None
-        if self.is_main_process:
-            plot = plots.plot_metrics(MetricsLog.read(log.path), self.run / "plot.png", title=self.run.name)
-        return Result(
+        last_step = min(training.max_steps, until or training.max_steps)
+        self._stop_signal = self.process_group.stop = None
+        reporter = Reporter(
             self.run,
+            training,
             self.step,
-            self._last_loss,
-            self._last_validation,
-            checkpoint,
-            plot,
-            self._last_accuracy,
-            self.best,
-            over,
+            backend=self.engine.backend,
+            device=self.engine.device,
+            unit=self.dataset.unit,
+            items_per_step=training.batch_size * self.dataset.items_per_row,
+            is_main_process=self.is_main_process,
+            quiet=self.quiet,
+        )
+        self._check_agreement()
+        if self.is_main_process:
+            run_folder.create(self.run)
+        self._watchdog = watchdog.Watchdog(self.process_group, self.run)
+        lock = run_folder.locked(self.run) if self.is_main_process else contextlib.nullcontext()
+        lost_processes = processes.explain_lost_processes(self.process_group, self.run)
+        with lock, on_stop_signal(self._request_stop), reporter, self._watchdog, lost_processes:
+            prepared = False
+            try:
+                with self._writer:
+                    self._prepare_run_folder(reporter)
+                    prepared = True
+                    reporter.begin(self.step)
+                    reporter.notes(self.notes)
+                    self.notes.clear()
+                    stopped_early = self._train(last_step, reporter)
+            finally:
+                if prepared:  # otherwise the next call must find the work of another process too
+                    self._known_checkpoints = checkpoints.list_checkpoints(self.run)
+        return Result(
+            run=self.run,
+            step=self.step,
+            loss=self._last_loss,
+            validation_loss=self._last_validation_loss,
+            checkpoint=checkpoints.path_of(self.run, self.step),
+            plot=reporter.draw_plot(),
+            validation_accuracy=self._last_accuracy,
+            early_stopping=self.early_stopping,
+            stopped_early=stopped_early,
         )
 
-    def _agree(self) -> None:
-        """Waits until all processes have read what they begin with, before the first one writes."""
-        if self.process_group.size > 1:
-            found = {"step": str(self.step), "config": self.config.to_yaml(), "data": str(self.dataset.fingerprint)}
-            processes.agree(self.process_group, found)
-
-    def _ask_to_stop(self, signal: str) -> None:
-        if self.process_group.size > 1:
-            self.process_group.stop = signal  # the result of a step says it to all processes
-        else:
-            self._stop = signal
-
-    def _run(self, last: int, log: MetricsLog, progress: Progress) -> bool:
-        """The loop; says whether it ended before `last` because evaluations got no better."""
+    def _train(self, last_step: int, reporter: Reporter) -> bool:
+        """Runs the training loop. Returns whether early stopping ended it."""
         training = self.config.training
-        lagged = training.mixed_precision != "fp16" and training.on_nan == "stop"
-        pending: tuple[int, float, Any] | None = None
-        while self.step < last:
-            self._began, self._seconds = time.perf_counter(), 0.0
-            self._watch.beat()
-            self._background.check()
-            step, rate = self.step, learning_rate(self.step, training)
-            batch = self.dataset.train_batch(step, training.batch_size)
-            handle = self.engine.train_step(batch, step, rate, self.scale.scale)
-            self.step = done = step + 1  # at once: whatever goes wrong from here on, the step is taken
-            if pending is not None:  # the device works on this step while the host looks at the last one
-                self._record(pending, log, progress)
-            pending = (step, rate, handle)
-            evaluates = training.eval_every is not None and (done % training.eval_every == 0 or done == last)
-            saves = done % training.checkpoint_every == 0 or done == last or self._stop is not None
-            if evaluates or saves or not lagged:
-                self._record(pending, log, progress)
+        # The result of a step is read while the device computes the next one, unless the next one depends on it.
+        read_late = training.mixed_precision != "fp16" and training.on_nan == "stop"
+        pending: PendingStep | None = None
+        while self.step < last_step:
+            reporter.start_step()
+            self._watchdog.beat()
+            self._writer.check()
+
+            rate = learning_rate(self.step, training)
+            batch = self.dataset.train_batch(self.step, training.batch_size)
+            submitted = PendingStep(self.step, rate, self.engine.train_step(batch, self.step, rate, self.scale.scale))
+            self.step += 1  # immediately: an error from here on must not repeat the step
+            if pending is not None:
+                self._read_step(pending, reporter)
+            pending = submitted
+
+            is_last = self.step == last_step
+            evaluate = training.eval_every is not None and (self.step % training.eval_every == 0 or is_last)
+            save = self.step % training.checkpoint_every == 0 or is_last or self._stop_signal is not None
+            if evaluate or save or not read_late:
+                self._read_step(pending, reporter)
                 pending = None
-            over = False
-            if evaluates:
-                saves |= self._evaluate(log, progress) and training.keep_best
-                over = self.best.should_stop(training.early_stopping) and done < last
-            if saves or over:
-                self.save(wait=over)
-            if over:
-                progress.note(f"step {done}: stopped early: {self.best.reason}")
+
+            stop_early = False
+            if evaluate:
+                is_best = self._evaluate(reporter)
+                save = save or (is_best and training.keep_best)
+                stop_early = self.early_stopping.should_stop(training.early_stopping) and not is_last
+            if save or stop_early:
+                self.save(wait=stop_early)
+            if stop_early:
+                reporter.note(f"step {self.step}: stopped early: {self.early_stopping.reason}")
                 return True
-            if self._stop is not None and done < training.max_steps:
+            if self._stop_signal is not None and self.step < training.max_steps:
                 if pending is not None:
-                    self._record(pending, log, progress)
-                self.save(wait=True)  # the signal may have come after `saves` was decided
+                    self._read_step(pending, reporter)
+                self.save(wait=True)  # the signal may have come after `save` was decided
                 raise Interrupted(
-                    f"stopped by {self._stop} after step {done}; "
+                    f"stopped by {self._stop_signal} after step {self.step}; "
                     f"everything is saved: icenet train --resume {self.run}"
                 )
-        self.save(wait=True)  # begun in the last turn, or what could not be written before
+        self.save(wait=True)  # waits for the last checkpoint, and repeats one that could not be written before
         return False
 
-    def _record(self, pending: tuple[int, float, Any], log: MetricsLog, progress: Progress) -> None:
-        step, rate, handle = pending
-        result = self.engine.read(handle)
-        # a turn of the loop is a step's time, whether the device works while the host goes on or not; where two steps
-        # are read in one turn, it is that of each, or what the second was waited for
-        now = time.perf_counter()
-        self._seconds, self._began = max(now - self._began, self._seconds), now
-        done = step + 1
-        self._stop = self._stop or result.stop
-        self._check(done, result)
-        fp16 = self.config.training.mixed_precision == "fp16"
-        if fp16:
+    def _read_step(self, pending: PendingStep, reporter: Reporter) -> None:
+        """Waits for the result of a step, checks and reports it."""
+        result = self.engine.read(pending.handle)
+        step = pending.step + 1
+        self._stop_signal = self._stop_signal or result.stop
+        self._check_finite(step, result)
+        is_fp16 = self.config.training.mixed_precision == "fp16"
+        if is_fp16:
             self.scale.update(result.finite)
         if math.isfinite(result.loss):
             self._last_loss = result.loss
-        if not self.is_main_process:
-            return
-        speed = self.config.training.batch_size * self.dataset.items_per_row / max(self._seconds, 1e-9)
-        log.append(
-            {
-                "step": done,
-                "loss": result.loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                f"{_ITEMS[self.dataset.unit]}_per_second": round(speed, 1),
-                "backend": self.engine.backend,
-                **({"loss_scale": self.scale.scale} if fp16 else {}),
-                **({"skipped": not result.finite} if fp16 or not result.finite else {}),
-            }
+        reporter.log_step(
+            step,
+            result.loss,
+            pending.learning_rate,
+            result.grad_norm,
+            loss_scale=self.scale.scale if is_fp16 else None,
+            skipped=not result.finite if is_fp16 or not result.finite else None,
         )
-        progress.update(done, result.loss, learning_rate=rate, tokens_per_second=speed)
 
-    def _check(self, done: int, result: engine.StepResult) -> None:
-        """Ends the run where a step's loss or gradients are no numbers and it may not be left out."""
+    def _check_finite(self, step: int, result: StepResult) -> None:
+        """Raises IceNetError if loss or gradients of a step are not finite and the step may not be skipped."""
         training = self.config.training
-        self._skipped = 0 if result.finite else self._skipped + 1
         if result.finite:
+            self._num_skipped = 0
             return
+        self._num_skipped += 1
         overflow = training.mixed_precision == "fp16" and math.isfinite(result.loss) and self.scale.scale > 1
-        if overflow or (training.on_nan == "skip" and self._skipped < _MOST_SKIPPED):
+        if overflow or (training.on_nan == "skip" and self._num_skipped < MAX_SKIPPED_STEPS):
             return
         with contextlib.suppress(IceNetError):
-            self._background.wait()  # what is being written may be the last good one
-        again = f", {self._skipped} times in a row" if self._skipped > 1 else ""
-        named = ", ".join(f"{path} {norm:.3g}" for path, norm in result.largest)
+            self._writer.wait()  # the checkpoint that is being written may be the last good one
+        repeated = f", {self._num_skipped} times in a row" if self._num_skipped > 1 else ""
+        largest = ", ".join(f"{path} {norm:.3g}" for path, norm in result.largest)
         raise IceNetError(
-            f"step {done}: the loss is {result.loss} and the gradient norm {result.grad_norm}{again} "
-            f"(largest: {named}); {self._last_good()}. "
-            "Lower training.learning_rate, raise training.warmup_steps, or leave such steps out with "
+            f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{repeated} "
+            f"(largest: {largest}); {last_good(self.run)}. "
+            "Lower training.learning_rate, raise training.warmup_steps, or skip such steps with "
             "training.on_nan=skip"
         )
 
-    def _last_good(self) -> str:
-        newest = checkpoints.newest(self.run)
-        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-
-    def _evaluate(self, log: MetricsLog, progress: Progress) -> bool:
-        """Evaluates and logs it; says whether it is the best so far."""
+    def _evaluate(self, reporter: Reporter) -> bool:
+        """Evaluates the model and reports the result. Returns whether it is the best so far."""
         training = self.config.training
-        total = counted = right = 0.0
-        classifies = False
-        self.process_group.average_statistics(self.engine.model)
+        total = count = num_correct = 0.0
+        is_classifier = False
+        self.engine.average_statistics()
         for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
-            self._watch.beat()
-            found = self.engine.evaluate(processes.share_rows(batch, self.process_group))
-            total, counted = total + found.loss * found.labels, counted + found.labels
-            right, classifies = right + (found.correct or 0), found.correct is not None
-        total, counted, right = self.process_group.gather([total, counted, right]).sum(axis=0).tolist()
-        if not counted:
+            self._watchdog.beat()
+            found = self.engine.evaluate(processes.local_batch(batch, self.process_group))
+            total, count = total + found.loss * found.labels, count + found.labels
+            num_correct, is_classifier = num_correct + (found.correct or 0), found.correct is not None
+        total, count, num_correct = self.process_group.gather([total, count, num_correct]).sum(axis=0).tolist()
+        if not count:
             return False
-        self._last_validation = total / counted
-        record = {"step": self.step, "validation_loss": self._last_validation, "backend": self.engine.backend}
-        note = f"step {self.step}: validation loss {self._last_validation:.4f}"
-        if classifies:
-            self._last_accuracy = record["validation_accuracy"] = right / counted
-            note += f", accuracy {self._last_accuracy:.2%} of {counted:,.0f}"
-        if self.is_main_process:
-            log.append(record)
-        progress.note(note)
-        return self.best.take(self.step, self._last_validation)
+        self._last_validation_loss = total / count
+        if is_classifier:
+            self._last_accuracy = num_correct / count
+        reporter.log_evaluation(
+            self.step, self._last_validation_loss, self._last_accuracy if is_classifier else None, count
+        )
+        return self.early_stopping.update(self.step, self._last_validation_loss)
 
     def save(self, wait: bool = False) -> Path:
-        """Writes a checkpoint of where the run stands, unless it is being written or on the disk already.
+        """Writes a checkpoint of the current step in the background, unless there is one.
 
-        It is written in the background, from a copy, and what goes wrong then ends the run at its next step; with
-        `wait` it is on the disk when this returns.
+        An error is raised at the next step. With `wait` the checkpoint is complete when this returns.
+
+        Returns:
+            The path of the checkpoint.
         """
-        target = checkpoints.path_of(self.run, self.step)
-        there = (
-            self.process_group.size > 1 or self._background.busy or target.is_dir()
-        )  # several processes cannot all look
-        if self._saved_step != self.step or not there:
-            self._saved_step = self.step
-            if self.is_main_process:
-                self._background.wait()  # before the copy is made: two would be in memory
-                self._background.start(partial(self._write, *self._snapshot()))
-            elif self.config.training.sharded:
-                self._snapshot()  # the first process puts the parts of all together
-            else:
-                self.process_group.average_statistics(self.engine.model)
-            self._watch.beat()
+        if not self._writer.is_saved(self.step):
+            self._writer.start(self.step, self.scale, self.early_stopping)
+            self._watchdog.beat()
         if wait:
-            self._background.wait()
+            self._writer.wait()
             if self.process_group.size > 1:
-                with self._watch.resting():
-                    self.process_group.gather(
-                        [0.0]
-                    )  # the end of one process ends the others: not before all is written
-        return target
+                with self._watchdog.paused():
+                    self.process_group.gather([0.0])  # a launcher ends all processes when the first of them ends
+        return checkpoints.path_of(self.run, self.step)
 
-    def _snapshot(self) -> tuple[Any, ...]:
-        """All that a checkpoint of this moment holds; numpy, which no later step changes."""
-        state = {
-            "loss_scale": asdict(self.scale),
-            "best": asdict(self.best),
-            "data": self.dataset.fingerprint,
-            "facts": self.dataset.facts,
-            "backend": self.engine.backend,
-            "device": self.engine.device,
-            "versions": versions(),
-        }
-        return self.step, self.config, self.engine.weights(), self.engine.optimizer_state(), state
+    def _prepare_run_folder(self, reporter: Reporter) -> None:
+        """Brings the locked folder to the state from which training continues.
 
-    def _write(
-        self, step: int, config: Config, weights: engine.Batch, optimizer: engine.Batch, state: dict[str, Any]
-    ) -> None:
-        wrong = next((name for name, array in weights.items() if not np.isfinite(array).all()), None)
-        if wrong is not None:  # an update can overflow though loss and gradients did not
-            raise IceNetError(
-                f"step {step}: {wrong} is not finite; {self._last_good()}. Lower training.learning_rate"
-            )
-        best, keep = state["best"]["step"] if config.training.keep_best else None, config.training.keep_checkpoints
-        path = checkpoints.save(self.run, config, step, weights, optimizer, state, keep, best, self.dataset.files)
-        if step == best:
-            link(self.run, path)
-        tidy(self.run)
+        Raises:
+            CheckpointError: another process trained the run after this trainer was created.
+        """
+        if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._known_checkpoints:
+            raise CheckpointError(f"{self.run}: another process continued this run meanwhile; resume it again")
+        if self._branched_from is not None:
+            self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
+            reporter.copy_history(self._branched_from, self.step)
+            self._branched_from = None
+        if self.is_main_process:
+            best = self.early_stopping.step if self.config.training.keep_best else None
+            self.notes += run_folder.prepare(self.run, self.config, self.dataset.files, self.step, best)
+
+    def _check_agreement(self) -> None:
+        """Waits until all processes have read what they begin with, before the first one writes."""
+        if self.process_group.size > 1:
+            found = {"step": str(self.step), "config": self.config.to_yaml(), "data": str(self.dataset.fingerprint)}
+            processes.check_same(self.process_group, found)
+
+    def _request_stop(self, signal: str) -> None:
+        if self.process_group.size > 1:
+            self.process_group.stop = signal  # the result of the next step reports it to all processes
+        else:
+            self._stop_signal = signal

@@ -26,7 +26,8 @@ from icenet.core.training import checkpoint, trainer
 from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
 from icenet.core.training.trainer import Interrupted, Trainer
-from icenet.parity.run import build, curves
+from icenet.parity.engines import build
+from icenet.parity.run import curves
 from icenet.parity.yardstick import judge, judge_curve
 
 torch: Any = pytest.importorskip("torch")
@@ -44,7 +45,7 @@ def drawn() -> None:
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+        monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
 
 
 def train(config: Config, run: Path, backend: str, until: int | None = None) -> trainer.Result:
@@ -267,12 +268,12 @@ def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
     train(config, run, "mlx")
     before = tree(run)
     old = run / "checkpoints" / "step-00000010"
-    with pytest.raises(UsageError, match=r"the run went on to step-00000020; resume .*run to continue"):
+    with pytest.raises(UsageError, match=r"the run continued to step-00000020; resume .*run to continue"):
         Trainer.resume(old, quiet=True)
     resume(old, "mlx", run=branch)
     assert tree(run) == before
     assert same_bits(state(branch), state(run)) and metrics(branch) == metrics(run)
-    with pytest.raises(UsageError, match="branch: holds a run already"):
+    with pytest.raises(UsageError, match="branch: contains a run already"):
         Trainer.resume(old, run=branch, quiet=True)
     assert tree(run) == before
 
@@ -281,7 +282,7 @@ def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pyt
     run, branch = tmp_path / "run", tmp_path / "branch"
     train(tiny(tmp_path), run, "mlx")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         resume(run / "checkpoints" / "step-00000010", run=branch)
     resume(branch)
     assert same_bits(state(branch), state(run)) and metrics(branch) == metrics(run)
@@ -295,7 +296,7 @@ def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeyp
         patch.setattr(Trainer, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         train(config, run, backend)
     assert len(losses(run)) == 5 and not checkpoint.list_checkpoints(run)
-    with pytest.raises(UsageError, match=r"holds a run already; continue it with --resume"):
+    with pytest.raises(UsageError, match=r"contains a run already; continue it with --resume"):
         train(config, run, backend)
     resumed = Trainer.resume(run, quiet=True)
     assert resumed.engine.backend == backend and resumed.notes == [
@@ -315,7 +316,7 @@ def test_a_checkpoint_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.Monke
     copy = tmp_path / "home" / "deep" / "best"
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000005", copy)
     before = tree(tmp_path / "home")
-    with pytest.raises(UsageError, match=r"best: lies in no run's folder; say with --run NEW"):
+    with pytest.raises(UsageError, match=r"best: not in the folder of a run; .*--run NEW"):
         Trainer.resume(copy, quiet=True)
     resume(copy, run=tmp_path / "new")
     assert tree(tmp_path / "home") == before
@@ -330,11 +331,11 @@ def test_refusals(tmp_path: Path) -> None:
     config, run = tiny(tmp_path), tmp_path / "run"
     train(config, run, "torch")
     before = tree(run)
-    with pytest.raises(UsageError, match=r"the run is complete at step 20; to go on: --set training.max_steps=40"):
+    with pytest.raises(UsageError, match=r"the run is complete at step 20; to continue: --set training.max_steps=40"):
         Trainer.resume(run)
-    with pytest.raises(UsageError, match="holds a run already; continue it with --resume"):
+    with pytest.raises(UsageError, match="contains a run already; continue it with --resume"):
         Trainer.start(config, run)
-    with pytest.raises(WeightsError, match=r"does not fit: .*use the config it was made with"):
+    with pytest.raises(WeightsError, match=r"not the parameters of this model: .*use the config"):
         Trainer.resume(run, overrides=["training.max_steps=40", "model.hidden_size=64"])
     with pytest.raises(ConfigError, match="max_step: unknown key"):
         Trainer.resume(run, overrides=["training.max_step=40"])
@@ -388,7 +389,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     assert seen == ["icenet: run: another process trains this run; wait for it, or choose another --run\n"]
     assert len(losses(run)) == 40
     # the lock is gone; whoever prepared while the other went on must look again
-    with pytest.raises(CheckpointError, match="another process went on with this run meanwhile; resume it again"):
+    with pytest.raises(CheckpointError, match="another process continued this run meanwhile; resume it again"):
         second.fit()
 
 
@@ -407,7 +408,7 @@ def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
     assert message.startswith("step ") and "the loss is nan" in message and "\n" not in message
     assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000006'}" in message
     assert re.search(r"\(largest: [\w.]+ nan, [\w.]+ nan, [\w.]+ nan\)", message)
-    assert message.endswith("or leave such steps out with training.on_nan=skip")
+    assert message.endswith("or skip such steps with training.on_nan=skip")
     assert tree(run / "checkpoints") == before
     resume(run)  # with the rate it had
     train(config, tmp_path / "whole", backend)

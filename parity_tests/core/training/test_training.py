@@ -37,7 +37,7 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trainer.plots, "plot_metrics", lambda *_, **__: None)
+    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
 
 
 def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
@@ -225,17 +225,17 @@ def evaluated(started: Trainer, found: list[float]) -> Trainer:
 
 def test_the_best_evaluation() -> None:
     best = EarlyStopping()
-    assert [best.take(step, loss) for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5), (4, 2.5))] == [
+    assert [best.update(step, loss) for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5), (4, 2.5))] == [
         True, True, False, False, False,
     ]  # fmt: skip
     assert (best.step, best.validation_loss, best.num_bad_evals) == (2, 2.0, 3)
     assert best.should_stop(3) and not best.should_stop(4) and not best.should_stop(None)
-    assert not best.take(2, 1.0)  # evaluated again at a resumed step
+    assert not best.update(2, 1.0)  # evaluated again at a resumed step
     first = EarlyStopping()
     assert (
-        not first.take(1, math.nan)
-        and first.take(2, 1.0)
-        and not first.take(3, math.nan)
+        not first.update(1, math.nan)
+        and first.update(2, 1.0)
+        and not first.update(3, math.nan)
         and first.num_bad_evals == 1
     )
     for loss in ("y", math.nan, None):
@@ -253,17 +253,17 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) ->
     run = tmp_path / "run"
     result = evaluated(Trainer.start(config, run, backend=backend, quiet=True), [5.0, 4.0, 3.5, 4.5, 3.6, 9.0]).fit()
     assert result.stopped_early and result.step == 12
-    assert (result.best.step, result.best.validation_loss) == (6, 3.5)
+    assert (result.early_stopping.step, result.early_stopping.validation_loss) == (6, 3.5)
     assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000006", "step-00000012"]
     assert (run / "best").resolve() == (run / "checkpoints" / "step-00000006").resolve()
     best = checkpoint.load(run / "checkpoints" / "step-00000006")
     assert same_bits(checkpoint.find(run / "best").weights, best.weights)
     content = json.loads((result.checkpoint / "state.json").read_text())
-    assert content["best"] == {"step": 6, "validation_loss": 3.5, "waited": 3}
-    with pytest.raises(UsageError, match=r"stopped early at step 12; to go on: --set training\.early_stopping=null"):
+    assert content["best"] == {"step": 6, "validation_loss": 3.5, "num_bad_evals": 3}
+    with pytest.raises(UsageError, match=r"stopped early at step 12; to continue: --set training\.early_stopping=null"):
         Trainer.resume(run, quiet=True)
     resumed = Trainer.resume(run, overrides=["training.early_stopping=20"], quiet=True)
-    assert resumed.best == result.best
+    assert resumed.early_stopping == result.early_stopping
     assert not evaluated(resumed, [3.0] + [2.0] * 9).fit().stopped_early
     assert (run / "best").resolve().name == "step-00000016"
 
@@ -443,19 +443,19 @@ def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pyt
     config, run = tiny(tmp_path, "training.max_steps=12"), tmp_path / "run"
     started = Trainer.start(config, run, backend=backend, quiet=True)
     taken: list[int] = []
-    step_of, record = started.engine.train_step, started._record
+    step_of, record = started.engine.train_step, started._read_step
 
     def train_step(batch: Any, step: int, *rest: Any) -> Any:
         taken.append(step)
         return step_of(batch, step, *rest)
 
     def failing(pending: Any, *rest: Any) -> None:
-        if pending[0] == 1 and len(taken) == 3:
+        if pending.step == 1 and len(taken) == 3:
             raise IceNetError("no room for the metrics")
         record(pending, *rest)
 
     started.engine.train_step = train_step  # type: ignore[method-assign]
-    started._record = failing  # type: ignore[method-assign]
+    started._read_step = failing  # type: ignore[method-assign]
     with pytest.raises(IceNetError, match="no room"):
         started.fit()
     save = checkpoint.save
@@ -469,7 +469,7 @@ def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pyt
     result = started.fit(4)
     assert result.checkpoint.is_dir() and taken == [0, 1, 2, 3]
     monkeypatch.setattr(checkpoint, "save", save)
-    started._stop = "SIGTERM"  # left by a stop before
+    started._stop_signal = "SIGTERM"  # left by a stop before
     assert started.fit().step == 12 and taken == list(range(12))
     assert started.save().is_dir()
 
@@ -481,7 +481,7 @@ def test_a_run_that_went_on_elsewhere_is_seen_each_time(tmp_path: Path) -> None:
     Trainer.resume(run, quiet=True).fit()
     before = losses(run)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="another process went on with this run"):
+        with pytest.raises(CheckpointError, match="another process continued this run"):
             first.fit()
     assert losses(run) == before and len(checkpoint.list_checkpoints(run)) == 4
 
@@ -492,7 +492,7 @@ def test_a_run_killed_at_birth_takes_no_other_runs_folder(tmp_path: Path) -> Non
     dead.mkdir()
     (dead / "config.yaml").write_text(config.to_yaml())
     (dead / ".lock").touch()
-    with pytest.raises(UsageError, match="good: holds a run already"):
+    with pytest.raises(UsageError, match="good: contains a run already"):
         Trainer.resume(dead, run=good, quiet=True)
 
 
@@ -501,9 +501,9 @@ def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> No
     Trainer.start(config, run, backend="torch", quiet=True).fit()
     icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
     for folder in (run / "best", run / "checkpoints" / "step-00000005", tmp_path / "saved"):
-        with pytest.raises(UsageError, match="holds a run already"):
+        with pytest.raises(UsageError, match="contains a run already"):
             Trainer.start(config, folder, backend="torch", quiet=True)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="contains a run already"):
         Trainer.resume(run, run=run / "best", overrides=["training.max_steps=30"], quiet=True)
 
 
@@ -514,11 +514,11 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
     evaluated(Trainer.start(config, run, backend="torch", quiet=True), [2.0, 3.0]).fit(10)
     (run / "best").unlink()  # as a copy without links
     resumed = Trainer.resume(run, quiet=True)
-    assert resumed.best.step == 5
+    assert resumed.early_stopping.step == 5
     evaluated(resumed, [4.0]).fit(15)
     assert (run / "best").resolve().name == "step-00000005"
     branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
-    assert branch.best == EarlyStopping()  # the best is not in the branch's folder
+    assert branch.early_stopping == EarlyStopping()  # the best is not in the branch's folder
     evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
     assert not (run / "best").is_symlink()  # its checkpoint went with the old ones
 
@@ -526,4 +526,4 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
 def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
     config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
     result = evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [math.nan] * 9).fit()
-    assert result.stopped_early and result.step == 4 and result.best.step is None
+    assert result.stopped_early and result.step == 4 and result.early_stopping.step is None

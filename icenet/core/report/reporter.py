@@ -1,0 +1,166 @@
+"""What a training run shows and records: metrics.jsonl, TensorBoard events, the progress bar and plot.png."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from icenet.core.config.training import TrainingConfig
+from icenet.core.report import plots
+from icenet.core.report.metrics import MetricsLog
+from icenet.core.report.progress import Progress
+from icenet.core.report.tensorboard import FOLDER, TensorBoardLog
+
+METRICS = "metrics.jsonl"
+_ITEMS = {"tok": "tokens", "img": "images"}
+
+
+class Reporter:
+    """Reports the steps and evaluations of one call of `Trainer.fit`.
+
+        with Reporter(run, training, 0, backend="mlx", device="cpu", unit="tok", items_per_step=2048) as reporter:
+            reporter.begin(0)
+            for step in range(1, 101):
+                reporter.start_step()
+                ...
+                reporter.log_step(step, loss, learning_rate, grad_norm)
+
+    Of several processes only the first one reports; in the others every method does nothing.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        training: TrainingConfig,
+        step: int,
+        *,
+        backend: str,
+        device: str,
+        unit: str,
+        items_per_step: int,
+        is_main_process: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        """
+        Args:
+            run: folder of the run.
+            training: gives the number of steps and `tensorboard`.
+            step: number of completed steps.
+            backend, device: recorded and shown.
+            unit: `tok` or `img`.
+            items_per_step: tokens or images in one step.
+            is_main_process: whether this process reports.
+            quiet: show no progress. Notes go to the logger `icenet`.
+
+        Raises:
+            UsageError: `training.tensorboard` is set and tensorboard is not installed.
+        """
+        self.run = run
+        self.backend = backend
+        self.is_main_process = is_main_process
+        self.quiet = quiet or not is_main_process
+        self._unit = unit
+        self._items_per_step = items_per_step
+        self._board = TensorBoardLog(run / FOLDER) if training.tensorboard and is_main_process else None
+        self._log = MetricsLog(run / METRICS, mirror=self._board)
+        self._progress = Progress(
+            training.max_steps,
+            step,
+            tokens_per_step=items_per_step,
+            unit=unit,
+            quiet=self.quiet,
+            label=f"{backend} {device}",
+        )
+        self._iteration_start = 0.0
+        self._step_seconds = 0.0
+
+    def __enter__(self) -> Reporter:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._progress.__exit__(kind, error, trace)
+        finally:
+            self._log.close()
+
+    def copy_history(self, origin: Path, step: int) -> None:
+        """Copies the metrics of another run, or of none for a lone checkpoint, up to a step."""
+        if self.is_main_process:
+            MetricsLog.copy(origin / METRICS, self._log.path, step)
+
+    def begin(self, step: int) -> None:
+        """Drops the metrics after `step`, which will be written again, and opens TensorBoard's file."""
+        if self.is_main_process:
+            self._log.truncate_after(step)
+        if self._board is not None:
+            self._board.begin(step, MetricsLog.read(self._log.path) if self._log.path.exists() else ())
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """Shows notes on how the run begins. If quiet, they are warnings of the logger `icenet`."""
+        if self.is_main_process:
+            for note in notes:
+                (logging.getLogger("icenet").warning if self.quiet else self._progress.note)(note)
+
+    def note(self, text: str) -> None:
+        """Shows a line, unless quiet."""
+        self._progress.note(text)
+
+    def start_step(self) -> None:
+        """Starts the clock of a step, at the beginning of an iteration of the loop."""
+        self._iteration_start, self._step_seconds = time.perf_counter(), 0.0
+
+    def log_step(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        *,
+        loss_scale: float | None = None,
+        skipped: bool | None = None,
+    ) -> None:
+        """Records a step; None leaves a key out.
+
+        The time of a step is that of an iteration of the loop, whether or not the device works asynchronously. An
+        iteration that reads two results counts for both; the second counts its own wait if that is longer.
+        """
+        if not self.is_main_process:
+            return
+        now = time.perf_counter()
+        self._step_seconds, self._iteration_start = max(now - self._iteration_start, self._step_seconds), now
+        speed = self._items_per_step / max(self._step_seconds, 1e-9)
+        record = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            f"{_ITEMS[self._unit]}_per_second": round(speed, 1),
+            "backend": self.backend,
+            "loss_scale": loss_scale,
+            "skipped": skipped,
+        }
+        self._log.append({key: value for key, value in record.items() if value is not None})
+        self._progress.update(step, loss, learning_rate=learning_rate, tokens_per_second=speed)
+
+    def log_evaluation(self, step: int, loss: float, accuracy: float | None, count: float) -> None:
+        """Records an evaluation over `count` labels; `accuracy` is that of a classifier."""
+        record = {"step": step, "validation_loss": loss, "backend": self.backend}
+        note = f"step {step}: validation loss {loss:.4f}"
+        if accuracy is not None:
+            record["validation_accuracy"] = accuracy
+            note += f", accuracy {accuracy:.2%} of {count:,.0f}"
+        if self.is_main_process:
+            self._log.append(record)
+        self.note(note)
+
+    def draw_plot(self) -> Path | None:
+        """Draws the metrics to plot.png; returns its path, or None without matplotlib."""
+        if not self.is_main_process:
+            return None
+        return plots.plot_metrics(MetricsLog.read(self._log.path), self.run / "plot.png", title=self.run.name)

@@ -1,0 +1,133 @@
+"""Writes the checkpoints of a run in the background while training continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.config import Config
+from icenet.core.data.datasets import Dataset
+from icenet.core.engine import Engine
+from icenet.core.errors import IceNetError
+from icenet.core.training import checkpoint as checkpoints
+from icenet.core.training.background import Background
+from icenet.core.training.early_stopping import EarlyStopping
+from icenet.core.training.loss_scale import LossScale
+from icenet.core.training.run_folder import link_best, unlink_stale_best, versions
+
+
+class CheckpointWriter:
+    """Writes checkpoints from a copy in memory, one at a time, in a thread.
+
+    Each process of a run has one: collecting sharded arrays needs all of them. Only the first process writes.
+    Errors of the thread are raised by `check` and `wait`, and on leaving the context.
+    """
+
+    def __init__(self, run: Path, config: Config, engine: Engine, dataset: Dataset, saved_step: int | None) -> None:
+        """
+        Args:
+            run: folder of the run.
+            config: written to each checkpoint.
+            engine: gives weights and optimizer state.
+            dataset: gives its fingerprint and its files.
+            saved_step: step of the checkpoint that the run was resumed from, if it is in `run`.
+        """
+        self.run = run
+        self.config = config
+        self.engine = engine
+        self.dataset = dataset
+        self.saved_step = saved_step
+        """Step of the last checkpoint that was started."""
+        self._background = Background()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the checkpoint of a step is complete or being written."""
+        if step != self.saved_step:
+            return False
+        # several processes must agree, and only the first one knows the disk and the thread
+        several = self.engine.process_group.size > 1
+        return several or self._background.busy or checkpoints.path_of(self.run, step).is_dir()
+
+    def start(self, step: int, loss_scale: LossScale, early_stopping: EarlyStopping) -> None:
+        """Copies the state of the run and starts to write it, after the checkpoint before is complete."""
+        self.saved_step = step
+        if self.engine.process_group.rank == 0:
+            self._background.wait()  # before the copy: two copies would be in memory
+            weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+            state = {
+                "loss_scale": asdict(loss_scale),
+                "best": asdict(early_stopping),
+                "data": self.dataset.fingerprint,
+                "facts": self.dataset.facts,
+                "backend": self.engine.backend,
+                "device": self.engine.device,
+                "versions": versions(),
+            }
+            self._background.start(partial(self._write, step, weights, optimizer, state))
+        elif self.config.training.sharded:  # the first process collects the shards of all processes
+            self.engine.weights()
+            self.engine.optimizer_state()
+        else:  # `weights` averages the batch norm statistics over the processes
+            self.engine.average_statistics()
+
+    def check(self) -> None:
+        """Raises the error of the checkpoint that was written last, if it has failed."""
+        self._background.check()
+
+    def wait(self) -> None:
+        """Waits until the checkpoint is on the disk, and raises its error if it has failed."""
+        self._background.wait()
+
+    def __enter__(self) -> CheckpointWriter:
+        self._background = Background()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._background.__exit__(kind, error, trace)
+        finally:
+            self._background = Background()  # for a checkpoint between two calls of `fit`
+
+    def _write(
+        self,
+        step: int,
+        weights: Mapping[str, NDArray[Any]],
+        optimizer: Mapping[str, NDArray[Any]],
+        state: dict[str, Any],
+    ) -> None:
+        wrong = next((name for name, array in weights.items() if not np.isfinite(array).all()), None)
+        if wrong is not None:  # an update can overflow although loss and gradients did not
+            raise IceNetError(
+                f"step {step}: {wrong} is not finite; {last_good(self.run)}. Lower training.learning_rate"
+            )
+        training = self.config.training
+        best = state["best"]["step"] if training.keep_best else None
+        path = checkpoints.save(
+            self.run,
+            self.config,
+            step,
+            weights,
+            optimizer,
+            state,
+            training.keep_checkpoints,
+            best,
+            self.dataset.files,
+        )
+        if step == best:
+            link_best(self.run, path)
+        unlink_stale_best(self.run)
+
+
+def last_good(run: Path) -> str:
+    """Names the newest checkpoint of a run, for an error message."""
+    newest = checkpoints.newest(run)
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
