@@ -1,12 +1,48 @@
-"""`icenet train`: what is printed at the end."""
+"""`icenet train`: starts or continues a run, trains it to its end and prints where the results are."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+
+from icenet.core.config import Config
+from icenet.core.training.run_folder import new_run_folder
+from icenet.core.training.trainer import Result, Trainer
 
 
-def print_result(result: Any) -> None:
-    """Says on standard output what a training run came to (a `trainer.Result`) and what to do with it."""
+def train(
+    config: str | None,
+    resume: Path | None = None,
+    *,
+    run: Path | None = None,
+    overrides: Sequence[str] = (),
+    backend: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Trains a model and prints the result. Of several processes only the first one prints.
+
+    Args:
+        config: a YAML file or the name of a preset, for a new run.
+        resume: otherwise the run or checkpoint to continue.
+        run: folder of the run. Default: runs/NAME for a new run, the same folder for a continued one.
+        overrides: `key=value` changes of the configuration.
+        backend, device: take the place of those of the configuration.
+        quiet: show no progress.
+    """
+    if resume is not None:
+        trainer = Trainer.resume(resume, run=run, overrides=overrides, backend=backend, device=device, quiet=quiet)
+    else:
+        settings = Config.from_yaml(str(config), overrides)
+        folder = run or new_run_folder(str(config))
+        trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
+    result = trainer.fit()
+    if trainer.is_main_process:
+        print_result(result)
+
+
+def print_result(result: Result) -> None:
+    """Prints the losses and the paths of a run to standard output."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -16,5 +52,5 @@ def print_result(result: Any) -> None:
     console.print(f"step {result.step}: loss {result.loss:.4f}{validation}", markup=False)
     console.print(f"run         {result.run}", markup=False)
     console.print(f"checkpoint  {result.checkpoint}", markup=False)
-    plot = str(result.plot) if result.plot else "none: pip install 'icenet[plot]' draws one"
+    plot = str(result.plot) if result.plot else "none: matplotlib is not installed; pip install 'icenet[plot]'"
     console.print(f"plot        {plot}", markup=False)
