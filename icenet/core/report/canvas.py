@@ -6,10 +6,8 @@ state alone.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.errors import IceNetError, UsageError
+from icenet.core.errors import UsageError
+from icenet.core.files import staged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,16 +183,6 @@ def save(figure: Figure, path: str | Path) -> Path:
     # letters stay letters in a PDF, and a picture of the same data is the same file
     options = {"pdf.fonttype": 42, "svg.hashsalt": "icenet"}
     metadata: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context(options):
-            figure.savefig(temporary, format=path.suffix[1:].lower(), metadata=metadata.get(path.suffix.lower()))
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise IceNetError(f"cannot write the plot {path}: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with rc_context(options), staged(path) as stage, stage.open(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), metadata=metadata.get(path.suffix.lower()))
     return path
