@@ -91,25 +91,11 @@ def train_command(
 
     CONFIG is a YAML file or the name of a preset.
     """
-    from icenet.commands import train
-    from icenet.core.training.run_folder import new_run_folder
-    from icenet.core.training.trainer import Trainer
+    from icenet.commands.train import train
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either a CONFIG, or --resume RUN")
-    if resume is not None:
-        trainer = Trainer.resume(
-            resume, run=run_folder, overrides=overrides, backend=backend, device=device, quiet=quiet
-        )
-    else:
-        from icenet.core.config import Config
-
-        settings = Config.from_yaml(str(config), overrides)
-        folder = run_folder or new_run_folder(str(config))
-        trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
-    result = trainer.fit()
-    if trainer.is_main_process:
-        train.print_result(result)
+    train(config, resume, run=run_folder, overrides=overrides, backend=backend, device=device, quiet=quiet)
 
 
 @cli.command(
@@ -238,13 +224,15 @@ def generate_command(
 ) -> None:
     """Continue a text with a trained model.
 
-    MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation section of the model's config.
+    MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation
+    section of the model's config.
     """
     from icenet.commands import generate
+    from icenet.core.generation.prompts import read_prompt
 
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
-    text = generate.read_prompt(prompt_file) if prompt_file is not None else prompt or ""
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options["stop"] = list(options["stop"]) or None
     for piece in generate.stream(model, text, backend, device, averaged=averaged, **options):
         click.echo(piece, nl=False)

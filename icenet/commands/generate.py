@@ -1,27 +1,12 @@
-"""`icenet generate`: reads a prompt, loads a model and streams the continuation."""
+"""`icenet generate`: loads a model and streams the continuation of a prompt."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import icenet
-from icenet.core.errors import UsageError
-
-
-def read_prompt(path: Path) -> str:
-    """Returns the text of a prompt file; `-` is standard input.
-
-    Raises:
-        UsageError: the file cannot be read or is not UTF-8.
-    """
-    try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
-        raise UsageError(f"{path}: the prompt cannot be read: {reason}") from None
 
 
 def stream(
