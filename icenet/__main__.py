@@ -1,4 +1,4 @@
-"""`python -m icenet` is the `icenet` command."""
+"""Runs the `icenet` command as `python -m icenet`."""
 
 import sys
 
