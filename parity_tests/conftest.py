@@ -30,10 +30,11 @@ MAX_WORKERS = 4
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Returns the number of workers of `-n auto`, the default.
 
-    Runs of whole folders are parallel. Single files start faster in one process, and slow tests and mutations measure
-    time or start processes of their own, so they run one after another.
+    Single files start faster in one process. Slow tests measure time, so they run one after another.
     """
-    if config.option.markexpr != DEFAULT_MARKERS or any(".py" in argument for argument in config.args):
+    if config.option.markexpr not in (DEFAULT_MARKERS, "mutation") or any(
+        ".py" in argument for argument in config.args
+    ):
         return 0
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, MAX_WORKERS)
