@@ -1,10 +1,10 @@
-"""Parity: two runs of one model, judged against a third that is exact. Knows no framework.
+"""Measured parity: compares MLX with PyTorch, relative to the rounding error of PyTorch. Imports no framework.
 
-yardstick   the one judge: error of MLX over the noise of PyTorch, both against PyTorch in float64
-trace       what a run computed, array by array, in order
-locate      which layer differs, and which only inherits a difference
-report      the table, the verdict, JSON
-run         what `icenet parity` does
+yardstick   the criterion: error of MLX over noise of PyTorch, both relative to PyTorch in float64
+trace       the arrays that a run computes, in order
+locate      comparison of traces; the layers at which a difference begins
+report      tables, verdict, JSON
+engines     the three engines of a parity run: build, record, replay
+run         the parity run of a configuration
+texts       comparison of generated texts
 """
-
-from __future__ import annotations

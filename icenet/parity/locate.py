@@ -1,54 +1,52 @@
-"""Compares three traces value by value, and finds the layer at which a difference begins.
+"""Compares three traces value by value and finds the layers at which a difference begins.
 
-Every value after a wrong layer is wrong too, so the first ratio over the yardstick only says where a
-difference became visible. To find where it began, each layer is run again on the reference's own inputs, the
-same on all three: what it inherits is gone then, and what is left is its own. A layer that still differs, and
-that holds no layer which does, is marked "differs here"; one that is only over the yardstick in the run
-"inherits". Replays also see faults that the noise of the layers before them would hide, and, with a random
-cotangent, faults of the backward pass alone.
+After a wrong layer every value is wrong, so the first value over the tolerance shows where a difference is visible,
+not where it begins. To find that, each layer is replayed: MLX, PyTorch and the reference call it with the same
+inputs, those of the reference, so that a difference in its inputs has no effect. Forward and, with random cotangents,
+backward. The marks of a layer:
+
+    differs here    over the tolerance in its replay, and none of the layers within it is
+    contains        over the tolerance in its replay, because a layer within it is
+    propagated      over the tolerance in the run only: its inputs already differed
+
+Replays also find faults that are smaller than the noise that the earlier layers produce, and faults of the backward
+pass alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 
 import numpy as np
 
 from icenet.core import rng
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import (
-    FACTOR,
-    SAMPLES,
-    Judgement,
-    judge,
-    noise_rms,
-    perturb_by_ulp,
-    rms,
-    round_to,
-)
+from icenet.parity.yardstick import SAMPLES, Judgement, judge, noise_rms, perturb_by_ulp, rms, round_to
 
-DIFFERS, CONTAINS, INHERITS = "differs here", "contains", "inherits"
+DIFFERS, CONTAINS, PROPAGATED = "differs here", "contains", "propagated"
+
+KINDS = ("module", "loss", "gradient", "parameter", "moment")
+"""The kinds of values that are compared."""
 
 Replay = Callable[[str, Call, list[Value]], dict[str, Value]]
-"""A backend's replay of the layer at a path: `probe.replay`, bound to an engine."""
+"""Calls the layer at a path with arguments and cotangents: `icenet.parity.engines.replay` of one engine."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One value of the traces.
+    """The comparison of one value.
 
     Attributes:
-        kind, path: its name (see `icenet.parity.trace`).
+        kind, path: name of the value (see `icenet.parity.trace`).
         shape: of the array.
-        judgement: in the run.
-        own: the worst of the layer's own values on the reference's inputs; None where it was not replayed.
-        own_part: which value that was: `output`, `input 0` or `gradient weight` (the backward pass).
-        mark: "differs here", "contains", "inherits" or empty.
-        note: what else is to be said, such as dtypes that differ.
+        judgement: of the value in the run.
+        own: the worst judgement in the replay of the layer; None if it was not replayed.
+        own_part: the value of that judgement: `output`, `input 0` or `gradient weight` (the backward pass).
+        mark: "differs here", "contains", "propagated" or empty.
+        note: a remark, such as unequal dtypes.
     """
 
     kind: str
@@ -62,12 +60,12 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Within the yardstick, in the run and by itself, and of one dtype."""
+        """Within the tolerance in the run and in the replay, and of equal dtype."""
         return self.judgement.passed and (self.own is None or self.own.passed) and not self.note.startswith("dtype")
 
     @property
     def ratio(self) -> float:
-        """The larger of the ratios in the run and by itself."""
+        """The larger of the ratios in the run and in the replay."""
         return max(self.judgement.ratio, self.own.ratio if self.own else 0.0)
 
 
@@ -76,29 +74,38 @@ def compare(
     torch: Trace,
     reference: Trace,
     dtype: str = "fp32",
-    kinds: tuple[str, ...] = ("module", "loss", "gradient", "parameter", "moment"),
-    samples: Callable[[], list[Trace]] | None = None,
+    kinds: tuple[str, ...] = KINDS,
+    perturbed_traces: Callable[[], list[Trace]] | None = None,
 ) -> list[Row]:
-    """Judges every value of the reference's trace, in its order. `dtype` is that of the arithmetic.
+    """Compares every float value of the reference's trace, in its order.
 
-    `samples` gives traces of PyTorch on inputs rounded anew; it is asked where a ratio is over the yardstick.
+    Args:
+        mlx, torch: traces in the dtype under test.
+        reference: trace in float64.
+        dtype: compute dtype under test: fp32, bf16 or fp16.
+        kinds: kinds of values to compare.
+        perturbed_traces: returns SAMPLES traces of PyTorch with perturbed weights, for floor 5 of the yardstick. It
+            is called only if a value is over the tolerance.
     """
-    if samples is not None:
-        first = compare(mlx, torch, reference, dtype, kinds)
-        if all(row.judgement.passed for row in first):
-            return first
-    moved = samples() if samples is not None else []
+    rows = _compare(mlx, torch, reference, dtype, kinds, [])
+    if perturbed_traces is None or all(row.judgement.passed for row in rows):
+        return rows
+    return _compare(mlx, torch, reference, dtype, kinds, perturbed_traces())
+
+
+def _compare(
+    mlx: Trace, torch: Trace, reference: Trace, dtype: str, kinds: tuple[str, ...], perturbed: list[Trace]
+) -> list[Row]:
     rows = []
-    sizes = layer_sizes(reference.of("gradient"))
+    layer_rms = gradient_rms(reference.of("gradient"))
     for name, exact in reference.values.items():
         kind, _, path = name.partition(":")
         if kind not in kinds or not exact.is_float:
             continue
         ours, theirs = mlx.values.get(name), torch.values.get(name)
         if ours is None or theirs is None:
-            absent = "MLX" if ours is None else "PyTorch"
-            judgement = Judgement(math.inf, 0.0, math.inf, math.inf, note=f"not there in {absent}")
-            rows.append(Row(kind, path, exact.array.shape, judgement, note=judgement.note))
+            missing = Judgement.incomparable(f"missing in {'MLX' if ours is None else 'PyTorch'}")
+            rows.append(Row(kind, path, exact.array.shape, missing, note=missing.note))
             continue
         judgement = judge(
             ours.array,
@@ -106,19 +113,18 @@ def compare(
             exact.array,
             dtype,
             stored=theirs.dtype,
-            beside=sizes.get(path.rpartition(".")[0], 0.0) if kind == "gradient" else 0.0,
-            floor=_loss_noise(torch, reference) if kind == "loss" else 0.0,
-            spread=noise_rms(exact.array, [trace.values[name].array for trace in moved]) if moved else None,
+            layer_rms=layer_rms.get(_parent(path), 0.0) if kind == "gradient" else 0.0,
+            min_noise=_loss_noise(torch, reference) if kind == "loss" else 0.0,
+            sampled_noise=noise_rms(exact.array, [t.values[name].array for t in perturbed]) if perturbed else None,
         )
-        note = judgement.note
-        if ours.dtype != theirs.dtype:
-            note = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch"
+        unequal_dtypes = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch"
+        note = unequal_dtypes if ours.dtype != theirs.dtype else judgement.note
         rows.append(Row(kind, path, exact.array.shape, judgement, note=note))
-    for name in mlx.values:
+    for name, value in mlx.values.items():
         kind, _, path = name.partition(":")
         if kind in kinds and name not in reference.values:
-            judgement = Judgement(math.inf, 0.0, math.inf, math.inf, note="in MLX alone")
-            rows.append(Row(kind, path, mlx.values[name].array.shape, judgement, note=judgement.note))
+            extra = Judgement.incomparable("in MLX only")
+            rows.append(Row(kind, path, value.array.shape, extra, note=extra.note))
     return rows
 
 
@@ -130,15 +136,15 @@ def locate(
     dtype: str = "fp32",
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Replays every layer and marks the rows.
+    """Replays every layer and returns the rows with their marks.
 
     Args:
         rows: from `compare`.
-        torch, reference: the traces in the dtype under test and in float64.
-        replays: of MLX, PyTorch and the reference; a fourth, of PyTorch with its weights rounded anew, gives
-            samples where a layer is over the yardstick.
-        dtype: of the arithmetic.
-        on_layer: told how many layers are done, of how many.
+        torch, reference: traces in the dtype under test and in float64.
+        replays: of MLX, PyTorch and the reference; optionally a fourth, of PyTorch with perturbed weights, for
+            floor 5 of the yardstick.
+        dtype: compute dtype under test.
+        on_layer: called after each layer with the number of replayed layers and of all layers.
     """
     own: dict[str, tuple[Judgement, str]] = {}
     paths = [path for path in reference.calls if path in torch.calls]
@@ -147,19 +153,19 @@ def locate(
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
-    here = {path for path in differing if not any(_is_within(other, path) for other in differing)}
+    origins = {path for path in differing if not any(_is_within(other, path) for other in differing)}
     marked = []
     for row in rows:
-        layer = row.path if row.kind == "module" else row.path.rpartition(".")[0]
+        layer = row.path if row.kind == "module" else _parent(row.path)
         if row.kind == "module" and row.path in own:
             row = replace(row, own=own[row.path][0], own_part=own[row.path][1])
         mark = ""
-        if (row.kind == "module" and layer in here) or (not row.passed and _plain(layer) in here):
+        if (row.kind == "module" and layer in origins) or (not row.passed and _without_index(layer) in origins):
             mark = DIFFERS
         elif row.kind == "module" and layer in differing:
             mark = CONTAINS
         elif not row.judgement.passed and row.kind in ("module", "gradient", "loss"):
-            mark = INHERITS
+            mark = PROPAGATED
         marked.append(replace(row, mark=mark))
     return marked
 
@@ -167,119 +173,88 @@ def locate(
 def replay_layer(
     path: str, torch: Trace, reference: Trace, replays: tuple[Replay, ...], dtype: str = "fp32"
 ) -> tuple[Judgement, str]:
-    """The worst judgement of one layer on the reference's inputs, and the value it was found in.
+    """Replays one layer; returns the worst judgement and the name of its value (`output`, `input 0`, ...).
 
-    An output over the yardstick is told before any gradient, which can only follow it.
+    All replays receive the same: the inputs of the reference, rounded to the dtypes that PyTorch had there, and
+    cotangents drawn from a normal distribution.
 
-    The inputs are the reference's, rounded to the dtypes that PyTorch met there; the cotangents are normal
-    variates. All three get the same.
+    If an output is over the tolerance, gradients are not considered: their difference is a consequence.
     """
-    inputs = iter(torch.calls[path].values)
+    dtypes = iter(value.dtype for value in torch.calls[path].values)
 
     def rounded(exact: Value) -> Value:
-        like = next(inputs)
-        return Value(round_to(exact.array, like.dtype), like.dtype) if exact.is_float else exact
+        stored = next(dtypes)
+        return Value(round_to(exact.array, stored), stored) if exact.is_float else exact
 
     call = reference.calls[path].map(rounded)
-    seeds = []
-    for name, output in _outputs(torch, path):
+    cotangents = []
+    for name, output in torch.outputs(path).items():
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
-        seeds.append(Value(round_to(values, output.dtype), output.dtype))
-    ours, theirs, exact = (replay(path, call, seeds) for replay in replays[:3])
-    moved: list[dict[str, Value]] = []
-    sizes = layer_sizes({name.removeprefix("gradient "): v for name, v in exact.items() if "gradient " in name})
+        cotangents.append(Value(round_to(values, output.dtype), output.dtype))
+    ours, theirs, exact = (replay(path, call, cotangents) for replay in replays[:3])
+    perturbed: list[dict[str, Value]] = []
+    layer_rms = gradient_rms({name.removeprefix("gradient "): v for name, v in exact.items() if "gradient " in name})
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
     for name, value in exact.items():
         if name not in ours or name not in theirs:
-            return Judgement(math.inf, 0.0, math.inf, math.inf, note=f"no {name} on one backend"), name
+            return Judgement.incomparable(f"no {name} on one backend"), name
         parameter = name.removeprefix("gradient ")
-        judged = partial(
-            judge,
-            ours[name].array,
-            theirs[name].array,
-            value.array,
-            dtype,
-            stored=theirs[name].dtype,
-            beside=sizes.get(parameter.rpartition(".")[0], 0.0) if parameter != name else 0.0,
-        )
-        judgement = judged()
+        size = layer_rms.get(_parent(parameter), 0.0) if parameter != name else 0.0
+        arrays = ours[name].array, theirs[name].array, value.array
+        judgement = judge(*arrays, dtype, stored=theirs[name].dtype, layer_rms=size)
         if not judgement.passed and len(replays) > 3:
-            moved = moved or [replays[3](path, *anew(call, seeds, dtype, index)) for index in range(SAMPLES)]
-            judgement = judged(spread=noise_rms(value.array, [sample[name].array for sample in moved]))
-        backward = not name.startswith("output")
-        if judgement.ratio > worst.ratio and not (backward and part.startswith("output") and not worst.passed):
+            if not perturbed:
+                perturbed = [replays[3](path, *_perturb(call, cotangents, dtype, i)) for i in range(SAMPLES)]
+            noise = noise_rms(value.array, [sample[name].array for sample in perturbed])
+            judgement = judge(*arrays, dtype, stored=theirs[name].dtype, layer_rms=size, sampled_noise=noise)
+        output_failed = part.startswith("output") and not worst.passed
+        if judgement.ratio > worst.ratio and (name.startswith("output") or not output_failed):
             worst, part = judgement, name
     return worst, part
 
 
-def anew(call: Call, seeds: list[Value], dtype: str, index: int) -> tuple[Call, list[Value]]:
-    """A layer's inputs and cotangents, rounded anew."""
-    counter = count()
+def gradient_rms(gradients: Mapping[str, Value]) -> dict[str, float]:
+    """Returns the RMS of all gradients of each layer, by module path (for floor 3 of the yardstick)."""
+    sums: dict[str, tuple[float, int]] = {}
+    for path, value in gradients.items():
+        squares, size = sums.get(_parent(path), (0.0, 0))
+        sums[_parent(path)] = squares + rms(value.array) ** 2 * value.array.size, size + value.array.size
+    return {path: math.sqrt(squares / size) if size else 0.0 for path, (squares, size) in sums.items()}
 
-    def move(value: Value) -> Value:
-        key = rng.key(index, "rounded anew", next(counter))
+
+def _perturb(call: Call, cotangents: list[Value], dtype: str, index: int) -> tuple[Call, list[Value]]:
+    """Perturbs the inputs and cotangents of a layer by an ulp; `index` selects the random draw."""
+    numbers = count()
+
+    def perturb(value: Value) -> Value:
+        key = rng.key(index, "rounded anew", next(numbers))
         if not value.is_float:
             return value
-        # a value of fp32 in a half-precision run was rounded to fp32
-        finer = "fp32" if value.dtype == "fp32" else dtype
-        return Value(perturb_by_ulp(value.array, finer, key).astype(value.array.dtype), value.dtype)
+        # in a half-precision run an fp32 value was rounded to fp32
+        rounded_to = "fp32" if value.dtype == "fp32" else dtype
+        return Value(perturb_by_ulp(value.array, rounded_to, key).astype(value.array.dtype), value.dtype)
 
-    return call.map(move), [move(seed) for seed in seeds]
-
-
-def first_over(rows: list[Row]) -> Row | None:
-    """The first row, in the order of the run, that is over the yardstick in the run itself."""
-    return next((row for row in rows if not row.judgement.passed), None)
-
-
-def layer_sizes(gradients: Mapping[str, Value]) -> dict[str, float]:
-    """RMS of all gradients of each layer together, by module path: what floor 3 of the yardstick needs."""
-    squares: dict[str, list[float]] = {}
-    for path, value in gradients.items():
-        total = squares.setdefault(path.rpartition(".")[0], [0.0, 0.0])
-        total[0] += rms(value.array) ** 2 * value.array.size
-        total[1] += value.array.size
-    return {path: math.sqrt(total / count) if count else 0.0 for path, (total, count) in squares.items()}
+    return call.map(perturb), [perturb(cotangent) for cotangent in cotangents]
 
 
 def _loss_noise(torch: Trace, reference: Trace) -> float:
-    """Floor 4 of the yardstick: the noise of the logits, averaged over the labels counted."""
-    name = "module:"
-    if name not in torch.values or "input:labels" not in torch.values:
+    """Returns floor 4 of the yardstick: the noise of the logits over the square root of the number of labels."""
+    if "module:" not in torch.values or "input:labels" not in torch.values:
         return 0.0
-    counted = int(np.count_nonzero(torch.values["input:labels"].array >= 0))
-    difference = torch.values[name].array.astype(np.float64) - reference.values[name].array
-    return rms(difference) / math.sqrt(max(counted, 1))
+    num_labels = int(np.count_nonzero(torch.values["input:labels"].array >= 0))
+    noise = torch.logits.astype(np.float64) - reference.logits
+    return rms(noise) / math.sqrt(max(num_labels, 1))
 
 
-def _outputs(trace: Trace, path: str) -> Iterator[tuple[str, Value]]:
-    """The outputs of the first call of a layer."""
-    index, name = 0, f"module:{path}"
-    while name in trace.values:
-        yield name, trace.values[name]
-        index += 1
-        name = f"module:{path}[{index}]"
+def _parent(path: str) -> str:
+    """Returns the path of the module that holds a parameter."""
+    return path.rpartition(".")[0]
 
 
 def _is_within(path: str, parent: str) -> bool:
     return path != parent and (parent == "" or path.startswith(parent + "."))
 
 
-def _plain(path: str) -> str:
-    """A module's path without the number of its call or output."""
+def _without_index(path: str) -> str:
+    """Returns a module's path without the number of its call or output."""
     return path.partition("#")[0].partition("[")[0]
-
-
-__all__ = [
-    "CONTAINS",
-    "DIFFERS",
-    "FACTOR",
-    "INHERITS",
-    "Replay",
-    "Row",
-    "compare",
-    "first_over",
-    "layer_sizes",
-    "locate",
-    "replay_layer",
-]

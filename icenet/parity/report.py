@@ -1,4 +1,4 @@
-"""A parity report: a header, tables, one line of verdict; as text for people and as JSON for programs."""
+"""The parity report: header, tables and a verdict of one line, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from icenet.parity.locate import DIFFERS, INHERITS, Row
+from icenet.parity.locate import DIFFERS, PROPAGATED, Row
 from icenet.parity.yardstick import FACTOR, CurveJudgement
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _WORST_SHOWN = 3
 
 @dataclass
 class Section:
-    """One comparison: the forward pass in evaluation, the gradients, ..."""
+    """One comparison, such as the layers in evaluation mode or the gradients."""
 
     title: str
     rows: list[Row]
@@ -35,14 +35,16 @@ class Section:
 
 @dataclass
 class Report:
-    """What a parity run found.
+    """The result of a parity run.
 
     Attributes:
-        dtype: of the arithmetic under test.
-        engines: what is known of "MLX", "PyTorch" and "reference": framework, version, device, TF32.
-        unequal_weights: parameters whose initial values are not equal bit for bit.
+        dtype: compute dtype under test: fp32, bf16 or fp16.
+        engines: `framework`, `version`, `device` and `tf32` of "MLX", "PyTorch" and "reference".
+        num_weights: number of parameters and statistics compared bit for bit.
+        unequal_weights: names of those that differ.
         sections: the comparisons.
-        curve: of the training run, with the three curves in `losses`, where steps were asked for.
+        curve: comparison of the training curves; None without training.
+        losses: the three training curves; empty without training.
     """
 
     dtype: str
@@ -60,53 +62,65 @@ class Report:
 
     @property
     def worst(self) -> tuple[Section, Row] | None:
-        """The row with the largest ratio."""
+        """The row with the largest ratio, and its section."""
         rows = [(section, row) for section in self.sections for row in section.rows]
         return max(rows, key=lambda pair: pair[1].ratio, default=None)
 
     def differing(self) -> list[str]:
-        """The layers marked "differs here", in the order of the run."""
-        found = [_name(row) for section in self.sections for row in section.rows if _is_origin(row)]
-        return list(dict.fromkeys(found))
+        """Returns the layers marked "differs here", in the order of the run."""
+        return list(dict.fromkeys(_name(row) for _, row in self._origins()))
+
+    def _origins(self) -> list[tuple[Section, Row]]:
+        return [
+            (section, row)
+            for section in self.sections
+            for row in section.rows
+            if row.kind == "module" and row.mark == DIFFERS
+        ]
 
     def verdict(self) -> str:
-        """One line: that all agree, or what differs first, by how much."""
-        if self.passed:
-            count = sum(len(section.rows) for section in self.sections)
-            told = [f"MLX agrees with PyTorch in {self.dtype}: {count} values within {FACTOR:g} times the noise"]
-            if self.worst is not None:
-                told.append(f"largest ratio {self.worst[1].ratio:.2g} ({_name(self.worst[1])})")
-            if self.curve is not None:
-                told.append(f"curve of {len(self.curve.gap)} steps within {self.curve.worst:.2g}")
-            return "; ".join(told)
-        reasons = []
+        """Returns one line: agreement with the largest ratio, or the first difference with its ratio."""
+        return self._agreement() if self.passed else self._difference()
+
+    def _agreement(self) -> str:
+        count = sum(len(section.rows) for section in self.sections)
+        parts = [f"MLX agrees with PyTorch in {self.dtype}: {count} values within {FACTOR:g} times the noise"]
+        if self.worst is not None:
+            parts.append(f"largest ratio {self.worst[1].ratio:.2g} ({_name(self.worst[1])})")
+        if self.curve is not None:
+            parts.append(f"curve of {len(self.curve.gap)} steps within {self.curve.worst:.2g}")
+        return "; ".join(parts)
+
+    def _difference(self) -> str:
+        parts = []
         if self.unequal_weights:
-            reasons.append(f"weights differ: {_some(self.unequal_weights)}")
-        origins = [(s, row) for s in self.sections for row in s.rows if _is_origin(row)]
+            parts.append(f"weights differ: {_some(self.unequal_weights)}")
+        origins = self._origins()
+        over = [(section, row) for section in self.sections for row in section.rows if not row.passed]
         if origins:
             section, row = origins[0]
             ratio = f"{_number(row.own.ratio)} times the noise on equal inputs" if row.own else ""
-            part = f", in its {_part(row.own_part)}" if row.own_part else ""
-            more = f"; {_some(self.differing()[1:])} too" if len(self.differing()) > 1 else ""
-            reasons.append(f"differs here: {_name(row)} ({section.title}), {ratio}{part}{more}")
-        else:
-            over = [(s, row) for s in self.sections for row in s.rows if not row.passed]
-            if over:
-                section, row = over[0]
-                what = row.note or f"{_number(row.ratio)} times the noise"
-                reasons.append(f"over the yardstick: {_name(row)} ({section.title}), {what}")
+            where = f", in its {_pass_of(row.own_part)}" if row.own_part else ""
+            others = self.differing()[1:]
+            more = f"; also {_some(others)}" if others else ""
+            parts.append(f"differs here: {_name(row)} ({section.title}), {ratio}{where}{more}")
+        elif over:
+            section, row = over[0]
+            reason = row.note or f"{_number(row.ratio)} times the noise"
+            parts.append(f"over the tolerance: {_name(row)} ({section.title}), {reason}")
         if self.curve is not None and not self.curve.passed:
-            reasons.append(
-                f"the curves part: {_number(self.curve.worst)} times the noise at step {self.curve.worst_step}"
+            parts.append(
+                f"the training curves differ: {_number(self.curve.worst)} times the noise "
+                f"at step {self.curve.worst_step}"
             )
-        return "; ".join(reasons) + f" (allowed: {FACTOR:g})"
+        return "; ".join(parts) + f" (allowed: {FACTOR:g})"
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values; numbers that are not finite as texts, for JSON has none."""
+        """Returns the report in JSON types. JSON has no infinities and NaNs, so they are strings."""
         curve = None
         if self.curve is not None:
             curve = {key: getattr(value, "tolist", lambda v=value: v)() for key, value in asdict(self.curve).items()}
-        told: dict[str, Any] = _json(
+        plain: dict[str, Any] = _json(
             {
                 "passed": self.passed,
                 "verdict": self.verdict(),
@@ -123,17 +137,17 @@ class Report:
                 "losses": self.losses,
             }
         )
-        return told
+        return plain
 
-    # ---- on the screen -----------------------------------------------------------------------------------
+    # ---- terminal ----------------------------------------------------------------------------------------
 
     def render(self, console: Console, verbose: bool = False) -> None:
-        """Prints header, tables and verdict. Rows that pass are shown in part, unless `verbose`."""
+        """Prints header, tables and verdict. Without `verbose` the tables leave out most rows that pass."""
         from rich.text import Text
 
-        for role, facts in self.engines.items():
-            text = f"{facts['framework']} {facts['version']} on {facts['device']}"
-            text += ", float64" if role == "reference" else f", {self.dtype}, TF32 {facts['tf32']}"
+        for role, engine in self.engines.items():
+            text = f"{engine['framework']} {engine['version']} on {engine['device']}"
+            text += ", float64" if role == "reference" else f", {self.dtype}, TF32 {engine['tf32']}"
             console.print(Text(f"{role:<10}{text}"), highlight=False)
         if self.num_weights:
             state = f"{_some(self.unequal_weights)} differ" if self.unequal_weights else "equal bit for bit"
@@ -159,11 +173,11 @@ class Report:
 
         shown = list(section.rows) if verbose else list(_interesting(section.rows))
         worst = section.worst
-        told = f"{len(section.rows)} values, worst ratio {_number(worst.ratio)}" if worst else "nothing to compare"
-        table = Table(title=f"{section.title}: {told}", title_justify="left", title_style="bold", box=None)
+        summary = f"{len(section.rows)} values, worst ratio {_number(worst.ratio)}" if worst else "no values"
+        table = Table(title=f"{section.title}: {summary}", title_justify="left", title_style="bold", box=None)
         table.add_column("", width=1)
         table.add_column("value", overflow="fold")
-        for heading in ("shape", "error", "noise", "ratio", "alone"):
+        for heading in ("shape", "error", "noise", "ratio", "replay"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("")
         for row in shown:
@@ -180,24 +194,20 @@ class Report:
             )
             table.add_row(*(Text(cell) for cell in cells), style=style)
         if len(shown) < len(section.rows):
-            table.add_row("", Text(f"... {len(section.rows) - len(shown)} more within the yardstick"), style="dim")
+            table.add_row("", Text(f"... {len(section.rows) - len(shown)} more within the tolerance"), style="dim")
         return table
 
 
 def _interesting(rows: list[Row]) -> Iterator[Row]:
-    """What is over the yardstick and, before the first of it, the last good one; else the worst few."""
+    """Yields the rows over the tolerance and the row before the first of them; without any, the worst few."""
     failing = [index for index, row in enumerate(rows) if not row.passed or row.mark]
     if not failing:
         ranked = sorted(range(len(rows)), key=lambda index: -rows[index].ratio)[:_WORST_SHOWN]
         yield from (rows[index] for index in sorted(ranked))
         return
-    wanted = {index for index in failing if rows[index].mark != INHERITS}
+    wanted = {index for index in failing if rows[index].mark != PROPAGATED}
     wanted |= set(failing[:_WORST_SHOWN]) | {max(failing[0] - 1, 0)}
     yield from (rows[index] for index in sorted(wanted))
-
-
-def _is_origin(row: Row) -> bool:
-    return row.kind == "module" and row.mark == DIFFERS
 
 
 def _name(row: Row) -> str:
@@ -206,7 +216,8 @@ def _name(row: Row) -> str:
     return "loss" if row.kind == "loss" else f"{row.kind} {row.path}" if row.kind == "gradient" else row.path
 
 
-def _part(part: str) -> str:
+def _pass_of(part: str) -> str:
+    """Returns "forward pass" or "backward pass (...)" for a value of a replay."""
     return "forward pass" if part.startswith("output") else f"backward pass ({part.replace('input', 'of input')})"
 
 
@@ -221,8 +232,7 @@ def _some(names: list[str]) -> str:
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
-    told = asdict(row)
-    return {**told, "shape": list(row.shape), "ratio": row.ratio, "passed": row.passed}
+    return {**asdict(row), "shape": list(row.shape), "ratio": row.ratio, "passed": row.passed}
 
 
 def _json(item: Any) -> Any:

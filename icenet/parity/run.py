@@ -1,94 +1,31 @@
-"""What `icenet parity` does: builds a model three times and judges MLX against PyTorch."""
+"""Compares the MLX backend with PyTorch on one configuration: layers, gradients, an optimizer step, training."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
-from icenet.core import backends as backend
 from icenet.core import rng
 from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
 from icenet.core.data.datasets import dataset_for
-from icenet.core.engine import Batch, Engine
-from icenet.core.training import open_model, schedule
+from icenet.core.engine import Batch
+from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
-from icenet.parity.locate import DIFFERS, INHERITS, Row, compare, locate
+from icenet.parity.engines import Engines, build, describe, perturbed_weights, record, replay
+from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, Replay, Row, compare, locate
 from icenet.parity.report import Report, Section
-from icenet.parity.trace import Trace, Value, short_dtype
-from icenet.parity.yardstick import SAMPLES, judge_curve, perturb_by_ulp
+from icenet.parity.trace import Call, Trace, Value, short_dtype
+from icenet.parity.yardstick import SAMPLES, judge_curve
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
-"""Told the stage, and how much of it is done, of how much."""
-
-
-class Engines(NamedTuple):
-    """The three: the one judged, the noise and the truth. `mlx` may be any engine that is to be judged."""
-
-    mlx: Engine
-    torch: Engine
-    reference: Engine
-
-
-def build(
-    config: Config,
-    dtype: str | None = None,
-    weights: Mapping[str, Array] | None = None,
-    device_mlx: str | None = None,
-    device_torch: str = "cpu",
-) -> Engines:
-    """The three engines of a configuration.
-
-    Args:
-        config: of the model and its training.
-        dtype: fp32, bf16 or fp16; that of `training.mixed_precision` when absent.
-        weights: canonical weights for all three; the initial ones when absent.
-        device_mlx: the device judged; the configuration's when absent.
-        device_torch: where the noise is measured. The reference is on the CPU.
-    """
-    backend.exact_products()
-    config = config.with_overrides(f"training.mixed_precision={dtype or config.training.mixed_precision}")
-    plain = config.with_overrides("model.compile_model=false")
-    engines = Engines(
-        backend.engine(config, "mlx", device_mlx),
-        backend.engine(plain, "torch", device_torch),
-        backend.engine(plain, "torch", "cpu", dtype="float64"),
-    )
-    if weights is not None:
-        for engine in engines:
-            engine.set_weights(dict(weights))
-    return engines
-
-
-def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
-    """A random batch, drawn from the configuration's seed.
-
-    Tokens: `inputs` and `labels` int32 `[rows, length]`. Images: `inputs` float32 `[rows, size, size, channels]`
-    and `labels` int32 `[rows]`, of the data's size where it names one, else of a size that the model reads.
-    """
-    if isinstance(config.model, CNNConfig):
-        size = getattr(config.data, "image_size", None) or max(8, 2 * cnn_plan.min_image_size(config.model))
-        classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
-        pixels = (rows, size, size, config.model.image_channels)
-        images = rng.normal(rng.key(config.seed, "parity batch"), pixels)
-        return {"inputs": images, "labels": classes.astype(np.int32)}
-    if config.model.input_kind == "anything" and isinstance(config.data, ImageDataConfig):
-        return dataset_for(config).train_batch(0, rows)  # what the model reads only its data can say
-    shape = (rows, min(length, _length(config)) + 1)
-    words = rng.bits(rng.key(config.seed, "parity batch"), shape[0] * shape[1]).astype(np.uint64)
-    tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(shape)
-    return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}
+"""Called with the name of the stage, the finished part of its work, and all of it."""
 
 
 def run(
@@ -102,101 +39,105 @@ def run(
     device_torch: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
-    """Judges a configuration, or given weights, on MLX.
+    """Compares MLX with PyTorch on a configuration.
 
-    Compares the initial weights bit for bit, every layer's output, its own values on equal inputs, the
-    gradient of every parameter (with dropout), one optimizer step given equal gradients and, with `steps`, the
-    loss of so many training steps on the configuration's data.
+    Compares the initial weights bit for bit, the output of every layer, every layer on equal inputs, the gradient of
+    every parameter (with dropout), one optimizer step on equal gradients and, with `steps`, a training curve on the
+    configuration's data.
 
     Args:
-        config: what is judged.
-        weights: canonical weights in place of the initial ones.
-        batch: in place of random tokens.
-        steps: of training.
-        dtype, device_mlx, device_torch: see `build`.
-        progress: told what is being done.
+        config: of the model and its training.
+        weights: canonical weights; default: the initial weights.
+        batch: default: `random_batch(config)`.
+        steps: number of training steps of the curve; 0 for none.
+        dtype, device_mlx, device_torch: see `icenet.parity.engines.build`.
+        progress: called at each stage.
 
     Raises:
-        BackendError: one of the backends is not installed, or a device is not there.
+        BackendError: a backend is not installed, or a device does not exist.
         DataError: the data cannot be read (only with `steps`), or the batch has ids outside the vocabulary.
     """
-    tell = progress or (lambda stage, done, total: None)
-    tell("building", 0, 1)
+    if progress is not None:
+        progress("building", 0, 1)
     engines = build(config, dtype, weights, device_mlx, device_torch)
-    report = judge_engines(engines, batch or random_batch(config), progress=progress)
+    report = compare_engines(engines, batch or random_batch(config), progress=progress)
     if steps:
         report.losses = curves(engines, steps, progress)
         report.curve = judge_curve(*report.losses.values())
     return report
 
 
-def run_target(
-    target: str, overrides: Sequence[str] = (), *, steps: int = 0, dtype: str | None = None, quiet: bool = False
-) -> Report:
-    """`run` for what a person names: a configuration, a preset, a run, a checkpoint or a saved model."""
-    config, weights = open_model.open_target(Path(target), overrides)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("building", total=1)
-        return run(
-            config,
-            weights,
-            steps=steps,
-            dtype=dtype,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
-        )
+def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
+    """Returns a random batch, drawn with the configuration's seed.
+
+    Tokens: `inputs` and `labels` int32 `[rows, length]`, at most one sequence of the data long.
+    Images: `inputs` float32 `[rows, size, size, channels]` and `labels` int32 `[rows]`. The size is
+    `data.image_size`, or a small size that the model accepts.
+    A custom model on image data gets the first training batch, because only the data defines its input.
+    """
+    if isinstance(config.model, CNNConfig):
+        size = getattr(config.data, "image_size", None) or max(8, 2 * cnn_plan.min_image_size(config.model))
+        classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
+        shape = (rows, size, size, config.model.image_channels)
+        images = rng.normal(rng.key(config.seed, "parity batch"), shape)
+        return {"inputs": images, "labels": classes.astype(np.int32)}
+    if config.model.input_kind == "anything" and isinstance(config.data, ImageDataConfig):
+        return dataset_for(config).train_batch(0, rows)
+    longest: int = getattr(config.data, "seq_length", None) or getattr(config.model, "max_seq_length", 64)
+    columns = min(length, longest) + 1
+    words = rng.bits(rng.key(config.seed, "parity batch"), rows * columns).astype(np.uint64)
+    tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(rows, columns)
+    return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}
 
 
-def judge_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progress | None = None) -> Report:
-    """Judges three engines that are already there; leaves their weights and optimizers as they were."""
+def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progress | None = None) -> Report:
+    """Compares existing engines on one batch, with the dropout masks of `step`.
+
+    Weights and optimizer state are unchanged afterwards.
+    """
     tell = progress or (lambda stage, done, total: None)
-    dtype = engines.torch.config.training.mixed_precision
-    probes = [backend.module(engine.backend, "tools.probe") for engine in engines]
-    names = ("MLX", "PyTorch", "reference")
-    report = Report(dtype, {n: p.describe(e) for n, p, e in zip(names, probes, engines, strict=True)})
+    config = engines.torch.config
+    dtype = config.training.mixed_precision
+    roles = ("MLX", "PyTorch", "reference")
+    report = Report(dtype, {role: describe(engine) for role, engine in zip(roles, engines, strict=True)})
     initial = [engine.weights() for engine in engines[:2]]
     report.num_weights = len(initial[1])
     report.unequal_weights = unequal(*initial)
 
     modes = [("evaluation", False)]
-    if engines.torch.config.model.dropout or "batch_norm" in engines.torch.model.layer_kinds().values():
-        modes.append(("training", True))  # without either the two modes are one
+    # without dropout and batch norm both modes compute the same
+    if config.model.dropout or "batch_norm" in engines.torch.model.layer_kinds().values():
+        modes.append(("training", True))
     for mode, train in modes:
         title = f"layers, {mode}"
         tell(title, 0, 1)
-        traces = [p.record(e, batch, step, train=train) for p, e in zip(probes, engines, strict=True)]
-        replays = tuple(partial(_replay, p.replay, e, step, train) for p, e in zip(probes, engines, strict=True))
-        again = _moved(replays[1], engines.torch, dtype)
-        moved = partial(_samples, partial(probes[1].record, step=step, train=train), engines.torch, batch, dtype)
-        rows = compare(traces[0], traces[1], traces[2], dtype, samples=moved)
-        rows = locate(rows, traces[1], traces[2], (*replays, again), dtype, partial(tell, title))  # type: ignore[arg-type]
+        rows, (_, torch, reference) = _record_and_compare(engines, batch, dtype, step=step, train=train)
+        replays = tuple(partial(replay, engine, step=step, train=train) for engine in engines)
+        perturbed = _perturbed_replay(engines, dtype, step, train)
+        rows = locate(rows, torch, reference, (*replays, perturbed), dtype, partial(tell, title))
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
-    traces = [p.record(e, batch, step, train=True, gradients=True) for p, e in zip(probes, engines, strict=True)]
-    record = partial(probes[1].record, step=step, train=True, gradients=True)
-    moved = partial(_samples, record, engines.torch, batch, dtype)
-    rows = compare(traces[0], traces[1], traces[2], dtype, kinds=("loss", "gradient"), samples=moved)
-    report.sections.append(Section("loss and gradients, training", _inherit(rows, report)))
+    kinds = ("loss", "gradient")
+    rows, traces = _record_and_compare(engines, batch, dtype, kinds, step=step, train=True, gradients=True)
+    report.sections.append(Section("loss and gradients, training", _mark_gradients(rows, report)))
     tell("optimizer step", 0, 1)
-    gradients = {path: v.array.astype(np.float32) for path, v in traces[2].of("gradient").items()}
+    gradients = {path: value.array.astype(np.float32) for path, value in traces[2].of("gradient").items()}
     report.sections.append(Section("optimizer step on equal gradients", optimizer_rows(engines, [gradients])))
     tell("done", 1, 1)
     return report
 
 
 def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_step: int = 0) -> list[Row]:
-    """Parameters and moments after one optimizer step for each of the given gradients, the same on all three.
+    """Compares parameters and moments after one optimizer step for each of `gradients`, which all engines receive.
 
-    Weights and optimizer state are put back afterwards.
+    Weights and optimizer state are restored afterwards.
     """
     traces = []
     for engine in engines:
         weights, state = engine.weights(), engine.optimizer_state()
-        for index, given in enumerate(gradients):
-            rate = engine.config.training.learning_rate
-            engine.apply_gradients(given, first_step + index, rate)
+        for index, arrays in enumerate(gradients):
+            engine.apply_gradients(arrays, first_step + index, engine.config.training.learning_rate)
         trace = Trace()
         for kind, arrays in (("parameter", engine.weights()), ("moment", engine.optimizer_state())):
             for path, array in arrays.items():
@@ -204,11 +145,12 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
         engine.set_weights(weights)
         engine.set_optimizer_state(state)
         traces.append(trace)
-    return compare(traces[0], traces[1], traces[2], "fp32")  # weights and moments are fp32 whatever the arithmetic
+    mlx, torch, reference = traces
+    return compare(mlx, torch, reference, "fp32")  # weights and moments are fp32, whatever the compute dtype
 
 
 def curves(engines: Engines, steps: int, progress: Progress | None = None) -> dict[str, list[float]]:
-    """The losses of `steps` training steps on the configuration's data: MLX, PyTorch, PyTorch in float64."""
+    """Trains for `steps` steps on the configuration's data; returns the losses of MLX, PyTorch and the reference."""
     config = engines.torch.config
     dataset = dataset_for(config)
     losses: dict[str, list[float]] = {"MLX": [], "PyTorch": [], "PyTorch float64": []}
@@ -226,63 +168,51 @@ def curves(engines: Engines, steps: int, progress: Progress | None = None) -> di
     return losses
 
 
-def _length(config: Config) -> int:
-    """Tokens in one sequence of the configuration's data."""
-    longest: int = getattr(config.model, "max_seq_length", 64)
-    return getattr(config.data, "seq_length", None) or longest
-
-
-def unequal(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> list[str]:
-    """The names whose arrays are not equal bit for bit, or that only one of the two has."""
+def unequal(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[str]:
+    """Returns the names whose arrays differ in any bit, or that are missing on one side."""
     return [
         path
-        for path in dict.fromkeys([*theirs, *ours])
-        if path not in ours
-        or path not in theirs
-        or ours[path].dtype != theirs[path].dtype
-        or ours[path].shape != theirs[path].shape
-        or ours[path].tobytes() != theirs[path].tobytes()
+        for path in dict.fromkeys([*b, *a])
+        if path not in a
+        or path not in b
+        or a[path].dtype != b[path].dtype
+        or a[path].shape != b[path].shape
+        or a[path].tobytes() != b[path].tobytes()
     ]
 
 
-@contextlib.contextmanager
-def _weights_anew(engine: Engine, dtype: str, index: int) -> Iterator[None]:
-    """While it is open, the engine's weights are rounded anew (floor 5 of the yardstick)."""
-    weights = engine.weights()
-    moved = {p: perturb_by_ulp(a, dtype, rng.key(index, "rounded anew", p)) for p, a in weights.items()}
-    engine.set_weights({path: moved[path].astype(array.dtype) for path, array in weights.items()})
-    try:
-        yield
-    finally:
-        engine.set_weights(weights)
+def _record_and_compare(
+    engines: Engines, batch: Batch, dtype: str, kinds: tuple[str, ...] = KINDS, **options: Any
+) -> tuple[list[Row], list[Trace]]:
+    """Records one trace of each engine with the options of `record`, and compares them."""
+    mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
+
+    def perturbed_traces() -> list[Trace]:
+        found = []
+        for index in range(SAMPLES):
+            with perturbed_weights(engines.torch, dtype, index):
+                found.append(record(engines.torch, batch, **options))
+        return found
+
+    return compare(mlx, torch, reference, dtype, kinds, perturbed_traces), traces
 
 
-def _samples(record: Callable[..., Trace], engine: Engine, batch: Batch, dtype: str) -> list[Trace]:
-    """Traces of PyTorch, its weights rounded anew."""
-    found = []
-    for index in range(SAMPLES):
-        with _weights_anew(engine, dtype, index):
-            found.append(record(engine, batch))
-    return found
+def _perturbed_replay(engines: Engines, dtype: str, step: int, train: bool) -> Replay:
+    """Returns a replay by PyTorch that perturbs the weights by another draw at each call."""
+    draws = count()
+
+    def perturbed(path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+        with perturbed_weights(engines.torch, dtype, next(draws)):
+            return replay(engines.torch, path, call, cotangents, step=step, train=train)
+
+    return perturbed
 
 
-def _moved(replay: Callable[..., dict[str, Value]], engine: Engine, dtype: str) -> Callable[..., dict[str, Value]]:
-    """A replay of PyTorch with its weights rounded anew, by another draw at each call."""
-    index = count()
+def _mark_gradients(rows: list[Row], report: Report) -> list[Row]:
+    """Marks gradients over the tolerance: "differs here" if their layer does, else "propagated"."""
+    layers = set(report.differing())
 
-    def moved(*layer: Any) -> dict[str, Value]:
-        with _weights_anew(engine, dtype, next(index)):
-            return replay(*layer)
+    def mark(row: Row) -> str:
+        return DIFFERS if row.path.rpartition(".")[0] in layers else PROPAGATED
 
-    return moved
-
-
-def _replay(replay: Any, engine: Engine, step: int, train: bool, path: str, call: Any, seeds: Any) -> Any:
-    return replay(engine, path, call, seeds, step=step, train=train)
-
-
-def _inherit(rows: list[Row], report: Report) -> list[Row]:
-    """Marks gradients over the yardstick: "differs here" where their layer was found to, else "inherits"."""
-    origins = set(report.differing())
-    marks = {True: DIFFERS, False: INHERITS}
-    return [row if row.passed else replace(row, mark=marks[row.path.rpartition(".")[0] in origins]) for row in rows]
+    return [row if row.passed else replace(row, mark=mark(row)) for row in rows]

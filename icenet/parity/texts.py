@@ -1,7 +1,8 @@
-"""Whether two backends write the same text, and where they do not, how close the choice was.
+"""Compares the texts that two backends generate.
 
-The same seed gives the same draws, so two backends part only where the two best scores (logits and noise) are
-closer than the rounding errors of the logits. A difference with a wider margin is a real one.
+With the same seed both backends add the same Gumbel noise to their logits. They choose different tokens only if the
+two best scores (logit plus noise) differ by less than the rounding errors of the logits: a tie. A difference with a
+larger margin is an error of one backend.
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core import backends
-from icenet.core.generation import request as generation
-from icenet.core.generation import streaming
+from icenet.core.generation.prompts import encode_prompts
+from icenet.core.generation.request import make_request
+from icenet.core.generation.streaming import generate_tokens
 from icenet.core.tokenizers.base import decode_continuation
 
 TIE = 64 * 2.0**-23
-"""A margin below this share of the largest logit is a tie: 64 roundings of fp32, over some dozens of layers."""
+"""The largest margin of a tie, relative to the largest logit: 64 ulps of fp32, for some dozens of layers."""
 
 
 @dataclass(frozen=True)
 class TextComparison:
-    """Two continuations of a prompt. `margin` is that of the first differing choice, relative to the logits."""
+    """Two continuations of one prompt.
+
+    Attributes:
+        text: the continuation by the first backend; empty without a tokenizer.
+        tokens: the new tokens by backend.
+        differs_at: index of the first token that differs; None if the tokens are equal.
+        margin: difference of the scores of the two tokens there, relative to the largest logit.
+    """
 
     text: str
     tokens: dict[str, list[int]]
@@ -37,6 +45,7 @@ class TextComparison:
 
     @property
     def equal_but_for_ties(self) -> bool:
+        """The tokens are equal, or the first difference is a tie."""
         return self.equal or (self.margin is not None and self.margin <= TIE)
 
     @property
@@ -56,31 +65,37 @@ def compare_texts(
     device: str | None = None,
     **options: Any,
 ) -> TextComparison:
-    """Continues a prompt on two backends with the weights at `path`.
+    """Continues a prompt on two backends.
 
-    `options` are those of `GenerationConfig`. Where the tokens differ, the first backend writes its text anew
-    up to that choice and its scores are read.
+    Args:
+        path: of a saved model or checkpoint.
+        prompt: text or token ids.
+        names: the two backends.
+        device: of both; default: that of the configuration.
+        options: fields of `GenerationConfig`.
     """
     import icenet
 
     models = [icenet.load(path, name, device) for name in names]
-    ids = [list(prompt)] if not isinstance(prompt, str) else generation.encode_prompts(models[0].tokenizer, [prompt])
-    requests = [generation.request(model, ids, None, 0, options) for model in models]
-    decoders = [backends.module(name, "generation.decoder").Decoder for name in names]
-    rows = [streaming.complete(decoders[i](models[i], requests[i]), requests[i])[0] for i in range(2)]
+    ids = [list(prompt)] if not isinstance(prompt, str) else encode_prompts(models[0].tokenizer, [prompt])
+    requests = [make_request(model, ids, None, 0, options) for model in models]
+    rows = [
+        generate_tokens(model.decoder_type(model, request), request)[0]
+        for model, request in zip(models, requests, strict=True)
+    ]
     text = decode_continuation(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
     tokens = dict(zip(names, rows, strict=True))
     at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), None)
     if at is None:
         return TextComparison(text, tokens)
-    margin = _margin(decoders[0](models[0], requests[0]), at, [row[at] for row in rows])
+    margin = _margin(models[0].decoder_type(models[0], requests[0]), at, [row[at] for row in rows])
     return TextComparison(text, tokens, at, margin)
 
 
 def _margin(decoder: Any, at: int, choices: list[int]) -> float:
-    """How far apart the scores of two choices of token `at` are, relative to the largest logit."""
+    """Generates up to token `at`; returns the margin between two choices of that token."""
     with decoder:
         for index in range(at + 1):
-            decoder.next(index)
+            decoder.fetch(decoder.submit(index))
         logits, scores = decoder.fetch_scores()
     return float(abs(scores[0, choices[0]] - scores[0, choices[1]]) / np.abs(logits).max())

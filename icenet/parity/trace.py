@@ -1,23 +1,23 @@
-"""What a run computed, array by array, in the order in which it did.
+"""Traces: the arrays that a run computes, named and in the order of computation.
 
-A trace is recorded by a backend's `probe` and compared by `icenet.parity.locate`. Its values are named
-`KIND:PATH`, the same on both backends:
+A backend's `tools.probe` records a trace and `icenet.parity.locate` compares traces. A value is named
+`KIND:PATH`, identically on both backends:
 
     input:inputs                    the batch
-    module:blocks.0.attention       a module's output, by its path; a second call is `PATH#2`, a second output
-                                    `PATH[1]`; the model itself has the empty path, and its output is the logits
+    module:blocks.0.attention       output of a module, by module path. `PATH#2` is its second call, `PATH[1]` its
+                                    second output. The model has the empty path; its output is the logits.
     loss:                           the mean loss
-    gradient:blocks.0...weight      of the loss, by parameter, in PyTorch's layout
+    gradient:blocks.0...weight      gradient of the loss by a parameter, in PyTorch's layout
     parameter:, moment:             weights and optimizer state after a step
 
-Activations are kept channels-last (NHWC); the probes' function `to_numpy` is the place for that.
+Images are stored channels-last (NHWC); `to_numpy` of each probe does that.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +33,14 @@ _FORMAT = "1"
 
 
 def short_dtype(dtype: Any) -> str:
-    """The name of a framework's dtype: `torch.bfloat16` is bf16; integers keep their names."""
+    """Returns the short name of a framework's dtype: `torch.bfloat16` is bf16. Integers keep their names."""
     name = str(dtype).rpartition(".")[2]
     return _SHORT.get(name, name)
 
 
 @dataclass(frozen=True)
 class Value:
-    """An array and the dtype it had in the framework (numpy holds bf16 as float32)."""
+    """A numpy array and the dtype that it had in the framework (bf16 is held as float32)."""
 
     array: Array
     dtype: str
@@ -52,7 +52,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with: `Value`s, and None, texts and numbers as they are."""
+    """The arguments of a module's call: arrays as `Value`; None, strings and numbers unchanged."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -62,47 +62,60 @@ class Call:
         """The arrays among the arguments, in order."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Value)]
 
-    def map(self, change: Any) -> Call:
-        """The same call with `change(value)` in place of each `Value`."""
+    def map(self, function: Callable[[Value], Any]) -> Call:
+        """Returns the call with `function(value)` in place of each `Value`."""
 
-        def put(item: Any) -> Any:
-            return change(item) if isinstance(item, Value) else item
+        def apply(item: Any) -> Any:
+            return function(item) if isinstance(item, Value) else item
 
-        return Call(tuple(map(put, self.args)), {name: put(item) for name, item in self.kwargs.items()})
+        return Call(tuple(map(apply, self.args)), {name: apply(item) for name, item in self.kwargs.items()})
 
 
 @dataclass
 class Trace:
-    """Ordered named values, the calls that can be replayed, and what is known of the run."""
+    """Named values in order, the calls that can be replayed, and a description of the run.
+
+    Attributes:
+        values: by `KIND:PATH`.
+        calls: the first call of each module, by module path, if all its arguments could be stored.
+        meta: framework, version, device, ...
+    """
 
     values: dict[str, Value] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, path: str, value: Value) -> None:
-        """Appends a value; a name that is there already gets `#2`, `#3`, ..."""
+        """Appends a value. A name that exists gets the suffix `#2`, `#3`, ..."""
         name, count = f"{kind}:{path}", 1
         while name in self.values:
             count += 1
             name = f"{kind}:{path}#{count}"
         self.values[name] = value
 
-    def add_call(self, path: str, args: Any, kwargs: Mapping[str, Any], outputs: list[Value]) -> None:
-        """Appends a module's outputs, and its call where every argument can be kept."""
+    def add_call(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Value]) -> None:
+        """Appends the outputs of a module, and its arguments if all of them can be stored."""
         for index, value in enumerate(outputs):
-            self.add("module", path if index == 0 else f"{path}[{index}]", value)
-        if path not in self.calls and all(map(_is_plain, (*args, *kwargs.values()))):
+            self.add("module", _indexed(path, index), value)
+        if path not in self.calls and all(map(_is_storable, (*args, *kwargs.values()))):
             self.calls[path] = Call(tuple(args), dict(kwargs))
 
     def of(self, kind: str) -> dict[str, Value]:
-        """The values of one kind by path, in order."""
+        """Returns the values of one kind by path, in order."""
         return {
             name.partition(":")[2]: value for name, value in self.values.items() if name.partition(":")[0] == kind
         }
 
+    def outputs(self, path: str) -> dict[str, Value]:
+        """Returns the outputs of a module's first call, by name (`module:PATH`, `module:PATH[1]`, ...)."""
+        found: dict[str, Value] = {}
+        while (name := f"module:{_indexed(path, len(found))}") in self.values:
+            found[name] = self.values[name]
+        return found
+
     @property
     def logits(self) -> Array:
-        """The model's output."""
+        """The output of the model."""
         return self.values["module:"].array
 
     @property
@@ -110,30 +123,33 @@ class Trace:
         return float(self.values["loss:"].array)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a .safetensors file; raises WeightsError where it cannot be written."""
+        """Writes a .safetensors file.
+
+        Raises:
+            WeightsError: the file cannot be written.
+        """
         arrays = {name: value.array for name, value in self.values.items()}
         calls: dict[str, Any] = {}
         for module, call in self.calls.items():
-            named = [*enumerate(call.args), *call.kwargs.items()]
-            listed = {}
-            for name, item in named:
+            items = {}
+            for name, item in (*enumerate(call.args), *call.kwargs.items()):
                 if isinstance(item, Value):
                     arrays[f"argument:{module}:{name}"] = item.array
-                    listed[str(name)] = {"dtype": item.dtype}
+                    items[str(name)] = {"dtype": item.dtype}
                 else:
-                    listed[str(name)] = {"is": item}
-            calls[module] = {"args": len(call.args), "items": listed}
-        described = {
+                    items[str(name)] = {"is": item}
+            calls[module] = {"args": len(call.args), "items": items}
+        header = {
             "values": {name: value.dtype for name, value in self.values.items()},
             "calls": calls,
             "meta": self.meta,
         }
-        metadata = {"icenet_trace": _FORMAT, "trace": json.dumps(described)}
+        metadata = {"icenet_trace": _FORMAT, "trace": json.dumps(header)}
         weight_files.write(path, arrays, metadata, max_shard_bytes=None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             WeightsError: the file is missing, damaged, or not a trace.
@@ -142,20 +158,71 @@ class Trace:
         if stored.metadata.get("icenet_trace") != _FORMAT:
             raise WeightsError(f"{path}: not a parity trace of format {_FORMAT}; record it again")
         try:
-            described = json.loads(stored.metadata["trace"])
-            values = {name: Value(stored[name], dtype) for name, dtype in described["values"].items()}
+            header = json.loads(stored.metadata["trace"])
+            values = {name: Value(stored[name], dtype) for name, dtype in header["values"].items()}
             calls = {}
-            for module, call in described["calls"].items():
+            for module, call in header["calls"].items():
                 items = {
                     name: Value(stored[f"argument:{module}:{name}"], item["dtype"]) if "dtype" in item else item["is"]
                     for name, item in call["items"].items()
                 }
                 positional = tuple(items.pop(str(index)) for index in range(call["args"]))
                 calls[module] = Call(positional, items)
-            return cls(values, calls, dict(described["meta"]))
+            return cls(values, calls, dict(header["meta"]))
         except (KeyError, ValueError, TypeError, AttributeError):
-            raise WeightsError(f"{path}: a damaged parity trace; record it again") from None
+            raise WeightsError(f"{path}: damaged parity trace; record it again") from None
 
 
-def _is_plain(item: Any) -> bool:
+class ArrayConverter:
+    """Converts the arrays of one framework to trace values. Each backend's probe has one.
+
+    Args:
+        array_type: `mlx.core.array` or `torch.Tensor`.
+        to_numpy: converts an activation to numpy, in the layout of traces.
+    """
+
+    def __init__(self, array_type: type, to_numpy: Callable[[Any], Array]) -> None:
+        self._array_type = array_type
+        self._to_numpy = to_numpy
+
+    def value(self, item: Any) -> Any:
+        """Returns an array as a `Value`, anything else unchanged."""
+        if not isinstance(item, self._array_type):
+            return item
+        return Value(self._to_numpy(item), short_dtype(item.dtype))  # type: ignore[attr-defined]
+
+    def arrays(self, outputs: Any) -> list[Any]:
+        """Returns the arrays of an output: a single array, or nested tuples, lists and dicts of arrays."""
+        if isinstance(outputs, self._array_type):
+            return [outputs]
+        items = outputs.values() if isinstance(outputs, dict) else outputs
+        return [array for item in items for array in self.arrays(item)] if isinstance(outputs, _NESTED) else []
+
+    def add_call(self, trace: Trace, path: str, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
+        """Appends a module's call to a trace."""
+        arguments = [self.value(item) for item in args], {name: self.value(item) for name, item in kwargs.items()}
+        trace.add_call(path, *arguments, [self.value(array) for array in self.arrays(outputs)])
+
+    def replayed(
+        self, outputs: Sequence[Any], input_gradients: Sequence[Any], parameter_gradients: Mapping[str, Array]
+    ) -> dict[str, Value]:
+        """Names the results of a replay: `output`, `output[1]`, ..., `input 0`, ..., `gradient PARAMETER`, ...
+
+        Parameter gradients are numpy arrays in PyTorch's layout.
+        """
+        return {
+            **{_indexed("output", index): self.value(array) for index, array in enumerate(outputs)},
+            **{f"input {index}": self.value(array) for index, array in enumerate(input_gradients)},
+            **{f"gradient {name}": Value(a, short_dtype(a.dtype)) for name, a in parameter_gradients.items()},
+        }
+
+
+_NESTED = (tuple, list, dict)
+
+
+def _indexed(name: str, index: int) -> str:
+    return f"{name}[{index}]" if index else name
+
+
+def _is_storable(item: Any) -> bool:
     return item is None or isinstance(item, (Value, str, bool, int, float))

@@ -1,45 +1,47 @@
-"""The one judge of parity: how far MLX may be from the truth, measured by how far PyTorch is.
+"""The parity criterion: the error of MLX, measured in units of PyTorch's rounding error.
 
-    reference   PyTorch in float64 on the CPU, which stands for exact arithmetic
-    noise       PyTorch in the dtype under test, minus the reference: what rounding does to this value here
-    error       MLX in the same dtype, minus the reference
-    ratio       error / noise; MLX passes up to FACTOR
+A model runs three times on the same weights, inputs and dropout masks. Each tensor x then has three values:
 
-A fixed tolerance would be too wide for one tensor and too narrow for the next; the noise of a value knows its
-magnitude, its condition and its depth in the model. A ratio above FACTOR says "differs here". It does not say
-which of the two is wrong.
+    reference   r = x by PyTorch in float64 on the CPU; stands for exact arithmetic
+    noise       n = x by PyTorch in the dtype under test, minus r
+    error       e = x by MLX in the dtype under test, minus r
 
-A tensor is compared twice: by the RMS over its elements, and by its largest element, so that one wrong row
-does not vanish in the mean of a million right ones. The ratio is the larger of the two.
+MLX passes if both ratios are at most FACTOR = 8:
 
-Noise can be zero by luck or by structure, so it has a floor. Each floor is the error of a result that nobody
-could call wrong:
+    rms_ratio  = rms(e) / max(rms(n), floor)
+    peak_ratio = max|e| / max(max|n|, floor)
 
-1.  Half an ulp of the value: the rounding of an exact result to the dtype it is stored in. Where PyTorch is
-    exact (a copy, a sum of small integers), MLX may still round correctly.
-2.  The least normal number, for fp32 and bf16: hardware may flush what is smaller to zero.
-3.  Where a tensor is zero in exact arithmetic because its terms cancel (the gradient of a key projection's
-    bias, since softmax does not change when all its inputs shift alike), what is left is the rounding of the
-    terms: u times their size, u = half an ulp of 1. How large they were is not to be seen in the result, but
-    it is in the other gradients of the same layer, which sum the same terms weighted by inputs of order 1. So
-    there the noise is at least u * RMS(gradients of the layer). It applies only where the reference is below
-    2^-40 of that RMS, which rounding of float64 reaches and no gradient of consequence does.
-4.  A mean over n values (the loss) of noise d each has noise of at least d / sqrt(n). It matters because a
-    single number has no RMS: PyTorch's error in it is near zero once in a while, by chance.
-5.  So it is with a tensor of few values, such as the bias of a layer two wide: the RMS of two errors is an eighth
-    of what is usual once in 65 times. And PyTorch may add up in float64 inside, to exact sums of terms that were
-    rounded before. So where a ratio is over FACTOR, PyTorch is run SAMPLES times more in the dtype under test, its
-    weights, inputs and cotangents rounded anew (`perturb_by_ulp`), which draws every rounding inside anew too. The
-    noise of each value is at least the RMS of its distances from the reference: `spread`. What MLX computed does
-    not change, nor does FACTOR; it is the noise that is measured better.
+The RMS is over all elements. The second ratio exists because one wrong element vanishes in the RMS of a million.
 
-Curves have floor 1 and, against the same chance, the running maximum: see `judge_curve`.
+A fixed tolerance would be too wide for one tensor and too narrow for the next. The noise accounts for the magnitude
+of a value, for its condition, and for its depth in the model. A ratio above 8 means "differs here". It does not say
+which framework is wrong.
+
+The noise of PyTorch can be zero by chance or by structure, so it has floors. Each floor is an error that a correct
+implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^-11 (fp16).
+
+1.  Rounding of the result: half an ulp of each element of r. PyTorch may be exact where MLX rounds correctly.
+2.  Underflow: the smallest normal number of fp32 and bf16. Hardware may flush smaller numbers to zero.
+3.  Cancellation: u * rms(all gradients of the layer), for a gradient that is zero in exact arithmetic because its
+    terms cancel. Example: the bias of a key projection, because softmax is invariant to a shift of its inputs. The
+    computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other
+    gradients of the layer sum terms of the same size. A gradient counts as zero if rms(r) is at most 2^-40 of that
+    RMS: a rounding error of float64 is, a gradient that affects training is not.
+4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is close to zero
+    by chance once in a while.
+5.  Few elements, such as the bias of a layer of width two: the RMS of two noise values is below 1/8 of its
+    expectation once in 65 times. PyTorch may also sum in float64 internally, which makes the noise of a sum zero. So
+    if a ratio exceeds FACTOR, PyTorch runs SAMPLES = 8 more times with weights, inputs and cotangents perturbed by
+    one ulp (`perturb_by_ulp`), which changes every rounding. The floor of each element is the RMS of its 8 distances
+    from r (`noise_rms`). The error of MLX and FACTOR stay the same; only the noise is measured with more samples.
+
+Training curves have floor 1 and the running maximum of the noise (see `judge_curve`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,31 +51,31 @@ import numpy.typing as npt
 from icenet.core import rng
 
 FACTOR = 8.0
-"""How many times PyTorch's own noise MLX's error may be."""
+"""The largest ratio of MLX's error to PyTorch's noise that passes."""
 
 SAMPLES = 8
-"""How many times PyTorch is run again on inputs rounded anew, where a ratio is over FACTOR (see floor 5)."""
+"""The number of runs of PyTorch on perturbed inputs if a ratio exceeds FACTOR (floor 5)."""
 
 ZERO = 2.0**-40
-"""A tensor below this share of the gradients beside it is zero in exact arithmetic (see floor 3)."""
+"""A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
 
-# dtype: (bits of mantissa without the leading one, exponent of the least normal number)
+# dtype: (bits of the mantissa without the leading one, exponent of the smallest normal number)
 _FORMATS = {"fp64": (52, -1022), "fp32": (23, -126), "bf16": (7, -126), "fp16": (10, -14)}
-_FLUSHED = {"fp32": 2.0**-126, "bf16": 2.0**-126}
+_SMALLEST_NORMAL = {"fp32": 2.0**-126, "bf16": 2.0**-126}
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one tensor.
+    """The result for one tensor.
 
     Attributes:
-        error: RMS of MLX minus the reference.
-        noise: RMS of PyTorch minus the reference, or its floor where that is larger.
-        rms_ratio, peak_ratio: MLX over PyTorch by RMS, and by the largest element.
-        floored: the floor, not PyTorch's error, decided the ratio.
-        note: what hinders a comparison (another shape, not finite), else empty.
+        error: rms(e), of MLX minus the reference.
+        noise: rms(n), of PyTorch minus the reference, or the floor if that is larger.
+        rms_ratio, peak_ratio: see the module's docstring.
+        floored: the larger ratio has the floor as its denominator.
+        note: the reason if the tensors cannot be compared (shape, not finite), else empty.
     """
 
     error: float
@@ -82,6 +84,11 @@ class Judgement:
     peak_ratio: float
     floored: bool = False
     note: str = ""
+
+    @classmethod
+    def incomparable(cls, note: str) -> Judgement:
+        """Returns the failed result of tensors that cannot be compared."""
+        return cls(math.inf, 0.0, math.inf, math.inf, note=note)
 
     @property
     def ratio(self) -> float:
@@ -95,15 +102,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class CurveJudgement:
-    """The verdict on one training curve.
+    """The result for one training curve. Arrays are float64 `[steps]`.
 
     Attributes:
         gap: |MLX - PyTorch| at each step.
-        noise: the yardstick at each step: the running maximum, floored.
+        noise: running maximum of |PyTorch - reference|, at least half an ulp.
         ratios: gap / noise.
-        worst, worst_step: the largest of `ratios` and where it is.
-        strict, strict_step: the same with each step's own distance in place of the running maximum (still at
-            least half an ulp); told for information.
+        worst, worst_step: the largest of `ratios`, and its step.
+        strict, strict_step: the same without the running maximum; for information only.
         passed: `worst` is at most FACTOR.
     """
 
@@ -121,13 +127,13 @@ class CurveJudgement:
 
 
 def rms(values: npt.ArrayLike) -> float:
-    """The root of the mean square; 0 of nothing."""
+    """Returns the root mean square; 0 for an empty array."""
     array = np.asarray(values, np.float64)
     return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
 
 
 def half_ulp(values: npt.ArrayLike, dtype: str = "fp32") -> Floats:
-    """Half the distance between neighbours of `dtype` (fp64, fp32, bf16, fp16) at each value."""
+    """Returns half the distance between neighbouring numbers of `dtype` (fp64, fp32, bf16, fp16) at each value."""
     mantissa, least = _FORMATS[dtype]
     array = np.abs(np.asarray(values, np.float64))
     exponent = np.where(array == 0, least, np.maximum(np.frexp(array)[1] - 1, least))
@@ -142,68 +148,68 @@ def judge(
     dtype: str = "fp32",
     *,
     stored: str | None = None,
-    beside: float = 0.0,
-    floor: float = 0.0,
-    spread: npt.ArrayLike | None = None,
+    layer_rms: float = 0.0,
+    min_noise: float = 0.0,
+    sampled_noise: npt.ArrayLike | None = None,
 ) -> Judgement:
-    """Judges one tensor (or number) of MLX.
+    """Compares a tensor (or number) of MLX with PyTorch by the criterion of this module.
 
     Args:
-        mlx, torch: what the two computed in `dtype`.
-        reference: what PyTorch computed in float64.
-        dtype: of the arithmetic: fp32, bf16 or fp16.
-        stored: dtype of the result where it is another (the fp32 gradients of a bf16 run).
-        beside: for a gradient, the RMS of all gradients of its layer (floor 3).
-        floor: noise that is known from elsewhere (floor 4).
-        spread: noise of each value, in the shape of the reference (floor 5).
+        mlx, torch: results in the dtype under test.
+        reference: result of PyTorch in float64.
+        dtype: compute dtype under test: fp32, bf16 or fp16.
+        stored: dtype of the result; default: `dtype`. The gradients of a bf16 run are fp32.
+        layer_rms: for a gradient, the RMS of all gradients of its layer (floor 3).
+        min_noise: a known lower bound of the noise (floor 4).
+        sampled_noise: noise of each element, in the shape of the reference (floor 5).
+
+    Returns:
+        A judgement that also fails if the shapes are unequal, or if a value is not finite on one side only.
     """
     a, b, r = (np.asarray(values, np.float64) for values in (mlx, torch, reference))
     if a.shape != r.shape or b.shape != r.shape:
-        shapes = f"shape {list(a.shape)} in MLX, {list(b.shape)} in PyTorch, {list(r.shape)} in the reference"
-        return Judgement(math.inf, 0.0, math.inf, math.inf, note=shapes)
+        return Judgement.incomparable(
+            f"shape {list(a.shape)} in MLX, {list(b.shape)} in PyTorch, {list(r.shape)} in the reference"
+        )
+    stored = stored or dtype
+    sampled = np.zeros(r.shape) if sampled_noise is None else np.asarray(sampled_noise, np.float64)
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
     if not finite.all():
-        # Both may overflow alike (fp16), or hold the -inf of a mask; anywhere else it is a difference.
+        # fp16 may overflow on both sides, and masks hold -inf on both; anything else is a difference
         if not np.array_equal(np.where(np.isfinite(a), 0, a), np.where(np.isfinite(b), 0, b), equal_nan=True):
-            alone = int((~np.isfinite(a) & np.isfinite(b)).sum())
-            what = f"{alone} values not finite in MLX alone" if alone else "not finite in PyTorch alone"
-            return Judgement(math.inf, 0.0, math.inf, math.inf, note=what)
-        a, b, r = a[finite], b[finite], r[finite]
-    error, noise = np.abs(a - r), np.abs(b - r)
-    stored = stored or dtype
-    rounding = half_ulp(r, stored)
-    least = max(floor, _FLUSHED.get(stored, 0.0))
-    moved = np.zeros(1) if spread is None else np.asarray(spread, np.float64)
-    moved = moved if moved.shape != finite.shape or finite.all() else moved[finite]
-    if beside and rms(r) <= ZERO * beside:
-        least = max(least, beside * float(half_ulp(1.0, dtype)))
-    measured = rms(noise), _peak(noise)
-    floored = max(rms(rounding), rms(moved), least), max(_peak(rounding), _peak(moved), least)
-    rms_ratio, peak_ratio = (
-        found / max(own, lowest)
-        for found, own, lowest in zip((rms(error), _peak(error)), measured, floored, strict=True)
-    )
-    decisive = 0 if rms_ratio >= peak_ratio else 1
+            mlx_only = int((~np.isfinite(a) & np.isfinite(b)).sum())
+            side = f"{mlx_only} values not finite in MLX only" if mlx_only else "not finite in PyTorch only"
+            return Judgement.incomparable(side)
+        a, b, r, sampled = a[finite], b[finite], r[finite], sampled[finite]
+    least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
+    if layer_rms and rms(r) <= ZERO * layer_rms:
+        least = max(least, layer_rms * float(half_ulp(1.0, dtype)))
+    error, noise, rounding = np.abs(a - r), np.abs(b - r), half_ulp(r, stored)
+
+    def ratio_of(norm: Callable[[Floats], float]) -> tuple[float, float, float]:
+        floor = max(norm(rounding), norm(sampled), least)
+        return norm(error) / max(norm(noise), floor), norm(noise), floor
+
+    by_rms, by_peak = ratio_of(rms), ratio_of(_peak)
+    _, decisive_noise, decisive_floor = by_rms if by_rms[0] >= by_peak[0] else by_peak
     return Judgement(
         error=rms(error),
-        noise=max(measured[0], floored[0]),
-        rms_ratio=rms_ratio,
-        peak_ratio=peak_ratio,
-        floored=floored[decisive] > measured[decisive],
+        noise=max(by_rms[1:]),
+        rms_ratio=by_rms[0],
+        peak_ratio=by_peak[0],
+        floored=decisive_floor > decisive_noise,
         note="" if finite.all() else f"{int((~finite).sum())} values not finite on both",
     )
 
 
-def _peak(values: Floats) -> float:
-    return float(values.max()) if values.size else 0.0
-
-
 def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLike) -> CurveJudgement:
-    """Judges a training curve: the loss at each step on MLX, on PyTorch, and on PyTorch in float64.
+    """Compares training curves: the loss at each step by MLX, by PyTorch, and by PyTorch in float64.
 
-    At each step |MLX - PyTorch| is at most FACTOR times the noise. A curve crosses its reference now and then,
-    and at that step |PyTorch - float64| is zero though nothing became exact: the noise of a step is the
-    largest distance up to it, and at least half an ulp of fp32 at its loss.
+    Passes if at every step |MLX - PyTorch| <= FACTOR * noise, where
+
+        noise[t] = max(max over s <= t of |PyTorch[s] - float64[s]|, half an ulp of fp32 at float64[t])
+
+    The running maximum is needed because curves cross: where they do, the distance is zero by chance.
 
     Args:
         mlx, torch32: losses `[steps]` in the dtype under test.
@@ -220,40 +226,44 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
     rounding = half_ulp(np.where(np.isfinite(r), r, 0.0), "fp32")
     noise = np.maximum(np.maximum.accumulate(np.where(finite, distance, 0.0)), rounding)
-    ratios = np.where(finite, gap / noise, np.inf)  # a loss that is no number is parity nowhere
+    ratios = np.where(finite, gap / noise, np.inf)  # a loss that is not finite never passes
     strict = np.where(finite, gap / np.maximum(distance, rounding), np.inf)
     worst, strict_step = int(np.argmax(ratios)), int(np.argmax(strict))
     return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
 
 
 def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:
-    """Values of which one in twelve, drawn under `key`, is moved by an ulp of `dtype` up or down.
+    """Returns the values with one in twelve, chosen by `key`, moved up or down by one ulp of `dtype`.
 
-    The mean square of that is the one of a rounding, ulp^2 / 12, and each value stays one of the dtype's. Zeros and
-    what is not finite (masks) stay.
+    The mean square of this change, ulp^2 / 12, is that of a rounding, and the result is exact in `dtype`. Zeros and
+    values that are not finite (masks) stay.
     """
     array = np.asarray(values, np.float64)
-    chance = rng.uniform(key, array.shape)
-    step = (chance >= 23 / 24).astype(np.float64) - (chance < 1 / 24)
+    uniform = rng.uniform(key, array.shape)
+    ulps = (uniform >= 23 / 24).astype(np.float64) - (uniform < 1 / 24)
     movable = np.isfinite(array) & (array != 0)
-    moved: Floats = array + np.where(movable, 2 * step * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
+    moved: Floats = array + np.where(movable, 2 * ulps * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
     return moved
 
 
 def noise_rms(exact: npt.ArrayLike, samples: Sequence[npt.ArrayLike]) -> Floats:
-    """The RMS distance of samples from a value, element by element (floor 5)."""
+    """Returns the RMS distance of the samples from the exact values, element by element (floor 5)."""
     r = np.asarray(exact, np.float64)
     with np.errstate(invalid="ignore"):
         squares = [np.nan_to_num(np.square(np.asarray(s, np.float64) - r), nan=0.0, posinf=0.0) for s in samples]
-    found: Floats = np.sqrt(np.mean(squares, axis=0))
-    return found
+    noise: Floats = np.sqrt(np.mean(squares, axis=0))
+    return noise
 
 
 def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:
-    """Values rounded to the nearest of a dtype: float64, float32 or float16 arrays; bf16's as float32."""
+    """Returns the values rounded to the nearest of `dtype`: float64, float32 or float16 arrays; bf16 as float32."""
     array = np.asarray(values)
     if dtype == "bf16":
         bits = array.astype(np.float32).view(np.uint32)
-        even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties go to even
+        even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
         return np.where(np.isfinite(array), even & np.uint32(0xFFFF0000), bits).astype(np.uint32).view(np.float32)
     return array.astype({"fp64": np.float64, "fp32": np.float32, "fp16": np.float16}[dtype])
+
+
+def _peak(values: Floats) -> float:
+    return float(values.max()) if values.size else 0.0

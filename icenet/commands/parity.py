@@ -1,0 +1,36 @@
+"""`icenet parity`: compares the backends on a configuration, a run, a checkpoint or a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from icenet.core.training import open_model
+from icenet.parity.report import Report
+from icenet.parity.run import run
+
+
+def parity(
+    target: str, overrides: Sequence[str] = (), *, steps: int = 0, dtype: str | None = None, quiet: bool = False
+) -> Report:
+    """Runs `icenet.parity.run.run` on a target, with a progress bar on stderr if that is a terminal.
+
+    Args:
+        target: a configuration file, the name of a preset, or the path of a run, a checkpoint or a saved model.
+        overrides: `KEY=VALUE` settings.
+        steps, dtype: see `icenet.parity.run.run`.
+        quiet: show no progress bar.
+    """
+    config, weights = open_model.open_target(Path(target), overrides)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("building", total=1)
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        return run(config, weights, steps=steps, dtype=dtype, progress=update)

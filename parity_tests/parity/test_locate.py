@@ -1,0 +1,146 @@
+"""Planted faults: the report must name the layer that has the fault, and no other."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import is_one_line, same_bits
+from rich.console import Console
+
+from icenet.core import backends
+from icenet.parity.engines import Engines
+from icenet.parity.report import Report
+from icenet.parity.run import compare_engines
+
+Modules = dict[str, Any]
+
+
+def with_fault(engines: Engines, plant: Callable[[Modules], None]) -> Engines:
+    """Returns the engines with another PyTorch engine, changed by `plant`, in place of MLX."""
+    faulty = backends.engine(engines.torch.config, "torch", "cpu")
+    plant(dict(faulty.model.named_modules()))
+    return Engines(faulty, engines.torch, engines.reference)
+
+
+def no_fault(modules: Modules) -> None:
+    pass
+
+
+def one_weight(modules: Modules) -> None:
+    modules["blocks.1.feed_forward.up_proj"].weight.data[5, 7] += 1e-3
+
+
+def layer_norm_eps(modules: Modules) -> None:
+    modules["blocks.0.feed_forward_norm"].eps = 1e-3
+
+
+def transposed_weight(modules: Modules) -> None:
+    weight = modules["blocks.1.attention.q_proj"].weight
+    weight.data = weight.data.T.contiguous()
+
+
+def dropout_probability(modules: Modules) -> None:
+    modules["blocks.0.feed_forward.dropout"].p = 0.11
+
+
+def activation(modules: Modules) -> None:
+    modules["blocks.1.feed_forward"].activation = "gelu_tanh"
+
+
+def residual(modules: Modules) -> None:
+    block = modules["blocks.0"]
+    forward = block.forward
+    block.forward = lambda x, *rest: forward(x, *rest) + 1e-4 * x
+
+
+def num_heads(modules: Modules) -> None:
+    modules["blocks.0.attention"].num_heads = 4
+
+
+def backward_only(modules: Modules) -> None:
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * 1.001
+
+    norm = modules["blocks.1.attention_norm"]
+    forward = norm.forward
+    norm.forward = lambda x: WrongGradient.apply(forward(x))
+
+
+@pytest.mark.parametrize(
+    ("fault", "layer"),
+    [
+        (one_weight, "blocks.1.feed_forward.up_proj"),
+        (layer_norm_eps, "blocks.0.feed_forward_norm"),
+        (transposed_weight, "blocks.1.attention.q_proj"),
+        (dropout_probability, "blocks.0.feed_forward.dropout"),
+        (activation, "blocks.1.feed_forward"),
+        (residual, "blocks.0"),
+        (num_heads, "blocks.0.attention"),
+        (backward_only, "blocks.1.attention_norm"),
+    ],
+)
+def test_the_report_names_the_faulty_layer_and_no_other(
+    engines: Engines, batch: Any, fault: Callable[[Modules], None], layer: str
+) -> None:
+    report = compare_engines(with_fault(engines, fault), batch)
+    assert report.differing() == [layer]
+    assert not report.passed and is_one_line(report.verdict(), f"differs here: {layer} ")
+    assert ("forward pass" in report.verdict()) is (fault is not backward_only)
+    assert bool(report.unequal_weights) is (fault in (one_weight, transposed_weight))
+
+
+def test_an_equal_engine_passes_with_a_ratio_of_at_most_one(engines: Engines, batch: Any) -> None:
+    report = compare_engines(with_fault(engines, no_fault), batch)
+    assert report.passed and report.differing() == []
+    assert report.worst is not None and report.worst[1].ratio <= 1
+
+
+def test_a_wrong_optimizer_is_found(engines: Engines, batch: Any) -> None:
+    altered = with_fault(engines, no_fault)
+    for part in altered.mlx.optimizer.groups:  # type: ignore[attr-defined]
+        for group in part.optimizer.param_groups:
+            group["betas"] = (0.9, 0.951)
+    report = compare_engines(altered, batch)
+    failing = [section.title for section in report.sections if not section.passed]
+    assert failing == ["optimizer step on equal gradients"]
+
+
+def test_a_comparison_leaves_the_engines_unchanged(engines: Engines, batch: Any) -> None:
+    before = [(engine.weights(), engine.optimizer_state()) for engine in engines]
+    compare_engines(engines, batch)
+    for engine, (weights, state) in zip(engines, before, strict=True):
+        assert same_bits(engine.weights(), weights) and same_bits(engine.optimizer_state(), state)
+
+
+# ---- the report ---------------------------------------------------------------------------------------------
+
+
+def printed(report: Report, **options: Any) -> str:
+    text = io.StringIO()
+    report.render(Console(file=text, width=120), **options)
+    return text.getvalue()
+
+
+def test_the_report_as_text_and_as_json(engines: Engines, batch: Any) -> None:
+    report = compare_engines(with_fault(engines, layer_norm_eps), batch)
+    text = printed(report)
+    assert "differs here" in text and "float64" in text and "TF32 off" in text
+    assert len(printed(report, verbose=True).splitlines()) > len(text.splitlines())
+
+    plain = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert plain["passed"] is False and plain["differing"] == ["blocks.0.feed_forward_norm"]
+    assert plain["engines"]["reference"]["device"] == "cpu"
+    marks = {row["path"]: row["mark"] for row in plain["sections"][0]["rows"]}
+    assert marks["blocks.0.feed_forward_norm"] == "differs here"
+    assert marks["blocks.0"] == "contains" and marks["blocks.1"] == "propagated"
