@@ -95,6 +95,21 @@ def write_text(path: Path, words: int = 6000) -> Path:
     return path
 
 
+def source_code(size: int) -> str:
+    """Returns `size` characters of the standard library's source, with awkward text between the files.
+
+    The awkward text: other alphabets, wide and no-break spaces, CR LF, blank lines, long numbers, apostrophes.
+    """
+    awkward = "größe = '日本語。\n全角\u3000空白' # \U0001f600\r\n\r\n\t\n  \n x\u00a0y don't 12345678\n"
+    text = ""
+    for path in sorted(Path(textwrap.__file__).parent.glob("*.py")):
+        if 2000 < path.stat().st_size < 60_000:
+            text += path.read_text(encoding="utf-8") + awkward
+        if len(text) >= size:
+            break
+    return text[:size]
+
+
 def tiny(folder: Path, *overrides: str, family: str = "transformer") -> Config:
     """Returns the tiny configuration of a family. Text families read a text in `folder`, the CNN reads the digits."""
     values = {**TINY, "model": TINY_MODELS[family]}

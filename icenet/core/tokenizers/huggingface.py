@@ -56,10 +56,10 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
-        # Stand for the text before a continuation: some tokenizers put a space before the first word of a text, and
-        # remove it when they decode.
-        self._line_end = self.encode("\n")
-        self._letter = self.encode("a")[-1:]
+        # Some tokenizers put a space before the first word of a text and remove it when they decode. So a text that
+        # continues another is encoded and decoded after one of these.
+        self._prefixes = {prefix: self.encode(prefix) for prefix in ("a", "\n")}
+        self._letter = self._prefixes["a"][-1:]
         self._letter_text = self._text(self._letter)
 
     @classmethod
@@ -94,16 +94,17 @@ class HFTokenizer:
         Raises:
             DataError: See `encode`.
         """
-        before = self._line_end
-        inputs = [f"\n{text}" if follows else text for text, follows in zip(texts, continues, strict=True)]
+        # a letter before white space and a line end before a word, because no token has both
+        prefixes = [("a" if text[:1].isspace() else "\n") if c else "" for text, c in zip(texts, continues, strict=True)]
+        inputs = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
         with self._errors("encode"):
             encodings = self._tokenizer.encode_batch_fast(inputs, add_special_tokens=False)
-        found = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        for index, follows in enumerate(continues):
-            if follows and found[index][: len(before)].tolist() == before:
-                found[index] = found[index][len(before) :]
-            elif follows:  # one token covers the line end and more
-                found[index] = np.array(self.encode(texts[index]), np.int64)
+        found = []
+        for text, prefix, encoding in zip(texts, prefixes, encodings, strict=True):
+            ids, before = encoding.ids, self._prefixes.get(prefix, [])
+            if ids[: len(before)] != before:  # a token covers more than the prefix
+                ids, before = self.encode(text), []
+            found.append(np.array(ids[len(before) :], np.int64))
         return found
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -20,7 +20,7 @@ from icenet.core.config.section import nearest
 from icenet.core.data.text.sources import Document, reason
 from icenet.core.errors import DataError
 
-CHUNK_BYTES = 1 << 17
+CHUNK_BYTES = 1 << 16
 """Maximum size of a chunk. A tokenizer needs some hundred bytes of memory per byte of text."""
 MAX_LINE_BYTES = 1 << 28
 """Maximum length of a JSON line. A line has to fit in memory."""
@@ -29,9 +29,9 @@ _BUFFER_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
-_BOUNDARIES = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\n"), re.compile(rb"\S(?= \S)"))
-"""Where a chunk may end, best first. A line end next to other white space, or the middle of a word, is part of one
-token in some tokenizers."""
+_BOUNDARIES = (re.compile(rb"[0-9A-Za-z](?=\r?\n)"), re.compile(rb"\S(?= \S)"), re.compile(rb"\S(?=\s)"))
+"""Where a chunk ends if possible, best first: before a line end that follows a letter or digit, before a space, before
+other white space. Common tokenizers begin a token there, so the chunks have the tokens of the whole text."""
 
 
 class NotTextError(DataError):
@@ -172,7 +172,7 @@ class Reader:
 
 
 def split(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`, at line ends or else at words or characters.
+    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`, at line ends, or else between words or characters.
 
     Args:
         read: Returns that many bytes, fewer only at the end.
