@@ -1,7 +1,6 @@
-"""The backend flag: from a name to an Engine. The only place that imports a backend, by name and late.
+"""Chooses a backend and imports it. The only place in core that imports a backend, by name and when it is needed.
 
-A backend is a package with the modules `models`, `nn`, `engine`, `probe` and `facts`; an Engine is its hands:
-it owns one model and its optimizer and takes and gives numpy.
+A backend is a package with the folders `models`, `nn`, `generation`, `engine` and `tools`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from icenet.core.engine import Engine
 
 PACKAGES = {"mlx": "icenet", "torch": "icenet_torch"}
+"""The package of each backend. `auto` tries them in this order."""
 _INSTALL = {
     "mlx": "pip install 'icenet[cpu]' on Linux, 'icenet[cuda]' with an NVIDIA GPU, 'icenet' on a Mac",
     "torch": "pip install 'icenet[torch]'",
@@ -27,12 +27,14 @@ _INSTALL = {
 
 
 def resolve(name: str, blas: str = "auto") -> str:
-    """The backend that a flag means: `auto` is mlx where it runs, else torch.
+    """Imports the framework of a backend and returns the backend's name.
 
-    `blas` is the configuration's choice of a BLAS for MLX on a Linux CPU; ICENET_BLAS goes before it.
+    Args:
+        name: mlx, torch or auto. auto is mlx if it runs here, otherwise torch.
+        blas: the configuration's BLAS for MLX on a Linux CPU. The environment variable ICENET_BLAS overrides it.
 
     Raises:
-        BackendError: the backend, or with `auto` any, is not installed or does not start.
+        BackendError: the backend is not installed or does not start; with auto, none does.
     """
     if blas != "auto":
         os.environ.setdefault("ICENET_BLAS", blas)
@@ -50,9 +52,12 @@ def resolve(name: str, blas: str = "auto") -> str:
 
 
 def choose(config: Config, backend: str | None = None) -> str:
-    """The backend for a configuration: what is asked for, else what it says.
+    """Returns the backend for a configuration: `backend` if given, otherwise the configuration's.
 
-    `auto` takes one that a model of the user's own is written for.
+    For a model in a user's file, auto is a backend for which the file has a class.
+
+    Raises:
+        BackendError: as for `resolve`, or the user's file has no class for the backend.
     """
     name = backend or config.backend
     if name != "auto" or not custom.is_custom(config.model.type):
@@ -69,18 +74,18 @@ def choose(config: Config, backend: str | None = None) -> str:
 
 
 def installed(name: str) -> bool:
-    """Whether a backend's framework can be found, without importing it."""
+    """Returns whether a backend's framework is installed, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
 def _import(name: str) -> None:
     if name not in PACKAGES:
-        raise BackendError(f"no backend {name!r}: mlx, torch or auto")
+        raise BackendError(f"no backend {name!r}; one of mlx, torch, auto")
     framework = "mlx.core" if name == "mlx" else "torch"
     if not installed(name):
         others = [other for other in PACKAGES if other != name and installed(other)]
-        instead = f"; or choose --backend {others[0]}" if others else ""
-        raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}{instead}")
+        alternative = f"; or use --backend {others[0]}" if others else ""
+        raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}{alternative}")
     try:
         if name == "mlx":
             importlib.import_module("icenet.blas")
@@ -91,7 +96,7 @@ def _import(name: str) -> None:
 
 
 def module(name: str, part: str) -> ModuleType:
-    """A module of a backend's package: `module("torch", "engine.engine")` is `icenet_torch.engine.engine`."""
+    """Imports a module of a backend: `module("torch", "engine.engine")` is `icenet_torch.engine.engine`."""
     _import(name)
     return importlib.import_module(f"{PACKAGES[name]}.{part}")
 
@@ -99,13 +104,15 @@ def module(name: str, part: str) -> ModuleType:
 def engine(
     config: Config, backend: str | None = None, device: str | None = None, *, dtype: str = "float32"
 ) -> Engine:
-    """An Engine for a configuration; `backend` and `device` override what it says.
+    """Returns a new engine.
 
-    `dtype` is that of the parameters: float32, or float64 for the reference of parity (PyTorch only).
+    Args:
+        config: the configuration.
+        backend, device: override the configuration's.
+        dtype: the dtype of the parameters: float32, or float64 for a reference (PyTorch only).
     """
-    name = choose(config, backend)
-    made: Engine = module(name, "engine.engine").Engine(config, device or config.device, dtype)
-    return made
+    new: Engine = module(choose(config, backend), "engine.engine").Engine(config, device or config.device, dtype)
+    return new
 
 
 def meta_model(config: Config) -> Any:
@@ -117,10 +124,10 @@ def meta_model(config: Config) -> Any:
 
 
 def exact_products() -> None:
-    """Has MLX multiply fp32 matrices in full, for comparisons; no effect once MLX is imported.
+    """Turns TF32 off for comparisons in fp32. It has no effect on MLX after the import of MLX.
 
-    On CUDA and on M5 chips MLX's default is TF32, which has 10 bits of mantissa. PyTorch's default is full
-    precision for products; for convolutions on CUDA the PyTorch engine asks for it where this was called.
+    On CUDA and on M5 chips TF32, with 10 bits of mantissa, is MLX's default for matrix products. In PyTorch it is the
+    default for convolutions on CUDA only; `choose_device` of the PyTorch backend turns that off after this call.
     """
     if "mlx.core" not in sys.modules:
         os.environ["MLX_ENABLE_TF32"] = "0"

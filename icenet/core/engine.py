@@ -269,7 +269,7 @@ class Engine(ABC):
         """Returns a batch as the backend's arrays on the device, in the layout that the model takes.
 
         Raises:
-            DataError: an id is outside of the vocabulary.
+            DataError: an id is outside the vocabulary.
         """
         check_ids(batch, self.config.model.vocab_size)
         return {name: self._to_device(array) for name, array in batch.items()}
@@ -384,6 +384,6 @@ def check_ids(batch: Batch, vocab_size: int) -> None:
             if most >= vocab_size or (name == "inputs" and least < 0):
                 wrong = most if most >= vocab_size else least
                 raise DataError(
-                    f"{name} contain the id {wrong}, outside of the vocabulary (0 to {vocab_size - 1}); "
+                    f"{name} contain the id {wrong}, outside the vocabulary (0 to {vocab_size - 1}); "
                     "raise model.vocab_size or change data.tokenizer"
                 )

@@ -1,1 +1,1 @@
-"""Training: the engine, its optimizers, averages and process group."""
+"""The MLX engine: build, engine, optimizers, weight average, process group."""

@@ -43,7 +43,6 @@ class ProcessGroup(processes.ProcessGroup):
         return np.array(mx.distributed.all_gather(mx.array(words), group=self.group)).view(array.dtype)
 
     def all_reduce_gradients(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Returns the gradients summed over the processes. Those of shards are summed in the backward pass."""
         if self.size == 1 or self.shards is not None:
             return gradients
         averaged = nn.average_gradients(list(gradients.values()), self.group)

@@ -1,1 +1,1 @@
-"""Training: the engine, its optimizers, averages and process group."""
+"""The PyTorch engine: build, engine, optimizers, weight average, process group."""

@@ -78,12 +78,15 @@ class ProcessGroup(processes.ProcessGroup):
         dist.all_gather(found, own)
         return torch.cat(found).cpu().numpy()
 
-    def all_reduce_gradients(self, gradients: Mapping[str, nn.Parameter]) -> None:
-        """Sums over the processes, in place, the `grad` of the parameters after the backward pass."""
+    def all_reduce_gradients(self, gradients: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if self.shards is not None:
             self.shards.take_gradients()
         elif self._parallel is not None:
             torch._foreach_mul_([p.grad for p in gradients.values() if p.grad is not None], self.size)
+        for p in gradients.values():
+            if p.grad is None:  # a parameter that a user's model did not use has a gradient of zero, as in MLX
+                p.grad = torch.zeros_like(p)
+        return {path: p.grad for path, p in gradients.items()}
 
     def _all_sum(self, array: Tensor) -> Tensor:
         dist.all_reduce(array)

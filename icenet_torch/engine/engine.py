@@ -57,11 +57,7 @@ class Engine(engine.Engine):
         for part in self._micro_batches(batch, step):
             with self.process_group.accumulating(last=part.is_last):
                 loss = loss + self._backward(part, loss_scale)
-        self.process_group.all_reduce_gradients(self.parameters)
-        for p in self.parameters.values():
-            if p.grad is None:  # a parameter that a user's model did not use has a gradient of zero, as in MLX
-                p.grad = torch.zeros_like(p)
-        gradients = {path: p.grad for path, p in self.parameters.items()}
+        gradients = self.process_group.all_reduce_gradients(self.parameters)
         if self.config.training.mixed_precision == "fp16":
             torch._foreach_div_(list(gradients.values()), loss_scale)
         return loss, gradients

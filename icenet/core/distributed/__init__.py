@@ -1,1 +1,1 @@
-"""Several processes that train one model."""
+"""Training one model in several processes: launchers, the process group, the watchdog."""

@@ -86,8 +86,13 @@ class ProcessGroup(ABC):
         """Returns the arrays of all processes, all of one shape, concatenated along the first axis."""
 
     @abstractmethod
-    def all_reduce_gradients(self, gradients: Any) -> Any:
-        """Sums the gradients of a step over the processes, unless the backward pass already did."""
+    def all_reduce_gradients(self, gradients: Any) -> dict[str, Array]:
+        """Returns the gradients of a step by path, summed over the processes unless the backward pass did so.
+
+        Args:
+            gradients: with MLX, this process's gradients by path; with PyTorch, the parameters by path, in whose
+                `grad` the backward pass has left them.
+        """
 
     def all_reduce_loss(self, loss: Array) -> Array:
         """Returns the loss summed over the processes and the stop flags counted over them, `[1 + len(SIGNALS)]`.
