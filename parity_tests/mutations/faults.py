@@ -265,7 +265,21 @@ FAULTS: list[Fault] = [
         "icenet/core/engine.py",
         "edges = [own.start + len(own) * index // number for index in range(number + 1)]",
         "edges = [len(own) * index // number for index in range(number + 1)]",
-        ["core/distributed/test_distributed.py::test_micro_batches_of_all_processes_make_the_batch"],
+        ["core/distributed/test_distributed.py::test_micro_batches_of_all_processes_are_the_batch"],
+    ),
+    Fault(
+        "every process has the first shard",
+        "icenet/core/distributed/processes.py",
+        "array[self.process_group.rank * rows : (self.process_group.rank + 1) * rows]",
+        "array[:rows]",
+        ["core/distributed/test_distributed.py::test_shards_are_the_inverse_of_gathering"],
+    ),
+    Fault(
+        "a signal to another process is ignored",
+        "icenet/core/distributed/processes.py",
+        "return loss, stop_reason(counts)",
+        "return loss, None",
+        ["core/distributed/test_distributed.py::test_the_reason_to_stop_reaches_all_processes"],
     ),
     # ---- optimizers and schedules ----------------------------------------------------------------------------
     Fault(
