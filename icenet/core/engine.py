@@ -189,6 +189,10 @@ class Engine(ABC):
             keys = self._dropout_keys(step, rows)
             yield MicroBatch(self.to_device(part), keys, share, is_last=index + 1 == len(parts))
 
+    def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The norm of all gradients together, and of each, `[N]`, float32. Shards are taken together."""
+        return self.process_group.all_reduce_norms(*self.nn.exact.gradient_norms(list(gradients.values())))
+
     def _set_mode(self, train: bool) -> None:
         if self.model.training != train:  # it visits all modules, half a millisecond for a small GPT
             self.model.train(train)
@@ -314,10 +318,6 @@ class Engine(ABC):
 
         The forward and backward passes of all of `_micro_batches`, scaled by `loss_scale` in the backward pass only.
         """
-
-    @abstractmethod
-    def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Returns the norm of all gradients together, and of each, `[N]`, float32 and over all processes."""
 
     @abstractmethod
     def _update(self, gradients: dict[str, Array], norm: Array, average_weight: float) -> None:

@@ -24,7 +24,6 @@ from icenet.engine.build import COMPUTE_DTYPES, build_model
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
 from icenet.nn.arrays import from_numpy, is_half, on_cpu, to_numpy
-from icenet.nn.exact import gradient_norms
 
 
 class Engine(engine.Engine):
@@ -98,9 +97,6 @@ class Engine(engine.Engine):
 
     def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:
         return call_model(self.model, arrays)
-
-    def _norms(self, gradients: Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:
-        return self.process_group.all_reduce_norms(*gradient_norms(list(gradients.values())))
 
     def _update(self, gradients: dict[str, mx.array], norm: mx.array, average_weight: float) -> None:
         self._compiled_update(gradients, norm, mx.array(average_weight, mx.float32))

@@ -18,7 +18,6 @@ from icenet_torch.engine.build import COMPUTE_DTYPES, build_model
 from icenet_torch.engine.ema import WeightAverage
 from icenet_torch.engine.optimizers import Optimizer
 from icenet_torch.nn.arrays import from_numpy, is_half, to_channels_first, to_numpy
-from icenet_torch.nn.exact import gradient_norms
 
 
 class Engine(engine.Engine):
@@ -71,9 +70,6 @@ class Engine(engine.Engine):
 
     def _mean_loss(self, arrays: dict[str, Tensor]) -> Tensor:
         return ops.cross_entropy(call_model(self._compiled_model, arrays), arrays["labels"])[0]
-
-    def _norms(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.process_group.all_reduce_norms(*gradient_norms(list(gradients.values())))
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor, average_weight: float) -> None:
         training = self.config.training

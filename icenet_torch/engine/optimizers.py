@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from icenet.core.config import TrainingConfig
 from icenet.core.training import optimizer
-from icenet.core.training.optimizer import NEWTON_SCHULZ, OptimizerGroup
+from icenet.core.training.optimizer import OptimizerGroup, orthogonalize
 from icenet.core.training.parameter_groups import Group, momentum, muon_factor
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 
@@ -144,7 +144,7 @@ class Muon(_Method):
             for parameter in group["params"]:
                 gradient, v = parameter.grad, self.state[parameter]["momentum_buffer"]
                 v.mul_(mass).add_((1 - mass) * gradient)
-                update = orthogonalize(mass * v + (1 - mass) * gradient if self.nesterov else v)
+                update = orthogonalize(mass * v + (1 - mass) * gradient if self.nesterov else v, frobenius_norm)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(group["lr"] * muon_factor(parameter.shape) * update)
 
@@ -160,20 +160,9 @@ METHODS: dict[str, Any] = {
 """Optimizers by the value of `training.optimizer`."""
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Returns a matrix `[rows, columns]` with all singular values moved close to 1, in its own dtype.
-
-    The Newton-Schulz iteration with the quintic polynomial of Jordan, "Muon: an optimizer for hidden layers in neural
-    networks", 2024.
-    """
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if tall else x
+def frobenius_norm(matrix: Tensor) -> Tensor:
+    """Returns the norm of a matrix."""
+    return torch.linalg.vector_norm(matrix)
 
 
 class Optimizer(optimizer.Optimizer):

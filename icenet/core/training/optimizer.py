@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from icenet.core.training.parameter_groups import Group, assign, check_slots
 
 Array = Any
 """An array of the backend: `mlx.core.array` or `torch.Tensor`."""
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic polynomial of Muon's orthogonalization (Jordan, 2024)."""
 
 
 class OptimizerGroup(NamedTuple):
@@ -112,3 +109,24 @@ class Optimizer(ABC):
     @abstractmethod
     def _set_slot(self, path: str, state: dict[str, Array], slot: str, values: NDArray[Any]) -> None:
         """Sets one array of the state from canonical values, without replacing the dictionary that holds it."""
+
+
+def orthogonalize(matrix: Array, norm: Callable[[Array], Array], steps: int = 5) -> Array:
+    """Returns a matrix `[rows, columns]` with all singular values moved close to 1, in its own dtype.
+
+    The Newton-Schulz iteration of Muon with the quintic polynomial of Jordan, "Muon: an optimizer for hidden layers
+    in neural networks", 2024.
+
+    Args:
+        matrix: the matrix.
+        norm: the framework's Frobenius norm of a matrix.
+        steps: the number of iterations.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / (norm(x) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.T if is_tall else x
