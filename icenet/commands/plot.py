@@ -1,4 +1,4 @@
-"""`icenet plot`: loss, learning rate, gradient norm and throughput of one run or several, in one picture."""
+"""`icenet plot`: draws loss, learning rate, gradient norm and throughput of one or several runs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 Curve = tuple[NDArray[Any], NDArray[Any]]
 
-# Okabe and Ito's palette without its yellow, which is pale on white; then the same again, dashed
+# the palette of Okabe and Ito without its yellow, which is pale on white; repeated with dashes
 COLOURS = (canvas.BLUE, canvas.ORANGE, canvas.GREEN, canvas.PURPLE, "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _POINTS = 3000
-"""Drawn of one curve at most: more cannot be told apart on paper."""
+"""Maximum number of points of a curve; more cannot be distinguished."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of a run, and what they are counted in."""
+    """The metrics of a run."""
 
     name: str
     folder: Path
@@ -40,12 +40,12 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """`tokens` or `images`."""
+        """Unit of the throughput: `tokens` or `images`."""
         return "images" if any("images_per_second" in record for record in self.records) else "tokens"
 
     @property
     def backends(self) -> list[tuple[float, str]]:
-        """The backends that trained it, each with its first step."""
+        """The backends in the order in which they trained the run, each with its first step."""
         steps = [(r["step"], str(r["backend"])) for r in self.records if "loss" in r and r.get("backend")]
         return [next(group) for _, group in itertools.groupby(sorted(steps), key=lambda pair: pair[1])]
 
@@ -55,63 +55,63 @@ class Run:
         return [step for step, _ in self.backends[1:]]
 
     def curve(self, key: str) -> Curve:
-        """Steps and values of a metric, the finite ones, of a step that was taken twice the last.
+        """Returns the steps and finite values of a metric; the last value of a step that is recorded twice.
 
-        `speed` is in tokens or images a second.
+        `speed` is the throughput in tokens or images per second.
         """
         key = f"{self.unit}_per_second" if key == "speed" else key
         by_step = {record["step"]: record for record in self.records if key in record}
         return canvas.series(list(by_step.values()), key)
 
     def items_per_step(self) -> int:
-        """Tokens or images in a step, by the run's configuration.
+        """Returns the number of tokens or images per step, from the run's configuration.
 
         Raises:
-            IceNetError: the run has none that can be read.
+            IceNetError: the configuration cannot be read.
         """
         config = Config.from_yaml(self.folder / "config.yaml", trust_code=False)
         row = 1 if isinstance(config.data, ImageDataConfig) else sequence_length(config)
         return config.training.batch_size * row
 
     def seconds(self) -> Curve:
-        """Seconds of training since the start, by step; evaluations and pauses do not count."""
+        """Returns steps and seconds of training since the start, without evaluations and pauses."""
         steps, speed = self.curve("speed")
         good = speed > 0
         steps, spent = steps[good], self.items_per_step() / speed[good]
-        # a step whose line was lost took as long as the next that is known
+        # a step without a record took as long as the next one with a record
         return steps, np.cumsum(spent * np.diff(steps, prepend=steps[0] - 1 if len(steps) else 0))
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
-    """The runs of several folders, each once, named by as much of their paths as tells them apart.
+    """Reads the runs of several folders, each once. Their names are the shortest distinct ends of their paths.
 
     Raises:
-        IceNetError: one is no run, or has no metrics.
+        IceNetError: a folder is not a run, or has no metrics.
     """
     folders = list(dict.fromkeys(_folder(path).resolve() for path in paths))
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         records = [r for r in MetricsLog.read(folder / "metrics.jsonl") if isinstance(r.get("step"), (int, float))]
         if not any("loss" in record or "validation_loss" in record for record in records):
-            raise IceNetError(f"{folder / 'metrics.jsonl'}: holds no step yet; wait for one, or leave the run out")
+            raise IceNetError(f"{folder / 'metrics.jsonl'}: contains no step yet; wait for one, or leave the run out")
         runs.append(Run(name, folder, records))
     return runs
 
 
 def _folder(path: Path) -> Path:
-    """The run that a folder, a checkpoint in it or its metrics.jsonl stands for."""
+    """Returns the folder of a run, given the folder, a checkpoint in it or its metrics.jsonl."""
     if path.name == "metrics.jsonl" and path.is_file():
         return path.parent
     if not path.exists():
-        raise IceNetError(f"{path}: no such run; icenet runs lists those there are")
+        raise IceNetError(f"{path}: no such run; icenet runs lists the runs")
     for folder in (path, run_of(path)):
         if folder is not None and (folder / "metrics.jsonl").is_file():
             return folder
-    raise IceNetError(f"{path}: holds no metrics.jsonl, which a run has from its first step on; leave it out")
+    raise IceNetError(f"{path}: contains no metrics.jsonl, so it is not a run with steps; leave it out")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that are all different."""
+    """Returns the shortest ends of the paths that are all different."""
     longest = max((len(folder.parts) for folder in folders), default=1)
     for length in range(1, longest + 1):
         names = ["/".join(folder.parts[-length:]) for folder in folders]
@@ -121,16 +121,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = None, x: str = "step") -> Path:
-    """Draws runs over each other; gives the picture's path.
+    """Draws the metrics of runs in one picture and returns its path.
 
     Args:
-        paths: folders of runs, whether under way or over.
-        out: the picture, PNG, PDF or SVG by its name; plot.png, in the run if there is one only.
-        smooth: steps that the thick lines are a mean of; about a fortieth of the run if None; 1: no mean.
-        x: `step`, `tokens` (images, where those are trained on) or `time`, in training steps.
+        paths: folders of runs, finished or not.
+        out: the picture, PNG, PDF or SVG by its name. Default: plot.png, in the run's folder if there is one run.
+        smooth: window of the moving average in steps. Default: a fortieth of the run. 1: no average.
+        x: x axis: `step`, `tokens` (or images), or `time` spent in training steps.
 
     Raises:
-        IceNetError: a run without metrics; no matplotlib; a file that cannot be written.
+        IceNetError: a run has no metrics, matplotlib is not installed, or the picture cannot be written.
     """
     if out is not None:
         canvas.check_suffix(out)
@@ -139,10 +139,12 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
         raise IceNetError("icenet plot needs matplotlib: pip install 'icenet[plot]'")
     units = {run.unit for run in runs}
     if x == "tokens" and len(units) > 1:
-        raise UsageError("--x tokens: some of these runs read tokens and some images; use --x step or --x time")
+        raise UsageError(
+            "--x tokens: some of these runs are trained on tokens and some on images; use --x step or --x time"
+        )
     scale, label = _axis(runs, x)
     title = _caption(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
-    # the blank second line makes room for the name of the first panel
+    # the blank subtitle leaves space for the name of the first panel
     figure, panels = canvas.new_figure((9, 9.4), [3.6, 1.1, 1.1, 1.1], title, " ", right=0.75, space=0.32)
     rates, norms, speeds = ([run.curve(key) for run in runs] for key in ("learning_rate", "grad_norm", "speed"))
     for index, run in enumerate(runs):
@@ -162,26 +164,26 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
 
 
 def _look(index: int) -> dict[str, Any]:
-    """Colour and dashes of a run's curves."""
+    """Returns the line style of a run."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
 def _caption(run: Run) -> str:
-    """A run's name, and the backends that trained it."""
+    """Returns the name of a run and the backends that trained it."""
     names = [backend for _, backend in run.backends]
     used = " → ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
     return f"{run.name}  ({used})" if used else run.name
 
 
 def _small(value: float, _: Any = None) -> str:
-    """0.05, 5e-4."""
+    """Formats a small number: 0.05, 5e-4."""
     text = f"{value:g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}"
     mantissa, _, exponent = text.partition("e")
     return f"{float(mantissa):g}e{int(exponent)}" if exponent else text
 
 
 def _large(value: float, _: Any = None) -> str:
-    """950, 20k, 1.5M."""
+    """Formats a large number: 950, 20k, 1.5M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:g}{unit}"
@@ -194,7 +196,7 @@ Scale = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def _axis(runs: Sequence[Run], x: str) -> tuple[list[Scale], str]:
-    """For each run, where a step lies on the x axis; and what the axis is called."""
+    """Returns, for each run, the function from step to x coordinate, and the label of the axis."""
     if x == "step":
         return [lambda steps: steps] * len(runs), "step"
     if x == "tokens":
@@ -203,7 +205,7 @@ def _axis(runs: Sequence[Run], x: str) -> tuple[list[Scale], str]:
     clocks = [run.seconds() for run in runs]
     without = [run.name for run, (steps, _) in zip(runs, clocks, strict=True) if not len(steps)]
     if without:
-        raise IceNetError(f"{without[0]}: its metrics hold no speed, so no time either; use --x step")
+        raise IceNetError(f"{without[0]}: its metrics contain no throughput, so the time is unknown; use --x step")
     longest = max(float(clock[1][-1]) for clock in clocks)
     unit, size = ("h", 3600.0) if longest >= 10800 else ("min", 60.0) if longest >= 180 else ("s", 1.0)
     return [
@@ -227,7 +229,7 @@ def _finish_x(axes: Axes, label: str) -> None:
 def _draw(
     axes: Axes, curve: Curve, look: dict[str, Any], at: Scale, smooth: int | None, breaks: Sequence[float] = ()
 ) -> None:
-    """A curve, thin as it is and thick as its mean, which is not taken across `breaks`."""
+    """Draws a curve as a thin line and its moving average, which does not cross `breaks`, as a thick one."""
     steps, values = curve
     if not len(steps):
         return
@@ -242,7 +244,7 @@ def _draw(
 
 
 def _mark(axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | None, index: int) -> None:
-    """The evaluations of a run, and where its backend changes."""
+    """Draws the evaluations of a run and its changes of backend."""
     from matplotlib.patheffects import withStroke
 
     white: dict[str, Any] = {"linestyle": "none", "color": look["color"], "markeredgecolor": "white"}
@@ -269,7 +271,7 @@ def _mark(axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | N
 
 
 def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
-    """The limits and legend of the loss, and each run's last value at the right."""
+    """Sets the limits and the legend of the loss panel, and labels the last value of each run."""
     from matplotlib.lines import Line2D
 
     mean = "mean" if smooth is None else f"mean of {smooth} steps"
@@ -312,7 +314,7 @@ def _name(axes: Axes, name: str) -> None:
 
 
 def _finish(axes: Axes, curves: Sequence[Curve], name: str, log: bool, words: Callable[..., str]) -> None:
-    """The limits and labels of a small panel."""
+    """Sets the limits and labels of a small panel."""
     everything = np.concatenate([values for _, values in curves])
     _name(axes, name)
     if not len(everything):
@@ -330,28 +332,28 @@ def _finish(axes: Axes, curves: Sequence[Curve], name: str, log: bool, words: Ca
 
 
 def _logarithmic(axes: Axes, values: NDArray[Any], words: Callable[..., str]) -> None:
-    """A y axis of powers of ten that holds nearly all positive values."""
+    """Sets a logarithmic y axis for nearly all positive values."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     positive = values[values > 0]
     low, high = float(np.quantile(positive, 0.001)), float(positive.max())
     axes.set_yscale("log")
     axes.set_ylim(low / 1.3, high * 1.3)
-    few = high < 30 * low  # less than two powers of ten: 2 and 5 are marked as well
+    few = high < 30 * low  # less than two powers of ten: also ticks at 2 and 5
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=5))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(words)
 
 
 def _wide(curves: Sequence[NDArray[Any]], low: float, high: float, times: float) -> bool:
-    """Whether quantiles of curves are so many times apart that a linear axis would show one of them only."""
+    """Whether the ratio of a high and a low quantile of the curves is too large for a linear axis."""
     lows = [float(np.quantile(curve, low)) for curve in curves if len(curve)]
     highs = [float(np.quantile(curve, high)) for curve in curves if len(curve)]
     return bool(lows) and min(lows) > 0 and max(highs) > times * min(lows)
 
 
 def _rates_want_logs(curves: Sequence[NDArray[Any]]) -> bool:
-    """Whether peaks are far apart, or a rate falls far before the last quarter (exponentially, say)."""
+    """Whether peaks differ a lot, or a rate falls far before the last quarter, for example exponentially."""
     falls = [curve[curve.argmax() :] for curve in curves if len(curve) and curve.max() > 0]
     peaks = [np.array([fall[0]]) for fall in falls]
     return _wide(peaks, 0, 1, 10) or any(_wide([fall], 0.25, 1, 30) for fall in falls)

@@ -1,4 +1,4 @@
-"""`icenet runs`: the runs in a folder, with how far each is; read from their files, without loading a model."""
+"""`icenet runs`: lists the runs in a folder and their states. Reads their files and loads no model."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from icenet.core.weights.layout import STATISTICS
 
 DEFAULT = Path("runs")
 _DEPTH = 3
-"""How deep below the folder runs are looked for; not inside of runs."""
+"""Depth of the search below the folder. Runs are not searched."""
 _BACKEND = re.compile(rb'"backend": "(\w+)"')
 _LEAST_WIDTH = {"model": 106, "backend": 86, "best validation": 68, "when": 118}
-"""Columns that a narrower screen leaves out."""
+"""Minimum screen width of optional columns."""
 _STATES = {"running": "green", "complete": "", "stopped": "yellow", "damaged": "bold red"}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What the files of a run tell."""
+    """The state of a run, according to its files."""
 
     name: str
-    """Its path below the folder that was looked through."""
+    """Path relative to the folder that was searched."""
     model: str | None
     num_params: int | None
-    """Values in its newest checkpoint, statistics not counted; None without one."""
+    """Number of parameters in the newest checkpoint; None without one."""
     backends: list[str]
-    """In the order in which they trained it."""
+    """Backends in the order in which they trained the run."""
     step: int
     max_steps: int | None
     loss: float | None
     validation_loss: float | None
-    """The lowest."""
+    """The lowest validation loss, in nats."""
     validation_step: int | None
     state: str
-    """running, complete, stopped (it can be resumed), or damaged: `problem` says how."""
+    """running, complete, stopped (can be resumed), or damaged (see `problem`)."""
     when: str
-    """Its last change, ISO 8601 in UTC."""
+    """Time of the last change, ISO 8601 in UTC."""
     problem: str | None = None
 
     def cells(self) -> dict[str, str]:
-        """What the table says of it, by column."""
+        """Returns the texts of the table, by column."""
         validation = f"{_loss(self.validation_loss)} at {self.validation_step:,}" if self.validation_step else ""
         used = self.backends if len(self.backends) < 4 else [self.backends[0], "…", self.backends[-1]]
         return {
@@ -76,7 +76,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class RunList:
-    """The runs of a folder, the newest first."""
+    """The runs in a folder, newest first."""
 
     folder: Path
     runs: list[RunState]
@@ -90,10 +90,10 @@ class RunList:
         from rich.text import Text
 
         console = Console()
-        if not console.is_terminal:  # in a file or a pipe nothing need be cut off
+        if not console.is_terminal:  # no need to shorten lines in a file or a pipe
             console.width = max(console.width, 160)
         if not self.runs:
-            line = f"no runs in {self.folder}; make one: icenet train quickstart"
+            line = f"no runs in {self.folder}; start one: icenet train quickstart"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -112,20 +112,20 @@ class RunList:
 
 
 def list_runs(folder: Path | None = None) -> RunList:
-    """The runs in a folder, or in `runs` where none is named; a run's own folder gives that run.
+    """Returns the runs in a folder (default: `runs`), or the run that the folder is.
 
     Raises:
-        UsageError: the folder that is named is not there.
+        UsageError: the folder does not exist.
     """
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; name one that holds runs")
+        raise UsageError(f"{folder}: no such folder; give a folder that contains runs")
     folder = folder or DEFAULT
     found = [describe(run, _name(run, folder)) for run in _runs_below(folder, _DEPTH)]
     return RunList(folder, sorted(found, key=lambda run: run.when, reverse=True))
 
 
 def describe(run: Path, name: str | None = None) -> RunState:
-    """What the files of one run tell. Checkpoints are not hashed: their files are there and of the right size."""
+    """Returns the state of a run. Of checkpoints, the existence and the size of files are checked, not the hashes."""
     problem: str | None = None
     settings: dict[str, Any] = {}
     try:
@@ -142,12 +142,12 @@ def describe(run: Path, name: str | None = None) -> RunState:
         try:
             stored, size = _checkpoint(newest)
         except IceNetError as error:
-            rest = "; resuming takes the one before" if len(list_checkpoints(run)) > 1 else ""
+            rest = "; resume uses the checkpoint before it" if len(list_checkpoints(run)) > 1 else ""
             problem = problem or f"{error}{rest}"
     goal = training.get("max_steps")
     over = newest is not None and isinstance(goal, int) and int(newest.name.partition("-")[2]) >= goal
     if run_folder.is_locked(run):
-        state, problem = "running", None  # what is being written looks damaged
+        state, problem = "running", None  # files that are being written look damaged
     elif problem is not None:
         state = "damaged"
     else:
@@ -170,7 +170,7 @@ def describe(run: Path, name: str | None = None) -> RunState:
 
 
 def ago(when: str) -> str:
-    """How long ago an ISO 8601 time was: `5 min ago`; a date from a week on."""
+    """Formats an ISO 8601 time relative to now: `5 min ago`; a week or longer ago as a date."""
     then = datetime.fromisoformat(when)
     seconds = time.time() - then.timestamp()
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 36), ("days", 86400, 7)):
@@ -188,7 +188,7 @@ def _name(run: Path, folder: Path) -> str:
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    """The folders of runs, this one or those below."""
+    """Yields the folder if it is a run, otherwise the runs below it."""
     holds = {name for name in (".lock", "metrics.jsonl", "config.yaml", "checkpoints") if (folder / name).exists()}
     if "metrics.jsonl" in holds or {"checkpoints", "config.yaml"} <= holds or {".lock", "config.yaml"} <= holds:
         yield folder
@@ -200,7 +200,11 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """The configuration as it is written; not checked, which takes longer than all the rest."""
+    """Reads config.yaml without validating it, which would take most of the time.
+
+    Raises:
+        IceNetError: it cannot be read.
+    """
     try:
         found = yaml.load((run / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
     except (OSError, yaml.YAMLError) as error:
@@ -213,9 +217,9 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _progress(metrics: Path) -> tuple[int, float | None, tuple[float, int] | None, list[str]]:
-    """The last step, its loss, the best evaluation with its step, and the backends.
+    """Returns the last step, its loss, the lowest validation loss with its step, and the backends.
 
-    Only the lines that matter are parsed: a long run has a million.
+    Only the necessary lines are parsed: a long run has a million.
     """
     try:
         content = metrics.read_bytes()
@@ -236,15 +240,15 @@ def _progress(metrics: Path) -> tuple[int, float | None, tuple[float, int] | Non
 
 
 def _parsed(line: bytes) -> list[dict[str, Any]]:
-    """The record of a line, if it is whole and of a step."""
+    """Returns the record of a line in a list, which is empty if the line is incomplete or has no step."""
     return [record for record in MetricsLog.parse(line) if isinstance(record.get("step"), int)]
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], int]:
-    """The state of a checkpoint and the number of its weights' values.
+    """Returns the state of a checkpoint and the number of its parameters.
 
     Raises:
-        IceNetError: a file is missing or of another size than when it was written.
+        IceNetError: a file is missing or has the wrong size.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())

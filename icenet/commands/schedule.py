@@ -1,8 +1,9 @@
-"""A run's learning rate before it is run: a table, a line of blocks for the terminal, and a picture."""
+"""`icenet info CONFIG --schedule`: the learning rate of every step, as a table, a sparkline and a picture."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ _COLOURS = (canvas.ORANGE, canvas.GREEN, canvas.PURPLE)
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Parameters that are fitted alike."""
+    """An optimizer group."""
 
     method: str
     learning_rate: float
-    """The highest one."""
+    """Peak learning rate."""
     lr_scale: float
     weight_decay: float
     first: str
@@ -41,7 +42,7 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class ScheduleReport:
-    """The learning rate of every step; steps are counted from 1, as metrics.jsonl does."""
+    """The learning rate of every step. Steps are counted from 1, as in metrics.jsonl."""
 
     name: str
     training: TrainingConfig
@@ -49,11 +50,11 @@ class ScheduleReport:
     run: Path | None = None
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 1, 2, ... max_steps."""
+        """Returns the learning rate of step 1, 2, ... max_steps."""
         return learning_rate(step - 1, self.training)
 
     def rows(self) -> list[tuple[str, int, float]]:
-        """What the table shows: a name, a step and its learning rate, in order of steps."""
+        """Returns the rows of the table: name, step and learning rate, in order of steps."""
         last = self.training.max_steps
         named: dict[int, str] = {}
         for name, step in {"first": 1, **self.marks(), "last": last}.items():
@@ -63,24 +64,24 @@ class ScheduleReport:
         return [(name, step, self.rate(step)) for step, name in sorted(named.items())]
 
     def marks(self) -> dict[str, int]:
-        """The steps where one part of the schedule ends and another begins."""
+        """Returns the steps at which the schedule changes, by name."""
         training, found = self.training, {}
         if training.warmup_steps:
-            found["end of warm-up"] = min(training.warmup_steps, training.max_steps)
+            found["end of warmup"] = min(training.warmup_steps, training.max_steps)
         decay = decay_start(training)
         if decay is not None:
             found["start of decay"] = max(decay, 1)
         return found
 
     def points(self) -> tuple[list[int], list[float]]:
-        """Steps, a thousand or so of a long run, and their learning rates."""
+        """Returns about a thousand steps (all of a short run) and their learning rates."""
         last = self.training.max_steps
         steps = {1 + index * (last - 1) // max(_POINTS - 1, 1) for index in range(_POINTS)}
         chosen = sorted(steps | {step for _, step, _ in self.rows()})
         return chosen, [self.rate(step) for step in chosen]
 
     def sparkline(self, width: int = 60) -> str:
-        """The curve in blocks, from zero to the highest rate."""
+        """Returns the curve as a line of block characters, from zero to the highest rate."""
         last = self.training.max_steps
         count = min(width, last)
         steps = [1 + index * (last - 1) // max(count - 1, 1) for index in range(count)]
@@ -100,7 +101,7 @@ class ScheduleReport:
         }
 
     def render(self, picture: Path | None) -> None:
-        """Prints it; `picture` is what `draw` gave."""
+        """Prints the report. `picture` is the result of `draw`."""
         from rich.console import Console
         from rich.table import Table
 
@@ -120,44 +121,44 @@ class ScheduleReport:
         for column in ("values", "method", "highest rate", "decay"):
             groups.add_column(column, justify="right", no_wrap=True)
         for group in self.groups:
-            highest = f"{group.learning_rate:.3g}" if group.learning_rate else "not fitted"
+            highest = f"{group.learning_rate:.3g}" if group.learning_rate else "frozen"
             groups.add_row(group.parameters, f"{group.values:,}", group.method, highest, f"{group.weight_decay:g}")
         console.print(groups)
         words = f"drawn in {picture}" if picture else "no picture: matplotlib is missing; pip install 'icenet[plot]'"
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def draw(self, path: Path | None = None) -> Path | None:
-        """Draws the learning rate: in `path`, or schedule.png in the run's folder or the current one.
+        """Draws the learning rate to `path`, by default schedule.png in the run's or the current folder.
 
         Returns:
-            The path, or None where matplotlib is missing.
+            The path, or None if matplotlib is not installed.
 
         Raises:
-            UsageError: the name is not that of a PNG.
+            UsageError: the name does not end in .png.
             IceNetError: the file cannot be written.
         """
         target = path or (self.run or Path()) / "schedule.png"
         if target.suffix.lower() != ".png":
-            raise UsageError(f"{target}: the picture is a PNG; say --out NAME.png")
+            raise UsageError(f"{target}: the picture is a PNG; give --out NAME.png")
         if not canvas.available():
             return None
         training, (steps, rates) = self.training, self.points()
         peak, least = _short(training.learning_rate), _short(training.min_learning_rate)
         title = f"{Path(self.name).stem}: {training.schedule}, {training.max_steps:,} steps"
-        below = f"highest {peak}, after the warm-up at least {least}"
+        below = f"highest {peak}, after the warmup at least {least}"
         figure, (axes,) = canvas.new_figure((9, 4.4), [1], title, below, right=1.15)
-        whose = {1.0: "the rest"}
+        labels = {1.0: "the rest"}
         for group in self.groups:
             if group.lr_scale not in (0.0, 1.0):
-                whose.setdefault(group.lr_scale, group.parameters)
+                labels.setdefault(group.lr_scale, group.parameters)
         ends: list[tuple[float, str, str]] = []
-        for factor, colour in zip(whose, itertools.cycle((canvas.BLUE, *_COLOURS)), strict=False):
+        for factor, colour in zip(labels, itertools.cycle((canvas.BLUE, *_COLOURS)), strict=False):
             own = [rate * factor for rate in rates]
-            axes.plot(steps, own, color=colour, linewidth=2.2, solid_joinstyle="round", label=whose[factor])
+            axes.plot(steps, own, color=colour, linewidth=2.2, solid_joinstyle="round", label=labels[factor])
             ends.append((own[-1], f"last {_short(own[-1])}", colour))
         axes.fill_between(steps, rates, color=canvas.BLUE, alpha=0.08, linewidth=0)
-        most = max(whose)  # the marks stand on the highest curve, the legend above all of them
-        limit = max(rates) * most * (1.14 if len(whose) == 1 else 1.2 + 0.09 * len(whose))
+        most = max(labels)  # the marks are on the highest curve, the legend above all curves
+        limit = max(rates) * most * (1.14 if len(labels) == 1 else 1.2 + 0.09 * len(labels))
         axes.set_ylim(0, limit)
         axes.set_xlim(1 - 0.01 * training.max_steps, training.max_steps)
         for name, step in self.marks().items():
@@ -173,22 +174,22 @@ class ScheduleReport:
                 color=canvas.INK,
                 fontsize=10,
             )
-        if len(whose) > 1:
+        if len(labels) > 1:
             axes.legend(loc="upper right", edgecolor="none", fontsize=10, labelcolor=canvas.INK)
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
         axes.set_xlabel("step")
         axes.set_ylabel("learning rate")
-        # apart from each other and clear of the axis below
+        # labels must not overlap each other or the axis
         lowest = 0.06 * len(ends) * limit
         canvas.end_labels(axes, [(max(rate, lowest), text, colour) for rate, text, colour in ends])
         return canvas.save(figure, target)
 
 
 def of_target(name: str, overrides: tuple[str, ...] = ()) -> ScheduleReport:
-    """The report of a config, a preset, a run or a checkpoint.
+    """Returns the report of a config, a preset, a run or a checkpoint.
 
     Raises:
-        ConfigError: it cannot be read, or a pattern of `training.parameter_groups` fits no parameter.
+        ConfigError: it cannot be read, or a pattern of `training.parameter_groups` matches no parameter.
     """
     path = Path(name)
     config, _ = open_model.open_target(path, overrides)
@@ -209,19 +210,12 @@ def _groups(config: Config) -> list[GroupRow]:
             group.weight_decay,
             paths[0],
             len(paths),
-            sum(_size(shapes[path]) for path in paths),
+            sum(math.prod(shapes[path]) for path in paths),
         )
         for group, paths in groups.items()
     ]
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
 def _short(value: float) -> str:
-    """Three digits, without the exponent's leading zero: 5e-4."""
+    """Formats a number with three digits: 5e-4."""
     return f"{value:.3g}".replace("e-0", "e-")

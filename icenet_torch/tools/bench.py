@@ -13,10 +13,11 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.report import resident_memory
 from icenet.core.training.parameter_groups import weight_decay
-from icenet_torch.engine.engine import Engine, build_model, choose_device
+from icenet_torch.engine.build import build_model, choose_device
+from icenet_torch.engine.engine import Engine
 from icenet_torch.models import BaseModel
 from icenet_torch.nn.arrays import is_half, to_channels_first
-from icenet_torch.nn.dropout import Dropout, seed_dropouts
+from icenet_torch.nn.dropout import Dropout
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,7 +34,7 @@ class Gauge:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._device = engine.model.device
-        self._resident = resident_memory.Resident()
+        self._resident = resident_memory.ResidentMemory()
         self.source = {"cuda": "PyTorch's own count", "mps": "what Metal's driver had given at the end"}.get(
             self._device.type, resident_memory.SOURCE
         )
@@ -66,7 +67,7 @@ class BareLoop:
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
-        self.model = with_own_dropouts(build_model(config, device))
+        self.model = with_own_dropouts(build_model(config, device, seed=config.seed))
         self.model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             training.mixed_precision
         ]
@@ -127,7 +128,7 @@ class DropoutPair:
         self._cotangent = torch.randn(shape, generator=generator).to(self._device)
         self._p = p
         self._keyed = Dropout(p)
-        seed_dropouts([self._keyed], torch.from_numpy(keys.view(np.int32)).to(self._device)[None])
+        self._keyed.seed(torch.from_numpy(keys.view(np.int32)).to(self._device))
 
     def own(self, backward: bool) -> Any:
         """The values, or with `backward` their gradient."""

@@ -87,14 +87,14 @@ def test_the_peak_of_mlx_is_the_growth_of_its_process(deep: Config) -> None:
     program = """
     import json, sys
     import icenet.tools.bench, icenet.engine.engine
-    from icenet.core.report.resident_memory import Resident
+    from icenet.core.report.resident_memory import ResidentMemory
     from icenet.core.config import Config
     from icenet.core.data.datasets import dataset_for
     config = Config.from_dict(json.loads(sys.argv[1]))
     engine = icenet.engine.engine.Engine(config, "cpu")
     batch = dataset_for(config).train_batch(0, 16)
     engine.read(engine.train_step({name: array[:1] for name, array in batch.items()}, 0, 1e-3))
-    gauges = [icenet.tools.bench.Gauge(engine), Resident()]
+    gauges = [icenet.tools.bench.Gauge(engine), ResidentMemory()]
     for gauge in gauges:
         gauge.begin()
     engine.read(engine.train_step(batch, 1, 1e-3))

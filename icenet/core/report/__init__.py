@@ -1,1 +1,1 @@
-"""What a run reports: progress, metrics, TensorBoard files, plots."""
+"""Reports of a run: progress, metrics, TensorBoard files and plots."""

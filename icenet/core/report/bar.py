@@ -1,93 +1,69 @@
-"""How far the making of tokens is: a bar on a terminal and in a notebook, now and then a line in a log file."""
+"""Progress of work that is counted in bytes, such as tokenizing a text."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from icenet.core.report.progress import duration, short_number
+from icenet.core.report.progress import LiveBar, duration, live_bar, print_line, short_number, stderr_console
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as RichProgress
 
-_SHORT_SECONDS = 1.0
-"""Work that is done sooner shows nothing."""
+_DELAY_SECONDS = 1.0
+"""Work that takes less time shows nothing."""
 _LINE_SECONDS = 15.0
 
 
 class Bar:
-    """Called with the bytes done and those in all, from any thread. Nothing is shown of what takes a moment.
+    """Shows a bar on a terminal or in a notebook, and a line every 15 seconds in a log file.
 
-    with Bar("making tokens of stdlib") as bar:
-        load_tokens(source, tokenizer, progress=bar)
+    with Bar("tokenizing stdlib") as bar:
+        bar(done, total)      # bytes, from any thread
     """
 
     def __init__(self, label: str, quiet: bool = False, console: Console | None = None) -> None:
-        """`console` is rich's; standard error when absent."""
+        """`console` is standard error by default."""
         self.label = label
         self.quiet = quiet
         self._console = console
-        self._bar: RichProgress | None = None
-        self._began = self._told = time.monotonic()
-        self._skipped: int | None = None
+        self._bar: LiveBar | None = None
+        self._started = self._last_line_at = time.monotonic()
+        self._resumed_at: int | None = None
+        """Bytes that an earlier attempt had completed."""
         self._done = self._total = 0
 
     def __enter__(self) -> Bar:
-        self._began = self._told = time.monotonic()
+        self._started = self._last_line_at = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.stop(self._done)
             self._bar = None
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._skipped is None:  # what an earlier attempt had done
-            self._skipped = done
+        if self._resumed_at is None:
+            self._resumed_at = done
         self._done, self._total = done, total
-        if self.quiet or now - self._began < _SHORT_SECONDS:
+        if self.quiet or now - self._started < _DELAY_SECONDS:
             return
-        if self._console is None:
-            from rich.console import Console
+        self._console = self._console or stderr_console()
+        if self._bar is None:
+            self._bar = live_bar(self._console, self.label, lambda _: [self.status()], total, done, transient=True)
+        if self._bar is not None:
+            self._bar.update(done, total)
+        elif now - self._last_line_at >= _LINE_SECONDS:
+            self._last_line_at = now
+            print_line(self._console, f"{self.label}  {done / max(total, 1):.0%}  {self.status()}")
 
-            self._console = Console(stderr=True)
-        if self._console.is_terminal or self._console.is_jupyter:
-            if self._bar is None:
-                self._bar = _new_bar(self._console, self)
-                self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif now - self._told >= _LINE_SECONDS:
-            self._told = now
-            line = f"{self.label}  {done / max(total, 1):.0%}  {self.words()}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def words(self) -> str:
-        """Bytes done and in all, the speed, and the time left."""
-        seconds = time.monotonic() - self._began
-        rate = (self._done - (self._skipped or 0)) / max(seconds, 1e-9)
+    def status(self) -> str:
+        """Returns the bytes done and in total, the speed and the time left."""
+        seconds = time.monotonic() - self._started
+        rate = (self._done - (self._resumed_at or 0)) / max(seconds, 1e-9)
         text = f"{short_number(self._done)}B of {short_number(self._total)}B"
         if rate <= 0:
             return f"{text}  {duration(seconds)}"
         left = duration((self._total - self._done) / rate)
         return f"{text}  {short_number(rate)}B/s  {duration(seconds)}, {left} left"
-
-
-def _new_bar(console: Console, owner: Bar) -> RichProgress:
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.table import Column
-    from rich.text import Text
-
-    class Words(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(owner.words())
-
-        def get_table_column(self) -> Column:
-            return Column(no_wrap=True, overflow="ellipsis")
-
-    label = [TextColumn("{task.description}", markup=False)] if console.width >= 100 else []
-    width = max(4, min(30, console.width - 60 - (len(owner.label) + 1) * len(label)))
-    bar = Progress(*label, BarColumn(width), Words(), console=console, refresh_per_second=4, transient=True)
-    bar.add_task(owner.label, total=None)
-    return bar

@@ -1,7 +1,6 @@
-"""What the pictures share: colours, panels, smoothing, and writing a file in one move.
+"""Common parts of the plots: colors, panels, smoothing, labels and atomic saving.
 
-The object-oriented interface of matplotlib with the Agg canvas needs no screen and leaves the user's own pyplot
-state alone.
+The object-oriented interface of matplotlib with the Agg canvas needs no screen and leaves the state of pyplot alone.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any form of colour blindness
+# the palette of Okabe and Ito, distinguishable with every form of color blindness
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PALE_BLUE = "#9ED0EE"
 INK, GREY, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
 SUFFIXES = (".png", ".pdf", ".svg")
-"""The kinds of pictures, by the end of the file's name."""
+"""Supported file formats, by file name extension."""
 
 
 def available() -> bool:
-    """Whether matplotlib can be imported; `pip install 'icenet[plot]'` brings it."""
+    """Whether matplotlib can be imported (`pip install 'icenet[plot]'`)."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -49,7 +48,16 @@ def new_figure(
     right: float = 0.35,
     space: float = 0.14,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of panels that share their x axis, with a title and a line below it at the upper left."""
+    """Returns a figure of panels with a common x axis, and a title and a subtitle at the upper left.
+
+    Args:
+        size: width and height in inches.
+        heights: relative heights of the panels.
+        title, subtitle: texts above the panels.
+        colour: of the subtitle.
+        right: margin for labels at the right, in inches.
+        space: space between panels, relative to their height.
+    """
     from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -103,7 +111,10 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[Any]
 
 
 def smoothed(values: NDArray[Any], window: int | None = None) -> NDArray[Any]:
-    """A mean over `window` values, a fortieth of the curve if None; narrower at the start, backward at the end."""
+    """Returns the moving average over `window` values, by default a fortieth of the curve.
+
+    The window is narrower at the start, and looks mostly backward at the end.
+    """
     half = len(values) // 80 if window is None else window // 2
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -114,19 +125,25 @@ def smoothed(values: NDArray[Any], window: int | None = None) -> NDArray[Any]:
 
 
 def robust_top(values: NDArray[Any]) -> float:
-    """The largest value, but for a few spikes."""
+    """Returns the largest value, ignoring a few spikes."""
     return float(min(values.max(), 3 * np.quantile(values, 0.98) + 1e-30))
 
 
 def set_limits(axes: Axes, raw: NDArray[Any], shown: NDArray[Any]) -> None:
-    """y limits that hold all of `shown` and nearly all of `raw`: one spike does not flatten the rest."""
+    """Sets y limits for all of `shown` and nearly all of `raw`, so that a spike does not flatten the rest."""
     low, high = float(raw.min()), max(float(shown.max()), float(np.quantile(raw, 0.995)))
-    room = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - room, high + room)
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
 
 
 def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.11) -> None:
-    """Names and last values of curves, right of where they end, at least `apart` of the height from each other."""
+    """Writes labels at the right end of curves.
+
+    Args:
+        axes: the panel.
+        ends: last value, text and color of each curve.
+        apart: smallest distance of two labels, as a fraction of the height of the panel.
+    """
     low, high = axes.get_ylim()
     least = apart * (high - low)
     ends = sorted(ends)
@@ -151,7 +168,7 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
 
 
 def mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """A line at each change of backend, with the name of what comes after it."""
+    """Draws a vertical line at each change of backend, with the name of the new one."""
     steps = sorted((r["step"], r["backend"]) for r in metrics if r.get("backend") and r.get("step") is not None)
     changes = [now for before, now in itertools.pairwise(steps) if before[1] != now[1]]
     for step, backend in changes[:12]:
@@ -169,18 +186,22 @@ def mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_suffix(path: Path) -> None:
-    """Refuses a picture of a kind that cannot be written."""
+    """Checks that a plot can be written in the format of its file name.
+
+    Raises:
+        UsageError: it cannot.
+    """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise UsageError(f"{path}: the name of a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG, PDF or SVG, by its name, in one move, so that a viewer never sees half of it."""
+    """Writes a figure as PNG, PDF or SVG, by its file name, and returns its path. The file is replaced atomically."""
     from matplotlib import rc_context
 
     path = Path(path)
     check_suffix(path)
-    # letters stay letters in a PDF, and a picture of the same data is the same file
+    # text stays text in a PDF, and equal data give equal files
     options = {"pdf.fonttype": 42, "svg.hashsalt": "icenet"}
     metadata: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     with rc_context(options), staged(path) as stage, stage.open(path) as file:

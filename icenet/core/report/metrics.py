@@ -1,4 +1,4 @@
-"""A run's metrics on the disk: a line of JSON for each step and each evaluation."""
+"""The metrics of a run in a file: one line of JSON for each step and each evaluation."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from typing import IO, Any
 
 from icenet.core.errors import IceNetError
 from icenet.core.files import write_text
+from icenet.core.report.tensorboard import TensorBoardLog
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """A file of metrics, one JSON object a line, each line flushed as it is written.
+    """A file with one JSON object per line. Each line is flushed when it is written.
 
-    JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity" (the
-    convention of Protocol Buffers' JSON), and `read` gives them back as numbers. A line that a kill or a
-    power cut left unfinished is passed over in reading and removed before anything is appended.
-
-    `beside` is another log (`tensorboard.TensorBoardLog`) that is told each record too, and closed with
-    this one.
+    JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity" and "-Infinity", the convention
+    of Protocol Buffers, and `read` returns them as numbers. A line that a kill left incomplete is ignored by `read`
+    and removed before the next `append`.
     """
 
-    def __init__(self, path: str | Path, mirror: Any = None) -> None:
+    def __init__(self, path: str | Path, mirror: TensorBoardLog | None = None) -> None:
+        """
+        Args:
+            path: of the file.
+            mirror: another log that receives each record and is closed together with this one.
+        """
         self.path = Path(path)
         self._mirror = mirror
         self._file: IO[str] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; numpy scalars become plain numbers.
+        """Writes one record. Numpy scalars become numbers.
 
         Raises:
             IceNetError: the file cannot be written.
@@ -41,7 +44,7 @@ class MetricsLog:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _mend_tail(self.path)
+                _remove_incomplete_line(self.path)
                 self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
             self._file.write(line)
             self._file.flush()
@@ -51,9 +54,9 @@ class MetricsLog:
             self._mirror.append(record)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of steps after `step`, and unfinished lines: what a resumed run writes again.
+        """Removes the records after `step`, which a resumed run writes again, and incomplete lines.
 
-        The file is replaced in one move. Nothing happens where it is not there.
+        The file is replaced atomically. Does nothing if it does not exist.
 
         Raises:
             IceNetError: the file cannot be written.
@@ -65,7 +68,7 @@ class MetricsLog:
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
-        """The records of a file, in order; lines that are no JSON object are passed over.
+        """Returns the records of a file in order. Lines that are not JSON objects are ignored.
 
         Raises:
             IceNetError: the file cannot be read.
@@ -79,7 +82,7 @@ class MetricsLog:
 
     @staticmethod
     def parse(line: bytes) -> list[dict[str, Any]]:
-        """The record of a line; none where it is no JSON object."""
+        """Returns a list with the record of a line; an empty one if the line is not a JSON object."""
         try:
             record = json.loads(line)
         except ValueError:
@@ -88,7 +91,7 @@ class MetricsLog:
 
     @classmethod
     def copy(cls, origin: Path, target: Path, step: int) -> None:
-        """Appends the records of another file up to a step, where there is one."""
+        """Appends the records of another file up to a step. Does nothing if the file does not exist."""
         if origin.is_file():
             with cls(target) as log:
                 for record in cls.read(origin):
@@ -96,7 +99,7 @@ class MetricsLog:
                         log.append(record)
 
     def close(self) -> None:
-        """Closes the file; the next `append` opens it again."""
+        """Closes the file. The next `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -111,11 +114,11 @@ class MetricsLog:
 
     def _unwritable(self, error: OSError) -> IceNetError:
         reason = (error.strerror or str(error)).lower()
-        return IceNetError(f"cannot write the metrics {self.path}: {reason}; make room or choose another run folder")
+        return IceNetError(f"cannot write the metrics {self.path}: {reason}; free some space or choose another --run")
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """Converts a value to what JSON can represent."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,7 +131,7 @@ def plain(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """The reverse of `plain` for what is not finite."""
+    """Converts the strings for NaN and infinity back to numbers."""
     if isinstance(value, dict):
         return {name: _numbers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -136,8 +139,8 @@ def _numbers(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _mend_tail(path: Path) -> None:
-    """Cuts an unfinished last line off, so that the next one does not continue it."""
+def _remove_incomplete_line(path: Path) -> None:
+    """Removes a last line without a newline, which the next record would continue."""
     if not path.exists():
         return
     with open(path, "rb+") as file:

@@ -1,6 +1,6 @@
-"""Pictures of runs, drawn with matplotlib where it is installed (`pip install 'icenet[plot]'`).
+"""Plots of the metrics of a run and of a comparison of backends (`pip install 'icenet[plot]'`).
 
-Every function returns the path it wrote, or None where matplotlib is missing.
+Each function returns the path of the file, or None if matplotlib is not installed.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _RAW_POINTS = 4000
 
 
 def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path | None:
-    """Draws a run's loss, and below it its learning rate and gradient norm.
+    """Draws the loss of a run, and below it the learning rate and the gradient norm.
 
     Args:
         metrics: records as in metrics.jsonl: `step` with `loss`, `learning_rate`, `grad_norm`, `backend`, or
-            with `validation_loss`. Missing and non-finite values are left out.
-        path: of the PNG.
-        title: stands above.
+            with `validation_loss`. Missing and non-finite values are not drawn.
+        path: of the file.
+        title: text above the panels.
 
     Returns:
-        The path, or None where matplotlib is missing.
+        The path, or None if matplotlib is not installed.
 
     Raises:
         IceNetError: the file cannot be written.
@@ -109,24 +109,24 @@ def plot_parity(
     title: str = "One run, two backends",
     passed: bool | None = None,
 ) -> Path | None:
-    """Draws loss curves that ought to coincide, and below them their distance beside what is allowed.
+    """Draws loss curves that should coincide, and below them their distance and the allowed distance.
 
     Args:
-        path: of the PNG.
+        path: of the file.
         steps: the steps of the longest curve.
-        curves: name to loss (nats) per step, the reference first. A shorter curve belongs to the last steps,
-            and so do a shorter `gap` and `allowed`; NaN is not drawn.
-        gap: |first curve - second curve| per step; exact zeros are drawn on the lower edge. NaN after the
-            first number counts as a difference without bound.
-        allowed: the largest gap allowed at each step: 8 x |PyTorch fp32 - PyTorch fp64|.
-        switch_step: the last step before the change of backend.
-        switch_label: stands beside the line that marks it.
-        gap_label, allowed_label: name the two in the legend.
-        title: stands above; the verdict is added below it.
-        passed: the verdict; whether no gap is above `allowed`, where it is not given.
+        curves: loss (nats) per step, by name, the reference first. Shorter curves, and a shorter `gap` and
+            `allowed`, are those of the last steps. NaN is not drawn.
+        gap: |first curve - second curve| per step. Exact zeros are drawn at the lower edge. NaN after the
+            first number counts as infinite.
+        allowed: largest allowed gap per step: 8 x |PyTorch fp32 - PyTorch fp64|.
+        switch_step: last step before the change of backend.
+        switch_label: text next to its line.
+        gap_label, allowed_label: names in the legend.
+        title: text above the panels; the verdict is below it.
+        passed: the verdict. Default: whether every gap is at most `allowed`.
 
     Returns:
-        The path, or None where matplotlib is missing.
+        The path, or None if matplotlib is not installed.
 
     Raises:
         IceNetError: the file cannot be written.
@@ -140,7 +140,7 @@ def plot_parity(
     figure, (above, below) = new_figure((9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24)
 
     ends = []
-    # thick and pale below, thin and dashed above: where curves coincide both are seen
+    # a thick pale line under a thin dashed one: both are visible if the curves coincide
     looks: list[dict[str, Any]] = [
         {"color": PALE_BLUE, "linewidth": 5, "solid_joinstyle": "round"},
         {"color": ORANGE, "linewidth": 1.5, "dashes": (4, 2)},
@@ -164,7 +164,7 @@ def plot_parity(
     if switch_step is not None:
         for axes in (above, below):
             axes.axvline(switch_step, color=INK, linewidth=1, dashes=(2, 2))
-        # where the falling curve leaves room: left of the line, but for a change near the start
+        # left of the line, where the falling curve leaves space, except near the start
         early = len(at) > 0 and switch_step < at[0] + 0.35 * (at[-1] - at[0])
         above.annotate(
             switch_label,
@@ -182,7 +182,7 @@ def plot_parity(
 def _draw_gap(
     axes: Axes, at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], gap_label: str, allowed_label: str
 ) -> None:
-    """The lower panel: distances as points on a log axis, the allowed region shaded."""
+    """Draws the lower panel: distances as points on a logarithmic axis, and the allowed region shaded."""
     from matplotlib.ticker import NullLocator
 
     positive = np.concatenate([gaps, limits])
@@ -205,7 +205,7 @@ def _draw_gap(
     if (gaps == 0).any():
         at_floor = np.full(int((gaps == 0).sum()), floor)
         points["markeredgewidth"] = 1
-        axes.plot(at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="no distance at all", **points)
+        axes.plot(at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="exactly zero", **points)
     axes.set_yscale("log")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(floor, top)
@@ -223,10 +223,10 @@ def _draw_gap(
 
 
 def _verdict(at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], passed: bool | None) -> tuple[str, bool]:
-    """The judgement in words. What counts is the gap as a share of what is allowed at the same step."""
+    """Returns the verdict as text and as a bool. The worst step has the largest ratio of gap to allowed gap."""
     begun = np.cumsum(~np.isnan(gaps)) > 0
     both = begun & ~np.isnan(limits)
-    gaps = np.where(np.isnan(gaps), np.inf, gaps)  # once there are two curves, NaN is no agreement
+    gaps = np.where(np.isnan(gaps), np.inf, gaps)  # NaN in the second curve is a difference
     if not both.any():
         return "no steps to compare", bool(passed)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -238,16 +238,16 @@ def _verdict(at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], passed:
     words = f"at most {share:.2f} of" if share <= 1 else f"up to {share:,.{0 if share >= 10 else 1}f} times"
     largest, step = _short(gaps[both].max()), f"step {at[both][worst]:,.0f}"
     opening = "The same curve" if passed else "The curves differ"
-    return f"{opening}: largest distance {largest}, {words} what is allowed ({step})", passed
+    return f"{opening}: largest distance {largest}, {words} the allowed distance ({step})", passed
 
 
 def _short(value: float) -> str:
-    """Two digits, without the exponent's leading zero: 4.8e-7."""
+    """Formats a number with two digits: 4.8e-7."""
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
 
 
 def _aligned(values: ArrayLike, length: int, name: str) -> NDArray[Any]:
-    """Values for the last steps, with NaN before them."""
+    """Returns values of the last steps, padded with NaN at the front."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or len(array) > length:
         raise ValueError(f"{name} has shape {array.shape}, and there are {length} steps")

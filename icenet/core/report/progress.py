@@ -1,12 +1,12 @@
-"""How far a run is, on a terminal, in a notebook and in a log file."""
+"""Progress of a run, on a terminal, in a notebook and in a log file."""
 
 from __future__ import annotations
 
 import contextlib
-import html
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, now and then a plain line in a log file, nothing when quiet.
+    """Shows the progress of training.
 
         with Progress(total_steps=500, tokens_per_step=2048) as progress:
             for step in range(1, 501):
                 ...
                 progress.update(step, loss, learning_rate=rate)
 
-    On a terminal the bar redraws itself four times a second, whatever the steps do; `update` only stores what
-    it is given. In a notebook it is one output, replaced at most as often. Elsewhere a line is written when a tenth
-    of the run and at least `line_seconds` have passed since the last (after ten minutes in any case), and one at
-    the end: a log file gets neither carriage returns nor escape codes, whatever the environment says of colours.
+    On a terminal and in a notebook it is a bar (`LiveBar`). Elsewhere, as in a log file, it prints plain lines: when
+    a tenth of the run and `line_seconds` have passed since the last line, or ten minutes, and at the end. The lines
+    contain neither carriage returns nor escape codes, whatever the environment variables for colors are.
     """
 
     def __init__(
@@ -42,14 +41,14 @@ class Progress:
     ) -> None:
         """
         Args:
-            total_steps: the step at which the run ends.
-            start_step: steps done before (a resumed run); they do not count in the speed.
-            console: rich's; standard error when absent.
-            tokens_per_step: for the speed in tokens; without it the speed is in steps.
-            unit: what they are called, `tok`, or `img` of images.
-            quiet: say nothing at all, notes included.
-            label: what stands before the bar.
-            line_seconds: the shortest time between two plain lines.
+            total_steps: number of steps of the run.
+            start_step: number of steps before this process (of a resumed run); they do not count in the speed.
+            console: default: standard error.
+            tokens_per_step: for a speed in tokens. Without it, the speed is in steps.
+            quiet: show nothing, notes included.
+            unit: of the speed, `tok` or `img`.
+            label: shown in front of the bar.
+            line_seconds: shortest time between two plain lines.
         """
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
@@ -61,38 +60,33 @@ class Progress:
         self._rate = _Rate()
         self._started = self._last_line_at = time.monotonic()
         self._last_line_step = start_step
-        self._bar_moved_at = 0.0
-        self._console: Console | None = None
-        self._bar: _TerminalBar | _NotebookBar | None = None
-        if not quiet:
-            if console is None:
-                from rich.console import Console as RichConsole
-
-                # FORCE_COLOR, which CI sets for colours, would have rich draw a bar into a file
-                console = RichConsole(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
-            self._console = console
+        self._console = None if quiet else console or stderr_console()
+        self._bar: LiveBar | None = None
 
     def __enter__(self) -> Progress:
         self._started = self._last_line_at = time.monotonic()
-        self._rate.begin(self._started, self._step)
+        self._rate.start(self._started, self._step)
         if self._console is not None:
-            self._bar = _bar(self._console, self)
+            self._bar = live_bar(self._console, self.label, self.fitting, self.total_steps, self._step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.stop(self._step)
             self._bar = None
         elif self._console is not None and self._step != self._last_line_step:
-            self._line(time.monotonic())
+            self._print_line(time.monotonic())
 
     def update(self, step: int, loss: float, **extra: Any) -> None:
-        """Tells that `step` steps are done, the loss of the last and what else is known of it.
+        """Reports that `step` steps are complete.
 
-        `learning_rate` and `tokens_per_second` are shown where they are given; the speed is measured between
-        calls where it is not. Other values are ignored.
+        Args:
+            step: number of completed steps.
+            loss: of the last step.
+            extra: `learning_rate` and `tokens_per_second` are shown. Without the latter, the speed is measured
+                between calls. Other values are ignored.
         """
         now = time.monotonic()
         self._step = step
@@ -101,41 +95,40 @@ class Progress:
             return
         self._latest = (loss, extra)
         if self._bar is not None:
-            if now - self._bar_moved_at >= self._bar.seconds:
-                self._bar_moved_at = now
-                self._bar.move()
-        else:
-            waited = now - self._last_line_at
-            tenth = (step - self._last_line_step) * 10 >= self.total_steps - self._start_step
-            if (tenth and waited >= self._line_seconds) or waited >= 600:
-                self._line(now)
+            self._bar.update(step)
+            return
+        waited = now - self._last_line_at
+        tenth = (step - self._last_line_step) * 10 >= self.total_steps - self._start_step
+        if (tenth and waited >= self._line_seconds) or waited >= 600:
+            self._print_line(now)
 
     def note(self, text: str) -> None:
-        """Writes a line above the bar (a checkpoint was saved, an evaluation's result)."""
+        """Prints a line above the bar, such as the result of an evaluation."""
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=self._bar is None)
 
     @property
     def steps_per_second(self) -> float:
-        """The recent speed, everything between two steps included; 0 before the first."""
+        """The recent speed, including everything between two steps; 0 before the first step."""
         return self._rate.value
 
     def status(self) -> str:
-        """Loss, learning rate and speed, as the lines show them."""
-        return "  ".join(filter(None, self._words().values()))
+        """Returns loss, learning rate and speed, as a plain line shows them."""
+        return "  ".join(filter(None, self._values().values()))
 
-    def fitting(self, room: int) -> list[str]:
-        """What a bar says, as much of it as `room` characters hold; the step always."""
+    def fitting(self, width: int) -> list[str]:
+        """Returns the texts of a bar that fit in `width` characters, most important first; always the step."""
         elapsed, _, left = self.times().partition(", ")
-        words = {"step": f"{self._step}/{self.total_steps}", **self._words(), "elapsed": elapsed, "left": left}
+        texts = {"step": f"{self._step}/{self.total_steps}", **self._values(), "elapsed": elapsed, "left": left}
         chosen = {"step"}
         for name in ("loss", "left", "speed", "rate", "elapsed"):
-            wanted = [words[n] for n in words if n in chosen | {name} and words[n]]
-            if words.get(name) and len("  ".join(wanted)) <= room:
+            wanted = [texts[n] for n in texts if n in chosen | {name} and texts[n]]
+            if texts.get(name) and len("  ".join(wanted)) <= width:
                 chosen.add(name)
-        return [words[name] for name in words if name in chosen]
+        return [texts[name] for name in texts if name in chosen]
 
-    def _words(self) -> dict[str, str]:
+    def _values(self) -> dict[str, str]:
+        """Loss, learning rate and speed as texts; an unknown one is empty."""
         if self._latest is None:
             return {}
         loss, extra = self._latest
@@ -150,22 +143,23 @@ class Progress:
         }
 
     def times(self) -> str:
-        """Time since the start, and time left where the speed is known."""
+        """Returns the time since the start, and the time left if the speed is known."""
         elapsed = duration(time.monotonic() - self._started)
         left = self.total_steps - self._step
         if left <= 0 or not self._rate.value:
             return f"in {elapsed}" if left <= 0 else elapsed
         return f"{elapsed}, {duration(left / self._rate.value)} left"
 
-    def _line(self, now: float) -> None:
+    def _print_line(self, now: float) -> None:
         assert self._console is not None
-        text = f"{self.label}  step {self._step}/{self.total_steps}  {self.status()}  {self.times()}"
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(
+            self._console, f"{self.label}  step {self._step}/{self.total_steps}  {self.status()}  {self.times()}"
+        )
         self._last_line_at, self._last_line_step = now, self._step
 
 
 class _Rate:
-    """Steps a second, averaged over about the last 15 seconds, or over all of the run where it is younger."""
+    """Steps per second, averaged over about the last 15 seconds, or over the whole run if it is shorter."""
 
     horizon = 15.0
 
@@ -174,7 +168,7 @@ class _Rate:
         self._steps = self._seconds = 0.0
         self._time, self._step = time.monotonic(), 0
 
-    def begin(self, now: float, step: int) -> None:
+    def start(self, now: float, step: int) -> None:
         self._time, self._step = now, step
 
     def add(self, now: float, step: int) -> None:
@@ -188,84 +182,120 @@ class _Rate:
         self.value = self._steps / self._seconds
 
 
-def _bar(console: Console, owner: Progress) -> _TerminalBar | _NotebookBar | None:
-    """What can be drawn on a console; None where it has to be lines."""
-    if console.is_jupyter:
-        with contextlib.suppress(ImportError):
-            return _NotebookBar(owner)
-    if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
-        return _TerminalBar(console, owner)
-    return None
+class LiveBar:
+    """A progress bar drawn by rich: redrawn in place on a terminal, one output that is replaced in a notebook.
 
+    In a notebook it needs IPython only, while rich's own live display there also needs ipywidgets. Create it with
+    `live_bar`.
+    """
 
-class _TerminalBar:
-    """A bar of rich's that asks `owner` for its words each time it is drawn, and so follows the window's width."""
-
-    seconds = 0.1
-
-    def __init__(self, console: Console, owner: Progress) -> None:
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        describe: Callable[[int], Sequence[str]],
+        total: float | None,
+        completed: float,
+        transient: bool,
+    ) -> None:
+        """
+        Raises:
+            ImportError: in a notebook, if IPython is missing.
+        """
         from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.table import Column
         from rich.text import Text
 
-        # on a narrow screen the words matter more than the bar
-        label = [TextColumn("{task.description}", markup=False)] if console.width >= 100 else []
-        wide = max(4, min(30, console.width - 76 - 10 * len(label)))
-        taken = wide + 2 + (len(owner.label) + 1) * len(label)
+        # a narrow screen has a short bar and no label: the texts matter more
+        labels = [TextColumn("{task.description}", markup=False)] if console.width >= 100 else []
+        bar_width = max(4, min(30, console.width - 76 - 10 * len(labels)))
+        taken = bar_width + 2 + (len(label) + 1) * len(labels)
 
-        class Words(ProgressColumn):
+        class Description(ProgressColumn):
             def render(self, task: Task) -> Text:
-                step, *words = owner.fitting(console.width - taken)
-                return Text.assemble((step, "bold"), "".join(f"  {word}" for word in words))
+                first, *rest = describe(console.width - taken)  # at each refresh: the window may have been resized
+                return Text.assemble((first, "bold"), "".join(f"  {text}" for text in rest))
 
             def get_table_column(self) -> Column:
                 return Column(no_wrap=True, overflow="ellipsis")
 
-        self._owner = owner
-        self._bar = RichProgress(*label, BarColumn(wide), Words(), console=console, refresh_per_second=4)
-        self._task = self._bar.add_task(owner.label, total=owner.total_steps, completed=owner._step)
-        self._bar.start()
+        columns = (*labels, BarColumn(bar_width), Description())
+        self._progress = RichProgress(*columns, console=console, refresh_per_second=4, transient=transient)
+        self._task = self._progress.add_task(label, total=total, completed=completed)
+        self._interval = 0.25 if console.is_jupyter else 0.1
+        self._updated_at = 0.0
+        self._output: Any = None
+        if console.is_jupyter:
+            from IPython.display import display
 
-    def move(self) -> None:
-        self._bar.update(self._task, completed=self._owner._step)
+            self._output = display(self._table(), display_id=True)
+        else:
+            self._progress.start()
 
-    def stop(self) -> None:
-        self.move()
-        self._bar.stop()
+    def update(self, completed: float, total: float | None = None) -> None:
+        """Moves the bar, at most every 0.1 s (in a notebook 0.25 s)."""
+        now = time.monotonic()
+        if now - self._updated_at >= self._interval:
+            self._updated_at = now
+            self._move(completed, total)
+
+    def stop(self, completed: float) -> None:
+        """Draws the bar for the last time."""
+        self._move(completed, None)
+        self._progress.stop()
+
+    def _move(self, completed: float, total: float | None) -> None:
+        self._progress.update(self._task, completed=completed, total=total)
+        if self._output is not None:
+            self._output.update(self._table())
+
+    def _table(self) -> Any:
+        return self._progress.make_tasks_table(self._progress.tasks)
 
 
-class _NotebookBar:
-    """One output of a notebook's cell, replaced as the run goes on. Needs IPython only; rich's needs ipywidgets."""
+def live_bar(
+    console: Console,
+    label: str,
+    describe: Callable[[int], Sequence[str]],
+    total: float | None,
+    completed: float = 0,
+    *,
+    transient: bool = False,
+) -> LiveBar | None:
+    """Returns a running bar, or None on a console that can only print lines.
 
-    seconds = 0.25
+    Args:
+        console: where to draw.
+        label: shown in front of the bar if the console is wide enough.
+        describe: returns the texts behind the bar for a number of characters; the first one is emphasized.
+        total: value of a complete bar; None if unknown.
+        completed: value at the start.
+        transient: remove the bar from a terminal when it stops.
+    """
+    if console.is_jupyter:
+        with contextlib.suppress(ImportError):
+            return LiveBar(console, label, describe, total, completed, transient)
+    elif console.is_terminal and not console.is_dumb_terminal:
+        return LiveBar(console, label, describe, total, completed, transient)
+    return None
 
-    def __init__(self, owner: Progress) -> None:
-        """
-        Raises:
-            ImportError: IPython is not there.
-        """
-        from IPython.display import display
 
-        self._owner = owner
-        self._output = display(self._shown(), raw=True, display_id=True)
+def stderr_console() -> Console:
+    """Returns a console for standard error."""
+    from rich.console import Console
 
-    def move(self) -> None:
-        self._output.update(self._shown(), raw=True)
+    # with FORCE_COLOR, which CI sets for colors, rich would draw a bar to a file
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
 
-    def stop(self) -> None:
-        self.move()
 
-    def _shown(self) -> dict[str, str]:
-        owner = self._owner
-        words = f"{owner.label}  {'  '.join(owner.fitting(200))}"
-        bar = f'<progress style="width: 16em" max="{owner.total_steps}" value="{owner._step}"></progress>'
-        page = f'<div style="font-family: monospace; white-space: pre-wrap">{bar}  {html.escape(words)}</div>'
-        return {"text/plain": words, "text/html": page}
+def print_line(console: Console, text: str) -> None:
+    """Prints a plain line that is neither wrapped nor styled."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def short_number(value: float) -> str:
-    """Three digits and a unit: 950, 12.3k, 1.25M."""
+    """Formats a number with three digits and a unit: 950, 12.3k, 1.25M."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             digits = value / scale
@@ -274,7 +304,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 3:05:00; from two days on as days and hours."""
+    """Formats seconds as 0:07, 12:34 or 3:05:00; two days and more as days and hours."""
     if not math.isfinite(seconds):
         return "?"
     whole = max(0, round(seconds))

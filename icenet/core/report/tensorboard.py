@@ -1,11 +1,15 @@
-"""A run's metrics for TensorBoard (`pip install 'icenet[tensorboard]'`), beside the lines of JSON.
+"""The metrics of a run as TensorBoard event files (`pip install 'icenet[tensorboard]'`).
 
     board = TensorBoardLog(run / "tensorboard")
     board.begin(step, MetricsLog.read(run / "metrics.jsonl"))     # once, before the first `append`
     board.append({"step": 1, "loss": 5.5, "learning_rate": 1e-3, "backend": "mlx"})
 
-Then `tensorboard --logdir runs` shows every run. The event files are written with TensorBoard's own parts, which need
-no TensorFlow.
+`tensorboard --logdir runs` then shows all runs.
+
+The files are written with the record writer of the tensorboard package, without TensorFlow. The smaller tensorboardX
+is not suitable: importing it imports PyTorch if that is installed, its writer is a thread whose errors are lost (on a
+full disk a run hangs), and it names files by the clock of the machine, although TensorBoard reads them in the order
+of their names.
 """
 
 from __future__ import annotations
@@ -25,15 +29,15 @@ import numpy as np
 from icenet.core.errors import IceNetError, UsageError
 
 FOLDER = "tensorboard"
-"""Below a run's."""
+"""Name of the folder in a run's folder."""
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
 
 
 def check() -> None:
-    """Refuses a run that is to be shown in TensorBoard where it is missing.
+    """Checks that the package tensorboard can be imported.
 
     Raises:
-        UsageError: it is not installed, or does not start.
+        UsageError: it cannot.
     """
     try:
         import tensorboard.compat.proto.event_pb2
@@ -49,8 +53,8 @@ def check() -> None:
 class TensorBoardLog:
     """Event files in a folder, with the interface of `icenet.core.report.metrics.MetricsLog`.
 
-    Numbers of a record become scalars: `loss` is `train/loss`, `validation_loss` is `validation/loss`. Each beginning
-    writes a file of its own, which says from which step on the files before it count no more; so a run that was
+    Each number of a record is a scalar: `loss` is `train/loss`, `validation_loss` is `validation/loss`. `begin`
+    creates a new file, which marks later steps of older files as outdated (a session start event). So a run that was
     resumed at an earlier step shows each step once.
     """
 
@@ -64,10 +68,12 @@ class TensorBoardLog:
         self._file: Any = None
 
     def begin(self, step: int, history: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Opens a file for the records after `step`.
+        """Creates a file for the records after `step`.
 
-        `history` are records up to there, written where the folder holds no events yet: of a run that branched off
-        from another, or went on with TensorBoard from its middle.
+        Args:
+            step: number of completed steps.
+            history: earlier records, written if the folder has no events: those of the run that this one branched
+                from, or of its steps before `training.tensorboard` was set.
 
         Raises:
             IceNetError: the file cannot be written.
@@ -78,7 +84,7 @@ class TensorBoardLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             times = [int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-            # TensorBoard reads the files in the order of their names, which clocks of two machines could reverse
+            # TensorBoard reads the files in the order of their names, and the clock may be behind another machine's
             second = max(int(time.time()), max(times, default=-1) + 1)
             name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
             self._file = open(self.folder / name, "xb", buffering=0)  # noqa: SIM115
@@ -94,7 +100,7 @@ class TensorBoardLog:
                 self.append(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes the numbers of one record; without a step there is nothing to show.
+        """Writes the numbers of one record. A record without `step` is ignored.
 
         Raises:
             IceNetError: the file cannot be written.
@@ -113,7 +119,7 @@ class TensorBoardLog:
             self._write(Event(wall_time=time.time(), step=int(record["step"]), summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Closes the file; the next `append` begins another."""
+        """Closes the file. The next `append` creates another."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -137,11 +143,11 @@ class TensorBoardLog:
         reason = (error.strerror or str(error)).lower()
         return IceNetError(
             f"cannot write TensorBoard's events in {self.folder}: {reason}; "
-            "make room, or set training.tensorboard=false"
+            "free some space, or set training.tensorboard=false"
         )
 
 
 def _tag(name: str) -> str:
-    """Where a metric is shown: `validation/loss`, `train/learning_rate`."""
+    """Returns the tag of a metric: `validation/loss`, `train/learning_rate`."""
     kind, _, rest = name.partition("_")
     return f"validation/{rest}" if kind == "validation" and rest else f"train/{name}"

@@ -1,8 +1,8 @@
-"""Which parameter is fitted how: by which method, at which learning rate, with which decay.
+"""Parameter groups: method, learning rate and weight decay of each parameter.
 
-A parameter belongs to the first of `training.parameter_groups` that names it, and what a group does not say is as for
-the rest: `training.learning_rate`, and the weight decay for matrices (two axes and more). Muon is for hidden
-matrices alone: embeddings, the output's matrix, convolutions, recurrent weights and vectors take AdamW beside it.
+A parameter belongs to the first of `training.parameter_groups` with a matching pattern. The defaults of a group are
+`training.learning_rate`, and the weight decay for matrices (two and more axes). Muon updates hidden matrices only.
+Embeddings, the output matrix, convolutions, recurrent weights and vectors are updated by AdamW.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Group:
-    """How some parameters are fitted."""
+    """The settings of a parameter. Parameters with equal settings form an optimizer group."""
 
     method: str
     """A value of `training.optimizer`."""
     lr_scale: float
-    """Their learning rate in units of the schedule's."""
+    """Factor of the learning rate of the schedule."""
     weight_decay: float
 
 
 def assign(
     training: TrainingConfig, shapes: Mapping[str, Shape], kinds: Mapping[str, str], outputs: int | None = None
 ) -> dict[str, Group]:
-    """The group of each parameter, by path, in the order of `shapes`.
+    """Returns the group of each parameter, by path, in the order of `shapes`.
 
     Args:
         training: the section of the configuration.
-        shapes: canonical shapes of the parameters that are fitted, by path.
+        shapes: canonical shapes of the trainable parameters, by path.
         kinds: the kind of each layer, by module path (see `icenet.core.weights.layout`).
-        outputs: how many values the model gives at a position, classes or words. A linear layer as wide that is in
-            no numbered stack of layers counts as the output's, which Muon leaves out.
+        outputs: number of output features of the model (classes or vocabulary). A linear layer of this width outside
+            of numbered stacks of layers is taken to be the output layer, which Muon does not update.
 
     Raises:
-        ConfigError: a pattern of `training.parameter_groups` fits no parameter.
+        ConfigError: a pattern of `training.parameter_groups` matches no trainable parameter.
     """
     for index, group in enumerate(training.parameter_groups):
         for pattern in group.parameters:
             if not any(fnmatchcase(path, pattern) for path in shapes):
                 near = difflib.get_close_matches(pattern, shapes, n=1, cutoff=0.0)
                 raise ConfigError(
-                    f"training.parameter_groups.{index}.parameters: {pattern!r} fits no parameter of the model that "
-                    f"is fitted; the nearest is {near[0] if near else 'none, since there are none'}"
+                    f"training.parameter_groups.{index}.parameters: {pattern!r} matches no trainable parameter; "
+                    + (f"did you mean {near[0]}?" if near else "the model has none")
                 )
     found = {}
     for path, shape in shapes.items():
-        named = next((group for group in training.parameter_groups if _fits(group, path)), None)
+        group = next((group for group in training.parameter_groups if _matches(group, path)), None)
         decay = weight_decay(training) if len(shape) >= 2 else 0.0
         rate = training.learning_rate
-        if named is not None:
-            decay = decay if named.weight_decay is None else named.weight_decay
-            rate = rate if named.learning_rate is None else named.learning_rate
+        if group is not None:
+            decay = decay if group.weight_decay is None else group.weight_decay
+            rate = rate if group.learning_rate is None else group.learning_rate
         method = training.optimizer
         if method == "muon" and not _is_hidden_matrix(path, shape, kinds, outputs):
             method = "adamw"
@@ -71,7 +71,7 @@ def assign(
 
 
 def gather(groups: Mapping[str, Group]) -> dict[Group, list[str]]:
-    """The paths of each group, both in the order in which they are met."""
+    """Returns the paths of each group, groups and paths in order of first occurrence."""
     found: dict[Group, list[str]] = {}
     for path, group in groups.items():
         found.setdefault(group, []).append(path)
@@ -79,23 +79,23 @@ def gather(groups: Mapping[str, Group]) -> dict[Group, list[str]]:
 
 
 def weight_decay(training: TrainingConfig) -> float:
-    """`training.weight_decay`, or what goes with the method.
+    """Returns `training.weight_decay`, or the default of the optimizer.
 
-    That is 0.1 where it acts on the weights themselves (Loshchilov and Hutter, 2019), and 0 with Adam and SGD, which
-    add it to the gradient, where 0.1 would rule it.
+    The default is 0.1 for decoupled weight decay (Loshchilov and Hutter, 2019), and 0 for Adam and SGD, which add it
+    to the gradient, where 0.1 would dominate.
     """
-    usual = 0.0 if training.optimizer in ("adam", "sgd") else 0.1
-    return usual if training.weight_decay is None else training.weight_decay
+    default = 0.0 if training.optimizer in ("adam", "sgd") else 0.1
+    return default if training.weight_decay is None else training.weight_decay
 
 
 def momentum(training: TrainingConfig) -> float:
-    """`training.momentum`, or the method's own: 0.95 for Muon, else 0.9."""
-    usual = 0.95 if training.optimizer == "muon" else 0.9
-    return usual if training.momentum is None else training.momentum
+    """Returns `training.momentum`, or the default of the optimizer: 0.95 for Muon, otherwise 0.9."""
+    default = 0.95 if training.optimizer == "muon" else 0.9
+    return default if training.momentum is None else training.momentum
 
 
 def state_values(training: TrainingConfig, groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> int:
-    """How many values the optimizer keeps, averaged weights included."""
+    """Returns the number of values in the optimizer state, averaged weights included."""
     total = 0
     for path, group in groups.items():
         size = math.prod(shapes[path])
@@ -109,18 +109,23 @@ def state_values(training: TrainingConfig, groups: Mapping[str, Group], shapes: 
 
 
 def muon_factor(shape: Sequence[int]) -> float:
-    """What Muon's learning rate is multiplied by, that its steps are as large as AdamW's (RMS 0.2 a value).
+    """Returns the factor of Muon's learning rate that makes its updates as large as AdamW's (RMS 0.2 per value).
 
-    Liu et al., "Muon is scalable for LLM training", 2025, equation 4; PyTorch's `match_rms_adamw`.
+    Liu et al., "Muon is scalable for LLM training", 2025, equation 4; `match_rms_adamw` in PyTorch.
     """
     return 0.2 * float(max(shape)) ** 0.5
 
 
 def check_slots(wanted: Mapping[str, Shape], found: Mapping[str, Shape], optimizer: str) -> None:
-    """Compares a checkpoint's optimizer state, shapes by `PATH.SLOT`, with what the optimizer keeps.
+    """Checks that the optimizer state of a checkpoint fits the optimizer.
+
+    Args:
+        wanted: shapes of the optimizer's state, by `PATH.SLOT`.
+        found: shapes in the checkpoint.
+        optimizer: value of `training.optimizer`.
 
     Raises:
-        CheckpointError: it is another optimizer's, or another model's.
+        CheckpointError: it is the state of another optimizer or of another model.
     """
     missing = next((name for name in wanted if name not in found), None)
     extra = next((name for name in found if name not in wanted), None)
@@ -128,24 +133,27 @@ def check_slots(wanted: Mapping[str, Shape], found: Mapping[str, Shape], optimiz
         for name, shape in wanted.items():
             if tuple(found[name]) != tuple(shape):
                 raise CheckpointError(
-                    f"the checkpoint's optimizer state {name!r} has shape {list(found[name])}, where {list(shape)} "
-                    "is wanted; resume with the model and training.parameter_groups that the run's config.yaml has"
+                    f"the checkpoint's optimizer state {name!r} has shape {list(found[name])}, not {list(shape)}; "
+                    "resume with the model and training.parameter_groups of the run's config.yaml"
                 )
         return
-    what = f"has no {missing!r}, which {optimizer} keeps" if missing else f"has {extra!r}, which {optimizer} does not"
-    slots = {name.rpartition(".")[2] for name in found}
-    writers, settings = next(((names, how) for names, how, own in _KEPT if slots in own), ((), ""))
-    if not writers or optimizer in writers:
-        way_out = "resume with the model and the training section that the run's config.yaml has"
+    if missing is not None:
+        difference = f"has no {missing!r}, which {optimizer} needs"
     else:
-        way_out = f"it is that of {' or '.join(writers)}: resume with {settings}"
+        difference = f"has {extra!r}, which {optimizer} does not have"
+    slots = {name.rpartition(".")[2] for name in found}
+    writers, settings = next(((names, setting) for names, setting, sets in _SLOTS if slots in sets), ((), ""))
+    if not writers or optimizer in writers:
+        remedy = "resume with the model and the training section of the run's config.yaml"
+    else:
+        remedy = f"it was written by {' or '.join(writers)}: resume with {settings}"
     raise CheckpointError(
-        f"the checkpoint's optimizer state {what}; {way_out}, or start a new run to change the optimizer"
+        f"the checkpoint's optimizer state {difference}; {remedy}, or start a new run to change the optimizer"
     )
 
 
 _ADAM, _FACTORED = {"exp_avg", "exp_avg_sq"}, {"row_var", "col_var"}
-_KEPT: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
+_SLOTS: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
     (("adamw", "adam"), "--set training.optimizer=adamw", [_ADAM]),
     (("sgd",), "--set training.optimizer=sgd", [{"momentum_buffer"}]),
     (("sgd without momentum",), "--set training.optimizer=sgd --set training.momentum=0", [set()]),
@@ -153,10 +161,10 @@ _KEPT: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
     (("lion",), "--set training.optimizer=lion", [{"exp_avg"}]),
     (("muon",), "--set training.optimizer=muon", [{*_ADAM, "momentum_buffer"}, {"momentum_buffer"}]),
 ]
-"""Who keeps which slots, and how to say so."""
+"""Names of optimizers, the option that selects them, and the sets of slots that their state can have."""
 
 
-def _fits(group: ParameterGroup, path: str) -> bool:
+def _matches(group: ParameterGroup, path: str) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in group.parameters)
 
 

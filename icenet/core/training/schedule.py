@@ -1,6 +1,6 @@
-"""Numbers of a step that are pure functions of it, computed on the host in float64.
+"""Learning rate schedules and other scalars that are pure functions of the step, computed on the host in float64.
 
-Computed inside MLX's graph a schedule is off by 1e-6 to 1e-5, and a bias correction by more.
+Computed in MLX's graph, in fp32, a schedule has an error of 1e-6 to 1e-5, and a bias correction a larger one.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from icenet.core.config import TrainingConfig
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """The learning rate of step 0, 1, ... max_steps - 1, before a parameter group changes it.
+    """Returns the learning rate of step 0, 1, ... max_steps - 1, before the factor of a parameter group.
 
-    Rises linearly over `warmup_steps` to `learning_rate`. What follows never falls below `min_learning_rate`:
+    It rises linearly over `warmup_steps` to `learning_rate`. After that it is at least `min_learning_rate` and
 
-        constant       stays
-        linear         falls along a line that ends at `min_learning_rate` in the last step
-        cosine         falls along half a cosine that ends there (Loshchilov and Hutter, 2017, without restarts)
-        step           is multiplied by `decay_factor` every `decay_every` steps after the warm-up
-        exponential    is multiplied by as much, a little in every step
-        inverse_sqrt   falls as 1 / sqrt(step + 1) from what it is at the end of the warm-up (Vaswani et al., 2017)
-        wsd            stays, and in the last `decay_steps` steps falls along a line that ends at `min_learning_rate`
-                       (warm-up, stable, decay; Hu et al., 2024, with a line for their exponential)
+        constant       stays the same
+        linear         falls linearly to `min_learning_rate` at the last step
+        cosine         falls along half a cosine to `min_learning_rate` at the last step (Loshchilov and Hutter, 2017,
+                       without restarts)
+        step           is multiplied by `decay_factor` every `decay_every` steps
+        exponential    is multiplied by `decay_factor` ^ (1 / `decay_every`) in every step
+        inverse_sqrt   is proportional to 1 / sqrt(step + 1) (Vaswani et al., 2017)
+        wsd            stays the same, then falls linearly over the last `decay_steps` steps to `min_learning_rate`
+                       (warmup, stable, decay; Hu et al., 2024, whose decay is exponential)
 
-    A warm-up longer than the run is cut off by its end. A decay longer than what the warm-up leaves is shortened.
+    A warmup longer than the run ends with the run. A decay longer than the steps after the warmup is shortened.
     """
     peak, least, warmup = training.learning_rate, training.min_learning_rate, training.warmup_steps
     if step < warmup:
@@ -50,7 +51,7 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
 
 
 def decay_start(training: TrainingConfig) -> int | None:
-    """How many steps schedule wsd has done when its decay begins; None: it has none, or the schedule is another."""
+    """Returns the number of steps before the decay of schedule wsd; None for other schedules or without a decay."""
     if training.schedule != "wsd":
         return None
     length = training.max_steps // 5 if training.decay_steps is None else training.decay_steps
@@ -59,23 +60,23 @@ def decay_start(training: TrainingConfig) -> int | None:
 
 
 def adam_corrections(step: int, beta1: float, beta2: float) -> tuple[float, float]:
-    """1 - beta^(step + 1) of both moments: what a running mean that began at zero is divided by."""
+    """Returns the bias corrections of both moments, 1 - beta^(step + 1) (Kingma and Ba, 2015)."""
     return 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
 
 
 def adafactor_scalars(step: int, learning_rate: float) -> tuple[float, float]:
-    """How far Adafactor's running means move in a step, (step + 1)^-0.8, and its relative step size.
+    """Returns 1 - the decay rate of Adafactor's second moment, (step + 1)^-0.8, and its relative step size.
 
-    The latter is 1 / sqrt(step + 1), and at most the learning rate (Shazeer and Stern, 2018, sections 7 and 8, with
-    the schedule's rate for their 0.01).
+    The relative step size is min(learning_rate, 1 / sqrt(step + 1)) (Shazeer and Stern, 2018, sections 7 and 8, where
+    the learning rate is 0.01).
     """
     return (step + 1) ** -0.8, min(learning_rate, (step + 1) ** -0.5)
 
 
 def ema_weight(step: int, decay: float) -> float:
-    """How far a running mean of the weights moves towards those of step 0, 1, ...
+    """Returns the weight of the new parameters in their exponential moving average, after step 0, 1, ...
 
-    1 - decay, and more at the beginning, so that the mean soon forgets the initial weights: the decay of step t is
-    at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
+    It is 1 - decay, and larger at the beginning, so that the average forgets the initial parameters soon: the decay
+    of step t is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
     """
     return 1 - min(decay, (1 + step) / (10 + step))

@@ -94,7 +94,9 @@ class Trainer:
         self.is_main_process = self.process_group.rank == 0
         """Whether this is the process that writes and prints: the only one, or the first of several."""
         self.quiet = quiet or not self.is_main_process
-        self.dataset = processes.main_process_first(self.process_group, partial(dataset_for, config, quiet=self.quiet))
+        self.dataset = processes.main_process_first(
+            self.process_group, partial(dataset_for, config, quiet=self.quiet)
+        )
         self.notes: list[str] = []
         """Shown when `fit` begins."""
         self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)

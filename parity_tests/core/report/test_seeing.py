@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY, environment, tiny
+from helpers import TINY, environment, is_one_line, tiny
 from rich.console import Console
 
 from icenet.cli import main as cli
@@ -81,7 +81,7 @@ def test_the_kind_of_picture_follows_its_name(tmp_path: Path) -> None:
         content = overlay.plot([run], tmp_path / f"p{suffix}").read_bytes()
         assert content.startswith(head)
         assert overlay.plot([run], tmp_path / f"p{suffix}").read_bytes() == content  # no date within
-    with pytest.raises(UsageError, match=r"p\.gif: a picture ends in \.png, \.pdf or \.svg"):
+    with pytest.raises(UsageError, match=r"p\.gif: the name of a picture ends in \.png, \.pdf or \.svg"):
         overlay.plot([run], tmp_path / "p.gif")
 
 
@@ -115,7 +115,7 @@ def test_images_are_counted_as_images(tmp_path: Path) -> None:
     assert run.unit == "images" and run.items_per_step() == 10
     assert run.seconds()[1] == pytest.approx(0.1 * np.arange(1, 9))
     overlay.plot([text, images], tmp_path / "p.png")
-    with pytest.raises(UsageError, match="--x tokens: some of these runs read tokens and some images"):
+    with pytest.raises(UsageError, match="--x tokens: some of these runs are trained on tokens and some on images"):
         overlay.plot([text, images], tmp_path / "p.png", x="tokens")
 
 
@@ -186,7 +186,7 @@ def test_a_run_without_metrics_among_several_is_one_line(tmp_path: Path, capsys:
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "metrics.jsonl").write_text('{"step"')
-    for bad, said in (("absent", "no such run"), ("empty", "holds no metrics.jsonl"), ("young", "holds no step yet")):
+    for bad, said in (("absent", "no such run"), ("empty", "contains no metrics.jsonl"), ("young", "contains no step yet")):
         code, line = one_line(capsys, "plot", run, tmp_path / bad, "--out", tmp_path / "p.png")
         assert code == 1 and bad in line and said in line
     assert not (tmp_path / "p.png").exists()
@@ -261,7 +261,7 @@ def test_a_damaged_run_says_what_is_wrong(runs: Path, file: str, said: str, caps
     found = by_name(runs)["whole"]
     problem = str(found.problem)
     assert found.state == "damaged" and "step-00000020 is damaged" in problem and said in problem
-    assert problem.endswith("resuming takes the one before")
+    assert problem.endswith("resume uses the checkpoint before it")
     assert cli.main(["runs", str(runs)]) == 0
     assert "whole: step-00000020 is damaged" in capsys.readouterr().out
     (runs / "whole" / "config.yaml").write_text("a: [")
@@ -304,7 +304,7 @@ def test_nothing_there_is_a_friendly_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["runs"]) == 0
-    assert capsys.readouterr().out == "no runs in runs; make one: icenet train quickstart\n"
+    assert is_one_line(capsys.readouterr().out, "no runs in runs", "icenet train")
     assert cli.main(["runs", "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
     code, line = one_line(capsys, "runs", "absent")
     assert code == 2 and "absent: no such folder" in line
@@ -497,16 +497,16 @@ def test_a_terminal_without_a_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch)
 
 
 class Notebook:
-    """What IPython.display is to a notebook: outputs that can be replaced."""
+    """A stand-in for IPython.display: outputs that can be replaced, each kept as the texts that it showed."""
 
     def __init__(self) -> None:
         self.outputs: list[list[dict[str, str]]] = []
 
-    def display(self, data: Any, raw: bool = False, display_id: bool = False) -> Any:
-        history = [data]
+    def display(self, shown: Any, display_id: bool = False) -> Any:
+        history = [shown._repr_mimebundle_(None, None)]
         self.outputs.append(history)
         handle = ModuleType("handle")
-        handle.update = lambda data, raw: history.append(data)  # type: ignore[attr-defined]
+        handle.update = lambda shown: history.append(shown._repr_mimebundle_(None, None))  # type: ignore[attr-defined]
         return handle
 
 
@@ -516,15 +516,16 @@ def test_a_notebook_has_one_output_that_is_replaced(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr("rich._console", Console(file=io.StringIO(), force_jupyter=True))
     console = Console(file=io.StringIO(), force_jupyter=True)
     with Progress(50, 10, console, label="<mlx>") as progress:
         for step in range(11, 51):
             time.sleep(0.01)
             progress.update(step, 5 / step)
     assert len(notebook.outputs) == 1 and 2 <= len(notebook.outputs[0]) <= 6  # four a second at most
-    last = notebook.outputs[0][-1]
-    assert "50/50  loss 0.1000" in last["text/plain"] and 'max="50" value="50"' in last["text/html"]
-    assert "&lt;mlx&gt;" in last["text/html"] and 'value="10"' in notebook.outputs[0][0]["text/html"]
+    first, last = notebook.outputs[0][0], notebook.outputs[0][-1]
+    assert "10/50" in first["text/html"] and "50/50" in last["text/html"] and "loss 0.1000" in last["text/html"]
+    assert "&lt;mlx&gt;" in last["text/html"] and "\u2501" in last["text/html"]  # the label and the bar
 
 
 def test_a_notebook_without_ipython_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,8 +553,8 @@ Trainer.start(config, Path({str(tmp_path / "run")!r}), backend="torch").fit().st
     ]
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     outputs = notebook.cells[0].outputs
-    bars = [o for o in outputs if "<progress" in o.get("data", {}).get("text/html", "")]
-    assert len(bars) == 1 and "20/20  loss" in bars[0]["data"]["text/plain"]
+    bars = [o for o in outputs if "\u2501" in o.get("data", {}).get("text/html", "")]
+    assert len(bars) == 1 and "20/20" in bars[0]["data"]["text/html"]
     notes = [o["data"]["text/plain"] for o in outputs if "validation loss" in str(o.get("data"))]
     assert len(notes) == 2 and not [o for o in outputs if o["output_type"] in ("stream", "error")]
     assert outputs[-1]["data"]["text/plain"] == "20"

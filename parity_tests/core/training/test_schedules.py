@@ -36,7 +36,7 @@ def rates(**settings_: Any) -> list[float]:
     ("constant", 0.0), ("linear", 0.002), ("cosine", 0.002), ("step", 0.0), ("exponential", 0.0)
 ])  # fmt: skip
 def test_as_pytorchs_schedulers(schedule: str, least: float) -> None:
-    """After a warm-up of 5 steps: 20 steps, of which the last reaches the lowest rate."""
+    """After a warmup of 5 steps: 20 steps, of which the last reaches the lowest rate."""
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     room = torch.optim.lr_scheduler
@@ -59,7 +59,7 @@ def test_as_pytorchs_schedulers(schedule: str, least: float) -> None:
 
 
 def test_inverse_sqrt_is_that_of_the_transformer() -> None:
-    """Vaswani et al. (2017), equation 3: d^-0.5 min(s^-0.5, s w^-1.5) in steps s = 1, 2, ..., warm-up included."""
+    """Vaswani et al. (2017), equation 3: d^-0.5 min(s^-0.5, s w^-1.5) in steps s = 1, 2, ..., warmup included."""
     width, warmup = 512, 40
     peak = width**-0.5 * warmup**-0.5
     found = rates(schedule="inverse_sqrt", learning_rate=peak, max_steps=400, warmup_steps=warmup)
@@ -74,7 +74,7 @@ def test_warm_up_stable_decay_by_hand() -> None:
     assert rates(**given_, decay_steps=4) == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert rates(**given_) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 0.6, 0.2])  # a fifth of all
     assert rates(**given_, decay_steps=0) == pytest.approx([0.5, *[1] * 9])
-    # longer than what the warm-up leaves: it begins where the warm-up ends, without a jump
+    # longer than what the warmup leaves: it begins where the warmup ends, without a jump
     assert rates(**given_, decay_steps=40) == pytest.approx([0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     assert decay_start(TrainingConfig(**given_, decay_steps=4)) == 6
     assert decay_start(TrainingConfig(**given_, decay_steps=0)) is None
@@ -111,7 +111,7 @@ def test_whatever_the_lengths(
     every: int | None,
     factor: float,
 ) -> None:
-    """A warm-up or a decay longer than the run, a run of one step: a line to the peak, then never up again."""
+    """A warmup or a decay longer than the run, a run of one step: a line to the peak, then never up again."""
     least = share * peak
     found = rates(
         schedule=schedule, max_steps=last, warmup_steps=warmup, learning_rate=peak, min_learning_rate=least,
@@ -142,7 +142,7 @@ def test_the_table_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = report(tmp_path)
     training = found.training
     assert [(name, step) for name, step, _ in found.rows()] == [
-        ("first", 1), ("end of warm-up", 20), ("a quarter", 50), ("half", 100), ("three quarters", 150), ("last", 200)
+        ("first", 1), ("end of warmup", 20), ("a quarter", 50), ("half", 100), ("three quarters", 150), ("last", 200)
     ]  # fmt: skip
     assert all(rate == learning_rate(step - 1, training) for _, step, rate in found.rows())
     assert found.rate(20) == training.learning_rate and found.rate(200) == training.min_learning_rate
@@ -159,7 +159,7 @@ def test_rows_of_short_runs_and_of_a_decay(tmp_path: Path) -> None:
     rows = report(tmp_path, "training.schedule=wsd", "training.max_steps=1000").rows()
     assert ("start of decay", 800, 0.005) in rows
     cut = report(tmp_path, "training.warmup_steps=300").rows()
-    assert cut[-1][:2] == ("end of warm-up, last", 200) and cut[-1][2] == pytest.approx(0.005 * 200 / 300)
+    assert cut[-1][:2] == ("end of warmup, last", 200) and cut[-1][2] == pytest.approx(0.005 * 200 / 300)
 
 
 def test_the_line_of_blocks(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_picture(tmp_path: Path, schedule: str) -> None:
     columns = blue.any(0).nonzero()[0]
     heights = blue.argmax(0)[columns]  # of the topmost blue point, from above
     assert columns.size > 0.8 * image.shape[1]
-    # the curve is at its highest at a tenth of the run, where the warm-up ends, and lower before
+    # the curve is at its highest at a tenth of the run, where the warmup ends, and lower before
     highest = columns[heights <= heights.min() + 2]
     assert highest[0] - columns[0] == pytest.approx(0.1 * (columns[-1] - columns[0]), abs=25)
     groups = 'training.parameter_groups=[{parameters: ["token_embedding.*"], learning_rate: 0.001}]'
@@ -215,7 +215,7 @@ def test_without_matplotlib(
 
 def test_the_command(tmp_path: Path) -> None:
     out = icenet("info", "quickstart", "--schedule", folder=tmp_path).stdout
-    assert "cosine, 200 steps" in out and "end of warm-up" in out and "█" in out and "schedule.png" in out
+    assert "cosine, 200 steps" in out and "end of warmup" in out and "█" in out and "schedule.png" in out
     assert (tmp_path / "schedule.png").is_file()
     (tmp_path / "schedule.png").unlink()
     numbers = json.loads(icenet("info", "quickstart", "--schedule", "--json", folder=tmp_path).stdout)
