@@ -51,28 +51,28 @@ FAULTS: list[Fault] = [
         "icenet/core/models/dropout.py",
         "return keys if shape[0] % keys.shape[0] == 0 else keys[:1]",
         "return keys[:1]",
-        ["core/test_rng.py::test_each_site_step_and_row_has_a_mask_of_its_own"],
+        ["models/test_models.py::test_dropout_follows_its_keys"],
     ),
     Fault(
         "dropout does not scale the values it keeps",
         "icenet_torch/nn/dropout.py",
         "1 / (1 - self.p)",
         "1.0",
-        ["core/test_rng.py::test_dropout_keeps_the_share_it_should_and_scales_it"],
+        ["core/test_rng.py::test_dropout_rate_and_scale"],
     ),
     Fault(
         "initial values do not depend on the path",
         "icenet/core/models/init.py",
         "deviation = init_scale / math.sqrt(shape[-1])\n",
         "deviation, path = init_scale / math.sqrt(shape[-1]), name\n",
-        ["core/test_rng.py::test_a_parameter_starts_from_its_seed_and_path_alone"],
+        ["core/test_rng.py::test_an_initial_value_depends_on_seed_and_path_only"],
     ),
     Fault(
         "sine and cosine of the positions are swapped",
         "icenet/core/models/init.py",
         "np.stack([np.sin(angles), np.cos(angles)]",
         "np.stack([np.cos(angles), np.sin(angles)]",
-        ["core/test_rng.py::test_positions_are_the_papers"],
+        ["core/test_rng.py::test_positions_are_those_of_the_paper"],
     ),
     # ---- layers and models -----------------------------------------------------------------------------------
     Fault(
@@ -105,7 +105,7 @@ FAULTS: list[Fault] = [
         "icenet/nn/recurrent.py",
         "h = where(step_mask, o * tanh_cs[-1], h)",
         "h = o * tanh_cs[-1]",
-        ["models/test_rnn.py::test_padding_moves_no_state"],
+        ["models/test_rnn.py::test_padding_does_not_change_the_state"],
     ),
     Fault(
         "the epsilon of layer norm is 1e-6",
@@ -119,7 +119,7 @@ FAULTS: list[Fault] = [
         "icenet/nn/norm.py",
         "m * (var * (count / (count - 1)))",
         "m * var",
-        ["models/test_cnn.py::test_batch_norm_is_torchs_own"],
+        ["models/test_cnn.py::test_batch_norm_equals_pytorchs"],
     ),
     Fault(
         "batch norm uses the batch's statistics in evaluation",
@@ -127,8 +127,8 @@ FAULTS: list[Fault] = [
         "self.bias, self.training, 1.0, self.eps)",
         "self.bias, True, 1.0, self.eps)",
         [
-            "models/test_cnn.py::test_batch_norm_is_torchs_own",
-            "models/test_cnn.py::test_only_training_moves_the_running_statistics",
+            "models/test_cnn.py::test_batch_norm_equals_pytorchs",
+            "models/test_cnn.py::test_only_training_changes_the_running_statistics",
         ],
     ),
     Fault(
@@ -136,7 +136,7 @@ FAULTS: list[Fault] = [
         "icenet/nn/norm.py",
         "keep, m = 1 - self.momentum, self.momentum",
         "m, keep = 1 - self.momentum, self.momentum",
-        ["models/test_cnn.py::test_batch_norm_is_torchs_own"],
+        ["models/test_cnn.py::test_batch_norm_equals_pytorchs"],
     ),
     Fault(
         "the causal mask with padding hides the token itself",
@@ -191,14 +191,14 @@ FAULTS: list[Fault] = [
         "icenet/generation/cache.py",
         "        self.keys[:, :, start : self.length] = keys\n",
         "        self.keys[:, :, max(start - 1, 0) : max(start - 1, 0) + keys.shape[2]] = keys\n",
-        ["models/test_models.py::test_the_cache_in_pieces_gives_what_the_whole_gives"],
+        ["models/test_models.py::test_a_sequence_in_pieces_through_the_cache_equals_the_whole"],
     ),
     Fault(
         "max-pooling gives the gradient to the last of equal values",
         "icenet/nn/conv.py",
         "mx.where(value > best, value, best)",
         "mx.where(value >= best, value, best)",
-        ["models/test_cnn.py::test_max_pooling_gives_the_gradient_to_the_first_of_equals"],
+        ["models/test_cnn.py::test_max_pooling_gives_the_gradient_to_the_first_maximum"],
     ),
     # ---- loss and training step ------------------------------------------------------------------------------
     Fault(
@@ -207,7 +207,7 @@ FAULTS: list[Fault] = [
         "counted / mx.maximum(count, 1)",
         "counted / counted.size",
         [
-            "core/data/test_text.py::test_filling_up_changes_nothing",
+            "core/data/test_data.py::test_padding_changes_nothing",
             "core/training/test_training.py::test_the_mean_is_over_labels_and_not_over_micro_batches",
         ],
     ),
@@ -258,7 +258,7 @@ FAULTS: list[Fault] = [
         "icenet/core/engine.py",
         "            self.nn.norm.set_running_statistics(self.model, statistics)\n            return loss",
         "            return loss",
-        ["models/test_cnn.py::test_a_skipped_step_leaves_no_trace"],
+        ["models/test_cnn.py::test_a_skipped_step_changes_nothing"],
     ),
     Fault(
         "processes share a row of the batch",
@@ -320,8 +320,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the last matching parameter group wins",
         "icenet/core/training/parameter_groups.py",
-        "for group in training.parameter_groups if _fits(group, path)",
-        "for group in reversed(training.parameter_groups) if _fits(group, path)",
+        "for group in training.parameter_groups if _matches(group, path)",
+        "for group in reversed(training.parameter_groups) if _matches(group, path)",
         ["engine/test_optimizers.py::test_a_parameter_is_in_the_first_group_that_matches"],
     ),
     Fault(
@@ -408,7 +408,7 @@ FAULTS: list[Fault] = [
         "total + found.loss, count + 1",
         [
             "core/training/test_trainer.py::test_the_evaluation_is_the_mean_over_tokens",
-            "core/data/test_text.py::test_training_on_rows_of_their_own",
+            "core/data/test_data.py::test_training_on_padded_rows",
         ],
     ),
     # ---- data ------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ FAULTS: list[Fault] = [
         "icenet/core/data/text/packed.py",
         'rng.permutation(rng.key(self.seed, "data", epoch), self._windows)',
         'rng.permutation(rng.key(self.seed, "data", 0), self._windows)',
-        ["core/data/test_data.py::test_documented_formula_of_the_order"],
+        ["core/data/test_data.py::test_order_follows_the_documented_formula"],
     ),
     Fault(
         "the order does not depend on the seed",
@@ -438,7 +438,7 @@ FAULTS: list[Fault] = [
         "icenet/core/data/text/documents.py",
         "labels = np.full((len(rows), longest), IGNORED, np.int32)",
         "labels = np.full((len(rows), longest), self._eot_id, np.int32)",
-        ["core/data/test_text.py::test_every_text_begins_a_row_of_its_own"],
+        ["core/data/test_data.py::test_every_document_begins_a_row"],
     ),
     Fault(
         "a crop is off by one",
@@ -473,7 +473,7 @@ FAULTS: list[Fault] = [
         "icenet/core/data/text/prepare.py",
         "self._needs_eot = position.tokens > self._block_start\n        if tokens",
         "self._needs_eot = False\n        if tokens",
-        ["core/data/test_text.py::test_lines_are_texts_in_blocks_of_a_drawn_order"],
+        ["core/data/test_text.py::test_lines_are_documents_in_shuffled_blocks"],
     ),
     # ---- weights ---------------------------------------------------------------------------------------------
     Fault(
@@ -511,7 +511,7 @@ FAULTS: list[Fault] = [
         "<= 1 - top_p",
         "< 1 - top_p + 0.02",
         [
-            "core/generation/test_generation.py::test_scores_follow_the_rules",
+            "core/generation/test_generation.py::test_scores_equal_the_reference",
             "core/generation/test_generation.py::test_scores_follow_hugging_face",
         ],
     ),
@@ -520,28 +520,28 @@ FAULTS: list[Fault] = [
         "icenet_torch/generation/sampling.py",
         "torch.topk(logits, top_k, dim=-1)",
         "torch.topk(logits, top_k + 1, dim=-1)",
-        ["core/generation/test_generation.py::test_scores_follow_the_rules"],
+        ["core/generation/test_generation.py::test_scores_equal_the_reference"],
     ),
     Fault(
         "min-p is relative to one",
         "icenet/generation/sampling.py",
         "threshold = min_p * probabilities.max(axis=-1, keepdims=True)",
         "threshold = min_p",
-        ["core/generation/test_generation.py::test_scores_follow_the_rules"],
+        ["core/generation/test_generation.py::test_scores_equal_the_reference"],
     ),
     Fault(
         "the repetition penalty divides negative logits",
         "icenet/generation/sampling.py",
         "mx.where(logits > 0, logits / penalty, logits * penalty)",
         "logits / penalty",
-        ["core/generation/test_generation.py::test_scores_follow_the_rules"],
+        ["core/generation/test_generation.py::test_scores_equal_the_reference"],
     ),
     Fault(
         "temperature comes after the filters",
         "icenet/core/generation/sampling.py",
         "    logits = logits / max(settings.temperature, MIN_TEMPERATURE)\n",
         "",
-        ["core/generation/test_generation.py::test_scores_follow_the_rules"],
+        ["core/generation/test_generation.py::test_scores_equal_the_reference"],
     ),
     Fault(
         "all rows draw the same numbers",
@@ -563,7 +563,7 @@ FAULTS: list[Fault] = [
         "tokens[index, length - len(row) :] = row\n        mask[index, length - len(row) :] = True",
         "tokens[index, : len(row)] = row\n        mask[index, : len(row)] = True",
         [
-            "core/generation/test_generation.py::test_a_mask_is_what_unequal_prompts_are",
+            "core/generation/test_generation.py::test_a_mask_equals_unequal_prompts",
             "core/generation/test_generation.py::test_the_first_row_does_not_depend_on_the_others",
         ],
     ),
@@ -572,7 +572,7 @@ FAULTS: list[Fault] = [
         "icenet_torch/models/transformer.py",
         "start = cache[0].length if cache else 0",
         "start = cache[0].length + 1 if cache else 0",
-        ["models/test_models.py::test_the_cache_in_pieces_gives_what_the_whole_gives"],
+        ["models/test_models.py::test_a_sequence_in_pieces_through_the_cache_equals_the_whole"],
     ),
     # ---- configuration, commands, architecture ---------------------------------------------------------------
     Fault(
