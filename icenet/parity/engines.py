@@ -110,7 +110,7 @@ def replay(
     `train` selects training mode with the dropout masks of `step`. Running statistics are left unchanged.
     """
     model = engine.model
-    probe, norm = (backends.module(engine.backend, part) for part in ("tools.probe", "nn.norm"))
+    probe = backends.module(engine.backend, "tools.probe")
     # checkpointing would call the blocks again, out of sight of the trace
     checkpointing, model.gradient_checkpointing = model.gradient_checkpointing, False
     try:

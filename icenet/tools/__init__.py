@@ -1,1 +1,1 @@
-"""What the commands ask of this backend: recording, benchmarks, facts about the machine."""
+"""Tools that run on this backend for the commands: recording and replaying modules, benchmarks, `icenet doctor`."""

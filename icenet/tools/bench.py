@@ -1,4 +1,4 @@
-"""What `icenet bench` needs of MLX. The mirror is `icenet_torch/tools/bench.py`."""
+"""MLX's part of `icenet bench`: memory, bare training loop, dropout. The mirror is `icenet_torch/tools/bench.py`."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ import numpy as np
 from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.training.parameter_groups import weight_decay
-from icenet.engine.engine import Engine, build_model, choose_device
+from icenet.engine.build import build_model, choose_device
+from icenet.engine.engine import Engine
 from icenet.models import BaseModel
 from icenet.nn.arrays import is_half, on_cpu
-from icenet.nn.dropout import Dropout, seed_dropouts
-
-
-def synchronize() -> None:
-    """Waits for what the device was given to do."""
-    mx.synchronize()
+from icenet.nn.dropout import Dropout
 
 
 class Gauge:
-    """The most memory that an engine's step took, beyond what was there before it."""
+    """Measures the peak memory of an engine's step, above the memory in use before it.
+
+    Attributes:
+        source: the origin of the numbers, for reports.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.source = "MLX's own count"
+        self.source = "MLX's own counter"
 
     def begin(self) -> None:
-        """From now on; what an earlier step left is given back."""
+        """Starts a measurement, after freeing the memory that an earlier step left behind."""
         mx.eval(self._engine.model.parameters(), self._engine.optimizer.state)
-        synchronize()
+        mx.synchronize()
         mx.clear_cache()
-        self._held = mx.get_active_memory()
+        self._before = mx.get_active_memory()
         mx.reset_peak_memory()
 
     def growth(self) -> int:
-        """Bytes."""
+        """Returns the peak since `begin` minus the memory in use at `begin`, in bytes."""
         mx.eval(self._engine.model.parameters(), self._engine.optimizer.state)
-        synchronize()
-        return max(mx.get_peak_memory() - self._held, 0)
+        mx.synchronize()
+        return max(mx.get_peak_memory() - self._before, 0)
 
 
 class BareLoop:
-    """A minimal training loop as a user of MLX writes it: model, loss, AdamW, clipping, and nothing else."""
+    """A minimal training loop as a user of MLX writes it: model, loss, AdamW and clipping."""
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
-        self.model = with_own_dropouts(build_model(config, device))
+        self.model = use_native_dropout(build_model(config, device, seed=config.seed))
         self.model.compute_dtype = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}[
             training.mixed_precision
         ]
@@ -65,7 +65,7 @@ class BareLoop:
             weight_decay=weight_decay(training),
             bias_correction=True,
         )
-        self._limit = training.max_grad_norm
+        self._max_grad_norm = training.max_grad_norm
         self._differentiate = nn.value_and_grad(self.model, self._loss)
         self._step: Any = self._update
         if config.model.compile_model:
@@ -74,7 +74,7 @@ class BareLoop:
             self._step = mx.compile(self._update, inputs=state, outputs=state)
 
     def run(self, batches: list[Batch]) -> None:
-        """One step a batch; what was asked of the device is done when it returns."""
+        """Trains one step per batch, and waits for the device at the end."""
         for batch in batches:
             inputs, labels = (mx.array(batch[name]) for name in ("inputs", "labels"))
             masks = ["attention_mask"] if "attention_mask" in batch else []
@@ -85,8 +85,8 @@ class BareLoop:
 
     def _update(self, inputs: mx.array, labels: mx.array, options: dict[str, mx.array]) -> mx.array:
         loss, gradients = self._differentiate(inputs, labels, options)
-        if self._limit is not None:
-            gradients, _ = optim.clip_grad_norm(gradients, self._limit)
+        if self._max_grad_norm is not None:
+            gradients, _ = optim.clip_grad_norm(gradients, self._max_grad_norm)
         self.optimizer.update(self.model, gradients)
         return loss
 
@@ -95,17 +95,17 @@ class BareLoop:
         logits = logits.astype(mx.float32) if is_half(logits) else logits
         if not options:
             return nn.losses.cross_entropy(logits, labels, reduction="mean")
-        counted = labels >= 0  # of rows that are filled up
+        counted = labels >= 0  # not padding
         losses = nn.losses.cross_entropy(logits, mx.where(counted, labels, 0), weights=counted)
         return losses.sum() / counted.sum()
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        synchronize()
+        mx.synchronize()
 
 
-def with_own_dropouts(model: BaseModel) -> BaseModel:
-    """The model with the framework's own dropout in place of ours."""
+def use_native_dropout(model: BaseModel) -> BaseModel:
+    """Replaces the dropout layers of a model by the framework's own, and returns the model."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, Dropout):
@@ -115,27 +115,37 @@ def with_own_dropouts(model: BaseModel) -> BaseModel:
 
 
 class DropoutPair:
-    """The framework's own dropout and the keyed one, on the same values."""
+    """The framework's own dropout and the keyed dropout, on the same random input.
+
+    Args:
+        shape: of the input.
+        p: probability of zeroing an element.
+        keys: of the keyed dropout, uint32 `[rows, 2]`.
+        device: auto, cpu, gpu, ...
+
+    Attributes:
+        device: the chosen device.
+    """
 
     def __init__(self, shape: tuple[int, ...], p: float, keys: np.ndarray, device: str) -> None:
         mx.set_default_device(choose_device(device))
         self.device = "cpu" if on_cpu() else "gpu"
         self._x = mx.random.normal(shape, key=mx.random.key(0))
         self._cotangent = mx.random.normal(shape, key=mx.random.key(1))
-        self._own = nn.Dropout(p)
+        self._native = nn.Dropout(p)
         self._keyed = Dropout(p)
-        seed_dropouts([self._keyed], mx.array(keys)[None])
+        self._keyed.seed(mx.array(keys))
         mx.eval(self._x, self._cotangent)
 
-    def own(self, backward: bool) -> Any:
-        """The values, or with `backward` their gradient."""
-        return self._finished(self._own, backward)
+    def native(self, backward: bool) -> Any:
+        """Returns the output of the framework's dropout, or with `backward` the gradient of the input."""
+        return self._evaluate(self._native, backward)
 
     def keyed(self, backward: bool) -> Any:
-        """The same of the keyed one."""
-        return self._finished(self._keyed, backward)
+        """Returns the output of the keyed dropout, or with `backward` the gradient of the input."""
+        return self._evaluate(self._keyed, backward)
 
-    def _finished(self, layer: Any, backward: bool) -> Any:
+    def _evaluate(self, layer: Any, backward: bool) -> Any:
         if not backward:
             y = layer(self._x)
             mx.eval(y)
@@ -146,4 +156,4 @@ class DropoutPair:
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        synchronize()
+        mx.synchronize()

@@ -1,1 +1,4 @@
-"""What the commands ask of this backend: recording, benchmarks, facts about the machine."""
+"""Tools that run on this backend for the commands: recording and replaying modules, benchmarks, `icenet doctor`.
+
+`state_dict` reads and writes PyTorch state dicts and has no counterpart in MLX.
+"""

@@ -1,4 +1,4 @@
-"""What `icenet bench` needs of PyTorch. The mirror is `icenet/tools/bench.py`."""
+"""PyTorch's part of `icenet bench`: memory, bare training loop, dropout. The mirror is `icenet/tools/bench.py`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from icenet_torch.nn.arrays import is_half, to_channels_first
 from icenet_torch.nn.dropout import Dropout
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for what a device was given to do."""
+def _synchronize(device: torch.device) -> None:
+    """Waits until all submitted work of a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -29,45 +29,49 @@ def synchronize(device: torch.device) -> None:
 
 
 class Gauge:
-    """The most memory that an engine's step took, beyond what was there before it."""
+    """Measures the peak memory of an engine's step, above the memory in use before it.
+
+    Attributes:
+        source: the origin of the numbers, for reports.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._device = engine.model.device
         self._resident = resident_memory.ResidentMemory()
-        self.source = {"cuda": "PyTorch's own count", "mps": "what Metal's driver had given at the end"}.get(
+        self.source = {"cuda": "PyTorch's own counter", "mps": "memory of the Metal driver at the end"}.get(
             self._device.type, resident_memory.SOURCE
         )
 
     def begin(self) -> None:
-        """From now on; what an earlier step left is given back."""
+        """Starts a measurement, after freeing the memory that an earlier step left behind."""
         self._engine.optimizer.zero_grad(set_to_none=True)
-        synchronize(self._device)
+        _synchronize(self._device)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._held = torch.cuda.memory_allocated(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
         elif self._device.type == "mps":
             torch.mps.empty_cache()
-            self._held = torch.mps.driver_allocated_memory()
+            self._before = torch.mps.driver_allocated_memory()
         else:
             self._resident.begin()
 
     def growth(self) -> int:
-        """Bytes."""
-        synchronize(self._device)
+        """Returns the peak since `begin` minus the memory in use at `begin`, in bytes."""
+        _synchronize(self._device)
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._held
+            return torch.cuda.max_memory_allocated(self._device) - self._before
         if self._device.type == "mps":
-            return max(torch.mps.driver_allocated_memory() - self._held, 0)
+            return max(torch.mps.driver_allocated_memory() - self._before, 0)
         return self._resident.growth()
 
 
 class BareLoop:
-    """A minimal training loop as a user of PyTorch writes it: model, loss, AdamW, clipping, and nothing else."""
+    """A minimal training loop as a user of PyTorch writes it: model, loss, AdamW and clipping."""
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
-        self.model = with_own_dropouts(build_model(config, device, seed=config.seed))
+        self.model = use_native_dropout(build_model(config, device, seed=config.seed))
         self.model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             training.mixed_precision
         ]
@@ -82,10 +86,10 @@ class BareLoop:
             betas=(training.beta1, training.beta2),
             eps=training.eps,
         )
-        self._limit = training.max_grad_norm
+        self._max_grad_norm = training.max_grad_norm
 
     def run(self, batches: list[Batch]) -> None:
-        """One step a batch; what was asked of the device is done when it returns."""
+        """Trains one step per batch, and waits for the device at the end."""
         device = self.model.device
         for batch in batches:
             inputs, labels = (torch.from_numpy(batch[name]).to(device) for name in ("inputs", "labels"))
@@ -97,18 +101,18 @@ class BareLoop:
             loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if self._limit is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self._limit)
+            if self._max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
             self.optimizer.step()
         self.synchronize()
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        synchronize(self.model.device)
+        _synchronize(self.model.device)
 
 
-def with_own_dropouts(model: BaseModel) -> BaseModel:
-    """The model with the framework's own dropout in place of ours."""
+def use_native_dropout(model: BaseModel) -> BaseModel:
+    """Replaces the dropout layers of a model by the framework's own, and returns the model."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, Dropout):
@@ -118,7 +122,17 @@ def with_own_dropouts(model: BaseModel) -> BaseModel:
 
 
 class DropoutPair:
-    """The framework's own dropout and the keyed one, on the same values."""
+    """The framework's own dropout and the keyed dropout, on the same random input.
+
+    Args:
+        shape: of the input.
+        p: probability of zeroing an element.
+        keys: of the keyed dropout, uint32 `[rows, 2]`.
+        device: auto, cpu, gpu, ...
+
+    Attributes:
+        device: the chosen device.
+    """
 
     def __init__(self, shape: tuple[int, ...], p: float, keys: np.ndarray, device: str) -> None:
         self._device = choose_device(device)
@@ -130,15 +144,15 @@ class DropoutPair:
         self._keyed = Dropout(p)
         self._keyed.seed(torch.from_numpy(keys.view(np.int32)).to(self._device))
 
-    def own(self, backward: bool) -> Any:
-        """The values, or with `backward` their gradient."""
-        return self._finished(F.dropout(self._x, self._p, True), backward)
+    def native(self, backward: bool) -> Any:
+        """Returns the output of the framework's dropout, or with `backward` the gradient of the input."""
+        return self._evaluate(F.dropout(self._x, self._p, True), backward)
 
     def keyed(self, backward: bool) -> Any:
-        """The same of the keyed one."""
-        return self._finished(self._keyed(self._x), backward)
+        """Returns the output of the keyed dropout, or with `backward` the gradient of the input."""
+        return self._evaluate(self._keyed(self._x), backward)
 
-    def _finished(self, y: torch.Tensor, backward: bool) -> Any:
+    def _evaluate(self, y: torch.Tensor, backward: bool) -> Any:
         if not backward:
             return y.detach()
         self._x.grad = None
@@ -147,4 +161,4 @@ class DropoutPair:
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        synchronize(self._device)
+        _synchronize(self._device)
