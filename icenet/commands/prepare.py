@@ -1,4 +1,4 @@
-"""What `icenet prepare` does before a training: a tokenizer from a text, and the tokens of a text."""
+"""`icenet prepare`: encodes a text before training, or trains a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,50 +15,62 @@ from icenet.core.data.text.sources import Source, find_source
 from icenet.core.errors import DataError, IceNetError, UsageError
 from icenet.core.tokenizers.huggingface import HFTokenizer, library
 
-END = "<|endoftext|>"
-LEAST_VOCABULARY = 257
-"""256 bytes, and the end of a text."""
+EOT_TOKEN = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257
+"""The 256 bytes and the end-of-text token."""
 
 
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
-    """Makes the tokens that training with a configuration reads; says where they are.
+    """Makes the token file of a configuration and returns a summary.
 
-    What was done before a kill is not done again, and what is done is not done at all.
+    Does nothing if the cache has the file. Continues an interrupted call.
+
+    Args:
+        config: The configuration.
+        workers: Number of threads that encode (default: one per processor).
+        quiet: Show no progress.
 
     Raises:
-        UsageError: the configuration reads no text.
-        ConfigError, DataError: as `dataset_for` has it.
+        UsageError: The data is not text.
+        ConfigError, DataError: See `dataset_for`.
     """
     if config.data.kind != "text":
-        raise UsageError(f"data.kind {config.data.kind}: only text is prepared; icenet train reads the rest as it is")
-    began = time.time()
+        raise UsageError(
+            f"data.kind {config.data.kind}: only text is prepared; icenet train reads other data directly"
+        )
+    started = time.time()
     try:
         dataset = dataset_for(config, workers=workers, quiet=quiet)
     except KeyboardInterrupt:
-        raise IceNetError("stopped by Ctrl-C; what is done is kept: the same command goes on from there") from None
+        raise IceNetError("stopped by Ctrl-C; the work done so far is kept: the same command continues it") from None
     assert isinstance(dataset, TextDataset) and dataset.path is not None
     status = dataset.path.stat()
     tokens = dataset.num_train_tokens + dataset.num_validation_tokens
-    there = "" if status.st_mtime >= began - 0.05 else "already there: "
-    texts_ = f"{dataset.num_documents:,} text{'s' if dataset.num_documents != 1 else ''}"
-    return f"{there}{tokens:,} tokens of {texts_} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
+    existing = "" if status.st_mtime >= started - 0.05 else "already prepared: "
+    documents = f"{dataset.num_documents:,} document{'s' if dataset.num_documents != 1 else ''}"
+    return f"{existing}{tokens:,} tokens of {documents} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
 
 
 def read_config(target: str, overrides: Sequence[str], options: Collection[str]) -> Config:
-    """The configuration that is to be prepared; `options` are those given that a tokenizer's training takes.
+    """Returns the configuration to prepare.
+
+    Args:
+        target: Path of a YAML file, or the name of a preset.
+        overrides: Values of `--set`.
+        options: Names of the given options that belong to `--train-tokenizer`.
 
     Raises:
-        UsageError: a text is named in its place, or there are such options.
-        ConfigError: see `Config.from_yaml`.
+        UsageError: `target` is a text, or there are such options.
+        ConfigError: See `Config.from_yaml`.
     """
     if options:
         option = f"--{min(options).replace('_', '-')}"
-        raise UsageError(f"{option}: goes with --train-tokenizer bpe; in a CONFIG these are keys of data")
+        raise UsageError(f"{option}: only valid with --train-tokenizer bpe; a CONFIG has the keys of data instead")
     path = Path(target)
     if target == "stdlib" or path.is_dir() or (path.is_file() and path.suffix not in (".yaml", ".yml")):
         raise UsageError(
-            f"{target}: is a text, and a CONFIG whose data.source names it is wanted (icenet prepare CONFIG --set "
-            f"data.source={target}); or add --train-tokenizer bpe"
+            f"{target}: is a text, not a CONFIG; use icenet prepare CONFIG --set data.source={target}, or add "
+            "--train-tokenizer bpe"
         )
     return Config.from_yaml(target, overrides)
 
@@ -72,20 +84,28 @@ def train_tokenizer(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> str:
-    """Trains a byte-level BPE on a text and writes it as a tokenizer.json; says what came of it.
+    """Trains a byte-level BPE on a text, writes it as a tokenizer.json and returns a summary.
 
-    Byte pair encoding (Sennrich et al., 2016) of UTF-8 bytes, words cut as GPT-2 cuts them (Radford et al., 2019), by
-    Hugging Face's `tokenizers`. Any text comes back as it was; token 0 is <|endoftext|>. The same text gives the same
-    file, byte for byte.
+    Byte pair encoding (Sennrich et al., 2016) of UTF-8 bytes with GPT-2's pre-tokenizer (Radford et al., 2019), by
+    Hugging Face's `tokenizers`. Decoding returns any text unchanged. Token 0 is <|endoftext|>. The same text gives
+    the same file, byte for byte.
+
+    Args:
+        source: The text, see `find_source`.
+        vocab_size: Number of tokens, at least 257. A short text may have fewer.
+        out: The file to write.
+        text_key: Key of the text in JSON lines.
+        overwrite: Replace an existing file.
+        quiet: Show no progress.
 
     Raises:
-        UsageError: the file is there, or the vocabulary would be smaller than the bytes.
-        DataError: the text cannot be read, or `tokenizers` is not installed.
+        UsageError: The file exists, or the vocabulary is too small.
+        DataError: The text cannot be read, or `tokenizers` is not installed.
     """
     if source.endswith((".yaml", ".yml")) or (source in names() and not Path(source).exists()):
-        raise UsageError(f"{source}: is a configuration; name the text itself, as its data.source does")
-    if vocab_size < LEAST_VOCABULARY:
-        raise UsageError(f"--vocab-size {vocab_size}: must be at least {LEAST_VOCABULARY}, 256 bytes and {END}")
+        raise UsageError(f"{source}: is a configuration; name its text (data.source) instead")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UsageError(f"--vocab-size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, 256 bytes and {EOT_TOKEN}")
     if out.is_dir():
         raise UsageError(f"--out {out}: is a folder; name a file, such as {out / 'tokenizer.json'}")
     if out.exists() and not overwrite:
@@ -96,11 +116,11 @@ def train_tokenizer(
     tokenizer.decoder = library().decoders.ByteLevel()
     trainer = library().trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[EOT_TOKEN],
         initial_alphabet=library().pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with Bar(f"learning from {found.description}", quiet) as bar:
+    with Bar(f"reading {found.description}", quiet) as bar:
         total, done = sum(document.size for document in found.documents), 0
 
         def progress(size: int) -> None:
@@ -112,23 +132,23 @@ def train_tokenizer(
     if not done:
         raise DataError(f"data.source: there is no text in {found.description}")
     content = (tokenizer.to_str(pretty=True) + "\n").encode("utf-8")
-    size = HFTokenizer(content).vocab_size  # what cannot be read is not written
+    size = HFTokenizer(content).vocab_size  # only a file that can be read is written
     staging.write_bytes(out, content)
-    fewer = "" if size == vocab_size else f" (of the {vocab_size:,} wanted: the text has no more pairs to join)"
+    fewer = "" if size == vocab_size else f" (of the {vocab_size:,} requested: the text has no more pairs to merge)"
     return (
         f"{size:,} tokens{fewer} from {done / 1e6:,.1f} MB of {found.description}, in {out}\n"
-        f"train with it: --set data.tokenizer={out} --set model.vocab_size={size}"
+        f"to train with it: --set data.tokenizer={out} --set model.vocab_size={size}"
     )
 
 
 def _training_texts(source: Source, text_key: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
-    """Yields the text of a source in chunks, each split at end-of-text tokens. Files that are not text are left out."""
+    """Yields the chunks of a source, each split at end-of-text tokens. Files that are not text are left out."""
     for document in source.documents:
         try:
             with Reader(document) as reader:
                 for chunk in reader.chunks(text_key=text_key):
                     progress(len(chunk.text.encode()))
-                    yield [part for part in chunk.text.split(END) if part]
+                    yield [part for part in chunk.text.split(EOT_TOKEN) if part]
         except NotTextError:
             if source.sole:
                 raise

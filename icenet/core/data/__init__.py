@@ -1,1 +1,1 @@
-"""Data as numpy batches, in an order that is a pure function of (seed, step)."""
+"""Data sets of text and images. Batches are numpy arrays and a pure function of (seed, step)."""

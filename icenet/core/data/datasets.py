@@ -1,4 +1,4 @@
-"""Data as numpy batches, in an order that is a pure function of (seed, step)."""
+"""The data set of a configuration, checked against its model."""
 
 from __future__ import annotations
 
@@ -35,44 +35,48 @@ __all__ = [
 
 
 class Dataset(Protocol):
-    """What the training loop needs of data. Batches are pure functions of (seed, step)."""
+    """A data set as the training loop uses it. Batches are a pure function of (seed, step)."""
 
     fingerprint: str
-    """SHA-256 of what is read: equal where the data is equal."""
+    """SHA-256 of the data: equal data sets have equal fingerprints."""
     description: str
+    """Name of the data set in messages."""
     unit: str
-    """What a row of a batch is counted in: tokens (`tok`) or images (`img`)."""
+    """Unit in which throughput is counted: tokens (`tok`) or images (`img`)."""
 
     @property
-    def items_per_row(self) -> int: ...
+    def items_per_row(self) -> int:
+        """Number of units in one row of a batch, on average."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What using the model needs to know of the data, in JSON's types; stored with each checkpoint."""
+        """Properties of the data that inference needs, such as class names, in JSON types. Checkpoints store them."""
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """Files that go with each checkpoint, by name: what using the model needs beside its configuration."""
+        """Files that inference needs, such as the tokenizer, by name. Checkpoints store them."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one pass; raises DataError where there is not one."""
+        """Returns the number of batches in one pass. Raises DataError if it is zero."""
 
-    def train_batch(self, step: int, batch_size: int) -> Batch: ...
+    def train_batch(self, step: int, batch_size: int) -> Batch:
+        """Returns the batch of a step, counted from 0."""
 
-    def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]: ...
+    def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        """Yields at most `count` validation batches, the same in every call."""
 
 
 def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = True) -> Dataset:
-    """The data of a configuration, checked against its model.
+    """Returns the data set of a configuration, checked against its model.
 
     Args:
-        config: the configuration.
-        workers: processes that make the tokens of a text, where that is not done; None: as many as are worth it.
-        quiet: show no progress of it.
+        config: The configuration.
+        workers: Number of threads that encode a text whose tokens are not in the cache (default: one per processor).
+        quiet: Show no progress of that.
 
     Raises:
-        ConfigError: model and data do not go together.
-        DataError: see `open_dataset`.
+        ConfigError: The model cannot be trained on this data.
+        DataError: See `open_dataset`.
     """
     section: Any = config.data
     kind = "images" if isinstance(section, ImageDataConfig) else "tokens"
@@ -93,23 +97,23 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
     if not config.data.packing:
         _check_masks(config)
     length = sequence_length(config)
-    with Bar(f"making tokens of {config.data.source}", quiet) as bar:
+    with Bar(f"encoding {config.data.source}", quiet) as bar:
         dataset = open_dataset(config.data, length, config.seed, tokenizer=tokenizer, workers=workers, progress=bar)
-    dataset.steps_per_epoch(config.training.batch_size)  # raises where the text is too short
+    dataset.steps_per_epoch(config.training.batch_size)  # raises if the text is too short
     return dataset
 
 
 def _check_masks(config: Config) -> None:
-    """Refuses a user's model that could not tell tokens from what rows are filled up with."""
+    """Refuses a user's model that cannot distinguish tokens from padding."""
     if not custom.is_custom(config.model.type):
         return
     import inspect
 
-    from icenet.core import backends as backend
+    from icenet.core import backends
 
-    forward = custom.model_class(config.model.type, backend.choose(config)).forward
-    taken = inspect.signature(forward).parameters
-    if "attention_mask" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    forward = custom.model_class(config.model.type, backends.choose(config)).forward
+    parameters = inspect.signature(forward).parameters
+    if "attention_mask" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(
             f"data.packing: false needs a model whose forward takes attention_mask, and that of {config.model.type} "
             "does not; add it, or set data.packing=true"
@@ -117,33 +121,33 @@ def _check_masks(config: Config) -> None:
 
 
 def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
-    """Images, checked against the model that is to read them."""
+    """Returns the images of a configuration, checked against its model."""
     dataset = ImageDataset.open(section, config.seed)
     classes, (height, width, channels) = len(dataset.classes), dataset.source.images.shape
     if config.model.vocab_size != classes:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size}, and {dataset.description} has {classes} classes; "
+            f"model.vocab_size: {config.model.vocab_size}, but {dataset.description} has {classes} classes; "
             f"set model.vocab_size={classes}"
         )
     if isinstance(config.model, CNNConfig):
         if config.model.image_channels != channels:
             raise ConfigError(
-                f"model.image_channels: {config.model.image_channels}, and {dataset.description} gives {channels}; "
+                f"model.image_channels: {config.model.image_channels}, but {dataset.description} has {channels}; "
                 f"set model.image_channels={channels}"
                 + (f", or data.channels={wanted}" if (wanted := config.model.image_channels) in (1, 3) else "")
             )
-        least = cnn_plan.min_image_size(config.model)
-        if min(height, width) < least:
+        minimum = cnn_plan.min_image_size(config.model)
+        if min(height, width) < minimum:
             raise ConfigError(
-                f"data.image_size: images of {height}x{width} are too small for the strides of this model, "
-                f"whose least is {least}x{least}; set data.image_size={least} or more, or use fewer stages"
+                f"data.image_size: images of {height}x{width} are too small for the strides of this model, which "
+                f"needs {minimum}x{minimum}; set data.image_size={minimum} or more, or use fewer stages"
             )
-    dataset.steps_per_epoch(config.training.batch_size)  # raises where there are too few
+    dataset.steps_per_epoch(config.training.batch_size)  # raises if there are too few images
     return dataset
 
 
 def sequence_length(config: Config) -> int:
-    """Tokens in one training sequence: `data.seq_length`, else the model's `max_seq_length`."""
+    """Returns the number of tokens in a training sequence: `data.seq_length`, or the model's `max_seq_length`."""
     length = config.data.seq_length or getattr(config.model, "max_seq_length", None)
     if length is None:
         raise ConfigError("data.seq_length: required for a model without max_seq_length")
@@ -160,18 +164,18 @@ def open_dataset(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> TextDataset:
-    """Opens the data that a configuration names. A new kind of source adds its branch here.
+    """Opens the text data of a configuration.
 
     Args:
-        data_config: the section `data` of a configuration.
-        seq_length: tokens in one sequence (`data.seq_length`, or else the model's longest).
-        seed: of the order of batches.
-        cache_dir: where prepared data is kept; $ICENET_CACHE or ~/.cache/icenet when absent.
-        tokenizer: the one that `data_config` names, where it has been read already.
-        workers, progress: see `icenet.core.data.text.cache.load_tokens`.
+        data_config: The section `data` of a configuration.
+        seq_length: Number of tokens in a sequence (see `sequence_length`).
+        seed: Determines the order of batches.
+        cache_dir: The folder of token files (default: $ICENET_CACHE or ~/.cache/icenet).
+        tokenizer: The tokenizer that `data_config` names, if it has been read already.
+        workers, progress: See `icenet.core.data.text.cache.load_tokens`.
 
     Raises:
-        DataError: the source is missing, empty, not text or too short, or the cache cannot be written.
+        DataError: The source is missing, empty, not text or too short, or the cache cannot be written.
     """
     kind = TextDataset if data_config.packing else DocumentDataset
     return kind.open(

@@ -95,7 +95,10 @@ class HFTokenizer:
             DataError: See `encode`.
         """
         # a letter before white space and a line end before a word, because no token has both
-        prefixes = [("a" if text[:1].isspace() else "\n") if c else "" for text, c in zip(texts, continues, strict=True)]
+        prefixes = [
+            ("a" if text[:1].isspace() else "\n") if follows else ""
+            for text, follows in zip(texts, continues, strict=True)
+        ]
         inputs = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
         with self._errors("encode"):
             encodings = self._tokenizer.encode_batch_fast(inputs, add_special_tokens=False)

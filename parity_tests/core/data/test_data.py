@@ -1,161 +1,41 @@
-"""Text data: which tokens, which windows, in which order, and what is said when it cannot be."""
+"""Text data sets: the windows or rows of each batch, their order, and runs that carry their tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import json
+import shutil
 import textwrap
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import BACKENDS, is_one_line, resume, tiny, train
+from helpers import icenet as command
 
-from icenet.core import rng
-from icenet.core.config import DataConfig
-from icenet.core.data.datasets import ByteTokenizer, TextDataset, get_tokenizer, open_dataset
-from icenet.core.data.text import cache as cache_module
-from icenet.core.data.text.cache import HEADER_BYTES, load_tokens
-from icenet.core.data.text.sources import CHUNK_BYTES, find_source
-from icenet.core.errors import DataError
+import icenet
+from icenet.core import backends, rng
+from icenet.core.config import Config, DataConfig
+from icenet.core.data.datasets import dataset_for, open_dataset
+from icenet.core.data.text.documents import DocumentDataset
+from icenet.core.data.text.packed import TextDataset
+from icenet.core.errors import ConfigError, DataError
+from icenet.core.tokenizers import get_tokenizer
+from icenet.core.tokenizers.base import decode_continuation
+from icenet.core.tokenizers.bytes import ByteTokenizer
+from icenet.core.training import checkpoint
+from icenet.core.training.trainer import Trainer
+from icenet.parity import run as parity
+from icenet.parity.yardstick import judge, rms
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 EOT = 256
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def tokens_of(source: str | Path, cache: Path) -> list[int]:
-    return list(map(int, load_tokens(find_source(str(source)), ByteTokenizer(), cache).tokens))
-
-
 def counting(n: int, seq_length: int, seed: int = 0, fraction: float = 0.0) -> TextDataset:
-    """A data set in which each token is its own position."""
+    """Returns a data set in which each token is its own position."""
     return TextDataset(np.arange(n), ByteTokenizer(), seq_length=seq_length, seed=seed, validation_fraction=fraction)
-
-
-# ---- tokenizer --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["", "plain", "zażółć gęślą jaźń", "日本語 🎿\n\r\n\t", "\0\x7f"])
-def test_any_text_comes_back(text: str) -> None:
-    tokenizer = ByteTokenizer()
-    ids = tokenizer.encode(text)
-    assert ids == list(text.encode())
-    assert tokenizer.decode([EOT, *ids, EOT]) == text
-    assert tokenizer.decode(np.array(ids, np.int32)) == text
-
-
-def test_decode_never_fails() -> None:
-    assert ByteTokenizer().decode([0xE2, 0x82, ord("a")]) == "�a"
-    assert ByteTokenizer().decode([ord("a"), 257, ord("b"), -1, 256, 50_000]) == "a�b��"  # a larger vocabulary's
-
-
-def test_text_that_is_no_text() -> None:
-    assert ByteTokenizer().encode("a\udcff") == [97, 255]  # a byte of the command line that is no UTF-8
-    with pytest.raises(DataError, match="surrogate at 1"):
-        ByteTokenizer().encode("a\ud83d")
-
-
-def test_tokenizer_by_name() -> None:
-    assert get_tokenizer("bytes").vocab_size == 257
-    with pytest.raises(DataError, match="did you mean 'bytes'"):
-        get_tokenizer("byte")
-
-
-# ---- sources ----------------------------------------------------------------------------------------------
-
-
-def test_one_file_is_its_bytes(tmp_path: Path, cache: Path) -> None:
-    data = "eins\r\nzwei\näöü".encode()
-    (tmp_path / "a.txt").write_bytes(data)
-    assert tokens_of(tmp_path / "a.txt", cache) == list(data)
-
-
-def test_characters_across_chunks(tmp_path: Path, cache: Path) -> None:
-    text = "x" * (CHUNK_BYTES - 1) + "€" + "y" * CHUNK_BYTES + "ä"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    assert bytes(tokens_of(tmp_path / "a.txt", cache)).decode() == text
-
-
-def test_folder_takes_text_only_and_orders_by_drawn_permutation(tmp_path: Path, cache: Path) -> None:
-    corpus = tmp_path / "corpus"
-    (corpus / "sub" / ".hidden").mkdir(parents=True)
-    files = {f"sub/{i}.txt": f"text {i}".encode() for i in range(6)}
-    files |= {"a.txt": b"first", "empty.txt": b"", "z.md": "ź".encode()}
-    binary = {"image.png": b"\x89PNG\r\n", "zeros": b"abc\0def", "late": b"a" * (CHUNK_BYTES + 5) + b"\xff"}
-    hidden = {".dot": b"no", "sub/.hidden/x.txt": b"no"}
-    for name, data in (files | binary | hidden).items():
-        (corpus / name).write_bytes(data)
-    listed = sorted(files | binary)
-    order = [listed[i] for i in rng.permutation(rng.key(0, "documents"), len(listed))]
-    expected: list[int] = []
-    for name in order:
-        if files.get(name):
-            expected += ([EOT] if expected else []) + list(files[name])
-    assert order != listed
-    assert tokens_of(corpus, cache) == expected
-    assert open_dataset(DataConfig(source=str(corpus), validation_fraction=0), 4, 0, cache).num_documents == 8
-
-
-def test_links_are_followed_but_not_round_in_circles(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x.txt").write_text("linked")
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "link").symlink_to(tmp_path / "elsewhere")
-    (corpus / "loop").symlink_to(corpus)
-    (corpus / "broken").symlink_to(tmp_path / "nowhere")
-    assert [document.name for document in find_source(str(corpus)).documents] == ["link/x.txt"]
-
-
-def test_glob(tmp_path: Path, cache: Path) -> None:
-    for name in ("a.txt", "d/b.txt", "d/e/c.txt", "d/no.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_text(name)
-    names = [document.name for document in find_source(f"{tmp_path}/**/*.txt").documents]
-    assert names == ["a.txt", "d/b.txt", "d/e/c.txt"]
-    (tmp_path / "odd[1].txt").write_text("its name is a pattern")
-    assert bytes(tokens_of(tmp_path / "odd[1].txt", cache)) == b"its name is a pattern"
-
-
-def test_relative_and_home_paths(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("here")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert bytes(tokens_of("a.txt", cache)) == b"here"
-    assert bytes(tokens_of("~/a.txt", cache)) == b"here"
-    assert bytes(tokens_of("*.txt", cache)) == b"here"
-    load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache)
-    assert len(list(cache.glob("*.tokens"))) == 2  # one file, however written, and one glob
-
-
-def test_stdlib_is_the_library(cache: Path) -> None:
-    found = find_source("stdlib")
-    names = {document.name for document in found.documents}
-    assert {"dataclasses.py", "json/decoder.py", "asyncio/tasks.py"} <= names
-    folders = {part for name in names for part in name.split("/")[:-1]}
-    assert not folders & {
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "idlelib",
-        "lib2to3",
-    }
-    assert all(name.endswith(".py") and not name.startswith("_sysconfigdata") for name in names)
-    data = open_dataset(DataConfig(), seq_length=128, seed=0, cache_dir=cache)
-    assert data.num_train_tokens + data.num_validation_tokens > 3_000_000
-    assert data.num_documents > 200
-    assert "standard library of Python" in data.description
 
 
 # ---- windows ----------------------------------------------------------------------------------------------
@@ -199,7 +79,7 @@ def test_order_is_a_pure_function_of_seed_and_step() -> None:
         data.train_batch(-1, 16)
 
 
-def test_documented_formula_of_the_order() -> None:
+def test_order_follows_the_documented_formula() -> None:
     """The windows of a step, computed here from the random words alone."""
     data = counting(999, 10, seed=5)
     windows, batch_size = (999 - 10) // 10, 9
@@ -234,262 +114,339 @@ def test_no_validation() -> None:
     assert data.num_validation_tokens == 0 and list(data.validation_batches(4, 2)) == []
 
 
-# ---- cache ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("n", "options", "batch_size", "names"),
+    [
+        (100, {"seq_length": 20}, 5, ("100 training tokens", " 120", "data.source", "data.seq_length (20)", "(5)")),
+        (100, {"seq_length": 20, "validation_fraction": 0.1}, 1, (" 10 ", " 21", "data.validation_fraction (0.1")),
+        (100, {"seq_length": 20}, 0, ("training.batch_size", " 0")),
+        (100, {"seq_length": 0}, 1, ("data.seq_length", " 0")),
+        (100, {"seq_length": 4, "validation_fraction": 1.0}, 1, ("data.validation_fraction", "1.0")),
+    ],
+)
+def test_too_few_tokens_are_one_line(
+    n: int, options: dict[str, Any], batch_size: int, names: tuple[str, ...]
+) -> None:
+    """The error gives what there is, what is needed and which keys to change."""
+    with pytest.raises(DataError) as caught:
+        TextDataset(np.arange(n), ByteTokenizer(), seed=0, **options).steps_per_epoch(batch_size)
+    assert is_one_line(caught.value, *names)
 
 
-def test_fingerprint_is_of_tokenizer_and_tokens(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "a.txt").write_text("häuser")
-    file = load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache)
-    little_endian = b"".join(byte.to_bytes(2, "little") for byte in "häuser".encode())
-    assert file.fingerprint == hashlib.sha256(b"bytes\n" + little_endian).hexdigest()
-    assert file.tokens.dtype == np.uint16 and isinstance(file.tokens, np.memmap)
-    assert file.intact(ByteTokenizer())
+def test_just_enough_tokens() -> None:
+    assert counting(100, 20).steps_per_epoch(4) == 1
+    assert counting(120, 20).steps_per_epoch(5) == 1
+    with pytest.raises(DataError):
+        counting(100, 20).train_batch(0, 5)
 
 
-def test_fingerprint_without_what_was_taken_back(tmp_path: Path, cache: Path) -> None:
-    for folder in ("with", "without"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "m.txt").write_text("the only text")
-    (tmp_path / "with" / "a.bin").write_bytes(b"b" * CHUNK_BYTES + b"\xc3")
-    (tmp_path / "with" / "z.bin").write_bytes(b"begins as text \xc3\x28")
-    files = [load_tokens(find_source(str(tmp_path / f)), ByteTokenizer(), cache) for f in ("with", "without")]
-    assert files[0].fingerprint == files[1].fingerprint and files[0].intact(ByteTokenizer())
+# ---- padded rows of documents -----------------------------------------------------------------------------
 
 
-def test_made_once_and_again_when_the_source_changes(tmp_path: Path, cache: Path) -> None:
-    source = tmp_path / "a.txt"
-    source.write_text("first")
-    first = load_tokens(find_source(str(source)), ByteTokenizer(), cache)
-    written = first.path.stat().st_mtime_ns
-    assert load_tokens(find_source(str(source)), ByteTokenizer(), cache).path == first.path
-    assert first.path.stat().st_mtime_ns == written
-    source.write_text("other")
-    os.utime(source, ns=(1, 1))
-    assert bytes(tokens_of(source, cache)) == b"other"
-    assert [path.suffix for path in cache.iterdir()] == [".tokens"]  # the old one is gone
-    assert bytes(first.tokens.tolist()) == b"first"  # and still whole for who has it open
+def expected_rows(texts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
+    """Returns inputs and labels of each row, by a loop: end of text, the text, end of text, in steps of `length`."""
+    rows = []
+    for text in texts:
+        whole = [EOT, *text, EOT]
+        for first in range(0, len(whole) - 1, length):
+            labels = whole[1:][first : first + length]
+            rows.append((whole[:-1][first : first + length], labels))
+    return rows
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "header", "empty", "json", "count"])
-def test_damaged_cache_is_made_again(tmp_path: Path, cache: Path, damage: str) -> None:
-    source = tmp_path / "a.txt"
-    source.write_text("some text of some length")
-    path = load_tokens(find_source(str(source)), ByteTokenizer(), cache).path
-    data = path.read_bytes()
-    changed = {
-        "truncated": data[:-3],
-        "longer": data + b"\0\0",
-        "header": b"\xff" * HEADER_BYTES + data[HEADER_BYTES:],
-        "empty": b"",
-        "json": b"[1]".ljust(HEADER_BYTES) + data[HEADER_BYTES:],
-        "count": data.replace(b'"tokens": 24', b'"tokens": -4'),
-    }[damage]
-    assert changed != data
-    path.unlink()
-    path.write_bytes(changed)
-    assert bytes(tokens_of(source, cache)) == b"some text of some length"
-    assert path.read_bytes() == data
-
-
-def test_altered_tokens_are_found_by_their_fingerprint(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "a.txt").write_text("some text")
-    path = load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache).path
-    data = bytearray(path.read_bytes())
-    data[HEADER_BYTES + 4] ^= 1
-    path.write_bytes(data)
-    assert not load_tokens(find_source(str(tmp_path / "a.txt")), ByteTokenizer(), cache).intact(ByteTokenizer())
-
-
-def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def documents(lengths: list[int], length: int, seed: int = 0, fraction: float = 0.0) -> DocumentDataset:
+    """Returns a data set of documents with so many tokens, all different."""
+    texts = np.split(np.arange(sum(lengths)) % 250, np.cumsum(lengths)[:-1])
+    tokens = np.concatenate([np.append(text, EOT) for text in texts])[:-1]
+    starts = np.flatnonzero(np.append(EOT, tokens[:-1]) == EOT)
+    return DocumentDataset(
+        tokens, ByteTokenizer(), starts=starts, seq_length=length, seed=seed, validation_fraction=fraction
     )
 
 
-def output(process: subprocess.Popen[str]) -> str:
-    return process.communicate(timeout=60)[0]
+def rows_of(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields inputs and labels of each row without the padding, which is checked here."""
+    inputs, labels, mask = batch["inputs"], batch["labels"], batch["attention_mask"]
+    assert inputs.dtype == labels.dtype == np.int32 and mask.dtype == np.bool_
+    assert inputs.shape == labels.shape == mask.shape
+    counts = mask.sum(axis=1)
+    np.testing.assert_array_equal(mask, np.arange(mask.shape[1]) < counts[:, None])  # padding on the right
+    np.testing.assert_array_equal(labels == -100, ~mask)
+    for row, count in enumerate(counts.tolist()):
+        yield inputs[row, :count].tolist(), labels[row, :count].tolist()
 
 
-BUILD = """
-    import sys
-    from icenet.core.data.text.cache import load_tokens
-    from icenet.core.data.text.sources import find_source
-    from icenet.core.tokenizers import ByteTokenizer
-    from icenet.core.errors import DataError
-    from pathlib import Path
-    {before}
-    try:
-        print(load_tokens(find_source(sys.argv[1]), ByteTokenizer(), Path(sys.argv[2])).fingerprint)
-    except DataError as error:
-        print("DataError:", error)
-"""
-
-# numpy imports mmap late, from where a user without rights may not be allowed to read
-NO_RIGHTS = "import os, mmap\n    if os.getuid() == 0: os.setuid(65534)"
+@pytest.mark.parametrize(("lengths", "length"), [([3, 40, 1, 16, 17, 15, 200, 2, 33], 16), ([1], 4), ([5, 5, 9], 50)])
+def test_every_document_begins_a_row(lengths: list[int], length: int) -> None:
+    data = documents(lengths, length, seed=3)
+    texts = [text.tolist() for text in np.split(np.arange(sum(lengths)) % 250, np.cumsum(lengths)[:-1])]
+    expected = expected_rows(texts, length)
+    assert data.steps_per_epoch(1) == len(expected) and data.steps_per_epoch(2 if len(expected) > 1 else 1) >= 1
+    for epoch in range(2):
+        batches = [data.train_batch(epoch * len(expected) + step, 1) for step in range(len(expected))]
+        found = [row for batch in batches for row in rows_of(batch)]
+        order = rng.permutation(rng.key(3, "data", epoch), len(expected))
+        assert found == [expected[index] for index in order]
+        for batch, (inputs, _) in zip(batches, found, strict=True):  # one row: up to the next multiple of 16
+            assert batch["inputs"].shape[1] == min(length, -(-len(inputs) // 16) * 16)
+    assert data.items_per_row == max(1, round(sum(len(labels) for _, labels in expected) / len(expected)))
 
 
-def test_two_processes_and_a_kill_leave_a_whole_cache(tmp_path: Path, cache: Path) -> None:
-    source = tmp_path / "big.txt"
-    source.write_bytes(b"0123456789abcdef" * (1 << 20))  # 16 MB
-    code = BUILD.format(before="print('up', flush=True)")
-    for delay in (0.0, 0.02, 0.05):
-        process = child(code, source, cache)
-        assert process.stdout is not None and process.stdout.readline() == "up\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    together = [child(code, source, cache) for _ in range(2)]
-    said = [output(process).split()[-1] for process in together]
-    expected = hashlib.sha256(b"bytes\n" + np.frombuffer(source.read_bytes(), np.uint8).astype("<u2").tobytes())
-    assert said == [expected.hexdigest()] * 2
-    assert load_tokens(find_source(str(source)), ByteTokenizer(), cache).intact(ByteTokenizer())
+def test_the_order_of_rows_is_a_pure_function_of_seed_and_step() -> None:
+    lengths = np.random.default_rng(1).integers(1, 90, 500).tolist()
+    data, fresh = documents(lengths, 32, seed=1), documents(lengths, 32, seed=1)
+    forward = [data.train_batch(step, 8) for step in range(150)]
+    for step in (149, 0, 75, 3):
+        again = fresh.train_batch(step, 8)
+        assert all((again[name] == forward[step][name]).all() for name in again)
+    other = documents(lengths, 32, seed=2).train_batch(0, 8)["inputs"]
+    assert other.shape != forward[0]["inputs"].shape or (other != forward[0]["inputs"]).any()
+    assert max(batch["inputs"].shape[1] for batch in forward) == 32
 
 
-def test_what_a_kill_left_is_removed(tmp_path: Path, cache: Path) -> None:
-    cache.mkdir()
-    for name, age in (("old.tmp", 7200), ("fresh.tmp", 0)):
-        (cache / name).write_bytes(b"half")
-        os.utime(cache / name, (time.time() - age, time.time() - age))
-    (tmp_path / "a.txt").write_text("text")
-    tokens_of(tmp_path / "a.txt", cache)
-    assert not (cache / "old.tmp").exists() and (cache / "fresh.tmp").exists()  # another process may be at work
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("lengths", [[30] * 10, [300], [1] * 300, [7, 250, 3, 60], [100, 100]])
+def test_no_label_is_in_both_parts_and_none_is_lost(lengths: list[int], fraction: float) -> None:
+    """All tokens except the one at the cut are a label in exactly one part, wherever the cut is."""
+    data = documents(lengths, 16, fraction=fraction)
+    train = [row for step in range(data.steps_per_epoch(1)) for row in rows_of(data.train_batch(step, 1))]
+    validation = [row for batch in data.validation_batches(3) for row in rows_of(batch)]
+    labels = [sorted(label for row in rows for label in row[1]) for rows in (train, validation)]
+    tokens = data._tokens.tolist()
+    cut = data.num_train_tokens
+    expected = [tokens[:cut], [*tokens[cut:], EOT]]
+    if tokens[cut] == EOT or tokens[cut - 1] != EOT:  # the first token is an input only, or the end of a text before
+        expected[1] = expected[1][1:]
+    assert labels == [sorted(part) for part in expected]
+    some = [row for batch in data.validation_batches(2, 1) for row in rows_of(batch)]
+    assert len(some) == min(2, len(validation)) and all(row in validation for row in some)
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX")
-def test_no_room_and_no_permission_are_told(tmp_path: Path, cache: Path) -> None:
-    source = tmp_path / "a.txt"
-    source.write_text("long enough " * 1000)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
-    said = output(child(BUILD.format(before=limit), source, cache))
-    assert said.startswith("DataError: cannot keep tokens in") and "no space left; set ICENET_CACHE" in said
-    assert list(cache.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot keep tokens in .*: .*set ICENET_CACHE"):
-        tokens_of(source, tmp_path / "file" / "cache")
+def test_repeated_ends_of_text_and_too_few_rows(bpe: Path, tmp_path: Path) -> None:
+    """A file may contain end-of-text tokens, as a file of stories does. Two in a row have no document between."""
+    end = "<|endoftext|>"
+    (tmp_path / "stories.txt").write_text(f"{end}one day{end}{end}the next{end}and so on{end}")
+    tokenizer = get_tokenizer(str(bpe))
+    config = DataConfig(source=str(tmp_path / "stories.txt"), packing=False, validation_fraction=0)
+    data = open_dataset(config, 64, 0, tokenizer=tokenizer)
+    assert isinstance(data, DocumentDataset) and data.num_documents == 3 and data.steps_per_epoch(3) == 1
+    found = {tokenizer.decode(inputs): labels[-1] for inputs, labels in rows_of(data.train_batch(0, 3))}
+    assert found == dict.fromkeys(("one day", "the next", "and so on"), tokenizer.eot_id)
+    with pytest.raises(DataError) as caught:
+        data.train_batch(0, 4)
+    assert is_one_line(caught.value, " 3 rows", " 4", "data.packing=true")
+    with pytest.raises(DataError) as caught:
+        documents([1, 1], 4, fraction=0.1)
+    assert is_one_line(caught.value, "validation", "data.validation_fraction")
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX")
-def test_what_may_only_be_read() -> None:
-    """As a user without rights: what is cached is read, what is not is an error that names the folder."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
-        folder, cache = Path(name), Path(name, "cache")
-        folder.chmod(0o755)
-        (folder / "a.txt").write_text("cached")
-        (folder / "b.txt").write_text("not cached")
-        fingerprint = load_tokens(find_source(str(folder / "a.txt")), ByteTokenizer(), cache).fingerprint
-        cache.chmod(0o555)
-        said = [output(child(BUILD.format(before=NO_RIGHTS), folder / file, cache)) for file in ("a.txt", "b.txt")]
-        cache.chmod(0o755)
-    assert said[0] == fingerprint + "\n"
-    assert said[1].startswith(f"DataError: cannot keep tokens in {cache}: permission denied; set ICENET_CACHE")
+def row_by_row(engine: Any, batch: dict[str, Any]) -> tuple[float, dict[str, np.ndarray]]:
+    """Returns loss and gradients of the rows one by one, without padding, weighted by their labels, in float64."""
+    total, loss, sums = int(batch["attention_mask"].sum()), 0.0, dict[str, np.ndarray]()
+    for row, count in enumerate(batch["attention_mask"].sum(axis=1).tolist()):
+        alone = {name: batch[name][row : row + 1, :count] for name in ("inputs", "labels")}
+        found, gradients = engine.gradients(alone)
+        loss += found * count / total
+        for path, gradient in gradients.items():
+            sums[path] = sums.get(path, 0) + gradient.astype(np.float64) * (count / total)
+    return loss, sums
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX")
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    """The cache is writable, the source is not readable."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o777)
-        (folder / "secret.txt").write_text("no")
-        (folder / "secret.txt").chmod(0)
-        said = output(child(BUILD.format(before=NO_RIGHTS), folder / "secret.txt", folder / "cache"))
-    assert said == f"DataError: cannot read {folder}/secret.txt: permission denied\n"
+LENGTHS = [5, 16, 1, 30, 11, 2]
+
+FAMILIES = {
+    "transformer": ["model.num_layers=2"],
+    "encoder": ["model.num_layers=2", "model.causal=false"],
+    **{
+        family: [f"model={{type: {family}, hidden_size: 32, num_layers: 2, vocab_size: 257}}", "data.seq_length=32"]
+        for family in ("lstm", "gru", "rnn")
+    },
+    "bidirectional": [
+        "model={type: gru, hidden_size: 32, num_layers: 2, vocab_size: 257, bidirectional: true}",
+        "data.seq_length=32",
+    ],
+}
 
 
-def test_cache_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("text " * 10)
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "here"))
-    open_dataset(DataConfig(source=str(tmp_path / "a.txt"), validation_fraction=0), 4, 0)
-    assert len(list((tmp_path / "here").glob("*.tokens"))) == 1
-    monkeypatch.delenv("ICENET_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_module.default_folder() == tmp_path / ".cache" / "icenet"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family: str, tmp_path: Path) -> None:
+    """Loss and gradients of a padded batch equal those of its rows one by one: to the last digits in float64, and by
+    the yardstick on both backends. Models that look ahead need the mask for this."""
+    options = FAMILIES[family]
+    config = tiny(tmp_path, *options, "model.dropout=0")
+    batch = documents(LENGTHS, 32).train_batch(0, len(LENGTHS))
+    assert batch["inputs"].shape == (6, 32) and not batch["attention_mask"].all()
+    exact = backends.engine(config, "torch", "cpu", dtype="float64")
+    expected_loss, expected = row_by_row(exact, batch)
+    loss, gradients = exact.gradients(batch)
+    assert abs(loss - expected_loss) < 1e-13 * expected_loss
+    for path, gradient in gradients.items():
+        assert np.abs(gradient - expected[path]).max() <= 1e-11 * np.abs(expected[path]).max() + 1e-15, path
+    plain = backends.engine(config, "torch", "cpu")
+    noise_loss, noise = row_by_row(plain, batch)
+    for name in BACKENDS:
+        loss, gradients = backends.engine(config, name, "cpu").gradients(batch)
+        assert judge(loss, noise_loss, expected_loss, min_noise=half_ulp_of_the_loss(expected_loss, batch)).passed
+        for path, gradient in gradients.items():
+            verdict = judge(gradient, noise[path], expected[path], layer_rms=layer_rms(expected, path))
+            assert verdict.passed, (name, path, verdict)
 
 
-# ---- what is refused --------------------------------------------------------------------------------------
+def half_ulp_of_the_loss(loss: float, batch: dict[str, Any]) -> float:
+    """Returns the rounding error of the mean loss: half an ulp of each label's loss."""
+    return float(2.0**-24 * loss / np.sqrt(batch["attention_mask"].sum()))
 
 
-def test_bad_sources_are_named_with_a_way_out(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("text")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "binary").mkdir()
-    (tmp_path / "binary" / "a.bin").write_bytes(b"\0\1")
-    (tmp_path / "data.gz").write_bytes(b"\x1f\x8b\x08\x00")
-    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    (tmp_path / "nothing.txt").write_text("")
-    cases = {
-        f"{tmp_path}/corpus.text": rf"is not there; did you mean '{tmp_path}/corpus\.txt'\?",
-        f"{tmp_path}/no/where.txt": rf"the folder '{tmp_path}/no' is not there either",
-        f"{tmp_path}/qqqq": r"is not there \(looked in",
-        f"{tmp_path}/empty": "folder without files",
-        f"{tmp_path}/binary": r"no text in folder .*binary \(1 file looked at\)",
-        f"{tmp_path}/data.gz": r"data\.gz is not UTF-8 text \(.*\); unpack it",
-        f"{tmp_path}/latin.txt": r"latin\.txt is not UTF-8 text .*convert it to UTF-8",
-        f"{tmp_path}/nothing.txt": "there is no text in file",
-        f"{tmp_path}/*.md": "matches no files",
-        f"{tmp_path}/em*": r"matches folders but no files; '\*\*/\*'",
-        f"{tmp_path}/absent/*.txt": "matches no files: there is no folder",
-        "https://example.com/corpus.txt": "is a URL; download it first",
-        "s3://bucket/corpus": "is a URL",
-        "": "data.source is empty",
-        "a\0b": "cannot be read|is not there",
-        os.devnull: "neither a file nor a folder",
-        "stdlibs": "is not there",
-    }
-    for source, message in cases.items():
-        with pytest.raises(DataError, match=message) as caught:
-            tokens_of(source, cache)
-        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
-    assert not cache.exists() or list(cache.iterdir()) == []
+def layer_rms(gradients: dict[str, np.ndarray], path: str) -> float:
+    """Returns the RMS of all gradients of a parameter's layer."""
+    layer = path.rpartition(".")[0]
+    return rms(np.concatenate([g.ravel() for p, g in gradients.items() if p.rpartition(".")[0] == layer]))
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "log.txt").write_text("so far")
-    found = find_source(str(tmp_path / "log.txt"))
-    (tmp_path / "log.txt").write_text("so far and further")
-    with pytest.raises(DataError, match=r"log\.txt changed while it was read"):
-        load_tokens(found, ByteTokenizer(), cache)
-    (tmp_path / "log.txt").unlink()
-    with pytest.raises(DataError, match=r"cannot read .*log\.txt: no such file"):
-        load_tokens(found, ByteTokenizer(), cache)
+@pytest.mark.parametrize("family", ["transformer", "gru"])
+def test_a_padded_batch_agrees_between_the_backends(family: str, tmp_path: Path) -> None:
+    """The complete parity report, with dropout: every layer, every gradient and the step."""
+    gru = ["model={type: gru, hidden_size: 32, num_layers: 1, vocab_size: 257}", "data.seq_length=32"]
+    options = gru if family == "gru" else []
+    config = tiny(tmp_path, *options)
+    report = parity.run(config, batch=documents(LENGTHS, 32).train_batch(0, len(LENGTHS)))
+    assert report.passed
 
 
-def test_too_short_says_what_there_is_and_what_is_needed(tmp_path: Path, cache: Path) -> None:
-    data = counting(100, 20)
-    assert data.steps_per_epoch(4) == 1
-    with pytest.raises(DataError, match=r"has 100 training tokens, and one batch needs 120: .*data\.source"):
-        data.train_batch(0, 5)
-    with pytest.raises(DataError, match=r"lower data\.seq_length \(20\) or training\.batch_size \(5\)"):
-        data.steps_per_epoch(5)
-    assert counting(120, 20).steps_per_epoch(5) == 1
-    with pytest.raises(DataError, match=r"leaves 10 tokens for validation, and one window needs 21: .*\(0\.1; 0"):
-        counting(100, 20, fraction=0.1)
-    with pytest.raises(DataError, match="batch_size"):
-        data.steps_per_epoch(0)
-    with pytest.raises(DataError, match="seq_length"):
-        counting(100, 0)
-    with pytest.raises(DataError, match="validation_fraction"):
-        counting(100, 4, fraction=1.0)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_training_on_padded_rows(name: str, tmp_path: Path) -> None:
+    """Batches of changing length, with micro-batches: the loss falls, and a resumed run equals an unpaused one."""
+    texts = [f"{i % 7} and {i % 7} is {2 * (i % 7)}. " * (1 + i % 3) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    overrides = [f"data.source={tmp_path / 'a.jsonl'}", "data.packing=false", "training.gradient_accumulation=2"]
+    overrides += ["training.max_steps=8", "training.checkpoint_every=4", "training.eval_every=4"]
+    config = tiny(tmp_path, *overrides)
+    whole = Trainer.start(config, tmp_path / "whole", backend=name, quiet=True)
+    result = whole.fit()
+    train(config, tmp_path / "part", name, until=4)
+    assert resume(tmp_path / "part").loss == result.loss < 5.5 and result.validation_loss is not None
+    shapes = {whole.dataset.train_batch(step, 4)["inputs"].shape[1] for step in range(8)}
+    assert shapes <= {16, 32} and len(shapes) == 2
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on memory differ")
-def test_data_larger_than_memory_is_streamed(tmp_path: Path, cache: Path) -> None:
-    """96 MB of text in a process that may take 64 MB more than it has: only a stream can do it."""
-    with open(tmp_path / "big.txt", "wb") as file:
-        for _ in range(96):
-            file.write(b"0123456789abcdef" * (1 << 16))
-    limit = """
-    import resource, re
-    import numpy
-    from icenet.core import rng
-    used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) << 10
-    resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), used + (64 << 20)))
-    """
-    code = BUILD.format(before=textwrap.dedent(limit).replace("\n", "\n    "))
-    said = output(child(code, tmp_path / "big.txt", cache))
-    assert len(said.strip()) == 64, said
-    (tmp_path / "big.txt").unlink()
+def test_a_model_without_attention_mask_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        from torch import nn
+        from icenet_torch.models.base import BaseModel
+        class Plain(BaseModel):
+            def __init__(self, config):
+                super().__init__(config)
+                self.embedding = nn.Embedding(config.vocab_size, 8)
+                self.output = nn.Linear(8, config.vocab_size)
+            def forward(self, input_ids):
+                return self.output(self.embedding(input_ids))
+        class Masked(Plain):
+            def forward(self, input_ids, attention_mask=None):
+                return super().forward(input_ids)
+        """)
+    )
+    from icenet.core.config import custom
+
+    for name in ("Plain", "Masked"):
+        family = f"{tmp_path / 'mine.py'}:{name}"
+        custom.trust(family)
+        model = f"model={{type: '{family}', vocab_size: 257, hidden_size: 8, num_layers: 1}}"
+        config = tiny(tmp_path, model, "data.seq_length=16", "data.packing=false", "backend=torch")
+        config.training.batch_size = 1
+        if name == "Plain":
+            with pytest.raises(ConfigError) as caught:
+                dataset_for(config)
+            assert is_one_line(caught.value, "data.packing", "attention_mask", "Plain")
+        else:
+            assert dataset_for(config).train_batch(0, 1)["attention_mask"].any()
+
+
+# ---- runs that carry their tokenizer ----------------------------------------------------------------------
+
+
+def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path) -> None:
+    """Trained on MLX, moved, its tokenizer's file removed: resumed on PyTorch, generating, saved, converted, loaded."""
+    mine = tmp_path / "home" / "tokenizer.json"
+    mine.parent.mkdir()
+    shutil.copy(bpe, mine)
+    overrides = ["model.vocab_size=400", f"data.tokenizer={mine}", "training.max_steps=6", "training.eval_every=null"]
+    config = tiny(tmp_path, *overrides, "training.keep_checkpoints=1", "training.checkpoint_every=2")
+    whole = train(config, tmp_path / "whole", "mlx")
+    train(config, tmp_path / "home" / "run", "mlx", until=3)
+    shutil.move(tmp_path / "home" / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "home")
+    found = checkpoint.find(tmp_path / "run")
+    manifest = json.loads((found.path / "manifest.json").read_text())["files"]
+    assert manifest["tokenizer.json"]["sha256"] == hashlib.sha256(bpe.read_bytes()).hexdigest()
+    assert Path(found.config.data.tokenizer) == found.path / "tokenizer.json"
+    assert str(tmp_path) not in (found.path / "config.yaml").read_text().split("tokenizer:")[1].split("\n")[0]
+
+    resumed = Trainer.resume(tmp_path / "run", backend="torch", quiet=True)
+    assert resumed.notes == []  # the data is unchanged
+    result = resumed.fit()
+    assert abs(result.loss - whole.loss) < 1e-4 * whole.loss  # curves by the yardstick: test_trainer.py
+    texts = {name: icenet.generate(icenet.load(tmp_path / "run", name), "alpha", max_new_tokens=12, temperature=0)
+             for name in BACKENDS}  # fmt: skip
+    assert texts["mlx"] == texts["torch"] != ""
+    options = ["--prompt", "alpha", "--max-new-tokens", "12", "--temperature", "0"]
+    done = command("generate", "run", *options, folder=tmp_path)
+    assert done.stdout == f"alpha{texts['torch']}\n"
+
+    icenet.save(icenet.load(tmp_path / "run"), tmp_path / "saved")
+    command("convert", "run", "converted", "--to", "canonical", folder=tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    for folder in ("saved", "converted"):
+        shutil.move(tmp_path / folder, tmp_path / f"{folder} and moved")
+        model = icenet.load(tmp_path / f"{folder} and moved", "torch")
+        assert icenet.generate(model, "alpha", max_new_tokens=12, temperature=0) == texts["torch"]
+        assert model.tokenizer.name == get_tokenizer(str(bpe)).name
+
+
+def test_a_checkpoint_with_a_damaged_tokenizer_is_skipped(bpe: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path, "model.vocab_size=400", f"data.tokenizer={bpe}", "training.max_steps=4")
+    config = config.with_overrides("training.checkpoint_every=2", "training.eval_every=null")
+    train(config, tmp_path / "run", "torch")
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None and newest.name == "step-00000004"
+    (newest / "tokenizer.json").write_bytes(bpe.read_bytes()[:-1])
+    notes: list[str] = []
+    assert checkpoint.find(tmp_path / "run", notes.append).step == 2
+    assert is_one_line(notes[0], "tokenizer.json", "damaged")
+
+
+def test_a_path_in_a_configuration_is_relative_to_its_folder_first(
+    bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my.yaml").write_text("model: {type: transformer}\ndata: {tokenizer: t.json}\n")
+    monkeypatch.chdir(tmp_path)
+    read = lambda *overrides: Config.from_yaml("conf/my.yaml", overrides).data.tokenizer  # noqa: E731
+    assert read() == "t.json"  # missing: an error when it is needed
+    shutil.copy(bpe, tmp_path / "t.json")
+    assert read() == str(tmp_path / "t.json")
+    shutil.copy(bpe, tmp_path / "conf" / "t.json")
+    assert read() == str(tmp_path / "conf" / "t.json")
+    assert read("data.tokenizer=t.json") == str(
+        tmp_path / "t.json"
+    )  # on the command line: relative to the working folder
+    assert read("data.tokenizer=bytes") == "bytes"
+
+
+def test_stop_texts_end_within_a_token(bpe: Path) -> None:
+    """The part of a token before the stop text belongs to the result."""
+    from icenet.core.generation.stopping import StoppingCriteria
+
+    tokenizer = get_tokenizer(str(bpe))
+    text = "def main(self):\n    return self.value  # end"
+    tokens = tokenizer.encode(text)
+    joined = [tokenizer.decode([token]) for token in tokens]
+    assert any(len(piece) > 2 for piece in joined)
+    for stop in ("elf", "n", "):", "lue  #", "\n  "):
+        stops = StoppingCriteria(1, [stop], tokenizer, 0)
+        for token in tokens:
+            stops.update(np.array([token], np.int32))
+            if stops.all_done:
+                break
+        assert stops.all_done
+        assert decode_continuation(tokenizer, stops.tokens[0]) + stops.endings[0] == text[: text.index(stop)]

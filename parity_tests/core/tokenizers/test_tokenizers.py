@@ -152,7 +152,9 @@ def test_chunks_have_the_tokens_of_the_whole_text(kind: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt4", "llama"])
-@pytest.mark.parametrize("text", ["word" * 9000, " " * 30_000, "\n" * 30_000, "語" * 9000, "a\r\n  b \u3000\n" * 3000])
+@pytest.mark.parametrize(
+    "text", ["word" * 9000, " " * 30_000, "\n" * 30_000, "語" * 9000, "a\r\n  b \u3000\n" * 3000]
+)
 def test_chunks_without_good_boundaries_decode_to_the_text(
     kind: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,1 +1,2 @@
-"""Text as training batches: sources, the token cache, packed sequences and single documents."""
+"""Text data: from files (`sources`, `reading`) over tokens (`prepare`, `token_file`, `cache`) to batches of packed
+sequences (`packed`) or of single documents (`documents`)."""

@@ -4,8 +4,8 @@
     NAME.partial/       unfinished work (`prepare`)
     NAME.lock           held by the process that makes them; others wait
 
-NAME is a hash of the source and the tokenizer, STATE one of the source's files (names, sizes, times): a changed source
-gets a new token file.
+NAME is a hash of the source and the tokenizer, STATE a hash of the source's files (names, sizes, times): a changed
+source gets a new token file.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def load_tokens(
     path = folder / f"{name}-{state}.tokens"
     partial = folder / f"{name}.partial"
     try:
-        for _ in range(3):  # a process that finds the source changed may remove the file that another has made
-            if (found := open_file(path, tokenizer)) is not None:
-                return found
-            folder.mkdir(parents=True, exist_ok=True)
-            with files.locked(folder / f"{name}.lock"), limit_threads(workers):
-                if open_file(path, tokenizer) is None:  # another process may have made it meanwhile
-                    make_token_file(path, source, tokenizer, text_key, partial, progress)
-                    _clean(path)
+        if (file := open_file(path, tokenizer)) is not None:
+            return file
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / f"{name}.lock"), limit_threads(workers):
+            if open_file(path, tokenizer) is None:  # another process may have made it meanwhile
+                make_token_file(path, source, tokenizer, text_key, partial, progress)
+                _clean(path)
+            if (file := open_file(path, tokenizer)) is not None:
+                return file
     except (OSError, FileError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         raise _unusable(folder, cause, partial.is_dir()) from None

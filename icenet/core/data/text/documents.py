@@ -1,4 +1,4 @@
-"""Texts that do not share a row: each begins one of its own, filled up and masked (`data.packing: false`)."""
+"""Unpacked text (`data.packing: false`): each document begins a row of its own, which is padded and masked."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import Tokenizer
 
 IGNORED = -100
-"""The label of a position that predicts nothing."""
+"""The label of padding, which the loss ignores."""
 _MULTIPLE = 16
-"""Rows are filled up to a multiple of it, so that compiled steps see few shapes."""
+"""Rows are padded to a multiple of it, so that there are few shapes to compile."""
 
 
 class Rows:
-    """The rows of a part of some tokens.
+    """The rows of a range of tokens.
 
-    A text of n tokens is n + 1 labels: its tokens and the end of text after them. Its inputs are the tokens before:
-    the end of text that is before it, and its own. So a row is what packing would show of its text. Texts of more
-    labels than `length` are cut into rows of `length` and a rest; of a text that reaches into another part, a part
-    has what is its own.
+    A document of n tokens has n + 1 labels: its tokens and the end of text after them. The inputs are the tokens
+    before the labels: an end of text, and the document's own. So a row has the same tokens as a packed sequence.
+    Documents of more than `length` labels are split into rows of `length` and a shorter last one. Of a document that
+    crosses the end of the range, only the labels inside belong to it.
 
     Attributes:
-        count: the rows.
-        num_labels: the labels in them.
+        count: Number of rows.
+        num_labels: Number of labels in all rows.
     """
 
     def __init__(
@@ -41,38 +41,46 @@ class Rows:
         length: int,
         eot_id: int,
     ) -> None:
-        """The rows of `tokens[first:last]`, whose texts begin at `starts`, int `[texts]`, rising from 0."""
+        """Finds the rows of `tokens[first:last]`.
+
+        Args:
+            tokens: Integers `[num_tokens]`.
+            starts: Offset of the first token of each document, integers `[documents]`, ascending from 0.
+            first, last: The range.
+            length: Maximum number of labels in a row.
+            eot_id: The end-of-text token.
+        """
         self._tokens = tokens
         self._length = length
         self._eot_id = eot_id
-        # the end of text after each: the last text's is not there, and is put where it would be
+        # the end of text after each document; the last document has none, so its offset is one past the tokens
         ends = np.append(np.asarray(starts[1:], np.int64) - 1, len(tokens))
         begins = np.asarray(starts, np.int64)
-        # a part that begins within a text begins with an input
+        # a range that begins inside a document begins with an input, whose label is the next token
         label_first = np.where(begins >= first, begins, first + 1)
         label_last = np.where((ends < last) | (last == len(tokens)), ends, last - 1)
         counts = label_last - label_first + 1
-        # neither of another part nor empty: two ends of text in a row hold no text
-        held = (ends > begins) & (begins < last) & (ends >= first) & (counts > 0)
-        self._firsts, self._counts = label_first[held], counts[held]
+        # not outside the range, and not empty: between two ends of text there is no document
+        used = (ends > begins) & (begins < last) & (ends >= first) & (counts > 0)
+        self._firsts, self._counts = label_first[used], counts[used]
         self._row_ends = np.cumsum(-(-self._counts // length))
         self.count = int(self._row_ends[-1]) if len(self._row_ends) else 0
         self.num_labels = int(self._counts.sum())
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """Some rows, as long as the longest of them, rounded up to a multiple of 16 but not above `length`."""
-        texts = np.searchsorted(self._row_ends, rows, side="right")
-        within = rows - np.where(texts > 0, self._row_ends[texts - 1], 0)
-        firsts = self._firsts[texts] + within * self._length
-        counts = np.minimum(self._length, self._counts[texts] - within * self._length)
+        """Returns some rows, padded to the longest of them, rounded up to a multiple of 16 but at most `length`."""
+        documents = np.searchsorted(self._row_ends, rows, side="right")
+        within = rows - np.where(documents > 0, self._row_ends[documents - 1], 0)
+        firsts = self._firsts[documents] + within * self._length
+        counts = np.minimum(self._length, self._counts[documents] - within * self._length)
         longest = min(self._length, -(-int(counts.max()) // _MULTIPLE) * _MULTIPLE)
         inputs = np.full((len(rows), longest), self._eot_id, np.int32)
         labels = np.full((len(rows), longest), IGNORED, np.int32)
         mask = np.arange(longest) < counts[:, None]
         for row, (first, count) in enumerate(zip(firsts.tolist(), counts.tolist(), strict=True)):
-            skip = int(first == 0)  # before the first text is an end of text that is not there
+            skip = int(first == 0)  # the end of text before the first document is not in the file: it is padding
             inputs[row, skip:count] = self._tokens[first - 1 + skip : first - 1 + count]
-            # and so it is after the last
+            # neither is the one after the last document
             known = min(count, len(self._tokens) - first)
             labels[row, :known] = self._tokens[first : first + known]
             labels[row, known:count] = self._eot_id
@@ -80,10 +88,9 @@ class Rows:
 
 
 class DocumentDataset(TextDataset):
-    """A text's documents, each in rows of its own (`Rows`), cut into a training part and a validation part.
+    """The documents of a text, each in rows of its own (`Rows`).
 
-    The parts are those of `TextDataset`. An epoch takes each training row once, in an order drawn from (seed, epoch)
-    alone.
+    The training and validation parts are those of `TextDataset`. An epoch has each training row once, in an order drawn from (seed, epoch) alone.
     """
 
     packing: ClassVar[bool] = False
@@ -91,10 +98,14 @@ class DocumentDataset(TextDataset):
     def __init__(
         self, tokens: NDArray[np.integer], tokenizer: Tokenizer, *, starts: NDArray[np.integer], **options: Any
     ) -> None:
-        """Takes what `TextDataset` does, and where the documents begin, int `[documents]`.
+        """Splits the tokens into the two parts.
+
+        Args:
+            tokens, tokenizer, options: See `TextDataset`.
+            starts: Offset of the first token of each document, integers `[documents]`.
 
         Raises:
-            DataError: there is a validation part, but no row in it.
+            DataError: The validation part has no rows but is not empty.
         """
         self._starts = starts
         super().__init__(tokens, tokenizer, **options)
@@ -111,14 +122,14 @@ class DocumentDataset(TextDataset):
 
     @property
     def items_per_row(self) -> int:
-        """Tokens in one row of a batch, on average."""
+        """Number of tokens in one row of a batch, on average."""
         return max(1, round(self._train_rows.num_labels / max(1, self._train_rows.count)))
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in one pass over the training rows; what is left over is dropped.
+        """Returns the number of full batches in one pass over the training rows. The remainder is dropped.
 
         Raises:
-            DataError: there is not one.
+            DataError: The number is zero.
         """
         if batch_size < 1:
             raise DataError(f"training.batch_size must be at least 1, not {batch_size}")
@@ -131,14 +142,14 @@ class DocumentDataset(TextDataset):
         return steps
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
-        """The batch of a step, counted from 0: a pure function of (seed, step, batch_size).
+        """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
 
         Returns:
-            `inputs` and `labels`, int32 `[batch_size, T]`, and `attention_mask`, bool `[batch_size, T]`, True where a
-            row has a token; T is at most seq_length. Where a row has none, its label is -100.
+            `inputs` and `labels`, int32 `[batch_size, T]`, and `attention_mask`, bool `[batch_size, T]`, False for
+            padding. T is at most seq_length. The label of padding is -100.
 
         Raises:
-            DataError: there are fewer rows than in one batch.
+            DataError: There are fewer rows than a batch has.
         """
         if step < 0:
             raise ValueError(f"steps are counted from 0, not {step}")
@@ -147,7 +158,7 @@ class DocumentDataset(TextDataset):
         return self._train_rows.batch(order[index * batch_size : (index + 1) * batch_size])
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """As `TextDataset.validation_batches`, of rows as `train_batch` has them."""
+        """Yields batches of validation rows; see `TextDataset.validation_batches` and `train_batch`."""
         rows = self._validation_rows.count if self.num_validation_tokens else 0
         taken = rows if count is None else min(rows, count * batch_size)
         chosen = np.arange(taken, dtype=np.int64) * rows // max(taken, 1)

@@ -1,4 +1,4 @@
-"""Text as training batches: which tokens stand in which batch is a pure function of (seed, step)."""
+"""Packed text: batches of fixed-length windows of a token file, whatever documents they cross."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import Tokenizer
 
 Batch = dict[str, NDArray[Any]]
-"""`inputs` and `labels`, int32 `[batch, seq_length]` each: a label is the token after its input."""
+"""`inputs` and `labels`, int32 `[batch, seq_length]` each; a label is the token after its input. Padded batches also
+have `attention_mask`, bool."""
 
 
 class TextDataset:
-    """A text's tokens, cut into a training part and a validation part (the tail).
+    """The tokens of a text, split into a training part and a validation part (the tail).
 
-    An epoch is one pass over the training part in windows that do not overlap. Each epoch cuts them at
-    another offset and takes them in another order, both drawn from (seed, epoch) alone: a resumed run, the
-    other backend or another process sees the same batches, and nothing needs to be stored but the step.
+    An epoch is one pass over the training part in windows that do not overlap. Each epoch has its own offset of the
+    windows and its own order, both drawn from (seed, epoch) alone. A resumed run, the other backend and every process
+    see the same batches, and a checkpoint stores nothing but the step.
 
     Attributes:
-        tokenizer: how the text became tokens.
-        num_train_tokens, num_validation_tokens: the sizes of the two parts.
-        num_documents: the texts in it (files that are not text, or empty, do not count).
-        fingerprint: SHA-256, hex, of the tokenizer and all tokens: equal where the data is equal.
-        description: the source in words.
-        path: the file of the tokens, where there is one.
+        tokenizer: The tokenizer of the tokens.
+        num_train_tokens, num_validation_tokens: Sizes of the two parts.
+        num_documents: Number of documents; empty files and files that are not text do not count.
+        fingerprint: SHA-256, hex, of the tokenizer's name and all tokens.
+        description: Name of the source in messages.
+        path: The token file, if there is one.
     """
 
     unit = "tok"
@@ -54,10 +55,18 @@ class TextDataset:
         fingerprint: str = "",
         description: str = "text",
     ) -> None:
-        """Cuts `tokens` (1-D, any integer type, a memory map or an array) in two parts.
+        """Splits the tokens into the two parts.
+
+        Args:
+            tokens: Integers `[num_tokens]`, an array or a memory map.
+            tokenizer: Their tokenizer.
+            seq_length: Number of tokens in a window.
+            seed: Determines the order of batches.
+            validation_fraction: Share of the tokens in the validation part, from 0 to below 1.
+            num_documents, fingerprint, description: See the attributes.
 
         Raises:
-            DataError: there is a validation part, but it is shorter than one window.
+            DataError: The validation part is shorter than one window but not empty, or an argument is out of range.
         """
         if seq_length < 1:
             raise DataError(f"data.seq_length must be at least 1, not {seq_length}")
@@ -74,8 +83,8 @@ class TextDataset:
         self._tokens = tokens
         self._train = tokens[: self.num_train_tokens]
         self._validation = tokens[self.num_train_tokens :]
-        # Windows start at the epoch's offset, at most seq_length - 1, and their last label is one further on:
-        # this many fit whatever the offset, so that all epochs are of one length.
+        # The first window starts at the epoch's offset, at most seq_length - 1, and the last label is one token after
+        # its window. This many windows fit with every offset, so all epochs have the same length.
         self._windows = max(0, (self.num_train_tokens - seq_length) // seq_length)
         self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
         self._check_validation(validation_fraction)
@@ -103,12 +112,16 @@ class TextDataset:
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Opens a source ('stdlib', a file, a folder or a glob); its tokens are made once and then mapped.
+        """Opens a source: 'stdlib', a file, a folder or a glob.
 
-        `workers` and `progress` are those of `load_tokens`.
+        Args:
+            source: The source, see `find_source`.
+            seq_length, seed, validation_fraction: See `__init__`.
+            tokenizer: A tokenizer or its name.
+            cache_dir, text_key, workers, progress: See `load_tokens`.
 
         Raises:
-            DataError: the source is missing, empty, not text or too short, or the cache cannot be written.
+            DataError: The source is missing, empty, not text or too short, or the cache cannot be written.
         """
         found = find_source(source)
         encoder = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -130,24 +143,24 @@ class TextDataset:
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """What goes with a checkpoint so that using it needs no data: the tokenizer's file, if it has one."""
+        """The files of the tokenizer, which checkpoints store."""
         return self.tokenizer.files
 
     @property
     def items_per_row(self) -> int:
-        """Tokens in one row of a batch."""
+        """Number of tokens in one row of a batch."""
         return self.seq_length
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Nothing: using the model needs no more than its configuration."""
+        """Empty: a text model needs nothing besides its configuration and tokenizer."""
         return {}
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in one pass over the training part; what is left over is dropped.
+        """Returns the number of full batches in one pass over the training part. The remainder is dropped.
 
         Raises:
-            DataError: there is not one.
+            DataError: The number is zero.
         """
         if batch_size < 1:
             raise DataError(f"training.batch_size must be at least 1, not {batch_size}")
@@ -162,17 +175,17 @@ class TextDataset:
         return steps
 
     def epoch_of(self, step: int, batch_size: int) -> int:
-        """The epoch, from 0, in which a step, from 0, falls."""
+        """Returns the epoch of a step; both are counted from 0."""
         return step // self.steps_per_epoch(batch_size)
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
-        """The batch of a step, counted from 0: a pure function of (seed, step, batch_size).
+        """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
 
         Returns:
             `inputs` and `labels`, int32 `[batch_size, seq_length]`.
 
         Raises:
-            DataError: the training part is shorter than one batch.
+            DataError: The training part is shorter than one batch.
         """
         if step < 0:
             raise ValueError(f"steps are counted from 0, not {step}")
@@ -182,10 +195,11 @@ class TextDataset:
         return self._batch(self._train, offset + windows * self.seq_length)
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """At most `count` batches of validation windows, the same every time; the last may be smaller.
+        """Yields batches of validation windows, the same in every call; the last one may be smaller.
 
-        Where there are more windows than asked for, those taken are spread evenly over the validation part.
-        With a validation fraction of 0 there are none. `count=None` takes all.
+        Args:
+            batch_size: Rows in a batch.
+            count: Maximum number of batches, whose windows are spread evenly over the validation part. None: all.
         """
         windows = max(0, (self.num_validation_tokens - 1) // self.seq_length)
         taken = windows if count is None else min(windows, count * batch_size)
@@ -194,7 +208,7 @@ class TextDataset:
             yield self._batch(self._validation, starts[first : first + batch_size])
 
     def _order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        """The offset at which an epoch cuts its windows, and the order in which it takes them."""
+        """Returns the offset of an epoch's first window, and the order of its windows."""
         cached = self._epoch  # read once: another thread may prefetch
         if cached is None or cached[0] != epoch:
             offset = int(rng.bits(rng.key(self.seed, "data offset", epoch), 1)[0]) % self.seq_length

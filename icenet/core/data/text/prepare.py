@@ -99,14 +99,13 @@ def make_token_file(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _encode(
-    partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_key: str, progress: Progress
-) -> None:
+def _encode(partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_key: str, progress: Progress) -> None:
     """Encodes the documents from the current position on. Batches reach across documents."""
-    batch: list[Chunk] = []
-    batch_bytes = done = 0
+    first, start = partial.position.document, partial.position.offset
+    done = sum(document.size for document in source.documents[:first])
     total = sum(document.size for document in source.documents)
-    saved = time.monotonic()
+    batch: list[Chunk] = []
+    batch_bytes, saved = 0, time.monotonic()
 
     def encode_batch(bytes_read: int) -> None:
         nonlocal batch_bytes, saved
@@ -121,8 +120,6 @@ def _encode(
             saved = time.monotonic()
         progress(bytes_read, total)
 
-    first, start = partial.position.document, partial.position.offset
-    done = sum(document.size for document in source.documents[:first])
     for document in source.documents[first:]:
         try:
             with Reader(document) as reader:
@@ -132,12 +129,11 @@ def _encode(
                     if batch_bytes >= BATCH_BYTES:
                         encode_batch(done + reader.bytes_read)
         except DataError as error:
-            encode_batch(done)
-            partial.discard_document()
-            if source.sole or not isinstance(error, NotTextError):
-                partial.save()
+            encode_batch(done)  # what was read before it
+            left_out = isinstance(error, NotTextError) and not source.sole
+            partial.discard_document(left_out)
+            if not left_out:
                 raise
-            batch.append(Chunk("", False, 0, None, last=True))  # the document is left out
         start = 0
         done += document.size
     encode_batch(done)
@@ -165,6 +161,7 @@ class PartialTokens:
         self._eot = np.array([tokenizer.eot_id])
         self._hash, self._hashed = hashlib.sha256(), 0
         self.position = self._read_journal()
+        self._saved_tokens = self.position.tokens
         self._tokens = open(folder / "tokens", "ab")  # noqa: SIM115 - closed by __exit__
         self._blocks = open(folder / "blocks", "ab")  # noqa: SIM115
         self._truncate()
@@ -207,15 +204,23 @@ class PartialTokens:
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self.position.tokens += len(tokens)
 
-    def discard_document(self) -> None:
-        """Removes the tokens of the current document."""
+    def discard_document(self, left_out: bool) -> None:
+        """Removes the tokens of the current document, and continues after it if it is left out."""
         position = self.position
+        saved = self._saved_tokens > position.first_token
         position.offset, position.tokens, position.blocks = 0, position.first_token, position.first_block
         self.resumable = True
+        if saved:  # first, because the journal must not describe more than the files contain
+            self.save()
         self._truncate()
+        if left_out:
+            self.append(Chunk("", False, 0, None, last=True), None)
+        if saved or not left_out:
+            self.save()
 
     def save(self) -> None:
         """Flushes the files to the disk and replaces the journal. Removes it if there is nothing to keep."""
+        self._saved_tokens = self.position.tokens
         if self.position == Position():
             (self.folder / "journal.json").unlink(missing_ok=True)
             return
@@ -226,7 +231,7 @@ class PartialTokens:
         files.write_text(self.folder / "journal.json", json.dumps(journal))
 
     def shuffled_blocks(self) -> Iterator[NDArray[np.integer]]:
-        """Yields the tokens of all blocks in an order that depends on their number alone, separated by end of text."""
+        """Yields the tokens of all blocks, separated by end of text. Their order depends on their number alone."""
         self._tokens.flush()
         self._blocks.flush()
         tokens = np.memmap(self.folder / "tokens", self._dtype, "r", shape=(self.position.tokens,))
@@ -251,19 +256,13 @@ class PartialTokens:
 
     def _read_journal(self) -> Position:
         """Returns the position in the journal, or the beginning if there is no journal that fits the files."""
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
             journal = json.loads((self.folder / "journal.json").read_text())
-            self.position = Position(**journal["position"])
-            sizes = [(self.folder / name).stat().st_size for name in ("tokens", "blocks")]
-            if (
-                journal["documents"] == self._documents_hash()
-                and self.position.document <= len(self._documents)
-                and sizes[0] >= self.position.tokens * self._dtype.itemsize
-                and sizes[1] >= self.position.blocks * 8
-            ):
-                return self.position
-        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
-            pass
+            position = self.position = Position(**journal["position"])
+            needed = {"tokens": position.tokens * self._dtype.itemsize, "blocks": position.blocks * 8}
+            complete = all((self.folder / name).stat().st_size >= size for name, size in needed.items())
+            if complete and journal["documents"] == self._documents_hash():
+                return position
         self._hash, self._hashed = hashlib.sha256(), 0
         return Position()
 

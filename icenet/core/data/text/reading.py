@@ -1,7 +1,7 @@
 """Reads the text of documents as a stream of chunks, so that no file has to fit in memory.
 
-A document is a text file or a file of JSON lines, either of them possibly gzipped. Chunk boundaries are a pure function
-of the document's bytes: the tokens do not depend on the number of threads or on where an interrupted run resumed.
+A document is a text file or a file of JSON lines, plain or gzipped. Chunk boundaries are a pure function of the
+document's bytes: the tokens do not depend on the number of threads, nor on where an interrupted run resumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from icenet.core.config.section import nearest
@@ -29,7 +29,7 @@ _BUFFER_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
-_BOUNDARIES = (re.compile(rb"[0-9A-Za-z](?=\r?\n)"), re.compile(rb"\S(?= \S)"), re.compile(rb"\S(?=\s)"))
+_CHUNK_ENDS = [re.compile(end) for end in (rb"[0-9A-Za-z](?=\r?\n)", rb"\S(?= \S)", rb"\S(?=\s)")]
 """Where a chunk ends if possible, best first: before a line end that follows a letter or digit, before a space, before
 other white space. Common tokenizers begin a token there, so the chunks have the tokens of the whole text."""
 
@@ -62,11 +62,7 @@ class Reader:
     """Reads the chunks of one document. Use it as a context manager."""
 
     def __init__(self, document: Document) -> None:
-        """Opens a document.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was listed.
-        """
+        """Opens a document. Raises DataError if it cannot be read."""
         self.document = document
         try:
             self._file = open(document.path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
@@ -76,11 +72,6 @@ class Reader:
         self._stream = io.BufferedReader(raw, _BUFFER_BYTES)  # type: ignore[arg-type]
 
     def __enter__(self) -> Reader:
-        try:
-            self._check()
-        except DataError:
-            self._file.close()
-            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -100,13 +91,15 @@ class Reader:
 
         Raises:
             NotTextError: A text file is not UTF-8, or contains NUL bytes.
-            DataError: The file cannot be read, changes while it is read, or has an invalid JSON line.
+            DataError: The file cannot be read, has changed since it was listed, or has an invalid JSON line.
         """
-        self._call(self._stream.seek, start)
-        yield from self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
         self._check()
+        self._call(self._stream.seek, start)
+        last_block = yield from self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
+        self._check()
+        yield Chunk("", False, last_block, None, last=True)
 
-    def _text_chunks(self, start: int) -> Iterator[Chunk]:
+    def _text_chunks(self, start: int) -> Generator[Chunk, None, int]:
         for data in split(lambda size: self._call(self._stream.read, size)):
             try:
                 if (nul := data.find(0)) >= 0:
@@ -119,9 +112,9 @@ class Reader:
                 ) from None
             yield Chunk(text, start > 0, 0, start + len(data))
             start += len(data)
-        yield Chunk("", False, 0, None, last=True)
+        return 0
 
-    def _json_chunks(self, start: int, text_key: str) -> Iterator[Chunk]:
+    def _json_chunks(self, start: int, text_key: str) -> Generator[Chunk, None, int]:
         edges = block_edges()
         block, next_edge = -1, next(edges)
         while line := self._call(self._stream.readline, MAX_LINE_BYTES + 1):
@@ -129,8 +122,8 @@ class Reader:
                 block, next_edge = block + 1, next(edges)
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"data.source: {self.document.path} has a line of more than {MAX_LINE_BYTES >> 20} MB: is it JSON "
-                    "lines, an object on each line?"
+                    f"data.source: {self.document.path} has a line of more than {MAX_LINE_BYTES >> 20} MB: is it "
+                    "JSON lines, an object on each line?"
                 )
             end = start + len(line)
             try:
@@ -142,8 +135,7 @@ class Reader:
             for index, part in enumerate(parts):
                 yield Chunk(part.decode("utf-8"), index > 0, block, end if index == len(parts) - 1 else None)
             start = end
-        block += sum(1 for _ in itertools.takewhile(lambda edge: edge < start, itertools.chain([next_edge], edges)))
-        yield Chunk("", False, block, None, last=True)
+        return block + sum(1 for _ in itertools.takewhile(lambda edge: edge < start, itertools.chain([next_edge], edges)))
 
     def _line_number(self, offset: int) -> int:
         with Reader(self.document) as again:
@@ -153,7 +145,7 @@ class Reader:
     def _check(self) -> None:
         status = os.fstat(self._file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.document.size, self.document.mtime_ns):
-            raise DataError(f"{self.document.path} changed while it was read; try again when nothing writes to it")
+            raise DataError(f"{self.document.path} changed while it was read; try again when no process writes to it")
 
     def _call(self, function: Callable[[int], bytes], argument: int) -> bytes:
         """Calls a method of the stream; its errors become a DataError that names the file."""
@@ -172,7 +164,7 @@ class Reader:
 
 
 def split(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`, at line ends, or else between words or characters.
+    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`, at line ends, else between words or characters.
 
     Args:
         read: Returns that many bytes, fewer only at the end.
@@ -192,7 +184,7 @@ def split(read: Callable[[int], bytes]) -> Iterator[bytes]:
 def _boundary(data: bytes) -> int:
     """Returns the last good place to end a chunk, above 0."""
     window = max(0, len(data) - _WINDOW_BYTES)
-    for pattern in _BOUNDARIES:
+    for pattern in _CHUNK_ENDS:
         if ends := [match.end() for match in pattern.finditer(data, window)]:
             return ends[-1]
     for end in range(len(data) - 1, max(0, len(data) - 4), -1):

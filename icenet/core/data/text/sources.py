@@ -1,4 +1,4 @@
-"""Which files a text source names, and their text in pieces."""
+"""The files of a text source."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from icenet.core.errors import DataError
 from icenet.core.files import path_hint
 
 LINES = (".jsonl", ".jsonl.gz")
-"""The names of files of JSON lines end in these: each line is a text, under a key of an object."""
+"""Suffixes of JSON lines: each line is an object, and a document is the text under one of its keys."""
 PACKED = (".jsonl.gz", ".txt.gz")
-"""And those of packed files, which are read as what was packed."""
+"""Suffixes of gzip files that are unpacked while they are read."""
 
-# not the library itself: what pip put there, its tests, a bundled editor, and generated tables
+# parts of the folder that are not the library: installed packages, tests, a bundled editor, generated tables
 _NOT_LIBRARY = {
     *("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"),
     *("pydoc_data", "encodings", "_bundled", "__phello__"),
@@ -28,7 +28,13 @@ _NOT_LIBRARY = {
 
 @dataclass(frozen=True)
 class Document:
-    """One file of a source: its path, its name within the source, and what tells that it has changed."""
+    """One file of a source.
+
+    Attributes:
+        name: Its path relative to the source.
+        path: Its path.
+        size, mtime_ns: Its size in bytes and time of modification when it was listed.
+    """
 
     name: str
     path: Path
@@ -42,33 +48,39 @@ class Document:
 
     @property
     def lines(self) -> bool:
-        """Whether it holds JSON lines."""
+        """Whether it contains JSON lines."""
         return self.path.name.lower().endswith(LINES)
 
     @property
     def packed(self) -> bool:
-        """Whether it is a gzip file to be read through."""
+        """Whether it is a gzip file that is unpacked while it is read."""
         return self.path.name.lower().endswith(PACKED)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a text source, sorted by name. `sole`: the one file that was named, which must be text."""
+    """The files of a text source.
+
+    Attributes:
+        description: Its name in messages.
+        identity: Its absolute path: the same however `data.source` is written.
+        documents: Its files, sorted by name.
+        sole: Whether the source is a single file, which must be text. Others leave out files that are not.
+    """
 
     description: str
     identity: str
-    """The same for the same source, however its path was written."""
     documents: list[Document]
     sole: bool = False
 
 
 def find_source(source: str) -> Source:
-    """The files that `data.source` names: 'stdlib', a file, a folder (with all below it) or a glob.
+    """Returns the files that `data.source` names: 'stdlib', a file, a folder (with its subfolders) or a glob.
 
-    Hidden files are passed over. Links to folders are followed, each folder once.
+    Hidden files are left out. Links to folders are followed, each folder once.
 
     Raises:
-        DataError: nothing is there, or nothing that can be read.
+        DataError: The source does not exist, is empty or cannot be read.
     """
     if source == "stdlib":
         return _stdlib()
@@ -81,7 +93,7 @@ def find_source(source: str) -> Source:
         if path.is_dir():
             documents = _walk(path)
             if not documents:
-                raise DataError(f"data.source {source!r} is a folder without files (hidden ones apart)")
+                raise DataError(f"data.source {source!r} is a folder without files (hidden ones are ignored)")
             return Source(f"folder {source}", str(path.resolve()), documents)
         if path.is_file():
             return Source(f"file {source}", str(path.resolve()), [_document(path.name, path)], sole=True)
@@ -91,7 +103,7 @@ def find_source(source: str) -> Source:
             return _glob(source, path)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
         raise DataError(f"data.source {source!r} cannot be read: {reason(error)}") from None
-    raise DataError(f"data.source {source!r} is not there{path_hint(path)}")
+    raise DataError(f"data.source {source!r} does not exist{path_hint(path)}")
 
 
 def _document(name: str, path: Path | str) -> Document:
@@ -104,7 +116,7 @@ def _sorted(documents: list[Document]) -> list[Document]:
 
 
 def _walk(root: Path, *, suffix: str = "", without: Collection[str] = ()) -> list[Document]:
-    """All regular files below a folder, named by their path from it."""
+    """Returns all regular files below a folder."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -113,7 +125,7 @@ def _walk(root: Path, *, suffix: str = "", without: Collection[str] = ()) -> lis
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up, or a second link to one folder
+        if (status.st_dev, status.st_ino) in seen:  # a link to a parent, or a second link to a folder
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -133,11 +145,11 @@ def _glob(source: str, pattern: Path) -> Source:
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
     matches = glob.glob(str(pattern), recursive=True)
-    # ** gives a file more than once
+    # ** matches a file more than once
     files = sorted({match for match in matches if os.path.isfile(match)})
     if not files:
         if matches:
-            raise DataError(f"data.source {source!r} matches folders but no files; '**/*' takes all below")
+            raise DataError(f"data.source {source!r} matches folders but no files; '**/*' matches all files below")
         where = "" if root.is_dir() else f": there is no folder {str(root)!r}{path_hint(root)}"
         raise DataError(f"data.source {source!r} matches no files{where}")
     documents = [_document(Path(file).relative_to(root).as_posix(), file) for file in files]
@@ -151,16 +163,16 @@ def _stdlib() -> Source:
         documents = _walk(root, suffix=".py", without=_NOT_LIBRARY)
     except OSError:
         documents = []
-    # written by the build, not by people: paths and flags of one machine
+    # generated by the build: paths and flags of one machine
     documents = [document for document in documents if not document.name.startswith("_sysconfigdata")]
     if not documents:
         raise DataError(
-            f"data.source 'stdlib': this Python ({sys.executable}) comes without the source of its library; "
+            f"data.source 'stdlib': this Python ({sys.executable}) has no source files of its library; "
             "use another Python, or name a text file or a folder"
         )
     return Source(f"the standard library of Python {version}", f"stdlib {root.resolve()}", documents)
 
 
 def reason(error: Exception) -> str:
-    """What went wrong with a file, as the end of a sentence."""
+    """Returns the cause of an error, as the end of a sentence."""
     return (getattr(error, "strerror", None) or str(error)).lower()

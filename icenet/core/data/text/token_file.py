@@ -1,7 +1,8 @@
 """The file that holds the tokens of a source.
 
-Layout: a header of 4096 bytes (JSON, padded with spaces), the tokens (little-endian uint16, or uint32 for vocabularies
-above 65,536), and from the next multiple of eight the offset of each document's first token (uint64).
+Layout: a header of 4096 bytes (JSON, padded with spaces), the tokens (little-endian uint16, or uint32 if the
+vocabulary is larger than 65,536), and from the next multiple of eight the offset of each document's first token
+(uint64).
 """
 
 from __future__ import annotations
@@ -45,13 +46,6 @@ class TokenFile:
     fingerprint: str
     starts: NDArray[np.unsignedinteger]
 
-    def intact(self, tokenizer: Tokenizer) -> bool:
-        """Returns whether the tokens match the fingerprint. Reads all of them."""
-        digest = _digest(tokenizer)
-        for start in range(0, len(self.tokens), PIECE_TOKENS):
-            digest.update(self.tokens[start : start + PIECE_TOKENS].tobytes())
-        return digest.hexdigest() == self.fingerprint
-
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """Returns the dtype that a tokenizer's tokens are stored in."""
@@ -84,8 +78,8 @@ def open_file(path: Path, tokenizer: Tokenizer) -> TokenFile | None:
         return None
 
 
-def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> int:
-    """Writes a token file and returns the number of tokens. An incomplete file has no valid header.
+def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> None:
+    """Writes a token file. While it is incomplete it has no valid header.
 
     Args:
         path: The file, which must not exist.
@@ -95,7 +89,8 @@ def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tok
     Raises:
         OSError: It cannot be written.
     """
-    dtype, eot_id, digest = token_dtype(tokenizer), tokenizer.eot_id, _digest(tokenizer)
+    dtype, eot_id = token_dtype(tokenizer), tokenizer.eot_id
+    digest = hashlib.sha256(f"{tokenizer.name}\n".encode())
     count = documents = num_starts = 0
     with open(path, "xb") as file:
         file.write(b" " * HEADER_BYTES)
@@ -123,16 +118,11 @@ def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tok
         file.write(json.dumps(_header(tokenizer) | counts).encode().ljust(HEADER_BYTES))
         file.flush()
         os.fsync(file.fileno())
-    return count
 
 
 def _header(tokenizer: Tokenizer) -> dict[str, Any]:
     dtype = token_dtype(tokenizer).str
     return {"format": "icenet-tokens", "version": VERSION, "tokenizer": tokenizer.name, "dtype": dtype}
-
-
-def _digest(tokenizer: Tokenizer) -> hashlib._Hash:
-    return hashlib.sha256(f"{tokenizer.name}\n".encode())
 
 
 def _starts_offset(count: int, dtype: np.dtype[Any]) -> int:
