@@ -366,7 +366,7 @@ def test_a_model_without_attention_mask_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path) -> None:
-    """Trained on MLX, moved, its tokenizer's file removed: resumed on PyTorch, generating, saved, converted, loaded."""
+    """Trained on MLX, moved, its tokenizer file removed: resumed on PyTorch, generating, saved, converted, loaded."""
     mine = tmp_path / "home" / "tokenizer.json"
     mine.parent.mkdir()
     shutil.copy(bpe, mine)

@@ -688,9 +688,9 @@ def test_unfinished_work_that_does_not_fit_is_not_used(
 @posix
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_loses_nothing(workers: int, bpe: Path, tmp_path: Path, cache: Path) -> None:
-    """Files may be no larger than 450 kB: the partial file fits, the token file with the starts does not."""
-    write_lines(tmp_path / "a.jsonl", [f"a{i}b" for i in range(30_000)])
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, 450_000))"
+    """Files may be no larger than 400 kB: the partial file fits, the token file with the starts does not."""
+    write_lines(tmp_path / "a.jsonl", [f"a{i}b" for i in range(20_000)])
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
     said = output(preparation(tmp_path / "a.jsonl", cache, bpe, workers, limit))
     assert said.startswith("DataError: ")
     assert is_one_line(said, str(cache), "no space left", "ICENET_CACHE", "kept for the next attempt")
@@ -862,9 +862,13 @@ def test_the_users_files_are_not_imported(bpe: Path, tmp_path: Path) -> None:
     for name in ("json.py", "numpy.py", "icenet.py", "tokenizers.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
     (tmp_path / "text.txt").write_text("some text " * 100)
+    values = {"data.source": "text.txt", "data.tokenizer": bpe, "model.vocab_size": 400, "model.max_seq_length": 16}
+    options = [f"--set={key}={value}" for key, value in values.items()]
     done = subprocess.run(
-        [shutil.which("icenet") or "", "prepare", "quickstart", "--set", "data.source=text.txt", "--set",
-         f"data.tokenizer={bpe}", "--set", "model.vocab_size=400", "--set", "model.max_seq_length=16", "--set", "training.batch_size=1"],
-        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True,
-    )  # fmt: skip
+        [shutil.which("icenet") or "icenet", "prepare", "quickstart", *options, "--set=training.batch_size=1"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " tokens of 1 " in done.stdout, done.stderr

@@ -90,7 +90,8 @@ class Rows:
 class DocumentDataset(TextDataset):
     """The documents of a text, each in rows of its own (`Rows`).
 
-    The training and validation parts are those of `TextDataset`. An epoch has each training row once, in an order drawn from (seed, epoch) alone.
+    The training and validation parts are those of `TextDataset`. An epoch has each training row once,
+    in an order drawn from (seed, epoch) alone.
     """
 
     packing: ClassVar[bool] = False

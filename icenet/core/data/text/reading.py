@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from icenet.core.config.section import nearest
 from icenet.core.data.text.sources import Document, reason
@@ -30,8 +31,8 @@ _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
 _CHUNK_ENDS = [re.compile(end) for end in (rb"[0-9A-Za-z](?=\r?\n)", rb"\S(?= \S)", rb"\S(?=\s)")]
-"""Where a chunk ends if possible, best first: before a line end that follows a letter or digit, before a space, before
-other white space. Common tokenizers begin a token there, so the chunks have the tokens of the whole text."""
+"""Where a chunk ends if possible, best first: before a line end that follows a letter or digit, before a space, and
+before other white space. Common tokenizers begin a token there, so chunks have the tokens of the whole text."""
 
 
 class NotTextError(DataError):
@@ -95,7 +96,9 @@ class Reader:
         """
         self._check()
         self._call(self._stream.seek, start)
-        last_block = yield from self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
+        last_block = (
+            yield from self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
+        )
         self._check()
         yield Chunk("", False, last_block, None, last=True)
 
@@ -135,7 +138,9 @@ class Reader:
             for index, part in enumerate(parts):
                 yield Chunk(part.decode("utf-8"), index > 0, block, end if index == len(parts) - 1 else None)
             start = end
-        return block + sum(1 for _ in itertools.takewhile(lambda edge: edge < start, itertools.chain([next_edge], edges)))
+        return block + sum(
+            1 for _ in itertools.takewhile(lambda edge: edge < start, itertools.chain([next_edge], edges))
+        )
 
     def _line_number(self, offset: int) -> int:
         with Reader(self.document) as again:
@@ -147,7 +152,7 @@ class Reader:
         if (status.st_size, status.st_mtime_ns) != (self.document.size, self.document.mtime_ns):
             raise DataError(f"{self.document.path} changed while it was read; try again when no process writes to it")
 
-    def _call(self, function: Callable[[int], bytes], argument: int) -> bytes:
+    def _call(self, function: Callable[[int], Any], argument: int) -> Any:
         """Calls a method of the stream; its errors become a DataError that names the file."""
         try:
             return function(argument)
