@@ -1,4 +1,4 @@
-"""What `icenet predict` does: classifies image files with a trained model."""
+"""`icenet predict`: classifies image files with a trained model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from icenet.core.data.images.files import image_files, read_image
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.training import checkpoint
 
-BATCH = 64  # images that are classified together
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The probabilities of some images' classes.
+    """Probabilities of the classes of images.
 
     Attributes:
-        images: the files.
-        classes: the names of the classes.
+        images: The image files.
+        classes: Names of the classes.
         probabilities: float64 `[len(images), len(classes)]`.
-        top_k: how many of an image's classes are told, the likeliest first.
+        top_k: Number of classes per image that are reported, the most likely first.
     """
 
     images: list[Path]
@@ -37,7 +37,7 @@ class Predictions:
     top_k: int = 3
 
     def ranked(self, row: int) -> list[tuple[str, float]]:
-        """The likeliest classes of an image and their probabilities."""
+        """Returns the `top_k` most likely classes of an image and their probabilities."""
         order = np.argsort(-self.probabilities[row], kind="stable")[: self.top_k]
         return [(self.classes[index], float(self.probabilities[row, index])) for index in order]
 
@@ -63,40 +63,46 @@ class Predictions:
             table.add_column("", justify="right", style="bold" if place == 0 else "dim")
         for row, image in enumerate(self.images):
             cells = [cell for name, p in self.ranked(row) for cell in (name, f"{p:.1%}")]
-            table.add_row(Text(str(image)), *map(Text, cells))  # a file's or folder's name is no markup
+            table.add_row(Text(str(image)), *map(Text, cells))  # Text: rich must not read names as markup
         Console().print(table)
 
 
 def predict(
     run: Path, names: Sequence[Path], backend: str | None = None, device: str | None = None, top_k: int = 3
 ) -> Predictions:
-    """Classifies image files, and all image files in folders, with a run or checkpoint.
+    """Classifies images with a trained model. They are resized and normalized as in training.
 
-    An image is resized, turned to grey or colour and normalized as in training; what that takes is stored with
-    the checkpoint.
+    Args:
+        run: A run or a checkpoint.
+        names: Image files, and folders of image files.
+        backend: "mlx", "torch" or "auto"; None is the backend of the run.
+        device: The device; None is that of the run.
+        top_k: Number of classes per image that are reported.
 
     Raises:
-        UsageError: the run classifies no images, or there are none.
-        DataError: a file is no image, or damaged.
+        UsageError: the model does not classify images.
+        CheckpointError: the checkpoint is damaged, or does not contain how its images were read.
+        DataError: a file is not an image or is damaged, or a folder contains no images.
     """
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
-        raise UsageError(f"{run}: a {found.config.model.type} that reads {found.config.model.input_kind}, not images")
+        raise UsageError(f"{run}: its {found.config.model.type} reads {found.config.model.input_kind}, not images")
     stored, num_classes = found.path / "state.json", found.config.model.vocab_size
     try:
         facts = ImageFacts(**found.state.get("facts", {}))
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{stored}: does not say how its images were read ({error})") from None
+        raise CheckpointError(f"{stored}: does not contain how its images were read ({error})") from None
     if len(facts.classes) != num_classes:
-        raise CheckpointError(f"{stored}: names {len(facts.classes)} classes, and the model has {num_classes}")
+        raise CheckpointError(f"{stored}: has {len(facts.classes)} classes, but the model has {num_classes}")
     files = [file for name in names for file in _files(name)]
     engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
     engine.set_weights(dict(found.weights))
-    parts = []
-    for first in range(0, len(files), BATCH):
-        pixels = np.stack([read_image(f, facts.image_size, facts.channels) for f in files[first : first + BATCH]])
-        parts.append(engine.forward({"inputs": normalize(pixels, facts.mean, facts.std)}))
-    return Predictions(files, facts.classes, softmax(np.concatenate(parts)), top_k)
+    logits = []
+    for first in range(0, len(files), BATCH_SIZE):
+        batch = files[first : first + BATCH_SIZE]
+        pixels = np.stack([read_image(file, facts.image_size, facts.channels) for file in batch])
+        logits.append(engine.forward({"inputs": normalize(pixels, facts.mean, facts.std)}))
+    return Predictions(files, facts.classes, softmax(np.concatenate(logits)), top_k)
 
 
 def _files(name: Path) -> list[Path]:
@@ -104,12 +110,12 @@ def _files(name: Path) -> list[Path]:
         return [name]
     files = image_files(name)
     if not files:
-        raise DataError(f"{name}: a folder without image files")
+        raise DataError(f"{name}: contains no image files")
     return files
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Probabilities of logits `[..., K]`."""
+    """Returns the softmax of logits `[..., K]` over the last axis."""
     shifted = np.asarray(logits, np.float64)
     powers = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
     result: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)

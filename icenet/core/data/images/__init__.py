@@ -1,1 +1,1 @@
-"""Images as training batches: files, augmentation, batches."""
+"""Image data: files, augmentation, and batches for training."""

@@ -1,4 +1,4 @@
-"""Augmentation of training images: what is done to an image is a pure function of (seed, epoch, image)."""
+"""Augmentation and normalization of images. Augmentation is a pure function of (seed, epoch, image)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ Pixels = NDArray[np.uint8]
 
 
 def augment(images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *, flip: bool, padding: int) -> Pixels:
-    """A random crop out of a border of `padding` zeros, then with `flip` a mirror image of every second one.
+    """Crops each image at random after padding, then mirrors a random half of the images.
 
     Args:
         images: uint8 `[B, H, W, C]`.
-        indices: which images of the data these are, int64 `[B]`: the draws depend on them, and so neither on
-            the batch nor on its size.
+        indices: Indices of the images in the dataset, int64 `[B]`. The random numbers depend on them, and therefore
+            not on the batch or its size.
+        seed: Seed of the run.
+        epoch: The epoch, counted from 0.
+        flip: Whether to mirror images horizontally, each with probability 1/2.
+        padding: Width of the border of zeros, in pixels; a crop has the size of the image. 0: no crop.
+
+    Returns:
+        uint8 `[B, H, W, C]`.
     """
     keys = rng.fold(rng.key(seed, "augment", epoch)[None, :], indices)  # [B, 2]
     if padding:
@@ -28,7 +35,7 @@ def augment(images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *
 
 
 def _crop(images: Pixels, words: rng.Words, padding: int) -> Pixels:
-    """Each image at its own offset, from 0 to 2 * padding each way, `words` uint32 `[B, 2]` drawing it."""
+    """Crops each image at its own offset, from 0 to 2 * padding on each axis, drawn from `words`, uint32 `[B, 2]`."""
     edge = (padding, padding)
     padded = np.pad(images, ((0, 0), edge, edge, (0, 0)))
     offsets = (words.astype(np.uint64) * np.uint64(2 * padding + 1)) >> np.uint64(32)  # [B, 2]
@@ -40,7 +47,7 @@ def _crop(images: Pixels, words: rng.Words, padding: int) -> Pixels:
 
 
 def normalize(images: Pixels, mean: list[float], std: list[float]) -> NDArray[np.float32]:
-    """Values 0 to 255, uint8 `[..., C]`, as (value / 255 - mean) / std of their channel, float32."""
+    """Returns (value / 255 - mean) / std per channel, float32, for uint8 images `[..., C]`."""
     scale = 1 / (255 * np.asarray(std, np.float64))
     shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
     return images.astype(np.float32) * scale.astype(np.float32) - shift.astype(np.float32)

@@ -1,5 +1,4 @@
-"""Images as training batches: which images stand in which batch, and how they are changed, is a pure function
-of (seed, step)."""
+"""Batches of labelled images. A training batch is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -21,11 +20,12 @@ from icenet.core.errors import DataError
 Batch = dict[str, NDArray[Any]]
 """`inputs` float32 `[batch, H, W, C]` and `labels` int32 `[batch]`."""
 
-SAMPLE = 2000  # training images from which mean and deviation are taken, evenly spread, where there are more
+STATISTICS_IMAGES = 2000
+"""Number of training images, evenly spread, from which mean and standard deviation are computed."""
 
 
 class ImageFacts(Section):
-    """How images were read in training, which a prediction has to do alike."""
+    """How the images of a run are read. Stored in checkpoints, because predictions must read images the same way."""
 
     classes: list[str]
     image_size: int = Field(ge=1)
@@ -36,21 +36,21 @@ class ImageFacts(Section):
     @model_validator(mode="after")
     def _one_for_each_channel(self) -> Self:
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean {self.mean} and std {self.std} are not of {self.channels} channels")
+            raise ValueError(f"mean {self.mean} and std {self.std} do not have {self.channels} channels")
         return self
 
 
 class ImageDataset:
-    """Labelled images, cut into a training part and a validation part.
+    """Labelled images, split into a training set and a validation set.
 
-    The validation part is the source's own test part where it has one, else a share of each class, drawn from
-    the seed alone. An epoch is one pass over the training part, in an order drawn from (seed, epoch).
+    The validation set is the source's own test set if it has one, else a fraction of each class that depends on the
+    seed. An epoch is one pass over the training set, in an order that depends on seed and epoch.
 
     Attributes:
-        classes: the names of the classes; a label is an index into them.
-        mean, std: of each channel, as they are taken from the images.
-        train, validation: which images of the source are in the two parts, int64.
-        fingerprint, description: see `icenet.core.data.datasets.Dataset`.
+        classes: Names of the classes; a label is an index into them.
+        mean, std: Mean and standard deviation per channel, of values from 0 to 1.
+        train, validation: Indices of the images of the two sets, int64, ascending.
+        fingerprint, description: See `icenet.core.data.datasets.Dataset`.
     """
 
     unit = "img"
@@ -69,41 +69,41 @@ class ImageDataset:
 
     @classmethod
     def open(cls, settings: ImageDataConfig, seed: int) -> ImageDataset:
-        """Opens the images that a section `data` names.
+        """Opens the images of the section `data` of a config.
 
         Raises:
-            DataError: they are missing, damaged, or too few.
+            DataError: the images are missing, damaged, or too few.
         """
         return cls(find_images(settings.source, settings.image_size, settings.channels), settings, seed)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`ImageFacts`, as they are stored with each checkpoint."""
+        """`ImageFacts` as a dict, for the state of a checkpoint."""
         height, _, channels = self.source.images.shape
         facts: dict[str, Any] = {"image_size": height, "channels": channels, "mean": self.mean, "std": self.std}
         return ImageFacts(classes=self.classes, **facts).model_dump()
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """None."""
+        """Files that belong to a checkpoint: none."""
         return {}
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in one pass over the training part; what is left over is dropped.
+        """Returns the number of full batches in an epoch. The remaining images are dropped.
 
         Raises:
-            DataError: there is not one.
+            DataError: there are fewer images than `batch_size`.
         """
         steps = len(self.train) // batch_size
         if steps == 0:
             raise DataError(
                 f"{self.description} has {len(self.train):,} training images, and training.batch_size is "
-                f"{batch_size:,}: lower it, or name more images"
+                f"{batch_size:,}; lower it, or add images"
             )
         return steps
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
-        """The batch of a step, counted from 0."""
+        """Returns the training batch of a step, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         rows = self.train[self._order(epoch)[index * batch_size : (index + 1) * batch_size]]
         images = augment(
@@ -117,9 +117,9 @@ class ImageDataset:
         return self._batch(images, rows)
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """At most `count` batches of validation images, the same every time; the last may be smaller.
+        """Yields at most `count` batches of validation images, the same in every call; the last can be smaller.
 
-        Where there are more than asked for, those taken are spread evenly. `count=None` takes all.
+        If there are more images, those of the batches are evenly spread. None yields all images.
         """
         total = len(self.validation)
         taken = total if count is None else min(total, count * batch_size)
@@ -132,24 +132,24 @@ class ImageDataset:
         return {"inputs": normalize(images, self.mean, self.std), "labels": self.source.labels[rows]}
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        cached = self._epoch  # read once: another thread may prefetch
+        cached = self._epoch  # read once, because another thread may prefetch
         if cached is None or cached[0] != epoch:
             cached = (epoch, rng.permutation(rng.key(self.seed, "data", epoch), len(self.train)))
             self._epoch = cached
         return cached[1]
 
     def _statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel of values from 0 to 1: as given, or of training images."""
+        """Returns mean and standard deviation per channel: those of the config, else those of training images."""
         settings, channels = self.settings, self.source.images.shape[2]
         for name in ("mean", "std"):
             given = getattr(settings, name)
             if given is not None and len(given) != channels:
-                raise DataError(f"data.{name} has {len(given)} values, and the images have {channels} channels")
+                raise DataError(f"data.{name} has {len(given)} values, but the images have {channels} channels")
         if not settings.normalize:
             return [0.0] * channels, [1.0] * channels
         mean, std = settings.mean, settings.std
         if mean is None or std is None:
-            count = min(len(self.train), SAMPLE)
+            count = min(len(self.train), STATISTICS_IMAGES)
             sample = self.source.images.take(self.train[np.arange(count) * len(self.train) // count])
             values = sample.reshape(-1, channels) / 255
             mean = mean or values.mean(axis=0).tolist()
@@ -158,10 +158,15 @@ class ImageDataset:
 
 
 def split(source: ImageSource, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which images are for training and which for validation, each int64 and ascending.
+    """Returns the indices of the training images and of the validation images, int64, ascending.
+
+    Args:
+        source: The images. If it has a test set of its own, that is the validation set.
+        fraction: Fraction of each class that is held out for validation.
+        seed: Seed of the run.
 
     Raises:
-        DataError: with this fraction a class would be in one of the two parts only.
+        DataError: one of the two sets would have no image of a class.
     """
     everything = np.arange(len(source.labels))
     if source.held_out:

@@ -1,6 +1,6 @@
-"""Image files of the user's: single pictures, folders of them, MNIST's IDX files and CIFAR-10's binary files.
+"""Reads images: single files, class folders, MNIST's IDX files, CIFAR-10's binary files, scikit-learn's digits.
 
-What a file says of itself is not believed: sizes are checked before memory is taken, and pickles are not opened.
+Files are not trusted: the size that a header claims is checked before memory is allocated. Pickles are not opened.
 """
 
 from __future__ import annotations
@@ -24,27 +24,38 @@ from icenet.core.errors import DataError
 Pixels = NDArray[np.uint8]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-MOST_PIXELS = 100_000_000  # of one picture: 300 MB in colour; a file of a few kilobytes can claim more
-IN_MEMORY = 1 << 30  # bytes up to which a folder is decoded once and kept
-_HELD_OUT = ("validation", "val", "test")
+MAX_PIXELS = 100_000_000
+"""Largest number of pixels of one image, 300 MB in colour. A file of a few kilobytes can claim more."""
+IN_MEMORY = 1 << 30
+"""Size in bytes up to which the images of a folder are decoded once and kept."""
+_TEST_FOLDERS = ("validation", "val", "test")
 _INSTALL = "pip install 'icenet[images]'"
 
 
 class Images(Protocol):
-    """Pictures of one size, by number."""
+    """Images of one size, by index."""
 
     shape: tuple[int, int, int]
-    """Height, width, channels."""
+    """(height, width, channels)"""
 
     def __len__(self) -> int: ...
 
     def take(self, indices: NDArray[np.int64]) -> Pixels:
-        """Some of them, uint8 `[len(indices), H, W, C]`."""
+        """Returns the images of these indices, uint8 `[len(indices), H, W, C]`."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Labelled images. The last `held_out` of them are the source's own test part."""
+    """Labelled images.
+
+    Attributes:
+        images: The images.
+        labels: Indices into `classes`, int32.
+        classes: Names of the classes.
+        description: Names the source in messages.
+        fingerprint: Hash of images and labels, which a resumed run compares.
+        held_out: Number of images at the end that are the source's own test set.
+    """
 
     images: Images
     labels: NDArray[np.int32]
@@ -69,7 +80,7 @@ class ArrayImages:
 
 
 class FileImages:
-    """Images decoded from their files each time they are asked for."""
+    """Images that are decoded from their files in each call of `take`."""
 
     def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
         self.paths = paths
@@ -86,18 +97,23 @@ class FileImages:
 
 
 def find_images(source: str, size: int | None = None, channels: int | None = None) -> ImageSource:
-    """The images that `data.source` names, `size` pixels high and wide and with so many channels.
+    """Opens the images that `data.source` names.
+
+    Args:
+        source: A folder, or 'digits'.
+        size: Height and width in pixels; None keeps the images' own, which must be equal.
+        channels: 1 or 3; None keeps the images' own, and 3 for class folders.
 
     Raises:
-        DataError: nothing is there, nothing that can be read, or a file is damaged.
+        DataError: the source does not exist, is not supported, or a file is damaged.
     """
     if source == "digits":
         return _digits(size, channels)
     path = Path(source).expanduser()
     if path.is_file():
-        raise _no_folder(path)
+        raise _not_a_folder(path)
     if not path.is_dir():
-        raise DataError(f"data.source {source!r} is not there; name a folder of images, or 'digits'")
+        raise DataError(f"data.source {source!r} does not exist; name a folder of images, or 'digits'")
     names = {entry.name for entry in path.iterdir()}
     if any("idx3-ubyte" in name for name in names):
         return _mnist(path, sorted(names), size, channels)
@@ -105,25 +121,25 @@ def find_images(source: str, size: int | None = None, channels: int | None = Non
         return _cifar(path, sorted(names), size, channels)
     if "batches.meta" in names or "data_batch_1" in names:
         raise DataError(
-            f"data.source {source!r} is the Python version of CIFAR-10: its pickles can run code and are not "
+            f"data.source {source!r} is the Python version of CIFAR-10. Pickles can run code and are not "
             "opened; use the binary version (data_batch_1.bin and so on)"
         )
     return _class_folders(path, size, channels)
 
 
-def _no_folder(path: Path) -> DataError:
+def _not_a_folder(path: Path) -> DataError:
     if path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip")):
         return DataError(f"data.source {str(path)!r} is an archive; unpack it and name the folder")
     if path.suffix in (".pkl", ".pickle"):
-        return DataError(f"data.source {str(path)!r} is a pickle, which can run code, and is not opened")
+        return DataError(f"data.source {str(path)!r} is a pickle. Pickles can run code and are not opened")
     return DataError(f"data.source {str(path)!r} is a file; name the folder that holds it")
 
 
-# ---- single pictures --------------------------------------------------------------------------------------
+# ---- single images ----------------------------------------------------------------------------------------
 
 
 def pillow() -> Any:
-    """Pillow's module `Image`. Raises DataError where it is not installed."""
+    """Imports Pillow's module `Image`. Raises DataError if it is not installed."""
     try:
         from PIL import Image
     except ImportError:
@@ -132,15 +148,20 @@ def pillow() -> Any:
 
 
 def read_image(path: Path, size: int | None, channels: int) -> Pixels:
-    """One picture, uint8 `[H, W, channels]`, turned as its camera says; its alpha channel is dropped.
+    """Reads one image, uint8 `[H, W, channels]`.
 
-    With a size its shorter side is brought to it and the middle is taken; a pixel is the mean of those that
-    fall together in it (where there are none, between its neighbours').
+    The image is rotated as its EXIF orientation says, and its alpha channel is dropped.
+
+    Args:
+        path: The file.
+        size: Height and width of the result; None keeps the image's own. The image is scaled until its shorter side
+            has this length, by averaging pixels or, to enlarge it, bilinearly, and its centre is cropped.
+        channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        DataError: not an image, damaged, too large, or of more than 8 bits a channel.
+        DataError: the file is not an image, is damaged or too large, or has more than 8 bits per channel.
     """
-    pillow()
+    pillow()  # the error if it is not installed
     from PIL import ImageOps
 
     with _opened(path) as image:
@@ -150,16 +171,16 @@ def read_image(path: Path, size: int | None, channels: int) -> Pixels:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A picture whose header was checked and whose pixels are read when they are asked for."""
+    """Opens an image whose header is checked. Pillow decodes the pixels when they are used."""
     Image = pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd tag, or a size that is checked here
+            warnings.simplefilter("ignore")  # about unusual tags, and about a size that is checked here
             with Image.open(path) as image:
-                if math.prod(image.size) > MOST_PIXELS:
+                if math.prod(image.size) > MAX_PIXELS:
                     raise DataError(
                         f"{path}: claims {image.size[0]:,} x {image.size[1]:,} pixels and is not opened "
-                        f"(the most is {MOST_PIXELS:,}); shrink it"
+                        f"(the limit is {MAX_PIXELS:,}); shrink it"
                     )
                 if image.mode.startswith(("I", "F")):
                     raise DataError(f"{path}: has pixels of mode {image.mode}, more than 8 bits; save it as 8-bit")
@@ -174,13 +195,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: claims far too many pixels and is not opened; shrink it") from None
     except PermissionError:
         raise DataError(f"{path}: cannot be read: permission denied") from None
-    except Exception as error:  # damaged files raise whatever the decoder stumbled over
+    except Exception as error:  # the decoder of a damaged file can raise anything
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: damaged or cut short ({first}); remove it, or fetch it again") from None
+        raise DataError(f"{path}: damaged or cut short ({first}); remove it, or download it again") from None
 
 
 def _fit(picture: Any, size: int | None) -> Any:
-    """The middle of a picture at the scale at which its shorter side is `size`."""
+    """Scales an image until its shorter side is `size`, and crops its centre."""
     width, height = picture.size
     if size is None or (width, height) == (size, size):
         return picture
@@ -192,7 +213,7 @@ def _fit(picture: Any, size: int | None) -> Any:
 
 
 def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayImages:
-    """Images of an array, uint8 `[N, H, W, C]`, in the size and channels wanted."""
+    """Converts an array of images, uint8 `[N, H, W, C]`, to a size and a number of channels."""
     _, height, width, own = pixels.shape
     channels = channels or own
     if (size is None or (height, width) == (size, size)) and channels == own:
@@ -213,7 +234,7 @@ def _source(
     images: Images, labels: NDArray[Any], classes: list[str], description: str, content: bytes, held_out: int = 0
 ) -> ImageSource:
     if len(classes) < 2:
-        raise DataError(f"{description} has one class only ({classes[0]}); a classifier needs two or more")
+        raise DataError(f"{description} has only one class ({classes[0]}); a classifier needs two or more")
     digest = hashlib.sha256(repr((images.shape, classes, held_out)).encode())
     digest.update(np.ascontiguousarray(labels, np.int32).tobytes())
     digest.update(content)
@@ -226,7 +247,7 @@ def _digits(size: int | None, channels: int | None) -> ImageSource:
     except ImportError:
         raise DataError(f"data.source 'digits' needs scikit-learn: {_INSTALL}") from None
     digits = load_digits()
-    pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # 17 steps of grey, from 0 to 16
+    pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
     images = _converted(pixels, size, channels)
     classes = [str(name) for name in digits.target_names]
     return _source(images, digits.target, classes, "scikit-learn's digits", images.pixels.tobytes())
@@ -234,15 +255,17 @@ def _digits(size: int | None, channels: int | None) -> ImageSource:
 
 def _class_folders(folder: Path, size: int | None, channels: int | None) -> ImageSource:
     below = _subfolders(folder)
-    held_out = next((name for name in _HELD_OUT if name in below), None)
+    held_out = next((name for name in _TEST_FOLDERS if name in below), None)
     parts = [folder]
     if held_out is not None and "train" in below:
         parts = [folder / "train", folder / held_out]
     classes = _subfolders(parts[0])
     if not classes:
-        raise DataError(f"data.source {str(folder)!r} holds no folders; it needs one for each class, with its images")
+        raise DataError(
+            f"data.source {str(folder)!r} contains no folders; it needs one for each class, with its images"
+        )
     if len(parts) == 2 and _subfolders(parts[1]) != classes:
-        raise DataError(f"{parts[1]} does not hold the same class folders as {parts[0]}")
+        raise DataError(f"{parts[1]} does not contain the same class folders as {parts[0]}")
     paths: list[Path] = []
     labels: list[int] = []
     for part in parts:
@@ -250,7 +273,7 @@ def _class_folders(folder: Path, size: int | None, channels: int | None) -> Imag
         for label, name in enumerate(classes):
             found = image_files(part / name)
             if not found:
-                raise DataError(f"class folder {part / name} holds no images ({', '.join(sorted(SUFFIXES))})")
+                raise DataError(f"class folder {part / name} contains no images ({', '.join(sorted(SUFFIXES))})")
             paths += found
             labels += [label] * len(found)
     channels = channels or 3
@@ -267,7 +290,7 @@ def _class_folders(folder: Path, size: int | None, channels: int | None) -> Imag
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, by their suffix, sorted; hidden ones are passed over."""
+    """Returns the image files in a folder and its subfolders, by suffix, sorted. Hidden files are skipped."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -282,7 +305,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _common_size(paths: list[Path]) -> int:
-    """The one height and width of all images."""
+    """Returns the height and width of all images. Raises DataError if they are not square and of one size."""
     common: int | None = None
     for path in paths:
         with _opened(path) as image:
@@ -290,7 +313,7 @@ def _common_size(paths: list[Path]) -> int:
         common = common or height
         if not width == height == common:
             raise DataError(
-                f"{path} is {width}x{height} pixels, and images are to be square and of one size; "
+                f"{path} is {width}x{height} pixels, but images must be square and of one size; "
                 "set data.image_size to resize them"
             )
     assert common is not None
@@ -298,25 +321,25 @@ def _common_size(paths: list[Path]) -> int:
 
 
 def _mnist(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
-    def one(part: tuple[str, ...]) -> tuple[Pixels, NDArray[Any]] | None:
-        found = [name for name in names if "idx3-ubyte" in name and any(word in name for word in part)]
+    def read_set(*words: str) -> tuple[Pixels, NDArray[Any]] | None:
+        found = [name for name in names if "idx3-ubyte" in name and any(word in name for word in words)]
         if not found:
             return None
         labels = folder / found[0].replace("images", "labels").replace("idx3", "idx1")
         if not labels.is_file():
             twin = labels.with_name(labels.name.removesuffix(".gz") + ("" if labels.suffix == ".gz" else ".gz"))
             if not twin.is_file():
-                raise DataError(f"{folder / found[0]}: its labels are not beside it ({labels.name})")
+                raise DataError(f"{folder / found[0]}: its file of labels is missing ({labels.name})")
             labels = twin
         pair = read_idx(folder / found[0], 3), read_idx(labels, 1)
         if len(pair[0]) != len(pair[1]):
-            counts = f"{len(pair[0])} images, and {labels.name} has {len(pair[1])} labels"
+            counts = f"{len(pair[0])} images, but {labels.name} has {len(pair[1])} labels"
             raise DataError(f"{folder / found[0]}: {counts}")
         return pair
 
-    train, test = one(("train",)), one(("t10k", "test"))
+    train, test = read_set("train"), read_set("t10k", "test")
     if train is None:
-        raise DataError(f"data.source {str(folder)!r} has IDX files, but none of training images (train-images-...)")
+        raise DataError(f"data.source {str(folder)!r} has IDX files, but no training images (train-images-...)")
     if test is not None and test[0].shape[1:] != train[0].shape[1:]:
         raise DataError(f"{folder}: training images are {train[0].shape[1:]} and test images {test[0].shape[1:]}")
     parts = [train] if test is None else [train, test]
@@ -329,10 +352,16 @@ def _mnist(folder: Path, names: list[str], size: int | None, channels: int | Non
 
 
 def read_idx(path: Path, axes: int) -> Pixels:
-    """The array of an IDX file of unsigned bytes with so many axes, gzipped or not.
+    """Reads an IDX file of unsigned bytes, gzipped or not.
+
+    Format: http://yann.lecun.com/exdb/mnist/
+
+    Args:
+        path: The file.
+        axes: Number of axes of its array.
 
     Raises:
-        DataError: another kind of file, or not of the length that its header says.
+        DataError: the file has another type or number of axes, or its length differs from its header.
     """
     try:
         zipped = path.open("rb").read(2) == b"\x1f\x8b"
@@ -341,15 +370,16 @@ def read_idx(path: Path, axes: int) -> Pixels:
             if header[:4] != bytes([0, 0, 8, axes]) or len(header) != 4 + 4 * axes:
                 raise DataError(f"{path}: not an IDX file of {axes}-d unsigned bytes")
             shape = tuple(int(length) for length in np.frombuffer(header, ">u4", offset=4))
-            wanted = math.prod(shape)
+            expected = math.prod(shape)
             size = path.stat().st_size
-            possible = wanted <= 1100 * size if zipped else wanted == size - len(header)  # gzip: 1032-fold at most
-            if wanted == 0 or not possible:
+            # gzip compresses 1032-fold at most
+            possible = expected <= 1100 * size if zipped else expected == size - len(header)
+            if expected == 0 or not possible:
                 raise DataError(f"{path}: damaged or cut short: its header says {shape}")
-            content = file.read(wanted + 1)
+            content = file.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or cut short ({error}); fetch it again") from None
-    if len(content) != wanted:
+        raise DataError(f"{path}: damaged or cut short ({error}); download it again") from None
+    if len(content) != expected:
         raise DataError(f"{path}: damaged or cut short: its header says {shape}")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
@@ -361,10 +391,12 @@ def _cifar(folder: Path, names: list[str], size: int | None, channels: int | Non
     for name in train + tests:
         path = folder / name
         if path.stat().st_size == 0 or path.stat().st_size % 3073:
-            raise DataError(f"{path}: damaged or cut short: {path.stat().st_size:,} bytes are not records of 3,073")
+            raise DataError(
+                f"{path}: damaged or cut short: {path.stat().st_size:,} bytes are not a multiple of 3,073"
+            )
         parts.append(np.fromfile(path, np.uint8).reshape(-1, 3073))
         if parts[-1][:, 0].max() > 9:
-            raise DataError(f"{path}: not CIFAR-10's binary version: it has the label {parts[-1][:, 0].max()}")
+            raise DataError(f"{path}: not CIFAR-10's binary version: it contains the label {parts[-1][:, 0].max()}")
     records = np.concatenate(parts)
     pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     classes = [str(label) for label in range(10)]
