@@ -161,7 +161,7 @@ class PartialTokens:
         self._eot = np.array([tokenizer.eot_id])
         self._hash, self._hashed = hashlib.sha256(), 0
         self.position = self._read_journal()
-        self._saved_tokens = self.position.tokens
+        self._saved_blocks = self.position.blocks
         self._tokens = open(folder / "tokens", "ab")  # noqa: SIM115 - closed by __exit__
         self._blocks = open(folder / "blocks", "ab")  # noqa: SIM115
         self._truncate()
@@ -207,7 +207,7 @@ class PartialTokens:
     def discard_document(self, left_out: bool) -> None:
         """Removes the tokens of the current document, and continues after it if it is left out."""
         position = self.position
-        saved = self._saved_tokens > position.first_token
+        saved = self._saved_blocks > position.first_block
         position.offset, position.tokens, position.blocks = 0, position.first_token, position.first_block
         self.resumable = True
         if saved:  # first, because the journal must not describe more than the files contain
@@ -220,7 +220,7 @@ class PartialTokens:
 
     def save(self) -> None:
         """Flushes the files to the disk and replaces the journal. Removes it if there is nothing to keep."""
-        self._saved_tokens = self.position.tokens
+        self._saved_blocks = self.position.blocks
         if self.position == Position():
             (self.folder / "journal.json").unlink(missing_ok=True)
             return
