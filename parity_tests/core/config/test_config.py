@@ -1,5 +1,4 @@
-"""The configuration: what is right is read, from YAML or from Python; what is wrong is one line that names the
-file, the line, the key and the way out; an assignment is checked and, where it fails, undone."""
+"""The configuration: YAML and Python, one-line errors with file, line and key, checked assignments."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import is_one_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -43,15 +43,20 @@ def read(folder: Path, text: str, *overrides: str) -> Config:
 
 
 def message(folder: Path, text: str, *overrides: str) -> str:
-    """What a person is told, with the folder's own path left out."""
+    """Returns the error of a file, which is one line, without the path of the folder."""
     with pytest.raises(ConfigError) as caught:
         read(folder, text, *overrides)
-    told = str(caught.value).replace(f"{folder}/", "")
-    assert "\n" not in told and "pydantic" not in told
-    return told
+    found = str(caught.value).replace(f"{folder}/", "")
+    assert "\n" not in found and "pydantic" not in found
+    return found
 
 
-# ---- what is right ----------------------------------------------------------------------------------------
+def is_error(found: str, parts: list[str]) -> bool:
+    """Returns whether a message is one line that starts with the first part and contains the others."""
+    return found.startswith(parts[0]) and is_one_line(found, *parts)
+
+
+# ---- valid configurations -------------------------------------------------------------------------------
 
 GUIDE = """
 model:
@@ -128,7 +133,7 @@ def test_anchors_and_quotes(tmp_path: Path) -> None:
     assert config.generation.stop == ["a b", "1e3", 5, "\n"]
 
 
-# ---- overrides --------------------------------------------------------------------------------------------
+# ---- overrides ------------------------------------------------------------------------------------------
 
 
 def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
@@ -166,117 +171,115 @@ def test_with_overrides_leaves_the_first_alone() -> None:
     assert tree == {"model": {"type": "transformer"}, "data": {}}
 
 
-# ---- what is wrong: in a file -----------------------------------------------------------------------------
+# ---- errors in a file -----------------------------------------------------------------------------------
 
 KNOWN = ", ".join(FAMILIES)
 
 BAD_FILES = [
-    # the issue's own list: unknown key, wrong type, impossible combination
-    (f"{MODEL}  hiden_size: 3\n", "c.yaml:3: model.hiden_size: unknown key; did you mean hidden_size?"),
-    (f"{MODEL}  zzz: 3\n", f"c.yaml:3: model.zzz: unknown key; known: {MODEL_KEYS}"),
-    (f"{MODEL}trainig:\n  max_steps: 5\n", "c.yaml:3: trainig: unknown key; did you mean training?"),
+    # text of the file; how the message starts, and what else it names
+    (f"{MODEL}  hiden_size: 3\n", ["c.yaml:3: model.hiden_size:", "unknown", "hidden_size"]),
+    (f"{MODEL}  zzz: 3\n", ["c.yaml:3: model.zzz:", "unknown", MODEL_KEYS]),
+    (f"{MODEL}trainig:\n  max_steps: 5\n", ["c.yaml:3: trainig:", "unknown", "training"]),
     (
         f"{MODEL}training:\n  lr: 5\n  learn_rate: 1\n",
-        "c.yaml:4: training.lr: unknown key; did you mean learning_rate? (and 1 more)",
+        ["c.yaml:4: training.lr:", "unknown", "learning_rate", "(and 1 more)"],
     ),
-    (f"{MODEL}training:\n  learning_rate: fast\n", "c.yaml:4: training.learning_rate: must be a number, not 'fast'"),
+    (f"{MODEL}training:\n  learning_rate: fast\n", ["c.yaml:4: training.learning_rate:", "number", "not 'fast'"]),
     (
         f"{MODEL}training:\n  learning_rate: '1e-3'\n",
-        "c.yaml:4: training.learning_rate: must be a number, not '1e-3'",
+        ["c.yaml:4: training.learning_rate:", "number", "not '1e-3'"],
     ),
     (
         f"{MODEL}training:\n  learning_rate: .inf\n",
-        "c.yaml:4: training.learning_rate: must be a finite number, not inf",
+        ["c.yaml:4: training.learning_rate:", "finite number", "not inf"],
     ),
     (
         f"{MODEL}training:\n  learning_rate: .nan\n",
-        "c.yaml:4: training.learning_rate: must be a finite number, not nan",
+        ["c.yaml:4: training.learning_rate:", "finite number", "not nan"],
     ),
-    (f"{MODEL}training:\n  learning_rate: 0\n", "c.yaml:4: training.learning_rate: must be greater than 0, not 0"),
-    (f"{MODEL}training:\n  batch_size: 1e3\n", "c.yaml:4: training.batch_size: must be an integer, not 1000.0"),
-    (f"{MODEL}training:\n  batch_size: true\n", "c.yaml:4: training.batch_size: must be an integer, not True"),
-    (f"{MODEL}training:\n  batch_size:\n", "c.yaml:4: training.batch_size: must be an integer, not None"),
+    (f"{MODEL}training:\n  learning_rate: 0\n", ["c.yaml:4: training.learning_rate:", "greater than 0", "not 0"]),
+    (f"{MODEL}training:\n  batch_size: 1e3\n", ["c.yaml:4: training.batch_size:", "integer", "not 1000.0"]),
+    (f"{MODEL}training:\n  batch_size: true\n", ["c.yaml:4: training.batch_size:", "integer", "not True"]),
+    (f"{MODEL}training:\n  batch_size:\n", ["c.yaml:4: training.batch_size:", "integer", "not None"]),
     (
         f"{MODEL}training:\n  batch_size: 0\n",
-        "c.yaml:4: training.batch_size: must be greater than or equal to 1, not 0",
+        ["c.yaml:4: training.batch_size:", "greater than or equal to 1", "not 0"],
     ),
     (
         f"{MODEL}training:\n  mixed_precision: fp61\n",
-        "c.yaml:4: training.mixed_precision: must be 'fp32', 'bf16' or 'fp16', not 'fp61'; did you mean 'fp16'?",
+        ["c.yaml:4: training.mixed_precision:", "'fp32', 'bf16' or 'fp16'", "not 'fp61'", "fp16"],
     ),
-    (f"{MODEL}  dropout: 1\n", "c.yaml:3: model.dropout: must be less than 1, not 1"),
-    (f"{MODEL}  dropout: -0.1\n", "c.yaml:3: model.dropout: must be greater than or equal to 0, not -0.1"),
-    (f"{MODEL}  causal: 1\n", "c.yaml:3: model.causal: must be a boolean, not 1"),
+    (f"{MODEL}  dropout: 1\n", ["c.yaml:3: model.dropout:", "less than 1", "not 1"]),
+    (f"{MODEL}  dropout: -0.1\n", ["c.yaml:3: model.dropout:", "greater than or equal to 0", "not -0.1"]),
+    (f"{MODEL}  causal: 1\n", ["c.yaml:3: model.causal:", "boolean", "not 1"]),
     (
         f"{MODEL}  activation: gelu_tahn\n",
-        "c.yaml:3: model.activation: must be 'gelu', 'gelu_tanh', 'relu' or 'silu', not 'gelu_tahn'; "
-        "did you mean 'gelu_tanh'?",
+        ["c.yaml:3: model.activation:", "'gelu', 'gelu_tanh', 'relu' or 'silu'", "not 'gelu_tahn'", "gelu_tanh"],
     ),
-    (f"{MODEL}  num_heads: 7\n", "c.yaml:1: model: hidden_size 512 is not a multiple of num_heads 7"),
+    (f"{MODEL}  num_heads: 7\n", ["c.yaml:1: model:", "hidden_size 512", "num_heads 7"]),
     (
         f"{MODEL}  hidden_size: 15\n  num_heads: 5\n",
-        "c.yaml:1: model: hidden_size 15 is odd: sinusoidal positions come in pairs",
+        ["c.yaml:1: model:", "hidden_size 15"],
     ),
     (
         f"{MODEL}training:\n  min_learning_rate: 1\n",
-        "c.yaml:3: training: min_learning_rate 1 is above learning_rate 0.0003",
+        ["c.yaml:3: training:", "min_learning_rate 1", "learning_rate 0.0003"],
     ),
     (
         f"{MODEL}data:\n  seq_length: 600\n",
-        "c.yaml: data.seq_length 600 is more than model.max_seq_length 512",
+        ["c.yaml:", "data.seq_length 600", "model.max_seq_length 512"],
     ),
-    ("model: {type: tree}\n", f"c.yaml:1: model.type: unknown family 'tree'; known: {KNOWN}"),
-    ("model: {type: transfomer}\n", "c.yaml:1: model.type: unknown family 'transfomer'; did you mean transformer?"),
-    ("model: {hidden_size: 4}\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
-    ("model:\n", f"c.yaml:1: model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
-    ("seed: 3\n", "c.yaml: model: required, but missing"),
-    ("", "c.yaml: model: required, but missing"),
-    (f"{MODEL}seed: -1\n", "c.yaml:3: seed: must be greater than or equal to 0, not -1"),
-    (f"{MODEL}backend: jax\n", "c.yaml:3: backend: must be 'auto', 'mlx' or 'torch', not 'jax'"),
-    (f"{MODEL}device: cuda:x\n", "c.yaml:3: device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'cuda:x'"),
-    (f"{MODEL}data:\n  source: 5\n", "c.yaml:4: data.source: must be a string, not 5"),
-    (f"{MODEL}generation:\n  stop: END\n", "c.yaml:4: generation.stop: must be a list, not 'END'"),
-    (f"{MODEL}generation:\n  top_p: 0\n", "c.yaml:4: generation.top_p: must be greater than 0, not 0"),
-    # not a configuration at all
-    ("- a\n", "c.yaml: must be a mapping of sections (model:, training:, ...)"),
-    ("hello\n", "c.yaml: must be a mapping of sections (model:, training:, ...)"),
-    ("1: 2\n", "c.yaml:1: the key 1 must be a string"),
-    ("model: {type: transformer\n", "c.yaml:2: not valid YAML: expected ',' or '}', but got '<stream end>'"),
-    ("\tmodel: 1\n", "c.yaml:1: not valid YAML: found character '\\t' that cannot start any token"),
-    ("model: *base\n", "c.yaml:1: not valid YAML: found undefined alias 'base'"),
-    (f"{MODEL}---\n{MODEL}", "c.yaml:3: not valid YAML: but found another document"),
-    (f"{MODEL}  num_heads: 4\n  num_heads: 8\n", "c.yaml:4: duplicate key num_heads"),
-    (f"{MODEL}seed: 1\nmodel: 5\n", "c.yaml:4: duplicate key model"),
-    ("[" * 3000, "c.yaml: nested too deeply"),
-    ("a: &a [*a]\n", "c.yaml: nested too deeply"),
+    ("model: {type: tree}\n", ["c.yaml:1: model.type:", "'tree'", KNOWN]),
+    ("model: {type: transfomer}\n", ["c.yaml:1: model.type:", "'transfomer'", "transformer"]),
+    ("model: {hidden_size: 4}\n", ["c.yaml:1: model.type:", "required"]),
+    ("model:\n", ["c.yaml:1: model.type:", "required"]),
+    ("seed: 3\n", ["c.yaml: model:", "required"]),
+    ("", ["c.yaml: model:", "required"]),
+    (f"{MODEL}seed: -1\n", ["c.yaml:3: seed:", "greater than or equal to 0", "not -1"]),
+    (f"{MODEL}backend: jax\n", ["c.yaml:3: backend:", "'auto', 'mlx' or 'torch'", "not 'jax'"]),
+    (f"{MODEL}device: cuda:x\n", ["c.yaml:3: device:", "auto, cpu, gpu, mps, cuda or cuda:N", "not 'cuda:x'"]),
+    (f"{MODEL}data:\n  source: 5\n", ["c.yaml:4: data.source:", "string", "not 5"]),
+    (f"{MODEL}generation:\n  stop: END\n", ["c.yaml:4: generation.stop:", "list", "not 'END'"]),
+    (f"{MODEL}generation:\n  top_p: 0\n", ["c.yaml:4: generation.top_p:", "greater than 0", "not 0"]),
+    # not a configuration
+    ("- a\n", ["c.yaml:", "mapping"]),
+    ("hello\n", ["c.yaml:", "mapping"]),
+    ("1: 2\n", ["c.yaml:1:", "key 1"]),
+    ("model: {type: transformer\n", ["c.yaml:2:", "not valid YAML", "','", "'}'", "'<stream end>'"]),
+    ("\tmodel: 1\n", ["c.yaml:1:", "not valid YAML", "'\\t'"]),
+    ("model: *base\n", ["c.yaml:1:", "not valid YAML", "'base'"]),
+    (f"{MODEL}---\n{MODEL}", ["c.yaml:3:", "not valid YAML"]),
+    (f"{MODEL}  num_heads: 4\n  num_heads: 8\n", ["c.yaml:4:", "duplicate key num_heads"]),
+    (f"{MODEL}seed: 1\nmodel: 5\n", ["c.yaml:4:", "duplicate key model"]),
+    ("[" * 3000, ["c.yaml:", "nested"]),
+    ("a: &a [*a]\n", ["c.yaml:", "nested"]),
     (
         "seed: !!python/name:os.system\n",
-        "c.yaml:1: not valid YAML: could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/name:os.system'",
+        ["c.yaml:1:", "not valid YAML", "tag", "'tag:yaml.org,2002:python/name:os.system'"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), BAD_FILES, ids=[told[:60] for _, told in BAD_FILES])
-def test_bad_files(tmp_path: Path, text: str, told: str) -> None:
-    assert message(tmp_path, text) == told
+@pytest.mark.parametrize(("text", "parts"), BAD_FILES)
+def test_bad_files(tmp_path: Path, text: str, parts: list[str]) -> None:
+    assert is_error(message(tmp_path, text), parts)
 
 
-def test_a_misspelt_section_is_what_is_told(tmp_path: Path) -> None:
-    """That the model is missing follows from it."""
-    told = message(tmp_path, "modle:\n  type: transformer\n")
-    assert told.startswith("c.yaml:1: modle: unknown key; did you mean model?")
+def test_a_misspelt_section_is_reported(tmp_path: Path) -> None:
+    """Not the missing section `model`, which follows from it."""
+    found = message(tmp_path, "modle:\n  type: transformer\n")
+    assert found.startswith("c.yaml:1: modle: unknown key; did you mean model?")
 
 
 def test_an_unknown_key_with_the_name_of_a_family(tmp_path: Path) -> None:
-    told = message(tmp_path, f"{MODEL}  transformer: 1\n")
-    assert told.startswith("c.yaml:3: model.transformer: unknown key")
+    found = message(tmp_path, f"{MODEL}  transformer: 1\n")
+    assert found.startswith("c.yaml:3: model.transformer: unknown key")
 
 
-def test_a_wrong_stop_is_told_once_with_what_is_allowed(tmp_path: Path) -> None:
-    told = message(tmp_path, f"{MODEL}generation:\n  stop: [1, a, 1.5]\n")
-    assert told.startswith("c.yaml:4: generation.stop.2: ") and "not 1.5" in told
-    assert "integer" in told and ("string" in told or "text" in told) and "more)" not in told
+def test_a_wrong_stop_is_one_error_with_both_types(tmp_path: Path) -> None:
+    found = message(tmp_path, f"{MODEL}generation:\n  stop: [1, a, 1.5]\n")
+    assert found.startswith("c.yaml:4: generation.stop.2: ") and "not 1.5" in found
+    assert "integer" in found and "string" in found and "more)" not in found
 
 
 @pytest.mark.parametrize(
@@ -284,8 +287,8 @@ def test_a_wrong_stop_is_told_once_with_what_is_allowed(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("value", ["{type: transformer}", "[touch, x]"])
 def test_tags_are_refused_and_nothing_is_run(tmp_path: Path, tag: str, value: str) -> None:
-    told = message(tmp_path, f"model: {tag} {value}\n")
-    assert told.startswith("c.yaml:1: ") and tag.lstrip("!").split(":")[0] in told
+    found = message(tmp_path, f"model: {tag} {value}\n")
+    assert found.startswith("c.yaml:1: ") and tag.lstrip("!").split(":")[0] in found
     assert not (tmp_path / "x").exists()
 
 
@@ -303,125 +306,124 @@ def test_an_alias_bomb_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    def told(path: Path | str) -> str:
+    def error(path: Path | str) -> str:
         with pytest.raises(ConfigError) as caught:
             Config.from_yaml(path)
         return str(caught.value)
 
-    assert told(tmp_path) == f"{tmp_path}: is a folder; expected a YAML file or a preset"
-    assert told(tmp_path / "no.yaml").startswith(f"{tmp_path}/no.yaml: no such file or preset; ")
+    assert is_error(error(tmp_path), [f"{tmp_path}: ", "folder"])
+    assert is_error(error(tmp_path / "no.yaml"), [f"{tmp_path}/no.yaml: ", "no such file or preset"])
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("seed: é".encode("latin-1"))
-    assert told(latin) == f"{latin}: cannot be read: not UTF-8 text"
+    assert is_error(error(latin), [f"{latin}: ", "UTF-8"])
     large = tmp_path / "large.yaml"
     large.write_text("#" * (1 << 20) + "\nmodel: {type: transformer}\n")
-    assert told(large) == f"{large}: larger than 1 MB, the limit of a configuration"
+    assert is_error(error(large), [f"{large}: ", "1 MB"])
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\x00\x01")
-    assert told(binary).startswith(f"{binary}: not valid YAML: ") and "\n" not in told(binary)
+    assert is_error(error(binary), [f"{binary}: ", "not valid YAML"])
 
 
-# ---- what is wrong: in an override ------------------------------------------------------------------------
+# ---- errors in an override ------------------------------------------------------------------------------
 
 BAD_OVERRIDES = [
-    ("training.learning_rte=1e-3", "--set training.learning_rte: unknown key; did you mean learning_rate?"),
-    ("lr", "--set lr: must be key=value, such as training.learning_rate=1e-3"),
-    ("=3", "--set =3: must be key=value, such as training.learning_rate=1e-3"),
-    ("training.=3", "--set training.=3: must be key=value, such as training.learning_rate=1e-3"),
-    ("training..max_steps=3", "--set training..max_steps=3: must be key=value, such as training.learning_rate=1e-3"),
-    ("training.learning_rate=", "--set training.learning_rate: must be a number, not None"),
-    ("training.learning_rate=[1", "--set training.learning_rate=[1: the value is not valid YAML; put it in quotes"),
-    ("seed=99999999999999999999", "--set seed: must be less than 9223372036854775808, not 99999999999999999999"),
-    ("device=tpu", "--set device: must be auto, cpu, gpu, mps, cuda or cuda:N, not 'tpu'"),
-    ("backend=MLX", "--set backend: must be 'auto', 'mlx' or 'torch', not 'MLX'"),
-    ("seed=true", "--set seed: must be an integer, not True"),
+    ("training.learning_rte=1e-3", ["--set training.learning_rte:", "unknown", "learning_rate"]),
+    ("lr", ["--set lr:", "key=value"]),
+    ("=3", ["--set =3:", "key=value"]),
+    ("training.=3", ["--set training.=3:", "key=value"]),
+    ("training..max_steps=3", ["--set training..max_steps=3:", "key=value"]),
+    ("training.learning_rate=", ["--set training.learning_rate:", "number", "not None"]),
+    ("training.learning_rate=[1", ["--set training.learning_rate=[1:", "not valid YAML"]),
+    ("seed=99999999999999999999", ["--set seed:", "less than 9223372036854775808", "not 99999999999999999999"]),
+    ("device=tpu", ["--set device:", "auto, cpu, gpu, mps, cuda or cuda:N", "not 'tpu'"]),
+    ("backend=MLX", ["--set backend:", "'auto', 'mlx' or 'torch'", "not 'MLX'"]),
+    ("seed=true", ["--set seed:", "integer", "not True"]),
     (
         "data.source=!!python/name:os.system",
-        "--set data.source=!!python/name:os.system: the value is not valid YAML; put it in quotes",
+        ["--set data.source=!!python/name:os.system:", "not valid YAML"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("override", "told"), BAD_OVERRIDES)
-def test_bad_overrides(tmp_path: Path, override: str, told: str) -> None:
-    assert message(tmp_path, MODEL, override) == told
+@pytest.mark.parametrize(("override", "parts"), BAD_OVERRIDES)
+def test_bad_overrides(tmp_path: Path, override: str, parts: list[str]) -> None:
+    assert is_error(message(tmp_path, MODEL, override), parts)
 
 
 @pytest.mark.parametrize(
-    ("text", "override", "told"),
+    ("text", "override", "parts"),
     [
-        (MODEL, "model={type: transformer, foo: 1}", f"--set model.foo: unknown key; known: {MODEL_KEYS}"),
+        (MODEL, "model={type: transformer, foo: 1}", ["--set model.foo:", "unknown", MODEL_KEYS]),
         (
             f"{MODEL}training:\n  learning_rate: 1.0\n",
             "training.learning_rate.x=3",
-            "--set training.learning_rate: must be a number, not {'x': 3}",
+            ["--set training.learning_rate:", "number", "{'x': 3}"],
         ),
-        (MODEL, "model.type=tree", f"--set model.type: unknown family 'tree'; known: {KNOWN}"),
+        (MODEL, "model.type=tree", ["--set model.type:", "'tree'", KNOWN]),
     ],
 )
-def test_an_override_is_blamed_for_what_it_did(tmp_path: Path, text: str, override: str, told: str) -> None:
-    """Not the file, which is right."""
-    assert message(tmp_path, text, override) == told
+def test_an_override_is_named_and_not_the_file(tmp_path: Path, text: str, override: str, parts: list[str]) -> None:
+    assert is_error(message(tmp_path, text, override), parts)
 
 
-# ---- what is wrong: in Python -----------------------------------------------------------------------------
+# ---- errors in Python -----------------------------------------------------------------------------------
 
 BAD_CALLS = [
-    (lambda: ModelConfig(), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
-    (lambda: ModelConfig(hidden_size=3), f"model.type: required; one of {KNOWN}, or my_models.py:MyModel"),
-    (lambda: ModelConfig(type="zzz"), f"model.type: unknown family 'zzz'; known: {KNOWN}"),
+    (lambda: ModelConfig(), ["model.type:", "required"]),
+    (lambda: ModelConfig(hidden_size=3), ["model.type:", "required"]),
+    (lambda: ModelConfig(type="zzz"), ["model.type:", "'zzz'", KNOWN]),
     (
         lambda: ModelConfig(type="transformer", hiden_size=3),
-        "model.hiden_size: unknown key; did you mean hidden_size?",
+        ["model.hiden_size:", "unknown", "hidden_size"],
     ),
-    (lambda: ModelConfig(type="transformer", num_heads=7), "model: hidden_size 512 is not a multiple of num_heads 7"),
-    (lambda: TransformerConfig(type="cnn"), "model.type: must be 'transformer', not 'cnn'"),
-    (lambda: Config(), "model: required, but missing"),
-    (lambda: Config(model={"type": "transformer", "x": 1}), f"model.x: unknown key; known: {MODEL_KEYS}"),
-    (lambda: Config(model={"type": "transformer"}, traning=1), "traning: unknown key; did you mean training?"),
-    (lambda: TrainingConfig(max_grad_norm=0), "training.max_grad_norm: must be greater than 0, not 0"),
-    (lambda: TrainingConfig(eps=float("nan")), "training.eps: must be a finite number, not nan"),
-    (lambda: GenerationConfig(temperature=-1), "generation.temperature: must be greater than or equal to 0, not -1"),
-    (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction: must be less than 1, not 1.0"),
+    (lambda: ModelConfig(type="transformer", num_heads=7), ["model:", "hidden_size 512", "num_heads 7"]),
+    (lambda: TransformerConfig(type="cnn"), ["model.type:", "'transformer'", "not 'cnn'"]),
+    (lambda: Config(), ["model:", "required"]),
+    (lambda: Config(model={"type": "transformer", "x": 1}), ["model.x:", "unknown", MODEL_KEYS]),
+    (lambda: Config(model={"type": "transformer"}, traning=1), ["traning:", "unknown", "training"]),
+    (lambda: TrainingConfig(max_grad_norm=0), ["training.max_grad_norm:", "greater than 0", "not 0"]),
+    (lambda: TrainingConfig(eps=float("nan")), ["training.eps:", "finite number", "not nan"]),
+    (lambda: GenerationConfig(temperature=-1), ["generation.temperature:", "greater than or equal to 0", "not -1"]),
+    (lambda: DataConfig(validation_fraction=1.0), ["data.validation_fraction:", "less than 1", "not 1.0"]),
 ]
 
 
-@pytest.mark.parametrize(("call", "told"), BAD_CALLS, ids=[told for _, told in BAD_CALLS])
-def test_bad_calls(call: Any, told: str) -> None:
+@pytest.mark.parametrize(("call", "parts"), BAD_CALLS)
+def test_bad_calls(call: Any, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         call()
-    assert str(caught.value) == told
+    assert is_error(str(caught.value), parts)
     assert isinstance(caught.value, (UsageError, IceNetError)) and caught.value.exit_code == 2
 
 
 BAD_ASSIGNMENTS = [
-    ("model", "hidden_size", 511, "model: hidden_size 511 is not a multiple of num_heads 8"),
-    ("model", "hidden_size", "a", "model.hidden_size: must be an integer, not 'a'"),
-    ("model", "hiden", 1, "model.hiden: unknown key; did you mean hidden_size?"),
-    ("model", "type", "cnn", "model.type: must be 'transformer', not 'cnn'"),
-    ("model", "dropout", 1.0, "model.dropout: must be less than 1, not 1.0"),
+    ("model", "hidden_size", 511, ["model:", "hidden_size 511", "num_heads 8"]),
+    ("model", "hidden_size", "a", ["model.hidden_size:", "integer", "not 'a'"]),
+    ("model", "hiden", 1, ["model.hiden:", "unknown", "hidden_size"]),
+    ("model", "type", "cnn", ["model.type:", "'transformer'", "not 'cnn'"]),
+    ("model", "dropout", 1.0, ["model.dropout:", "less than 1", "not 1.0"]),
     (
         "training",
         "mixed_precision",
         "fp8",
-        "training.mixed_precision: must be 'fp32', 'bf16' or 'fp16', not 'fp8'",
+        ["training.mixed_precision:", "'fp32', 'bf16' or 'fp16'", "not 'fp8'"],
     ),
-    ("training", "min_learning_rate", 1.0, "training: min_learning_rate 1 is above learning_rate 0.0003"),
-    ("training", "learning_rate", float("inf"), "training.learning_rate: must be a finite number, not inf"),
-    ("generation", "top_k", -1, "generation.top_k: must be greater than or equal to 0, not -1"),
-    ("data", "seq_length", 0, "data.seq_length: must be greater than or equal to 1, not 0"),
-    ("", "seed", -1, "seed: must be greater than or equal to 0, not -1"),
-    ("", "backend", "jax", "backend: must be 'auto', 'mlx' or 'torch', not 'jax'"),
+    ("training", "min_learning_rate", 1.0, ["training:", "min_learning_rate 1", "learning_rate 0.0003"]),
+    ("training", "learning_rate", float("inf"), ["training.learning_rate:", "finite number", "not inf"]),
+    ("generation", "top_k", -1, ["generation.top_k:", "greater than or equal to 0", "not -1"]),
+    ("data", "seq_length", 0, ["data.seq_length:", "greater than or equal to 1", "not 0"]),
+    ("", "seed", -1, ["seed:", "greater than or equal to 0", "not -1"]),
+    ("", "backend", "jax", ["backend:", "'auto', 'mlx' or 'torch'", "not 'jax'"]),
 ]
 
 
-@pytest.mark.parametrize(("section", "key", "value", "told"), BAD_ASSIGNMENTS)
-def test_a_bad_assignment_changes_nothing(section: str, key: str, value: Any, told: str) -> None:
+@pytest.mark.parametrize(("section", "key", "value", "parts"), BAD_ASSIGNMENTS)
+def test_a_bad_assignment_changes_nothing(section: str, key: str, value: Any, parts: list[str]) -> None:
     config = Config.from_dict({"model": {"type": "transformer"}})
     before = copy.deepcopy(config)
     with pytest.raises(ConfigError) as caught:
         setattr(getattr(config, section) if section else config, key, value)
-    assert str(caught.value) == told
+    assert is_error(str(caught.value), parts)
     assert config == before and config.to_yaml() == before.to_yaml()
 
 
@@ -443,7 +445,7 @@ def test_a_check_of_the_whole_finds_what_single_assignments_cannot() -> None:
         config.checked()
 
 
-# ---- there and back ---------------------------------------------------------------------------------------
+# ---- YAML and back --------------------------------------------------------------------------------------
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
     [
@@ -543,7 +545,7 @@ def test_copies_and_pickles() -> None:
         assert config.model.hidden_size == 64
 
 
-# ---- the schema and the presets ---------------------------------------------------------------------------
+# ---- the schema and the presets -------------------------------------------------------------------------
 
 
 def test_the_schema_has_every_key_and_what_it_is() -> None:
@@ -553,10 +555,10 @@ def test_the_schema_has_every_key_and_what_it_is() -> None:
     assert list(schema["properties"]) == list(Config.model_fields) and schema["required"] == ["model"]
     sections = {"DataConfig": DataConfig, "TrainingConfig": TrainingConfig, "GenerationConfig": GenerationConfig}
     for name, section in {**sections, "TransformerConfig": TransformerConfig}.items():
-        told = schema["$defs"][name]
-        assert told["additionalProperties"] is False
-        assert set(told["properties"]) == set(section.model_fields)
-        assert all(prop.get("description") for prop in told["properties"].values()), name
+        found = schema["$defs"][name]
+        assert found["additionalProperties"] is False
+        assert set(found["properties"]) == set(section.model_fields)
+        assert all(prop.get("description") for prop in found["properties"].values()), name
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["TransformerConfig"]["properties"]["type"]["const"] == "transformer"
     assert schema["$defs"]["TransformerConfig"]["properties"]["activation"]["enum"] == [
