@@ -253,9 +253,9 @@ def train(config: Config, run: Path, backend: str, until: int | None = None) -> 
     return Trainer.start(config, run, backend=backend, quiet=True).fit(until)
 
 
-def resume(run: Path, backend: str | None = None, until: int | None = None, **more: Any) -> Result:
-    """Resumes a run, on another backend if one is named, and trains it up to step `until` (default: its end)."""
-    return Trainer.resume(run, backend=backend, quiet=True, **more).fit(until)
+def resume(path: Path, backend: str | None = None, until: int | None = None, **more: Any) -> Result:
+    """Resumes a run or checkpoint, on another backend if one is named, up to step `until` (default: its end)."""
+    return Trainer.resume(path, backend=backend, quiet=True, **more).fit(until)
 
 
 def state(run: Path, step: int | None = None) -> dict[str, np.ndarray]:

@@ -195,7 +195,7 @@ class LiveBar:
         label: str,
         describe: Callable[[int], Sequence[str]],
         total: float | None,
-        completed: float,
+        completed: int,
         transient: bool,
     ) -> None:
         """
@@ -233,19 +233,19 @@ class LiveBar:
         else:
             self._progress.start()
 
-    def update(self, completed: float, total: float | None = None) -> None:
+    def update(self, completed: int, total: float | None = None) -> None:
         """Moves the bar, at most every 0.1 s (in a notebook 0.25 s)."""
         now = time.monotonic()
         if now - self._updated_at >= self._interval:
             self._updated_at = now
             self._move(completed, total)
 
-    def stop(self, completed: float) -> None:
+    def stop(self, completed: int) -> None:
         """Draws the bar for the last time."""
         self._move(completed, None)
         self._progress.stop()
 
-    def _move(self, completed: float, total: float | None) -> None:
+    def _move(self, completed: int, total: float | None) -> None:
         self._progress.update(self._task, completed=completed, total=total)
         if self._output is not None:
             self._output.update(self._table())
@@ -259,7 +259,7 @@ def live_bar(
     label: str,
     describe: Callable[[int], Sequence[str]],
     total: float | None,
-    completed: float = 0,
+    completed: int = 0,
     *,
     transient: bool = False,
 ) -> LiveBar | None:

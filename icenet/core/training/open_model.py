@@ -1,4 +1,4 @@
-"""Opens what a path names: a run, a checkpoint, a saved model, or a configuration."""
+"""Opens a run, a checkpoint, a saved model or a configuration by its path."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from icenet.core.weights import files as weight_files
 
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
-    """The configuration and weights of what a person names.
+    """Returns the configuration and the weights at a path.
 
-    A run or checkpoint gives both, so does a folder that `icenet.save` wrote; a YAML file or a preset's name
-    gives a configuration alone.
+    Args:
+        path: a run, a checkpoint, a folder written by `icenet.save`, a YAML file or the name of a preset. The last
+            two have no weights.
+        overrides: `key=value` changes of the configuration.
+
+    Raises:
+        CheckpointError: the path is a file of weights, or has no good checkpoint.
+        ConfigError: the configuration cannot be read.
     """
     if path.is_file() and path.suffix in (weight_files.SUFFIX, ".pt", ".pth", ".bin"):
         raise CheckpointError(
             f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
-            "makes a folder of both"
+            "creates a folder with both"
         )
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
@@ -33,13 +39,13 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
 
 
 def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
-    """The configuration and the averaged weights of a run or checkpoint.
+    """Returns the configuration and the averaged weights of a run or checkpoint.
 
     Raises:
-        CheckpointError: the run kept none.
+        CheckpointError: it has no averaged weights.
     """
     found = find(path)
     averages = {name: array for name, array in found.optimizer.items() if name.endswith(".ema")}
     if not averages:
-        raise CheckpointError(f"{found.path}: keeps no averaged weights; train with training.ema_decay")
+        raise CheckpointError(f"{found.path}: has no averaged weights; train with training.ema_decay")
     return found.config, {**found.weights, **{name.removesuffix(".ema"): array for name, array in averages.items()}}

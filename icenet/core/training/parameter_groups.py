@@ -57,12 +57,12 @@ def assign(
                 )
     found = {}
     for path, shape in shapes.items():
-        group = next((group for group in training.parameter_groups if _matches(group, path)), None)
+        own = next((group for group in training.parameter_groups if _matches(group, path)), None)
         decay = weight_decay(training) if len(shape) >= 2 else 0.0
         rate = training.learning_rate
-        if group is not None:
-            decay = decay if group.weight_decay is None else group.weight_decay
-            rate = rate if group.learning_rate is None else group.learning_rate
+        if own is not None:
+            decay = decay if own.weight_decay is None else own.weight_decay
+            rate = rate if own.learning_rate is None else own.learning_rate
         method = training.optimizer
         if method == "muon" and not _is_hidden_matrix(path, shape, kinds, outputs):
             method = "adamw"

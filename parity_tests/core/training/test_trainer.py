@@ -1,4 +1,4 @@
-"""The training loop on both backends: what it computes, what it writes, and that a run can stop anywhere."""
+"""The training loop on both backends: its results, its files, and that a run can stop and resume at any moment."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, environment, icenet, losses, metrics, same_bits, start_icenet, state, tiny, tree
+from helpers import (
+    BACKENDS,
+    both_backends,
+    icenet,
+    is_one_line,
+    losses,
+    metrics,
+    python,
+    resume,
+    same_bits,
+    start_icenet,
+    state,
+    tiny,
+    train,
+    tree,
+)
 
 from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.data.datasets import open_dataset
 from icenet.core.errors import CheckpointError, ConfigError, DataError, IceNetError, UsageError, WeightsError
-from icenet.core.training import checkpoint, trainer
+from icenet.core.training import checkpoint
 from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
 from icenet.core.training.trainer import Interrupted, Trainer
@@ -33,33 +47,22 @@ from icenet.parity.yardstick import judge, judge_curve
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("mlx")
 
-both = pytest.mark.parametrize("backend", BACKENDS)
-
 
 @pytest.fixture
 def drawn() -> None:
-    """Named by a test whose runs draw their plots; others save that time."""
+    """Used by a test whose runs draw their plots."""
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+def plots_only_where_tested(request: pytest.FixtureRequest) -> None:
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
-
-
-def train(config: Config, run: Path, backend: str, until: int | None = None) -> trainer.Result:
-    return Trainer.start(config, run, backend=backend, quiet=True).fit(until)
-
-
-def resume(path: Path, backend: str | None = None, until: int | None = None, **more: Any) -> trainer.Result:
-    return Trainer.resume(path, backend=backend, quiet=True, **more).fit(until)
+        request.getfixturevalue("no_plots")
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 def test_a_run(tmp_path: Path, backend: str, drawn: None) -> None:
     config, run = tiny(tmp_path), tmp_path / "run"
     result = train(config, run, backend)
@@ -81,7 +84,7 @@ def test_a_run(tmp_path: Path, backend: str, drawn: None) -> None:
     assert content["step"] == 20 and content["backend"] == backend and content["versions"]["numpy"] == np.__version__
 
 
-@both
+@both_backends
 def test_the_evaluation_is_the_mean_over_tokens(tmp_path: Path, backend: str) -> None:
     """Recomputed from the weights in the checkpoint, batch by batch, through log-softmax in float64."""
     config = tiny(tmp_path, "training.eval_batches=1000")
@@ -101,14 +104,14 @@ def test_the_evaluation_is_the_mean_over_tokens(tmp_path: Path, backend: str) ->
     assert result.validation_loss == pytest.approx(total / count, rel=1e-6)
 
 
-@both
+@both_backends
 def test_no_evaluation_where_none_is_asked_for(tmp_path: Path, backend: str) -> None:
     result = train(tiny(tmp_path, "training.eval_every=null"), tmp_path / "run", backend)
     assert result.validation_loss is None
     assert not [record for record in metrics(tmp_path / "run") if "validation_loss" in record]
 
 
-@both
+@both_backends
 def test_old_checkpoints_go(tmp_path: Path, backend: str) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-best").mkdir(parents=True)  # a user's, not ours to count or remove
@@ -134,7 +137,7 @@ def test_the_schedule_by_hand(tmp_path: Path) -> None:
     assert adam_corrections(0, 0.9, 0.95) == pytest.approx((0.1, 0.05))
 
 
-@both
+@both_backends
 def test_adamw_20_steps(tmp_path: Path, backend: str) -> None:
     """Equal gradients; against AdamW written out in float64, with torch.optim's own fp32 error as the noise."""
     config = tiny(tmp_path)
@@ -179,7 +182,7 @@ def test_adamw_20_steps(tmp_path: Path, backend: str) -> None:
             assert verdict.passed, (name, slot, verdict)
 
 
-@both
+@both_backends
 def test_clipping(tmp_path: Path, backend: str) -> None:
     """The step taken is that of the gradients scaled to the norm; the norm reported is that before."""
     loose = tiny(tmp_path, "training.max_grad_norm=null", "model.dropout=0")
@@ -208,7 +211,7 @@ def test_clipping(tmp_path: Path, backend: str) -> None:
 # ---- stopping and going on --------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
     """Stopped at several steps, between checkpoints and on them: dropout, clipping, evaluation, all bits."""
@@ -223,7 +226,7 @@ def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
     assert same_bits(state(broken, 10), state(tmp_path / "whole", 10))
 
 
-@both
+@both_backends
 def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path)
     for name, given in (("a", config), ("b", config), ("c", config.with_overrides("seed=4"))):
@@ -232,35 +235,44 @@ def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path, backend: str
     assert not same_bits(state(tmp_path / "a"), state(tmp_path / "c"))
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, list[float]]]:
+    """A configuration and its uninterrupted loss curves, on both backends and in float64."""
+    config = tiny(tmp_path_factory.mktemp("reference"), "training.max_steps=40", "training.checkpoint_every=10",
+                  "training.eval_every=20")  # fmt: skip
+    return config, curves(build(config), 40)
+
+
 @pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
-def test_changing_backend(tmp_path: Path, order: tuple[str, str]) -> None:
-    """Four parts on alternating backends, against the uninterrupted run, by the yardstick."""
-    config = tiny(tmp_path, "training.max_steps=80", "training.checkpoint_every=20", "training.eval_every=40")
+def test_changing_backend(
+    tmp_path: Path, order: tuple[str, str], reference: tuple[Config, dict[str, list[float]]]
+) -> None:
+    """Four parts on alternating backends, compared with the uninterrupted run by the yardstick."""
+    config, curve = reference
     moved = tmp_path / "moved"
-    train(config, moved, order[0], until=20)
-    for backend, until in ((order[1], 40), (order[0], 60), (order[1], 80)):
+    train(config, moved, order[0], until=10)
+    for backend, until in ((order[1], 20), (order[0], 30), (order[1], 40)):
         resume(moved, backend, until)
     named = [record["backend"] for record in metrics(moved) if "loss" in record]
-    assert named == [order[0]] * 20 + [order[1]] * 20 + [order[0]] * 20 + [order[1]] * 20
-    curve = curves(build(config), 80)
+    assert named == [order[0]] * 10 + [order[1]] * 10 + [order[0]] * 10 + [order[1]] * 10
     verdict = judge_curve(losses(moved), curve["PyTorch"], curve["PyTorch float64"])
     assert verdict.passed, (verdict.worst, verdict.worst_step)
     train(config, tmp_path / "whole", order[0])
     assert losses(tmp_path / "whole") == curve[{"mlx": "MLX", "torch": "PyTorch"}[order[0]]]
-    # the yardstick can fail: one batch of another seed is seen
+    # the yardstick detects a difference of 0.1 % in one step
     verdict = judge_curve(
         [*losses(moved)[:-1], losses(moved)[-1] * 1.001], curve["PyTorch"], curve["PyTorch float64"]
     )
     assert not verdict.passed
 
 
-def test_curve_of_200_steps(tmp_path: Path) -> None:
-    config = tiny(tmp_path, "training.max_steps=200", "training.warmup_steps=20", "training.weight_decay=0.1")
-    curve = curves(build(config), 200)
+def test_curve_of_100_steps(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.max_steps=100", "training.warmup_steps=10", "training.weight_decay=0.1")
+    curve = curves(build(config), 100)
     verdict = judge_curve(*curve.values())
     assert verdict.passed, (verdict.worst, verdict.worst_step)
-    assert curve["MLX"][-1] < 0.4 * curve["MLX"][0]
-    assert len(set(curve["PyTorch float64"])) == 200 and verdict.noise.max() < 1e-3
+    assert curve["MLX"][-1] < 0.5 * curve["MLX"][0]
+    assert len(set(curve["PyTorch float64"])) == 100 and verdict.noise.max() < 1e-3
 
 
 def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
@@ -288,7 +300,7 @@ def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pyt
     assert same_bits(state(branch), state(run)) and metrics(branch) == metrics(run)
 
 
-@both
+@both_backends
 def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the first steps, a run has a config and metrics and no checkpoint; it is resumed all the same."""
     config, run = tiny(tmp_path), tmp_path / "run"
@@ -299,9 +311,8 @@ def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeyp
     with pytest.raises(UsageError, match=r"contains a run already; continue it with --resume"):
         train(config, run, backend)
     resumed = Trainer.resume(run, quiet=True)
-    assert resumed.engine.backend == backend and resumed.notes == [
-        f"{run}: ended before its first checkpoint; it begins again at step 1"
-    ]
+    assert resumed.engine.backend == backend and len(resumed.notes) == 1
+    assert is_one_line(resumed.notes[0], str(run), "before its first checkpoint")
     resumed.fit()
     train(config, tmp_path / "whole", backend)
     assert metrics(run) == metrics(tmp_path / "whole") and same_bits(state(run), state(tmp_path / "whole"))
@@ -316,7 +327,7 @@ def test_a_checkpoint_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.Monke
     copy = tmp_path / "home" / "deep" / "best"
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000005", copy)
     before = tree(tmp_path / "home")
-    with pytest.raises(UsageError, match=r"best: not in the folder of a run; .*--run NEW"):
+    with pytest.raises(UsageError, match=r"best: .*not in the folder of a run; .*--run NEW"):
         Trainer.resume(copy, quiet=True)
     resume(copy, run=tmp_path / "new")
     assert tree(tmp_path / "home") == before
@@ -374,6 +385,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
 
     def meanwhile(*arguments: Any) -> bool:
         if first.step == 30:
+            first._writer.wait()  # the checkpoint of step 20
             before = tree(run)
             with pytest.raises(CheckpointError, match="another process trains this run; wait for it"):
                 second.fit()
@@ -386,7 +398,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
 
     first._evaluate = meanwhile  # type: ignore[method-assign]
     first.fit()
-    assert seen == ["icenet: run: another process trains this run; wait for it, or choose another --run\n"]
+    assert is_one_line(seen[0], "icenet: run", "another process", "--run")
     assert len(losses(run)) == 40
     # the lock is gone; whoever prepared while the other went on must look again
     with pytest.raises(CheckpointError, match="another process continued this run meanwhile; resume it again"):
@@ -396,7 +408,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
 # ---- what goes wrong --------------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.checkpoint_every=2", "training.eval_every=null", "training.warmup_steps=0")
     run = tmp_path / "run"
@@ -405,17 +417,15 @@ def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
     with pytest.raises(IceNetError) as error:
         resume(run, overrides=["training.learning_rate=1e30", "training.checkpoint_every=100"])
     message = str(error.value)
-    assert message.startswith("step ") and "the loss is nan" in message and "\n" not in message
-    assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000006'}" in message
+    assert is_one_line(message, "step ", "nan", str(run / "checkpoints" / "step-00000006"), "training.on_nan=skip")
     assert re.search(r"\(largest: [\w.]+ nan, [\w.]+ nan, [\w.]+ nan\)", message)
-    assert message.endswith("or skip such steps with training.on_nan=skip")
     assert tree(run / "checkpoints") == before
     resume(run)  # with the rate it had
     train(config, tmp_path / "whole", backend)
     assert same_bits(state(run), state(tmp_path / "whole")) and metrics(run) == metrics(tmp_path / "whole")
 
 
-@both
+@both_backends
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, backend: str) -> None:
     """Loss and gradients of a step may be fine and its update overflow: no checkpoint may hold that."""
     run = tmp_path / "run"
@@ -454,7 +464,7 @@ def fp16_run(config: Config, run: Path, backend: str, until: int | None = None, 
     started.fit(until)
 
 
-@both
+@both_backends
 def test_fp16_skips_and_halves(tmp_path: Path, backend: str) -> None:
     """A scale that overflows: steps are skipped, weights stay, until it fits; an interruption changes nothing."""
     config, whole, broken = tiny(tmp_path, "training.mixed_precision=fp16"), tmp_path / "a", tmp_path / "b"
@@ -489,7 +499,7 @@ def test_fp16_skipped_steps_count_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(tmp_path / "mlx"), losses(tmp_path / "torch"), rtol=2e-3)
 
 
-@both
+@both_backends
 def test_bf16_learns(tmp_path: Path, backend: str) -> None:
     """bf16's curve is near that of fp32 and is not it; weights and moments stay in fp32."""
     config = tiny(tmp_path, "training.eval_every=null")
@@ -513,7 +523,7 @@ def test_compiled(tmp_path: Path, backend: str) -> None:
 # ---- signals and kills ------------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.Signals) -> None:
     """The signal comes after the loop has decided not to save at this step: it is saved all the same."""
@@ -533,7 +543,7 @@ def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.
     with pytest.raises(Interrupted) as error:
         started.fit()
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert str(error.value) == f"stopped by {name} after step 6; everything is saved: icenet train --resume {run}"
+    assert is_one_line(error.value, f"stopped by {name} after step 6", f"icenet train --resume {run}")
     assert signal.getsignal(number) is handler
     assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000006"]
     assert len(losses(run)) == 6
@@ -556,7 +566,13 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("backend", "number"), [("mlx", signal.SIGTERM), ("mlx", signal.SIGINT), ("torch", signal.SIGTERM)]
+    ("backend", "number"),
+    [
+        ("mlx", signal.SIGINT),
+        ("torch", signal.SIGTERM),
+        pytest.param("mlx", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: signal.Signals) -> None:
     command_config(tmp_path, "training.max_steps=100000", "training.checkpoint_every=100000")
@@ -568,13 +584,13 @@ def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: s
     step = int(checkpoint.find(run).step)
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert (process.returncode, out) == (1, "")
-    assert err == (f"icenet: stopped by {name} after step {step}; everything is saved: icenet train --resume run\n")
+    assert is_one_line(err, f"stopped by {name} after step {step}", "icenet train --resume run")
     assert step >= 3 and len(losses(run)) == step
     assert Trainer.resume(run).step == step
 
 
 def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> None:
-    """Kills a run at random moments, resumes it each time, and compares the end with an uninterrupted run."""
+    """Kills a run at random moments, resumes it each time, and compares the result with an uninterrupted run."""
     command_config(
         folder, f"training.max_steps={steps}", "training.checkpoint_every=3", "training.keep_checkpoints=3",
         "training.eval_every=7",
@@ -584,21 +600,21 @@ def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> No
     command = ["train", "tiny.yaml", "--run", "run", "--backend", backend, "--quiet"]
     while killed < kills:
         process = start_icenet(command, folder)
-        # somewhere in the next few steps, wherever in a step, a checkpoint or the beginning that may be
+        # within the next steps, at any point of a step, of a checkpoint or of the start
         wait_for_steps(run, done + draw.randint(0, max(1, (steps - done) // (kills - killed + 1))), process)
         time.sleep(draw.random() * 0.03)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: more steps are needed"
+        assert process.returncode == -signal.SIGKILL, "the run was complete before the kill: more steps are needed"
         killed += 1
-        began = (run / "metrics.jsonl").exists()
-        command = ["train", "--resume", "run", "--quiet"] if began else command
+        if (run / "metrics.jsonl").exists():
+            command = ["train", "--resume", "run", "--quiet"]
         newest = checkpoint.newest(run)
         if newest is not None:
             checkpoint.verify(newest)  # complete or absent
             done = max(done, int(newest.name[5:]))
-    result = icenet(*command, folder=folder)
-    assert result.stderr == "" and f"step {steps}: loss" in result.stdout
+    last = Trainer.resume(run, quiet=True)
+    assert last.notes == [] and last.fit().step == steps
     train(Config.from_yaml(folder / "tiny.yaml"), folder / "whole", backend)
     assert same_bits(state(run), state(folder / "whole"))
     assert metrics(run) == metrics(folder / "whole")
@@ -606,45 +622,38 @@ def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> No
 
 
 def test_five_kills(tmp_path: Path) -> None:
-    survive(tmp_path, "mlx", kills=5, steps=300, seed=1)
+    survive(tmp_path, "mlx", kills=5, steps=120, seed=1)
 
 
 @pytest.mark.slow
-@both
+@both_backends
 @pytest.mark.parametrize("seed", [2, 3])
 def test_twenty_kills(tmp_path: Path, backend: str, seed: int) -> None:
     survive(tmp_path, backend, kills=20, steps={"mlx": 1500, "torch": 800}[backend], seed=seed)
 
 
-def test_killed_at_the_very_beginning(tmp_path: Path) -> None:
-    """Before the first step, wherever: either the run can be resumed, or its folder can be begun in."""
+@pytest.mark.parametrize("file", [".lock", "config.yaml", "metrics.jsonl"])
+def test_killed_at_the_very_beginning(tmp_path: Path, file: str) -> None:
+    """Killed as soon as a file exists: either the run can be resumed, or a new one can start in its folder."""
     command_config(tmp_path, "training.max_steps=4")
-    whole = tmp_path / "whole"
-    train(Config.from_yaml(tmp_path / "tiny.yaml"), whole, "mlx")
-    for part, wait in enumerate((0.0, 0.25, 0.45)):
-        run = tmp_path / f"run{part}"
-        process = start_icenet(["train", "tiny.yaml", "--run", run, "--backend", "mlx", "--quiet"], tmp_path)
-        time.sleep(wait)
-        process.kill()
-        process.communicate()
-        if checkpoint.newest(run) == run / "checkpoints" / "step-00000004":
-            continue
-        begun = (run / "config.yaml").exists()
-        arguments = ["--resume", run] if begun else ["tiny.yaml", "--run", run, "--backend", "mlx"]
-        icenet("train", *arguments, "--quiet", folder=tmp_path)
-        assert same_bits(state(run), state(whole))
+    config, run = Config.from_yaml(tmp_path / "tiny.yaml"), tmp_path / "run"
+    process = start_icenet(["train", "tiny.yaml", "--run", "run", "--backend", "mlx", "--quiet"], tmp_path)
+    began = time.monotonic()
+    while not (run / file).exists():
+        assert process.poll() is None and time.monotonic() - began < 120, process.communicate()[1]
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    if checkpoint.newest(run) != run / "checkpoints" / "step-00000004":
+        resume(run) if (run / "config.yaml").exists() else train(config, run, "mlx")
+    train(config, tmp_path / "whole", "mlx")
+    assert same_bits(state(run), state(tmp_path / "whole"))
 
 
-def test_an_environment_without_the_plot(tmp_path: Path) -> None:
-    """matplotlib is an extra: a run without it ends well and says so."""
-    blocker = tmp_path / "block"
-    blocker.mkdir()
-    (blocker / "matplotlib.py").write_text("raise ImportError('No module named matplotlib', name='matplotlib')")
+def test_an_environment_without_matplotlib(tmp_path: Path) -> None:
+    """matplotlib is an optional dependency: a run without it succeeds and says so."""
     command_config(tmp_path, "training.max_steps=4")
-    environ = environment(tmp_path, PYTHONPATH=str(blocker))
-    done = subprocess.run(
-        [sys.executable, "-m", "icenet", "train", "tiny.yaml", "--run", "run", "--quiet"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "pip install 'icenet[plot]'" in done.stdout
+    program = "import sys; from icenet.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    out = python(program, "train", config, "--run", run, "--quiet", blocked=["matplotlib"])
+    assert "pip install 'icenet[plot]'" in out

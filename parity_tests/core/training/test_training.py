@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, losses, metrics, same_bits, state, tiny
+from helpers import both_backends, losses, metrics, resume, same_bits, state, tiny, train
 
 import icenet
 from icenet.core import backends
@@ -20,7 +20,7 @@ from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Evaluation, micro_batches, step_result
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import checkpoint, trainer
+from icenet.core.training import checkpoint
 from icenet.core.training.background import Background
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.schedule import ema_weight
@@ -29,15 +29,8 @@ from icenet.parity.yardstick import judge
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx")
-backends.exact_products()
 
-both = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
@@ -55,7 +48,7 @@ def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
 LSTM = "model={type: lstm, hidden_size: 24, num_layers: 3, vocab_size: 257, dropout: 0.2}"
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("family", ["transformer", "lstm"])
 @pytest.mark.parametrize("number", [2, 3, 6])
 def test_micro_batches_give_the_gradients_of_the_whole(
@@ -77,7 +70,7 @@ def test_micro_batches_give_the_gradients_of_the_whole(
         assert verdict.passed, (path, verdict)
 
 
-@both
+@both_backends
 def test_the_mean_is_over_labels_and_not_over_micro_batches(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.batch_size=6", "model.dropout=0", "training.gradient_accumulation=3")
     batch = batch_of(config, hide=True)
@@ -93,15 +86,15 @@ def test_the_mean_is_over_labels_and_not_over_micro_batches(tmp_path: Path, back
     assert abs(means - expected) > 1e-4  # what a mean of means would give
 
 
-@both
+@both_backends
 def test_accumulation_resumes_and_changes_no_curve(tmp_path: Path, backend: str) -> None:
     plain = tiny(tmp_path, "training.max_steps=12")
     cut = plain.with_overrides("training.gradient_accumulation=4")
     for name, config in (("plain", plain), ("cut", cut)):
-        Trainer.start(config, tmp_path / name, backend=backend, quiet=True).fit()
+        train(config, tmp_path / name, backend)
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "plain"), rtol=2e-5)
-    Trainer.start(cut, tmp_path / "broken", backend=backend, quiet=True).fit(7)
-    Trainer.resume(tmp_path / "broken", quiet=True).fit()
+    train(cut, tmp_path / "broken", backend, 7)
+    resume(tmp_path / "broken")
     assert same_bits(state(tmp_path / "broken"), state(tmp_path / "cut"))
 
 
@@ -119,7 +112,7 @@ def test_cutting_a_batch() -> None:
 # ---- clipping ---------------------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("norm", [None, 0.01])
 def test_clipping_by_value(tmp_path: Path, backend: str, norm: float | None) -> None:
     """Against numpy on the engine's own raw gradients; the norm comes after the values."""
@@ -151,7 +144,7 @@ def test_the_weight_of_an_average() -> None:
     assert ema_weight(10_000, 0.9) == pytest.approx(0.1)
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("compiled", [False, True])
 def test_averaged_weights(tmp_path: Path, backend: str, compiled: bool) -> None:
     """Against the mean written out in float64; evaluations are of the averages, and training is not changed."""
@@ -182,9 +175,9 @@ def test_averaged_weights(tmp_path: Path, backend: str, compiled: bool) -> None:
 @pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
 def test_averages_go_on_on_the_other_backend(tmp_path: Path, order: tuple[str, str]) -> None:
     config = tiny(tmp_path, "training.ema_decay=0.9", "training.max_steps=10")
-    Trainer.start(config, tmp_path / "moved", backend=order[0], quiet=True).fit(5)
-    Trainer.resume(tmp_path / "moved", backend=order[1], quiet=True).fit()
-    Trainer.start(config, tmp_path / "whole", backend=order[0], quiet=True).fit()
+    train(config, tmp_path / "moved", order[0], 5)
+    resume(tmp_path / "moved", order[1])
+    train(config, tmp_path / "whole", order[0])
     moved, whole = state(tmp_path / "moved"), state(tmp_path / "whole")
     assert moved.keys() == whole.keys() and any(name.endswith(".ema") for name in moved)
     for name in whole:
@@ -192,24 +185,24 @@ def test_averages_go_on_on_the_other_backend(tmp_path: Path, order: tuple[str, s
             np.testing.assert_allclose(moved[name], whole[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@both
+@both_backends
 def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path: Path, backend: str) -> None:
-    Trainer.start(tiny(tmp_path), tmp_path / "run", backend=backend, quiet=True).fit(5)
+    train(tiny(tmp_path), tmp_path / "run", backend, 5)
     resumed = Trainer.resume(tmp_path / "run", overrides=["training.ema_decay=0.9"], quiet=True)
     weights, stored = resumed.engine.weights(), resumed.engine.optimizer_state()
     assert all(np.array_equal(stored[f"{path}.ema"], weights[path]) for path in weights)
     resumed.fit(6)
 
 
-@both
+@both_backends
 def test_a_model_of_averaged_weights(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.ema_decay=0.9")
-    result = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True).fit()
+    result = train(config, tmp_path / "run", backend)
     stored = checkpoint.load(result.checkpoint)
     model = icenet.load(tmp_path / "run", backend, averaged=True)
     assert all(np.array_equal(array, stored.optimizer[f"{path}.ema"]) for path, array in model.weights().items())
-    Trainer.start(tiny(tmp_path), tmp_path / "none", backend=backend, quiet=True).fit(1)
-    with pytest.raises(CheckpointError, match=r"keeps no averaged weights; train with training\.ema_decay"):
+    train(tiny(tmp_path), tmp_path / "none", backend, 1)
+    with pytest.raises(CheckpointError, match=r"has no averaged weights; train with training\.ema_decay"):
         icenet.load(tmp_path / "none", backend, averaged=True)
 
 
@@ -244,7 +237,7 @@ def test_the_best_evaluation() -> None:
         assert EarlyStopping.read(stored) == EarlyStopping()
 
 
-@both
+@both_backends
 def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) -> None:
     config = tiny(
         tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=3",
@@ -260,7 +253,9 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) ->
     assert same_bits(checkpoint.find(run / "best").weights, best.weights)
     content = json.loads((result.checkpoint / "state.json").read_text())
     assert content["best"] == {"step": 6, "validation_loss": 3.5, "num_bad_evals": 3}
-    with pytest.raises(UsageError, match=r"stopped early at step 12; to continue: --set training\.early_stopping=null"):
+    with pytest.raises(
+        UsageError, match=r"stopped early at step 12; to continue: --set training\.early_stopping=null"
+    ):
         Trainer.resume(run, quiet=True)
     resumed = Trainer.resume(run, overrides=["training.early_stopping=20"], quiet=True)
     assert resumed.early_stopping == result.early_stopping
@@ -268,7 +263,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, backend: str) ->
     assert (run / "best").resolve().name == "step-00000016"
 
 
-@both
+@both_backends
 def test_stopping_early_survives_a_stop(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
     run = tmp_path / "run"
@@ -291,7 +286,7 @@ def overflowing(started: Trainer, steps: set[int]) -> Trainer:
     return started
 
 
-@both
+@both_backends
 def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.on_nan=skip", "training.checkpoint_every=1", "training.max_steps=12")
     run = tmp_path / "run"
@@ -306,14 +301,14 @@ def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path, backend: str) 
         overflowing(Trainer.start(stops, tmp_path / "b", backend=backend, quiet=True), {7}).fit()
 
 
-@both
+@both_backends
 def test_ten_such_steps_end_a_run(tmp_path: Path, backend: str) -> None:
     config = tiny(tmp_path, "training.on_nan=skip")
     with pytest.raises(IceNetError, match=r"^step 13: .* 10 times in a row .*the last good checkpoint is .*00010"):
         overflowing(Trainer.start(config, tmp_path / "run", backend=backend, quiet=True), set(range(3, 20))).fit()
 
 
-@both
+@both_backends
 def test_the_largest_gradients_are_named(tmp_path: Path, backend: str) -> None:
     engine = backends.engine(tiny(tmp_path, "model.dropout=0"), backend)
     batch = batch_of(engine.config)
@@ -330,16 +325,16 @@ def test_the_largest_gradients_are_named(tmp_path: Path, backend: str) -> None:
 # ---- native random numbers --------------------------------------------------------------------------------
 
 
-@both
+@both_backends
 def test_native_random_numbers(tmp_path: Path, backend: str) -> None:
     """A function of seed and step all the same, so that a run resumes exactly; other masks than the keyed ones."""
     config = tiny(tmp_path, "training.rng=native", "training.max_steps=10", "training.gradient_accumulation=2")
     for name, given in (("a", config), ("b", config), ("c", config.with_overrides("training.rng=keyed"))):
-        Trainer.start(given, tmp_path / name, backend=backend, quiet=True).fit(10)
+        train(given, tmp_path / name, backend, 10)
     assert same_bits(state(tmp_path / "a"), state(tmp_path / "b"))
     assert not same_bits(state(tmp_path / "a"), state(tmp_path / "c"))
-    Trainer.start(config, tmp_path / "d", backend=backend, quiet=True).fit(4)
-    Trainer.resume(tmp_path / "d", quiet=True).fit()
+    train(config, tmp_path / "d", backend, 4)
+    resume(tmp_path / "d")
     assert same_bits(state(tmp_path / "a"), state(tmp_path / "d"))
     loss = losses(tmp_path / "a")
     assert len(set(np.round(loss, 6))) == 10 and loss[0] != losses(tmp_path / "c")[0]
@@ -348,7 +343,7 @@ def test_native_random_numbers(tmp_path: Path, backend: str) -> None:
 # ---- writing in the background ----------------------------------------------------------------------------
 
 
-@both
+@both_backends
 def test_steps_go_on_while_a_checkpoint_is_written(
     tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,13 +361,13 @@ def test_steps_go_on_while_a_checkpoint_is_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", slow)
-        Trainer.start(config, run, backend=backend, quiet=True).fit()
+        train(config, run, backend)
     assert threading.main_thread() not in threads and len(threads) == 2
-    Trainer.start(config, tmp_path / "other", backend=backend, quiet=True).fit(5)
+    train(config, tmp_path / "other", backend, 5)
     assert same_bits(state(run, 5), state(tmp_path / "other", 5))
 
 
-@both
+@both_backends
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,10 +381,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     save = checkpoint.save
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"^no space left$"):
         patch.setattr(checkpoint, "save", full)
-        Trainer.start(config, run, backend=backend, quiet=True).fit()
+        train(config, run, backend)
     assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000005"]
-    Trainer.resume(run, quiet=True).fit()
-    Trainer.start(config, tmp_path / "whole", backend=backend, quiet=True).fit()
+    resume(run)
+    train(config, tmp_path / "whole", backend)
     assert same_bits(state(run), state(tmp_path / "whole")) and metrics(run) == metrics(tmp_path / "whole")
 
 
@@ -416,7 +411,7 @@ def test_background_work() -> None:
         background.start(fails)
 
 
-@both
+@both_backends
 def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes a tenth of a second and is logged as that, those before an evaluation or checkpoint too."""
     config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=3")
@@ -437,7 +432,7 @@ def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pyt
 # ---- a trainer that goes on after an error ----------------------------------------------------------------
 
 
-@both
+@both_backends
 def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a notebook: no step is taken twice, a checkpoint that failed is made good, a stop stops once."""
     config, run = tiny(tmp_path, "training.max_steps=12"), tmp_path / "run"
@@ -478,7 +473,7 @@ def test_a_run_that_went_on_elsewhere_is_seen_each_time(tmp_path: Path) -> None:
     config, run = tiny(tmp_path), tmp_path / "run"
     first = Trainer.start(config, run, backend="torch", quiet=True)
     first.fit(5)
-    Trainer.resume(run, quiet=True).fit()
+    resume(run)
     before = losses(run)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="another process continued this run"):
@@ -498,7 +493,7 @@ def test_a_run_killed_at_birth_takes_no_other_runs_folder(tmp_path: Path) -> Non
 
 def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> None:
     config, run = tiny(tmp_path, "training.keep_best=true"), tmp_path / "run"
-    Trainer.start(config, run, backend="torch", quiet=True).fit()
+    train(config, run, "torch")
     icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
     for folder in (run / "best", run / "checkpoints" / "step-00000005", tmp_path / "saved"):
         with pytest.raises(UsageError, match="contains a run already"):
