@@ -22,12 +22,14 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array
         `[B, H, T, D]` in the dtype of q.
     """
     dtype = product_dtype(q)
-    queries, keys = q.shape[-2], k.shape[-2]
-    is_causal = isinstance(mask, str) and queries == keys
+    is_causal = False
     if isinstance(mask, str):
-        # PyTorch aligns is_causal to the start, so T < S needs an explicit mask
-        positions = torch.arange(keys, device=q.device)
-        mask = None if is_causal or queries == 1 else positions <= positions[-queries:, None]
+        queries, keys = q.shape[-2], k.shape[-2]
+        if queries == keys:
+            mask, is_causal = None, True
+        else:  # PyTorch aligns is_causal to the start, so T < S needs an explicit mask
+            positions = torch.arange(keys, device=q.device)
+            mask = None if queries == 1 else positions <= positions[-queries:, None]
     out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=is_causal)
     return out.to(q.dtype)
 

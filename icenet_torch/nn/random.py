@@ -71,23 +71,25 @@ def random_bits_at_least(keys: Array, n: int, threshold: int) -> Array:
 
     Word pairs are laid out as in MLX's `mx.random.split`: counters (i, i + half) for i below half = ceil(n / 2).
     """
-    rows, half, device = keys.shape[0], (n + 1) // 2, keys.device
-    out = torch.empty((rows, 2, half), dtype=torch.bool, device=device)
+    rows, half = keys.shape[0], (n + 1) // 2
     # flipping the top bit of both sides makes the signed comparison order words as unsigned ones
     top_bit, signed_threshold = signed(0x80000000), signed(threshold ^ 0x80000000)
-    in_tiles = device.type == "cpu" and not torch.compiler.is_compiling()
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        first = torch.arange(half, dtype=torch.int32, device=keys.device)
+        words = threefry2x32((keys[:, :1], keys[:, 1:]), (first, first + half))
+        return (torch.cat(words, dim=1) ^ top_bit)[:, :n] >= signed_threshold
     # On the CPU the hash makes about a hundred passes, which stay in the cache if they work in place on small tiles.
     # PyTorch divides more than 2^15 values among its threads. This is faster on an idle machine and many times slower
     # on a busy one, where each pass waits for all threads. With one thread, larger tiles need fewer calls.
-    tile = 1 << (15 if torch.get_num_threads() > 1 else 16) if in_tiles else max(rows * half, 1)
+    tile = 1 << (15 if torch.get_num_threads() > 1 else 16)
     tile_rows, tile_columns = min(max(tile // max(half, 1), 1), rows), max(min(tile, half), 1)
-    buffers = torch.empty((3, tile_rows * tile_columns), dtype=torch.int32, device=device) if in_tiles else None
+    buffers = torch.empty((3, tile_rows * tile_columns), dtype=torch.int32)
+    out = torch.empty((rows, 2, half), dtype=torch.bool)
     for row in range(0, rows, tile_rows):
         key = (keys[row : row + tile_rows, :1], keys[row : row + tile_rows, 1:])
         for start in range(0, half, tile_columns):
-            first = torch.arange(start, min(start + tile_columns, half), dtype=torch.int32, device=device)
-            counter = (first, first + half)
-            words = threefry2x32(key, counter) if buffers is None else threefry2x32_in_place(buffers, key, counter)
+            first = torch.arange(start, min(start + tile_columns, half), dtype=torch.int32)
+            words = threefry2x32_in_place(buffers, key, (first, first + half))
             for index, word in enumerate(words):
                 columns = slice(start, start + tile_columns)
                 torch.ge(word ^ top_bit, signed_threshold, out=out[row : row + tile_rows, index, columns])

@@ -1,4 +1,4 @@
-"""Compiled models: the same numbers as eager ones, and few traces where lengths change."""
+"""Compiled models: the same numbers as eager ones, and few traces for sequences of many lengths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}
 
 
-def test_a_bucket_holds_its_length() -> None:
+def test_a_bucket_is_at_least_its_length() -> None:
     for length in range(1, 300):
         assert buckets.bucket(length) >= length and buckets.bucket(length) in (16, 32, 64, 128, 256, 512)
         assert length <= buckets.bucket(length, 300) <= 300
@@ -43,8 +43,8 @@ def test_a_bucket_holds_its_length() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_added_counts_for_nothing(name: str) -> None:
-    """On the uncompiled engine, so that only the padding is at work."""
+def test_padding_does_not_change_the_loss(name: str) -> None:
+    """On the engine without compilation, so that only padding differs."""
     engine = backend.engine(config(name, False), "torch", "cpu", dtype="float64")
     for rows, length in ((1, 5), (3, 33), (4, 16), (5, 97)):
         given = batch(rows, length)
@@ -56,7 +56,7 @@ def test_what_is_added_counts_for_nothing(name: str) -> None:
         assert again == pytest.approx(loss, rel=1e-12)
 
 
-def test_images_get_rows_only() -> None:
+def test_images_are_padded_with_rows_only() -> None:
     images = {"inputs": np.ones((3, 8, 8, 1), np.float32), "labels": np.zeros(3, np.int32)}
     padded = buckets.pad(images, ModelConfig(type="cnn"))
     assert padded["inputs"].shape == (4, 8, 8, 1) and padded["labels"].tolist() == [0, 0, 0, -100]

@@ -1,5 +1,5 @@
-"""Models in a user's own file: what a built-in model does they do, on both backends and across; what is wrong with
-them is one clear line; and nothing of a file that only a checkpoint names is run without --trust-code."""
+"""Models in a user's Python file: they do what built-in models do, on both backends; errors are one line; a
+file that only a checkpoint names is not run without --trust-code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,21 @@ import icenet.blas
 import numpy as np
 import pytest
 import yaml
-from helpers import BACKENDS, icenet, losses, metrics, same_bits, state, tree, write_text
+from helpers import (
+    BACKENDS,
+    both_backends,
+    error_line,
+    icenet,
+    losses,
+    metrics,
+    native,
+    resume,
+    same_bits,
+    state,
+    train,
+    tree,
+    write_text,
+)
 
 import icenet as front_door
 from icenet.cli.main import main
@@ -151,46 +165,39 @@ ONLY = {"type": "one_mlx.py:Only", "hidden_size": 1, "vocab_size": 257}
 
 
 @pytest.fixture(autouse=True)
-def distrust(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test begins as a fresh process does: no file may be run."""
+def distrust(no_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts each test like a new process: no file is trusted."""
     monkeypatch.setattr(custom, "_trusted", set())
     monkeypatch.setattr(custom, "_trust_everything", False)
-    monkeypatch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the models, a text and the configurations."""
+    """Returns the working directory, with the models, a text and the configurations."""
     write_text(tmp_path / "text.txt")
     for name, text in TEXT.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(IMAGES))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 
-def told(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command says when it fails."""
+def failure(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must fail and returns its error."""
     capfd.readouterr()
     assert main(arguments) in (1, 2)
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("icenet: ") and len(err.strip().splitlines()) == 1, err
-    assert "Traceback" not in err and "ICENET_DEBUG" not in err
-    return err
+    assert out == "" and "Traceback" not in err and "ICENET_DEBUG" not in err
+    return error_line(err)
 
 
 def with_model(**model: Any) -> dict[str, Any]:
     return {**SETTINGS, "model": {"hidden_size": 16, "vocab_size": 257, **model}}
 
 
-def native(backend: str, array: np.ndarray) -> Any:
-    return mx.array(array) if backend == "mlx" else torch.from_numpy(array)
-
-
-# ---- like a built-in one ----------------------------------------------------------------------------------
+# ---- like a built-in model --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
@@ -205,18 +212,18 @@ def test_a_run_that_changes_backend(first: str, second: str, here: Path) -> None
     assert sum("validation_loss" in record for record in metrics(here / "run")) == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_a_resumed_run_is_the_uninterrupted_one(backend: str, here: Path) -> None:
     config = Config.from_yaml("my.yaml")
-    Trainer.start(config, here / "whole", backend=backend, quiet=True).fit()
-    Trainer.start(config, here / "parts", backend=backend, quiet=True).fit(until=10)
-    Trainer.resume(here / "parts", quiet=True).fit()
+    train(config, here / "whole", backend)
+    train(config, here / "parts", backend, until=10)
+    resume(here / "parts")
     assert same_bits(state(here / "parts"), state(here / "whole"))
     assert {"gain", "gain.exp_avg"} <= state(here / "parts").keys()
 
 
 def test_generation_without_a_cache(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The text is that of reading everything anew for each token, on both backends, in pieces or whole."""
+    """The text equals that of a forward pass over the whole context per token, on both backends, streamed or not."""
     Trainer.start(Config.from_yaml("my.yaml"), here / "run", backend="mlx", quiet=True).fit()
     texts = {}
     for backend in BACKENDS:
@@ -250,8 +257,7 @@ def test_conversion_there_and_back(here: Path, capfd: pytest.CaptureFixture[str]
     assert same_bits(front_door.load("back", "torch", trust_code=True).weights(), dict(before))
 
 
-def test_images_by_convolutions_of_the_users_own_convert(here: Path) -> None:
-    """MLX's kernels lie the other way round."""
+def test_convolutions_of_a_custom_model_are_converted(here: Path) -> None:
     models = {backend: front_door.build("images.yaml", backend, "cpu") for backend in BACKENDS}
     assert models["mlx"].conv.weight.shape == (16, 7, 7, 1)
     assert models["mlx"].weights()["conv.weight"].shape == (16, 1, 7, 7)
@@ -274,9 +280,9 @@ def test_parity(here: Path) -> None:
     assert any("gain" in path for path in judged)
 
 
-def test_parity_finds_a_twin_that_differs(here: Path) -> None:
-    twin = here / "my_models_torch.py"
-    twin.write_text(twin.read_text().replace("torch.tanh(", "1.001 * torch.tanh("))
+def test_parity_finds_a_difference_between_the_backends(here: Path) -> None:
+    file = here / "my_models_torch.py"
+    file.write_text(file.read_text().replace("torch.tanh(", "1.001 * torch.tanh("))
     assert not run(Config.from_yaml("my.yaml")).passed
 
 
@@ -310,8 +316,8 @@ def test_the_parity_command_on_an_image_classifier(here: Path, capfd: pytest.Cap
     assert main(["parity", "images.yaml", "--json"]) == 0, capfd.readouterr()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arrays_that_a_module_makes_itself_keep_their_value(backend: str, here: Path) -> None:
+@both_backends
+def test_arrays_that_a_module_creates_keep_their_values(backend: str, here: Path) -> None:
     model = front_door.build("my.yaml", backend, "cpu")
     weights = model.weights()
     np.testing.assert_array_equal(weights["gain"], 0.125 * np.arange(1, 17, dtype=np.float32))
@@ -320,7 +326,7 @@ def test_arrays_that_a_module_makes_itself_keep_their_value(backend: str, here: 
     model.set_weights({**weights, "gain": np.full(16, 3, np.float32)})
     front_door.save(model, here / "saved")
     again = front_door.load(here / "saved", backend, "cpu", trust_code=True)
-    assert (again.weights()["gain"] == 3).all()  # the stored value, not the one that __init__ gives
+    assert (again.weights()["gain"] == 3).all()  # the stored value, not that of __init__
 
 
 def test_initial_weights_are_a_function_of_the_seed(here: Path) -> None:
@@ -331,7 +337,7 @@ def test_initial_weights_are_a_function_of_the_seed(here: Path) -> None:
 # ---- options ----------------------------------------------------------------------------------------------
 
 
-def test_options_of_its_own(here: Path) -> None:
+def test_custom_options(here: Path) -> None:
     config = Config.from_yaml("my.yaml", ["model.gain=0.5", "model.more={a: [1, 2.5, x]}", "model.flag=true"])
     assert isinstance(config.model, CustomConfig)
     read: Any = config.model
@@ -343,17 +349,17 @@ def test_options_of_its_own(here: Path) -> None:
         Config.from_yaml("my.yaml", ["model.hidden_size=-1"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_a_missing_option(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "bare.yaml").write_text(yaml.safe_dump(with_model(type="my_models.py:CustomModel")))
-    line = told(["train", "bare.yaml", "--run", "run", "--backend", backend], capfd)
+    line = failure(["train", "bare.yaml", "--run", "run", "--backend", backend], capfd)
     assert "my_models.py:CustomModel" in line and "under model" in line and "'gain'" in line
     assert not (here / "run" / "checkpoints").exists()
 
 
 def test_an_option_of_a_wrong_type(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    line = told(["train", "my.yaml", "--run", "run", "--set", "model.gain=[]", "--backend", "torch"], capfd)
-    assert "my_models.py:CustomModel cannot be made from its options under model" in line
+    line = failure(["train", "my.yaml", "--run", "run", "--set", "model.gain=[]", "--backend", "torch"], capfd)
+    assert "my_models.py:CustomModel" in line and "under model" in line
 
 
 # ---- one backend only -------------------------------------------------------------------------------------
@@ -367,12 +373,12 @@ def test_written_for_one_backend(given: str, other: str, here: Path, capfd: pyte
     assert main(["train", "one.yaml", "--run", "run", "--quiet", "--set", "training.max_steps=2"]) == 0
     assert checkpoint.find(here / "run").step == 2
     assert front_door.build("one.yaml").backend == given
-    line = told(["train", "one.yaml", "--run", "no", "--backend", other], capfd)
+    line = failure(["train", "one.yaml", "--run", "no", "--backend", other], capfd)
     assert f"{family} is written for {given} only" in line and f"--backend {given}" in line
     assert f"_{other}.py:Only" in line
-    assert "is written for" in told(["parity", "one.yaml"], capfd)
-    resume = ["train", "--resume", "run", "--trust-code", "--set", "training.max_steps=4"]
-    line = told([*resume, "--backend", other], capfd)
+    assert "is written for" in failure(["parity", "one.yaml"], capfd)
+    arguments = ["train", "--resume", "run", "--trust-code", "--set", "training.max_steps=4"]
+    line = failure([*arguments, "--backend", other], capfd)
     assert f"written for {given} only" in line
     assert main(["info", "run", "--trust-code"]) == 0
     assert main(["convert", "run", "x.safetensors", "--to", "mlx", "--trust-code"]) == 0
@@ -380,22 +386,22 @@ def test_written_for_one_backend(given: str, other: str, here: Path, capfd: pyte
         front_door.load("run", other, trust_code=True)
 
 
-def test_a_twin_without_the_class(here: Path) -> None:
+def test_a_file_for_the_other_backend_without_the_class(here: Path) -> None:
     (here / "both.py").write_text(TEXT["one_mlx.py"].replace("Only", "Mine"))
     (here / "both_torch.py").write_text(TEXT["one_torch.py"].replace("Only", "Other"))
     config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "both.py:Mine"}})
     assert front_door.build(config, "mlx").backend == "mlx"
-    with pytest.raises(BackendError, match="written for mlx only"):  # the twin has another class name
+    with pytest.raises(BackendError, match="written for mlx only"):  # the class there has another name
         front_door.build(config, "torch")
 
 
-def test_a_twin_that_cannot_be_imported_is_not_a_missing_one(here: Path) -> None:
+def test_a_file_that_cannot_be_imported_is_not_reported_as_missing(here: Path) -> None:
     (here / "my_models_torch.py").write_text("import a_package_that_is_not_there\n")
-    with pytest.raises(UsageError, match=r"my_models_torch\.py cannot be imported: No module named 'a_package"):
+    with pytest.raises(UsageError, match=r"my_models_torch\.py.*a_package_that_is_not_there"):
         front_door.build("my.yaml", "torch")
 
 
-# ---- what is wrong ----------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------
 
 WRONG = {
     "no file": (None, r"model\.type: bad\.py: no such file"),
@@ -405,9 +411,9 @@ WRONG = {
     "raises lines": ('raise ValueError("first\\nsecond")\n', r"bad\.py cannot be run: ValueError: first$"),
     "raises nothing": ("raise RuntimeError\n", r"bad\.py cannot be run: RuntimeError"),
     "exits": ("import sys\nsys.exit(0)\n", r"bad\.py cannot be run: SystemExit"),
-    "imports what is not there": ("import nowhere_at_all\n", r"bad\.py cannot be imported: No module named 'nowhere"),
+    "imports a missing module": ("import nowhere_at_all\n", r"bad\.py.* imported: No module named 'nowhere"),
     "no text": ("\0\1", r"bad\.py cannot be run: (ValueError|SyntaxError): "),
-    "no class": ("class Other: pass\n", r"bad\.py has no class Model that is a subclass of icenet\w*\.models\.base"),
+    "no class": ("class Other: pass\n", r"bad\.py has no class Model that is a subclass of the BaseModel"),
     "no model": ("class Model: pass\n", r"bad\.py has no class Model that is a subclass of"),
     "a function": ("def Model(config): pass\n", r"bad\.py has no class Model that is a subclass of"),
     "a lookalike": (
@@ -422,7 +428,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_one_clear_line(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_file_is_an_error(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text, message = WRONG[name]
     if text == "FOLDER":
         (here / "bad.py").mkdir()
@@ -430,7 +436,7 @@ def test_one_clear_line(name: str, here: Path, capfd: pytest.CaptureFixture[str]
         (here / "bad.py").write_text(text)
     (here / "bad.yaml").write_text(yaml.safe_dump(with_model(type="bad.py:Model")))
     for backend in ("torch", "auto"):
-        line = told(["train", "bad.yaml", "--run", "run", "--backend", backend], capfd)
+        line = failure(["train", "bad.yaml", "--run", "run", "--backend", backend], capfd)
         assert re.search(message, line.strip()), line
     assert not (here / "run" / "checkpoints").exists()
 
@@ -438,13 +444,13 @@ def test_one_clear_line(name: str, here: Path, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "family", ["my_models.py", "my_models:CustomModel", "my_models.py:", ":X", "a.py:b c", "a.py:1"]
 )
-def test_types_that_name_no_class(family: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_types(family: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "bad.yaml").write_text(yaml.safe_dump(with_model(type=family)))
-    assert "model.type" in told(["train", "bad.yaml", "--run", "run"], capfd)
+    assert "model.type" in failure(["train", "bad.yaml", "--run", "run"], capfd)
 
 
-def test_a_change_of_the_file_counts_at_once(here: Path) -> None:
-    """Even one of the same length within the clock's resolution, which Python's compiled files do not notice."""
+def test_a_changed_file_is_read_again(here: Path) -> None:
+    """Also with the same length and modification time, which Python's compiled files do not detect."""
     file = here / "one_torch.py"
     config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}})
     assert "embedding.weight" in front_door.build(config, "torch").weights()
@@ -452,16 +458,16 @@ def test_a_change_of_the_file_counts_at_once(here: Path) -> None:
     assert list(front_door.build(config, "torch").weights()) == ["amendment.weight"]
 
 
-# ---- nothing runs unasked ---------------------------------------------------------------------------------
+# ---- trust ------------------------------------------------------------------------------------------------
 
 EVIL = "from pathlib import Path\nPath(r'{marker}').write_text('run')\n"
 
 
 @pytest.fixture
 def trap(here: Path) -> Path:
-    """Runs, a checkpoint and a saved model that came from elsewhere; their models leave a mark where they are run."""
+    """Runs, a checkpoint and a saved model from elsewhere. Their Python files write a mark when they are run."""
     for name, model in (("my.yaml", "run"), ("images.yaml", "pictures")):
-        Trainer.start(Config.from_yaml(name), here / model, backend="torch", quiet=True).fit(until=2)
+        train(Config.from_yaml(name), here / model, "torch", until=2)
     front_door.save(front_door.build("my.yaml", "torch"), here / "saved")
     for name in ("my_models.py", "my_models_torch.py"):
         (here / name).write_text(EVIL.format(marker=here / "MARK") + TEXT[name])
@@ -498,22 +504,24 @@ def picture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_refuses_what_a_checkpoint_names(name: str, trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_does_not_run_the_file_of_a_checkpoint(
+    name: str, trap: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     picture(trap)
     before = tree(trap)
-    line = told(COMMANDS[name].split(), capfd)
+    line = failure(COMMANDS[name].split(), capfd)
     assert "--trust-code" in line and "my_models.py" in line
     assert not (trap / "MARK").exists()
     assert tree(trap) == before
 
 
-def test_with_the_flag_the_commands_run(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The same files, so the refusals are for want of the flag and nothing else."""
+def test_with_trust_code_the_commands_run(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the same files, so the errors above are due to the missing flag."""
     picture(trap)
     for name in ("resume", "generate", "predict", "convert", "info of a saved model", "convert to a folder"):
         mark = trap / "MARK"
         mark.unlink(missing_ok=True)
-        # a module is run once in a process: make it another version
+        # a file is run once per process: write another version
         for file in ("my_models.py", "my_models_torch.py"):
             (trap / file).write_text((trap / file).read_text() + f"# {name}\n")
         quick = ["--quiet"] if name == "resume" else []
@@ -522,7 +530,7 @@ def test_with_the_flag_the_commands_run(trap: Path, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("place", ["run", NEWEST, "saved"])
-def test_load_refuses_and_with_trust_code_loads(place: str, trap: Path) -> None:
+def test_load_needs_trust_code(place: str, trap: Path) -> None:
     with pytest.raises(UsageError, match="--trust-code"):
         front_door.load(place)
     with pytest.raises(UsageError, match="--trust-code"):
@@ -545,10 +553,10 @@ def test_trust_of_one_file_is_not_trust_of_another(trap: Path) -> None:
 
 
 @pytest.mark.parametrize("begun", ["metrics.jsonl", ".lock"])
-def test_a_run_without_a_checkpoint_runs_nothing_either(
+def test_a_run_without_a_checkpoint_needs_trust_code(
     begun: str, trap: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that was killed before its first checkpoint is begun anew from its config.yaml alone."""
+    """A run that was killed before its first checkpoint starts again from its config.yaml."""
     folder = trap / "sent"
     folder.mkdir()
     shutil.copy(trap / "run" / "config.yaml", folder)
@@ -557,13 +565,13 @@ def test_a_run_without_a_checkpoint_runs_nothing_either(
         text = yaml.safe_load((folder / "config.yaml").read_text())
         text["model"]["type"] = model
         (folder / "config.yaml").write_text(yaml.safe_dump(text))
-        line = told(["train", "--resume", str(folder), "--backend", "torch"], capfd)
+        line = failure(["train", "--resume", str(folder), "--backend", "torch"], capfd)
         assert "--trust-code" in line
         assert not (trap / "MARK").exists()
 
 
-@pytest.mark.parametrize("way", ["absolute", "parent", "beside", "inside", "dots", "symlink"])
-def test_paths_in_a_config_that_came_along(way: str, trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("way", ["absolute", "parent", "next to it", "inside", "dots", "symlink"])
+def test_paths_in_the_config_of_a_checkpoint(way: str, trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saved = trap / "saved"
     away = trap / "away"
     away.mkdir()
@@ -574,7 +582,7 @@ def test_paths_in_a_config_that_came_along(way: str, trap: Path, capfd: pytest.C
     file = {
         "absolute": str(away / "x.py"),
         "parent": "../away/x.py",  # from the folder of the config
-        "beside": "x.py",
+        "next to it": "x.py",
         "inside": "saved/x.py",
         "dots": "./away/../away/./x.py",
         "symlink": "link.py",
@@ -583,7 +591,7 @@ def test_paths_in_a_config_that_came_along(way: str, trap: Path, capfd: pytest.C
     values["model"]["type"] = f"{file}:CustomModel"
     (saved / "config.yaml").write_text(yaml.safe_dump(values))
     for command in ("generate saved --prompt x", "info saved", "convert saved/model.safetensors z.pt --to torch"):
-        assert "--trust-code" in told(command.split(), capfd)
+        assert "--trust-code" in failure(command.split(), capfd)
     with pytest.raises(IceNetError, match="--trust-code"):
         front_door.load("saved")
     assert not (trap / "MARK").exists()
@@ -591,15 +599,15 @@ def test_paths_in_a_config_that_came_along(way: str, trap: Path, capfd: pytest.C
     assert (trap / "MARK").exists()
 
 
-def test_another_config_does_not_vouch_for_the_file(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """`--config` of a built-in model, or overrides, leave the checkpoint's own file unread."""
-    assert "--trust-code" in told(["info", "run", "--set", "model.hidden_size=8"], capfd)
+def test_another_config_does_not_grant_trust(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither `--config` of a built-in model nor overrides run the checkpoint's file."""
+    assert "--trust-code" in failure(["info", "run", "--set", "model.hidden_size=8"], capfd)
     assert main(["convert", "run", "x.pt", "--to", "torch", "--config", "transformer-tiny"]) in (1, 2)
     assert not (trap / "MARK").exists()
 
 
-def test_what_is_run_is_what_can_be_read(here: Path) -> None:
-    """A compiled file that lies beside a harmless one, and that Python would take without a look at it."""
+def test_compiled_files_are_not_run(here: Path) -> None:
+    """A compiled file next to a harmless source file, which Python would load without a check."""
     evil, file = here / "evil.py", here / "one_torch.py"
     evil.write_text(EVIL.format(marker=here / "MARK") + TEXT["one_torch.py"])
     from importlib.util import cache_from_source
@@ -610,7 +618,7 @@ def test_what_is_run_is_what_can_be_read(here: Path) -> None:
     assert not (here / "MARK").exists()
 
 
-def test_reading_a_config_runs_nothing(trap: Path) -> None:
+def test_reading_a_config_does_not_run_the_file(trap: Path) -> None:
     Config.from_yaml("my.yaml").checked().to_yaml()
     checkpoint.find(trap / "run")
     assert not (trap / "MARK").exists()
@@ -619,18 +627,18 @@ def test_reading_a_config_runs_nothing(trap: Path) -> None:
 # ---- paths and processes ----------------------------------------------------------------------------------
 
 
-def test_a_file_beside_the_yaml_from_another_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_next_to_the_yaml_from_another_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     config = Config.from_yaml("../my.yaml", [f"data.source={here / 'text.txt'}"])
     assert custom.split(config.model.type)[0].resolve() == here / "my_models.py"
     for backend in BACKENDS:
         assert front_door.build(config, backend, "cpu").backend == backend
-    Trainer.start(config, here / "run", backend="torch", quiet=True).fit(until=2)
+    train(config, here / "run", "torch", until=2)
     assert front_door.load(here / "run", "mlx", trust_code=True).num_params > 0
 
 
-def test_the_working_folder_goes_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_comes_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "work").mkdir()
     shutil.copy(here / "one_torch.py", here / "work" / "my_models.py")
     monkeypatch.chdir(here / "work")
@@ -639,12 +647,12 @@ def test_the_working_folder_goes_first(here: Path, monkeypatch: pytest.MonkeyPat
     assert custom.resolve(f"{here}/one_mlx.py:X", here) == f"{here}/one_mlx.py:X"
 
 
-def test_the_documented_commands_in_processes_of_their_own(here: Path) -> None:
-    """Train, refuse, trust, resume on the other: as two people in two shells do it."""
+def test_the_documented_commands(here: Path) -> None:
+    """Train, fail without trust, resume with trust on the other backend, each in a new process."""
     short = ["--set", "training.max_steps=4", "--set", "training.checkpoint_every=2", "--quiet"]
     icenet("train", "my.yaml", "--run", "runs/mine", "--backend", "mlx", *short, folder=here)
     refused = icenet("generate", "runs/mine", "--prompt", "def ", folder=here, code=None)
     assert refused.returncode in (1, 2) and "--trust-code" in refused.stderr and refused.stdout == ""
-    resume = ["train", "--resume", "runs/mine", "--backend", "torch", "--trust-code", "--quiet"]
-    icenet(*resume, "--set", "training.max_steps=6", folder=here)
+    arguments = ["train", "--resume", "runs/mine", "--backend", "torch", "--trust-code", "--quiet"]
+    icenet(*arguments, "--set", "training.max_steps=6", folder=here)
     assert len(losses(here / "runs/mine")) == 6
