@@ -174,10 +174,6 @@ class TextDataset:
             )
         return steps
 
-    def epoch_of(self, step: int, batch_size: int) -> int:
-        """Returns the epoch of a step; both are counted from 0."""
-        return step // self.steps_per_epoch(batch_size)
-
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
 
