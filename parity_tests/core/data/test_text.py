@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import environment, icenet, is_one_line, source_code, start_python, tiny
+from helpers import is_one_line, source_code, start_python, tiny
 
 from icenet.cli.main import main
 from icenet.core import rng
@@ -805,23 +805,30 @@ def test_a_file_larger_than_memory(size: int, name: str, memory: int, hf: bool, 
 # ---- icenet prepare ---------------------------------------------------------------------------------------
 
 
-def test_prepare_makes_what_train_reads(bpe: Path, tmp_path: Path) -> None:
-    config = tiny(tmp_path, "model.vocab_size=400", "training.max_steps=2", "training.eval_every=null")
-    shutil.copy(bpe, tmp_path / "tokenizer.json")
-    (tmp_path / "conf").mkdir()
-    shutil.copy(bpe, tmp_path / "conf" / "t.json")
+def test_prepare_makes_what_train_reads(bpe: Path, here: Path, capsys: Any) -> None:
+    config = tiny(here, "model.vocab_size=400", "training.max_steps=2", "training.eval_every=null")
+    (here / "conf").mkdir()
+    shutil.copy(bpe, here / "conf" / "t.json")
+    shutil.copy(bpe, here / "tokenizer.json")
     config.data.tokenizer = "t.json"  # next to the configuration
-    (tmp_path / "conf" / "my.yaml").write_text(config.to_yaml())
-    first = icenet("prepare", "conf/my.yaml", folder=tmp_path)
-    assert re.match(r"[\d,]+ tokens of 1 \w+ \(0\.\d MB\) in /.*\.tokens\n", first.stdout) and first.stderr == ""
-    files = left_over(tmp_path / "cache")
+    (here / "conf" / "my.yaml").write_text(config.to_yaml())
+
+    def run(*arguments: str) -> str:
+        assert main(list(arguments)) == 0
+        output = capsys.readouterr()
+        assert output.err == "" or arguments[0] == "train"
+        return str(output.out)
+
+    first = run("prepare", "conf/my.yaml")
+    assert re.match(r"[\d,]+ tokens of 1 \w+ \(0\.\d MB\) in /.*\.tokens\n", first)
+    files = left_over(here / "cache")
     time.sleep(0.1)
-    again = icenet("prepare", "conf/my.yaml", "--workers", "2", folder=tmp_path)
-    assert again.stdout.endswith(first.stdout) and again.stdout != first.stdout  # "already there"
-    icenet("train", "conf/my.yaml", "--run", "run", "--backend", "torch", folder=tmp_path)
-    named = icenet("prepare", "conf/my.yaml", "--set", "data.tokenizer=tokenizer.json", folder=tmp_path)
-    assert named.stdout == again.stdout  # in the working folder; its content decides
-    assert left_over(tmp_path / "cache") == files
+    again = run("prepare", "conf/my.yaml", "--workers", "2")
+    assert again.endswith(first) and again != first  # "already prepared"
+    run("train", "conf/my.yaml", "--run", "run", "--backend", "torch")
+    named = run("prepare", "conf/my.yaml", "--set", "data.tokenizer=tokenizer.json")
+    assert named == again  # in the working folder; its content decides
+    assert left_over(here / "cache") == files
 
 
 @pytest.mark.parametrize(
@@ -855,20 +862,3 @@ def test_an_interrupt_reports_that_the_work_is_kept(tmp_path: Path, monkeypatch:
     with pytest.raises(IceNetError) as caught:
         command.prepare(tiny(tmp_path), quiet=True)
     assert is_one_line(caught.value, "Ctrl-C", "kept", "same command")
-
-
-def test_the_users_files_are_not_imported(bpe: Path, tmp_path: Path) -> None:
-    """Files in the working folder with the names of modules are not imported instead of them."""
-    for name in ("json.py", "numpy.py", "icenet.py", "tokenizers.py"):
-        (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
-    (tmp_path / "text.txt").write_text("some text " * 100)
-    values = {"data.source": "text.txt", "data.tokenizer": bpe, "model.vocab_size": 400, "model.max_seq_length": 16}
-    options = [f"--set={key}={value}" for key, value in values.items()]
-    done = subprocess.run(
-        [shutil.which("icenet") or "icenet", "prepare", "quickstart", *options, "--set=training.batch_size=1"],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " tokens of 1 " in done.stdout, done.stderr
