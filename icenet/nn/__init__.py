@@ -1,4 +1,4 @@
-"""Layers and functions of the MLX models; the same names and meaning in `icenet_torch.nn`."""
+"""Layers and functions of the MLX models. `icenet_torch.nn` has the same names with the same meaning."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = [
     "Linear",
     "RNN",
     "activation",
-    "make_attention_mask",
     "checkpoint",
     "cross_entropy",
     "global_average_pool",
+    "make_attention_mask",
     "max_pool",
     "scaled_dot_product_attention",
 ]

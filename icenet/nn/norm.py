@@ -10,7 +10,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.core.errors import UsageError
+from icenet.core.models.norm import check_batch_norm
 from icenet.nn import exact
 from icenet.nn.arrays import Array
 
@@ -51,15 +51,6 @@ class BatchNorm2d(nn.BatchNorm):
         self.running_var = keep * self.running_var + m * (var * (count / (count - 1)))
         y = exact.normalize(y, self.weight, self.bias, mean, mx.rsqrt(var + self.eps))  # type: ignore[assignment]
         return y.astype(x.dtype)
-
-
-def check_batch_norm(count: int) -> None:
-    """Raises UsageError if a channel has fewer than two values, which have no variance."""
-    if count < 2:
-        raise UsageError(
-            "batch norm: a batch with one value per channel has no variance; "
-            "use a larger training.batch_size, or larger images"
-        )
 
 
 def running_statistics(model: nn.Module) -> list[Array]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from icenet.core.errors import UsageError
+from icenet.core.models.norm import check_batch_norm
 from icenet_torch.nn.arrays import Array
 
 
@@ -53,15 +53,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.copy_(keep * self.running_mean + m * mean)
             self.running_var.copy_(keep * self.running_var + m * var)
         return y.to(x.dtype)
-
-
-def check_batch_norm(count: int) -> None:
-    """Raises UsageError if a channel has fewer than two values, which have no variance."""
-    if count < 2:
-        raise UsageError(
-            "batch norm: a batch with one value per channel has no variance; "
-            "use a larger training.batch_size, or larger images"
-        )
 
 
 def running_statistics(model: nn.Module) -> list[Array]:

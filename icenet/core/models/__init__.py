@@ -1,1 +1,1 @@
-"""Models without a framework: the base class, initial values, dropout keys, padded shapes for compiled functions."""
+"""Models without a framework: the base class, building, initial values, dropout keys, padding of compiled models."""
