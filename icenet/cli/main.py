@@ -110,7 +110,7 @@ def train_command(
 @click.argument("target", metavar="CONFIG|TEXT")
 @set_option
 @click.option(
-    "--workers", type=click.IntRange(1), help="Number of tokenizer processes. Default: one per core for large texts."
+    "--workers", type=click.IntRange(1), help="Number of threads that encode the text. Default: one per core."
 )
 @click.option("--train-tokenizer", "kind", type=click.Choice(["bpe"]), help="Train a tokenizer on TEXT instead.")
 @click.option("--vocab-size", type=int, help="Vocabulary size of the new tokenizer. Default: 4096.")

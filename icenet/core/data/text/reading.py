@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -96,9 +95,8 @@ class Reader:
         """
         self._check()
         self._call(self._stream.seek, start)
-        last_block = (
-            yield from self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
-        )
+        chunks = self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
+        last_block = yield from chunks
         self._check()
         yield Chunk("", False, last_block, None, last=True)
 
@@ -138,9 +136,9 @@ class Reader:
             for index, part in enumerate(parts):
                 yield Chunk(part.decode("utf-8"), index > 0, block, end if index == len(parts) - 1 else None)
             start = end
-        return block + sum(
-            1 for _ in itertools.takewhile(lambda edge: edge < start, itertools.chain([next_edge], edges))
-        )
+        while next_edge < start:  # blocks without a line of their own
+            block, next_edge = block + 1, next(edges)
+        return block
 
     def _line_number(self, offset: int) -> int:
         with Reader(self.document) as again:
