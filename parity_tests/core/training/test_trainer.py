@@ -491,6 +491,15 @@ def test_fp16_skips_and_halves(tmp_path: Path, backend: str) -> None:
     }
 
 
+@both_backends
+def test_fp16_gradients_do_not_depend_on_the_loss_scale(tmp_path: Path, backend: str) -> None:
+    engine = backends.engine(tiny(tmp_path, "training.mixed_precision=fp16"), backend)
+    tokens = np.random.default_rng(0).integers(257, size=(4, 17)).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1].copy(), "labels": tokens[:, 1:].copy()}
+    norms = [engine.read(engine.train_step(batch, 0, 0.0, scale)).grad_norm for scale in (1.0, 1024.0)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
 def test_fp16_skipped_steps_count_alike(tmp_path: Path) -> None:
     """The number of the step in the bias correction after skipped steps is the same on both backends."""
     config = tiny(tmp_path, "training.mixed_precision=fp16", "training.max_steps=10", "model.dropout=0")
