@@ -175,13 +175,14 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     version.
 
     Args:
-        path: The lock file, created if absent. Its folder must exist.
+        path: The lock file, created with its folder if absent.
         timeout: Seconds to wait for another process; -1 waits without limit.
 
     Raises:
         TimeoutError: another process holds the lock.
         OSError: the lock file cannot be created.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path, timeout=timeout)
     try:
         lock.acquire()

@@ -108,41 +108,43 @@ def test_normalization() -> None:
 def test_digits() -> None:
     from sklearn.datasets import load_digits
 
-    given, raw = ImageDataset.open(settings(), 0), load_digits()
-    assert len(given.train) + len(given.validation) == 1797 and given.classes == list("0123456789")
-    assert abs(len(given.validation) - 1797 / 5) <= 2
-    pixels = given.source.images.take(np.arange(1797))
+    dataset, raw = ImageDataset.open(settings(), 0), load_digits()
+    assert len(dataset.train) + len(dataset.validation) == 1797 and dataset.classes == list("0123456789")
+    assert abs(len(dataset.validation) - 1797 / 5) <= 2
+    pixels = dataset.source.images.take(np.arange(1797))
     np.testing.assert_array_equal(np.round(pixels[..., 0] / 255 * 16), raw.images)
-    np.testing.assert_array_equal(given.source.labels, raw.target)
-    chosen = pixels[given.train] / 255
-    assert given.mean == pytest.approx([chosen.mean()]) and given.std == pytest.approx([chosen.std()])
-    batch = given.train_batch(3, 32)
+    np.testing.assert_array_equal(dataset.source.labels, raw.target)
+    chosen = pixels[dataset.train] / 255
+    assert dataset.mean == pytest.approx([chosen.mean()]) and dataset.std == pytest.approx([chosen.std()])
+    batch = dataset.train_batch(3, 32)
     assert batch["inputs"].shape == (32, 8, 8, 1) and batch["inputs"].dtype == np.float32
     assert batch["labels"].shape == (32,) and batch["labels"].dtype == np.int32
 
 
 def test_the_split_is_a_share_of_each_class_and_a_function_of_the_seed() -> None:
     parts = [ImageDataset.open(settings(), seed) for seed in (0, 0, 1)]
-    for given in parts:
-        assert set(given.train).isdisjoint(given.validation)
+    for dataset in parts:
+        assert set(dataset.train).isdisjoint(dataset.validation)
         for label in range(10):
-            members = int((given.source.labels == label).sum())
-            assert int((given.source.labels[given.validation] == label).sum()) == round(members / 5)
+            members = int((dataset.source.labels == label).sum())
+            assert int((dataset.source.labels[dataset.validation] == label).sum()) == round(members / 5)
     assert np.array_equal(parts[0].validation, parts[1].validation)
     assert not np.array_equal(parts[0].validation, parts[2].validation)
 
 
 def test_an_epoch_takes_each_training_image_once_in_its_own_order() -> None:
-    given = ImageDataset.open(settings(normalize=False), 4)
-    steps = given.steps_per_epoch(100)
-    assert steps == len(given.train) // 100
+    dataset = ImageDataset.open(settings(normalize=False), 4)
+    steps = dataset.steps_per_epoch(100)
+    assert steps == len(dataset.train) // 100
 
     def epoch(number: int) -> Any:
-        batches = [given.train_batch(number * steps + step, 100) for step in range(steps)]
+        batches = [dataset.train_batch(number * steps + step, 100) for step in range(steps)]
         return np.concatenate([batch["inputs"].reshape(100, -1) for batch in batches])
 
     first, second = epoch(0), epoch(1)
-    pool = given.source.images.take(given.train).reshape(len(given.train), -1).astype(np.float32) / np.float32(255)
+    pool = dataset.source.images.take(dataset.train).reshape(len(dataset.train), -1).astype(np.float32) / np.float32(
+        255
+    )
     wanted = {row.tobytes() for row in np.round(pool * 255).astype(np.uint8)}
     assert {row.tobytes() for row in np.round(first * 255).astype(np.uint8)} <= wanted
     assert len(np.unique(first, axis=0)) >= len(first) - 5  # the digits hold a few twins
@@ -152,22 +154,22 @@ def test_an_epoch_takes_each_training_image_once_in_its_own_order() -> None:
 
 
 def test_validation_in_full_or_spread_evenly() -> None:
-    given = ImageDataset.open(settings(), 0)
-    batches = list(given.validation_batches(100))
-    assert [len(batch["labels"]) for batch in batches] == [100, 100, 100, len(given.validation) - 300]
+    dataset = ImageDataset.open(settings(), 0)
+    batches = list(dataset.validation_batches(100))
+    assert [len(batch["labels"]) for batch in batches] == [100, 100, 100, len(dataset.validation) - 300]
     np.testing.assert_array_equal(
-        np.concatenate([batch["labels"] for batch in batches]), given.source.labels[given.validation]
+        np.concatenate([batch["labels"] for batch in batches]), dataset.source.labels[dataset.validation]
     )
-    some = np.concatenate([batch["labels"] for batch in given.validation_batches(10, 2)])
-    spread = given.validation[np.arange(20) * len(given.validation) // 20]
-    np.testing.assert_array_equal(some, given.source.labels[spread])
-    plain = given.source.images.take(given.validation[:100])  # not augmented
-    np.testing.assert_array_equal(batches[0]["inputs"], normalize(plain, given.mean, given.std))
+    some = np.concatenate([batch["labels"] for batch in dataset.validation_batches(10, 2)])
+    spread = dataset.validation[np.arange(20) * len(dataset.validation) // 20]
+    np.testing.assert_array_equal(some, dataset.source.labels[spread])
+    plain = dataset.source.images.take(dataset.validation[:100])  # not augmented
+    np.testing.assert_array_equal(batches[0]["inputs"], normalize(plain, dataset.mean, dataset.std))
 
 
 def test_given_mean_and_deviation() -> None:
-    given = ImageDataset.open(settings(mean=[0.25], std=[0.5]), 0)
-    assert (given.mean, given.std) == ([0.25], [0.5])
+    dataset = ImageDataset.open(settings(mean=[0.25], std=[0.5]), 0)
+    assert (dataset.mean, dataset.std) == ([0.25], [0.5])
     with pytest.raises(DataError, match=r"data\.mean has 3 values"):
         ImageDataset.open(settings(mean=[0.1, 0.2, 0.3]), 0)
     with pytest.raises(ConfigError, match="normalize is false, so mean and std have no effect"):
@@ -189,8 +191,8 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     grey = find_images(str(tmp_path), channels=1)
     assert grey.images.shape == (8, 8, 1) and grey.fingerprint != found.fingerprint
     assert find_images(str(tmp_path)).fingerprint == found.fingerprint
-    given = ImageDataset.open(settings(tmp_path), 0)
-    assert (len(given.train), len(given.validation)) == (12, 3)
+    dataset = ImageDataset.open(settings(tmp_path), 0)
+    assert (len(dataset.train), len(dataset.validation)) == (12, 3)
 
 
 def test_a_folder_too_large_for_memory_is_read_as_it_is_needed(
@@ -208,9 +210,9 @@ def test_a_folder_too_large_for_memory_is_read_as_it_is_needed(
 def test_train_and_test_folders(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", {"a": 4, "b": 4})
     folder_of(tmp_path / "val", {"a": 2, "b": 1})
-    given = ImageDataset.open(settings(tmp_path), 0)
-    assert given.source.held_out == 3 and given.validation.tolist() == [8, 9, 10]
-    assert given.source.labels[given.validation].tolist() == [0, 0, 1]
+    dataset = ImageDataset.open(settings(tmp_path), 0)
+    assert dataset.source.held_out == 3 and dataset.validation.tolist() == [8, 9, 10]
+    assert dataset.source.labels[dataset.validation].tolist() == [0, 0, 1]
     (tmp_path / "val" / "c").mkdir()
     with pytest.raises(DataError, match="same class folders"):
         find_images(str(tmp_path))
@@ -257,14 +259,14 @@ def test_mnist(tmp_path: Path, zipped: bool) -> None:
     labels = np.arange(20, dtype=np.uint8) % 10
     idx(tmp_path / f"train-images-idx3-ubyte{end}", train, zipped)
     idx(tmp_path / f"train-labels-idx1-ubyte{end}", labels, zipped)
-    given = ImageDataset.open(settings(tmp_path, validation_fraction=0.5), 0)
-    assert (len(given.train), len(given.validation)) == (10, 10)
+    dataset = ImageDataset.open(settings(tmp_path, validation_fraction=0.5), 0)
+    assert (len(dataset.train), len(dataset.validation)) == (10, 10)
     idx(tmp_path / f"t10k-images-idx3-ubyte{end}", test, zipped)
     idx(tmp_path / f"t10k-labels-idx1-ubyte{end}", labels[:6], zipped)
-    given = ImageDataset.open(settings(tmp_path), 0)
-    assert given.source.images.shape == (28, 28, 1) and len(given.train) == 20
-    np.testing.assert_array_equal(given.source.images.take(given.validation)[..., 0], test)
-    assert given.source.labels[given.validation].tolist() == list(range(6))
+    dataset = ImageDataset.open(settings(tmp_path), 0)
+    assert dataset.source.images.shape == (28, 28, 1) and len(dataset.train) == 20
+    np.testing.assert_array_equal(dataset.source.images.take(dataset.validation)[..., 0], test)
+    assert dataset.source.labels[dataset.validation].tolist() == list(range(6))
 
 
 def test_cifar(tmp_path: Path) -> None:
@@ -275,13 +277,13 @@ def test_cifar(tmp_path: Path) -> None:
     records[20:].tofile(tmp_path / "test_batch.bin")
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     (tmp_path / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
-    given = ImageDataset.open(settings(tmp_path), 0)
-    assert given.classes == names and given.source.held_out == 10 and len(given.train) == 20
-    pixels = given.source.images.take(np.arange(30))
+    dataset = ImageDataset.open(settings(tmp_path), 0)
+    assert dataset.classes == names and dataset.source.held_out == 10 and len(dataset.train) == 20
+    pixels = dataset.source.images.take(np.arange(30))
     for channel in range(3):  # a record is red, then green, then blue, row by row
         plane = records[:, 1 + 1024 * channel : 1025 + 1024 * channel].reshape(30, 32, 32)
         np.testing.assert_array_equal(pixels[..., channel], plane)
-    assert given.source.labels.tolist() == records[:, 0].tolist()
+    assert dataset.source.labels.tolist() == records[:, 0].tolist()
 
 
 # ---- unsupported and damaged files --------------------------------------------------------------------------
@@ -420,9 +422,9 @@ MODEL = {"type": "cnn", "num_layers": 2, "base_channels": 4, "hidden_size": 8, "
     ],
 )
 def test_models_and_data_that_do_not_fit(overrides: list[str], names: list[str]) -> None:
-    given = Config.from_dict({"model": MODEL, "data": {"kind": "images"}}, overrides)
+    config = Config.from_dict({"model": MODEL, "data": {"kind": "images"}}, overrides)
     with pytest.raises((ConfigError, DataError)) as caught:
-        dataset_for(given)
+        dataset_for(config)
     assert is_one_line(caught.value, *names)
 
 

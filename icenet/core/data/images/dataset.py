@@ -142,9 +142,9 @@ class ImageDataset:
         """Returns mean and standard deviation per channel: those of the config, else those of training images."""
         settings, channels = self.settings, self.source.images.shape[2]
         for name in ("mean", "std"):
-            given = getattr(settings, name)
-            if given is not None and len(given) != channels:
-                raise DataError(f"data.{name} has {len(given)} values, but the images have {channels} channels")
+            values = getattr(settings, name)
+            if values is not None and len(values) != channels:
+                raise DataError(f"data.{name} has {len(values)} values, but the images have {channels} channels")
         if not settings.normalize:
             return [0.0] * channels, [1.0] * channels
         mean, std = settings.mean, settings.std
