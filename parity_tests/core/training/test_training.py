@@ -411,11 +411,10 @@ def test_background_work() -> None:
         background.start(fails)
 
 
-@both_backends
-def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step takes a tenth of a second and is logged as that, those before an evaluation or checkpoint too."""
-    config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=3")
-    started = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True)
+def seconds_per_step(folder: Path, backend: str) -> list[float]:
+    """Returns the logged times of 8 steps of at least 0.1 s, some before an evaluation or a checkpoint."""
+    config = tiny(folder, "training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=3")
+    started = Trainer.start(config, folder / "run", backend=backend, quiet=True)
     step_of = started.engine.train_step
 
     def slow(*arguments: Any) -> Any:
@@ -424,12 +423,23 @@ def test_the_speed_that_is_logged(tmp_path: Path, backend: str, monkeypatch: pyt
 
     started.engine.train_step = slow  # type: ignore[method-assign]
     started.fit()
-    records = [r for r in MetricsLog.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
-    seconds = [4 * 32 / record["tokens_per_second"] for record in records]
-    assert len(seconds) == 8 and all(s >= 0.1 for s in seconds) and np.median(seconds) < 0.16
+    records = [record for record in MetricsLog.read(folder / "run" / "metrics.jsonl") if "loss" in record]
+    return [4 * 32 / record["tokens_per_second"] for record in records]
 
 
-# ---- a trainer that goes on after an error ----------------------------------------------------------------
+@both_backends
+def test_the_speed_that_is_logged(tmp_path: Path, backend: str) -> None:
+    seconds = seconds_per_step(tmp_path, backend)
+    assert len(seconds) == 8 and all(s >= 0.1 for s in seconds)
+
+
+@pytest.mark.slow
+@both_backends
+def test_the_speed_that_is_logged_is_not_too_low(tmp_path: Path, backend: str) -> None:
+    assert np.median(seconds_per_step(tmp_path, backend)) < 0.16
+
+
+# ---- a trainer that continues after an error ----------------------------------------------------------------
 
 
 @both_backends

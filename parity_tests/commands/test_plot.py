@@ -1,0 +1,169 @@
+"""`icenet plot`: pictures of one or several runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import write_run
+
+from icenet.cli import main as cli
+from icenet.commands import plot as overlay
+from icenet.core.config import Config
+from icenet.core.errors import IceNetError, UsageError
+from icenet.core.report import canvas
+from icenet.core.report.metrics import MetricsLog
+
+
+def colours(path: Path) -> dict[str, int]:
+    """How many pixels have each of the palette's colours."""
+    image = pytest.importorskip("matplotlib.image").imread(path)[..., :3]
+    found = {}
+    for colour in overlay.COLOURS[:6]:
+        wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        found[colour] = int((np.abs(np.asarray(image) - wanted).max(axis=-1) < 0.02).sum())
+    return found
+
+
+def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "one", changes=(40,)), write_run(tmp_path / "two", 60)
+    picture = overlay.plot([one, two, one], tmp_path / "out" / "both.png")
+    seen = [colour for colour, count in colours(picture).items() if count > 300]
+    assert seen == list(overlay.COLOURS[:2])  # a run that is named twice is drawn once
+    assert overlay.plot([one]) == one / "plot.png"
+    assert colours(one / "plot.png")[canvas.ORANGE] == 0
+    assert [file.name for file in picture.parent.iterdir()] == ["both.png"]
+
+
+def test_the_kind_of_picture_follows_its_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml", ".PDF": b"%PDF"}
+    for suffix, head in heads.items():
+        content = overlay.plot([run], tmp_path / f"p{suffix}").read_bytes()
+        assert content.startswith(head)
+        assert overlay.plot([run], tmp_path / f"p{suffix}").read_bytes() == content  # no date within
+    with pytest.raises(UsageError, match=r"p\.gif: the name of a picture ends in \.png, \.pdf or \.svg"):
+        overlay.plot([run], tmp_path / "p.gif")
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "time"])
+@pytest.mark.parametrize("smooth", [None, 1, 7])
+def test_every_axis_and_mean(tmp_path: Path, x: str, smooth: int | None) -> None:
+    run = write_run(tmp_path / "run", changes=(10, 20, 30, 40))
+    assert colours(overlay.plot([run], None, smooth, x))[canvas.BLUE] > 300
+
+
+def test_a_step_lies_where_its_tokens_and_its_time_are(tmp_path: Path) -> None:
+    run = overlay.read([write_run(tmp_path / "run")])[0]
+    at = np.array([1.0, 50.0, 100.0])
+    for x, size, label in (("step", 1, "step"), ("tokens", 4 * 32, "tokens"), ("time", 0.05, "time in training")):
+        scales, said = overlay._axis([run], x)
+        assert said.startswith(label) and scales[0](at) == pytest.approx(at * size)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 50,' not in line))
+    scales, _ = overlay._axis(overlay.read([run.folder]), "time")
+    assert scales[0](at) == pytest.approx(at * 0.05)  # a line that was lost takes no time away
+
+
+def test_images_are_counted_as_images(tmp_path: Path) -> None:
+    text, images = write_run(tmp_path / "text"), tmp_path / "images"
+    images.mkdir()
+    (images / "config.yaml").write_text(Config.from_yaml("cnn-digits", ["training.batch_size=10"]).to_yaml())
+    with MetricsLog(images / "metrics.jsonl") as log:
+        for step in range(1, 9):
+            log.append({"step": step, "loss": 1 / step, "images_per_second": 100.0})
+    run = overlay.read([images])[0]
+    assert run.unit == "images" and run.items_per_step() == 10
+    assert run.seconds()[1] == pytest.approx(0.1 * np.arange(1, 9))
+    overlay.plot([text, images], tmp_path / "p.png")
+    with pytest.raises(UsageError, match="--x tokens: some of these runs are trained on tokens and some on images"):
+        overlay.plot([text, images], tmp_path / "p.png", x="tokens")
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "runs" / name for name in ("a/mlx", "a/torch", "b/mlx")]
+    assert overlay._names(paths) == ["a/mlx", "a/torch", "b/mlx"]
+    assert overlay._names(paths[:2]) == ["mlx", "torch"]
+    run = write_run(tmp_path / "run", 100, changes=(30, 60))
+    (found,) = overlay.read([run / "metrics.jsonl"])
+    assert found.backends == [(1, "mlx"), (31, "torch"), (61, "mlx")] and found.changes == [31, 61]
+    assert overlay._caption(found) == "run  (mlx → torch → mlx)"
+
+
+def test_a_run_under_way_and_a_cut_off_file(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 30)
+    whole = overlay.read([run])[0].curve("loss")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "loss": 1.')
+    (again,) = overlay.read([run])
+    assert [list(part) for part in again.curve("loss")] == [list(part) for part in whole]
+    with MetricsLog(run / "metrics.jsonl") as log:  # a step taken twice counts as it was last
+        log.append({"step": 30, "loss": 0.5})
+        log.append({"step": 31, "loss": math.nan})
+    steps, values = overlay.read([run])[0].curve("loss")
+    assert list(steps) == list(range(1, 31)) and values[-1] == 0.5
+    overlay.plot([run], tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"loss": 1.0}, {"loss": math.nan}, {"validation_loss": 0.0}, {"loss": 0.0, "grad_norm": 0, "learning_rate": 0}],
+)
+def test_odd_runs_are_drawn_too(tmp_path: Path, record: dict[str, Any]) -> None:
+    (tmp_path / "run").mkdir()
+    with MetricsLog(tmp_path / "run" / "metrics.jsonl") as log:
+        log.append({"step": 1, **record})
+    assert overlay.plot([tmp_path / "run"]).stat().st_size > 5000
+
+
+def test_the_mean_is_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    ours = canvas.smoothed(values, 9)
+    assert ours[20:180] == pytest.approx(np.convolve(values, np.ones(9) / 9, "same")[20:180])
+    assert list(canvas.smoothed(values, 1)) == pytest.approx(list(values))
+
+
+def test_axes_are_logarithmic_where_values_are_far_apart() -> None:
+    step = np.linspace(0, 1, 500)
+    cosine = 1e-3 * np.minimum(1, step / 0.05) * (0.5 + 0.5 * np.cos(np.pi * step))
+    assert not overlay._rates_want_logs([cosine]) and not overlay._rates_want_logs([cosine, cosine / 3])
+    assert overlay._rates_want_logs([cosine, cosine / 20])  # two runs, far apart
+    assert overlay._rates_want_logs([1e-2 * 0.5 ** (12 * step)]) and not overlay._rates_want_logs([0 * step])
+    assert overlay._wide([np.array([2.3, 0.01])], 0, 1, 20) and not overlay._wide([np.array([5.5, 1.4])], 0, 1, 20)
+    assert [overlay._small(v) for v in (0, 0.05, 5e-4, 1e-3, 2.5e-5)] == ["0", "0.05", "5e-4", "1e-3", "2.5e-5"]
+    assert [overlay._large(v) for v in (0, 950, 2e4, 1.5e6)] == ["0", "950", "20k", "1.5M"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """Exit code and the one line of complaint of a command in this process."""
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("icenet: ") and err.count("\n") == 1
+    return code, err
+
+
+def test_a_run_without_metrics_among_several_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "metrics.jsonl").write_text('{"step"')
+    for bad, said in (
+        ("absent", "no such run"),
+        ("empty", "contains no metrics.jsonl"),
+        ("young", "contains no step yet"),
+    ):
+        code, line = one_line(capsys, "plot", run, tmp_path / bad, "--out", tmp_path / "p.png")
+        assert code == 1 and bad in line and said in line
+    assert not (tmp_path / "p.png").exists()
+    assert one_line(capsys, "plot")[0] == one_line(capsys, "plot", run, "--smooth", "0")[0] == 2
+
+
+def test_no_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(IceNetError, match=r"pip install 'icenet\[plot\]'"):
+        overlay.plot([run])
