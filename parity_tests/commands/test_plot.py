@@ -20,7 +20,7 @@ from icenet.core.report.metrics import MetricsLog
 
 
 def colours(path: Path) -> dict[str, int]:
-    """How many pixels have each of the palette's colours."""
+    """Returns the number of pixels of each color of the palette."""
     image = pytest.importorskip("matplotlib.image").imread(path)[..., :3]
     found = {}
     for colour in overlay.COLOURS[:6]:
@@ -45,7 +45,7 @@ def test_the_kind_of_picture_follows_its_name(tmp_path: Path) -> None:
     for suffix, head in heads.items():
         content = overlay.plot([run], tmp_path / f"p{suffix}").read_bytes()
         assert content.startswith(head)
-        assert overlay.plot([run], tmp_path / f"p{suffix}").read_bytes() == content  # no date within
+        assert overlay.plot([run], tmp_path / f"p{suffix}").read_bytes() == content  # contains no date
     with pytest.raises(UsageError, match=r"p\.gif: the name of a picture ends in \.png, \.pdf or \.svg"):
         overlay.plot([run], tmp_path / "p.gif")
 
@@ -66,7 +66,7 @@ def test_a_step_lies_where_its_tokens_and_its_time_are(tmp_path: Path) -> None:
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run.folder / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 50,' not in line))
     scales, _ = overlay._axis(overlay.read([run.folder]), "time")
-    assert scales[0](at) == pytest.approx(at * 0.05)  # a line that was lost takes no time away
+    assert scales[0](at) == pytest.approx(at * 0.05)  # a missing record does not shorten the time
 
 
 def test_images_are_counted_as_images(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_run_under_way_and_a_cut_off_file(tmp_path: Path) -> None:
         file.write('{"step": 31, "loss": 1.')
     (again,) = overlay.read([run])
     assert [list(part) for part in again.curve("loss")] == [list(part) for part in whole]
-    with MetricsLog(run / "metrics.jsonl") as log:  # a step taken twice counts as it was last
+    with MetricsLog(run / "metrics.jsonl") as log:  # the last record of a step counts
         log.append({"step": 30, "loss": 0.5})
         log.append({"step": 31, "loss": math.nan})
     steps, values = overlay.read([run])[0].curve("loss")
@@ -139,7 +139,7 @@ def test_axes_are_logarithmic_where_values_are_far_apart() -> None:
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Exit code and the one line of complaint of a command in this process."""
+    """Returns the exit code of a command in this process and its error, which is one line."""
     code = cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("icenet: ") and err.count("\n") == 1

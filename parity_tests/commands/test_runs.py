@@ -76,7 +76,7 @@ def test_a_run_in_training_says_so(runs: Path) -> None:
     with locked(runs / "whole"):
         assert by_name(runs)["whole"].state == "running"
         with pytest.raises(IceNetError, match="another process trains this run"), locked(runs / "whole"):
-            pass  # looking took nothing away
+            pass  # listing does not take the lock
     assert by_name(runs)["whole"].state == "complete"
     (runs / "whole" / ".lock").unlink()
     assert by_name(runs)["whole"].state == "complete" and not (runs / "whole" / ".lock").exists()

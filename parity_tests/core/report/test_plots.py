@@ -23,7 +23,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def share_of(image: np.ndarray, colour: str) -> int:
-    """Pixels of one colour."""
+    """Returns the number of pixels of a color."""
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return int((np.abs(image - wanted).max(axis=-1) < 0.02).sum())
 
@@ -94,7 +94,7 @@ def test_parity_is_drawn_and_judged(tmp_path: Path) -> None:
     verdict = (slice(60, 110), slice(None))  # the line below the title
     assert share_of(pixels(good)[verdict], green) > 200 and share_of(pixels(good)[verdict], orange) == 0
     assert share_of(pixels(bad)[verdict], orange) > 200 and share_of(pixels(bad)[verdict], green) == 0
-    for path in (good, bad):  # both of two curves that coincide are to be seen
+    for path in (good, bad):  # both curves are visible although they coincide
         upper = pixels(path)[110:550, 720:]
         assert share_of(upper, pale) > 500 and share_of(upper, orange) > 200
 
@@ -134,7 +134,7 @@ def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_late_imports_and_no_matplotlib(tmp_path: Path) -> None:
-    """Importing loads neither rich nor matplotlib; without matplotlib there is no picture and no error."""
+    """The import loads neither rich nor matplotlib. Without matplotlib there is no picture and no error."""
     code = f"""
 import sys
 import icenet.core.report.progress, icenet.core.report.plots as report

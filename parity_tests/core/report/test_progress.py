@@ -107,7 +107,7 @@ def test_speed_follows_the_last_seconds() -> None:
     for step in range(101, 401):
         rate.add(10 + (step - 100) * 0.5, step)
     assert rate.value == pytest.approx(2, rel=0.01)
-    rate.add(160.0, 400)  # the same step again says nothing
+    rate.add(160.0, 400)  # the same step again has no effect
     assert rate.value == pytest.approx(2, rel=0.01)
 
 
@@ -157,7 +157,7 @@ def test_a_resumed_run_begins_where_it_was() -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1", "TERM": "xterm"}])
 def test_a_log_file_stays_plain(tmp_path: Path, extra: dict[str, str]) -> None:
-    """CI sets such variables, and a file full of carriage returns is what rich makes of them."""
+    """CI sets these variables, with which rich would draw a bar to the file."""
     code = """
 import sys, time
 from icenet.core.report.progress import Progress
@@ -207,7 +207,7 @@ def test_a_notebook_has_one_output_that_is_replaced(monkeypatch: pytest.MonkeyPa
         for step in range(11, 51):
             time.sleep(0.01)
             progress.update(step, 5 / step)
-    assert len(notebook.outputs) == 1 and 2 <= len(notebook.outputs[0]) <= 6  # four a second at most
+    assert len(notebook.outputs) == 1 and 2 <= len(notebook.outputs[0]) <= 6  # at most four per second
     first, last = notebook.outputs[0][0], notebook.outputs[0][-1]
     assert "10/50" in first["text/html"] and "50/50" in last["text/html"] and "loss 0.1000" in last["text/html"]
     assert "&lt;mlx&gt;" in last["text/html"] and "\u2501" in last["text/html"]  # the label and the bar

@@ -19,7 +19,7 @@ from icenet.core.report.metrics import MetricsLog
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard's own reader shows: value by step, by tag."""
+    """Returns the values that TensorBoard's reader finds, by tag and step."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder), size_guidance={accumulator.SCALARS: 0})
     found.Reload()
@@ -35,7 +35,7 @@ def test_metrics_are_events_too(tmp_path: Path) -> None:
     with tensorboard.TensorBoardLog(tmp_path / "board") as board:
         board.begin(0)
         board.append({"step": 1, "loss": 2.5, "learning_rate": 1e-3, "backend": "mlx", "skipped": False})
-        assert scalars(tmp_path / "board")["train/loss"] == {1: 2.5}  # as it goes on, not at its end
+        assert scalars(tmp_path / "board")["train/loss"] == {1: 2.5}  # during the run
         board.append({"step": 2, "loss": math.nan, "grad_norm": math.inf})
         board.append({"step": 2, "validation_loss": 3.0, "validation_accuracy": 0.5})
         board.append({"loss": 1.0})
@@ -55,7 +55,7 @@ def test_a_resumed_run_shows_each_step_once(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "board"
     for begin, end, value in ((0, 9, 1.0), (5, 8, 2.0), (6, 12, 3.0)):
         board = tensorboard.TensorBoardLog(folder)
-        board.begin(begin, [{"step": begin, "loss": 99.0}])  # a history counts only where there are no events
+        board.begin(begin, [{"step": begin, "loss": 99.0}])  # the history counts only if the folder has no events
         for step in range(begin + 1, end + 1):
             board.append({"step": step, "loss": value + step})
         board.close()

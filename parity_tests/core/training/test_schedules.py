@@ -1,4 +1,4 @@
-"""Learning rates: against PyTorch's schedulers and the papers' formulas, and what `icenet info --schedule` shows."""
+"""Learning rates, compared with PyTorch's schedulers and the formulas of the papers; `icenet info --schedule`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rates(**settings_: Any) -> list[float]:
     ("constant", 0.0), ("linear", 0.002), ("cosine", 0.002), ("step", 0.0), ("exponential", 0.0)
 ])  # fmt: skip
 def test_as_pytorchs_schedulers(schedule: str, least: float) -> None:
-    """After a warmup of 5 steps: 20 steps, of which the last reaches the lowest rate."""
+    """20 steps after a warmup of 5 steps. The last one has the lowest rate."""
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     schedulers = torch.optim.lr_scheduler
@@ -71,9 +71,9 @@ def test_inverse_sqrt_is_that_of_the_transformer() -> None:
 def test_warm_up_stable_decay_by_hand() -> None:
     given_ = {"schedule": "wsd", "learning_rate": 1.0, "min_learning_rate": 0.2, "max_steps": 10, "warmup_steps": 2}
     assert rates(**given_, decay_steps=4) == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
-    assert rates(**given_) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 0.6, 0.2])  # a fifth of all
+    assert rates(**given_) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 0.6, 0.2])  # default: a fifth of the steps
     assert rates(**given_, decay_steps=0) == pytest.approx([0.5, *[1] * 9])
-    # longer than what the warmup leaves: it begins where the warmup ends, without a jump
+    # longer than the steps after the warmup: it starts at the end of the warmup, without a jump
     assert rates(**given_, decay_steps=40) == pytest.approx([0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     assert decay_start(TrainingConfig(**given_, decay_steps=4)) == 6
     assert decay_start(TrainingConfig(**given_, decay_steps=0)) is None
@@ -81,7 +81,7 @@ def test_warm_up_stable_decay_by_hand() -> None:
 
 
 def test_step_and_exponential_by_hand() -> None:
-    given_ = {"learning_rate": 0.8, "max_steps": 40}  # falls every tenth of all
+    given_ = {"learning_rate": 0.8, "max_steps": 40}  # default: falls every tenth of the steps
     assert rates(schedule="step", **given_)[::4] == pytest.approx([0.8 * 0.5**n for n in range(10)])
     assert rates(schedule="step", **given_)[3::4] == pytest.approx([0.8 * 0.5**n for n in range(10)])
     assert rates(schedule="exponential", **given_) == pytest.approx([0.8 * 0.5 ** (n / 4) for n in range(40)])
@@ -110,7 +110,7 @@ def test_whatever_the_lengths(
     every: int | None,
     factor: float,
 ) -> None:
-    """A warmup or a decay longer than the run, a run of one step: a line to the peak, then never up again."""
+    """Rises to the peak, then never again; also for a warmup or decay longer than the run and a run of one step."""
     least = share * peak
     found = rates(
         schedule=schedule, max_steps=last, warmup_steps=warmup, learning_rate=peak, min_learning_rate=least,

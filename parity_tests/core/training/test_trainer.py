@@ -59,7 +59,7 @@ def plots_only_where_tested(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_plots")
 
 
-# ---- what a run leaves ------------------------------------------------------------------------------------
+# ---- results and files ----------------------------------------------------------------------------------
 
 
 @both_backends
@@ -114,7 +114,7 @@ def test_no_evaluation_where_none_is_asked_for(tmp_path: Path, backend: str) -> 
 @both_backends
 def test_old_checkpoints_go(tmp_path: Path, backend: str) -> None:
     run = tmp_path / "run"
-    (run / "checkpoints" / "step-best").mkdir(parents=True)  # a user's, not ours to count or remove
+    (run / "checkpoints" / "step-best").mkdir(parents=True)  # of the user: neither counted nor removed
     train(tiny(tmp_path, "training.keep_checkpoints=2", "training.checkpoint_every=3"), run, backend)
     assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000018", "step-00000020"]
     assert (run / "checkpoints" / "step-best").is_dir()
@@ -139,7 +139,7 @@ def test_the_schedule_by_hand(tmp_path: Path) -> None:
 
 @both_backends
 def test_adamw_20_steps(tmp_path: Path, backend: str) -> None:
-    """Equal gradients; against AdamW written out in float64, with torch.optim's own fp32 error as the noise."""
+    """Equal gradients, compared with AdamW written out in float64; the noise is the fp32 error of torch.optim."""
     config = tiny(tmp_path)
     training = config.training
     training.weight_decay = 0.3
@@ -184,7 +184,7 @@ def test_adamw_20_steps(tmp_path: Path, backend: str) -> None:
 
 @both_backends
 def test_clipping(tmp_path: Path, backend: str) -> None:
-    """The step taken is that of the gradients scaled to the norm; the norm reported is that before."""
+    """The update uses the gradients scaled to the norm; the reported norm is the one before clipping."""
     loose = tiny(tmp_path, "training.max_grad_norm=null", "model.dropout=0")
     limit = 0.05
     tight = loose.with_overrides(f"training.max_grad_norm={limit}")
@@ -208,19 +208,19 @@ def test_clipping(tmp_path: Path, backend: str) -> None:
     assert math.sqrt(total) == pytest.approx(limit, rel=1e-4)
 
 
-# ---- stopping and going on --------------------------------------------------------------------------------
+# ---- stop and resume ------------------------------------------------------------------------------------
 
 
 @both_backends
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
-    """Stopped at several steps, between checkpoints and on them: dropout, clipping, evaluation, all bits."""
+    """Stopped at several steps, between and at checkpoints: the same bits, with dropout, clipping and evaluation."""
     config = tiny(tmp_path, f"training.mixed_precision={precision}")
     train(config, tmp_path / "whole", backend)
     broken = tmp_path / "broken"
     train(config, broken, backend, until=1)
     for until in (5, 7, 13, 19, None):
-        resume(broken, until=until)  # without a backend: the run goes on where it was
+        resume(broken, until=until)  # without a backend: the run continues on its own
     assert metrics(broken, 10) == metrics(tmp_path / "whole", 10)
     assert same_bits(state(broken), state(tmp_path / "whole"))
     assert same_bits(state(broken, 10), state(tmp_path / "whole", 10))
@@ -302,7 +302,7 @@ def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pyt
 
 @both_backends
 def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the first steps, a run has a config and metrics and no checkpoint; it is resumed all the same."""
+    """A run that was killed in its first steps has a config, metrics and no checkpoint. It can be resumed."""
     config, run = tiny(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -319,7 +319,7 @@ def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeyp
 
 
 def test_a_checkpoint_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint outside a run's folder has no run to go on in; the folder around it is left alone."""
+    """A checkpoint outside of a run needs a folder for its continuation. The folder around it does not change."""
     import shutil
 
     train(tiny(tmp_path), tmp_path / "run", "mlx", until=5)
@@ -333,7 +333,7 @@ def test_a_checkpoint_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert tree(tmp_path / "home") == before
     train(tiny(tmp_path), tmp_path / "whole", "mlx")
     assert same_bits(state(tmp_path / "new"), state(tmp_path / "whole"))
-    # from inside the folder the run is found, however the path is written
+    # inside the folder the run is found, also by a relative path
     monkeypatch.chdir(tmp_path / "run" / "checkpoints")
     assert resume(Path("step-00000005"), until=6).run.resolve() == (tmp_path / "run").resolve()
 
@@ -356,7 +356,7 @@ def test_refusals(tmp_path: Path) -> None:
         Trainer.start(config.with_overrides("model.vocab_size=100"), tmp_path / "small", backend="torch")
     with pytest.raises(DataError, match="one batch needs"):
         Trainer.start(config.with_overrides("training.batch_size=4000"), tmp_path / "small", backend="torch")
-    assert tree(run) == before and not (tmp_path / "small").exists()  # nothing is written before all is well
+    assert tree(run) == before and not (tmp_path / "small").exists()  # nothing is written before all checks
 
 
 def test_going_on_beyond_the_end(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_another_text_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
-    """The first process is between two checkpoints: what it has written since must stay."""
+    """The first process is between two checkpoints. What it wrote after the first of them must stay."""
     config, run = tiny(tmp_path, "training.max_steps=40", "training.checkpoint_every=10"), tmp_path / "run"
     first = Trainer.start(config, run, backend="mlx", quiet=True)
     second = Trainer.start(config, run, backend="torch", quiet=True)  # both find an empty folder
@@ -400,12 +400,12 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     first.fit()
     assert is_one_line(seen[0], "icenet: run", "another process", "--run")
     assert len(losses(run)) == 40
-    # the lock is gone; whoever prepared while the other went on must look again
+    # the lock is free, but the second trainer was created before the first one trained
     with pytest.raises(CheckpointError, match="another process continued this run meanwhile; resume it again"):
         second.fit()
 
 
-# ---- what goes wrong --------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------
 
 
 @both_backends
@@ -420,14 +420,14 @@ def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
     assert is_one_line(message, "step ", "nan", str(run / "checkpoints" / "step-00000006"), "training.on_nan=skip")
     assert re.search(r"\(largest: [\w.]+ nan, [\w.]+ nan, [\w.]+ nan\)", message)
     assert tree(run / "checkpoints") == before
-    resume(run)  # with the rate it had
+    resume(run)  # with the original learning rate
     train(config, tmp_path / "whole", backend)
     assert same_bits(state(run), state(tmp_path / "whole")) and metrics(run) == metrics(tmp_path / "whole")
 
 
 @both_backends
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, backend: str) -> None:
-    """Loss and gradients of a step may be fine and its update overflow: no checkpoint may hold that."""
+    """An update can overflow although loss and gradients are finite. No checkpoint may contain that."""
     run = tmp_path / "run"
     started = Trainer.start(tiny(tmp_path), run, backend=backend, quiet=True)
     weights = started.engine.weights()
@@ -466,7 +466,7 @@ def fp16_run(config: Config, run: Path, backend: str, until: int | None = None, 
 
 @both_backends
 def test_fp16_skips_and_halves(tmp_path: Path, backend: str) -> None:
-    """A scale that overflows: steps are skipped, weights stay, until it fits; an interruption changes nothing."""
+    """Steps are skipped and weights stay the same until the scale fits. An interruption changes nothing."""
     config, whole, broken = tiny(tmp_path, "training.mixed_precision=fp16"), tmp_path / "a", tmp_path / "b"
     fp16_run(config, whole, backend)
     records = [record for record in metrics(whole) if "loss" in record]
@@ -501,7 +501,7 @@ def test_fp16_gradients_do_not_depend_on_the_loss_scale(tmp_path: Path, backend:
 
 
 def test_fp16_skipped_steps_count_alike(tmp_path: Path) -> None:
-    """The number of the step in the bias correction after skipped steps is the same on both backends."""
+    """After skipped steps, the step number in the bias correction is the same on both backends."""
     config = tiny(tmp_path, "training.mixed_precision=fp16", "training.max_steps=10", "model.dropout=0")
     for backend in BACKENDS:
         fp16_run(config, tmp_path / backend, backend)
@@ -510,7 +510,7 @@ def test_fp16_skipped_steps_count_alike(tmp_path: Path) -> None:
 
 @both_backends
 def test_bf16_learns(tmp_path: Path, backend: str) -> None:
-    """bf16's curve is near that of fp32 and is not it; weights and moments stay in fp32."""
+    """The curve of bf16 is close to that of fp32 and not equal. Weights and moments are fp32."""
     config = tiny(tmp_path, "training.eval_every=null")
     train(config, tmp_path / "fp32", backend)
     train(config.with_overrides("training.mixed_precision=bf16"), tmp_path / "bf16", backend)
@@ -521,7 +521,7 @@ def test_bf16_learns(tmp_path: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
 def test_compiled(tmp_path: Path, backend: str) -> None:
-    """A compiled step is the step: near the curve of the plain one, with fresh dropout in every step."""
+    """A compiled step has the curve of the plain one, with a new dropout mask in every step."""
     config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=8")
     train(config, tmp_path / "plain", backend)
     train(config.with_overrides("model.compile_model=true"), tmp_path / "compiled", backend, until=5)
@@ -529,13 +529,13 @@ def test_compiled(tmp_path: Path, backend: str) -> None:
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
-# ---- signals and kills ------------------------------------------------------------------------------------
+# ---- signals and kills ----------------------------------------------------------------------------------
 
 
 @both_backends
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.Signals) -> None:
-    """The signal comes after the loop has decided not to save at this step: it is saved all the same."""
+    """The signal comes after the loop has decided not to save at this step. The step is saved anyway."""
     config = tiny(tmp_path, "training.checkpoint_every=20", "training.eval_every=3")
     run = tmp_path / "run"
     started = Trainer.start(config, run, backend=backend, quiet=True)

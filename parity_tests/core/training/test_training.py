@@ -1,4 +1,4 @@
-"""The options of training on both backends: accumulation, clipping, averages, stopping early, steps left out."""
+"""Training options on both backends: accumulation, clipping, averages, early stopping, skipped steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
-    """A batch; with `hide` its rows count unequal numbers of labels."""
+    """Returns a batch; with `hide`, its rows have different numbers of labels."""
     batch = dataset_for(config).train_batch(step, config.training.batch_size)
     if hide:
         for row, labels in enumerate(batch["labels"]):
@@ -42,7 +42,7 @@ def batch_of(config: Config, step: int = 0, hide: bool = False) -> Any:
     return batch
 
 
-# ---- accumulation -----------------------------------------------------------------------------------------
+# ---- accumulation ---------------------------------------------------------------------------------------
 
 
 LSTM = "model={type: lstm, hidden_size: 24, num_layers: 3, vocab_size: 257, dropout: 0.2}"
@@ -54,7 +54,7 @@ LSTM = "model={type: lstm, hidden_size: 24, num_layers: 3, vocab_size: 257, drop
 def test_micro_batches_give_the_gradients_of_the_whole(
     tmp_path: Path, backend: str, number: int, family: str
 ) -> None:
-    """With dropout, and rows in which unequal numbers of labels count."""
+    """With dropout, and rows with different numbers of labels."""
     given = [LSTM, "data.seq_length=16"] if family == "lstm" else ["model.dropout=0.2"]
     config = tiny(tmp_path, "training.batch_size=6", *given)
     batch = batch_of(config, hide=True)
@@ -83,7 +83,7 @@ def test_the_mean_is_over_labels_and_not_over_micro_batches(tmp_path: Path, back
     means = np.mean([-chosen[r][counted[r]].mean() for r in (slice(0, 2), slice(2, 4), slice(4, 6))])
     found = engine.read(engine.train_step(batch, 0, 1e-3)).loss
     assert found == pytest.approx(expected, rel=1e-6)
-    assert abs(means - expected) > 1e-4  # what a mean of means would give
+    assert abs(means - expected) > 1e-4  # a mean of means would be wrong
 
 
 @both_backends
@@ -109,13 +109,13 @@ def test_cutting_a_batch() -> None:
     assert [share for *_, share in micro_batches(nothing, 2)] == [0, 0]  # no division by zero
 
 
-# ---- clipping ---------------------------------------------------------------------------------------------
+# ---- clipping -------------------------------------------------------------------------------------------
 
 
 @both_backends
 @pytest.mark.parametrize("norm", [None, 0.01])
 def test_clipping_by_value(tmp_path: Path, backend: str, norm: float | None) -> None:
-    """Against numpy on the engine's own raw gradients; the norm comes after the values."""
+    """Compared with numpy on the engine's raw gradients. Values are clipped before the norm."""
     limit = 1e-3
     config = tiny(tmp_path, "model.dropout=0", f"training.max_grad_norm={norm or 'null'}")
     cut = config.with_overrides(f"training.max_grad_value={limit}")
@@ -131,12 +131,12 @@ def test_clipping_by_value(tmp_path: Path, backend: str, norm: float | None) -> 
         gradients = {path: (g * (norm / total)).astype(np.float32) for path, g in gradients.items()}
     by_hand.apply_gradients(gradients, 0, 1e-3)
     found = clipped.read(clipped.train_step(batch, 0, 1e-3))
-    assert found.grad_norm == pytest.approx(size, rel=1e-5)  # that before any clipping
+    assert found.grad_norm == pytest.approx(size, rel=1e-5)  # the norm before clipping
     for name, array in by_hand.optimizer_state().items():
         np.testing.assert_allclose(clipped.optimizer_state()[name], array, rtol=2e-5, atol=1e-12, err_msg=name)
 
 
-# ---- averaged weights -------------------------------------------------------------------------------------
+# ---- averaged weights -----------------------------------------------------------------------------------
 
 
 def test_the_weight_of_an_average() -> None:
@@ -147,7 +147,7 @@ def test_the_weight_of_an_average() -> None:
 @both_backends
 @pytest.mark.parametrize("compiled", [False, True])
 def test_averaged_weights(tmp_path: Path, backend: str, compiled: bool) -> None:
-    """Against the mean written out in float64; evaluations are of the averages, and training is not changed."""
+    """Compared with the average in float64. Evaluations use the average, and training does not change."""
     if compiled and backend == "torch":
         pytest.skip("the average is outside of what PyTorch compiles")
     config = tiny(tmp_path, "training.ema_decay=0.8", f"model.compile_model={str(compiled).lower()}")
@@ -181,7 +181,7 @@ def test_averages_go_on_on_the_other_backend(tmp_path: Path, order: tuple[str, s
     moved, whole = state(tmp_path / "moved"), state(tmp_path / "whole")
     assert moved.keys() == whole.keys() and any(name.endswith(".ema") for name in moved)
     for name in whole:
-        if name.endswith(".ema") and "k_proj.bias" not in name:  # whose gradient is nothing but rounding
+        if name.endswith(".ema") and "k_proj.bias" not in name:  # its gradient is rounding error
             np.testing.assert_allclose(moved[name], whole[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
@@ -206,11 +206,11 @@ def test_a_model_of_averaged_weights(tmp_path: Path, backend: str) -> None:
         icenet.load(tmp_path / "none", backend, averaged=True)
 
 
-# ---- evaluations that decide ------------------------------------------------------------------------------
+# ---- early stopping and the best checkpoint -------------------------------------------------------------
 
 
 def evaluated(started: Trainer, found: list[float]) -> Trainer:
-    """A trainer whose evaluations come to given numbers, whatever the model does."""
+    """Replaces the results of the evaluations of a trainer by given losses."""
     numbers = iter(found)
     started.engine.evaluate = lambda batch: Evaluation(next(numbers), 1, None)  # type: ignore[method-assign]
     return started
@@ -272,11 +272,11 @@ def test_stopping_early_survives_a_stop(tmp_path: Path, backend: str) -> None:
     assert result.stopped_early and result.step == 6
 
 
-# ---- steps that are no numbers ----------------------------------------------------------------------------
+# ---- steps that are not finite --------------------------------------------------------------------------
 
 
 def overflowing(started: Trainer, steps: set[int]) -> Trainer:
-    """A trainer whose gradients are no numbers at given steps."""
+    """Makes the gradients of a trainer overflow at given steps."""
     step_of = started.engine.train_step
 
     def train_step(batch: Any, step: int, rate: float, scale: float = 1.0) -> Any:
@@ -322,12 +322,12 @@ def test_the_largest_gradients_are_named(tmp_path: Path, backend: str) -> None:
     assert [path for path, _ in found.largest] == ["c", "b", "d"]
 
 
-# ---- native random numbers --------------------------------------------------------------------------------
+# ---- native random numbers ------------------------------------------------------------------------------
 
 
 @both_backends
 def test_native_random_numbers(tmp_path: Path, backend: str) -> None:
-    """A function of seed and step all the same, so that a run resumes exactly; other masks than the keyed ones."""
+    """They are a function of seed and step, so a run resumes exactly. The masks differ from the keyed ones."""
     config = tiny(tmp_path, "training.rng=native", "training.max_steps=10", "training.gradient_accumulation=2")
     for name, given in (("a", config), ("b", config), ("c", config.with_overrides("training.rng=keyed"))):
         train(given, tmp_path / name, backend, 10)
@@ -340,14 +340,14 @@ def test_native_random_numbers(tmp_path: Path, backend: str) -> None:
     assert len(set(np.round(loss, 6))) == 10 and loss[0] != losses(tmp_path / "c")[0]
 
 
-# ---- writing in the background ----------------------------------------------------------------------------
+# ---- checkpoints in the background ----------------------------------------------------------------------
 
 
 @both_backends
 def test_steps_go_on_while_a_checkpoint_is_written(
     tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write of step 5 is held up until step 8 is in the metrics; what it writes is step 5 to the bit."""
+    """The checkpoint of step 5 is delayed until step 8 is in the metrics. It has exactly the state of step 5."""
     config, run = tiny(tmp_path, "training.max_steps=10"), tmp_path / "run"
     save, threads = checkpoint.save, []
 
@@ -403,7 +403,7 @@ def test_background_work() -> None:
         with pytest.raises(CheckpointError, match="late"):
             while background.busy:
                 background.check()
-        background.check()  # told once
+        background.check()  # an error is raised once
     with pytest.raises(ValueError, match="first"), Background() as background:
         background.start(fails)
         raise ValueError("first")
@@ -439,12 +439,12 @@ def test_the_speed_that_is_logged_is_not_too_low(tmp_path: Path, backend: str) -
     assert np.median(seconds_per_step(tmp_path, backend)) < 0.16
 
 
-# ---- a trainer that continues after an error ----------------------------------------------------------------
+# ---- a trainer that continues after an error ------------------------------------------------------------
 
 
 @both_backends
 def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a notebook: no step is taken twice, a checkpoint that failed is made good, a stop stops once."""
+    """As in a notebook: no step is repeated, a failed checkpoint is written later, a stop signal stops once."""
     config, run = tiny(tmp_path, "training.max_steps=12"), tmp_path / "run"
     started = Trainer.start(config, run, backend=backend, quiet=True)
     taken: list[int] = []
@@ -474,7 +474,7 @@ def test_fit_again_after_an_error(tmp_path: Path, backend: str, monkeypatch: pyt
     result = started.fit(4)
     assert result.checkpoint.is_dir() and taken == [0, 1, 2, 3]
     monkeypatch.setattr(checkpoint, "save", save)
-    started._stop_signal = "SIGTERM"  # left by a stop before
+    started._stop_signal = "SIGTERM"  # from an earlier stop
     assert started.fit().step == 12 and taken == list(range(12))
     assert started.save().is_dir()
 
@@ -517,7 +517,7 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
                   "training.eval_every=5")  # fmt: skip
     run = tmp_path / "run"
     evaluated(Trainer.start(config, run, backend="torch", quiet=True), [2.0, 3.0]).fit(10)
-    (run / "best").unlink()  # as a copy without links
+    (run / "best").unlink()  # like a copy without links
     resumed = Trainer.resume(run, quiet=True)
     assert resumed.early_stopping.step == 5
     evaluated(resumed, [4.0]).fit(15)
@@ -525,7 +525,7 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
     branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
     assert branch.early_stopping == EarlyStopping()  # the best is not in the branch's folder
     evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
-    assert not (run / "best").is_symlink()  # its checkpoint went with the old ones
+    assert not (run / "best").is_symlink()  # its checkpoint was removed with the old ones
 
 
 def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
