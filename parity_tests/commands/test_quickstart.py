@@ -69,6 +69,7 @@ def test_a_small_quickstart(small: list[str], tmp_path: Path, capfd: pytest.Capt
 def test_again_and_with_few_checkpoints_kept(small: list[str], tmp_path: Path) -> None:
     """The results of an earlier quickstart are replaced, even of an interrupted one; other files are kept."""
     out = tmp_path / "quick"
+    small += ["training.max_steps=4", "training.eval_every=2", "generation.max_new_tokens=8"]
     first = quickstart.run(out, small, quiet=True)
     (out / "mine.txt").write_text("notes")
     (out / ".reference-killed").mkdir()
