@@ -21,6 +21,9 @@ PLAIN_WORDS = {
     r"\bthat is no\b": "not a valid",
     r"\bwhere there (?:is|are) none\b": "if absent",
     r"\basks? for\b": "requests",
+    r"\basked for\b": "requested",
+    r"\bgo(?:es)? on\b": "continues",
+    r"\bnobody\b": "no one, or the thing itself",
     r"\btells? apart\b|\btold apart\b": "distinguishes",
 }
 """Phrases of earlier versions, and the plain words that replace them."""
