@@ -279,7 +279,7 @@ class Engine(ABC):
         return {name: self._to_device(array) for name, array in batch.items()}
 
     def seed_dropouts(self, step: int, rows: range) -> None:
-        """Gives every dropout layer the keys of the given rows of the batch of `step`."""
+        """Sets the keys of all dropout layers to those of the given rows of the batch of `step`."""
         self._seed_dropouts(self._dropout_keys(step, rows))
 
     def _dropout_keys(self, step: int, rows: range) -> Array | None:

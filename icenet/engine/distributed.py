@@ -101,9 +101,9 @@ class Shards(processes.Shards):
     called and releases them when it returns. In the backward pass each process receives its piece of the sum of all
     gradients. The last pieces are padded with zeros, whose gradients are zero.
 
-    The difference to `mlx.nn.fully_shard`: any length of the first axis (a vocabulary of 257) is allowed, running
-    statistics and parameter paths stay the same, and it works on the ring, which has no `sum_scatter`. Like PyTorch's
-    `fully_shard` it changes the class of modules in place. (Zhao et al., "PyTorch FSDP", 2023.)
+    Unlike `mlx.nn.fully_shard` it allows any length of the first axis (a vocabulary of 257), does not change running
+    statistics and parameter paths, and works on the ring, which has no `sum_scatter`. Like PyTorch's `fully_shard` it
+    changes the class of modules in place. (Zhao et al., "PyTorch FSDP", 2023.)
     """
 
     padded: ClassVar[bool] = True

@@ -63,7 +63,7 @@ class ProcessGroup(processes.ProcessGroup):
         return self._parallel
 
     def local_parameters(self, model: BaseModel) -> Any:
-        """Returns the model, or what stands for it: this process's shards of its parameters."""
+        """Returns the model or, if it is sharded, the `Shards` with this process's pieces of its parameters."""
         return model if self.shards is None else self.shards
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ class Shards(processes.Shards):
     the model for parameters outside of blocks) when it is called and releases them when it returns. `parameters` are
     this process's pieces as plain tensors, which any elementwise optimizer can update.
 
-    It stands for the model where only parameters are needed: `named_parameters`, `layer_kinds` and `config`.
+    Optimizer and weight average use it in place of the model: it has `named_parameters`, `layer_kinds` and `config`.
     """
 
     def __init__(self, model: BaseModel, process_group: ProcessGroup) -> None:

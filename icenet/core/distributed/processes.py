@@ -58,9 +58,9 @@ class ProcessGroup(ABC):
 
     @abstractmethod
     def broadcast_or_shard(self, model: Any, sharded: bool) -> None:
-        """Gives all processes the parameters of rank 0 and, if `sharded`, leaves each a shard of them.
+        """Copies the parameters of rank 0 to all processes and, if `sharded`, keeps only a shard of them in each.
 
-        The processes can differ before because a user's model may draw its own initial values.
+        Before, the processes can differ: a user's model may draw its own initial values.
         """
 
     def local_shard(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -90,8 +90,8 @@ class ProcessGroup(ABC):
         """Returns the gradients of a step by path, summed over the processes unless the backward pass did so.
 
         Args:
-            gradients: with MLX, this process's gradients by path; with PyTorch, the parameters by path, in whose
-                `grad` the backward pass has left them.
+            gradients: with MLX, this process's gradients by path; with PyTorch, the parameters by path, after the
+                backward pass has set their `grad`.
         """
 
     def all_reduce_loss(self, loss: Array) -> Array:

@@ -34,7 +34,7 @@ class Optimizer(ABC):
 
     Args:
         training: the section of the configuration.
-        model: a `BaseModel`, or what stands for this process's shard of it.
+        model: a `BaseModel`, or the `Shards` of one with PyTorch.
         parameters: the parameters to update, by path.
 
     Raises:

@@ -24,6 +24,7 @@ import pytest
 from helpers import (
     ROOT,
     both_backends,
+    build_model,
     environment,
     error_line,
     icenet,
@@ -363,7 +364,7 @@ def test_shards_are_the_inverse_of_gathering(padded: bool, length: int) -> None:
 @both_backends
 def test_the_units_of_a_sharded_model(backend: str, tmp_path: Path) -> None:
     for family, units in {"transformer": ["", "blocks.0"], "lstm": ["", "layers.0", "layers.1"]}.items():
-        model = backends.engine(tiny(tmp_path, family=family), backend).model
+        model = build_model(backend, tiny(tmp_path, family=family).model, seed=None)
         assert processes.unit_paths(model, dict.fromkeys(model.weight_shapes())) == units
 
 
