@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from icenet.core import weights as package
 from icenet.core.errors import FileError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import safetensors as tensor_file
@@ -94,6 +95,16 @@ def test_bfloat16_is_torchs(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "n.safetensors")["a"]
     assert torch.equal(loaded.view(torch.int16), every.reshape(256, 256).view(torch.int16))
     assert found["a"].astype(np.float32).tobytes() == every.reshape(256, 256).float().numpy().tobytes()
+
+
+def test_deprecated_names_for_bfloat16() -> None:
+    array = np.array([1.5, -2], ml_dtypes.bfloat16)
+    with pytest.warns(DeprecationWarning, match="ml_dtypes"):
+        assert array.dtype == package.BFLOAT16
+    with pytest.warns(DeprecationWarning, match="astype"):
+        assert package.bfloat16_to_float32(array).tolist() == [1.5, -2]
+    with pytest.raises(AttributeError):
+        package.nothing  # noqa: B018
 
 
 def test_other_byte_orders_and_dtypes(tmp_path: Path) -> None:
