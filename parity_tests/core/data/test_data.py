@@ -313,7 +313,7 @@ def test_a_padded_batch_agrees_between_the_backends(family: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_training_on_padded_rows(name: str, tmp_path: Path) -> None:
+def test_training_on_padded_rows(name: str, tmp_path: Path, no_plots: None) -> None:
     """Batches of changing length, with micro-batches: the loss falls, and a resumed run equals an unpaused one."""
     texts = [f"{i % 7} and {i % 7} is {2 * (i % 7)}. " * (1 + i % 3) for i in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -364,7 +364,7 @@ def test_a_model_without_attention_mask_is_refused(tmp_path: Path) -> None:
 # ---- runs that carry their tokenizer ----------------------------------------------------------------------
 
 
-def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path) -> None:
+def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path, no_plots: None) -> None:
     """Trained on MLX, moved, its tokenizer file removed: resumed on PyTorch, generating, saved, converted, loaded."""
     mine = tmp_path / "home" / "tokenizer.json"
     mine.parent.mkdir()
@@ -402,7 +402,7 @@ def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path) -> None:
         assert model.tokenizer.name == get_tokenizer(str(bpe)).name
 
 
-def test_a_checkpoint_with_a_damaged_tokenizer_is_skipped(bpe: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_damaged_tokenizer_is_skipped(bpe: Path, tmp_path: Path, no_plots: None) -> None:
     config = tiny(tmp_path, "model.vocab_size=400", f"data.tokenizer={bpe}", "training.max_steps=4")
     config = config.with_overrides("training.checkpoint_every=2", "training.eval_every=null")
     train(config, tmp_path / "run", "torch")

@@ -748,7 +748,7 @@ def test_a_source_without_read_permission() -> None:
 
 def test_two_processes_and_kills_leave_a_complete_cache(tmp_path: Path, cache: Path) -> None:
     source = tmp_path / "big.txt"
-    source.write_bytes(b"0123456789abcdef" * (1 << 20))  # 16 MB
+    source.write_bytes(b"0123456789abcdef" * (1 << 19))  # 8 MB
     for delay in (0.0, 0.05):
         process = preparation(source, cache, before="print('up', flush=True)")
         assert process.stdout is not None and process.stdout.readline() == "up\n"
@@ -782,8 +782,8 @@ prepare.SAVE_SECONDS, prepare.BATCH_BYTES = 2.0, 1 << 20
     [
         (48, "a.txt", 40, False),
         (48, "a.jsonl.gz", 40, False),
-        pytest.param(300, "a.jsonl", 240, True, marks=pytest.mark.slow),
-        pytest.param(300, "a.txt", 240, True, marks=pytest.mark.slow),
+        pytest.param(150, "a.jsonl", 110, True, marks=pytest.mark.slow),
+        pytest.param(150, "a.txt", 110, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_file_larger_than_memory(size: int, name: str, memory: int, hf: bool, bpe: Path, tmp_path: Path) -> None:
@@ -805,7 +805,7 @@ def test_a_file_larger_than_memory(size: int, name: str, memory: int, hf: bool, 
 # ---- icenet prepare ---------------------------------------------------------------------------------------
 
 
-def test_prepare_makes_what_train_reads(bpe: Path, here: Path, capsys: Any) -> None:
+def test_prepare_makes_what_train_reads(bpe: Path, here: Path, capsys: Any, no_plots: None) -> None:
     config = tiny(here, "model.vocab_size=400", "training.max_steps=2", "training.eval_every=null")
     (here / "conf").mkdir()
     shutil.copy(bpe, here / "conf" / "t.json")
