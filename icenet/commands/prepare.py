@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from icenet.core import files as staging
+from icenet.core import files
 from icenet.core.config import Config
 from icenet.core.config.presets import names
-from icenet.core.data.datasets import Bar, TextDataset, dataset_for
+from icenet.core.data.datasets import dataset_for
+from icenet.core.data.text.packed import TextDataset
 from icenet.core.data.text.reading import NotTextError, Reader
 from icenet.core.data.text.sources import Source, find_source
 from icenet.core.errors import DataError, IceNetError, UsageError
+from icenet.core.report.bar import Bar
 from icenet.core.tokenizers.huggingface import HFTokenizer, library
 
 EOT_TOKEN = "<|endoftext|>"
@@ -133,7 +135,7 @@ def train_tokenizer(
         raise DataError(f"data.source: there is no text in {found.description}")
     content = (tokenizer.to_str(pretty=True) + "\n").encode("utf-8")
     size = HFTokenizer(content).vocab_size  # only a file that can be read is written
-    staging.write_bytes(out, content)
+    files.write_bytes(out, content)
     fewer = "" if size == vocab_size else f" (of the {vocab_size:,} requested: the text has no more pairs to merge)"
     return (
         f"{size:,} tokens{fewer} from {done / 1e6:,.1f} MB of {found.description}, in {out}\n"

@@ -15,23 +15,9 @@ from icenet.core.errors import ConfigError
 from icenet.core.report.bar import Bar
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import Tokenizer
-from icenet.core.tokenizers.bytes import ByteTokenizer
 
 if TYPE_CHECKING:
     from icenet.core.config import Config, DataConfig
-
-__all__ = [
-    "Batch",
-    "ByteTokenizer",
-    "Dataset",
-    "DocumentDataset",
-    "ImageDataset",
-    "TextDataset",
-    "Tokenizer",
-    "dataset_for",
-    "get_tokenizer",
-    "open_dataset",
-]
 
 
 class Dataset(Protocol):
