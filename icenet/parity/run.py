@@ -83,8 +83,8 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
         return {"inputs": images, "labels": classes.astype(np.int32)}
     if config.model.input_kind == "anything" and isinstance(config.data, ImageDataConfig):
         return dataset_for(config).train_batch(0, rows)
-    longest: int = getattr(config.data, "seq_length", None) or getattr(config.model, "max_seq_length", 64)
-    columns = min(length, longest) + 1
+    longest: int = getattr(config.model, "max_seq_length", 64)
+    columns = min(length, getattr(config.data, "seq_length", None) or longest) + 1
     words = rng.bits(rng.key(config.seed, "parity batch"), rows * columns).astype(np.uint64)
     tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(rows, columns)
     return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}

@@ -135,7 +135,7 @@ def test_a_report_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["memory", "--depth", "0"],
         ["memory", "--precision", "int8"],
         ["memory", "--out", "p.png"],
-        ["memory", "cnn-small", "--depth", "3"],
+        ["memory", "--set", "model.nope=1"],
         ["memory", "nosuch"],
         ["step", "--steps", "1"],
         ["dropout", "--rounds", "0"],
@@ -306,7 +306,7 @@ def test_the_dropouts_compared_are_keyed_and_framework_dropout(backend: str) -> 
     pair = tools.DropoutPair((8, 64, 32), 0.25, keys, "cpu")
     found = {}
     for backward in (False, True):
-        for name, apply in (("own", pair.own), ("keyed", pair.keyed)):
+        for name, apply in (("own", pair.native), ("keyed", pair.keyed)):
             found[name, backward] = np.asarray(apply(backward))
     words = np.stack([rng.bits(key, 64 * 32) for key in keys]).reshape(8, 64, 32)
     for backward in (False, True):

@@ -121,8 +121,8 @@ def case(seed: int, index: int) -> tuple[Config, dict[str, Any]]:
         "type": draw.family,
         "dropout": draw.cycle("dropout", [0.0, 0.1, 0.3, 0.5]),
         "vocab_size": draw.choice([2, 7, 83]),
-        # one in 8: MLX compiles every new kernel with g++ on the CPU, which takes seconds
-        "compile_model": draw.cycle("compile_model", [True] + [False] * 7),
+        # not by default: MLX compiles each new kernel with g++ on the CPU, one second for each of 30 to 50 kernels
+        "compile_model": seed in SLOW_SEEDS and draw.cycle("compile_model", [True] + [False] * 7),
     }
     training = {
         "mixed_precision": draw.cycle("mixed_precision", ["fp32"] * 6 + ["bf16", "fp16"]),
@@ -258,15 +258,22 @@ def test_wide_sweep(seed: int, index: int, tmp_path: Path) -> None:
 
 
 def test_every_option_is_covered() -> None:
-    """Each field of each family takes several values in the sweep, and each enumeration all of its values."""
+    """Each field of each family takes several values in the sweep, and each enumeration all of its values.
+
+    The default sweep covers all fields but `compile_model`, and each family in each precision.
+    """
     seen: dict[tuple[str, str], set[str]] = {}
-    precisions = set()
-    for index in range(COUNT):
-        config = case(SEED, index)[0]
-        precisions.add((config.model.type, config.training.mixed_precision))
+    configs = [case(SEED, index)[0] for index in range(COUNT)]
+    pairs = {(config.model.type, config.training.mixed_precision) for config in configs}
+    assert pairs == set(itertools.product(FAMILIES, ["fp32", "bf16", "fp16"]))
+    slow = [case(seed, index)[0] for seed in SLOW_SEEDS for index in range(SLOW_COUNT)]
+    for config in configs:
         for name in type(config.model).model_fields:
-            seen.setdefault((type(config.model).__name__, name), set()).add(json.dumps(getattr(config.model, name)))
-    assert precisions == set(itertools.product(FAMILIES, ["fp32", "bf16", "fp16"]))
+            values = seen.setdefault((type(config.model).__name__, name), set())
+            values.add(json.dumps(getattr(config.model, name)))
+    for config in slow:
+        values = seen[type(config.model).__name__, "compile_model"]
+        values.add(json.dumps(config.model.compile_model))
     for section in set(FAMILIES.values()):
         for name, field in section.model_fields.items():
             found = seen[section.__name__, name]

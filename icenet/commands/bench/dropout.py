@@ -71,7 +71,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     pair = tools.DropoutPair(shape, P, keys, task["device"])
     result: dict[str, Any] = common.machine(task["backend"], pair.device)
     for name, backward in PASSES.items():
-        layers = {"own": lambda b=backward: pair.own(b), "keyed": lambda b=backward: pair.keyed(b)}
+        layers = {"own": lambda b=backward: pair.native(b), "keyed": lambda b=backward: pair.keyed(b)}
         times = common.time_interleaved(layers, task["rounds"], pair.synchronize)
         result[name] = {
             **{f"{layer}_ms": 1e3 * statistics.median(values) for layer, values in times.items()},
