@@ -56,11 +56,15 @@ def test_memory_and_cores_are_the_kernels() -> None:
 
 
 def test_doctor_imports_no_framework() -> None:
+    """Not in its own process, whatever the processes that it starts find."""
     program = """
     import sys
-    from icenet.commands.doctor import examine
+    from icenet.commands import doctor, isolated
     from rich.console import Console
-    examine().render(Console(file=sys.stderr))
+    def fail(*_, **__):
+        raise isolated.IsolatedError("broken")
+    isolated.call = fail
+    doctor.examine().render(Console(file=sys.stderr))
     print(sorted({"mlx", "mlx.core", "torch"} & set(sys.modules)))
     """
     assert python(program) == "[]"
