@@ -13,7 +13,6 @@ Importing this package loads neither MLX nor PyTorch. Each function loads the fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +22,20 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.weights.convert import Conversion
 
-try:
-    __version__ = metadata.version("icenet")
-except metadata.PackageNotFoundError:  # a source tree on the path that is not installed
-    __version__ = "0+unknown"
-
 __all__ = ["__version__", "build", "convert", "generate", "load", "save"]
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """Returns `__version__`. It is read when needed, because importlib.metadata takes half the time of `--help`."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version("icenet")
+    except metadata.PackageNotFoundError:  # a source tree on the path that is not installed
+        return "0+unknown"
 
 
 def build(config: Config | str | Path, backend: str | None = None, device: str | None = None) -> Any:
