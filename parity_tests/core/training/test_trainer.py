@@ -208,6 +208,18 @@ def test_clipping(tmp_path: Path, backend: str) -> None:
     assert math.sqrt(total) == pytest.approx(limit, rel=1e-4)
 
 
+@both_backends
+def test_a_norm_below_the_limit_is_not_clipped(tmp_path: Path, backend: str) -> None:
+    free = tiny(tmp_path, "training.max_grad_norm=null")
+    batch = open_dataset(free.data, 32, 3).train_batch(0, 4)
+    engines = [
+        backends.engine(config, backend) for config in (free, free.with_overrides("training.max_grad_norm=1e6"))
+    ]
+    for engine in engines:
+        engine.read(engine.train_step(batch, 0, 1e-3))
+    assert same_bits(engines[0].optimizer_state(), engines[1].optimizer_state())
+
+
 # ---- stop and resume ------------------------------------------------------------------------------------
 
 
