@@ -20,9 +20,6 @@ from typing import Any
 
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
-_BASES = {"mlx": "icenet.models.base", "torch": "icenet_torch.models.base"}
-"""The module of each backend's `BaseModel`."""
-
 _trusted: set[Path] = set()
 _trust_everything = False
 
@@ -93,17 +90,16 @@ def model_class(family: str, backend: str) -> type[Any]:
             f"{family} is written for {other} only: choose --backend {other}, "
             f"or write {file.stem}_{backend}.py:{name} for {backend}"
         )
-    raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {_BASES[backend]}.BaseModel")
+    package = {"mlx": "icenet", "torch": "icenet_torch"}[backend]
+    raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {package}.models.base.BaseModel")
 
 
 def _backend_of(found: Any) -> str | None:
     """Returns the backend of a proper subclass of a `BaseModel`; None for anything else. Imports no framework."""
-    if isinstance(found, type):
-        for base in found.__mro__[1:]:
-            for backend, module in _BASES.items():
-                if (base.__module__, base.__name__) == (module, "BaseModel"):
-                    return backend
-    return None
+    bases = found.__mro__[1:] if isinstance(found, type) else ()
+    return next(
+        (vars(base)["backend"] for base in bases if base.__name__ == "BaseModel" and "backend" in vars(base)), None
+    )
 
 
 def _import_file(file: Path) -> ModuleType:
