@@ -413,7 +413,7 @@ WRONG = {
     "exits": ("import sys\nsys.exit(0)\n", r"bad\.py cannot be run: SystemExit"),
     "imports a missing module": ("import nowhere_at_all\n", r"bad\.py.* imported: No module named 'nowhere"),
     "no text": ("\0\1", r"bad\.py cannot be run: (ValueError|SyntaxError): "),
-    "no class": ("class Other: pass\n", r"bad\.py has no class Model that is a subclass of the BaseModel"),
+    "no class": ("class Other: pass\n", r"bad\.py has no class Model that is a subclass of icenet(_torch)?\.models"),
     "no model": ("class Model: pass\n", r"bad\.py has no class Model that is a subclass of"),
     "a function": ("def Model(config): pass\n", r"bad\.py has no class Model that is a subclass of"),
     "a lookalike": (
