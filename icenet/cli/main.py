@@ -123,7 +123,7 @@ def prepare_command(
 ) -> None:
     """Tokenize a text before training, or train a tokenizer.
 
-    With a CONFIG (a YAML file or the name of a preset), tokenizes its text in several processes and stores the
+    With a CONFIG (a YAML file or the name of a preset), tokenizes its text in several threads and stores the
     tokens. If the command is interrupted, running it again, or icenet train, continues where it stopped.
 
     With --train-tokenizer, trains a tokenizer on TEXT: a file, a folder, a glob pattern, or stdlib (the source code
@@ -197,7 +197,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
 @click.option("--prompt-file", type=PATH, help="File with the text to continue; - for standard input.")
 @click.option("--max-new-tokens", type=int, help="Number of tokens to generate.")
 @click.option("--max-length", type=int, help="Number of tokens of prompt and continuation together.")
-@click.option("--temperature", type=float, help="Divisor of the logits; 0 takes the most likely token.")
+@click.option("--temperature", type=float, help="Divisor of the logits; 0 selects the most likely token.")
 @click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all.")
 @click.option("--top-p", type=float, help="Sample from the most likely tokens with total probability p.")
 @click.option("--min-p", type=float, help="Drop tokens less likely than p times the most likely one.")

@@ -1,4 +1,4 @@
-"""What the commands share: the group class, the options that several commands have, and the output of reports."""
+"""Shared parts of the commands: the group class, common options, and the output of reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`icenet doctor`: what is installed, what this machine has, which backends work, which problems there are.
+"""`icenet doctor`: reports the packages, the machine and the backends, and lists problems with their fixes.
 
 Each backend is examined in a separate process (`icenet.tools.environment`, `icenet_torch.tools.environment`). This
 module imports no framework, so one that fails to import, crashes or hangs is reported like any other problem.
@@ -45,8 +45,8 @@ class Problem:
 
     Attributes:
         severity: `error` (a backend does not work), `warning` (slow or untested) or `note`.
-        what: the problem.
-        remedy: how to fix it.
+        what: The problem.
+        remedy: How to fix it.
     """
 
     severity: str
@@ -60,9 +60,9 @@ class Report:
 
     Attributes:
         system: Python and the machine (see `system_facts`).
-        versions: package name to version; None if it is not installed.
+        versions: Package name to version; None if it is not installed.
         backends: `mlx` and `torch` to their environment, or to `{"error": reason}`.
-        problems: the worst first.
+        problems: The worst first.
     """
 
     system: dict[str, Any]
@@ -97,7 +97,7 @@ def examine(timeout: float = 120.0) -> Report:
     """Examines this machine and each backend; takes about 2 s.
 
     Args:
-        timeout: seconds that a backend may take before it counts as hanging.
+        timeout: Seconds that a backend may take before it counts as hanging.
     """
     system, versions = system_facts(), package_versions()
     backends = {name: backend_facts(name, timeout) for name in BACKENDS}

@@ -23,12 +23,12 @@ def stream(
     The options are checked before the first piece.
 
     Args:
-        path: a run, a checkpoint or a saved model.
-        prompt: the text to continue.
+        path: A run, a checkpoint or a saved model.
+        prompt: The text to continue.
         backend: mlx, torch or auto; the config's backend if absent.
-        device: the device; the config's device if absent.
-        averaged: use the averaged weights of `training.ema_decay`.
-        options: keys of `GenerationConfig`; None keeps the model's own setting.
+        device: The device; the config's device if absent.
+        averaged: Use the averaged weights of `training.ema_decay`.
+        options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
     model = icenet.load(path, backend, device, averaged=averaged)
     continuation = icenet.generate(model, prompt, stream=True, **options)

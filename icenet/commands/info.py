@@ -16,11 +16,11 @@ class ModelReport:
     """The size of a model.
 
     Attributes:
-        name: the target: a config, run, checkpoint or saved model.
-        config: its configuration.
-        num_params: number of trainable parameters.
-        parts: number of parameters of each top-level module.
-        training_bytes: bytes of the weights, gradients and optimizer state in fp32.
+        name: The target: a config, run, checkpoint or saved model.
+        config: Its configuration.
+        num_params: Number of trainable parameters.
+        parts: Number of parameters of each top-level module.
+        training_bytes: Bytes of the weights, gradients and optimizer state in fp32.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Calls a function in a fresh Python process: its memory starts at zero, and a crash or hang does not spread."""
+"""Calls a function in a fresh Python process: memory starts at zero, and a crash does not affect the caller."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def call(
     """Returns `module.function(*arguments)`, computed in a fresh Python process.
 
     Args:
-        module: dotted name of the module; it is imported in the new process only.
-        function: name of the function.
-        arguments: its arguments, in JSON types, as the result must be.
-        timeout: seconds after which the process is killed.
-        environment: environment variables to set in addition to the current ones.
+        module: Dotted name of the module; it is imported in the new process only.
+        function: Name of the function.
+        arguments: Its arguments, in JSON types, as the result must be.
+        timeout: Seconds after which the process is killed.
+        environment: Environment variables to set in addition to the current ones.
 
     Raises:
-        IsolatedError: there is no result; the message says why.
+        IsolatedError: There is no result; the message has the reason.
     """
     code = _CHILD.format(module=module, function=function, marker=_RESULT)
     try:

@@ -19,10 +19,10 @@ def parity(
     """Runs `icenet.parity.run.run` on a target, with a progress bar on stderr if that is a terminal.
 
     Args:
-        target: a configuration file, the name of a preset, or the path of a run, a checkpoint or a saved model.
+        target: A configuration file, the name of a preset, or the path of a run, a checkpoint or a saved model.
         overrides: `KEY=VALUE` settings.
-        steps, dtype: see `icenet.parity.run.run`.
-        quiet: show no progress bar.
+        steps, dtype: See `icenet.parity.run.run`.
+        quiet: Show no progress bar.
     """
     config, weights = open_model.open_target(Path(target), overrides)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")

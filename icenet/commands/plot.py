@@ -67,7 +67,7 @@ class Run:
         """Returns the number of tokens or images per step, from the run's configuration.
 
         Raises:
-            IceNetError: the configuration cannot be read.
+            IceNetError: The configuration cannot be read.
         """
         config = Config.from_yaml(self.folder / "config.yaml", trust_code=False)
         row = 1 if isinstance(config.data, ImageDataConfig) else sequence_length(config)
@@ -86,7 +86,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
     """Reads the runs of several folders, each once. Their names are the shortest distinct ends of their paths.
 
     Raises:
-        IceNetError: a folder is not a run, or has no metrics.
+        IceNetError: A folder is not a run, or has no metrics.
     """
     folders = list(dict.fromkeys(_folder(path).resolve() for path in paths))
     runs = []
@@ -124,13 +124,13 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
     """Draws the metrics of runs in one picture and returns its path.
 
     Args:
-        paths: folders of runs, finished or not.
-        out: the picture, PNG, PDF or SVG by its name. Default: plot.png, in the run's folder if there is one run.
-        smooth: window of the moving average in steps. Default: a fortieth of the run. 1: no average.
-        x: x axis: `step`, `tokens` (or images), or `time` spent in training steps.
+        paths: Folders of runs, finished or not.
+        out: The picture, PNG, PDF or SVG by its name. Default: plot.png, in the run's folder if there is one run.
+        smooth: Window of the moving average in steps. Default: a fortieth of the run. 1: no average.
+        x: Unit of the x axis: `step`, `tokens` (or images), or `time` spent in training steps.
 
     Raises:
-        IceNetError: a run has no metrics, matplotlib is not installed, or the picture cannot be written.
+        IceNetError: A run has no metrics, matplotlib is not installed, or the picture cannot be written.
     """
     if out is not None:
         canvas.check_suffix(out)
@@ -155,7 +155,7 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
         _draw(panels[3], speeds[index], look, at, smooth, run.changes)
         _mark(panels[0], run, look, at, smooth, index)
     _finish_loss(panels[0], runs, smooth)
-    _finish(panels[1], rates, "learning rate", _rates_want_logs([values for _, values in rates]), _small)
+    _finish(panels[1], rates, "learning rate", _rates_need_log_axis([values for _, values in rates]), _small)
     _finish(panels[2], norms, "gradient norm", _wide([values for _, values in norms], 0.05, 0.99, 20), _small)
     name = f"{' or '.join(sorted(units, reverse=True))} a second"
     _finish(panels[3], speeds, name, _wide([values for _, values in speeds], 0.5, 0.5, 10), _large)
@@ -346,14 +346,14 @@ def _logarithmic(axes: Axes, values: NDArray[Any], words: Callable[..., str]) ->
 
 
 def _wide(curves: Sequence[NDArray[Any]], low: float, high: float, times: float) -> bool:
-    """Whether the ratio of a high and a low quantile of the curves is too large for a linear axis."""
+    """Returns whether the ratio of a high and a low quantile of the curves is too large for a linear axis."""
     lows = [float(np.quantile(curve, low)) for curve in curves if len(curve)]
     highs = [float(np.quantile(curve, high)) for curve in curves if len(curve)]
     return bool(lows) and min(lows) > 0 and max(highs) > times * min(lows)
 
 
-def _rates_want_logs(curves: Sequence[NDArray[Any]]) -> bool:
-    """Whether peaks differ a lot, or a rate falls far before the last quarter, for example exponentially."""
+def _rates_need_log_axis(curves: Sequence[NDArray[Any]]) -> bool:
+    """Returns whether peaks differ tenfold, or a rate falls to less than 1/30 before the last quarter."""
     falls = [curve[curve.argmax() :] for curve in curves if len(curve) and curve.max() > 0]
     peaks = [np.array([fall[0]]) for fall in falls]
     return _wide(peaks, 0, 1, 10) or any(_wide([fall], 0.25, 1, 30) for fall in falls)

@@ -80,9 +80,9 @@ def predict(
         top_k: Number of classes per image that are reported.
 
     Raises:
-        UsageError: the model does not classify images.
-        CheckpointError: the checkpoint is damaged, or does not contain how its images were read.
-        DataError: a file is not an image or is damaged, or a folder contains no images.
+        UsageError: The model does not classify images.
+        CheckpointError: The checkpoint is damaged, or does not contain how its images were read.
+        DataError: A file is not an image or is damaged, or a folder contains no images.
     """
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):

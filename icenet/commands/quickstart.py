@@ -35,14 +35,14 @@ class Report:
     """The result of a quickstart.
 
     Attributes:
-        out: the folder of the results.
-        half: the step of the checkpoint that PyTorch resumes.
-        steps: the steps after it, which both backends compute.
-        judgement: the difference between the two loss curves, and the one that is allowed.
-        final_loss: the last training loss, by backend.
-        texts: the texts that both backends generate from the final weights.
-        plot: the file of the plot; None if matplotlib is not installed.
-        seconds: the duration.
+        out: The folder of the results.
+        half: The step of the checkpoint that PyTorch resumes.
+        steps: The steps after it, which both backends compute.
+        judgement: The difference between the two loss curves, and the one that is allowed.
+        final_loss: The last training loss, by backend.
+        texts: The texts that both backends generate from the final weights.
+        plot: The file of the plot; None if matplotlib is not installed.
+        seconds: The duration.
     """
 
     out: Path
@@ -115,13 +115,13 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     """Trains on MLX, resumes on PyTorch halfway, and compares the loss curves and the generated texts.
 
     Args:
-        out: the folder of the runs, their metrics, the plot and the report; an earlier quickstart there is replaced.
+        out: The folder of the runs, their metrics, the plot and the report; an earlier quickstart there is replaced.
         overrides: `KEY=VALUE` changes to the config `quickstart`.
-        quiet: show no progress.
+        quiet: Show no progress.
 
     Raises:
-        BackendError: a backend is not installed.
-        UsageError: `out` holds other files.
+        BackendError: A backend is not installed.
+        UsageError: `out` contains other files.
     """
     began = time.perf_counter()
     missing = [name for name in backends.PACKAGES if not backends.installed(name)]
@@ -179,7 +179,7 @@ def _prepare_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; set --out to a folder")
     if out.is_dir() and any(out.iterdir()) and not is_earlier_one:
-        raise UsageError(f"{out}: holds other files; set --out to an empty folder")
+        raise UsageError(f"{out}: contains other files; set --out to an empty folder")
     try:
         if is_earlier_one:
             for path in [*(out / name for name in ("mlx", "torch", _PLOT)), *out.glob(f"{_REFERENCE}*")]:

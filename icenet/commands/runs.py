@@ -115,7 +115,7 @@ def list_runs(folder: Path | None = None) -> RunList:
     """Returns the runs in a folder (default: `runs`), or the run that the folder is.
 
     Raises:
-        UsageError: the folder does not exist.
+        UsageError: The folder does not exist.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give a folder that contains runs")
@@ -203,7 +203,7 @@ def _settings(run: Path) -> dict[str, Any]:
     """Reads config.yaml without validating it, which would take most of the time.
 
     Raises:
-        IceNetError: it cannot be read.
+        IceNetError: It cannot be read.
     """
     try:
         found = yaml.load((run / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
@@ -248,7 +248,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], int]:
     """Returns the state of a checkpoint and the number of its parameters.
 
     Raises:
-        IceNetError: a file is missing or has the wrong size.
+        IceNetError: A file is missing or has the wrong size.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
@@ -268,7 +268,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _stopped_early(state: dict[str, Any], training: dict[str, Any]) -> bool:
-    """Whether `training.early_stopping` ended the run."""
+    """Returns whether `training.early_stopping` ended the run."""
     patience = training.get("early_stopping")
     return isinstance(patience, int) and EarlyStopping.read(state.get("best")).should_stop(patience)
 

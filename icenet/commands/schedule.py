@@ -134,8 +134,8 @@ class ScheduleReport:
             The path, or None if matplotlib is not installed.
 
         Raises:
-            UsageError: the name does not end in .png.
-            IceNetError: the file cannot be written.
+            UsageError: The name does not end in .png.
+            IceNetError: The file cannot be written.
         """
         target = path or (self.run or Path()) / "schedule.png"
         if target.suffix.lower() != ".png":
@@ -189,7 +189,7 @@ def of_target(name: str, overrides: tuple[str, ...] = ()) -> ScheduleReport:
     """Returns the report of a config, a preset, a run or a checkpoint.
 
     Raises:
-        ConfigError: it cannot be read, or a pattern of `training.parameter_groups` matches no parameter.
+        ConfigError: It cannot be read, or a pattern of `training.parameter_groups` matches no parameter.
     """
     path = Path(name)
     config, _ = open_model.open_target(path, overrides)

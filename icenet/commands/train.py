@@ -1,4 +1,4 @@
-"""`icenet train`: starts or continues a run, trains it to its end and prints where the results are."""
+"""`icenet train`: starts or continues a run, trains it to its end and prints the paths of the results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def train(
     """Trains a model and prints the result. Of several processes only the first one prints.
 
     Args:
-        config: a YAML file or the name of a preset, for a new run.
-        resume: otherwise the run or checkpoint to continue.
-        run: folder of the run. Default: runs/NAME for a new run, the same folder for a continued one.
+        config: A YAML file or the name of a preset, for a new run.
+        resume: A run or checkpoint to continue, instead of `config`.
+        run: Folder of the run. Default: runs/NAME for a new run, the same folder for a continued one.
         overrides: `key=value` changes of the configuration.
-        backend, device: take the place of those of the configuration.
-        quiet: show no progress.
+        backend, device: Override those of the configuration.
+        quiet: Show no progress.
     """
     if resume is not None:
         trainer = Trainer.resume(resume, run=run, overrides=overrides, backend=backend, device=device, quiet=quiet)

@@ -31,10 +31,10 @@ def resolve(name: str, blas: str = "auto") -> str:
 
     Args:
         name: mlx, torch or auto. auto is mlx if it runs here, otherwise torch.
-        blas: the configuration's BLAS for MLX on a Linux CPU. The environment variable ICENET_BLAS overrides it.
+        blas: The configuration's BLAS for MLX on a Linux CPU. The environment variable ICENET_BLAS overrides it.
 
     Raises:
-        BackendError: the backend is not installed or does not start; with auto, none does.
+        BackendError: The backend is not installed or does not start; with auto, none does.
     """
     if blas != "auto":
         os.environ.setdefault("ICENET_BLAS", blas)
@@ -57,7 +57,7 @@ def choose(config: Config, backend: str | None = None) -> str:
     For a model in a user's file, auto is a backend for which the file has a class.
 
     Raises:
-        BackendError: as for `resolve`, or the user's file has no class for the backend.
+        BackendError: As in `resolve`, or the user's file has no class for the backend.
     """
     name = backend or config.backend
     if name != "auto" or not custom.is_custom(config.model.type):
@@ -107,9 +107,9 @@ def engine(
     """Returns a new engine.
 
     Args:
-        config: the configuration.
-        backend, device: override the configuration's.
-        dtype: the dtype of the parameters: float32, or float64 for a reference (PyTorch only).
+        config: The configuration.
+        backend, device: Override the configuration's.
+        dtype: The dtype of the parameters: float32, or float64 for a reference (PyTorch only).
     """
     new: Engine = module(choose(config, backend), "engine.engine").Engine(config, device or config.device, dtype)
     return new

@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
     finite: bool
     """Whether loss and gradient norm are finite."""
     stop: str | None = None
-    """Why one of several processes was requested to stop. All processes read it in the same step."""
+    """Reason to stop that one of several processes received (see `processes.SIGNALS`); the same in all, or None."""
     largest: tuple[tuple[str, float], ...] = ()
     """If not finite: the parameters with the largest gradients, and the norms of these."""
 
@@ -90,19 +90,19 @@ class Engine(ABC):
     `device`, `optimizer`, `average` and `_trainable`. A backend implements the abstract methods.
 
     Args:
-        config: the configuration.
-        process_group: the processes that train together.
+        config: The configuration.
+        process_group: The processes that train together.
 
     Raises:
-        ConfigError: so many processes cannot share the training.
+        ConfigError: The processes cannot share the training (see `processes.check_training`).
 
     Attributes:
         backend: mlx or torch.
-        nn: the backend's `nn` package, whose functions have the same names and meaning on both backends.
-        device: the device's name in the backend.
-        model: a `BaseModel` of the backend.
-        optimizer: updates the trainable parameters.
-        average: the moving average of the weights with `training.ema_decay`, otherwise None.
+        nn: The backend's `nn` package, whose functions have the same names and meaning on both backends.
+        device: The device's name in the backend.
+        model: A `BaseModel` of the backend.
+        optimizer: The optimizer of the trainable parameters.
+        average: The moving average of the weights with `training.ema_decay`, otherwise None.
     """
 
     backend: ClassVar[str]
@@ -120,7 +120,7 @@ class Engine(ABC):
         self.process_group = process_group
 
     def _set_model(self, model: Any, compute_dtype: Any) -> None:
-        """Takes a new model: the same in all processes, or this process's shard of it."""
+        """Sets the model, and copies rank 0's parameters to all processes or shards them."""
         training = self.config.training
         self.process_group.broadcast_or_shard(model, training.sharded)
         model.compute_dtype = compute_dtype
@@ -136,10 +136,10 @@ class Engine(ABC):
         With fp16 or `training.on_nan: skip`, a step without finite loss and gradients changes nothing.
 
         Args:
-            batch: the whole batch, also in each of several processes.
-            step: the number of the step; the first one is 0.
-            learning_rate: the schedule's learning rate.
-            loss_scale: the factor of the loss in the backward pass of fp16.
+            batch: The whole batch, also in each of several processes.
+            step: The number of the step; the first one is 0.
+            learning_rate: The schedule's learning rate.
+            loss_scale: The factor of the loss in the backward pass of fp16.
         """
         training = self.config.training
         self._set_mode(train=True)
@@ -190,7 +190,7 @@ class Engine(ABC):
             yield MicroBatch(self.to_device(part), keys, share, is_last=index + 1 == len(parts))
 
     def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
-        """The norm of all gradients together, and of each, `[N]`, float32. Shards are taken together."""
+        """Returns the norm of all gradients together, and of each, `[N]`, float32. Shards are combined."""
         return self.process_group.all_reduce_norms(*self.nn.exact.gradient_norms(list(gradients.values())))
 
     def _set_mode(self, train: bool) -> None:
@@ -230,7 +230,7 @@ class Engine(ABC):
             self.nn.norm.set_running_statistics(self.model, self.process_group.mean(values))
 
     def _padded(self, batch: Batch) -> Batch:
-        """The batch, padded to one of few shapes if the model is compiled."""
+        """Returns the batch, padded to one of a few shapes if the model is compiled."""
         return buckets.pad(batch, self.config.model) if self.config.model.compile_model else batch
 
     # ---- state -------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Engine(ABC):
         """Sets what `optimizer_state` returned, on either backend.
 
         Raises:
-            CheckpointError: it is the state of another optimizer or model; nothing is changed then.
+            CheckpointError: It is the state of another optimizer or model; nothing is changed then.
         """
         averages, slots = split_averages(self.process_group.local_shard(state))
         self.optimizer.set_state_arrays(slots)
@@ -273,7 +273,7 @@ class Engine(ABC):
         """Returns a batch as the backend's arrays on the device, in the layout that the model takes.
 
         Raises:
-            DataError: an id is outside the vocabulary.
+            DataError: An id is outside the vocabulary.
         """
         check_ids(batch, self.config.model.vocab_size)
         return {name: self._to_device(array) for name, array in batch.items()}
@@ -298,7 +298,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _from_canonical(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
-        """The inverse of `_to_canonical`."""
+        """Returns canonical arrays as the backend's; the inverse of `_to_canonical`."""
 
     @abstractmethod
     def _to_device(self, array: NDArray[Any]) -> Array:
@@ -328,7 +328,7 @@ class Engine(ABC):
         """Returns the output of the model without gradients, compiled if `model.compile_model` is set."""
 
     def _submit(self, *results: Array) -> None:  # noqa: B027  (not abstract on purpose)
-        """Starts the computation of results and new state on a framework that is lazy. By default does nothing."""
+        """Starts the computation of results and new state on a lazy framework. Does nothing by default."""
 
 
 def call_model(model: Callable[..., Array], arrays: Mapping[str, Array]) -> Array:
@@ -376,7 +376,7 @@ def check_ids(batch: Batch, vocab_size: int) -> None:
     """Checks that token and class ids are inside the vocabulary, because MLX does not check index bounds.
 
     Raises:
-        DataError: an id is outside; negative labels are allowed.
+        DataError: An id is outside; negative labels are allowed.
     """
     for name, array in batch.items():
         if array.size and np.issubdtype(array.dtype, np.integer) and name in ("inputs", "labels"):

@@ -5,7 +5,7 @@ A reader therefore finds the old file or the new one, never a part of it, even a
 
     write_bytes, write_text     one small file
     staged                      one or more files of any size
-    staged_folder               a whole folder: the rename at its end is where a checkpoint becomes complete
+    staged_folder               a whole folder, complete or absent, such as a checkpoint
     replace_symlink             a symbolic link
     locked, is_locked           one process at a time
 """
@@ -30,7 +30,7 @@ from icenet.core.errors import FileError
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name in the same folder, because only renames within a file system are atomic."""
+    """Returns a hidden name in the same folder, because only renames within a file system are atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -64,7 +64,7 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
             crash between them could leave a mixture of old and new files.
 
     Raises:
-        FileError: a file cannot be written, for example because the disk is full.
+        FileError: A file cannot be written, for example because the disk is full.
     """
     stage = Stage()
     renaming = False
@@ -106,7 +106,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     killed process leaves it behind; it is removed when the same target is written again.
 
     Raises:
-        OSError: a file or a folder cannot be written.
+        OSError: A file or a folder cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -130,7 +130,7 @@ def replace_symlink(link: Path, target: Path) -> None:
     """Points the symbolic link `link` to the folder `target`, given relative to the link's folder.
 
     Raises:
-        OSError: the link cannot be written, or the file system has no symbolic links.
+        OSError: The link cannot be written, or the file system has no symbolic links.
     """
     temporary = _temporary(link)
     try:
@@ -152,7 +152,7 @@ def _sync(path: Path) -> None:
 
 
 def write_error(path: Path, error: OSError) -> str:
-    """The reason why `path` cannot be written, and a remedy."""
+    """Returns the reason why `path` cannot be written, and a remedy."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot be written ({error.strerror}); check the folder and its permissions"
     free = ""
@@ -179,8 +179,8 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
         timeout: Seconds to wait for another process; -1 waits without limit.
 
     Raises:
-        TimeoutError: another process holds the lock.
-        OSError: the lock file cannot be created.
+        TimeoutError: Another process holds the lock.
+        OSError: The lock file cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path, timeout=timeout)
@@ -196,7 +196,7 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of `path`; False if that cannot be determined.
+    """Returns whether a process holds the lock of `path`; False if that cannot be determined.
 
     Does not use filelock, which opens the file for writing and takes an exclusive lock. This also works in a folder
     without write permission, and several processes can check at once.
@@ -222,7 +222,7 @@ def is_locked(path: Path) -> bool:
 
 
 def path_hint(path: Path) -> str:
-    """A hint for the message about a missing path: a similar name in its folder, or where it was looked for."""
+    """Returns a hint for the message about a missing path: a similar name, or the folder that was searched."""
     parent = path.parent
     try:
         if not parent.is_dir():

@@ -21,7 +21,7 @@ def choose_device(name: str) -> mx.Device:
     auto is a GPU if there is one. gpu and cuda are the same to MLX.
 
     Raises:
-        BackendError: there is no such device.
+        BackendError: There is no such device.
     """
     if name in ("cpu", "auto") and not (name == "auto" and mx.is_available(mx.gpu)):
         return mx.Device(mx.cpu)
@@ -37,9 +37,9 @@ def build_model(config: Config, device: str = "auto", *, seed: int | None) -> Ba
     """Returns a new model on a device, which becomes MLX's default device.
 
     Args:
-        config: the configuration.
-        device: as for `choose_device`.
-        seed: seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
+        config: The configuration.
+        device: Name of the device (see `choose_device`).
+        seed: Seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
     """
     mx.set_default_device(choose_device(device))
     return new_model(config.model, MODELS, "mlx", seed)

@@ -67,10 +67,10 @@ def join(device: str = "auto") -> ProcessGroup:
     """Returns a new group of this process, after it has connected to the others that a launcher started.
 
     Args:
-        device: as in the configuration. It decides which library PyTorch's processes communicate with.
+        device: Device, as in the configuration. It selects the communication library of PyTorch.
 
     Raises:
-        BackendError: the other processes are not reachable, or their launcher is not MLX's.
+        BackendError: The other processes are not reachable, or their launcher is not MLX's.
     """
     if not _joined:
         launched = launch.detect_for("mlx")
@@ -186,6 +186,6 @@ class Shards(processes.Shards):
 
 
 def _padded(array: mx.array, size: int) -> mx.array:
-    """The array with zeros appended until its first axis is a multiple of `size`."""
+    """Returns the array with zeros appended until its first axis is a multiple of `size`."""
     missing = -array.shape[0] % size
     return mx.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array

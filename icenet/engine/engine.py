@@ -79,7 +79,7 @@ class Engine(engine.Engine):
     def _gradients(
         self, arrays: dict[str, mx.array], dropout_keys: mx.array | None, scales: mx.array
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """The loss of a micro-batch and its gradients, multiplied by its share, which is `scales[0]`.
+        """Returns the loss and the gradients of a micro-batch, multiplied by its share, which is `scales[0]`.
 
         `scales[1]` is the loss scale. Both are arrays, because a compiled function is traced again for each number.
         """

@@ -139,7 +139,7 @@ class Adafactor(optim.Optimizer):
 
 
 class Lion(optim.Lion):
-    """MLX's Lion."""
+    """MLX's Lion (Chen et al., 2023)."""
 
     slots: ClassVar = {"m": "exp_avg"}
 
@@ -151,7 +151,7 @@ class Lion(optim.Lion):
 
 
 class Muon(optim.Muon):
-    """MLX's Muon with decoupled weight decay and steps of AdamW's size (see `muon_factor`)."""
+    """MLX's Muon (Jordan, 2024) with decoupled weight decay and steps of AdamW's size (see `muon_factor`)."""
 
     slots: ClassVar = {"v": "momentum_buffer"}
 
@@ -211,7 +211,7 @@ class Optimizer(optimizer.Optimizer):
         self.model.update(tree_unflatten(list(arrays.items())))
 
     def _variant(self, path: str, group: Group) -> tuple[int, ...]:
-        """The axes over which Adafactor factors a parameter: those of convolutions are others in MLX's layout."""
+        """Returns the axes over which Adafactor factors a parameter; MLX's layout of convolutions has others."""
         return (self._rules[path].to_torch or (-2, -1))[-2:] if group.method == "adafactor" else ()
 
     def _new_group(
@@ -238,5 +238,5 @@ def _transposed(array: mx.array, axes: tuple[int, ...] | None) -> mx.array:
 
 
 def _root_mean_square(array: mx.array) -> mx.array:
-    """Row by row first: one long sum in fp32 is off by 3e-4 over a million values in MLX."""
+    """Returns the RMS, summed row by row: in MLX one sum is off by 3e-4 for a million values."""
     return mx.sqrt(mx.square(array).mean(axis=-1).mean())

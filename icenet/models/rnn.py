@@ -128,7 +128,7 @@ class RecurrentModel(BaseModel):
         return parts if len(parts) > 1 else parts[0]
 
     def split_hidden(self, hidden: Hidden, batch: int) -> list[State]:
-        """The inverse of `join_hidden`. Raises UsageError if the shapes do not match the model."""
+        """Splits a hidden state into the states of the layers. Raises UsageError if the shapes are wrong."""
         parts = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
         directions = 2 if self.config.bidirectional else 1
         expected = [[self.config.num_layers * directions, batch, self.config.hidden_size]] * self.layers[0].states

@@ -290,7 +290,7 @@ def rnn_forward(
 
 
 def rnn_backward(derivative: Activation, inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
-    """`derivative` is that of the activation as a function of its output."""
+    """Returns the gradients of the inputs. `derivative` is the activation's, as a function of its output."""
     projected, weight, h0, mask = inputs
     (hs,) = outputs
     through = where(mask, derivative(hs), 0)

@@ -43,11 +43,11 @@ def build(
     """Builds the three engines of a configuration.
 
     Args:
-        config: of the model and its training.
+        config: Configuration of the model and its training.
         dtype: fp32, bf16 or fp16; default: `training.mixed_precision`.
-        weights: canonical weights for all three; default: the initial weights.
-        device_mlx: the device under test; default: the device of the configuration.
-        device_torch: the device that measures the noise. The reference runs on the CPU.
+        weights: Canonical weights for all three; default: the initial weights.
+        device_mlx: The device under test; default: the device of the configuration.
+        device_torch: The device that measures the noise. The reference runs on the CPU.
     """
     backends.exact_products()
     config = config.with_overrides(f"training.mixed_precision={dtype or config.training.mixed_precision}")
@@ -73,10 +73,11 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
     """Returns a trace of one batch: inputs, the output of every module in order of completion, and the loss.
 
     Args:
-        engine, batch: as for `Engine.evaluate`.
-        step: of the dropout masks.
-        train: record training mode rather than evaluation mode.
-        gradients: also compute the loss and the gradient of every parameter as a training step does.
+        engine: Engine that runs the model.
+        batch: Batch, as in `Engine.evaluate`.
+        step: Step whose dropout masks are used.
+        train: Record training mode rather than evaluation mode.
+        gradients: Also compute the loss and the gradient of every parameter as a training step does.
     """
     check_ids(batch, engine.config.model.vocab_size)
     inputs = {name: Value(array, short_dtype(array.dtype)) for name, array in batch.items()}
@@ -111,7 +112,7 @@ def replay(
     """
     model = engine.model
     probe = backends.module(engine.backend, "tools.probe")
-    # checkpointing would call the blocks again, out of sight of the trace
+    # with checkpointing, the blocks would be called again in the backward pass
     checkpointing, model.gradient_checkpointing = model.gradient_checkpointing, False
     try:
         model.train(train)

@@ -2,8 +2,8 @@
 
 After a wrong layer every value is wrong, so the first value over the tolerance shows where a difference is visible,
 not where it begins. To find that, each layer is replayed: MLX, PyTorch and the reference call it with the same
-inputs, those of the reference, so that a difference in its inputs has no effect. Forward and, with random cotangents,
-backward. The marks of a layer:
+inputs, those of the reference, so that a difference in its inputs has no effect. The replay is forward and, with
+random cotangents, backward. The marks of a layer:
 
     differs here    over the tolerance in its replay, and none of the layers within it is
     contains        over the tolerance in its replay, because a layer within it is
@@ -40,13 +40,13 @@ class Row:
     """The comparison of one value.
 
     Attributes:
-        kind, path: name of the value (see `icenet.parity.trace`).
-        shape: of the array.
-        judgement: of the value in the run.
-        own: the worst judgement in the replay of the layer; None if it was not replayed.
-        own_part: the value of that judgement: `output`, `input 0` or `gradient weight` (the backward pass).
+        kind, path: Name of the value (see `icenet.parity.trace`).
+        shape: Shape of the array.
+        judgement: Judgement of the value in the run.
+        own: The worst judgement in the replay of the layer; None if it was not replayed.
+        own_part: The value of that judgement: `output`, `input 0` or `gradient weight` (the backward pass).
         mark: "differs here", "contains", "propagated" or empty.
-        note: a remark, such as unequal dtypes.
+        note: A remark, such as unequal dtypes.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Within the tolerance in the run and in the replay, and of equal dtype."""
+        """Whether the value is within the tolerance in the run and in the replay, and of equal dtype."""
         return self.judgement.passed and (self.own is None or self.own.passed) and not self.note.startswith("dtype")
 
     @property
@@ -80,11 +80,11 @@ def compare(
     """Compares every float value of the reference's trace, in its order.
 
     Args:
-        mlx, torch: traces in the dtype under test.
-        reference: trace in float64.
-        dtype: compute dtype under test: fp32, bf16 or fp16.
-        kinds: kinds of values to compare.
-        perturbed_traces: returns SAMPLES traces of PyTorch with perturbed weights, for floor 5 of the yardstick. It
+        mlx, torch: Traces in the dtype under test.
+        reference: Trace in float64.
+        dtype: Compute dtype under test: fp32, bf16 or fp16.
+        kinds: Kinds of values to compare.
+        perturbed_traces: Returns SAMPLES traces of PyTorch with perturbed weights, for floor 5 of the yardstick. It
             is called only if a value is over the tolerance.
     """
     rows = _compare(mlx, torch, reference, dtype, kinds, [])
@@ -139,12 +139,12 @@ def locate(
     """Replays every layer and returns the rows with their marks.
 
     Args:
-        rows: from `compare`.
-        torch, reference: traces in the dtype under test and in float64.
-        replays: of MLX, PyTorch and the reference; optionally a fourth, of PyTorch with perturbed weights, for
-            floor 5 of the yardstick.
-        dtype: compute dtype under test.
-        on_layer: called after each layer with the number of replayed layers and of all layers.
+        rows: Rows that `compare` returned.
+        torch, reference: Traces in the dtype under test and in float64.
+        replays: Replays by MLX, PyTorch and the reference; optionally a fourth, by PyTorch with perturbed weights,
+            for floor 5 of the yardstick.
+        dtype: Compute dtype under test.
+        on_layer: Called after each layer with the number of replayed layers and of all layers.
     """
     own: dict[str, tuple[Judgement, str]] = {}
     paths = [path for path in reference.calls if path in torch.calls]

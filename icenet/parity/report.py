@@ -38,13 +38,13 @@ class Report:
     """The result of a parity run.
 
     Attributes:
-        dtype: compute dtype under test: fp32, bf16 or fp16.
+        dtype: Compute dtype under test: fp32, bf16 or fp16.
         engines: `framework`, `version`, `device` and `tf32` of "MLX", "PyTorch" and "reference".
-        num_weights: number of parameters and statistics compared bit for bit.
-        unequal_weights: names of those that differ.
-        sections: the comparisons.
-        curve: comparison of the training curves; None without training.
-        losses: the three training curves; empty without training.
+        num_weights: Number of parameters and statistics compared bit for bit.
+        unequal_weights: Names of those that differ.
+        sections: The comparisons.
+        curve: Comparison of the training curves; None without training.
+        losses: The three training curves; empty without training.
     """
 
     dtype: str

@@ -46,16 +46,16 @@ def run(
     configuration's data.
 
     Args:
-        config: of the model and its training.
-        weights: canonical weights; default: the initial weights.
-        batch: default: `random_batch(config)`.
-        steps: number of training steps of the curve; 0 for none.
-        dtype, device_mlx, device_torch: see `icenet.parity.engines.build`.
-        progress: called at each stage.
+        config: Configuration of the model and its training.
+        weights: Canonical weights; default: the initial weights.
+        batch: Batch to compare on; default: `random_batch(config)`.
+        steps: Number of training steps of the curve; 0 for none.
+        dtype, device_mlx, device_torch: See `icenet.parity.engines.build`.
+        progress: Called at each stage.
 
     Raises:
-        BackendError: a backend is not installed, or a device does not exist.
-        DataError: the data cannot be read (only with `steps`), or the batch has ids outside the vocabulary.
+        BackendError: A backend is not installed, or a device does not exist.
+        DataError: The data cannot be read (only with `steps`), or the batch has ids outside the vocabulary.
     """
     if progress is not None:
         progress("building", 0, 1)

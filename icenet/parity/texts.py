@@ -28,10 +28,10 @@ class TextComparison:
     """Two continuations of one prompt.
 
     Attributes:
-        text: the continuation by the first backend; empty without a tokenizer.
-        tokens: the new tokens by backend.
-        differs_at: index of the first token that differs; None if the tokens are equal.
-        margin: difference of the scores of the two tokens there, relative to the largest logit.
+        text: The continuation by the first backend; empty without a tokenizer.
+        tokens: The new tokens by backend.
+        differs_at: Index of the first token that differs; None if the tokens are equal.
+        margin: Difference of the scores of the two tokens there, relative to the largest logit.
     """
 
     text: str
@@ -45,7 +45,7 @@ class TextComparison:
 
     @property
     def equal_but_for_ties(self) -> bool:
-        """The tokens are equal, or the first difference is a tie."""
+        """Whether the tokens are equal, or the first difference is a tie."""
         return self.equal or (self.margin is not None and self.margin <= TIE)
 
     @property
@@ -68,11 +68,11 @@ def compare_texts(
     """Continues a prompt on two backends.
 
     Args:
-        path: of a saved model or checkpoint.
-        prompt: text or token ids.
-        names: the two backends.
-        device: of both; default: that of the configuration.
-        options: fields of `GenerationConfig`.
+        path: Path of a saved model or checkpoint.
+        prompt: Text or token ids.
+        names: The two backends.
+        device: Device of both; default: that of the configuration.
+        options: Fields of `GenerationConfig`.
     """
     import icenet
 

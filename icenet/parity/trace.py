@@ -76,9 +76,9 @@ class Trace:
     """Named values in order, the calls that can be replayed, and a description of the run.
 
     Attributes:
-        values: by `KIND:PATH`.
-        calls: the first call of each module, by module path, if all its arguments could be stored.
-        meta: framework, version, device, ...
+        values: Values by `KIND:PATH`.
+        calls: The first call of each module, by module path, if all its arguments could be stored.
+        meta: Framework, version, device, ...
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Trace:
         """Writes a .safetensors file.
 
         Raises:
-            WeightsError: the file cannot be written.
+            WeightsError: The file cannot be written.
         """
         arrays = {name: value.array for name, value in self.values.items()}
         calls: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class Trace:
         """Reads a file that `save` wrote.
 
         Raises:
-            WeightsError: the file is missing, damaged, or not a trace.
+            WeightsError: The file is missing, damaged, or not a trace.
         """
         stored = weight_files.read(path)
         if stored.metadata.get("icenet_trace") != _FORMAT:
@@ -178,7 +178,7 @@ class ArrayConverter:
 
     Args:
         array_type: `mlx.core.array` or `torch.Tensor`.
-        to_numpy: converts an activation to numpy, in the layout of traces.
+        to_numpy: Converts an activation to numpy, in the layout of traces.
     """
 
     def __init__(self, array_type: type, to_numpy: Callable[[Any], Array]) -> None:

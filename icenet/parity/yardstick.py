@@ -26,7 +26,7 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     terms cancel. Example: the bias of a key projection, because softmax is invariant to a shift of its inputs. The
     computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other
     gradients of the layer sum terms of the same size. A gradient counts as zero if rms(r) is at most 2^-40 of that
-    RMS: a rounding error of float64 is, a gradient that affects training is not.
+    RMS: rounding errors of float64 are below this limit, gradients that affect training above it.
 4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is close to zero
     by chance once in a while.
 5.  Few elements, such as the bias of a layer of width two: the RMS of two noise values is below 1/8 of its
@@ -71,11 +71,11 @@ class Judgement:
     """The result for one tensor.
 
     Attributes:
-        error: rms(e), of MLX minus the reference.
-        noise: rms(n), of PyTorch minus the reference, or the floor if that is larger.
-        rms_ratio, peak_ratio: see the module's docstring.
-        floored: the larger ratio has the floor as its denominator.
-        note: the reason if the tensors cannot be compared (shape, not finite), else empty.
+        error: rms(e): MLX minus the reference.
+        noise: rms(n): PyTorch minus the reference, or the floor if that is larger.
+        rms_ratio, peak_ratio: See the module's docstring.
+        floored: Whether the larger ratio has the floor as its denominator.
+        note: The reason if the tensors cannot be compared (shape, not finite), else empty.
     """
 
     error: float
@@ -106,11 +106,11 @@ class CurveJudgement:
 
     Attributes:
         gap: |MLX - PyTorch| at each step.
-        noise: running maximum of |PyTorch - reference|, at least half an ulp.
-        ratios: gap / noise.
-        worst, worst_step: the largest of `ratios`, and its step.
-        strict, strict_step: the same without the running maximum; for information only.
-        passed: `worst` is at most FACTOR.
+        noise: Running maximum of |PyTorch - reference|, at least half an ulp.
+        ratios: `gap / noise`.
+        worst, worst_step: The largest of `ratios`, and its step.
+        strict, strict_step: The same without the running maximum; for information only.
+        passed: Whether `worst` is at most FACTOR.
     """
 
     gap: Floats
@@ -155,13 +155,13 @@ def judge(
     """Compares a tensor (or number) of MLX with PyTorch by the criterion of this module.
 
     Args:
-        mlx, torch: results in the dtype under test.
-        reference: result of PyTorch in float64.
-        dtype: compute dtype under test: fp32, bf16 or fp16.
-        stored: dtype of the result; default: `dtype`. The gradients of a bf16 run are fp32.
-        layer_rms: for a gradient, the RMS of all gradients of its layer (floor 3).
-        min_noise: a known lower bound of the noise (floor 4).
-        sampled_noise: noise of each element, in the shape of the reference (floor 5).
+        mlx, torch: Results in the dtype under test.
+        reference: Result of PyTorch in float64.
+        dtype: Compute dtype under test: fp32, bf16 or fp16.
+        stored: Dtype of the result; default: `dtype`. The gradients of a bf16 run are fp32.
+        layer_rms: For a gradient, the RMS of all gradients of its layer (floor 3).
+        min_noise: A known lower bound of the noise (floor 4).
+        sampled_noise: Noise of each element, in the shape of the reference (floor 5).
 
     Returns:
         A judgement that also fails if the shapes are unequal, or if a value is not finite on one side only.
@@ -212,11 +212,11 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     The running maximum is needed because curves cross: where they do, the distance is zero by chance.
 
     Args:
-        mlx, torch32: losses `[steps]` in the dtype under test.
-        torch64: losses `[steps]` of the reference.
+        mlx, torch32: Losses `[steps]` in the dtype under test.
+        torch64: Losses `[steps]` of the reference.
 
     Raises:
-        ValueError: the curves are empty or of unequal length.
+        ValueError: The curves are empty or of unequal length.
     """
     a, b, r = (np.atleast_1d(np.asarray(values, np.float64)) for values in (mlx, torch32, torch64))
     if a.size == 0 or not a.shape == b.shape == r.shape or a.ndim != 1:

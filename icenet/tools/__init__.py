@@ -1,1 +1,1 @@
-"""Tools that run on this backend for the commands: recording and replaying modules, benchmarks, `icenet doctor`."""
+"""Tools of this backend for the commands: recording and replaying modules, benchmarks, `icenet doctor`."""

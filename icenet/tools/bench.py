@@ -25,7 +25,7 @@ class Gauge:
     """Measures the peak memory of an engine's step, above the memory in use before it.
 
     Attributes:
-        source: the origin of the numbers, for reports.
+        source: The origin of the numbers, for reports.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -118,13 +118,13 @@ class DropoutPair:
     """The framework's own dropout and the keyed dropout, on the same random input.
 
     Args:
-        shape: of the input.
-        p: probability of zeroing an element.
-        keys: of the keyed dropout, uint32 `[rows, 2]`.
+        shape: Shape of the input.
+        p: Probability of zeroing an element.
+        keys: Keys of the keyed dropout, uint32 `[rows, 2]`.
         device: auto, cpu, gpu, ...
 
     Attributes:
-        device: the chosen device.
+        device: The chosen device.
     """
 
     def __init__(self, shape: tuple[int, ...], p: float, keys: np.ndarray, device: str) -> None:

@@ -24,8 +24,8 @@ DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     """Adds every call of a module within `model` to the trace while the context is open.
 
-    MLX has no forward hooks and looks `__call__` up on the class. So each module is given a subclass of its class
-    that records, and gets its own class back at the end.
+    MLX has no forward hooks and looks `__call__` up on the class. So the class of each module is replaced
+    by a subclass that records, and restored at the end.
     """
     modules = _modules(model)
     paths = {id(module): path for path, module in modules.items()}
@@ -57,10 +57,10 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
     """Calls the module at `path` with given arguments, in its current mode (training or evaluation).
 
     Args:
-        model: any module.
-        path: of a module within it, as in a trace; empty for the model itself.
-        call: the arguments; float arrays are converted to the dtype of their `Value`.
-        cotangents: one for each output, all of them floats, for the backward pass.
+        model: Any module.
+        path: Path of a module within it, as in a trace; empty for the model itself.
+        call: The arguments; float arrays are converted to the dtype of their `Value`.
+        cotangents: One for each output, all of them floats, for the backward pass.
 
     Returns:
         `output`, `output[1]`, ... With cotangents also the gradients of sum(outputs * cotangents): `input 0`, ...

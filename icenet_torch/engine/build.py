@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     auto is MPS, otherwise CUDA, otherwise the CPU. gpu is MPS or CUDA.
 
     Raises:
-        BackendError: there is no such device.
+        BackendError: There is no such device.
     """
     if os.environ.get("MLX_ENABLE_TF32") == "0":  # see icenet.core.backends.exact_products
         torch.backends.cudnn.allow_tf32 = False
@@ -41,9 +41,9 @@ def build_model(config: Config, device: str = "auto", *, seed: int | None) -> Ba
     """Returns a new model on a device.
 
     Args:
-        config: the configuration.
-        device: as for `choose_device`.
-        seed: seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
+        config: The configuration.
+        device: Name of the device (see `choose_device`).
+        seed: Seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
     """
     chosen = choose_device(device)
     return new_model(config.model, MODELS, "torch", seed).to(chosen)

@@ -68,7 +68,7 @@ class ProcessGroup(processes.ProcessGroup):
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """A context for the passes of a micro-batch; gradients are exchanged after the last one only."""
+        """Computes the passes of a micro-batch without an exchange of gradients, unless it is the last one."""
         with contextlib.nullcontext() if last or self._parallel is None else self._parallel.no_sync():
             yield
 
@@ -100,10 +100,10 @@ def join(device: str = "auto") -> ProcessGroup:
     """Returns a new group of this process, after it has connected to the others that a launcher started.
 
     Args:
-        device: as in the configuration. It decides which library PyTorch's processes communicate with.
+        device: Device, as in the configuration. It selects the communication library of PyTorch.
 
     Raises:
-        BackendError: the other processes are not reachable, or their launcher is not PyTorch's.
+        BackendError: The other processes are not reachable, or their launcher is not PyTorch's.
     """
     launched = launch.detect_for("torch")
     if launched is None:

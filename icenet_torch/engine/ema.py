@@ -14,9 +14,9 @@ class WeightAverage(ema.WeightAverage):
     """See `icenet.core.training.ema.WeightAverage`.
 
     Args:
-        model: the model, or this process's shards of its parameters.
-        decay: the value of `training.ema_decay`.
-        in_place: copy the averages into the memory of the weights instead of exchanging tensors, for parameters
+        model: The model, or this process's shards of its parameters.
+        decay: The value of `training.ema_decay`.
+        in_place: Copy the averages into the memory of the weights instead of exchanging tensors, for parameters
             whose memory is shared with others.
     """
 

@@ -21,7 +21,7 @@ from icenet_torch.nn.arrays import from_numpy, is_half, to_channels_first, to_nu
 
 
 class Engine(engine.Engine):
-    """See `icenet.core.engine.Engine`. `dtype` float64 makes a reference.
+    """See `icenet.core.engine.Engine`. With `dtype` float64 it is a reference.
 
     With `model.compile_model` the model is compiled by `torch.compile`.
     """

@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 class _Method(optim.Optimizer):
-    """What `Optimizer` needs of an optimizer of PyTorch: its slots, their initial values, the scalars of a step."""
+    """Base class of the methods: slots of the state, their initial values, and the scalars of a step."""
 
     slots: ClassVar[dict[str, str]]
     """Canonical slot names, which are PyTorch's own."""

@@ -36,7 +36,7 @@ def conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
-    """Returns the maximum of each window of images `[B, C, H, W]`. Among equal maxima the first has the gradient."""
+    """Returns the maximum of each window of images `[B, C, H, W]`. The first of equal maxima gets the gradient."""
     return F.max_pool2d(x, size, stride, padding)
 
 

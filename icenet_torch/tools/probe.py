@@ -40,11 +40,11 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
     """Calls the module at `path` with given arguments, in its current mode (training or evaluation).
 
     Args:
-        model: any module. Arrays go to the device of its first parameter.
-        path: of a module within it, as in a trace; empty for the model itself.
-        call: the arguments; float arrays are converted to the dtype of their `Value`, or to float64 if the
+        model: Any module. Arrays are moved to the device of its first parameter.
+        path: Path of a module within it, as in a trace; empty for the model itself.
+        call: The arguments; float arrays are converted to the dtype of their `Value`, or to float64 if the
             parameters are float64 (the reference).
-        cotangents: one for each output, all of them floats, for the backward pass.
+        cotangents: One for each output, all of them floats, for the backward pass.
 
     Returns:
         `output`, `output[1]`, ... With cotangents also the gradients of sum(outputs * cotangents): `input 0`, ...

@@ -33,7 +33,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Array]:
     it cannot run code.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds anything but names and dense tensors.
+        WeightsError: The file is missing, damaged, or holds anything but names and dense tensors.
     """
     path = Path(path)
     try:
@@ -74,7 +74,7 @@ def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array])
     """Saves arrays as a state dict for `torch.load(path, weights_only=True)`. The write is atomic.
 
     Raises:
-        FileError: the file cannot be written, for example because the disk is full.
+        FileError: The file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     tensors = {name: from_numpy(array) for name, array in sorted(weights.items())}

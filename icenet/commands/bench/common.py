@@ -35,12 +35,12 @@ def measure_isolated(
     The process imports one framework only, and its memory is measured from zero.
 
     Args:
-        name: memory, step or dropout.
-        task: the arguments of the measurement, in JSON types; `backend` names the backend.
-        environment: environment variables to set.
+        name: "memory", "step" or "dropout".
+        task: The arguments of the measurement, in JSON types; `backend` names the backend.
+        environment: Environment variables to set.
 
     Raises:
-        IceNetError: the measurement failed.
+        IceNetError: The measurement failed.
     """
     try:
         result: dict[str, Any] = isolated.call(
@@ -60,9 +60,9 @@ def time_interleaved(
     round is a warm-up and does not count.
 
     Args:
-        functions: the functions, by name.
-        rounds: number of rounds that count.
-        synchronize: waits for the device; called before and after each call, the second time within the timing.
+        functions: The functions, by name.
+        rounds: Number of rounds that count.
+        synchronize: Waits for the device; called before and after each call, the second time within the timing.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
@@ -87,7 +87,7 @@ def installed_backends(backend: str | None) -> list[str]:
     """Returns the given backend, or every installed one if it is None or `auto`.
 
     Raises:
-        BackendError: the given backend is not installed, or none is.
+        BackendError: The given backend is not installed, or none is.
     """
     if backend not in (None, "auto"):
         return [backends.resolve(str(backend))]
@@ -118,7 +118,7 @@ def table(title: str, rows: Sequence[Mapping[str, str]], right_aligned: Iterable
 
 
 def json_config(config: Config) -> dict[str, Any]:
-    """Returns a configuration in JSON types, as a task carries it to a process."""
+    """Returns a configuration in JSON types, for a task that is sent to another process."""
     tree: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return tree
 

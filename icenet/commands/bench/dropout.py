@@ -50,10 +50,10 @@ def run(
     """Times both dropouts on each installed backend, or on the given one.
 
     Args:
-        backend: the only backend to measure.
-        device: the device; `auto` if absent.
-        rounds: number of repetitions.
-        notify: receives a line of progress per backend.
+        backend: The only backend to measure.
+        device: The device; `auto` if absent.
+        rounds: Number of repetitions.
+        notify: Receives a line of progress per backend.
     """
     results = []
     for name in common.installed_backends(backend):

@@ -34,10 +34,10 @@ class MemoryReport:
     """The measured memory.
 
     Attributes:
-        name: the config.
-        rows: one measurement each: `backend`, `device`, `depth`, `precision`, `checkpointing`, and bytes:
+        name: The config.
+        rows: One measurement each: `backend`, `device`, `depth`, `precision`, `checkpointing`, and bytes:
             `weights`, `optimizer`, `gradients`, `activations`, `peak`.
-        picture: the file of the plot; None if there is none.
+        picture: The file of the plot; None if there is none.
     """
 
     name: str
@@ -107,14 +107,14 @@ def run(
     """Measures the peak memory of a training step on each installed backend.
 
     Args:
-        name: a YAML file or a preset.
+        name: A YAML file or a preset.
         overrides: `KEY=VALUE` changes to it.
-        backend: the only backend to measure.
-        device: the device; the config's device if absent.
-        precisions: values of `training.mixed_precision`.
-        depths: values of `model.num_layers`; the config's own if empty.
-        out: the file of the plot, which needs several depths.
-        notify: receives a line of progress before each measurement.
+        backend: The only backend to measure.
+        device: The device; the config's device if absent.
+        precisions: Values of `training.mixed_precision`.
+        depths: Values of `model.num_layers`; the config's own if empty.
+        out: The file of the plot, which needs several depths.
+        notify: Receives a line of progress before each measurement.
 
     Raises:
         UsageError: `depths` for a model without `num_layers`, or `out` without several depths.

@@ -87,12 +87,12 @@ def run(
     """Times `steps` steps of each loop on each installed backend, or on the given one.
 
     Args:
-        name: a YAML file or a preset.
+        name: A YAML file or a preset.
         overrides: `KEY=VALUE` changes to it.
-        backend: the only backend to measure.
-        device: the device; the config's device if absent.
-        steps: number of steps of each loop, rounded up to whole blocks.
-        notify: receives a line of progress per backend.
+        backend: The only backend to measure.
+        device: The device; the config's device if absent.
+        steps: Number of steps of each loop, rounded up to whole blocks.
+        notify: Receives a line of progress per backend.
     """
     blocks = max(4, min(40, steps // 4))
     block = math.ceil(steps / blocks)
@@ -134,8 +134,8 @@ class AlternatingEngine:
     the trainer does between steps. The device is idle at each change.
 
     Attributes:
-        own_seconds: seconds per step of the trainer, by block.
-        bare_seconds: seconds per step of the minimal loop, by block.
+        own_seconds: Seconds per step of the trainer, by block.
+        bare_seconds: Seconds per step of the minimal loop, by block.
     """
 
     def __init__(self, trainer: Trainer, bare_loop: Any, block: int, blocks: int) -> None:

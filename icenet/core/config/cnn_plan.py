@@ -2,15 +2,15 @@
 
     stem -> stage 0 -> stage 1 (half the resolution, twice the channels) -> ... -> global average pooling
 
-Rules for a configuration without stages of its own:
+Rules for a configuration without `stage_depths` and `stage_widths`:
 
     stages    up to four, base_channels * 1, 2, 4, 8 wide; the first block of each but the first has stride 2
-    depths    one block per stage; the rest of num_layers goes to the first two stages in turn (5: 2 1 1 1,
+    depths    one block per stage; the rest of num_layers is divided between the first two stages (5: 2 1 1 1,
               6: 2 2 1 1, 8: 3 3 1 1), where the resolution is high and the weights are few
     types     conv and basic blocks alternate, and the last one is basic
 
-So depth costs few parameters compared to width, as in the model guide's table, where two more layers and twice the
-channels have four times the parameters.
+Depth therefore adds few parameters compared to width. In the model guide's table, twice the channels and two more
+layers have four times the parameters.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check(config: CNNFields) -> None:
     """Checks that the stages agree with each other.
 
     Raises:
-        ValueError: they do not. Pydantic turns it into an error of the configuration.
+        ValueError: They disagree. Pydantic turns it into an error of the configuration.
     """
     if config.stage_depths is not None:
         total = sum(config.stage_depths)
@@ -121,12 +121,12 @@ def check_images(config: CNNFields, shape: tuple[int, ...], channel_axis: int) -
     """Checks that the network can process images.
 
     Args:
-        config: the configuration of the network.
-        shape: of the images, `[B, H, W, C]` or `[B, C, H, W]`.
-        channel_axis: 3 or 1.
+        config: Configuration of the network.
+        shape: Shape of the images, `[B, H, W, C]` or `[B, C, H, W]`.
+        channel_axis: Index of the channel axis, 3 or 1.
 
     Raises:
-        UsageError: the shape has not four axes, has the wrong number of channels, or is too small for the strides.
+        UsageError: The number of axes or channels is wrong, or the images are too small for the strides.
     """
     layout = "[batch, channels, height, width]" if channel_axis == 1 else "[batch, height, width, channels]"
     if len(shape) != 4:

@@ -25,7 +25,7 @@ _trust_everything = False
 
 
 def is_custom(family: Any) -> bool:
-    """Whether a `type` names a class in a file."""
+    """Returns whether a `type` names a class in a file."""
     return isinstance(family, str) and ".py:" in family
 
 
@@ -59,9 +59,9 @@ def model_class(family: str, backend: str) -> type[Any]:
     """Returns the class of a `type` for a backend. This runs the file.
 
     Raises:
-        ConfigError: the file does not exist.
-        UsageError: the file is not trusted, fails to run, or has no such class.
-        BackendError: the class is for the other backend only.
+        ConfigError: The file does not exist.
+        UsageError: The file is not trusted, fails to run, or has no such class.
+        BackendError: The class is for the other backend only.
     """
     file, name = split(family)
     if not file.is_file():

@@ -46,7 +46,7 @@ def find(path: str | Path) -> Path:
     work in any folder.
 
     Raises:
-        ConfigError: there is neither a file nor a preset.
+        ConfigError: There is neither a file nor a preset.
     """
     file = Path(path)
     if file.is_file():

@@ -23,7 +23,7 @@ class Config(Section):
     """Configuration of one run: backend, model, data, training and generation."""
 
     backend: Literal["auto", "mlx", "torch"] = "auto"
-    """auto takes mlx if it runs on this machine, otherwise torch."""
+    """mlx, torch or auto; auto is mlx if it runs on this machine, otherwise torch."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, gpu (MLX), cuda, cuda:N or mps (PyTorch)."""
     blas: str = "auto"
@@ -48,13 +48,13 @@ class Config(Section):
         """Reads a YAML file or a preset.
 
         Args:
-            path: of the file, or the name of a preset (`transformer-tiny`).
+            path: Path of the file, or the name of a preset (`transformer-tiny`).
             overrides: `key=value` changes (`training.learning_rate=1e-3`).
-            trust_code: whether a Python file that `model.type` names may be run. False for the configuration of a
+            trust_code: Whether a Python file that `model.type` names may be run. False for the configuration of a
                 checkpoint.
 
         Raises:
-            ConfigError: the file cannot be read, or its content is invalid.
+            ConfigError: The file cannot be read, or its content is invalid.
         """
         from icenet.core.config.presets import find
 
@@ -75,7 +75,7 @@ class Config(Section):
         """Validates a tree of plain values, with `key=value` overrides.
 
         Raises:
-            ConfigError: the content is invalid.
+            ConfigError: The content is invalid.
         """
         return cls._checked(values, overrides, {}, None)
 
@@ -120,10 +120,10 @@ def _absolute(tokenizer: str, folder: Path) -> str:
 
 
 def check_device(device: str) -> None:
-    """Checks the syntax of a device that the command line was given.
+    """Checks the syntax of a device given on the command line.
 
     Raises:
-        ConfigError: it is not valid.
+        ConfigError: It is not valid.
     """
     Config(model=TransformerConfig(), device=device)
 

@@ -63,11 +63,11 @@ def explain(
     """Returns a validation error as one line: location, key, problem, allowed values.
 
     Args:
-        error: from pydantic. Of several problems the first is described and the rest are counted.
-        schema: the class that was validated.
-        prefix: key of the section, if it was validated alone.
-        lines: line number of each key in `file`; 0 for a key of `--set`.
-        file: the YAML file.
+        error: The error of pydantic. Of several problems the first is described and the others are counted.
+        schema: Class that was validated.
+        prefix: Key of the section, if it was validated alone.
+        lines: Line number of each key in `file`; 0 for a key of `--set`.
+        file: The YAML file.
     """
     details = error.errors(include_url=False)
     # a misspelt section is also a missing one: report the misspelling

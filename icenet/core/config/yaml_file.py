@@ -58,7 +58,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         Its values and the line number of each key.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+        ConfigError: The file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -98,7 +98,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
 
 
 def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: Lines, count: list[int]) -> Any:
-    """Returns the value of a node, and adds the line numbers of its keys to `lines`. `count` is the nodes so far."""
+    """Returns the value of a node, and adds the line numbers of its keys to `lines`. `count[0]` counts nodes."""
     count[0] += 1
     if count[0] > _MAX_NODES:
         raise _Invalid(f"more than {_MAX_NODES:,} values, the limit of a configuration")
@@ -137,7 +137,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Parses `training.learning_rate=1e-3` into the path of the key and the value, which is read as YAML.
 
     Raises:
-        ConfigError: there is no `=`, or the value is not YAML.
+        ConfigError: There is no `=`, or the value is not YAML.
     """
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))

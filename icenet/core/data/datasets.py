@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class Dataset(Protocol):
-    """A data set as the training loop uses it. Batches are a pure function of (seed, step)."""
+    """A data set as the training loop uses it. Batches are a pure function of (seed, step).
+
+    Implemented by `text.packed.TextDataset`, `text.documents.DocumentDataset` and `images.dataset.ImageDataset`.
+    They also determine the order of an epoch.
+    """
 
     fingerprint: str
     """SHA-256 of the data: equal data sets have equal fingerprints."""
@@ -58,7 +62,7 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
     Args:
         config: The configuration.
         workers: Number of threads that encode a text whose tokens are not in the cache (default: one per processor).
-        quiet: Show no progress of that.
+        quiet: Show no progress of the encoding.
 
     Raises:
         ConfigError: The model cannot be trained on this data.
@@ -90,7 +94,7 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
 
 
 def _check_masks(config: Config) -> None:
-    """Refuses a user's model that cannot distinguish tokens from padding."""
+    """Checks that a user's model accepts the attention mask of unpacked text."""
     if not custom.is_custom(config.model.type):
         return
     import inspect

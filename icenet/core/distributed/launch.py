@@ -39,7 +39,7 @@ def detect_for(backend: str) -> Launch | None:
     """Returns how this process was launched for a backend; None if it is the only one.
 
     Raises:
-        BackendError: the launcher of several processes is the other backend's, so each would train alone.
+        BackendError: The launcher of several processes is the other backend's, so each would train alone.
     """
     own = (_by_mlx() or _by_mpi()) if backend == "mlx" else _by_torchrun()
     found = own or detect()
@@ -100,14 +100,14 @@ def _by_mpi() -> Launch | None:
 
 
 def _number(name: str) -> int | None:
-    """The integer value of an environment variable, if it has one."""
+    """Returns the integer value of an environment variable; None if it has none."""
     with contextlib.suppress(ValueError):
         return int(os.environ.get(name, ""))
     return None
 
 
 def _length(name: str) -> int:
-    """The length of the list in the JSON file that an environment variable names; 0 without one."""
+    """Returns the length of the list in the JSON file that an environment variable names; 0 without one."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(Path(os.environ.get(name, "")).read_text(encoding="utf-8"))
         return len(content) if isinstance(content, list) else 0

@@ -42,10 +42,10 @@ class ProcessGroup(ABC):
     every parameter and of its optimizer state.
 
     Attributes:
-        rank: the index of this process.
-        size: the number of processes.
-        stop: why this process was requested to stop, one of SIGNALS, or None. `all_reduce_loss` passes it to all.
-        shards: the shards of the model's parameters, or None if every process holds the whole model.
+        rank: The index of this process.
+        size: The number of processes.
+        stop: Reason to stop that this process received, one of SIGNALS, or None. `all_reduce_loss` shares it.
+        shards: The shards of the model's parameters, or None if every process holds the whole model.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -90,7 +90,7 @@ class ProcessGroup(ABC):
         """Returns the gradients of a step by path, summed over the processes unless the backward pass did so.
 
         Args:
-            gradients: with MLX, this process's gradients by path; with PyTorch, the parameters by path, after the
+            gradients: With MLX, this process's gradients by path; with PyTorch, the parameters by path, after the
                 backward pass has set their `grad`.
         """
 
@@ -134,12 +134,12 @@ class Shards:
     A piece has ceil(length / size) rows. The last pieces have fewer, or are padded with zeros if `padded`.
 
     Args:
-        model: a `BaseModel` before it is split.
-        parameters: its trainable parameters by path.
-        process_group: the processes.
+        model: A `BaseModel` before it is split.
+        parameters: Its trainable parameters by path.
+        process_group: The processes.
 
     Raises:
-        ConfigError: a parameter cannot be split.
+        ConfigError: A parameter cannot be split.
     """
 
     padded: ClassVar[bool] = False
@@ -172,7 +172,7 @@ class Shards:
         return -(-length // self.process_group.size)
 
     def _length(self, name: str) -> int | None:
-        """The length of the first axis, the same in all layouts; None for an array that is not split."""
+        """Returns the length of the first axis, the same in all layouts; None for an array that is not split."""
         shape = self.shapes.get(name) or self.shapes.get(name.rpartition(".")[0])
         return shape[0] if shape else None
 
@@ -183,7 +183,7 @@ def _pad(array: NDArray[Any], rows: int) -> NDArray[Any]:
 
 
 def unit_paths(model: Any, parameters: Mapping[str, Array]) -> list[str]:
-    """The modules of which each gathers its parameters at once, by path: the model, "", and its blocks.
+    """Returns the paths of the modules that gather their parameters as a unit: the model, "", and its blocks.
 
     A block is a numbered child that holds parameters, such as `blocks.0`. A user's model is one unit, because the
     order in which it calls its modules is unknown.
@@ -199,7 +199,7 @@ def unit_paths(model: Any, parameters: Mapping[str, Array]) -> list[str]:
 
 
 def local_rows(rows: int, rank: int, size: int) -> range:
-    """The consecutive rows of a batch that a process computes, split as `numpy.array_split` does."""
+    """Returns the consecutive rows of a batch that a process computes, split as `numpy.array_split` does."""
     each, more = divmod(rows, size)
     first = rank * each + min(rank, more)
     return range(first, first + each + (rank < more))
@@ -221,7 +221,7 @@ def check_training(training: TrainingConfig, size: int) -> None:
     """Checks that `size` processes can share a training run.
 
     Raises:
-        ConfigError: a batch has too few rows, or parameters are sharded for an optimizer that needs them whole.
+        ConfigError: A batch has too few rows, or parameters are sharded for an optimizer that needs them whole.
     """
     parts = size * training.gradient_accumulation
     if size > 1 and training.batch_size < parts:
@@ -241,7 +241,7 @@ def check_shardable(path: str, ndim: int, kinds: Mapping[str, str]) -> None:
     """Checks that a parameter can be split along the same first axis on both backends.
 
     Raises:
-        ConfigError: it is a scalar, or the weight of a transposed convolution, whose first axis differs in MLX.
+        ConfigError: It is a scalar, or the weight of a transposed convolution, whose first axis differs in MLX.
     """
     transposed = "transpose" in layout.parameter_kind(kinds, path)
     if ndim == 0 or transposed:
@@ -266,11 +266,11 @@ def check_same(process_group: ProcessGroup, texts: Mapping[str, str]) -> None:
     """Waits for all processes and checks that they have the same inputs.
 
     Args:
-        process_group: the processes.
-        texts: what must be the same everywhere, by the name that an error uses for it.
+        process_group: The processes.
+        texts: What must be the same everywhere, by the name that an error uses for it.
 
     Raises:
-        CheckpointError: a text differs, for example because the run's folder is not the same on all machines.
+        CheckpointError: A text differs, for example because the run's folder is not the same on all machines.
     """
     sums = process_group.gather([float(zlib.crc32(text.encode())) for text in texts.values()])
     for name, column in zip(texts, sums.T, strict=True):

@@ -28,8 +28,8 @@ class Watchdog:
             with watchdog.paused(): ...       # a wait that may be long and cannot hang
 
     Args:
-        process_group: the processes. The watchdog does nothing in a group of one, or outside of the main thread.
-        run: the run's folder, named in the message.
+        process_group: The processes. The watchdog does nothing in a group of one, or outside of the main thread.
+        run: The run's folder, named in the message.
     """
 
     min_seconds = 20.0
@@ -63,7 +63,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which no beat is expected."""
+        """Suspends the watchdog during the block."""
         self._paused = True
         try:
             yield

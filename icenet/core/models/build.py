@@ -15,13 +15,13 @@ def new_model(
     """Returns a model of one of the backend's families or of a class in the user's file.
 
     Args:
-        config: the model's section of the configuration.
-        families: the backend's model classes by the value of `model.type`.
+        config: The model's section of the configuration.
+        families: The backend's model classes by the value of `model.type`.
         backend: mlx or torch.
-        seed: seed of the initial weights; without one the weights are undefined.
+        seed: Seed of the initial weights; without one the weights are undefined.
 
     Raises:
-        ConfigError: the user's class does not accept its options.
+        ConfigError: The user's class does not accept its options.
     """
     if not custom.is_custom(config.type):
         return families[config.type](config, seed=seed)

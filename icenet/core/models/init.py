@@ -8,8 +8,8 @@ Both backends receive the same arrays, so they start equal bit for bit. The rule
     conv        Normal with standard deviation init_scale * sqrt(2 / inputs per output) (He et al., 2015). Bias zero.
     norms       Weight one, bias zero. For batch norm also running mean zero, running variance one.
 
-The bias of an LSTM's forget gate is zero, not one (Jozefowicz et al., 2015): on bytes of text, one made training
-slower (two layers of 256, 250 steps: validation loss 1.72 instead of 1.67; 1.82 with PyTorch's uniform weights).
+The bias of an LSTM's forget gate is zero, not one (Jozefowicz et al., 2015): with one, training on bytes of text
+was slower (two layers of 256, 250 steps: validation loss 1.72 instead of 1.67; 1.82 with PyTorch's uniform weights).
 
 `init_scale` is 1 by default. Projections at the end of a residual branch use 1 / sqrt(2 * num_layers), so that the
 sum over all branches keeps its size (Radford et al., 2019).

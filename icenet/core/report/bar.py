@@ -23,7 +23,12 @@ class Bar:
     """
 
     def __init__(self, label: str, quiet: bool = False, console: Console | None = None) -> None:
-        """`console` is standard error by default."""
+        """
+        Args:
+            label: Text in front of the bar.
+            quiet: Show nothing.
+            console: Console to draw on; default: standard error.
+        """
         self.label = label
         self.quiet = quiet
         self._console = console

@@ -1,6 +1,6 @@
 """Common parts of the plots: colors, panels, smoothing, labels and atomic saving.
 
-The object-oriented interface of matplotlib with the Agg canvas needs no screen and leaves the state of pyplot alone.
+The object-oriented interface of matplotlib with the Agg canvas needs no screen and does not use pyplot.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def available() -> bool:
-    """Whether matplotlib can be imported (`pip install 'icenet[plot]'`)."""
+    """Returns whether matplotlib can be imported (`pip install 'icenet[plot]'`)."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -51,12 +51,12 @@ def new_figure(
     """Returns a figure of panels with a common x axis, and a title and a subtitle at the upper left.
 
     Args:
-        size: width and height in inches.
-        heights: relative heights of the panels.
-        title, subtitle: texts above the panels.
-        colour: of the subtitle.
-        right: margin for labels at the right, in inches.
-        space: space between panels, relative to their height.
+        size: Width and height in inches.
+        heights: Relative heights of the panels.
+        title, subtitle: Texts above the panels.
+        colour: Color of the subtitle.
+        right: Margin for labels at the right, in inches.
+        space: Space between panels, relative to their height.
     """
     from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,7 +98,7 @@ def new_figure(
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps and values of one metric, finite ones only, in order of step."""
+    """Returns the steps and finite values of one metric, in order of step."""
     pairs = sorted(
         (float(record["step"]), float(record[key]))
         for record in metrics
@@ -140,9 +140,9 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
     """Writes labels at the right end of curves.
 
     Args:
-        axes: the panel.
-        ends: last value, text and color of each curve.
-        apart: smallest distance of two labels, as a fraction of the height of the panel.
+        axes: The panel.
+        ends: Last value, text and color of each curve.
+        apart: Smallest distance of two labels, as a fraction of the height of the panel.
     """
     low, high = axes.get_ylim()
     least = apart * (high - low)
@@ -189,7 +189,7 @@ def check_suffix(path: Path) -> None:
     """Checks that a plot can be written in the format of its file name.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: The format is not supported.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: the name of a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")

@@ -30,7 +30,7 @@ class Environment(TypedDict):
     tf32: dict[str, Any]
     """`enabled`: fp32 products may use TF32. `matters`: this device has TF32. `switch`: the setting."""
     dtypes: str
-    """Limits of dtypes, for people."""
+    """Limitations of dtypes, as text."""
 
 
 def device_names(gpu: str, num_gpus: int) -> list[str]:
@@ -42,7 +42,7 @@ def matmul_gflops(multiply: Callable[[], Any]) -> float:
     """Returns the GFLOP/s of one product of square matrices: the median of 5 repetitions after a warm-up.
 
     Args:
-        multiply: multiplies two matrices of MATRIX_SIZE x MATRIX_SIZE and waits for the result.
+        multiply: Multiplies two matrices of MATRIX_SIZE x MATRIX_SIZE and waits for the result.
     """
     multiply()
     begin, times = time.perf_counter(), list[float]()

@@ -27,8 +27,8 @@ class MetricsLog:
     def __init__(self, path: str | Path, mirror: TensorBoardLog | None = None) -> None:
         """
         Args:
-            path: of the file.
-            mirror: another log that receives each record and is closed together with this one.
+            path: Path of the file.
+            mirror: Another log that receives each record and is closed together with this one.
         """
         self.path = Path(path)
         self._mirror = mirror
@@ -38,7 +38,7 @@ class MetricsLog:
         """Writes one record. Numpy scalars become numbers.
 
         Raises:
-            IceNetError: the file cannot be written.
+            IceNetError: The file cannot be written.
         """
         line = json.dumps(plain(record), allow_nan=False) + "\n"
         try:
@@ -59,7 +59,7 @@ class MetricsLog:
         The file is replaced atomically. Does nothing if it does not exist.
 
         Raises:
-            IceNetError: the file cannot be written.
+            IceNetError: The file cannot be written.
         """
         self.close()
         if self.path.exists():
@@ -71,7 +71,7 @@ class MetricsLog:
         """Returns the records of a file in order. Lines that are not JSON objects are ignored.
 
         Raises:
-            IceNetError: the file cannot be read.
+            IceNetError: The file cannot be read.
         """
         try:
             lines = Path(path).read_bytes().split(b"\n")

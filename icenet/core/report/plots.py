@@ -42,16 +42,16 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: 
     """Draws the loss of a run, and below it the learning rate and the gradient norm.
 
     Args:
-        metrics: records as in metrics.jsonl: `step` with `loss`, `learning_rate`, `grad_norm`, `backend`, or
+        metrics: Records as in metrics.jsonl: `step` with `loss`, `learning_rate`, `grad_norm`, `backend`, or
             with `validation_loss`. Missing and non-finite values are not drawn.
-        path: of the file.
-        title: text above the panels.
+        path: Path of the file.
+        title: Text above the panels.
 
     Returns:
         The path, or None if matplotlib is not installed.
 
     Raises:
-        IceNetError: the file cannot be written.
+        IceNetError: The file cannot be written.
     """
     if not available():
         return None
@@ -112,25 +112,25 @@ def plot_parity(
     """Draws loss curves that should coincide, and below them their distance and the allowed distance.
 
     Args:
-        path: of the file.
-        steps: the steps of the longest curve.
-        curves: loss (nats) per step, by name, the reference first. Shorter curves, and a shorter `gap` and
+        path: Path of the file.
+        steps: The steps of the longest curve.
+        curves: Loss (nats) per step, by name, the reference first. Shorter curves, and a shorter `gap` and
             `allowed`, are those of the last steps. NaN is not drawn.
         gap: |first curve - second curve| per step. Exact zeros are drawn at the lower edge. NaN after the
             first number counts as infinite.
-        allowed: largest allowed gap per step: 8 x |PyTorch fp32 - PyTorch fp64|.
-        switch_step: last step before the change of backend.
-        switch_label: text next to its line.
-        gap_label, allowed_label: names in the legend.
-        title: text above the panels; the verdict is below it.
-        passed: the verdict. Default: whether every gap is at most `allowed`.
+        allowed: Largest allowed gap per step: 8 x |PyTorch fp32 - PyTorch fp64|.
+        switch_step: Last step before the change of backend.
+        switch_label: Text next to its line.
+        gap_label, allowed_label: Names in the legend.
+        title: Text above the panels; the verdict is below it.
+        passed: The verdict. Default: whether every gap is at most `allowed`.
 
     Returns:
         The path, or None if matplotlib is not installed.
 
     Raises:
-        IceNetError: the file cannot be written.
-        ValueError: a curve is longer than `steps`.
+        IceNetError: The file cannot be written.
+        ValueError: A curve is longer than `steps`.
     """
     if not available():
         return None

@@ -24,7 +24,7 @@ class Progress:
 
     On a terminal and in a notebook it is a bar (`LiveBar`). Elsewhere, as in a log file, it prints plain lines: when
     a tenth of the run and `line_seconds` have passed since the last line, or ten minutes, and at the end. The lines
-    contain neither carriage returns nor escape codes, whatever the environment variables for colors are.
+    contain neither carriage returns nor escape codes, regardless of the environment variables for colors.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Progress:
     ) -> None:
         """
         Args:
-            total_steps: number of steps of the run.
-            start_step: number of steps before this process (of a resumed run); they do not count in the speed.
-            console: default: standard error.
-            tokens_per_step: for a speed in tokens. Without it, the speed is in steps.
-            quiet: show nothing, notes included.
-            unit: of the speed, `tok` or `img`.
-            label: shown in front of the bar.
-            line_seconds: shortest time between two plain lines.
+            total_steps: Number of steps of the run.
+            start_step: Number of steps before this process (of a resumed run); they do not count in the speed.
+            console: Console to write to; default: standard error.
+            tokens_per_step: Number of tokens in a step, for a speed in tokens. If absent, the speed is in steps.
+            quiet: Show nothing, notes included.
+            unit: Unit of the speed, `tok` or `img`.
+            label: Shown in front of the bar.
+            line_seconds: Shortest time between two plain lines.
         """
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
@@ -83,8 +83,8 @@ class Progress:
         """Reports that `step` steps are complete.
 
         Args:
-            step: number of completed steps.
-            loss: of the last step.
+            step: Number of completed steps.
+            loss: Loss of the last step.
             extra: `learning_rate` and `tokens_per_second` are shown. Without the latter, the speed is measured
                 between calls. Other values are ignored.
         """
@@ -128,7 +128,7 @@ class Progress:
         return [texts[name] for name in texts if name in chosen]
 
     def _values(self) -> dict[str, str]:
-        """Loss, learning rate and speed as texts; an unknown one is empty."""
+        """Returns loss, learning rate and speed as texts; an unknown one is empty."""
         if self._latest is None:
             return {}
         loss, extra = self._latest
@@ -200,7 +200,7 @@ class LiveBar:
     ) -> None:
         """
         Raises:
-            ImportError: in a notebook, if IPython is missing.
+            ImportError: IPython is missing in a notebook.
         """
         from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
         from rich.progress import Progress as RichProgress
@@ -266,12 +266,12 @@ def live_bar(
     """Returns a running bar, or None on a console that can only print lines.
 
     Args:
-        console: where to draw.
-        label: shown in front of the bar if the console is wide enough.
-        describe: returns the texts behind the bar for a number of characters; the first one is emphasized.
-        total: value of a complete bar; None if unknown.
-        completed: value at the start.
-        transient: remove the bar from a terminal when it stops.
+        console: Console to draw on.
+        label: Shown in front of the bar if the console is wide enough.
+        describe: Returns the texts behind the bar for a number of characters; the first one is emphasized.
+        total: Value of a complete bar; None if unknown.
+        completed: Value at the start.
+        transient: Remove the bar from a terminal when it stops.
     """
     if console.is_jupyter:
         with contextlib.suppress(ImportError):

@@ -1,4 +1,4 @@
-"""What a training run shows and records: metrics.jsonl, TensorBoard events, the progress bar and plot.png."""
+"""Reports a training run: metrics.jsonl, TensorBoard events, the progress bar and plot.png."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Reporter:
     ) -> None:
         """
         Args:
-            run: folder of the run.
-            training: gives the number of steps and `tensorboard`.
-            step: number of completed steps.
-            backend, device: recorded and shown.
+            run: Folder of the run.
+            training: The section `training` of the configuration.
+            step: Number of completed steps.
+            backend, device: Names to record and show.
             unit: `tok` or `img`.
-            items_per_step: tokens or images in one step.
-            is_main_process: whether this process reports.
-            quiet: show no progress. Notes go to the logger `icenet`.
+            items_per_step: Tokens or images in one step.
+            is_main_process: Whether this process reports.
+            quiet: Show no progress. Notes go to the logger `icenet`.
 
         Raises:
             UsageError: `training.tensorboard` is set and tensorboard is not installed.
@@ -127,8 +127,8 @@ class Reporter:
     ) -> None:
         """Records a step; None leaves a key out.
 
-        The time of a step is that of an iteration of the loop, whether or not the device works asynchronously. An
-        iteration that reads two results counts for both; the second counts its own wait if that is longer.
+        The time of a step is the time of one iteration of the training loop, also on an asynchronous device. If an
+        iteration reads two results, both have its time, or the second one its own waiting time if that is longer.
         """
         if not self.is_main_process:
             return

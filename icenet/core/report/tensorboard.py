@@ -37,7 +37,7 @@ def check() -> None:
     """Checks that the package tensorboard can be imported.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: The package is missing or cannot be imported.
     """
     try:
         import tensorboard.compat.proto.event_pb2
@@ -61,7 +61,7 @@ class TensorBoardLog:
     def __init__(self, folder: str | Path) -> None:
         """
         Raises:
-            UsageError: tensorboard is not installed.
+            UsageError: The package tensorboard is not installed.
         """
         check()
         self.folder = Path(folder)
@@ -71,12 +71,12 @@ class TensorBoardLog:
         """Creates a file for the records after `step`.
 
         Args:
-            step: number of completed steps.
-            history: earlier records, written if the folder has no events: those of the run that this one branched
+            step: Number of completed steps.
+            history: Earlier records, written if the folder has no events: those of the run that this one branched
                 from, or of its steps before `training.tensorboard` was set.
 
         Raises:
-            IceNetError: the file cannot be written.
+            IceNetError: The file cannot be written.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -103,7 +103,7 @@ class TensorBoardLog:
         """Writes the numbers of one record. A record without `step` is ignored.
 
         Raises:
-            IceNetError: the file cannot be written.
+            IceNetError: The file cannot be written.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

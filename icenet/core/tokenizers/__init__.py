@@ -37,7 +37,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer from its file. This is where the kind of the file decides the class.
+    """Reads a tokenizer from its file. The format of the file selects the class.
 
     Raises:
         DataError: The file cannot be read, or is not a valid tokenizer.

@@ -14,10 +14,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """What data and generation need of a tokenizer."""
+    """A tokenizer as data and generation use it."""
 
     name: str
-    """Identifies the tokenizer and its vocabulary: tokenizers of one name produce the same tokens."""
+    """Identifies the tokenizer and its vocabulary: tokenizers with the same name produce the same tokens."""
     vocab_size: int
     """The largest token id plus one."""
     eot_id: int

@@ -28,7 +28,7 @@ class ByteTokenizer:
         return list(utf8(text))
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[NDArray[Any]]:
-        """Returns the bytes of each text, uint8 `[bytes]`. `continues` makes no difference."""
+        """Returns the bytes of each text, uint8 `[bytes]`. `continues` has no effect."""
         return [np.frombuffer(utf8(text), np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -12,7 +12,7 @@ class Background:
     """Runs one task at a time in a thread. An error of the task is raised in the caller's thread.
 
         with Background() as background:
-            background.start(write)      # waits for the task before
+            background.start(write)      # waits for the previous task
             background.check()           # raises the error of the task if it has failed
 
     Leaving the block waits for the task and raises its error, unless another error is being raised. A task must use
@@ -29,7 +29,7 @@ class Background:
         return self._task is not None
 
     def start(self, task: Callable[[], None]) -> None:
-        """Waits for the task before and starts another."""
+        """Waits for the previous task and starts another."""
         self.wait()
         self._task = self._pool.submit(task)
 

@@ -9,7 +9,7 @@
         manifest.json            size and SHA-256 of each of these files
 
 A checkpoint becomes complete with one rename. `save` writes it as `.step-00000100.partial`, flushes everything to the
-disk and renames the folder (`icenet.core.files.staged_folder`). A process that is killed before leaves the older
+disk and renames the folder (`icenet.core.files.staged_folder`). A process that is killed before that leaves the older
 checkpoints and a partial folder, which no reader opens and the next save removes.
 
 Only names of `step-` and digits are checkpoints; the user's own folders next to them stay.
@@ -83,12 +83,12 @@ def save(
         weights: Canonical weights.
         optimizer: Optimizer state by PATH.SLOT.
         state: Further content of state.json.
-        keep: Number of checkpoints that stay, the newest ones; None keeps all.
-        protect: Step of a checkpoint that stays in addition.
+        keep: Number of newest checkpoints to keep; None keeps all.
+        protect: Step of a checkpoint to keep in addition.
         files: Content of further files by name (`Dataset.files`).
 
     Raises:
-        CheckpointError: the checkpoint cannot be written, for example because the disk is full. Older ones stay.
+        CheckpointError: The checkpoint cannot be written, for example because the disk is full. Older ones stay.
     """
     target = path_of(run, step)
     for leftover in target.parent.glob(".step-*"):
@@ -123,7 +123,7 @@ def write_config(folder: Path, config: Config, files: Mapping[str, bytes]) -> No
     The config.yaml refers to the tokenizer.json next to it, so the folder can be moved.
 
     Raises:
-        FileError: a file cannot be written.
+        FileError: A file cannot be written.
     """
     for name, content in files.items():
         write_bytes(folder / name, content)
@@ -153,7 +153,7 @@ def verify(path: Path) -> None:
     """Compares size and SHA-256 of every file of a checkpoint with the manifest.
 
     Raises:
-        CheckpointError: a file is missing, changed or cut short.
+        CheckpointError: A file is missing, changed or cut short.
     """
     manifest = _read_json(path, MANIFEST)
     _check_format(path, manifest)
@@ -177,7 +177,7 @@ def load(path: Path) -> Checkpoint:
     """Verifies and opens the checkpoint in the folder `path`.
 
     Raises:
-        CheckpointError: it is damaged, has a newer format, or is not a checkpoint.
+        CheckpointError: It is damaged, has a newer format, or is not a checkpoint.
     """
     verify(path)
     state = _read_json(path, "state.json")
@@ -211,7 +211,7 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
         warn: Called with a message for each damaged checkpoint that is skipped; default: the logger `icenet`.
 
     Raises:
-        CheckpointError: there is no intact checkpoint.
+        CheckpointError: There is no intact checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
@@ -219,7 +219,7 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
         return load(path)
     candidates = list_checkpoints(path)[::-1]
     if not candidates:
-        raise CheckpointError(f"{path}: holds no checkpoint; give the folder of a run or of a checkpoint")
+        raise CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
     problems: list[str] = []
     for candidate in candidates:
         try:

@@ -33,11 +33,11 @@ class CheckpointWriter:
     def __init__(self, run: Path, config: Config, engine: Engine, dataset: Dataset, saved_step: int | None) -> None:
         """
         Args:
-            run: folder of the run.
-            config: written to each checkpoint.
-            engine: gives weights and optimizer state.
-            dataset: gives its fingerprint and its files.
-            saved_step: step of the checkpoint that the run was resumed from, if it is in `run`.
+            run: Folder of the run.
+            config: Written to each checkpoint.
+            engine: Source of weights and optimizer state.
+            dataset: Source of the fingerprint and files of the data.
+            saved_step: Step of the checkpoint that the run was resumed from, if it is in `run`.
         """
         self.run = run
         self.config = config
@@ -48,7 +48,7 @@ class CheckpointWriter:
         self._background = Background()
 
     def is_saved(self, step: int) -> bool:
-        """Whether the checkpoint of a step is complete or being written."""
+        """Returns whether the checkpoint of a step is complete or being written."""
         if step != self.saved_step:
             return False
         # several processes must agree, and only the first one knows the disk and the thread
@@ -56,7 +56,7 @@ class CheckpointWriter:
         return several or self._background.busy or checkpoints.path_of(self.run, step).is_dir()
 
     def start(self, step: int, loss_scale: LossScale, early_stopping: EarlyStopping) -> None:
-        """Copies the state of the run and starts to write it, after the checkpoint before is complete."""
+        """Copies the state of the run and starts to write it, after the previous checkpoint is complete."""
         self.saved_step = step
         if self.engine.process_group.rank == 0:
             self._background.wait()  # before the copy: two copies would be in memory

@@ -30,12 +30,12 @@ class EarlyStopping:
         return False
 
     def should_stop(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations in a row brought no lower loss. None disables early stopping."""
+        """Returns whether `patience` evaluations in a row brought no lower loss. None disables early stopping."""
         return patience is not None and self.num_bad_evals >= patience
 
     @property
     def reason(self) -> str:
-        """Why the run should stop, for a message."""
+        """Reason to stop the run, for a message."""
         best = (
             "none was finite" if self.step is None else f"the best is {self.validation_loss:.4f} at step {self.step}"
         )

@@ -1,4 +1,4 @@
-"""The moving average of a model's weights: the base class of both backends'."""
+"""The moving average of a model's weights: the base class of the backends' implementations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class WeightAverage(ABC):
     Running statistics of batch norms are not averaged.
 
     Attributes:
-        decay: the value of `training.ema_decay`.
-        arrays: the averages by parameter path, in the framework's layouts. They start as the current weights.
+        decay: The value of `training.ema_decay`.
+        arrays: The averages by parameter path, in the framework's layouts. They start as the current weights.
     """
 
     arrays: dict[str, Array]
@@ -34,7 +34,7 @@ class WeightAverage(ABC):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the averages are the model's weights."""
+        """Sets the model's weights to the averages during the block."""
         weights = self._saved()
         self._set_weights(self.arrays)
         try:
@@ -55,7 +55,7 @@ class WeightAverage(ABC):
         """Sets the averages."""
 
     def _saved(self) -> dict[str, Array]:
-        """The model's weights, which `_set_weights` does not overwrite."""
+        """Returns the model's weights as arrays that `_set_weights` does not overwrite."""
         return self.current()
 
     @abstractmethod

@@ -40,7 +40,7 @@ class LossScale:
         """Returns the entry `loss_scale` of a checkpoint's state.json.
 
         Raises:
-            ValueError: it is absent or invalid.
+            ValueError: It is absent or invalid.
         """
         if not isinstance(stored, Mapping):
             raise ValueError("no loss scale")
@@ -53,7 +53,7 @@ class LossScale:
         """Adjusts the scale after a step.
 
         Args:
-            finite: whether all gradients of the step were finite.
+            finite: Whether all gradients of the step were finite.
         """
         if not finite:
             self.scale, self.good_steps = max(self.scale / 2, 1.0), 0

@@ -17,13 +17,13 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     """Returns the configuration and the weights at a path.
 
     Args:
-        path: a run, a checkpoint, a folder written by `icenet.save`, a YAML file or the name of a preset. The last
+        path: A run, a checkpoint, a folder written by `icenet.save`, a YAML file or the name of a preset. The last
             two have no weights.
         overrides: `key=value` changes of the configuration.
 
     Raises:
-        CheckpointError: the path is a file of weights, or has no good checkpoint.
-        ConfigError: the configuration cannot be read.
+        CheckpointError: The path is a file of weights, or has no intact checkpoint.
+        ConfigError: The configuration cannot be read.
     """
     if path.is_file() and path.suffix in (weight_files.SUFFIX, ".pt", ".pth", ".bin"):
         raise CheckpointError(
@@ -42,7 +42,7 @@ def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
     """Returns the configuration and the averaged weights of a run or checkpoint.
 
     Raises:
-        CheckpointError: it has no averaged weights.
+        CheckpointError: It has no averaged weights.
     """
     found = find(path)
     averages = {name: array for name, array in found.optimizer.items() if name.endswith(".ema")}

@@ -38,13 +38,13 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def has_no_checkpoint(path: Path) -> bool:
-    """Whether this is the folder of a run that ended before its first checkpoint."""
+    """Returns whether this is the folder of a run that ended before its first checkpoint."""
     begun = (path / "config.yaml").is_file() and ((path / LOCK).is_file() or (path / "metrics.jsonl").is_file())
     return begun and not checkpoints.list_checkpoints(path)
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether the folder contains results of a run, or is a checkpoint or a saved model itself."""
+    """Returns whether the folder contains results of a run, or is a checkpoint or a saved model itself."""
     run = bool(checkpoints.list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
     weights = (folder / checkpoints.MANIFEST).is_file() or any(folder.glob("model*.safetensors*"))
     return run or weights or folder.resolve().parent.name == checkpoints.FOLDER
@@ -82,8 +82,8 @@ def continuation(
         backend: The backend of the continuation; None keeps that of the run.
 
     Raises:
-        UsageError: the run is complete or continued after the checkpoint, or the new folder contains a run.
-        CheckpointError: there is no intact checkpoint.
+        UsageError: The run is complete or continued after the checkpoint, or the new folder contains a run.
+        CheckpointError: There is no intact checkpoint.
     """
     if has_no_checkpoint(path):
         if run is not None and run.resolve() != path.resolve():
@@ -132,8 +132,8 @@ def locked(run: Path) -> Iterator[None]:
     """Locks the folder of a run during the block, so that one process at a time trains it.
 
     Raises:
-        CheckpointError: another process trains the run.
-        UsageError: the folder cannot be written.
+        CheckpointError: Another process trains the run.
+        UsageError: The folder cannot be written.
     """
     with contextlib.ExitStack() as lock:
         try:
@@ -149,7 +149,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process trains the run."""
+    """Returns whether a process trains the run."""
     return files.is_locked(run / LOCK)
 
 
@@ -157,7 +157,7 @@ def create(run: Path) -> None:
     """Creates the folder of a run.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: It cannot be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_stop_signal(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """Context in which the first Ctrl-C or SIGTERM calls `request_stop` with the name of the signal.
+    """Calls `request_stop` with the name of the signal at the first Ctrl-C or SIGTERM during the block.
 
     A second one has its usual effect, which ends the process. Outside of the main thread, where Python allows no
     signal handlers, this does nothing.

@@ -1,4 +1,4 @@
-"""The training loop. It works through an `Engine` and knows no framework.
+"""The training loop. It calls an `Engine` and imports no framework.
 
     trainer = Trainer.start(config, Path("runs/first"))        # or Trainer.resume(Path("runs/first"), ...)
     result = trainer.fit()
@@ -48,13 +48,13 @@ class Result:
     loss: float
     """Training loss of the last step with a finite one, in nats."""
     validation_loss: float | None
-    """Of the last evaluation, in nats; None if there was none."""
+    """Validation loss of the last evaluation, in nats; None if there was none."""
     checkpoint: Path
     """The newest checkpoint."""
     plot: Path | None
     """The picture of the metrics; None without matplotlib."""
     validation_accuracy: float | None = None
-    """Of the last evaluation of a classifier, from 0 to 1."""
+    """Accuracy of a classifier in the last evaluation, from 0 to 1."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     """The best evaluation."""
     stopped_early: bool = False
@@ -62,12 +62,12 @@ class Result:
 
 
 class PendingStep(NamedTuple):
-    """A training step that the engine was given and whose result was not read."""
+    """A training step that was submitted to the engine, and whose result has not been read."""
 
     step: int
     learning_rate: float
     handle: Any
-    """From `Engine.train_step`, for `Engine.read`."""
+    """Result of `Engine.train_step`, for `Engine.read`."""
 
 
 MAX_SKIPPED_STEPS = 10
@@ -117,13 +117,13 @@ class Trainer:
         """Returns the trainer of a new run.
 
         Args:
-            config: the configuration.
-            run: folder of the run; it must not contain another one.
-            backend, device: take the place of those of the configuration.
-            quiet: show no progress.
+            config: The configuration.
+            run: Folder of the run; it must not contain another one.
+            backend, device: Override those of the configuration.
+            quiet: Show no progress.
 
         Raises:
-            UsageError: the folder contains a run, a checkpoint or a saved model.
+            UsageError: The folder contains a run, a checkpoint or a saved model.
         """
         config = config.checked()
         if run_folder.is_run_folder(run):
@@ -152,19 +152,19 @@ class Trainer:
         dtype: str = "float32",
         quiet: bool = False,
     ) -> Trainer:
-        """Returns a trainer that continues a run from its newest good checkpoint, or from a given checkpoint.
+        """Returns a trainer that continues a run from its newest intact checkpoint, or from a given checkpoint.
 
         Args:
-            path: folder of the run, or a checkpoint.
-            run: folder of the continuation, if it is to be another one; the original run stays as it is.
+            path: Folder of the run, or a checkpoint.
+            run: Another folder for the continuation; the original run is unchanged.
             overrides: `key=value` changes of the configuration.
-            backend, device: take the place of those of the run.
-            dtype: of parameters and computation; float64 is for PyTorch on the CPU only.
-            quiet: show no progress.
+            backend, device: Override those of the run.
+            dtype: Dtype of parameters and computation; float64 is for PyTorch on the CPU only.
+            quiet: Show no progress.
 
         Raises:
-            UsageError: see `run_folder.continuation`.
-            CheckpointError: there is no good checkpoint.
+            UsageError: See `run_folder.continuation`.
+            CheckpointError: There is no intact checkpoint.
         """
         plan = run_folder.continuation(path, run, overrides, backend)
         config, found = plan.config, plan.found
@@ -203,7 +203,7 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM. The state was saved.
-            IceNetError: the loss is not finite, or a checkpoint could not be written.
+            IceNetError: The loss is not finite, or a checkpoint could not be written.
         """
         training = self.config.training
         last_step = min(training.max_steps, until or training.max_steps)
@@ -382,7 +382,7 @@ class Trainer:
         """Brings the locked folder to the state from which training continues.
 
         Raises:
-            CheckpointError: another process trained the run after this trainer was created.
+            CheckpointError: Another process trained the run after this trainer was created.
         """
         if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._known_checkpoints:
             raise CheckpointError(f"{self.run}: another process continued this run meanwhile; resume it again")
@@ -395,7 +395,7 @@ class Trainer:
             self.notes += run_folder.prepare(self.run, self.config, self.dataset.files, self.step, best)
 
     def _check_agreement(self) -> None:
-        """Waits until all processes have read what they begin with, before the first one writes."""
+        """Checks that all processes have the same step, config and data, before the first one writes."""
         if self.process_group.size > 1:
             found = {"step": str(self.step), "config": self.config.to_yaml(), "data": str(self.dataset.fingerprint)}
             processes.check_same(self.process_group, found)

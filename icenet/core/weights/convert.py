@@ -45,7 +45,7 @@ class Summary:
         tensors: Number of arrays.
         values: Number of values of all arrays, buffers included.
         bytes: Size of all arrays.
-        dtypes: safetensors dtype -> number of arrays.
+        dtypes: Dtype of safetensors -> number of arrays.
         metadata: Metadata of the file.
     """
 
@@ -88,7 +88,7 @@ def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = No
         metadata: Its metadata; None reads them.
 
     Raises:
-        UsageError: neither the extension nor the metadata determine the form.
+        UsageError: Neither the extension nor the metadata determine the form.
     """
     path = Path(path)
     if path.suffix in PICKLED and not path.is_dir():
@@ -138,10 +138,10 @@ def convert(
         progress: Called with (bytes done, bytes in total) after each array.
 
     Raises:
-        UsageError: the request is not valid.
-        WeightsError: the weights are damaged or do not fit.
-        FileError: the destination cannot be written.
-        BackendError: the request needs PyTorch, which is not installed.
+        UsageError: The request is not valid.
+        WeightsError: The weights are damaged or do not fit.
+        FileError: The destination cannot be written.
+        BackendError: The request needs PyTorch, which is not installed.
     """
     source, destination = Path(source), Path(destination)
     _check_form(to)
@@ -232,7 +232,7 @@ def destination_file(path: Path, to: str) -> Path:
     """Returns the file that `convert` writes: `path`, or model.safetensors in the folder `path`.
 
     Raises:
-        UsageError: the form `to` cannot have this extension.
+        UsageError: The form `to` cannot have this extension.
     """
     if path.is_dir() or path.suffix == "" or str(path).endswith(os.sep):
         return path / weights.DEFAULT_NAME
@@ -252,7 +252,7 @@ def refuse_existing(source: Path, destination: Path, overwrite: bool) -> None:
     """Checks that the file `destination` may be written.
 
     Raises:
-        UsageError: it is the source, or it exists and `overwrite` is False.
+        UsageError: It is the source, or it exists and `overwrite` is False.
     """
     read_from = source
     if source.name.endswith(weights.INDEX_SUFFIX):

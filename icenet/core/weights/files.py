@@ -89,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     Checks all headers; the data are read when an array is looked up.
 
     Raises:
-        WeightsError: a file is missing, cut short, inconsistent or not safetensors.
+        WeightsError: A file is missing, cut short, inconsistent or not safetensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,7 +104,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if index.is_file():
         return _read_index(path, index)
     if path.is_dir():
-        raise WeightsError(f"{path}: holds neither {file.name} nor its index; give the folder of a checkpoint")
+        raise WeightsError(f"{path}: contains neither {file.name} nor its index; give the folder of a checkpoint")
     raise WeightsError(f"{path}: no such file; check the path")
 
 
@@ -135,11 +135,13 @@ def _read_index(path: Path, index: Path) -> Weights:
     weights = Weights(path, [index.parent / file for file in files])
     for name, file in listed.items():
         if name not in weights.entries or weights.entries[name].file.name != file:
-            raise WeightsError(f"{index}: lists {name!r} in {file}, which does not hold it; save the weights again")
+            raise WeightsError(
+                f"{index}: lists {name!r} in {file}, which does not contain it; save the weights again"
+            )
     unlisted = [name for name in weights if name not in listed]
     if unlisted:
         raise WeightsError(
-            f"{index}: does not list {_first_three(unlisted)}, which its shards hold; save the weights again"
+            f"{index}: does not list {_first_three(unlisted)}, which its shards contain; save the weights again"
         )
     return weights
 
@@ -181,8 +183,8 @@ def write(
         progress: Called after each array.
 
     Raises:
-        WeightsError: a name or a dtype cannot be stored.
-        FileError: a file cannot be written, for example because the disk is full.
+        WeightsError: A name or a dtype cannot be stored.
+        FileError: A file cannot be written, for example because the disk is full.
     """
     path = target(path)
     for name in weights:
@@ -232,7 +234,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in shards of at most `limit` bytes; a larger array is a shard of its own."""
+    """Returns the names of each shard, of at most `limit` bytes; a larger array is alone in its shard."""
     if limit is not None and limit <= 0:
         raise WeightsError(f"max_shard_bytes is {limit}; give a positive number, or None for one file")
     shards: list[list[str]] = [[]]
@@ -274,10 +276,10 @@ def check(
     Args:
         expected: Name -> shape that the model has.
         found: Name -> shape of the weights.
-        source: What the message begins with, such as a path.
+        source: Beginning of the message, such as a path.
 
     Raises:
-        WeightsError: they differ. The message names the first three parameters of each kind of difference, with the
+        WeightsError: They differ. The message names the first three parameters of each kind of difference, with the
             nearest expected name for an unexpected one, and counts the others.
     """
     missing = [name for name in expected if name not in found]

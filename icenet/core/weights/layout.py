@@ -88,7 +88,7 @@ def parameter_kind(kinds: Mapping[str, str], path: str) -> str:
         path: Path of the parameter.
 
     Raises:
-        WeightsError: the model has no module that owns `path`; the message names the most similar one.
+        WeightsError: The model has no module that owns `path`; the message names the most similar one.
     """
     module, _ = split(path)
     if module not in kinds:
@@ -118,7 +118,7 @@ def rule(kind: str, name: str) -> Rule:
 
 
 def is_left_out(kinds: Mapping[str, str], path: str) -> bool:
-    """Whether `path` is a buffer that canonical weights do not contain: `num_batches_tracked` of a batch norm."""
+    """Returns whether canonical weights leave out the buffer `path`: `num_batches_tracked` of a batch norm."""
     module, name = split(path)
     return name in LEFT_OUT.get(kinds.get(module, ""), ())
 
@@ -146,7 +146,7 @@ def to_mlx(kind: str, name: str, array: Array) -> Array:
     The bits of the values stay. The result is C-contiguous, and is `array` itself if the layouts are equal.
 
     Raises:
-        WeightsError: the kind or the name is unknown, or the array has another number of axes.
+        WeightsError: The kind or the name is unknown, or the array has another number of axes.
     """
     return _contiguous(_permuted(array, rule(kind, name).to_mlx, kind, name))
 
@@ -199,5 +199,5 @@ def tree_to_mlx(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[
 
 
 def tree_to_torch(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
-    """The inverse of `tree_to_mlx`."""
+    """Converts all of `weights` from MLX's layouts to PyTorch's; the inverse of `tree_to_mlx`."""
     return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_torch").items()}

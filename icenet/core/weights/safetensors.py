@@ -1,6 +1,6 @@
 """One safetensors file: reads its table of arrays, maps its data, writes it.
 
-The safetensors package parses and validates headers. Two parts are our own:
+The safetensors package parses and validates headers. Two parts are implemented here:
 
 - Arrays are views of a memory map. The package copies each array that it reads.
 - The writer. The package writes metadata in random order, so the same weights would give different bytes, and
@@ -54,7 +54,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     """Returns the safetensors name of a dtype, such as "F32" or "BF16".
 
     Raises:
-        WeightsError: safetensors has no such dtype.
+        WeightsError: The safetensors format has no such dtype.
     """
     little_endian = dtype.newbyteorder("<")
     for name, known in DTYPES.items():
@@ -78,7 +78,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
     """Returns the metadata, the entries and a read-only memory map of a file. No array is read.
 
     Raises:
-        WeightsError: the file cannot be read, or its header does not describe the whole file.
+        WeightsError: The file cannot be read, or its header does not describe the whole file.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; check the path, or copy the missing file next to the others")
@@ -109,7 +109,7 @@ def _header_bytes(file: BinaryIO) -> int:
 
 
 def _entries(path: Path, header: Any, start: int) -> dict[str, Entry]:
-    """The entries of an open file whose data begin at byte `start`.
+    """Returns the entries of an open file whose data begin at byte `start`.
 
     The package has checked that the arrays fill the rest of the file without gaps or overlaps, so offsets are sums of
     sizes.

@@ -40,7 +40,7 @@ def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         family: "lstm", "gru" or "rnn".
 
     Raises:
-        WeightsError: a name does not belong to such a module, or a weight is missing or has another shape.
+        WeightsError: A name does not belong to such a module, or a weight is missing or has another shape.
     """
     gates = _gates(family)
     layers: dict[tuple[int, str], dict[str, Array]] = {}
@@ -85,7 +85,7 @@ def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         family: "lstm", "gru" or "rnn".
 
     Raises:
-        WeightsError: a name below `layers.` does not belong to a recurrent layer.
+        WeightsError: A name below `layers.` does not belong to a recurrent layer.
     """
     gates = _gates(family)
     result: dict[str, Array] = {}

@@ -72,7 +72,7 @@ class ImageDataset:
         """Opens the images of the section `data` of a config.
 
         Raises:
-            DataError: the images are missing, damaged, or too few.
+            DataError: The images are missing, damaged, or too few.
         """
         return cls(find_images(settings.source, settings.image_size, settings.channels), settings, seed)
 
@@ -92,7 +92,7 @@ class ImageDataset:
         """Returns the number of full batches in an epoch. The remaining images are dropped.
 
         Raises:
-            DataError: there are fewer images than `batch_size`.
+            DataError: There are fewer images than `batch_size`.
         """
         steps = len(self.train) // batch_size
         if steps == 0:
@@ -166,7 +166,7 @@ def split(source: ImageSource, fraction: float, seed: int) -> tuple[NDArray[np.i
         seed: Seed of the run.
 
     Raises:
-        DataError: one of the two sets would have no image of a class.
+        DataError: One of the two sets would have no image of a class.
     """
     everything = np.arange(len(source.labels))
     if source.held_out:

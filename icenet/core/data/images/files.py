@@ -105,7 +105,7 @@ def find_images(source: str, size: int | None = None, channels: int | None = Non
         channels: 1 or 3; None keeps the images' own, and 3 for class folders.
 
     Raises:
-        DataError: the source does not exist, is not supported, or a file is damaged.
+        DataError: The source does not exist, is not supported, or a file is damaged.
     """
     if source == "digits":
         return _digits(size, channels)
@@ -131,7 +131,9 @@ def _not_a_folder(path: Path) -> DataError:
     if path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip")):
         return DataError(f"data.source {str(path)!r} is an archive; unpack it and name the folder")
     if path.suffix in (".pkl", ".pickle"):
-        return DataError(f"data.source {str(path)!r} is a pickle. Pickles can run code and are not opened")
+        return DataError(
+            f"data.source {str(path)!r} is a pickle. Pickles can run code and are not opened; name a folder of images"
+        )
     return DataError(f"data.source {str(path)!r} is a file; name the folder that holds it")
 
 
@@ -159,7 +161,7 @@ def read_image(path: Path, size: int | None, channels: int) -> Pixels:
         channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        DataError: the file is not an image, is damaged or too large, or has more than 8 bits per channel.
+        DataError: The file is not an image, is damaged or too large, or has more than 8 bits per channel.
     """
     pillow()  # the error if it is not installed
     from PIL import ImageOps
@@ -334,7 +336,7 @@ def _mnist(folder: Path, names: list[str], size: int | None, channels: int | Non
         pair = read_idx(folder / found[0], 3), read_idx(labels, 1)
         if len(pair[0]) != len(pair[1]):
             counts = f"{len(pair[0])} images, but {labels.name} has {len(pair[1])} labels"
-            raise DataError(f"{folder / found[0]}: {counts}")
+            raise DataError(f"{folder / found[0]}: {counts}; download both again")
         return pair
 
     train, test = read_set("train"), read_set("t10k", "test")
@@ -361,7 +363,7 @@ def read_idx(path: Path, axes: int) -> Pixels:
         axes: Number of axes of its array.
 
     Raises:
-        DataError: the file has another type or number of axes, or its length differs from its header.
+        DataError: The file has another type or number of axes, or its length differs from its header.
     """
     try:
         zipped = path.open("rb").read(2) == b"\x1f\x8b"

@@ -1,8 +1,8 @@
-"""The folder in which the tokens of sources are kept, so that they are made once.
+"""The cache of token files: each source is encoded once.
 
     NAME-STATE.tokens   the tokens of a source (`token_file`)
     NAME.partial/       unfinished work (`prepare`)
-    NAME.lock           held by the process that makes them; others wait
+    NAME.lock           held by the process that encodes the source; others wait
 
 NAME is a hash of the source and the tokenizer, STATE a hash of the source's files (names, sizes, times): a changed
 source gets a new token file.
@@ -27,7 +27,7 @@ from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.tokenizers.huggingface import limit_threads
 
 _MAX_AGE_SECONDS = {"*.tmp": 3600, "*.partial": 7 * 86400}
-"""Age at which unfinished files are taken to be abandoned."""
+"""Age at which unfinished files count as abandoned."""
 
 
 def default_folder() -> Path:
@@ -45,7 +45,7 @@ def load_tokens(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> TokenFile:
-    """Returns the tokens of a source, and makes them first if the cache does not have them.
+    """Returns the tokens of a source. Encodes it first if its tokens are not in the cache.
 
     Args:
         source: The documents.
@@ -53,7 +53,7 @@ def load_tokens(
         folder: The cache (default: `default_folder()`).
         text_key: Key of the text in JSON lines.
         workers: Number of threads that encode (default: one per processor). The tokens do not depend on it.
-        progress: Is called with the bytes that are done and the bytes in total.
+        progress: Called with the bytes done and the bytes in total.
 
     Raises:
         DataError: The source has no text, a file cannot be read, or the cache cannot be written.
@@ -69,7 +69,7 @@ def load_tokens(
             return file
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder / f"{name}.lock"), limit_threads(workers):
-            if open_file(path, tokenizer) is None:  # another process may have made it meanwhile
+            if open_file(path, tokenizer) is None:  # another process may have written it meanwhile
                 make_token_file(path, source, tokenizer, text_key, partial, progress)
                 _clean(path)
             if (file := open_file(path, tokenizer)) is not None:

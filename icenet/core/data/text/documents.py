@@ -1,4 +1,4 @@
-"""Unpacked text (`data.packing: false`): each document begins a row of its own, which is padded and masked."""
+"""Unpacked text (`data.packing: false`): each document begins a new row, which is padded and masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icenet.core.tokenizers.base import Tokenizer
 IGNORED = -100
 """The label of padding, which the loss ignores."""
 _MULTIPLE = 16
-"""Rows are padded to a multiple of it, so that there are few shapes to compile."""
+"""Rows are padded to a multiple of this number of tokens, which limits the number of shapes to compile."""
 
 
 class Rows:
@@ -80,7 +80,7 @@ class Rows:
         for row, (first, count) in enumerate(zip(firsts.tolist(), counts.tolist(), strict=True)):
             skip = int(first == 0)  # the end of text before the first document is not in the file: it is padding
             inputs[row, skip:count] = self._tokens[first - 1 + skip : first - 1 + count]
-            # neither is the one after the last document
+            # the end of text after the last document is not in the file either
             known = min(count, len(self._tokens) - first)
             labels[row, :known] = self._tokens[first : first + known]
             labels[row, known:count] = self._eot_id
@@ -88,9 +88,9 @@ class Rows:
 
 
 class DocumentDataset(TextDataset):
-    """The documents of a text, each in rows of its own (`Rows`).
+    """The documents of a text, each in its own rows (`Rows`).
 
-    The training and validation parts are those of `TextDataset`. An epoch has each training row once,
+    The training and validation parts are those of `TextDataset`. An epoch contains each training row once,
     in an order drawn from (seed, epoch) alone.
     """
 

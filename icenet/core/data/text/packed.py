@@ -1,4 +1,4 @@
-"""Packed text: batches of fixed-length windows of a token file, whatever documents they cross."""
+"""Packed text: batches of fixed-length windows of a token file. A window can contain parts of several documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the token file of a source, so that an interrupted run can resume.
+"""Creates the token file of a source. An interrupted run can be resumed.
 
 The documents are encoded in order and their tokens appended to a partial file. A journal, replaced atomically every
 few seconds, records how far the file is valid: after a kill the file is truncated to it and the work continues, with
@@ -33,9 +33,9 @@ from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import Tokenizer
 
 BATCH_BYTES = 1 << 20
-"""Text that is encoded in one call of the tokenizer, about."""
+"""Approximate size of the text that one call of the tokenizer encodes."""
 SAVE_SECONDS = 2.0
-"""Time between two updates of the journal: the work that a kill can lose."""
+"""Time between two updates of the journal; a kill loses at most this much work."""
 
 Progress = Callable[[int, int], None]
 """Receives the bytes of the source that are done and its size in bytes."""
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Position:
-    """How far the partial file is valid.
+    """The valid part of the partial file, and where reading continues.
 
     Attributes:
         document: Index of the current document; the ones before it are complete.
@@ -76,7 +76,7 @@ def make_token_file(
         tokenizer: Encodes their text.
         text_key: Key of the text in JSON lines.
         folder: Keeps unfinished work for the next call; removed at the end.
-        progress: Is called after each batch.
+        progress: Called after each batch.
 
     Raises:
         DataError: The source has no text, or a document cannot be read.
@@ -129,7 +129,7 @@ def _encode(partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_k
                     if batch_bytes >= BATCH_BYTES:
                         encode_batch(done + reader.bytes_read)
         except DataError as error:
-            encode_batch(done)  # what was read before it
+            encode_batch(done)  # the chunks that were read before the error
             left_out = isinstance(error, NotTextError) and not source.sole
             partial.discard_document(left_out)
             if not left_out:
@@ -143,8 +143,8 @@ class PartialTokens:
     """The tokens of a source in the order of its documents, with a journal. Use it as a context manager.
 
     Three files in a folder: `tokens`; `blocks`, the offset of each block's first token (uint64); `journal.json`, the
-    `Position` up to which both are valid and a hash of the documents up to there. Work on documents that have not
-    changed is reused although later ones have.
+    `Position` up to which both are valid and a hash of the documents up to there. Work on unchanged
+    documents is reused even if later ones have changed.
 
     Attributes:
         position: Where the next chunk is appended.

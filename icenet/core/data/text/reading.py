@@ -136,7 +136,7 @@ class Reader:
             for index, part in enumerate(parts):
                 yield Chunk(part.decode("utf-8"), index > 0, block, end if index == len(parts) - 1 else None)
             start = end
-        while next_edge < start:  # blocks without a line of their own
+        while next_edge < start:  # blocks that contain no line
             block, next_edge = block + 1, next(edges)
         return block
 

@@ -63,9 +63,9 @@ class Source:
 
     Attributes:
         description: Its name in messages.
-        identity: Its absolute path: the same however `data.source` is written.
+        identity: Its absolute path, which does not depend on how `data.source` is written.
         documents: Its files, sorted by name.
-        sole: Whether the source is a single file, which must be text. Others leave out files that are not.
+        sole: Whether the source is a single file, which must be text. Other sources skip files that are not text.
     """
 
     description: str

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from icenet.core.tokenizers.base import Tokenizer
 
 VERSION = 3
-"""Version of the format and of everything that decides the tokens: the order of documents, where chunks end."""
+"""Version of the format and of everything that determines the tokens: the order of documents, where chunks end."""
 HEADER_BYTES = 4096
 PIECE_TOKENS = 1 << 20
 """Tokens that are held in memory at a time."""
