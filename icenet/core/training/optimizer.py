@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from icenet.core.config import TrainingConfig
-from icenet.core.training.parameter_groups import Group, assign, check_slots
+from icenet.core.errors import CheckpointError
+from icenet.core.training.parameter_groups import Group, Shape, assign
 
 Array = Any
 """An array of the backend: `mlx.core.array` or `torch.Tensor`."""
@@ -22,7 +23,7 @@ class OptimizerGroup(NamedTuple):
     """The parameters that one optimizer of the framework updates."""
 
     optimizer: Any
-    """It has `prepare(step, learning_rate)` and `slots`: canonical slot names by the framework's."""
+    """The framework's optimizer, with `prepare(step, learning_rate)` and `slots`: canonical slot names by its own."""
     lr_scale: float
     """Learning rate relative to the schedule's."""
     state: dict[str, dict[str, Array]]
@@ -33,12 +34,12 @@ class Optimizer(ABC):
     """The optimizers of all parameter groups as one. Its state is zero at first.
 
     Args:
-        training: the section of the configuration.
-        model: a `BaseModel`, or the `Shards` of one with PyTorch.
-        parameters: the parameters to update, by path.
+        training: The section of the configuration.
+        model: A `BaseModel`, or the `Shards` of one with PyTorch.
+        parameters: The parameters to update, by path.
 
     Raises:
-        ConfigError: a pattern of `training.parameter_groups` matches no parameter.
+        ConfigError: A pattern of `training.parameter_groups` matches no parameter.
     """
 
     def __init__(self, training: TrainingConfig, model: Any, parameters: Mapping[str, Array]) -> None:
@@ -71,7 +72,7 @@ class Optimizer(ABC):
         """Sets the state from arrays by canonical name.
 
         Raises:
-            CheckpointError: they are the state of another optimizer or model; nothing is changed then.
+            CheckpointError: They are the state of another optimizer or model; nothing is changed then.
         """
         own = {name: tuple(self._to_canonical(path, state[slot]).shape) for name, path, state, slot in self._slots()}
         check_slots(own, {name: tuple(array.shape) for name, array in arrays.items()}, self.name)
@@ -79,7 +80,7 @@ class Optimizer(ABC):
             self._set_slot(path, state, slot, arrays[name])
 
     def _slots(self) -> Iterator[tuple[str, str, dict[str, Array], str]]:
-        """Canonical name, parameter path, the parameter's state, and the framework's name of each slot."""
+        """Yields canonical name, parameter path, the parameter's state, and the framework's name of each slot."""
         for group in self.groups:
             for path, state in group.state.items():
                 for slot in state:
@@ -89,7 +90,7 @@ class Optimizer(ABC):
     # ---- implemented by each backend ---------------------------------------------------------------------
 
     def _variant(self, path: str, group: Group) -> Hashable:
-        """What separates the parameters of one group that need different optimizers. By default nothing does."""
+        """Returns a key by which the parameters of one group are divided among several optimizers; default: one."""
         return None
 
     @abstractmethod
@@ -111,6 +112,54 @@ class Optimizer(ABC):
         """Sets one array of the state from canonical values, without replacing the dictionary that holds it."""
 
 
+def check_slots(wanted: Mapping[str, Shape], found: Mapping[str, Shape], optimizer: str) -> None:
+    """Checks that the optimizer state of a checkpoint fits the optimizer.
+
+    Args:
+        wanted: Shapes of the optimizer's state, by `PATH.SLOT`.
+        found: Shapes in the checkpoint.
+        optimizer: Value of `training.optimizer`.
+
+    Raises:
+        CheckpointError: It is the state of another optimizer or of another model.
+    """
+    missing = next((name for name in wanted if name not in found), None)
+    extra = next((name for name in found if name not in wanted), None)
+    if missing is None and extra is None:
+        for name, shape in wanted.items():
+            if tuple(found[name]) != tuple(shape):
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state {name!r} has shape {list(found[name])}, not {list(shape)}; "
+                    "resume with the model and training.parameter_groups of the run's config.yaml"
+                )
+        return
+    if missing is not None:
+        difference = f"has no {missing!r}, which {optimizer} needs"
+    else:
+        difference = f"has {extra!r}, which {optimizer} does not have"
+    slots = {name.rpartition(".")[2] for name in found}
+    writers, settings = next(((names, setting) for names, setting, sets in _SLOTS if slots in sets), ((), ""))
+    if not writers or optimizer in writers:
+        remedy = "resume with the model and the training section of the run's config.yaml"
+    else:
+        remedy = f"it was written by {' or '.join(writers)}: resume with {settings}"
+    raise CheckpointError(
+        f"the checkpoint's optimizer state {difference}; {remedy}, or start a new run to change the optimizer"
+    )
+
+
+_ADAM, _FACTORED = {"exp_avg", "exp_avg_sq"}, {"row_var", "col_var"}
+_SLOTS: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
+    (("adamw", "adam"), "--set training.optimizer=adamw", [_ADAM]),
+    (("sgd",), "--set training.optimizer=sgd", [{"momentum_buffer"}]),
+    (("sgd without momentum",), "--set training.optimizer=sgd --set training.momentum=0", [set()]),
+    (("adafactor",), "--set training.optimizer=adafactor", [{*_FACTORED, "variance"}, _FACTORED, {"variance"}]),
+    (("lion",), "--set training.optimizer=lion", [{"exp_avg"}]),
+    (("muon",), "--set training.optimizer=muon", [{*_ADAM, "momentum_buffer"}, {"momentum_buffer"}]),
+]
+"""Names of optimizers, the option that selects them, and the sets of slots that their state can have."""
+
+
 def orthogonalize(matrix: Array, norm: Callable[[Array], Array], steps: int = 5) -> Array:
     """Returns a matrix `[rows, columns]` with all singular values moved close to 1, in its own dtype.
 
@@ -118,9 +167,9 @@ def orthogonalize(matrix: Array, norm: Callable[[Array], Array], steps: int = 5)
     in neural networks", 2024.
 
     Args:
-        matrix: the matrix.
-        norm: the framework's Frobenius norm of a matrix.
-        steps: the number of iterations.
+        matrix: The matrix.
+        norm: The framework's Frobenius norm of a matrix.
+        steps: The number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrix.shape[0] > matrix.shape[1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from icenet.core.config.training import ParameterGroup, TrainingConfig
-from icenet.core.errors import CheckpointError, ConfigError
+from icenet.core.errors import ConfigError
 from icenet.core.weights import layout
 
 Shape = tuple[int, ...]
@@ -38,14 +38,14 @@ def assign(
     """Returns the group of each parameter, by path, in the order of `shapes`.
 
     Args:
-        training: the section of the configuration.
-        shapes: canonical shapes of the trainable parameters, by path.
-        kinds: the kind of each layer, by module path (see `icenet.core.weights.layout`).
-        outputs: number of output features of the model (classes or vocabulary). A linear layer of this width outside
+        training: The section of the configuration.
+        shapes: Canonical shapes of the trainable parameters, by path.
+        kinds: The kind of each layer, by module path (see `icenet.core.weights.layout`).
+        outputs: Number of output features of the model (classes or vocabulary). A linear layer of this width outside
             of numbered stacks of layers is taken to be the output layer, which Muon does not update.
 
     Raises:
-        ConfigError: a pattern of `training.parameter_groups` matches no trainable parameter.
+        ConfigError: A pattern of `training.parameter_groups` matches no trainable parameter.
     """
     for index, group in enumerate(training.parameter_groups):
         for pattern in group.parameters:
@@ -114,54 +114,6 @@ def muon_factor(shape: Sequence[int]) -> float:
     Liu et al., "Muon is scalable for LLM training", 2025, equation 4; `match_rms_adamw` in PyTorch.
     """
     return 0.2 * float(max(shape)) ** 0.5
-
-
-def check_slots(wanted: Mapping[str, Shape], found: Mapping[str, Shape], optimizer: str) -> None:
-    """Checks that the optimizer state of a checkpoint fits the optimizer.
-
-    Args:
-        wanted: shapes of the optimizer's state, by `PATH.SLOT`.
-        found: shapes in the checkpoint.
-        optimizer: value of `training.optimizer`.
-
-    Raises:
-        CheckpointError: it is the state of another optimizer or of another model.
-    """
-    missing = next((name for name in wanted if name not in found), None)
-    extra = next((name for name in found if name not in wanted), None)
-    if missing is None and extra is None:
-        for name, shape in wanted.items():
-            if tuple(found[name]) != tuple(shape):
-                raise CheckpointError(
-                    f"the checkpoint's optimizer state {name!r} has shape {list(found[name])}, not {list(shape)}; "
-                    "resume with the model and training.parameter_groups of the run's config.yaml"
-                )
-        return
-    if missing is not None:
-        difference = f"has no {missing!r}, which {optimizer} needs"
-    else:
-        difference = f"has {extra!r}, which {optimizer} does not have"
-    slots = {name.rpartition(".")[2] for name in found}
-    writers, settings = next(((names, setting) for names, setting, sets in _SLOTS if slots in sets), ((), ""))
-    if not writers or optimizer in writers:
-        remedy = "resume with the model and the training section of the run's config.yaml"
-    else:
-        remedy = f"it was written by {' or '.join(writers)}: resume with {settings}"
-    raise CheckpointError(
-        f"the checkpoint's optimizer state {difference}; {remedy}, or start a new run to change the optimizer"
-    )
-
-
-_ADAM, _FACTORED = {"exp_avg", "exp_avg_sq"}, {"row_var", "col_var"}
-_SLOTS: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
-    (("adamw", "adam"), "--set training.optimizer=adamw", [_ADAM]),
-    (("sgd",), "--set training.optimizer=sgd", [{"momentum_buffer"}]),
-    (("sgd without momentum",), "--set training.optimizer=sgd --set training.momentum=0", [set()]),
-    (("adafactor",), "--set training.optimizer=adafactor", [{*_FACTORED, "variance"}, _FACTORED, {"variance"}]),
-    (("lion",), "--set training.optimizer=lion", [{"exp_avg"}]),
-    (("muon",), "--set training.optimizer=muon", [{*_ADAM, "momentum_buffer"}, {"momentum_buffer"}]),
-]
-"""Names of optimizers, the option that selects them, and the sets of slots that their state can have."""
 
 
 def _matches(group: ParameterGroup, path: str) -> bool:
