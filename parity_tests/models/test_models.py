@@ -79,17 +79,21 @@ generated = model.generate(
 """
 
 
-def test_the_guides_snippets_as_printed(shared_initial_values: None) -> None:
-    """On `icenet` and, with the package name replaced, on `icenet_torch`; the generated tokens are equal."""
+@pytest.mark.parametrize("size", [64, pytest.param(512, marks=pytest.mark.slow)])
+def test_the_guides_snippets(shared_initial_values: None, size: int) -> None:
+    """On `icenet` and, with the package name replaced, on `icenet_torch`; the generated tokens are equal.
+
+    Size 512 is the printed one.
+    """
     prompt = np.array([[11, 2025, 7, 49999], [0, 1, 2, 3]])
     generated = {}
     for backend, package in PACKAGES.items():
         scope: dict[str, Any] = {"input_ids": native(backend, prompt)}
-        exec(GUIDE.replace("icenet.", f"{package}."), scope)
+        exec(GUIDE.replace("icenet.", f"{package}.").replace("512", f"{size}"), scope)
         output = scope["output"]
         assert type(output) is (mx.array if backend == "mlx" else torch.Tensor)
         assert tuple(output.shape) == (2, 4, 50000) and np.isfinite(plain(output)).all()
-        assert scope["model"].num_params == 70_115_328
+        assert scope["model"].num_params == expected_parameters(scope["config"])
         generated[backend] = plain(scope["generated"])
         assert generated[backend].shape == (2, 100)
         assert np.array_equal(generated[backend][:, :4], prompt)

@@ -582,15 +582,19 @@ generated = model.generate(
 """
 
 
-def test_the_guides_snippets_as_printed(shared_initial_values: None) -> None:
-    """On `icenet` and, with the package name replaced, on `icenet_torch`; the generated tokens are equal."""
+@pytest.mark.parametrize("size", [64, pytest.param(512, marks=pytest.mark.slow)])
+def test_the_guides_snippets(shared_initial_values: None, size: int) -> None:
+    """On `icenet` and, with the package name replaced, on `icenet_torch`; the generated tokens are equal.
+
+    Size 512 is the printed one.
+    """
     prompt = np.array([[11, 2025, 7, 49999], [0, 1, 2, 3]])
     generated = {}
     for backend, package in PACKAGES.items():
         scope: dict[str, Any] = {"input_ids": native(backend, prompt), "hidden": None}
-        exec(GUIDE.replace("icenet.", f"{package}."), scope)
+        exec(GUIDE.replace("icenet.", f"{package}.").replace("512", f"{size}"), scope)
         assert tuple(scope["logits"].shape) == (2, 4, 50000) and np.isfinite(plain(scope["logits"])).all()
-        assert [part.shape for part in parts(scope["hidden"])] == [(4, 2, 512)] * 2
+        assert [part.shape for part in parts(scope["hidden"])] == [(4, 2, size)] * 2
         again, _ = scope["model"](scope["input_ids"], scope["hidden"], return_hidden=True)
         assert np.abs(plain(again) - plain(scope["logits"])).max() > 1e-4
         generated[backend] = plain(scope["generated"])
