@@ -18,7 +18,7 @@ def convert_model(
     """Converts weights with the layer kinds and shapes of their config. Returns a summary in text.
 
     Args:
-        source: A file or folder of weights, or a run, which stands for its newest intact checkpoint.
+        source: A file or folder of weights, or a run (its newest intact checkpoint).
         destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
         to: "canonical", "mlx" or "torch".
         source_form: The form of the source; None detects it.

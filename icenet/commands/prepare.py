@@ -23,7 +23,7 @@ MIN_VOCAB_SIZE = 257
 
 
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
-    """Makes the token file of a configuration and returns a summary.
+    """Creates the token file of a configuration and returns a summary.
 
     Does nothing if the cache has the file. Continues an interrupted call.
 

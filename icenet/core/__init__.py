@@ -1,1 +1,1 @@
-"""What both backends share. Nothing here imports a framework."""
+"""Code that both backends share. No module here imports a framework."""

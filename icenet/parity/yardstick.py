@@ -2,7 +2,7 @@
 
 A model runs three times on the same weights, inputs and dropout masks. Each tensor x then has three values:
 
-    reference   r = x by PyTorch in float64 on the CPU; stands for exact arithmetic
+    reference   r = x by PyTorch in float64 on the CPU, in place of exact arithmetic
     noise       n = x by PyTorch in the dtype under test, minus r
     error       e = x by MLX in the dtype under test, minus r
 
@@ -27,8 +27,8 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other
     gradients of the layer sum terms of the same size. A gradient counts as zero if rms(r) is at most 2^-40 of that
     RMS: rounding errors of float64 are below this limit, gradients that affect training above it.
-4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is close to zero
-    by chance once in a while.
+4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is sometimes
+    close to zero by chance.
 5.  Few elements, such as the bias of a layer of width two: the RMS of two noise values is below 1/8 of its
     expectation once in 65 times. PyTorch may also sum in float64 internally, which makes the noise of a sum zero. So
     if a ratio exceeds FACTOR, PyTorch runs SAMPLES = 8 more times with weights, inputs and cotangents perturbed by

@@ -130,9 +130,9 @@ def test_the_mean_is_a_mean() -> None:
 def test_axes_are_logarithmic_where_values_are_far_apart() -> None:
     step = np.linspace(0, 1, 500)
     cosine = 1e-3 * np.minimum(1, step / 0.05) * (0.5 + 0.5 * np.cos(np.pi * step))
-    assert not overlay._rates_want_logs([cosine]) and not overlay._rates_want_logs([cosine, cosine / 3])
-    assert overlay._rates_want_logs([cosine, cosine / 20])  # two runs, far apart
-    assert overlay._rates_want_logs([1e-2 * 0.5 ** (12 * step)]) and not overlay._rates_want_logs([0 * step])
+    assert not overlay._rates_need_log_axis([cosine]) and not overlay._rates_need_log_axis([cosine, cosine / 3])
+    assert overlay._rates_need_log_axis([cosine, cosine / 20])  # two runs, far apart
+    assert overlay._rates_need_log_axis([1e-2 * 0.5 ** (12 * step)]) and not overlay._rates_need_log_axis([0 * step])
     assert overlay._wide([np.array([2.3, 0.01])], 0, 1, 20) and not overlay._wide([np.array([5.5, 1.4])], 0, 1, 20)
     assert [overlay._small(v) for v in (0, 0.05, 5e-4, 1e-3, 2.5e-5)] == ["0", "0.05", "5e-4", "1e-3", "2.5e-5"]
     assert [overlay._large(v) for v in (0, 950, 2e4, 1.5e6)] == ["0", "950", "20k", "1.5M"]

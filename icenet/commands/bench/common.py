@@ -56,7 +56,7 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Returns the seconds of each call of several functions.
 
-    Each round calls every function once, so that other load on the machine affects all of them alike. The first
+    Each round calls every function once, so that other load on the machine affects all of them equally. The first
     round is a warm-up and does not count.
 
     Args:

@@ -1,4 +1,4 @@
-"""The section `generation`: how tokens are chosen."""
+"""The section `generation`: options of sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from icenet.core.config.section import Section
 
 
 class GenerationConfig(Section):
-    """How tokens are chosen. `icenet.core.generation.sampling` documents the order of the filters."""
+    """Options of text generation. `icenet.core.generation.sampling` documents the order of the filters."""
 
     section: ClassVar[str] = "generation"
 

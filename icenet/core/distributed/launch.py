@@ -1,4 +1,4 @@
-"""How a launcher started this process, read from its environment variables. Standard library only.
+"""Detects the launcher of this process from its environment variables. Uses the standard library only.
 
 A launcher starts the same command several times: `mlx.launch` or `mpirun` for MLX, `torchrun` for PyTorch.
 Without a launcher there is one process.
@@ -31,12 +31,12 @@ class Launch(NamedTuple):
 
 
 def detect() -> Launch | None:
-    """Returns how this process was launched, by any launcher; None without one."""
+    """Returns the launcher of this process and its rank; None without a launcher."""
     return _by_mlx() or _by_torchrun() or _by_mpi()
 
 
 def detect_for(backend: str) -> Launch | None:
-    """Returns how this process was launched for a backend; None if it is the only one.
+    """Returns the launcher of this process for a backend; None if it is the only process.
 
     Raises:
         BackendError: The launcher of several processes is the other backend's, so each would train alone.

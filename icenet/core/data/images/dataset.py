@@ -25,7 +25,7 @@ STATISTICS_IMAGES = 2000
 
 
 class ImageFacts(Section):
-    """How the images of a run are read. Stored in checkpoints, because predictions must read images the same way."""
+    """Size, channels, normalization and classes of a run's images. Checkpoints store them for `icenet predict`."""
 
     classes: list[str]
     image_size: int = Field(ge=1)

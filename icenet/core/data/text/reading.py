@@ -30,7 +30,7 @@ _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
 _CHUNK_ENDS = [re.compile(end) for end in (rb"[0-9A-Za-z](?=\r?\n)", rb"\S(?= \S)", rb"\S(?=\s)")]
-"""Where a chunk ends if possible, best first: before a line end that follows a letter or digit, before a space, and
+"""Preferred ends of a chunk, best first: before a line end that follows a letter or digit, before a space, and
 before other white space. Common tokenizers begin a token there, so chunks have the tokens of the whole text."""
 
 
