@@ -78,7 +78,7 @@ class PresetReport:
 
         table = Table(title="Presets, compared with the model guide", title_style="bold")
         table.add_column("preset", no_wrap=True)
-        for column in ("parameters", "guide", "fp16 size", "guide", "within guide"):
+        for column in ("parameters", "guide", "fp16", "guide", "within"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             in_guide = row["guide_params"] is not None

@@ -302,7 +302,8 @@ def test_info(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capfd.readouterr().out)["num_params"] == by_hand + 2 * block
 
 
-def test_info_of_all_presets(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_info_of_all_presets(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["info", "--json"]) == 0
     rows = {row["preset"]: row for row in json.loads(capfd.readouterr().out)}
     assert {"quickstart", "transformer-tiny", "transformer-xl"} <= rows.keys()
@@ -310,7 +311,8 @@ def test_info_of_all_presets(here: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert rows["transformer-small"]["guide_params"] == 90e6
     assert main(["info"]) == 0
     text = capfd.readouterr().out
-    assert all(f"{row['num_params']:,}" in text for row in rows.values())
+    assert all(name in text and f"{row['num_params']:,}" in text for name, row in rows.items())
+    assert "…" not in text
 
 
 def test_parity_of_a_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
