@@ -482,7 +482,7 @@ def test_predictions_are_those_of_the_validation_and_equal_on_both(run: Path, tm
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = write_digits(tmp_path / "images", ImageDataset.open(settings(), 0), 3)
-    file = tmp_path / "images" / "001.png"
+    file = Path("images", "001.png")  # relative: a long path would be folded in the table
     done = icenet("predict", run, file, "--backend", "torch", "--device", "cpu", folder=tmp_path)
     assert "001.png" in done.stdout and f"{labels[1]}" in done.stdout and "%" in done.stdout
     arguments = (tmp_path / "images", "--json", "--top-k", "2", "--backend", "torch", "--device", "cpu")
