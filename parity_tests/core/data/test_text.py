@@ -483,9 +483,11 @@ def test_a_damaged_token_file_is_made_again(tmp_path: Path, cache: Path, damage:
 def test_abandoned_files_are_removed(tmp_path: Path, cache: Path) -> None:
     cache.mkdir()
     hour, day = 3600, 86400
-    (cache / "old.partial").mkdir()
-    (cache / "fresh.partial").mkdir()
-    ages = {"old.tmp": 2 * hour, "fresh.tmp": 0, "old.partial": 8 * day, "fresh.partial": 6 * day}
+    ages = {"old.tmp": 2 * hour, "fresh.tmp": 0}
+    for suffix in ("partial", "shards"):
+        (cache / f"old.{suffix}").mkdir()
+        (cache / f"fresh.{suffix}").mkdir()
+        ages |= {f"old.{suffix}": 8 * day, f"fresh.{suffix}": 6 * day}
     for name, age in ages.items():
         if name.endswith("tmp"):
             (cache / name).write_bytes(b"half")
@@ -494,6 +496,7 @@ def test_abandoned_files_are_removed(tmp_path: Path, cache: Path) -> None:
     make(tmp_path / "a.txt", cache)
     assert [name for name in left_over(cache) if "." in name and not name.endswith(".tokens")] == [
         "fresh.partial",
+        "fresh.shards",
         "fresh.tmp",
     ]  # another process may be using them
 
