@@ -26,8 +26,8 @@ from icenet.core.errors import DataError, FileError
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.tokenizers.huggingface import limit_threads
 
-_MAX_AGE_SECONDS = {"*.tmp": 3600, "*.partial": 7 * 86400}
-"""Age at which unfinished files count as abandoned."""
+_MAX_AGE_SECONDS = {"*.tmp": 3600, "*.partial": 7 * 86400, "*.shards": 7 * 86400}
+"""Age at which unfinished files count as abandoned. Version 0.1 kept them in `NAME.shards`."""
 
 
 def default_folder() -> Path:
