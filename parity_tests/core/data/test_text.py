@@ -544,23 +544,36 @@ def output(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=120)[0].strip()
 
 
-def prepared_with_kills(source: Path, cache: Path, tokenizer: Path, kills: int, longest: float) -> tuple[str, int]:
-    """Kills the preparation up to `kills` times, at random moments of its work.
+def prepared_with_kills(source: Path, cache: Path, tokenizer: Path, kills: int, size: int) -> tuple[str, int]:
+    """Kills the preparation up to `kills` times, each time when its unfinished work has reached a random size.
+
+    Args:
+        source, cache, tokenizer: As for `preparation`.
+        kills: Number of kills.
+        size: Size of the finished work in bytes.
 
     Returns:
         Its output in the end, and the number of kills.
     """
     draw = random.Random(7)
-    for killed in range(kills):
+    killed = 0
+    for share in sorted(draw.uniform(0, 0.6) for _ in range(kills)):
         process = preparation(source, cache, tokenizer, draw.choice([1, 2, 3]))
-        while process.poll() is None and not list(cache.glob("*.partial/tokens")):
-            time.sleep(0.01)
-        try:
-            return process.communicate(timeout=draw.uniform(0, longest))[0].strip(), killed
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-    return output(preparation(source, cache, tokenizer, 2)), kills
+        while process.poll() is None and unfinished_bytes(cache) <= share * size:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.communicate()
+    return output(preparation(source, cache, tokenizer, 2)), killed
+
+
+def unfinished_bytes(cache: Path) -> int:
+    """Returns the size of the tokens in unfinished work; -1 before it begins or after it ends."""
+    try:
+        return max((path.stat().st_size for path in cache.glob("*.partial/tokens")), default=-1)
+    except OSError:  # removed meanwhile
+        return -1
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
@@ -574,9 +587,10 @@ def test_kills_at_random_moments_leave_the_same_file(kills: int, bpe: Path, tmp_
     (corpus / "late").write_bytes(text.encode() + b"\xff")
     expected = output(preparation(corpus, tmp_path / "whole", bpe, 1))
     assert len(expected) == 64, expected
-    said, killed = prepared_with_kills(corpus, tmp_path / "killed", bpe, kills, 1.0)
+    whole = next((tmp_path / "whole").glob("*.tokens"))
+    said, killed = prepared_with_kills(corpus, tmp_path / "killed", bpe, kills, whole.stat().st_size)
     assert said == expected and killed > 1
-    files = [next((tmp_path / folder).glob("*.tokens")) for folder in ("whole", "killed")]
+    files = [whole, next((tmp_path / "killed").glob("*.tokens"))]
     assert files[0].name == files[1].name and files[0].read_bytes() == files[1].read_bytes()
     assert [len(left_over(tmp_path / folder)) for folder in ("whole", "killed")] == [1, 1]
 
