@@ -329,7 +329,13 @@ def test_a_backend_that_is_not_installed(place: Path, tmp_path: Path) -> None:
     assert is_one_line(rejected("parity", "tiny.yaml", **no_torch), install_torch)
     assert "torch" in rejected("convert", "good.safetensors", str(tmp_path / "x.pt"), "--to", "torch", **no_torch)
     assert not (tmp_path / "run").exists() and not (tmp_path / "quick").exists()
-    # commands that do not need the missing backend work; auto takes the installed one
+
+
+@pytest.mark.slow
+def test_commands_that_do_not_need_the_missing_backend(place: Path, tmp_path: Path) -> None:
+    """They work, and auto takes the installed one."""
+    no_torch, no_mlx = without(tmp_path / "a", "torch"), without(tmp_path / "b", "mlx")
+    run = ["--run", str(tmp_path / "run"), "--quiet", "--set", "training.max_steps=2"]
     icenet("train", "tiny.yaml", *run, folder=place, ICENET_BLAS="none", **no_torch)
     icenet("generate", "run", "--backend", "torch", "--max-new-tokens", "2", folder=place, **no_mlx)
     icenet("info", "tiny.yaml", folder=place, **no_mlx)

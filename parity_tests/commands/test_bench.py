@@ -48,7 +48,7 @@ def measured(deep: Config) -> Callable[[str, bool], dict[str, Any]]:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
-@both_backends
+@pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
 def test_checkpointing_halves_the_peak_of_a_deep_model(deep: Config, measured: Any, backend: str) -> None:
     without, saving = measured(backend, False), measured(backend, True)
     size = 4 * backends.engine(deep, backend).model.num_params

@@ -651,8 +651,9 @@ def test_conversion_there_and_back(changes: Any, tmp_path: Path) -> None:
     assert {n: a.tobytes() for n, a in native_model.weights().items()} == {n: a.tobytes() for n, a in found.items()}
 
 
-@FAMILIES
-@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+@pytest.mark.parametrize(
+    ("family", "first", "second"), [("lstm", "mlx", "torch"), ("gru", "torch", "mlx"), ("rnn", "mlx", "torch")]
+)
 def test_a_run_that_changes_backend(family: str, first: str, second: str, tmp_path: Path, no_plots: None) -> None:
     """Ten steps on one backend and ten on the other, judged by the yardstick."""
     settings = tiny(tmp_path, "data.seq_length=32", family=family)

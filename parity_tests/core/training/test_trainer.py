@@ -531,7 +531,8 @@ def test_bf16_learns(tmp_path: Path, backend: str) -> None:
     assert {array.dtype for array in state(tmp_path / "bf16").values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@both_backends
 def test_compiled(tmp_path: Path, backend: str) -> None:
     """A compiled step has the curve of the plain one, with a new dropout mask in every step."""
     config = tiny(tmp_path, "training.max_steps=8", "training.eval_every=8")

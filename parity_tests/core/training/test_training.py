@@ -145,7 +145,7 @@ def test_the_weight_of_an_average() -> None:
 
 
 @both_backends
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_averaged_weights(tmp_path: Path, backend: str, compiled: bool) -> None:
     """Compared with the average in float64. Evaluations use the average, and training does not change."""
     if compiled and backend == "torch":
