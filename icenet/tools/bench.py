@@ -14,7 +14,7 @@ import numpy as np
 from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.training.parameter_groups import weight_decay
-from icenet.engine.build import build_model, choose_device
+from icenet.engine.build import COMPUTE_DTYPES, build_model, choose_device
 from icenet.engine.engine import Engine
 from icenet.models import BaseModel
 from icenet.nn.arrays import is_half, on_cpu
@@ -53,9 +53,7 @@ class BareLoop:
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
         self.model = use_native_dropout(build_model(config, device, seed=config.seed))
-        self.model.compute_dtype = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}[
-            training.mixed_precision
-        ]
+        self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.model.train()
         self.optimizer = optim.AdamW(

@@ -13,7 +13,7 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.report import resident_memory
 from icenet.core.training.parameter_groups import weight_decay
-from icenet_torch.engine.build import build_model, choose_device
+from icenet_torch.engine.build import COMPUTE_DTYPES, build_model, choose_device
 from icenet_torch.engine.engine import Engine
 from icenet_torch.models import BaseModel
 from icenet_torch.nn.arrays import is_half, to_channels_first
@@ -72,9 +72,7 @@ class BareLoop:
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
         self.model = use_native_dropout(build_model(config, device, seed=config.seed))
-        self.model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            training.mixed_precision
-        ]
+        self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.model.train()
         self._call = torch.compile(self.model) if config.model.compile_model else self.model
