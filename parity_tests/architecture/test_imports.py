@@ -47,7 +47,7 @@ LATE_PACKAGES = ("rich", "matplotlib", "PIL", "sklearn", "tokenizers", "tensorbo
 
 PUBLIC_API = {"icenet", *(f"icenet.{name}" for name in icenet.__all__)}
 TOP = ("icenet.blas", "icenet._deprecated")
-IMPORT_BY_NAME = {"icenet.core.backends", "icenet.core.config.custom", "icenet._deprecated"}
+IMPORT_BY_NAME = {"icenet.core.backends", "icenet.core.config.user_code", "icenet._deprecated"}
 """They choose a backend, run the user's file, and redirect old names."""
 
 

@@ -7,6 +7,7 @@ import json
 import py_compile
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers import (
     both_backends,
     error_line,
     icenet,
+    is_one_line,
     losses,
     metrics,
     native,
@@ -353,7 +355,17 @@ def test_custom_options(here: Path) -> None:
 def test_a_missing_option(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "bare.yaml").write_text(yaml.safe_dump(with_model(type="my_models.py:CustomModel")))
     line = failure(["train", "bare.yaml", "--run", "run", "--backend", backend], capfd)
-    assert "my_models.py:CustomModel" in line and "under model" in line and "'gain'" in line
+    assert is_one_line(line, "model.gain", "my_models.py:CustomModel", "--set")
+
+
+@both_backends
+def test_an_option_that_only_forward_reads(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also through `getattr` with a default, which returns the default."""
+    for name, text in TEXT.items():
+        text = text.replace("config.gain *", "getattr(config, 'more', 1) *")
+        (here / name).write_text(text.replace("self.gain *", "self.config.gian *"))
+    line = failure(["train", "my.yaml", "--run", "run", "--backend", backend], capfd)
+    assert is_one_line(line, "model.gian", "did you mean gain?")
     assert not (here / "run" / "checkpoints").exists()
 
 
@@ -408,7 +420,10 @@ WRONG = {
     "a folder": ("FOLDER", r"bad\.py: no such file"),
     "syntax": ("def f(:\n    pass\n", r"bad\.py cannot be run: SyntaxError: invalid syntax .*line 1"),
     "raises": ("1 / 0\n", r"bad\.py cannot be run: ZeroDivisionError: division by zero"),
-    "raises lines": ('raise ValueError("first\\nsecond")\n', r"bad\.py cannot be run: ValueError: first$"),
+    "raises lines": (
+        'raise ValueError("first\\nsecond")\n',
+        r"bad\.py cannot be run: ValueError: first \(bad\.py, line 1\)$",
+    ),
     "raises nothing": ("raise RuntimeError\n", r"bad\.py cannot be run: RuntimeError"),
     "exits": ("import sys\nsys.exit(0)\n", r"bad\.py cannot be run: SystemExit"),
     "imports a missing module": ("import nowhere_at_all\n", r"bad\.py.* imported: No module named 'nowhere"),
@@ -456,6 +471,108 @@ def test_a_changed_file_is_read_again(here: Path) -> None:
     assert "embedding.weight" in front_door.build(config, "torch").weights()
     file.write_text(file.read_text().replace("self.embedding", "self.amendment"))
     assert list(front_door.build(config, "torch").weights()) == ["amendment.weight"]
+
+
+# ---- modules next to the file -----------------------------------------------------------------------------
+
+LAYERS = """
+import torch.nn as nn
+
+WIDTH = {width}
+
+
+class Scale(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, x):
+        from parts.gain import gain  # also when the layer is called
+
+        return gain(self.linear(x))
+"""
+WITH_LAYERS = """
+import random
+
+import layers
+import parts.gain
+from icenet_torch.models.base import BaseModel
+from layers import Scale
+from parts import gain
+from . import layers as again
+
+assert again is layers and random.Random and parts.gain is gain
+
+
+class Model(BaseModel):
+    width = layers.WIDTH
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = Scale(config.hidden_size)
+
+    def forward(self, x):
+        return self.scale(x)
+"""
+
+
+def write_with_layers(folder: Path, width: int = 1) -> None:
+    """Writes a model for PyTorch that imports a module and a package next to it."""
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts" / "__init__.py").touch()
+    (folder / "parts" / "gain.py").write_text(f"def gain(x):\n    return {width} * x\n")
+    (folder / "layers.py").write_text(LAYERS.format(width=width))
+    (folder / "model.py").write_text(WITH_LAYERS)
+
+
+def custom_model(file: str) -> Any:
+    return front_door.build(Config.from_dict(with_model(type=f"{file}:Model", hidden_size=4)), "torch", "cpu")
+
+
+def test_modules_next_to_the_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models whose siblings have the same names, also from another working directory, and after a change."""
+    write_with_layers(here / "one", 1)
+    write_with_layers(here / "two", 2)
+    path, modules = list(sys.path), set(sys.modules)
+    models = [custom_model("one/model.py"), custom_model("two/model.py")]
+    monkeypatch.chdir(here / "two")
+    x = torch.ones(1, 4)
+    for model, width in zip(models, (1, 2), strict=True):
+        assert model.width == width
+        assert torch.equal(model(x), width * torch.nn.functional.linear(x, model.scale.linear.weight))
+    assert sys.path == path and not {"layers", "parts", "parts.gain"} & (set(sys.modules) - modules)
+    file = here / "one" / "layers.py"
+    file.write_text(file.read_text().replace("WIDTH = 1", "WIDTH = 3"))
+    assert custom_model(str(here / "one" / "model.py")).width == 3
+
+
+def test_a_folder_of_data_hides_no_installed_module(here: Path) -> None:
+    write_with_layers(here / "one")
+    (here / "one" / "yaml").mkdir()
+    file = here / "one" / "model.py"
+    file.write_text("import yaml\nyaml.safe_load('a')\n" + file.read_text())
+    assert custom_model("one/model.py").width == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import nowhere", ["No module named 'nowhere'", "layers.py, line 2"]),
+        ("from .nowhere import x", ["No module named 'nowhere'", "layers.py, line 2"]),
+        ("from parts import nowhere", ["cannot import name 'nowhere' from 'parts'", "layers.py, line 2"]),
+        ("1 / 0", ["ZeroDivisionError: division by zero", "layers.py, line 2"]),
+        ("1 +", ["SyntaxError", "layers.py, line 2"]),
+    ],
+)
+def test_errors_in_a_module_next_to_the_file(text: str, expected: list[str], here: Path) -> None:
+    write_with_layers(here / "one")
+    (here / "one" / "layers.py").write_text(f"\n{text}\n")
+    with pytest.raises(UsageError) as caught:
+        custom_model("one/model.py")
+    assert is_one_line(str(caught.value), "one/model.py", *expected), caught.value
+    write_with_layers(here / "again")  # nothing of the failed import remains
+    (here / "one" / "layers.py").write_text((here / "again" / "layers.py").read_text())
+    assert custom_model("one/model.py").width == 1
 
 
 # ---- trust ------------------------------------------------------------------------------------------------
@@ -608,12 +725,15 @@ def test_another_config_does_not_grant_trust(trap: Path, capfd: pytest.CaptureFi
 
 def test_compiled_files_are_not_run(here: Path) -> None:
     """A compiled file next to a harmless source file, which Python would load without a check."""
-    evil, file = here / "evil.py", here / "one_torch.py"
-    evil.write_text(EVIL.format(marker=here / "MARK") + TEXT["one_torch.py"])
     from importlib.util import cache_from_source
 
-    never = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(str(evil), cfile=cache_from_source(str(file)), dfile=str(file), invalidation_mode=never)
+    (here / "helper.py").touch()
+    (here / "one_torch.py").write_text("import helper\n" + TEXT["one_torch.py"])
+    evil, never = here / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    for name in ("one_torch.py", "helper.py"):
+        evil.write_text(EVIL.format(marker=here / "MARK") + (here / name).read_text())
+        cached = cache_from_source(str(here / name))
+        py_compile.compile(str(evil), cfile=cached, dfile=str(here / name), invalidation_mode=never)
     front_door.build(Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}}), "torch")
     assert not (here / "MARK").exists()
 

@@ -24,6 +24,28 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- files of the user ---------------------------------------------------------------------------------
+    Fault(
+        "a change of a module next to a model's file is not noticed",
+        "icenet/core/config/user_code.py",
+        "if isinstance(loader, _Loader) and loader.source != _read(loader.path):",
+        "if False:",
+        ["models/test_custom.py::test_modules_next_to_the_file"],
+    ),
+    Fault(
+        "compiled modules next to a model's file are run",
+        "icenet/core/config/user_code.py",
+        "        return self.source_to_code(self.source, self.path)\n",
+        "        return super().get_code(fullname)\n",
+        ["models/test_custom.py::test_compiled_files_are_not_run"],
+    ),
+    Fault(
+        "a folder next to a model's file hides an installed module",
+        "icenet/core/config/user_code.py",
+        "        return importlib.util.find_spec(name) is None\n",
+        "        return True\n",
+        ["models/test_custom.py::test_a_folder_of_data_hides_no_installed_module"],
+    ),
     # ---- random numbers and initial values -------------------------------------------------------------------
     Fault(
         "a key ignores its words",

@@ -5,19 +5,17 @@ or to `Config.from_yaml`, or with `--trust-code`. A file that a checkpoint names
 come from anyone.
 
 The file contains a subclass of `BaseModel` for one backend. The class for the other backend has the same name and is
-in the same file, or in `my_models_torch.py` (`my_models_mlx.py`) next to it.
+in the same file, or in `my_models_torch.py` (`my_models_mlx.py`) next to it. To trust a file is to trust the modules
+next to it that it imports (see `icenet.core.config.user_code`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from icenet.core.config import user_code
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
 _trusted: set[Path] = set()
@@ -74,7 +72,7 @@ def model_class(family: str, backend: str) -> type[Any]:
         if not candidate.is_file():
             continue
         try:
-            found: Any = getattr(_import_file(candidate), name, None)
+            found: Any = getattr(user_code.run_file(candidate), name, None)
         except ImportError as error:  # of the other framework, if only one is installed
             import_errors.append(f"{candidate} cannot be imported: {error}")
             continue
@@ -100,32 +98,3 @@ def _backend_of(found: Any) -> str | None:
     return next(
         (vars(base)["backend"] for base in bases if base.__name__ == "BaseModel" and "backend" in vars(base)), None
     )
-
-
-def _import_file(file: Path) -> ModuleType:
-    """Runs a file as a module, once for each version of its content.
-
-    The source is compiled here, so that a compiled file next to it, which the user cannot read, is never run.
-    """
-    try:
-        source = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"model.type: {file} cannot be read: {error.strerror}") from None
-    name = f"icenet_custom_{hashlib.sha256(str(file.resolve()).encode() + source).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None:
-        raise UsageError(f"model.type: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
-    except ImportError:
-        del sys.modules[name]
-        raise
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}") from None
-    return module

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import cnn_plan, custom
-from icenet.core.config.section import Section, unknown_family
+from icenet.core.config.section import Section, nearest, unknown_family
 from icenet.core.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -142,6 +142,10 @@ class RecurrentConfig(ModelConfig):
         return self
 
 
+class MissingOptionError(ConfigError, AttributeError):
+    """An option that the user's model reads and the configuration lacks. `getattr` with a default catches it."""
+
+
 class CustomConfig(ModelConfig):
     """A model in a file of the user, with the options that its class reads (see `icenet.core.config.custom`)."""
 
@@ -150,6 +154,20 @@ class CustomConfig(ModelConfig):
 
     type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
     """A file and the class in it: my_models.py:CustomModel."""
+
+    if not TYPE_CHECKING:  # otherwise every name would be an attribute to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_"):
+                    raise
+                known = [*type(self).model_fields, *(self.__pydantic_extra__ or {})]
+                raise MissingOptionError(
+                    f"model.{name}: {self.type} reads this option, which is not under model{nearest(name, known)}; "
+                    f"add it there, or with --set model.{name}=VALUE"
+                ) from None
 
 
 FAMILIES: dict[str, type[ModelConfig]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from icenet.core.config import ModelConfig, custom
-from icenet.core.errors import ConfigError
+from icenet.core.errors import ConfigError, IceNetError
 
 
 def new_model(
@@ -28,6 +28,8 @@ def new_model(
     model_class = custom.model_class(config.type, backend)
     try:
         model = model_class(config)
+    except IceNetError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
         raise ConfigError(f"{config.type} cannot be built from its options under model: {error}") from error
     if seed is not None:

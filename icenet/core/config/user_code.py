@@ -1,0 +1,157 @@
+"""Runs a Python file of the user together with the modules next to it.
+
+As in a script, `from layers import Block` imports `layers.py` or the package `layers` from the folder of the file
+before an installed module of that name. `from .layers import Block` does the same.
+
+Unlike a script, the file changes neither `sys.path` nor the imports of other modules. It is run as a package of its
+own, and the modules next to it are submodules of that package. Two files in different folders can therefore have
+siblings of the same name, and a sibling `random.py` does not replace the `random` of the standard library elsewhere.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from icenet.core.errors import UsageError
+
+_PREFIX = "icenet_custom_"
+"""Beginning of the names of these packages in `sys.modules`."""
+
+
+def run_file(file: Path) -> ModuleType:
+    """Runs a file as a module, once for each version of its content and of the modules next to it.
+
+    Raises:
+        ImportError: The file imports something that does not exist; the message names the line.
+        UsageError: The file cannot be read, or fails to run.
+    """
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"model.type: {file} cannot be read: {error.strerror}") from None
+    name = _PREFIX + hashlib.sha256(str(file.resolve()).encode() + source).hexdigest()[:16]
+    if name in sys.modules and not _has_changed(name):
+        return sys.modules[name]
+    _forget(name)
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+    folder = str(file.resolve().parent)
+    spec = importlib.util.spec_from_file_location(
+        name, file, loader=_Loader(name, str(file)), submodule_search_locations=[folder]
+    )
+    if spec is None or spec.loader is None:
+        raise UsageError(f"model.type: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # under both names: a sibling that imports this file gets this module
+    sys.modules[name] = sys.modules[f"{name}.{file.stem}"] = module
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        _forget(name)
+        message = str(error).replace(f"{name}.", "")
+        raise ImportError(message + _location(error, name)) from None
+    except (Exception, SystemExit) as error:
+        _forget(name)
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        where = "" if isinstance(error, SyntaxError) else _location(error, name)
+        raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
+    return module
+
+
+class _Loader(SourceFileLoader):
+    """Runs the source of a module, never a compiled file next to it, which the user cannot read."""
+
+    source: bytes = b""
+
+    def get_code(self, fullname: str) -> Any:
+        self.source = self.get_data(self.path)
+        return self.source_to_code(self.source, self.path)
+
+    def exec_module(self, module: ModuleType) -> None:
+        package = module.__name__.partition(".")[0]
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import_of(package)}
+        super().exec_module(module)
+
+
+class _Finder:
+    """The entry of `sys.meta_path` that finds the modules next to a file. It finds only source files and folders."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        if path is None or not name.startswith(_PREFIX):
+            return None
+        found = (FileFinder(folder, (_Loader, [".py"])).find_spec(name) for folder in path)
+        return next((spec for spec in found if spec is not None), None)
+
+
+def _import_of(package: str) -> Callable[..., ModuleType]:
+    """Returns the `__import__` of the modules of a package: it looks for a submodule of the package first."""
+
+    def import_module(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+    ) -> ModuleType:
+        top = name.partition(".")[0]
+        if level > 0 or not _is_sibling(package, top):
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        if fromlist:
+            return builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
+        importlib.import_module(f"{package}.{name}")
+        return sys.modules[f"{package}.{top}"]
+
+    return import_module
+
+
+def _is_sibling(package: str, name: str) -> bool:
+    """Returns whether a module of a name is next to the file of a package.
+
+    A folder without `__init__.py`, such as one of data, counts only if no other module has the name, as in Python.
+    """
+    spec = importlib.util.find_spec(f"{package}.{name}")
+    if spec is None or spec.loader is not None:
+        return spec is not None
+    with contextlib.suppress(ValueError):  # a module without a spec, such as __main__
+        return importlib.util.find_spec(name) is None
+    return False
+
+
+def _has_changed(package: str) -> bool:
+    """Returns whether the source of a module of a package differs from what was run."""
+    for name, module in list(sys.modules.items()):
+        loader = getattr(module.__spec__, "loader", None) if name.startswith(f"{package}.") else None
+        if isinstance(loader, _Loader) and loader.source != _read(loader.path):
+            return True
+    return False
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return None
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+
+
+def _location(error: BaseException, package: str) -> str:
+    """Returns the file and line of a package's modules where an error was raised, to append to its message."""
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
+    ]
+    return f" ({os.path.basename(frames[-1][0])}, line {frames[-1][1]})" if frames else ""
