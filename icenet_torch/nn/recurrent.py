@@ -8,6 +8,7 @@ Shapes: T steps, B rows, I inputs, H hidden_size, G gates, D directions (1 or 2)
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any, ClassVar, TypeAlias
 
@@ -123,11 +124,21 @@ class Recurrent(nn.Module):
         return cast_weight(getattr(self, name), x)
 
 
-@torch.compiler.disable  # tracing would replace the kernel by an unrolled loop over time
 def call_kernel(
     kernel: Any, sequence: tuple[torch.Tensor, ...], start: State, weights: list[torch.Tensor], bidirectional: bool
 ) -> State:
-    """Calls a kernel on a sequence `[T, B, I]`, or on packed data and the number of rows of each step."""
+    """Calls a kernel on a sequence `[T, B, I]`, or on packed data and the number of rows of each step.
+
+    `torch.compile` does not trace the call, which would replace the kernel by an unrolled loop over time.
+    """
+    # torch.compiler.disable imports the compiler, which takes seconds: only where something is compiled
+    call = _call_untraced if "torch._dynamo" in sys.modules else _call
+    return call(kernel, sequence, start, weights, bidirectional)
+
+
+def _call(
+    kernel: Any, sequence: tuple[torch.Tensor, ...], start: State, weights: list[torch.Tensor], bidirectional: bool
+) -> State:
     state = start if len(start) > 1 else start[0]
     batch_first = () if len(sequence) > 1 else (False,)  # not an argument for packed data
     # has_biases, num_layers, dropout, train (without it, cuDNN keeps nothing for the gradient), bidirectional
@@ -136,6 +147,9 @@ def call_kernel(
         # cuDNN copies the weights into one buffer at each call, a small cost next to the sequence
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         return kernel(*sequence, state, weights, *options)
+
+
+_call_untraced = torch._disable_dynamo(_call)  # imports the compiler at its first call
 
 
 class LSTM(Recurrent):
