@@ -123,6 +123,7 @@ class Engine(ABC):
         """Sets the model, and copies rank 0's parameters to all processes or shards them."""
         training = self.config.training
         self.process_group.broadcast_or_shard(model, training.sharded)
+        model.checks_ids = False  # to_device does
         model.compute_dtype = compute_dtype
         model.gradient_checkpointing = training.gradient_checkpointing
         self.model = model
@@ -144,7 +145,7 @@ class Engine(ABC):
         training = self.config.training
         self._set_mode(train=True)
         may_skip = training.mixed_precision == "fp16" or training.on_nan == "skip"
-        statistics = self.nn.norm.running_statistics(self.model) if may_skip else []
+        statistics = self.nn.norm.running_statistics(self.model) if may_skip else {}
         loss, gradients = self._accumulate(batch, step, loss_scale)
         norm, norms = self._norms(gradients)
         loss = self.process_group.all_reduce_loss(loss)
@@ -227,7 +228,8 @@ class Engine(ABC):
         """
         values = self.nn.norm.running_statistics(self.model)
         if self.process_group.size > 1 and values:
-            self.nn.norm.set_running_statistics(self.model, self.process_group.mean(values))
+            means = self.process_group.mean(list(values.values()))
+            self.nn.norm.set_running_statistics(self.model, dict(zip(values, means, strict=True)))
 
     def _padded(self, batch: Batch) -> Batch:
         """Returns the batch, padded to one of a few shapes if the model is compiled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.models.norm import check_batch_norm
+from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact
 from icenet.nn.arrays import Array
 
@@ -53,22 +54,27 @@ class BatchNorm2d(nn.BatchNorm):
         return y.astype(x.dtype)
 
 
-def running_statistics(model: nn.Module) -> list[Array]:
-    """Returns the running means and variances of all batch norms in `model`."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
-    return [array for norm in norms for array in (norm.running_mean, norm.running_var)]
+def running_statistics(model: nn.Module) -> dict[str, Array]:
+    """Returns the running means and variances of all modules in `model` that have them, by path."""
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in module.items()
+        if name in STATISTICS and isinstance(value, mx.array)
+    }
 
 
-def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
+def set_running_statistics(model: nn.Module, values: Mapping[str, Array]) -> None:
     """Sets the running means and variances that `running_statistics` returned."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm)]
-    for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
-        norm.running_mean, norm.running_var = mean, var
+    modules = dict(model.named_modules())
+    for path, value in values.items():
+        module, _, name = path.rpartition(".")
+        setattr(modules[module], name, value)
 
 
 @contextlib.contextmanager
 def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Restores the running statistics of all batch norms in `model` on exit."""
+    """Restores the running statistics of `model` on exit."""
     before = running_statistics(model)
     try:
         yield

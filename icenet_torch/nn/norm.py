@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from icenet.core.models.norm import check_batch_norm
+from icenet.core.weights.layout import LEFT_OUT, STATISTICS
 from icenet_torch.nn.arrays import Array
 
 
@@ -55,24 +56,30 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-def running_statistics(model: nn.Module) -> list[Array]:
-    """Returns copies of the running means and variances of all batch norms in `model`."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    return [tensor.clone() for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+def running_statistics(model: nn.Module) -> dict[str, Array]:
+    """Returns copies of the running means, variances and counters of all modules in `model` that have them, by path.
+
+    PyTorch's own batch norm and instance norm also count batches.
+    """
+    return {path: tensor.clone() for path, tensor in _statistics(model).items()}
 
 
 @torch.no_grad()
-def set_running_statistics(model: nn.Module, values: list[Array]) -> None:
-    """Sets the running means and variances that `running_statistics` returned."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm, mean, var in zip(norms, values[::2], values[1::2], strict=True):
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
+def set_running_statistics(model: nn.Module, values: Mapping[str, Array]) -> None:
+    """Sets the running means, variances and counters that `running_statistics` returned."""
+    buffers = _statistics(model)
+    for path, value in values.items():
+        buffers[path].copy_(value)
+
+
+def _statistics(model: nn.Module) -> dict[str, Array]:
+    names = STATISTICS | LEFT_OUT["batch_norm"]
+    return {path: tensor for path, tensor in model.named_buffers() if path.rpartition(".")[2] in names}
 
 
 @contextlib.contextmanager
 def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Restores the running statistics of all batch norms in `model` on exit."""
+    """Restores the running statistics of `model` on exit."""
     before = running_statistics(model)
     try:
         yield
