@@ -80,6 +80,7 @@ VECTORS = [
 def test_published_vectors(counter: Any, key: Any, result: Any) -> None:
     pair = tuple(words(word) for word in key), tuple(words(word) for word in counter)
     assert tuple(int(word[0]) for word in rng.threefry2x32(*pair)) == result
+    assert tuple(rng.fold(np.array(key, np.uint32), counter[0] | counter[1] << 32).tolist()) == result
     signed = [tuple(torch_key(word) for word in part) for part in pair]
     mirrored = icenet_torch.nn.random.threefry2x32(*signed)
     assert tuple(int(word.numpy().view(np.uint32)[0]) for word in mirrored) == result
