@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -10,16 +10,15 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
 from icenet.core.weights import layout
 from icenet.generation.decoder import Decoder
+from icenet.nn import tree
 from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.nn.dropout import Dropout
-from icenet.nn.kinds import kind_of
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -34,6 +33,7 @@ class BaseModel(ModelBase, nn.Module):
     backend = "mlx"
     decoder_type = Decoder
     dropout_type = Dropout
+    array_type = mx.array
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,12 +49,13 @@ class BaseModel(ModelBase, nn.Module):
         raise NotImplementedError
 
     def native_arrays(self) -> dict[str, mx.array]:
-        """Returns parameters and statistics by path, in MLX's layouts."""
-        return dict(tree_flatten(self.parameters()))
+        """Returns parameters and statistics by canonical path, in MLX's layouts; shared ones under each path."""
+        return {path: array for path, array, _ in self._named_arrays()}
 
     def weights(self) -> dict[str, np.ndarray]:
-        arrays = {path: to_numpy(array) for path, array in self.native_arrays().items()}
-        return layout.tree_to_torch(arrays, self.layer_kinds())
+        shared, native = self.shared_arrays(), self.native_arrays()
+        arrays = {path: to_numpy(array) for path, array in native.items() if path not in shared}
+        return layout.tree_to_torch({p: arrays[shared.get(p, p)] for p in native}, self.layer_kinds())
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         kinds = self.layer_kinds()
@@ -63,17 +64,30 @@ class BaseModel(ModelBase, nn.Module):
             for path, array in self.native_arrays().items()
         }
 
-    def trainable_paths(self) -> set[str]:
-        return {path for path, _ in tree_flatten(self.trainable_parameters())}
+    def layer_kinds(self) -> dict[str, str]:
+        return tree.layer_kinds(self)
 
-    def _kind_of(self, module: nn.Module) -> str | None:
-        return kind_of(module)
+    def mlx_names(self) -> dict[str, str]:
+        return tree.mlx_names(self)
+
+    def _named_layers(self) -> Iterable[tuple[str, nn.Module]]:
+        return tree.named_modules(self)
+
+    def _named_arrays(self) -> Sequence[tuple[str, mx.array, bool]]:
+        return tree.named_arrays(self)
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
-        arrays = layout.tree_to_mlx(values, self.layer_kinds())
-        dtypes = {path: array.dtype for path, array in self.native_arrays().items()}
-        self.load_weights([(path, from_numpy(values).astype(dtypes[path])) for path, values in arrays.items()])
+        own = tree.Arrays(self, trainable=False)
+        held = own.get()
+        arrays = layout.tree_to_mlx({path: values[path] for path in held}, self.layer_kinds())
+        own.set({path: from_numpy(array).astype(held[path].dtype) for path, array in arrays.items()})
         mx.eval(self.parameters())
+
+    def _to_host(self, array: mx.array) -> np.ndarray | None:
+        try:
+            return np.array(array)
+        except (RuntimeError, ValueError):  # in a function that mx.compile or mx.vmap traces
+            return None
 
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:
         return mx.array(tokens)

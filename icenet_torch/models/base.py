@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
 from icenet.core.weights import layout
 from icenet_torch.generation.decoder import Decoder
+from icenet_torch.nn import tree
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.dropout import Dropout
-from icenet_torch.nn.kinds import kind_of
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -30,6 +30,7 @@ class BaseModel(ModelBase, nn.Module):
     backend = "torch"
     decoder_type = Decoder
     dropout_type = Dropout
+    array_type = torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,10 +45,8 @@ class BaseModel(ModelBase, nn.Module):
 
     def native_arrays(self) -> dict[str, torch.Tensor]:
         """Returns parameters and statistics by path, without those that MLX lacks (`num_batches_tracked`)."""
-        kinds = self.layer_kinds()
         # a parameter that is sharded among processes is represented by the local shard
-        state = {path: t.to_local() if hasattr(t, "to_local") else t for path, t in self.state_dict().items()}
-        return {path: t for path, t in state.items() if not layout.is_left_out(kinds, path)}
+        return {path: (t.to_local() if hasattr(t, "to_local") else t).detach() for path, t, _ in self._named_arrays()}
 
     def weights(self) -> dict[str, np.ndarray]:
         return {path: to_numpy(tensor).copy() for path, tensor in self.native_arrays().items()}
@@ -55,16 +54,31 @@ class BaseModel(ModelBase, nn.Module):
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: tuple(tensor.shape) for path, tensor in self.native_arrays().items()}
 
-    def trainable_paths(self) -> set[str]:
-        return {path for path, parameter in self.named_parameters() if parameter.requires_grad}
+    def layer_kinds(self) -> dict[str, str]:
+        return tree.layer_kinds(self)
 
-    def _kind_of(self, module: nn.Module) -> str | None:
-        return kind_of(module)
+    def mlx_names(self) -> dict[str, str]:
+        return tree.mlx_names(self)
+
+    def _named_layers(self) -> Iterable[tuple[str, nn.Module]]:
+        return tree.named_modules(self)
+
+    def _named_arrays(self) -> Sequence[tuple[str, torch.Tensor, bool]]:
+        kinds = self.layer_kinds()
+        return [named for named in tree.named_arrays(self) if not layout.is_left_out(kinds, named.path)]
 
     @torch.no_grad()
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         for path, tensor in self.native_arrays().items():
             tensor.copy_(from_numpy(values[path]))
+
+    def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
+        if torch.compiler.is_compiling() or array.is_meta or array.is_cuda:
+            return None
+        try:
+            return to_numpy(array)
+        except RuntimeError:  # in a function that torch.func transforms
+            return None
 
     def _to_native_tokens(self, tokens: Tokens) -> torch.Tensor:
         return torch.from_numpy(tokens).long().to(self.device)

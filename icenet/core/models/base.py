@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from icenet.core import rng
-from icenet.core.config import GenerationConfig, ModelConfig
+from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig
 from icenet.core.errors import UsageError
 from icenet.core.generation.decoder import DecoderBase
+from icenet.core.generation.prompts import check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
-from icenet.core.models import init
+from icenet.core.models import init, inputs, sharing
 from icenet.core.models.dropout import seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import files as weight_files
@@ -32,19 +34,18 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
+        checks_ids: Whether `check_tokens` also reads the ids. False where the caller has checked them on the host.
     """
 
     backend: ClassVar[str]
     decoder_type: ClassVar[type[DecoderBase]]
     dropout_type: ClassVar[type[Any]]
+    array_type: ClassVar[type[Any]]
 
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
-
-    if TYPE_CHECKING:
-
-        def named_modules(self) -> Iterable[tuple[str, Any]]: ...
+    checks_ids: bool = True
 
     # ---- size --------------------------------------------------------------------------------------------
 
@@ -73,17 +74,22 @@ class ModelBase:
         return "\n".join(lines)
 
     def part_sizes(self) -> dict[str, int]:
-        """Returns the number of values in each top-level part of the model, without running statistics."""
+        """Returns the number of values in each top-level part of the model, without running statistics.
+
+        A shared array is counted where it is first.
+        """
         sizes: dict[str, int] = {}
+        shared = self.shared_arrays()
         for path, shape in self.weight_shapes().items():
             part, leaf = path.split(".")[0], path.rpartition(".")[2]
-            if leaf not in layout.STATISTICS:
+            if leaf not in layout.STATISTICS and path not in shared:
                 sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
         return sizes
 
     def _numbered_children(self, part: str) -> set[str]:
         """Returns the numbered children of a part: `0` and `1` for `blocks.0` and `blocks.1`."""
-        paths = (path.split(".") for path in self.weight_shapes() if path.startswith(part + "."))
+        shared = self.shared_arrays()
+        paths = (p.split(".") for p in self.weight_shapes() if p.startswith(part + ".") and p not in shared)
         return {path[1] for path in paths if path[1].isdigit()}
 
     # ---- weights -----------------------------------------------------------------------------------------
@@ -93,13 +99,17 @@ class ModelBase:
         self.set_weights(dict(self.initial_weights(seed)))
 
     def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the path and the initial value of each parameter, in PyTorch's layout."""
-        kinds, scales = self.layer_kinds(), self.init_scales()
+        """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once."""
+        kinds, scales, shared = self.layer_kinds(), self.init_scales(), self.shared_arrays()
+        own: dict[str, np.ndarray] | None = None
         for path, shape in self.weight_shapes().items():
+            if path in shared:
+                continue
             module, _, name = path.rpartition(".")
             kind = layout.parameter_kind(kinds, path)
             if kind == "plain":  # an array that a user's module has initialized
-                yield path, self.weights()[path]
+                own = self.weights() if own is None else own
+                yield path, own[path]
                 continue
             yield path, init.initial_value(kind, name, path, shape, seed, scales.get(module, 1.0))
 
@@ -107,21 +117,46 @@ class ModelBase:
         """Sets all weights.
 
         Args:
-            values: Canonical weights by path: every weight of the model and no other, in PyTorch's layouts.
+            values: Canonical weights by path: every weight of the model and no other, in PyTorch's layouts. Of an
+                array that the model shares, one name is enough.
 
         Raises:
-            WeightsError: A name or a shape does not match; the model is unchanged.
+            WeightsError: A name or a shape does not match, or two names of a shared array have unequal values; the
+                model is unchanged.
         """
+        values = sharing.complete(self.with_canonical_names(values), self.shared_arrays())
         weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
         self._assign_weights(values)
 
-    def layer_kinds(self) -> dict[str, str]:
-        """Returns the kind of each layer with parameters, by module path (see `icenet.core.weights.layout`)."""
-        return {path: kind for path, module in self.named_modules() if (kind := self._kind_of(module))}
+    def with_canonical_names(self, values: Mapping[str, Any], is_state: bool = False) -> Mapping[str, Any]:
+        """Returns weights, or with `is_state` optimizer state by `PATH.SLOT`, by canonical name.
+
+        Checkpoints of version 0.2 and earlier name the parts of MLX's containers as MLX does.
+        """
+        found = sharing.renamed(values, self.mlx_names(), is_state)
+        changed = [(old, new) for old, new in zip(values, found, strict=True) if old != new]
+        if changed and not is_state:
+            old, new = changed[0]
+            logging.getLogger("icenet").warning(
+                f"{len(changed)} names of weights are MLX's own, such as {old}, which is read as {new}"
+            )
+        return found
+
+    def shared_arrays(self) -> dict[str, str]:
+        """Returns the owner's path of each further path of an array that the model shares, in the model's order."""
+        return sharing.find_shared((path, array) for path, array, _ in self._named_arrays())
+
+    def trainable_paths(self) -> set[str]:
+        """Returns the paths of the trainable parameters; a shared one has its owner's path.
+
+        Raises:
+            UsageError: A shared array is frozen at one of its places only.
+        """
+        return sharing.trainable_paths(self._named_arrays(), self.shared_arrays())
 
     def init_scales(self) -> dict[str, float]:
         """Returns the `init_scale` of each layer that has one, by module path."""
-        return {path: module.init_scale for path, module in self.named_modules() if hasattr(module, "init_scale")}
+        return {path: module.init_scale for path, module in self._named_layers() if hasattr(module, "init_scale")}
 
     def check_length(self, length: int) -> None:
         """Raises UsageError if a sequence of `length` tokens is longer than `max_seq_length`."""
@@ -129,12 +164,42 @@ class ModelBase:
         if longest is not None and length > longest:
             raise UsageError(f"a sequence of {length} tokens is longer than model.max_seq_length {longest}")
 
+    # ---- inputs ------------------------------------------------------------------------------------------
+
+    def check_tokens(self, input_ids: Any, attention_mask: Any = None, past: int = 0) -> None:
+        """Checks the arguments of `forward` of a model of text.
+
+        Args:
+            input_ids: Tokens, int `[B, T]`.
+            attention_mask: `[B, past + T]`, or None.
+            past: Number of tokens in the cache.
+
+        Raises:
+            UsageError: A shape or dtype is wrong, or an id is outside the vocabulary. The ids are not read in a
+                function that the framework is tracing, nor on CUDA in PyTorch, which checks them itself.
+        """
+        inputs.check_tokens(input_ids, attention_mask, past, self.array_type)
+        if self.checks_ids and (tokens := self._to_host(input_ids)) is not None:
+            check_vocabulary(tokens, self.config.vocab_size, "input_ids")
+
+    def check_images(self, images: Any, channel_axis: int) -> None:
+        """Checks the argument of `forward` of a model of images, whose channels are at axis 1 or 3.
+
+        Raises:
+            UsageError: The number of axes or channels is wrong, or the images are too small for the strides.
+        """
+        assert isinstance(self.config, CNNConfig)
+        inputs.check_images(self.config, images, channel_axis, self.array_type)
+
     # ---- dropout -----------------------------------------------------------------------------------------
 
     def dropout_layers(self) -> dict[str, Any]:
-        """Returns the dropout layers with a probability above zero, by module path, sorted."""
-        found = {path: m for path, m in self.named_modules() if isinstance(m, self.dropout_type) and m.p > 0}
-        return dict(sorted(found.items()))
+        """Returns the dropout layers with a probability above zero, by module path, sorted; a shared one once."""
+        first: dict[int, tuple[str, Any]] = {}
+        for path, module in self._named_layers():
+            if isinstance(module, self.dropout_type) and module.p > 0:
+                first.setdefault(id(module), (path, module))
+        return dict(sorted(first.values()))
 
     def dropout_sites(self) -> list[str]:
         """Returns the module paths of `dropout_layers`."""
@@ -230,19 +295,34 @@ class ModelBase:
         raise NotImplementedError
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each parameter and statistic in PyTorch's layout, by path, in the model's order."""
+        """Returns the shape of each parameter and statistic in PyTorch's layout, by path, in the model's order.
+
+        A shared array has all of its paths.
+        """
         raise NotImplementedError
 
-    def trainable_paths(self) -> set[str]:
-        """Returns the paths of the trainable parameters."""
+    def layer_kinds(self) -> dict[str, str]:
+        """Returns the kind of each layer with parameters, by module path (see `icenet.core.weights.layout`)."""
         raise NotImplementedError
 
-    def _kind_of(self, module: Any) -> str | None:
-        """Returns the kind of a module with parameters, or None."""
+    def mlx_names(self) -> dict[str, str]:
+        """Returns the canonical path of each array by the path that it has in MLX, where the two differ."""
+        raise NotImplementedError
+
+    def _named_layers(self) -> Iterable[tuple[str, Any]]:
+        """Yields all modules with their canonical paths, parents first; a shared one under each of its paths."""
+        raise NotImplementedError
+
+    def _named_arrays(self) -> Sequence[tuple[str, Any, bool]]:
+        """Returns path, array and whether it is trainable for each parameter and buffer, in the model's order."""
         raise NotImplementedError
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         """Sets all weights, whose names and shapes have been checked."""
+        raise NotImplementedError
+
+    def _to_host(self, array: Any) -> np.ndarray | None:
+        """Returns an array of the framework as numpy, or None if its values are unknown or would be waited for."""
         raise NotImplementedError
 
     def _to_native_tokens(self, tokens: Tokens) -> Any:

@@ -1,0 +1,178 @@
+"""The modules and arrays of any MLX model by canonical path. The mirror is `icenet_torch/nn/tree.py`.
+
+Canonical paths are PyTorch's names. A list is a `ModuleList` or `ParameterList`, a dict a `ModuleDict` or
+`ParameterDict`, and the parts of `nn.Sequential` are named `features.0`, where MLX has `features.layers.0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet.core.errors import UsageError
+from icenet.core.models.sharing import find_shared
+from icenet.nn.kinds import kind_of
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A module, list or dict in a model."""
+
+    path: str
+    mlx_path: str
+    holder: Any
+    module: nn.Module
+    """The module that contains it; a module contains itself."""
+    key: str
+    """Its key in that module, as in `nn.Module.freeze`; empty for a module."""
+    is_hidden: bool
+    """Whether it is below an attribute that begins with "_", whose arrays MLX takes for no parameters."""
+    is_frozen: bool
+    """Whether a container of it is frozen as a whole."""
+
+    @property
+    def items(self) -> list[tuple[Any, Any]]:
+        return list(self.holder.items() if isinstance(self.holder, dict) else enumerate(self.holder))
+
+    def key_of(self, name: Any) -> str:
+        return f"{self.key}.{name}" if self.key else str(name)
+
+
+class NamedArray(NamedTuple):
+    """A place in a model that holds an array."""
+
+    path: str
+    array: mx.array
+    is_trainable: bool
+
+
+class _Place(NamedTuple):
+    path: str
+    mlx_path: str
+    holder: Any
+    key: Any
+    is_trainable: bool
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields all modules with their paths, parents first; one that is used twice, under each of its paths."""
+    return ((node.path, node.holder) for node in _nodes(model) if isinstance(node.holder, nn.Module))
+
+
+def named_arrays(model: nn.Module) -> list[NamedArray]:
+    """Returns parameters and buffers, those of a module before those of its children; shared ones at each place."""
+    return [NamedArray(place.path, place.holder[place.key], place.is_trainable) for place in _places(model)]
+
+
+def layer_kinds(model: nn.Module) -> dict[str, str]:
+    """Returns the kind of everything that holds arrays, by path (see `icenet.core.weights.layout`)."""
+    kinds = {path: kind for path, module in named_modules(model) if (kind := kind_of(module))}
+    for node in _nodes(model):
+        if not isinstance(node.holder, nn.Module) and any(isinstance(value, mx.array) for _, value in node.items):
+            kinds.setdefault(node.path, "plain")
+    return kinds
+
+
+def mlx_names(model: nn.Module) -> dict[str, str]:
+    """Returns the canonical path of each array by MLX's own path, where the two differ."""
+    return {place.mlx_path: place.path for place in _places(model) if place.mlx_path != place.path}
+
+
+def unregistered(model: nn.Module) -> list[str]:
+    """Returns the paths of tuples with layers or arrays, which MLX neither trains nor saves."""
+    known = {id(value) for node in _nodes(model) for _, value in (("", node.holder), *node.items)}
+
+    def is_unknown(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return any(map(is_unknown, value))
+        return isinstance(value, (nn.Module, mx.array)) and id(value) not in known
+
+    return [
+        _join(node.path, name)
+        for node in _nodes(model)
+        for name, value in node.items
+        if not node.is_hidden and isinstance(value, tuple) and not str(name).startswith("_") and is_unknown(value)
+    ]
+
+
+class Arrays:
+    """The parameters of a module by path, read and written in place. An array that is shared has one path.
+
+    Args:
+        model: Any module. Its modules, lists and dicts must stay the same objects.
+        trainable: Leave out buffers.
+    """
+
+    def __init__(self, model: nn.Module, trainable: bool = True) -> None:
+        places = _places(model)
+        shared = find_shared((place.path, place.holder[place.key]) for place in places)
+        self._places: dict[str, list[_Place]] = {}
+        for place in places:
+            if not trainable or place.is_trainable:
+                self._places.setdefault(shared.get(place.path, place.path), []).append(place)
+
+    def get(self) -> dict[str, mx.array]:
+        """Returns the arrays by path."""
+        return {path: own[0].holder[own[0].key] for path, own in self._places.items()}
+
+    def set(self, arrays: Mapping[str, mx.array]) -> None:
+        """Sets some arrays by path, each at all places that share it."""
+        for path, array in arrays.items():
+            for place in self._places[path]:
+                place.holder[place.key] = array
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    found = []
+    for node in _nodes(model):
+        if node.is_hidden:
+            continue
+        for name, value in node.items:
+            key = node.key_of(name)
+            if isinstance(value, mx.array) and not key.startswith("_"):
+                is_trainable = not node.is_frozen and key not in node.module._no_grad
+                paths = _join(node.path, name), _join(node.mlx_path, name)
+                found.append(_Place(*paths, node.holder, name, is_trainable))
+    return found
+
+
+def _nodes(model: nn.Module) -> Iterator[_Node]:
+    """Yields the modules and containers of a model, parents first."""
+
+    def walk(node: _Node, above: tuple[int, ...]) -> Iterator[_Node]:
+        if id(node.holder) in above:
+            raise UsageError(
+                f"{node.path}: a module that contains itself; keep a reference to a parent in a function"
+            )
+        yield node
+        is_module = isinstance(node.holder, nn.Module)
+        for name, value in node.items:
+            if not isinstance(value, (dict, list)):
+                continue
+            key = node.key_of(name)
+            inline = name == "layers" and isinstance(node.holder, nn.Sequential) and is_module
+            child = isinstance(value, nn.Module)
+            yield from walk(
+                _Node(
+                    path=node.path if inline else _join(node.path, name),
+                    mlx_path=_join(node.mlx_path, name),
+                    holder=value,
+                    module=value if child else node.module,
+                    key="" if child else key,
+                    is_hidden=node.is_hidden or key.startswith("_"),
+                    is_frozen=node.is_frozen or key in node.module._no_grad,
+                ),
+                (*above, id(node.holder)),
+            )
+
+    return walk(_Node("", "", model, model, "", False, False), ())
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
