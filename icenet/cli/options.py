@@ -32,7 +32,7 @@ def _trust_code(ctx: click.Context, parameter: click.Parameter, value: bool) -> 
     if value:
         from icenet.core.config import custom
 
-        custom.trust_everything()
+        ctx.with_resource(custom.everything_trusted())  # until the command ends
 
 
 def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

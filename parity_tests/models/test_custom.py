@@ -170,7 +170,6 @@ ONLY = {"type": "one_mlx.py:Only", "hidden_size": 1, "vocab_size": 257}
 def distrust(no_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Starts each test like a new process: no file is trusted."""
     monkeypatch.setattr(custom, "_trusted", set())
-    monkeypatch.setattr(custom, "_trust_everything", False)
 
 
 @pytest.fixture
@@ -644,6 +643,14 @@ def test_with_trust_code_the_commands_run(trap: Path, capfd: pytest.CaptureFixtu
         quick = ["--quiet"] if name == "resume" else []
         assert main([*COMMANDS[name].split(), *quick, "--trust-code"]) == 0, (name, capfd.readouterr().err)
         assert mark.exists(), name
+
+
+def test_the_flag_is_for_one_command(trap: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A program may call `main` more than once."""
+    assert main([*COMMANDS["info"].split(), "--trust-code"]) == 0
+    assert "--trust-code" in failure(COMMANDS["info"].split(), capfd)
+    failure(["info", "nowhere", "--trust-code"], capfd)
+    assert "--trust-code" in failure(COMMANDS["info"].split(), capfd)
 
 
 @pytest.mark.parametrize("place", ["run", NEWEST, "saved"])

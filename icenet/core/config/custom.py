@@ -11,7 +11,10 @@ next to it that it imports (see `icenet.core.config.user_code`).
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from icenet.core.config import user_code
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
 _trusted: set[Path] = set()
-_trust_everything = False
+"""The files that the user of this process has named. A checkpoint that names one of them may run it."""
+_everything_trusted: ContextVar[bool] = ContextVar("everything_trusted", default=False)
 
 
 def is_custom(family: Any) -> bool:
@@ -47,10 +51,14 @@ def trust(family: str) -> None:
         _trusted.add(split(family)[0].resolve())
 
 
-def trust_everything() -> None:
-    """Allows every file that a checkpoint names to be run (`--trust-code`)."""
-    global _trust_everything
-    _trust_everything = True
+@contextlib.contextmanager
+def everything_trusted() -> Iterator[None]:
+    """Allows every file that a checkpoint names to be run, while the context is open (`--trust-code`)."""
+    token = _everything_trusted.set(True)
+    try:
+        yield
+    finally:
+        _everything_trusted.reset(token)
 
 
 def model_class(family: str, backend: str) -> type[Any]:
@@ -64,7 +72,7 @@ def model_class(family: str, backend: str) -> type[Any]:
     file, name = split(family)
     if not file.is_file():
         raise ConfigError(f"model.type: {file}: no such file; run this command in the folder that contains it")
-    if not _trust_everything and file.resolve() not in _trusted:
+    if not _everything_trusted.get() and file.resolve() not in _trusted:
         raise UsageError(f"the model is defined by Python code, {family}: read it, then add --trust-code to run it")
     backends_found, import_errors = [], []
     # the backend's own file first: the other one would import the other framework
