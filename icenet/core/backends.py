@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from icenet.core import blas as blas_library
 from icenet.core.config import Config, custom
 from icenet.core.errors import BackendError, IceNetError
 
@@ -36,15 +37,13 @@ def resolve(name: str, blas: str = "auto") -> str:
     Raises:
         BackendError: The backend is not installed or does not start; with auto, none does.
     """
-    if blas != "auto":
-        os.environ.setdefault("ICENET_BLAS", blas)
     if name != "auto":
-        _import(name)
+        _import(name, blas)
         return name
     reasons = []
     for candidate in PACKAGES:
         try:
-            _import(candidate)
+            _import(candidate, blas)
             return candidate
         except BackendError as error:
             reasons.append(str(error))
@@ -78,7 +77,7 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _import(name: str) -> None:
+def _import(name: str, blas: str = "auto") -> None:
     if name not in PACKAGES:
         raise BackendError(f"no backend {name!r}; one of mlx, torch, auto")
     framework = "mlx.core" if name == "mlx" else "torch"
@@ -88,7 +87,7 @@ def _import(name: str) -> None:
         raise BackendError(f"backend {name} is not installed: {_INSTALL[name]}{alternative}")
     try:
         if name == "mlx":
-            importlib.import_module("icenet.blas")
+            blas_library.load(blas)
         importlib.import_module(framework)
     except (ImportError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -150,7 +150,7 @@ def test_neither_framework_is_imported() -> None:
 def test_other_platforms_and_the_cuda_build_are_left_alone() -> None:
     code = """
 import os, sys
-import icenet.blas as blas
+import icenet.core.blas as blas
 blas._installed = lambda *names: "mlx-cpu" not in names
 platform = sys.platform
 for sys.platform, choice in (("darwin", "torch"), ("win32", "auto"), ("linux", "auto")):
@@ -242,7 +242,7 @@ def test_a_choice_against_a_preloaded_blas_is_an_error(tmp_path: Path) -> None:
 
 ABSENT = """
 import os
-import icenet.blas as blas
+import icenet.core.blas as blas
 blas.OPENBLAS_NAMES, blas.sys.prefix = (), "/nowhere"
 blas.ctypes.util.find_library = lambda name: None
 blas.importlib.util.find_spec = lambda name: None
@@ -274,6 +274,40 @@ def test_too_late_is_one_warning_with_the_remedy() -> None:
     assert done.stdout.splitlines() == ["reference None"]
     assert done.stderr.count("BlasWarning: ") == 1
     assert "import icenet.blas before mlx.core" in done.stderr
+
+
+# ---- the config's choice -------------------------------------------------------------------------
+
+RESOLVE = """
+import os
+from icenet.core import backends, blas
+backends.resolve("mlx", {choice!r})
+print(blas.status().name, blas.status().path, "ICENET_BLAS" in os.environ)
+"""
+
+
+@linux
+@with_mlx
+def test_a_config_chooses_without_the_environment(tmp_path: Path) -> None:
+    """A program that is started later must not inherit the choice of this config."""
+    one, two = stub(tmp_path, "libone.so"), stub(tmp_path, "libtwo.so")
+    again = f"backends.resolve('mlx', {one!r}); backends.resolve('mlx', {two!r}); backends.resolve('mlx')\n"
+    done = python(RESOLVE.format(choice=one) + PRODUCT + again)
+    assert done.stdout.splitlines() == [f"path {one} False", "42.0 42.0"], done.stderr
+    [warning] = [line for line in done.stderr.splitlines() if "BlasWarning: " in line]
+    assert f"blas: {two} has no effect, {one} is in use" in warning and "before Python starts" in warning
+
+
+@linux
+@with_mlx
+def test_the_environment_goes_before_the_config(tmp_path: Path) -> None:
+    one = stub(tmp_path, "libone.so")
+    assert answer(RESOLVE.format(choice="torch"), ICENET_BLAS=one) == [f"path {one} True"]
+
+
+@linux
+def test_a_library_that_the_config_names_and_that_does_not_exist_is_an_error() -> None:
+    assert is_one_line(last_error(RESOLVE.format(choice="/no/lib.so")), "blas: /no/lib.so", "openblas")
 
 
 # ---- choose --------------------------------------------------------------------------------------

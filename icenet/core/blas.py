@@ -1,0 +1,229 @@
+"""Loads a fast BLAS for MLX on Linux CPUs, before `mlx.core` is imported. Importing `icenet.blas` does it.
+
+MLX's Linux wheels contain the reference BLAS (8 GFLOP/s on two cores that reach 230). MLX's matrix products call the
+symbol `sgemm_`, which the dynamic loader looks up in the global scope first. A library that exports `sgemm_` and is
+loaded into the global scope before `mlx.core` is imported therefore computes MLX's products. Once `mlx.core` is
+imported, its symbols are bound.
+
+The environment variable ICENET_BLAS, or else the config key `blas`, selects the library: `torch`, `openblas`, `none`
+or a path. `auto`, the default, selects a system OpenBLAS, or else the library inside an installed torch, without
+importing torch. On other platforms nothing is loaded, and with MLX's CUDA build nothing is loaded by `auto`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from icenet.core.errors import BackendError
+
+VARIABLE = "ICENET_BLAS"
+# Threaded builds come first: next to them, libopenblas.so.0 is the serial build (Fedora, openSUSE).
+OPENBLAS_NAMES = ("libopenblasp.so.0", "libopenblas_pthreads.so.0", "libopenblas.so.0", "libopenblas.so")
+MKL_CBWR = "AUTO,STRICT"
+REMEDY = "install OpenBLAS (Debian: apt install libopenblas0; Fedora: dnf install openblas-threads) or torch"
+
+
+class BlasWarning(UserWarning):
+    """MLX uses its reference BLAS, whose matrix products are about 25 times slower."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The BLAS of MLX's matrix products on the CPU.
+
+    Attributes:
+        name: `torch`, `openblas`, `path` (any other library), `reference` (MLX's own) or `not needed` (another
+            platform, or MLX's CUDA build).
+        path: File of the library, if one was loaded.
+        note: Reason for the choice.
+    """
+
+    name: str
+    path: str | None
+    note: str
+
+
+_status: Status | None = None
+"""A library stays in the global symbol scope until the process ends, so this is a fact about the process."""
+
+
+def status() -> Status:
+    """Returns the BLAS in use."""
+    return load()
+
+
+def load(choice: str = "auto") -> Status:
+    """Loads a fast BLAS into the global symbol scope, once per process.
+
+    Args:
+        choice: The library, unless ICENET_BLAS is set.
+
+    Raises:
+        BackendError: The library does not exist or is not suitable.
+
+    Warns:
+        BlasWarning: No library was found, or `mlx.core` is already imported; or the process has another library than
+            `choice`.
+    """
+    global _status
+    variable = os.environ.get(VARIABLE, "").strip()
+    if _status is None:
+        _status = _load(variable or choice, f"blas: {choice}" if choice != "auto" and not variable else "")
+    elif not variable and not _is_choice(_status, choice):
+        text = f"blas: {choice} has no effect, {_status.path or _status.name} is in use since MLX was imported"
+        warnings.warn(f"{text}; set {VARIABLE}={choice} before Python starts", BlasWarning, stacklevel=2)
+    return _status
+
+
+def _is_choice(status: Status, choice: str) -> bool:
+    """Returns whether a process with this status has the library that `choice` selects."""
+    return (
+        choice == "auto"
+        or status.name in ("not needed", choice)
+        or (choice == "none" and status.name == "reference")
+        or status.path == os.path.expanduser(choice)
+    )
+
+
+def choose(value: str) -> Status:
+    """Sets ICENET_BLAS to `value` and loads that library. Call it before `mlx.core` is imported.
+
+    Raises:
+        BackendError: MLX is already imported, or another library is already loaded. A library stays loaded until the
+            process ends, so the variable must then be set before Python starts.
+    """
+    global _status
+    value = value.strip() or "auto"
+    if "mlx.core" in sys.modules and value != (os.environ.get(VARIABLE, "").strip() or "auto"):
+        raise BackendError(
+            f"BLAS {value!r} cannot be chosen, mlx is already imported: set {VARIABLE}={value} before Python starts"
+        )
+    _status = _load(value)
+    os.environ[VARIABLE] = value
+    return _status
+
+
+def _load(choice: str, setting: str = "") -> Status:
+    """Loads a library. `setting` is the text with which the user chose it, for messages."""
+    setting = setting or f"{VARIABLE}={choice}"
+    if sys.platform != "linux":
+        return Status("not needed", None, f"MLX uses the platform's own BLAS on {sys.platform}")
+    if choice == "auto" and _installed("mlx-cuda-13", "mlx-cuda-12") and not _installed("mlx-cpu"):
+        return Status("not needed", None, f"MLX's CUDA build uses the GPU; {VARIABLE}=torch is for its CPU device")
+    before = _global_blas()
+    if choice == "none":
+        if before:
+            raise BackendError(f"{setting}, but {before} is already loaded: unset LD_PRELOAD, or choose earlier")
+        return Status("reference", None, setting)
+    if choice == "auto" and before:
+        return Status(_name(before), before, "already in the global scope")
+    if not before and "mlx.core" in sys.modules:
+        note = "mlx was imported before icenet, so no fast BLAS can be loaded: import icenet.blas before mlx.core"
+        warnings.warn(f"{note}; matrix products on the CPU are about 25 times slower", BlasWarning, stacklevel=4)
+        return Status("reference", None, note)
+
+    problems = []
+    for candidate in _candidates(choice):
+        problem = _open(candidate)
+        if problem is None:
+            path = _global_blas() or candidate
+            return Status(_name(path), path, setting)
+        if os.path.sep in candidate or choice == candidate:  # a library name that is not installed is expected
+            problems.append(f"{candidate} {problem}")
+    if choice == "auto":
+        note = f"no fast BLAS found; {REMEDY}"
+        text = f"MLX's matrix products on the CPU will be about 25 times slower: {note}"
+        warnings.warn(f"{text} ({VARIABLE}=none hides this warning)", BlasWarning, stacklevel=4)
+        return Status("reference", None, note)
+    remedies = {"torch": "pip install torch", "openblas": REMEDY}
+    remedy = remedies.get(choice, "give auto, torch, openblas, none or the path of a library that exports sgemm_")
+    raise BackendError(f"{setting}: {'; '.join(problems) or 'not found'}; {remedy}")
+
+
+def _candidates(choice: str) -> list[str]:
+    """Returns the libraries to try, in order: paths, or names for the dynamic loader."""
+    found: list[str] = []
+    if choice in ("auto", "openblas"):
+        found += OPENBLAS_NAMES
+        in_prefix = Path(sys.prefix, "lib", "libopenblas.so.0")  # conda's, which the loader may not find
+        found += [str(in_prefix)] if in_prefix.exists() else []
+        other = ctypes.util.find_library("openblas")
+        found += [other] if other and other not in found else []
+    if choice in ("auto", "torch"):
+        spec = importlib.util.find_spec("torch")  # does not import torch
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            library = Path(folder, "lib", "libtorch_cpu.so")
+            found += [str(library)] if library.exists() else []
+    return found if choice in ("auto", "openblas", "torch") else [os.path.expanduser(choice)]
+
+
+def _open(path: str) -> str | None:
+    """Loads a library into the global scope. Returns None if MLX will use it, or else the problem."""
+    if _name(path) == "torch" and platform.machine() in ("x86_64", "AMD64"):
+        # Equal calls then have equal bits, independent of the alignment of the data, the threads and the run, and MLX
+        # agrees with torch bit for bit. Without it, 163 of 600 small Linear products differed on an AMD EPYC. AVX2
+        # instead of AUTO has the same effect, but halves the speed on an Intel Xeon with AVX-512.
+        os.environ.setdefault("MKL_CBWR", MKL_CBWR)
+    try:
+        # Checked before it is made global, because it cannot be removed from the global scope.
+        library = ctypes.CDLL(path, ctypes.RTLD_LOCAL)
+        if not hasattr(library, "sgemm_"):
+            return "does not export sgemm_ (builds with suffixed names, such as openblas64, do not work with MLX)"
+        if hasattr(library, "openblas_get_config"):
+            library.openblas_get_config.restype = ctypes.c_char_p
+            if b"USE64BITINT" in (library.openblas_get_config() or b""):
+                return "has 64-bit integers (ILP64), and MLX has 32-bit integers"
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"cannot be loaded ({str(error).removeprefix(path + ': ')})"
+    if _address(ctypes.CDLL(None)) != _address(library):
+        return f"is too late: {_global_blas()} is already loaded and stays loaded until the process ends"
+    return None
+
+
+def _address(library: ctypes.CDLL) -> int | None:
+    """Returns the address of `sgemm_` as `library` resolves it."""
+    return ctypes.cast(library.sgemm_, ctypes.c_void_p).value if hasattr(library, "sgemm_") else None
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    )
+
+
+def _global_blas() -> str | None:
+    """Returns the file of the `sgemm_` in the global scope, or None."""
+    everything = ctypes.CDLL(None)
+    address, info = _address(everything), _DlInfo()
+    if address is None:
+        return None
+    found = everything.dladdr(ctypes.c_void_p(address), ctypes.byref(info))
+    return os.fsdecode(info.dli_fname) if found and info.dli_fname else "an unnamed library"
+
+
+def _name(path: str) -> str:
+    base = os.path.basename(path)
+    return "torch" if base.startswith("libtorch") else "openblas" if "openblas" in base else "path"
+
+
+def _installed(*distributions: str) -> bool:
+    for distribution in distributions:
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
