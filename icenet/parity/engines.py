@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy.typing as npt
 
 from icenet.core import backends, rng
 from icenet.core.config import Config
-from icenet.core.engine import Batch, Engine, check_ids
+from icenet.core.engine import Batch, Engine, check_ids, explain_user_errors
+from icenet.parity import align
 from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet.parity.yardstick import perturb_by_ulp
 
@@ -86,7 +88,7 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
         trace.add("input", name, value)
     options = {name: value for name, value in inputs.items() if name == "attention_mask"}
     with backends.module(engine.backend, "tools.probe").recording(engine.model, trace):
-        replay(engine, "", Call((inputs["inputs"],), options), step=step, train=train)
+        replay(engine, "", Call((_native(engine, inputs["inputs"]),), options), step=step, train=train)
     if gradients:
         loss, arrays = engine.gradients(batch, step)
         trace.add("loss", "", Value(np.asarray(loss), "fp32"))
@@ -119,25 +121,70 @@ def replay(
         if train:
             engine.seed_dropouts(step, range(len(call.values[0].array)))
         with engine.nn.norm.keep_running_statistics(model):
-            replayed: dict[str, Value] = probe.replay(model, path, call, cotangents)
+            with explain_user_errors(call.values[0].array) if not path else contextlib.nullcontext():
+                replayed: dict[str, Value] = probe.replay(model, path, call, cotangents)
             return replayed
     finally:
         model.gradient_checkpointing = checkpointing
 
 
-@contextlib.contextmanager
-def perturbed_weights(engine: Engine, dtype: str, index: int) -> Iterator[None]:
-    """Perturbs the engine's weights by an ulp of `dtype` while the context is open (see `perturb_by_ulp`).
+def _native(engine: Engine, value: Value) -> Value:
+    """Returns the input of a batch with the axes of the engine's framework (see `Engine.to_device`)."""
+    is_image = value.array.ndim == 4 and engine.backend == "torch"
+    return Value(align.to_torch(align.MOVED, value.array), value.dtype) if is_image else value
 
-    `index` selects the random draw.
+
+@contextlib.contextmanager
+def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]:
+    """Perturbs all that the engine computes while the context is open, for a sample of its noise.
+
+    Weights, optimizer state, outputs of modules and their gradients are moved as `perturb_by_ulp` describes. Weights
+    and state are restored at the end.
+
+    Args:
+        engine: An engine of PyTorch.
+        dtype: Compute dtype, to which the model rounds its weights.
+        sample: Number of the sample, 0 to SAMPLES - 1.
+
+    Yields:
+        The perturbation, for the inputs of what is computed.
     """
-    weights = engine.weights()
-    perturbed = {
-        path: perturb_by_ulp(array, dtype, rng.key(index, "rounded anew", path)).astype(array.dtype)
-        for path, array in weights.items()
-    }
-    engine.set_weights(perturbed)
+    perturb = Perturbation(dtype, sample)
+    weights, state = engine.weights(), engine.optimizer_state()
+    engine.set_weights({path: perturb.array(array, "weight", path) for path, array in weights.items()})
+    engine.set_optimizer_state({path: Perturbation("fp32", sample).array(a, path) for path, a in state.items()})
     try:
-        yield
+        with backends.module(engine.backend, "tools.probe").perturbing(engine.model, perturb):
+            yield perturb
     finally:
         engine.set_weights(weights)
+        engine.set_optimizer_state(state)
+
+
+class Perturbation:
+    """Perturbs named values for one sample of the noise (see `perturb_by_ulp`).
+
+    Args:
+        dtype: Compute dtype under test.
+        sample: Number of the sample, 0 to SAMPLES - 1.
+    """
+
+    def __init__(self, dtype: str, sample: int) -> None:
+        self.dtype, self.sample = dtype, sample
+
+    def __call__(self, value: Value, *name: str | int) -> Value:
+        """Returns the value, moved by ulps of its dtype. The key of the draw is the name."""
+        if not value.is_float:
+            return value
+        moved = perturb_by_ulp(value.array, value.dtype, rng.key(0, "perturbation", *name), self.sample)
+        return Value(moved.astype(value.array.dtype), value.dtype)
+
+    def array(self, array: Array, *name: str | int) -> Array:
+        """Returns a weight, gradient or optimizer state, moved by ulps of `dtype` if it is a float."""
+        is_float = np.issubdtype(array.dtype, np.floating)
+        return self(Value(array, self.dtype if is_float else str(array.dtype)), *name).array
+
+    def call(self, call: Call) -> Call:
+        """Returns a call with perturbed arguments."""
+        numbers = count()
+        return call.map(lambda value: self(value, "argument", next(numbers)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ import numpy.typing as npt
 from icenet.core import rng
 from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
 from icenet.core.data.datasets import dataset_for
-from icenet.core.engine import Batch
+from icenet.core.engine import Batch, Engine
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
-from icenet.parity.engines import Engines, build, describe, perturbed_weights, record, replay
-from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, Replay, Row, compare, locate
+from icenet.parity.engines import Engines, build, describe, perturbed, record, replay
+from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, PerturbedReplay, Row, compare, locate
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Call, Trace, Value, short_dtype
-from icenet.parity.yardstick import SAMPLES, judge_curve
+from icenet.parity.yardstick import judge_curve
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -42,7 +42,7 @@ def run(
     """Compares MLX with PyTorch on a configuration.
 
     Compares the initial weights bit for bit, the output of every layer, every layer on equal inputs, the gradient of
-    every parameter (with dropout), one optimizer step on equal gradients and, with `steps`, a training curve on the
+    every parameter (with dropout), a training step on equal gradients and, with `steps`, a training curve on the
     configuration's data.
 
     Args:
@@ -62,8 +62,9 @@ def run(
     engines = build(config, dtype, weights, device_mlx, device_torch)
     report = compare_engines(engines, batch or random_batch(config), progress=progress)
     if steps:
+        start = engines.torch.weights(), engines.torch.optimizer_state()
         report.losses = curves(engines, steps, progress)
-        report.curve = judge_curve(*report.losses.values())
+        report.curve = judge_curve(*report.losses.values(), partial(_perturbed_curve, engines.torch, start, steps))
     return report
 
 
@@ -111,21 +112,64 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
     for mode, train in modes:
         title = f"layers, {mode}"
         tell(title, 0, 1)
-        rows, (_, torch, reference) = _record_and_compare(engines, batch, dtype, step=step, train=train)
-        replays = tuple(partial(replay, engine, step=step, train=train) for engine in engines)
-        perturbed = _perturbed_replay(engines, dtype, step, train)
-        rows = locate(rows, torch, reference, (*replays, perturbed), dtype, partial(tell, title))
+        rows, (mlx, torch, reference) = _record_and_compare(engines, batch, dtype, step=step, train=train)
+        mlx_replay, torch_replay, reference_replay = (
+            partial(replay, engine, step=step, train=train) for engine in engines
+        )
+        replays = mlx_replay, torch_replay, reference_replay
+        samples = _perturbed_replay(engines, dtype, step, train)
+        rows = locate(rows, mlx, torch, reference, replays, dtype, samples, partial(tell, title))
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
     kinds = ("loss", "gradient")
     rows, traces = _record_and_compare(engines, batch, dtype, kinds, step=step, train=True, gradients=True)
     report.sections.append(Section("loss and gradients, training", _mark_gradients(rows, report)))
-    tell("optimizer step", 0, 1)
+    tell("training step", 0, 1)
     gradients = {path: value.array.astype(np.float32) for path, value in traces[2].of("gradient").items()}
-    report.sections.append(Section("optimizer step on equal gradients", optimizer_rows(engines, [gradients])))
+    report.sections.append(Section(TRAINING_STEP, training_step_rows(engines, batch, step, gradients)))
     tell("done", 1, 1)
     return report
+
+
+TRAINING_STEP = "training step on equal gradients"
+
+
+def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping[str, Array]) -> list[Row]:
+    """Compares parameters, optimizer state and running statistics after one training step.
+
+    MLX runs its training step. PyTorch applies the gradients of MLX, with clipping, because the update of Adam is
+    not a continuous function of a gradient that is zero but for rounding. The gradients are compared elsewhere.
+    If loss or gradients of MLX are not finite, all engines apply the gradients `exact`.
+
+    Weights and optimizer state are restored afterwards.
+    """
+    rate = engines.torch.config.training.learning_rate
+    with _restored(engines.mlx):
+        mlx_gradients = engines.mlx.gradients(batch, step)[1]
+        finite = engines.mlx.read(engines.mlx.train_step(batch, step, rate)).finite
+        mlx = _state(engines.mlx, mlx_gradients)
+    if not finite:
+        return optimizer_rows(engines, [dict(exact)], step)
+
+    def trace(engine: Engine, gradients: Mapping[str, Array]) -> Trace:
+        found = Trace()
+        with _restored(engine):
+            if mlx.of("statistic"):
+                engine.read(engine.train_step(batch, step, rate))
+                found = _state(engine, gradients)
+        with _restored(engine):
+            engine.apply_gradients(gradients, step, rate, clip=True)
+            updated = _state(engine, gradients)
+        updated.values.update({name: v for name, v in found.values.items() if name.startswith("statistic:")})
+        return updated
+
+    def sample(index: int) -> Trace:
+        with perturbed(engines.torch, "fp32", index) as perturb:
+            return trace(engines.torch, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
+
+    torch, reference = (trace(engine, mlx_gradients) for engine in engines[1:])
+    return compare(mlx, torch, reference, "fp32", perturbed=sample)
 
 
 def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_step: int = 0) -> list[Row]:
@@ -133,39 +177,85 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
 
     Weights and optimizer state are restored afterwards.
     """
-    traces = []
-    for engine in engines:
-        weights, state = engine.weights(), engine.optimizer_state()
-        for index, arrays in enumerate(gradients):
-            engine.apply_gradients(arrays, first_step + index, engine.config.training.learning_rate)
-        trace = Trace()
-        for kind, arrays in (("parameter", engine.weights()), ("moment", engine.optimizer_state())):
-            for path, array in arrays.items():
-                trace.add(kind, path, Value(array, short_dtype(array.dtype)))
+
+    def trace(engine: Engine, gradients: list[dict[str, Array]]) -> Trace:
+        with _restored(engine):
+            for index, arrays in enumerate(gradients):
+                engine.apply_gradients(arrays, first_step + index, engine.config.training.learning_rate)
+            return _state(engine, gradients[0])
+
+    def sample(index: int) -> Trace:
+        with perturbed(engines.torch, "fp32", index) as perturb:
+            moved = [
+                {path: perturb.array(array, number, path) for path, array in arrays.items()}
+                for number, arrays in enumerate(gradients)
+            ]
+            return trace(engines.torch, moved)
+
+    mlx, torch, reference = (trace(engine, gradients) for engine in engines)
+    # weights and moments are fp32, whatever the compute dtype
+    return compare(mlx, torch, reference, "fp32", perturbed=sample)
+
+
+def _state(engine: Engine, gradients: Mapping[str, Array]) -> Trace:
+    """Returns the engine's weights and optimizer state; weights without a gradient are of kind "statistic"."""
+    trace = Trace()
+    for path, array in engine.weights().items():
+        trace.add("parameter" if path in gradients else "statistic", path, Value(array, short_dtype(array.dtype)))
+    for path, array in engine.optimizer_state().items():
+        trace.add("moment", path, Value(array, short_dtype(array.dtype)))
+    return trace
+
+
+@contextlib.contextmanager
+def _restored(engine: Engine) -> Iterator[None]:
+    """Restores the engine's weights and optimizer state on exit."""
+    weights, state = engine.weights(), engine.optimizer_state()
+    try:
+        yield
+    finally:
         engine.set_weights(weights)
         engine.set_optimizer_state(state)
-        traces.append(trace)
-    mlx, torch, reference = traces
-    return compare(mlx, torch, reference, "fp32")  # weights and moments are fp32, whatever the compute dtype
 
 
 def curves(engines: Engines, steps: int, progress: Progress | None = None) -> dict[str, list[float]]:
     """Trains for `steps` steps on the configuration's data; returns the losses of MLX, PyTorch and the reference."""
-    config = engines.torch.config
+    names = ("MLX", "PyTorch", "PyTorch float64")
+    dtype = engines.torch.config.training.mixed_precision
+    losses = _train(list(engines), [dtype, dtype, "fp32"], steps, progress)  # float64 needs no loss scale, as fp32
+    return dict(zip(names, losses, strict=True))
+
+
+def _train(
+    engines: list[Engine], dtypes: list[str], steps: int, progress: Progress | None = None
+) -> list[list[float]]:
+    """Trains the engines side by side on the data of their configuration; returns the losses of each."""
+    config = engines[0].config
     dataset = dataset_for(config)
-    losses: dict[str, list[float]] = {"MLX": [], "PyTorch": [], "PyTorch float64": []}
-    scales = [LossScale.for_precision(config.training.mixed_precision) for _ in range(2)] + [LossScale()]
+    losses: list[list[float]] = [[] for _ in engines]
+    scales = [LossScale.for_precision(dtype) for dtype in dtypes]
     for step in range(steps):
         batch = dataset.train_batch(step, config.training.batch_size)
         rate = schedule.learning_rate(step, config.training)
         handles = [e.train_step(batch, step, rate, scale.scale) for e, scale in zip(engines, scales, strict=True)]
-        for engine, handle, scale, curve in zip(engines, handles, scales, losses.values(), strict=True):
+        for engine, handle, scale, curve in zip(engines, handles, scales, losses, strict=True):
             result = engine.read(handle)
             scale.update(result.finite)
             curve.append(result.loss)
         if progress is not None:
             progress("training", step + 1, steps)
     return losses
+
+
+def _perturbed_curve(
+    engine: Engine, start: tuple[dict[str, Array], dict[str, Array]], steps: int, sample: int
+) -> list[float]:
+    """Returns the losses of a perturbed training run of PyTorch that starts with the given weights and state."""
+    engine.set_weights(start[0])
+    engine.set_optimizer_state(start[1])
+    dtype = engine.config.training.mixed_precision
+    with perturbed(engine, dtype, sample):
+        return _train([engine], [dtype], steps)[0]
 
 
 def unequal(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[str]:
@@ -187,25 +277,23 @@ def _record_and_compare(
     """Records one trace of each engine with the options of `record`, and compares them."""
     mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
 
-    def perturbed_traces() -> list[Trace]:
-        found = []
-        for index in range(SAMPLES):
-            with perturbed_weights(engines.torch, dtype, index):
-                found.append(record(engines.torch, batch, **options))
-        return found
+    def sample(index: int) -> Trace:
+        with perturbed(engines.torch, dtype, index) as perturb:
+            inputs = {name: perturb(Value(a, short_dtype(a.dtype)), name).array for name, a in batch.items()}
+            return record(engines.torch, inputs, **options)
 
-    return compare(mlx, torch, reference, dtype, kinds, perturbed_traces), traces
+    return compare(mlx, torch, reference, dtype, kinds, sample), traces
 
 
-def _perturbed_replay(engines: Engines, dtype: str, step: int, train: bool) -> Replay:
-    """Returns a replay by PyTorch that perturbs the weights by another draw at each call."""
-    draws = count()
+def _perturbed_replay(engines: Engines, dtype: str, step: int, train: bool) -> PerturbedReplay:
+    """Returns a replay by PyTorch that perturbs weights, arguments, cotangents and all within the layer."""
 
-    def perturbed(path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-        with perturbed_weights(engines.torch, dtype, next(draws)):
-            return replay(engines.torch, path, call, cotangents, step=step, train=train)
+    def replayed(sample: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+        with perturbed(engines.torch, dtype, sample) as perturb:
+            moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
+            return replay(engines.torch, path, perturb.call(call), moved, step=step, train=train)
 
-    return perturbed
+    return replayed
 
 
 def _mark_gradients(rows: list[Row], report: Report) -> list[Row]:

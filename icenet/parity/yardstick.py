@@ -29,19 +29,34 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     RMS: rounding errors of float64 are below this limit, gradients that affect training above it.
 4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is sometimes
     close to zero by chance.
-5.  Few elements, such as the bias of a layer of width two: the RMS of two noise values is below 1/8 of its
-    expectation once in 65 times. PyTorch may also sum in float64 internally, which makes the noise of a sum zero. So
-    if a ratio exceeds FACTOR, PyTorch runs SAMPLES = 8 more times with weights, inputs and cotangents perturbed by
-    one ulp (`perturb_by_ulp`), which changes every rounding. The floor of each element is the RMS of its 8 distances
-    from r (`noise_rms`). The error of MLX and FACTOR stay the same; only the noise is measured with more samples.
+5.  Samples: one run of PyTorch is one draw of the noise. For few elements it is sometimes small by chance: the RMS of
+    two noise values is below 1/8 of its expectation once in 65 times, one noise value once in 10 times. Which values
+    are unlucky depends on the processor, because it decides the order of sums. PyTorch may also sum in float64
+    internally, which makes the noise of a sum zero. So if a ratio exceeds FACTOR, PyTorch runs SAMPLES = 12 more
+    times with perturbed values, and the floor of each element is the RMS of its 12 distances from r.
 
-Training curves have floor 1 and the running maximum of the noise (see `judge_curve`).
+    A perturbation moves values by one ulp, up or down: the weights, the inputs, the optimizer state, the cotangents,
+    and the outputs of all modules and their gradients, as if each of them had been rounded once more. Each value is
+    moved in exactly one of the 12 samples (`perturb_by_ulp`), so that its mean square change is ulp^2 / 12, the
+    variance of a rounding. To first order the mean square distance is then the sum over all values v of
+    (dx/dv * ulp(v))^2 / 12, which is the variance of the rounding errors of x, plus the rounding errors of the
+    samples themselves. It depends little on chance, for single numbers too, and it does not depend on the processor.
+
+    The error of MLX and FACTOR stay the same; only the noise is measured with more samples.
+
+`judge_values` applies the criterion to all values of a run: outputs, losses, gradients, replays of single layers,
+optimizer steps and whole training steps. Training curves have the floors 1 and 5 and the running maximum of the noise
+(see `judge_curve`).
+
+One value cannot be compared this way: Adam divides a gradient by its own size, so that where a gradient is zero but
+for rounding its update has a random sign and the size of the learning rate. Therefore the update of a training step
+is compared with the update by PyTorch on the gradients of MLX, and the gradients are compared separately.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +64,13 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
+from icenet.parity.trace import Value
 
 FACTOR = 8.0
 """The largest ratio of MLX's error to PyTorch's noise that passes."""
 
-SAMPLES = 8
-"""The number of runs of PyTorch on perturbed inputs if a ratio exceeds FACTOR (floor 5)."""
+SAMPLES = 12
+"""The number of runs of PyTorch on perturbed values if a ratio exceeds FACTOR (floor 5)."""
 
 ZERO = 2.0**-40
 """A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
@@ -64,6 +80,10 @@ _FORMATS = {"fp64": (52, -1022), "fp32": (23, -126), "bf16": (7, -126), "fp16": 
 _SMALLEST_NORMAL = {"fp32": 2.0**-126, "bf16": 2.0**-126}
 
 Floats = npt.NDArray[np.float64]
+
+
+Values = Mapping[str, Value]
+"""Values by `KIND:PATH`, as in a trace."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +222,104 @@ def judge(
     )
 
 
-def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLike) -> CurveJudgement:
+def judge_values(
+    mlx: Values,
+    torch: Values,
+    reference: Values,
+    dtype: str = "fp32",
+    perturbed: Callable[[int], Values] | None = None,
+) -> dict[str, Judgement]:
+    """Compares the float values that all three runs have, by the criterion of this module.
+
+    Args:
+        mlx, torch: Values in the dtype under test.
+        reference: Values in float64.
+        dtype: Compute dtype under test: fp32, bf16 or fp16.
+        perturbed: Returns the values of the perturbed run of PyTorch with the given number, 0 to SAMPLES - 1. It is
+            called only if a value is over the tolerance (floor 5).
+    """
+    sizes = gradient_rms({_path(name): value for name, value in reference.items() if _is_gradient(name)})
+    found: dict[str, Judgement] = {}
+
+    def judge_one(name: str, sampled_noise: Floats | None = None) -> None:
+        found[name] = judge(
+            mlx[name].array,
+            torch[name].array,
+            reference[name].array,
+            dtype,
+            stored=torch[name].dtype,
+            layer_rms=sizes[_parent(name)] if _is_gradient(name) else 0.0,
+            min_noise=_loss_noise(torch, reference) if name == "loss:" else 0.0,
+            sampled_noise=sampled_noise,
+        )
+
+    for name, exact in reference.items():
+        if exact.is_float and name in mlx and name in torch:
+            judge_one(name)
+    over = [name for name, judgement in found.items() if not judgement.passed and math.isfinite(judgement.ratio)]
+    if perturbed is None or not over:
+        return found
+    squares = {name: np.zeros(reference[name].array.shape) for name in over}
+    for index in range(SAMPLES):  # only sums are kept, because a sample may have all activations of a model
+        sample = perturbed(index)
+        for name in over:
+            squares[name] += squared_distance(sample[name].array, reference[name].array)
+    for name in over:
+        judge_one(name, np.sqrt(squares[name] / SAMPLES))
+    return found
+
+
+def gradient_rms(gradients: Values) -> dict[str, float]:
+    """Returns the RMS of all gradients of each layer, by module path (floor 3). `gradients` are by parameter path."""
+    sums: dict[str, tuple[float, int]] = {}
+    for path, value in gradients.items():
+        squares, size = sums.get(_parent(path), (0.0, 0))
+        sums[_parent(path)] = squares + rms(value.array) ** 2 * value.array.size, size + value.array.size
+    return {path: math.sqrt(squares / size) if size else 0.0 for path, (squares, size) in sums.items()}
+
+
+def _loss_noise(torch: Values, reference: Values) -> float:
+    """Returns floor 4: the noise of the logits over the square root of the number of labels."""
+    if "module:" not in torch or "input:labels" not in torch:
+        return 0.0
+    num_labels = int(np.count_nonzero(torch["input:labels"].array >= 0))
+    noise = torch["module:"].array.astype(np.float64) - reference["module:"].array
+    return rms(noise) / math.sqrt(max(num_labels, 1))
+
+
+def _is_gradient(name: str) -> bool:
+    return name.startswith("gradient:")
+
+
+def _path(name: str) -> str:
+    return name.partition(":")[2]
+
+
+def _parent(name: str) -> str:
+    """Returns the path of the module that holds a parameter, given its path or its name."""
+    return (_path(name) or name).rpartition(".")[0]
+
+
+def judge_curve(
+    mlx: npt.ArrayLike,
+    torch32: npt.ArrayLike,
+    torch64: npt.ArrayLike,
+    perturbed: Callable[[int], npt.ArrayLike] | None = None,
+) -> CurveJudgement:
     """Compares training curves: the loss at each step by MLX, by PyTorch, and by PyTorch in float64.
 
     Passes if at every step |MLX - PyTorch| <= FACTOR * noise, where
 
         noise[t] = max(max over s <= t of |PyTorch[s] - float64[s]|, half an ulp of fp32 at float64[t])
 
-    The running maximum is needed because curves cross: where they do, the distance is zero by chance.
+    The running maximum is needed because curves cross: where they do, the distance is zero by chance. It does not
+    help at the first steps, where a loss is a single number. So if a ratio exceeds FACTOR, the RMS distance of
+    SAMPLES perturbed runs from float64 is used as well (floor 5).
 
     Args:
         mlx, torch32: Losses `[steps]` in the dtype under test.
         torch64: Losses `[steps]` of the reference.
+        perturbed: Returns the losses `[steps]` of the perturbed run of PyTorch with the given number.
 
     Raises:
         ValueError: The curves are empty or of unequal length.
@@ -221,9 +327,17 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     a, b, r = (np.atleast_1d(np.asarray(values, np.float64)) for values in (mlx, torch32, torch64))
     if a.size == 0 or not a.shape == b.shape == r.shape or a.ndim != 1:
         raise ValueError(f"curves of {a.shape}, {b.shape} and {r.shape} steps cannot be compared")
+    judgement = _judge_curve(a, b, r, np.zeros(r.shape))
+    if perturbed is None or judgement.passed or not math.isfinite(judgement.worst):
+        return judgement
+    return _judge_curve(a, b, r, noise_rms(r, map(perturbed, range(SAMPLES))))
+
+
+def _judge_curve(a: Floats, b: Floats, r: Floats, sampled: Floats) -> CurveJudgement:
     with np.errstate(invalid="ignore"):
         gap, distance = np.abs(a - b), np.abs(b - r)
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
+    distance = np.maximum(distance, sampled)
     rounding = half_ulp(np.where(np.isfinite(r), r, 0.0), "fp32")
     noise = np.maximum(np.maximum.accumulate(np.where(finite, distance, 0.0)), rounding)
     ratios = np.where(finite, gap / noise, np.inf)  # a loss that is not finite never passes
@@ -232,27 +346,38 @@ def judge_curve(mlx: npt.ArrayLike, torch32: npt.ArrayLike, torch64: npt.ArrayLi
     return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
 
 
-def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:
-    """Returns the values with one in twelve, chosen by `key`, moved up or down by one ulp of `dtype`.
+def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
+    """Returns the values of one sample: one in SAMPLES of them is moved up or down by one ulp of `dtype`.
 
-    The mean square of this change, ulp^2 / 12, is that of a rounding, and the result is exact in `dtype`. Zeros and
-    values that are not finite (masks) stay.
+    With the same key, each value is moved in exactly one of the samples 0 to SAMPLES - 1, so the mean square of its
+    changes is ulp^2 / 12, that of a rounding. The result is exact in `dtype`. Zeros and values that are not finite
+    (masks) stay.
     """
     array = np.asarray(values, np.float64)
-    uniform = rng.uniform(key, array.shape)
-    ulps = (uniform >= 23 / 24).astype(np.float64) - (uniform < 1 / 24)
+    slots = np.floor(rng.uniform(key, array.shape).astype(np.float64) * (2 * SAMPLES))
+    ulps = (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
     movable = np.isfinite(array) & (array != 0)
     moved: Floats = array + np.where(movable, 2 * ulps * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
     return moved
 
 
-def noise_rms(exact: npt.ArrayLike, samples: Sequence[npt.ArrayLike]) -> Floats:
+def noise_rms(exact: npt.ArrayLike, samples: Iterable[npt.ArrayLike]) -> Floats:
     """Returns the RMS distance of the samples from the exact values, element by element (floor 5)."""
     r = np.asarray(exact, np.float64)
-    with np.errstate(invalid="ignore"):
-        squares = [np.nan_to_num(np.square(np.asarray(s, np.float64) - r), nan=0.0, posinf=0.0) for s in samples]
-    noise: Floats = np.sqrt(np.mean(squares, axis=0))
+    squares, count = np.zeros(r.shape), 0
+    for sample in samples:
+        squares += squared_distance(sample, r)
+        count += 1
+    noise: Floats = np.sqrt(squares / max(count, 1))
     return noise
+
+
+def squared_distance(sample: npt.ArrayLike, exact: npt.ArrayLike) -> Floats:
+    """Returns the squared distances, element by element; 0 where one of the two is not finite."""
+    with np.errstate(invalid="ignore"):
+        squares = np.square(np.asarray(sample, np.float64) - np.asarray(exact, np.float64))
+    found: Floats = np.nan_to_num(squares, nan=0.0, posinf=0.0)
+    return found
 
 
 def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:

@@ -43,7 +43,7 @@ def check(config: Config, batch: Any, dtype: str = "fp32") -> None:
     assert report.unequal_weights == []
     assert report.passed, report.verdict()
     titles = [section.title for section in report.sections]
-    assert titles[-2:] == ["loss and gradients, training", "optimizer step on equal gradients"]
+    assert titles[-2:] == ["loss and gradients, training", "training step on equal gradients"]
     assert ("layers, training" in titles) is (config.model.dropout > 0)
     parameters = {row.path for row in report.sections[-2].rows if row.kind == "gradient"}
     assert len(parameters) == report.num_weights  # every parameter has a gradient
@@ -162,7 +162,7 @@ def test_run_reports_progress_and_accepts_weights() -> None:
     weights["output.weight"] = weights["output.weight"] + np.float32(0.5)
     report = run(config, weights, progress=lambda *stage: stages.append(stage))
     assert report.passed, report.verdict()
-    assert {stage for stage, _, _ in stages} >= {"building", "layers, evaluation", "gradients", "optimizer step"}
+    assert {stage for stage, _, _ in stages} >= {"building", "layers, evaluation", "gradients", "training step"}
     assert report.engines["MLX"]["framework"] == "MLX" and report.engines["reference"]["device"] == "cpu"
 
 

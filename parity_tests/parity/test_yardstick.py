@@ -12,6 +12,7 @@ import pytest
 from icenet.core import rng
 from icenet.parity.yardstick import (
     FACTOR,
+    SAMPLES,
     half_ulp,
     judge,
     judge_curve,
@@ -109,14 +110,19 @@ def test_known_and_sampled_noise_are_floors() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_perturbation_is_as_large_as_a_rounding(dtype: str) -> None:
-    values = round_to(rng.normal(rng.key(0, "values"), (100_000,)), dtype).astype(np.float64)
+    """Each value moves by one ulp in exactly one of the samples: the mean square is ulp^2 / 12, without chance."""
+    values = round_to(rng.normal(rng.key(0, "values"), (5000,)), dtype).astype(np.float64)
     values[:3] = [0, -math.inf, math.inf]
-    moved = perturb_by_ulp(values, dtype, rng.key(1, "perturbation"))
-    np.testing.assert_array_equal(round_to(moved, dtype).astype(np.float64), moved)
-    assert moved[:3].tolist() == [0, -math.inf, math.inf]
-    ulps = (moved[3:] - values[3:]) / (2 * half_ulp(values[3:], dtype))
-    assert set(ulps.tolist()) == {-1.0, 0.0, 1.0}
-    assert np.mean(ulps**2) == pytest.approx(1 / 12, rel=0.05)
+    key = rng.key(1, "perturbation")
+    samples = np.stack([perturb_by_ulp(values, dtype, key, sample) for sample in range(SAMPLES)])
+    np.testing.assert_array_equal(round_to(samples, dtype).astype(np.float64), samples)
+    assert (samples[:, :3] == values[:3]).all()
+    ulps = (samples[:, 3:] - values[3:]) / (2 * half_ulp(values[3:], dtype))
+    assert set(ulps.ravel().tolist()) == {-1.0, 0.0, 1.0}
+    np.testing.assert_array_equal((ulps**2).sum(axis=0), 1)
+    assert SAMPLES == 12
+    assert abs(ulps.sum()) < 300  # half of them up
+    assert ((ulps**2).sum(axis=1) > 330).all()  # 5000 / 12 = 417 in each sample
 
 
 def test_values_that_are_not_finite_must_agree() -> None:
