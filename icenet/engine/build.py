@@ -10,6 +10,7 @@ from icenet.core.config import Config
 from icenet.core.errors import BackendError
 from icenet.core.models.build import new_model
 from icenet.models import MODELS, BaseModel
+from icenet.nn.arithmetic import set_tf32
 
 COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 """The dtype of activations by the value of `training.mixed_precision`."""
@@ -34,15 +35,22 @@ def choose_device(name: str) -> mx.Device:
 
 
 def build_model(config: Config, device: str = "auto", *, seed: int | None) -> BaseModel:
-    """Returns a new model on a device, which becomes MLX's default device.
+    """Returns a new model that computes on a device. MLX's default device stays as it is.
 
     Args:
         config: The configuration.
         device: Name of the device (see `choose_device`).
         seed: Seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
+
+    Raises:
+        BackendError: There is no such device, or `allow_tf32` contradicts this process (see `set_tf32`).
     """
-    mx.set_default_device(choose_device(device))
-    return new_model(config.model, MODELS, "mlx", seed)
+    chosen = choose_device(device)
+    set_tf32(chosen, config.allow_tf32)
+    with mx.stream(chosen):
+        model: BaseModel = new_model(config.model, MODELS, "mlx", seed)
+    model.device, model.allow_tf32 = chosen, config.allow_tf32
+    return model
 
 
 def meta_model(config: Config) -> BaseModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -32,6 +33,8 @@ class BaseModel(ModelBase, nn.Module):
 
     backend = "mlx"
     decoder_type = Decoder
+    _device: str | None = None
+    """Type and index of `device`: MLX cannot copy or pickle a Device."""
     dropout_type = Dropout
     array_type = mx.array
 
@@ -42,7 +45,25 @@ class BaseModel(ModelBase, nn.Module):
         self.gradient_checkpointing = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        return self.forward(*inputs, **options)
+        with self.arithmetic():
+            return self.forward(*inputs, **options)
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        with mx.stream(self.device):
+            yield
+
+    @property
+    def device(self) -> mx.Device:
+        """Device that computes the model; MLX's default device unless it is set."""
+        if self._device is None:
+            return mx.default_device()
+        kind, _, index = self._device.partition(":")
+        return mx.Device(mx.DeviceType.cpu if kind == "cpu" else mx.DeviceType.gpu, int(index))
+
+    @device.setter
+    def device(self, device: mx.Device) -> None:
+        self._device = f"{device.type.name}:{device.index}"
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""

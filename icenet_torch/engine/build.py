@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from icenet.core.config import Config
@@ -23,8 +21,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         BackendError: There is no such device.
     """
-    if os.environ.get("MLX_ENABLE_TF32") == "0":  # see icenet.core.backends.exact_products
-        torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         if torch.backends.mps.is_available():
             return torch.device("mps")
@@ -46,7 +42,9 @@ def build_model(config: Config, device: str = "auto", *, seed: int | None) -> Ba
         seed: Seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
     """
     chosen = choose_device(device)
-    return new_model(config.model, MODELS, "torch", seed).to(chosen)
+    model: BaseModel = new_model(config.model, MODELS, "torch", seed).to(chosen)
+    model.allow_tf32 = config.allow_tf32
+    return model
 
 
 def meta_model(config: Config) -> BaseModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from icenet.core.models.base import ModelBase
 from icenet.core.weights import layout
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
+from icenet_torch.nn.arithmetic import tf32
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.dropout import Dropout
 
@@ -37,6 +40,15 @@ class BaseModel(ModelBase, nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.gradient_checkpointing = False
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():  # compiled code has the arithmetic of its caller
+            return super().__call__(*inputs, **options)
+        with self.arithmetic():
+            return super().__call__(*inputs, **options)
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.allow_tf32 is None else tf32(self.allow_tf32)
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,8 @@ class Config(Section):
     """auto, cpu, gpu (MLX), cuda, cuda:N or mps (PyTorch)."""
     blas: str = "auto"
     """BLAS of MLX on a Linux CPU: auto, torch, openblas, none, or the path of a library; ICENET_BLAS overrides it."""
+    allow_tf32: bool = False
+    """Whether fp32 products may use TF32 (10 bits of mantissa) on a GPU that has it: CUDA, and Apple's from M5 on."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights, data order, dropout and sampling."""
     model: AnyModelConfig

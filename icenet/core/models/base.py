@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,8 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
+        allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
+            to the framework.
         checks_ids: Whether `check_tokens` also reads the ids. False where the caller has checked them on the host.
     """
 
@@ -45,6 +48,7 @@ class ModelBase:
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
+    allow_tf32: bool | None = None
     checks_ids: bool = True
 
     # ---- size --------------------------------------------------------------------------------------------
@@ -126,7 +130,8 @@ class ModelBase:
         """
         values = sharing.complete(self.with_canonical_names(values), self.shared_arrays())
         weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
-        self._assign_weights(values)
+        with self.arithmetic():
+            self._assign_weights(values)
 
     def with_canonical_names(self, values: Mapping[str, Any], is_state: bool = False) -> Mapping[str, Any]:
         """Returns weights, or with `is_state` optimizer state by `PATH.SLOT`, by canonical name.
@@ -289,6 +294,13 @@ class ModelBase:
         return self._to_native_tokens(append_to_prompts(generate_tokens(decoder, request), request))
 
     # ---- defined by each backend's BaseModel -------------------------------------------------------------
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Returns a context in which operations have the model's device (MLX) and its precision (PyTorch).
+
+        A call of the model and `generate` open it. Open it around the whole step of your own training loop.
+        """
+        raise NotImplementedError
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns copies of the canonical weights: numpy arrays in PyTorch's layouts, by path."""
