@@ -62,8 +62,10 @@ class BaseModel(ModelBase, nn.Module):
         return mx.Device(mx.DeviceType.cpu if kind == "cpu" else mx.DeviceType.gpu, int(index))
 
     @device.setter
-    def device(self, device: mx.Device) -> None:
-        self._device = f"{device.type.name}:{device.index}"
+    def device(self, device: mx.Device | mx.DeviceType) -> None:
+        device = mx.Device(device) if isinstance(device, mx.DeviceType) else device
+        indices = range(mx.device_count(device.type))  # a Device does not show its own
+        self._device = f"{device.type.name}:{next(i for i in indices if mx.Device(device.type, i) == device)}"
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""
