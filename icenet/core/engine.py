@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
-from icenet.core.config import Config
+from icenet.core.config import Config, user_code
 from icenet.core.distributed import processes
-from icenet.core.errors import DataError
+from icenet.core.errors import DataError, IceNetError, UsageError
 from icenet.core.models import buckets
 from icenet.core.models.dropout import seed_dropouts
 
@@ -174,10 +174,23 @@ class Engine(ABC):
         mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
         return mean, self.process_group.gather_full(self._to_canonical(gradients))
 
-    def apply_gradients(self, gradients: Mapping[str, NDArray[Any]], step: int, learning_rate: float) -> None:
-        """Runs one optimizer step with the given gradients, without clipping."""
+    def apply_gradients(
+        self, gradients: Mapping[str, NDArray[Any]], step: int, learning_rate: float, *, clip: bool = False
+    ) -> None:
+        """Runs one optimizer step with the given gradients.
+
+        Args:
+            gradients: The gradient of every parameter, as `gradients` returns them.
+            step: The number of the step; the first one is 0.
+            learning_rate: The schedule's learning rate.
+            clip: Clip the gradients and update the weight average, as a training step does.
+        """
         self.optimizer.prepare(step, learning_rate)
-        self.optimizer.update(self._from_canonical(gradients))
+        arrays = self._from_canonical(gradients)
+        if clip:
+            self._update(arrays, self._norms(arrays)[0], self.average.weight(step) if self.average else 0.0)
+        else:
+            self.optimizer.update(arrays)
         self._submit()
 
     def _micro_batches(self, batch: Batch, step: int) -> Iterator[MicroBatch]:
@@ -244,7 +257,7 @@ class Engine(ABC):
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Sets the canonical weights: all of them, no others."""
-        self.model.set_weights(self.process_group.local_shard(weights))
+        self.model.set_weights(self.process_group.local_shard(self.model.with_canonical_names(weights)))
 
     def optimizer_state(self) -> dict[str, NDArray[Any]]:
         """Returns the optimizer's arrays by `PATH.SLOT`, with PyTorch's slot names, and averages by `PATH.ema`.
@@ -262,7 +275,8 @@ class Engine(ABC):
         Raises:
             CheckpointError: It is the state of another optimizer or model; nothing is changed then.
         """
-        averages, slots = split_averages(self.process_group.local_shard(state))
+        named = self.model.with_canonical_names(state, is_state=True)
+        averages, slots = split_averages(self.process_group.local_shard(named))
         self.optimizer.set_state_arrays(slots)
         if self.average is not None:
             # a checkpoint that has no averages starts them from the current weights
@@ -333,10 +347,50 @@ class Engine(ABC):
         """Starts the computation of results and new state on a lazy framework. Does nothing by default."""
 
 
-def call_model(model: Callable[..., Array], arrays: Mapping[str, Array]) -> Array:
-    """Returns the output of a model for a batch on the device."""
+def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int) -> Array:
+    """Returns the output of a model for a batch on the device.
+
+    Raises:
+        UsageError: The code of a user's model fails, or its output does not fit the labels.
+    """
     mask = arrays.get("attention_mask")
-    return model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
+    with explain_user_errors(arrays["inputs"]):
+        output = model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
+    if "labels" in arrays:
+        _check_output(output, list(arrays["labels"].shape), vocab_size)
+    return output
+
+
+def _check_output(output: Any, labels: list[int], vocab_size: int) -> None:
+    """Checks that logits have the shape of the labels and a value for each class. MLX checks neither."""
+    shape = list(output.shape) if hasattr(output, "shape") else None
+    if shape is None or shape[:-1] != labels or shape[-1] < vocab_size:
+        given = f"is {shape}" if shape is not None else f"has type {type(output).__name__}"
+        raise UsageError(
+            f"the output of the model {given}, and for labels {labels} it must be logits {[*labels, vocab_size]} "
+            "(the last number is model.vocab_size)"
+        )
+
+
+@contextlib.contextmanager
+def explain_user_errors(inputs: Any) -> Iterator[None]:
+    """Turns an error in the file of a user's model into a UsageError with the line and the inputs.
+
+    Args:
+        inputs: The inputs of the model: an array of any framework.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
+        where = user_code.location(error)
+        first_line = next(iter(str(error).splitlines()), "")
+        if not where or isinstance(error, IceNetError) or "out of memory" in first_line.lower():
+            raise
+        dtype, shape = str(inputs.dtype).rpartition(".")[2], list(inputs.shape)
+        remedy = "; a model of images needs data.kind=images and data.source" if dtype.startswith("int") else ""
+        raise UsageError(
+            f"{where}: the model fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
+        ) from error
 
 
 def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> list[tuple[Batch, range, float]]:

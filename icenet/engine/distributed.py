@@ -14,10 +14,10 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet.core.distributed import launch, processes
 from icenet.models import BaseModel
+from icenet.nn import tree
 
 
 class ProcessGroup(processes.ProcessGroup):
@@ -30,9 +30,8 @@ class ProcessGroup(processes.ProcessGroup):
     def broadcast_or_shard(self, model: BaseModel, sharded: bool) -> None:
         if self.size == 1:
             return
-        own = dict(tree_flatten(model.parameters()))
-        first = {path: self._all_sum(a if self.rank == 0 else mx.zeros_like(a)) for path, a in own.items()}
-        model.update(tree_unflatten(list(first.items())))
+        own = tree.Arrays(model, trainable=False)
+        own.set({p: self._all_sum(a if self.rank == 0 else mx.zeros_like(a)) for p, a in own.get().items()})
         mx.eval(model.parameters())
         if sharded:
             self.shards = Shards(model, self)
@@ -109,11 +108,11 @@ class Shards(processes.Shards):
     padded: ClassVar[bool] = True
 
     def __init__(self, model: BaseModel, process_group: ProcessGroup) -> None:
-        parameters = dict(tree_flatten(model.trainable_parameters()))
+        parameters = tree.Arrays(model).get()
         super().__init__(model, parameters, process_group)
         self.group = process_group.group
         self.has_sum_scatter = self._has_sum_scatter()
-        modules = dict(model.named_modules())
+        modules = dict(tree.named_modules(model))
         units = {f"{path}." if path else "": modules[path] for path in processes.unit_paths(model, parameters)}
         for prefix, module in units.items():
             inner = tuple(other for other in units if other != prefix and other.startswith(prefix))
@@ -129,27 +128,24 @@ class Shards(processes.Shards):
 
     def _shard_unit(self, module: nn.Module, prefix: str, inner: tuple[str, ...]) -> None:
         """Splits the parameters of a unit, without those of its inner units, and changes its class."""
-        own = {
-            path: array
-            for path, array in tree_flatten(module.trainable_parameters())
-            if not (prefix + path).startswith(inner)
-        }
-        if not own:
+        parameters = tree.Arrays(module)
+        paths = [path for path in parameters.get() if not (prefix + path).startswith(inner)]
+        if not paths:
             return
-        module.update(tree_unflatten([(path, self._piece(array)) for path, array in own.items()]))
-        paths = list(own)
+        own = parameters.get()
+        parameters.set({path: self._piece(own[path]) for path in paths})
         gather = self._gather_function([self.shapes[prefix + path] for path in paths])
         original = type(module)
 
         class Sharded(original):  # type: ignore[valid-type, misc]
             def __call__(self, *inputs: Any, **options: Any) -> Any:
-                held = dict(tree_flatten(self.parameters()))
+                held = parameters.get()
                 pieces = [held[path] for path in paths]
-                self.update(tree_unflatten(list(zip(paths, gather(pieces), strict=True))))
+                parameters.set(dict(zip(paths, gather(pieces), strict=True)))
                 try:
                     return super().__call__(*inputs, **options)
                 finally:
-                    self.update(tree_unflatten(list(zip(paths, pieces, strict=True))))
+                    parameters.set(dict(zip(paths, pieces, strict=True)))
 
         Sharded.__name__, Sharded.__qualname__ = original.__name__, original.__qualname__
         module.__class__ = Sharded

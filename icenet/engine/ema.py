@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet.core.training import ema
 from icenet.models import BaseModel
+from icenet.nn import tree
 
 
 class WeightAverage(ema.WeightAverage):
@@ -21,11 +21,11 @@ class WeightAverage(ema.WeightAverage):
 
     def __init__(self, model: BaseModel, decay: float) -> None:
         super().__init__(decay)
-        self.model = model
+        self._parameters = tree.Arrays(model)
         self.arrays = {path: mx.array(array) for path, array in self.current().items()}
 
     def current(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self.model.trainable_parameters()))
+        return self._parameters.get()
 
     def update(self, weight: mx.array) -> None:
         for path, array in self.current().items():
@@ -36,4 +36,4 @@ class WeightAverage(ema.WeightAverage):
             self.arrays[path] = arrays[path]
 
     def _set_weights(self, arrays: Mapping[str, mx.array]) -> None:
-        self.model.update(tree_unflatten(list(arrays.items())))
+        self._parameters.set(arrays)

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from icenet import nn as ops
 from icenet.core import engine
@@ -23,6 +22,7 @@ from icenet.engine import distributed
 from icenet.engine.build import COMPUTE_DTYPES, build_model
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
+from icenet.nn import tree
 from icenet.nn.arrays import from_numpy, is_half, on_cpu, to_numpy
 
 
@@ -50,8 +50,9 @@ class Engine(engine.Engine):
         self.device = "cpu" if on_cpu() else "gpu"
         self.optimizer = Optimizer(training, self.model)
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
-        self._trainable = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
-        self._value_and_grad = nn.value_and_grad(self.model, self._scaled_loss)
+        self._parameters = tree.Arrays(self.model)
+        self._trainable = list(self._parameters.get())
+        self._value_and_grad = mx.value_and_grad(self._scaled_loss)
         self._compiled_gradients: Any = self._gradients
         self._compiled_update: Any = self._update_arrays
         self._compiled_outputs: Any = self._outputs
@@ -85,18 +86,24 @@ class Engine(engine.Engine):
         """
         self._seed_dropouts(dropout_keys)
         share, loss_scale = scales[0], scales[1]
-        (_, loss), tree = self._value_and_grad(arrays, share * loss_scale)
-        gradients = dict(tree_flatten(tree))
+        (_, loss), gradients = self._value_and_grad(self._parameters.get(), arrays, share * loss_scale)
         if self.config.training.mixed_precision == "fp16":
             gradients = {path: gradient / loss_scale for path, gradient in gradients.items()}
         return loss * share, gradients
 
-    def _scaled_loss(self, arrays: dict[str, mx.array], scale: mx.array) -> tuple[mx.array, mx.array]:
+    def _scaled_loss(
+        self, parameters: dict[str, mx.array], arrays: dict[str, mx.array], scale: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Returns the scaled and the unscaled loss as a function of the parameters, which are set for that.
+
+        A parameter that the model shares is set at all of its places, so its gradient is the sum over them.
+        """
+        self._parameters.set(parameters)
         loss, _ = ops.cross_entropy(self._outputs(arrays), arrays["labels"])
         return loss * scale, loss
 
     def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        return call_model(self.model, arrays)
+        return call_model(self.model, arrays, self.config.model.vocab_size)
 
     def _update(self, gradients: dict[str, mx.array], norm: mx.array, average_weight: float) -> None:
         self._compiled_update(gradients, norm, mx.array(average_weight, mx.float32))

@@ -16,7 +16,6 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet.core.config import TrainingConfig
 from icenet.core.training import optimizer
@@ -25,6 +24,7 @@ from icenet.core.training.parameter_groups import Group, momentum, muon_factor
 from icenet.core.training.schedule import adafactor_scalars, adam_corrections
 from icenet.core.weights import layout
 from icenet.models import BaseModel
+from icenet.nn import tree
 from icenet.nn.arrays import from_numpy, to_numpy
 
 State = dict[str, mx.array]
@@ -194,8 +194,8 @@ class Optimizer(optimizer.Optimizer):
     """
 
     def __init__(self, training: TrainingConfig, model: BaseModel) -> None:
-        kinds, parameters = model.layer_kinds(), dict(tree_flatten(model.trainable_parameters()))
-        self.model = model
+        self._parameters = tree.Arrays(model)
+        kinds, parameters = model.layer_kinds(), self._parameters.get()
         self._rules = {
             path: layout.rule(layout.parameter_kind(kinds, path), layout.split(path)[1]) for path in parameters
         }
@@ -204,11 +204,11 @@ class Optimizer(optimizer.Optimizer):
         self.prepare(0, 0.0)  # a compiled step needs every array of the state when it is traced
 
     def update(self, gradients: Mapping[str, mx.array]) -> None:
-        arrays = dict(tree_flatten(self.model.trainable_parameters()))
+        arrays = self._parameters.get()
         for group in self.groups:
             for path, state in group.state.items():
                 arrays[path] = group.optimizer.apply_single(gradients[path], arrays[path], state)
-        self.model.update(tree_unflatten(list(arrays.items())))
+        self._parameters.set(arrays)
 
     def _variant(self, path: str, group: Group) -> tuple[int, ...]:
         """Returns the axes over which Adafactor factors a parameter; MLX's layout of convolutions has others."""

@@ -11,10 +11,10 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from icenet.core.weights import layout
-from icenet.nn.kinds import kind_of
+from icenet.nn import tree
+from icenet.nn.kinds import call_kinds
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -30,11 +30,13 @@ def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     modules = _modules(model)
     paths = {id(module): path for path, module in modules.items()}
     recorders: dict[type, type] = {}
+    trace.backend, trace.layer_kinds = "mlx", call_kinds(modules.items())
 
     def recorder(cls: type) -> type:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            arguments = _CONVERTER.arguments(args, kwargs)
             outputs = cls.__call__(self, *args, **kwargs)
-            _CONVERTER.add_call(trace, paths[id(self)], args, kwargs, outputs)
+            _CONVERTER.add_call(trace, paths[id(self)], *arguments, outputs)
             return outputs
 
         return type(cls.__name__, (cls,), {"__call__": call})
@@ -68,11 +70,11 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
     """
     module = _modules(model)[path]
     inputs = [_array(value) for value in call.values if value.is_float]
-    parameters = dict(tree_flatten(module.trainable_parameters()))
-    original = module.parameters()
+    own = tree.Arrays(module)
+    parameters = own.get()
 
     def forward(*arrays: mx.array) -> list[mx.array]:
-        module.update(tree_unflatten(list(zip(parameters, arrays[len(inputs) :], strict=True))))
+        own.set(dict(zip(parameters, arrays[len(inputs) :], strict=True)))
         floats = iter(arrays)
         filled = call.map(lambda value: next(floats) if value.is_float else _array(value))
         return _CONVERTER.arrays(module(*filled.args, **filled.kwargs))
@@ -86,14 +88,14 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
             outputs, gradients = mx.vjp(forward, primals, [_array(value) for value in cotangents])
         mx.eval(outputs, gradients)
     finally:
-        module.update(original)
+        own.set(parameters)
     by_name = {name: to_numpy(array) for name, array in zip(parameters, gradients[len(inputs) :], strict=False)}
-    kinds = {name: kind for name, layer in module.named_modules() if (kind := kind_of(layer))}
+    kinds = tree.layer_kinds(module)
     return _CONVERTER.replayed(outputs, gradients[: len(inputs)], layout.tree_to_torch(by_name, kinds))
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """Returns an activation as numpy, in the layout of traces (which is MLX's); bf16 as float32."""
+    """Returns an array as numpy with the same axes; bf16 as float32."""
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 
@@ -107,16 +109,8 @@ def _array(value: Value) -> mx.array:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all modules by path, parents first, in the order of definition; a shared one under its first path."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in found:
-            return
-        found[id(module)] = path, module
-        for name, child in tree_flatten(module.children(), is_leaf=nn.Module.is_module):
-            if isinstance(child, nn.Module):
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return dict(found.values())
+    """Returns all modules by canonical path, parents first; a shared one under its first path."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in tree.named_modules(model):
+        first.setdefault(id(module), (path, module))
+    return dict(first.values())

@@ -151,6 +151,8 @@ class Shards:
         for path, array in parameters.items():
             check_shardable(path, array.ndim, kinds)
             self.shapes[path] = tuple(array.shape)
+        shared = model.shared_arrays().items()
+        self.shapes |= {alias: self.shapes[owner] for alias, owner in shared if owner in self.shapes}
 
     def local_shard(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """Returns this process's piece of a full canonical array."""
