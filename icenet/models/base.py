@@ -33,8 +33,7 @@ class BaseModel(ModelBase, nn.Module):
 
     backend = "mlx"
     decoder_type = Decoder
-    _device: str | None = None
-    """Type and index of `device`: MLX cannot copy or pickle a Device."""
+    _device: mx.Device | None = None
     dropout_type = Dropout
     array_type = mx.array
 
@@ -56,16 +55,11 @@ class BaseModel(ModelBase, nn.Module):
     @property
     def device(self) -> mx.Device:
         """Device that computes the model; MLX's default device unless it is set."""
-        if self._device is None:
-            return mx.default_device()
-        kind, _, index = self._device.partition(":")
-        return mx.Device(mx.DeviceType.cpu if kind == "cpu" else mx.DeviceType.gpu, int(index))
+        return mx.default_device() if self._device is None else self._device
 
     @device.setter
     def device(self, device: mx.Device | mx.DeviceType) -> None:
-        device = mx.Device(device) if isinstance(device, mx.DeviceType) else device
-        indices = range(mx.device_count(device.type))  # a Device does not show its own
-        self._device = f"{device.type.name}:{next(i for i in indices if mx.Device(device.type, i) == device)}"
+        self._device = mx.Device(device) if isinstance(device, mx.DeviceType) else device
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""
