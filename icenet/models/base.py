@@ -19,7 +19,7 @@ from icenet.core.weights import layout
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
 from icenet.nn.arrays import from_numpy, to_numpy
-from icenet.nn.dropout import Dropout
+from icenet.nn.dropout import key_dropouts
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -34,7 +34,6 @@ class BaseModel(ModelBase, nn.Module):
     backend = "mlx"
     decoder_type = Decoder
     _device: mx.Device | None = None
-    dropout_type = Dropout
     array_type = mx.array
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,6 +91,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def _named_arrays(self) -> Sequence[tuple[str, mx.array, bool]]:
         return tree.named_arrays(self)
+
+    def key_dropouts(self) -> None:
+        key_dropouts(self._named_layers())
 
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
         own = tree.Arrays(self, trainable=False)

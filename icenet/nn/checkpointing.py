@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -10,19 +9,26 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.core.errors import UsageError
+from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet.nn.arrays import Array
-from icenet.nn.dropout import Dropout
 from icenet.nn.norm import keep_running_statistics
+from icenet.nn.random import generator_state
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """Calls a block without keeping its activations; the backward pass computes them again.
 
     Both passes use the same dropout masks. Only the first one updates running statistics.
+
+    Raises:
+        UsageError: The block draws from MLX's generator, whose state cannot be restored for the backward pass.
     """
     passes = 0
+    dropouts = [module for module in block.modules() if isinstance(module, KeyedCalls)]
+    calls = count_calls(dropouts)
     # Without keys, a dropout would draw another mask in the backward pass. It gets temporary keys.
-    unseeded = [m for m in block.modules() if isinstance(m, Dropout) and m.is_active and not m.is_seeded]
+    unseeded = [module for module in dropouts if module.is_active and not module.is_seeded]
     keys = [mx.random.randint(0, 2**31 - 1, (1, 2)).astype(mx.uint32) for _ in unseeded]
 
     def run(*arguments: object) -> Array:
@@ -30,11 +36,21 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
         passes += 1
         for module, key in zip(unseeded, keys, strict=True):
             module.seed(key)
+        before = generator_state()
         try:
-            with contextlib.nullcontext() if passes == 1 else keep_running_statistics(block):
-                return block(*arguments)
+            if passes == 1:
+                outputs = block(*arguments)
+            else:
+                with repeated_calls(dropouts, calls), keep_running_statistics(block):
+                    outputs = block(*arguments)
         finally:
             for module in unseeded:
                 module.seed(None)
+        if generator_state() is not before:
+            raise UsageError(
+                f"{type(block).__name__} draws random numbers that MLX cannot draw again in the backward pass of "
+                "gradient checkpointing: use nn.Dropout, or set training.gradient_checkpointing to false"
+            )
+        return outputs
 
     return nn.utils.checkpoint(block, run)(*inputs)

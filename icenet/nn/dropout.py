@@ -1,8 +1,15 @@
-"""Dropout with masks that are a pure function of their keys, MLX."""
+"""Dropout with masks that are a pure function of their keys, MLX.
+
+The layers derive from those of MLX, and `key_dropouts` turns MLX's own layers in a model into them. With keys
+(see `BaseModel.seed_dropout`) a mask is a pure function of them and the same on both backends. Each row of the batch,
+which is the first axis, has its own key. Without keys MLX's generator draws the mask.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import ClassVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -10,47 +17,108 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core import rng
-from icenet.core.models.dropout import keys_for_rows
+from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
 from icenet.nn.arrays import Array
 from icenet.nn.random import random_bits
 
 
-class Dropout(nn.Module):
+class Dropout(KeyedCalls, nn.Dropout):
     """Sets each value to zero with probability p during training, and scales the others by 1 / (1 - p).
-
-    With keys (see `BaseModel.seed_dropout`) the mask is a pure function of them and the same on both backends. Each
-    row of the batch, which is the first axis, has its own key. Without keys MLX's generator draws the mask.
 
     Args:
         p: Probability of zero.
-        images: Whether the inputs are images. Their masks are drawn for `[B, H, W, C]` on both backends.
+        images: Whether the inputs are images, whose masks are drawn for `[B, ..., C]` on both backends. It has no
+            effect in MLX, where channels are last.
     """
 
-    def __init__(self, p: float, images: bool = False) -> None:
-        super().__init__()
+    def __init__(self, p: float = 0.5, images: bool | None = None) -> None:
+        super().__init__(p)
         self.p = p
         self.images = images
-        self._keys: Array | None = None  # MLX takes an array for a parameter unless its name begins with "_"
+        self.seed(None)
 
     def __call__(self, x: Array) -> Array:
         if not self.is_active:
             return x
-        keep = dropout_mask(x.shape, self.p, self._keys)
-        return mx.where(keep, x * (1 / (1 - self.p)), mx.zeros((), x.dtype))
+        keep = dropout_mask(x.shape, self.p, self.next_keys())
+        return mx.where(keep, x * self.scale, mx.zeros((), x.dtype))
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the layer sets any values to zero."""
-        return bool(self.training and self.p > 0)
 
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the layer has keys."""
-        return self._keys is not None
+class _ChannelDropout(KeyedCalls):
+    """Sets whole channels to zero."""
 
-    def seed(self, keys: Array | None) -> None:
-        """Sets the keys, uint32 `[rows, 2]`, or None for MLX's generator."""
-        self._keys = keys
+    axes: ClassVar[str]
+
+    def __call__(self, x: Array) -> Array:
+        if not self.is_active:
+            return x
+        check_channels(type(self).__name__, x.shape, self.axes)
+        keys, shape = self.next_keys(), (x.shape[0], x.shape[-1])
+        keep = dropout_mask(shape, self.p, keys).reshape(shape[0], *[1] * (x.ndim - 2), shape[1])
+        return mx.where(keep, x * self.scale, mx.zeros((), x.dtype))
+
+
+class Dropout1d(_ChannelDropout, nn.Dropout):
+    """Sets whole channels of sequences `[B, L, C]` to zero with probability p. MLX has no such layer.
+
+    Args:
+        p: Probability of zero.
+    """
+
+    axes = "[B, L, C]"
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.p = p
+        self.seed(None)
+
+
+class Dropout2d(_ChannelDropout, nn.Dropout2d):
+    """Sets whole channels of images `[B, H, W, C]` to zero with probability p.
+
+    Args:
+        p: Probability of zero.
+    """
+
+    axes = "[B, H, W, C]"
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.p = p
+        self.seed(None)
+
+
+class Dropout3d(_ChannelDropout, nn.Dropout3d):
+    """Sets whole channels of volumes `[B, D, H, W, C]` to zero with probability p.
+
+    Args:
+        p: Probability of zero.
+    """
+
+    axes = "[B, D, H, W, C]"
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.p = p
+        self.seed(None)
+
+
+_KEYED: dict[type, type] = {nn.Dropout: Dropout, nn.Dropout2d: Dropout2d, nn.Dropout3d: Dropout3d}
+
+
+def key_dropouts(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Turns MLX's own dropout layers into those of this module, in place; subclasses of them stay.
+
+    Args:
+        modules: All modules of a model, by path.
+    """
+    for _, module in modules:
+        if keyed := _KEYED.get(type(module)):
+            # the class alone changes, so that the user's references stay valid
+            object.__setattr__(module, "__class__", keyed)
+            module.p = round(1 - module._p_1, 15)  # MLX keeps 1 - p, from which this restores 0.1 as 0.1
+            module.images = None
+            module.seed(None)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None) -> Array:

@@ -20,3 +20,9 @@ def random_uniform(keys: Array, n: int) -> Array:
     """Returns uniform variates in [0, 1) under each key: keys uint32 `[..., 2]` to fp32 `[..., n]`."""
     draw = mx.vmap(lambda key: mx.random.uniform(shape=(n,), key=key))
     return draw(keys.reshape(-1, 2)).reshape(*keys.shape[:-1], n)
+
+
+def generator_state() -> Array:
+    """Returns the state of MLX's own generator. A draw replaces the array, also in a function that is traced."""
+    state: Array = mx.random.state[0]  # type: ignore[index]
+    return state

@@ -18,7 +18,7 @@ from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
 from icenet_torch.nn.arrays import from_numpy, to_numpy
-from icenet_torch.nn.dropout import Dropout
+from icenet_torch.nn.dropout import key_dropouts
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -32,7 +32,6 @@ class BaseModel(ModelBase, nn.Module):
 
     backend = "torch"
     decoder_type = Decoder
-    dropout_type = Dropout
     array_type = torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,6 +77,9 @@ class BaseModel(ModelBase, nn.Module):
     def _named_arrays(self) -> Sequence[tuple[str, torch.Tensor, bool]]:
         kinds = self.layer_kinds()
         return [named for named in tree.named_arrays(self) if not layout.is_left_out(kinds, named.path)]
+
+    def key_dropouts(self) -> None:
+        key_dropouts(self._named_layers())
 
     @torch.no_grad()
     def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:

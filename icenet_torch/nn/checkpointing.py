@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.utils.checkpoint
 from torch import nn
 
-from icenet_torch.nn.dropout import Dropout
+from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet_torch.nn.norm import keep_running_statistics
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """Calls a block without keeping its activations; the backward pass computes them again.
 
-    Both passes use the same dropout masks. Only the first one updates running statistics.
+    Both passes use the same random numbers. Only the first one updates running statistics.
     """
-    # Without keys, a dropout draws from PyTorch's generator. Its state is restored for the backward pass.
-    unseeded = any(isinstance(m, Dropout) and m.is_active and not m.is_seeded for m in block.modules())
+    dropouts = [module for module in block.modules() if isinstance(module, KeyedCalls)]
+    calls = count_calls(dropouts)
+
+    @contextlib.contextmanager
+    def recomputation() -> Iterator[None]:
+        with repeated_calls(dropouts, calls), keep_running_statistics(block):
+            yield
+
     return torch.utils.checkpoint.checkpoint(
         block,
         *inputs,
         use_reentrant=False,
-        preserve_rng_state=unseeded,
-        context_fn=lambda: (contextlib.nullcontext(), keep_running_statistics(block)),
+        # Without keys, layers draw from PyTorch's generator. Its state is restored for the backward pass.
+        preserve_rng_state=not any(dropout.is_seeded for dropout in dropouts),
+        context_fn=lambda: (contextlib.nullcontext(), recomputation()),
     )

@@ -77,9 +77,9 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "dropout does not scale the values it keeps",
-        "icenet_torch/nn/dropout.py",
-        "1 / (1 - self.p)",
-        "1.0",
+        "icenet/core/models/dropout.py",
+        "1 / (1 - self.p) if",
+        "1.0 if",
         ["core/test_rng.py::test_dropout_rate_and_scale"],
     ),
     Fault(

@@ -17,7 +17,7 @@ from icenet.core.generation.prompts import check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs, sharing
-from icenet.core.models.dropout import seed_dropouts
+from icenet.core.models.dropout import KeyedCalls, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import layout
@@ -42,7 +42,6 @@ class ModelBase:
 
     backend: ClassVar[str]
     decoder_type: ClassVar[type[DecoderBase]]
-    dropout_type: ClassVar[type[Any]]
     array_type: ClassVar[type[Any]]
 
     config: ModelConfig
@@ -171,13 +170,13 @@ class ModelBase:
 
     # ---- inputs ------------------------------------------------------------------------------------------
 
-    def check_tokens(self, input_ids: Any, attention_mask: Any = None, past: int = 0) -> None:
+    def check_tokens(self, input_ids: Any, attention_mask: Any = None, past: int | None = 0) -> None:
         """Checks the arguments of `forward` of a model of text.
 
         Args:
             input_ids: Tokens, int `[B, T]`.
             attention_mask: `[B, past + T]`, or None.
-            past: Number of tokens in the cache.
+            past: Number of tokens before; None if it is unknown.
 
         Raises:
             UsageError: A shape or dtype is wrong, or an id is outside the vocabulary. The ids are not read in a
@@ -198,13 +197,18 @@ class ModelBase:
 
     # ---- dropout -----------------------------------------------------------------------------------------
 
+    def key_dropouts(self) -> None:
+        """Turns the framework's own dropout layers into keyed ones, in place (see `nn/dropout.py` of the backend)."""
+        raise NotImplementedError
+
     def dropout_layers(self) -> dict[str, Any]:
-        """Returns the dropout layers with a probability above zero, by module path, sorted; a shared one once."""
-        first: dict[int, tuple[str, Any]] = {}
-        for path, module in self._named_layers():
-            if isinstance(module, self.dropout_type) and module.p > 0:
-                first.setdefault(id(module), (path, module))
-        return dict(sorted(first.values()))
+        """Returns the dropout layers with a probability above zero, by module path, sorted.
+
+        A layer that is used at several places has the first of its paths.
+        """
+        layers = sorted((path, m) for path, m in self._named_layers() if isinstance(m, KeyedCalls) and m.p > 0)
+        paths: dict[int, str] = {}
+        return {path: layer for path, layer in layers if paths.setdefault(id(layer), path) == path}
 
     def dropout_sites(self) -> list[str]:
         """Returns the module paths of `dropout_layers`."""

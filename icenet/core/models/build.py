@@ -32,6 +32,7 @@ def new_model(
         raise
     except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
         raise ConfigError(f"{config.type} cannot be built from its options under model: {error}") from error
+    model.key_dropouts()
     if seed is not None:
         model.init_weights(seed)
     return model

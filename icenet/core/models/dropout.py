@@ -1,9 +1,83 @@
-"""Dropout keys: how the rows of a batch share the keys of one dropout layer. Both backends use these functions."""
+"""Dropout keys: how calls of a dropout layer and rows of a batch get theirs. Both backends use these functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from icenet.core.errors import UsageError
+
+
+class KeyedCalls:
+    """The part of a dropout layer that is the same on both backends: its keys and the number of its calls.
+
+    Attributes:
+        p: Probability of zero.
+        training: Whether the layer is in training mode.
+    """
+
+    p: float
+    training: bool
+    _keys: Any
+    _calls: int
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the layer sets any values to zero."""
+        return bool(self.training and self.p > 0)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether the layer has keys."""
+        return self._keys is not None
+
+    @property
+    def scale(self) -> float:
+        """The factor of the values that the layer keeps: 1 / (1 - p)."""
+        return 1 / (1 - self.p) if self.p < 1 else 0.0
+
+    def seed(self, keys: Any) -> None:
+        """Sets the keys of the next calls.
+
+        Args:
+            keys: Keys `[rows, 2]`, uint32 on MLX and int32 on PyTorch, or None for the framework's own generator.
+        """
+        self._keys = keys
+        self._calls = 0
+
+    def next_keys(self) -> Any:
+        """Returns the keys `[rows, 2]` of this call; None without keys.
+
+        A layer that a model calls several times has other keys for each call: those of the n-th one (from 0) are
+        `keys ^ n`. Threefry's outputs under keys that differ in a few bits are independent.
+        """
+        if self._keys is None:
+            return None
+        call = self._calls
+        self._calls = call + 1
+        return self._keys ^ call if call else self._keys
+
+
+@contextlib.contextmanager
+def repeated_calls(dropouts: Sequence[KeyedCalls], calls: Sequence[int]) -> Iterator[None]:
+    """Sets the numbers of calls while the context is open, for a computation that repeats an earlier one."""
+    current = count_calls(dropouts)
+    _set_calls(dropouts, calls)
+    try:
+        yield
+    finally:
+        _set_calls(dropouts, current)
+
+
+def count_calls(dropouts: Sequence[KeyedCalls]) -> list[int]:
+    """Returns the number of calls of each layer since its keys were set."""
+    return [dropout._calls for dropout in dropouts]
+
+
+def _set_calls(dropouts: Sequence[KeyedCalls], calls: Sequence[int]) -> None:
+    for dropout, count in zip(dropouts, calls, strict=True):
+        dropout._calls = count
 
 
 def seed_dropouts(dropouts: Iterable[Any], keys: Any) -> None:
@@ -24,3 +98,18 @@ def keys_for_rows(keys: Any, shape: tuple[int, ...]) -> Any:
     uses the first key alone.
     """
     return keys if shape[0] % keys.shape[0] == 0 else keys[:1]
+
+
+def check_channels(layer: str, shape: tuple[int, ...], axes: str) -> None:
+    """Checks the input of a dropout layer that sets whole channels to zero.
+
+    Args:
+        layer: Name of the layer, for the message.
+        shape: Shape of the input.
+        axes: Names of the axes: `[B, H, W, C]`.
+
+    Raises:
+        UsageError: The input has another number of axes.
+    """
+    if len(shape) != axes.count(",") + 1:
+        raise UsageError(f"{layer} takes an input {axes}, with the rows of the batch first; it got {list(shape)}")
