@@ -105,7 +105,7 @@ class CNNModel(BaseModel):
 
     def extract_features(self, images: mx.array) -> mx.array:
         """Returns the input of the last layer, `[B, D]`."""
-        cnn_plan.check_images(self.config, images.shape, channel_axis=3)
+        self.check_images(images, channel_axis=3)
         x = self.stem(images.astype(self.compute_dtype))  # pixels of base_channels
         if self.config.stem == "conv7":
             x = ops.max_pool(x, size=3, stride=2, padding=1)

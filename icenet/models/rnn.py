@@ -61,12 +61,14 @@ class RecurrentModel(BaseModel):
         Args:
             input_ids: Tokens, int `[B, T]`.
             hidden: State before the first token, as returned by an earlier call, or None for zeros.
-            attention_mask: `[B, T]`, 0 or False for padding, which leaves the state unchanged.
+            attention_mask: `[B, T]`, 0 or False for padding, which leaves the state unchanged. With `hidden` it may
+                include the tokens before.
             return_hidden: Whether to also return the state after the last token.
 
         Returns:
             Logits `[B, T, V]`, or a tuple of logits and state.
         """
+        self.check_tokens(input_ids, attention_mask, 0 if hidden is None else None)
         states = None if hidden is None else self.split_hidden(hidden, input_ids.shape[0])
         x, states = self.run_layers(input_ids, attention_mask, states)
         logits = self.project(x)

@@ -116,6 +116,7 @@ class TransformerModel(BaseModel):
         Returns:
             Logits `[B, T, V]`.
         """
+        self.check_tokens(input_ids, attention_mask, cache[0].length if cache else 0)
         return self.project(self.hidden_states(input_ids, attention_mask, cache))
 
     def hidden_states(

@@ -69,10 +69,15 @@ class Engine(engine.Engine):
         return loss.detach() * part.share
 
     def _mean_loss(self, arrays: dict[str, Tensor]) -> Tensor:
-        return ops.cross_entropy(call_model(self._compiled_model, arrays), arrays["labels"])[0]
+        return ops.cross_entropy(self._outputs(arrays), arrays["labels"])[0]
+
+    def _outputs(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return call_model(self._compiled_model, arrays, self.config.model.vocab_size)
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor, average_weight: float) -> None:
         training = self.config.training
+        for path, parameter in self.parameters.items():  # the functions that clip read it there
+            parameter.grad = gradients[path]
         if training.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters.values(), training.max_grad_value)
             norm, _ = self._norms(gradients)
@@ -89,7 +94,7 @@ class Engine(engine.Engine):
 
     @torch.no_grad()
     def _predict(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return call_model(self._compiled_model, arrays)
+        return self._outputs(arrays)
 
     def _to_canonical(self, arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         return {path: to_numpy(tensor).copy() for path, tensor in arrays.items()}

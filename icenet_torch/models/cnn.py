@@ -103,7 +103,7 @@ class CNNModel(BaseModel):
 
     def extract_features(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the input of the last layer, `[B, D]`."""
-        cnn_plan.check_images(self.config, images.shape, channel_axis=1)
+        self.check_images(images, channel_axis=1)
         x = self.stem(images.to(self.compute_dtype))  # pixels of base_channels
         if self.config.stem == "conv7":
             x = ops.max_pool(x, size=3, stride=2, padding=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -40,6 +41,10 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Does nothing: initial values come from `icenet.core.models.init`."""
+
+    def forward(self, ids: Array) -> Array:
+        # as MLX, which takes integers of all sizes; PyTorch's function takes these two
+        return super().forward(ids if ids.dtype in (torch.int32, torch.int64) else ids.long())
 
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""

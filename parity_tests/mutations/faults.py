@@ -24,6 +24,21 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- arguments of models ------------------------------------------------------------------------------
+    Fault(
+        "token ids are not compared with the vocabulary",
+        "icenet/core/models/base.py",
+        '            check_vocabulary(tokens, self.config.vocab_size, "input_ids")\n',
+        "            pass\n",
+        ["models/test_inputs.py::test_tokens"],
+    ),
+    Fault(
+        "logits with too few classes are accepted",
+        "icenet/core/engine.py",
+        "if shape is None or shape[:-1] != labels or shape[-1] < vocab_size:",
+        "if shape is None or shape[:-1] != labels:",
+        ["models/test_inputs.py::test_a_model_that_does_not_fit_its_data"],
+    ),
     # ---- files of the user ---------------------------------------------------------------------------------
     Fault(
         "a change of a module next to a model's file is not noticed",

@@ -117,6 +117,11 @@ def check(config: CNNFields) -> None:
         )
 
 
+def layout(channel_axis: int) -> str:
+    """Returns the names of the axes of images whose channels are at axis 1 or 3."""
+    return "[batch, channels, height, width]" if channel_axis == 1 else "[batch, height, width, channels]"
+
+
 def check_images(config: CNNFields, shape: tuple[int, ...], channel_axis: int) -> None:
     """Checks that the network can process images.
 
@@ -128,15 +133,17 @@ def check_images(config: CNNFields, shape: tuple[int, ...], channel_axis: int) -
     Raises:
         UsageError: The number of axes or channels is wrong, or the images are too small for the strides.
     """
-    layout = "[batch, channels, height, width]" if channel_axis == 1 else "[batch, height, width, channels]"
+    axes = layout(channel_axis)
     if len(shape) != 4:
-        raise UsageError(f"images are {layout}, not an array of shape {list(shape)}")
+        raise UsageError(f"images must be {axes}, not {list(shape)}")
+    if shape[0] == 0:
+        raise UsageError(f"images {list(shape)} are empty; pass at least one")
     channels = shape[channel_axis]
     size = [length for axis, length in enumerate(shape) if axis not in (0, channel_axis)]
     if channels != config.image_channels:
         raise UsageError(
             f"images {list(shape)} have {channels} channels and model.image_channels is {config.image_channels} "
-            f"(the layout is {layout})"
+            f"(the layout is {axes})"
         )
     smallest = min_image_size(config)
     if min(size) < smallest:

@@ -61,11 +61,11 @@ def run_file(file: Path) -> ModuleType:
     except ImportError as error:
         _forget(name)
         message = str(error).replace(f"{name}.", "")
-        raise ImportError(message + _location(error, name)) from None
+        raise ImportError(f"{message}{_in_brackets(error)}") from None
     except (Exception, SystemExit) as error:
         _forget(name)
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        where = "" if isinstance(error, SyntaxError) else _location(error, name)
+        where = "" if isinstance(error, SyntaxError) else _in_brackets(error)
         raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
     return module
 
@@ -142,16 +142,21 @@ def _read(path: str) -> bytes | None:
         return None
 
 
+def _in_brackets(error: BaseException) -> str:
+    where = location(error)
+    return f" ({where})" if where else ""
+
+
 def _forget(package: str) -> None:
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
 
 
-def _location(error: BaseException, package: str) -> str:
-    """Returns the file and line of a package's modules where an error was raised, to append to its message."""
+def location(error: BaseException) -> str:
+    """Returns the last line of a user's file that an error passed through, `layers.py, line 3`; empty without one."""
     frames = [
         (frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
+        if str(frame.f_globals.get("__name__")).startswith(_PREFIX)
     ]
-    return f" ({os.path.basename(frames[-1][0])}, line {frames[-1][1]})" if frames else ""
+    return f"{os.path.basename(frames[-1][0])}, line {frames[-1][1]}" if frames else ""

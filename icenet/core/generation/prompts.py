@@ -51,7 +51,7 @@ def batch_of(
         mask = mask & _to_mask(attention_mask, tokens.shape)
         if not mask[:, -1].all():
             raise UsageError("generate: a prompt ends in padding; pad on the left")
-    _check_vocabulary(tokens, vocab_size)
+    check_vocabulary(tokens, vocab_size, "generate")
     return tokens.astype(np.int32), None if mask.all() else mask
 
 
@@ -118,11 +118,12 @@ def _to_mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return mask
 
 
-def _check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:
+def check_vocabulary(tokens: NDArray[Any], vocab_size: int, name: str) -> None:
+    """Raises UsageError if an id is outside the vocabulary. `name` begins the message."""
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise UsageError(
-            f"generate: token {int(tokens[row, column])} at row {row}, position {column} is outside the "
+            f"{name}: token {int(tokens[row, column])} at row {row}, position {column} is outside the "
             f"vocabulary (0 to {vocab_size - 1})"
         )

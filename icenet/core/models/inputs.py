@@ -1,0 +1,71 @@
+"""Checks of a model's arguments before it computes, so that both backends refuse them with the same error.
+
+The frameworks do not: MLX reads other memory for an id outside the table, and a wrong number of axes fails somewhere
+inside the model or gives a wrong result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icenet.core.config import CNNConfig, cnn_plan
+from icenet.core.errors import UsageError
+
+
+def check_tokens(input_ids: Any, attention_mask: Any, past: int | None, array_type: type[Any]) -> None:
+    """Checks the type, the shape and the dtype of tokens and of their mask. It does not read values.
+
+    Args:
+        input_ids: Tokens, int `[B, T]`.
+        attention_mask: `[B, past + T]`, or None.
+        past: Number of tokens before; None if it is unknown.
+        array_type: The framework's array.
+
+    Raises:
+        UsageError: Something is wrong.
+    """
+    _check_array("input_ids", input_ids, "token ids [batch, length]", array_type)
+    shape = list(input_ids.shape)
+    if len(shape) != 2:
+        raise UsageError(f"input_ids must be [batch, length], not {shape}")
+    if 0 in shape:
+        raise UsageError(f"input_ids {shape} are empty; pass at least one row and one token")
+    if not dtype_name(input_ids).startswith(("int", "uint")):
+        raise UsageError(f"input_ids must be integers, not {dtype_name(input_ids)}")
+    if attention_mask is None:
+        return
+    _check_array("attention_mask", attention_mask, "[batch, length]", array_type)
+    given = list(attention_mask.shape)
+    if past is None and len(given) == 2:
+        past = max(given[1] - shape[1], 0)
+    expected = [shape[0], (past or 0) + shape[1]]
+    if given != expected:
+        before = f" after {past} tokens" if past else ""
+        raise UsageError(f"attention_mask must be {expected} for input_ids {shape}{before}, not {given}")
+
+
+def check_images(config: CNNConfig, images: Any, channel_axis: int, array_type: type[Any]) -> None:
+    """Checks the type and the shape of images. It does not read values.
+
+    Args:
+        config: The model's section of the configuration.
+        images: `[B, H, W, C]` or `[B, C, H, W]`.
+        channel_axis: Index of the channel axis, 3 or 1.
+        array_type: The framework's array.
+
+    Raises:
+        UsageError: Something is wrong.
+    """
+    _check_array("images", images, cnn_plan.layout(channel_axis), array_type)
+    cnn_plan.check_images(config, tuple(images.shape), channel_axis)
+
+
+def dtype_name(array: Any) -> str:
+    """Returns the dtype of an array of any framework: int32."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def _check_array(name: str, value: Any, content: str, array_type: type[Any]) -> None:
+    if not isinstance(value, array_type):
+        wanted, given = (f"{kind.__module__}.{kind.__name__}" for kind in (array_type, type(value)))
+        raise UsageError(f"{name} must be {content} in a {wanted}, not a {given.removeprefix('builtins.')}")
