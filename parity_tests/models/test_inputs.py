@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import icenet.blas  # noqa: F401  (before mlx)
+
 import numpy as np
 import pytest
 from helpers import BACKENDS, TINY_MODELS, both_backends, build_model, is_one_line, native
