@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
@@ -22,6 +24,19 @@ _NATIVE_KINDS: dict[type, str] = {
     nn.BatchNorm: "batch_norm",
 }
 
+# Layers without parameters, or whose parameters have no kind, that define the axes of their inputs and outputs.
+_CALL_KINDS: dict[type, str] = {
+    nn.InstanceNorm: "instance_norm",
+    nn.MaxPool1d: "pool",
+    nn.MaxPool2d: "pool",
+    nn.MaxPool3d: "pool",
+    nn.AvgPool1d: "pool",
+    nn.AvgPool2d: "pool",
+    nn.AvgPool3d: "pool",
+    nn.Upsample: "upsample",
+    nn.MultiHeadAttention: "attention",
+}
+
 
 def kind_of(module: nn.Module) -> str | None:
     """Returns the kind of a layer with parameters (see `icenet.core.weights.layout`), or None without parameters.
@@ -32,3 +47,19 @@ def kind_of(module: nn.Module) -> str | None:
     known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
     holds_arrays = any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())
     return known or ("plain" if holds_arrays else None)
+
+
+def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Returns the kind of each module whose class defines the axes of its inputs and outputs, by path.
+
+    `icenet.parity.align` has the axes of each kind. A user's class that overrides `__call__` is left out, because it
+    may take other axes than the layer that it derives from.
+    """
+    known, found = _NATIVE_KINDS | _CALL_KINDS, {}
+    for path, module in modules:
+        kind = getattr(module, "layer_kind", None) or next(
+            (kind for layer, kind in known.items() if isinstance(module, layer)), None
+        )
+        if kind and type(module).__call__.__module__.partition(".")[0] in ("mlx", "icenet"):
+            found[path] = kind
+    return found

@@ -15,24 +15,24 @@ pass alone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
-
-import numpy as np
 
 from icenet.core import rng
+from icenet.parity.align import AlignedReplay, ReplayError, align_trace, flattened_input, permutation
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import SAMPLES, Judgement, judge, noise_rms, perturb_by_ulp, rms, round_to
+from icenet.parity.yardstick import Judgement, judge_values, round_to
 
 DIFFERS, CONTAINS, PROPAGATED = "differs here", "contains", "propagated"
 
-KINDS = ("module", "loss", "gradient", "parameter", "moment")
+KINDS = ("module", "loss", "gradient", "statistic", "parameter", "moment")
 """The kinds of values that are compared."""
 
 Replay = Callable[[str, Call, list[Value]], dict[str, Value]]
 """Calls the layer at a path with arguments and cotangents: `icenet.parity.engines.replay` of one engine."""
+
+PerturbedReplay = Callable[[int, str, Call, list[Value]], dict[str, Value]]
+"""The same by PyTorch in the perturbed run with the given number (floor 5 of the yardstick)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(
     reference: Trace,
     dtype: str = "fp32",
     kinds: tuple[str, ...] = KINDS,
-    perturbed_traces: Callable[[], list[Trace]] | None = None,
+    perturbed: Callable[[int], Trace] | None = None,
 ) -> list[Row]:
     """Compares every float value of the reference's trace, in its order.
 
@@ -84,20 +84,18 @@ def compare(
         reference: Trace in float64.
         dtype: Compute dtype under test: fp32, bf16 or fp16.
         kinds: Kinds of values to compare.
-        perturbed_traces: Returns SAMPLES traces of PyTorch with perturbed weights, for floor 5 of the yardstick. It
-            is called only if a value is over the tolerance.
+        perturbed: Returns the trace of the perturbed run of PyTorch with the given number (floor 5 of the
+            yardstick). It is called only if a value is over the tolerance.
     """
-    rows = _compare(mlx, torch, reference, dtype, kinds, [])
-    if perturbed_traces is None or all(row.judgement.passed for row in rows):
-        return rows
-    return _compare(mlx, torch, reference, dtype, kinds, perturbed_traces())
-
-
-def _compare(
-    mlx: Trace, torch: Trace, reference: Trace, dtype: str, kinds: tuple[str, ...], perturbed: list[Trace]
-) -> list[Row]:
+    mlx, remarks = align_trace(mlx, reference)
+    # inputs and logits are needed for the noise of the loss
+    wanted = {name: value for name, value in reference.values.items() if name.partition(":")[0] in (*kinds, "input")}
+    if "loss" in kinds and "module:" in reference.values:
+        wanted["module:"] = reference.values["module:"]
+    judgements = judge_values(
+        mlx.values, torch.values, wanted, dtype, (lambda index: perturbed(index).values) if perturbed else None
+    )
     rows = []
-    layer_rms = gradient_rms(reference.of("gradient"))
     for name, exact in reference.values.items():
         kind, _, path = name.partition(":")
         if kind not in kinds or not exact.is_float:
@@ -107,19 +105,12 @@ def _compare(
             missing = Judgement.incomparable(f"missing in {'MLX' if ours is None else 'PyTorch'}")
             rows.append(Row(kind, path, exact.array.shape, missing, note=missing.note))
             continue
-        judgement = judge(
-            ours.array,
-            theirs.array,
-            exact.array,
-            dtype,
-            stored=theirs.dtype,
-            layer_rms=layer_rms.get(_parent(path), 0.0) if kind == "gradient" else 0.0,
-            min_noise=_loss_noise(torch, reference) if kind == "loss" else 0.0,
-            sampled_noise=noise_rms(exact.array, [t.values[name].array for t in perturbed]) if perturbed else None,
-        )
-        unequal_dtypes = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch"
-        note = unequal_dtypes if ours.dtype != theirs.dtype else judgement.note
-        rows.append(Row(kind, path, exact.array.shape, judgement, note=note))
+        dtypes = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch" if ours.dtype != theirs.dtype else ""
+        remark = remarks.get(name) or judgements[name].note
+        if not judgements[name].passed:
+            remark = remark or permutation(ours.array, exact.array)
+        note = "; ".join(filter(None, (dtypes, remark)))
+        rows.append(Row(kind, path, exact.array.shape, judgements[name], note=note))
     for name, value in mlx.values.items():
         kind, _, path = name.partition(":")
         if kind in kinds and name not in reference.values:
@@ -130,26 +121,34 @@ def _compare(
 
 def locate(
     rows: list[Row],
+    mlx: Trace,
     torch: Trace,
     reference: Trace,
-    replays: tuple[Replay, ...],
+    replays: tuple[Replay, Replay, Replay],
     dtype: str = "fp32",
+    perturbed: PerturbedReplay | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Replays every layer and returns the rows with their marks.
 
     Args:
         rows: Rows that `compare` returned.
-        torch, reference: Traces in the dtype under test and in float64.
-        replays: Replays by MLX, PyTorch and the reference; optionally a fourth, by PyTorch with perturbed weights,
-            for floor 5 of the yardstick.
+        mlx, torch: Traces in the dtype under test.
+        reference: Trace in float64.
+        replays: Replays by MLX, PyTorch and the reference.
         dtype: Compute dtype under test.
+        perturbed: Perturbed replay by PyTorch, for floor 5 of the yardstick.
         on_layer: Called after each layer with the number of replayed layers and of all layers.
     """
     own: dict[str, tuple[Judgement, str]] = {}
+    remarks: dict[str, str] = {}
+    aligned = AlignedReplay(replays[0], mlx, reference)
     paths = [path for path in reference.calls if path in torch.calls]
     for index, path in enumerate(paths):
-        own[path] = replay_layer(path, torch, reference, replays, dtype)
+        remarks[path] = aligned.obstacle(path)
+        if not remarks[path]:
+            remarks[path] = flattened_input(path, mlx, reference)
+            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, perturbed)
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -159,6 +158,10 @@ def locate(
         layer = row.path if row.kind == "module" else _parent(row.path)
         if row.kind == "module" and row.path in own:
             row = replace(row, own=own[row.path][0], own_part=own[row.path][1])
+        if row.kind == "module" and row.path in remarks:
+            own_note = own[row.path][0].note if row.path in own else ""
+            notes = dict.fromkeys(filter(None, (row.note, remarks[row.path], own_note)))
+            row = replace(row, note="; ".join(notes))
         mark = ""
         if (row.kind == "module" and layer in origins) or (not row.passed and _without_index(layer) in origins):
             mark = DIFFERS
@@ -171,7 +174,12 @@ def locate(
 
 
 def replay_layer(
-    path: str, torch: Trace, reference: Trace, replays: tuple[Replay, ...], dtype: str = "fp32"
+    path: str,
+    torch: Trace,
+    reference: Trace,
+    replays: tuple[AlignedReplay, Replay, Replay],
+    dtype: str = "fp32",
+    perturbed: PerturbedReplay | None = None,
 ) -> tuple[Judgement, str]:
     """Replays one layer; returns the worst judgement and the name of its value (`output`, `input 0`, ...).
 
@@ -191,59 +199,32 @@ def replay_layer(
     for name, output in torch.outputs(path).items():
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
-    ours, theirs, exact = (replay(path, call, cotangents) for replay in replays[:3])
-    perturbed: list[dict[str, Value]] = []
-    layer_rms = gradient_rms({name.removeprefix("gradient "): v for name, v in exact.items() if "gradient " in name})
+    theirs, exact = (_named(replay(path, call, cotangents)) for replay in replays[1:])
+    exact = replays[0].comparable(path, exact)
+    try:
+        ours = _named(replays[0](path, call, cotangents))
+    except ReplayError as error:
+        return Judgement.incomparable(str(error)), "output"
+    missing = [name for name in exact if name not in ours or name not in theirs]
+    if missing:
+        return Judgement.incomparable(f"no {_part(missing[0])} on one backend"), _part(missing[0])
+    samples = None if perturbed is None else lambda index: _named(perturbed(index, path, call, cotangents))
+    judgements = judge_values(ours, theirs, exact, dtype, samples)
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
-    for name, value in exact.items():
-        if name not in ours or name not in theirs:
-            return Judgement.incomparable(f"no {name} on one backend"), name
-        parameter = name.removeprefix("gradient ")
-        size = layer_rms.get(_parent(parameter), 0.0) if parameter != name else 0.0
-        arrays = ours[name].array, theirs[name].array, value.array
-        judgement = judge(*arrays, dtype, stored=theirs[name].dtype, layer_rms=size)
-        if not judgement.passed and len(replays) > 3:
-            if not perturbed:
-                perturbed = [replays[3](path, *_perturb(call, cotangents, dtype, i)) for i in range(SAMPLES)]
-            noise = noise_rms(value.array, [sample[name].array for sample in perturbed])
-            judgement = judge(*arrays, dtype, stored=theirs[name].dtype, layer_rms=size, sampled_noise=noise)
+    for name, judgement in judgements.items():
         output_failed = part.startswith("output") and not worst.passed
         if judgement.ratio > worst.ratio and (name.startswith("output") or not output_failed):
-            worst, part = judgement, name
+            worst, part = judgement, _part(name)
     return worst, part
 
 
-def gradient_rms(gradients: Mapping[str, Value]) -> dict[str, float]:
-    """Returns the RMS of all gradients of each layer, by module path (for floor 3 of the yardstick)."""
-    sums: dict[str, tuple[float, int]] = {}
-    for path, value in gradients.items():
-        squares, size = sums.get(_parent(path), (0.0, 0))
-        sums[_parent(path)] = squares + rms(value.array) ** 2 * value.array.size, size + value.array.size
-    return {path: math.sqrt(squares / size) if size else 0.0 for path, (squares, size) in sums.items()}
+def _named(replayed: dict[str, Value]) -> dict[str, Value]:
+    """Returns the values of a replay with the names of gradients as in a trace: `gradient:PARAMETER`."""
+    return {name.replace("gradient ", "gradient:", 1): value for name, value in replayed.items()}
 
 
-def _perturb(call: Call, cotangents: list[Value], dtype: str, index: int) -> tuple[Call, list[Value]]:
-    """Perturbs the inputs and cotangents of a layer by an ulp; `index` selects the random draw."""
-    numbers = count()
-
-    def perturb(value: Value) -> Value:
-        key = rng.key(index, "rounded anew", next(numbers))
-        if not value.is_float:
-            return value
-        # in a half-precision run an fp32 value was rounded to fp32
-        rounded_to = "fp32" if value.dtype == "fp32" else dtype
-        return Value(perturb_by_ulp(value.array, rounded_to, key).astype(value.array.dtype), value.dtype)
-
-    return call.map(perturb), [perturb(cotangent) for cotangent in cotangents]
-
-
-def _loss_noise(torch: Trace, reference: Trace) -> float:
-    """Returns floor 4 of the yardstick: the noise of the logits over the square root of the number of labels."""
-    if "module:" not in torch.values or "input:labels" not in torch.values:
-        return 0.0
-    num_labels = int(np.count_nonzero(torch.values["input:labels"].array >= 0))
-    noise = torch.logits.astype(np.float64) - reference.logits
-    return rms(noise) / math.sqrt(max(num_labels, 1))
+def _part(name: str) -> str:
+    return name.replace("gradient:", "gradient ", 1)
 
 
 def _parent(path: str) -> str:

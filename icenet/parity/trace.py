@@ -10,7 +10,8 @@ A backend's `tools.probe` records a trace and `icenet.parity.locate` compares tr
     gradient:blocks.0...weight      gradient of the loss by a parameter, in PyTorch's layout
     parameter:, moment:             weights and optimizer state after a step
 
-Images are stored channels-last (NHWC); `to_numpy` of each probe does that.
+Outputs and arguments of modules have the axes of their framework: PyTorch's images are `[B, C, H, W]`, MLX's
+`[B, H, W, C]`. `icenet.parity.align` aligns them when traces are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from icenet.core.weights import files as weight_files
 Array = npt.NDArray[Any]
 
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_FORMAT = "1"
+_FORMAT = "2"  # format 1 stored PyTorch's images channels-last
 
 
 def short_dtype(dtype: Any) -> str:
@@ -62,6 +63,17 @@ class Call:
         """The arrays among the arguments, in order."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Value)]
 
+    @property
+    def named(self) -> list[tuple[str, Value]]:
+        """The arrays among the arguments, in order, by position (`0`, `1`, ...) or name."""
+        items = [*((str(index), item) for index, item in enumerate(self.args)), *self.kwargs.items()]
+        return [(name, item) for name, item in items if isinstance(item, Value)]
+
+    def fill(self, values: Mapping[str, Value]) -> Call:
+        """Returns the call with some arrays replaced, by the names of `named`."""
+        args = tuple(values.get(str(index), item) for index, item in enumerate(self.args))
+        return Call(args, {name: values.get(name, item) for name, item in self.kwargs.items()})
+
     def map(self, function: Callable[[Value], Any]) -> Call:
         """Returns the call with `function(value)` in place of each `Value`."""
 
@@ -78,11 +90,15 @@ class Trace:
     Attributes:
         values: Values by `KIND:PATH`.
         calls: The first call of each module, by module path, if all its arguments could be stored.
+        backend: "mlx" or "torch", which determines the axes of outputs and arguments; set by `recording`.
+        layer_kinds: The kind of each module whose class defines the axes of its calls, by path; set by `recording`.
         meta: Framework, version, device, ...
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
+    backend: str = ""
+    layer_kinds: dict[str, str] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, path: str, value: Value) -> None:
@@ -142,6 +158,8 @@ class Trace:
         header = {
             "values": {name: value.dtype for name, value in self.values.items()},
             "calls": calls,
+            "backend": self.backend,
+            "layer_kinds": self.layer_kinds,
             "meta": self.meta,
         }
         metadata = {"icenet_trace": _FORMAT, "trace": json.dumps(header)}
@@ -156,7 +174,9 @@ class Trace:
         """
         stored = weight_files.read(path)
         if stored.metadata.get("icenet_trace") != _FORMAT:
-            raise WeightsError(f"{path}: not a parity trace of format {_FORMAT}; record it again")
+            found = stored.metadata.get("icenet_trace")
+            what = f"a parity trace of format {found}, not {_FORMAT}" if found else "not a parity trace"
+            raise WeightsError(f"{path}: {what}; record it again")
         try:
             header = json.loads(stored.metadata["trace"])
             values = {name: Value(stored[name], dtype) for name, dtype in header["values"].items()}
@@ -168,7 +188,7 @@ class Trace:
                 }
                 positional = tuple(items.pop(str(index)) for index in range(call["args"]))
                 calls[module] = Call(positional, items)
-            return cls(values, calls, dict(header["meta"]))
+            return cls(values, calls, header["backend"], header["layer_kinds"], dict(header["meta"]))
         except (KeyError, ValueError, TypeError, AttributeError):
             raise WeightsError(f"{path}: damaged parity trace; record it again") from None
 
@@ -178,7 +198,7 @@ class ArrayConverter:
 
     Args:
         array_type: `mlx.core.array` or `torch.Tensor`.
-        to_numpy: Converts an activation to numpy, in the layout of traces.
+        to_numpy: Converts an array to numpy, bf16 to float32.
     """
 
     def __init__(self, array_type: type, to_numpy: Callable[[Any], Array]) -> None:
@@ -198,10 +218,13 @@ class ArrayConverter:
         items = outputs.values() if isinstance(outputs, dict) else outputs
         return [array for item in items for array in self.arrays(item)] if isinstance(outputs, _NESTED) else []
 
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Returns the arguments of a call with a `Value` in place of each array."""
+        return [self.value(item) for item in args], {name: self.value(item) for name, item in kwargs.items()}
+
     def add_call(self, trace: Trace, path: str, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
-        """Appends a module's call to a trace."""
-        arguments = [self.value(item) for item in args], {name: self.value(item) for name, item in kwargs.items()}
-        trace.add_call(path, *arguments, [self.value(array) for array in self.arrays(outputs)])
+        """Appends a module's call to a trace; the arguments are those that `arguments` returned."""
+        trace.add_call(path, args, kwargs, [self.value(array) for array in self.arrays(outputs)])
 
     def replayed(
         self, outputs: Sequence[Any], input_gradients: Sequence[Any], parameter_gradients: Mapping[str, Array]
@@ -211,13 +234,18 @@ class ArrayConverter:
         Parameter gradients are numpy arrays in PyTorch's layout.
         """
         return {
-            **{_indexed("output", index): self.value(array) for index, array in enumerate(outputs)},
+            **{output_name(index): self.value(array) for index, array in enumerate(outputs)},
             **{f"input {index}": self.value(array) for index, array in enumerate(input_gradients)},
             **{f"gradient {name}": Value(a, short_dtype(a.dtype)) for name, a in parameter_gradients.items()},
         }
 
 
 _NESTED = (tuple, list, dict)
+
+
+def output_name(index: int) -> str:
+    """Returns the name of an output in a replay: `output`, `output[1]`, ..."""
+    return _indexed("output", index)
 
 
 def _indexed(name: str, index: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 _NATIVE_KINDS: dict[type, str] = {
@@ -21,6 +23,27 @@ _NATIVE_KINDS: dict[type, str] = {
     nn.BatchNorm3d: "batch_norm",
 }
 
+# Layers without parameters, or whose parameters have no kind, that define the axes of their inputs and outputs.
+_CALL_KINDS: dict[type, str] = {
+    nn.InstanceNorm1d: "instance_norm",
+    nn.InstanceNorm2d: "instance_norm",
+    nn.InstanceNorm3d: "instance_norm",
+    nn.MaxPool1d: "pool",
+    nn.MaxPool2d: "pool",
+    nn.MaxPool3d: "pool",
+    nn.AvgPool1d: "pool",
+    nn.AvgPool2d: "pool",
+    nn.AvgPool3d: "pool",
+    nn.AdaptiveAvgPool1d: "pool",
+    nn.AdaptiveAvgPool2d: "pool",
+    nn.AdaptiveAvgPool3d: "pool",
+    nn.AdaptiveMaxPool1d: "pool",
+    nn.AdaptiveMaxPool2d: "pool",
+    nn.AdaptiveMaxPool3d: "pool",
+    nn.Upsample: "upsample",
+    nn.MultiheadAttention: "attention",
+}
+
 
 def kind_of(module: nn.Module) -> str | None:
     """Returns the kind of a layer with parameters (see `icenet.core.weights.layout`), or None without parameters.
@@ -33,3 +56,19 @@ def kind_of(module: nn.Module) -> str | None:
         name not in module._non_persistent_buffers_set for name in module._buffers
     )
     return known or ("plain" if holds_arrays else None)
+
+
+def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Returns the kind of each module whose class defines the axes of its inputs and outputs, by path.
+
+    `icenet.parity.align` has the axes of each kind. A user's class that overrides `forward` is left out, because it
+    may take other axes than the layer that it derives from.
+    """
+    known, found = _NATIVE_KINDS | _CALL_KINDS, {}
+    for path, module in modules:
+        kind = getattr(module, "layer_kind", None) or next(
+            (kind for layer, kind in known.items() if isinstance(module, layer)), None
+        )
+        if kind and type(module).forward.__module__.partition(".")[0] in ("torch", "icenet_torch"):
+            found[path] = kind
+    return found

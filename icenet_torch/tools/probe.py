@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from icenet.parity.trace import ArrayConverter, Call, Trace, Value
-from icenet_torch.nn.arrays import to_channels_first
+from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
+from icenet_torch.nn.kinds import call_kinds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -20,15 +21,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     """Adds every call of a module within `model` to the trace while the context is open."""
 
-    def recorder(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-            _CONVERTER.add_call(trace, path, args, kwargs, outputs)
+    started: list[tuple[Any, Any]] = []
 
-        return hook
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # copied before the call, which may change its arguments in place
+        started.append(_CONVERTER.arguments(args, kwargs))
+
+    def recorder(path: str) -> Any:
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            _CONVERTER.add_call(trace, path, *started.pop(), outputs)
+
+        return after
 
     handles = []
+    trace.backend, trace.layer_kinds = "torch", call_kinds(model.named_modules())
     try:
         for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(recorder(path), with_kwargs=True))
         yield trace
     finally:
@@ -58,6 +67,7 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
         tensor = _tensor(value, first)
         if value.is_float:
             inputs.append(tensor.requires_grad_(cotangents is not None))
+            return tensor.clone()  # an operation in place is not possible on a leaf
         return tensor
 
     filled = call.map(fill)
@@ -70,26 +80,82 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
             seeds = [_tensor(value, first) for value in cotangents]
             computed = torch.autograd.grad(outputs, by, seeds, allow_unused=True) if by else []
             gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(by, computed, strict=True)]
-    by_name = {name: _host(tensor) for name, tensor in zip(parameters, gradients[len(inputs) :], strict=False)}
+    by_name = {name: to_numpy(tensor) for name, tensor in zip(parameters, gradients[len(inputs) :], strict=False)}
     return _CONVERTER.replayed(outputs, gradients[: len(inputs)], by_name)
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Returns an activation as numpy, in the layout of traces; bf16 as float32.
+@contextlib.contextmanager
+def perturbing(model: nn.Module, perturb: Callable[..., Value]) -> Iterator[None]:
+    """Perturbs the outputs of all modules within `model`, and their gradients, while the context is open.
 
-    Floats with four axes are taken for images `[B, C, H, W]` and become channels-last.
+    Args:
+        model: Any module.
+        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output" or "gradient" and `number`
+            counts the calls for a path; returns the perturbed value, of the same shape and dtype.
     """
-    return _host(tensor.permute(0, 2, 3, 1) if _is_image(tensor) else tensor)
+    numbers: dict[str, count[int]] = {}
+    perturbed: dict[int, torch.Tensor] = {}  # holds the tensors, so that no other tensor gets their ids
+
+    def hook_of(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, outputs: Any) -> Any:
+            return _map_tensors(outputs, once)
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            # a container returns the output of its last module: one value, perturbed once
+            if id(tensor) not in perturbed and tensor.is_floating_point():
+                tensor = _Perturb.apply(tensor, perturb, path, next(numbers.setdefault(path, count())))
+                perturbed[id(tensor)] = tensor
+            return tensor
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(path)) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-_CONVERTER = ArrayConverter(torch.Tensor, to_numpy)
+class _Perturb(torch.autograd.Function):
+    """Perturbs a tensor in the forward pass and its gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, perturb: Any, path: str, number: int) -> torch.Tensor:
+        ctx.arguments = perturb, path, number
+        return _perturbed(tensor, perturb, "output", path, number)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        perturb, path, number = ctx.arguments
+        return _perturbed(gradient, perturb, "gradient", path, number), None, None, None
 
 
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    """Returns a tensor as numpy in its own layout; bf16 as float32."""
+def _perturbed(tensor: torch.Tensor, perturb: Any, what: str, path: str, number: int) -> torch.Tensor:
+    array = perturb(Value(to_numpy(tensor), short_dtype(tensor.dtype)), what, path, number).array
+    return torch.empty_like(tensor).copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
+
+def _map_tensors(outputs: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Applies a function to each tensor of nested tuples, lists and dicts."""
+    if isinstance(outputs, torch.Tensor):
+        return function(outputs)
+    if isinstance(outputs, dict):
+        return {name: _map_tensors(item, function) for name, item in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        items = [_map_tensors(item, function) for item in outputs]
+        return type(outputs)(*items) if hasattr(outputs, "_fields") else type(outputs)(items)
+    return outputs
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Returns a tensor as numpy with the same axes; bf16 as float32."""
     tensor = tensor.detach().cpu()
     array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().copy()
     return array
+
+
+_CONVERTER = ArrayConverter(torch.Tensor, to_numpy)
 
 
 def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
@@ -97,9 +163,4 @@ def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(value.array)).to(like.device)
     if not value.is_float:
         return tensor
-    tensor = to_channels_first(tensor) if _is_image(tensor) else tensor
     return tensor.to(torch.float64 if like.dtype == torch.float64 else DTYPES[value.dtype])
-
-
-def _is_image(tensor: torch.Tensor) -> bool:
-    return tensor.ndim == 4 and tensor.is_floating_point()
