@@ -7,12 +7,13 @@ everything that does not depend on the framework.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,21 @@ class MicroBatch(NamedTuple):
     """Whether it is the last one of this process."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_arithmetic(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
+    """Decorates a method of an engine: it runs in the arithmetic of the model (see `ModelBase.arithmetic`)."""
+
+    @functools.wraps(method)
+    def run(engine: Engine, *arguments: P.args, **options: P.kwargs) -> R:
+        with engine.model.arithmetic():
+            return method(engine, *arguments, **options)
+
+    return run
+
+
 class Engine(ABC):
     """One model and its optimizer on one backend and device.
 
@@ -122,15 +138,23 @@ class Engine(ABC):
     def _set_model(self, model: Any, compute_dtype: Any) -> None:
         """Sets the model, and copies rank 0's parameters to all processes or shards them."""
         training = self.config.training
-        self.process_group.broadcast_or_shard(model, training.sharded)
+        with model.arithmetic():
+            self.process_group.broadcast_or_shard(model, training.sharded)
         model.checks_ids = False  # to_device does
         model.compute_dtype = compute_dtype
         model.gradient_checkpointing = training.gradient_checkpointing
         self.model = model
         self._dropouts = model.dropout_layers()
 
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether fp32 products are computed in TF32, by a product on the device."""
+        with self.model.arithmetic():
+            return bool(self.nn.arithmetic.uses_tf32(self.model.device))
+
     # ---- training ----------------------------------------------------------------------------------------
 
+    @in_arithmetic
     def train_step(self, batch: Batch, step: int, learning_rate: float, loss_scale: float = 1.0) -> Any:
         """Submits one optimizer step and returns a handle for `read`.
 
@@ -157,12 +181,14 @@ class Engine(ABC):
         self._submit(loss, norm, norms)
         return loss, norm, norms
 
+    @in_arithmetic
     def read(self, handle: Any) -> StepResult:
         """Waits for the step of a handle and returns its result."""
         loss, norm, norms = handle
         mean, stop = self.process_group.read_loss(loss)
         return step_result(mean, norm.item(), stop, lambda: dict(zip(self._trainable, norms.tolist(), strict=True)))
 
+    @in_arithmetic
     def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
         """Returns the mean loss and the unclipped gradient of every parameter, with the dropout masks of `step`.
 
@@ -174,6 +200,7 @@ class Engine(ABC):
         mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
         return mean, self.process_group.gather_full(self._to_canonical(gradients))
 
+    @in_arithmetic
     def apply_gradients(
         self, gradients: Mapping[str, NDArray[Any]], step: int, learning_rate: float, *, clip: bool = False
     ) -> None:
@@ -213,6 +240,7 @@ class Engine(ABC):
 
     # ---- evaluation --------------------------------------------------------------------------------------
 
+    @in_arithmetic
     def evaluate(self, batch: Batch) -> Evaluation:
         """Returns the loss of a batch in evaluation mode, with the averaged weights if `training.ema_decay` is set.
 
@@ -226,6 +254,7 @@ class Engine(ABC):
             correct = int(self.nn.loss.count_correct(logits, labels).item()) if labels.ndim == 1 else None
             return Evaluation(loss.item(), int(count.item()), correct)
 
+    @in_arithmetic
     def forward(self, batch: Batch) -> NDArray[Any]:
         """Returns the model's output in evaluation mode; half precision as float32."""
         self._set_mode(train=False)
@@ -233,6 +262,7 @@ class Engine(ABC):
         rows, length = batch["inputs"].shape[:2]
         return outputs[:rows, :length] if outputs.ndim == 3 else outputs[:rows]
 
+    @in_arithmetic
     def average_statistics(self) -> None:
         """Replaces the running statistics of batch norms by their mean over the processes.
 
@@ -250,15 +280,18 @@ class Engine(ABC):
 
     # ---- state -------------------------------------------------------------------------------------------
 
+    @in_arithmetic
     def weights(self) -> dict[str, NDArray[Any]]:
         """Returns the canonical weights by path. With several processes a collective operation."""
         self.average_statistics()
         return self.process_group.gather_full(self.model.weights())
 
+    @in_arithmetic
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Sets the canonical weights: all of them, no others."""
         self.model.set_weights(self.process_group.local_shard(self.model.with_canonical_names(weights)))
 
+    @in_arithmetic
     def optimizer_state(self) -> dict[str, NDArray[Any]]:
         """Returns the optimizer's arrays by `PATH.SLOT`, with PyTorch's slot names, and averages by `PATH.ema`.
 
@@ -269,6 +302,7 @@ class Engine(ABC):
             {**self.optimizer.state_arrays(), **{f"{path}.ema": array for path, array in averages.items()}}
         )
 
+    @in_arithmetic
     def set_optimizer_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Sets what `optimizer_state` returned, on either backend.
 
@@ -285,6 +319,7 @@ class Engine(ABC):
 
     # ---- inputs ------------------------------------------------------------------------------------------
 
+    @in_arithmetic
     def to_device(self, batch: Batch) -> dict[str, Array]:
         """Returns a batch as the backend's arrays on the device, in the layout that the model takes.
 
@@ -294,6 +329,7 @@ class Engine(ABC):
         check_ids(batch, self.config.model.vocab_size)
         return {name: self._to_device(array) for name, array in batch.items()}
 
+    @in_arithmetic
     def seed_dropouts(self, step: int, rows: range) -> None:
         """Sets the keys of all dropout layers to those of the given rows of the batch of `step`."""
         self._seed_dropouts(self._dropout_keys(step, rows))

@@ -38,14 +38,16 @@ class DecoderBase(ABC):
 
     def __enter__(self) -> DecoderBase:
         """Moves the request to the device and prefills the prompts."""
-        request = self.request
+        with self.inference_mode():
+            self._start(self.request)
+        return self
+
+    def _start(self, request: Request) -> None:
         self.keys = self.to_device(request.keys())  # [new tokens, B, 2]
         self.seen = self.to_device(request.seen(self.model.config.vocab_size))  # [B, V]
         self.context: Any = self.to_device(request.tokens)  # all tokens so far, [B, S]
         self.attention_mask = self.to_device(request.attention_mask)  # [B, S]
-        with self.inference_mode():
-            self.logits = self.prefill(request.context_length)
-        return self
+        self.logits = self.prefill(request.context_length)
 
     def __exit__(self, *exception: object) -> None:
         self.logits = self.scores = self.cache = None
@@ -106,14 +108,15 @@ class DecoderBase(ABC):
 
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
-        """Sets the model to evaluation mode for one step.
+        """Sets the model to evaluation mode, and opens its arithmetic, for one step.
 
         The mode is restored after each step, so a caller that consumes a stream sees the model in its own mode.
         """
         was_training = self.model.training
         self.model.eval()
         try:
-            yield
+            with self.model.arithmetic():
+                yield
         finally:
             self.model.train(was_training)
 
