@@ -215,8 +215,8 @@ def test_bad_input(
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ("train tiny.yaml --backend torch --set data.source=txet.txt", USAGE),
-        ("generate run --backend mlx --max-new-tokens 500", USAGE),
+        ("train tiny.yaml --backend mlx --set data.source=txet.txt", USAGE),
+        ("generate run --backend torch --max-new-tokens 500", USAGE),
         ("convert cut.safetensors out.safetensors --to canonical", FAILURE),
         ("parity damaged", FAILURE),
     ],

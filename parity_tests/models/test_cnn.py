@@ -306,7 +306,7 @@ def test_ten_training_steps_agree_and_so_do_the_running_statistics() -> None:
 
 
 def test_a_short_training_curve() -> None:
-    found = curves(build(digits()), 40)
+    found = curves(build(digits()), 30)
     assert found["PyTorch float64"][-1] < found["PyTorch float64"][0] - 0.5  # it has learned
     verdict = judge_curve(*found.values())
     assert verdict.passed, f"{verdict.worst} at step {verdict.worst_step}"
@@ -642,15 +642,15 @@ def test_conversion_there_and_back(tmp_path: Path) -> None:
 def test_a_run_changes_backend(first: str, tmp_path: Path) -> None:
     """A run that changes backend half way, judged against the same run on one backend."""
     second = next(name for name in BACKENDS if name != first)
-    given = digits("training.max_steps=24", "training.eval_every=12", "training.checkpoint_every=12")
-    Trainer.start(given, tmp_path / "origin", backend=first, quiet=True).fit(12)
+    given = digits("training.max_steps=12", "training.eval_every=6", "training.checkpoint_every=6")
+    Trainer.start(given, tmp_path / "origin", backend=first, quiet=True).fit(6)
     runs = {"there": (first, "float32"), "changed": (second, "float32"), "exact": ("torch", "float64")}
     for name, (backend, dtype) in runs.items():
         trainer = Trainer.resume(tmp_path / "origin", run=tmp_path / name, backend=backend, dtype=dtype, quiet=True)
         assert not trainer.notes
         result = trainer.fit()
-        assert result.step == 24 and result.validation_accuracy is not None
-    curve = {name: losses(tmp_path / name)[12:] for name in runs}
+        assert result.step == 12 and result.validation_accuracy is not None
+    curve = {name: losses(tmp_path / name)[6:] for name in runs}
     mlx, torch32 = ("there", "changed") if first == "mlx" else ("changed", "there")
     verdict = judge_curve(curve[mlx], curve[torch32], curve["exact"])
     assert verdict.passed, f"{verdict.worst} at step {verdict.worst_step}"

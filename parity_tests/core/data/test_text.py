@@ -580,7 +580,7 @@ def unfinished_bytes(cache: Path) -> int:
 def test_kills_at_random_moments_leave_the_same_file(kills: int, bpe: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    text = source_code(500_000) * (1 if kills < 10 else 20)
+    text = source_code(500_000) * 20 if kills > 10 else source_code(200_000)
     write_lines(corpus / "a.jsonl", text.split("\n\n"))
     write_lines(corpus / "b.jsonl.gz", text.split("\n"))
     (corpus / "c.txt").write_text(text)

@@ -231,7 +231,7 @@ def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
     train(config, tmp_path / "whole", backend)
     broken = tmp_path / "broken"
     train(config, broken, backend, until=1)
-    for until in (5, 7, 13, 19, None):
+    for until in (5, 13, None):
         resume(broken, until=until)  # without a backend: the run continues on its own
     assert metrics(broken, 10) == metrics(tmp_path / "whole", 10)
     assert same_bits(state(broken), state(tmp_path / "whole"))
@@ -250,9 +250,8 @@ def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path, backend: str
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, list[float]]]:
     """A configuration and its uninterrupted loss curves, on both backends and in float64."""
-    config = tiny(tmp_path_factory.mktemp("reference"), "training.max_steps=40", "training.checkpoint_every=10",
-                  "training.eval_every=20")  # fmt: skip
-    return config, curves(build(config), 40)
+    config = tiny(tmp_path_factory.mktemp("reference"), "training.checkpoint_every=5", "training.eval_every=10")
+    return config, curves(build(config), 20)
 
 
 @pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
@@ -262,11 +261,11 @@ def test_changing_backend(
     """Four parts on alternating backends, compared with the uninterrupted run by the yardstick."""
     config, curve = reference
     moved = tmp_path / "moved"
-    train(config, moved, order[0], until=10)
-    for backend, until in ((order[1], 20), (order[0], 30), (order[1], 40)):
+    train(config, moved, order[0], until=5)
+    for backend, until in ((order[1], 10), (order[0], 15), (order[1], 20)):
         resume(moved, backend, until)
     named = [record["backend"] for record in metrics(moved) if "loss" in record]
-    assert named == [order[0]] * 10 + [order[1]] * 10 + [order[0]] * 10 + [order[1]] * 10
+    assert named == [order[0]] * 5 + [order[1]] * 5 + [order[0]] * 5 + [order[1]] * 5
     verdict = judge_curve(losses(moved), curve["PyTorch"], curve["PyTorch float64"])
     assert verdict.passed, (verdict.worst, verdict.worst_step)
     train(config, tmp_path / "whole", order[0])
@@ -278,13 +277,13 @@ def test_changing_backend(
     assert not verdict.passed
 
 
-def test_curve_of_100_steps(tmp_path: Path) -> None:
-    config = tiny(tmp_path, "training.max_steps=100", "training.warmup_steps=10", "training.weight_decay=0.1")
-    curve = curves(build(config), 100)
+def test_curve_of_60_steps(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.max_steps=60", "training.warmup_steps=6", "training.weight_decay=0.1")
+    curve = curves(build(config), 60)
     verdict = judge_curve(*curve.values())
     assert verdict.passed, (verdict.worst, verdict.worst_step)
     assert curve["MLX"][-1] < 0.5 * curve["MLX"][0]
-    assert len(set(curve["PyTorch float64"])) == 100 and verdict.noise.max() < 1e-3
+    assert len(set(curve["PyTorch float64"])) == 60 and verdict.noise.max() < 1e-3
 
 
 def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
@@ -591,9 +590,9 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
     ("backend", "number"),
     [
         ("mlx", signal.SIGINT),
-        ("torch", signal.SIGTERM),
-        pytest.param("mlx", signal.SIGTERM, marks=pytest.mark.slow),
+        ("mlx", signal.SIGTERM),
         pytest.param("torch", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: signal.Signals) -> None:
@@ -643,8 +642,8 @@ def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> No
     assert not list((run / "checkpoints").glob(".*")), "leftovers of the kills"
 
 
-def test_five_kills(tmp_path: Path) -> None:
-    survive(tmp_path, "mlx", kills=5, steps=120, seed=1)
+def test_three_kills(tmp_path: Path) -> None:
+    survive(tmp_path, "mlx", kills=3, steps=60, seed=1)
 
 
 @pytest.mark.slow
