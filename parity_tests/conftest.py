@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from icenet.core.backends import exact_products
-
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
-exact_products()
+os.environ["MLX_ENABLE_TF32"] = "0"  # also in the models that a test builds without a config
 
 DEFAULT_MARKERS = "not slow and not gpu and not mutation"
 """The markers of a default run, as in `pyproject.toml`."""

@@ -221,14 +221,10 @@ def _backend_problems(name: str, facts: dict[str, Any], has_nvidia: bool) -> lis
             "torch": "install a CUDA build: pytorch.org",
         }[name]
         problems.append(Problem("warning", f"there is an NVIDIA GPU, and {name} does not use it", remedy))
-    tf32 = facts["tf32"]
-    if tf32["enabled"] and tf32["matters"]:
-        what = f"{facts['framework']} may compute fp32 products in TF32 on this GPU ({tf32['switch']})"
-        remedy = {
-            "mlx": "icenet parity turns TF32 off; for training: MLX_ENABLE_TF32=0",
-            "torch": "icenet parity turns TF32 off; for training: set both switches to False",
-        }[name]
-        problems.append(Problem("note", what, remedy))
+    if facts["tf32"]["used"]:
+        what = f"{facts['framework']} computes fp32 products in TF32 on this GPU, although allow_tf32 is false"
+        remedy = {"mlx": "MLX_ENABLE_TF32=0", "torch": "NVIDIA_TF32_OVERRIDE=0"}[name]
+        problems.append(Problem("warning", what, f"set the environment variable {remedy}"))
     return problems
 
 
@@ -338,7 +334,8 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
         error = facts["error"]
         return {"state": error if error == "not installed" else f"does not work: {error}"}
     blas, tf32 = facts["blas"], facts["tf32"]
-    state = ("on" if tf32["enabled"] else "off") + ("" if tf32["matters"] else ", no effect on this device")
+    precision = "TF32" if tf32["used"] else "full fp32"
+    choice = "TF32 with allow_tf32: true" if tf32["available"] else "this device has no TF32"
     rates = (f"{name} {rate:g} GFLOP/s" for name, rate in facts["matmul_gflops"].items())
     return {
         "state": "works",
@@ -347,7 +344,7 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
         "chip": facts["chip"] or "-",
         "BLAS on the CPU": f"{blas['name']} ({blas['note']})" + (f"\n{blas['path']}" if blas["path"] else ""),
         "fp32 matmul of 1024x1024": ", ".join(rates),
-        "TF32": f"{state}\n{tf32['switch']}",
+        "fp32 products": f"{precision}; {choice}",
         "dtypes": facts["dtypes"],
     }
 

@@ -129,7 +129,6 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
         raise BackendError(
             f"quickstart needs both backends, and {missing[0]} is not installed: pip install 'icenet[all]'"
         )
-    backends.exact_products()
     config = Config.from_yaml("quickstart", overrides)
     half = config.training.max_steps // 2
     if half < 1:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +118,3 @@ def meta_model(config: Config) -> Any:
     These do not depend on the backend, so any that runs here is used.
     """
     return module(choose(config, "auto"), "engine.build").meta_model(config)
-
-
-def exact_products() -> None:
-    """Turns TF32 off for comparisons in fp32. It has no effect on MLX after the import of MLX.
-
-    On CUDA and on M5 chips TF32, with 10 bits of mantissa, is MLX's default for matrix products. In PyTorch it is the
-    default for convolutions on CUDA only; `choose_device` of the PyTorch backend turns that off after this call.
-    """
-    if "mlx.core" not in sys.modules:
-        os.environ["MLX_ENABLE_TF32"] = "0"

@@ -146,11 +146,11 @@ class Engine(ABC):
         self.model = model
         self._dropouts = model.dropout_layers()
 
-    @property
-    def uses_tf32(self) -> bool:
-        """Whether fp32 products are computed in TF32, by a product on the device."""
+    @functools.cached_property
+    def tf32(self) -> str:
+        """`on` if fp32 products are computed in TF32, otherwise `off`; decided by a product on the device."""
         with self.model.arithmetic():
-            return bool(self.nn.arithmetic.uses_tf32(self.model.device))
+            return "on" if self.nn.arithmetic.uses_tf32(self.model.device) else "off"
 
     # ---- training ----------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def build(
     device_mlx: str | None = None,
     device_torch: str = "cpu",
 ) -> Engines:
-    """Builds the three engines of a configuration.
+    """Builds the three engines of a configuration, without TF32.
 
     Args:
         config: Configuration of the model and its training.
@@ -51,8 +51,8 @@ def build(
         device_mlx: The device under test; default: the device of the configuration.
         device_torch: The device that measures the noise. The reference runs on the CPU.
     """
-    backends.exact_products()
-    config = config.with_overrides(f"training.mixed_precision={dtype or config.training.mixed_precision}")
+    precision = dtype or config.training.mixed_precision
+    config = config.with_overrides(f"training.mixed_precision={precision}", "allow_tf32=false")
     eager = config.with_overrides("model.compile_model=false")
     engines = Engines(
         backends.engine(config, "mlx", device_mlx),
@@ -68,7 +68,7 @@ def build(
 def describe(engine: Engine) -> dict[str, str]:
     """Returns framework, version, device and TF32 of an engine."""
     described: dict[str, str] = backends.module(engine.backend, "tools.environment").describe(engine.device)
-    return described
+    return {**described, "tf32": engine.tf32}
 
 
 def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, gradients: bool = False) -> Trace:
@@ -120,7 +120,7 @@ def replay(
         model.train(train)
         if train:
             engine.seed_dropouts(step, range(len(call.values[0].array)))
-        with engine.nn.norm.keep_running_statistics(model):
+        with model.arithmetic(), engine.nn.norm.keep_running_statistics(model):
             with explain_user_errors(call.values[0].array) if not path else contextlib.nullcontext():
                 replayed: dict[str, Value] = probe.replay(model, path, call, cotangents)
             return replayed

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from typing import Any
 
 import icenet.blas
@@ -13,6 +10,7 @@ import mlx.core as mx
 
 from icenet.core.report.environment import MATRIX_SIZE, Environment, device_names
 from icenet.core.report.environment import matmul_gflops as measure
+from icenet.nn.arithmetic import chip, has_tf32, set_tf32, uses_tf32
 
 VERSION: str = mx.__version__  # type: ignore[attr-defined]  # missing in the type stub
 
@@ -28,20 +26,18 @@ def environment() -> Environment:
         "version": VERSION,
         "devices": device_names(gpu, num_gpus),
         "default_device": default,
-        "chip": _chip(),
+        "chip": chip(),
         "blas": {"name": blas.name, "path": blas.path, "note": blas.note},
         "matmul_gflops": {"cpu": matmul_gflops(mx.cpu)} | ({gpu: matmul_gflops(mx.gpu)} if num_gpus else {}),
-        "tf32": tf32(default, _chip()),
+        "tf32": tf32(mx.default_device()),
         "dtypes": "fp16 and bf16 products are slow on the CPU: compute in fp32 there; "
         "float64 on the CPU only, not exact for exp, erf, sigmoid and softmax",
     }
 
 
 def describe(device: str) -> dict[str, str]:
-    """Returns framework, version, device and TF32 (`on` or `off`) for a report of a run on `device`."""
-    state = tf32("cpu" if device == "cpu" else _gpu_kind(), _chip())
-    used = state["enabled"] and state["matters"]
-    return {"framework": "MLX", "version": VERSION, "device": device, "tf32": "on" if used else "off"}
+    """Returns framework, version and device for a report of a run on `device`."""
+    return {"framework": "MLX", "version": VERSION, "device": device}
 
 
 def matmul_gflops(device: Any) -> float:
@@ -54,21 +50,11 @@ def matmul_gflops(device: Any) -> float:
         return measure(lambda: mx.eval(a @ b))
 
 
-def tf32(device: str, chip: str) -> dict[str, Any]:
-    """Returns whether TF32 is enabled, whether a device has it, and the setting (see `Environment.tf32`)."""
-    value = os.environ.get("MLX_ENABLE_TF32", "")
-    generation = re.search(r"Apple M(\d+)", chip)
-    matters = device == "cuda" or (device == "metal" and generation is not None and int(generation[1]) >= 5)
-    return {
-        "enabled": value != "0",
-        "matters": matters,
-        "switch": f"MLX_ENABLE_TF32={value or '1 (default)'}",
-    }
+def tf32(device: mx.Device) -> dict[str, bool]:
+    """Returns whether a device has TF32, and whether a config without `allow_tf32` uses it (see `Environment`)."""
+    set_tf32(device, False)
+    return {"available": has_tf32(device), "used": uses_tf32(device)}
 
 
 def _gpu_kind() -> str:
     return "cuda" if mx.cuda.is_available() else "metal"
-
-
-def _chip() -> str:
-    return str(mx.device_info().get("device_name", platform.processor()))

@@ -1,6 +1,4 @@
 """Operations written for numerical accuracy, PyTorch. The layers call them; each docstring gives the reason.
-
-TF32 is turned off by `icenet.core.backends.exact_products`, for comparisons only.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 
 from icenet.core.report.environment import MATRIX_SIZE, Environment, device_names
 from icenet.core.report.environment import matmul_gflops as measure
+from icenet_torch.nn import arithmetic
 
 
 def environment() -> Environment:
@@ -24,16 +25,14 @@ def environment() -> Environment:
         "chip": torch.cuda.get_device_name() if gpu == "cuda" else None,  # PyTorch reports no other names
         "blas": _blas(),
         "matmul_gflops": {"cpu": matmul_gflops("cpu")} | ({gpu: matmul_gflops(gpu)} if num_gpus else {}),
-        "tf32": tf32(default),
+        "tf32": tf32(torch.device(default)),
         "dtypes": "fp16 and bf16 products are slow on the CPU: compute in fp32 there; no float64 on MPS",
     }
 
 
 def describe(device: str) -> dict[str, str]:
-    """Returns framework, version, device and TF32 (`on` or `off`) for a report of a run on `device`."""
-    state = tf32(device.partition(":")[0])
-    used = state["enabled"] and state["matters"]
-    return {"framework": "PyTorch", "version": torch.__version__, "device": device, "tf32": "on" if used else "off"}
+    """Returns framework, version and device for a report of a run on `device`."""
+    return {"framework": "PyTorch", "version": torch.__version__, "device": device}
 
 
 def _blas() -> dict[str, Any]:
@@ -53,12 +52,10 @@ def matmul_gflops(device: str) -> float:
     return measure(lambda: _wait_for(a @ b))
 
 
-def tf32(device: str) -> dict[str, Any]:
-    """Returns whether TF32 is enabled, whether a device has it, and the setting (see `Environment.tf32`)."""
-    enabled = bool(torch.backends.cuda.matmul.allow_tf32)
-    convolutions = bool(torch.backends.cudnn.allow_tf32)
-    switch = f"torch.backends.cuda.matmul.allow_tf32={enabled}, torch.backends.cudnn.allow_tf32={convolutions}"
-    return {"enabled": enabled or convolutions, "matters": device == "cuda", "switch": switch}
+def tf32(device: torch.device) -> dict[str, bool]:
+    """Returns whether a device has TF32, and whether a config without `allow_tf32` uses it (see `Environment`)."""
+    with arithmetic.tf32(False):
+        return {"available": arithmetic.has_tf32(device), "used": arithmetic.uses_tf32(device)}
 
 
 def _gpu_kind() -> str:

@@ -27,8 +27,8 @@ class Environment(TypedDict):
     """`name`, `path` and `note` of the BLAS used on the CPU."""
     matmul_gflops: dict[str, float]
     """GFLOP/s of an fp32 matrix product, by kind of device."""
-    tf32: dict[str, Any]
-    """`enabled`: fp32 products may use TF32. `matters`: this device has TF32. `switch`: the setting."""
+    tf32: dict[str, bool]
+    """`available`: the default device has TF32. `used`: fp32 products use it although `allow_tf32` is false."""
     dtypes: str
     """Limitations of dtypes, as text."""
 

@@ -39,6 +39,7 @@ class Reporter:
         *,
         backend: str,
         device: str,
+        tf32: str = "off",
         unit: str,
         items_per_step: int,
         is_main_process: bool = True,
@@ -50,6 +51,7 @@ class Reporter:
             training: The section `training` of the configuration.
             step: Number of completed steps.
             backend, device: Names to record and show.
+            tf32: `on` if fp32 products are computed in TF32, otherwise `off`.
             unit: `tok` or `img`.
             items_per_step: Tokens or images in one step.
             is_main_process: Whether this process reports.
@@ -60,6 +62,7 @@ class Reporter:
         """
         self.run = run
         self.backend = backend
+        self.tf32 = tf32
         self.is_main_process = is_main_process
         self.quiet = quiet or not is_main_process
         self._unit = unit
@@ -72,7 +75,7 @@ class Reporter:
             tokens_per_step=items_per_step,
             unit=unit,
             quiet=self.quiet,
-            label=f"{backend} {device}",
+            label=f"{backend} {device}" + (" TF32" if tf32 == "on" else ""),
         )
         self._iteration_start = 0.0
         self._step_seconds = 0.0
@@ -142,6 +145,7 @@ class Reporter:
             "grad_norm": grad_norm,
             f"{_ITEMS[self._unit]}_per_second": round(speed, 1),
             "backend": self.backend,
+            "tf32": self.tf32,
             "loss_scale": loss_scale,
             "skipped": skipped,
         }

@@ -68,6 +68,7 @@ class CheckpointWriter:
                 "facts": self.dataset.facts,
                 "backend": self.engine.backend,
                 "device": self.engine.device,
+                "tf32": self.engine.tf32,
                 "versions": versions(),
             }
             self._background.start(partial(self._write, step, weights, optimizer, state))

@@ -184,6 +184,13 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes = plan.notes
+        before = found.state.get("tf32")  # None in a checkpoint of an earlier version
+        if before is not None and before != engine.tf32:
+            words = {"on": "in TF32", "off": "in full fp32"}
+            trainer.notes.append(
+                f"from step {found.step + 1} on, fp32 products are computed {words[engine.tf32]} (allow_tf32: "
+                f"{str(config.allow_tf32).lower()}, {engine.backend} {engine.device}); before, {words.get(before, before)}"
+            )
         trainer._branched_from = plan.branched_from
         if plan.branched_from is not None:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
@@ -214,6 +221,7 @@ class Trainer:
             self.step,
             backend=self.engine.backend,
             device=self.engine.device,
+            tf32=self.engine.tf32,
             unit=self.dataset.unit,
             items_per_step=training.batch_size * self.dataset.items_per_row,
             is_main_process=self.is_main_process,

@@ -62,8 +62,6 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 DRIVER = """
 import os, sys
 from pathlib import Path
-from icenet.core.backends import exact_products
-exact_products()
 from icenet.core.distributed import launch
 from icenet.core.report import plots
 from icenet.core.training import trainer
