@@ -22,7 +22,7 @@ from icenet.core import rng
 from icenet.core.config import Config, user_code
 from icenet.core.distributed import processes
 from icenet.core.errors import DataError, IceNetError, UsageError
-from icenet.core.models import buckets
+from icenet.core.models import buckets, randomness
 from icenet.core.models.dropout import seed_dropouts
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class Engine(ABC):
         processes.check_training(config.training, process_group.size)
         self.config = config
         self.process_group = process_group
+        self._draws_are_keyed = config.training.rng == "native"  # checked in the first step
 
     def _set_model(self, model: Any, compute_dtype: Any) -> None:
         """Sets the model, and copies rank 0's parameters to all processes or shards them."""
@@ -170,7 +171,7 @@ class Engine(ABC):
         self._set_mode(train=True)
         may_skip = training.mixed_precision == "fp16" or training.on_nan == "skip"
         statistics = self.nn.norm.running_statistics(self.model) if may_skip else {}
-        loss, gradients = self._accumulate(batch, step, loss_scale)
+        loss, gradients = self._checked_gradients(batch, step, loss_scale)
         norm, norms = self._norms(gradients)
         loss = self.process_group.all_reduce_loss(loss)
         if may_skip and not math.isfinite((loss + norm).sum().item()):
@@ -196,7 +197,7 @@ class Engine(ABC):
         """
         self._set_mode(train=True)
         with self.nn.norm.keep_running_statistics(self.model):
-            loss, gradients = self._accumulate(batch, step)
+            loss, gradients = self._checked_gradients(batch, step)
         mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
         return mean, self.process_group.gather_full(self._to_canonical(gradients))
 
@@ -219,6 +220,43 @@ class Engine(ABC):
         else:
             self.optimizer.update(arrays)
         self._submit()
+
+    @in_arithmetic
+    def check_draws(self, batch: Batch, step: int = 0) -> None:
+        """Checks that the model draws no random numbers in its forward pass but the masks of its dropout layers.
+
+        Weights and running statistics do not change.
+
+        Raises:
+            UsageError: A module draws from a generator of the framework, Python or numpy.
+        """
+        self._set_mode(train=True)
+        part = next(self._micro_batches(batch, step))
+        self._seed_dropouts(part.dropout_keys)
+        with self.nn.norm.keep_running_statistics(self.model):
+            call = functools.partial(call_model, self.model, part.arrays, self.config.model.vocab_size)
+            drawing = self.nn.random.find_draw(self.nn.tree.named_modules(self.model), call, self._generators)
+        if drawing is not None:
+            raise randomness.unkeyed_draw(self.backend, *drawing)
+
+    def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
+        """Returns `_accumulate`. The first time, a UsageError if the model draws random numbers without a key."""
+        if self._draws_are_keyed:
+            return self._accumulate(batch, step, loss_scale)
+        before = self._generators()
+        results = self._accumulate(batch, step, loss_scale)
+        after = self._generators()
+        if after != before:
+            self.check_draws(batch, step)  # calls the model again, to find the module
+            # Another thread may have used a generator of the host, and a compiler that of the framework.
+            if after[0] != before[0] and not self.config.model.compile_model:
+                raise randomness.unkeyed_draw(self.backend, "", self.model)
+        self._draws_are_keyed = True
+        return results
+
+    def _generators(self) -> tuple[object, ...]:
+        """Returns the states of the generators of the framework, Python and numpy."""
+        return self.nn.random.generator_state(), *randomness.host_states()
 
     def _micro_batches(self, batch: Batch, step: int) -> Iterator[MicroBatch]:
         """Yields this process's micro-batches of a training batch, each moved to the device when it is requested."""

@@ -13,7 +13,6 @@ from icenet.core.errors import UsageError
 from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet.nn.arrays import Array
 from icenet.nn.norm import keep_running_statistics
-from icenet.nn.random import generator_state
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
@@ -24,6 +23,7 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
     Raises:
         UsageError: The block draws from MLX's generator, whose state cannot be restored for the backward pass.
     """
+    state: Any = mx.random.state
     passes = 0
     dropouts = [module for module in block.modules() if isinstance(module, KeyedCalls)]
     calls = count_calls(dropouts)
@@ -36,7 +36,7 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
         passes += 1
         for module, key in zip(unseeded, keys, strict=True):
             module.seed(key)
-        before = generator_state()
+        before = state[0]  # each draw replaces the array
         try:
             if passes == 1:
                 outputs = block(*arguments)
@@ -46,7 +46,7 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
         finally:
             for module in unseeded:
                 module.seed(None)
-        if generator_state() is not before:
+        if state[0] is not before:
             raise UsageError(
                 f"{type(block).__name__} draws random numbers that MLX cannot draw again in the backward pass of "
                 "gradient checkpointing: use nn.Dropout, or set training.gradient_checkpointing to false"

@@ -1,11 +1,16 @@
 """Random numbers as a pure function of a key, PyTorch. They equal those of `icenet.core.rng` bit for bit.
 
-PyTorch has no arithmetic on unsigned words, so words and keys are int32 with the same bits.
+PyTorch has no arithmetic on unsigned words, so words and keys are int32 with the same bits. PyTorch's own generators
+are not used. `find_draw` finds the module that uses one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
+from torch import nn
 
 from icenet_torch.nn.arrays import Array
 
@@ -94,3 +99,49 @@ def random_bits_at_least(keys: Array, n: int, threshold: int) -> Array:
                 columns = slice(start, start + tile_columns)
                 torch.ge(word ^ top_bit, signed_threshold, out=out[row : row + tile_rows, index, columns])
     return out.reshape(rows, -1)[:, :n]
+
+
+def generator_state() -> bytes:
+    """Returns the states of PyTorch's own generators: the CPU's and those of the GPUs in use."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states.append(torch.mps.get_rng_state())
+    return b"".join(state.numpy().tobytes() for state in states)
+
+
+def find_draw(
+    modules: Iterable[tuple[str, nn.Module]], call: Callable[[], object], states: Callable[[], object]
+) -> tuple[str, nn.Module] | None:
+    """Makes a call and returns the first module that changes the state of a random generator in it, and its path.
+
+    Args:
+        modules: All modules of a model, by path.
+        call: Calls the model.
+        states: Returns the states of the generators.
+
+    Returns:
+        The innermost module; None if the states stay.
+    """
+    paths: dict[int, str] = {}
+    found: list[tuple[str, nn.Module]] = []
+    before: list[object] = []  # of each call that has begun and not ended
+    handles: list[Any] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        before.append(states())
+
+    def end(module: nn.Module, args: Any, outputs: Any) -> None:
+        if states() != before.pop():
+            found.append((paths[id(module)], module))
+
+    try:
+        for path, module in modules:
+            if paths.setdefault(id(module), path) == path:
+                handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
