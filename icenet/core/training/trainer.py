@@ -186,10 +186,10 @@ class Trainer:
         trainer.notes = plan.notes
         before = found.state.get("tf32")  # None in a checkpoint of an earlier version
         if before is not None and before != engine.tf32:
-            words = {"on": "in TF32", "off": "in full fp32"}
+            place = f"{engine.backend} {engine.device}, allow_tf32: {str(config.allow_tf32).lower()}"
             trainer.notes.append(
-                f"from step {found.step + 1} on, fp32 products are computed {words[engine.tf32]} (allow_tf32: "
-                f"{str(config.allow_tf32).lower()}, {engine.backend} {engine.device}); before, {words.get(before, before)}"
+                f"TF32 is {engine.tf32} from step {found.step + 1} ({place}), and was {before} before: the loss curve "
+                "changes by more than rounding"
             )
         trainer._branched_from = plan.branched_from
         if plan.branched_from is not None:
