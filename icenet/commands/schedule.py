@@ -15,7 +15,7 @@ from icenet.core.errors import UsageError
 from icenet.core.report import canvas
 from icenet.core.training import open_model
 from icenet.core.training.parameter_groups import assign, gather
-from icenet.core.training.schedule import decay_start, learning_rate
+from icenet.core.training.schedule import decay_start, learning_rate, length
 
 _POINTS = 1000
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -71,6 +71,8 @@ class ScheduleReport:
         decay = decay_start(training)
         if decay is not None:
             found["start of decay"] = max(decay, 1)
+        if length(training) < training.max_steps and training.schedule not in ("constant", "inverse_sqrt"):
+            found["end of the schedule"] = length(training)
         return found
 
     def points(self) -> tuple[list[int], list[float]]:

@@ -370,8 +370,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the cosine ends one step late",
         "icenet/core/training/schedule.py",
-        "since / max(training.max_steps - 1 - warmup, 1)",
-        "since / max(training.max_steps - warmup, 1)",
+        "since / max(steps - 1 - warmup, 1)",
+        "since / max(steps - warmup, 1)",
         ["core/training/test_schedules.py::test_as_pytorchs_schedulers"],
     ),
     Fault(

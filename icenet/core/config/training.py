@@ -44,17 +44,19 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate, reached at the end of the warmup."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """Lowest learning rate after the warmup; cosine, linear and wsd reach it at the last step."""
+    """Lowest learning rate after the warmup; cosine, linear and wsd reach it at the end of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "linear", "constant", "step", "exponential", "inverse_sqrt", "wsd"] = "cosine"
     """Learning rate schedule after the warmup; `icenet info CONFIG --schedule` draws it."""
+    schedule_steps: Positive | None = None
+    """Number of steps of the schedule, after which the learning rate stays as it is; null: max_steps."""
     decay_every: Positive | None = None
-    """Schedules step and exponential: steps per decay by decay_factor; null: a tenth of max_steps."""
+    """Schedules step and exponential: steps per decay by decay_factor; null: a tenth of the schedule."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Schedules step and exponential: factor of each decay."""
     decay_steps: Annotated[int, Field(ge=0)] | None = None
-    """Schedule wsd (warmup, stable, decay): number of decay steps at the end; null: a fifth of max_steps."""
+    """Schedule wsd (warmup, stable, decay): number of decay steps at the end; null: a fifth of the schedule."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay of matrices (of vectors: see parameter_groups); null: 0.1, and 0 for adam and sgd."""
     parameter_groups: list[ParameterGroup] = Field(default_factory=list)
@@ -111,6 +113,8 @@ class TrainingConfig(Section):
                 f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation} micro-batches "
                 "(gradient_accumulation) of equal size"
             )
+        if self.schedule_steps is not None and self.schedule in ("constant", "inverse_sqrt"):
+            raise ValueError(f"schedule_steps has no effect on schedule {self.schedule}, which has no end; remove it")
         for key in ("early_stopping", "keep_best"):
             if getattr(self, key) and self.eval_every is None:
                 raise ValueError(f"{key} needs evaluations; set eval_every")

@@ -11,7 +11,7 @@ from icenet.core.config import TrainingConfig
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Returns the learning rate of step 0, 1, ... max_steps - 1, before the factor of a parameter group.
+    """Returns the learning rate of step 0, 1, ..., before the factor of a parameter group.
 
     It rises linearly over `warmup_steps` to `learning_rate`. After that it is at least `min_learning_rate` and
 
@@ -25,16 +25,21 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
         wsd            stays the same, then falls linearly over the last `decay_steps` steps to `min_learning_rate`
                        (warmup, stable, decay; Hu et al., 2024, whose decay is exponential)
 
+    The last step is that of the schedule: `schedule_steps`, by default `max_steps`. After it the learning rate stays.
+
     A warmup longer than the run ends with the run. A decay longer than the steps after the warmup is shortened.
     """
     peak, least, warmup = training.learning_rate, training.min_learning_rate, training.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
+    steps = length(training)
+    if training.schedule != "inverse_sqrt":
+        step = min(step, max(steps - 1, warmup))
     since = step - warmup
     if training.schedule == "constant":
         return peak
     if training.schedule in ("step", "exponential"):
-        every = training.decay_every or max(training.max_steps // 10, 1)
+        every = training.decay_every or max(steps // 10, 1)
         times = since // every if training.schedule == "step" else since / every
         return max(peak * training.decay_factor**times, least)
     if training.schedule == "inverse_sqrt":
@@ -43,20 +48,48 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
         start = decay_start(training)
         if start is None or step < start:
             return peak
-        share = max(1 - (step + 1 - start) / (training.max_steps - start), 0.0)
+        share = max(1 - (step + 1 - start) / (steps - start), 0.0)
         return peak * share + least * (1 - share)
-    progress = min(since / max(training.max_steps - 1 - warmup, 1), 1.0)
+    progress = min(since / max(steps - 1 - warmup, 1), 1.0)
     share = 1 - progress if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * share + least * (1 - share)  # exact at both ends
+
+
+def length(training: TrainingConfig) -> int:
+    """Returns the number of steps of the schedule."""
+    return training.schedule_steps or training.max_steps
+
+
+def explain_change(step: int, before: TrainingConfig, after: TrainingConfig) -> str | None:
+    """Returns a note if another number of steps changes the learning rate of a run that continues; None if not.
+
+    Args:
+        step: Number of completed steps.
+        before, after: The settings of the run so far, and of its continuation.
+    """
+    steps = length(before)
+    fixed = after.schedule in ("step", "exponential") and after.decay_every is not None
+    if steps == length(after) or before.schedule != after.schedule or fixed:
+        return None
+    rate, kept = (
+        learning_rate(step, training) for training in (after, after.model_copy(update={"schedule_steps": steps}))
+    )
+    if abs(rate - kept) <= 0.01 * max(rate, kept):
+        return None
+    return (
+        f"the {after.schedule} schedule has {length(after)} steps instead of {steps}, so the learning rate of step "
+        f"{step + 1} is {rate:.3g} instead of {kept:.3g}; --set training.schedule_steps={steps} keeps the schedule"
+    )
 
 
 def decay_start(training: TrainingConfig) -> int | None:
     """Returns the number of steps before the decay of schedule wsd; None for other schedules or without a decay."""
     if training.schedule != "wsd":
         return None
-    length = training.max_steps // 5 if training.decay_steps is None else training.decay_steps
-    start = max(training.max_steps - length, training.warmup_steps)
-    return start if start < training.max_steps else None
+    steps = length(training)
+    decay = steps // 5 if training.decay_steps is None else training.decay_steps
+    start = max(steps - decay, training.warmup_steps)
+    return start if start < steps else None
 
 
 def adam_corrections(step: int, beta1: float, beta2: float) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from icenet.core.training import run_folder
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
-from icenet.core.training.schedule import learning_rate
+from icenet.core.training.schedule import explain_change, learning_rate
 from icenet.core.training.signals import on_stop_signal
 
 
@@ -183,7 +183,9 @@ class Trainer:
             except ValueError:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
-        trainer.notes = plan.notes
+        trainer.notes += plan.notes
+        changed = explain_change(found.step, found.config.training, config.training)
+        trainer.notes += [changed] if changed else []
         before = found.state.get("tf32")  # None in a checkpoint of an earlier version
         if before is not None and before != engine.tf32:
             place = f"{engine.backend} {engine.device}, allow_tf32: {str(config.allow_tf32).lower()}"

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import error_line, icenet, is_one_line, tiny
+from helpers import error_line, icenet, is_one_line, metrics, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icenet.commands import schedule as schedule_report
 from icenet.core.config.training import TrainingConfig
+from icenet.core.errors import ConfigError
 from icenet.core.report import canvas
-from icenet.core.training.schedule import adafactor_scalars, decay_start, learning_rate
+from icenet.core.training.schedule import adafactor_scalars, decay_start, explain_change, learning_rate
 from icenet.core.training.trainer import Trainer
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "exponential", "inverse_sqrt", "wsd")
@@ -87,6 +88,57 @@ def test_step_and_exponential_by_hand() -> None:
     assert rates(schedule="exponential", **given_) == pytest.approx([0.8 * 0.5 ** (n / 4) for n in range(40)])
     assert min(rates(schedule="step", min_learning_rate=0.3, **given_)) == 0.3
     assert len(set(rates(schedule="step", learning_rate=1.0, max_steps=5))) == 5  # a tenth of 5 is at least a step
+
+
+# ---- a run longer or shorter than its schedule ------------------------------------------------------------
+
+WITH_AN_END = ("linear", "cosine", "step", "exponential", "wsd")
+
+
+@pytest.mark.parametrize("schedule", WITH_AN_END)
+def test_the_steps_of_the_schedule(schedule: str) -> None:
+    given_: Any = {"schedule": schedule, "learning_rate": 0.1, "min_learning_rate": 0.01, "warmup_steps": 3}
+    short, long = rates(max_steps=20, **given_), rates(max_steps=30, **given_)
+    assert rates(max_steps=30, schedule_steps=20, **given_) == short + [short[-1]] * 10
+    assert rates(max_steps=20, schedule_steps=30, **given_) == long[:20]
+    assert rates(max_steps=20, schedule_steps=20, **given_) == short
+
+
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_a_schedule_without_an_end_has_no_number_of_steps(schedule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(schedule=schedule, schedule_steps=3)
+    assert is_one_line(caught.value, "schedule_steps", schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_note_about_a_changed_rate(schedule: str) -> None:
+    """Of the step at which the run continues, if another number of steps has changed it by more than 1 %."""
+    given_: Any = {"schedule": schedule, "learning_rate": 0.1, "min_learning_rate": 1e-5}
+    before, after = (TrainingConfig(max_steps=steps, **given_) for steps in (20, 40))
+    note = explain_change(20, before, after)
+    if schedule not in WITH_AN_END:
+        assert note is None
+        return
+    rates_ = [f"{learning_rate(step, training):.3g}" for step, training in ((20, after), (19, before))]
+    assert rates_[0] != rates_[1]
+    assert is_one_line(note, "step 21", *rates_, "training.schedule_steps=20")
+    assert explain_change(20, before, before.model_copy(update={"max_steps": 40, "schedule_steps": 20})) is None
+    assert explain_change(20, before, before.model_copy(update={"learning_rate": 0.2})) is None
+    assert explain_change(20, before, TrainingConfig(max_steps=40, learning_rate=0.1, schedule="constant")) is None
+    assert explain_change(1, before, after) is None or schedule in ("exponential", "linear")
+
+
+def test_a_continued_run_says_that_its_rate_changes(tmp_path: Path, no_plots: None) -> None:
+    config = tiny(tmp_path, "training.max_steps=4", "training.warmup_steps=0", "training.eval_every=null")
+    Trainer.start(config, tmp_path / "run", backend="torch", quiet=True).fit()
+    overrides = ["training.max_steps=8"]
+    longer = Trainer.resume(tmp_path / "run", overrides=overrides, quiet=True)
+    assert any(is_one_line(note, "learning rate of step 5", "schedule_steps=4") for note in longer.notes)
+    kept = Trainer.resume(tmp_path / "run", overrides=[*overrides, "training.schedule_steps=4"], quiet=True)
+    assert not kept.notes
+    kept.fit()
+    assert [record["learning_rate"] for record in metrics(tmp_path / "run")][3:] == [1e-4] * 5
 
 
 def test_adafactors_scalars() -> None:
