@@ -775,11 +775,11 @@ def test_the_working_folder_comes_first(here: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_documented_commands(here: Path) -> None:
-    """Train, fail without trust, resume with trust on the other backend, each in a new process."""
+    """Train, fail without trust, resume with trust on the other backend, the last two in a new process each."""
     short = ["--set", "training.max_steps=4", "--set", "training.checkpoint_every=2", "--quiet"]
-    icenet("train", "my.yaml", "--run", "runs/mine", "--backend", "mlx", *short, folder=here)
+    assert main(["train", "my.yaml", "--run", "runs/mine", "--backend", "torch", *short]) == 0
     refused = icenet("generate", "runs/mine", "--prompt", "def ", folder=here, code=None)
     assert refused.returncode in (1, 2) and "--trust-code" in refused.stderr and refused.stdout == ""
-    arguments = ["train", "--resume", "runs/mine", "--backend", "torch", "--trust-code", "--quiet"]
+    arguments = ["train", "--resume", "runs/mine", "--backend", "mlx", "--trust-code", "--quiet"]
     icenet(*arguments, "--set", "training.max_steps=6", folder=here)
     assert len(losses(here / "runs/mine")) == 6

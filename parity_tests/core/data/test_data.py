@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS, is_one_line, resume, tiny, train
-from helpers import icenet as command
 
 import icenet
+from icenet.cli.main import main
 from icenet.core import backends, rng
 from icenet.core.config import Config, DataConfig
 from icenet.core.data.datasets import dataset_for, open_dataset
@@ -364,7 +364,9 @@ def test_a_model_without_attention_mask_is_refused(tmp_path: Path) -> None:
 # ---- runs that carry their tokenizer ----------------------------------------------------------------------
 
 
-def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path, no_plots: None) -> None:
+def test_a_moved_run_needs_no_tokenizer_file(
+    bpe: Path, tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trained on MLX, moved, its tokenizer file removed: resumed on PyTorch, generating, saved, converted, loaded."""
     mine = tmp_path / "home" / "tokenizer.json"
     mine.parent.mkdir()
@@ -389,11 +391,12 @@ def test_a_moved_run_needs_no_tokenizer_file(bpe: Path, tmp_path: Path, no_plots
              for name in BACKENDS}  # fmt: skip
     assert texts["mlx"] == texts["torch"] != ""
     options = ["--prompt", "alpha", "--max-new-tokens", "12", "--temperature", "0"]
-    done = command("generate", "run", *options, folder=tmp_path)
-    assert done.stdout == f"alpha{texts['torch']}\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "run", *options]) == 0
+    assert capsys.readouterr().out == f"alpha{texts['torch']}\n"
 
     icenet.save(icenet.load(tmp_path / "run"), tmp_path / "saved")
-    command("convert", "run", "converted", "--to", "canonical", folder=tmp_path)
+    assert main(["convert", "run", "converted", "--to", "canonical"]) == 0
     shutil.rmtree(tmp_path / "run")
     for folder in ("saved", "converted"):
         shutil.move(tmp_path / folder, tmp_path / f"{folder} and moved")

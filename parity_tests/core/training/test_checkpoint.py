@@ -19,6 +19,7 @@ import safetensors.numpy
 from helpers import BACKENDS, environment, icenet, is_one_line, losses, same_bits, tiny, tree, write_text
 
 import icenet as front_door
+from icenet.cli.main import main
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.training import checkpoint
@@ -336,17 +337,21 @@ def trained(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "run"))
 
 
-def test_a_run_continues_from_the_newest_intact_checkpoint(trained: Path, tmp_path: Path) -> None:
+def test_a_run_continues_from_the_newest_intact_checkpoint(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(step_folder(trained, 15), "model.safetensors")
     cut(step_folder(trained, 10), "optimizer.safetensors")
     damaged = tree(step_folder(trained, 15))
-    result = icenet("train", "--resume", "run", "--set", "training.eval_every=null", folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "run", "--set", "training.eval_every=null"]) == 0
+    said = capsys.readouterr().err
     for text in (
         "run/checkpoints/step-00000015/model.safetensors: damaged",
         "run/checkpoints/step-00000010/optimizer.safetensors: damaged",
         "unread-step-00000015",
     ):
-        assert text in result.stderr
+        assert text in said
     Trainer.start(tiny(tmp_path), tmp_path / "whole", backend="mlx", quiet=True).fit()
     ours, theirs = checkpoint.find(trained), checkpoint.find(tmp_path / "whole")
     assert ours.step == 20 and same_bits(ours.weights, theirs.weights)
