@@ -69,9 +69,8 @@ class BaseModel(ModelBase, nn.Module):
         return {path: array for path, array, _ in self._named_arrays()}
 
     def weights(self) -> dict[str, np.ndarray]:
-        shared, native = self.shared_arrays(), self.native_arrays()
-        arrays = {path: to_numpy(array) for path, array in native.items() if path not in shared}
-        return layout.tree_to_torch({p: arrays[shared.get(p, p)] for p in native}, self.layer_kinds())
+        arrays = {path: to_numpy(array) for path, array in self.native_arrays().items()}
+        return layout.tree_to_torch(arrays, self.layer_kinds())
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         kinds = self.layer_kinds()
@@ -82,6 +81,13 @@ class BaseModel(ModelBase, nn.Module):
 
     def layer_kinds(self) -> dict[str, str]:
         return tree.layer_kinds(self)
+
+    @property
+    def is_meta(self) -> bool:
+        return tree.is_meta(self)
+
+    def unregistered(self) -> list[str]:
+        return tree.unregistered(self)
 
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)

@@ -14,9 +14,12 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from icenet.core.errors import UsageError
 from icenet.core.models.sharing import find_shared
+from icenet.core.weights import layout
+from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.nn.kinds import kind_of
 
 
@@ -79,9 +82,40 @@ def layer_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
+def is_meta(model: nn.Module) -> bool:
+    """Returns False: MLX's arrays are lazy, and a value that is not read is not computed."""
+    return False
+
+
 def mlx_names(model: nn.Module) -> dict[str, str]:
     """Returns the canonical path of each array by MLX's own path, where the two differ."""
     return {place.mlx_path: place.path for place in _places(model) if place.mlx_path != place.path}
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the canonical shape of each array, by path."""
+    kinds = layer_kinds(model)
+    return {
+        path: layout.torch_shape(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array.shape)
+        for path, array, _ in named_arrays(model)
+    }
+
+
+def weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the canonical weights: arrays with PyTorch's axes by path; a shared one under each of its paths."""
+    arrays = named_arrays(model)
+    shared = find_shared((path, array) for path, array, _ in arrays)
+    values = {path: to_numpy(array) for path, array, _ in arrays if path not in shared}
+    return layout.tree_to_torch({path: values[shared.get(path, path)] for path, _, _ in arrays}, layer_kinds(model))
+
+
+def assign_weights(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
+    """Sets the arrays of a model to canonical weights, which `icenet.core.models.modules.set_weights` has checked."""
+    own = Arrays(model, trainable=False)
+    held = own.get()
+    arrays = layout.tree_to_mlx({path: values[path] for path in held}, layer_kinds(model))
+    own.set({path: from_numpy(array).astype(held[path].dtype) for path, array in arrays.items()})
+    mx.eval(model.parameters())
 
 
 def unregistered(model: nn.Module) -> list[str]:

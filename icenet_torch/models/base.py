@@ -13,7 +13,6 @@ from torch import nn
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
-from icenet.core.weights import layout
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
@@ -68,6 +67,13 @@ class BaseModel(ModelBase, nn.Module):
     def layer_kinds(self) -> dict[str, str]:
         return tree.layer_kinds(self)
 
+    @property
+    def is_meta(self) -> bool:
+        return tree.is_meta(self)
+
+    def unregistered(self) -> list[str]:
+        return tree.unregistered(self)
+
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)
 
@@ -75,8 +81,7 @@ class BaseModel(ModelBase, nn.Module):
         return tree.named_modules(self)
 
     def _named_arrays(self) -> Sequence[tuple[str, torch.Tensor, bool]]:
-        kinds = self.layer_kinds()
-        return [named for named in tree.named_arrays(self) if not layout.is_left_out(kinds, named.path)]
+        return tree.named_arrays(self)
 
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())

@@ -5,12 +5,15 @@ Canonical paths are PyTorch's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from icenet.core.weights import layout
+from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.kinds import kind_of
 
 
@@ -28,14 +31,26 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_arrays(model: nn.Module) -> list[NamedArray]:
-    """Returns parameters and buffers, those of a module before those of its children; shared ones at each place."""
-    arrays = model.state_dict(keep_vars=True)
-    return [NamedArray(path, array, array.requires_grad) for path, array in arrays.items()]
+    """Returns parameters and buffers, those of a module before those of its children; shared ones at each place.
+
+    Buffers that MLX lacks (`num_batches_tracked`) are left out.
+    """
+    kinds = layer_kinds(model)
+    return [
+        NamedArray(path, array, array.requires_grad)
+        for path, array in model.state_dict(keep_vars=True).items()
+        if isinstance(array, torch.Tensor) and not layout.is_left_out(kinds, path)
+    ]
 
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:
     """Returns the kind of everything that holds arrays, by path (see `icenet.core.weights.layout`)."""
     return {path: kind for path, module in named_modules(model) if (kind := kind_of(module))}
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Returns whether the parameters have no values."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def mlx_names(model: nn.Module) -> dict[str, str]:
@@ -55,6 +70,28 @@ def mlx_names(model: nn.Module) -> dict[str, str]:
         if mlx_path != path:
             found[mlx_path] = path
     return found
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array, by path, without those that MLX lacks (`num_batches_tracked`)."""
+    return {path: tuple(array.shape) for path, array in _canonical(model).items()}
+
+
+def weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the canonical weights: arrays by path; a shared one under each of its paths."""
+    return {path: to_numpy(array).copy() for path, array in _canonical(model).items()}
+
+
+@torch.no_grad()
+def assign_weights(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
+    """Sets the arrays of a model to canonical weights, which `icenet.core.models.modules.set_weights` has checked."""
+    for path, array in _canonical(model).items():
+        array.copy_(from_numpy(values[path]))
+
+
+def _canonical(model: nn.Module) -> dict[str, torch.Tensor]:
+    kinds = layer_kinds(model)
+    return {path: array.detach() for path, array, _ in named_arrays(model) if not layout.is_left_out(kinds, path)}
 
 
 def unregistered(model: nn.Module) -> list[str]:

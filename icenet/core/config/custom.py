@@ -100,6 +100,16 @@ def model_class(family: str, backend: str) -> type[Any]:
     raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {package}.models.base.BaseModel")
 
 
+def twin_file(family: str, backend: str) -> Path | None:
+    """Returns the file that may hold the class of a `type` for the other backend than `backend`, or None."""
+    file, _ = split(family)
+    other = {"mlx": "torch", "torch": "mlx"}[backend]
+    if (twin := file.with_name(f"{file.stem}_{other}.py")).is_file():
+        return twin
+    has_own_file = file.with_name(f"{file.stem}_{backend}.py").is_file()  # then the file itself is for the other one
+    return file if has_own_file and file.is_file() else None
+
+
 def _backend_of(found: Any) -> str | None:
     """Returns the backend of a proper subclass of a `BaseModel`; None for anything else. Imports no framework."""
     bases = found.__mro__[1:] if isinstance(found, type) else ()

@@ -99,7 +99,8 @@ class ModelBase:
 
     def init_weights(self, seed: int = 0) -> None:
         """Sets all parameters to their initial values, a pure function of the seed and the parameter path."""
-        self.set_weights(dict(self.initial_weights(seed)))
+        if not self.is_meta:
+            self.set_weights(dict(self.initial_weights(seed)))
 
     def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once."""
@@ -319,6 +320,15 @@ class ModelBase:
 
     def layer_kinds(self) -> dict[str, str]:
         """Returns the kind of each layer with parameters, by module path (see `icenet.core.weights.layout`)."""
+        raise NotImplementedError
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the parameters have no values."""
+        raise NotImplementedError
+
+    def unregistered(self) -> list[str]:
+        """Returns the paths of attributes with layers or arrays that the framework neither trains nor saves."""
         raise NotImplementedError
 
     def mlx_names(self) -> dict[str, str]:

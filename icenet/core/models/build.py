@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from icenet.core.config import ModelConfig, custom
-from icenet.core.errors import ConfigError, IceNetError
+from icenet.core.errors import ConfigError, IceNetError, UsageError
 
 
 def new_model(
@@ -22,6 +22,7 @@ def new_model(
 
     Raises:
         ConfigError: The user's class does not accept its options.
+        UsageError: The user's class holds layers that the framework does not train.
     """
     if not custom.is_custom(config.type):
         return families[config.type](config, seed=seed)
@@ -32,7 +33,21 @@ def new_model(
         raise
     except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
         raise ConfigError(f"{config.type} cannot be built from its options under model: {error}") from error
+    _check_structure(config.type, model)
     model.key_dropouts()
     if seed is not None:
         model.init_weights(seed)
     return model
+
+
+_CONTAINERS = {"mlx": "a list or a dict", "torch": "nn.ModuleList, nn.ModuleDict or nn.ParameterList"}
+
+
+def _check_structure(family: str, model: Any) -> None:
+    """Raises UsageError if a user's model holds layers that are not trained, or a shared array half frozen."""
+    if lost := model.unregistered():
+        raise UsageError(
+            f"{family}: {lost[0]} is a plain container whose layers or arrays are neither trained nor saved: "
+            f"make it {_CONTAINERS[model.backend]}"
+        )
+    model.trainable_paths()

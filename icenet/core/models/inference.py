@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config
+from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
 
 
@@ -21,6 +23,8 @@ def build_for_inference(config: Config, backend: str | None, device: str | None,
     name = backends.choose(config, backend)
     model = backends.module(name, "engine.build").build_model(config, device or config.device, seed=seed)
     model.eval()
+    if (difference := twins.compare_with_twin(config, model)) is not None:
+        logging.getLogger("icenet").warning(difference)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         if tokenizer.vocab_size <= config.model.vocab_size:

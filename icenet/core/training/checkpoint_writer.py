@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import Config
+from icenet.core.config.custom import is_custom
 from icenet.core.data.datasets import Dataset
 from icenet.core.engine import Engine
 from icenet.core.errors import IceNetError
+from icenet.core.models.twins import describe
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.background import Background
 from icenet.core.training.early_stopping import EarlyStopping
@@ -71,6 +73,8 @@ class CheckpointWriter:
                 "tf32": self.engine.tf32,
                 "versions": versions(),
             }
+            if is_custom(self.config.model.type):
+                state["model"] = describe(self.engine.model).as_dict()
             self._background.start(partial(self._write, step, weights, optimizer, state))
         elif self.config.training.sharded:  # the first process collects the shards of all processes
             self.engine.weights()

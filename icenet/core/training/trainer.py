@@ -23,6 +23,7 @@ from icenet.core.data.datasets import dataset_for
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training import run_folder
@@ -97,7 +98,8 @@ class Trainer:
         self.dataset = processes.main_process_first(
             self.process_group, partial(dataset_for, config, quiet=self.quiet)
         )
-        self.notes: list[str] = []
+        twin = twins.compare_with_twin(config, engine.model) if self.is_main_process else None
+        self.notes = [twin] if twin else []
         """Shown when `fit` begins."""
         self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)
         self._watchdog = watchdog.Watchdog(self.process_group, run)
@@ -170,9 +172,10 @@ class Trainer:
         config, found = plan.config, plan.found
         if found is None:
             trainer = cls._new(config, plan.run, backend, device, quiet)
-            trainer.notes = plan.notes
+            trainer.notes += plan.notes
             return trainer
         engine = backends.engine(config, None, device, dtype=dtype)
+        twins.check_same_model(found.state, engine.model, str(found.path))
         engine.set_weights(dict(found.weights))
         engine.set_optimizer_state(dict(found.optimizer))
         precision = config.training.mixed_precision
