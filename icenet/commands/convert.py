@@ -33,10 +33,10 @@ def convert_model(
     else:
         stored = Path(config)
         settings = Config.from_yaml(config)
-    kinds = shapes = None
+    kinds = shapes = names = None
     if settings is not None:
         model = backends.meta_model(settings)
-        kinds, shapes = model.layer_kinds(), model.weight_shapes()
+        kinds, shapes, names = model.layer_kinds(), model.weight_shapes(), model.mlx_names()
     writes_config = settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix)
     if writes_config:
         refuse_existing(source, destination_file(destination, to), overwrite)
@@ -45,7 +45,8 @@ def convert_model(
             writes_config = False
         elif new.exists() and not overwrite:
             raise UsageError(f"{new}: exists; name another destination, or give --overwrite to replace it")
-    done = convert(source, destination, to, source_form=source_form, kinds=kinds, shapes=shapes, overwrite=overwrite)
+    facts = {"kinds": kinds, "shapes": shapes, "names": names}
+    done = convert(source, destination, to, source_form=source_form, overwrite=overwrite, **facts)
     if settings is not None and writes_config:
         checkpoint.write_config(destination, settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))
     lines = [f"from  {done.source}", f"to    {done.destination}"]

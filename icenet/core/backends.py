@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from icenet.core import blas as blas_library
 from icenet.core.config import Config, custom
-from icenet.core.errors import BackendError, IceNetError
+from icenet.core.errors import BackendError, IceNetError, UsageError
 
 if TYPE_CHECKING:
     from icenet.core.engine import Engine
@@ -96,6 +96,19 @@ def module(name: str, part: str) -> ModuleType:
     """Imports a module of a backend: `module("torch", "engine.engine")` is `icenet_torch.engine.engine`."""
     _import(name)
     return importlib.import_module(f"{PACKAGES[name]}.{part}")
+
+
+def backend_of(module: object) -> str:
+    """Returns the backend of a module: "mlx" for an `mlx.nn.Module`, "torch" for a `torch.nn.Module`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    for base in type(module).__mro__:
+        framework = base.__module__.partition(".")[0]
+        if base.__name__ == "Module" and framework in PACKAGES:
+            return framework
+    raise UsageError(f"{type(module).__name__}: not a module; give an mlx.nn.Module or a torch.nn.Module")
 
 
 def engine(

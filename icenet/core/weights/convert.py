@@ -9,8 +9,8 @@
 A .safetensors file of the `torch` form is the canonical form.
 
 A form is detected from the extension and the metadata of a file, never from its arrays. Between PyTorch's and MLX's
-layouts arrays are permuted by the kind of their layer (`icenet.core.weights.layout`), which the model's config
-determines.
+layouts arrays are permuted by the kind of their layer (`icenet.core.weights.layout`), which the model determines. The
+MLX form has MLX's names, which differ in containers: `features.layers.0` for `features.0`.
 """
 
 from __future__ import annotations
@@ -115,8 +115,10 @@ def convert(
     to: str,
     *,
     source_form: str | None = None,
+    model: Any = None,
     kinds: Mapping[str, str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    names: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = weights.MAX_SHARD_BYTES,
@@ -129,8 +131,11 @@ def convert(
         destination: A .safetensors, .pt, .pth or .bin file, or a folder, for `model.safetensors` in it.
         to: "canonical", "mlx" or "torch".
         source_form: The form of the source; None detects it.
-        kinds: Module path -> layer kind; required between "mlx" and the other forms.
+        model: The model that the weights are of: any `mlx.nn.Module` or `torch.nn.Module`. It determines `kinds`,
+            `shapes` and `names`. It or `kinds` is required between "mlx" and the other forms.
+        kinds: Module path -> layer kind.
         shapes: Name -> canonical shape of the model's parameters, which must be equal; None: no check.
+        names: MLX's name -> canonical name, where the two differ.
         metadata: Text to store in addition to the metadata of the source.
         overwrite: Whether to replace an existing destination.
         max_shard_bytes: Size above which the weights are split; the mlx form is always one file, because
@@ -150,11 +155,16 @@ def convert(
     found, source_metadata = _read(source)
     form = source_form or detect(source, source_metadata)
     _check_form(form)
+    if model is not None:
+        kinds, shapes, names = _facts(model)
+    names = names or {}
+    if form == "mlx":
+        found = layout.RenamedWeights(found, names)
     permutes = (form == "mlx") != (to == "mlx")
     if kinds is None and (permutes or (form == "mlx" and shapes is not None)):
         raise UsageError(
             f"{source}: converting {form} to {to} needs the kinds of the layers, which a config determines; "
-            "name it with --config"
+            "name it with --config, or in Python give the model: convert(..., model=model)"
         )
     if shapes is not None:
         _check_shapes(found, form, kinds or {}, shapes, str(source))
@@ -167,9 +177,12 @@ def convert(
                 f"{source}: MLX does not read float64 from safetensors, and {len(unsupported)} arrays have it "
                 f"(the first is {unsupported[0]}); save the weights as float32 first"
             )
+    written: Mapping[str, Array] = result
+    if to == "mlx":
+        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()})
     described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
     if destination.suffix in PICKLED:
-        _state_dict_module().write_state_dict(destination, result)
+        _state_dict_module().write_state_dict(destination, written)
         files = [destination]
         if progress is not None:
             total = sum(array.nbytes for array in result.values())
@@ -177,13 +190,21 @@ def convert(
         described = {}  # a state dict contains tensors only
     else:
         limit = None if to == "mlx" else max_shard_bytes
-        files = weights.write(destination, result, described, limit, progress)
+        files = weights.write(destination, written, described, limit, progress)
     return Conversion(
         _summary(source, form, found, source_metadata),
-        _summary(destination, to, result, described),
+        _summary(destination, to, written, described),
         files,
         [name for name in found if name not in result],
     )
+
+
+def _facts(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Returns the layer kinds, the canonical shapes and MLX's names of a module of either backend."""
+    tree = backends.module(backends.backend_of(model), "nn.tree")
+    kinds = tree.layer_kinds(model)
+    shapes = {path: shape for path, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, path)}
+    return kinds, shapes, tree.mlx_names(model)
 
 
 def _check_form(form: str) -> None:

@@ -193,6 +193,28 @@ class PermutedWeights(Mapping[str, Array]):
         return len(self._names)
 
 
+class RenamedWeights(Mapping[str, Array]):
+    """A view of weights under other names.
+
+    Args:
+        weights: The weights.
+        names: New name by name, where the two differ.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], names: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._names = {names.get(name, name): name for name in weights}
+
+    def __getitem__(self, path: str) -> Array:
+        return self._weights[self._names[path]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def tree_to_mlx(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
     """Converts all of `weights` from PyTorch's layouts to MLX's; see `to_mlx` and `parameter_kind`."""
     return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_mlx").items()}

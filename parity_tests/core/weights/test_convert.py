@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import is_one_line
+from helpers import is_one_line, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icenet.core.errors import UsageError, WeightsError
+from icenet.core.models import modules
 from icenet.core.weights import convert, layout
 from icenet.core.weights import files as weights
 from icenet.core.weights import safetensors as tensor_file
@@ -422,3 +423,46 @@ def test_summary_and_progress(tmp_path: Path) -> None:
     assert (summary.tensors, summary.values, summary.bytes, summary.dtypes) == (2, 122, 488, {"F32": 2})
     assert summary.metadata == {"format": "mlx", "step": "3"} and done.files == [tmp_path / "m.safetensors"]
     assert str(summary).endswith("m.safetensors: mlx, 2 tensors (2 F32), 122 values, 488 bytes")
+
+
+def twins() -> tuple[Any, Any]:
+    """Returns plain twins with a container, convolutions, statistics, and equal weights."""
+    ours = mnn.Sequential(mnn.Conv1d(3, 4, 2), mnn.ReLU(), mnn.BatchNorm(4), mnn.ConvTranspose1d(4, 5, 3))
+    theirs = tnn.Sequential(tnn.Conv1d(3, 4, 2), tnn.ReLU(), tnn.BatchNorm1d(4), tnn.ConvTranspose1d(4, 5, 3))
+    modules.copy_weights(theirs, ours)
+    return ours, theirs
+
+
+def test_any_module_determines_its_own_layer_kinds(tmp_path: Path) -> None:
+    ours, theirs = twins()
+    x = np.random.default_rng(0).standard_normal((2, 3, 9)).astype(np.float32)
+    expected = theirs.eval()(torch.from_numpy(x)).detach().numpy()
+    found = channels_first(np.array(ours.eval()(mx.array(channels_last(x)))))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    modules.copy_weights(ours, theirs)
+    np.testing.assert_array_equal(theirs(torch.from_numpy(x)).detach().numpy(), expected)
+    with pytest.raises(WeightsError) as raised:
+        modules.set_weights(ours, {"0.weight": np.zeros((4, 3, 2), np.float32)})
+    assert is_one_line(raised.value, "0.bias")
+    with pytest.raises(UsageError):
+        modules.get_weights("model")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_files_of_any_module_are_converted(side: int, tmp_path: Path) -> None:
+    ours, theirs = twins()
+    torch.save(theirs.state_dict(), tmp_path / "t.pt")
+    model = (ours, theirs)[side]
+    convert.convert(tmp_path / "t.pt", tmp_path / "m.safetensors", "mlx", model=model)
+    loaded = mnn.Sequential(mnn.Conv1d(3, 4, 2), mnn.ReLU(), mnn.BatchNorm(4), mnn.ConvTranspose1d(4, 5, 3))
+    loaded.load_weights(str(tmp_path / "m.safetensors"), strict=True)
+    expected = modules.get_weights(theirs)
+    assert same_bits(modules.get_weights(loaded), expected)
+    loaded.save_weights(str(tmp_path / "plain.safetensors"))
+    convert.convert(
+        tmp_path / "plain.safetensors", tmp_path / "c.safetensors", "canonical", model=model, source_form="mlx"
+    )
+    assert same_bits(dict(weights.read(tmp_path / "c.safetensors")), expected)
+    with pytest.raises(WeightsError) as raised:
+        convert.convert(tmp_path / "t.pt", tmp_path / "n.safetensors", "mlx", model=mnn.Linear(2, 2))
+    assert is_one_line(raised.value, "weight")
