@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from icenet.core.config import yaml_file
 from icenet.core.errors import ConfigError
@@ -39,11 +39,24 @@ class Section(BaseModel):
             self.__dict__.update(before)  # checks of several fields run after the assignment
             raise ConfigError(explain(error, type(self), prefix=self.section)) from None
 
+    @field_validator("*")
+    @classmethod
+    def _check_range_of_float32(cls, value: Any) -> Any:
+        """Refuses a number that is 0 or infinite in float32, in which the frameworks compute with it."""
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and number and not _LEAST <= abs(number) <= _MOST:
+                limit = f"less than {_LEAST:.2g}" if abs(number) < 1 else f"more than {_MOST:.2g}"
+                raise ValueError(f"{number:g} is {limit} in magnitude, the limit of float32")
+        return value
+
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
         super().__pydantic_init_subclass__(**options)
         _SECTIONS[cls.__name__] = cls
 
+
+_LEAST, _MOST = 1.1754944e-38, 3.4028235e38
+"""The smallest normal number (devices round smaller ones to 0) and the largest number of float32."""
 
 _SECTIONS: dict[Any, type[Section]] = {}
 """All sections by class name, which is also the tag of a section in a union of several."""

@@ -197,6 +197,10 @@ BAD_FILES = [
         f"{MODEL}training:\n  learning_rate: .nan\n",
         ["c.yaml:4: training.learning_rate:", "finite number", "not nan"],
     ),
+    (f"{MODEL}training:\n  eps: 1e-60\n", ["c.yaml:4: training.eps:", "1e-60", "float32"]),
+    (f"{MODEL}training:\n  max_grad_norm: 1e39\n", ["c.yaml:4: training.max_grad_norm:", "1e+39", "float32"]),
+    (f"{MODEL}generation:\n  temperature: 1e-50\n", ["c.yaml:4: generation.temperature:", "1e-50", "float32"]),
+    (f"{MODEL}data:\n  kind: images\n  std: [1, 1e-60]\n", ["c.yaml:5: data.std:", "1e-60", "float32"]),
     (f"{MODEL}training:\n  learning_rate: 0\n", ["c.yaml:4: training.learning_rate:", "greater than 0", "not 0"]),
     (f"{MODEL}training:\n  batch_size: 1e3\n", ["c.yaml:4: training.batch_size:", "integer", "not 1000.0"]),
     (f"{MODEL}training:\n  batch_size: true\n", ["c.yaml:4: training.batch_size:", "integer", "not True"]),
@@ -468,14 +472,14 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampl
     ]
 )
 SMALL = st.integers(1, 10**6)
-RATES = st.floats(0, 1, exclude_max=True)
+RATES = st.just(0.0) | st.floats(1e-7, 1, exclude_max=True)
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> Any:
     heads = draw(st.integers(1, 8))
     longest = draw(SMALL)
-    learning_rate, max_steps = draw(st.floats(1e-300, 1e300)), draw(SMALL)
+    learning_rate, max_steps = draw(st.floats(1e-30, 1e30)), draw(SMALL)
     return {
         "backend": draw(st.sampled_from(["auto", "mlx", "torch"])),
         "device": draw(st.sampled_from(["auto", "cpu", "gpu", "mps", "cuda", "cuda:0", "cuda:11"])),
@@ -502,12 +506,12 @@ def trees(draw: st.DrawFn) -> Any:
             "learning_rate": learning_rate,
             "min_learning_rate": learning_rate * draw(RATES),
             "max_grad_norm": draw(st.none() | st.floats(1e-9, 1e9)),
-            "eps": draw(st.floats(5e-324, 1.0)),
+            "eps": draw(st.floats(1.2e-38, 1.0)),
             "eval_every": draw(st.none() | SMALL),
         },
         "generation": {
             "stop": draw(st.lists(TEXTS | st.integers(0, 10**6), max_size=4)),
-            "temperature": draw(st.floats(0, 1e9)),
+            "temperature": draw(st.just(0.0) | st.floats(1e-9, 1e9)),
             "seed": draw(st.none() | st.integers(-(2**70), 2**70)),
             "overflow": draw(st.sampled_from(["error", "slide"])),
         },
