@@ -6,6 +6,7 @@ parameters' dtype, so that a model in float64 is a reference. docs/training.md h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -29,6 +30,9 @@ class _Method(optim.Optimizer):
 
     slots: ClassVar[dict[str, str]]
     """Canonical slot names, which are PyTorch's own."""
+    # without PyTorch's decorators, which import the compiler at their first call and take seconds for that
+    add_param_group = inspect.unwrap(optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(optim.Optimizer.zero_grad)
 
     def init_single(self, parameter: nn.Parameter) -> State:
         """Returns the initial state of a parameter."""
@@ -43,10 +47,16 @@ class _Method(optim.Optimizer):
                 state["step"].fill_(step)
 
 
+def _step_of(method: type[optim.Optimizer]) -> Any:
+    """Returns the step of a class of PyTorch without its decorator, for the reason given in `_Method`."""
+    return torch.no_grad()(inspect.unwrap(method.step))
+
+
 class SGD(_Method, optim.SGD):
     """PyTorch's SGD with momentum (also Nesterov's), without dampening; weight decay is added to the gradient."""
 
     slots: ClassVar = {"momentum_buffer": "momentum_buffer"}
+    step = _step_of(optim.SGD)
 
     def __init__(self, parameters: Parameters, training: TrainingConfig, group: Group) -> None:
         mass = momentum(training)
@@ -61,6 +71,7 @@ class Adam(_Method, optim.Adam):
     """PyTorch's Adam; weight decay is added to the gradient."""
 
     slots: ClassVar = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    step = _step_of(optim.Adam)
 
     def __init__(self, parameters: Parameters, training: TrainingConfig, group: Group) -> None:
         betas = (training.beta1, training.beta2)
@@ -74,6 +85,7 @@ class AdamW(_Method, optim.AdamW):
     """Adam with decoupled weight decay."""
 
     slots: ClassVar = Adam.slots
+    step = _step_of(optim.AdamW)
 
     def __init__(self, parameters: Parameters, training: TrainingConfig, group: Group) -> None:
         betas = (training.beta1, training.beta2)
@@ -90,6 +102,7 @@ class Adafactor(_Method, optim.Adafactor):
     """
 
     slots: ClassVar = {name: name for name in ("row_var", "col_var", "variance")}
+    step = _step_of(optim.Adafactor)
     EPS: ClassVar = (2.0**-23, 1e-3)
     """The lower limits of a gradient's mean square in a row, and of a parameter's RMS."""
 

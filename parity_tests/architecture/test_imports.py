@@ -183,6 +183,7 @@ icenet.cli.main.main(["--help"])
 
 
 USE = """
+import sys
 import numpy as np
 from {package}.models import TransformerModel
 from {package}.models.base import BaseModel
@@ -192,9 +193,11 @@ import {modules}
 sizes = dict(type="transformer", hidden_size=8, num_layers=1, num_heads=2, vocab_size=11, max_seq_length=8)
 model = TransformerModel(ModelConfig(**sizes))
 assert model.generate([[1, 2], [3]], max_new_tokens=3, seed=1).shape == (2, 5)
-engine = backends.engine(Config.from_dict({{"model": sizes}}), {backend!r})
 batch = {{"inputs": np.ones((2, 4), np.int32), "labels": np.ones((2, 4), np.int32)}}
-assert engine.read(engine.train_step(batch, 0, 1e-3)).finite
+for model in (sizes, dict(type="lstm", hidden_size=8, num_layers=1, vocab_size=11)):
+    engine = backends.engine(Config.from_dict({{"model": model}}), {backend!r})
+    assert engine.read(engine.train_step(batch, 0, 1e-3)).finite
+assert "torch._dynamo" not in sys.modules  # the compiler, whose import takes seconds
 assert backends.resolve("auto") == {backend!r}
 """
 
