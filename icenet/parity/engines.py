@@ -45,14 +45,15 @@ def build(
     """Builds the three engines of a configuration, without TF32.
 
     Args:
-        config: Configuration of the model and its training.
+        config: Configuration of the model and its training; masks are keyed, whatever `training.rng` says.
         dtype: fp32, bf16 or fp16; default: `training.mixed_precision`.
         weights: Canonical weights for all three; default: the initial weights.
         device_mlx: The device under test; default: the device of the configuration.
         device_torch: The device that measures the noise. The reference runs on the CPU.
     """
     precision = dtype or config.training.mixed_precision
-    config = config.with_overrides(f"training.mixed_precision={precision}", "allow_tf32=false")
+    # the masks of the frameworks' own generators cannot be compared
+    config = config.with_overrides(f"training.mixed_precision={precision}", "allow_tf32=false", "training.rng=keyed")
     eager = config.with_overrides("model.compile_model=false")
     engines = Engines(
         backends.engine(config, "mlx", device_mlx),
@@ -138,11 +139,11 @@ def _native(engine: Engine, value: Value) -> Value:
 def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]:
     """Perturbs all that the engine computes while the context is open, for a sample of its noise.
 
-    Weights, optimizer state, outputs of modules and their gradients are moved as `perturb_by_ulp` describes. Weights
-    and state are restored at the end.
+    Weights and optimizer state are moved as `perturb_by_ulp` describes, and in PyTorch the outputs of modules and
+    their gradients. Weights and state are restored at the end.
 
     Args:
-        engine: An engine of PyTorch.
+        engine: An engine of either backend.
         dtype: Compute dtype, to which the model rounds its weights.
         sample: Number of the sample, 0 to SAMPLES - 1.
 
@@ -151,10 +152,14 @@ def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]
     """
     perturb = Perturbation(dtype, sample)
     weights, state = engine.weights(), engine.optimizer_state()
-    engine.set_weights({path: perturb.array(array, "weight", path) for path, array in weights.items()})
+    shared = engine.model.shared_arrays()  # moved once, at its first place
+    own = {path: array for path, array in weights.items() if path not in shared}
+    engine.set_weights({path: perturb.array(array, "weight", path) for path, array in own.items()})
     engine.set_optimizer_state({path: Perturbation("fp32", sample).array(a, path) for path, a in state.items()})
+    probe = backends.module(engine.backend, "tools.probe")
+    inner = probe.perturbing(engine.model, perturb) if engine.backend == "torch" else contextlib.nullcontext()
     try:
-        with backends.module(engine.backend, "tools.probe").perturbing(engine.model, perturb):
+        with inner:
             yield perturb
     finally:
         engine.set_weights(weights)

@@ -42,6 +42,10 @@ class Report:
         engines: `framework`, `version`, `device` and `tf32` of "MLX", "PyTorch" and "reference".
         num_weights: Number of parameters and statistics compared bit for bit.
         unequal_weights: Names of those that differ.
+        shared: The owner's path of each further path of an array that the model shares.
+        differences: Descriptions of what differs between the two models before any value is computed, such as the
+            rate of a dropout layer.
+        notes: Remarks on how the comparison was done.
         sections: The comparisons.
         curve: Comparison of the training curves; None without training.
         losses: The three training curves; empty without training.
@@ -51,6 +55,9 @@ class Report:
     engines: dict[str, dict[str, str]]
     num_weights: int = 0
     unequal_weights: list[str] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     curve: CurveJudgement | None = None
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -58,7 +65,8 @@ class Report:
     @property
     def passed(self) -> bool:
         curve = self.curve is None or self.curve.passed
-        return not self.unequal_weights and curve and all(section.passed for section in self.sections)
+        equal = not self.unequal_weights and not self.differences
+        return equal and curve and all(section.passed for section in self.sections)
 
     @property
     def worst(self) -> tuple[Section, Row] | None:
@@ -93,6 +101,8 @@ class Report:
 
     def _difference(self) -> str:
         parts = []
+        if self.differences:
+            parts.append(f"the models differ: {_some(self.differences)}")
         if self.unequal_weights:
             parts.append(f"weights differ: {_some(self.unequal_weights)}")
         origins = self._origins()
@@ -113,6 +123,8 @@ class Report:
                 f"the training curves differ: {_number(self.curve.worst)} times the noise "
                 f"at step {self.curve.worst_step}"
             )
+        if not self.sections:  # nothing was computed
+            return "; ".join(parts)
         return "; ".join(parts) + f" (allowed: {FACTOR:g})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,6 +140,9 @@ class Report:
                 "dtype": self.dtype,
                 "engines": self.engines,
                 "weights": {"compared": self.num_weights, "unequal": self.unequal_weights},
+                "shared": self.shared,
+                "differences": self.differences,
+                "notes": self.notes,
                 "differing": self.differing(),
                 "sections": [
                     {"title": s.title, "passed": s.passed, "rows": [_row_dict(row) for row in s.rows]}
@@ -152,6 +167,10 @@ class Report:
         if self.num_weights:
             state = f"{_some(self.unequal_weights)} differ" if self.unequal_weights else "equal bit for bit"
             console.print(Text(f"{'weights':<10}{self.num_weights} parameters: {state}"), highlight=False)
+        tied = [f"{path} is tied to {owner}" for path, owner in self.shared.items()]
+        for label, lines in (("shared", tied), ("differs", self.differences), ("note", self.notes)):
+            for line in lines:
+                console.print(Text(f"{label:<10}{line}"), highlight=False)
         for section in self.sections:
             console.print(self._table(section, verbose))
         if self.curve is not None:

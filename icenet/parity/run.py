@@ -15,10 +15,12 @@ from icenet.core import rng
 from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Batch, Engine
+from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.parity.engines import Engines, build, describe, perturbed, record, replay
 from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, PerturbedReplay, Row, compare, locate
+from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet.parity.yardstick import judge_curve
@@ -56,16 +58,33 @@ def run(
     Raises:
         BackendError: A backend is not installed, or a device does not exist.
         DataError: The data cannot be read (only with `steps`), or the batch has ids outside the vocabulary.
+        UsageError: The model draws random numbers without a key (see `check_randomness`).
     """
     if progress is not None:
         progress("building", 0, 1)
-    engines = build(config, dtype, weights, device_mlx, device_torch)
-    report = compare_engines(engines, batch or random_batch(config), progress=progress)
+    engines = build(config, dtype, device_mlx=device_mlx, device_torch=device_torch)
+    if not have_equal_arrays(engines):  # no value of the two can be compared
+        return _new_report(engines)
+    for engine in engines if weights is not None else ():
+        engine.set_weights(dict(weights or {}))
+    batch = batch or random_batch(config)
+    check_randomness(engines, batch)
+    report = compare_engines(engines, batch, progress=progress)
+    if config.training.rng == "native":
+        report.notes.append(
+            "training.rng is native; keyed dropout masks are compared, because native ones are unequal"
+        )
     if steps:
         start = engines.torch.weights(), engines.torch.optimizer_state()
         report.losses = curves(engines, steps, progress)
         report.curve = judge_curve(*report.losses.values(), partial(_perturbed_curve, engines.torch, start, steps))
     return report
+
+
+def have_equal_arrays(engines: Engines) -> bool:
+    """Returns whether the models of MLX and PyTorch have the same arrays, and train and share the same ones."""
+    ours, theirs = (twins.describe(engine.model).arrays for engine in engines[:2])
+    return ours == theirs
 
 
 def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
@@ -99,15 +118,12 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
     tell = progress or (lambda stage, done, total: None)
     config = engines.torch.config
     dtype = config.training.mixed_precision
-    roles = ("MLX", "PyTorch", "reference")
-    report = Report(dtype, {role: describe(engine) for role, engine in zip(roles, engines, strict=True)})
-    initial = [engine.weights() for engine in engines[:2]]
-    report.num_weights = len(initial[1])
-    report.unequal_weights = unequal(*initial)
+    report = _new_report(engines)
+    dropouts = [engine.model.dropout_layers() for engine in engines[:2]]
 
     modes = [("evaluation", False)]
     # without dropout and batch norm both modes compute the same
-    if config.model.dropout or "batch_norm" in engines.torch.model.layer_kinds().values():
+    if any(dropouts) or "batch_norm" in engines.torch.model.layer_kinds().values():
         modes.append(("training", True))
     for mode, train in modes:
         title = f"layers, {mode}"
@@ -117,8 +133,8 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
             partial(replay, engine, step=step, train=train) for engine in engines
         )
         replays = mlx_replay, torch_replay, reference_replay
-        samples = _perturbed_replay(engines, dtype, step, train)
-        rows = locate(rows, mlx, torch, reference, replays, dtype, samples, partial(tell, title))
+        by_mlx, by_torch = (_perturbed_replay(engine, dtype, step, train) for engine in engines[:2])
+        rows = locate(rows, mlx, torch, reference, replays, dtype, by_torch, by_mlx, partial(tell, title))
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
@@ -129,6 +145,19 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
     gradients = {path: value.array.astype(np.float32) for path, value in traces[2].of("gradient").items()}
     report.sections.append(Section(TRAINING_STEP, training_step_rows(engines, batch, step, gradients)))
     tell("done", 1, 1)
+    return report
+
+
+def _new_report(engines: Engines) -> Report:
+    """Returns a report of the engines, their weights, and what their models hold, train and share."""
+    roles = ("MLX", "PyTorch", "reference")
+    dtype = engines.torch.config.training.mixed_precision
+    report = Report(dtype, {role: describe(engine) for role, engine in zip(roles, engines, strict=True)})
+    initial = [engine.weights() for engine in engines[:2]]
+    report.num_weights = len(initial[1])
+    report.unequal_weights = unequal(*initial)
+    report.shared = engines.torch.model.shared_arrays()
+    report.differences = twins.differences(*(twins.describe(engine.model) for engine in engines[:2]))
     return report
 
 
@@ -277,21 +306,22 @@ def _record_and_compare(
     """Records one trace of each engine with the options of `record`, and compares them."""
     mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
 
-    def sample(index: int) -> Trace:
-        with perturbed(engines.torch, dtype, index) as perturb:
+    def sample(engine: Engine, index: int) -> Trace:
+        with perturbed(engine, dtype, index) as perturb:
             inputs = {name: perturb(Value(a, short_dtype(a.dtype)), name).array for name, a in batch.items()}
-            return record(engines.torch, inputs, **options)
+            return record(engine, inputs, **options)
 
-    return compare(mlx, torch, reference, dtype, kinds, sample), traces
+    by_mlx, by_torch = (partial(sample, engine) for engine in engines[:2])
+    return compare(mlx, torch, reference, dtype, kinds, by_torch, by_mlx), traces
 
 
-def _perturbed_replay(engines: Engines, dtype: str, step: int, train: bool) -> PerturbedReplay:
-    """Returns a replay by PyTorch that perturbs weights, arguments, cotangents and all within the layer."""
+def _perturbed_replay(engine: Engine, dtype: str, step: int, train: bool) -> PerturbedReplay:
+    """Returns a replay that perturbs weights, arguments and cotangents, and in PyTorch all within the layer."""
 
     def replayed(sample: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-        with perturbed(engines.torch, dtype, sample) as perturb:
+        with perturbed(engine, dtype, sample) as perturb:
             moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
-            return replay(engines.torch, path, perturb.call(call), moved, step=step, train=train)
+            return replay(engine, path, perturb.call(call), moved, step=step, train=train)
 
     return replayed
 

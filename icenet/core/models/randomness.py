@@ -27,6 +27,6 @@ def unkeyed_draw(backend: str, path: str, module: Any) -> UsageError:
     """
     name = f"{path} ({type(module).__name__})" if path else f"forward of {type(module).__name__}"
     return UsageError(
-        f"{name} draws random numbers without a key, so they would differ between MLX and PyTorch and in a resumed "
-        f"run: use nn.Dropout of {_FRAMEWORKS[backend]}, or set training.rng to native"
+        f"{name} draws random numbers without a key, so they differ between MLX and PyTorch: use nn.Dropout of "
+        f"{_FRAMEWORKS[backend]}, or set training.rng to native, with which the backends cannot be compared"
     )
