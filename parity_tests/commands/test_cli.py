@@ -331,7 +331,7 @@ WORKING_BACKEND = {
     "chip": None,
     "blas": {"name": "blas", "path": None, "note": "note"},
     "matmul_gflops": {"cpu": 1.0},
-    "tf32": {"enabled": False, "matters": False, "switch": "switch"},
+    "tf32": {"available": False, "used": False},
     "dtypes": "",
 }
 

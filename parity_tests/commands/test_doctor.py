@@ -142,7 +142,7 @@ def test_a_file_in_the_current_folder_is_not_taken_for_a_framework(tmp_path: Pat
 
 # ---- described machines ----------------------------------------------------------------------------
 
-TF32_OFF = {"enabled": False, "matters": False, "switch": "MLX_ENABLE_TF32=0"}
+TF32_OFF = {"available": False, "used": False}
 WORKS: dict[str, dict[str, Any]] = {
     "mlx": {
         "framework": "MLX",
@@ -247,33 +247,16 @@ def test_each_problem_has_its_remedy(changes: dict[str, Any], severity: str, wha
 def test_a_gpu_that_is_not_used_and_tf32_on_one_that_is() -> None:
     backends = copy.deepcopy(WORKS)
     backends["torch"] |= {"devices": ["cpu", "cuda"], "default_device": "cuda"}
-    backends["torch"]["tf32"] = {"enabled": True, "matters": True, "switch": "allow_tf32=True"}
+    backends["torch"]["tf32"] = {"available": True, "used": True}
     unused, tf32 = doc.find_problems(*machine(nvidia="580.1"), backends)
     assert unused.what == "there is an NVIDIA GPU, and mlx does not use it" and "icenet[cuda]" in unused.remedy
-    assert tf32.severity == "note" and "PyTorch may compute fp32 products in TF32" in tf32.what
+    assert tf32.severity == "warning" and "PyTorch computes fp32 products in TF32" in tf32.what
+    assert "NVIDIA_TF32_OVERRIDE=0" in tf32.remedy
 
 
 def test_the_worst_problem_is_first() -> None:
     problems = doc.find_problems(*machine(compiler=None, torch=None, mlx_cpu=None), WORKS)
     assert [problem.severity for problem in problems] == ["error", "warning", "note"]
-
-
-@with_mlx
-def test_tf32_matters_on_cuda_and_from_m5_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from icenet.tools.environment import tf32
-
-    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
-    cases = [
-        ("metal", "Apple M4 Max"),
-        ("metal", "Apple M5"),
-        ("metal", "Apple M10"),
-        ("cuda", "H200"),
-        ("cpu", "Apple M5"),
-    ]
-    assert [tf32(*case)["matters"] for case in cases] == [False, True, True, True, False]
-    assert tf32("cuda", "H200")["enabled"] is True  # MLX's default
-    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
-    assert tf32("cuda", "H200") == {"enabled": False, "matters": True, "switch": "MLX_ENABLE_TF32=0"}
 
 
 def test_the_tables_show_every_value() -> None:
@@ -290,6 +273,7 @@ def test_the_tables_show_every_value() -> None:
         "200 GFLOP/s",
         "pip install 'icenet[cpu]'",
         "MKL 2024.2",
+        "full fp32; this device has no TF32",
     ):
         assert words in out.getvalue()
     assert "No problems" not in out.getvalue()

@@ -530,7 +530,7 @@ def test_to_yaml_and_back(tree: Any) -> None:
     values, lines = yaml_file.parse(config.to_yaml(), "text")
     again = Config.from_dict(values)
     assert again == config and again.to_yaml() == config.to_yaml()
-    assert lines[("model",)] == 5  # every key is written out, in the order of the class
+    assert lines[("model",)] == 6  # every key is written out, in the order of the class
     assert list(values) == list(Config.model_fields)
     for name in ("model", "data", "training", "generation"):
         assert list(values[name]) == list(type(getattr(config, name)).model_fields)
