@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class ModelReport:
         num_params: Number of trainable parameters.
         parts: Number of parameters of each top-level module.
         training_bytes: Bytes of the weights, gradients and optimizer state in fp32.
+        shared: The owner's path of each further path of an array that the model shares; it is counted once.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelReport:
     num_params: int
     parts: dict[str, int]
     training_bytes: int
+    shared: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -37,15 +39,15 @@ class ModelReport:
             "bytes": {"fp32": 4 * self.num_params, "fp16": 2 * self.num_params},
             "training_bytes": self.training_bytes,
             "parts": self.parts,
+            "shared": self.shared,
         }
 
     def render(self) -> None:
-        from rich.console import Console
         from rich.table import Table
 
-        console = Console()
+        console = new_console()
         table = Table(title=self.name, title_style="bold")
-        table.add_column("part")
+        table.add_column("part", overflow="fold")
         table.add_column("parameters", justify="right")
         table.add_column("share", justify="right")
         for part, size in self.parts.items():
@@ -53,6 +55,8 @@ class ModelReport:
         table.add_section()
         table.add_row("total", f"{self.num_params:,}", "")
         console.print(table)
+        for path, owner in self.shared.items():
+            console.print(f"{path} is tied to {owner}", highlight=False)
         settings = self.config.model.model_dump(exclude_defaults=False)
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
@@ -73,7 +77,6 @@ class PresetReport:
         return self.rows
 
     def render(self) -> None:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(title="Presets, compared with the model guide", title_style="bold")
@@ -90,18 +93,20 @@ class PresetReport:
                 f"~{_megabytes(row['guide_bytes'])}" if in_guide else "",
                 ("yes" if row["fp16_bytes"] <= row["guide_bytes"] else "no") if in_guide else "",
             )
-        Console().print(table)
+        new_console().print(table)
 
 
 def model_report(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     """Returns the size of a config, a preset, a run, a checkpoint or a saved model."""
     config, _ = open_model.open_target(Path(name), overrides)
     model = backends.meta_model(config)
-    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in model.trainable_paths()}
+    trained = model.trainable_paths()
+    shapes = {path: shape for path, shape in model.weight_shapes().items() if path in trained}
     vocab_size = getattr(config.model, "vocab_size", None)
     groups = parameter_groups.assign(config.training, shapes, model.layer_kinds(), vocab_size)
     state = parameter_groups.state_values(config.training, groups, shapes)
-    return ModelReport(name, config, model.num_params, model.part_sizes(), 4 * (2 * model.num_params + state))
+    size = 4 * (2 * model.num_params + state)
+    return ModelReport(name, config, model.num_params, model.part_sizes(), size, model.shared_arrays())
 
 
 def presets_report() -> PresetReport:
