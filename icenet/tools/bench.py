@@ -130,7 +130,7 @@ class DropoutPair:
         self._cotangent = mx.random.normal(shape, key=mx.random.key(1))
         self._native = nn.Dropout(p)
         self._keyed = Dropout(p)
-        self._keyed.seed(mx.array(keys))
+        self._keys = mx.array(keys)
         mx.eval(self._x, self._cotangent)
 
     def native(self, backward: bool) -> Any:
@@ -139,6 +139,7 @@ class DropoutPair:
 
     def keyed(self, backward: bool) -> Any:
         """Returns the output of the keyed dropout, or with `backward` the gradient of the input."""
+        self._keyed.seed(self._keys)
         return self._evaluate(self._keyed, backward)
 
     def _evaluate(self, layer: Any, backward: bool) -> Any:

@@ -138,7 +138,7 @@ class DropoutPair:
         self._cotangent = torch.randn(shape, generator=generator).to(self._device)
         self._p = p
         self._keyed = Dropout(p)
-        self._keyed.seed(torch.from_numpy(keys.view(np.int32)).to(self._device))
+        self._keys = torch.from_numpy(keys.view(np.int32)).to(self._device)
 
     def native(self, backward: bool) -> Any:
         """Returns the output of the framework's dropout, or with `backward` the gradient of the input."""
@@ -146,6 +146,7 @@ class DropoutPair:
 
     def keyed(self, backward: bool) -> Any:
         """Returns the output of the keyed dropout, or with `backward` the gradient of the input."""
+        self._keyed.seed(self._keys)
         return self._evaluate(self._keyed(self._x), backward)
 
     def _evaluate(self, y: torch.Tensor, backward: bool) -> Any:
