@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import error_line, icenet, is_one_line, metrics, tiny
+from helpers import error_line, is_one_line, metrics, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icenet.cli.main import main
 from icenet.commands import schedule as schedule_report
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
@@ -265,16 +266,18 @@ def test_without_matplotlib(
     assert "pip install 'icenet[plot]'" in capsys.readouterr().out
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out = icenet("info", "quickstart", "--schedule", folder=tmp_path).stdout
+def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "quickstart", "--schedule"]) == 0
+    out = capsys.readouterr().out
     assert "cosine, 200 steps" in out and "end of warmup" in out and "█" in out and "schedule.png" in out
-    assert (tmp_path / "schedule.png").is_file()
-    (tmp_path / "schedule.png").unlink()
-    numbers = json.loads(icenet("info", "quickstart", "--schedule", "--json", folder=tmp_path).stdout)
+    assert (here / "schedule.png").is_file()
+    (here / "schedule.png").unlink()
+    assert main(["info", "quickstart", "--schedule", "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
     training = TrainingConfig(max_steps=200, learning_rate=5e-3, min_learning_rate=5e-4, warmup_steps=20)
     assert numbers["steps"] == list(range(1, 201))
     assert numbers["learning_rates"] == [learning_rate(step, training) for step in range(200)]
-    assert not (tmp_path / "schedule.png").exists()
+    assert not (here / "schedule.png").exists()
 
 
 @pytest.mark.parametrize("arguments, names", [
@@ -282,6 +285,6 @@ def test_the_command(tmp_path: Path) -> None:
     ("info quickstart --out x.png", ["--out", "--schedule"]),
     ("info quickstart --schedule --out x.svg", ["x.svg", "PNG"]),
 ])  # fmt: skip
-def test_wrong_requests(tmp_path: Path, arguments: str, names: list[str]) -> None:
-    done = icenet(*arguments.split(), folder=tmp_path, code=2)
-    assert is_one_line(error_line(done.stderr), *names)
+def test_wrong_requests(here: Path, arguments: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    assert is_one_line(error_line(capsys.readouterr().err), *names)
