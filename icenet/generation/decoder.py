@@ -17,7 +17,7 @@ from icenet.generation import sampling
 
 
 class Decoder(DecoderBase):
-    """Generates the tokens of one request on MLX's default device."""
+    """Generates the tokens of one request on the model's device."""
 
     ops: ClassVar[SamplingOps] = sampling
 

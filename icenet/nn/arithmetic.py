@@ -75,9 +75,9 @@ def uses_tf32(device: mx.Device) -> bool:
     """Returns whether a product of fp32 matrices on a device is computed in TF32. It computes one."""
     if device.type == mx.DeviceType.cpu:
         return False
-    values = np.full((256, 256), 1 + 2**-12, np.float32)  # TF32 rounds it to 1
+    values = np.full((512, 512), 1 + 2**-12, np.float32)  # TF32 rounds it to 1
     with mx.stream(device):
-        product = np.array(mx.array(values) @ mx.array(np.eye(256, dtype=np.float32)))
+        product = np.array(mx.array(values) @ mx.array(np.eye(512, dtype=np.float32)))
     return not np.array_equal(product, values)
 
 

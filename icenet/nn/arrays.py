@@ -14,7 +14,7 @@ Array: TypeAlias = mx.array
 
 
 def on_cpu() -> bool:
-    """Returns whether MLX's default device is the CPU."""
+    """Returns whether MLX's default device is the CPU. In `ModelBase.arithmetic` it is the model's device."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 

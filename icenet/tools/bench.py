@@ -17,7 +17,7 @@ from icenet.core.training.parameter_groups import weight_decay
 from icenet.engine.build import COMPUTE_DTYPES, build_model, choose_device
 from icenet.engine.engine import Engine
 from icenet.models import BaseModel
-from icenet.nn.arrays import is_half, on_cpu
+from icenet.nn.arrays import is_half
 from icenet.nn.dropout import Dropout
 
 
@@ -73,6 +73,10 @@ class BareLoop:
 
     def run(self, batches: list[Batch]) -> None:
         """Trains one step per batch, and waits for the device at the end."""
+        with self.model.arithmetic():
+            self._run(batches)
+
+    def _run(self, batches: list[Batch]) -> None:
         for batch in batches:
             inputs, labels = (mx.array(batch[name]) for name in ("inputs", "labels"))
             masks = ["attention_mask"] if "attention_mask" in batch else []
@@ -124,10 +128,11 @@ class DropoutPair:
     """
 
     def __init__(self, shape: tuple[int, ...], p: float, keys: np.ndarray, device: str) -> None:
-        mx.set_default_device(choose_device(device))
-        self.device = "cpu" if on_cpu() else "gpu"
-        self._x = mx.random.normal(shape, key=mx.random.key(0))
-        self._cotangent = mx.random.normal(shape, key=mx.random.key(1))
+        self._device = choose_device(device)
+        self.device = "cpu" if self._device.type == mx.DeviceType.cpu else "gpu"
+        with mx.stream(self._device):
+            self._x = mx.random.normal(shape, key=mx.random.key(0))
+            self._cotangent = mx.random.normal(shape, key=mx.random.key(1))
         self._native = nn.Dropout(p)
         self._keyed = Dropout(p)
         self._keys = mx.array(keys)
@@ -143,13 +148,14 @@ class DropoutPair:
         return self._evaluate(self._keyed, backward)
 
     def _evaluate(self, layer: Any, backward: bool) -> Any:
-        if not backward:
-            y = layer(self._x)
-            mx.eval(y)
-            return y
-        values, gradients = mx.vjp(layer, [self._x], [self._cotangent])
-        mx.eval(values, gradients)
-        return gradients[0]
+        with mx.stream(self._device):
+            if not backward:
+                y = layer(self._x)
+                mx.eval(y)
+                return y
+            values, gradients = mx.vjp(layer, [self._x], [self._cotangent])
+            mx.eval(values, gradients)
+            return gradients[0]
 
     def synchronize(self) -> None:
         """Waits for the device."""

@@ -50,8 +50,8 @@ def uses_tf32(device: torch.device) -> bool:
     """Returns whether a product of fp32 matrices on a device is computed in TF32. It computes one."""
     if device.type == "cpu":
         return False
-    values = np.full((256, 256), 1 + 2**-12, np.float32)  # TF32 rounds it to 1
-    product = torch.from_numpy(values).to(device) @ torch.eye(256, device=device)
+    values = np.full((512, 512), 1 + 2**-12, np.float32)  # TF32 rounds it to 1
+    product = torch.from_numpy(values).to(device) @ torch.eye(512, device=device)
     return not np.array_equal(product.cpu().numpy(), values)
 
 

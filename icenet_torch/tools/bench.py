@@ -88,6 +88,10 @@ class BareLoop:
 
     def run(self, batches: list[Batch]) -> None:
         """Trains one step per batch, and waits for the device at the end."""
+        with self.model.arithmetic():
+            self._run(batches)
+
+    def _run(self, batches: list[Batch]) -> None:
         device = self.model.device
         for batch in batches:
             inputs, labels = (torch.from_numpy(batch[name]).to(device) for name in ("inputs", "labels"))

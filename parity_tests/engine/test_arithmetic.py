@@ -327,6 +327,7 @@ ERRORS = (
 import sys, json
 import numpy as np
 import icenet
+from icenet.core import backends
 from icenet.core.config import Config
 backend, allow = sys.argv[1:]
 model = {"type": "cnn", "base_channels": 32, "num_layers": 2, "hidden_size": 64, "vocab_size": 10}
@@ -344,7 +345,11 @@ if backend == "mlx":
     y = np.array(model(mx.array(x)))
 else:
     y = model(nchw.cuda()).detach().cpu().numpy()
-print(json.dumps([float(np.abs(y - exact).max() / np.abs(exact).max()), torch.backends.cudnn.allow_tf32]))
+error = float(np.abs(y - exact).max() / np.abs(exact).max())
+arithmetic = backends.module(backend, "nn.arithmetic")
+with model.arithmetic():
+    print(json.dumps([error, arithmetic.uses_tf32(model.device)]))
+assert torch.backends.cudnn.allow_tf32, "PyTorch's own setting was changed"
 """
 )
 
@@ -354,7 +359,7 @@ print(json.dumps([float(np.abs(y - exact).max() / np.abs(exact).max()), torch.ba
 def test_a_convolutional_model_on_a_gpu_is_in_full_fp32_by_default(backend: str) -> None:
     errors = {allow: json.loads(python(ERRORS, backend, allow).splitlines()[-1]) for allow in ("false", "true")}
     assert errors["false"][0] < 1e-5 < errors["true"][0], errors  # TF32 has an error of about 1e-3
-    assert errors["false"][1] and errors["true"][1]  # PyTorch's own setting
+    assert [errors[allow][1] for allow in ("false", "true")] == [False, True]
 
 
 DEVICES = (
