@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from icenet.core.generation.prompts import encode_prompts
-from icenet.core.generation.request import make_request
-from icenet.core.generation.streaming import generate_tokens
+from icenet.core.generation.request import Request, make_request
 from icenet.core.tokenizers.base import decode_continuation
 
 TIE = 64 * 2.0**-23
@@ -29,8 +28,8 @@ class TextComparison:
 
     Attributes:
         text: The continuation by the first backend; empty without a tokenizer.
-        tokens: The new tokens by backend.
-        differs_at: Index of the first token that differs; None if the tokens are equal.
+        tokens: The new tokens by backend, without stops.
+        differs_at: Index of the first token that differs, where a stop counts as a token; None if all are equal.
         margin: Difference of the scores of the two tokens there, relative to the largest logit.
     """
 
@@ -54,7 +53,8 @@ class TextComparison:
         if self.equal:
             return f"the same {count} tokens"
         kind = "a tie within rounding" if self.equal_but_for_ties else "not a tie"
-        return f"differs at token {self.differs_at}, {kind} (margin {self.margin:.1e})"
+        margin = "" if self.margin is None else f" (margin {self.margin:.1e})"
+        return f"differs at token {self.differs_at}, {kind}{margin}"
 
 
 def compare_texts(
@@ -79,17 +79,30 @@ def compare_texts(
     models = [icenet.load(path, name, device) for name in names]
     ids = [list(prompt)] if not isinstance(prompt, str) else encode_prompts(models[0].tokenizer, [prompt])
     requests = [make_request(model, ids, None, 0, options) for model in models]
-    rows = [
-        generate_tokens(model.decoder_type(model, request), request)[0]
-        for model, request in zip(models, requests, strict=True)
-    ]
-    text = decode_continuation(models[0].tokenizer, rows[0]) if models[0].tokenizer else ""
-    tokens = dict(zip(names, rows, strict=True))
+    rows, kept = zip(*map(_generate, models, requests), strict=True)
+    text = decode_continuation(models[0].tokenizer, kept[0]) if models[0].tokenizer else ""
+    tokens = dict(zip(names, kept, strict=True))
     at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), None)
     if at is None:
-        return TextComparison(text, tokens)
+        return TextComparison(text, tokens, None if len(rows[0]) == len(rows[1]) else min(map(len, rows)))
     margin = _margin(models[0].decoder_type(models[0], requests[0]), at, [row[at] for row in rows])
     return TextComparison(text, tokens, at, margin)
+
+
+def _generate(model: Any, request: Request) -> tuple[list[int], list[int]]:
+    """Returns all tokens that the model chooses, and those without stops.
+
+    A text that ends is a prefix of one that goes on. They differ in the token that ends the first.
+    """
+    stopping, chosen = request.stopping_criteria(), []
+    with model.decoder_type(model, request) as decoder:
+        for index in range(request.new_tokens):
+            token = decoder.fetch(decoder.submit(index))
+            chosen.append(int(token[0]))
+            stopping.update(token)
+            if stopping.all_done:
+                break
+    return chosen, stopping.tokens[0]
 
 
 def _margin(decoder: Any, at: int, choices: list[int]) -> float:
