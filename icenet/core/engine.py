@@ -90,7 +90,7 @@ def in_arithmetic(method: Callable[Concatenate[Engine, P], R]) -> Callable[Conca
     """Decorates a method of an engine: it runs in the arithmetic of the model (see `ModelBase.arithmetic`)."""
 
     @functools.wraps(method)
-    def run(engine: Engine, *arguments: P.args, **options: P.kwargs) -> R:
+    def run(engine: Engine, /, *arguments: P.args, **options: P.kwargs) -> R:
         with engine.model.arithmetic():
             return method(engine, *arguments, **options)
 

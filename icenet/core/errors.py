@@ -41,3 +41,7 @@ class WeightsError(IceNetError):
 
 class BackendError(IceNetError):
     """A backend or a device that is not available, or does not support an operation."""
+
+
+class ArithmeticWarning(UserWarning):
+    """A setting of TF32 that has no effect."""

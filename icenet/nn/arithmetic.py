@@ -16,13 +16,9 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import numpy as np
 
-from icenet.core.errors import BackendError
+from icenet.core.errors import ArithmeticWarning, BackendError
 
 VARIABLE = "MLX_ENABLE_TF32"
-
-
-class ArithmeticWarning(UserWarning):
-    """A setting of TF32 has no effect."""
 
 
 def set_tf32(device: mx.Device, allow: bool) -> None:

@@ -15,8 +15,8 @@ import torch
 
 # From PyTorch 2.9 on there is a switch per library and operation. `torch.backends` shows them as attributes; these
 # functions of theirs are three times as fast, which counts in the decoding of one token.
-_read = getattr(torch._C, "_get_fp32_precision_getter", None)
-_write = getattr(torch._C, "_set_fp32_precision_setter", None)
+_read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_write: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 _CUDA = (("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")) if _read else ()
 _CPU = (("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")) if _read else ()
 

@@ -21,9 +21,9 @@ TORCH_FILES = {
 """Modules of PyTorch without a counterpart, and why."""
 
 ONE_SIDED = {
-    "models.base": {"BaseModel.forward", "BaseModel.device"},  # torch.nn.Module has forward, and its arrays a device
     "nn.tree": {"Arrays", "Arrays.get", "Arrays.set"},  # MLX has no objects for places of arrays
     "nn.linear": {"Linear.reset_parameters", "Embedding.reset_parameters"},  # keeps PyTorch from drawing values
+    "nn.arithmetic": {"set_tf32", "chip", "tf32"},  # MLX reads its switch once; PyTorch's is open to change
     "nn.conv": {"Conv2d.reset_parameters"},
     "nn.arrays": {"to_channels_first"},  # MLX images have channels last
     "nn.dropout": {"masked_scale"},  # MLX draws threefry numbers itself

@@ -16,7 +16,7 @@ from helpers import both_backends, is_one_line, python, start_python, tiny, toke
 import icenet as front_door
 from icenet.core import backends
 from icenet.core.config import Config
-from icenet.core.errors import BackendError
+from icenet.core.errors import ArithmeticWarning, BackendError
 from icenet.core.training.trainer import Trainer
 from icenet.parity import engines as parity_engines
 
@@ -189,7 +189,7 @@ def test_full_fp32_in_a_process_that_computes_in_tf32_is_an_error(process: Proce
 
 def test_tf32_in_a_process_that_computes_in_full_fp32_is_a_warning(process: Process, tmp_path: Path) -> None:
     front_door.build(tiny(tmp_path), "mlx")
-    with pytest.warns(mlx_arithmetic.ArithmeticWarning, match="allow_tf32: true has no effect"):
+    with pytest.warns(ArithmeticWarning, match="allow_tf32: true has no effect"):
         front_door.build(tiny(tmp_path, "allow_tf32=true"), "mlx")
 
 
@@ -199,7 +199,7 @@ def test_the_config_goes_before_the_environment(
 ) -> None:
     value = str(int(not allow))
     monkeypatch.setenv("MLX_ENABLE_TF32", value)
-    with pytest.warns(mlx_arithmetic.ArithmeticWarning, match=f"MLX_ENABLE_TF32={value} has no effect on IceNet"):
+    with pytest.warns(ArithmeticWarning, match=f"MLX_ENABLE_TF32={value} has no effect on IceNet"):
         front_door.build(tiny(tmp_path, f"allow_tf32={str(allow).lower()}"), "mlx")
     assert process.uses is allow and os.environ["MLX_ENABLE_TF32"] == value
 

@@ -193,8 +193,8 @@ class Trainer:
         if before is not None and before != engine.tf32:
             place = f"{engine.backend} {engine.device}, allow_tf32: {str(config.allow_tf32).lower()}"
             trainer.notes.append(
-                f"TF32 is {engine.tf32} from step {found.step + 1} ({place}), and was {before} before: the loss curve "
-                "changes by more than rounding"
+                f"TF32 is {engine.tf32} from step {found.step + 1} ({place}), and was {before} before: the losses "
+                "change by more than rounding"
             )
         trainer._branched_from = plan.branched_from
         if plan.branched_from is not None:
