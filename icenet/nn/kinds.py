@@ -12,6 +12,7 @@ import mlx.nn as nn
 _NATIVE_KINDS: dict[type, str] = {
     nn.Linear: "linear",
     nn.Embedding: "embedding",
+    nn.Bilinear: "bilinear",
     nn.LayerNorm: "layer_norm",
     nn.RMSNorm: "rms_norm",
     nn.GroupNorm: "group_norm",

@@ -225,6 +225,10 @@ class AlignedReplay:
             raise ReplayError(f"fails in MLX on PyTorch's inputs: {reason}") from error
         return dict(self._aligned(path, replayed, inputs, outputs))
 
+    def by(self, replay: Callable[..., dict[str, Value]]) -> AlignedReplay:
+        """Returns the same with another replay by MLX."""
+        return AlignedReplay(replay, self._mlx, self._torch)
+
     def obstacle(self, path: str) -> str:
         """Returns why the layer at `path` cannot be called with equal inputs on both sides; empty if it can."""
         if self._mlx.backend == self._torch.backend:

@@ -18,7 +18,7 @@ from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.engine import Batch, Engine, check_ids, explain_user_errors
 from icenet.parity import align
-from icenet.parity.trace import Call, Trace, Value, short_dtype
+from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
 from icenet.parity.yardstick import perturb_by_ulp
 
 Array = npt.NDArray[Any]
@@ -129,6 +129,11 @@ def replay(
         model.gradient_checkpointing = checkpointing
 
 
+def has_foreign(engine: Engine) -> bool:
+    """Returns whether the engine's model computes with layers or code outside IceNet."""
+    return any(is_foreign(class_name(module)) for _, module in engine.model.named_modules())
+
+
 def _native(engine: Engine, value: Value) -> Value:
     """Returns the input of a batch with the axes of the engine's framework (see `Engine.to_device`)."""
     is_image = value.array.ndim == 4 and engine.backend == "torch"
@@ -136,7 +141,7 @@ def _native(engine: Engine, value: Value) -> Value:
 
 
 @contextlib.contextmanager
-def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]:
+def perturbed(engine: Engine, dtype: str, sample: int, in_order: bool = False) -> Iterator[Perturbation]:
     """Perturbs all that the engine computes while the context is open, for a sample of its noise.
 
     Weights and optimizer state are moved as `perturb_by_ulp` describes, and in PyTorch the outputs of modules and
@@ -146,6 +151,7 @@ def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]
         engine: An engine of either backend.
         dtype: Compute dtype, to which the model rounds its weights.
         sample: Number of the sample, 0 to SAMPLES - 1.
+        in_order: Also take all sums of PyTorch term by term (floor 6 of the yardstick).
 
     Yields:
         The perturbation, for the inputs of what is computed.
@@ -158,8 +164,9 @@ def perturbed(engine: Engine, dtype: str, sample: int) -> Iterator[Perturbation]
     engine.set_optimizer_state({path: Perturbation("fp32", sample).array(a, path) for path, a in state.items()})
     probe = backends.module(engine.backend, "tools.probe")
     inner = probe.perturbing(engine.model, perturb) if engine.backend == "torch" else contextlib.nullcontext()
+    sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
     try:
-        with inner:
+        with inner, sums:
             yield perturb
     finally:
         engine.set_weights(weights)

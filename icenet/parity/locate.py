@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from icenet.core import rng
 from icenet.parity.align import AlignedReplay, ReplayError, align_trace, flattened_input, permutation
@@ -32,7 +33,7 @@ Replay = Callable[[str, Call, list[Value]], dict[str, Value]]
 """Calls the layer at a path with arguments and cotangents: `icenet.parity.engines.replay` of one engine."""
 
 PerturbedReplay = Callable[[int, str, Call, list[Value]], dict[str, Value]]
-"""The same by PyTorch in the perturbed run with the given number (floor 5 of the yardstick)."""
+"""The same in the perturbed run with the given number (see `icenet.parity.yardstick`)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Row:
         """The larger of the ratios in the run and in the replay."""
         return max(self.judgement.ratio, self.own.ratio if self.own else 0.0)
 
+    @property
+    def plain_ratio(self) -> float:
+        """The larger ratio without the floor of sums term by term, if the row passes because of it; else 0."""
+        return max(self.judgement.plain_ratio, self.own.plain_ratio if self.own else 0.0) if self.passed else 0.0
+
 
 def compare(
     mlx: Trace,
@@ -76,6 +82,8 @@ def compare(
     dtype: str = "fp32",
     kinds: tuple[str, ...] = KINDS,
     perturbed: Callable[[int], Trace] | None = None,
+    repeated: Callable[[int], Trace] | None = None,
+    in_order: Callable[[int], Trace] | None = None,
 ) -> list[Row]:
     """Compares every float value of the reference's trace, in its order.
 
@@ -84,8 +92,9 @@ def compare(
         reference: Trace in float64.
         dtype: Compute dtype under test: fp32, bf16 or fp16.
         kinds: Kinds of values to compare.
-        perturbed: Returns the trace of the perturbed run of PyTorch with the given number (floor 5 of the
-            yardstick). It is called only if a value is over the tolerance.
+        perturbed, repeated: Return the trace of a perturbed run of PyTorch and of MLX (see `judge_values`).
+        in_order: Returns the trace of a perturbed run of PyTorch that sums term by term. It is not used for models of
+            IceNet's own layers.
     """
     mlx, remarks = align_trace(mlx, reference)
     # inputs and logits are needed for the noise of the loss
@@ -93,7 +102,13 @@ def compare(
     if "loss" in kinds and "module:" in reference.values:
         wanted["module:"] = reference.values["module:"]
     judgements = judge_values(
-        mlx.values, torch.values, wanted, dtype, (lambda index: perturbed(index).values) if perturbed else None
+        mlx.values,
+        torch.values,
+        wanted,
+        dtype,
+        None if perturbed is None else lambda index: perturbed(index).values,
+        None if repeated is None else lambda index: align_trace(repeated(index), reference)[0].values,
+        None if in_order is None else lambda index: in_order(index).values,
     )
     rows = []
     for name, exact in reference.values.items():
@@ -127,6 +142,8 @@ def locate(
     replays: tuple[Replay, Replay, Replay],
     dtype: str = "fp32",
     perturbed: PerturbedReplay | None = None,
+    repeated: PerturbedReplay | None = None,
+    in_order: PerturbedReplay | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Replays every layer and returns the rows with their marks.
@@ -137,7 +154,8 @@ def locate(
         reference: Trace in float64.
         replays: Replays by MLX, PyTorch and the reference.
         dtype: Compute dtype under test.
-        perturbed: Perturbed replay by PyTorch, for floor 5 of the yardstick.
+        perturbed, repeated: Perturbed replays by PyTorch and by MLX (see `judge_values`).
+        in_order: Perturbed replay by PyTorch that sums term by term, for layers that are not IceNet's own.
         on_layer: Called after each layer with the number of replayed layers and of all layers.
     """
     own: dict[str, tuple[Judgement, str]] = {}
@@ -148,7 +166,8 @@ def locate(
         remarks[path] = aligned.obstacle(path)
         if not remarks[path]:
             remarks[path] = flattened_input(path, mlx, reference)
-            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, perturbed)
+            samples = perturbed, repeated, in_order if mlx.has_foreign(path) else None
+            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, *samples)
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -180,6 +199,8 @@ def replay_layer(
     replays: tuple[AlignedReplay, Replay, Replay],
     dtype: str = "fp32",
     perturbed: PerturbedReplay | None = None,
+    repeated: PerturbedReplay | None = None,
+    in_order: PerturbedReplay | None = None,
 ) -> tuple[Judgement, str]:
     """Replays one layer; returns the worst judgement and the name of its value (`output`, `input 0`, ...).
 
@@ -208,8 +229,19 @@ def replay_layer(
     missing = [name for name in exact if name not in ours or name not in theirs]
     if missing:
         return Judgement.incomparable(f"no {_part(missing[0])} on one backend"), _part(missing[0])
-    samples = None if perturbed is None else lambda index: _named(perturbed(index, path, call, cotangents))
-    judgements = judge_values(ours, theirs, exact, dtype, samples)
+
+    def again(index: int) -> AlignedReplay:
+        return replays[0].by(partial(repeated, index))  # type: ignore[arg-type]
+
+    judgements = judge_values(
+        ours,
+        theirs,
+        exact,
+        dtype,
+        None if perturbed is None else lambda index: _named(perturbed(index, path, call, cotangents)),
+        None if repeated is None else lambda index: _named(again(index)(path, call, cotangents)),
+        None if in_order is None else lambda index: _named(in_order(index, path, call, cotangents)),
+    )
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
     for name, judgement in judgements.items():
         output_failed = part.startswith("output") and not worst.passed

@@ -95,6 +95,13 @@ class Report:
         parts = [f"MLX agrees with PyTorch in {self.dtype}: {count} values within {FACTOR:g} times the noise"]
         if self.worst is not None:
             parts.append(f"largest ratio {self.worst[1].ratio:.2g} ({_name(self.worst[1])})")
+        less_exact = [row for section in self.sections for row in section.rows if row.plain_ratio]
+        if less_exact:
+            worst = max(less_exact, key=lambda row: row.plain_ratio)
+            parts.append(
+                f"{len(less_exact)} values are less exact than PyTorch's because MLX sums in fp32, "
+                f"up to {worst.plain_ratio:.2g} times the noise ({_name(worst)})"
+            )
         if self.curve is not None:
             parts.append(f"curve of {len(self.curve.gap)} steps within {self.curve.worst:.2g}")
         return "; ".join(parts)
@@ -209,7 +216,7 @@ class Report:
                 _number(row.judgement.noise),
                 _number(row.judgement.ratio),
                 _number(row.own.ratio) if row.own else "",
-                "; ".join(filter(None, (row.mark, row.note))),
+                "; ".join(filter(None, (row.mark, row.note, _less_exact(row)))),
             )
             table.add_row(*(Text(cell) for cell in cells), style=style)
         if len(shown) < len(section.rows):
@@ -219,7 +226,7 @@ class Report:
 
 def _interesting(rows: list[Row]) -> Iterator[Row]:
     """Yields the rows over the tolerance and the row before the first of them; without any, the worst few."""
-    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark]
+    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark or row.plain_ratio]
     if not failing:
         ranked = sorted(range(len(rows)), key=lambda index: -rows[index].ratio)[:_WORST_SHOWN]
         yield from (rows[index] for index in sorted(ranked))
@@ -227,6 +234,10 @@ def _interesting(rows: list[Row]) -> Iterator[Row]:
     wanted = {index for index in failing if rows[index].mark != PROPAGATED}
     wanted |= set(failing[:_WORST_SHOWN]) | {max(failing[0] - 1, 0)}
     yield from (rows[index] for index in sorted(wanted))
+
+
+def _less_exact(row: Row) -> str:
+    return f"less exact (sums in fp32): {_number(row.plain_ratio)} times the noise" if row.plain_ratio else ""
 
 
 def _name(row: Row) -> str:
@@ -251,7 +262,13 @@ def _some(names: list[str]) -> str:
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "shape": list(row.shape), "ratio": row.ratio, "passed": row.passed}
+    return {
+        **asdict(row),
+        "shape": list(row.shape),
+        "ratio": row.ratio,
+        "plain_ratio": row.plain_ratio,
+        "passed": row.passed,
+    }
 
 
 def _json(item: Any) -> Any:

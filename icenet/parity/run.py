@@ -18,7 +18,7 @@ from icenet.core.engine import Batch, Engine
 from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
-from icenet.parity.engines import Engines, build, describe, perturbed, record, replay
+from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
 from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, PerturbedReplay, Row, compare, locate
 from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
@@ -77,7 +77,9 @@ def run(
     if steps:
         start = engines.torch.weights(), engines.torch.optimizer_state()
         report.losses = curves(engines, steps, progress)
-        report.curve = judge_curve(*report.losses.values(), partial(_perturbed_curve, engines.torch, start, steps))
+        perturbed_curve = partial(_perturbed_curve, engines.torch, start, steps)
+        in_order = partial(perturbed_curve, in_order=True) if has_foreign(engines.mlx) else None
+        report.curve = judge_curve(*report.losses.values(), perturbed_curve, in_order)
     return report
 
 
@@ -134,7 +136,10 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
         )
         replays = mlx_replay, torch_replay, reference_replay
         by_mlx, by_torch = (_perturbed_replay(engine, dtype, step, train) for engine in engines[:2])
-        rows = locate(rows, mlx, torch, reference, replays, dtype, by_torch, by_mlx, partial(tell, title))
+        in_order = _perturbed_replay(engines.torch, dtype, step, train, in_order=True)
+        rows = locate(
+            rows, mlx, torch, reference, replays, dtype, by_torch, by_mlx, in_order, on_layer=partial(tell, title)
+        )
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
@@ -193,12 +198,13 @@ def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping
         updated.values.update({name: v for name, v in found.values.items() if name.startswith("statistic:")})
         return updated
 
-    def sample(index: int) -> Trace:
-        with perturbed(engines.torch, "fp32", index) as perturb:
+    def sample(index: int, in_order: bool = False) -> Trace:
+        with perturbed(engines.torch, "fp32", index, in_order) as perturb:
             return trace(engines.torch, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
 
     torch, reference = (trace(engine, mlx_gradients) for engine in engines[1:])
-    return compare(mlx, torch, reference, "fp32", perturbed=sample)
+    in_order = partial(sample, in_order=True) if has_foreign(engines.mlx) else None
+    return compare(mlx, torch, reference, "fp32", perturbed=sample, in_order=in_order)
 
 
 def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_step: int = 0) -> list[Row]:
@@ -277,13 +283,13 @@ def _train(
 
 
 def _perturbed_curve(
-    engine: Engine, start: tuple[dict[str, Array], dict[str, Array]], steps: int, sample: int
+    engine: Engine, start: tuple[dict[str, Array], dict[str, Array]], steps: int, sample: int, in_order: bool = False
 ) -> list[float]:
     """Returns the losses of a perturbed training run of PyTorch that starts with the given weights and state."""
     engine.set_weights(start[0])
     engine.set_optimizer_state(start[1])
     dtype = engine.config.training.mixed_precision
-    with perturbed(engine, dtype, sample):
+    with perturbed(engine, dtype, sample, in_order):
         return _train([engine], [dtype], steps)[0]
 
 
@@ -306,20 +312,21 @@ def _record_and_compare(
     """Records one trace of each engine with the options of `record`, and compares them."""
     mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
 
-    def sample(engine: Engine, index: int) -> Trace:
-        with perturbed(engine, dtype, index) as perturb:
+    def sample(engine: Engine, index: int, in_order: bool = False) -> Trace:
+        with perturbed(engine, dtype, index, in_order) as perturb:
             inputs = {name: perturb(Value(a, short_dtype(a.dtype)), name).array for name, a in batch.items()}
             return record(engine, inputs, **options)
 
     by_mlx, by_torch = (partial(sample, engine) for engine in engines[:2])
-    return compare(mlx, torch, reference, dtype, kinds, by_torch, by_mlx), traces
+    in_order = partial(sample, engines.torch, in_order=True) if has_foreign(engines.mlx) else None
+    return compare(mlx, torch, reference, dtype, kinds, by_torch, by_mlx, in_order), traces
 
 
-def _perturbed_replay(engine: Engine, dtype: str, step: int, train: bool) -> PerturbedReplay:
+def _perturbed_replay(engine: Engine, dtype: str, step: int, train: bool, in_order: bool = False) -> PerturbedReplay:
     """Returns a replay that perturbs weights, arguments and cotangents, and in PyTorch all within the layer."""
 
     def replayed(sample: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-        with perturbed(engine, dtype, sample) as perturb:
+        with perturbed(engine, dtype, sample, in_order) as perturb:
             moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
             return replay(engine, path, perturb.call(call), moved, step=step, train=train)
 

@@ -30,6 +30,7 @@ from icenet.core.weights import files as weight_files
 Array = npt.NDArray[Any]
 
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_NOT_FOREIGN = ("icenet.", "icenet_torch.", "mlx.nn.layers.containers.", "torch.nn.modules.container.")
 _FORMAT = "2"  # format 1 stored PyTorch's images channels-last
 
 
@@ -37,6 +38,18 @@ def short_dtype(dtype: Any) -> str:
     """Returns the short name of a framework's dtype: `torch.bfloat16` is bf16. Integers keep their names."""
     name = str(dtype).rpartition(".")[2]
     return _SHORT.get(name, name)
+
+
+def class_name(module: object) -> str:
+    """Returns the full name of a module's class, such as `mlx.nn.layers.linear.Linear`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_foreign(name: str) -> bool:
+    """Returns whether the class with this full name is outside IceNet and computes something."""
+    return not name.startswith(
+        ("icenet.", "icenet_torch.", "mlx.nn.layers.containers.", "torch.nn.modules.container.")
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class Trace:
         calls: The first call of each module, by module path, if all its arguments could be stored.
         backend: "mlx" or "torch", which determines the axes of outputs and arguments; set by `recording`.
         layer_kinds: The kind of each module whose class defines the axes of its calls, by path; set by `recording`.
+        classes: The class of each module by path, such as `mlx.nn.layers.linear.Linear`; set by `recording`.
         meta: Framework, version, device, ...
     """
 
@@ -99,6 +113,7 @@ class Trace:
     calls: dict[str, Call] = field(default_factory=dict)
     backend: str = ""
     layer_kinds: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, path: str, value: Value) -> None:
@@ -115,6 +130,19 @@ class Trace:
             self.add("module", _indexed(path, index), value)
         if path not in self.calls and all(map(_is_storable, (*args, *kwargs.values()))):
             self.calls[path] = Call(tuple(args), dict(kwargs))
+
+    def describe_modules(self, backend: str, layer_kinds: dict[str, str], modules: Mapping[str, object]) -> None:
+        """Sets `backend`, `layer_kinds` and `classes`."""
+        self.backend, self.layer_kinds = backend, layer_kinds
+        self.classes = {path: class_name(module) for path, module in modules.items()}
+
+    def has_foreign(self, path: str) -> bool:
+        """Returns whether the module at `path` or one within it computes with code outside IceNet."""
+        return any(
+            is_foreign(name)
+            for inner, name in self.classes.items()
+            if path in ("", inner) or inner.startswith(path + ".")
+        )
 
     def of(self, kind: str) -> dict[str, Value]:
         """Returns the values of one kind by path, in order."""
@@ -160,6 +188,7 @@ class Trace:
             "calls": calls,
             "backend": self.backend,
             "layer_kinds": self.layer_kinds,
+            "classes": self.classes,
             "meta": self.meta,
         }
         metadata = {"icenet_trace": _FORMAT, "trace": json.dumps(header)}
@@ -188,7 +217,8 @@ class Trace:
                 }
                 positional = tuple(items.pop(str(index)) for index in range(call["args"]))
                 calls[module] = Call(positional, items)
-            return cls(values, calls, header["backend"], header["layer_kinds"], dict(header["meta"]))
+            facts = (header[name] for name in ("backend", "layer_kinds", "classes", "meta"))
+            return cls(values, calls, *facts)
         except (KeyError, ValueError, TypeError, AttributeError):
             raise WeightsError(f"{path}: damaged parity trace; record it again") from None
 

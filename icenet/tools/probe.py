@@ -30,7 +30,7 @@ def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     modules = _modules(model)
     paths = {id(module): path for path, module in modules.items()}
     recorders: dict[type, type] = {}
-    trace.backend, trace.layer_kinds = "mlx", call_kinds(modules.items())
+    trace.describe_modules("mlx", call_kinds(modules.items()), modules)
 
     def recorder(cls: type) -> type:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
         return after
 
     handles = []
-    trace.backend, trace.layer_kinds = "torch", call_kinds(model.named_modules())
+    trace.describe_modules("torch", call_kinds(model.named_modules()), dict(model.named_modules()))
     try:
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

@@ -4,6 +4,7 @@ Both backends receive the same arrays, so they start equal bit for bit. The rule
 
     linear      Normal with standard deviation init_scale / sqrt(inputs). Bias zero.
     embedding   Normal with standard deviation 1 / sqrt(width).
+    bilinear    Normal with standard deviation init_scale / sqrt(second inputs). Bias zero.
     recurrent   As linear, with the same deviation for all gates.
     conv        Normal with standard deviation init_scale * sqrt(2 / inputs per output) (He et al., 2015). Bias zero.
     norms       Weight one, bias zero. For batch norm also running mean zero, running variance one.
@@ -44,7 +45,7 @@ def initial_value(
     Raises:
         WeightsError: The layer kind has no rule.
     """
-    if kind in ("linear", "embedding", "recurrent"):
+    if kind in ("linear", "embedding", "recurrent", "bilinear"):
         if name.startswith("bias"):
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])

@@ -1,8 +1,8 @@
 """Layouts: the order of axes in which PyTorch and MLX store the parameters of each layer kind.
 
-Canonical weights (`icenet.core.weights.files`) have PyTorch's layouts. The frameworks differ for convolutions only:
-PyTorch stores channels before space, MLX after. The table `RULES` contains the permutation of axes for every
-parameter of every layer kind.
+Canonical weights (`icenet.core.weights.files`) have PyTorch's layouts. The frameworks differ for convolutions,
+where PyTorch stores channels before space and MLX after, and for bilinear layers. The table `RULES` contains the
+permutation of axes for every parameter of every layer kind.
 
 Arrays are permuted by the kind of their layer, which the model declares (`kinds`: module path -> kind), never by
 their shape: an [8, 8, 8] array may be a Conv1d weight or not, and a guess that is right for most shapes is silently
@@ -55,6 +55,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "group_norm": _AFFINE,
     "batch_norm": {**_AFFINE, "running_mean": SAME, "running_var": SAME},
     "prelu": {"weight": SAME},
+    "bilinear": {"weight": _axes(0, 2, 1), "bias": SAME},  # [out, in1, in2] -> [out, in2, in1]
     # grouped and depthwise convolutions have the same axes: the input axis is in/groups on both sides
     "conv1d": {"weight": _axes(0, 2, 1), "bias": SAME},  # OIL -> OLI
     "conv2d": {"weight": _axes(0, 2, 3, 1), "bias": SAME},  # OIHW -> OHWI

@@ -1,0 +1,139 @@
+"""Compares an `mlx.nn.Module` with its `torch.nn.Module` twin: no configuration, engine or training is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends
+from icenet.core.models import modules
+from icenet.parity.align import DIFFERENT_CALLS
+from icenet.parity.engines import Perturbation
+from icenet.parity.locate import compare, locate
+from icenet.parity.report import Report, Section
+from icenet.parity.run import unequal
+from icenet.parity.trace import Call, Trace, Value, short_dtype
+
+Array = npt.NDArray[Any]
+
+
+def compare_modules(
+    mlx: Any,
+    torch: Any,
+    mlx_inputs: Sequence[Array],
+    torch_inputs: Sequence[Array] | None = None,
+    *,
+    train: bool = False,
+) -> Report:
+    """Compares an MLX module with its PyTorch twin in fp32: every layer in the run, and in a replay with gradients.
+
+    The weights must be equal before (see `icenet.core.models.modules.copy_weights`). Both modules stay unchanged.
+
+    Args:
+        mlx: Any `mlx.nn.Module`.
+        torch: Any `torch.nn.Module` on the CPU, with the same names of layers.
+        mlx_inputs: Arguments of the MLX module: numpy arrays with MLX's axes, such as images `[B, H, W, C]`.
+        torch_inputs: Arguments of the PyTorch module with PyTorch's axes, such as images `[B, C, H, W]`; default:
+            the same as `mlx_inputs`.
+        train: Compare in training mode. The modules must not draw random numbers.
+
+    Returns:
+        A report; `verdict()` is one line, `render(console)` prints the tables.
+
+    Raises:
+        UsageError: An argument is no module of its framework.
+    """
+    calls = [Call(tuple(map(_value, given))) for given in (mlx_inputs, torch_inputs or mlx_inputs)]
+    twins = {"MLX": mlx, "PyTorch": torch, "reference": copy.deepcopy(torch).double()}
+    report = Report("fp32", {name: _describe(module) for name, module in twins.items()})
+    replays = [_Replay(module, train, exact=name == "reference") for name, module in twins.items()]
+    traces = [_record(replay, call) for replay, call in zip(replays, (calls[0], calls[1], calls[1]), strict=True)]
+    kinds = traces[0].layer_kinds
+    ours, theirs = (
+        {name: array for name, array in modules.get_weights(module).items() if not _is_renamed(name, kinds)}
+        for module in (mlx, torch)
+    )
+    report.num_weights, report.unequal_weights = len(theirs), unequal(ours, theirs)
+
+    def sample(index: int, in_order: bool = False) -> Trace:
+        with _perturbed(torch, index, in_order) as (module, perturb):
+            return _record(_Replay(module, train), perturb.call(calls[1]))
+
+    def sampled_replay(
+        index: int, path: str, call: Call, cotangents: list[Value], in_order: bool = False
+    ) -> dict[str, Value]:
+        with _perturbed(torch, index, in_order) as (module, perturb):
+            moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
+            return _Replay(module, train)(path, perturb.call(call), moved)
+
+    in_order = partial(sample, in_order=True) if traces[0].has_foreign("") else None
+    rows = compare(*traces, kinds=("module",), perturbed=sample, in_order=in_order)
+    replay_in_order = partial(sampled_replay, in_order=True)
+    rows = locate(rows, *traces, tuple(replays), perturbed=sampled_replay, in_order=replay_in_order)  # type: ignore[arg-type]
+    report.sections = [Section(f"layers, {'training' if train else 'evaluation'}", rows)]
+    return report
+
+
+class _Replay:
+    """Replays the layers of one module in a mode, and leaves its running statistics unchanged."""
+
+    def __init__(self, module: Any, train: bool, exact: bool = False) -> None:
+        self.module, self.train, self.exact = module, train, exact
+        self.backend = backends.backend_of(module)
+
+    def __call__(self, path: str, call: Call, cotangents: list[Value] | None = None) -> dict[str, Value]:
+        if self.exact:  # without parameters, the dtype of the inputs is that of the computation
+            call, cotangents = call.map(_exact), cotangents and list(map(_exact, cotangents))
+        norm = backends.module(self.backend, "nn.norm")
+        before = self.module.training
+        self.module.train(self.train)
+        try:
+            with norm.keep_running_statistics(self.module):
+                found: dict[str, Value] = backends.module(self.backend, "tools.probe").replay(
+                    self.module, path, call, cotangents
+                )
+                return found
+        finally:
+            self.module.train(before)
+
+
+def _record(replay: _Replay, call: Call) -> Trace:
+    with backends.module(replay.backend, "tools.probe").recording(replay.module, Trace()) as trace:
+        replay("", call)
+    return trace
+
+
+@contextlib.contextmanager
+def _perturbed(module: Any, sample: int, in_order: bool) -> Iterator[tuple[Any, Perturbation]]:
+    """Yields a copy of a PyTorch module that perturbs all that it computes, and the perturbation for its inputs."""
+    perturb, moved = Perturbation("fp32", sample), copy.deepcopy(module)
+    weights = modules.get_weights(module)
+    modules.set_weights(moved, {path: perturb.array(array, "weight", path) for path, array in weights.items()})
+    sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
+    with backends.module("torch", "tools.probe").perturbing(moved, perturb), sums:
+        yield moved, perturb
+
+
+def _exact(value: Value) -> Value:
+    return Value(value.array.astype(np.float64), "fp64") if value.is_float else value
+
+
+def _value(array: Array) -> Value:
+    array = np.asarray(array)
+    return Value(array, short_dtype(array.dtype))
+
+
+def _describe(module: Any) -> dict[str, str]:
+    described: dict[str, str] = backends.module(backends.backend_of(module), "tools.environment").describe("cpu")
+    return described
+
+
+def _is_renamed(name: str, kinds: dict[str, str]) -> bool:
+    """Returns whether a parameter is within a layer that has other parameters in the other framework."""
+    return any(kind in DIFFERENT_CALLS and f"{name}.".startswith(f"{path}.") for path, kind in kinds.items())

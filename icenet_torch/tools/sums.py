@@ -1,0 +1,118 @@
+"""Sums of PyTorch in the order of MLX's: term by term, in fp32.
+
+PyTorch sums in many partial sums or in float64, MLX mostly term by term. The rounding error of a sum of n terms then
+grows with sqrt(n): for the statistics of a batch norm over 16 images of 32x32 it is about 20 times larger. Both are
+correct. `summing_in_order` measures how far such sums change a result, whichever layer or function they are in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# operations with sums inside, written by PyTorch in terms of the sums below
+_COMPOSED = get_decompositions(
+    [
+        aten.native_batch_norm,
+        aten.native_batch_norm_backward,
+        aten.native_layer_norm,
+        aten.native_layer_norm_backward,
+        aten.native_group_norm,
+        aten.native_group_norm_backward,
+        aten._softmax,
+        aten._softmax_backward_data,
+        aten._log_softmax,
+        aten._log_softmax_backward_data,
+    ]
+)
+
+
+@contextlib.contextmanager
+def summing_in_order() -> Iterator[None]:
+    """Takes fp32 and half-precision sums, means and variances term by term while the context is open.
+
+    This includes those in the layers of PyTorch and in their gradients. Matrix products and convolutions stay.
+    """
+    with _InOrder():
+        yield
+
+
+class _InOrder(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        replacement = _REPLACED.get(func) or _COMPOSED.get(func)
+        if replacement is None or not _is_single(args):
+            return func(*args, **kwargs)
+        if func in _REPLACED:
+            return replacement(*args, **kwargs)
+        with self:
+            return replacement(*args, **kwargs)
+
+
+def _is_single(args: Sequence[Any]) -> bool:
+    """Returns whether the first tensor is of a dtype that MLX computes with."""
+    first = next((item for item in args if isinstance(item, Tensor)), None)
+    return first is not None and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    dims = _axes(x, dim)
+    kept = [axis for axis in range(x.ndim) if axis not in dims]
+    terms = x.float().permute(*dims, *kept).reshape(-1, *(x.shape[axis] for axis in kept))
+    array = np.ascontiguousarray(terms.cpu().numpy())
+    total = np.zeros(array.shape[1:], np.float32) if len(array) == 0 else np.add.accumulate(array, axis=0)[-1]
+    shape = [1 if axis in dims else x.shape[axis] for axis in range(x.ndim)] if keepdim else total.shape
+    return torch.from_numpy(np.asarray(total)).reshape(tuple(shape)).to(x.device, dtype or x.dtype)
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    return _sum(x, dim, keepdim, dtype=dtype) / math.prod(x.shape[axis] for axis in _axes(x, dim))
+
+
+def _var_mean(
+    x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    count = math.prod(x.shape[axis] for axis in _axes(x, dim))
+    mean = _mean(x, dim, keepdim=True)
+    squares = _sum((x - mean).square(), dim, keepdim)
+    return squares / (count - (1 if correction is None else correction)), mean if keepdim else mean.reshape(
+        squares.shape
+    )
+
+
+def _var(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def _convolution_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    gradient, has_bias = args[0], args[-1][2]
+    found = aten.convolution_backward.default(*args[:-1], [*args[-1][:2], False])
+    dims = [axis for axis in range(gradient.ndim) if axis != 1]
+    return *found[:2], _sum(gradient, dims) if has_bias else None
+
+
+def _axes(x: Tensor, dim: Any) -> list[int]:
+    """Returns the axes of a reduction; None and an empty list are all of them."""
+    dims = [dim] if isinstance(dim, int) else list(dim or range(x.ndim))
+    return [axis % x.ndim for axis in dims]
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    aten.sum.default: _sum,
+    aten.sum.dim_IntList: _sum,
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean,
+    aten.var.correction: _var,
+    aten.var_mean.correction: _var_mean,
+    aten.convolution_backward.default: _convolution_backward,
+}
