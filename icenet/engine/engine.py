@@ -47,7 +47,7 @@ class Engine(engine.Engine):
         training = config.training
         model = build_model(config, distributed.local_device(device), seed=config.seed)
         self._set_model(model, COMPUTE_DTYPES[training.mixed_precision])
-        self.device = "cpu" if model.device.type == mx.DeviceType.cpu else "gpu"
+        self.device = "cpu" if model.device == mx.Device(mx.cpu) else "gpu"
         self.optimizer = Optimizer(training, self.model)
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
         self._parameters = tree.Arrays(self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -29,12 +29,15 @@ class BaseModel(ModelBase, nn.Module):
 
     Args:
         config: The model section of the configuration.
+
+    Attributes:
+        device: Device that computes the model. None, for a model that `icenet.build` did not make, is MLX's default.
     """
 
     backend = "mlx"
     decoder_type = Decoder
-    _device: mx.Device | None = None
     array_type = mx.array
+    device: mx.Device | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,19 +49,8 @@ class BaseModel(ModelBase, nn.Module):
         with self.arithmetic():
             return self.forward(*inputs, **options)
 
-    @contextlib.contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        with mx.stream(self.device):
-            yield
-
-    @property
-    def device(self) -> mx.Device:
-        """Device that computes the model; MLX's default device unless it is set."""
-        return mx.default_device() if self._device is None else self._device
-
-    @device.setter
-    def device(self, device: mx.Device | mx.DeviceType) -> None:
-        self._device = mx.Device(device) if isinstance(device, mx.DeviceType) else device
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.device is None else mx.stream(self.device)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""

@@ -277,9 +277,14 @@ def test_the_device_of_a_model_that_is_not_built_from_a_config() -> None:
     from icenet.models import TransformerModel
 
     model = TransformerModel(Config.from_dict({"model": {"type": "transformer", "hidden_size": 8}}).model)
-    assert model.device == mx.default_device() and model.allow_tf32 is None
+    assert model.device is None and model.allow_tf32 is None
+    other, used = mx.new_stream(mx.cpu), []
+    model.forward = lambda: used.append(mx.default_stream(mx.cpu))
+    with mx.stream(other):
+        model()
     model.device = mx.cpu
-    assert model.device == mx.Device(mx.cpu)
+    model()
+    assert used == [other, mx.default_stream(mx.cpu)]
 
 
 # ---- runs -------------------------------------------------------------------------------------------------
