@@ -37,7 +37,7 @@ from helpers import (
 )
 
 from icenet.core import backends
-from icenet.core.config import Config
+from icenet.core.config import Config, custom
 from icenet.core.data.datasets import dataset_for
 from icenet.core.distributed import launch, processes
 from icenet.core.engine import micro_batches
@@ -65,7 +65,7 @@ from pathlib import Path
 from icenet.core.distributed import launch
 from icenet.core.report import plots
 from icenet.core.training import trainer
-from icenet.core.config import Config
+from icenet.core.config import Config, custom
 launched = launch.detect()
 rank = launched.rank if launched else 0
 Path(f"pid-{rank}").write_text(str(os.getpid()))
@@ -537,6 +537,53 @@ def test_sharded_training_equals_data_parallel_training(tmp_path: Path, backend:
     for first, second in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "sharded"), strict=True):
         for key in {"grad_norm", "validation_loss"} & first.keys():
             assert first[key] == pytest.approx(second[key], rel=1e-4), first["step"]
+
+
+TIED = """
+import {array} as array
+import {nn} as nn
+from {package}.models.base import BaseModel
+
+
+class Tied(BaseModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        layer = nn.Linear(config.hidden_size, config.hidden_size)
+        self.hidden = nn.Sequential(layer, nn.Tanh(), layer)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.hidden(self.embedding(x)))
+"""
+
+
+@pytest.mark.slow
+@both_backends
+def test_shared_arrays_in_several_processes(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's model with a tied head and a layer that is used twice: data parallel and sharded are one process."""
+    monkeypatch.chdir(tmp_path)
+    words = {"array": "mlx.core", "nn": "mlx.nn", "package": "icenet"}
+    (tmp_path / "tied.py").write_text(TIED.format(**words))
+    (tmp_path / "tied_torch.py").write_text(TIED.format(array="torch", nn="torch.nn", package="icenet_torch"))
+    model = {"type": "tied.py:Tied", "hidden_size": 9, "vocab_size": 257}
+    more = ["data.seq_length=16", "training.ema_decay=0.9", "training.weight_decay=0.1"]
+    plain = training_config(tmp_path, *more, steps=10)
+    config = Config.from_dict({**plain.model_dump(mode="python"), "model": model})
+    runs = {sharded: tmp_path / f"sharded-{sharded}" for sharded in ("false", "true")}
+    for sharded, run in runs.items():
+        train(tmp_path, config.with_overrides(f"training.sharded={sharded}"), run, backend, until=10)
+    custom.trust(config.model.type)
+    judge(config, *runs.values())
+    whole, cut = (state(run) for run in runs.values())
+    assert whole.keys() == cut.keys()
+    for found in (whole, cut):
+        assert found["head.weight"].tobytes() == found["embedding.weight"].tobytes()
+        assert found["head.weight"].shape == (257, 9) and "head.weight.exp_avg" not in found
+        assert found["hidden.2.bias"].tobytes() == found["hidden.0.bias"].tobytes()
+    for name in whole:
+        np.testing.assert_allclose(whole[name], cut[name], atol=2e-4, err_msg=name)
 
 
 @pytest.mark.slow
