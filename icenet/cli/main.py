@@ -335,9 +335,9 @@ def parity_command(
     if as_json:
         show_json(report.as_dict())
     else:
-        from rich.console import Console
+        from icenet.core.report.console import new_console
 
-        report.render(Console(), verbose)
+        report.render(new_console(), verbose)
     sys.exit(0 if report.passed else 1)
 
 

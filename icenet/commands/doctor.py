@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
+from icenet.core.report.console import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,9 +83,7 @@ class Report:
     def render(self, console: Console | None = None) -> None:
         """Prints the report as tables."""
         if console is None:
-            from rich.console import Console
-
-            console = Console()
+            console = new_console()
         console.print(_machine_table(self))
         console.print(_backend_table(self))
         if self.problems:

@@ -8,6 +8,7 @@ from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config, presets
+from icenet.core.report.console import new_console
 from icenet.core.training import open_model, parameter_groups
 
 

@@ -144,16 +144,23 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
         )
     scale, label = _axis(runs, x)
     title = _caption(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+    same = _equal_curves(runs)
+    heights, height = [3.6, *[1.6] * bool(same), 1.1, 1.1, 1.1], 11.3 if same else 9.4
     # the blank subtitle leaves space for the name of the first panel
-    figure, panels = canvas.new_figure((9, 9.4), [3.6, 1.1, 1.1, 1.1], title, " ", right=0.75, space=0.32)
+    figure, panels = canvas.new_figure((9, height), heights, title, " ", right=0.75, space=0.32)
+    if same:
+        _draw_differences(panels.pop(1), runs, same, scale[0])
     rates, norms, speeds = ([run.curve(key) for run in runs] for key in ("learning_rate", "grad_norm", "speed"))
     for index, run in enumerate(runs):
         look, at = _look(index), scale[index]
-        _draw(panels[0], run.curve("loss"), look, at, smooth)
-        _draw(panels[1], rates[index], look, at, 1)
-        _draw(panels[2], norms[index], look, at, smooth)
+        # a wider line stays visible under equal ones
+        group = same.get(index, index)
+        extra = 2.6 * min(sum(1 for later, first in same.items() if first == group and later > index), 4)
+        _draw(panels[0], run.curve("loss"), look, at, smooth, width=1.8 + extra)
+        _draw(panels[1], rates[index], look, at, 1, width=1.8 + extra)
+        _draw(panels[2], norms[index], look, at, smooth, width=1.8 + extra)
         _draw(panels[3], speeds[index], look, at, smooth, run.changes)
-        _mark(panels[0], run, look, at, smooth, index)
+        _mark(panels[0], run, look, at, smooth, index, size=5 + extra)
     _finish_loss(panels[0], runs, smooth)
     _finish(panels[1], rates, "learning rate", _rates_need_log_axis([values for _, values in rates]), _small)
     _finish(panels[2], norms, "gradient norm", _wide([values for _, values in norms], 0.05, 0.99, 20), _small)
@@ -227,7 +234,13 @@ def _finish_x(axes: Axes, label: str) -> None:
 
 
 def _draw(
-    axes: Axes, curve: Curve, look: dict[str, Any], at: Scale, smooth: int | None, breaks: Sequence[float] = ()
+    axes: Axes,
+    curve: Curve,
+    look: dict[str, Any],
+    at: Scale,
+    smooth: int | None,
+    breaks: Sequence[float] = (),
+    width: float = 1.8,
 ) -> None:
     """Draws a curve as a thin line and its moving average, which does not cross `breaks`, as a thick one."""
     steps, values = curve
@@ -240,10 +253,13 @@ def _draw(
     window = max(len(values) // 40, 1) if smooth is None else smooth
     parts = np.split(values, np.searchsorted(steps, breaks))
     mean = np.concatenate([canvas.smoothed(part, window) for part in parts if len(part)])
-    axes.plot(places[thin], mean[thin], **look, linewidth=1.8, marker="o" if len(steps) == 1 else None, markersize=4)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(places[thin], mean[thin], **look, linewidth=width, marker=marker, markersize=4)
 
 
-def _mark(axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | None, index: int) -> None:
+def _mark(
+    axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | None, index: int, size: float = 5
+) -> None:
     """Draws the evaluations of a run and its changes of backend."""
     from matplotlib.patheffects import withStroke
 
@@ -251,7 +267,7 @@ def _mark(axes: Axes, run: Run, look: dict[str, Any], at: Scale, smooth: int | N
     steps, values = run.curve("validation_loss")
     if len(steps):
         few = slice(None, None, max(1, len(steps) // 100))
-        axes.plot(at(steps)[few], values[few], marker="o", markersize=5, zorder=3, **white)
+        axes.plot(at(steps)[few], values[few], marker="o", markersize=size, zorder=3, **white)
     steps, values = run.curve("loss")
     mean = canvas.smoothed(values, smooth)
     for step, backend in run.backends[1:13] if len(steps) else []:
@@ -292,7 +308,13 @@ def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
         _logarithmic(axes, raw, _small)
     else:
         canvas.set_limits(axes, raw, shown)
-        ends = [(float(c[-1]), f"{c[-1]:.3f}", _look(index)["color"]) for index, c in enumerate(curves) if len(c)]
+        # the loss of the last step, which the command prints, at the end of the thick line
+        last = [run.curve("loss")[1][-1:] for run in runs]
+        ends = [
+            (float(curve[-1]), f"{last[index][0]:.4f}", _look(index)["color"])
+            for index, curve in enumerate(curves)
+            if len(curve)
+        ]
         if 0 < len(ends) <= 6:
             canvas.end_labels(axes, ends, 0.055)
     if len(runs) > 1:
@@ -307,6 +329,59 @@ def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
             ncols=1 + len(runs) // 11,
             handlelength=2.2,
         )
+
+
+def _differences(first: Run, run: Run) -> Curve:
+    """Returns the steps that two runs have in common, and the absolute differences of their losses."""
+    (steps, values), (others, theirs) = first.curve("loss"), run.curve("loss")
+    common, here, there = np.intersect1d(steps, others, return_indices=True)
+    return common, np.abs(values[here] - theirs[there])
+
+
+def _equal_curves(runs: Sequence[Run]) -> dict[int, int]:
+    """Returns, for each run whose loss covers that of earlier ones in the picture, the index of the first of them."""
+    found: dict[int, int] = {}
+    for index, run in enumerate(runs):
+        for earlier in range(index):
+            _, difference = _differences(runs[earlier], run)
+            visible = 0.01 * float(np.ptp(run.curve("loss")[1])) if len(difference) else 0.0
+            if len(difference) and float(np.median(difference)) <= visible:
+                found[index] = earlier
+                break
+    return found
+
+
+def _draw_differences(axes: Axes, runs: Sequence[Run], same: dict[int, int], at: Scale) -> None:
+    """Draws the differences between the losses of runs that are `same`, on a logarithmic axis.
+
+    Zeros are marks at the lower edge.
+    """
+    found = {index: _differences(runs[earlier], runs[index]) for index, earlier in same.items()}
+    everything = np.concatenate([values for _, values in found.values()])
+    positive = everything[everything > 0]
+    first, last = next((runs[earlier].name, runs[index].name) for index, earlier in same.items())
+    what = [f"|{first} − {last}|" if len(same) == 1 else "from the first run of the same loss"]
+    _name(axes, "difference of the losses (nats)")
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1e-9, 1e-7)
+    floor = 10 ** np.floor(np.log10(low) - 0.3)
+    for index, (steps, values) in found.items():
+        thin = slice(None, None, max(1, len(steps) // _POINTS))
+        place, shown = at(steps)[thin], values[thin]
+        look: dict[str, Any] = {"linestyle": "none", "color": _look(index)["color"], "clip_on": False}
+        axes.plot(place[shown > 0], shown[shown > 0], "o", markersize=2.5, markeredgewidth=0, **look)
+        axes.plot(place[shown == 0], np.full(int((shown == 0).sum()), floor), "|", markersize=8, **look)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.set_ylim(floor, 10 ** np.ceil(np.log10(high) + 0.1))
+    axes.yaxis.set_major_locator(LogLocator(10, numticks=5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(_small)
+    if (everything == 0).any():
+        what.append("marks at the lower edge: exactly zero" if len(positive) else "exactly zero in every step")
+    axes.set_title(",  ".join(what), loc="right", fontsize=9, color=canvas.GREY)
+    if not len(positive):
+        axes.set_yticks([])
 
 
 def _name(axes: Axes, name: str) -> None:

@@ -15,6 +15,7 @@ from icenet.core.data.images.augment import normalize
 from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.data.images.files import image_files, read_image
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
+from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
 
 BATCH_SIZE = 64
@@ -52,7 +53,6 @@ class Predictions:
         ]
 
     def render(self) -> None:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -64,7 +64,7 @@ class Predictions:
         for row, image in enumerate(self.images):
             cells = [cell for name, p in self.ranked(row) for cell in (name, f"{p:.1%}")]
             table.add_row(Text(str(image)), *map(Text, cells))  # Text: rich must not read names as markup
-        Console().print(table)
+        new_console().print(table)
 
 
 def predict(

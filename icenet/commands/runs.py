@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
 from icenet.core.training import run_folder
@@ -85,13 +86,10 @@ class RunList:
         return [plain(asdict(run)) for run in self.runs]
 
     def render(self) -> None:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        console = Console()
-        if not console.is_terminal:  # no need to shorten lines in a file or a pipe
-            console.width = max(console.width, 160)
+        console = new_console()
         if not self.runs:
             line = f"no runs in {self.folder}; start one: icenet train quickstart"
             console.print(line, markup=False, highlight=False, soft_wrap=True)

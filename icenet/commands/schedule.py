@@ -13,6 +13,7 @@ from icenet.core.config import Config
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import UsageError
 from icenet.core.report import canvas
+from icenet.core.report.console import new_console
 from icenet.core.training import open_model
 from icenet.core.training.parameter_groups import assign, gather
 from icenet.core.training.schedule import decay_start, learning_rate, length
@@ -104,10 +105,9 @@ class ScheduleReport:
 
     def render(self, picture: Path | None) -> None:
         """Prints the report. `picture` is the result of `draw`."""
-        from rich.console import Console
         from rich.table import Table
 
-        console = Console()
+        console = new_console()
         training = self.training
         title = f"{Path(self.name).stem}: {training.schedule}, {training.max_steps:,} steps"
         table = Table(title=title, title_style="bold")
@@ -119,7 +119,7 @@ class ScheduleReport:
         console.print(table)
         console.print(self.sparkline(), highlight=False)
         groups = Table(title=f"Parameters, optimizer {training.optimizer}", title_style="bold")
-        groups.add_column("parameters")
+        groups.add_column("parameters", overflow="fold")
         for column in ("values", "method", "highest rate", "decay"):
             groups.add_column(column, justify="right", no_wrap=True)
         for group in self.groups:

@@ -50,6 +50,8 @@ def print_result(result: Result) -> None:
     if result.validation_accuracy is not None:
         validation += f", accuracy {result.validation_accuracy:.2%}"
     console.print(f"step {result.step}: loss {result.loss:.4f}{validation}", markup=False)
+    if result.stopped_early:
+        console.print(f"stopped early: {result.early_stopping.reason}", markup=False)
     console.print(f"run         {result.run}", markup=False)
     console.print(f"checkpoint  {result.checkpoint}", markup=False)
     plot = str(result.plot) if result.plot else "none: matplotlib is not installed; pip install 'icenet[plot]'"

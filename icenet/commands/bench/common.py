@@ -13,6 +13,7 @@ from icenet.commands.doctor import system_facts
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError
+from icenet.core.report.console import new_console
 from icenet.core.training.run_folder import versions
 
 if TYPE_CHECKING:
@@ -96,13 +97,8 @@ def installed_backends(backend: str | None) -> list[str]:
 
 
 def console() -> Console:
-    """Returns the console; it is at least 120 columns wide when the output goes to a file or pipe."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    return console
+    """Returns the console of the tables."""
+    return new_console(highlight=False)
 
 
 def table(title: str, rows: Sequence[Mapping[str, str]], right_aligned: Iterable[str]) -> Table:
@@ -111,7 +107,8 @@ def table(title: str, rows: Sequence[Mapping[str, str]], right_aligned: Iterable
 
     table = Table(title=title, title_style="bold", title_justify="left", box=None, pad_edge=False, padding=(0, 1))
     for column in rows[0]:
-        table.add_column(column, justify="right" if column in right_aligned else "left", no_wrap=True)
+        right = column in right_aligned
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
     return table

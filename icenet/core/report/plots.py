@@ -73,11 +73,11 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: 
         thin = slice(None, None, max(1, len(loss) // _RAW_POINTS))
         axes.plot(steps[thin], loss[thin], color=BLUE, alpha=0.28, linewidth=0.8)
         axes.plot(steps, smooth, color=BLUE, linewidth=2, marker="o" if len(loss) == 1 else None)
-        ends.append((float(smooth[-1]), f"train\n{smooth[-1]:.3f}", BLUE))
+        ends.append((float(smooth[-1]), f"train\n{loss[-1]:.4f}", BLUE))  # the loss that the command prints
     if len(eval_loss):
         axes.plot(eval_steps, eval_loss, color=ORANGE, linewidth=1, alpha=0.5)
         axes.plot(eval_steps, eval_loss, "o", color=ORANGE, markersize=5.5, markeredgecolor="white")
-        ends.append((float(eval_loss[-1]), f"validation\n{eval_loss[-1]:.3f}", ORANGE))
+        ends.append((float(eval_loss[-1]), f"validation\n{eval_loss[-1]:.4f}", ORANGE))
     if ends:
         set_limits(axes, np.concatenate([loss, eval_loss]), np.concatenate([smooth, eval_loss]))
         end_labels(axes, ends)
