@@ -38,23 +38,34 @@ def __getattr__(name: str) -> str:
         return "0+unknown"
 
 
-def build(config: Config | str | Path, backend: str | None = None, device: str | None = None) -> Any:
+def build(
+    config: Config | str | Path,
+    backend: str | None = None,
+    device: str | None = None,
+    *,
+    allow_tf32: bool | None = None,
+) -> Any:
     """Builds a new model with initial weights.
 
     Args:
         config: A `Config`, the path of a YAML file, or the name of a preset.
         backend: mlx, torch or auto; by default that of the config.
         device: auto, cpu, gpu, cuda, cuda:N or mps; by default that of the config.
+        allow_tf32: Whether fp32 products may use TF32 on a GPU; by default that of the config.
 
     Returns:
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
+
+    Raises:
+        BackendError: The backend or the device does not exist, or TF32 is not allowed and MLX already uses it in this
+            process.
     """
     from icenet.core.config import Config, custom
     from icenet.core.models.inference import build_for_inference
 
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
     custom.trust(config.model.type)
-    return build_for_inference(config, backend, device, seed=config.seed)
+    return build_for_inference(config, backend, device, seed=config.seed, allow_tf32=allow_tf32)
 
 
 def load(
@@ -62,6 +73,7 @@ def load(
     backend: str | None = None,
     device: str | None = None,
     *,
+    allow_tf32: bool | None = None,
     averaged: bool = False,
     trust_code: bool = False,
 ) -> Any:
@@ -71,6 +83,7 @@ def load(
         path: A run (its newest complete checkpoint), a checkpoint, or a folder that `save` wrote.
         backend: mlx, torch or auto; by default that of the config.
         device: auto, cpu, gpu, cuda, cuda:N or mps; by default that of the config.
+        allow_tf32: Whether fp32 products may use TF32 on a GPU; by default that of the config.
         averaged: Whether to load the moving average of the weights (`training.ema_decay`).
         trust_code: Whether to run the user's Python file that defines the model.
 
@@ -79,6 +92,7 @@ def load(
 
     Raises:
         CheckpointError: The path contains no weights.
+        BackendError: As in `build`.
     """
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
@@ -91,7 +105,7 @@ def load(
         raise CheckpointError(f"{path}: contains no weights; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
-    model = build_for_inference(config, backend, device, seed=None)
+    model = build_for_inference(config, backend, device, seed=None, allow_tf32=allow_tf32)
     model.set_weights(dict(weights))
     return model
 

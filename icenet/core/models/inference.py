@@ -11,7 +11,9 @@ from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
 
 
-def build_for_inference(config: Config, backend: str | None, device: str | None, *, seed: int | None) -> Any:
+def build_for_inference(
+    config: Config, backend: str | None, device: str | None, *, seed: int | None, allow_tf32: bool | None = None
+) -> Any:
     """Returns a model in evaluation mode.
 
     Args:
@@ -19,7 +21,10 @@ def build_for_inference(config: Config, backend: str | None, device: str | None,
         backend: mlx, torch or auto; None selects `config.backend`.
         device: auto, cpu, gpu, cuda, cuda:N or mps; None selects `config.device`.
         seed: Seed of the initial weights, or None for a model whose weights are then loaded.
+        allow_tf32: Whether fp32 products may use TF32; None selects `config.allow_tf32`.
     """
+    if allow_tf32 is not None:
+        config = config.model_copy(update={"allow_tf32": allow_tf32})
     name = backends.choose(config, backend)
     model = backends.module(name, "engine.build").build_model(config, device or config.device, seed=seed)
     model.eval()
