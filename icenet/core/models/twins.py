@@ -82,8 +82,7 @@ def describe(model: Any) -> Description:
 
 def differences(first: Description, second: Description) -> list[str]:
     """Returns a line for each difference between the descriptions of a model on the two backends."""
-    by_backend = {found.backend: found for found in (first, second)}
-    mlx, torch = by_backend["mlx"], by_backend["torch"]
+    mlx, torch = (second, first) if (first.backend, second.backend) == ("torch", "mlx") else (first, second)
     found = _names(mlx, torch) + _names(torch, mlx)
     for path, ours in mlx.arrays.items():
         if (theirs := torch.arrays.get(path)) is not None:
