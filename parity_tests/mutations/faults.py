@@ -24,6 +24,86 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- arithmetic -----------------------------------------------------------------------------------------
+    Fault(
+        "a token is decoded outside of the model's arithmetic",
+        "icenet/core/generation/decoder.py",
+        "            with self.model.arithmetic():\n                yield\n",
+        "            yield\n",
+        [
+            "engine/test_arithmetic.py::test_each_use_of_a_pytorch_model_has_its_arithmetic",
+            "engine/test_arithmetic.py::test_each_use_of_an_mlx_model_is_on_its_device",
+        ],
+    ),
+    Fault(
+        "a training step runs outside of the model's arithmetic",
+        "icenet/core/engine.py",
+        "    @in_arithmetic\n    def train_step(",
+        "    def train_step(",
+        [
+            "engine/test_arithmetic.py::test_each_use_of_a_pytorch_model_has_its_arithmetic",
+            "engine/test_arithmetic.py::test_each_use_of_an_mlx_model_is_on_its_device",
+        ],
+    ),
+    Fault(
+        "PyTorch's switches keep the values of the last model",
+        "icenet_torch/nn/arithmetic.py",
+        "        _restore(older, newer)\n",
+        "        pass\n",
+        [
+            "engine/test_arithmetic.py::test_the_switches_are_set_inside_the_context_and_restored_after_it",
+            "engine/test_arithmetic.py::test_two_pytorch_models_keep_their_own_arithmetic",
+        ],
+    ),
+    Fault(
+        "a new model changes MLX's default device",
+        "icenet/engine/build.py",
+        "    with mx.stream(chosen):\n",
+        "    mx.set_default_device(chosen)\n    with mx.stream(chosen):\n",
+        ["engine/test_arithmetic.py::test_each_use_of_an_mlx_model_is_on_its_device"],
+    ),
+    Fault(
+        "MLX's TF32 is accepted where the config wants full fp32",
+        "icenet/nn/arithmetic.py",
+        "    if used and not allow:\n",
+        "    if False:\n",
+        ["engine/test_arithmetic.py::test_full_fp32_in_a_process_that_computes_in_tf32_is_an_error"],
+    ),
+    Fault(
+        "the environment of the process keeps the config's TF32",
+        "icenet/nn/arithmetic.py",
+        "            del os.environ[VARIABLE]\n",
+        "            pass\n",
+        ["engine/test_arithmetic.py::test_the_first_model_on_a_gpu_decides"],
+    ),
+    Fault(
+        "parity compares in TF32",
+        "icenet/parity/engines.py",
+        ', "allow_tf32=false")',
+        ")",
+        ["engine/test_arithmetic.py::test_parity_compares_in_full_fp32"],
+    ),
+    Fault(
+        "a resumed run does not say that TF32 has changed",
+        "icenet/core/training/trainer.py",
+        "if before is not None and before != engine.tf32:",
+        "if False:",
+        ["engine/test_arithmetic.py::test_a_run_records_its_arithmetic"],
+    ),
+    Fault(
+        "the flag --trust-code outlives its command",
+        "icenet/core/config/custom.py",
+        "        _everything_trusted.reset(token)\n",
+        "        pass\n",
+        ["models/test_custom.py::test_the_flag_is_for_one_command"],
+    ),
+    Fault(
+        "the BLAS of a config is not used",
+        "icenet/core/blas.py",
+        "_load(variable or choice, ",
+        '_load(variable or "auto", ',
+        ["core/test_blas.py::test_a_config_chooses_without_the_environment"],
+    ),
     # ---- arguments of models ------------------------------------------------------------------------------
     Fault(
         "token ids are not compared with the vocabulary",
