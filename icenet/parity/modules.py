@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from icenet.core import backends
 from icenet.core.models import modules
 from icenet.parity.align import DIFFERENT_CALLS
 from icenet.parity.engines import Perturbation
-from icenet.parity.locate import compare, locate
+from icenet.parity.locate import SampledReplay, compare, locate
 from icenet.parity.report import Report, Section
 from icenet.parity.run import unequal
 from icenet.parity.trace import Call, Trace, Value, short_dtype
+from icenet.parity.yardstick import F, Samples
 
 Array = npt.NDArray[Any]
 
@@ -60,22 +60,32 @@ def compare_modules(
         for module in (mlx, torch)
     )
     report.num_weights, report.unequal_weights = len(theirs), unequal(ours, theirs)
+    report.shared = modules.shared_arrays(torch)
 
-    def sample(index: int, in_order: bool = False) -> Trace:
-        with _perturbed(torch, index, in_order) as (module, perturb):
-            return _record(_Replay(module, train), perturb.call(calls[1]))
+    def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
+        def sample(index: int) -> Trace:
+            with _perturbed(twins[role], index, role, in_order) as (module, perturb):
+                call = calls[0 if role == "MLX" else 1]
+                return _record(_Replay(module, train, role == "reference"), perturb.call(call))
 
-    def sampled_replay(
-        index: int, path: str, call: Call, cotangents: list[Value], in_order: bool = False
-    ) -> dict[str, Value]:
-        with _perturbed(torch, index, in_order) as (module, perturb):
-            moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
-            return _Replay(module, train)(path, perturb.call(call), moved)
+        return sample
 
-    in_order = partial(sample, in_order=True) if traces[0].has_foreign("") else None
-    rows = compare(*traces, kinds=("module",), perturbed=sample, in_order=in_order)
-    replay_in_order = partial(sampled_replay, in_order=True)
-    rows = locate(rows, *traces, tuple(replays), perturbed=sampled_replay, in_order=replay_in_order)  # type: ignore[arg-type]
+    def sampled_replay(role: str, in_order: bool) -> SampledReplay:
+        def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+            with _perturbed(twins[role], index, role, in_order) as (module, perturb):
+                moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
+                return _Replay(module, train, role == "reference")(path, perturb.call(call), moved)
+
+        return replayed
+
+    def samples(function: Callable[[str, bool], F]) -> Samples[F]:
+        in_order = function("PyTorch", True) if traces[0].has_foreign("") else None
+        return Samples(function("reference", False), function("PyTorch", False), function("MLX", False), in_order)
+
+    by_mlx, by_torch, exact = traces
+    rows = compare(by_mlx, by_torch, exact, kinds=("module",), samples=samples(sampled))
+    three = replays[0], replays[1], replays[2]
+    rows = locate(rows, by_mlx, by_torch, exact, three, samples=samples(sampled_replay))
     report.sections = [Section(f"layers, {'training' if train else 'evaluation'}", rows)]
     return report
 
@@ -110,14 +120,28 @@ def _record(replay: _Replay, call: Call) -> Trace:
 
 
 @contextlib.contextmanager
-def _perturbed(module: Any, sample: int, in_order: bool) -> Iterator[tuple[Any, Perturbation]]:
-    """Yields a copy of a PyTorch module that perturbs all that it computes, and the perturbation for its inputs."""
-    perturb, moved = Perturbation("fp32", sample), copy.deepcopy(module)
+def _perturbed(module: Any, sample: int, role: str, in_order: bool) -> Iterator[tuple[Any, Perturbation]]:
+    """Yields a module with the weights of a sample of the noise, and the perturbation for its inputs.
+
+    A PyTorch module is copied; in the role "PyTorch" the copy also moves all that it computes by ulps. An MLX module
+    gets its own weights back at the end.
+    """
+    backend = backends.backend_of(module)
+    perturb = Perturbation("fp32", sample, rounds=role == "PyTorch")
+    moved = module if backend == "mlx" else copy.deepcopy(module)
     weights = modules.get_weights(module)
-    modules.set_weights(moved, {path: perturb.array(array, "weight", path) for path, array in weights.items()})
+    shared = modules.shared_arrays(module)  # moved once, at its first place
+    own = {path: array for path, array in weights.items() if path not in shared}
+    modules.set_weights(moved, {path: perturb.array(array, "weight", path) for path, array in own.items()})
     sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
-    with backends.module("torch", "tools.probe").perturbing(moved, perturb), sums:
-        yield moved, perturb
+    probe = backends.module(backend, "tools.probe")
+    inner = probe.perturbing(moved, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
+    try:
+        with inner, sums:
+            yield moved, perturb
+    finally:
+        if backend == "mlx":
+            modules.set_weights(module, {path: weights[path] for path in own})
 
 
 def _exact(value: Value) -> Value:
@@ -130,8 +154,15 @@ def _value(array: Array) -> Value:
 
 
 def _describe(module: Any) -> dict[str, str]:
-    described: dict[str, str] = backends.module(backends.backend_of(module), "tools.environment").describe("cpu")
-    return described
+    """Returns framework, version, device and TF32 of a module."""
+    backend = backends.backend_of(module)
+    device = backends.module(backend, "tools.probe").device_of(module)
+    described = backends.module(backend, "tools.environment").describe(_device_name(device))
+    return {**described, "tf32": "on" if backends.module(backend, "nn.arithmetic").uses_tf32(device) else "off"}
+
+
+def _device_name(device: Any) -> str:
+    return str(getattr(device, "type", device)).rpartition(".")[2]
 
 
 def _is_renamed(name: str, kinds: dict[str, str]) -> bool:

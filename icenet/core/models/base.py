@@ -136,7 +136,7 @@ class ModelBase:
     def with_canonical_names(self, values: Mapping[str, Any], is_state: bool = False) -> Mapping[str, Any]:
         """Returns weights, or with `is_state` optimizer state by `PATH.SLOT`, by canonical name.
 
-        Checkpoints of version 0.2 and earlier name the parts of MLX's containers as MLX does.
+        Checkpoints of version 0.1 name the parts of MLX's containers as MLX does.
         """
         found = sharing.renamed(values, self.mlx_names(), is_state)
         changed = [(old, new) for old, new in zip(values, found, strict=True) if old != new]

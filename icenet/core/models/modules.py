@@ -39,8 +39,7 @@ def set_weights(module: Any, values: Mapping[str, np.ndarray]) -> None:
         WeightsError: A name or a shape does not match; the module is unchanged.
     """
     tree = _tree(module)
-    shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(module))
-    complete = sharing.complete(sharing.renamed(values, tree.mlx_names(module)), shared)
+    complete = sharing.complete(sharing.renamed(values, tree.mlx_names(module)), shared_arrays(module))
     weight_files.check(tree.weight_shapes(module), {path: tuple(array.shape) for path, array in complete.items()})
     tree.assign_weights(module, complete)
 
@@ -48,6 +47,11 @@ def set_weights(module: Any, values: Mapping[str, np.ndarray]) -> None:
 def copy_weights(source: Any, destination: Any) -> None:
     """Copies the weights of a module to its twin, on the same backend or the other one; see `set_weights`."""
     set_weights(destination, get_weights(source))
+
+
+def shared_arrays(module: Any) -> dict[str, str]:
+    """Returns the owner's path of each further path of an array that a module shares (see `sharing`)."""
+    return sharing.find_shared((path, array) for path, array, _ in _tree(module).named_arrays(module))
 
 
 def _tree(module: Any) -> Any:
