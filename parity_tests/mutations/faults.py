@@ -79,8 +79,8 @@ FAULTS: list[Fault] = [
     Fault(
         "parity compares in TF32",
         "icenet/parity/engines.py",
-        ', "allow_tf32=false")',
-        ")",
+        '"allow_tf32=false"',
+        '"allow_tf32=true"',
         ["engine/test_arithmetic.py::test_parity_compares_in_full_fp32"],
     ),
     Fault(
