@@ -25,7 +25,8 @@ from source_tree import (
 import icenet
 
 LAYERS = [
-    ["core.errors", "core.rng", "core.files", "core.blas"],
+    ["core.errors", "core.threads"],
+    ["core.rng", "core.files", "core.blas"],
     ["core.config", "core.tokenizers"],
     ["core.report"],
     ["core.backends"],

@@ -3,6 +3,7 @@ uniform variates and dropout masks in NumPy, MLX and PyTorch; distributions; key
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,7 @@ import icenet.models
 import icenet.nn
 import icenet_torch.models
 import icenet_torch.nn
-from icenet.core import rng
+from icenet.core import rng, threads
 from icenet.core.config import ModelConfig
 from icenet.core.errors import WeightsError
 from icenet.core.models import init
@@ -310,10 +311,41 @@ def test_normal_variates_are_those_of_box_and_muller(n: int) -> None:
         assert abs(x[at] - expected) <= 2.0**-23 * max(abs(expected), 1e-7)
 
 
-def test_normal_variates_are_finite_at_the_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    extreme = np.array([0, 2**32 - 1, 0, 2**32 - 1], np.uint32)
-    monkeypatch.setattr(rng, "bits", lambda key, n: extreme[:n])
-    assert np.isfinite(rng.normal(words(0, 0), (4,))).all()
+def plain_box_muller(first: Any, second: Any) -> Any:
+    radius = np.sqrt(-2.0 * np.log((first + 0.5) * 2.0**-32))
+    angle = (2.0 * np.pi * 2.0**-32) * second
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
+
+
+def box_muller(first: Any, second: Any) -> Any:
+    out = np.empty((2, len(first)), np.float32)
+    rng.box_muller(first, second.copy(), out, np.empty((4, len(first))))
+    return out
+
+
+def test_the_polynomial_gives_the_bits_of_numpys_cosine_and_sine() -> None:
+    drawn = rng.bits(rng.key(6, "polynomial"), 2 * CHUNK)
+    assert np.array_equal(box_muller(drawn[:CHUNK], drawn[CHUNK:]), plain_box_muller(drawn[:CHUNK], drawn[CHUNK:]))
+    axes = np.arange(4, dtype=np.uint32) << np.uint32(30)  # the quarter turns, where one of the two is zero
+    second = np.concatenate([axes + np.uint32(offset % 2**32) for offset in range(-300, 301)])
+    first = np.full(len(second), 12345, np.uint32)
+    assert np.array_equal(box_muller(first, second), plain_box_muller(first, second))
+
+
+def test_normal_variates_are_finite_at_the_extreme_words() -> None:
+    extreme = words(0, 0, 2**32 - 1, 2**32 - 1), words(0, 2**32 - 1, 0, 2**32 - 1)
+    found = box_muller(*extreme)
+    assert np.isfinite(found).all() and np.array_equal(found, plain_box_muller(*extreme))
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_normal_variates_do_not_depend_on_threads_and_chunks(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
+    monkeypatch.setattr(rng, "_PAIRS", 16)
+    n = 1001
+    drawn = rng.bits(rng.key(8, "threads"), n + 1)
+    expected = plain_box_muller(drawn[:501], drawn[501:]).reshape(-1)[:n] * np.float32(0.37)
+    assert np.array_equal(rng.normal(rng.key(8, "threads"), (n,), 0.37), expected)
 
 
 def test_uniform_variates_and_bits_are_uniform() -> None:
@@ -393,6 +425,30 @@ def model_config(**changes: Any) -> Any:
 def initial(backend: str, seed: int = 5, **changes: Any) -> Any:
     package = icenet.models if backend == "mlx" else icenet_torch.models
     return package.TransformerModel(model_config(**changes), seed=seed).weights()
+
+
+SMALL: Any = {
+    "transformer": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 31, "max_seq_length": 8},
+    "lstm": {"hidden_size": 12, "num_layers": 2, "vocab_size": 17},
+    "cnn": {"hidden_size": 16, "num_layers": 2, "base_channels": 4, "vocab_size": 5},
+}
+DIGESTS = {
+    "transformer": "ccec65d620ba7671",
+    "lstm": "76d4b28153beca8c",
+    "cnn": "fc3e1eee41397098",
+}
+"""The first digits of the SHA-256 of all initial values of SMALL, by path, with seed 5."""
+
+
+@pytest.mark.parametrize("family", SMALL)
+@both_backends
+def test_initial_values_are_those_of_earlier_versions(backend: str, family: str) -> None:
+    config = ModelConfig(type=family, **SMALL[family])
+    package = icenet.models if backend == "mlx" else icenet_torch.models
+    digest = hashlib.sha256()
+    for path, values in sorted(package.MODELS[family](config, seed=5).weights().items()):
+        digest.update(path.encode() + np.ascontiguousarray(values).tobytes())
+    assert digest.hexdigest()[:16] == DIGESTS[family]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"norm_position": "post"}, {"num_layers": 5}])

@@ -49,14 +49,14 @@ def initial_value(
         if name.startswith("bias"):
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])
-        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
+        return rng.normal(rng.key(seed, "init", path), shape, deviation)
     if kind in ("layer_norm", "rms_norm", "group_norm"):
         return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
     if kind.startswith("conv"):
         if name == "bias":
             return np.zeros(shape, np.float32)
         deviation = init_scale * math.sqrt(2 / math.prod(shape[1:]))
-        return rng.normal(rng.key(seed, "init", path), shape) * np.float32(deviation)
+        return rng.normal(rng.key(seed, "init", path), shape, deviation)
     if kind == "batch_norm":
         return (np.ones if name in ("weight", "running_var") else np.zeros)(shape, np.float32)
     raise WeightsError(f"{path}: no rule for the initial value of a layer of kind {kind!r}")
