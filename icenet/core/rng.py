@@ -144,8 +144,8 @@ def uniform(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
 def normal(key: Words, shape: tuple[int, ...], scale: float = 1.0) -> NDArray[np.float32]:
     """Returns normal variates of mean 0 and standard deviation `scale`, float32, on all cores.
 
-    Standard variates are computed by the Box-Muller transform (1958) in float64, rounded to float32, and multiplied by
-    `scale` in float32. They are drawn on the host, because the frameworks' inverse error functions differ.
+    They are computed by the Box-Muller transform (1958) in float64, rounded to float32, and multiplied by `scale` in
+    float32. They are drawn on the host, because the frameworks' inverse error functions differ.
     """
     n = int(np.prod(shape, dtype=np.int64))
     pairs = (n + 1) // 2
