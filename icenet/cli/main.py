@@ -18,6 +18,7 @@ from icenet.cli.bench import bench
 from icenet.cli.options import (
     PATH,
     CommandGroup,
+    averaged_option,
     backend_option,
     device_option,
     examples,
@@ -209,7 +210,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     type=click.Choice(["error", "slide"]),
     help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
 )
-@click.option("--averaged", is_flag=True, help="Use the averaged weights that training.ema_decay stored.")
+@averaged_option
 @backend_option
 @device_option
 @trust_option
@@ -251,12 +252,19 @@ def generate_command(
 @click.option(
     "--top-k", type=click.IntRange(1), default=3, show_default=True, help="Number of classes to print per image."
 )
+@averaged_option
 @backend_option
 @device_option
 @json_option
 @trust_option
 def predict_command(
-    run: Path, images: tuple[Path, ...], top_k: int, backend: str | None, device: str | None, as_json: bool
+    run: Path,
+    images: tuple[Path, ...],
+    top_k: int,
+    averaged: bool,
+    backend: str | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Classify images with a trained model.
 
@@ -264,7 +272,7 @@ def predict_command(
     """
     from icenet.commands import predict
 
-    show(predict.predict(run, images, backend, device, top_k), as_json)
+    show(predict.predict(run, images, backend, device, top_k, averaged), as_json)
 
 
 @cli.command(
@@ -286,9 +294,16 @@ def predict_command(
 )
 @click.option("--config", metavar="CONFIG", help="Config of the model, if there is none next to SOURCE.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@averaged_option
 @trust_option
 def convert_command(
-    source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
+    source: Path,
+    destination: Path,
+    to: str,
+    source_form: str | None,
+    config: str | None,
+    overwrite: bool,
+    averaged: bool,
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
@@ -296,7 +311,7 @@ def convert_command(
     """
     from icenet.commands.convert import convert_model
 
-    click.echo(convert_model(source, destination, to, source_form, config, overwrite))
+    click.echo(convert_model(source, destination, to, source_form, config, overwrite, averaged))
 
 
 @cli.command(

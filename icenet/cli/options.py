@@ -70,6 +70,9 @@ trust_option = click.option(
     callback=_trust_code,
     help="Allow a checkpoint to run the Python file that its model.type names.",
 )
+averaged_option = click.option(
+    "--averaged", is_flag=True, help="Use the averaged weights that training.ema_decay stored."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 

@@ -9,11 +9,18 @@ from icenet.core.config import Config
 from icenet.core.errors import UsageError
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint
+from icenet.core.training.open_model import open_averaged
 from icenet.core.weights.convert import convert, destination_file, refuse_existing
 
 
 def convert_model(
-    source: Path, destination: Path, to: str, source_form: str | None, config: str | None, overwrite: bool
+    source: Path,
+    destination: Path,
+    to: str,
+    source_form: str | None,
+    config: str | None,
+    overwrite: bool,
+    averaged: bool = False,
 ) -> str:
     """Converts weights with the layer kinds and shapes of their config. Returns a summary in text.
 
@@ -24,19 +31,24 @@ def convert_model(
         source_form: The form of the source; None detects it.
         config: A YAML file or the name of a preset; None uses the config.yaml next to the source, if there is one.
         overwrite: Whether to replace existing files.
+        averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
     """
+    arrays = None
     if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find(source).path
+    if averaged:
+        _, arrays = open_averaged(source)
     if config is None:
         stored = (source if source.is_dir() else source.parent) / "config.yaml"
         settings = Config.from_yaml(stored, trust_code=False) if stored.is_file() else None
     else:
         stored = Path(config)
         settings = Config.from_yaml(config)
-    kinds = shapes = names = None
+    kinds = shapes = names = shared = None
     if settings is not None:
         model = backends.meta_model(settings)
         kinds, shapes, names = model.layer_kinds(), model.weight_shapes(), model.mlx_names()
+        shared = model.shared_arrays()
     writes_config = settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix)
     if writes_config:
         refuse_existing(source, destination_file(destination, to), overwrite)
@@ -45,8 +57,8 @@ def convert_model(
             writes_config = False
         elif new.exists() and not overwrite:
             raise UsageError(f"{new}: exists; name another destination, or give --overwrite to replace it")
-    facts = {"kinds": kinds, "shapes": shapes, "names": names}
-    done = convert(source, destination, to, source_form=source_form, overwrite=overwrite, **facts)
+    facts = {"kinds": kinds, "shapes": shapes, "names": names, "shared": shared}
+    done = convert(source, destination, to, source_form=source_form, arrays=arrays, overwrite=overwrite, **facts)
     if settings is not None and writes_config:
         checkpoint.write_config(destination, settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))
     lines = [f"from  {done.source}", f"to    {done.destination}"]

@@ -17,6 +17,7 @@ from icenet.core.data.images.files import image_files, read_image
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
+from icenet.core.training.open_model import open_averaged
 
 BATCH_SIZE = 64
 
@@ -68,7 +69,12 @@ class Predictions:
 
 
 def predict(
-    run: Path, names: Sequence[Path], backend: str | None = None, device: str | None = None, top_k: int = 3
+    run: Path,
+    names: Sequence[Path],
+    backend: str | None = None,
+    device: str | None = None,
+    top_k: int = 3,
+    averaged: bool = False,
 ) -> Predictions:
     """Classifies images with a trained model. They are resized and normalized as in training.
 
@@ -78,10 +84,12 @@ def predict(
         backend: "mlx", "torch" or "auto"; None is the backend of the run.
         device: The device; None is that of the run.
         top_k: Number of classes per image that are reported.
+        averaged: Whether to use the moving average of the weights (`training.ema_decay`).
 
     Raises:
         UsageError: The model does not classify images.
-        CheckpointError: The checkpoint is damaged, or does not contain how its images were read.
+        CheckpointError: The checkpoint is damaged, has no averaged weights, or does not contain how its images were
+            read.
         DataError: A file is not an image or is damaged, or a folder contains no images.
     """
     found = checkpoint.find(run)
@@ -96,7 +104,7 @@ def predict(
         raise CheckpointError(f"{stored}: has {len(facts.classes)} classes, but the model has {num_classes}")
     files = [file for name in names for file in _files(name)]
     engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
-    engine.set_weights(dict(found.weights))
+    engine.set_weights(dict(open_averaged(found.path)[1] if averaged else found.weights))
     logits = []
     for first in range(0, len(files), BATCH_SIZE):
         batch = files[first : first + BATCH_SIZE]

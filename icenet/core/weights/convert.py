@@ -25,7 +25,7 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
-from icenet.core.weights import layout
+from icenet.core.weights import layout, sharing
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.safetensors import dtype_name
 
@@ -115,10 +115,12 @@ def convert(
     to: str,
     *,
     source_form: str | None = None,
+    arrays: Mapping[str, Array] | None = None,
     model: Any = None,
     kinds: Mapping[str, str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     names: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = weights.MAX_SHARD_BYTES,
@@ -131,11 +133,13 @@ def convert(
         destination: A .safetensors, .pt, .pth or .bin file, or a folder, for `model.safetensors` in it.
         to: "canonical", "mlx" or "torch".
         source_form: The form of the source; None detects it.
+        arrays: Weights of the form of the source, to convert instead of its own: those of a moving average.
         model: The model that the weights are of: any `mlx.nn.Module` or `torch.nn.Module`. It determines `kinds`,
-            `shapes` and `names`. It or `kinds` is required between "mlx" and the other forms.
+            `shapes`, `names` and `shared`. It or `kinds` is required between "mlx" and the other forms.
         kinds: Module path -> layer kind.
         shapes: Name -> canonical shape of the model's parameters, which must be equal; None: no check.
         names: MLX's name -> canonical name, where the two differ.
+        shared: Further name -> first name of each array that the model shares. The source may have one of them.
         metadata: Text to store in addition to the metadata of the source.
         overwrite: Whether to replace an existing destination.
         max_shard_bytes: Size above which the weights are split; the mlx form is always one file, because
@@ -153,13 +157,15 @@ def convert(
     destination = destination_file(destination, to)
     refuse_existing(source, destination, overwrite)
     found, source_metadata = _read(source)
+    found = found if arrays is None else arrays
     form = source_form or detect(source, source_metadata)
     _check_form(form)
     if model is not None:
-        kinds, shapes, names = _facts(model)
+        kinds, shapes, names, shared = _facts(model)
     names = names or {}
     if form == "mlx":
         found = layout.RenamedWeights(found, names)
+    found = sharing.complete(found, shared or {})
     permutes = (form == "mlx") != (to == "mlx")
     if kinds is None and (permutes or (form == "mlx" and shapes is not None)):
         raise UsageError(
@@ -199,12 +205,13 @@ def convert(
     )
 
 
-def _facts(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str]]:
-    """Returns the layer kinds, the canonical shapes and MLX's names of a module of either backend."""
+def _facts(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """Returns layer kinds, canonical shapes, MLX's names and shared arrays of a module of either backend."""
     tree = backends.module(backends.backend_of(model), "nn.tree")
     kinds = tree.layer_kinds(model)
     shapes = {path: shape for path, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, path)}
-    return kinds, shapes, tree.mlx_names(model)
+    shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model))
+    return kinds, shapes, tree.mlx_names(model), shared
 
 
 def _check_form(form: str) -> None:
