@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from icenet.core.errors import UsageError
-from icenet.core.models.sharing import find_shared
 from icenet.core.weights import layout
+from icenet.core.weights.sharing import find_shared
 from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.nn.kinds import kind_of
 

@@ -55,7 +55,9 @@ class Model(Base):
     def __init__(self, config):
         super().__init__(config)
         self.features = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm(6))
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm(6)),
         )
         self.branches = {"wide": [nn.Linear(6, 8), nn.Linear(8, 6)], "gains": [mx.ones(6), mx.full((6,), 0.5)]}
         self.heads = [{"out": nn.Linear(6, config.vocab_size)}]
@@ -72,7 +74,9 @@ class Model(Base):
     def __init__(self, config):
         super().__init__(config)
         self.features = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6))
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6)),
         )
         gains = [nn.Parameter(torch.ones(6)), nn.Parameter(torch.full((6,), 0.5))]
         wide = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 6)])
@@ -352,6 +356,34 @@ def test_against_plain_pytorch_with_its_own_optimizer(here: Path) -> None:
         found = engine.weights()
         np.testing.assert_allclose(found["embedding.weight"], expected, atol=tolerance)
         assert found["embedding.weight"].tobytes() == found["head.weight"].tobytes()
+
+
+def test_conversion_of_containers_and_shared_arrays(here: Path) -> None:
+    """There and back; MLX's `load_weights` and PyTorch's strict `load_state_dict` read the results."""
+    from icenet.core.weights.convert import convert
+
+    for pair in (SEQUENTIAL, both(TIED_HEAD)):
+        config = write(pair)
+        ours, theirs = models(config).values()
+        start = {name: array + 1 for name, array in theirs.weights().items()}
+        given = {name: array for name, array in start.items() if name not in ours.shared_arrays()}
+        weight_files.write("one.safetensors", given)
+        convert("one.safetensors", "m.safetensors", "mlx", model=ours, overwrite=True)
+        ours.load_weights("m.safetensors", strict=True)
+        assert same_bits(ours.weights(), start)
+        convert("m.safetensors", "t.pt", "torch", model=theirs, overwrite=True)
+        theirs.load_state_dict(torch.load("t.pt", weights_only=True), strict=True)
+        assert same_bits(theirs.weights(), start)
+
+
+@both_backends
+def test_averaged_weights_of_a_shared_array(backend: str, here: Path) -> None:
+    config = write(both(TIED_HEAD))
+    train(config, here / "run", backend, until=3)
+    average = state(here / "run")["embedding.weight.ema"]
+    for loaded in BACKENDS:
+        weights = front_door.load(here / "run", loaded, "cpu", averaged=True).weights()
+        assert weights["head.weight"].tobytes() == weights["embedding.weight"].tobytes() == average.tobytes()
 
 
 @both_backends

@@ -16,11 +16,11 @@ from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
-from icenet.core.models import init, inputs, sharing
+from icenet.core.models import init, inputs
 from icenet.core.models.dropout import KeyedCalls, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import files as weight_files
-from icenet.core.weights import layout
+from icenet.core.weights import layout, sharing
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 

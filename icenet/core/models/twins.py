@@ -216,3 +216,9 @@ def check_same_model(state: Mapping[str, Any], model: Any, source: str) -> None:
             f"{source}: {family} for {NAMES[model.backend]} differs from the model that wrote it: "
             f"{summarize(found)}; make the two classes agree, or continue with --backend {writer}"
         )
+
+
+def stored_sharing(state: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the owner's path of each alias of a shared array, from the state.json of a checkpoint."""
+    arrays = state.get("model", {}).get("arrays", {})
+    return {path: facts["tied_to"] for path, facts in arrays.items() if facts.get("tied_to")}

@@ -9,6 +9,7 @@ import numpy as np
 
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
+from icenet.core.models import twins
 from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.weights import files as weight_files
 
@@ -45,7 +46,9 @@ def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
         CheckpointError: It has no averaged weights.
     """
     found = find(path)
-    averages = {name: array for name, array in found.optimizer.items() if name.endswith(".ema")}
+    averages = {name[: -len(".ema")]: array for name, array in found.optimizer.items() if name.endswith(".ema")}
     if not averages:
         raise CheckpointError(f"{found.path}: has no averaged weights; train with training.ema_decay")
-    return found.config, {**found.weights, **{name.removesuffix(".ema"): array for name, array in averages.items()}}
+    shared = twins.stored_sharing(found.state)  # the averages have the first name of a shared array only
+    averages |= {alias: averages[owner] for alias, owner in shared.items() if owner in averages}
+    return found.config, {**found.weights, **averages}
