@@ -400,7 +400,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _seed_generator(self, seed: int) -> None:
-        """Seeds the framework's own random generator."""
+        """Seeds the framework's own random generator: that of the process, which `rng: native` is about."""
 
     @abstractmethod
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:

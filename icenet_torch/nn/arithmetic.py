@@ -28,6 +28,8 @@ def tf32(allow: bool) -> Iterator[None]:
     PyTorch's switches are process-wide: threads that compute at the same time are affected. Afterwards they have
     their former values, so other models in the process keep their own arithmetic. Without this context, PyTorch uses
     TF32 for convolutions and recurrent layers on CUDA, and not for matrix products.
+
+    A backward pass has the values at its own time, so it belongs into the context as well.
     """
     newer = _newer()
     if _are_set(newer, allow):
