@@ -37,11 +37,11 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), MOVED),
     **dict.fromkeys(("batch_norm", "group_norm", "instance_norm", "pool", "upsample"), MOVED),
     **dict.fromkeys(("linear", "embedding", "layer_norm", "rms_norm"), SAME),
-    **dict.fromkeys(("recurrent", "attention", "torch_recurrent"), SAME),
+    **dict.fromkeys(("recurrent", "attention", "native_recurrent"), SAME),
 }
 """Layer kind -> alignment of its inputs and outputs. Missing kinds (`plain`, `prelu`) do not determine it."""
 
-DIFFERENT_CALLS = frozenset({"attention", "torch_recurrent"})
+DIFFERENT_CALLS = frozenset({"attention", "native_recurrent"})
 """Kinds whose first output is the same on both sides, but not the further outputs and the names of parameters."""
 
 _SAMPLES = 2000  # elements that `permutation` compares
@@ -155,6 +155,19 @@ def align_trace(mlx: Trace, torch: Trace) -> tuple[Trace, dict[str, str]]:
     return replace(mlx, values=values), remarks
 
 
+def without_counterpart(mlx: Trace, torch: Trace) -> set[str]:
+    """Returns the names of values that one side lacks because its layer has other parts (`DIFFERENT_CALLS`)."""
+    if mlx.backend == torch.backend:
+        return set()
+    found = set()
+    for name in (*mlx.values, *torch.values):
+        kind, _, path = name.partition(":")
+        is_further = "[" in path and _common_kind(mlx, torch, path) in DIFFERENT_CALLS
+        if kind == "module" and path and (is_further or _is_within_different(mlx, torch, path)):
+            found.add(name)
+    return found
+
+
 def flattened_input(path: str, mlx: Trace, torch: Trace) -> str:
     """Returns a remark if MLX flattened `[B, *space, C]` where PyTorch flattened `[B, C, *space]`; else empty.
 
@@ -254,12 +267,23 @@ class AlignedReplay:
             return dict(results)
         numbers = _float_numbers(self._torch.calls[path])
         shared = {f"input {numbers[theirs]}" for _, theirs, _ in self._inputs(path) if theirs in numbers}
-        shared |= {
-            name
-            for name in results
-            if not name.startswith("input ") and (name == "output" or self._kind(path) not in DIFFERENT_CALLS)
-        }
+        if self._kind(path) in DIFFERENT_CALLS:
+            shared.add("output")
+        else:
+            prefix = f"{path}." if path else ""
+            shared |= {
+                name
+                for name in results
+                if not name.startswith("input ")
+                and not _is_within_different(self._mlx, self._torch, prefix + name.removeprefix("gradient:"))
+            }
         return {name: value for name, value in results.items() if name in shared}
+
+    def cotangents(self, path: str, drawn: list[Value]) -> list[Value]:
+        """Returns cotangents of the outputs of PyTorch: zero for outputs that have no counterpart in MLX."""
+        if self._mlx.backend == self._torch.backend or self._kind(path) not in DIFFERENT_CALLS:
+            return drawn
+        return [drawn[0], *(Value(np.zeros_like(value.array), value.dtype) for value in drawn[1:])]
 
     def _aligned(
         self, path: str, replayed: Mapping[str, Value], inputs: list[tuple[str, str, str]], outputs: Mapping[int, str]
@@ -319,6 +343,15 @@ def _common_kind(mlx: Trace, torch: Trace, name: str) -> str | None:
     path = name.removeprefix("module:").partition("#")[0].partition("[")[0]
     kind = torch.layer_kinds.get(path)
     return kind if kind == mlx.layer_kinds.get(path) else None
+
+
+def _is_within_different(mlx: Trace, torch: Trace, path: str) -> bool:
+    """Returns whether a module or parameter is within a layer of `DIFFERENT_CALLS`."""
+    different = [layer for layer, kind in torch.layer_kinds.items() if kind in DIFFERENT_CALLS]
+    return any(
+        path.startswith(f"{layer}." if layer else "") and mlx.layer_kinds.get(layer) == torch.layer_kinds[layer]
+        for layer in different
+    )
 
 
 def _float_numbers(call: Call) -> dict[str, int]:

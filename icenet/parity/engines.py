@@ -19,7 +19,7 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch, Engine, check_ids, explain_user_errors
 from icenet.parity import align
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
-from icenet.parity.yardstick import perturb_by_ulp
+from icenet.parity.yardstick import nearby, perturb_by_ulp, round_to
 
 Array = npt.NDArray[Any]
 
@@ -141,29 +141,28 @@ def _native(engine: Engine, value: Value) -> Value:
 
 
 @contextlib.contextmanager
-def perturbed(engine: Engine, dtype: str, sample: int, in_order: bool = False) -> Iterator[Perturbation]:
-    """Perturbs all that the engine computes while the context is open, for a sample of its noise.
-
-    Weights and optimizer state are moved as `perturb_by_ulp` describes, and in PyTorch the outputs of modules and
-    their gradients. Weights and state are restored at the end.
+def perturbed(engine: Engine, dtype: str, sample: int, role: str, in_order: bool = False) -> Iterator[Perturbation]:
+    """Sets the weights and optimizer state of an engine to those of a sample of the noise while the context is open.
 
     Args:
         engine: An engine of either backend.
-        dtype: Compute dtype, to which the model rounds its weights.
+        dtype: Compute dtype under test, to which the model rounds its weights.
         sample: Number of the sample, 0 to SAMPLES - 1.
-        in_order: Also take all sums of PyTorch term by term (floor 6 of the yardstick).
+        role: "torch": all that the engine computes is also moved by ulps, as floor 5 of the yardstick describes.
+            "mlx" or "reference": it is not.
+        in_order: Also take all sums of PyTorch term by term (floor 6).
 
     Yields:
         The perturbation, for the inputs of what is computed.
     """
-    perturb = Perturbation(dtype, sample)
+    perturb, perturb_state = (Perturbation(name, sample, rounds=role == "torch") for name in (dtype, "fp32"))
     weights, state = engine.weights(), engine.optimizer_state()
     shared = engine.model.shared_arrays()  # moved once, at its first place
     own = {path: array for path, array in weights.items() if path not in shared}
     engine.set_weights({path: perturb.array(array, "weight", path) for path, array in own.items()})
-    engine.set_optimizer_state({path: Perturbation("fp32", sample).array(a, path) for path, a in state.items()})
+    engine.set_optimizer_state({path: perturb_state.array(array, path) for path, array in state.items()})
     probe = backends.module(engine.backend, "tools.probe")
-    inner = probe.perturbing(engine.model, perturb) if engine.backend == "torch" else contextlib.nullcontext()
+    inner = probe.perturbing(engine.model, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
     sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
     try:
         with inner, sums:
@@ -174,27 +173,39 @@ def perturbed(engine: Engine, dtype: str, sample: int, in_order: bool = False) -
 
 
 class Perturbation:
-    """Perturbs named values for one sample of the noise (see `perturb_by_ulp`).
+    """The values of a sample of the noise (see `icenet.parity.yardstick`).
 
     Args:
         dtype: Compute dtype under test.
         sample: Number of the sample, 0 to SAMPLES - 1.
+        rounds: Whether values are also moved by an ulp, as by one more rounding.
     """
 
-    def __init__(self, dtype: str, sample: int) -> None:
-        self.dtype, self.sample = dtype, sample
+    def __init__(self, dtype: str, sample: int, rounds: bool = True) -> None:
+        self.dtype, self.sample, self.rounds = dtype, sample, rounds
 
     def __call__(self, value: Value, *name: str | int) -> Value:
-        """Returns the value, moved by ulps of its dtype. The key of the draw is the name."""
+        """Returns the value of the nearby problem. `name` is the key of the move by an ulp."""
         if not value.is_float:
             return value
+        moved = round_to(nearby(value.array, value.dtype, self.sample), value.dtype).astype(value.array.dtype)
+        nearest = Value(moved, value.dtype)
+        return self.rounded(nearest, *name) if self.rounds else nearest
+
+    def rounded(self, value: Value, *name: str | int) -> Value:
+        """Returns the value, moved by an ulp in one of the samples."""
         moved = perturb_by_ulp(value.array, value.dtype, rng.key(0, "perturbation", *name), self.sample)
         return Value(moved.astype(value.array.dtype), value.dtype)
 
     def array(self, array: Array, *name: str | int) -> Array:
-        """Returns a weight, gradient or optimizer state, moved by ulps of `dtype` if it is a float."""
-        is_float = np.issubdtype(array.dtype, np.floating)
-        return self(Value(array, self.dtype if is_float else str(array.dtype)), *name).array
+        """Returns a weight, gradient or optimizer state, which is moved by ulps of `dtype` if it is a float."""
+        if not np.issubdtype(array.dtype, np.floating):
+            return array
+        moved = round_to(nearby(array, self.dtype, self.sample), "fp32")
+        if self.rounds:
+            moved = perturb_by_ulp(moved, self.dtype, rng.key(0, "perturbation", *name), self.sample)
+        found: Array = moved.astype(array.dtype)
+        return found
 
     def call(self, call: Call) -> Call:
         """Returns a call with perturbed arguments."""

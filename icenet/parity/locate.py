@@ -20,9 +20,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from icenet.core import rng
-from icenet.parity.align import AlignedReplay, ReplayError, align_trace, flattened_input, permutation
+from icenet.parity.align import (
+    AlignedReplay,
+    ReplayError,
+    align_trace,
+    flattened_input,
+    permutation,
+    without_counterpart,
+)
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import Judgement, judge_values, round_to
+from icenet.parity.yardstick import Judgement, Samples, Values, judge_values, round_to
 
 DIFFERS, CONTAINS, PROPAGATED = "differs here", "contains", "propagated"
 
@@ -32,8 +39,8 @@ KINDS = ("module", "loss", "gradient", "statistic", "parameter", "moment")
 Replay = Callable[[str, Call, list[Value]], dict[str, Value]]
 """Calls the layer at a path with arguments and cotangents: `icenet.parity.engines.replay` of one engine."""
 
-PerturbedReplay = Callable[[int, str, Call, list[Value]], dict[str, Value]]
-"""The same in the perturbed run with the given number (see `icenet.parity.yardstick`)."""
+SampledReplay = Callable[[int, str, Call, list[Value]], dict[str, Value]]
+"""The same in the sample with the given number (see `icenet.parity.yardstick`)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Row:
         own_part: The value of that judgement: `output`, `input 0` or `gradient weight` (the backward pass).
         mark: "differs here", "contains", "propagated" or empty.
         note: A remark, such as unequal dtypes.
+        remedy: How the value, or the layer's input, is reordered in MLX, if it is, and what to write instead.
     """
 
     kind: str
@@ -58,6 +66,7 @@ class Row:
     own_part: str = ""
     mark: str = ""
     note: str = ""
+    remedy: str = ""
 
     @property
     def passed(self) -> bool:
@@ -81,9 +90,7 @@ def compare(
     reference: Trace,
     dtype: str = "fp32",
     kinds: tuple[str, ...] = KINDS,
-    perturbed: Callable[[int], Trace] | None = None,
-    repeated: Callable[[int], Trace] | None = None,
-    in_order: Callable[[int], Trace] | None = None,
+    samples: Samples[Callable[[int], Trace]] | None = None,
 ) -> list[Row]:
     """Compares every float value of the reference's trace, in its order.
 
@@ -92,28 +99,24 @@ def compare(
         reference: Trace in float64.
         dtype: Compute dtype under test: fp32, bf16 or fp16.
         kinds: Kinds of values to compare.
-        perturbed, repeated: Return the trace of a perturbed run of PyTorch and of MLX (see `judge_values`).
-        in_order: Returns the trace of a perturbed run of PyTorch that sums term by term. It is not used for models of
-            IceNet's own layers.
+        samples: Return the trace of sample 0 to SAMPLES - 1 (see `judge_values`).
     """
     mlx, remarks = align_trace(mlx, reference)
     # inputs and logits are needed for the noise of the loss
     wanted = {name: value for name, value in reference.values.items() if name.partition(":")[0] in (*kinds, "input")}
     if "loss" in kinds and "module:" in reference.values:
         wanted["module:"] = reference.values["module:"]
-    judgements = judge_values(
-        mlx.values,
-        torch.values,
-        wanted,
-        dtype,
-        None if perturbed is None else lambda index: perturbed(index).values,
-        None if repeated is None else lambda index: align_trace(repeated(index), reference)[0].values,
-        None if in_order is None else lambda index: in_order(index).values,
-    )
+
+    def aligned(run: Callable[[int], Trace]) -> Callable[[int], Values]:
+        return lambda index: align_trace(run(index), reference)[0].values
+
+    aligned_samples = samples.map(aligned) if samples else None
+    judgements = judge_values(mlx.values, torch.values, wanted, dtype, aligned_samples)
     rows = []
+    left_out = without_counterpart(mlx, reference)
     for name, exact in reference.values.items():
         kind, _, path = name.partition(":")
-        if kind not in kinds or not exact.is_float:
+        if kind not in kinds or not exact.is_float or name in left_out:
             continue
         ours, theirs = mlx.values.get(name), torch.values.get(name)
         if ours is None or theirs is None:
@@ -121,14 +124,12 @@ def compare(
             rows.append(Row(kind, path, exact.array.shape, missing, note=missing.note))
             continue
         dtypes = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch" if ours.dtype != theirs.dtype else ""
-        remark = remarks.get(name) or judgements[name].note
-        if not judgements[name].passed:
-            remark = remark or permutation(ours.array, exact.array)
-        note = "; ".join(filter(None, (dtypes, remark)))
-        rows.append(Row(kind, path, exact.array.shape, judgements[name], note=note))
+        note = "; ".join(filter(None, (dtypes, remarks.get(name) or judgements[name].note)))
+        remedy = "" if judgements[name].passed or remarks.get(name) else permutation(ours.array, exact.array)
+        rows.append(Row(kind, path, exact.array.shape, judgements[name], note=note, remedy=remedy))
     for name, value in mlx.values.items():
         kind, _, path = name.partition(":")
-        if kind in kinds and name not in reference.values:
+        if kind in kinds and name not in reference.values and name not in left_out:
             extra = Judgement.incomparable("in MLX only")
             rows.append(Row(kind, path, value.array.shape, extra, note=extra.note))
     return rows
@@ -141,9 +142,7 @@ def locate(
     reference: Trace,
     replays: tuple[Replay, Replay, Replay],
     dtype: str = "fp32",
-    perturbed: PerturbedReplay | None = None,
-    repeated: PerturbedReplay | None = None,
-    in_order: PerturbedReplay | None = None,
+    samples: Samples[SampledReplay] | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Replays every layer and returns the rows with their marks.
@@ -154,20 +153,24 @@ def locate(
         reference: Trace in float64.
         replays: Replays by MLX, PyTorch and the reference.
         dtype: Compute dtype under test.
-        perturbed, repeated: Perturbed replays by PyTorch and by MLX (see `judge_values`).
-        in_order: Perturbed replay by PyTorch that sums term by term, for layers that are not IceNet's own.
+        samples: Replays in a sample. `in_order` is used for layers that are not IceNet's own.
         on_layer: Called after each layer with the number of replayed layers and of all layers.
     """
     own: dict[str, tuple[Judgement, str]] = {}
     remarks: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     aligned = AlignedReplay(replays[0], mlx, reference)
     paths = [path for path in reference.calls if path in torch.calls]
     for index, path in enumerate(paths):
         remarks[path] = aligned.obstacle(path)
         if not remarks[path]:
-            remarks[path] = flattened_input(path, mlx, reference)
-            samples = perturbed, repeated, in_order if mlx.has_foreign(path) else None
-            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, *samples)
+            remedies[path] = flattened_input(path, mlx, reference)
+            # layers come after those within them, and one that contains a difference needs no samples of its noise
+            contains = any(not judgement.passed and _is_within(other, path) for other, (judgement, _) in own.items())
+            chosen = None if contains else samples
+            if chosen and not mlx.has_foreign(path):
+                chosen = replace(chosen, in_order=None)
+            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, chosen)
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -180,7 +183,7 @@ def locate(
         if row.kind == "module" and row.path in remarks:
             own_note = own[row.path][0].note if row.path in own else ""
             notes = dict.fromkeys(filter(None, (row.note, remarks[row.path], own_note)))
-            row = replace(row, note="; ".join(notes))
+            row = replace(row, note="; ".join(notes), remedy=remedies.get(row.path) or row.remedy)
         mark = ""
         if (row.kind == "module" and layer in origins) or (not row.passed and _without_index(layer) in origins):
             mark = DIFFERS
@@ -198,9 +201,7 @@ def replay_layer(
     reference: Trace,
     replays: tuple[AlignedReplay, Replay, Replay],
     dtype: str = "fp32",
-    perturbed: PerturbedReplay | None = None,
-    repeated: PerturbedReplay | None = None,
-    in_order: PerturbedReplay | None = None,
+    samples: Samples[SampledReplay] | None = None,
 ) -> tuple[Judgement, str]:
     """Replays one layer; returns the worst judgement and the name of its value (`output`, `input 0`, ...).
 
@@ -220,6 +221,7 @@ def replay_layer(
     for name, output in torch.outputs(path).items():
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
+    cotangents = replays[0].cotangents(path, cotangents)
     theirs, exact = (_named(replay(path, call, cotangents)) for replay in replays[1:])
     exact = replays[0].comparable(path, exact)
     try:
@@ -230,18 +232,15 @@ def replay_layer(
     if missing:
         return Judgement.incomparable(f"no {_part(missing[0])} on one backend"), _part(missing[0])
 
-    def again(index: int) -> AlignedReplay:
-        return replays[0].by(partial(repeated, index))  # type: ignore[arg-type]
+    def named(replay: SampledReplay) -> Callable[[int], Values]:
+        return lambda index: _named(replay(index, path, call, cotangents))
 
-    judgements = judge_values(
-        ours,
-        theirs,
-        exact,
-        dtype,
-        None if perturbed is None else lambda index: _named(perturbed(index, path, call, cotangents)),
-        None if repeated is None else lambda index: _named(again(index)(path, call, cotangents)),
-        None if in_order is None else lambda index: _named(in_order(index, path, call, cotangents)),
-    )
+    def aligned(replay: SampledReplay) -> SampledReplay:
+        return lambda index, *arguments: replays[0].by(partial(replay, index))(*arguments)
+
+    if samples is not None and samples.mlx is not None:
+        samples = replace(samples, mlx=aligned(samples.mlx))
+    judgements = judge_values(ours, theirs, exact, dtype, samples.map(named) if samples else None)
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
     for name, judgement in judgements.items():
         output_failed = part.startswith("output") and not worst.passed

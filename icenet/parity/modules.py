@@ -167,4 +167,4 @@ def _device_name(device: Any) -> str:
 
 def _is_renamed(name: str, kinds: dict[str, str]) -> bool:
     """Returns whether a parameter is within a layer that has other parameters in the other framework."""
-    return any(kind in DIFFERENT_CALLS and f"{name}.".startswith(f"{path}.") for path, kind in kinds.items())
+    return any(name.startswith(f"{path}." if path else "") for path, kind in kinds.items() if kind in DIFFERENT_CALLS)

@@ -116,11 +116,12 @@ class Report:
         over = [(section, row) for section in self.sections for row in section.rows if not row.passed]
         if origins:
             section, row = origins[0]
-            ratio = f"{_number(row.own.ratio)} times the noise on equal inputs" if row.own else ""
-            where = f", in its {_pass_of(row.own_part)}" if row.own_part else ""
+            own = row.own or row.judgement
+            reason = own.note or f"{_number(own.ratio)} times the noise on equal inputs"
+            where = f", in its {_pass_of(row.own_part)}" if row.own_part and not own.note else ""
             others = self.differing()[1:]
             more = f"; also {_some(others)}" if others else ""
-            parts.append(f"differs here: {_name(row)} ({section.title}), {ratio}{where}{more}")
+            parts.append(f"differs here: {_name(row)} ({section.title}), {reason}{where}{more}")
         elif over:
             section, row = over[0]
             reason = row.note or f"{_number(row.ratio)} times the noise"
@@ -130,6 +131,8 @@ class Report:
                 f"the training curves differ: {_number(self.curve.worst)} times the noise "
                 f"at step {self.curve.worst_step}"
             )
+        remedies = [f"{_name(row)}: {row.remedy}" for _, row in over if row.remedy]
+        parts += remedies[:1]
         if not self.sections:  # nothing was computed
             return "; ".join(parts)
         return "; ".join(parts) + f" (allowed: {FACTOR:g})"
@@ -179,7 +182,14 @@ class Report:
             for line in lines:
                 console.print(Text(f"{label:<10}{line}"), highlight=False)
         for section in self.sections:
-            console.print(self._table(section, verbose))
+            shown = list(section.rows) if verbose else list(_interesting(section.rows))
+            console.print(self._table(section, shown))
+            if len(shown) < len(section.rows):
+                more = f"    ... {len(section.rows) - len(shown)} more within the tolerance"
+                console.print(Text(more, style="dim"), highlight=False)
+            for row in shown:
+                if remarks := "; ".join(filter(None, (row.note, row.remedy, _less_exact(row)))):
+                    console.print(Text(f"    {_name(row)}: {remarks}"), highlight=False)
         if self.curve is not None:
             c = self.curve
             console.print(
@@ -193,11 +203,10 @@ class Report:
         style = "bold green" if self.passed else "bold red"
         console.print(Text(self.verdict(), style=style), highlight=False)
 
-    def _table(self, section: Section, verbose: bool) -> Table:
+    def _table(self, section: Section, shown: list[Row]) -> Table:
         from rich.table import Table
         from rich.text import Text
 
-        shown = list(section.rows) if verbose else list(_interesting(section.rows))
         worst = section.worst
         summary = f"{len(section.rows)} values, worst ratio {_number(worst.ratio)}" if worst else "no values"
         table = Table(title=f"{section.title}: {summary}", title_justify="left", title_style="bold", box=None)
@@ -216,11 +225,9 @@ class Report:
                 _number(row.judgement.noise),
                 _number(row.judgement.ratio),
                 _number(row.own.ratio) if row.own else "",
-                "; ".join(filter(None, (row.mark, row.note, _less_exact(row)))),
+                row.mark or ("less exact" if row.plain_ratio else ""),
             )
             table.add_row(*(Text(cell) for cell in cells), style=style)
-        if len(shown) < len(section.rows):
-            table.add_row("", Text(f"... {len(section.rows) - len(shown)} more within the tolerance"), style="dim")
         return table
 
 
@@ -237,7 +244,10 @@ def _interesting(rows: list[Row]) -> Iterator[Row]:
 
 
 def _less_exact(row: Row) -> str:
-    return f"less exact (sums in fp32): {_number(row.plain_ratio)} times the noise" if row.plain_ratio else ""
+    """Returns a remark on a row that passes because MLX sums in fp32; else empty."""
+    if not row.plain_ratio:
+        return ""
+    return f"less exact, {_number(row.plain_ratio)} times the noise, because MLX sums term by term in fp32"
 
 
 def _name(row: Row) -> str:

@@ -19,11 +19,11 @@ from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
-from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, PerturbedReplay, Row, compare, locate
+from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, Row, SampledReplay, compare, locate
 from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Call, Trace, Value, short_dtype
-from icenet.parity.yardstick import judge_curve
+from icenet.parity.yardstick import F, Samples, judge_curve
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -77,9 +77,9 @@ def run(
     if steps:
         start = engines.torch.weights(), engines.torch.optimizer_state()
         report.losses = curves(engines, steps, progress)
-        perturbed_curve = partial(_perturbed_curve, engines.torch, start, steps)
-        in_order = partial(perturbed_curve, in_order=True) if has_foreign(engines.mlx) else None
-        report.curve = judge_curve(*report.losses.values(), perturbed_curve, in_order)
+        samples = _samples(engines, partial(_sampled_curve, engines, start, steps))
+        mlx, torch, reference = report.losses.values()
+        report.curve = judge_curve(mlx, torch, reference, samples)
     return report
 
 
@@ -135,11 +135,8 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
             partial(replay, engine, step=step, train=train) for engine in engines
         )
         replays = mlx_replay, torch_replay, reference_replay
-        by_mlx, by_torch = (_perturbed_replay(engine, dtype, step, train) for engine in engines[:2])
-        in_order = _perturbed_replay(engines.torch, dtype, step, train, in_order=True)
-        rows = locate(
-            rows, mlx, torch, reference, replays, dtype, by_torch, by_mlx, in_order, on_layer=partial(tell, title)
-        )
+        samples = _samples(engines, partial(_sampled_replay, engines, dtype, step, train))
+        rows = locate(rows, mlx, torch, reference, replays, dtype, samples, partial(tell, title))
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
@@ -198,13 +195,18 @@ def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping
         updated.values.update({name: v for name, v in found.values.items() if name.startswith("statistic:")})
         return updated
 
-    def sample(index: int, in_order: bool = False) -> Trace:
-        with perturbed(engines.torch, "fp32", index, in_order) as perturb:
-            return trace(engines.torch, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
+    def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
+        def sample(index: int) -> Trace:
+            engine = getattr(engines, role)
+            with perturbed(engine, "fp32", index, role, in_order) as perturb:
+                return trace(engine, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
+
+        return sample
 
     torch, reference = (trace(engine, mlx_gradients) for engine in engines[1:])
-    in_order = partial(sample, in_order=True) if has_foreign(engines.mlx) else None
-    return compare(mlx, torch, reference, "fp32", perturbed=sample, in_order=in_order)
+    # the gradients of MLX in a nearby problem are others, so its training step is not repeated
+    samples = replace(_samples(engines, sampled), mlx=None)
+    return compare(mlx, torch, reference, "fp32", samples=samples)
 
 
 def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_step: int = 0) -> list[Row]:
@@ -219,17 +221,27 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
                 engine.apply_gradients(arrays, first_step + index, engine.config.training.learning_rate)
             return _state(engine, gradients[0])
 
-    def sample(index: int) -> Trace:
-        with perturbed(engines.torch, "fp32", index) as perturb:
-            moved = [
-                {path: perturb.array(array, number, path) for path, array in arrays.items()}
-                for number, arrays in enumerate(gradients)
-            ]
-            return trace(engines.torch, moved)
+    def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
+        def sample(index: int) -> Trace:
+            engine = getattr(engines, role)
+            with perturbed(engine, "fp32", index, role, in_order) as perturb:
+                moved = [
+                    {path: perturb.array(array, number, path) for path, array in arrays.items()}
+                    for number, arrays in enumerate(gradients)
+                ]
+                return trace(engine, moved)
+
+        return sample
 
     mlx, torch, reference = (trace(engine, gradients) for engine in engines)
     # weights and moments are fp32, whatever the compute dtype
-    return compare(mlx, torch, reference, "fp32", perturbed=sample)
+    return compare(mlx, torch, reference, "fp32", samples=_samples(engines, sampled))
+
+
+def _samples(engines: Engines, sampled: Callable[[str, bool], F]) -> Samples[F]:
+    """Returns the samples `sampled(role, in_order)`, with sums in order if the model has layers outside IceNet."""
+    in_order = sampled("torch", True) if has_foreign(engines.mlx) else None
+    return Samples(sampled("reference", False), sampled("torch", False), sampled("mlx", False), in_order)
 
 
 def _state(engine: Engine, gradients: Mapping[str, Array]) -> Trace:
@@ -282,28 +294,35 @@ def _train(
     return losses
 
 
-def _perturbed_curve(
-    engine: Engine, start: tuple[dict[str, Array], dict[str, Array]], steps: int, sample: int, in_order: bool = False
-) -> list[float]:
-    """Returns the losses of a perturbed training run of PyTorch that starts with the given weights and state."""
-    engine.set_weights(start[0])
-    engine.set_optimizer_state(start[1])
+def _sampled_curve(
+    engines: Engines, start: tuple[dict[str, Array], dict[str, Array]], steps: int, role: str, in_order: bool
+) -> Callable[[int], list[float]]:
+    """Returns a function that trains an engine in a sample, from the given weights and state; returns the losses."""
+    engine: Engine = getattr(engines, role)
     dtype = engine.config.training.mixed_precision
-    with perturbed(engine, dtype, sample, in_order):
-        return _train([engine], [dtype], steps)[0]
+
+    def losses(index: int) -> list[float]:
+        engine.set_weights(start[0])
+        engine.set_optimizer_state(start[1])
+        with perturbed(engine, dtype, index, role, in_order):
+            return _train([engine], ["fp32" if role == "reference" else dtype], steps)[0]
+
+    return losses
 
 
 def unequal(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[str]:
-    """Returns the names whose arrays differ in any bit, or that are missing on one side."""
-    return [
-        path
-        for path in dict.fromkeys([*b, *a])
-        if path not in a
-        or path not in b
-        or a[path].dtype != b[path].dtype
-        or a[path].shape != b[path].shape
-        or a[path].tobytes() != b[path].tobytes()
-    ]
+    """Returns the names whose arrays differ in any bit, or that are missing on one side.
+
+    Integers are compared by value, because the frameworks' default widths differ.
+    """
+    names = dict.fromkeys([*b, *a])
+    return [path for path in names if path not in a or path not in b or not _is_equal(a[path], b[path])]
+
+
+def _is_equal(a: Array, b: Array) -> bool:
+    if np.issubdtype(a.dtype, np.integer) and np.issubdtype(b.dtype, np.integer):
+        return np.array_equal(a, b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def _record_and_compare(
@@ -312,21 +331,24 @@ def _record_and_compare(
     """Records one trace of each engine with the options of `record`, and compares them."""
     mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
 
-    def sample(engine: Engine, index: int, in_order: bool = False) -> Trace:
-        with perturbed(engine, dtype, index, in_order) as perturb:
-            inputs = {name: perturb(Value(a, short_dtype(a.dtype)), name).array for name, a in batch.items()}
-            return record(engine, inputs, **options)
+    def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
+        def sample(index: int) -> Trace:
+            engine = getattr(engines, role)
+            with perturbed(engine, dtype, index, role, in_order) as perturb:
+                inputs = {name: perturb(Value(a, short_dtype(a.dtype)), name).array for name, a in batch.items()}
+                return record(engine, inputs, **options)
 
-    by_mlx, by_torch = (partial(sample, engine) for engine in engines[:2])
-    in_order = partial(sample, engines.torch, in_order=True) if has_foreign(engines.mlx) else None
-    return compare(mlx, torch, reference, dtype, kinds, by_torch, by_mlx, in_order), traces
+        return sample
+
+    return compare(mlx, torch, reference, dtype, kinds, _samples(engines, sampled)), traces
 
 
-def _perturbed_replay(engine: Engine, dtype: str, step: int, train: bool, in_order: bool = False) -> PerturbedReplay:
-    """Returns a replay that perturbs weights, arguments and cotangents, and in PyTorch all within the layer."""
+def _sampled_replay(engines: Engines, dtype: str, step: int, train: bool, role: str, in_order: bool) -> SampledReplay:
+    """Returns a replay by one engine in a sample."""
+    engine = getattr(engines, role)
 
-    def replayed(sample: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-        with perturbed(engine, dtype, sample, in_order) as perturb:
+    def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+        with perturbed(engine, dtype, index, role, in_order) as perturb:
             moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
             return replay(engine, path, perturb.call(call), moved, step=step, train=train)
 

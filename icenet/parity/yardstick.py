@@ -35,12 +35,17 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     internally, which makes the noise of a sum zero. So if a ratio exceeds FACTOR, PyTorch runs SAMPLES = 12 more
     times with perturbed values, and the floor of each element is the RMS of its 12 distances from r.
 
-    A perturbation moves values by one ulp, up or down: the weights, the inputs, the optimizer state, the cotangents,
-    and the outputs of all modules and their gradients, as if each of them had been rounded once more. Each value is
-    moved in exactly one of the 12 samples (`perturb_by_ulp`), so that its mean square change is ulp^2 / 12, the
-    variance of a rounding. To first order the mean square distance is then the sum over all values v of
-    (dx/dv * ulp(v))^2 / 12, which is the variance of the rounding errors of x, plus the rounding errors of the
-    samples themselves. It depends little on chance, for single numbers too, and it does not depend on the processor.
+    Each sample solves a nearby problem: the weights, the inputs, the optimizer state and the cotangents are moved by
+    up to 4 ulps (`nearby`), PyTorch runs on them in the dtype under test and in float64, and the noise is the
+    distance between the two. So all roundings differ from sample to sample, and the condition stays the same. In the
+    run in the dtype under test, these values and the outputs of all modules and their gradients are also moved by one
+    ulp, up or down, each in exactly one of the 12 samples (`perturb_by_ulp`), as if each had been rounded once more:
+    the mean square of that change is ulp^2 / 12, the variance of a rounding. Sums that PyTorch takes in float64
+    therefore have the noise of their terms.
+
+    The RMS of 12 independent normal draws is below a third of its expectation once in 14,000 times, for a single
+    number too. If the errors of MLX and PyTorch are equally large, a single number exceeds FACTOR by chance once in
+    13 times with one draw, and once in 270,000 times with 12. Neither number depends on the processor.
 
 6.  Sums of n terms in fp32. PyTorch takes them in many partial sums or in float64, MLX mostly term by term. Then the
     rounding error grows with sqrt(n), 20 times PyTorch's for the statistics of a plain `mlx.nn.BatchNorm` over 16
@@ -51,8 +56,8 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
 Repetition: the noise of an ill-conditioned value has outliers. Example: the gradient through a batch norm over two
 values that are nearly equal, in half precision, is the reciprocal of a difference of rounding errors. No number of
 samples bounds the next outlier. A wrong computation is wrong in each run, an outlier is not. So if a ratio exceeds
-FACTOR with floor 5 as well, MLX runs SAMPLES more times, on weights, inputs and cotangents that are perturbed in the
-same way, and the median of the SAMPLES + 1 ratios decides. (Not for the update of a training step.)
+FACTOR with these floors as well, MLX also solves the nearby problems, and the median of the ratios decides, its own
+run included. (Not for the update of a training step.)
 
 FACTOR stays the same; the noise and the error are only measured with more samples.
 
@@ -68,9 +73,9 @@ is compared with the update by PyTorch on the gradients of MLX, and the gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -97,8 +102,30 @@ Floats = npt.NDArray[np.float64]
 Values = Mapping[str, Value]
 """Values by `KIND:PATH`, as in a trace."""
 
-Sample = Callable[[int], Values]
-"""Returns the values of the perturbed run with the given number, 0 to SAMPLES - 1."""
+F = TypeVar("F", covariant=True)
+G = TypeVar("G")
+
+
+@dataclass(frozen=True)
+class Samples(Generic[F]):
+    """Functions that solve nearby problems. The first argument of each is the number of the sample.
+
+    Attributes:
+        reference: By PyTorch in float64.
+        torch: By PyTorch in the dtype under test, perturbed (floor 5).
+        mlx: By MLX; None if a value is judged by its only run.
+        in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
+    """
+
+    reference: F
+    torch: F
+    mlx: F | None = None
+    in_order: F | None = None
+
+    def map(self, function: Callable[[F], G]) -> Samples[G]:
+        """Returns the results of a function for each field that is not None."""
+        mlx, in_order = (None if item is None else function(item) for item in (self.mlx, self.in_order))
+        return Samples(function(self.reference), function(self.torch), mlx, in_order)
 
 
 @dataclass(frozen=True)
@@ -251,9 +278,7 @@ def judge_values(
     torch: Values,
     reference: Values,
     dtype: str = "fp32",
-    perturbed: Sample | None = None,
-    repeated: Sample | None = None,
-    in_order: Sample | None = None,
+    samples: Samples[Callable[[int], Values]] | None = None,
 ) -> dict[str, Judgement]:
     """Compares the float values that all three runs have, by the criterion of this module.
 
@@ -261,17 +286,15 @@ def judge_values(
         mlx, torch: Values in the dtype under test.
         reference: Values in float64.
         dtype: Compute dtype under test: fp32, bf16 or fp16.
-        perturbed: Returns a perturbed run of PyTorch. It is called only if a value is over the tolerance (floor 5).
-        in_order: Returns a perturbed run of PyTorch that sums term by term. It is called only if a value still is
-            (floor 6).
-        repeated: Returns a perturbed run of MLX. It is called only if a value still is.
+        samples: Return the values of sample 0 to SAMPLES - 1. Each is called only if a value is still over the
+            tolerance: `torch` for floor 5, `in_order` for floor 6, `mlx` for repetitions.
     """
     sizes = gradient_rms({_path(name): value for name, value in reference.items() if _is_gradient(name)})
     noises: dict[str, Floats] = {}
 
-    def judge_one(values: Values, name: str) -> Judgement:
+    def judge_one(name: str, array: npt.ArrayLike) -> Judgement:
         return judge(
-            values[name].array,
+            array,
             torch[name].array,
             reference[name].array,
             dtype,
@@ -282,36 +305,43 @@ def judge_values(
         )
 
     found = {
-        name: judge_one(mlx, name)
+        name: judge_one(name, mlx[name].array)
         for name, exact in reference.items()
         if exact.is_float and name in mlx and name in torch
     }
     over = [name for name, judgement in found.items() if judgement.is_over]
-    if perturbed is None or not over:
+    if samples is None or not over:
         return found
-    _sample_noise(noises, perturbed, over, reference)
-    found |= {name: judge_one(mlx, name) for name in over}
+    _sample_noise(noises, samples.torch, samples.reference, over)
+    found |= {name: judge_one(name, mlx[name].array) for name in over}
     still_over = [name for name in over if found[name].is_over]
-    if in_order is not None and still_over:
-        _sample_noise(noises, in_order, still_over, reference)
-        found |= {name: replace(judge_one(mlx, name), plain_ratio=found[name].ratio) for name in still_over}
+    if samples.in_order is not None and still_over:
+        _sample_noise(noises, samples.in_order, samples.reference, still_over)
+        plain = {name: found[name].ratio for name in still_over}
+        found |= {n: replace(judge_one(n, mlx[n].array), plain_ratio=plain[n]) for n in still_over}
     repeats = {name: [found[name]] for name in over if found[name].is_over}
-    for index in range(SAMPLES if repeated is not None else 0):
+    for index in range(SAMPLES if samples.mlx is not None else 0):
         if all(map(_is_decided, repeats.values())):
             break
-        sample = repeated(index)  # type: ignore[misc]
+        run, exact_run = samples.mlx(index), samples.reference(index)  # type: ignore[misc]
         for name, judgements in repeats.items():
-            judgements.append(judge_one(sample, name))
+            # the error there, at the reference here
+            value, exact = (np.asarray(values[name].array, np.float64) for values in (run, exact_run))
+            with np.errstate(invalid="ignore"):
+                moved = np.where(np.isfinite(value - exact), reference[name].array + (value - exact), value)
+            judgements.append(judge_one(name, moved))
     return found | {name: _median(judgements) for name, judgements in repeats.items()}
 
 
-def _sample_noise(noises: dict[str, Floats], sample: Sample, names: list[str], reference: Values) -> None:
-    """Sets the noise of some values to the RMS error of SAMPLES perturbed runs; only sums of squares are kept."""
-    squares = {name: np.zeros(reference[name].array.shape) for name in names}
+def _sample_noise(
+    noises: dict[str, Floats], run: Callable[[int], Values], reference: Callable[[int], Values], names: list[str]
+) -> None:
+    """Sets the noise of some values to the RMS error of SAMPLES runs; only sums of squares are kept."""
+    squares: dict[str, Floats] = {}
     for index in range(SAMPLES):
-        values = sample(index)
+        values, exact = run(index), reference(index)
         for name in names:
-            squares[name] += squared_distance(values[name].array, reference[name].array)
+            squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
     noises |= {name: np.sqrt(total / SAMPLES) for name, total in squares.items()}
 
 
@@ -362,8 +392,7 @@ def judge_curve(
     mlx: npt.ArrayLike,
     torch32: npt.ArrayLike,
     torch64: npt.ArrayLike,
-    perturbed: Callable[[int], npt.ArrayLike] | None = None,
-    in_order: Callable[[int], npt.ArrayLike] | None = None,
+    samples: Samples[Callable[[int], npt.ArrayLike]] | None = None,
 ) -> CurveJudgement:
     """Compares training curves: the loss at each step by MLX, by PyTorch, and by PyTorch in float64.
 
@@ -372,14 +401,13 @@ def judge_curve(
         noise[t] = max(max over s <= t of |PyTorch[s] - float64[s]|, half an ulp of fp32 at float64[t])
 
     The running maximum is needed because curves cross: where they do, the distance is zero by chance. It does not
-    help at the first steps, where a loss is a single number. So if a ratio exceeds FACTOR, the RMS distance of
-    SAMPLES perturbed runs from float64 is used as well (floor 5).
+    help at the first steps, where a loss is a single number. So if a ratio exceeds FACTOR, the RMS noise of SAMPLES
+    nearby runs is used as well (floor 5).
 
     Args:
         mlx, torch32: Losses `[steps]` in the dtype under test.
         torch64: Losses `[steps]` of the reference.
-        perturbed: Returns the losses `[steps]` of the perturbed run of PyTorch with the given number.
-        in_order: Returns the losses of a perturbed run that sums term by term (floor 6).
+        samples: Return the losses `[steps]` of sample 0 to SAMPLES - 1.
 
     Raises:
         ValueError: The curves are empty or of unequal length.
@@ -388,13 +416,20 @@ def judge_curve(
     if a.size == 0 or not a.shape == b.shape == r.shape or a.ndim != 1:
         raise ValueError(f"curves of {a.shape}, {b.shape} and {r.shape} steps cannot be compared")
     judgement = _judge_curve(a, b, r, np.zeros(r.shape))
-    if perturbed is None or judgement.passed or not math.isfinite(judgement.worst):
+    if samples is None or judgement.passed or not math.isfinite(judgement.worst):
         return judgement
-    judgement = _judge_curve(a, b, r, noise_rms(r, map(perturbed, range(SAMPLES))))
-    if in_order is None or judgement.passed:
+    judgement = _judge_curve(a, b, r, _curve_noise(samples.torch, samples.reference))
+    if samples.in_order is None or judgement.passed:
         return judgement
-    again = _judge_curve(a, b, r, noise_rms(r, map(in_order, range(SAMPLES))))
+    again = _judge_curve(a, b, r, _curve_noise(samples.in_order, samples.reference))
     return replace(again, plain_worst=judgement.worst)
+
+
+def _curve_noise(run: Callable[[int], npt.ArrayLike], reference: Callable[[int], npt.ArrayLike]) -> Floats:
+    """Returns the RMS noise of SAMPLES runs at each step."""
+    squares = [squared_distance(run(index), reference(index)) for index in range(SAMPLES)]
+    noise: Floats = np.sqrt(np.mean(squares, axis=0))
+    return noise
 
 
 def _judge_curve(a: Floats, b: Floats, r: Floats, sampled: Floats) -> CurveJudgement:
@@ -410,6 +445,22 @@ def _judge_curve(a: Floats, b: Floats, r: Floats, sampled: Floats) -> CurveJudge
     return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
 
 
+def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
+    """Returns values that differ from the given ones by up to 4 ulps of `dtype`, not rounded to it.
+
+    The difference is a function of the value and the sample, so it does not depend on the axes of the array, and
+    equal values stay equal. Zeros and values that are not finite (masks) stay.
+    """
+    array = np.asarray(values, np.float64)
+    bits = array.astype(np.float32).view(np.uint32)
+    key = rng.key(0, "nearby", sample)
+    words, _ = rng.threefry2x32((key[:1], key[1:]), (bits.reshape(-1), np.zeros(bits.size, np.uint32)))
+    uniform = words.reshape(array.shape) * 2.0**-31 - 1
+    movable = np.isfinite(array) & (array != 0)
+    moved: Floats = array + np.where(movable, 8 * uniform * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
+    return moved
+
+
 def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
     """Returns the values of one sample: one in SAMPLES of them is moved up or down by one ulp of `dtype`.
 
@@ -423,17 +474,6 @@ def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32
     movable = np.isfinite(array) & (array != 0)
     moved: Floats = array + np.where(movable, 2 * ulps * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
     return moved
-
-
-def noise_rms(exact: npt.ArrayLike, samples: Iterable[npt.ArrayLike]) -> Floats:
-    """Returns the RMS distance of the samples from the exact values, element by element (floor 5)."""
-    r = np.asarray(exact, np.float64)
-    squares, count = np.zeros(r.shape), 0
-    for sample in samples:
-        squares += squared_distance(sample, r)
-        count += 1
-    noise: Floats = np.sqrt(squares / max(count, 1))
-    return noise
 
 
 def squared_distance(sample: npt.ArrayLike, exact: npt.ArrayLike) -> Floats:
