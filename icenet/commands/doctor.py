@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
 from icenet.core.report.console import new_console
+from icenet.core.threads import usable_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,7 +116,6 @@ def package_versions() -> dict[str, str | None]:
 
 def system_facts() -> dict[str, Any]:
     """Returns Python, platform, chip, usable cores, memory in bytes, NVIDIA driver and C++ compiler."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     driver = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))
     if sys.platform == "darwin":
         chip, memory = _sysctl("machdep.cpu.brand_string"), int(_sysctl("hw.memsize") or 0)
@@ -132,7 +131,7 @@ def system_facts() -> dict[str, Any]:
         "machine": platform.machine(),
         "macos": platform.mac_ver()[0] or None,
         "chip": chip or platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": usable_cores(),
         "memory": memory or None,
         "nvidia": driver[1] if driver else "present" if Path("/dev/nvidiactl").exists() else None,
         "compiler": shutil.which("g++"),
@@ -332,7 +331,7 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
     if "error" in facts:
         error = facts["error"]
         return {"state": error if error == "not installed" else f"does not work: {error}"}
-    blas, tf32 = facts["blas"], facts["tf32"]
+    blas, tf32, threads = facts["blas"], facts["tf32"], facts["decoding_threads"]
     precision = "TF32" if tf32["used"] else "full fp32"
     choice = "TF32 with allow_tf32: true" if tf32["available"] else "this device has no TF32"
     rates = (f"{name} {rate:g} GFLOP/s" for name, rate in facts["matmul_gflops"].items())
@@ -343,6 +342,8 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
         "chip": facts["chip"] or "-",
         "BLAS on the CPU": f"{blas['name']} ({blas['note']})" + (f"\n{blas['path']}" if blas["path"] else ""),
         "fp32 matmul of 1024x1024": ", ".join(rates),
+        "small operations on the CPU": "\n".join(f"{name} {us:g} us" for name, us in facts["small_us"].items()),
+        "threads for decoding": f"{threads['chosen']} of {threads['of']}" if threads["of"] else "not adjustable",
         "fp32 products": f"{precision}; {choice}",
         "dtypes": facts["dtypes"],
     }

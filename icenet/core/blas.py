@@ -20,8 +20,10 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from icenet.core.errors import BackendError
 
@@ -193,6 +195,31 @@ def _open(path: str) -> str | None:
 def _address(library: ctypes.CDLL) -> int | None:
     """Returns the address of `sgemm_` as `library` resolves it."""
     return ctypes.cast(library.sgemm_, ctypes.c_void_p).value if hasattr(library, "sgemm_") else None
+
+
+_SET_THREADS = ("openblas_set_num_threads", "mkl_serv_set_num_threads")
+_GET_THREADS = ("openblas_get_num_threads", "mkl_get_max_threads")
+"""What OpenBLAS and the MKL inside torch export. The number holds for the process."""
+
+
+def num_threads() -> int | None:
+    """Returns the number of threads of the library that `load` found; None if it cannot be read or set."""
+    get, settable = _function(_GET_THREADS), _function(_SET_THREADS)
+    return int(get()) if get and settable else None
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the number of threads of the library for this process; does nothing where it cannot be set."""
+    function = _function(_SET_THREADS)
+    if function is not None:
+        function(ctypes.c_int(threads))
+
+
+def _function(names: Sequence[str]) -> Any:
+    """Returns the first of the functions that the library in use exports, or None."""
+    path = status().path
+    library = ctypes.CDLL(path) if path and os.path.exists(path) else None
+    return next((getattr(library, name) for name in names if hasattr(library, name)), None)
 
 
 class _DlInfo(ctypes.Structure):

@@ -8,9 +8,17 @@ import icenet.blas
 
 import mlx.core as mx
 
-from icenet.core.report.environment import MATRIX_SIZE, Environment, device_names
+from icenet.core.report.environment import (
+    MATRIX_SIZE,
+    SMALL_ROWS,
+    SMALL_WIDTH,
+    Environment,
+    device_names,
+    microseconds,
+)
 from icenet.core.report.environment import matmul_gflops as measure
 from icenet.nn.arithmetic import chip, has_tf32, set_tf32, uses_tf32
+from icenet.tools import threads
 
 VERSION: str = mx.__version__  # type: ignore[attr-defined]  # missing in the type stub
 
@@ -29,6 +37,11 @@ def environment() -> Environment:
         "chip": chip(),
         "blas": {"name": blas.name, "path": blas.path, "note": blas.note},
         "matmul_gflops": {"cpu": matmul_gflops(mx.cpu)} | ({gpu: matmul_gflops(mx.gpu)} if num_gpus else {}),
+        "small_us": small_operations(),
+        "decoding_threads": {
+            "of": threads.num_threads(),
+            "chosen": threads.choose_num_threads(SMALL_ROWS, SMALL_WIDTH),
+        },
         "tf32": tf32(mx.default_device()),
         "dtypes": "fp16 and bf16 products are slow on the CPU: compute in fp32 there; "
         "float64 on the CPU only, not exact for exp, erf, sigmoid and softmax",
@@ -48,6 +61,18 @@ def matmul_gflops(device: Any) -> float:
         b = mx.random.normal(shape, key=mx.random.key(1))
         mx.eval(a, b)
         return measure(lambda: mx.eval(a @ b))
+
+
+def small_operations() -> dict[str, float]:
+    """Returns microseconds of small operations on the CPU (see `Environment.small_us`)."""
+    with mx.stream(mx.cpu):
+        x, weight = mx.ones((1, SMALL_WIDTH)), mx.ones((4 * SMALL_WIDTH, SMALL_WIDTH))
+        values = mx.ones((SMALL_ROWS, 4 * SMALL_WIDTH))
+        mx.eval(x, weight, values)
+        return {
+            "matrix-vector product": microseconds(lambda: mx.eval(x @ weight.T)),
+            "elementwise chain": microseconds(lambda: mx.eval((values * mx.sigmoid(values) + 1) * 0.5 - values)),
+        }
 
 
 def tf32(device: mx.Device) -> dict[str, bool]:

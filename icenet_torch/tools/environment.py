@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
-from icenet.core.report.environment import MATRIX_SIZE, Environment, device_names
+from icenet.core.report.environment import (
+    MATRIX_SIZE,
+    SMALL_ROWS,
+    SMALL_WIDTH,
+    Environment,
+    device_names,
+    microseconds,
+)
 from icenet.core.report.environment import matmul_gflops as measure
 from icenet_torch.nn import arithmetic
+from icenet_torch.tools import threads
 
 
 def environment() -> Environment:
@@ -25,6 +33,11 @@ def environment() -> Environment:
         "chip": torch.cuda.get_device_name() if gpu == "cuda" else None,  # PyTorch reports no other names
         "blas": _blas(),
         "matmul_gflops": {"cpu": matmul_gflops("cpu")} | ({gpu: matmul_gflops(gpu)} if num_gpus else {}),
+        "small_us": small_operations(),
+        "decoding_threads": {
+            "of": threads.num_threads(),
+            "chosen": threads.choose_num_threads(SMALL_ROWS, SMALL_WIDTH),
+        },
         "tf32": tf32(torch.device(default)),
         "dtypes": "fp16 and bf16 products are slow on the CPU: compute in fp32 there; no float64 on MPS",
     }
@@ -50,6 +63,17 @@ def matmul_gflops(device: str) -> float:
     a = torch.randn(shape, generator=generator).to(device)
     b = torch.randn(shape, generator=generator).to(device)
     return measure(lambda: _wait_for(a @ b))
+
+
+@torch.inference_mode()
+def small_operations() -> dict[str, float]:
+    """Returns microseconds of small operations on the CPU (see `Environment.small_us`)."""
+    x, weight = torch.ones(1, SMALL_WIDTH), torch.ones(4 * SMALL_WIDTH, SMALL_WIDTH)
+    values = torch.ones(SMALL_ROWS, 4 * SMALL_WIDTH)
+    return {
+        "matrix-vector product": microseconds(lambda: x @ weight.T),
+        "elementwise chain": microseconds(lambda: (values * torch.sigmoid(values) + 1) * 0.5 - values),
+    }
 
 
 def tf32(device: torch.device) -> dict[str, bool]:

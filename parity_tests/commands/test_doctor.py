@@ -42,6 +42,9 @@ def test_this_machine() -> None:
         assert facts["default_device"] in [device.split(":")[0] for device in facts["devices"]]
         assert set(facts["matmul_gflops"]) == {device.split(":")[0] for device in facts["devices"]}
         assert all(rate > 0 for rate in facts["matmul_gflops"].values())
+        assert len(facts["small_us"]) == 2 and all(time > 0 for time in facts["small_us"].values())
+        threads = facts["decoding_threads"]
+        assert threads["chosen"] in (1, threads["of"])
     assert list(report.backends["mlx"]) == list(report.backends["torch"])
     as_json = json.loads(json.dumps(report.as_dict()))
     assert as_json == report.as_dict() and as_json["ok"] is True
@@ -152,6 +155,8 @@ WORKS: dict[str, dict[str, Any]] = {
         "chip": "a chip",
         "blas": {"name": "openblas", "path": "/lib/libopenblas.so.0", "note": "ICENET_BLAS=auto"},
         "matmul_gflops": {"cpu": 200.0},
+        "small_us": {"matrix-vector product": 110.0, "elementwise chain": 50.0},
+        "decoding_threads": {"of": 2, "chosen": 1},
         "tf32": TF32_OFF,
         "dtypes": "",
     },
@@ -163,6 +168,8 @@ WORKS: dict[str, dict[str, Any]] = {
         "chip": None,
         "blas": {"name": "mkl", "path": None, "note": "MKL 2024.2"},
         "matmul_gflops": {"cpu": 200.0},
+        "small_us": {"matrix-vector product": 110.0, "elementwise chain": 50.0},
+        "decoding_threads": {"of": 2, "chosen": 1},
         "tf32": TF32_OFF,
         "dtypes": "",
     },

@@ -9,6 +9,9 @@ from typing import Any, TypedDict
 
 MATRIX_SIZE = 1024
 REPETITIONS = 5
+SMALL_WIDTH = 512
+"""Width of the small products: those of a decoding step with a batch of 8, `[8, 512] x [512, 2048]`."""
+SMALL_ROWS = 8
 MAX_SECONDS = 2.5
 """No repetition starts after this time: with a reference BLAS each takes up to 0.7 s."""
 
@@ -27,6 +30,10 @@ class Environment(TypedDict):
     """`name`, `path` and `note` of the BLAS used on the CPU."""
     matmul_gflops: dict[str, float]
     """GFLOP/s of an fp32 matrix product, by kind of device."""
+    small_us: dict[str, float]
+    """Microseconds on the CPU: a matrix-vector product and a chain of elementwise operations, as in decoding."""
+    decoding_threads: dict[str, int | None]
+    """`chosen`: the number of threads that `icenet generate` would use for small products. `of`: of how many."""
     tf32: dict[str, bool]
     """`available`: the default device has TF32. `used`: fp32 products use it although `allow_tf32` is false."""
     dtypes: str
@@ -51,3 +58,14 @@ def matmul_gflops(multiply: Callable[[], Any]) -> float:
         multiply()
         times.append(time.perf_counter() - start)
     return round(2 * MATRIX_SIZE**3 / statistics.median(times) / 1e9, 1)
+
+
+def microseconds(work: Callable[[], Any]) -> float:
+    """Returns the duration of a small operation: the median of up to 50 repetitions in 0.2 s, after a warm-up."""
+    work()
+    begin, times = time.perf_counter(), list[float]()
+    while len(times) < 50 and (not times or time.perf_counter() - begin < 0.2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times) * 1e6, 1)
