@@ -170,7 +170,8 @@ def _places(model: nn.Module) -> list[_Place]:
         for name, value in node.items:
             key = node.key_of(name)
             if isinstance(value, mx.array) and not key.startswith("_"):
-                is_trainable = not node.is_frozen and key not in node.module._no_grad
+                is_frozen = node.is_frozen or key in node.module._no_grad
+                is_trainable = not is_frozen and mx.issubdtype(value.dtype, mx.floating)  # as in PyTorch
                 paths = _join(node.path, name), _join(node.mlx_path, name)
                 found.append(_Place(*paths, node.holder, name, is_trainable))
     return found

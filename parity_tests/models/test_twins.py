@@ -545,6 +545,20 @@ def test_layers_that_are_not_registered(backend: str, here: Path) -> None:
     assert front_door.build(write(pair), backend, "cpu").num_params == 257 * 8 + 257 * 9
 
 
+def test_integer_tables(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Arrays of integers are buffers in both frameworks, whose default widths differ."""
+    pair = {
+        "mlx": BUFFER.replace("TABLE", "self.table = mx.arange(1, 9)"),
+        "torch": BUFFER.replace("TABLE", "self.register_buffer('table', torch.arange(1, 9))"),
+    }
+    config = write(pair)
+    report = run(config)
+    assert report.passed, report.verdict()
+    assert not caplog.messages
+    train(config, here / "run", "torch", until=2)
+    resume(here / "run", "mlx", until=3)
+
+
 def test_a_shared_array_that_is_half_frozen(here: Path) -> None:
     pair = both(TIED_HEAD)
     pair["mlx"] = pair["mlx"].replace("embedding.weight\n", "embedding.weight\n        self.embedding.freeze()\n")

@@ -24,6 +24,77 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- containers, shared arrays and twins of custom models ---------------------------------------------------
+    Fault(
+        "the parts of nn.Sequential have MLX's names",
+        "icenet/nn/tree.py",
+        "path=node.path if inline else _join(node.path, name),",
+        "path=_join(node.path, name),",
+        ["models/test_twins.py::test_names_of_containers"],
+    ),
+    Fault(
+        "a shared array is written at its first place only",
+        "icenet/nn/tree.py",
+        "            for place in self._places[path]:\n",
+        "            for place in self._places[path][:1]:\n",
+        ["models/test_twins.py::test_against_plain_pytorch_with_its_own_optimizer"],
+    ),
+    Fault(
+        "frozen arrays are trained on MLX",
+        "icenet/nn/tree.py",
+        "is_frozen = node.is_frozen or key in node.module._no_grad",
+        "is_frozen = node.is_frozen",
+        ["models/test_twins.py::test_both_backends_start_train_and_continue_equal"],
+    ),
+    Fault(
+        "a layer used twice is unknown at its second place in PyTorch",
+        "icenet_torch/nn/tree.py",
+        "return model.named_modules(remove_duplicate=False)",
+        "return model.named_modules()",
+        ["models/test_twins.py::test_a_layer_used_twice_adds_its_gradients"],
+    ),
+    Fault(
+        "unequal values of a shared array are accepted",
+        "icenet/core/weights/sharing.py",
+        "            if not _is_equal(first, found[name]):\n",
+        "            if False:\n",
+        ["models/test_twins.py::test_a_shared_array_is_stored_under_both_names_and_read_from_one"],
+    ),
+    Fault(
+        "a shared array is counted twice",
+        "icenet/core/weights/sharing.py",
+        "if is_trainable and path not in shared}",
+        "if is_trainable}",
+        ["models/test_twins.py::test_info_counts_a_shared_array_once"],
+    ),
+    Fault(
+        "what the twins train is not compared",
+        "icenet/core/models/twins.py",
+        "    if mlx.trained and not torch.trained:\n",
+        "    if False:\n",
+        ["models/test_twins.py::test_a_mismatch_is_named_when_the_model_is_built"],
+    ),
+    Fault(
+        "what the twins share is not compared",
+        "icenet/core/models/twins.py",
+        "    if mlx.tied_to != torch.tied_to and (mlx.trained or torch.trained):\n",
+        "    if False:\n",
+        ["models/test_twins.py::test_a_tie_on_one_side_is_named"],
+    ),
+    Fault(
+        "a run continues on the other backend with a model that trains other arrays",
+        "icenet/core/training/trainer.py",
+        "        twins.check_same_model(found.state, engine.model, str(found.path))\n",
+        "",
+        ["models/test_twins.py::test_a_mismatch_is_named_when_the_model_is_built"],
+    ),
+    Fault(
+        "averages are loaded under the first name of a shared array only",
+        "icenet/core/training/open_model.py",
+        "    averages |= {alias: averages[owner] for alias, owner in shared.items() if owner in averages}\n",
+        "",
+        ["models/test_twins.py::test_averaged_weights_of_a_shared_array"],
+    ),
     # ---- arithmetic -----------------------------------------------------------------------------------------
     Fault(
         "a token is decoded outside of the model's arithmetic",
