@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from parity_config import transformer_config
 
+from icenet.parity import yardstick
 from icenet.parity.engines import Engines, build
 from icenet.parity.run import random_batch
 
@@ -20,3 +21,9 @@ def engines() -> Engines:
 def batch() -> dict[str, np.ndarray]:
     """Returns 2 rows of 24 tokens."""
     return random_batch(transformer_config(), rows=2, length=24)
+
+
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures the noise with few samples, for faults that are far above it."""
+    monkeypatch.setattr(yardstick, "SAMPLES", 2)

@@ -1,0 +1,405 @@
+"""Plain layers of MLX and PyTorch, and twins of them: correct ones pass, faults are found. No config is needed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as M
+import numpy as np
+import pytest
+import torch
+import torch.nn as T
+from helpers import is_one_line
+from rich.console import Console
+
+from icenet import nn as own
+from icenet.core.errors import UsageError
+from icenet.core.models.modules import copy_weights
+from icenet.parity.modules import compare_modules
+from icenet.parity.report import Report
+from icenet_torch import nn as their_own
+
+Twins = tuple[Any, Any]
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def last(x: np.ndarray) -> np.ndarray:
+    """Returns an array with the channels last."""
+    return np.ascontiguousarray(np.moveaxis(x, 1, -1)) if x.ndim > 2 else x
+
+
+def compare(twins: Twins, x: np.ndarray, *, train: bool = False, same_axes: bool = False) -> Report:
+    """Compares twins with equal weights on an input with PyTorch's axes."""
+    ours, theirs = twins
+    copy_weights(theirs, ours)
+    return compare_modules(ours, theirs, [x if same_axes else last(x)], [x], train=train)
+
+
+# ---- every kind of layer ------------------------------------------------------------------------------------
+
+SIGNAL, IMAGE, VOLUME, TOKENS = (3, 6, 9), (3, 6, 8, 5), (2, 6, 4, 5, 3), (4, 7, 16)
+SQUARE = (3, 8, 8)  # as many channels as positions: the shape does not tell which axis is which
+
+CHANNELS_FIRST: dict[str, tuple[Callable[[], Twins], tuple[int, ...]]] = {
+    "conv1d": (lambda: (M.Conv1d(6, 8, 3, padding=1), T.Conv1d(6, 8, 3, padding=1)), SIGNAL),
+    "conv1d, square": (lambda: (M.Conv1d(8, 8, 3, padding=1), T.Conv1d(8, 8, 3, padding=1)), SQUARE),
+    "conv2d": (lambda: (M.Conv2d(6, 8, 3, stride=2), T.Conv2d(6, 8, 3, stride=2)), IMAGE),
+    "conv3d": (lambda: (M.Conv3d(6, 4, 2), T.Conv3d(6, 4, 2)), VOLUME),
+    "conv_transpose1d": (lambda: (M.ConvTranspose1d(6, 8, 3), T.ConvTranspose1d(6, 8, 3)), SIGNAL),
+    "conv_transpose2d": (lambda: (M.ConvTranspose2d(6, 8, 3), T.ConvTranspose2d(6, 8, 3)), IMAGE),
+    "conv_transpose3d": (lambda: (M.ConvTranspose3d(6, 4, 2), T.ConvTranspose3d(6, 4, 2)), VOLUME),
+    "batch norm [B, C]": (lambda: (M.BatchNorm(6), T.BatchNorm1d(6)), (9, 6)),
+    "batch norm [B, C, L]": (lambda: (M.BatchNorm(6), T.BatchNorm1d(6)), SIGNAL),
+    "batch norm, square": (lambda: (M.BatchNorm(8), T.BatchNorm1d(8)), SQUARE),
+    "batch norm 2d": (lambda: (M.BatchNorm(6), T.BatchNorm2d(6)), IMAGE),
+    "group norm of signals": (lambda: (M.GroupNorm(2, 6, pytorch_compatible=True), T.GroupNorm(2, 6)), SIGNAL),
+    "group norm, square": (lambda: (M.GroupNorm(2, 8, pytorch_compatible=True), T.GroupNorm(2, 8)), SQUARE),
+    "group norm of images": (lambda: (M.GroupNorm(3, 6, pytorch_compatible=True), T.GroupNorm(3, 6)), IMAGE),
+    "instance norm 1d": (lambda: (M.InstanceNorm(6, affine=True), T.InstanceNorm1d(6, affine=True)), SIGNAL),
+    "instance norm 2d": (lambda: (M.InstanceNorm(6), T.InstanceNorm2d(6)), IMAGE),
+    "instance norm 3d": (lambda: (M.InstanceNorm(6), T.InstanceNorm3d(6)), VOLUME),
+    "max pool 1d": (lambda: (M.MaxPool1d(3, 2), T.MaxPool1d(3, 2)), SIGNAL),
+    "max pool 2d": (lambda: (M.MaxPool2d(2, 2), T.MaxPool2d(2, 2)), IMAGE),
+    "max pool 3d": (lambda: (M.MaxPool3d(2, 2), T.MaxPool3d(2, 2)), VOLUME),
+    "average pool 1d": (lambda: (M.AvgPool1d(3, 2), T.AvgPool1d(3, 2)), SIGNAL),
+    "average pool 2d": (lambda: (M.AvgPool2d(2, 2), T.AvgPool2d(2, 2)), IMAGE),
+    "average pool 3d": (lambda: (M.AvgPool3d(2, 2), T.AvgPool3d(2, 2)), VOLUME),
+    "upsample nearest": (lambda: (M.Upsample(2, "nearest"), T.Upsample(scale_factor=2)), IMAGE),
+    "upsample linear 1d": (lambda: (M.Upsample(2, "linear"), T.Upsample(scale_factor=2, mode="linear")), SIGNAL),
+    "upsample bilinear": (
+        lambda: (
+            M.Upsample(2, "linear", align_corners=True),
+            T.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        ),
+        IMAGE,
+    ),
+    "prelu of signals": (lambda: (M.PReLU(6), T.PReLU(6)), SIGNAL),
+    "relu of signals": (lambda: (M.ReLU(), T.ReLU(inplace=True)), SIGNAL),
+}
+
+SAME_AXES: dict[str, tuple[Callable[[], Twins], tuple[int, ...]]] = {
+    "linear": (lambda: (M.Linear(16, 8), T.Linear(16, 8)), TOKENS),
+    "linear of a square": (lambda: (M.Linear(7, 7), T.Linear(7, 7)), (4, 7, 7)),
+    "layer norm": (lambda: (M.LayerNorm(16), T.LayerNorm(16)), TOKENS),
+    "rms norm": (lambda: (M.RMSNorm(16), T.RMSNorm(16, eps=1e-5)), TOKENS),
+    "softmax": (lambda: (M.Softmax(), T.Softmax(-1)), TOKENS),
+    "gelu": (lambda: (M.GELU(), T.GELU()), TOKENS),
+    "gelu tanh": (lambda: (M.GELU("tanh"), T.GELU("tanh")), TOKENS),
+    "silu": (lambda: (M.SiLU(), T.SiLU()), TOKENS),
+    "tanh": (lambda: (M.Tanh(), T.Tanh()), TOKENS),
+    "sigmoid": (lambda: (M.Sigmoid(), T.Sigmoid()), TOKENS),
+    "glu": (lambda: (M.GLU(), T.GLU()), TOKENS),
+}
+IN_TRAINING = [(name, True) for name in CHANNELS_FIRST if name.startswith("batch norm")]  # others compute the same
+
+
+@pytest.mark.parametrize(("name", "train"), [*((name, False) for name in CHANNELS_FIRST | SAME_AXES), *IN_TRAINING])
+def test_correct_layers_pass(name: str, train: bool) -> None:
+    build, shape = (CHANNELS_FIRST | SAME_AXES)[name]
+    report = compare(build(), draw(*shape), train=train, same_axes=name in SAME_AXES)
+    assert report.passed, report.verdict()
+    assert report.unequal_weights == [] and not report.sections[0].rows[0].plain_ratio
+    row = report.sections[0].rows[0]
+    assert row.own is not None
+    is_moved = name in ("prelu of signals", "relu of signals")
+    assert row.note == ("channels last in MLX, first in PyTorch" if is_moved else "")
+
+
+def test_embedding_and_bilinear() -> None:
+    ours, theirs = M.Embedding(11, 8), T.Embedding(11, 8)
+    copy_weights(theirs, ours)
+    assert compare_modules(ours, theirs, [np.arange(10, dtype=np.int32).reshape(2, 5)]).passed
+    ours, theirs = M.Bilinear(4, 5, 6), T.Bilinear(4, 5, 6)
+    copy_weights(theirs, ours)
+    assert compare_modules(ours, theirs, [draw(7, 4), draw(7, 5)]).passed
+
+
+def test_attention() -> None:
+    """The layers have other parameters and return other values; output and input gradient are compared."""
+    ours, theirs = M.MultiHeadAttention(16, 4, bias=True), T.MultiheadAttention(16, 4, batch_first=True)
+    weight, bias = theirs.in_proj_weight.detach().numpy(), draw(48)
+    theirs.in_proj_bias.data = torch.from_numpy(bias)
+    for index, layer in enumerate((ours.query_proj, ours.key_proj, ours.value_proj)):
+        layer.weight, layer.bias = (mx.array(a[16 * index : 16 * (index + 1)]) for a in (weight, bias))
+    ours.out_proj.weight = mx.array(theirs.out_proj.weight.detach().numpy())
+    ours.out_proj.bias = mx.array(theirs.out_proj.bias.detach().numpy())
+    x = draw(3, 5, 16)
+    report = compare_modules(Attention(ours), TorchAttention(theirs), [x])
+    assert report.passed, report.verdict()
+
+
+def test_recurrent_layers() -> None:
+    """PyTorch's two biases per gate are added for MLX; the GRU's n gate has a second one in both."""
+    x = draw(3, 5, 6)
+    for ours, theirs in (
+        (M.LSTM(6, 4), T.LSTM(6, 4, batch_first=True)),
+        (M.GRU(6, 4), T.GRU(6, 4, batch_first=True)),
+        (M.RNN(6, 4), T.RNN(6, 4, batch_first=True)),
+    ):
+        weights = {name: parameter.detach().numpy() for name, parameter in theirs.named_parameters()}
+        first, second = weights["bias_ih_l0"].copy(), weights["bias_hh_l0"].copy()
+        if isinstance(ours, M.GRU):
+            ours.bhn = mx.array(second[8:])
+            second[8:] = 0
+        names = ("Wxh", "Whh") if isinstance(ours, M.RNN) else ("Wx", "Wh")
+        for name, value in zip(names, (weights["weight_ih_l0"], weights["weight_hh_l0"]), strict=True):
+            ours[name] = mx.array(value)
+        ours["b" if isinstance(ours, M.GRU) else "bias"] = mx.array(first + second)
+        report = compare_modules(ours, theirs, [x])
+        assert report.passed, report.verdict()
+        assert [row.path for row in report.sections[0].rows] == [""]
+
+
+class Attention(M.Module):
+    def __init__(self, attention: M.MultiHeadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.attention(x, x, x)
+
+
+class TorchAttention(T.Module):
+    def __init__(self, attention: T.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+# ---- users' own modules -------------------------------------------------------------------------------------
+
+
+class Net(M.Module):
+    """Layers, and a function that calls them."""
+
+    def __init__(self, call: Callable[..., mx.array], **layers: M.Module) -> None:
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.call(self, x)
+
+
+class TorchNet(T.Module):
+    def __init__(self, call: Callable[..., torch.Tensor], **layers: T.Module) -> None:
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self, x)
+
+
+def notes(report: Report) -> dict[str, str]:
+    return {row.path: row.note for row in report.sections[0].rows}
+
+
+def signal_net(call: Callable[..., mx.array], **layers: M.Module) -> Twins:
+    """Returns a twin of convolutions over 8 channels and 8 positions."""
+    ours = {
+        "first": M.Conv1d(8, 8, 3, padding=1),
+        "act": M.GELU(),
+        "norm": M.GroupNorm(2, 8, pytorch_compatible=True),
+        "last": M.Conv1d(8, 8, 3, padding=1),
+        **layers,
+    }
+    theirs = TorchNet(
+        lambda m, x: m.last(m.norm(m.act(m.first(x)))),
+        first=T.Conv1d(8, 8, 3, padding=1),
+        act=T.GELU(),
+        norm=T.GroupNorm(2, 8),
+        last=T.Conv1d(8, 8, 3, padding=1),
+    )
+    return Net(call, **ours), theirs
+
+
+def test_a_net_of_square_signals() -> None:
+    report = compare(signal_net(lambda m, x: m.last(m.norm(m.act(m.first(x))))), draw(*SQUARE))
+    assert report.passed, report.verdict()
+    moved = "channels last in MLX, first in PyTorch"
+    assert notes(report) == {"first": "", "act": moved, "norm": "", "last": "", "": moved}
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_layer_that_receives_the_wrong_axes() -> None:
+    """The shapes fit, because there are as many channels as positions."""
+    report = compare(signal_net(lambda m, x: m.last(m.norm(mx.swapaxes(m.act(m.first(x)), 1, 2)))), draw(*SQUARE))
+    assert report.differing() == ["(model output)"]
+    assert not report.passed
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_wrong_padding_is_a_row_and_not_a_crash() -> None:
+    twins = signal_net(lambda m, x: m.last(m.norm(m.act(m.first(x)))), first=M.Conv1d(8, 8, 3, padding=0))
+    report = compare(twins, draw(*SQUARE))
+    assert report.differing() == ["first"]
+    assert "shape [3, 6, 8] in MLX, [3, 8, 8] in PyTorch" in notes(report)["first"]
+    assert "not replayed" in notes(report)["norm"]
+    assert is_one_line(report.verdict(), "first", "[3, 6, 8]")
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_padding_on_one_side_only() -> None:
+    """The shape is right, the values are not."""
+
+    def call(m: Any, x: mx.array) -> mx.array:
+        return m.last(m.norm(m.act(m.first(mx.pad(x, [(0, 0), (2, 0), (0, 0)])))))
+
+    twins = signal_net(call, first=M.Conv1d(8, 8, 3, padding=0))
+    assert "(model output)" in compare(twins, draw(*SQUARE)).differing()
+
+
+def image_net(call: Callable[..., mx.array], size: int = 6) -> Twins:
+    theirs = TorchNet(
+        lambda m, x: m.head(torch.relu(m.conv(x)).flatten(1)),
+        conv=T.Conv2d(3, 4, 3, padding=1),
+        head=T.Linear(4 * size * size, 5),
+    )
+    return Net(call, conv=M.Conv2d(3, 4, 3, padding=1), head=M.Linear(4 * size * size, 5)), theirs
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_flattened_images() -> None:
+    x = draw(2, 3, 6, 6)
+    correct = image_net(lambda m, x: m.head(mx.moveaxis(M.relu(m.conv(x)), -1, 1).flatten(1)))
+    assert compare(correct, x).passed
+    report = compare(image_net(lambda m, x: m.head(M.relu(m.conv(x)).flatten(1))), x)
+    assert report.differing() == ["(model output)"]
+    remedies = {row.path: row.remedy for row in report.sections[0].rows}
+    assert "mx.moveaxis(x, -1, 1).flatten(1)" in remedies["head"]
+    assert is_one_line(report.verdict(), "head", "moveaxis")
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_height_and_width_exchanged() -> None:
+    twins = image_net(lambda m, x: m.head(mx.moveaxis(M.relu(m.conv(x.transpose(0, 2, 1, 3))), -1, 1).flatten(1)))
+    report = compare(twins, draw(2, 3, 6, 6))
+    assert not report.passed and report.differing() == ["(model output)"]
+
+
+def heads(call: Callable[..., mx.array]) -> Twins:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q = m.project(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        return m.out(T.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+
+    theirs = TorchNet(forward, project=T.Linear(16, 16), out=T.Linear(16, 16))
+    return Net(call, project=M.Linear(16, 16), out=M.Linear(16, 16)), theirs
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_missing_transposition_between_heads(is_wrong: bool) -> None:
+    """As many heads as tokens: the shapes fit."""
+
+    def call(m: Any, x: mx.array) -> mx.array:
+        q = mx.unflatten(m.project(x), -1, (4, 4)).transpose(0, 2, 1, 3)
+        mixed = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.5)
+        return m.out(mx.flatten(mixed if is_wrong else mixed.transpose(0, 2, 1, 3), 2))
+
+    report = compare(heads(call), draw(3, 4, 16), same_axes=True)
+    assert report.differing() == (["(model output)"] if is_wrong else [])
+    assert report.passed is not is_wrong
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_function_that_fails_on_equal_inputs_is_a_row() -> None:
+    """The MLX module accepts its own input only, as one that checks a property of the data would."""
+
+    def call(m: Any, x: mx.array) -> mx.array:
+        if x.max().item() < 100:
+            raise ValueError("too small")
+        return m.head(x)
+
+    class Large(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(call, head=M.Linear(4, 4))
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.net(x + 1000)
+
+    class Small(T.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = TorchNet(lambda m, x: m.head(x), head=T.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    report = compare((Large(), Small()), draw(3, 4))
+    assert "net" in report.differing() and "too small" in notes(report)["net"]
+
+
+# ---- sums ---------------------------------------------------------------------------------------------------
+
+
+class WithoutAffine(M.BatchNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        mean, var = self._calc_stats(x)
+        return (x - mean) * mx.rsqrt(var + self.eps)
+
+
+class Unbiased(M.BatchNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        mean, var = self._calc_stats(x, ddof=1)
+        return self.weight * (x - mean) * mx.rsqrt(var + self.eps) + self.bias
+
+
+def norms(layer: M.BatchNorm) -> Twins:
+    theirs = T.BatchNorm2d(2)
+    theirs.weight.data, theirs.bias.data = (torch.from_numpy(1 + draw(2, seed=seed) / 4) for seed in (1, 2))
+    return layer, theirs
+
+
+MANY = (32, 2, 16, 16)  # 8192 values per channel
+
+
+def test_sums_of_a_plain_batch_norm_are_less_exact() -> None:
+    report = compare(norms(M.BatchNorm(2)), draw(*MANY), train=True)
+    assert report.passed, report.verdict()
+    row = report.sections[0].rows[0]
+    assert 8 < row.plain_ratio < 60 and row.judgement.ratio < 4
+    assert is_one_line(report.verdict(), "less exact")
+    text = io.StringIO()
+    report.render(Console(file=text, width=80))
+    assert "less exact" in text.getvalue() and max(map(len, text.getvalue().splitlines())) <= 80
+    assert json.loads(json.dumps(report.as_dict()))["sections"][0]["rows"][0]["plain_ratio"] == row.plain_ratio
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("layer", [lambda: M.BatchNorm(2, eps=1e-3), lambda: WithoutAffine(2), lambda: Unbiased(2)])
+def test_a_wrong_batch_norm_is_found_in_spite_of_its_sums(layer: Callable[[], M.BatchNorm]) -> None:
+    report = compare(norms(layer()), draw(*MANY), train=True)
+    assert report.differing() == ["(model output)"] and not report.passed
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_icenets_own_layers_are_not_granted_the_noise_of_sums() -> None:
+    class Sloppy(own.BatchNorm2d):
+        pass
+
+    report = compare((own.BatchNorm2d(2), their_own.BatchNorm2d(2)), draw(*MANY), train=True)
+    assert report.passed and not report.sections[0].rows[0].plain_ratio
+    # an own layer that sums like MLX's fails
+    Sloppy.__call__, Sloppy.__module__ = M.BatchNorm.__call__, "icenet.nn.norm"  # type: ignore[method-assign]
+    report = compare((Sloppy(2), their_own.BatchNorm2d(2)), draw(*MANY), train=True)
+    assert not report.passed
+
+
+def test_what_is_no_module() -> None:
+    with pytest.raises(UsageError):
+        compare_modules("net", T.Linear(2, 2), [draw(1, 2)])
