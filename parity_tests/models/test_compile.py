@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from icenet.core import backends as backend
 from icenet.core.config import Config, ModelConfig
 from icenet.core.models import buckets
+from icenet.nn import activations
 
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"type": "transformer", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_seq_length": 100},
@@ -81,3 +87,25 @@ def test_mlx_traces_few_times_and_agrees_with_eager(name: str, method: str, monk
         expected = eager.forward(batch(2, length, length))
         assert values.shape == expected.shape
         assert np.abs(values - expected).max() <= 64 * 2.0**-24 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="MLX's own functions are used on a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "of_mlx"), [("gelu", "gelu"), ("gelu_tanh", "gelu_approx"), ("silu", "silu"), ("relu", "relu")]
+)
+def test_activations_on_a_cpu_have_the_bits_of_mlxs_and_compile_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str, of_mlx: str, dtype: str
+) -> None:
+    x = mx.array(np.random.default_rng(0).normal(scale=4, size=(64, 65)).astype(np.float32)).astype(
+        getattr(mx, dtype)
+    )
+    with mx.stream(mx.cpu):
+        mx.disable_compile()  # so that MLX's functions do not start g++
+        try:
+            expected = getattr(nn, of_mlx)(x)
+        finally:
+            mx.enable_compile()
+        monkeypatch.setattr(nn, of_mlx, None)
+        found = activations.activation(name, x)
+        assert found.dtype == expected.dtype and mx.array_equal(found, expected).item()
