@@ -6,7 +6,7 @@ from icenet.nn.activations import activation
 from icenet.nn.attention import make_attention_mask, scaled_dot_product_attention
 from icenet.nn.checkpointing import checkpoint
 from icenet.nn.conv import Conv2d, global_average_pool, max_pool
-from icenet.nn.dropout import Dropout
+from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from icenet.nn.linear import Embedding, Linear
 from icenet.nn.loss import cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm
@@ -16,6 +16,9 @@ __all__ = [
     "BatchNorm2d",
     "Conv2d",
     "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Embedding",
     "GRU",
     "LSTM",

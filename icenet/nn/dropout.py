@@ -116,7 +116,7 @@ def key_dropouts(modules: Iterable[tuple[str, nn.Module]]) -> None:
         if keyed := _KEYED.get(type(module)):
             # the class alone changes, so that the user's references stay valid
             object.__setattr__(module, "__class__", keyed)
-            module.p = round(1 - module._p_1, 15)  # MLX keeps 1 - p, from which this restores 0.1 as 0.1
+            module.p = round(1 - module._p_1, 15)  # MLX keeps 1 - p; 1 - 0.9 is not quite 0.1
             module.images = None
             module.seed(None)
 

@@ -24,7 +24,7 @@ import icenet.models
 import icenet.nn
 import icenet_torch.models
 import icenet_torch.nn
-from icenet.core import backends
+from icenet.core import backends, rng
 from icenet.core.config import Config, ModelConfig, TransformerConfig
 from icenet.core.errors import ConfigError, UsageError, WeightsError
 
@@ -352,6 +352,36 @@ def test_gradient_checkpointing_without_keys_repeats_the_masks() -> None:
     assert x.grad is not None
     found = {"mlx": np.array_equal(np.array(y), np.array(gradient["x"])), "torch": torch.equal(theirs, x.grad)}
     assert found == {"mlx": True, "torch": True}
+
+
+@both_backends
+def test_checkpointing_repeats_the_masks_of_each_call(backend: str) -> None:
+    """The backward pass computes a block again with the keys of its calls, not with those of later calls."""
+    package = {"mlx": icenet, "torch": icenet_torch}[backend]
+    keys = rng.fold(rng.key(3, "dropout")[None, :], np.arange(8, dtype=np.uint64))
+    dropout = package.nn.Dropout(0.5)
+
+    class Block(mlx.nn.Module if backend == "mlx" else torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = dropout
+
+        def __call__(self, x: Any) -> Any:
+            return self.drop(self.drop(x) * x)
+
+    x, found = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32), []
+    for checkpoint in (False, True):
+        block: Any = Block()
+        dropout.seed(native(backend, keys if backend == "mlx" else keys.view(np.int32)))
+        call = (lambda x, block=block: package.nn.checkpoint(block, x)) if checkpoint else block
+        if backend == "mlx":
+            _, (gradient,) = mx.vjp(lambda x, call=call: call(call(x)).sum(), [mx.array(x)], [mx.array(1.0)])
+        else:
+            leaf = torch.tensor(x, requires_grad=True)
+            call(call(leaf)).sum().backward()
+            gradient = leaf.grad
+        found.append(plain(gradient))
+    assert np.array_equal(*found) and found[0].any()
 
 
 def test_checkpointing_recomputes() -> None:
