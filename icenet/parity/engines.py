@@ -141,8 +141,17 @@ def _native(engine: Engine, value: Value) -> Value:
 
 
 @contextlib.contextmanager
-def perturbed(engine: Engine, dtype: str, sample: int, role: str, in_order: bool = False) -> Iterator[Perturbation]:
-    """Sets the weights and optimizer state of an engine to those of a sample of the noise while the context is open.
+def perturbed(
+    engine: Engine,
+    dtype: str,
+    sample: int,
+    role: str,
+    in_order: bool = False,
+    *,
+    within: str = "",
+    state: bool = False,
+) -> Iterator[Perturbation]:
+    """Sets the weights of an engine to those of a sample of the noise while the context is open.
 
     Args:
         engine: An engine of either backend.
@@ -151,16 +160,22 @@ def perturbed(engine: Engine, dtype: str, sample: int, role: str, in_order: bool
         role: "torch": all that the engine computes is also moved by ulps, as floor 5 of the yardstick describes.
             "mlx" or "reference": it is not.
         in_order: Also take all sums of PyTorch term by term (floor 6).
+        within: Path of the module whose weights are set; default: all.
+        state: Whether to set the optimizer state too.
 
     Yields:
         The perturbation, for the inputs of what is computed.
     """
     perturb, perturb_state = (Perturbation(name, sample, rounds=role == "torch") for name in (dtype, "fp32"))
-    weights, state = engine.weights(), engine.optimizer_state()
+    weights = engine.weights()
     shared = engine.model.shared_arrays()  # moved once, at its first place
     own = {path: array for path, array in weights.items() if path not in shared}
-    engine.set_weights({path: perturb.array(array, "weight", path) for path, array in own.items()})
-    engine.set_optimizer_state({path: perturb_state.array(array, path) for path, array in state.items()})
+    prefix = f"{within}." if within else ""
+    moved = {p: perturb.array(a, "weight", p) if p.startswith(prefix) else a for p, a in own.items()}
+    engine.set_weights(moved)
+    slots = engine.optimizer_state() if state else {}
+    if state:
+        engine.set_optimizer_state({path: perturb_state.array(array, path) for path, array in slots.items()})
     probe = backends.module(engine.backend, "tools.probe")
     inner = probe.perturbing(engine.model, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
     sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
@@ -169,7 +184,8 @@ def perturbed(engine: Engine, dtype: str, sample: int, role: str, in_order: bool
             yield perturb
     finally:
         engine.set_weights(weights)
-        engine.set_optimizer_state(state)
+        if state:
+            engine.set_optimizer_state(slots)
 
 
 class Perturbation:

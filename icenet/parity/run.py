@@ -198,7 +198,7 @@ def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
         def sample(index: int) -> Trace:
             engine = getattr(engines, role)
-            with perturbed(engine, "fp32", index, role, in_order) as perturb:
+            with perturbed(engine, "fp32", index, role, in_order, state=True) as perturb:
                 return trace(engine, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
 
         return sample
@@ -224,7 +224,7 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
         def sample(index: int) -> Trace:
             engine = getattr(engines, role)
-            with perturbed(engine, "fp32", index, role, in_order) as perturb:
+            with perturbed(engine, "fp32", index, role, in_order, state=True) as perturb:
                 moved = [
                     {path: perturb.array(array, number, path) for path, array in arrays.items()}
                     for number, arrays in enumerate(gradients)
@@ -304,7 +304,7 @@ def _sampled_curve(
     def losses(index: int) -> list[float]:
         engine.set_weights(start[0])
         engine.set_optimizer_state(start[1])
-        with perturbed(engine, dtype, index, role, in_order):
+        with perturbed(engine, dtype, index, role, in_order, state=True):
             return _train([engine], ["fp32" if role == "reference" else dtype], steps)[0]
 
     return losses
@@ -348,7 +348,7 @@ def _sampled_replay(engines: Engines, dtype: str, step: int, train: bool, role: 
     engine = getattr(engines, role)
 
     def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-        with perturbed(engine, dtype, index, role, in_order) as perturb:
+        with perturbed(engine, dtype, index, role, in_order, within=path) as perturb:
             moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
             return replay(engine, path, perturb.call(call), moved, step=step, train=train)
 

@@ -56,8 +56,8 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
 Repetition: the noise of an ill-conditioned value has outliers. Example: the gradient through a batch norm over two
 values that are nearly equal, in half precision, is the reciprocal of a difference of rounding errors. No number of
 samples bounds the next outlier. A wrong computation is wrong in each run, an outlier is not. So if a ratio exceeds
-FACTOR with these floors as well, MLX also solves the nearby problems, and the median of the ratios decides, its own
-run included. (Not for the update of a training step.)
+FACTOR with these floors as well, MLX also solves REPEATS = 8 of the nearby problems, and the median of the 9 ratios
+decides. (Not for the update of a training step.)
 
 FACTOR stays the same; the noise and the error are only measured with more samples.
 
@@ -88,6 +88,9 @@ FACTOR = 8.0
 
 SAMPLES = 12
 """The number of runs of PyTorch on perturbed values if a ratio exceeds FACTOR (floor 5)."""
+
+REPEATS = 8
+"""The number of runs of MLX on nearby values if a ratio still exceeds FACTOR; the median of REPEATS + 1 decides."""
 
 ZERO = 2.0**-40
 """A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
@@ -320,7 +323,7 @@ def judge_values(
         plain = {name: found[name].ratio for name in still_over}
         found |= {n: replace(judge_one(n, mlx[n].array), plain_ratio=plain[n]) for n in still_over}
     repeats = {name: [found[name]] for name in over if found[name].is_over}
-    for index in range(SAMPLES if samples.mlx is not None else 0):
+    for index in range(REPEATS if samples.mlx is not None else 0):
         if all(map(_is_decided, repeats.values())):
             break
         run, exact_run = samples.mlx(index), samples.reference(index)  # type: ignore[misc]
@@ -346,9 +349,9 @@ def _sample_noise(
 
 
 def _is_decided(judgements: list[Judgement]) -> bool:
-    """Returns whether more than half of SAMPLES + 1 repetitions pass, or fail."""
+    """Returns whether more than half of REPEATS + 1 runs pass, or fail."""
     passed = sum(judgement.passed for judgement in judgements)
-    return max(passed, len(judgements) - passed) > SAMPLES // 2
+    return max(passed, len(judgements) - passed) > REPEATS // 2
 
 
 def _median(judgements: list[Judgement]) -> Judgement:
