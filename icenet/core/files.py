@@ -101,9 +101,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 def staged_folder(target: Path) -> Iterator[Path]:
     """Creates the folder `target` completely or not at all.
 
-    Yields an empty folder, `.NAME.partial` next to the target, for the caller to fill. At the end of the block its
-    files are flushed to the disk and it is renamed to `target`, which it replaces. On an error it is removed. A
-    killed process leaves it behind; it is removed when the same target is written again.
+    Yields an empty folder, `.NAME.partial` next to the target. The caller fills it with the functions above, which
+    flush each file to the disk. At the end of the block the folder is renamed to `target`, which it replaces. On an
+    error it is removed. A killed process leaves it behind; it is removed when the same target is written again.
 
     Raises:
         OSError: A file or a folder cannot be written.
@@ -114,8 +114,6 @@ def staged_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
-            _sync(file)
         _sync(partial)
         if target.exists():
             shutil.rmtree(target)

@@ -1,4 +1,4 @@
-"""Caches of the tokens read so far, MLX: keys and values of attention, states of recurrent layers."""
+"""Caches of the tokens read so far, MLX: keys and values of attention."""
 
 from __future__ import annotations
 
@@ -37,10 +37,3 @@ class KVCache:
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
-class RecurrentCache:
-    """The state of each recurrent layer after the last token; None before the first one."""
-
-    def __init__(self) -> None:
-        self.states: list[tuple[mx.array, ...]] | None = None

@@ -17,7 +17,7 @@ import mlx.core as mx
 from icenet import nn as ops
 from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
-from icenet.generation.cache import RecurrentCache
+from icenet.core.generation.cache import RecurrentCache
 from icenet.models.base import BaseModel
 from icenet.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 

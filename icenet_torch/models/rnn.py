@@ -15,8 +15,8 @@ from torch import nn
 
 from icenet.core.config import RecurrentConfig
 from icenet.core.errors import UsageError
+from icenet.core.generation.cache import RecurrentCache
 from icenet_torch import nn as ops
-from icenet_torch.generation.cache import RecurrentCache
 from icenet_torch.models.base import BaseModel
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN, Recurrent, State
 

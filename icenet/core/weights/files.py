@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from icenet.core.errors import WeightsError
 from icenet.core.files import staged
-from icenet.core.weights.safetensors import Entry, dtype_name, open_file, view, write_file
+from icenet.core.weights.safetensors import Entry, dtype_name, open_file, view, without_duplicates, write_file
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -115,7 +115,7 @@ def index_of(path: Path) -> Path:
 
 def _read_index(path: Path, index: Path) -> Weights:
     try:
-        listed = json.loads(index.read_bytes(), object_pairs_hook=_without_duplicates)["weight_map"]
+        listed = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise ValueError("its weight_map does not map names to files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -144,14 +144,6 @@ def _read_index(path: Path, index: Path) -> Weights:
             f"{index}: does not list {_first_three(unlisted)}, which its shards contain; save the weights again"
         )
     return weights
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(name for name in names if names.count(name) > 1)!r}")
-    return table
 
 
 # --- writing -----------------------------------------------------------------------------------------------

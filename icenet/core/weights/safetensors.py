@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,23 +90,36 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
                     f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
                 )
             with safe_open(path, framework="np") as header:
+                length = _header_length(file)
+                # the package keeps the last of several arrays of one name
+                json.loads(file.read(length), object_pairs_hook=without_duplicates)
                 metadata = header.metadata() or {}
-                entries = _entries(path, header, _header_bytes(file))
+                entries = _entries(path, header, 8 + length)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk"
         ) from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error).removeprefix("Error while deserializing header: ")) from None
     if max((entry.stop for entry in entries.values()), default=0) > len(data):
         raise _damaged(path, "it changed while it was opened")
     return metadata, entries, data
 
 
-def _header_bytes(file: BinaryIO) -> int:
+def _header_length(file: BinaryIO) -> int:
+    """Returns the length of the header in bytes; the header comes next in the file."""
     file.seek(0)
-    return 8 + int.from_bytes(file.read(8), "little")
+    return int.from_bytes(file.read(8), "little")
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the dict of a JSON object, for `object_pairs_hook`. Raises ValueError if it repeats a name."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicate name {next(name for name, count in names.items() if count > 1)!r}")
+    return table
 
 
 def _entries(path: Path, header: Any, start: int) -> dict[str, Entry]:

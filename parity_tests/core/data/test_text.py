@@ -483,7 +483,7 @@ def test_a_damaged_token_file_is_made_again(tmp_path: Path, cache: Path, damage:
 def test_abandoned_files_are_removed(tmp_path: Path, cache: Path) -> None:
     cache.mkdir()
     hour, day = 3600, 86400
-    ages = {"old.tmp": 2 * hour, "fresh.tmp": 0}
+    ages = {"old.tmp": 2 * hour, "fresh.tmp": 0, ".old.tokens.1-ab.tmp": 2 * hour}
     for suffix in ("partial", "shards"):
         (cache / f"old.{suffix}").mkdir()
         (cache / f"fresh.{suffix}").mkdir()

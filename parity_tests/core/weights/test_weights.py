@@ -254,6 +254,12 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
     "deep nesting of an entry": (b'{"a":' * 200_000, b"", None, "JSON"),
     "a list": ([], b"", None, "JSON"),
     "twice": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":1}', bytes(8), None, "JSON"),
+    "twice, the same": (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        bytes(8),
+        None,
+        "duplicate name 'a'",
+    ),
     "twice, differently": (
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
         b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',

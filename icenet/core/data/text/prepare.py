@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -89,13 +88,8 @@ def make_token_file(
             looked_at = f"{count} file{'s' if count != 1 else ''} looked at"
             raise DataError(f"data.source: there is no text in {source.description} ({looked_at})")
         partial.save()
-        temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
-        try:
-            write_file(temporary, partial.shuffled_blocks(), tokenizer)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with files.staged(path) as stage, stage.open(path) as file:
+            write_file(file, partial.shuffled_blocks(), tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
 
 

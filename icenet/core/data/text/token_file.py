@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +78,11 @@ def open_file(path: Path, tokenizer: Tokenizer) -> TokenFile | None:
         return None
 
 
-def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> None:
-    """Writes a token file. While it is incomplete it has no valid header.
+def write_file(file: BinaryIO, pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> None:
+    """Writes a token file.
 
     Args:
-        path: The file, which must not exist.
+        file: An empty file, open for writing.
         pieces: The tokens, in pieces of any length above 0.
         tokenizer: Its `eot_id` separates documents.
 
@@ -92,32 +92,29 @@ def write_file(path: Path, pieces: Iterable[NDArray[np.integer]], tokenizer: Tok
     dtype, eot_id = token_dtype(tokenizer), tokenizer.eot_id
     digest = hashlib.sha256(f"{tokenizer.name}\n".encode())
     count = documents = num_starts = 0
-    with open(path, "xb") as file:
-        file.write(b" " * HEADER_BYTES)
-        for piece in pieces:
-            data = piece.astype(dtype, copy=False).tobytes()
-            digest.update(data)
-            file.write(data)
-            count += len(piece)
-        file.write(bytes(_starts_offset(count, dtype) - file.tell()))
-        file.flush()
-        # The starts follow the tokens, so they are found in a second pass.
-        with open(path, "rb") as again:
-            again.seek(HEADER_BYTES)
-            after_eot = True
-            for first in range(0, count, PIECE_TOKENS):
-                ends = np.fromfile(again, dtype, min(PIECE_TOKENS, count - first)) == eot_id
-                begins = np.concatenate(([after_eot], ends[:-1]))
-                after_eot = bool(ends[-1])
-                starts = np.flatnonzero(begins) + first
-                file.write(starts.astype("<u8").tobytes())
-                num_starts += len(starts)
-                documents += int((begins & ~ends).sum())
-        counts = {"tokens": count, "documents": documents, "starts": num_starts, "sha256": digest.hexdigest()}
-        file.seek(0)
-        file.write(json.dumps(_header(tokenizer) | counts).encode().ljust(HEADER_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(b" " * HEADER_BYTES)
+    for piece in pieces:
+        data = piece.astype(dtype, copy=False).tobytes()
+        digest.update(data)
+        file.write(data)
+        count += len(piece)
+    file.write(bytes(_starts_offset(count, dtype) - file.tell()))
+    file.flush()
+    # The starts follow the tokens, so they are found in a second pass.
+    with open(file.name, "rb") as again:
+        again.seek(HEADER_BYTES)
+        after_eot = True
+        for first in range(0, count, PIECE_TOKENS):
+            ends = np.fromfile(again, dtype, min(PIECE_TOKENS, count - first)) == eot_id
+            begins = np.concatenate(([after_eot], ends[:-1]))
+            after_eot = bool(ends[-1])
+            starts = np.flatnonzero(begins) + first
+            file.write(starts.astype("<u8").tobytes())
+            num_starts += len(starts)
+            documents += int((begins & ~ends).sum())
+    counts = {"tokens": count, "documents": documents, "starts": num_starts, "sha256": digest.hexdigest()}
+    file.seek(0)
+    file.write(json.dumps(_header(tokenizer) | counts).encode().ljust(HEADER_BYTES))
 
 
 def _header(tokenizer: Tokenizer) -> dict[str, Any]:
