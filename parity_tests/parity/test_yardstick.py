@@ -13,6 +13,7 @@ from icenet.core import rng
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
+    FEW,
     REPEATS,
     SAMPLES,
     Judgement,
@@ -184,9 +185,12 @@ def test_a_bias_and_a_larger_error_of_a_single_number_are_found() -> None:
 def test_samples_are_taken_only_if_they_are_needed() -> None:
     runs = Runs(0)
     assert runs.judge().passed and runs.counts == {"reference": 1, "torch": 1, "mlx": 1}
-    runs = Runs(0, bias=1e4)
+    runs = Runs(0, bias=100)
     assert not runs.judge().passed
     assert runs.counts["torch"] == 1 + SAMPLES and runs.counts["mlx"] == 1 + REPEATS // 2  # decided by then
+    runs = Runs(0, bias=1e4)
+    assert not runs.judge().passed
+    assert runs.counts["torch"] == 1 + FEW and runs.counts["mlx"] == FEW - 1
 
 
 def test_values_that_are_infinite_in_all_runs_pass() -> None:
