@@ -30,6 +30,11 @@ def random_uniform(keys: Array, n: int) -> Array:
     return draw(keys.reshape(-1, 2)).reshape(*keys.shape[:-1], n)
 
 
+def to_keys(keys: np.ndarray) -> Array:
+    """Returns keys, uint32 numpy `[..., 2]`, as an array of the framework, uint32."""
+    return mx.array(keys)
+
+
 def generator_state() -> bytes:
     """Returns the state of MLX's own generator."""
     state: Any = mx.random.state

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
-from icenet.core.models import modules
+from icenet.core.models import dropout, modules, randomness
 from icenet.parity.align import DIFFERENT_CALLS
 from icenet.parity.engines import Perturbation
 from icenet.parity.locate import SampledReplay, compare, locate
+from icenet.parity.randomness import check_equal_runs
 from icenet.parity.report import Report, Section
 from icenet.parity.run import unequal
 from icenet.parity.trace import Call, Trace, Value, short_dtype
@@ -41,18 +43,25 @@ def compare_modules(
         mlx_inputs: Arguments of the MLX module: numpy arrays with MLX's axes, such as images `[B, H, W, C]`.
         torch_inputs: Arguments of the PyTorch module with PyTorch's axes, such as images `[B, C, H, W]`; default:
             the same as `mlx_inputs`.
-        train: Compare in training mode. The modules must not draw random numbers.
+        train: Compare in training mode. The framework's own dropout layers have equal masks on both sides.
 
     Returns:
         A report; `verdict()` is one line, `render(console)` prints the tables.
 
     Raises:
-        UsageError: An argument is no module of its framework.
+        UsageError: An argument is no module of its framework, or it draws random numbers without a key.
     """
+    if train:
+        mlx, torch = _keyed(mlx), _keyed(torch)
     calls = [Call(tuple(map(_value, given))) for given in (mlx_inputs, torch_inputs or mlx_inputs)]
     twins = {"MLX": mlx, "PyTorch": torch, "reference": copy.deepcopy(torch).double()}
     report = Report("fp32", {name: _describe(module) for name, module in twins.items()})
     replays = [_Replay(module, train, exact=name == "reference") for name, module in twins.items()]
+    in_turn = zip(replays, (calls[0], calls[1], calls[1]), strict=True)
+    records = [partial(_record, replay, call) for replay, call in in_turn]
+    for replay, call in zip(replays[:2], calls, strict=True):
+        randomness.check_draws(replay.backend, replay.module, partial(replay, "", call))
+    check_equal_runs(records[0], records[1], records[2], "fp32")
     traces = [_record(replay, call) for replay, call in zip(replays, (calls[0], calls[1], calls[1]), strict=True)]
     kinds = traces[0].layer_kinds
     ours, theirs = (
@@ -96,6 +105,8 @@ class _Replay:
     def __init__(self, module: Any, train: bool, exact: bool = False) -> None:
         self.module, self.train, self.exact = module, train, exact
         self.backend = backends.backend_of(module)
+        named = backends.module(self.backend, "nn.tree").named_modules(module)
+        self.dropouts = dropout.dropout_layers(named) if train else {}
 
     def __call__(self, path: str, call: Call, cotangents: list[Value] | None = None) -> dict[str, Value]:
         if self.exact:  # without parameters, the dtype of the inputs is that of the computation
@@ -103,6 +114,9 @@ class _Replay:
         norm = backends.module(self.backend, "nn.norm")
         before = self.module.training
         self.module.train(self.train)
+        if self.dropouts:
+            keys = dropout.dropout_keys(0, 0, range(len(call.values[0].array)), list(self.dropouts))
+            dropout.seed_dropouts(self.dropouts.values(), backends.module(self.backend, "nn.random").to_keys(keys))
         try:
             with norm.keep_running_statistics(self.module):
                 found: dict[str, Value] = backends.module(self.backend, "tools.probe").replay(
@@ -111,6 +125,14 @@ class _Replay:
                 return found
         finally:
             self.module.train(before)
+
+
+def _keyed(module: Any) -> Any:
+    """Returns a copy of a module whose dropout layers have keyed masks."""
+    copied = copy.deepcopy(module)
+    backend = backends.backend_of(module)
+    backends.module(backend, "nn.dropout").key_dropouts(backends.module(backend, "nn.tree").named_modules(copied))
+    return copied
 
 
 def _record(replay: _Replay, call: Call) -> Trace:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,6 +100,11 @@ def random_bits_at_least(keys: Array, n: int, threshold: int) -> Array:
                 columns = slice(start, start + tile_columns)
                 torch.ge(word ^ top_bit, signed_threshold, out=out[row : row + tile_rows, index, columns])
     return out.reshape(rows, -1)[:, :n]
+
+
+def to_keys(keys: np.ndarray) -> Array:
+    """Returns keys, uint32 numpy `[..., 2]`, as an array of the framework, int32, with the same bits."""
+    return torch.from_numpy(keys.view(np.int32))
 
 
 def generator_state() -> bytes:

@@ -23,10 +23,13 @@ from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
+from icenet.core.models.modules import copy_weights
+from icenet.parity.modules import compare_modules
 from icenet.parity.run import random_batch, run
 from icenet.parity.yardstick import judge_curve
 
 mx: Any = pytest.importorskip("mlx.core")
+mlx_nn: Any = pytest.importorskip("mlx.nn")
 torch: Any = pytest.importorskip("torch")
 
 MODELS = {
@@ -504,3 +507,34 @@ def test_the_first_call_has_the_keys_of_earlier_versions(here: Path) -> None:
     words = [rng.bits(rng.fold(rng.key(0, "dropout", 5, "drop"), row), 16) for row in range(4)]
     expected = np.stack(words) >= round(0.1 * 2**32)
     assert np.array_equal(plain(drop(mx.ones((4, 16)))) != 0, expected)
+
+
+def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
+    """`compare_modules` in training mode: plain dropout agrees, another rate is found, other draws are refused."""
+
+    def twins_of(rate: float, *more: Any) -> tuple[Any, Any]:
+        ours = mlx_nn.Sequential(mlx_nn.Linear(6, 5), mlx_nn.Dropout(rate))
+        theirs = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(0.2), *more)
+        if more:
+            ours.layers.append(mlx_nn.Identity())
+        copy_weights(theirs, ours)
+        return ours, theirs
+
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    ours, theirs = twins_of(0.2)
+    report = compare_modules(ours, theirs, [x], train=True)
+    assert report.passed, report.verdict()
+    assert type(ours.layers[1]) is mlx_nn.Dropout and type(theirs[1]) is torch.nn.Dropout  # unchanged
+    assert compare_modules(*twins_of(0.3), [x], train=True).differing() == ["1"]
+    for train_mode in (False, True):
+        draws = torch.nn.AlphaDropout(0.1) if train_mode else AlwaysDrops()
+        with pytest.raises(UsageError) as caught:
+            compare_modules(*twins_of(0.2, draws), [x], train=train_mode)
+        assert is_one_line(caught.value, f"2 ({type(draws).__name__})")
+
+
+class AlwaysDrops(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """The usual mistake: `F.dropout` also drops in evaluation mode unless it is told the mode."""
+
+    def forward(self, x: Any) -> Any:
+        return torch.nn.functional.dropout(x, 0.1)

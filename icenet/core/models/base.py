@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from icenet.core import rng
 from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig
 from icenet.core.errors import UsageError
 from icenet.core.generation.decoder import DecoderBase
@@ -17,7 +16,7 @@ from icenet.core.generation.prompts import check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs
-from icenet.core.models.dropout import KeyedCalls, seed_dropouts
+from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import layout, sharing
@@ -207,9 +206,7 @@ class ModelBase:
 
         A layer that is used at several places has the first of its paths.
         """
-        layers = sorted((path, m) for path, m in self._named_layers() if isinstance(m, KeyedCalls) and m.p > 0)
-        paths: dict[int, str] = {}
-        return {path: layer for path, layer in layers if paths.setdefault(id(layer), path) == path}
+        return dropout_layers(self._named_layers())
 
     def dropout_sites(self) -> list[str]:
         """Returns the module paths of `dropout_layers`."""
@@ -231,8 +228,7 @@ class ModelBase:
             uint32 `[sites, rows, 2]`.
         """
         rows = range(rows) if isinstance(rows, int) else rows
-        by_site = rng.keys_for_names(rng.key(seed, "dropout", step), self.dropout_sites() if sites is None else sites)
-        return rng.fold(by_site[:, None, :], np.arange(rows.start, rows.stop, dtype=np.uint64)[None, :])
+        return dropout_keys(seed, step, rows, self.dropout_sites() if sites is None else sites)
 
     def seed_dropout(self, keys: Any) -> None:
         """Sets the keys of all dropout layers.

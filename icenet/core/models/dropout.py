@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core import rng
 from icenet.core.errors import UsageError
 
 
@@ -78,6 +82,30 @@ def count_calls(dropouts: Sequence[KeyedCalls]) -> list[int]:
 def _set_calls(dropouts: Sequence[KeyedCalls], calls: Sequence[int]) -> None:
     for dropout, count in zip(dropouts, calls, strict=True):
         dropout._calls = count
+
+
+def dropout_layers(modules: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the dropout layers with a probability above zero, by path, sorted.
+
+    Args:
+        modules: All modules of a model, by path. A layer that is used at several places has the first of its paths.
+    """
+    layers = sorted((path, module) for path, module in modules if isinstance(module, KeyedCalls) and module.p > 0)
+    paths: dict[int, str] = {}
+    return {path: layer for path, layer in layers if paths.setdefault(id(layer), path) == path}
+
+
+def dropout_keys(seed: int, step: int, rows: range, sites: Sequence[str]) -> NDArray[np.uint32]:
+    """Returns the keys of dropout layers in one training step, uint32 `[sites, rows, 2]`.
+
+    Args:
+        seed: Seed of the run.
+        step: Training step.
+        rows: Rows of the batch.
+        sites: Paths of the layers.
+    """
+    by_site = rng.keys_for_names(rng.key(seed, "dropout", step), list(sites))
+    return rng.fold(by_site[:, None, :], np.arange(rows.start, rows.stop, dtype=np.uint64)[None, :])
 
 
 def seed_dropouts(dropouts: Iterable[Any], keys: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from icenet.core import backends
 from icenet.core.errors import UsageError
 
 _FRAMEWORKS = {"mlx": "MLX", "torch": "PyTorch"}
@@ -30,3 +32,25 @@ def unkeyed_draw(backend: str, path: str, module: Any) -> UsageError:
         f"{name} draws random numbers without a key, so they differ between MLX and PyTorch: use nn.Dropout of "
         f"{_FRAMEWORKS[backend]}, or set training.rng to native, with which the backends cannot be compared"
     )
+
+
+def check_draws(backend: str, module: Any, call: Callable[[], object]) -> None:
+    """Makes a call and checks that no module draws random numbers without a key in it.
+
+    Raises:
+        UsageError: A module draws from a generator of the framework, Python or numpy.
+    """
+    drawing = _random(backend).find_draw(
+        backends.module(backend, "nn.tree").named_modules(module), call, lambda: generator_states(backend)
+    )
+    if drawing is not None:
+        raise unkeyed_draw(backend, *drawing)
+
+
+def generator_states(backend: str) -> tuple[object, ...]:
+    """Returns the states of the generators of a framework, Python and numpy."""
+    return _random(backend).generator_state(), *host_states()
+
+
+def _random(backend: str) -> Any:
+    return backends.module(backend, "nn.random")
