@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import icenet
-from icenet.core import backends, threads
+from icenet.commands.cpu_threads import choose_num_threads
 from icenet.core.report.environment import SMALL_ROWS
 
 
@@ -34,19 +33,9 @@ def stream(
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
     model = icenet.load(path, backend, device, averaged=averaged)
-    choose_num_threads(model)
+    if (width := getattr(model.config, "hidden_size", None)) and "cpu" in str(model.device):
+        choose_num_threads(model.backend, SMALL_ROWS, width)
     continuation = icenet.generate(model, prompt, stream=True, **options)
     yield prompt
     yield from continuation
     yield "\n"
-
-
-def choose_num_threads(model: Any) -> None:
-    """Sets this process's number of threads, 1 or all, with which the model's small products are faster on this CPU.
-
-    Does nothing on a GPU, or if an environment variable sets the number (`threads.VARIABLES`).
-    """
-    width = getattr(model.config, "hidden_size", None)
-    if width is None or "cpu" not in str(model.device) or any(os.environ.get(name) for name in threads.VARIABLES):
-        return
-    backends.module(model.backend, "tools.threads").choose_num_threads(SMALL_ROWS, width)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.commands.cpu_threads import choose_num_threads
 from icenet.core import backends, files
 from icenet.core.config import Config
 from icenet.core.errors import BackendError, UsageError
@@ -134,6 +135,8 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     if half < 1:
         raise UsageError("quickstart: training.max_steps must be at least 2, to switch backend halfway")
     _prepare_folder(out)
+    tokens = config.training.batch_size * getattr(config.model, "max_seq_length", 1)
+    choose_num_threads("mlx", tokens, config.model.hidden_size)
 
     Trainer.start(config, out / "mlx", backend="mlx", quiet=quiet).fit(until=half)
     checkpoint = path_of(out / "mlx", half)
