@@ -12,9 +12,6 @@ from icenet.core.models.build import new_model
 from icenet.models import MODELS, BaseModel
 from icenet.nn.arithmetic import set_tf32
 
-COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
-"""The dtype of activations by the value of `training.mixed_precision`."""
-
 
 def choose_device(name: str) -> mx.Device:
     """Returns the device of a name: auto, cpu, gpu, cuda or cuda:N.

@@ -19,11 +19,11 @@ from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
 from icenet.core.weights import layout
 from icenet.engine import distributed
-from icenet.engine.build import COMPUTE_DTYPES, build_model
+from icenet.engine.build import build_model
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
 from icenet.nn import tree
-from icenet.nn.arrays import from_numpy, is_half, to_numpy
+from icenet.nn.arrays import COMPUTE_DTYPES, from_numpy, is_half, to_numpy
 
 
 class Engine(engine.Engine):

@@ -12,6 +12,9 @@ import numpy as np
 
 Array: TypeAlias = mx.array
 
+COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+"""The dtype of activations by the value of `training.mixed_precision`."""
+
 
 def on_cpu() -> bool:
     """Returns whether MLX's default device is the CPU. In `ModelBase.arithmetic` it is the model's device."""

@@ -14,10 +14,10 @@ import numpy as np
 from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.training.parameter_groups import weight_decay
-from icenet.engine.build import COMPUTE_DTYPES, build_model, choose_device
+from icenet.engine.build import build_model, choose_device
 from icenet.engine.engine import Engine
 from icenet.models import BaseModel
-from icenet.nn.arrays import is_half
+from icenet.nn.arrays import COMPUTE_DTYPES, is_half
 from icenet.nn.dropout import Dropout
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from icenet.core.weights import layout
 from icenet.nn import tree
+from icenet.nn.arrays import COMPUTE_DTYPES
 from icenet.nn.kinds import call_kinds
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value
-
-DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 
 
 @contextlib.contextmanager
@@ -105,7 +104,7 @@ _CONVERTER = ArrayConverter(mx.array, to_numpy)
 def _array(value: Value) -> mx.array:
     """Returns a value as an array; floats in their dtype."""
     array = mx.array(value.array)
-    return array.astype(DTYPES[value.dtype]) if value.is_float else array
+    return array.astype(COMPUTE_DTYPES[value.dtype]) if value.is_float else array
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

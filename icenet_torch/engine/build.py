@@ -9,9 +9,6 @@ from icenet.core.errors import BackendError
 from icenet.core.models.build import new_model
 from icenet_torch.models import MODELS, BaseModel
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype of activations by the value of `training.mixed_precision`."""
-
 
 def choose_device(name: str) -> torch.device:
     """Returns the device of a name: auto, cpu, gpu, mps, cuda or cuda:N.

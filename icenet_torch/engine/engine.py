@@ -14,10 +14,10 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch, MicroBatch, call_model
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
-from icenet_torch.engine.build import COMPUTE_DTYPES, build_model
+from icenet_torch.engine.build import build_model
 from icenet_torch.engine.ema import WeightAverage
 from icenet_torch.engine.optimizers import Optimizer
-from icenet_torch.nn.arrays import from_numpy, is_half, to_channels_first, to_numpy
+from icenet_torch.nn.arrays import COMPUTE_DTYPES, from_numpy, is_half, to_channels_first, to_numpy
 
 
 class Engine(engine.Engine):

@@ -12,6 +12,9 @@ from torch import Tensor
 
 Array: TypeAlias = Tensor
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of activations by the value of `training.mixed_precision`."""
+
 
 def on_cpu(x: Array) -> bool:
     """Returns whether x is on the CPU."""

@@ -13,10 +13,10 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch
 from icenet.core.report import resident_memory
 from icenet.core.training.parameter_groups import weight_decay
-from icenet_torch.engine.build import COMPUTE_DTYPES, build_model, choose_device
+from icenet_torch.engine.build import build_model, choose_device
 from icenet_torch.engine.engine import Engine
 from icenet_torch.models import BaseModel
-from icenet_torch.nn.arrays import is_half, to_channels_first
+from icenet_torch.nn.arrays import COMPUTE_DTYPES, is_half, to_channels_first
 from icenet_torch.nn.dropout import Dropout
 
 

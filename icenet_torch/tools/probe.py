@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
+from icenet_torch.nn.arrays import COMPUTE_DTYPES
 from icenet_torch.nn.kinds import call_kinds
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @contextlib.contextmanager
@@ -163,4 +162,5 @@ def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(value.array)).to(like.device)
     if not value.is_float:
         return tensor
-    return tensor.to(torch.float64 if like.dtype == torch.float64 else DTYPES[value.dtype])
+    dtypes = {**COMPUTE_DTYPES, "fp64": torch.float64}
+    return tensor.to(torch.float64 if like.dtype == torch.float64 else dtypes[value.dtype])
