@@ -10,7 +10,8 @@ with PyTorch's. There are two alignments:
 If both sides call a layer of the same kind, the kind determines the alignment (`KINDS`), as it determines the layout
 of weights. A module whose kind does not determine it (an activation, a container, a user's own module) may take
 either. Then the shapes of the two recorded arrays determine it, and where both alignments fit, as for 8 channels of
-length 8, the one that is nearer in value. No other permutation is ever applied: an array with height and width
+length 8, the one that is much nearer in value. If neither is, because an earlier layer is wrong, it is the alignment
+of other arrays of that shape in the run. No other permutation is ever applied: an array with height and width
 exchanged is a difference. `permutation` and `flattened_input` name such differences in the report.
 """
 
@@ -51,12 +52,17 @@ _EQUAL = 1e-3  # arrays at a smaller relative distance are equal but for roundin
 # ---- single arrays ------------------------------------------------------------------------------------------
 
 
-def alignment(kind: str | None, ours: Array, theirs: Array) -> str | None:
+Shapes = Mapping[tuple[int, ...], str]
+"""The alignment of arrays by their shape in PyTorch, where it is known."""
+
+
+def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> str | None:
     """Returns SAME or MOVED for an array of MLX and one of PyTorch, None if the shapes do not fit.
 
     Args:
         kind: Kind of the layer that both sides call; None if it does not determine the alignment.
         ours, theirs: The array in MLX and in PyTorch.
+        shapes: Alignments of other arrays of the run (see `known_shapes`).
     """
     determined = KINDS.get(kind or "")
     if ours.ndim < 3 or determined == SAME:
@@ -65,7 +71,13 @@ def alignment(kind: str | None, ours: Array, theirs: Array) -> str | None:
     fitting = [name for name in candidates if to_torch(name, ours).shape == theirs.shape]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    return min(fitting, key=lambda name: (_distance(to_torch(name, ours), theirs), name != _default(ours.ndim)))
+    return _nearer(ours, theirs) or shapes.get(theirs.shape) or _default(ours.ndim)
+
+
+def _nearer(ours: Array, theirs: Array) -> str | None:
+    """Returns the alignment that is much nearer in value; None if neither is."""
+    moved, same = _distance(to_torch(MOVED, ours), theirs), _distance(ours, theirs)
+    return MOVED if moved < same / 2 else SAME if same < moved / 2 else None
 
 
 def to_torch(name: str, array: Array) -> Array:
@@ -131,6 +143,20 @@ def _distance(a: Array, b: Array) -> float:
 # ---- traces and calls ---------------------------------------------------------------------------------------
 
 
+def known_shapes(mlx: Trace, torch: Trace) -> dict[tuple[int, ...], str]:
+    """Returns the alignments that layer kinds or values determine, the first one by each shape in PyTorch."""
+    found: dict[tuple[int, ...], str] = {}
+    for name, value in mlx.values.items():
+        if name.startswith("module:") and name in torch.values and value.array.ndim > 2:
+            ours, theirs = value.array, torch.values[name].array
+            known = KINDS.get(_common_kind(mlx, torch, name) or "")
+            if known is None and ours.shape == theirs.shape == to_torch(MOVED, ours).shape:
+                known = _nearer(ours, theirs)
+            if known is not None:
+                found.setdefault(theirs.shape, known)
+    return found
+
+
 def align_trace(mlx: Trace, torch: Trace) -> tuple[Trace, dict[str, str]]:
     """Returns a trace of MLX with PyTorch's axes, and remarks on its values by name.
 
@@ -140,13 +166,13 @@ def align_trace(mlx: Trace, torch: Trace) -> tuple[Trace, dict[str, str]]:
     """
     if mlx.backend == torch.backend:
         return mlx, {}
-    values, remarks = dict(mlx.values), {}
+    values, remarks, shapes = dict(mlx.values), {}, known_shapes(mlx, torch)
     for name, value in mlx.values.items():
         theirs = torch.values.get(name)
         if theirs is None or not name.startswith("module:"):
             continue
         kind = _common_kind(mlx, torch, name)
-        found = alignment(kind, value.array, theirs.array)
+        found = alignment(kind, value.array, theirs.array, shapes)
         if found is None:
             remarks[name] = unequal_shapes(kind, value.array, theirs.array)
         else:
@@ -203,6 +229,7 @@ class AlignedReplay:
 
     def __init__(self, replay: Callable[..., dict[str, Value]], mlx: Trace, torch: Trace) -> None:
         self._replay, self._mlx, self._torch = replay, mlx, torch
+        self._shapes = {} if mlx.backend == torch.backend else known_shapes(mlx, torch)
 
     def __call__(self, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
         """Calls the layer at `path`, for which `obstacle` returned nothing.
@@ -253,7 +280,7 @@ class AlignedReplay:
             return f"not replayed: called with {len(ours)} arrays in MLX, {len(theirs)} in PyTorch"
         kind = self._kind(path)
         for name, other in self._pairs(path):
-            if alignment(kind, ours[name].array, theirs[other].array) is None:
+            if alignment(kind, ours[name].array, theirs[other].array, self._shapes) is None:
                 return f"not replayed: input of {unequal_shapes(kind, ours[name].array, theirs[other].array)}"
         return ""
 
@@ -315,7 +342,8 @@ class AlignedReplay:
     def _inputs(self, path: str) -> list[tuple[str, str, str]]:
         """Returns MLX's name, PyTorch's name and the alignment of each argument that both sides receive."""
         ours, theirs = self._arguments(path)
-        pairs = [(a, b, alignment(self._kind(path), ours[a].array, theirs[b].array)) for a, b in self._pairs(path)]
+        kind, shapes = self._kind(path), self._shapes
+        pairs = [(a, b, alignment(kind, ours[a].array, theirs[b].array, shapes)) for a, b in self._pairs(path)]
         return [(a, b, how) for a, b, how in pairs if how is not None]
 
     def _outputs(self, path: str) -> dict[int, str]:
@@ -331,7 +359,7 @@ class AlignedReplay:
         if len(ours) != len(theirs):
             raise ReplayError(f"{len(ours)} outputs in MLX, {len(theirs)} in PyTorch")
         for index, (output, exact) in enumerate(zip(ours, theirs, strict=True)):
-            how = alignment(kind, output.array, exact.array)
+            how = alignment(kind, output.array, exact.array, self._shapes)
             if how is None:
                 raise ReplayError(unequal_shapes(kind, output.array, exact.array))
             found[index] = how

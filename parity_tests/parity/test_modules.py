@@ -15,17 +15,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as T
-from helpers import is_one_line
+from helpers import is_one_line, same_bits
 from rich.console import Console
 
 from icenet import nn as own
 from icenet.core.errors import UsageError
-from icenet.core.models.modules import copy_weights
+from icenet.core.models.modules import copy_weights, get_weights
 from icenet.parity.modules import compare_modules
 from icenet.parity.report import Report
 from icenet_torch import nn as their_own
 
 Twins = tuple[Any, Any]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws the same initial values in each run."""
+    torch.manual_seed(0)
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -259,8 +265,10 @@ def test_padding_on_one_side_only() -> None:
     def call(m: Any, x: mx.array) -> mx.array:
         return m.last(m.norm(m.act(m.first(mx.pad(x, [(0, 0), (2, 0), (0, 0)])))))
 
-    twins = signal_net(call, first=M.Conv1d(8, 8, 3, padding=0))
-    assert "(model output)" in compare(twins, draw(*SQUARE)).differing()
+    for seed in (0, 8, 15):  # with the last two, chance makes wrong axes nearer
+        torch.manual_seed(seed)
+        twins = signal_net(call, first=M.Conv1d(8, 8, 3, padding=0))
+        assert compare(twins, draw(*SQUARE)).differing() == ["(model output)"]
 
 
 def image_net(call: Callable[..., mx.array], size: int = 6) -> Twins:
@@ -398,6 +406,21 @@ def test_icenets_own_layers_are_not_granted_the_noise_of_sums() -> None:
     Sloppy.__call__, Sloppy.__module__ = M.BatchNorm.__call__, "icenet.nn.norm"  # type: ignore[method-assign]
     report = compare((Sloppy(2), their_own.BatchNorm2d(2)), draw(*MANY), train=True)
     assert not report.passed
+
+
+def test_a_comparison_leaves_the_modules_unchanged() -> None:
+    """Running statistics and PyTorch's counters of batches too, in one and three dimensions."""
+    ours = M.Sequential(M.BatchNorm(6), M.Conv1d(6, 6, 1))
+    theirs = T.Sequential(T.BatchNorm1d(6), T.Conv1d(6, 6, 1))
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    assert compare((ours, theirs), draw(*SIGNAL), train=True).passed
+    assert same_bits(get_weights(ours), get_weights(theirs))
+    assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+    volumes = T.BatchNorm3d(6).train()
+    with their_own.norm.keep_running_statistics(volumes):
+        volumes(torch.from_numpy(draw(*VOLUME)))
+        assert volumes.num_batches_tracked == 1 and volumes.running_mean.any()
+    assert volumes.num_batches_tracked == 0 and not volumes.running_mean.any()
 
 
 def test_what_is_no_module() -> None:
