@@ -23,7 +23,8 @@ TORCH_FILES = {
 
 ONE_SIDED = {
     "nn.tree": {"Arrays", "Arrays.get", "Arrays.set"},  # MLX has no objects for places of arrays
-    "nn.linear": {"Linear.reset_parameters", "Embedding.reset_parameters"},  # keeps PyTorch from drawing values
+    # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does
+    "nn.linear": {"Linear.reset_parameters", "Embedding.reset_parameters", "Embedding.forward"},
     "models.base": {"BaseModel.device"},  # an attribute on MLX, whose arrays have no device
     "nn.arithmetic": {"set_tf32", "chip", "tf32"},  # MLX reads its switch once; PyTorch's is open to change
     "nn.conv": {"Conv2d.reset_parameters"},
