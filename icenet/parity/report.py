@@ -103,7 +103,8 @@ class Report:
                 f"up to {worst.plain_ratio:.2g} times the noise ({_name(worst)})"
             )
         if self.curve is not None:
-            parts.append(f"curve of {len(self.curve.gap)} steps within {self.curve.worst:.2g}")
+            sums = f", with sums in fp32; {self.curve.plain_worst:.2g} without" if self.curve.plain_worst else ""
+            parts.append(f"curve of {len(self.curve.gap)} steps within {self.curve.worst:.2g}{sums}")
         return "; ".join(parts)
 
     def _difference(self) -> str:

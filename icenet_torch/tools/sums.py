@@ -48,7 +48,7 @@ def summing_in_order() -> Iterator[None]:
 
 
 class _InOrder(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         replacement = _REPLACED.get(func) or _COMPOSED.get(func)
         if replacement is None or not _is_single(args):
