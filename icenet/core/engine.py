@@ -235,7 +235,7 @@ class Engine(ABC):
         self._seed_dropouts(part.dropout_keys)
         with self.nn.norm.keep_running_statistics(self.model):
             call = functools.partial(call_model, self.model, part.arrays, self.config.model.vocab_size)
-            randomness.check_draws(self.backend, self.model, call)
+            randomness.check_draws(self.backend, self.nn, self.model, call)
 
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
         """Returns `_accumulate`. The first time, a UsageError if the model draws random numbers without a key."""
@@ -254,7 +254,7 @@ class Engine(ABC):
 
     def _generators(self) -> tuple[object, ...]:
         """Returns the states of the generators of the framework, Python and numpy."""
-        return randomness.generator_states(self.backend)
+        return randomness.generator_states(self.nn)
 
     def _micro_batches(self, batch: Batch, step: int) -> Iterator[MicroBatch]:
         """Yields this process's micro-batches of a training batch, each moved to the device when it is requested."""

@@ -60,7 +60,8 @@ def compare_modules(
     in_turn = zip(replays, (calls[0], calls[1], calls[1]), strict=True)
     records = [partial(_record, replay, call) for replay, call in in_turn]
     for replay, call in zip(replays[:2], calls, strict=True):
-        randomness.check_draws(replay.backend, replay.module, partial(replay, "", call))
+        nn = backends.module(replay.backend, "nn")
+        randomness.check_draws(replay.backend, nn, replay.module, partial(replay, "", call))
     check_equal_runs(records[0], records[1], records[2], "fp32")
     traces = [_record(replay, call) for replay, call in zip(replays, (calls[0], calls[1], calls[1]), strict=True)]
     kinds = traces[0].layer_kinds

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core import backends
 from icenet.core.errors import UsageError
 
 _FRAMEWORKS = {"mlx": "MLX", "torch": "PyTorch"}
@@ -34,23 +33,23 @@ def unkeyed_draw(backend: str, path: str, module: Any) -> UsageError:
     )
 
 
-def check_draws(backend: str, module: Any, call: Callable[[], object]) -> None:
+def check_draws(backend: str, nn: Any, module: Any, call: Callable[[], object]) -> None:
     """Makes a call and checks that no module draws random numbers without a key in it.
+
+    Args:
+        backend: mlx or torch.
+        nn: The backend's `nn` package.
+        module: The module that is called; its parts are searched.
+        call: Calls it.
 
     Raises:
         UsageError: A module draws from a generator of the framework, Python or numpy.
     """
-    drawing = _random(backend).find_draw(
-        backends.module(backend, "nn.tree").named_modules(module), call, lambda: generator_states(backend)
-    )
+    drawing = nn.random.find_draw(nn.tree.named_modules(module), call, lambda: generator_states(nn))
     if drawing is not None:
         raise unkeyed_draw(backend, *drawing)
 
 
-def generator_states(backend: str) -> tuple[object, ...]:
-    """Returns the states of the generators of a framework, Python and numpy."""
-    return _random(backend).generator_state(), *host_states()
-
-
-def _random(backend: str) -> Any:
-    return backends.module(backend, "nn.random")
+def generator_states(nn: Any) -> tuple[object, ...]:
+    """Returns the states of the generators of the framework of an `nn` package, Python and numpy."""
+    return nn.random.generator_state(), *host_states()
