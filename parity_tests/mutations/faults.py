@@ -24,6 +24,49 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- dropout in users' models -------------------------------------------------------------------------------
+    Fault(
+        "a layer has the same mask in each of its calls",
+        "icenet/core/models/dropout.py",
+        "        self._calls = call + 1\n",
+        "",
+        ["models/test_dropout.py::test_the_frameworks_dropout_has_equal_masks_and_the_right_rate"],
+    ),
+    Fault(
+        "the backward pass of checkpointing draws the masks of later calls",
+        "icenet/nn/checkpointing.py",
+        "with repeated_calls(dropouts, calls), keep_running_statistics(block):",
+        "with keep_running_statistics(block):",
+        ["models/test_models.py::test_checkpointing_repeats_the_masks_of_each_call"],
+    ),
+    Fault(
+        "MLX's own Dropout2d is not keyed",
+        "icenet/nn/dropout.py",
+        "nn.Dropout2d: Dropout2d, ",
+        "",
+        ["models/test_dropout.py::test_channel_dropout_drops_whole_channels"],
+    ),
+    Fault(
+        "an input that may have channels first is taken for one that has not",
+        "icenet_torch/nn/dropout.py",
+        "if self.images is None and keys is not None and x.ndim in self._image_layers:",
+        "if self.images is None and keys is not None and x.ndim > 9:",
+        ["models/test_dropout.py::test_an_input_that_may_have_channels_first"],
+    ),
+    Fault(
+        "random numbers without a key are accepted",
+        "icenet/core/engine.py",
+        "        if after != before:\n",
+        "        if not after:\n",
+        ["models/test_dropout.py::test_random_numbers_without_a_key_are_refused"],
+    ),
+    Fault(
+        "parity does not compare two equal runs",
+        "icenet/parity/randomness.py",
+        "            if np.array_equal(a, b, equal_nan=value.is_float) or (",
+        "            if a.shape or (",
+        ["models/test_dropout.py::test_parity_finds_a_generator_of_the_user"],
+    ),
     # ---- containers, shared arrays and twins of custom models ---------------------------------------------------
     Fault(
         "the parts of nn.Sequential have MLX's names",
