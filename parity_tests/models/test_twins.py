@@ -207,7 +207,7 @@ def write(pair: dict[str, str], **changes: Any) -> Config:
             Path(name).write_text(HEADS[backend] + pair[backend])
     family = "model.py:Model"
     custom.trust(family)
-    return Config.from_dict({**SETTINGS, **(IMAGES if pair is SEQUENTIAL else {}), **changes})
+    return Config.from_dict({**SETTINGS, **(IMAGES if "Conv2d" in pair["mlx"] else {}), **changes})
 
 
 def models(config: Config) -> dict[str, Any]:
