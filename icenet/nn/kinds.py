@@ -36,6 +36,9 @@ _CALL_KINDS: dict[type, str] = {
     nn.AvgPool3d: "pool",
     nn.Upsample: "upsample",
     nn.MultiHeadAttention: "attention",
+    nn.LSTM: "native_recurrent",
+    nn.GRU: "native_recurrent",
+    nn.RNN: "native_recurrent",
 }
 
 

@@ -93,6 +93,12 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
     return _CONVERTER.replayed(outputs, gradients[: len(inputs)], layout.tree_to_torch(by_name, kinds))
 
 
+def device_of(model: nn.Module) -> mx.Device:
+    """Returns the device that computes a model: its own, or else MLX's default device."""
+    device: mx.Device = getattr(model, "device", mx.default_device())
+    return device
+
+
 def to_numpy(array: mx.array) -> np.ndarray:
     """Returns an array as numpy with the same axes; bf16 as float32."""
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)

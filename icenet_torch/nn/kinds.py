@@ -43,6 +43,9 @@ _CALL_KINDS: dict[type, str] = {
     nn.AdaptiveMaxPool3d: "pool",
     nn.Upsample: "upsample",
     nn.MultiheadAttention: "attention",
+    nn.LSTM: "native_recurrent",
+    nn.GRU: "native_recurrent",
+    nn.RNN: "native_recurrent",
 }
 
 

@@ -147,6 +147,11 @@ def _map_tensors(outputs: Any, function: Callable[[torch.Tensor], torch.Tensor])
     return outputs
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of a model's first parameter or buffer, the CPU without any."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Returns a tensor as numpy with the same axes; bf16 as float32."""
     tensor = tensor.detach().cpu()
