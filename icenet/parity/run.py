@@ -184,6 +184,10 @@ def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping
         return optimizer_rows(engines, [dict(exact)], step)
 
     def trace(engine: Engine, gradients: Mapping[str, Array]) -> Trace:
+        if engine is engines.mlx:
+            with _restored(engine):
+                engine.read(engine.train_step(batch, step, rate))
+                return _state(engine, gradients)
         found = Trace()
         with _restored(engine):
             if mlx.of("statistic"):
@@ -195,18 +199,22 @@ def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping
         updated.values.update({name: v for name, v in found.values.items() if name.startswith("statistic:")})
         return updated
 
-    def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
+    def sampled(dtype: str, role: str, in_order: bool) -> Callable[[int], Trace]:
         def sample(index: int) -> Trace:
             engine = getattr(engines, role)
-            with perturbed(engine, "fp32", index, role, in_order, state=True) as perturb:
+            with perturbed(engine, dtype, index, role, in_order, state=True) as perturb:
                 return trace(engine, {path: perturb.array(a, path) for path, a in mlx_gradients.items()})
 
         return sample
 
     torch, reference = (trace(engine, mlx_gradients) for engine in engines[1:])
-    # the gradients of MLX in a nearby problem are others, so its training step is not repeated
-    samples = replace(_samples(engines, sampled), mlx=None)
-    return compare(mlx, torch, reference, "fp32", samples=samples)
+    # the forward pass has the compute dtype, the update fp32
+    dtype = engines.torch.config.training.mixed_precision
+    forward, update = (_samples(engines, partial(sampled, name)) for name in (dtype, "fp32"))
+    statistics = compare(mlx, torch, reference, dtype, ("statistic",), forward)
+    # MLX has other gradients in a nearby problem, so its update is not repeated
+    updates = compare(mlx, torch, reference, "fp32", ("parameter", "moment"), replace(update, mlx=None))
+    return [*updates, *statistics]
 
 
 def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_step: int = 0) -> list[Row]:

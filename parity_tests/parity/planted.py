@@ -379,7 +379,7 @@ def _(original: Any, self: Any, x: Array, *rest: Any) -> Any:
 @replaces("loss: mean over ignored labels too", loss, "cross_entropy", "transformer", *RNN)
 def _(original: Any, logits: Array, labels: Array) -> Any:
     mean, count = original(logits, labels)
-    return mean * count / labels.size, count
+    return mean * (count / labels.size), count
 
 
 @replaces("loss: label smoothing 1e-4", loss, "cross_entropy")
