@@ -361,7 +361,7 @@ def test_a_missing_option(backend: str, here: Path, capfd: pytest.CaptureFixture
 def test_an_option_that_only_forward_reads(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also through `getattr` with a default, which returns the default."""
     for name, text in TEXT.items():
-        text = text.replace("config.gain *", "getattr(config, 'more', 1) *")
+        text = text.replace("config.gain *", "getattr(config, 'more', 1.0) *")
         (here / name).write_text(text.replace("self.gain *", "self.config.gian *"))
     line = failure(["train", "my.yaml", "--run", "run", "--backend", backend], capfd)
     assert is_one_line(line, "model.gian", "did you mean gain?")

@@ -126,7 +126,7 @@ def _array(path: str, mlx: ArrayFacts, torch: ArrayFacts) -> list[str]:
         remedy = f"self.freeze(keys=['{name}'], recurse=False){where} after the assignment"
         return [f"{path}: a fixed buffer in PyTorch, trained in MLX: call {remedy}"]
     if torch.trained and not mlx.trained:
-        return [f"{path}: trained in PyTorch, frozen in MLX: freeze it in both, or unfreeze it in MLX"]
+        return [f"{path}: trained in PyTorch, frozen in MLX or of integers: freeze it in both, or make it a float"]
     return []
 
 
