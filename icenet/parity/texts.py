@@ -92,7 +92,7 @@ def compare_texts(
 def _generate(model: Any, request: Request) -> tuple[list[int], list[int]]:
     """Returns all tokens that the model chooses, and those without stops.
 
-    A text that ends is a prefix of one that goes on. They differ in the token that ends the first.
+    A text that ends may be a prefix of one that continues. They differ in the token that ends the first.
     """
     stopping, chosen = request.stopping_criteria(), []
     with model.decoder_type(model, request) as decoder:

@@ -13,6 +13,7 @@ class GenerationConfig(Section):
     """Options of text generation. `icenet.core.generation.sampling` documents the order of the filters."""
 
     section: ClassVar[str] = "generation"
+    any_magnitude: ClassVar[frozenset[str]] = frozenset({"temperature"})  # one near zero is greedy, as zero is
 
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of tokens to add to the prompt."""

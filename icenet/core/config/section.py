@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from icenet.core.config import yaml_file
 from icenet.core.errors import ConfigError
@@ -21,6 +21,8 @@ class Section(BaseModel):
     )
     section: ClassVar[str] = ""
     """Key of the section, for error messages."""
+    any_magnitude: ClassVar[frozenset[str]] = frozenset()
+    """Keys whose numbers may be 0 or infinite in float32."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -41,8 +43,10 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _check_range_of_float32(cls, value: Any) -> Any:
+    def _check_range_of_float32(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses a number that is 0 or infinite in float32, in which the frameworks compute with it."""
+        if info.field_name in cls.any_magnitude:
+            return value
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and number and not _LEAST <= abs(number) <= _MOST:
                 limit = f"less than {_LEAST:.2g}" if abs(number) < 1 else f"more than {_MOST:.2g}"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from icenet.cli.main import main
 from icenet.commands import schedule as schedule_report
+from icenet.core.config import Config
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
 from icenet.core.report import canvas
@@ -186,8 +187,11 @@ def test_whatever_the_lengths(
 # ---- what is shown ----------------------------------------------------------------------------------------
 
 
+SCHEDULE = ("training.max_steps=200", "training.learning_rate=5e-3", "training.min_learning_rate=5e-4")
+
+
 def report(folder: Path, *overrides: str) -> schedule_report.ScheduleReport:
-    return schedule_report.of_target("quickstart", (f"data.source={tiny(folder).data.source}", *overrides))
+    return schedule_report.of_target("quickstart", (f"data.source={tiny(folder).data.source}", *SCHEDULE, *overrides))
 
 
 def test_the_table_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +273,15 @@ def test_without_matplotlib(
 def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "quickstart", "--schedule"]) == 0
     out = capsys.readouterr().out
-    assert "cosine, 200 steps" in out and "end of warmup" in out and "█" in out and "schedule.png" in out
+    training = Config.from_yaml("quickstart").training
+    assert f"cosine, {training.max_steps} steps" in out and "end of warmup" in out and "█" in out and "schedule.png" in out
     assert (here / "schedule.png").is_file()
     (here / "schedule.png").unlink()
     assert main(["info", "quickstart", "--schedule", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    training = TrainingConfig(max_steps=200, learning_rate=5e-3, min_learning_rate=5e-4, warmup_steps=20)
-    assert numbers["steps"] == list(range(1, 201))
-    assert numbers["learning_rates"] == [learning_rate(step, training) for step in range(200)]
+    steps = range(training.max_steps)
+    assert numbers["steps"] == [step + 1 for step in steps]
+    assert numbers["learning_rates"] == [learning_rate(step, training) for step in steps]
     assert not (here / "schedule.png").exists()
 
 
