@@ -331,6 +331,8 @@ WORKING_BACKEND = {
     "chip": None,
     "blas": {"name": "blas", "path": None, "note": "note"},
     "matmul_gflops": {"cpu": 1.0},
+    "small_us": {"matrix-vector product": 110.0},
+    "decoding_threads": {"of": 2, "chosen": 1},
     "tf32": {"available": False, "used": False},
     "dtypes": "",
 }

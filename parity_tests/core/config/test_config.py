@@ -199,7 +199,7 @@ BAD_FILES = [
     ),
     (f"{MODEL}training:\n  eps: 1e-60\n", ["c.yaml:4: training.eps:", "1e-60", "float32"]),
     (f"{MODEL}training:\n  max_grad_norm: 1e39\n", ["c.yaml:4: training.max_grad_norm:", "1e+39", "float32"]),
-    (f"{MODEL}generation:\n  temperature: 1e-50\n", ["c.yaml:4: generation.temperature:", "1e-50", "float32"]),
+    (f"{MODEL}generation:\n  min_p: 1e-50\n", ["c.yaml:4: generation.min_p:", "1e-50", "float32"]),
     (f"{MODEL}data:\n  kind: images\n  std: [1, 1e-60]\n", ["c.yaml:5: data.std:", "1e-60", "float32"]),
     (f"{MODEL}training:\n  learning_rate: 0\n", ["c.yaml:4: training.learning_rate:", "greater than 0", "not 0"]),
     (f"{MODEL}training:\n  batch_size: 1e3\n", ["c.yaml:4: training.batch_size:", "integer", "not 1000.0"]),
