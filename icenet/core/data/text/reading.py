@@ -29,9 +29,10 @@ _BUFFER_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
-_CHUNK_ENDS = [re.compile(end) for end in (rb"[0-9A-Za-z](?=\r?\n)", rb"\S(?= \S)", rb"\S(?=\s)")]
-"""Preferred ends of a chunk, best first: before a line end that follows a letter or digit, before a space, and
-before other white space. Common tokenizers begin a token there, so chunks have the tokens of the whole text."""
+_CHUNK_ENDS = [re.compile(end) for end in (rb"\S(?= \S)", rb"[0-9A-Za-z](?=\r?\n)", rb"\S(?=\s)")]
+"""Preferred ends of a chunk, best first: before a single space, before a line end that follows a letter or digit, and
+before other white space. Common tokenizers begin a token at the first, so chunks have the tokens of the whole text.
+T5's does not at a line end: it splits at spaces only, and a line end is a part of a word."""
 
 
 class NotTextError(DataError):
@@ -167,7 +168,7 @@ class Reader:
 
 
 def split(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`, at line ends, else between words or characters.
+    """Splits a stream of UTF-8 into chunks of at most `CHUNK_BYTES`: between words, else at line ends, or in words.
 
     Args:
         read: Returns that many bytes, fewer only at the end.
