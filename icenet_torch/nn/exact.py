@@ -1,5 +1,4 @@
-"""Operations written for numerical accuracy, PyTorch. The layers call them; each docstring gives the reason.
-"""
+"""Operations written for numerical accuracy, PyTorch. The layers call them; each docstring gives the reason."""
 
 from __future__ import annotations
 
