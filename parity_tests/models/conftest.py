@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 from icenet.core.models import init
 
 
@@ -13,3 +17,17 @@ from icenet.core.models import init
 def shared_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each initial value once for both backends: the guide's models have up to 70 M parameters."""
     monkeypatch.setattr(init, "initial_value", functools.cache(init.initial_value))
+
+
+@pytest.fixture
+def unfused() -> Iterator[None]:
+    """Lets `mx.compile` trace functions without fusing them into kernels, which g++ compiles one by one.
+
+    Python has no function for this mode of MLX, so that its C++ function is called by its symbol.
+    """
+    mx = pytest.importorskip("mlx.core")
+    library = ctypes.CDLL(str(next((Path(mx.__file__).parent / "lib").glob("libmlx.*"))))
+    no_fuse = 2  # enum class CompileMode { disabled, no_simplify, no_fuse, enabled }
+    library._ZN3mlx4core16set_compile_modeENS0_11CompileModeE(no_fuse)
+    yield
+    mx.enable_compile()

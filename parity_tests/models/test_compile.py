@@ -68,8 +68,19 @@ def test_images_are_padded_with_rows_only() -> None:
     assert padded["inputs"].shape == (4, 8, 8, 1) and padded["labels"].tolist() == [0, 0, 0, -100]
 
 
-@pytest.mark.parametrize(("name", "method"), [("transformer", "hidden_states"), ("gru", "run_layers")])
-def test_mlx_traces_few_times_and_agrees_with_eager(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "fused"),
+    [
+        ("transformer", "hidden_states", False),
+        pytest.param("transformer", "hidden_states", True, marks=pytest.mark.slow),
+        ("gru", "run_layers", True),
+    ],
+)
+def test_mlx_traces_few_times_and_agrees_with_eager(
+    name: str, method: str, fused: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not fused:
+        request.getfixturevalue("unfused")
     compiled, eager = (backend.engine(config(name, on), "mlx") for on in (True, False))
     traced = []
     plain = getattr(type(compiled.model), method)
