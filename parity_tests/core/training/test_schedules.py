@@ -274,7 +274,8 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "quickstart", "--schedule"]) == 0
     out = capsys.readouterr().out
     training = Config.from_yaml("quickstart").training
-    assert f"cosine, {training.max_steps} steps" in out and "end of warmup" in out and "█" in out and "schedule.png" in out
+    for shown in (f"cosine, {training.max_steps} steps", "end of warmup", "█", "schedule.png"):
+        assert shown in out
     assert (here / "schedule.png").is_file()
     (here / "schedule.png").unlink()
     assert main(["info", "quickstart", "--schedule", "--json"]) == 0
