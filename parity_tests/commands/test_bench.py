@@ -58,6 +58,7 @@ def test_checkpointing_halves_the_peak_of_a_deep_model(deep: Config, measured: A
     assert saving["peak"] <= 0.5 * without["peak"]
 
 
+@pytest.mark.slow
 def test_the_peak_of_pytorch_is_the_memory_that_autograd_saves(deep: Config, measured: Any) -> None:
     """Compares it with the bytes of the tensors that the forward pass saves for the backward pass."""
     torch = pytest.importorskip("torch")
@@ -284,7 +285,11 @@ def test_the_two_loops_alternate() -> None:
     assert engine.calls is recorder.calls  # all other attributes are those of the engine
 
 
-def test_a_step_is_compared(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_is_compared(
+    tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], no_plots: None
+) -> None:
+    """In this process. Tests of the memory show that a measurement works in its own."""
+    monkeypatch.setattr(common, "measure_isolated", lambda name, task: step.measure(task))
     (tmp_path / "mine.yaml").write_text(tiny(tmp_path).to_yaml())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "step", "mine.yaml", "--backend", "torch", "--steps", "16", "--json"]) == 0

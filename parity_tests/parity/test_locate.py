@@ -84,6 +84,7 @@ def backward_only(modules: Modules) -> None:
     norm.forward = lambda x: WrongGradient.apply(forward(x))
 
 
+@pytest.mark.usefixtures("few_samples")
 @pytest.mark.parametrize(
     ("fault", "layer"),
     [
@@ -114,6 +115,7 @@ def test_an_equal_engine_passes_with_a_ratio_of_at_most_one(engines: Engines, ba
     assert report.worst is not None and report.worst[1].ratio <= 1
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_a_wrong_optimizer_is_found(without_dropout: Engines, batch: Any) -> None:
     altered = with_fault(without_dropout, no_fault)
     for part in altered.mlx.optimizer.groups:  # type: ignore[attr-defined]
@@ -140,6 +142,7 @@ def printed(report: Report, **options: Any) -> str:
     return text.getvalue()
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_the_report_as_text_and_as_json(without_dropout: Engines, batch: Any) -> None:
     report = compare_engines(with_fault(without_dropout, layer_norm_eps), batch)
     text = printed(report)

@@ -227,15 +227,16 @@ def test_a_norm_below_the_limit_is_not_clipped(tmp_path: Path, backend: str) -> 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_exact(tmp_path: Path, backend: str, precision: str) -> None:
     """Stopped at several steps, between and at checkpoints: the same bits, with dropout, clipping and evaluation."""
-    config = tiny(tmp_path, f"training.mixed_precision={precision}")
+    sizes = ("training.max_steps=8", "training.eval_every=4", "training.checkpoint_every=2")
+    config = tiny(tmp_path, f"training.mixed_precision={precision}", *sizes)
     train(config, tmp_path / "whole", backend)
     broken = tmp_path / "broken"
     train(config, broken, backend, until=1)
-    for until in (5, 13, None):
+    for until in (2, 5, None):
         resume(broken, until=until)  # without a backend: the run continues on its own
-    assert metrics(broken, 10) == metrics(tmp_path / "whole", 10)
+    assert metrics(broken, 4) == metrics(tmp_path / "whole", 4)
     assert same_bits(state(broken), state(tmp_path / "whole"))
-    assert same_bits(state(broken, 10), state(tmp_path / "whole", 10))
+    assert same_bits(state(broken, 4), state(tmp_path / "whole", 4))
 
 
 @both_backends
@@ -277,13 +278,14 @@ def test_changing_backend(
     assert not verdict.passed
 
 
-def test_curve_of_60_steps(tmp_path: Path) -> None:
-    config = tiny(tmp_path, "training.max_steps=60", "training.warmup_steps=6", "training.weight_decay=0.1")
-    curve = curves(build(config), 60)
+@pytest.mark.parametrize("steps", [30, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_curve_with_weight_decay(tmp_path: Path, steps: int) -> None:
+    config = tiny(tmp_path, f"training.max_steps={steps}", "training.warmup_steps=6", "training.weight_decay=0.1")
+    curve = curves(build(config), steps)
     verdict = judge_curve(*curve.values())
     assert verdict.passed, (verdict.worst, verdict.worst_step)
     assert curve["MLX"][-1] < 0.5 * curve["MLX"][0]
-    assert len(set(curve["PyTorch float64"])) == 60 and verdict.noise.max() < 1e-3
+    assert len(set(curve["PyTorch float64"])) == steps and verdict.noise.max() < 1e-3
 
 
 def test_another_folder_leaves_the_first_as_it_was(tmp_path: Path) -> None:
@@ -314,7 +316,7 @@ def test_a_branch_killed_at_once_can_be_resumed(tmp_path: Path, monkeypatch: pyt
 @both_backends
 def test_ended_before_the_first_checkpoint(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was killed in its first steps has a config, metrics and no checkpoint. It can be resumed."""
-    config, run = tiny(tmp_path), tmp_path / "run"
+    config, run = tiny(tmp_path, "training.max_steps=8"), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         train(config, run, backend)
@@ -388,15 +390,16 @@ def test_another_text_is_noticed(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     """The first process is between two checkpoints. What it wrote after the first of them must stay."""
-    config, run = tiny(tmp_path, "training.max_steps=40", "training.checkpoint_every=10"), tmp_path / "run"
+    keys = ("max_steps=16", "checkpoint_every=4", "eval_every=3")
+    config, run = tiny(tmp_path, *(f"training.{key}" for key in keys)), tmp_path / "run"
     first = Trainer.start(config, run, backend="mlx", quiet=True)
     second = Trainer.start(config, run, backend="torch", quiet=True)  # both find an empty folder
     seen: list[str] = []
     evaluate = first._evaluate
 
     def meanwhile(*arguments: Any) -> bool:
-        if first.step == 30:
-            first._writer.wait()  # the checkpoint of step 20
+        if first.step == 6:
+            first._writer.wait()  # the checkpoint of step 4
             before = tree(run)
             with pytest.raises(CheckpointError, match="another process trains this run; wait for it"):
                 second.fit()
@@ -410,7 +413,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     first._evaluate = meanwhile  # type: ignore[method-assign]
     first.fit()
     assert is_one_line(seen[0], "icenet: run", "another process", "--run")
-    assert len(losses(run)) == 40
+    assert len(losses(run)) == 16
     # the lock is free, but the second trainer was created before the first one trained
     with pytest.raises(CheckpointError, match="another process continued this run meanwhile; resume it again"):
         second.fit()
@@ -421,7 +424,8 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
 
 @both_backends
 def test_a_loss_that_is_no_number(tmp_path: Path, backend: str) -> None:
-    config = tiny(tmp_path, "training.checkpoint_every=2", "training.eval_every=null", "training.warmup_steps=0")
+    keys = ("checkpoint_every=2", "eval_every=null", "warmup_steps=0", "max_steps=10")
+    config = tiny(tmp_path, *(f"training.{key}" for key in keys))
     run = tmp_path / "run"
     train(config, run, backend, until=6)
     before = tree(run / "checkpoints")
@@ -544,11 +548,18 @@ def test_compiled(tmp_path: Path, backend: str) -> None:
 # ---- signals and kills ----------------------------------------------------------------------------------
 
 
-@both_backends
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("backend", "number"),
+    [
+        ("mlx", signal.SIGTERM),
+        ("torch", signal.SIGINT),
+        pytest.param("mlx", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_while_evaluating(tmp_path: Path, backend: str, number: signal.Signals) -> None:
     """The signal comes after the loop has decided not to save at this step. The step is saved anyway."""
-    config = tiny(tmp_path, "training.checkpoint_every=20", "training.eval_every=3")
+    config = tiny(tmp_path, "training.checkpoint_every=20", "training.eval_every=3", "training.max_steps=9")
     run = tmp_path / "run"
     started = Trainer.start(config, run, backend=backend, quiet=True)
     evaluate = started._evaluate
@@ -590,7 +601,7 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
     ("backend", "number"),
     [
         ("mlx", signal.SIGINT),
-        ("mlx", signal.SIGTERM),
+        pytest.param("mlx", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("torch", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow),
     ],
@@ -642,8 +653,8 @@ def survive(folder: Path, backend: str, kills: int, steps: int, seed: int) -> No
     assert not list((run / "checkpoints").glob(".*")), "leftovers of the kills"
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    survive(tmp_path, "mlx", kills=3, steps=60, seed=1)
+def test_two_kills(tmp_path: Path) -> None:
+    survive(tmp_path, "mlx", kills=2, steps=40, seed=24)
 
 
 @pytest.mark.slow
@@ -653,7 +664,9 @@ def test_twenty_kills(tmp_path: Path, backend: str, seed: int) -> None:
     survive(tmp_path, backend, kills=20, steps={"mlx": 1500, "torch": 800}[backend], seed=seed)
 
 
-@pytest.mark.parametrize("file", [".lock", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "file", [".lock", *(pytest.param(name, marks=pytest.mark.slow) for name in ("config.yaml", "metrics.jsonl"))]
+)
 def test_killed_at_the_very_beginning(tmp_path: Path, file: str) -> None:
     """Killed as soon as a file exists: either the run can be resumed, or a new one can start in its folder."""
     command_config(tmp_path, "training.max_steps=4")
@@ -673,7 +686,7 @@ def test_killed_at_the_very_beginning(tmp_path: Path, file: str) -> None:
 
 def test_an_environment_without_matplotlib(tmp_path: Path) -> None:
     """matplotlib is an optional dependency: a run without it succeeds and says so."""
-    command_config(tmp_path, "training.max_steps=4")
+    command_config(tmp_path, "training.max_steps=1")
     program = "import sys; from icenet.cli.main import main; sys.exit(main(sys.argv[1:]))"
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     out = python(program, "train", config, "--run", run, "--quiet", blocked=["matplotlib"])
