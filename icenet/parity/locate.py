@@ -10,7 +10,9 @@ random cotangents, backward. The marks of a layer:
     propagated      over the tolerance in the run only: its inputs already differed
 
 Replays also find faults that are smaller than the noise that the earlier layers produce, and faults of the backward
-pass alone.
+pass alone. Where a layer has no derivative, both frameworks may be right with different gradients. So if only
+gradients are over the tolerance, the layer is replayed again at a nearby point where it has one
+(`icenet.parity.ties`), which decides.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 from icenet.core import rng
 from icenet.parity.align import (
@@ -28,8 +31,9 @@ from icenet.parity.align import (
     permutation,
     without_counterpart,
 )
+from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import Judgement, Samples, Values, judge_values, round_to
+from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values, round_to
 
 DIFFERS, CONTAINS, PROPAGATED = "differs here", "contains", "propagated"
 
@@ -56,6 +60,7 @@ class Row:
         mark: "differs here", "contains", "propagated" or empty.
         note: A remark, such as unequal dtypes.
         remedy: How the value, or the layer's input, is reordered in MLX, if it is, and what to write instead.
+        ties: A remark on a layer whose gradients agree except at ties of its inputs, else empty.
     """
 
     kind: str
@@ -67,6 +72,7 @@ class Row:
     mark: str = ""
     note: str = ""
     remedy: str = ""
+    ties: str = ""
 
     @property
     def passed(self) -> bool:
@@ -159,6 +165,7 @@ def locate(
     own: dict[str, tuple[Judgement, str]] = {}
     remarks: dict[str, str] = {}
     remedies: dict[str, str] = {}
+    ties: dict[str, str] = {}
     aligned = AlignedReplay(replays[0], mlx, reference)
     paths = [path for path in reference.calls if path in torch.calls]
     for index, path in enumerate(paths):
@@ -170,7 +177,9 @@ def locate(
             chosen = None if contains else samples
             if chosen and not mlx.has_foreign(path):
                 chosen = replace(chosen, in_order=None)
-            own[path] = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, chosen)
+            judgement, part, has_ties = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, chosen)
+            own[path] = judgement, part
+            ties[path] = _tie_remark(mlx.classes.get(path, "")) if has_ties else ""
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -179,7 +188,7 @@ def locate(
     for row in rows:
         layer = row.path if row.kind == "module" else _parent(row.path)
         if row.kind == "module" and row.path in own:
-            row = replace(row, own=own[row.path][0], own_part=own[row.path][1])
+            row = replace(row, own=own[row.path][0], own_part=own[row.path][1], ties=ties[row.path])
         if row.kind == "module" and row.path in remarks:
             own_note = own[row.path][0].note if row.path in own else ""
             notes = dict.fromkeys(filter(None, (row.note, remarks[row.path], own_note)))
@@ -202,13 +211,18 @@ def replay_layer(
     replays: tuple[AlignedReplay, Replay, Replay],
     dtype: str = "fp32",
     samples: Samples[SampledReplay] | None = None,
-) -> tuple[Judgement, str]:
-    """Replays one layer; returns the worst judgement and the name of its value (`output`, `input 0`, ...).
+) -> tuple[Judgement, str, bool]:
+    """Replays one layer.
 
     All replays receive the same: the inputs of the reference, rounded to the dtypes that PyTorch had there, and
-    cotangents drawn from a normal distribution.
+    cotangents drawn from a normal distribution. If only gradients are over the tolerance and inputs are equal to one
+    another, the inputs are moved apart and the result there decides.
 
     If an output is over the tolerance, gradients are not considered: their difference is a consequence.
+
+    Returns:
+        The worst judgement, the name of its value (`output`, `input 0`, ...), and whether gradients are within the
+        tolerance only where the inputs were moved apart.
     """
     dtypes = iter(value.dtype for value in torch.calls[path].values)
 
@@ -222,15 +236,47 @@ def replay_layer(
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
     cotangents = replays[0].cotangents(path, cotangents)
+    judge = partial(_judge_replay, path, cotangents=cotangents, replays=replays, dtype=dtype)
+    # samples break exact ties at random, which would count as noise, so only outputs are sampled there
+    has_ties = _may_be_kink(reference.calls[path])
+    found = judge(call, samples=None if has_ties else samples)
+    if has_ties and any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):
+        found.update({n: j for n, j in judge(call, samples=samples).items() if n.startswith("output")})
+    worst, part = _worst(found)
+    if part.startswith("output") or not worst.is_over or not _may_be_kink(call):
+        return worst, part, False
+    numbers = count()
+
+    def apart(value: Value) -> Value:
+        key = rng.key(0, "ties", path, next(numbers))
+        if not value.is_float:
+            return value
+        return Value(round_to(moved_apart(value.array, value.dtype, key), value.dtype), value.dtype)
+
+    moved = judge(call.map(apart), samples=samples)
+    worst, part = _worst(moved)
+    is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
+    return worst, part, worst.passed and is_larger
+
+
+def _judge_replay(
+    path: str,
+    call: Call,
+    cotangents: list[Value],
+    replays: tuple[AlignedReplay, Replay, Replay],
+    dtype: str,
+    samples: Samples[SampledReplay] | None,
+) -> dict[str, Judgement]:
+    """Returns the judgement of each result of a layer on the same arguments and cotangents."""
     theirs, exact = (_named(replay(path, call, cotangents)) for replay in replays[1:])
     exact = replays[0].comparable(path, exact)
     try:
         ours = _named(replays[0](path, call, cotangents))
     except ReplayError as error:
-        return Judgement.incomparable(str(error)), "output"
+        return {"output": Judgement.incomparable(str(error))}
     missing = [name for name in exact if name not in ours or name not in theirs]
     if missing:
-        return Judgement.incomparable(f"no {_part(missing[0])} on one backend"), _part(missing[0])
+        return {missing[0]: Judgement.incomparable(f"no {_part(missing[0])} on one backend")}
 
     def named(replay: SampledReplay) -> Callable[[int], Values]:
         return lambda index: _named(replay(index, path, call, cotangents))
@@ -240,7 +286,16 @@ def replay_layer(
 
     if samples is not None and samples.mlx is not None:
         samples = replace(samples, mlx=aligned(samples.mlx))
-    judgements = judge_values(ours, theirs, exact, dtype, samples.map(named) if samples else None)
+    return judge_values(ours, theirs, exact, dtype, samples.map(named) if samples else None)
+
+
+def _may_be_kink(call: Call) -> bool:
+    """Returns whether a layer may have no derivative at the arguments of a call."""
+    return any(may_be_kinks(value.array) for value in call.values if value.is_float)
+
+
+def _worst(judgements: dict[str, Judgement]) -> tuple[Judgement, str]:
+    """Returns the worst judgement of a replay and the name of its value; an output if one is over the tolerance."""
     worst, part = Judgement(0.0, 0.0, 0.0, 0.0), "output"
     for name, judgement in judgements.items():
         output_failed = part.startswith("output") and not worst.passed
@@ -252,6 +307,14 @@ def replay_layer(
 def _named(replayed: dict[str, Value]) -> dict[str, Value]:
     """Returns the values of a replay with the names of gradients as in a trace: `gradient:PARAMETER`."""
     return {name.replace("gradient ", "gradient:", 1): value for name, value in replayed.items()}
+
+
+def _tie_remark(class_name: str) -> str:
+    """Returns what to say of a layer whose gradients agree except at ties, by its class in MLX."""
+    if not class_name.startswith("mlx.nn.layers.pooling.Max"):
+        return "its gradient differs only at ties or edges of its inputs, where it has no derivative"
+    remark = "its gradient differs only at ties: MLX divides it among equal maxima, PyTorch gives it to the first"
+    return f"{remark}, as max_pool of icenet.nn does" if class_name.endswith("MaxPool2d") else remark
 
 
 def _part(name: str) -> str:

@@ -78,6 +78,11 @@ class Report:
         """Returns the layers marked "differs here", in the order of the run."""
         return list(dict.fromkeys(_name(row) for _, row in self._origins()))
 
+    def ties(self) -> list[str]:
+        """Returns a remark on each layer whose gradients agree except at ties of its inputs."""
+        rows = [row for section in self.sections for row in section.rows if row.ties]
+        return list(dict.fromkeys(f"{_name(row)}: {row.ties}" for row in rows))
+
     def _origins(self) -> list[tuple[Section, Row]]:
         return [
             (section, row)
@@ -134,6 +139,8 @@ class Report:
             )
         remedies = [f"{_name(row)}: {row.remedy}" for _, row in over if row.remedy]
         parts += remedies[:1]
+        if (self.curve is not None and not self.curve.passed) or any(_is_backward(row) for _, row in over):
+            parts += [f"a possible cause is {line}" for line in self.ties()[:1]]
         if not self.sections:  # nothing was computed
             return "; ".join(parts)
         return "; ".join(parts) + f" (allowed: {FACTOR:g})"
@@ -189,7 +196,7 @@ class Report:
                 more = f"    ... {len(section.rows) - len(shown)} more within the tolerance"
                 console.print(Text(more, style="dim"), highlight=False)
             for row in shown:
-                if remarks := "; ".join(filter(None, (row.note, row.remedy, _less_exact(row)))):
+                if remarks := "; ".join(filter(None, (row.note, row.remedy, row.ties, _less_exact(row)))):
                     console.print(Text(f"    {_name(row)}: {remarks}"), highlight=False)
         if self.curve is not None:
             c = self.curve
@@ -226,7 +233,7 @@ class Report:
                 _number(row.judgement.noise),
                 _number(row.judgement.ratio),
                 _number(row.own.ratio) if row.own else "",
-                row.mark or ("less exact" if row.plain_ratio else ""),
+                row.mark or ("less exact" if row.plain_ratio else "ties" if row.ties else ""),
             )
             table.add_row(*(Text(cell) for cell in cells), style=style)
         return table
@@ -234,7 +241,7 @@ class Report:
 
 def _interesting(rows: list[Row]) -> Iterator[Row]:
     """Yields the rows over the tolerance and the row before the first of them; without any, the worst few."""
-    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark or row.plain_ratio]
+    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark or row.plain_ratio or row.ties]
     if not failing:
         ranked = sorted(range(len(rows)), key=lambda index: -rows[index].ratio)[:_WORST_SHOWN]
         yield from (rows[index] for index in sorted(ranked))
@@ -255,6 +262,12 @@ def _name(row: Row) -> str:
     if row.kind == "module":
         return row.path or "(model output)"
     return "loss" if row.kind == "loss" else f"{row.kind} {row.path}" if row.kind == "gradient" else row.path
+
+
+def _is_backward(row: Row) -> bool:
+    """Returns whether a gradient is over the tolerance, in the run or in a replay."""
+    own = row.own is not None and not row.own.passed and not row.own_part.startswith("output")
+    return (row.kind == "gradient" and not row.passed) or own
 
 
 def _pass_of(part: str) -> str:

@@ -426,3 +426,79 @@ def test_a_comparison_leaves_the_modules_unchanged() -> None:
 def test_what_is_no_module() -> None:
     with pytest.raises(UsageError):
         compare_modules("net", T.Linear(2, 2), [draw(1, 2)])
+
+
+# ---- ties and edges -----------------------------------------------------------------------------------------
+
+
+class Scaled(M.Module):
+    """A layer whose backward pass is wrong by 5 %, at each point."""
+
+    def __init__(self, layer: M.Module) -> None:
+        super().__init__()
+        self.call = layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.call(x)
+        return 1.05 * y - mx.stop_gradient(0.05 * y)
+
+
+def with_ties(*shape: int) -> np.ndarray:
+    """Returns values behind a ReLU that is clipped at 1: many are 0, and many are 1."""
+    return np.clip(draw(*shape), 0, 1)
+
+
+AT_TIES: dict[str, Callable[[], Twins]] = {
+    "max pool 1d": lambda: (M.MaxPool1d(3, 2), T.MaxPool1d(3, 2)),
+    "max pool 2d": lambda: (M.MaxPool2d(2), T.MaxPool2d(2)),
+    "max pool 3d": lambda: (M.MaxPool3d(2), T.MaxPool3d(2)),
+    "maximum over positions": lambda: (Net(lambda m, x: x.max(axis=1)), TorchNet(lambda m, x: x.max(dim=2).values)),
+    "relu": lambda: (M.ReLU(), T.ReLU()),
+    "leaky relu": lambda: (M.LeakyReLU(), T.LeakyReLU()),
+    "absolute value": lambda: (Net(lambda m, x: mx.abs(x)), TorchNet(lambda m, x: x.abs())),
+    "clip": lambda: (Net(lambda m, x: mx.clip(x, 0, 1)), TorchNet(lambda m, x: x.clip(0, 1))),
+    "maximum": lambda: (Net(lambda m, x: mx.maximum(x, 0)), TorchNet(lambda m, x: x.maximum(torch.zeros_like(x)))),
+}
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("name", AT_TIES)
+def test_subgradients_at_ties_and_edges(name: str) -> None:
+    """Each framework may choose its own. A wrong gradient elsewhere is found."""
+    x = with_ties(*(VOLUME if name == "max pool 3d" else SIGNAL if "1d" in name or "positions" in name else IMAGE))
+    report = compare(AT_TIES[name](), x)
+    assert report.passed, report.verdict()
+    ours, theirs = AT_TIES[name]()
+    report = compare((Scaled(ours), TorchNet(lambda m, x: theirs(x))), x)
+    assert report.differing() == ["(model output)"] and "backward pass" in report.verdict()
+
+
+def test_max_pooling_behind_a_relu() -> None:
+    ours = M.Sequential(M.Conv2d(6, 4, 3), M.ReLU(), M.MaxPool2d(2))
+    report = compare((ours, T.Sequential(T.Conv2d(6, 4, 3), T.ReLU(), T.MaxPool2d(2))), draw(2, 6, 8, 8))
+    assert report.passed and report.differing() == [], report.verdict()
+    assert [line.partition(":")[0] for line in report.ties()] == ["2"]
+    text = io.StringIO()
+    report.render(Console(file=text, width=200))
+    assert "MLX divides it among equal maxima" in text.getvalue()
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_gradients_that_differ_at_ties_name_the_cause(is_plain: bool) -> None:
+    """A weight per position: which of equal maxima gets the gradient matters. IceNet's pooling chooses as PyTorch."""
+
+    def pool(m: Any, x: mx.array) -> mx.array:
+        return m.pool(x) if is_plain else own.max_pool(x, 2, 2, 0)
+
+    def their_pool(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.pool(x) if is_plain else their_own.max_pool(x, 2, 2, 0)
+
+    ours = Net(lambda m, x: pool(m, mx.maximum(x, 0) + m.gain - mx.stop_gradient(m.gain)), pool=M.MaxPool2d(2))
+    theirs = TorchNet(
+        lambda m, x: their_pool(m, x.relu() + (m.gain - m.gain.detach()).movedim(-1, 0)), pool=T.MaxPool2d(2)
+    )
+    ours.gain, theirs.gain = mx.ones((8, 8, 1)), T.Parameter(torch.ones(8, 8, 1))
+    report = compare((ours, theirs), draw(2, 3, 8, 8))
+    assert report.passed is not is_plain
+    assert report.passed or is_one_line(report.verdict(), "gradient gain", "pool", "max_pool of icenet.nn")
