@@ -27,10 +27,12 @@ Image: Any = pytest.importorskip("PIL.Image")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with two runs of an image classifier, with and without averaged weights, and an image."""
     folder = tmp_path_factory.mktemp("averaged")
-    for name, decay in (("run", "0.9"), ("plain", "null")):
-        overrides = [f"training.ema_decay={decay}", "training.max_steps=3", "training.eval_every=null"]
-        config = tiny(folder, *overrides, family="cnn")
-        Trainer.start(config, folder / name, backend="torch", quiet=True).fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("icenet.core.report.plots.plot_metrics", lambda *_, **__: None)
+        for name, decay in (("run", "0.9"), ("plain", "null")):
+            overrides = [f"training.ema_decay={decay}", "training.max_steps=3", "training.eval_every=null"]
+            config = tiny(folder, *overrides, family="cnn")
+            Trainer.start(config, folder / name, backend="torch", quiet=True).fit()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(folder / "image.png")
     return folder
 

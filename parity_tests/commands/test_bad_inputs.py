@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import shlex
@@ -217,8 +218,8 @@ def test_bad_input(
     [
         ("train tiny.yaml --backend mlx --set data.source=txet.txt", USAGE),
         ("generate run --backend torch --max-new-tokens 500", USAGE),
-        ("convert cut.safetensors out.safetensors --to canonical", FAILURE),
-        ("parity damaged", FAILURE),
+        pytest.param("convert cut.safetensors out.safetensors --to canonical", FAILURE, marks=pytest.mark.slow),
+        pytest.param("parity damaged", FAILURE, marks=pytest.mark.slow),
     ],
 )
 def test_a_new_process_prints_one_line_too(arguments: str, code: int, place: Path) -> None:
@@ -304,30 +305,49 @@ importlib.util.find_spec = find_spec
 
 def without(folder: Path, *blocked: str) -> dict[str, str]:
     """Returns an environment in which packages seem not to be installed."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(BLOCKER.format(blocked=blocked))
     return {"PYTHONPATH": str(folder)}
 
 
-def test_a_backend_that_is_not_installed(place: Path, tmp_path: Path) -> None:
-    no_torch, no_mlx = without(tmp_path / "a", "torch"), without(tmp_path / "b", "mlx")
-    neither = without(tmp_path / "c", "mlx", "torch")
+def hide(patch: pytest.MonkeyPatch, *blocked: str) -> None:
+    """Makes packages seem not to be installed, for what this process imports from here on."""
+    found = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in blocked else found(name, *rest))
+    for name in blocked:
+        patch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    "new_process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in this process", "in new processes"]
+)
+def test_a_backend_that_is_not_installed(
+    new_process: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(place)
     run = ["--run", str(tmp_path / "run"), "--quiet", "--set", "training.max_steps=2"]
 
-    def rejected(*arguments: str, **environ: str) -> str:
-        return error_line(icenet(*arguments, folder=place, code=FAILURE, ICENET_BLAS="none", **environ).stderr)
+    def rejected(arguments: list[str], *blocked: str) -> str:
+        if new_process:
+            environ = without(tmp_path / f"without-{'-'.join(blocked)}", *blocked)
+            return error_line(icenet(*arguments, folder=place, code=FAILURE, ICENET_BLAS="none", **environ).stderr)
+        with monkeypatch.context() as patch:
+            hide(patch, *blocked)
+            assert main(arguments) == FAILURE
+        return error_line(capfd.readouterr().err)
 
     install_torch = "pip install 'icenet[torch]'"
-    line = rejected("train", "tiny.yaml", "--backend", "torch", *run, **no_torch)
+    line = rejected(["train", "tiny.yaml", "--backend", "torch", *run], "torch")
     assert is_one_line(line, "backend torch", "not installed", install_torch, "--backend mlx")
-    line = rejected("generate", "run", "--backend", "mlx", **no_mlx)
+    line = rejected(["generate", "run", "--backend", "mlx"], "mlx")
     assert is_one_line(line, "backend mlx", "not installed", "pip install 'icenet[cpu]'")
-    line = rejected("train", "tiny.yaml", *run, **neither)
+    line = rejected(["train", "tiny.yaml", *run], "mlx", "torch")
     assert is_one_line(line, "backend mlx", "backend torch", "pip install 'icenet[cpu]'", install_torch)
-    line = rejected("quickstart", "--out", str(tmp_path / "quick"), **no_torch)
+    line = rejected(["quickstart", "--out", str(tmp_path / "quick")], "torch")
     assert is_one_line(line, "quickstart", "torch", "pip install 'icenet[all]'")
-    assert is_one_line(rejected("parity", "tiny.yaml", **no_torch), install_torch)
-    assert "torch" in rejected("convert", "good.safetensors", str(tmp_path / "x.pt"), "--to", "torch", **no_torch)
+    assert is_one_line(rejected(["parity", "tiny.yaml"], "torch"), install_torch)
+    assert "torch" in rejected(["convert", "good.safetensors", str(tmp_path / "x.pt"), "--to", "torch"], "torch")
     assert not (tmp_path / "run").exists() and not (tmp_path / "quick").exists()
 
 
@@ -345,7 +365,10 @@ def test_commands_that_do_not_need_the_missing_backend(place: Path, tmp_path: Pa
 def test_a_blas_that_does_not_exist(place: Path) -> None:
     result = icenet("generate", "run", "--backend", "mlx", folder=place, code=FAILURE, ICENET_BLAS="/no/lib.so")
     assert is_one_line(error_line(result.stderr), "ICENET_BLAS", "/no/lib.so", "openblas")
-    # PyTorch does not use it
+
+
+@pytest.mark.slow
+def test_pytorch_does_not_need_the_blas(place: Path) -> None:
     icenet("generate", "run", "--backend", "torch", "--max-new-tokens", "1", folder=place, ICENET_BLAS="/no/lib.so")
 
 
@@ -361,7 +384,7 @@ def test_a_cache_that_cannot_be_written(
 
 def test_ctrl_c_before_the_first_checkpoint(place: Path, tmp_path: Path) -> None:
     """At any time of the start: at most one line, and no traceback."""
-    for wait in (0.3, 0.6):
+    for wait in (0.2, 0.5):
         options = ["--set", "training.max_steps=1000000", "--quiet"]
         process = start_icenet(["train", "tiny.yaml", "--run", tmp_path / str(wait), *options], place)
         time.sleep(wait)

@@ -86,18 +86,17 @@ def test_help(name: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert option in known.split("Examples:")[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["train", "--help"], 0), (["--version"], 0), (["nonsense"], 2), ([], 2)]
-)
-def test_help_and_usage_errors_import_no_library(arguments: list[str], code: int) -> None:
+def test_help_and_usage_errors_import_no_library() -> None:
     program = """
     import sys
     from icenet.cli.main import main
-    code = main(sys.argv[1:])
     names = ("mlx.core", "torch", "numpy", "pydantic", "rich", "matplotlib", "yaml")
-    print(code, [name for name in names if name in sys.modules])
+    for arguments in (["--help"], ["train", "--help"], ["--version"], ["nonsense"], []):
+        code = main(arguments)
+        print(f"found: {code}", [name for name in names if name in sys.modules])
     """
-    assert python(program, *arguments).splitlines()[-1] == f"{code} []"
+    found = [line for line in python(program).splitlines() if line.startswith("found: ")]
+    assert found == [f"found: {code} []" for code in (0, 0, 0, 2, 2)]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +224,7 @@ def test_stop_and_slide(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_closed_pipe(place: Path) -> None:
     """`icenet ... | head -1`: nothing on stderr."""
-    for command in (["info", "--json"], ["generate", "run", "--max-new-tokens", "500", "--overflow", "slide"]):
+    for command in (["info", "--json"], ["generate", "run", "--max-new-tokens", "60", "--overflow", "slide"]):
         process = start_icenet(command, place)
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -239,7 +238,7 @@ def test_an_output_on_a_full_disk(place: Path) -> None:
         pytest.skip("this machine has no /dev/full")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "icenet", "info", "tiny.yaml"], cwd=place, env=environment(place),
+            [sys.executable, "-m", "icenet", "schema"], cwd=place, env=environment(place),
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1 and error_line(done.stderr)

@@ -90,11 +90,11 @@ def backward_only(modules: Modules) -> None:
     [
         (one_weight, "blocks.1.feed_forward.up_proj"),
         (layer_norm_eps, "blocks.0.feed_forward_norm"),
-        (transposed_weight, "blocks.1.attention.q_proj"),
+        pytest.param(transposed_weight, "blocks.1.attention.q_proj", marks=pytest.mark.slow),
         (dropout_probability, "blocks.0.feed_forward.dropout"),
         (activation, "blocks.1.feed_forward"),
         (residual, "blocks.0"),
-        (num_heads, "blocks.0.attention"),
+        pytest.param(num_heads, "blocks.0.attention", marks=pytest.mark.slow),
         (backward_only, "blocks.1.attention_norm"),
     ],
 )
