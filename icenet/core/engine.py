@@ -190,14 +190,17 @@ class Engine(ABC):
         return step_result(mean, norm.item(), stop, lambda: dict(zip(self._trainable, norms.tolist(), strict=True)))
 
     @in_arithmetic
-    def gradients(self, batch: Batch, step: int = 0) -> tuple[float, dict[str, NDArray[Any]]]:
+    def gradients(
+        self, batch: Batch, step: int = 0, loss_scale: float = 1.0
+    ) -> tuple[float, dict[str, NDArray[Any]]]:
         """Returns the mean loss and the unclipped gradient of every parameter, with the dropout masks of `step`.
 
-        Weights and running statistics do not change. The batch is split as in a training step.
+        Weights and running statistics do not change. The batch is split, and in fp16 the loss is scaled in the
+        backward pass, as in a training step.
         """
         self._set_mode(train=True)
         with self.nn.norm.keep_running_statistics(self.model):
-            loss, gradients = self._checked_gradients(batch, step)
+            loss, gradients = self._checked_gradients(batch, step, loss_scale)
         mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
         return mean, self.process_group.gather_full(self._to_canonical(gradients))
 

@@ -72,7 +72,15 @@ def describe(engine: Engine) -> dict[str, str]:
     return {**described, "tf32": engine.tf32}
 
 
-def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, gradients: bool = False) -> Trace:
+def record(
+    engine: Engine,
+    batch: Batch,
+    step: int = 0,
+    *,
+    train: bool = False,
+    gradients: bool = False,
+    loss_scale: float = 1.0,
+) -> Trace:
     """Returns a trace of one batch: inputs, the output of every module in order of completion, and the loss.
 
     Args:
@@ -81,6 +89,7 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
         step: Step whose dropout masks are used.
         train: Record training mode rather than evaluation mode.
         gradients: Also compute the loss and the gradient of every parameter as a training step does.
+        loss_scale: Scale of the loss in the backward pass of fp16.
     """
     check_ids(batch, engine.config.model.vocab_size)
     inputs = {name: Value(array, short_dtype(array.dtype)) for name, array in batch.items()}
@@ -91,7 +100,7 @@ def record(engine: Engine, batch: Batch, step: int = 0, *, train: bool = False, 
     with backends.module(engine.backend, "tools.probe").recording(engine.model, trace):
         replay(engine, "", Call((_native(engine, inputs["inputs"]),), options), step=step, train=train)
     if gradients:
-        loss, arrays = engine.gradients(batch, step)
+        loss, arrays = engine.gradients(batch, step, loss_scale)
         trace.add("loss", "", Value(np.asarray(loss), "fp32"))
         for path, array in arrays.items():
             trace.add("gradient", path, Value(array, short_dtype(array.dtype)))

@@ -17,10 +17,15 @@ gradients are over the tolerance, the layer is replayed again at a nearby point 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from icenet.core import rng
 from icenet.parity.align import (
@@ -35,10 +40,17 @@ from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
 from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values, round_to
 
+Array = npt.NDArray[Any]
+
 DIFFERS, CONTAINS, PROPAGATED = "differs here", "contains", "propagated"
 
 KINDS = ("module", "loss", "gradient", "statistic", "parameter", "moment")
 """The kinds of values that are compared."""
+
+FP16_SCALES = (1.0, 2.0**-10, 2.0**-20)
+"""Scales of the loss and of cotangents in fp16, of which the first without overflow is used."""
+FP16_HEADROOM = 8192.0
+"""Largest gradient for which a scale is used. The limit of fp16 is 65504; intermediate values may be larger."""
 
 Replay = Callable[[str, Call, list[Value]], dict[str, Value]]
 """Calls the layer at a path with arguments and cotangents: `icenet.parity.engines.replay` of one engine."""
@@ -215,8 +227,8 @@ def replay_layer(
     """Replays one layer.
 
     All replays receive the same: the inputs of the reference, rounded to the dtypes that PyTorch had there, and
-    cotangents drawn from a normal distribution. If only gradients are over the tolerance and inputs are equal to one
-    another, the inputs are moved apart and the result there decides.
+    cotangents drawn from a normal distribution, in fp16 small enough for its range. If only gradients are over the
+    tolerance and inputs are equal to one another, the inputs are moved apart and the result there decides.
 
     If an output is over the tolerance, gradients are not considered: their difference is a consequence.
 
@@ -236,6 +248,8 @@ def replay_layer(
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
     cotangents = replays[0].cotangents(path, cotangents)
+    if dtype == "fp16":
+        cotangents = _without_overflow(path, call, cotangents, replays)
     judge = partial(_judge_replay, path, cotangents=cotangents, replays=replays, dtype=dtype)
     # samples break exact ties at random, which would count as noise, so only outputs are sampled there
     has_ties = _may_be_kink(reference.calls[path])
@@ -257,6 +271,32 @@ def replay_layer(
     worst, part = _worst(moved)
     is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
     return worst, part, worst.passed and is_larger
+
+
+def fits_fp16(reference: Mapping[str, Array], others: Sequence[Mapping[str, Array]], scale: float = 1.0) -> bool:
+    """Returns whether gradients are far enough from the limit of fp16, if the reference's are multiplied by `scale`.
+
+    Whether a gradient near the limit overflows depends on the last bit, so it shows no difference between backends.
+    Training reduces the scale of the loss then. Values that are not finite at each scale are a difference.
+    """
+    largest = max((float(np.abs(array).max(initial=0)) for array in reference.values()), default=0.0)
+    finite = (np.isfinite(array).all() for arrays in others for array in arrays.values())
+    return largest * scale < FP16_HEADROOM and all(finite)
+
+
+def _without_overflow(path: str, call: Call, cotangents: list[Value], replays: Sequence[Replay]) -> list[Value]:
+    """Returns cotangents, scaled so that no gradient overflows in fp16."""
+    for scale in FP16_SCALES:
+        scaled = [Value(round_to(value.array * scale, value.dtype), value.dtype) for value in cotangents]
+        found = []
+        for replay in replays:
+            with suppress(ReplayError):  # which is reported where the layer is judged
+                found.append(
+                    {name: v.array for name, v in replay(path, call, scaled).items() if "output" not in name}
+                )
+        if fits_fp16(found[-1], found[:-1]):
+            break
+    return scaled
 
 
 def _judge_replay(

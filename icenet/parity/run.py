@@ -19,7 +19,17 @@ from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
-from icenet.parity.locate import DIFFERS, KINDS, PROPAGATED, Row, SampledReplay, compare, locate
+from icenet.parity.locate import (
+    DIFFERS,
+    FP16_SCALES,
+    KINDS,
+    PROPAGATED,
+    Row,
+    SampledReplay,
+    compare,
+    fits_fp16,
+    locate,
+)
 from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Call, Trace, Value, short_dtype
@@ -141,13 +151,24 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
 
     tell("gradients", 0, 1)
     kinds = ("loss", "gradient")
-    rows, traces = _record_and_compare(engines, batch, dtype, kinds, step=step, train=True, gradients=True)
+    scale = _loss_scale(engines, batch, step) if dtype == "fp16" else 1.0
+    options: dict[str, Any] = {"step": step, "train": True, "gradients": True, "loss_scale": scale}
+    rows, traces = _record_and_compare(engines, batch, dtype, kinds, **options)
     report.sections.append(Section("loss and gradients, training", _mark_gradients(rows, report)))
     tell("training step", 0, 1)
     gradients = {path: value.array.astype(np.float32) for path, value in traces[2].of("gradient").items()}
     report.sections.append(Section(TRAINING_STEP, training_step_rows(engines, batch, step, gradients)))
     tell("done", 1, 1)
     return report
+
+
+def _loss_scale(engines: Engines, batch: Batch, step: int) -> float:
+    """Returns a scale of the loss with which no gradient overflows in fp16."""
+    for scale in FP16_SCALES:
+        *found, exact = (engine.gradients(batch, step, scale)[1] for engine in engines)
+        if fits_fp16(exact, found, scale):
+            break
+    return scale
 
 
 def _new_report(engines: Engines) -> Report:

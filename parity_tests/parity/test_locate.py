@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import is_one_line, same_bits
@@ -14,9 +16,11 @@ from parity_config import transformer_config
 from rich.console import Console
 
 from icenet.core import backends
+from icenet.parity import locate
 from icenet.parity.engines import Engines, build
 from icenet.parity.report import Report
 from icenet.parity.run import compare_engines
+from icenet.parity.trace import Call, Value, short_dtype
 
 Modules = dict[str, Any]
 
@@ -155,3 +159,19 @@ def test_the_report_as_text_and_as_json(without_dropout: Engines, batch: Any) ->
     marks = {row["path"]: row["mark"] for row in plain["sections"][0]["rows"]}
     assert marks["blocks.0.feed_forward_norm"] == "differs here"
     assert marks["blocks.0"] == "contains" and marks["blocks.1"] == "propagated"
+
+
+def test_cotangents_are_scaled_until_no_gradient_overflows_in_fp16() -> None:
+    def replay(path: str, call: Call, cotangents: list[Value], dtype: Any = np.float64) -> dict[str, Value]:
+        with np.errstate(over="ignore"):
+            gradient = (cotangents[0].array.astype(np.float64) * 1e6).astype(dtype)
+        return {"output": cotangents[0], "input 0": Value(gradient, short_dtype(gradient.dtype))}
+
+    def wrong(path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+        return {"input 0": Value(np.full(3, np.nan), "fp16")}
+
+    half = partial(replay, dtype=np.float16)
+    large, small = ([Value(np.full(3, value, np.float16), "fp16")] for value in (1, 2.0**-10))
+    for mlx, given, scale in [(half, large, 2.0**-10), (half, small, 2.0**-10), (wrong, large, 2.0**-20)]:
+        (found,) = locate._without_overflow("", Call(()), given, (mlx, half, replay))
+        assert found.dtype == "fp16" and found.array.tolist() == [scale] * 3
