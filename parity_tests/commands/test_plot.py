@@ -84,7 +84,7 @@ def test_the_kind_of_picture_follows_its_name(tmp_path: Path) -> None:
         overlay.plot([run], tmp_path / "p.gif")
 
 
-@pytest.mark.parametrize(("x", "smooth"), [("step", None), ("tokens", 1), ("time", 7)])
+@pytest.mark.parametrize(("x", "smooth"), [("tokens", 1), ("time", 7)])
 def test_every_axis_and_mean(tmp_path: Path, x: str, smooth: int | None) -> None:
     run = write_run(tmp_path / "run", changes=(10, 20, 30, 40))
     assert colours(overlay.plot([run], None, smooth, x))[canvas.BLUE] > 300

@@ -66,7 +66,7 @@ def test_a_small_quickstart(small: list[str], tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr().out.startswith("import ")
 
 
-def test_again_and_with_few_checkpoints_kept(small: list[str], tmp_path: Path) -> None:
+def test_again_and_with_few_checkpoints_kept(small: list[str], tmp_path: Path, no_plots: None) -> None:
     """The results of an earlier quickstart are replaced, even of an interrupted one; other files are kept."""
     out = tmp_path / "quick"
     small += ["training.max_steps=4", "training.eval_every=2", "generation.max_new_tokens=8"]
@@ -94,8 +94,9 @@ def test_a_folder_with_other_files_is_rejected(small: list[str], tmp_path: Path)
 
 
 def test_a_difference_is_found(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    no_plots: None,
+) -> None:  # fmt: skip
     """With a learning rate that is 1% higher on MLX in one step, the verdict and the exit code report a failure."""
     from icenet.engine.engine import Engine
 

@@ -498,11 +498,11 @@ def judge_moves(config: Config, folder: Path) -> dict[str, CurveJudgement]:
 
 @each_optimizer
 def test_changing_backend(tmp_path: Path, optimizer: str) -> None:
-    config = moving_config(tmp_path, optimizer, 12)
+    config = moving_config(tmp_path, optimizer, 6)
     for direction, verdict in judge_moves(config, tmp_path).items():
         assert verdict.passed, (direction, verdict.worst, verdict.worst_step)
     found = checkpoint.find(tmp_path / "mlx")
-    assert found.optimizer and found.step == 12
+    assert found.optimizer and found.step == 6
     with pytest.raises(CheckpointError, match=r"training\.optimizer"):
         Trainer.resume(
             tmp_path / "mlx", run=tmp_path / "other", quiet=True,

@@ -268,13 +268,22 @@ def judged(given: Config, dtype: str = "fp32") -> None:
         assert unequal(engine.weights(), before) == []  # running statistics included
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "as ResNet-18" else name for name in CASES]
+)
 def test_fp32(name: str) -> None:
     judged(config(**CASES[name]))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["conv blocks, gelu", "basic blocks, silu, grey"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("conv blocks, gelu", "bf16"),
+        ("conv blocks, gelu", "fp16"),
+        ("basic blocks, silu, grey", "bf16"),
+        pytest.param("basic blocks, silu, grey", "fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(name: str, dtype: str) -> None:
     """With smooth activations: a ReLU whose input is rounded to the other side of zero differs by more than noise."""
     judged(config(**CASES[name]), dtype)
@@ -640,7 +649,7 @@ def test_conversion_there_and_back(tmp_path: Path) -> None:
     assert unequal(theirs.weights(), weights) == []
 
 
-@pytest.mark.parametrize("first", BACKENDS)
+@pytest.mark.parametrize("first", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_run_changes_backend(first: str, tmp_path: Path) -> None:
     """A run that changes backend half way, judged against the same run on one backend."""
     second = next(name for name in BACKENDS if name != first)

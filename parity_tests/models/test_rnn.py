@@ -103,14 +103,23 @@ def test_fp32(name: str) -> None:
     judged(given, random_batch(given, rows=3, length=17))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["lstm, three layers, dropout", "gru, bidirectional, dropout", "rnn"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lstm, three layers, dropout", "bf16"),
+        ("gru, bidirectional, dropout", "fp16"),
+        ("rnn", "bf16"),
+        pytest.param("lstm, three layers, dropout", "fp16", marks=pytest.mark.slow),
+        pytest.param("gru, bidirectional, dropout", "bf16", marks=pytest.mark.slow),
+        ("rnn", "fp16"),
+    ],
+)
 def test_half_precision(name: str, dtype: str) -> None:
     given = config(**CASES[name])
     judged(given, random_batch(given, rows=3, length=17), dtype)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+@pytest.mark.parametrize("side", [pytest.param("left", marks=pytest.mark.slow), "right", "scattered"])
 @pytest.mark.parametrize("name", ["lstm", "gru, bidirectional, dropout", "rnn, relu, three layers"])
 def test_padding(name: str, side: str) -> None:
     given = config(**CASES[name])
@@ -652,7 +661,12 @@ def test_conversion_there_and_back(changes: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "first", "second"), [("lstm", "mlx", "torch"), ("gru", "torch", "mlx"), ("rnn", "mlx", "torch")]
+    ("family", "first", "second"),
+    [
+        ("lstm", "mlx", "torch"),
+        ("gru", "torch", "mlx"),
+        pytest.param("rnn", "mlx", "torch", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_changes_backend(family: str, first: str, second: str, tmp_path: Path, no_plots: None) -> None:
     """Six steps on one backend and six on the other, judged by the yardstick."""

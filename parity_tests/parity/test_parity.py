@@ -49,21 +49,43 @@ def check(config: Config, batch: Any, dtype: str = "fp32") -> None:
     assert len(parameters) == report.num_weights  # every parameter has a gradient
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = ("post-norm", "bidirectional", "tied", "four layers")
+"""Cases whose options another case has as well."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in CASES]
+)
 def test_fp32(name: str) -> None:
     config = transformer_config(**CASES[name])
     check(config, random_batch(config, rows=3, length=37))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["dropout", "post-norm, bidirectional, tied, dropout", "silu, wide"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("dropout", "bf16"),
+        ("silu, wide", "bf16"),
+        ("post-norm, bidirectional, tied, dropout", "fp16"),
+        pytest.param("dropout", "fp16", marks=pytest.mark.slow),
+        pytest.param("silu, wide", "fp16", marks=pytest.mark.slow),
+        pytest.param("post-norm, bidirectional, tied, dropout", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(name: str, dtype: str) -> None:
     config = transformer_config(**CASES[name])
     check(config, random_batch(config, rows=3, length=37), dtype)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("side", "causal"),
+    [
+        ("left", True),
+        ("right", False),
+        pytest.param("left", False, marks=pytest.mark.slow),
+        pytest.param("right", True, marks=pytest.mark.slow),
+    ],
+)
 def test_padding(causal: bool, side: str) -> None:
     config = transformer_config(causal=causal, dropout=0.1)
     batch = random_batch(config, rows=3, length=21)
@@ -140,7 +162,7 @@ def test_a_bias_gradient_that_sums_many_positions(shape: tuple[int, ...]) -> Non
         assert judge(ours, theirs, truth).ratio <= FACTOR, name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_training_curve_on_text(dtype: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"line %d: the quick brown fox, %d times\n" % (i, i * i % 97) for i in range(3000)))

@@ -120,7 +120,7 @@ def test_a_fault_in_a_narrow_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     fault = next(fault for fault in planted.FAULTS if fault.name == "linear: products too large by 1e-5")
     config, sizes = narrow_case("one token, two classes")
     engines, batch = build(config), batch_of(config, sizes)
-    # without a fault it passes, as the test above shows
+    # without a fault it passes, as test_narrow_models_pass_with_any_order_of_sums shows
     fault.plant(monkeypatch, engines.mlx)
     report = compare_engines(engines, batch)
     assert not report.passed and report.differing()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, icenet, is_one_line
+from helpers import BACKENDS, is_one_line
 from PIL import Image
 
 from icenet.cli.main import main
@@ -480,11 +480,16 @@ def test_predictions_are_those_of_the_validation_and_equal_on_both(run: Path, tm
         assert [len(report.ranked(row)) for row in range(80)] == [3] * 80
 
 
-def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     labels = write_digits(tmp_path / "images", ImageDataset.open(settings(), 0), 3)
     file = Path("images", "001.png")  # relative: a long path would be folded in the table
-    done = icenet("predict", run, file, "--backend", "torch", "--device", "cpu", folder=tmp_path)
-    assert "001.png" in done.stdout and f"{labels[1]}" in done.stdout and "%" in done.stdout
+    assert main(["predict", str(run), str(file), "--backend", "torch", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "001.png" in out and f"{labels[1]}" in out and "%" in out
     arguments = (tmp_path / "images", "--json", "--top-k", "2", "--backend", "torch", "--device", "cpu")
     assert main(["predict", str(run), *map(str, arguments)]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -301,7 +301,7 @@ def test_a_disk_that_refuses(
 def test_a_full_disk_in_a_run(tmp_path: Path) -> None:
     """A real limit on the size of files, in a process of its own: one line, and a run that resumes exactly."""
     pytest.importorskip("resource")
-    config = tiny(tmp_path, "training.eval_every=null")
+    config = tiny(tmp_path, "training.eval_every=null", "training.max_steps=12")
     Trainer.start(config, tmp_path / "whole", backend="mlx", quiet=True).fit()
     Trainer.start(config, tmp_path / "run", backend="mlx", quiet=True).fit(until=6)
     before = tree(tmp_path / "run" / "checkpoints")

@@ -239,7 +239,10 @@ def test_groups_are_told(tmp_path: Path) -> None:
     assert found[1].parameters.endswith("and 21 more")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [name if name in ("constant", "wsd") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
+)
 def test_the_picture(tmp_path: Path, schedule: str) -> None:
     found = report(tmp_path, f"training.schedule={schedule}")
     path = found.draw(tmp_path / "new" / "x.png")
