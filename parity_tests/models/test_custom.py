@@ -20,13 +20,13 @@ from helpers import (
     BACKENDS,
     both_backends,
     error_line,
-    icenet,
     is_one_line,
     losses,
     metrics,
     native,
     resume,
     same_bits,
+    start_python,
     state,
     train,
     tree,
@@ -765,21 +765,33 @@ def test_a_file_next_to_the_yaml_from_another_folder(here: Path, monkeypatch: py
     assert front_door.load(here / "run", "mlx", trust_code=True).num_params > 0
 
 
-def test_the_working_folder_comes_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_comes_first(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (here / "work").mkdir()
     shutil.copy(here / "one_torch.py", here / "work" / "my_models.py")
     monkeypatch.chdir(here / "work")
     assert custom.resolve("my_models.py:X", here) == "my_models.py:X"
     assert custom.resolve("my_models_torch.py:X", here) == "../my_models_torch.py:X"
     assert custom.resolve(f"{here}/one_mlx.py:X", here) == f"{here}/one_mlx.py:X"
+    assert [is_one_line(m, "my_models.py", "../my_models.py:X") for m in caplog.messages] == [True]
+    monkeypatch.chdir(here)
+    assert custom.resolve("my_models.py:X", here) == "my_models.py:X" and len(caplog.messages) == 1
 
 
-def test_the_documented_commands(here: Path) -> None:
-    """Train, fail without trust, resume with trust on the other backend, the last two in a new process each."""
+def test_the_documented_commands(here: Path, no_plots: None) -> None:
+    """Train, fail without trust, resume with trust on the other backend, the last two in a new process."""
     short = ["--set", "training.max_steps=4", "--set", "training.checkpoint_every=2", "--quiet"]
     assert main(["train", "my.yaml", "--run", "runs/mine", "--backend", "torch", *short]) == 0
-    refused = icenet("generate", "runs/mine", "--prompt", "def ", folder=here, code=None)
-    assert refused.returncode in (1, 2) and "--trust-code" in refused.stderr and refused.stdout == ""
-    arguments = ["train", "--resume", "runs/mine", "--backend", "mlx", "--trust-code", "--quiet"]
-    icenet(*arguments, "--set", "training.max_steps=6", folder=here)
+    program = """
+    import os, shlex, sys
+    from icenet.cli.main import main
+    os.chdir(sys.argv[1])
+    print([main(shlex.split(line)) for line in sys.argv[2:]])
+    """
+    refused = 'generate runs/mine --prompt "def "'
+    resumed = "train --resume runs/mine --backend mlx --trust-code --quiet --set training.max_steps=6"
+    process = start_python(program, here, refused, resumed, blocked=["matplotlib"])
+    out, err = process.communicate(timeout=120)
+    assert out.startswith("step 6: loss") and out.splitlines()[-1] in ("[1, 0]", "[2, 0]") and "--trust-code" in err
     assert len(losses(here / "runs/mine")) == 6
