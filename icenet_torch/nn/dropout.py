@@ -64,7 +64,7 @@ class Dropout(KeyedCalls, nn.Dropout):
         if images:
             first = (0, x.ndim - 1, *range(1, x.ndim - 1))
             keep = torch.empty_like(x, dtype=torch.bool).copy_(keep.permute(first))  # in x's memory format
-        y = _MaskedScale.apply(x, keep, self.scale)
+        y = _apply_mask(x, keep, self.scale)
         return x.copy_(y) if self.inplace else y
 
 
@@ -83,7 +83,7 @@ class _ChannelDropout(KeyedCalls, nn.Module):
         check_channels(type(self).__name__, x.shape, self.axes)
         keep = dropout_mask(x.shape[:2], self.p, keys, x.device)
         keep = keep.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).expand(x.shape)
-        y = _MaskedScale.apply(x, keep, self.scale)
+        y = _apply_mask(x, keep, self.scale)
         return x.copy_(y) if self.inplace else y
 
 
@@ -175,6 +175,15 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: t
     kernels = _kernels(device)
     keep = kernels.dropout_mask(keys, n, threshold) if kernels else random_bits_at_least(keys, n, threshold)
     return keep.reshape(shape)
+
+
+def _apply_mask(x: Array, keep: Array, scale: float) -> Array:
+    """Returns x times `scale` where `keep` is True, and zero elsewhere."""
+    if torch.compiler.is_compiling():
+        # which fuses these. PyTorch 2.11 compiles the function below to a wrong gradient on a CPU
+        return torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
+    y: Array = _MaskedScale.apply(x, keep, scale)
+    return y
 
 
 class _MaskedScale(torch.autograd.Function):
