@@ -24,7 +24,7 @@ PAGE = "docs/training.md"
 NOT_RUN = "not run by us"
 """In the title of a section with commands that need machines that a test does not have."""
 
-SMALL = ["model.hidden_size=32", "model.num_layers=1", "model.max_seq_length=32", "training.batch_size=4"]
+SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.max_seq_length=16", "training.batch_size=4"]
 """What the default run changes in quickstart."""
 
 EXAMPLES = blocks(PAGE, "bash", "python", skip=NOT_RUN)

@@ -177,7 +177,7 @@ def test_a_long_sequence() -> None:
 
 
 def test_a_training_curve_on_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    curve("lstm", 30, tmp_path, monkeypatch)
+    curve("lstm", 20, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
