@@ -63,6 +63,18 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def mlx_on_cpu() -> Iterator[None]:
+    """Makes the CPU MLX's default device, on machines with a GPU too."""
+    pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
+    import mlx.core as mx
+
+    before, set_default_device = mx.default_device(), mx.set_default_device
+    set_default_device(mx.cpu)
+    yield
+    set_default_device(before)
+
+
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Returns an empty folder that is the working directory of the test."""
     monkeypatch.chdir(tmp_path)

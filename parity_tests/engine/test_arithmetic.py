@@ -234,6 +234,7 @@ def test_tf32_is_on_cuda_and_from_m5_on(
 # ---- MLX's devices ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")
 def test_each_use_of_an_mlx_model_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second stream of the CPU stands for a second device: MLX places operations on either in the same way."""
     monkeypatch.setattr(mx, "set_default_device", lambda device: pytest.fail("the default device was changed"))
