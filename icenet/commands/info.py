@@ -20,7 +20,7 @@ class ModelReport:
         name: The target: a config, run, checkpoint or saved model.
         config: Its configuration.
         num_params: Number of trainable parameters.
-        parts: Number of parameters of each top-level module.
+        parts: Number of values in each top-level part, trained or not, without running statistics.
         training_bytes: Bytes of the weights, gradients and optimizer state in fp32.
         shared: The owner's path of each further path of an array that the model shares; it is counted once.
     """
@@ -32,12 +32,17 @@ class ModelReport:
     training_bytes: int
     shared: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def num_values(self) -> int:
+        """Number of values of all parts."""
+        return sum(self.parts.values())
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "model": self.config.model.model_dump(),
             "num_params": self.num_params,
-            "bytes": {"fp32": 4 * self.num_params, "fp16": 2 * self.num_params},
+            "bytes": {"fp32": 4 * self.num_values, "fp16": 2 * self.num_values},
             "training_bytes": self.training_bytes,
             "parts": self.parts,
             "shared": self.shared,
@@ -52,16 +57,18 @@ class ModelReport:
         table.add_column("parameters", justify="right")
         table.add_column("share", justify="right")
         for part, size in self.parts.items():
-            table.add_row(part, f"{size:,}", f"{size / self.num_params:.1%}")
+            table.add_row(part, f"{size:,}", f"{size / self.num_values:.1%}")
         table.add_section()
-        table.add_row("total", f"{self.num_params:,}", "")
+        table.add_row("total", f"{self.num_values:,}", "")
         console.print(table)
+        if self.num_params != self.num_values:
+            console.print(f"{self.num_params:,} are trained; the others are buffers or frozen", highlight=False)
         for path, owner in self.shared.items():
             console.print(f"{path} is tied to {owner}", highlight=False)
         settings = self.config.model.model_dump(exclude_defaults=False)
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
-            f"weights {_megabytes(4 * self.num_params)} in fp32, {_megabytes(2 * self.num_params)} in fp16; "
+            f"weights {_megabytes(4 * self.num_values)} in fp32, {_megabytes(2 * self.num_values)} in fp16; "
             f"training with {self.config.training.optimizer} needs {_megabytes(self.training_bytes)} in fp32 "
             "(weights, gradients, optimizer state) plus activations",
             highlight=False,
@@ -106,8 +113,9 @@ def model_report(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     vocab_size = getattr(config.model, "vocab_size", None)
     groups = parameter_groups.assign(config.training, shapes, model.layer_kinds(), vocab_size)
     state = parameter_groups.state_values(config.training, groups, shapes)
-    size = 4 * (2 * model.num_params + state)
-    return ModelReport(name, config, model.num_params, model.part_sizes(), size, model.shared_arrays())
+    parts = model.part_sizes()
+    size = 4 * (sum(parts.values()) + model.num_params + state)  # weights, gradients, optimizer state
+    return ModelReport(name, config, model.num_params, parts, size, model.shared_arrays())
 
 
 def presets_report() -> PresetReport:

@@ -462,7 +462,11 @@ def explain_user_errors(inputs: Any) -> Iterator[None]:
         if not where or isinstance(error, IceNetError) or "out of memory" in first_line.lower():
             raise
         dtype, shape = str(inputs.dtype).rpartition(".")[2], list(inputs.shape)
-        remedy = "; a model of images needs data.kind=images and data.source" if dtype.startswith("int") else ""
+        remedy = ""
+        if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
+            remedy = "; in MLX a module computes in its method __call__, not forward"
+        elif dtype.startswith("int"):
+            remedy = "; if it is a model of images, set data.kind=images and data.source"
         raise UsageError(
             f"{where}: the model fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
         ) from error

@@ -35,7 +35,7 @@ from helpers import (
 
 import icenet as front_door
 from icenet.cli.main import main
-from icenet.core.config import Config, CustomConfig, custom
+from icenet.core.config import Config, CustomConfig, custom, user_code
 from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
@@ -366,6 +366,27 @@ def test_an_option_that_only_forward_reads(backend: str, here: Path, capfd: pyte
     line = failure(["train", "my.yaml", "--run", "run", "--backend", backend], capfd)
     assert is_one_line(line, "model.gian", "did you mean gain?")
     assert not (here / "run" / "checkpoints").exists()
+
+
+@both_backends
+def test_a_class_that_does_not_call_super(backend: str, here: Path) -> None:
+    """MLX notices nothing in `__init__`, PyTorch at the first layer."""
+    for name, text in TEXT.items():
+        (here / name).write_text(text.replace("super().__init__(config)", "self.config = config"))
+    with pytest.raises(IceNetError) as caught:
+        front_door.build("my.yaml", backend, "cpu")
+    assert is_one_line(caught.value, "my_models.py:CustomModel", "__init__")
+
+
+def test_an_mlx_layer_with_the_method_forward(here: Path) -> None:
+    from icenet.core.engine import explain_user_errors
+
+    layer = "import mlx.nn as nn\nclass Layer(nn.Module):\n    def forward(self, x):\n        return x\n"
+    (here / "layer.py").write_text(f"{layer}def call(x):\n    return Layer()(x)\n")
+    inputs = mx.zeros((2, 3), mx.int32)
+    with pytest.raises(UsageError) as caught, explain_user_errors(inputs):
+        user_code.run_file(here / "layer.py").call(inputs)
+    assert is_one_line(caught.value, "layer.py, line 6", "__call__") and "images" not in str(caught.value)
 
 
 def test_an_option_of_a_wrong_type(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -430,6 +430,19 @@ def test_info_counts_a_shared_array_once(here: Path, capsys: pytest.CaptureFixtu
     assert "head.weight is tied" not in str(report.as_dict()) and report.as_dict()["shared"]
 
 
+def test_info_counts_a_buffer_as_a_value_that_is_not_trained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from icenet.commands.info import model_report
+
+    Path("my.yaml").write_text(write(BUFFERS).to_yaml())
+    report = model_report("my.yaml")
+    assert report.num_values == sum(report.parts.values()) == report.num_params + 8
+    assert report.as_dict()["bytes"]["fp32"] == 4 * report.num_values
+    kept = 4 * report.num_params  # gradients, two moments and the average
+    assert report.training_bytes == 4 * (report.num_values + kept)
+    report.render()
+    assert f"{report.num_params:,} are trained" in capsys.readouterr().out
+
+
 def test_a_layer_used_twice_adds_its_gradients(here: Path) -> None:
     """The gradient of the shared layer is that of PyTorch's autograd on plain layers."""
     config = write(both(USED_TWICE))

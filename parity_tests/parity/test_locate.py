@@ -16,7 +16,7 @@ from parity_config import transformer_config
 from rich.console import Console
 
 from icenet.core import backends
-from icenet.parity import locate
+from icenet.parity import align, locate
 from icenet.parity.engines import Engines, build
 from icenet.parity.report import Report
 from icenet.parity.run import compare_engines
@@ -175,3 +175,15 @@ def test_cotangents_are_scaled_until_no_gradient_overflows_in_fp16() -> None:
     for mlx, given, scale in [(half, large, 2.0**-10), (half, small, 2.0**-10), (wrong, large, 2.0**-20)]:
         (found,) = locate._without_overflow("", Call(()), given, (mlx, half, replay))
         assert found.dtype == "fp16" and found.array.tolist() == [scale] * 3
+
+
+def test_the_order_of_axes_of_length_one_is_no_transposition() -> None:
+    """Values that nearly agree are not said to be equal in another order if that order is the same."""
+    theirs = np.linspace(1, 2, 12)
+    close = theirs * (1 + 1e-6)
+    assert align.permutation(close.reshape(1, 1, 12), theirs.reshape(1, 1, 12)) == ""
+    assert align.permutation(close.reshape(3, 1, 4), theirs.reshape(3, 1, 4)) == ""
+    assert "transpose(1, 0, 2)" in align.permutation(theirs.reshape(3, 1, 4), theirs.reshape(1, 3, 4))
+    assert "transpose(0, 2, 1)" in align.permutation(theirs.reshape(1, 3, 4).swapaxes(1, 2), theirs.reshape(1, 3, 4))
+    square = theirs[:9].reshape(1, 3, 3)
+    assert "transpose(0, 2, 1)" in align.permutation(square.swapaxes(1, 2), square)

@@ -12,6 +12,7 @@ next to it that it imports (see `icenet.core.config.user_code`).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from typing import Any
 from icenet.core.config import user_code
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
+_log = logging.getLogger("icenet")
 _trusted: set[Path] = set()
 """The files that the user of this process has named. A checkpoint that names one of them may run it."""
 _everything_trusted: ContextVar[bool] = ContextVar("everything_trusted", default=False)
@@ -38,11 +40,22 @@ def split(family: str) -> tuple[Path, str]:
 
 
 def resolve(family: str, folder: Path) -> str:
-    """Returns a `type` whose file is relative to the working directory; it is looked up there, then in `folder`."""
+    """Returns a `type` whose file is relative to the working directory; it is looked up there, then in `folder`.
+
+    A warning says if both exist.
+    """
     file, name = split(family)
-    if file.is_absolute() or file.is_file() or not (folder / file).is_file():
+    other = folder / file
+    if file.is_absolute() or not other.is_file():
         return family
-    return f"{os.path.relpath(folder / file)}:{name}"
+    if not file.is_file():
+        return f"{os.path.relpath(other)}:{name}"
+    if not file.samefile(other):
+        _log.warning(
+            f"model.type: {file} of the working directory is used, not {os.path.relpath(other)} next to the config; "
+            f"write `type: {os.path.relpath(other)}:{name}` for that one"
+        )
+    return family
 
 
 def trust(family: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from icenet.core.config import ModelConfig, custom
+from icenet.core.config import ModelConfig, custom, user_code
 from icenet.core.errors import ConfigError, IceNetError, UsageError
 
 
@@ -22,7 +22,8 @@ def new_model(
 
     Raises:
         ConfigError: The user's class does not accept its options.
-        UsageError: The user's class holds layers that the framework does not train.
+        UsageError: The user's class holds layers that the framework does not train, or a class of its file does not
+            call the framework's `__init__`.
     """
     if not custom.is_custom(config.type):
         return families[config.type](config, seed=seed)
@@ -32,8 +33,16 @@ def new_model(
     except IceNetError:
         raise
     except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
-        raise ConfigError(f"{config.type} cannot be built from its options under model: {error}") from error
-    _check_structure(config.type, model)
+        where = user_code.location(error)
+        text = f"{config.type} cannot be built from its options under model: {error}"
+        raise ConfigError(f"{text} ({where})" if where else text) from error
+    try:
+        _check_structure(config.type, model)
+    except AttributeError as error:
+        if error.name != "_no_grad":  # which every mlx.nn.Module has
+            raise
+        name = type(error.obj).__name__
+        raise UsageError(f"{config.type}: __init__ of {name} does not begin with super().__init__(...)") from error
     model.key_dropouts()
     if seed is not None:
         model.init_weights(seed)
