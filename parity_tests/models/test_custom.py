@@ -378,6 +378,17 @@ def test_a_class_that_does_not_call_super(backend: str, here: Path) -> None:
     assert is_one_line(caught.value, "my_models.py:CustomModel", "__init__")
 
 
+def test_a_file_that_imports_mlx_first_gets_the_fast_blas(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bool] = []
+    monkeypatch.setattr(icenet.blas.load.__module__ + ".load", lambda: loaded.append(True))
+    (here / "imports.py").write_text("import math\n")
+    user_code.run_file(here / "imports.py")
+    assert not loaded
+    (here / "imports.py").write_text("import math\nimport mlx.core as mx\n")
+    user_code.run_file(here / "imports.py")
+    assert loaded
+
+
 def test_an_mlx_layer_with_the_method_forward(here: Path) -> None:
     from icenet.core.engine import explain_user_errors
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from icenet.core import blas
 from icenet.core.errors import UsageError
 
 _PREFIX = "icenet_custom_"
@@ -104,6 +105,8 @@ def _import_of(package: str) -> Callable[..., ModuleType]:
     ) -> ModuleType:
         top = name.partition(".")[0]
         if level > 0 or not _is_sibling(package, top):
+            if top == "mlx" and level == 0:
+                blas.load()  # before MLX, also if the file imports it before a module of IceNet
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         if fromlist:
             return builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
