@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from icenet.core import rng
 from icenet.core.config import Config, user_code
 from icenet.core.distributed import processes
-from icenet.core.errors import DataError, IceNetError, UsageError
+from icenet.core.errors import DataError, UsageError
 from icenet.core.models import buckets, randomness
 from icenet.core.models.dropout import seed_dropouts
 
@@ -429,7 +429,7 @@ def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_s
         UsageError: The code of a user's model fails, or its output does not fit the labels.
     """
     mask = arrays.get("attention_mask")
-    with explain_user_errors(arrays["inputs"]):
+    with user_code.explain_errors(arrays["inputs"]):
         output = model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
     if "labels" in arrays:
         _check_output(output, list(arrays["labels"].shape), vocab_size)
@@ -445,31 +445,6 @@ def _check_output(output: Any, labels: list[int], vocab_size: int) -> None:
             f"the output of the model {given}, and for labels {labels} it must be logits {[*labels, vocab_size]} "
             "(the last number is model.vocab_size)"
         )
-
-
-@contextlib.contextmanager
-def explain_user_errors(inputs: Any) -> Iterator[None]:
-    """Turns an error in the file of a user's model into a UsageError with the line and the inputs.
-
-    Args:
-        inputs: The inputs of the model: an array of any framework.
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
-        where = user_code.location(error)
-        first_line = next(iter(str(error).splitlines()), "")
-        if not where or isinstance(error, IceNetError) or "out of memory" in first_line.lower():
-            raise
-        dtype, shape = str(inputs.dtype).rpartition(".")[2], list(inputs.shape)
-        remedy = ""
-        if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
-            remedy = "; in MLX a module computes in its method __call__, not forward"
-        elif dtype.startswith("int"):
-            remedy = "; if it is a model of images, set data.kind=images and data.source"
-        raise UsageError(
-            f"{where}: the model fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
-        ) from error
 
 
 def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> list[tuple[Batch, range, float]]:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends, rng
-from icenet.core.config import Config
-from icenet.core.engine import Batch, Engine, check_ids, explain_user_errors
+from icenet.core.config import Config, user_code
+from icenet.core.engine import Batch, Engine, check_ids
 from icenet.parity import align
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
 from icenet.parity.yardstick import nearby, perturb_by_ulp, round_to
@@ -131,7 +131,7 @@ def replay(
         if train:
             engine.seed_dropouts(step, range(len(call.values[0].array)))
         with model.arithmetic(), engine.nn.norm.keep_running_statistics(model):
-            with explain_user_errors(call.values[0].array) if not path else contextlib.nullcontext():
+            with user_code.explain_errors(call.values[0].array) if not path else contextlib.nullcontext():
                 replayed: dict[str, Value] = probe.replay(model, path, call, cotangents)
             return replayed
     finally:

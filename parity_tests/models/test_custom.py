@@ -390,14 +390,22 @@ def test_a_file_that_imports_mlx_first_gets_the_fast_blas(here: Path, monkeypatc
 
 
 def test_an_mlx_layer_with_the_method_forward(here: Path) -> None:
-    from icenet.core.engine import explain_user_errors
-
     layer = "import mlx.nn as nn\nclass Layer(nn.Module):\n    def forward(self, x):\n        return x\n"
     (here / "layer.py").write_text(f"{layer}def call(x):\n    return Layer()(x)\n")
     inputs = mx.zeros((2, 3), mx.int32)
-    with pytest.raises(UsageError) as caught, explain_user_errors(inputs):
+    with pytest.raises(UsageError) as caught, user_code.explain_errors(inputs):
         user_code.run_file(here / "layer.py").call(inputs)
     assert is_one_line(caught.value, "layer.py, line 6", "__call__") and "images" not in str(caught.value)
+
+
+@both_backends
+def test_an_error_of_a_model_that_generates(backend: str, here: Path) -> None:
+    for name, text in TEXT.items():
+        (here / name).write_text(text.replace("self.gain *", "self.absent *"))
+    model = front_door.build("my.yaml", backend, "cpu")
+    with pytest.raises(UsageError) as caught:
+        front_door.generate(model, "a", max_new_tokens=2)
+    assert is_one_line(caught.value, ".py, line ", "absent")
 
 
 def test_an_option_of_a_wrong_type(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

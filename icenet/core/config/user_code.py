@@ -18,14 +18,14 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from icenet.core import blas
-from icenet.core.errors import UsageError
+from icenet.core.errors import IceNetError, UsageError
 
 _PREFIX = "icenet_custom_"
 """Beginning of the names of these packages in `sys.modules`."""
@@ -163,3 +163,28 @@ def location(error: BaseException) -> str:
         if str(frame.f_globals.get("__name__")).startswith(_PREFIX)
     ]
     return f"{os.path.basename(frames[-1][0])}, line {frames[-1][1]}" if frames else ""
+
+
+@contextlib.contextmanager
+def explain_errors(inputs: Any) -> Iterator[None]:
+    """Turns an error in the file of a user's model into a UsageError with the line and the inputs.
+
+    Args:
+        inputs: The inputs of the model: an array of any framework.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
+        where = location(error)
+        first_line = next(iter(str(error).splitlines()), "")
+        if not where or isinstance(error, IceNetError) or "out of memory" in first_line.lower():
+            raise
+        dtype, shape = str(inputs.dtype).rpartition(".")[2], list(inputs.shape)
+        remedy = ""
+        if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
+            remedy = "; in MLX a module computes in its method __call__, not forward"
+        elif dtype.startswith("int"):
+            remedy = "; if it is a model of images, set data.kind=images and data.source"
+        raise UsageError(
+            f"{where}: the model fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
+        ) from error

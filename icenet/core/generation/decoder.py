@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core.config import user_code
 from icenet.core.generation.request import Request, Tokens
 from icenet.core.generation.sampling import SamplingOps, compute_scores
 
@@ -64,7 +65,7 @@ class DecoderBase(ABC):
             self.context = self.context[:, -max_tokens:]
             self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, -max_tokens:]
         if not self.cached:
-            return self.model(self.context)[:, -1]
+            return self._last_logits()
         self.cache = self.model.make_cache()
         chunk, length = self.request.settings.prefill_chunk, self.context.shape[1]
         for start in range(0, length, chunk):
@@ -73,6 +74,11 @@ class DecoderBase(ABC):
             hidden = self.model.hidden_states(self.context[:, start:stop], mask, self.cache)
             self.evaluate(hidden)
         return self.model.project(hidden[:, -1])
+
+    def _last_logits(self) -> Any:
+        """Returns the logits `[B, V]` of the next token, computed from the whole context."""
+        with user_code.explain_errors(self.context):
+            return self.model(self.context)[:, -1]
 
     def decode_step(self, token: Any) -> Any:
         """Reads one token of each row, int `[B]`, into the cache.
@@ -90,7 +96,7 @@ class DecoderBase(ABC):
         if is_full:
             return self.prefill(max((context_length or 0) // 2, 1))
         if not self.cached:
-            return self.model(self.context)[:, -1]
+            return self._last_logits()
         hidden = self.model.hidden_states(token[:, None], self.attention_mask, self.cache)
         return self.model.project(hidden[:, -1])
 
