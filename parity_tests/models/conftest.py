@@ -7,9 +7,10 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
 import pytest
 
-import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 from icenet.core.models import init
 
 
