@@ -87,7 +87,7 @@ def test_a_run(tmp_path: Path, backend: str, drawn: None) -> None:
 @both_backends
 def test_the_evaluation_is_the_mean_over_tokens(tmp_path: Path, backend: str) -> None:
     """Recomputed from the weights in the checkpoint, batch by batch, through log-softmax in float64."""
-    config = tiny(tmp_path, "training.eval_batches=1000")
+    config = tiny(tmp_path, "training.eval_batches=1000", "training.max_steps=4", "training.eval_every=4")
     result = train(config, tmp_path / "run", backend)
     engine = backends.engine(config, backend)
     engine.set_weights(dict(checkpoint.find(tmp_path / "run").weights))
@@ -106,7 +106,7 @@ def test_the_evaluation_is_the_mean_over_tokens(tmp_path: Path, backend: str) ->
 
 @both_backends
 def test_no_evaluation_where_none_is_asked_for(tmp_path: Path, backend: str) -> None:
-    result = train(tiny(tmp_path, "training.eval_every=null"), tmp_path / "run", backend)
+    result = train(tiny(tmp_path, "training.eval_every=null", "training.max_steps=6"), tmp_path / "run", backend)
     assert result.validation_loss is None
     assert not [record for record in metrics(tmp_path / "run") if "validation_loss" in record]
 
