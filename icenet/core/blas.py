@@ -129,7 +129,7 @@ def _load(choice: str, setting: str = "") -> Status:
     if choice == "auto" and before:
         return Status(_name(before), before, "already in the global scope")
     if not before and "mlx.core" in sys.modules:
-        note = "mlx.core was imported before icenet.blas, so no fast BLAS can be loaded: import icenet.blas first"
+        note = "mlx.core was imported first, so no fast BLAS can be loaded: import icenet.blas before mlx.core"
         warnings.warn(f"{note}; matrix products on the CPU are about 25 times slower", BlasWarning, stacklevel=4)
         return Status("reference", None, note)
 
