@@ -34,7 +34,7 @@ from icenet.cli.options import (
     cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(
-        "icenet quickstart                        train on both backends and compare, in under two minutes",
+        "icenet quickstart                        train on both backends and compare, in about a minute",
         "icenet train configs/quickstart.yaml     train a small GPT",
         "icenet COMMAND --help                    show the options and examples of a command",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -93,11 +93,12 @@ class BaseModel(ModelBase, nn.Module):
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())
 
-    def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
-        own = tree.Arrays(self, trainable=False)
-        held = own.get()
-        arrays = layout.tree_to_mlx({path: values[path] for path in held}, self.layer_kinds())
-        own.set({path: from_numpy(array).astype(held[path].dtype) for path, array in arrays.items()})
+    def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
+        own, kinds = tree.Arrays(self, trainable=False), self.layer_kinds()
+        dtypes = {path: array.dtype for path, array in own.get().items()}
+        for path, array in values:
+            native = layout.to_mlx(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
+            own.set({path: from_numpy(native).astype(dtypes[path])})
         mx.eval(self.parameters())
 
     def _to_host(self, array: mx.array) -> np.ndarray | None:

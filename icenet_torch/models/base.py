@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,10 @@ class BaseModel(ModelBase, nn.Module):
         key_dropouts(self._named_layers())
 
     @torch.no_grad()
-    def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
-        for path, tensor in self.native_arrays().items():
-            tensor.copy_(from_numpy(values[path]))
+    def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
+        tensors = self.native_arrays()
+        for path, array in values:
+            tensors[path].copy_(from_numpy(array))
 
     def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
         if torch.compiler.is_compiling() or array.is_meta or array.is_cuda:

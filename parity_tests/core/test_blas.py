@@ -7,6 +7,7 @@ MLX product of 42s was computed by the stub.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -22,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
 X86 = platform.machine() == "x86_64"
 
+
+def installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+cuda_build = any(map(installed, ("mlx-cuda-13", "mlx-cuda-12"))) and not installed("mlx-cpu")
+mlx_cpu_build = pytest.mark.skipif(cuda_build, reason="MLX's CUDA build needs no BLAS")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a fast BLAS is loaded on Linux only")
 with_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="needs mlx")
 with_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
@@ -88,6 +99,7 @@ def stub(folder: Path, name: str, *defines: str) -> str:
 
 @linux
 @with_mlx
+@mlx_cpu_build
 def test_auto_takes_a_system_openblas_and_mlx_computes_with_it(tmp_path: Path) -> None:
     path = stub(tmp_path, "libopenblasp.so.0")
     lines = answer(STATUS + PRODUCT, LD_LIBRARY_PATH=str(tmp_path))
@@ -123,6 +135,7 @@ def test_none_leaves_mlx_as_it_is_without_a_word(tmp_path: Path) -> None:
 @linux
 @with_mlx
 @with_torch
+@mlx_cpu_build
 def test_auto_passes_over_an_openblas_with_64_bit_integers(tmp_path: Path) -> None:
     stub(tmp_path, "libopenblasp.so.0", "WIDE")
     stub(tmp_path, "libopenblas_pthreads.so.0", "SUFFIXED")
@@ -133,6 +146,7 @@ def test_auto_passes_over_an_openblas_with_64_bit_integers(tmp_path: Path) -> No
 
 @linux
 @with_mlx
+@mlx_cpu_build
 def test_a_preloaded_blas_is_kept_and_never_too_late(tmp_path: Path) -> None:
     path = stub(tmp_path, "libopenblas.so.0")
     done = python(PRODUCT + STATUS, LD_PRELOAD=path)  # mlx first
@@ -253,6 +267,7 @@ print(blas.load())
 
 
 @linux
+@mlx_cpu_build
 def test_nothing_found_is_one_warning_with_the_remedy() -> None:
     done = python(ABSENT.format(choice="auto") + "blas.load(); blas.status()", ICENET_BLAS="none")
     assert done.stdout.startswith("Status(name='reference', path=None")
@@ -269,6 +284,7 @@ def test_a_chosen_library_that_is_not_installed_is_an_error(choice: str, remedy:
 
 @linux
 @with_mlx
+@mlx_cpu_build
 def test_too_late_is_one_warning_with_the_remedy() -> None:
     done = python("import mlx.core\n" + STATUS)
     assert done.stdout.splitlines() == ["reference None"]

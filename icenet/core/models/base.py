@@ -99,7 +99,8 @@ class ModelBase:
     def init_weights(self, seed: int = 0) -> None:
         """Sets all parameters to their initial values, a pure function of the seed and the parameter path."""
         if not self.is_meta:
-            self.set_weights(dict(self.initial_weights(seed)))
+            with self.arithmetic():
+                self._assign_weights(self.initial_weights(seed))  # one at a time, not a second copy of the model
 
     def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once."""
@@ -127,10 +128,11 @@ class ModelBase:
             WeightsError: A name or a shape does not match, or two names of a shared array have unequal values; the
                 model is unchanged.
         """
-        values = sharing.complete(self.with_canonical_names(values), self.shared_arrays())
+        shared = self.shared_arrays()
+        values = sharing.complete(self.with_canonical_names(values), shared)
         weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
         with self.arithmetic():
-            self._assign_weights(values)
+            self._assign_weights((path, array) for path, array in values.items() if path not in shared)
 
     def with_canonical_names(self, values: Mapping[str, Any], is_state: bool = False) -> Mapping[str, Any]:
         """Returns weights, or with `is_state` optimizer state by `PATH.SLOT`, by canonical name.
@@ -339,8 +341,8 @@ class ModelBase:
         """Returns path, array and whether it is trainable for each parameter and buffer, in the model's order."""
         raise NotImplementedError
 
-    def _assign_weights(self, values: Mapping[str, np.ndarray]) -> None:
-        """Sets all weights, whose names and shapes have been checked."""
+    def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Sets weights with the model's names and shapes; a shared one has its owner's name."""
         raise NotImplementedError
 
     def _to_host(self, array: Any) -> np.ndarray | None:
