@@ -291,9 +291,8 @@ def _without_overflow(path: str, call: Call, cotangents: list[Value], replays: S
         found = []
         for replay in replays:
             with suppress(ReplayError):  # which is reported where the layer is judged
-                found.append(
-                    {name: v.array for name, v in replay(path, call, scaled).items() if "output" not in name}
-                )
+                results = replay(path, call, scaled).items()
+                found.append({name: value.array for name, value in results if not name.startswith("output")})
         if fits_fp16(found[-1], found[:-1]):
             break
     return scaled
