@@ -15,10 +15,8 @@ import numpy as np
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
-from icenet.core.weights import layout
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
-from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.nn.dropout import key_dropouts
 
 
@@ -58,18 +56,13 @@ class BaseModel(ModelBase, nn.Module):
 
     def native_arrays(self) -> dict[str, mx.array]:
         """Returns parameters and statistics by canonical path, in MLX's layouts; shared ones under each path."""
-        return {path: array for path, array, _ in self._named_arrays()}
+        return tree.native_arrays(self)
 
     def weights(self) -> dict[str, np.ndarray]:
-        arrays = {path: to_numpy(array) for path, array in self.native_arrays().items()}
-        return layout.tree_to_torch(arrays, self.layer_kinds())
+        return tree.weights(self)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        kinds = self.layer_kinds()
-        return {
-            path: layout.torch_shape(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array.shape)
-            for path, array in self.native_arrays().items()
-        }
+        return tree.weight_shapes(self)
 
     def layer_kinds(self) -> dict[str, str]:
         return tree.layer_kinds(self)
@@ -94,12 +87,7 @@ class BaseModel(ModelBase, nn.Module):
         key_dropouts(self._named_layers())
 
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
-        own, kinds = tree.Arrays(self, trainable=False), self.layer_kinds()
-        dtypes = {path: array.dtype for path, array in own.get().items()}
-        for path, array in values:
-            native = layout.to_mlx(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
-            own.set({path: from_numpy(native).astype(dtypes[path])})
-        mx.eval(self.parameters())
+        tree.assign_weights(self, values)
 
     def _to_host(self, array: mx.array) -> np.ndarray | None:
         try:

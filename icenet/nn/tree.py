@@ -6,7 +6,7 @@ Canonical paths are PyTorch's names. A list is a `ModuleList` or `ParameterList`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,11 @@ def named_arrays(model: nn.Module) -> list[NamedArray]:
     return [NamedArray(place.path, place.holder[place.key], place.is_trainable) for place in _places(model)]
 
 
+def native_arrays(model: nn.Module) -> dict[str, mx.array]:
+    """Returns `named_arrays` by path."""
+    return {path: array for path, array, _ in named_arrays(model)}
+
+
 def layer_kinds(model: nn.Module) -> dict[str, str]:
     """Returns the kind of everything that holds arrays, by path (see `icenet.core.weights.layout`)."""
     kinds = {path: kind for path, module in named_modules(model) if (kind := kind_of(module))}
@@ -97,7 +102,7 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     kinds = layer_kinds(model)
     return {
         path: layout.torch_shape(layout.parameter_kind(kinds, path), path.rpartition(".")[2], array.shape)
-        for path, array, _ in named_arrays(model)
+        for path, array in native_arrays(model).items()
     }
 
 
@@ -109,12 +114,13 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
     return layout.tree_to_torch({path: values[shared.get(path, path)] for path, _, _ in arrays}, layer_kinds(model))
 
 
-def assign_weights(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
-    """Sets the arrays of a model to canonical weights, which `icenet.core.models.modules.set_weights` has checked."""
-    own = Arrays(model, trainable=False)
-    held = own.get()
-    arrays = layout.tree_to_mlx({path: values[path] for path in held}, layer_kinds(model))
-    own.set({path: from_numpy(array).astype(held[path].dtype) for path, array in arrays.items()})
+def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name."""
+    own, kinds = Arrays(model, trainable=False), layer_kinds(model)
+    dtypes = {path: array.dtype for path, array in own.get().items()}
+    for path, array in values:
+        native = layout.to_mlx(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
+        own.set({path: from_numpy(native).astype(dtypes[path])})
     mx.eval(model.parameters())
 
 

@@ -16,7 +16,7 @@ from icenet.core.models.base import ModelBase
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
-from icenet_torch.nn.arrays import from_numpy, to_numpy
+from icenet_torch.nn.arrays import to_numpy
 from icenet_torch.nn.dropout import key_dropouts
 
 
@@ -55,14 +55,13 @@ class BaseModel(ModelBase, nn.Module):
 
     def native_arrays(self) -> dict[str, torch.Tensor]:
         """Returns parameters and statistics by path, without those that MLX lacks (`num_batches_tracked`)."""
-        # a parameter that is sharded among processes is represented by the local shard
-        return {path: (t.to_local() if hasattr(t, "to_local") else t).detach() for path, t, _ in self._named_arrays()}
+        return tree.native_arrays(self)
 
     def weights(self) -> dict[str, np.ndarray]:
-        return {path: to_numpy(tensor).copy() for path, tensor in self.native_arrays().items()}
+        return tree.weights(self)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {path: tuple(tensor.shape) for path, tensor in self.native_arrays().items()}
+        return tree.weight_shapes(self)
 
     def layer_kinds(self) -> dict[str, str]:
         return tree.layer_kinds(self)
@@ -86,11 +85,8 @@ class BaseModel(ModelBase, nn.Module):
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())
 
-    @torch.no_grad()
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
-        tensors = self.native_arrays()
-        for path, array in values:
-            tensors[path].copy_(from_numpy(array))
+        tree.assign_weights(self, values)
 
     def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
         if torch.compiler.is_compiling() or array.is_meta or array.is_cuda:

@@ -5,7 +5,7 @@ Canonical paths are PyTorch's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,12 @@ def named_arrays(model: nn.Module) -> list[NamedArray]:
     ]
 
 
+def native_arrays(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns `named_arrays` by path, without gradients; a parameter that is sharded among processes as its shard."""
+    arrays = {path: array for path, array, _ in named_arrays(model)}
+    return {path: (a.to_local() if hasattr(a, "to_local") else a).detach() for path, a in arrays.items()}
+
+
 def layer_kinds(model: nn.Module) -> dict[str, str]:
     """Returns the kind of everything that holds arrays, by path (see `icenet.core.weights.layout`)."""
     return {path: kind for path, module in named_modules(model) if (kind := kind_of(module))}
@@ -74,24 +80,20 @@ def mlx_names(model: nn.Module) -> dict[str, str]:
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array, by path, without those that MLX lacks (`num_batches_tracked`)."""
-    return {path: tuple(array.shape) for path, array in _canonical(model).items()}
+    return {path: tuple(array.shape) for path, array in native_arrays(model).items()}
 
 
 def weights(model: nn.Module) -> dict[str, np.ndarray]:
     """Returns the canonical weights: arrays by path; a shared one under each of its paths."""
-    return {path: to_numpy(array).copy() for path, array in _canonical(model).items()}
+    return {path: to_numpy(array).copy() for path, array in native_arrays(model).items()}
 
 
 @torch.no_grad()
-def assign_weights(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
-    """Sets the arrays of a model to canonical weights, which `icenet.core.models.modules.set_weights` has checked."""
-    for path, array in _canonical(model).items():
-        array.copy_(from_numpy(values[path]))
-
-
-def _canonical(model: nn.Module) -> dict[str, torch.Tensor]:
-    kinds = layer_kinds(model)
-    return {path: array.detach() for path, array, _ in named_arrays(model) if not layout.is_left_out(kinds, path)}
+def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name."""
+    tensors = native_arrays(model)
+    for path, array in values:
+        tensors[path].copy_(from_numpy(array))
 
 
 def unregistered(model: nn.Module) -> list[str]:

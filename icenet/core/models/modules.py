@@ -39,9 +39,10 @@ def set_weights(module: Any, values: Mapping[str, np.ndarray]) -> None:
         WeightsError: A name or a shape does not match; the module is unchanged.
     """
     tree = _tree(module)
-    complete = sharing.complete(sharing.renamed(values, tree.mlx_names(module)), shared_arrays(module))
+    shared = shared_arrays(module)
+    complete = sharing.complete(sharing.renamed(values, tree.mlx_names(module)), shared)
     weight_files.check(tree.weight_shapes(module), {path: tuple(array.shape) for path, array in complete.items()})
-    tree.assign_weights(module, complete)
+    tree.assign_weights(module, ((path, array) for path, array in complete.items() if path not in shared))
 
 
 def copy_weights(source: Any, destination: Any) -> None:
