@@ -49,6 +49,11 @@ class _ChannelDropout(KeyedCalls):
 
     axes: ClassVar[str]
 
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)  # type: ignore[call-arg]  # the constructor of MLX's layer
+        self.p = p
+        self.seed(None)
+
     def __call__(self, x: Array) -> Array:
         if not self.is_active:
             return x
@@ -67,11 +72,6 @@ class Dropout1d(_ChannelDropout, nn.Dropout):
 
     axes = "[B, L, C]"
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.p = p
-        self.seed(None)
-
 
 class Dropout2d(_ChannelDropout, nn.Dropout2d):
     """Sets whole channels of images `[B, H, W, C]` to zero with probability p.
@@ -82,11 +82,6 @@ class Dropout2d(_ChannelDropout, nn.Dropout2d):
 
     axes = "[B, H, W, C]"
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.p = p
-        self.seed(None)
-
 
 class Dropout3d(_ChannelDropout, nn.Dropout3d):
     """Sets whole channels of volumes `[B, D, H, W, C]` to zero with probability p.
@@ -96,11 +91,6 @@ class Dropout3d(_ChannelDropout, nn.Dropout3d):
     """
 
     axes = "[B, D, H, W, C]"
-
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.p = p
-        self.seed(None)
 
 
 _KEYED: dict[type, type] = {nn.Dropout: Dropout, nn.Dropout2d: Dropout2d, nn.Dropout3d: Dropout3d}

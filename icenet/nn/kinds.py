@@ -47,8 +47,7 @@ def kind_of(module: nn.Module) -> str | None:
 
     A module class can name its kind in `layer_kind`. Other modules that hold arrays are of kind "plain".
     """
-    own: str | None = getattr(module, "layer_kind", None)
-    known = own or next((kind for layer, kind in _NATIVE_KINDS.items() if isinstance(module, layer)), None)
+    known = _known_kind(module, _NATIVE_KINDS)
     holds_arrays = any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())
     return known or ("plain" if holds_arrays else None)
 
@@ -61,9 +60,13 @@ def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     """
     known, found = _NATIVE_KINDS | _CALL_KINDS, {}
     for path, module in modules:
-        kind = getattr(module, "layer_kind", None) or next(
-            (kind for layer, kind in known.items() if isinstance(module, layer)), None
-        )
+        kind = _known_kind(module, known)
         if kind and type(module).__call__.__module__.partition(".")[0] in ("mlx", "icenet"):
             found[path] = kind
     return found
+
+
+def _known_kind(module: nn.Module, kinds: dict[type, str]) -> str | None:
+    """Returns the kind that the class names, or that of the first class of the table, or None."""
+    own: str | None = getattr(module, "layer_kind", None)
+    return own or next((kind for layer, kind in kinds.items() if isinstance(module, layer)), None)

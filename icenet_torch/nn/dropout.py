@@ -74,6 +74,10 @@ class _ChannelDropout(KeyedCalls, nn.Module):
     axes: ClassVar[str]
     inplace: bool
 
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.seed(None)
+
     def forward(self, x: Array) -> Array:
         if not self.is_active:
             return x
@@ -96,10 +100,6 @@ class Dropout1d(_ChannelDropout, nn.Dropout1d):
 
     axes = "[B, C, L]"
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.seed(None)
-
 
 class Dropout2d(_ChannelDropout, nn.Dropout2d):
     """Sets whole channels of images `[B, C, H, W]` to zero with probability p.
@@ -110,10 +110,6 @@ class Dropout2d(_ChannelDropout, nn.Dropout2d):
 
     axes = "[B, C, H, W]"
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.seed(None)
-
 
 class Dropout3d(_ChannelDropout, nn.Dropout3d):
     """Sets whole channels of volumes `[B, C, D, H, W]` to zero with probability p.
@@ -123,10 +119,6 @@ class Dropout3d(_ChannelDropout, nn.Dropout3d):
     """
 
     axes = "[B, C, D, H, W]"
-
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-        self.seed(None)
 
 
 _KEYED: dict[type, type] = {

@@ -534,7 +534,7 @@ def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
 
 
 class AlwaysDrops(torch.nn.Module):  # type: ignore[name-defined,misc]
-    """The usual mistake: `F.dropout` also drops in evaluation mode unless it is told the mode."""
+    """Calls `F.dropout` without `training=self.training`, so values are dropped in evaluation mode too."""
 
     def forward(self, x: Any) -> Any:
         return torch.nn.functional.dropout(x, 0.1)
