@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,10 @@ class Dataset(Protocol):
     """Name of the data set in messages."""
     unit: str
     """Unit in which throughput is counted: tokens (`tok`) or images (`img`)."""
+    notes: Sequence[str]
+    """Messages on how the data was read, such as the files that were skipped. Shown when training begins."""
+    summary: Sequence[str]
+    """Lines that describe the data, such as a table of the classes. Shown when training begins, unless quiet."""
 
     @property
     def items_per_row(self) -> int:

@@ -104,6 +104,11 @@ class Reporter:
         if self._board is not None:
             self._board.begin(step, MetricsLog.read(self._log.path) if self._log.path.exists() else ())
 
+    def describe(self, lines: Sequence[str]) -> None:
+        """Shows lines that describe the data, unless quiet."""
+        for line in lines:
+            self._progress.note(line)
+
     def notes(self, notes: Sequence[str]) -> None:
         """Shows notes on how the run begins. If quiet, they are warnings of the logger `icenet`."""
         if self.is_main_process:

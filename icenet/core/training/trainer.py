@@ -99,7 +99,7 @@ class Trainer:
             self.process_group, partial(dataset_for, config, quiet=self.quiet)
         )
         twin = twins.compare_with_twin(config, engine.model) if self.is_main_process else None
-        self.notes = [twin] if twin else []
+        self.notes = [*self.dataset.notes, *([twin] if twin else [])]
         """Shown when `fit` begins."""
         self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)
         self._watchdog = watchdog.Watchdog(self.process_group, run)
@@ -245,6 +245,7 @@ class Trainer:
                     self._prepare_run_folder(reporter)
                     prepared = True
                     reporter.begin(self.step)
+                    reporter.describe(self.dataset.summary)
                     reporter.notes(self.notes)
                     self.notes.clear()
                     stopped_early = self._train(last_step, reporter)

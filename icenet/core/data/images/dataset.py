@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +55,8 @@ class ImageDataset:
 
     unit = "img"
     items_per_row = 1
+    notes: Sequence[str] = ()
+    summary: Sequence[str] = ()
 
     def __init__(self, source: ImageSource, settings: ImageDataConfig, seed: int) -> None:
         self.source = source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +42,8 @@ class TextDataset:
     unit = "tok"
     packing: ClassVar[bool] = True
     path: Path | None = None
+    notes: Sequence[str] = ()
+    summary: Sequence[str] = ()
 
     def __init__(
         self,
