@@ -39,6 +39,10 @@ class WeightsError(IceNetError):
     """Weights with names, shapes, dtypes or bytes other than the model or the file format requires."""
 
 
+class NonFiniteError(IceNetError):
+    """A result that is NaN or infinite, because of the weights or an overflow of the arithmetic."""
+
+
 class BackendError(IceNetError):
     """A backend or a device that is not available, or does not support an operation."""
 

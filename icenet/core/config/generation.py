@@ -18,7 +18,7 @@ class GenerationConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of tokens to add to the prompt."""
     max_length: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of tokens of prompt and continuation together, if max_new_tokens is null."""
+    """Maximum number of tokens of a prompt and its continuation, if max_new_tokens is null."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Divisor of the logits; 0: always the most likely token."""
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -33,7 +33,11 @@ class GenerationConfig(Section):
     """Seed of sampling; null: the seed of the configuration."""
     stop: list[int | str] = Field(default_factory=list)
     """Token ids and strings that end a sequence; they are not part of the result."""
+    eos_token_id: int | list[int] | None = None
+    """Token ids that end a text; null: the end-of-text tokens of the tokenizer. They are not part of the result."""
+    ignore_eos: bool = False
+    """Continue after an end-of-text token."""
     overflow: Literal["error", "slide"] = "error"
-    """Beyond max_seq_length: an error before any work, or slide: drop the older half of the context."""
+    """Beyond max_seq_length: an error before any work, or slide: drop the older half of the row's context."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens per forward pass."""

@@ -48,6 +48,18 @@ class Tokenizer(Protocol):
         ...
 
 
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end a text: `tokenizer.end_ids`, or `eot_id` for a user's tokenizer without them."""
+    found: tuple[int, ...] = getattr(tokenizer, "end_ids", (tokenizer.eot_id,))
+    return found
+
+
+def special_tokens(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """Returns the ids of the tokens with a name that `decode` leaves out: `tokenizer.special_tokens`, if any."""
+    found: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+    return found
+
+
 def utf8(text: str) -> bytes:
     """Returns the UTF-8 bytes of a text. Surrogate escapes (invalid bytes of the command line) become those bytes.
 

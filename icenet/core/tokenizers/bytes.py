@@ -17,6 +17,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eot_id = 256
+    end_ids = (256,)
+    special_tokens: Mapping[str, int] = {}  # the end-of-text token has no name
     files: Mapping[str, bytes] = {}
 
     def encode(self, text: str) -> list[int]:

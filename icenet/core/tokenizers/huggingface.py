@@ -23,6 +23,8 @@ EOT_TOKENS = (
     *("<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]"),
 )
 """Common names of the end-of-text token. The first one in the vocabulary is used."""
+END_TOKENS = frozenset({*EOT_TOKENS, "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"} - {"[SEP]"})
+"""Names of special tokens that end a text or a turn of a chat, where generation ends too."""
 _MAX_BYTES = 1 << 28
 
 
@@ -56,6 +58,11 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: index for index, token in sorted(added.items()) if token.special}
+        self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
+        other_ends = {index for name, index in special.items() if name in END_TOKENS} - {self.eot_id}
+        self.end_ids = (self.eot_id, *sorted(other_ends))
         # Some tokenizers put a space before the first word of a text and remove it when they decode. So a text that
         # continues another is encoded and decoded after one of these.
         self._prefixes = {prefix: self.encode(prefix) for prefix in ("a", "\n")}
