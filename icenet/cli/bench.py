@@ -16,6 +16,7 @@ from icenet.cli.options import (
     set_option,
     show,
 )
+from icenet.core.report import streams
 
 
 @click.group(cls=CommandGroup, epilog=examples("icenet bench memory", "icenet bench step", "icenet bench dropout"))
@@ -46,7 +47,7 @@ def _precisions(ctx: click.Context, parameter: click.Parameter, value: str) -> l
 
 def _notify(as_json: bool) -> Callable[[str], None]:
     """Returns the function that reports progress: to standard error, or nowhere with --json."""
-    return (lambda text: None) if as_json else (lambda text: click.echo(text, err=True))
+    return (lambda text: None) if as_json else streams.write_error
 
 
 config_argument = click.argument("config", default="quickstart")

@@ -6,6 +6,7 @@ in `icenet.commands`.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -28,6 +29,7 @@ from icenet.cli.options import (
     show_json,
     trust_option,
 )
+from icenet.core.report import streams
 
 
 @click.group(
@@ -134,11 +136,11 @@ def prepare_command(
 
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if kind is None:
-        click.echo(prepare.prepare(prepare.read_config(target, overrides, given), workers, quiet))
+        streams.write(prepare.prepare(prepare.read_config(target, overrides, given), workers, quiet))
     elif overrides or workers:
         raise click.UsageError("--set and --workers need a CONFIG; --train-tokenizer takes neither")
     else:
-        click.echo(prepare.train_tokenizer(target, quiet=quiet, **given))
+        streams.write(prepare.train_tokenizer(target, quiet=quiet, **given))
 
 
 @cli.command("runs", epilog=examples("icenet runs", "icenet runs experiments --json"))
@@ -182,7 +184,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     """
     from icenet.commands import plot
 
-    click.echo(plot.plot(runs, out, smooth, x))
+    streams.write(str(plot.plot(runs, out, smooth, x)))
 
 
 @cli.command(
@@ -236,7 +238,7 @@ def generate_command(
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options["stop"] = list(options["stop"]) or None
     for piece in generate.stream(model, text, backend, device, averaged=averaged, **options):
-        click.echo(piece, nl=False)
+        streams.write(piece, end="")
 
 
 @cli.command(
@@ -311,7 +313,7 @@ def convert_command(
     """
     from icenet.commands.convert import convert_model
 
-    click.echo(convert_model(source, destination, to, source_form, config, overwrite, averaged))
+    streams.write(convert_model(source, destination, to, source_form, config, overwrite, averaged))
 
 
 @cli.command(
@@ -422,19 +424,34 @@ def schema_command() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for a usage error, 1 for any other failure.
 
-    Errors are printed to standard error as one line. With ICENET_DEBUG=1 they are raised.
+    Errors are printed to standard error as one line. With ICENET_DEBUG=1 they are raised. Output that cannot be
+    written is a failure, except if its reader, such as head, has exited: then the command ends without a message.
     """
+    show_warning = warnings.showwarning
+    with streams.prepared():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            code = _run(arguments)
+            error = streams.finish()
+        finally:
+            warnings.showwarning = show_warning
+        if error is not None and code == 0:
+            return 1 if isinstance(error, BrokenPipeError) else _fail(_output_error(error), 1)
+        return code
+
+
+def _run(arguments: list[str] | None) -> int:
     from icenet.core.errors import IceNetError
 
     debug = bool(os.environ.get("ICENET_DEBUG"))
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        cli.main(arguments, prog_name="icenet", standalone_mode=False)
+        try:
+            cli.main(arguments, prog_name="icenet", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            streams.write(error.format_message())
+            return 2
     except click.exceptions.Exit as exit_:
-        return _finish(exit_.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return _finish(2)
+        return exit_.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context else ""
@@ -446,14 +463,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped by Ctrl-C", 1)
     except BrokenPipeError:  # the reader of the output, such as head, has exited
-        _discard_output()
         return 1
     except OSError as error:
         if debug:
             raise
-        return _fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
+        return _fail(f"{error.filename}: {error.strerror or error}" if error.filename else _output_error(error), 1)
     except SystemExit as exit_:
-        return _finish(exit_.code if isinstance(exit_.code, int) else 1)
+        return exit_.code if isinstance(exit_.code, int) else 1
     except Exception as error:
         if debug:
             raise
@@ -461,33 +477,24 @@ def main(arguments: list[str] | None = None) -> int:
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             return _fail(f"out of memory ({first}); lower training.batch_size or data.seq_length", 1)
         return _fail(f"{type(error).__name__}: {first}; set ICENET_DEBUG=1 to see the traceback", 1)
-    return _finish(0)
+    return 0
 
 
-def _finish(code: int) -> int:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _discard_output()
-        if not isinstance(error, BrokenPipeError):
-            return _fail(f"the output cannot be written: {error.strerror}", 1)
-    return code
-
-
-def _discard_output() -> None:
-    """Redirects standard output to the null device, so that Python's flush at exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _output_error(error: OSError) -> str:
+    if error.errno == errno.EBADF:
+        return "the output cannot be written: standard output is closed"
+    return f"the output cannot be written: {error.strerror or error}"
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:
     """Prints a warning as one line, like an error, instead of Python's two lines with a path."""
-    click.echo(f"icenet: warning: {' '.join(str(message).split())}", err=True)
+    streams.write_error(f"icenet: warning: {' '.join(str(message).split())}")
 
 
 def _fail(message: str, code: int) -> int:
     from icenet.core.distributed import launch
 
-    click.echo(f"icenet: {launch.error_prefix()}{' '.join(message.split())}", err=True)
+    streams.write_error(f"icenet: {launch.error_prefix()}{' '.join(message.split())}")
     return code
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
+
+from icenet.core.report import streams
 
 
 class CommandGroup(click.Group):
@@ -93,7 +97,9 @@ def show(report: Report, as_json: bool) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Prints a value of JSON types to standard output."""
+    """Prints a value of JSON types to standard output. Only printable characters are written unescaped."""
     import json
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=not is_unicode)
+    streams.write(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))

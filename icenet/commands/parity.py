@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from icenet.core.report.console import stderr_console
 from icenet.core.training import open_model
 from icenet.parity.report import Report
 from icenet.parity.run import run
@@ -26,7 +26,7 @@ def parity(
     """
     config, weights = open_model.open_target(Path(target), overrides)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    console = Console(stderr=True)
+    console = stderr_console()
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("building", total=1)
 

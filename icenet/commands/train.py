@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icenet.core.config import Config
+from icenet.core.report.console import new_console
 from icenet.core.training.run_folder import new_run_folder
 from icenet.core.training.trainer import Result, Trainer
 
@@ -43,16 +44,14 @@ def train(
 
 def print_result(result: Result) -> None:
     """Prints the losses and the paths of a run to standard output."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(highlight=False, soft_wrap=True)
     validation = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
     if result.validation_accuracy is not None:
         validation += f", accuracy {result.validation_accuracy:.2%}"
-    console.print(f"step {result.step}: loss {result.loss:.4f}{validation}", markup=False)
+    console.print(f"step {result.step}: loss {result.loss:.4f}{validation}")
     if result.stopped_early:
-        console.print(f"stopped early: {result.early_stopping.reason}", markup=False)
-    console.print(f"run         {result.run}", markup=False)
-    console.print(f"checkpoint  {result.checkpoint}", markup=False)
+        console.print(f"stopped early: {result.early_stopping.reason}")
+    console.print(f"run         {result.run}")
+    console.print(f"checkpoint  {result.checkpoint}")
     plot = str(result.plot) if result.plot else "none: matplotlib is not installed; pip install 'icenet[plot]'"
-    console.print(f"plot        {plot}", markup=False)
+    console.print(f"plot        {plot}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from icenet.core.report.progress import LiveBar, duration, live_bar, print_line, short_number, stderr_console
+from icenet.core.report.console import print_line, stderr_console
+from icenet.core.report.progress import LiveBar, duration, live_bar, short_number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from icenet.core.report.console import print_line, stderr_console
+from icenet.core.report.streams import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +107,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line above the bar, such as the result of an evaluation."""
         if self._console is not None:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=self._bar is None)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=self._bar is None)
 
     @property
     def steps_per_second(self) -> float:
@@ -279,19 +281,6 @@ def live_bar(
     elif console.is_terminal and not console.is_dumb_terminal:
         return LiveBar(console, label, describe, total, completed, transient)
     return None
-
-
-def stderr_console() -> Console:
-    """Returns a console for standard error."""
-    from rich.console import Console
-
-    # with FORCE_COLOR, which CI sets for colors, rich would draw a bar to a file
-    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
-
-
-def print_line(console: Console, text: str) -> None:
-    """Prints a plain line that is neither wrapped nor styled."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def short_number(value: float) -> str:
