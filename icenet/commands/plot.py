@@ -274,7 +274,7 @@ def _mark(
         place, height = float(at(np.array([step]))[0]), float(np.interp(step, steps, mean))
         axes.plot([place], [height], marker="D", markersize=7, zorder=4, **white)
         axes.annotate(
-            backend,
+            canvas.literal(backend, 20),
             (place, height),
             xytext=(0, 10 + 11 * (index % 3)),
             textcoords="offset points",
@@ -318,9 +318,10 @@ def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
         if 0 < len(ends) <= 6:
             canvas.end_labels(axes, ends, 0.055)
     if len(runs) > 1:
-        lines = [Line2D([], [], **_look(index), linewidth=2, label=_caption(run)) for index, run in enumerate(runs)]
-        axes.legend(
-            handles=lines,
+        lines = [(Line2D([], [], **_look(index), linewidth=2), _caption(run)) for index, run in enumerate(runs)]
+        canvas.add_legend(
+            axes,
+            lines,
             loc="upper right",
             framealpha=0.85,
             edgecolor="none",
@@ -360,7 +361,8 @@ def _draw_differences(axes: Axes, runs: Sequence[Run], same: dict[int, int], at:
     everything = np.concatenate([values for _, values in found.values()])
     positive = everything[everything > 0]
     first, last = next((runs[earlier].name, runs[index].name) for index, earlier in same.items())
-    what = [f"|{first} − {last}|" if len(same) == 1 else "from the first run of the same loss"]
+    names = f"|{canvas.literal(first, 40)} − {canvas.literal(last, 40)}|"
+    what = [names if len(same) == 1 else "from the first run of the same loss"]
     _name(axes, "difference of the losses (nats)")
     low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1e-9, 1e-7)
     floor = 10 ** np.floor(np.log10(low) - 0.3)

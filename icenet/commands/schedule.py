@@ -154,9 +154,11 @@ class ScheduleReport:
             if group.lr_scale not in (0.0, 1.0):
                 labels.setdefault(group.lr_scale, group.parameters)
         ends: list[tuple[float, str, str]] = []
+        entries = []
         for factor, colour in zip(labels, itertools.cycle((canvas.BLUE, *_COLOURS)), strict=False):
             own = [rate * factor for rate in rates]
-            axes.plot(steps, own, color=colour, linewidth=2.2, solid_joinstyle="round", label=labels[factor])
+            line = axes.plot(steps, own, color=colour, linewidth=2.2, solid_joinstyle="round")[0]
+            entries.append((line, labels[factor]))
             ends.append((own[-1], f"last {_short(own[-1])}", colour))
         axes.fill_between(steps, rates, color=canvas.BLUE, alpha=0.08, linewidth=0)
         most = max(labels)  # the marks are on the highest curve, the legend above all curves
@@ -177,7 +179,7 @@ class ScheduleReport:
                 fontsize=10,
             )
         if len(labels) > 1:
-            axes.legend(loc="upper right", edgecolor="none", fontsize=10, labelcolor=canvas.INK)
+            canvas.add_legend(axes, entries, loc="upper right", edgecolor="none", fontsize=10, labelcolor=canvas.INK)
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
         axes.set_xlabel("step")
         axes.set_ylabel("learning rate")

@@ -53,5 +53,4 @@ def print_result(result: Result) -> None:
         console.print(f"stopped early: {result.early_stopping.reason}")
     console.print(f"run         {result.run}")
     console.print(f"checkpoint  {result.checkpoint}")
-    plot = str(result.plot) if result.plot else "none: matplotlib is not installed; pip install 'icenet[plot]'"
-    console.print(f"plot        {plot}")
+    console.print(f"plot        {result.plot or f'none: {result.plot_problem}'}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from icenet.core.errors import UsageError
 from icenet.core.files import staged
+from icenet.core.report.streams import printable
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -27,6 +30,44 @@ PALE_BLUE = "#9ED0EE"
 INK, GREY, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
 SUFFIXES = (".png", ".pdf", ".svg")
 """Supported file formats, by file name extension."""
+
+
+_FALLBACK_FONTS = (
+    *(
+        "Noto Sans CJK JP",
+        "Noto Sans CJK SC",
+        "Hiragino Sans",
+        "PingFang SC",
+        "WenQuanYi Zen Hei",
+        "Noto Sans Arabic",
+    ),
+    *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS", "Apple SD Gothic Neo", "Segoe UI Symbol"),
+)
+"""Fonts, where they are installed, for characters that matplotlib's own font lacks."""
+
+
+def literal(text: str, length: int = 70) -> str:
+    r"""Returns a text of the user's as matplotlib must get it to draw it as it is: `$` begins no formula.
+
+    Control characters are escaped, and a text longer than `length` is cut in its middle.
+    """
+    text = printable(text)
+    if len(text) > length:
+        text = f"{text[: length // 2]}…{text[len(text) - (length - length // 2 - 1) :]}"
+    return text.replace("$", r"\$")
+
+
+def add_legend(axes: Axes, entries: Sequence[tuple[Artist, str]], **options: Any) -> None:
+    """Adds a legend of artists and their texts. Matplotlib's own would leave out texts that begin with `_`.
+
+    Args:
+        axes: The panel.
+        entries: Artist and text of each entry.
+        options: Those of `Axes.legend`.
+    """
+    legend = axes.legend([artist for artist, _ in entries], ["label"] * len(entries), **options)
+    for shown, (_, text) in zip(legend.get_texts(), entries, strict=True):
+        shown.set_text(literal(text, 60))
 
 
 def available() -> bool:
@@ -53,7 +94,7 @@ def new_figure(
     Args:
         size: Width and height in inches.
         heights: Relative heights of the panels.
-        title, subtitle: Texts above the panels.
+        title, subtitle: Texts above the panels, drawn literally.
         colour: Color of the subtitle.
         right: Margin for labels at the right, in inches.
         space: Space between panels, relative to their height.
@@ -91,9 +132,9 @@ def new_figure(
         axes.margins(x=0.01)
         panels.append(axes)
     if title:
-        figure.text(left, 1 - 0.2 / size[1], title, fontsize=15, fontweight="bold", color=INK, va="top")
+        figure.text(left, 1 - 0.2 / size[1], literal(title), fontsize=15, fontweight="bold", color=INK, va="top")
     if subtitle:
-        figure.text(left, 1 - 0.55 / size[1], subtitle, fontsize=11.5, color=colour, va="top")
+        figure.text(left, 1 - 0.55 / size[1], literal(subtitle, 140), fontsize=11.5, color=colour, va="top")
     return figure, panels
 
 
@@ -154,7 +195,7 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
     places = [place - moved for place in places]
     for place, (_, text, colour) in zip(places, ends, strict=True):
         axes.annotate(
-            text,
+            text.replace("$", r"\$"),
             (1.0, place),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
@@ -174,7 +215,7 @@ def mark_backends(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     for step, backend in changes[:12]:
         axes.axvline(step, color=INK, linewidth=0.9, dashes=(2, 2))
         axes.annotate(
-            str(backend),
+            literal(str(backend), 20),
             (step, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
@@ -197,13 +238,20 @@ def check_suffix(path: Path) -> None:
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Writes a figure as PNG, PDF or SVG, by its file name, and returns its path. The file is replaced atomically."""
-    from matplotlib import rc_context
+    from matplotlib import font_manager, rc_context
+    from matplotlib.text import Text
 
     path = Path(path)
     check_suffix(path)
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fallback = [name for name in _FALLBACK_FONTS if name in installed]
+    for text in figure.findobj(Text):
+        text.set(usetex=False, fontfamily=[*text.get_fontfamily(), *fallback])  # type: ignore[attr-defined]
     # text stays text in a PDF, and equal data give equal files
     options = {"pdf.fonttype": 42, "svg.hashsalt": "icenet"}
     metadata: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    with rc_context(options), staged(path) as stage, stage.open(path) as file:
+    with warnings.catch_warnings(), rc_context(options), staged(path) as stage, stage.open(path) as file:
+        # a character that no installed font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(file, format=path.suffix[1:].lower(), metadata=metadata.get(path.suffix.lower()))
     return path

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNLIMITED = 10_000
+_MIN_WIDTH = 60
+"""Columns below which a table would lose its cells; a narrower terminal wraps its lines."""
 
 
 def new_console(**options: Any) -> Console:
@@ -29,6 +31,8 @@ def new_console(**options: Any) -> Console:
     console: Console = _console_class()(**{"markup": False, "emoji": False, **options})
     if not console.is_terminal and not console.is_jupyter:
         console.width = _UNLIMITED
+    elif console.width < _MIN_WIDTH:
+        console.width = _MIN_WIDTH
     return console
 
 

@@ -21,8 +21,10 @@ from icenet.core.report.canvas import (
     ORANGE,
     PALE_BLUE,
     PURPLE,
+    add_legend,
     available,
     end_labels,
+    literal,
     mark_backends,
     new_figure,
     robust_top,
@@ -139,7 +141,7 @@ def plot_parity(
     verdict, passed = _verdict(at, gaps, limits, passed)
     figure, (above, below) = new_figure((9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24)
 
-    ends = []
+    ends, entries = [], []
     # a thick pale line under a thin dashed one: both are visible if the curves coincide
     looks: list[dict[str, Any]] = [
         {"color": PALE_BLUE, "linewidth": 5, "solid_joinstyle": "round"},
@@ -150,13 +152,13 @@ def plot_parity(
         look = looks[min(index, len(looks) - 1)]
         curve = _aligned(values, len(at), name)
         seen = np.isfinite(curve)
-        above.plot(at[seen], curve[seen], label=name, **look)
+        entries.append((above.plot(at[seen], curve[seen], **look)[0], name))
         ends.append(curve[seen])
     everything = np.concatenate(ends) if ends else np.zeros(0)
     if len(everything):
         set_limits(above, everything, everything)
     above.set_ylabel("loss (nats)")
-    above.legend(loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
+    add_legend(above, entries, loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
 
     _draw_gap(below, at, gaps, limits, gap_label, allowed_label)
     below.set_xlabel("step")
@@ -167,7 +169,7 @@ def plot_parity(
         # left of the line, where the falling curve leaves space, except near the start
         early = len(at) > 0 and switch_step < at[0] + 0.35 * (at[-1] - at[0])
         above.annotate(
-            switch_label,
+            literal(switch_label),
             (switch_step, 0.7),
             xycoords=("data", "axes fraction"),
             xytext=(6 if early else -6, 0),
@@ -189,28 +191,33 @@ def _draw_gap(
     positive = positive[np.isfinite(positive) & (positive > 0)]
     floor = 10 ** math.floor(math.log10(positive.min()) - 0.3) if len(positive) else 1e-9
     top = 10 ** math.ceil(math.log10(positive.max()) + 0.1) if len(positive) else 1.0
+    entries = []
     known = np.isfinite(limits)
     if known.any():
         edge = np.maximum(limits[known], floor)
         axes.fill_between(at[known], floor, edge, color=GREEN, alpha=0.13, linewidth=0)
-        axes.plot(at[known], edge, color=GREEN, linewidth=1.2, label=allowed_label)
+        entries.append((axes.plot(at[known], edge, color=GREEN, linewidth=1.2)[0], allowed_label))
     over = gaps > np.where(known, limits, np.inf)
     shown = (gaps > 0) & ~over
     points: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 0, "clip_on": False}
     if shown.any():
-        axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, label=gap_label, **points)
+        entries.append((axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, **points)[0], gap_label))
     if over.any():
-        label = f"{gap_label}, above it"
-        axes.plot(at[over], np.clip(gaps[over], floor, top), "D", color=ORANGE, markersize=4, label=label, **points)
+        clipped = np.clip(gaps[over], floor, top)
+        marks = axes.plot(at[over], clipped, "D", color=ORANGE, markersize=4, **points)
+        entries.append((marks[0], f"{gap_label}, above it"))
     if (gaps == 0).any():
         at_floor = np.full(int((gaps == 0).sum()), floor)
         points["markeredgewidth"] = 1
-        axes.plot(at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, label="exactly zero", **points)
+        marks = axes.plot(at[gaps == 0], at_floor, "|", color=BLUE, markersize=9, **points)
+        entries.append((marks[0], "exactly zero"))
     axes.set_yscale("log")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(floor, top)
     axes.set_ylabel("distance (nats)")
-    axes.legend(
+    add_legend(
+        axes,
+        entries,
         loc="lower left",
         bbox_to_anchor=(-0.01, 0.99),
         ncols=4,

@@ -168,8 +168,16 @@ class Reporter:
             self._log.append(record)
         self.note(note)
 
-    def draw_plot(self) -> Path | None:
-        """Draws the metrics to plot.png; returns its path, or None without matplotlib."""
+    def draw_plot(self) -> tuple[Path | None, str]:
+        """Draws the metrics to plot.png. A plot that cannot be drawn is no error, because the run is complete.
+
+        Returns:
+            The path and an empty text, or None and the reason why there is no plot.
+        """
         if not self.is_main_process:
-            return None
-        return plots.plot_metrics(MetricsLog.read(self._log.path), self.run / "plot.png", title=self.run.name)
+            return None, "another process draws it"
+        try:
+            plot = plots.plot_metrics(MetricsLog.read(self._log.path), self.run / "plot.png", title=self.run.name)
+        except Exception as error:  # matplotlib, its fonts and its settings can raise anything
+            return None, " ".join(str(error).split()) or type(error).__name__
+        return plot, "" if plot else "matplotlib is not installed; pip install 'icenet[plot]'"

@@ -53,13 +53,15 @@ class Result:
     checkpoint: Path
     """The newest checkpoint."""
     plot: Path | None
-    """The picture of the metrics; None without matplotlib."""
+    """The picture of the metrics; None if there is none (see `plot_problem`)."""
     validation_accuracy: float | None = None
     """Accuracy of a classifier in the last evaluation, from 0 to 1."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     """The best evaluation."""
     stopped_early: bool = False
     """Whether `training.early_stopping` ended the run."""
+    plot_problem: str = ""
+    """Why there is no plot."""
 
 
 class PendingStep(NamedTuple):
@@ -252,13 +254,15 @@ class Trainer:
             finally:
                 if prepared:  # otherwise the next call must find the work of another process too
                     self._known_checkpoints = checkpoints.list_checkpoints(self.run)
+        plot, plot_problem = reporter.draw_plot()
         return Result(
             run=self.run,
             step=self.step,
             loss=self._last_loss,
             validation_loss=self._last_validation_loss,
             checkpoint=checkpoints.path_of(self.run, self.step),
-            plot=reporter.draw_plot(),
+            plot=plot,
+            plot_problem=plot_problem,
             validation_accuracy=self._last_accuracy,
             early_stopping=self.early_stopping,
             stopped_early=stopped_early,
