@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from numpy.typing import NDArray
 from icenet.core import backends
 from icenet.core.data.images.augment import normalize
 from icenet.core.data.images.dataset import ImageFacts
-from icenet.core.data.images.files import image_files, read_image
+from icenet.core.data.images.files import FileImages, frames_note
+from icenet.core.data.images.folders import scan
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
 from icenet.core.training.open_model import open_averaged
 
 BATCH_SIZE = 64
+
+_log = logging.getLogger("icenet")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def predict(
     top_k: int = 3,
     averaged: bool = False,
 ) -> Predictions:
-    """Classifies images with a trained model. They are resized and normalized as in training.
+    """Classifies images with a trained model. They are read, resized and normalized as in training.
 
     Args:
         run: A run or a checkpoint.
@@ -105,21 +109,25 @@ def predict(
     files = [file for name in names for file in _files(name)]
     engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
     engine.set_weights(dict(open_averaged(found.path)[1] if averaged else found.weights))
+    images = FileImages(files, facts.image_size, facts.channels, facts.background)
     logits = []
     for first in range(0, len(files), BATCH_SIZE):
-        batch = files[first : first + BATCH_SIZE]
-        pixels = np.stack([read_image(file, facts.image_size, facts.channels) for file in batch])
+        pixels = images.take(np.arange(first, min(first + BATCH_SIZE, len(files))))
         logits.append(engine.forward({"inputs": normalize(pixels, facts.mean, facts.std)}))
+    for note in frames_note(images.with_more_frames):
+        _log.warning(note)
     return Predictions(files, facts.classes, softmax(np.concatenate(logits)), top_k)
 
 
 def _files(name: Path) -> list[Path]:
     if not name.is_dir():
         return [name]
-    files = image_files(name)
-    if not files:
-        raise DataError(f"{name}: contains no image files")
-    return files
+    found = scan(name)
+    if not found.folder.has_images:
+        raise DataError(f"{name}: contains no image files" + (f" ({found.notes[0]})" if found.notes else ""))
+    for note in found.notes:
+        _log.warning(note)
+    return found.folder.all_images()
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

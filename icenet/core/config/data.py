@@ -23,7 +23,9 @@ class DataConfig(Section):
     tokenizer: str = "bytes"
     """bytes (UTF-8 bytes 0 to 255, and 256 for the end of a text), or the path of a tokenizer.json."""
     text_key: str = "text"
-    """Key of the text in each object of a JSON Lines file (.jsonl, .jsonl.gz)."""
+    """Key of the text in each object of a JSON Lines file (.jsonl, .ndjson, .json, also .gz)."""
+    errors: Literal["stop", "skip", "replace"] = "stop"
+    """A file, line or character that cannot be used: stop; skip it; or replace invalid bytes by U+FFFD."""
     packing: bool = True
     """Concatenate texts; otherwise each text begins a new row, which is padded and masked."""
     seq_length: Annotated[int, Field(ge=1)] | None = None
@@ -45,8 +47,10 @@ class ImageDataConfig(Section):
     """Height and width; other images are resized and center-cropped; null: the size in the source."""
     channels: Literal[1, 3] | None = None
     """1 converts to grayscale, 3 to RGB; null: the channels in the source (of a folder: 3)."""
+    background: Annotated[str, Field(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")] = "white"
+    """Colour behind transparent pixels of image files: white, black, gray or '#RRGGBB'."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Fraction of each class held out for evaluation, if the source has no test set."""
+    """Fraction of each class held out for evaluation, if the source has no validation or test set of its own."""
     horizontal_flip: bool = False
     """Mirror training images with probability 0.5."""
     crop_padding: Annotated[int, Field(ge=0)] = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from icenet.core.config import CNNConfig, ImageDataConfig, cnn_plan, custom
 from icenet.core.data.images.dataset import ImageDataset
+from icenet.core.data.images.folders import some
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import Batch, TextDataset
 from icenet.core.data.text.prepare import Progress
@@ -33,10 +34,14 @@ class Dataset(Protocol):
     """Name of the data set in messages."""
     unit: str
     """Unit in which throughput is counted: tokens (`tok`) or images (`img`)."""
-    notes: Sequence[str]
-    """Messages on how the data was read, such as the files that were skipped. Shown when training begins."""
-    summary: Sequence[str]
-    """Lines that describe the data, such as a table of the classes. Shown when training begins, unless quiet."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Messages on how the data was read, such as the files that were skipped. Shown when training begins."""
+
+    @property
+    def summary(self) -> Sequence[str]:
+        """Lines that describe the data, such as a table of the classes. Shown when training begins, unless quiet."""
 
     @property
     def items_per_row(self) -> int:
@@ -120,8 +125,8 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
     classes, (height, width, channels) = len(dataset.classes), dataset.source.images.shape
     if config.model.vocab_size != classes:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size}, but {dataset.description} has {classes} classes; "
-            f"set model.vocab_size={classes}"
+            f"model.vocab_size: {config.model.vocab_size}, but {dataset.description} has {classes} classes "
+            f"({some(dataset.classes)}); set model.vocab_size={classes}"
         )
     if isinstance(config.model, CNNConfig):
         if config.model.image_channels != channels:
@@ -180,6 +185,7 @@ def open_dataset(
         validation_fraction=data_config.validation_fraction,
         cache_dir=cache_dir,
         text_key=data_config.text_key,
+        errors=data_config.errors,
         workers=workers,
         progress=progress,
     )

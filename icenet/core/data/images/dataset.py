@@ -14,6 +14,7 @@ from icenet.core import rng
 from icenet.core.config import ImageDataConfig
 from icenet.core.config.section import Section
 from icenet.core.data.images.augment import augment, normalize
+from icenet.core.data.images.decode import WHITE
 from icenet.core.data.images.files import ImageSource, find_images
 from icenet.core.errors import DataError
 
@@ -23,15 +24,19 @@ Batch = dict[str, NDArray[Any]]
 STATISTICS_IMAGES = 2000
 """Number of training images, evenly spread, from which mean and standard deviation are computed."""
 
+MAX_ROWS, FIRST_ROWS, LAST_ROWS = 12, 6, 3
+"""Largest number of classes that the table of classes shows in full, and the number it shows otherwise."""
+
 
 class ImageFacts(Section):
-    """Size, channels, normalization and classes of a run's images. Checkpoints store them for `icenet predict`."""
+    """How a run reads its images, and its classes. Checkpoints store it for `icenet predict`."""
 
     classes: list[str]
     image_size: int = Field(ge=1)
     channels: Literal[1, 3]
     mean: list[float]
     std: list[float]
+    background: str = WHITE
 
     @model_validator(mode="after")
     def _one_for_each_channel(self) -> Self:
@@ -50,13 +55,11 @@ class ImageDataset:
         classes: Names of the classes; a label is an index into them.
         mean, std: Mean and standard deviation per channel, of values from 0 to 1.
         train, validation: Indices of the images of the two sets, int64, ascending.
-        fingerprint, description: See `icenet.core.data.datasets.Dataset`.
+        fingerprint, description, notes, summary: See `icenet.core.data.datasets.Dataset`.
     """
 
     unit = "img"
     items_per_row = 1
-    notes: Sequence[str] = ()
-    summary: Sequence[str] = ()
 
     def __init__(self, source: ImageSource, settings: ImageDataConfig, seed: int) -> None:
         self.source = source
@@ -65,6 +68,7 @@ class ImageDataset:
         self.classes = source.classes
         self.fingerprint = source.fingerprint
         self.description = source.description
+        self.notes: Sequence[str] = source.notes
         self.train, self.validation = split(source, settings.validation_fraction, seed)
         self.mean, self.std = self._statistics()
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
@@ -76,19 +80,29 @@ class ImageDataset:
         Raises:
             DataError: The images are missing, damaged, or too few.
         """
-        return cls(find_images(settings.source, settings.image_size, settings.channels), settings, seed)
+        found = find_images(settings.source, settings.image_size, settings.channels, settings.background)
+        return cls(found, settings, seed)
 
     @property
     def facts(self) -> dict[str, Any]:
         """`ImageFacts` as a dict, for the state of a checkpoint."""
         height, _, channels = self.source.images.shape
         facts: dict[str, Any] = {"image_size": height, "channels": channels, "mean": self.mean, "std": self.std}
-        return ImageFacts(classes=self.classes, **facts).model_dump()
+        return ImageFacts(classes=self.classes, **facts, background=self.settings.background).model_dump()
 
     @property
     def files(self) -> Mapping[str, bytes]:
         """Files that belong to a checkpoint: none."""
         return {}
+
+    @property
+    def summary(self) -> list[str]:
+        """A table of the classes and their numbers of images."""
+        sizes = [
+            np.bincount(self.source.labels[part], minlength=len(self.classes))
+            for part in (self.train, self.validation)
+        ]
+        return class_table(self.classes, *(part.tolist() for part in sizes))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the number of full batches in an epoch. The remaining images are dropped.
@@ -185,3 +199,28 @@ def split(source: ImageSource, fraction: float, seed: int) -> tuple[NDArray[np.i
         order = rng.permutation(rng.key(seed, "validation", label), len(members))
         held_out[members[order[:count]]] = True
     return everything[~held_out], everything[held_out]
+
+
+def class_table(classes: Sequence[str], train: Sequence[int], validation: Sequence[int]) -> list[str]:
+    """Returns a table of the classes and their numbers of images, by line. Of many classes the middle is left out.
+
+    Args:
+        classes: Names of the classes.
+        train, validation: Number of images of each class in the two sets.
+    """
+    rows: list[tuple[str, ...]] = [
+        (_shortened(name), f"{ours:,}", f"{theirs:,}")
+        for name, ours, theirs in zip(classes, train, validation, strict=True)
+    ]
+    if len(rows) > MAX_ROWS:
+        middle = slice(FIRST_ROWS, len(rows) - LAST_ROWS)
+        ranges = [f"{min(sizes[middle]):,} to {max(sizes[middle]):,}" for sizes in (train, validation)]
+        rows[middle] = [(f"... {len(classes[middle]):,} more", *ranges)]
+    total = f"{len(classes):,} classes"
+    rows = [("class", "training", "validation"), *rows, (total, f"{sum(train):,}", f"{sum(validation):,}")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [f"{name:<{widths[0]}}  {ours:>{widths[1]}}  {theirs:>{widths[2]}}" for name, ours, theirs in rows]
+
+
+def _shortened(name: str, width: int = 40) -> str:
+    return name if len(name) <= width else f"{name[: width - 3]}..."

@@ -1,17 +1,15 @@
-"""Reads images: single files, class folders, MNIST's IDX files, CIFAR-10's binary files, scikit-learn's digits.
+"""Reads collections of images: class folders, MNIST's IDX files, CIFAR-10's binary files, scikit-learn's digits.
 
 Files are not trusted: the size that a header claims is checked before memory is allocated. Pickles are not opened.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import math
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,17 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core.data.images.decode import INSTALL, WHITE, Pixels, decode, fit, has_more_frames, opened, pillow
+from icenet.core.data.images.folders import class_folders, some
 from icenet.core.errors import DataError
 
-Pixels = NDArray[np.uint8]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-MAX_PIXELS = 100_000_000
-"""Largest number of pixels of one image, 300 MB in colour. A file of a few kilobytes can claim more."""
 IN_MEMORY = 1 << 30
 """Size in bytes up to which the images of a folder are decoded once and kept."""
-_TEST_FOLDERS = ("validation", "val", "test")
-_INSTALL = "pip install 'icenet[images]'"
 
 
 class Images(Protocol):
@@ -54,7 +47,9 @@ class ImageSource:
         classes: Names of the classes.
         description: Names the source in messages.
         fingerprint: Hash of images and labels, which a resumed run compares.
-        held_out: Number of images at the end that are the source's own test set.
+        held_out: Number of images at the end that are the source's own validation set.
+        notes: Messages for the user on how the images were read.
+        is_transparent: Whether an image is transparent somewhere; None if the images are decoded later.
     """
 
     images: Images
@@ -63,6 +58,8 @@ class ImageSource:
     description: str
     fingerprint: str
     held_out: int = 0
+    notes: Sequence[str] = ()
+    is_transparent: bool | None = False
 
 
 class ArrayImages:
@@ -80,11 +77,20 @@ class ArrayImages:
 
 
 class FileImages:
-    """Images that are decoded from their files in each call of `take`."""
+    """Images that are decoded from their files in each call of `take`.
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
+    Attributes:
+        paths: The files.
+        is_transparent: Whether a decoded image was transparent somewhere.
+        with_more_frames: Decoded files of several frames.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int, channels: int, background: str = WHITE) -> None:
         self.paths = paths
         self.shape = (size, size, channels)
+        self.background = background
+        self.is_transparent = False
+        self.with_more_frames: list[Path] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -92,17 +98,25 @@ class FileImages:
     def take(self, indices: NDArray[np.int64]) -> Pixels:
         pixels = np.empty((len(indices), *self.shape), np.uint8)
         for image, index in zip(pixels, indices, strict=True):
-            image[:] = read_image(self.paths[index], self.shape[0], self.shape[2])
+            image[:], is_transparent, has_more = decode(
+                self.paths[index], self.shape[0], self.shape[2], self.background
+            )
+            self.is_transparent |= is_transparent
+            if has_more:
+                self.with_more_frames.append(self.paths[index])
         return pixels
 
 
-def find_images(source: str, size: int | None = None, channels: int | None = None) -> ImageSource:
+def find_images(
+    source: str, size: int | None = None, channels: int | None = None, background: str = WHITE
+) -> ImageSource:
     """Opens the images that `data.source` names.
 
     Args:
         source: A folder, or 'digits'.
         size: Height and width in pixels; None keeps the images' own, which must be equal.
         channels: 1 or 3; None keeps the images' own, and 3 for class folders.
+        background: Colour behind transparent pixels of image files (see `decode.read_image`).
 
     Raises:
         DataError: The source does not exist, is not supported, or a file is damaged.
@@ -124,7 +138,7 @@ def find_images(source: str, size: int | None = None, channels: int | None = Non
             f"data.source {source!r} is the Python version of CIFAR-10. Pickles can run code and are not "
             "opened; use the binary version (data_batch_1.bin and so on)"
         )
-    return _class_folders(path, size, channels)
+    return _class_folders(path, size, channels, background)
 
 
 def _not_a_folder(path: Path) -> DataError:
@@ -135,83 +149,6 @@ def _not_a_folder(path: Path) -> DataError:
             f"data.source {str(path)!r} is a pickle. Pickles can run code and are not opened; name a folder of images"
         )
     return DataError(f"data.source {str(path)!r} is a file; name the folder that holds it")
-
-
-# ---- single images ----------------------------------------------------------------------------------------
-
-
-def pillow() -> Any:
-    """Imports Pillow's module `Image`. Raises DataError if it is not installed."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(f"reading image files needs Pillow: {_INSTALL}") from None
-    return Image
-
-
-def read_image(path: Path, size: int | None, channels: int) -> Pixels:
-    """Reads one image, uint8 `[H, W, channels]`.
-
-    The image is rotated as its EXIF orientation says, and its alpha channel is dropped.
-
-    Args:
-        path: The file.
-        size: Height and width of the result; None keeps the image's own. The image is scaled until its shorter side
-            has this length, by averaging pixels or, to enlarge it, bilinearly, and its centre is cropped.
-        channels: 1 (grey) or 3 (RGB).
-
-    Raises:
-        DataError: The file is not an image, is damaged or too large, or has more than 8 bits per channel.
-    """
-    pillow()  # the error if it is not installed
-    from PIL import ImageOps
-
-    with _opened(path) as image:
-        picture = _fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), size)
-        return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Opens an image whose header is checked. Pillow decodes the pixels when they are used."""
-    Image = pillow()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual tags, and about a size that is checked here
-            with Image.open(path) as image:
-                if math.prod(image.size) > MAX_PIXELS:
-                    raise DataError(
-                        f"{path}: claims {image.size[0]:,} x {image.size[1]:,} pixels and is not opened "
-                        f"(the limit is {MAX_PIXELS:,}); shrink it"
-                    )
-                if image.mode.startswith(("I", "F")):
-                    raise DataError(f"{path}: has pixels of mode {image.mode}, more than 8 bits; save it as 8-bit")
-                yield image
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (Image.UnidentifiedImageError, IsADirectoryError):
-        raise DataError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: claims far too many pixels and is not opened; shrink it") from None
-    except PermissionError:
-        raise DataError(f"{path}: cannot be read: permission denied") from None
-    except Exception as error:  # the decoder of a damaged file can raise anything
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: damaged or cut short ({first}); remove it, or download it again") from None
-
-
-def _fit(picture: Any, size: int | None) -> Any:
-    """Scales an image until its shorter side is `size`, and crops its centre."""
-    width, height = picture.size
-    if size is None or (width, height) == (size, size):
-        return picture
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    filters = pillow().Resampling
-    return picture.resize((size, size), filters.BOX if side > size else filters.BILINEAR, box=box)
 
 
 def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayImages:
@@ -225,7 +162,7 @@ def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayI
     result = np.empty((len(pixels), size, size, channels), np.uint8)
     for target, image in zip(result, pixels, strict=True):
         picture = Image.fromarray(image[:, :, 0] if own == 1 else image).convert("L" if channels == 1 else "RGB")
-        target[:] = np.asarray(_fit(picture, size)).reshape(target.shape)
+        target[:] = np.asarray(fit(picture, size)).reshape(target.shape)
     return ArrayImages(result)
 
 
@@ -233,21 +170,31 @@ def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayI
 
 
 def _source(
-    images: Images, labels: NDArray[Any], classes: list[str], description: str, content: bytes, held_out: int = 0
+    images: Images,
+    labels: NDArray[Any],
+    classes: list[str],
+    description: str,
+    content: bytes,
+    held_out: int = 0,
+    notes: Sequence[str] = (),
+    is_transparent: bool | None = False,
 ) -> ImageSource:
     if len(classes) < 2:
         raise DataError(f"{description} has only one class ({classes[0]}); a classifier needs two or more")
     digest = hashlib.sha256(repr((images.shape, classes, held_out)).encode())
     digest.update(np.ascontiguousarray(labels, np.int32).tobytes())
     digest.update(content)
-    return ImageSource(images, labels.astype(np.int32), classes, description, digest.hexdigest(), held_out)
+    fingerprint = digest.hexdigest()
+    return ImageSource(
+        images, labels.astype(np.int32), classes, description, fingerprint, held_out, notes, is_transparent
+    )
 
 
 def _digits(size: int | None, channels: int | None) -> ImageSource:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError(f"data.source 'digits' needs scikit-learn: {_INSTALL}") from None
+        raise DataError(f"data.source 'digits' needs scikit-learn: {INSTALL}") from None
     digits = load_digits()
     pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
     images = _converted(pixels, size, channels)
@@ -255,62 +202,45 @@ def _digits(size: int | None, channels: int | None) -> ImageSource:
     return _source(images, digits.target, classes, "scikit-learn's digits", images.pixels.tobytes())
 
 
-def _class_folders(folder: Path, size: int | None, channels: int | None) -> ImageSource:
-    below = _subfolders(folder)
-    held_out = next((name for name in _TEST_FOLDERS if name in below), None)
-    parts = [folder]
-    if held_out is not None and "train" in below:
-        parts = [folder / "train", folder / held_out]
-    classes = _subfolders(parts[0])
-    if not classes:
-        raise DataError(
-            f"data.source {str(folder)!r} contains no folders; it needs one for each class, with its images"
-        )
-    if len(parts) == 2 and _subfolders(parts[1]) != classes:
-        raise DataError(f"{parts[1]} does not contain the same class folders as {parts[0]}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for part in parts:
-        first = len(paths)
-        for label, name in enumerate(classes):
-            found = image_files(part / name)
-            if not found:
-                raise DataError(f"class folder {part / name} contains no images ({', '.join(sorted(SUFFIXES))})")
-            paths += found
-            labels += [label] * len(found)
-    channels = channels or 3
-    images: Images
-    size = size or _common_size(paths)
-    if len(paths) * size * size * channels <= IN_MEMORY:
-        images = ArrayImages(FileImages(paths, size, channels).take(np.arange(len(paths))))
-        content = images.pixels.tobytes()
-    else:
-        images = FileImages(paths, size, channels)
-        content = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]).encode()
-    test = len(paths) - first if len(parts) == 2 else 0
-    return _source(images, np.array(labels), classes, f"folder {folder}", content, test)
+def _class_folders(folder: Path, size: int | None, channels: int | None, background: str) -> ImageSource:
+    found = class_folders(folder)
+    parts = [found.train] if found.validation is None else [found.train, found.validation]
+    paths = [path for part in parts for members in part for path in members]
+    labels = [label for part in parts for label, members in enumerate(part) for _ in members]
+    held_out = 0 if found.validation is None else sum(map(len, found.validation))
+    files = FileImages(paths, size or _common_size(paths), channels or 3, background)
+    labels_array, description = np.array(labels), f"folder {folder}"
+    if len(paths) * math.prod(files.shape) <= IN_MEMORY:
+        images = ArrayImages(files.take(np.arange(len(paths))))
+        content, is_transparent = images.pixels.tobytes(), files.is_transparent
+        notes = [*found.notes, *frames_note(files.with_more_frames)]
+        return _source(images, labels_array, found.classes, description, content, held_out, notes, is_transparent)
+    content = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]).encode()
+    content += b"" if background == WHITE else background.encode()
+    notes = [*found.notes, *frames_note(path for path in paths if _may_have_frames(path))]
+    return _source(files, labels_array, found.classes, description, content, held_out, notes, None)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Returns the image files in a folder and its subfolders, by suffix, sorted. Hidden files are skipped."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _may_have_frames(path: Path) -> bool:
+    """Returns whether a file has several frames; False without a look inside for formats that usually have one."""
+    if path.suffix.lower() not in (".gif", ".tif", ".tiff", ".webp"):
+        return False
+    with opened(path) as image:
+        return has_more_frames(image)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def frames_note(paths: Iterable[Path]) -> list[str]:
+    """Returns a message about the files of several frames, or none."""
+    names = [str(path) for path in paths]
+    files = "image of several frames: its" if len(names) == 1 else "images of several frames: their"
+    return [f"{len(names):,} {files} first frame is read ({some(names)})"] if names else []
 
 
 def _common_size(paths: list[Path]) -> int:
     """Returns the height and width of all images. Raises DataError if they are not square and of one size."""
     common: int | None = None
     for path in paths:
-        with _opened(path) as image:
+        with opened(path) as image:
             width, height = image.size
         common = common or height
         if not width == height == common:
