@@ -12,7 +12,7 @@ Importing this package loads neither MLX nor PyTorch. Each function loads the fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +126,8 @@ def save(model: Any, path: str | Path) -> Path:
 
 
 def generate(
-    model: Any, prompt: str | Sequence[str], *, stream: bool = False, **options: Any
-) -> str | list[str] | Iterator[str]:
+    model: Any, prompt: str | Sequence[str], *, stream: bool = False, details: bool = False, **options: Any
+) -> Any:
     """Continues text.
 
     Args:
@@ -135,15 +135,21 @@ def generate(
         prompt: One text, or a list of texts.
         stream: Whether to return an iterator over pieces of text, for one prompt.
         options: Keys of `icenet.core.config.GenerationConfig`: max_new_tokens, temperature, top_k, top_p, min_p,
-            repetition_penalty, seed, stop, overflow.
+            repetition_penalty, seed, stop, eos_token_id, ignore_eos, overflow.
 
     Returns:
-        The new text without the prompt: a string for one prompt, a list for a list of prompts.
+        The new text without the prompt: a string for one prompt, a list for a list of prompts, an iterator of
+        strings with `stream`. With `details`, `icenet.core.generation.streaming.Continuation` instead of a string.
+
+    Raises:
+        UsageError: A prompt or an option is invalid.
+        NonFiniteError: The model's logits are NaN or infinite.
     """
     from icenet.core.generation.streaming import generate_text
 
     model = load(model) if isinstance(model, (str, Path)) else model
-    return generate_text(model, prompt, stream, options)
+        details: Whether to return text, tokens and finish reason.
+    return generate_text(model, prompt, stream, details, options)
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:

@@ -212,6 +212,13 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     type=click.Choice(["error", "slide"]),
     help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
 )
+@click.option(
+    "--eos-token-id",
+    type=int,
+    multiple=True,
+    help="End at this token. Repeatable. Default: the end-of-text tokens of the tokenizer.",
+)
+@click.option("--ignore-eos/--no-ignore-eos", default=None, help="Continue after an end-of-text token.")
 @averaged_option
 @backend_option
 @device_option
@@ -220,6 +227,7 @@ def generate_command(
     model: Path,
     prompt: str | None,
     prompt_file: Path | None,
+@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and finish reason as JSON.")
     averaged: bool,
     backend: str | None,
     device: str | None,
@@ -228,7 +236,9 @@ def generate_command(
     """Continue a text with a trained model.
 
     MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation
-    section of the model's config.
+    as_json: bool,
+    section of the model's config. The output ends at an end-of-text token, before a stop text, or at the maximum
+    number of tokens; --json also prints which of them it was.
     """
     from icenet.commands import generate
     from icenet.core.generation.prompts import read_prompt
@@ -236,7 +246,10 @@ def generate_command(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
-    options["stop"] = list(options["stop"]) or None
+    options.update((name, list(options[name]) or None) for name in ("stop", "eos_token_id"))
+    if as_json:
+        show_json(generate.generate(model, text, backend, device, averaged=averaged, **options))
+        return
     for piece in generate.stream(model, text, backend, device, averaged=averaged, **options):
         streams.write(piece, end="")
 

@@ -33,12 +33,16 @@ class Decoder(DecoderBase):
     def evaluate(self, array: mx.array) -> None:
         mx.eval(array)
 
-    def start_copy(self, token: mx.array) -> mx.array:
-        mx.async_eval(token)
-        return token
+    def choose(self, scores: mx.array) -> tuple[mx.array, mx.array]:
+        return scores.argmax(-1), scores.max(-1)  # argmax passes over NaN, max does not
 
-    def fetch(self, handle: mx.array) -> Tokens:
-        return np.array(handle).astype(np.int32)
+    def start_copy(self, token: mx.array, best: mx.array) -> tuple[mx.array, mx.array]:
+        mx.async_eval(token, best)
+        return token, best
+
+    def fetch(self, handle: tuple[mx.array, mx.array]) -> Tokens:
+        token, best = (np.array(array) for array in handle)
+        return np.where(np.isfinite(best), token, -1).astype(np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return np.array(self.logits.astype(mx.float32)), np.array(self.scores)

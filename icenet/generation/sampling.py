@@ -9,6 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
+from icenet.core.generation.sampling import SMALLEST_UNIFORM
 from icenet.nn.random import random_uniform
 
 
@@ -46,4 +47,5 @@ def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
 
 def add_gumbel_noise(logits: mx.array, keys: mx.array) -> mx.array:
     """Adds Gumbel noise drawn under the key of each row, uint32 `[B, 2]`."""
-    return logits - mx.log(-mx.log(random_uniform(keys, logits.shape[-1])))
+    uniform = mx.maximum(random_uniform(keys, logits.shape[-1]), SMALLEST_UNIFORM)
+    return logits - mx.log(-mx.log(uniform))

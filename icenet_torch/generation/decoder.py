@@ -15,8 +15,8 @@ from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet_torch.generation import sampling
 
-Handle = tuple[torch.Tensor, torch.cuda.Event | None]
-"""Tokens on the host, and the event after which they are valid; None if they already are."""
+Handle = tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]
+"""Tokens and their scores on the host, and the event after which they are valid; None if they already are."""
 
 
 class Decoder(DecoderBase):
@@ -45,20 +45,24 @@ class Decoder(DecoderBase):
     def evaluate(self, array: torch.Tensor) -> None:
         """Does nothing: PyTorch's tensors are not lazy."""
 
-    def start_copy(self, token: torch.Tensor) -> Handle:
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, token = scores.max(dim=-1)
+        return token, best
+
+    def start_copy(self, token: torch.Tensor, best: torch.Tensor) -> Handle:
         if token.device.type != "cuda":
-            return token, None
-        # the copy is queued on the stream before the work of the next step
-        host = token.to("cpu", non_blocking=True)
+            return token, best, None
+        # the copies are queued on the stream before the work of the next step
+        host = token.to("cpu", non_blocking=True), best.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return host, copied
+        return *host, copied
 
     def fetch(self, handle: Handle) -> Tokens:
-        host, copied = handle
+        token, best, copied = handle
         if copied is not None:
             copied.synchronize()
-        return host.cpu().numpy().astype(np.int32)
+        return np.where(np.isfinite(best.cpu().numpy()), token.cpu().numpy(), -1).astype(np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.logits.float().cpu().numpy(), self.scores.cpu().numpy()

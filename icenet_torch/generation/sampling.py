@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from icenet.core.generation.sampling import SMALLEST_UNIFORM
 from icenet_torch.nn.random import random_uniform
 
 
@@ -44,4 +45,5 @@ def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
 
 def add_gumbel_noise(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Adds Gumbel noise drawn under the key of each row, int32 `[B, 2]`."""
-    return logits - torch.log(-torch.log(random_uniform(keys, logits.shape[-1])))
+    uniform = random_uniform(keys, logits.shape[-1]).clamp_(min=SMALLEST_UNIFORM)
+    return logits - torch.log(-torch.log(uniform))

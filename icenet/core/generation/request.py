@@ -14,7 +14,7 @@ from icenet.core.errors import UsageError
 from icenet.core.generation.prompts import batch_of
 from icenet.core.generation.sampling import draw_keys
 from icenet.core.generation.stopping import StoppingCriteria
-from icenet.core.tokenizers.base import Tokenizer
+from icenet.core.tokenizers.base import Tokenizer, end_ids
 
 Tokens = NDArray[np.int32]
 DEFAULT_NEW_TOKENS = 100
@@ -39,40 +39,59 @@ class Request:
         tokens: Prompts, int32 `[B, T]`, padded on the left.
         attention_mask: bool `[B, T]`, False for padding; None without padding.
         settings: Sampling options.
-        new_tokens: Maximum number of new tokens.
+        limits: Maximum number of new tokens of each row.
         context_length: Number of tokens that the model can attend to; None without a limit.
         seed: Seed of the draws.
         pad_token_id: Token that fills rows that have ended.
         tokenizer: Tokenizer of the model, if any.
+        end_ids: End-of-text tokens, which end a row.
     """
 
     tokens: Tokens
     attention_mask: NDArray[np.bool_] | None
     settings: GenerationConfig
-    new_tokens: int
+    limits: tuple[int, ...]
     context_length: int | None
     seed: int
     pad_token_id: int
     tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...] = ()
 
-    def keys(self) -> NDArray[np.uint32] | None:
-        """Returns the key of each draw, uint32 `[new_tokens, B, 2]`; None at temperature 0."""
+    @property
+    def new_tokens(self) -> int:
+        """Maximum number of new tokens of the batch."""
+        return max(self.limits)
+
+    def rows(self) -> list[Tokens]:
+        """Returns the prompts without padding, int32 `[T]` each."""
+        masks = [None] * len(self.tokens) if self.attention_mask is None else self.attention_mask
+        return [row if mask is None else row[mask] for row, mask in zip(self.tokens, masks, strict=True)]
+
+    def keys(self, first: int, count: int) -> NDArray[np.uint32] | None:
+        """Returns the keys of draws `first`, `first + 1`, ..., uint32 `[count, B, 2]`; None at temperature 0."""
         if self.settings.temperature == 0:
             return None
-        return draw_keys(self.seed, self.tokens.shape[0], self.new_tokens)
+        return draw_keys(self.seed, len(self.tokens), count, first)
 
     def seen(self, vocab_size: int) -> NDArray[np.bool_] | None:
         """Returns which tokens each prompt contains, bool `[B, V]`; None without a repetition penalty."""
         if self.settings.repetition_penalty == 1:
             return None
-        seen = np.zeros((self.tokens.shape[0], vocab_size), np.bool_)
-        for row, tokens in enumerate(self.tokens):
-            seen[row, tokens if self.attention_mask is None else tokens[self.attention_mask[row]]] = True
+        seen = np.zeros((len(self.tokens), vocab_size), np.bool_)
+        for row, tokens in enumerate(self.rows()):
+            seen[row, tokens] = True
         return seen
 
     def stopping_criteria(self) -> StoppingCriteria:
         """Returns new stopping criteria for the rows of this request."""
-        return StoppingCriteria(len(self.tokens), self.settings.stop, self.tokenizer, self.pad_token_id)
+        return StoppingCriteria(
+            len(self.tokens),
+            self.settings.stop,
+            self.tokenizer,
+            self.pad_token_id,
+            end_ids=self.end_ids,
+            limits=self.limits,
+        )
 
 
 def check_reads_tokens(model: LanguageModel) -> None:
@@ -113,9 +132,11 @@ def make_request(
             )
     _check_stops(settings.stop, vocab_size, model.tokenizer)
     context_length = getattr(model.config, "max_seq_length", None)
-    new_tokens = _new_tokens(settings, tokens.shape[1], context_length)
+    lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(axis=1).tolist()
+    limits = tuple(_new_tokens(settings, length, context_length) for length in lengths)
+    ends = _end_ids(settings, vocab_size, model.tokenizer)
     seed = settings.seed if settings.seed is not None else 0
-    return Request(tokens, mask, settings, new_tokens, context_length, seed, pad_token_id, model.tokenizer)
+    return Request(tokens, mask, settings, limits, context_length, seed, pad_token_id, model.tokenizer, ends)
 
 
 def _settings(base: GenerationConfig, options: Mapping[str, Any]) -> GenerationConfig:
@@ -136,10 +157,26 @@ def _to_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _end_ids(settings: GenerationConfig, vocab_size: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Returns the tokens that end a text."""
+    chosen = settings.eos_token_id
+    ids = (chosen,) if isinstance(chosen, int) else tuple(chosen or ())
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"generate: eos_token_id {token} is outside the vocabulary (0 to {vocab_size - 1})")
+    if settings.ignore_eos:
+        return ()
+    if chosen is None and tokenizer is not None:
+        return tuple(token for token in end_ids(tokenizer) if token < vocab_size)
+    return ids
+
+
 def _check_stops(stops: list[int | str], vocab_size: int, tokenizer: Tokenizer | None) -> None:
     for stop in stops:
         if isinstance(stop, int) and not 0 <= stop < vocab_size:
             raise UsageError(f"generate: stop token {stop} is outside the vocabulary (0 to {vocab_size - 1})")
+        if isinstance(stop, str) and not stop.isascii() and any("\ud800" <= char <= "\udfff" for char in stop):
+            raise UsageError(f"generate: the stop text {stop!r} is not valid UTF-8, so no text contains it")
     if tokenizer is None and any(isinstance(stop, str) for stop in stops):
         raise UsageError("generate: stop texts need a model with a tokenizer; pass stop tokens")
     if "" in stops:
@@ -147,7 +184,7 @@ def _check_stops(stops: list[int | str], vocab_size: int, tokenizer: Tokenizer |
 
 
 def _new_tokens(settings: GenerationConfig, length: int, context_length: int | None) -> int:
-    """Returns the maximum number of new tokens after prompts of `length` tokens."""
+    """Returns the maximum number of new tokens after a prompt of `length` tokens."""
     limit = context_length if settings.overflow == "error" else None
     if settings.max_new_tokens is not None:
         count = settings.max_new_tokens

@@ -30,6 +30,8 @@ from icenet.core.config import GenerationConfig
 
 MIN_TEMPERATURE = 1e-30
 """Lower temperatures are raised to this one, so that logits / temperature stays in the range of fp32."""
+SMALLEST_UNIFORM = 2.0**-33
+"""Replaces a draw of zero, whose Gumbel noise would be -infinite. The other draws are multiples of 2^-32."""
 
 
 class SamplingOps(Protocol):
@@ -71,7 +73,7 @@ def compute_scores(ops: SamplingOps, logits: Any, settings: GenerationConfig, ke
     return ops.add_gumbel_noise(logits, keys)
 
 
-def draw_keys(seed: int, rows: int, tokens: int) -> NDArray[np.uint32]:
-    """Returns the key of each draw, uint32 `[tokens, rows, 2]`."""
+def draw_keys(seed: int, rows: int, tokens: int, first: int = 0) -> NDArray[np.uint32]:
+    """Returns the keys of the draws of new tokens `first`, `first + 1`, ..., uint32 `[tokens, rows, 2]`."""
     by_row = rng.fold(rng.key(seed, "sample")[None, :], np.arange(rows))
-    return rng.fold(by_row[None, :, :], np.arange(tokens)[:, None])
+    return rng.fold(by_row[None, :, :], np.arange(first, first + tokens)[:, None])

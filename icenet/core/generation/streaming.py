@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from icenet.core.errors import UsageError
+from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import encode_prompts
 from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request
-from icenet.core.generation.stopping import StoppingCriteria
-from icenet.core.tokenizers.base import decode_continuation
+from icenet.core.generation.stopping import FinishReason, StoppingCriteria
+from icenet.core.tokenizers.base import Tokenizer, decode_continuation
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The continuation of one prompt.
+
+    Attributes:
+        tokens: The new tokens, without stops.
+        finish_reason: "stop" for a stop token or text, "end" for the end of the text, "length" for the limit.
+        text: The new text, without stops; None without a tokenizer.
+    """
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    text: str | None = None
 
 
 def stream_tokens(
     decoder: DecoderBase, request: Request, stopping: StoppingCriteria | None = None
-) -> Generator[Tokens, None, None]:
+) -> Generator[Tokens, None, list[FinishReason]]:
     """Yields the next token of each row, int32 `[B]`; rows that have ended yield padding.
 
-    The stream ends when all rows have ended, or after `request.new_tokens` tokens. It can yield the first tokens of a
-    stop text, because a stop text is detected at its last token. `stopping.tokens` has the tokens without stops.
+    The stream ends when all rows have ended. It can yield the first tokens of a stop text, because a stop text is
+    detected at its last token. `stopping.tokens` has the tokens without stops.
+
+    Returns:
+        Why each row has ended (the value of the generator's `StopIteration`).
+
+    Raises:
+        NonFiniteError: The logits of a row are NaN or infinite.
     """
     stopping = stopping or request.stopping_criteria()
     with decoder:
@@ -29,16 +51,29 @@ def stream_tokens(
         for index in range(request.new_tokens):
             # the next step is queued before the last token is read, so the device does not wait for the host
             upcoming = decoder.submit(index + 1) if index + 1 < request.new_tokens else None
-            chosen = stopping.update(decoder.fetch(pending))
-            if stopping.all_done:
-                return
-            yield chosen
-            pending = upcoming
+            try:
+                chosen = stopping.update(decoder.fetch(pending))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}: {decoder.model.explain_non_finite()}") from None
+            if not stopping.all_done:
+                yield chosen
+                pending = upcoming
+                continue
+            if max(map(len, stopping.tokens)) == index + 1:  # a row has ended with a token of this step
+                yield chosen
+            break
+    return stopping.reasons()
 
 
-def generate_tokens(decoder: DecoderBase, request: Request) -> list[list[int]]:
-    """Returns the new tokens of each row, without stops."""
-    return _run(decoder, request).tokens
+def generate_tokens(decoder: DecoderBase, request: Request) -> list[Continuation]:
+    """Returns the continuation of each row, as tokens and, if the model has a tokenizer, as text."""
+    stopping = request.stopping_criteria()
+    for _ in stream_tokens(decoder, request, stopping):
+        pass
+    return [
+        Continuation(tokens, reason, None if request.tokenizer is None else _row_text(request, stopping, row))
+        for row, (tokens, reason) in enumerate(zip(stopping.tokens, stopping.reasons(), strict=True))
+    ]
 
 
 def append_to_prompts(rows: Sequence[Sequence[int]], request: Request) -> Tokens:
@@ -55,14 +90,15 @@ def append_to_prompts(rows: Sequence[Sequence[int]], request: Request) -> Tokens
 
 
 def generate_text(
-    model: Any, prompt: str | Sequence[str], stream: bool, options: dict[str, Any]
-) -> str | list[str] | Iterator[str]:
-    """Continues one text or several; see `icenet.generate`.
+    model: Any, prompt: str | Sequence[str], stream: bool, details: bool, options: dict[str, Any]
+) -> Any:
+    """Continues one text or several. Returns what `icenet.generate` describes.
 
     Args:
         model: A `ModelBase` of either backend, with a tokenizer.
         prompt: Text, or list of texts.
         stream: Whether to return an iterator over pieces of text.
+        details: Whether to return tokens and finish reasons too.
         options: Keys of `GenerationConfig`.
     """
     check_reads_tokens(model)
@@ -77,48 +113,71 @@ def generate_text(
     ids = encode_prompts(model.tokenizer, prompts)
     if stream and len(ids) != 1:
         raise UsageError("generate: stream=True takes one prompt")
+    if stream and details:
+        raise UsageError("generate: details=True needs stream=False; a stream returns the finish reason at its end")
     request = make_request(model, ids, None, 0, options)
     decoder = model.decoder_type(model, request)
     if stream:
         return stream_text(decoder, request)
-    texts = generate_texts(decoder, request)
-    return texts[0] if isinstance(prompt, str) else texts
+    found = generate_tokens(decoder, request)
+    results: list[Any] = [item if details else item.text for item in found]
+    return results[0] if isinstance(prompt, str) else results
 
 
-def generate_texts(decoder: DecoderBase, request: Request) -> list[str]:
-    """Returns the new text of each row, without stops."""
-    stopping = _run(decoder, request)
-    return [_row_text(request, stopping, row) for row in range(len(stopping.tokens))]
-
-
-def stream_text(decoder: DecoderBase, request: Request) -> Iterator[str]:
+def stream_text(decoder: DecoderBase, request: Request) -> Generator[str, None, FinishReason]:
     """Yields the new text of a request with one row, in pieces.
 
     Text is held back while it can still change: bytes of an unfinished character, and the possible beginning of a
-    stop text.
+    stop text. After Ctrl-C the text that was held back is yielded before KeyboardInterrupt is raised.
+
+    Returns:
+        Why the row has ended (the value of the generator's `StopIteration`).
     """
     assert request.tokenizer is not None
-    stopping = request.stopping_criteria()
-    stop_texts = [item for item in request.settings.stop if isinstance(item, str)]
-    shown = ""
-    for _ in stream_tokens(decoder, request, stopping):
-        text = decode_continuation(request.tokenizer, stopping.tokens[0])
-        complete = safe = len(text.rstrip("\ufffd"))  # the replacement character stands for unfinished bytes
-        for stop in stop_texts:
-            overlap = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n], 0, complete)), 0)
-            safe = min(safe, complete - overlap)
-        if safe > len(shown):
-            yield text[len(shown) : safe]
-            shown = text[:safe]
-    yield _row_text(request, stopping, 0)[len(shown) :]
+    stopping, tail, shown = request.stopping_criteria(), TextTail(request.tokenizer), 0
+    try:
+        for _ in stream_tokens(decoder, request, stopping):
+            text = tail.decode(stopping.tokens[0], shown)
+            complete = text.rstrip("\ufffd")  # the replacement character stands for unfinished bytes
+            safe = tail.start + len(complete) - stopping.held_back(complete)
+            if safe > shown:
+                piece, shown = text[shown - tail.start : safe - tail.start], safe
+                yield piece
+    except KeyboardInterrupt:
+        if rest := _row_text(request, stopping, 0)[shown:]:
+            yield rest
+        raise
+    if rest := _row_text(request, stopping, 0)[shown:]:
+        yield rest
+    return stopping.reasons()[0]
 
 
-def _run(decoder: DecoderBase, request: Request) -> StoppingCriteria:
-    """Generates all tokens. Returns the stopping criteria, which have the tokens of each row."""
-    stopping = request.stopping_criteria()
-    for _ in stream_tokens(decoder, request, stopping):
-        pass
-    return stopping
+class TextTail:
+    """Decodes the last tokens of a growing sequence, in a time that does not depend on its length.
+
+    Attributes:
+        start: Number of characters of the whole text before the text that `decode` returned.
+    """
+
+    context = 32  # tokens that the text of later ones may depend on
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.start = 0
+        self._tokenizer = tokenizer
+        self._first = 0
+
+    def decode(self, tokens: Sequence[int], shown: int) -> str:
+        """Returns the end of the text of `tokens`, which begins before character `shown` of the text."""
+        text = decode_continuation(self._tokenizer, tokens[self._first :])
+        if len(tokens) - self._first < 4 * self.context:
+            return text
+        for first in range(len(tokens) - self.context, len(tokens) - self.context // 2):
+            ending = decode_continuation(self._tokenizer, tokens[first:])
+            start = self.start + len(text) - len(ending)
+            if text.endswith(ending) and not ending.startswith("\ufffd") and start <= shown:
+                self._first, self.start = first, start
+                return ending
+        return text
 
 
 def _row_text(request: Request, stopping: StoppingCriteria, row: int) -> str:

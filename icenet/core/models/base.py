@@ -36,6 +36,7 @@ class ModelBase:
         generation: Default options of `generate`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
+        compute_dtype: The framework's dtype of the activations.
         checks_ids: Whether `check_tokens` also reads the ids. False where the caller has checked them on the host.
     """
 
@@ -47,6 +48,7 @@ class ModelBase:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
     allow_tf32: bool | None = None
+    compute_dtype: Any
     checks_ids: bool = True
 
     # ---- size --------------------------------------------------------------------------------------------
@@ -165,6 +167,13 @@ class ModelBase:
         return {path: module.init_scale for path, module in self._named_layers() if hasattr(module, "init_scale")}
 
     def check_length(self, length: int) -> None:
+    def explain_non_finite(self) -> str:
+        """Returns why a result of the model may be NaN or infinite: the first weight that is, or an overflow."""
+        for path, array in self.weights().items():
+            if not np.isfinite(array).all():
+                return f"{path} has values that are NaN or infinite"
+        return f"the weights are finite, so the arithmetic in {self.compute_dtype} overflows; compute in fp32"
+
         """Raises UsageError if a sequence of `length` tokens is longer than `max_seq_length`."""
         longest = getattr(self.config, "max_seq_length", None)
         if longest is not None and length > longest:
@@ -257,26 +266,34 @@ class ModelBase:
         seed: int | None = None,
         stop: Sequence[int | str] | None = None,
         overflow: str | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        ignore_eos: bool | None = None,
         prefill_chunk: int | None = None,
         attention_mask: Any = None,
         pad_token_id: int = 0,
         stream: bool = False,
     ) -> Any:
+        details: bool = False,
         """Continues prompts. The other options are those of `icenet.core.config.GenerationConfig`.
 
         Args:
+        Each row ends by itself, and its tokens do not depend on the other prompts of the batch.
+
             input_ids: Token ids `[B, T]`, `[T]`, or a list of lists of unequal length.
             attention_mask: `[B, T]`, 0 or False for padding, which must be on the left.
             pad_token_id: Token that pads prompts on the left and ended rows on the right.
             stream: Whether to return an iterator.
 
+            details: Whether to return the new tokens, the text and the finish reason of each row instead.
         Returns:
             Prompts and new tokens, `[B, L]`, a native array (int32 on MLX, int64 on PyTorch). With `stream`, an
-            iterator over the next token of each row, numpy int32 `[B]`.
+            iterator over the next token of each row, numpy int32 `[B]`; the finish reasons are the value of its
+            `StopIteration`. With `details`, one `icenet.core.generation.streaming.Continuation` per row.
 
         Raises:
             UsageError: A prompt or an option is invalid.
         """
+            NonFiniteError: The logits of a row are NaN or infinite.
         options = {
             "max_length": max_length,
             "max_new_tokens": max_new_tokens,
@@ -288,13 +305,20 @@ class ModelBase:
             "seed": seed,
             "stop": stop,
             "overflow": overflow,
+            "eos_token_id": eos_token_id,
+            "ignore_eos": ignore_eos,
             "prefill_chunk": prefill_chunk,
         }
         request = make_request(self, input_ids, attention_mask, pad_token_id, options)
+        if stream and details:
+            raise UsageError("generate: details=True needs stream=False; a stream returns the reasons at its end")
         decoder = self.decoder_type(self, request)
         if stream:
             return stream_tokens(decoder, request)
-        return self._to_native_tokens(append_to_prompts(generate_tokens(decoder, request), request))
+        found = generate_tokens(decoder, request)
+        if details:
+            return found
+        return self._to_native_tokens(append_to_prompts([row.tokens for row in found], request))
 
     # ---- defined by each backend's BaseModel -------------------------------------------------------------
 

@@ -136,15 +136,12 @@ def rounding(
 def contexts(prompts: Any, row: int, tokens: Any, window: int) -> Iterator[tuple[list[int], set[int]]]:
     """Yields the context before each new token of a row, and the set of tokens in the row.
 
-    If the window is full, the older half of the batch's columns is dropped.
+    If the window of the row is full, its older half is dropped.
     """
-    width = max(map(len, prompts))
-    columns: list[Any] = [None] * (width - len(prompts[row])) + list(prompts[row])
-    seen = set(prompts[row])
-    columns = columns[-window:]
+    context, seen = list(prompts[row])[-window:], set(prompts[row])
     for token in [*tokens, None]:
-        yield [column for column in columns if column is not None], set(seen)
-        columns = [*columns, token][-(max(window // 2, 1) if len(columns) >= window else window) :]
+        yield list(context), set(seen)
+        context = [*context, token][-(max(window // 2, 1) if len(context) >= window else window) :]
         seen.add(token)
 
 
@@ -416,7 +413,10 @@ def test_the_first_row_does_not_depend_on_the_others(backend: str, options: Any)
 def test_a_longer_request_begins_with_the_shorter(backend: str) -> None:
     long = run(backend, PROMPTS, max_new_tokens=40, seed=1)
     assert np.array_equal(run(backend, PROMPTS, max_new_tokens=15, seed=1), long[:, :33])
-    assert np.array_equal(run(backend, PROMPTS, max_length=33, seed=1), long[:, :33])
+    limited = run(backend, PROMPTS, max_length=33, seed=1)  # of each row: its prompt and its new tokens
+    for row, prompt in enumerate(PROMPTS):
+        end = 18 + 33 - len(prompt)
+        assert np.array_equal(limited[row, :end], long[row, :end]) and not limited[row, end:].any()
 
 
 @both_backends
@@ -673,7 +673,7 @@ def test_the_pieces_of_a_streamed_text_add_up_to_the_text(text: str, stop: list[
 
     prompt = np.zeros((1, 1), np.int32)
     options = GenerationConfig(stop=stop)
-    request = Request(prompt, None, options, len(ids), None, 0, 0, tokenizer)
+    request = Request(prompt, None, options, (len(ids),), None, 0, 0, tokenizer)
     pieces = [piece for piece in streaming.stream_text(FixedDecoder(), request) if piece] if ids else []
     assert "".join(pieces) == tokenizer.decode(until_stopped(list(text.encode()), stop))
     assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
