@@ -134,6 +134,7 @@ def generate(
         model: A model, or a path that `load` accepts.
         prompt: One text, or a list of texts.
         stream: Whether to return an iterator over pieces of text, for one prompt.
+        details: Whether to return text, tokens and finish reason.
         options: Keys of `icenet.core.config.GenerationConfig`: max_new_tokens, temperature, top_k, top_p, min_p,
             repetition_penalty, seed, stop, eos_token_id, ignore_eos, overflow.
 
@@ -148,7 +149,6 @@ def generate(
     from icenet.core.generation.streaming import generate_text
 
     model = load(model) if isinstance(model, (str, Path)) else model
-        details: Whether to return text, tokens and finish reason.
     return generate_text(model, prompt, stream, details, options)
 
 

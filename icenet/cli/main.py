@@ -208,35 +208,35 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
 @click.option("--seed", type=int, help="Seed of the sampling.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the output before this text. Repeatable.")
 @click.option(
-    "--overflow",
-    type=click.Choice(["error", "slide"]),
-    help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
-)
-@click.option(
     "--eos-token-id",
     type=int,
     multiple=True,
     help="End at this token. Repeatable. Default: the end-of-text tokens of the tokenizer.",
 )
 @click.option("--ignore-eos/--no-ignore-eos", default=None, help="Continue after an end-of-text token.")
+@click.option(
+    "--overflow",
+    type=click.Choice(["error", "slide"]),
+    help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
+)
 @averaged_option
 @backend_option
 @device_option
+@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and finish reason as JSON.")
 @trust_option
 def generate_command(
     model: Path,
     prompt: str | None,
     prompt_file: Path | None,
-@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and finish reason as JSON.")
     averaged: bool,
     backend: str | None,
     device: str | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Continue a text with a trained model.
 
     MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation
-    as_json: bool,
     section of the model's config. The output ends at an end-of-text token, before a stop text, or at the maximum
     number of tokens; --json also prints which of them it was.
     """

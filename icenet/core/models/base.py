@@ -166,7 +166,6 @@ class ModelBase:
         """Returns the `init_scale` of each layer that has one, by module path."""
         return {path: module.init_scale for path, module in self._named_layers() if hasattr(module, "init_scale")}
 
-    def check_length(self, length: int) -> None:
     def explain_non_finite(self) -> str:
         """Returns why a result of the model may be NaN or infinite: the first weight that is, or an overflow."""
         for path, array in self.weights().items():
@@ -174,6 +173,7 @@ class ModelBase:
                 return f"{path} has values that are NaN or infinite"
         return f"the weights are finite, so the arithmetic in {self.compute_dtype} overflows; compute in fp32"
 
+    def check_length(self, length: int) -> None:
         """Raises UsageError if a sequence of `length` tokens is longer than `max_seq_length`."""
         longest = getattr(self.config, "max_seq_length", None)
         if longest is not None and length > longest:
@@ -265,26 +265,26 @@ class ModelBase:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: Sequence[int | str] | None = None,
-        overflow: str | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         ignore_eos: bool | None = None,
+        overflow: str | None = None,
         prefill_chunk: int | None = None,
         attention_mask: Any = None,
         pad_token_id: int = 0,
         stream: bool = False,
-    ) -> Any:
         details: bool = False,
+    ) -> Any:
         """Continues prompts. The other options are those of `icenet.core.config.GenerationConfig`.
 
-        Args:
         Each row ends by itself, and its tokens do not depend on the other prompts of the batch.
 
+        Args:
             input_ids: Token ids `[B, T]`, `[T]`, or a list of lists of unequal length.
             attention_mask: `[B, T]`, 0 or False for padding, which must be on the left.
             pad_token_id: Token that pads prompts on the left and ended rows on the right.
             stream: Whether to return an iterator.
-
             details: Whether to return the new tokens, the text and the finish reason of each row instead.
+
         Returns:
             Prompts and new tokens, `[B, L]`, a native array (int32 on MLX, int64 on PyTorch). With `stream`, an
             iterator over the next token of each row, numpy int32 `[B]`; the finish reasons are the value of its
@@ -292,8 +292,8 @@ class ModelBase:
 
         Raises:
             UsageError: A prompt or an option is invalid.
-        """
             NonFiniteError: The logits of a row are NaN or infinite.
+        """
         options = {
             "max_length": max_length,
             "max_new_tokens": max_new_tokens,
@@ -304,14 +304,14 @@ class ModelBase:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
-            "overflow": overflow,
             "eos_token_id": eos_token_id,
             "ignore_eos": ignore_eos,
+            "overflow": overflow,
             "prefill_chunk": prefill_chunk,
         }
-        request = make_request(self, input_ids, attention_mask, pad_token_id, options)
         if stream and details:
             raise UsageError("generate: details=True needs stream=False; a stream returns the reasons at its end")
+        request = make_request(self, input_ids, attention_mask, pad_token_id, options)
         decoder = self.decoder_type(self, request)
         if stream:
             return stream_tokens(decoder, request)
