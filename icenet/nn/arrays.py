@@ -47,7 +47,9 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 
 def from_numpy(array: np.ndarray) -> mx.array:
-    """Returns an MLX array with the same bits; `ml_dtypes.bfloat16` becomes bfloat16."""
+    """Returns an MLX array with the same values; `ml_dtypes.bfloat16` becomes bfloat16, float64 becomes float32."""
     if array.dtype == ml_dtypes.bfloat16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array)
+        return from_numpy(array.view(np.uint16)).view(mx.bfloat16)
+    # MLX reads neither the other byte order nor negative strides
+    array = array if array.flags.c_contiguous else array.copy(order="C")
+    return mx.array(array.astype(array.dtype.newbyteorder("="), copy=False))

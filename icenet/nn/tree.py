@@ -120,7 +120,8 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
     dtypes = {path: array.dtype for path, array in own.get().items()}
     for path, array in values:
         native = layout.to_mlx(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
-        own.set({path: from_numpy(native).astype(dtypes[path])})
+        is_double = dtypes[path] == mx.float64  # which MLX has on a CPU
+        own.set({path: mx.array(native, mx.float64) if is_double else from_numpy(native).astype(dtypes[path])})
     mx.eval(model.parameters())
 
 

@@ -19,7 +19,7 @@ from icenet.core.models import init, inputs
 from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import files as weight_files
-from icenet.core.weights import layout, sharing
+from icenet.core.weights import arrays, layout, sharing
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -127,12 +127,13 @@ class ModelBase:
                 array that the model shares, one name is enough.
 
         Raises:
-            WeightsError: A name or a shape does not match, or two names of a shared array have unequal values; the
-                model is unchanged.
+            WeightsError: A name, a shape or a dtype does not match, or two names of a shared array have unequal
+                values; the model is unchanged.
         """
         shared = self.shared_arrays()
-        values = sharing.complete(self.with_canonical_names(values), shared)
+        values = sharing.complete(self.with_canonical_names(arrays.NumpyWeights(values)), shared)
         weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
+        arrays.check_dtypes({path: str(array.dtype) for path, array, _ in self._named_arrays()}, values)
         with self.arithmetic():
             self._assign_weights((path, array) for path, array in values.items() if path not in shared)
 

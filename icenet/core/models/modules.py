@@ -9,7 +9,7 @@ import numpy as np
 
 from icenet.core import backends
 from icenet.core.weights import files as weight_files
-from icenet.core.weights import sharing
+from icenet.core.weights import arrays, sharing
 
 
 def get_weights(module: Any) -> dict[str, np.ndarray]:
@@ -36,12 +36,13 @@ def set_weights(module: Any, values: Mapping[str, np.ndarray]) -> None:
 
     Raises:
         UsageError: It is no module.
-        WeightsError: A name or a shape does not match; the module is unchanged.
+        WeightsError: A name, a shape or a dtype does not match; the module is unchanged.
     """
     tree = _tree(module)
     shared = shared_arrays(module)
-    complete = sharing.complete(sharing.renamed(values, tree.mlx_names(module)), shared)
+    complete = sharing.complete(sharing.renamed(arrays.NumpyWeights(values), tree.mlx_names(module)), shared)
     weight_files.check(tree.weight_shapes(module), {path: tuple(array.shape) for path, array in complete.items()})
+    arrays.check_dtypes({path: str(array.dtype) for path, array, _ in tree.named_arrays(module)}, complete)
     tree.assign_weights(module, ((path, array) for path, array in complete.items() if path not in shared))
 
 

@@ -1,0 +1,89 @@
+"""Arrays that a user passes as weights: as numpy arrays, in the byte order of this machine, of a numeric dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core.errors import WeightsError
+
+Array = npt.NDArray[Any]
+
+_KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
+"""Rank of a kind of dtype; a value of a higher rank does not fit one of a lower rank."""
+
+
+class NumpyWeights(Mapping[str, Array]):
+    """A view of weights as numpy arrays (see `to_array`). Each array is converted when it is looked up."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """
+        Args:
+            values: Arrays by name: numpy arrays, nested lists, or arrays that `numpy.asarray` accepts.
+
+        Raises:
+            WeightsError: It is no mapping, or a name is not text.
+        """
+        if not isinstance(values, Mapping):
+            raise WeightsError(f"weights must be a dict of names and arrays, not a {type(values).__name__}")
+        for name in values:
+            if not isinstance(name, str):
+                raise WeightsError(f"the name of a weight must be text, not {name!r}")
+        self._values = values
+
+    def __getitem__(self, name: str) -> Array:
+        return to_array(name, self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def to_array(name: str, value: Any) -> Array:
+    """Returns a value as a numpy array in the byte order of this machine, without a copy if possible.
+
+    Args:
+        name: Name for the message.
+        value: A numpy array of any layout, a number, a nested list, a CPU tensor.
+
+    Raises:
+        WeightsError: It is no array of numbers of a dtype that the frameworks have.
+    """
+    try:
+        array = np.asarray(value.detach() if hasattr(value, "detach") else value)
+    except Exception as error:  # of numpy, or of the framework of the array
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeightsError(f"{name}: cannot become a numpy array ({reason}); pass numpy arrays") from None
+    if array.dtype != ml_dtypes.bfloat16 and (array.dtype.kind not in "biufc" or array.dtype.itemsize > 16):
+        what = f"a {type(value).__name__}" if not isinstance(value, np.ndarray) else f"an array of {array.dtype}"
+        raise WeightsError(f"{name}: is {what}, not an array of numbers; pass float32, for example")
+    if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):
+        raise WeightsError(f"{name}: the frameworks have no {array.dtype}; cast it to float64 or float32")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> None:
+    """Checks that no array loses its fraction or its imaginary part when a model takes it.
+
+    Args:
+        expected: Dtype of the model's array by name, such as `float32`, `torch.int64` or `mlx.core.bfloat16`.
+        values: Arrays with those names.
+
+    Raises:
+        WeightsError: An array of floats or complex numbers is for an array of integers or floats.
+    """
+    for name, dtype in expected.items():
+        if name in values:
+            given, own = str(values[name].dtype), dtype.rpartition(".")[2]
+            if _rank(given) > max(_rank(own), 1):
+                raise WeightsError(f"{name}: is {given}, and the model's array is {own}; cast it first")
+
+
+def _rank(dtype: str) -> int:
+    return _KINDS.get(dtype.rstrip("0123456789"), 2)
