@@ -25,8 +25,9 @@ from icenet.core.config import Config, ImageDataConfig
 from icenet.core.data.datasets import dataset_for
 from icenet.core.data.images import files as image_files
 from icenet.core.data.images.augment import augment, normalize
-from icenet.core.data.images.dataset import ImageDataset
-from icenet.core.data.images.files import FileImages, find_images, read_idx, read_image
+from icenet.core.data.images.dataset import ImageDataset, class_table
+from icenet.core.data.images.decode import read_image
+from icenet.core.data.images.files import FileImages, find_images, read_idx
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.training import checkpoint
@@ -165,6 +166,20 @@ def test_validation_in_full_or_spread_evenly() -> None:
     np.testing.assert_array_equal(some, dataset.source.labels[spread])
     plain = dataset.source.images.take(dataset.validation[:100])  # not augmented
     np.testing.assert_array_equal(batches[0]["inputs"], normalize(plain, dataset.mean, dataset.std))
+
+
+def test_the_table_of_classes() -> None:
+    assert class_table(["cat", "dog"], [1200, 3], [300, 0]) == [
+        "class      training  validation",
+        "cat           1,200         300",
+        "dog               3           0",
+        "2 classes     1,203         300",
+    ]
+    sizes = list(range(1, 1001))
+    lines = class_table([f"class-{size}" * 9 for size in sizes], sizes, [2] * 1000)
+    assert len(lines) <= 12 and max(map(len, lines)) <= 80
+    assert "... 991 more" in lines[7] and "7 to 997" in lines[7] and "1,000 classes" in lines[-1]
+    assert "500,500" in lines[-1] and "2,000" in lines[-1]
 
 
 def test_given_mean_and_deviation() -> None:
@@ -308,9 +323,9 @@ def break_picture(name: str, content: Callable[[bytes], bytes]) -> Callable[[Pat
     return make
 
 
-def deep_picture(folder: Path) -> None:
+def float_picture(folder: Path) -> None:
     folder_of(folder, {"a": 2, "b": 2})
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "b" / "1.png")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "b" / "2.tif")
 
 
 def empty_class(folder: Path) -> None:
@@ -340,10 +355,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a cut JPEG": (break_picture("1.jpg", lambda b: b[: len(b) // 2]), ["b/1.jpg: damaged"]),
     "garbled": (break_picture("1.png", lambda b: b[:60] + bytes(60) + b[120:]), ["b/1.png: damaged"]),
     "not an image": (break_picture("1.png", lambda b: b"hello"), ["b/1.png: not an image"]),
-    "empty file": (break_picture("1.png", lambda b: b""), ["b/1.png: not an image"]),
+    "empty file": (break_picture("1.png", lambda b: b""), ["b/1.png: is empty (0 bytes)"]),
     "a bomb": (break_picture("1.png", lambda b: bomb(12_000, 12_000)), ["b/1.png", "12,000 x 12,000 pixels"]),
     "a large bomb": (break_picture("1.png", lambda b: bomb(60_000, 60_000)), ["b/1.png", "too many pixels"]),
-    "16 bits": (deep_picture, ["b/1.png", "I;16", "8-bit"]),
+    "floats": (float_picture, ["b/2.tif", "mode F", "8-bit"]),
     "an empty class": (empty_class, ["c contains no images"]),
     "one class": (lambda f: folder_of(f, {"cat": 4}), ["cat", "two"]),
     "no classes": (lambda f: None, ["no folders"]),
@@ -504,6 +519,19 @@ def test_the_command(
     ):
         assert main(["predict", *map(str, arguments), "--backend", "torch"]) in (1, 2)
         assert is_one_line(capsys.readouterr().err, message)
+
+
+def test_transparent_images_are_predicted_over_the_background_of_the_run(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alpha = noise(8, 8, seed=3)
+    Image.fromarray(np.stack([np.zeros_like(alpha), alpha], axis=-1)).save(tmp_path / "glyph.png")
+    Image.fromarray(255 - alpha).save(tmp_path / "over-white.png")
+    (tmp_path / "Thumbs.db").touch()
+    found = predict(run, [tmp_path], "torch", "cpu")
+    assert [image.name for image in found.images] == ["glyph.png", "over-white.png"]
+    np.testing.assert_allclose(found.probabilities[0], found.probabilities[1], atol=1e-6)
+    assert is_one_line(caplog.messages[0], str(tmp_path), "Thumbs.db")
 
 
 def test_runs_that_cannot_predict(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

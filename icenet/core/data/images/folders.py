@@ -283,15 +283,19 @@ def _classes(root: Folder) -> list[str]:
         below = _first_with_classes(only)
         remedy = f"if its folders are the classes, set data.source={below.path}" if below else "add another one"
         raise DataError(f"folder {root.path} has only one class ({name}); a classifier needs two or more: {remedy}")
-    empty = [name for name in names if name not in root.filled]
+    _check_filled(root)
+    _check_not_like_splits(root)
+    _check_not_the_same_subfolders(root)
+    return names
+
+
+def _check_filled(root: Folder) -> None:
+    empty = [name for name in sorted(root.subfolders) if name not in root.filled]
     if empty:
         raise DataError(
             f"class folder {root.path / empty[0]} contains no images ({', '.join(sorted(SUFFIXES))}); add some, or "
             "remove it"
         )
-    _check_not_like_splits(root)
-    _check_not_the_same_subfolders(root)
-    return names
 
 
 def _first_with_classes(folder: Folder) -> Folder | None:
@@ -342,7 +346,7 @@ def _check_not_the_same_subfolders(root: Folder) -> None:
 def _check_same_classes(train: Folder, validation: Folder) -> None:
     ours, theirs = set(train.subfolders), set(validation.subfolders)
     if ours == theirs:
-        _classes(validation)  # raises if one is empty
+        _check_filled(validation)
         return
     parts = [
         f"only {folder.path} has {some(sorted(names))}"
