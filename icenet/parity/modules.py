@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.models import dropout, modules, randomness
+from icenet.core.weights.arrays import to_array
 from icenet.parity.align import DIFFERENT_CALLS
 from icenet.parity.engines import Perturbation
 from icenet.parity.locate import SampledReplay, compare, locate
@@ -50,10 +53,11 @@ def compare_modules(
 
     Raises:
         UsageError: An argument is no module of its framework, or it draws random numbers without a key.
+        WeightsError: An input is no array of numbers.
     """
     if train:
         mlx, torch = _keyed(mlx), _keyed(torch)
-    calls = [Call(tuple(map(_value, given))) for given in (mlx_inputs, torch_inputs or mlx_inputs)]
+    calls = [Call(tuple(map(_value, itertools.count(), given))) for given in (mlx_inputs, torch_inputs or mlx_inputs)]
     twins = {"MLX": mlx, "PyTorch": torch, "reference": copy.deepcopy(torch).double()}
     report = Report("fp32", {name: _describe(module) for name, module in twins.items()})
     replays = [_Replay(module, train, exact=name == "reference") for name, module in twins.items()]
@@ -156,7 +160,7 @@ def _perturbed(module: Any, sample: int, role: str, in_order: bool) -> Iterator[
     shared = modules.shared_arrays(module)  # moved once, at its first place
     own = {path: array for path, array in weights.items() if path not in shared}
     modules.set_weights(moved, {path: perturb.array(array, "weight", path) for path, array in own.items()})
-    sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
+    sums = backends.module("torch", "tools.sums").summing_in_order(sample) if in_order else contextlib.nullcontext()
     probe = backends.module(backend, "tools.probe")
     inner = probe.perturbing(moved, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
     try:
@@ -171,8 +175,10 @@ def _exact(value: Value) -> Value:
     return Value(value.array.astype(np.float64), "fp64") if value.is_float else value
 
 
-def _value(array: Array) -> Value:
-    array = np.asarray(array)
+def _value(number: int, given: Any) -> Value:
+    array = to_array(f"input {number}", given)
+    if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
+        array = array.astype(np.float32)  # the dtype of the comparison
     return Value(array, short_dtype(array.dtype))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
-from icenet_torch.nn.arrays import COMPUTE_DTYPES
+from icenet_torch.nn.arrays import COMPUTE_DTYPES, from_numpy
 from icenet_torch.nn.kinds import call_kinds
 
 
@@ -164,7 +164,7 @@ _CONVERTER = ArrayConverter(torch.Tensor, to_numpy)
 
 def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
     """Returns a value as a tensor on the device of `like`; floats in their dtype, or float64 if `like` is."""
-    tensor = torch.from_numpy(np.array(value.array)).to(like.device)
+    tensor = from_numpy(value.array).clone().to(like.device)
     if not value.is_float:
         return tensor
     dtypes = {**COMPUTE_DTYPES, "fp64": torch.float64}

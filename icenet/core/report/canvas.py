@@ -132,7 +132,7 @@ def new_figure(
         axes.margins(x=0.01)
         panels.append(axes)
     if title:
-        figure.text(left, 1 - 0.2 / size[1], literal(title), fontsize=15, fontweight="bold", color=INK, va="top")
+        figure.text(left, 1 - 0.2 / size[1], literal(title, 58), fontsize=15, fontweight="bold", color=INK, va="top")
     if subtitle:
         figure.text(left, 1 - 0.55 / size[1], literal(subtitle, 140), fontsize=11.5, color=colour, va="top")
     return figure, panels
