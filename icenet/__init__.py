@@ -110,19 +110,28 @@ def load(
     return model
 
 
-def save(model: Any, path: str | Path) -> Path:
-    """Writes the canonical weights, the config and the tokenizer of a model to a folder. Returns the folder."""
-    from icenet.core import files, weights
-    from icenet.core.config import yaml_file
+def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes the canonical weights, the config and the tokenizer of a model to a folder. Returns the folder.
 
-    folder = Path(path)
-    weights.write(folder, model.weights())
-    config = {"model": model.config.model_dump(mode="python")}
-    for name, content in getattr(model.tokenizer, "files", {}).items():
-        files.write_bytes(folder / name, content)
+    Args:
+        model: A `BaseModel` of either backend.
+        path: The folder, created if absent. A model that `save` wrote there before is replaced.
+        overwrite: Whether to replace other files of the same names: model.safetensors, config.yaml, tokenizer.json.
+
+    Raises:
+        UsageError: The path is a file, a run or a checkpoint, or a file would be replaced.
+        FileError: A file cannot be written, for example because the disk is full.
+    """
+    from icenet.core.config import yaml_file
+    from icenet.core.training import saved_model
+
+    config: dict[str, Any] = {"model": model.config.model_dump(mode="python")}
+    companions = dict(getattr(model.tokenizer, "files", {}))
+    for name in companions:
         config["data"] = {"tokenizer": name}
-    files.write_text(folder / "config.yaml", yaml_file.dump(config))
-    return folder
+    companions["config.yaml"] = yaml_file.dump(config).encode()
+    saved_model.save(Path(path), model.weights(), companions, overwrite)
+    return Path(path)
 
 
 def generate(

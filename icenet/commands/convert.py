@@ -8,9 +8,10 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import checkpoint
+from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import open_averaged
 from icenet.core.weights.convert import convert, destination_file, refuse_existing
+from icenet.core.weights.files import DEFAULT_NAME
 
 
 def convert_model(
@@ -49,18 +50,32 @@ def convert_model(
         model = backends.meta_model(settings)
         kinds, shapes, names = model.layer_kinds(), model.weight_shapes(), model.mlx_names()
         shared = model.shared_arrays()
-    writes_config = settings is not None and to == "canonical" and (destination.is_dir() or not destination.suffix)
-    if writes_config:
-        refuse_existing(source, destination_file(destination, to), overwrite)
+    in_folder = destination.is_dir() or not destination.suffix
+    target = destination_file(destination, to)
+    refuse_existing(source, target, overwrite)
+    if in_folder or target.name.startswith(Path(DEFAULT_NAME).stem):
+        saved_model.check_not_a_run(target.parent)
+    if (enclosing := checkpoint.enclosing(target)) is not None:
+        raise UsageError(f"{target}: is in the checkpoint {enclosing}; choose another place")
+    companions: dict[str, bytes] = {}
+    if settings is not None and to == "canonical" and in_folder:
         new = destination / "config.yaml"
-        if new.exists() and stored.resolve() == new.resolve():
-            writes_config = False
-        elif new.exists() and not overwrite:
-            raise UsageError(f"{new}: exists; name another destination, or give --overwrite to replace it")
+        if not (new.exists() and stored.resolve() == new.resolve()):
+            tokenizer = tokenizer_files(getattr(settings.data, "tokenizer", "bytes"))
+            companions = checkpoint.config_files(settings, tokenizer)
+        if not overwrite:
+            saved_model.refuse_replacing(destination, list(companions), set())
     facts = {"kinds": kinds, "shapes": shapes, "names": names, "shared": shared}
-    done = convert(source, destination, to, source_form=source_form, arrays=arrays, overwrite=overwrite, **facts)
-    if settings is not None and writes_config:
-        checkpoint.write_config(destination, settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))
+    done = convert(
+        source,
+        destination,
+        to,
+        source_form=source_form,
+        arrays=arrays,
+        overwrite=overwrite,
+        companions=companions,
+        **facts,
+    )
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")

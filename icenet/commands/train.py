@@ -7,7 +7,7 @@ from pathlib import Path
 
 from icenet.core.config import Config
 from icenet.core.report.console import new_console
-from icenet.core.training.run_folder import new_run_folder
+from icenet.core.training.run_folder import default_folder
 from icenet.core.training.trainer import Result, Trainer
 
 
@@ -35,8 +35,8 @@ def train(
         trainer = Trainer.resume(resume, run=run, overrides=overrides, backend=backend, device=device, quiet=quiet)
     else:
         settings = Config.from_yaml(str(config), overrides)
-        folder = run or new_run_folder(str(config))
-        trainer = Trainer.start(settings, folder, backend=backend, device=device, quiet=quiet)
+        folder = run or default_folder(str(config))
+        trainer = Trainer.start(settings, folder, numbered=run is None, backend=backend, device=device, quiet=quiet)
     result = trainer.fit()
     if trainer.is_main_process:
         print_result(result)

@@ -1,4 +1,4 @@
-"""Atomic writes and file locks.
+"""Atomic writes, files that a user names, and file locks.
 
 A file is written under a temporary name in the folder of its destination, flushed to the disk (fsync) and renamed.
 A reader therefore finds the old file or the new one, never a part of it, even after a crash.
@@ -7,7 +7,11 @@ A reader therefore finds the old file or the new one, never a part of it, even a
     staged                      one or more files of any size
     staged_folder               a whole folder, complete or absent, such as a checkpoint
     replace_symlink             a symbolic link
+    output_file                 checks a path that a user named as output
+    set_aside                   renames a file that is to be kept
     locked, is_locked           one process at a time
+
+`walk_folders` and `distinct_files` list files that are already there.
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import filelock
 
-from icenet.core.errors import FileError
+from icenet.core.errors import FileError, UsageError
 
 # --- atomic writes ------------------------------------------------------------------------------------------
 
@@ -52,15 +57,15 @@ class Stage:
 
 
 @contextlib.contextmanager
-def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[Stage]:
+def staged(destination: Path, absent_meanwhile: Iterable[Path] = ()) -> Iterator[Stage]:
     """Writes files under temporary names and renames them when all are complete and on the disk.
 
     On an error the temporary files are removed and the existing files stay.
 
     Args:
         destination: The path that error messages name. Its folder is created if absent.
-        absent_meanwhile: A file without which readers ignore the others, such as an index. It is removed before the
-            first rename and must be the last that is written. Several renames are not atomic, and without this a
+        absent_meanwhile: Files without which readers ignore the others, such as an index. They are removed before the
+            first rename and must be the last that are written. Several renames are not atomic, and without this a
             crash between them could leave a mixture of old and new files.
 
     Raises:
@@ -72,8 +77,8 @@ def staged(destination: Path, absent_meanwhile: Path | None = None) -> Iterator[
         destination.parent.mkdir(parents=True, exist_ok=True)
         yield stage
         renaming = len(stage.files) > 1
-        if absent_meanwhile is not None:
-            absent_meanwhile.unlink(missing_ok=True)
+        for path in absent_meanwhile:
+            path.unlink(missing_ok=True)
         for temporary, path in stage.files:
             os.replace(temporary, path)
         _sync(destination.parent)
@@ -160,6 +165,69 @@ def write_error(path: Path, error: OSError) -> str:
     return f"no space to write it{free}; free some or choose another disk"
 
 
+# --- files that a user names --------------------------------------------------------------------------------
+
+
+def output_file(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    is_earlier_output: Callable[[Path], bool] | None = None,
+) -> Path:
+    """Checks that a path which the user named as output may be written.
+
+    Args:
+        path: The path.
+        overwrite: Whether an existing file may be replaced.
+        inputs: Files that are read. They are never replaced.
+        is_earlier_output: Returns whether an existing file is an earlier output of the same kind, which may be
+            replaced without `overwrite`. None: no file is.
+
+    Returns:
+        The file to write: the target of a symbolic link, otherwise `path`.
+
+    Raises:
+        UsageError: There is a file that may not be replaced, a folder, or something else.
+    """
+    try:
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        status = target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be written ({reason}); choose another name") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{path}: is a folder; name a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path}: is not a regular file; choose another name")
+    if any(other.exists() and os.path.samefile(target, other) for other in inputs):
+        raise UsageError(f"{path}: is the same file as an input; choose another name")
+    if not overwrite and not (is_earlier_output is not None and is_earlier_output(target)):
+        raise UsageError(
+            f"{path}: exists; choose another name, or replace it with --overwrite (in Python overwrite=True)"
+        )
+    if not status.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        # a rename would replace it, because it needs the permission of the folder only
+        raise UsageError(f"{path}: is write-protected; choose another name, or chmod u+w {path}")
+    return target
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder to NAME-replaced, or NAME-replaced-2 if that exists. Returns the new path.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    number, target = 1, path.with_name(f"{path.stem}-replaced{path.suffix}")
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.stem}-replaced-{number}{path.suffix}")
+    os.rename(path, target)
+    return target
+
+
 # --- locks --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +282,82 @@ def is_locked(path: Path) -> bool:
         return False
     finally:
         os.close(handle)
+
+
+# --- listing ------------------------------------------------------------------------------------------------
+
+LINKED_TWICE = "a second link to what is already listed"
+BROKEN_LINK = "a link to nothing"
+NOT_A_FILE = "a device, a pipe or a socket"
+UNREADABLE = "cannot be read"
+
+OnSkip = Callable[[str, str, str], None]
+"""Receives what a listing leaves out: the reason (one of the four above), the path, and details or an empty text."""
+
+
+def identity(path: str | Path, status: os.stat_result | None = None) -> object:
+    """Returns a value that is equal for all names of a file or folder: links, hard links and bind mounts too."""
+    status = status or os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)  # 0 on some network drives
+
+
+def walk_folders(root: str | Path, on_skip: OnSkip, ignore: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Yields the path of each folder from `root` down, and the sorted names of its files.
+
+    Hidden files and folders are left out. Links to folders are followed, and each folder is listed once, whatever the
+    number of links to it: a link to a parent is not followed.
+
+    Args:
+        root: The folder where the search begins.
+        on_skip: Receives the folders that are left out.
+        ignore: Names of folders to leave out, like hidden ones.
+    """
+    seen = set()
+
+    def unreadable(error: OSError) -> None:
+        on_skip(UNREADABLE, str(error.filename), (error.strerror or str(error)).lower())
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        try:
+            found = identity(folder)
+        except OSError as error:  # removed meanwhile
+            unreadable(error)
+            subfolders.clear()
+            continue
+        if found in seen:
+            on_skip(LINKED_TWICE, folder, "")
+            subfolders.clear()
+            continue
+        seen.add(found)
+        kept = [name for name in subfolders if name[0] != "." and name not in ignore]
+        # a folder is listed under its own name rather than that of a link next to it
+        subfolders[:] = sorted(kept, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        yield folder, sorted(name for name in names if name[0] != ".")
+
+
+def distinct_files(paths: Iterable[str], on_skip: OnSkip) -> dict[str, os.stat_result]:
+    """Returns the status of each file by path. Of several names of a file, one that is not a link is kept.
+
+    Args:
+        paths: Paths of files, in any order.
+        on_skip: Receives the paths that are left out.
+    """
+    found: dict[object, tuple[str, os.stat_result]] = {}
+    for path in sorted(set(paths), key=lambda path: (os.path.islink(path), path)):
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+            on_skip(BROKEN_LINK if missing else UNREADABLE, path, "" if missing else (error.strerror or "").lower())
+            continue
+        name = identity(path, status)
+        if not stat.S_ISREG(status.st_mode):
+            on_skip(NOT_A_FILE, path, "")
+        elif name in found:
+            on_skip(LINKED_TWICE, path, "")
+        else:
+            found[name] = path, status
+    return dict(found.values())
 
 
 # --- hints --------------------------------------------------------------------------------------------------

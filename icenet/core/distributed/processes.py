@@ -26,7 +26,7 @@ from icenet.core.weights import layout
 ELEMENTWISE = ("adamw", "adam", "sgd", "lion")
 """Optimizers that update each value of a parameter independently, so that they can work on a shard of it."""
 
-SIGNALS = ("SIGTERM", "Ctrl-C", "the end of its launcher")
+SIGNALS = ("SIGTERM", "Ctrl-C", "SIGHUP", "the end of its launcher")
 """The reasons to stop a run."""
 
 Array = Any

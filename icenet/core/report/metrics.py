@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from icenet.core.errors import IceNetError
-from icenet.core.files import write_text
+from icenet.core.files import write_bytes
 from icenet.core.report.tensorboard import TensorBoardLog
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -53,18 +53,55 @@ class MetricsLog:
         if self._mirror is not None:
             self._mirror.append(record)
 
-    def truncate_after(self, step: int) -> None:
-        """Removes the records after `step`, which a resumed run writes again, and incomplete lines.
+    def truncate_after(self, step: int) -> int:
+        """Moves the records after `step`, which a resumed run writes again, to NAME-replaced.jsonl.
 
-        The file is replaced atomically. Does nothing if it does not exist.
+        Lines that are no records are moved, too, except an incomplete last line. The file is replaced atomically,
+        after the lines are in the other file. Does nothing if it does not exist.
+
+        Returns:
+            The number of training steps after `step` that were recorded.
 
         Raises:
-            IceNetError: The file cannot be written.
+            IceNetError: A file cannot be written.
         """
         self.close()
-        if self.path.exists():
-            kept = [record for record in self.read(self.path) if record.get("step", step) <= step]
-            write_text(self.path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in kept))
+        if not self.path.exists():
+            return 0
+        kept: list[bytes] = []
+        moved: list[bytes] = []
+        steps = set()
+        *lines, incomplete = self._lines(self.path)
+        if self.parse(incomplete):  # only the newline is missing
+            lines.append(incomplete)
+        for line in lines:
+            records = self.parse(line)
+            number = records[0].get("step", step) if records else None
+            is_kept = isinstance(number, (int, float)) and number <= step
+            (kept if is_kept else moved).append(line + b"\n")
+            if records and not is_kept and "loss" in records[0]:
+                steps.add(number)
+        if moved:
+            replaced = self.path.with_name(f"{self.path.stem}-replaced{self.path.suffix}")
+            try:
+                with open(replaced, "ab") as file:
+                    file.writelines(moved)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise self._unwritable(error) from None
+        if moved or incomplete:
+            write_bytes(self.path, b"".join(kept))
+        return len(steps)
+
+    @staticmethod
+    def _lines(path: Path) -> list[bytes]:
+        """Returns the lines of a file; the last one is empty unless its newline is missing."""
+        try:
+            return path.read_bytes().split(b"\n")
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise IceNetError(f"cannot read the metrics {path}: {reason}") from None
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
@@ -73,12 +110,7 @@ class MetricsLog:
         Raises:
             IceNetError: The file cannot be read.
         """
-        try:
-            lines = Path(path).read_bytes().split(b"\n")
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise IceNetError(f"cannot read the metrics {path}: {reason}") from None
-        return [record for line in lines for record in MetricsLog.parse(line)]
+        return [record for line in MetricsLog._lines(Path(path)) for record in MetricsLog.parse(line)]
 
     @staticmethod
     def parse(line: bytes) -> list[dict[str, Any]]:

@@ -97,17 +97,22 @@ class Reporter:
         if self.is_main_process:
             MetricsLog.copy(origin / METRICS, self._log.path, step)
 
-    def begin(self, step: int) -> None:
-        """Drops the metrics after `step`, which will be written again, and opens TensorBoard's file."""
-        if self.is_main_process:
-            self._log.truncate_after(step)
+    def begin(self, step: int) -> list[str]:
+        """Sets the metrics after `step` aside, which will be written again, and opens TensorBoard's file.
+
+        Returns:
+            Notes for the user.
+        """
+        notes = []
+        if self.is_main_process and (count := self._log.truncate_after(step)):
+            steps = "1 step" if count == 1 else f"{count:,} steps"
+            notes.append(
+                f"{steps} after step {step} without a checkpoint will be repeated; their metrics are kept in "
+                f"{Path(METRICS).stem}-replaced.jsonl"
+            )
         if self._board is not None:
             self._board.begin(step, MetricsLog.read(self._log.path) if self._log.path.exists() else ())
-
-    def describe(self, lines: Sequence[str]) -> None:
-        """Shows lines that describe the data, unless quiet."""
-        for line in lines:
-            self._progress.note(line)
+        return notes
 
     def notes(self, notes: Sequence[str]) -> None:
         """Shows notes on how the run begins. If quiet, they are warnings of the logger `icenet`."""

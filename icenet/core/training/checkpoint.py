@@ -12,7 +12,9 @@ A checkpoint becomes complete with one rename. `save` writes it as `.step-000001
 disk and renames the folder (`icenet.core.files.staged_folder`). A process that is killed before that leaves the older
 checkpoints and a partial folder, which no reader opens and the next save removes.
 
-Only names of `step-` and digits are checkpoints; the user's own folders next to them stay.
+Only names of `step-` and digits are checkpoints; the user's own folders next to them stay. So do old checkpoints that
+contain files of the user. A checkpoint with missing or short files was copied or moved incompletely, because it is
+written completely or not at all.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import numpy as np
 
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.files import set_aside as rename_aside
 from icenet.core.files import staged_folder, write_bytes, write_error, write_text
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
@@ -40,6 +43,10 @@ FOLDER = "checkpoints"
 """Name of the folder of checkpoints in the folder of a run."""
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+class IncompleteError(CheckpointError):
+    """A checkpoint of which files are missing or cut short: it was copied or moved incompletely."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def save(
         CheckpointError: The checkpoint cannot be written, for example because the disk is full. Older ones stay.
     """
     target = path_of(run, step)
-    for leftover in target.parent.glob(".step-*"):
+    for leftover in target.parent.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with staged_folder(target) as partial:
@@ -113,23 +120,35 @@ def save(
     if keep is not None:
         kept = {*list_checkpoints(run)[-keep:], path_of(run, protect or 0)}
         for old in set(list_checkpoints(run)) - kept:
-            shutil.rmtree(old, ignore_errors=True)
+            if not _foreign_files(old):
+                shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def write_config(folder: Path, config: Config, files: Mapping[str, bytes]) -> None:
-    """Writes config.yaml and the files that belong to it, such as tokenizer.json, to a folder.
+def _foreign_files(path: Path) -> list[str]:
+    """Returns the names in the folder of a checkpoint that its manifest does not list, without hidden files."""
+    try:
+        listed = _read_json(path, MANIFEST).get("files")
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+        return sorted(names - {MANIFEST, *(listed or ())})
+    except (OSError, TypeError, IceNetError):  # damaged: it may be all that is left of a run
+        return [MANIFEST]
 
-    The config.yaml refers to the tokenizer.json next to it, so the folder can be moved.
 
-    Raises:
-        FileError: A file cannot be written.
+def config_files(config: Config, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns the content of config.yaml and of the files that belong to it, such as tokenizer.json, by name.
+
+    The config.yaml is the last one. It refers to the tokenizer.json next to it, so the folder can be moved.
     """
-    for name, content in files.items():
-        write_bytes(folder / name, content)
     if TOKENIZER_FILE in files:
         config = config.with_overrides(f"data.tokenizer={TOKENIZER_FILE}")
-    write_text(folder / "config.yaml", config.to_yaml())
+    return {**files, "config.yaml": config.to_yaml().encode()}
+
+
+def write_config(folder: Path, config: Config, files: Mapping[str, bytes]) -> None:
+    """Writes the files of `config_files` to a folder. Raises FileError if one cannot be written."""
+    for name, content in config_files(config, files).items():
+        write_bytes(folder / name, content)
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -144,6 +163,27 @@ def list_checkpoints(run: Path, after: int = -1) -> list[Path]:
     return sorted((path for path, step in steps.items() if step > after), key=lambda path: steps[path])
 
 
+def enclosing(path: Path) -> Path | None:
+    """Returns the checkpoint that is at a path or contains it, whether the path exists or not; None if none does."""
+    for folder in (path.resolve(), *path.resolve().parents):
+        if is_checkpoint(folder):
+            return folder
+    return None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Returns whether a folder is a checkpoint, complete or not, by its name in a run or by its manifest.
+
+    The manifest.json of another program has no format number.
+    """
+    if _NAME.fullmatch(folder.name) and folder.parent.name == FOLDER and folder.is_dir():
+        return True
+    try:
+        return isinstance(_read_json(folder, MANIFEST).get("format"), int)
+    except IceNetError:
+        return False
+
+
 def newest(run: Path) -> Path | None:
     """Returns the newest checkpoint of a run, not verified, or None."""
     return next(reversed(list_checkpoints(run)), None)
@@ -153,7 +193,8 @@ def verify(path: Path) -> None:
     """Compares size and SHA-256 of every file of a checkpoint with the manifest.
 
     Raises:
-        CheckpointError: A file is missing, changed or cut short.
+        IncompleteError: A file is missing or cut short.
+        CheckpointError: A file is changed.
     """
     manifest = _read_json(path, MANIFEST)
     _check_format(path, manifest)
@@ -168,7 +209,9 @@ def verify(path: Path) -> None:
         if not isinstance(entry, dict) or Path(name).name != name:
             raise CheckpointError(f"{path / MANIFEST}: damaged: invalid entry {name!r}")
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing; use another checkpoint of the run")
+            raise IncompleteError(f"{file}: missing; use another checkpoint of the run")
+        if isinstance(entry.get("bytes"), int) and file.stat().st_size < entry["bytes"]:
+            raise IncompleteError(f"{file}: damaged (it is cut short); use another checkpoint of the run")
         if file.stat().st_size != entry.get("bytes") or weight_files.checksum(file) != entry.get("sha256"):
             raise CheckpointError(f"{file}: damaged (its checksum is wrong); use another checkpoint of the run")
 
@@ -203,27 +246,38 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
+def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete: bool = True) -> Checkpoint:
     """Opens a checkpoint, or the newest intact checkpoint of a run.
 
     Args:
         path: The folder of a checkpoint or of a run.
         warn: Called with a message for each damaged checkpoint that is skipped; default: the logger `icenet`.
+        skip_incomplete: Whether a checkpoint with missing or short files is skipped too.
 
     Raises:
+        IncompleteError: The newest checkpoint that is not damaged is incomplete, and may not be skipped.
         CheckpointError: There is no intact checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
     if (path / MANIFEST).is_file():
         return load(path)
+    check_link(path)
     candidates = list_checkpoints(path)[::-1]
     if not candidates:
         raise CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
     problems: list[str] = []
-    for candidate in candidates:
+    for index, candidate in enumerate(candidates):
         try:
             found = load(candidate)
+        except IncompleteError as error:
+            if not skip_incomplete and index + 1 < len(candidates):
+                raise IncompleteError(
+                    f"{_reason(error)}; copy the rest of {candidate.name}, or continue from the checkpoint before "
+                    f"it: --resume {candidates[index + 1]}"
+                ) from None
+            problems.append(f"{candidate.name}: {error}")
+            continue
         except IceNetError as error:
             problems.append(f"{candidate.name}: {error}")
             continue
@@ -235,6 +289,24 @@ def find(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
     )
 
 
+def _reason(error: IceNetError) -> str:
+    """Returns the message of an error without its remedy."""
+    return str(error).partition(";")[0]
+
+
+def check_link(run: Path) -> None:
+    """Checks that the folder of checkpoints of a run is not a symbolic link to nothing.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    link = run / FOLDER
+    if link.is_symlink() and not link.exists():
+        raise CheckpointError(
+            f"{link}: is a link to {os.readlink(link)}, which does not exist; mount it, or correct the link"
+        )
+
+
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its run can continue from an earlier one. Returns the new path.
 
@@ -242,7 +314,7 @@ def set_aside(path: Path) -> Path:
     """
     target = path.with_name(f"unread-{path.name}")
     if target.exists():
-        shutil.rmtree(target, ignore_errors=True)
+        rename_aside(target)
     os.replace(path, target)
     return target
 
@@ -251,7 +323,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((path / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not a complete checkpoint: {name} is missing") from None
+        raise IncompleteError(f"{path}: not a complete checkpoint: {name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / name}: damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):

@@ -22,7 +22,7 @@ from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.background import Background
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
-from icenet.core.training.run_folder import link_best, unlink_stale_best, versions
+from icenet.core.training.run_folder import link_best, record_checkpoint, unlink_stale_best, versions
 
 
 class CheckpointWriter:
@@ -127,6 +127,7 @@ class CheckpointWriter:
             best,
             self.dataset.files,
         )
+        record_checkpoint(self.run, step)
         if step == best:
             link_best(self.run, path)
         unlink_stale_best(self.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
 from icenet.core.models import twins
 from icenet.core.training.checkpoint import FOLDER, find
+from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
 
 
@@ -33,8 +35,13 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         )
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
-    if (path / FOLDER).is_dir() or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
+    is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)
+    if is_run or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
         found = find(path)
+        if is_run and (path / weight_files.DEFAULT_NAME).exists():
+            logging.getLogger("icenet").warning(
+                f"{path}: is a run; {weight_files.DEFAULT_NAME} in it is not used, but {found.path.name}"
+            )
         return found.config.with_overrides(*overrides), found.weights
     return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
 

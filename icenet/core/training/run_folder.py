@@ -1,33 +1,88 @@
-"""The folder of a run: its name, its lock, its files, and the point from which a run continues."""
+"""The folder of a run: its name, its lock, its files, and the point from which a run continues.
+
+    RUN/
+        run.json             the step of the newest complete checkpoint, and SHA-256 of config.yaml and tokenizer.json
+        .lock                held by the process that trains the run
+        config.yaml          with tokenizer.json, unless the tokenizer is `bytes`
+        metrics.jsonl        see `icenet.core.report.metrics`
+        plot.png
+        best                 a link to a checkpoint
+        checkpoints/         see `icenet.core.training.checkpoint`
+        tensorboard/         with `training.tensorboard`
+
+A new run takes a folder only if it contains none of these files. So all files of these names in the folder of a run
+are files of the run, except those that the user changed: config.yaml and tokenizer.json are compared with run.json
+before they are written again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from icenet.core import files
 from icenet.core.config import Config
-from icenet.core.errors import CheckpointError, UsageError
+from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.report.metrics import MetricsLog
+from icenet.core.report.reporter import METRICS
+from icenet.core.report.tensorboard import FOLDER as TENSORBOARD
+from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint import Checkpoint
 from icenet.core.training.early_stopping import EarlyStopping
 
 LOCK = ".lock"
+RECORD = "run.json"
 BEST = "best"
 """Name of the link in a run's folder to the checkpoint of the lowest validation loss."""
+_CONFIG = "config.yaml"
+_FORMAT = 1
+_NAMES = (_CONFIG, TOKENIZER_FILE, METRICS, "plot.png", BEST, checkpoints.FOLDER, TENSORBOARD, RECORD)
+"""The visible names in the folder of a run."""
+_FOLDERS = (checkpoints.FOLDER, TENSORBOARD)
+"""Those of folders, in which a run replaces nothing. They may exist, for example as links to a larger disk."""
 
 
-def new_run_folder(config: str) -> Path:
-    """Returns the folder for a new run of a config, named after it: runs/NAME, or runs/NAME-2 if that exists."""
-    base = Path("runs") / Path(config).stem
-    number, folder = 1, base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+# --- names and contents -------------------------------------------------------------------------------------
+
+
+def default_folder(config: str) -> Path:
+    """Returns the folder of the first run of a config, named after it: runs/NAME."""
+    return Path("runs") / Path(config).stem
+
+
+def create_numbered(base: Path) -> int:
+    """Creates the folder `base`, or `base-2`, `base-3`, ... if that exists. Returns the number, 1 for `base`.
+
+    Of several processes that do this at the same moment, each gets its own folder.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    number = 1
+    while True:
+        try:
+            numbered(base, number).mkdir(parents=True)
+            return number
+        except FileExistsError:
+            number += 1
+            if not base.parent.is_dir():
+                raise UsageError(f"{base.parent}: is a file; rename it, or choose a folder with --run") from None
+        except OSError as error:
+            raise _not_writable(base, error) from None
+
+
+def numbered(base: Path, number: int) -> Path:
+    """Returns the folder with a number that `create_numbered` returned."""
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -38,16 +93,109 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def has_no_checkpoint(path: Path) -> bool:
-    """Returns whether this is the folder of a run that ended before its first checkpoint."""
-    begun = (path / "config.yaml").is_file() and ((path / LOCK).is_file() or (path / "metrics.jsonl").is_file())
-    return begun and not checkpoints.list_checkpoints(path)
+    """Returns whether this is the folder of a run that ended before its first checkpoint, or lost its checkpoints."""
+    begun = (path / LOCK).is_file() or (path / METRICS).is_file() or bool(_record(path))
+    return begun and (path / _CONFIG).is_file() and not checkpoints.list_checkpoints(path)
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Returns whether the folder contains results of a run, or is a checkpoint or a saved model itself."""
-    run = bool(checkpoints.list_checkpoints(folder)) or (folder / "metrics.jsonl").exists()
-    weights = (folder / checkpoints.MANIFEST).is_file() or any(folder.glob("model*.safetensors*"))
-    return run or weights or folder.resolve().parent.name == checkpoints.FOLDER
+def description(folder: Path) -> str | None:
+    """Returns what a folder is to IceNet, such as "a run"; None if it is neither a run nor a part of one."""
+    if (enclosing := checkpoints.enclosing(folder)) is not None:
+        return "a checkpoint" if enclosing == folder.resolve() else f"in the checkpoint {enclosing}"
+    if checkpoints.list_checkpoints(folder) or (folder / METRICS).exists() or has_no_checkpoint(folder):
+        return "a run"
+    return None
+
+
+def check_free(run: Path, holds_lock: bool = False) -> None:
+    """Checks that a new run may use a folder: it must not contain anything that the run would replace.
+
+    Args:
+        run: The folder, which need not exist.
+        holds_lock: Whether this process holds the lock of the run.
+
+    Raises:
+        UsageError: It is a file, another run, a checkpoint, or contains files with names of a run.
+        CheckpointError: Another process trains a run there.
+    """
+    if re.search(r"[\x00-\x1f\x7f]", str(run)):
+        raise UsageError(f"{str(run)!r}: the name of a run must not contain control characters; choose another --run")
+    try:
+        if os.path.lexists(run) and not run.is_dir():
+            raise UsageError(f"{run}: is not a folder; choose another --run")
+        if not holds_lock and is_locked(run):
+            raise _in_use(run)
+        found = description(run)
+        if found == "a run":
+            raise UsageError(
+                f"{run}: contains a run already; continue it with --resume {run}, or choose another --run"
+            )
+        if found is not None:
+            raise UsageError(f"{run}: is {found}; choose another --run")
+        if _record(run):
+            return  # a run that was killed before it wrote its config
+        if any(run.glob("model*.safetensors*")):
+            raise UsageError(f"{run}: contains a model, not a run; choose another --run")
+        for name in _NAMES:
+            if os.path.lexists(run / name) and not (name in _FOLDERS and (run / name).is_dir()):
+                raise UsageError(
+                    f"{run}: contains {name}, which a run would replace; choose another --run, such as {run / 'run'}"
+                )
+    except OSError as error:
+        raise _not_writable(run, error) from None
+
+
+# --- run.json -----------------------------------------------------------------------------------------------
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """Returns the content of run.json; an empty dict if there is none, or if it is damaged."""
+    try:
+        content = json.loads((run / RECORD).read_bytes())
+        return content if isinstance(content, dict) and content.get("format") == _FORMAT else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _write_record(run: Path, **changes: Any) -> None:
+    content = {"format": _FORMAT, "checkpoint": None, "files": {}, **_record(run), **changes}
+    files.write_text(run / RECORD, json.dumps(content, indent=1))
+
+
+def record_checkpoint(run: Path, step: int) -> None:
+    """Records in run.json that the checkpoint of a step is complete."""
+    with contextlib.suppress(IceNetError):  # the checkpoint itself is complete
+        _write_record(run, checkpoint=step)
+
+
+def lost_checkpoint(run: Path) -> int | None:
+    """Returns the step of a checkpoint that the run wrote after the newest that is there; None if there is none.
+
+    A run of a version without run.json must have written one if its metrics reach `training.checkpoint_every`.
+
+    Raises:
+        IceNetError: The metrics cannot be read.
+    """
+    newest = checkpoints.newest(run)
+    step = int(newest.name.partition("-")[2]) if newest else 0
+    record = _record(run)
+    last: Any = record.get("checkpoint")
+    if not record and newest is None and (run / METRICS).is_file():
+        with contextlib.suppress(IceNetError):  # a config that cannot be read is reported later
+            every = Config.from_yaml(run / _CONFIG, trust_code=False).training.checkpoint_every
+            last = last_step(run) // every * every
+    return last if isinstance(last, int) and last > step else None
+
+
+def last_step(run: Path) -> int:
+    """Returns the last step of the metrics of a run; 0 without metrics."""
+    if not (run / METRICS).is_file():
+        return 0
+    steps = [record.get("step") for record in MetricsLog.read(run / METRICS)]
+    return max((step for step in steps if isinstance(step, int)), default=0)
+
+
+# --- how a run continues ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,30 +231,38 @@ def continuation(
 
     Raises:
         UsageError: The run is complete or continued after the checkpoint, or the new folder contains a run.
-        CheckpointError: There is no intact checkpoint.
+        CheckpointError: There is no intact checkpoint, the newest one is incomplete, or the checkpoints are missing.
     """
+    checkpoints.check_link(path)
     if has_no_checkpoint(path):
+        if (lost := lost_checkpoint(path)) is not None:
+            raise CheckpointError(
+                f"{path / checkpoints.FOLDER}: the checkpoint of step {lost} is missing; mount or move the folder "
+                f"back, or begin a new run: icenet train {path / _CONFIG} --run NEW"
+            )
         if run is not None and run.resolve() != path.resolve():
-            _must_be_free(run)
+            check_free(run)
         config = Config.from_yaml(path / "config.yaml", overrides, trust_code=False)
         notes = [f"{path}: ended before its first checkpoint; it begins again at step 1"]
         return Continuation(config, run or path, None, notes=notes)
     notes = []
-    found = checkpoints.find(path, notes.append)
+    found = checkpoints.find(path, notes.append, skip_incomplete=False)
     origin = run_of(found.path)
+    if path.resolve() != found.path.resolve() and (lost := lost_checkpoint(path)) is not None:
+        notes.append(f"{path}: the checkpoint of step {lost} is missing; the run continues from step {found.step}")
     target = run or origin
     if target is None:
         raise UsageError(f"{path}: is not in the folder of a run; name a folder for the continuation with --run NEW")
     branch = origin is None or target.resolve() != origin.resolve()
     if not branch:
         newer = [other.name for other in checkpoints.list_checkpoints(target, found.step)]
-        if newer and path.resolve() == found.path.resolve():
+        if path.resolve() == found.path.resolve() and _any_intact(target, found.step):
             raise UsageError(
                 f"{path}: the run continued to {newer[-1]}; resume {target} to continue there, "
                 "or give --run NEW to branch off here"
             )
     else:
-        _must_be_free(target)
+        check_free(target)
     config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
     if found.step >= config.training.max_steps:
         raise UsageError(
@@ -122,9 +278,16 @@ def continuation(
     return Continuation(config, target, found, (origin or found.path) if branch else None, notes)
 
 
-def _must_be_free(folder: Path) -> None:
-    if is_run_folder(folder):
-        raise UsageError(f"{folder}: contains a run already; choose another --run for the continuation")
+def _any_intact(run: Path, after: int) -> bool:
+    """Returns whether a run has an intact checkpoint after a step."""
+    for path in checkpoints.list_checkpoints(run, after):
+        with contextlib.suppress(CheckpointError):
+            checkpoints.verify(path)
+            return True
+    return False
+
+
+# --- locks and files ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -140,9 +303,7 @@ def locked(run: Path) -> Iterator[None]:
             # waits a little, because `is_locked` of another process holds the lock for an instant
             lock.enter_context(files.locked(run / LOCK, timeout=0.5))
         except TimeoutError:
-            raise CheckpointError(
-                f"{run}: another process trains this run; wait for it, or choose another --run"
-            ) from None
+            raise _in_use(run) from None
         except OSError as error:
             raise _not_writable(run, error) from None
         yield
@@ -165,6 +326,10 @@ def create(run: Path) -> None:
         raise _not_writable(run, error) from None
 
 
+def _in_use(run: Path) -> CheckpointError:
+    return CheckpointError(f"{run}: another process trains this run; wait for it, or choose another --run")
+
+
 def _not_writable(run: Path, error: OSError) -> UsageError:
     return UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run")
 
@@ -176,7 +341,7 @@ def prepare(
 
     Args:
         run: The folder.
-        config: Written as config.yaml.
+        config: Written as config.yaml. A config.yaml that the user changed is kept under another name.
         dataset_files: Content of the dataset's files by name (`Dataset.files`).
         step: Number of completed steps. Checkpoints of later steps are damaged and set aside.
         best_step: Step of the checkpoint that the link `best` points to; None for no link.
@@ -188,10 +353,36 @@ def prepare(
         f"{unread.name} is kept as {checkpoints.set_aside(unread).name}"
         for unread in checkpoints.list_checkpoints(run, step)
     ]
-    checkpoints.write_config(run, config, dataset_files)
+    written = checkpoints.config_files(config, dataset_files)
+    for name, content in written.items():
+        if _is_changed(run, name, content):
+            kept = files.set_aside(run / name)
+            unused = " and is not used (--set changes a key)" if step else ""  # step 0: the run is read from it
+            notes.append(f"{run / name}: was changed{unused}; it is kept as {kept.name}")
+    # run.json first: it marks the other files as those of the run
+    _write_record(run, files={name: hashlib.sha256(content).hexdigest() for name, content in written.items()})
+    for name, content in written.items():
+        files.write_bytes(run / name, content)
+    if step and not (run / METRICS).exists():
+        notes.append(f"{run / METRICS}: is missing; the metrics begin at step {step + 1}")
     if best_step is not None:
         link_best(run, checkpoints.path_of(run, best_step))
     return notes
+
+
+def _is_changed(run: Path, name: str, content: bytes) -> bool:
+    """Returns whether a file in the folder of a run is neither `content` nor what the run wrote there before."""
+    path = run / name
+    if not path.is_file():
+        return False
+    found = path.read_bytes()
+    recorded = _record(run).get("files")
+    if isinstance(recorded, dict):
+        earlier = hashlib.sha256(found).hexdigest() == recorded.get(name)
+    else:  # a run of a version without run.json
+        copies = [checkpoint / name for checkpoint in checkpoints.list_checkpoints(run)]
+        earlier = not copies or any(copy.is_file() and copy.read_bytes() == found for copy in copies)
+    return found != content and not earlier
 
 
 def link_best(run: Path, checkpoint: Path) -> None:

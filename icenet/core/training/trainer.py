@@ -22,7 +22,7 @@ from icenet.core.config import Config, custom
 from icenet.core.data.datasets import dataset_for
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Engine, StepResult
-from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.training import checkpoint as checkpoints
@@ -35,7 +35,7 @@ from icenet.core.training.signals import on_stop_signal
 
 
 class Interrupted(IceNetError):
-    """Training was stopped by Ctrl-C or SIGTERM, and its state was saved."""
+    """Training was stopped by Ctrl-C, SIGTERM or SIGHUP, and its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Trainer:
         self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)
         self._watchdog = watchdog.Watchdog(self.process_group, run)
         self._branched_from: Path | None = None
+        self._is_new = False
+        """Whether the run's folder must not contain a run yet."""
+        self._numbered = False
+        """Whether a number is added to the name of the folder if that exists."""
         self._known_checkpoints = checkpoints.list_checkpoints(run)
         self._stop_signal: str | None = None
         self._num_skipped = 0
@@ -116,26 +120,35 @@ class Trainer:
 
     @classmethod
     def start(
-        cls, config: Config, run: Path, *, backend: str | None = None, device: str | None = None, quiet: bool = False
+        cls,
+        config: Config,
+        run: Path,
+        *,
+        numbered: bool = False,
+        backend: str | None = None,
+        device: str | None = None,
+        quiet: bool = False,
     ) -> Trainer:
         """Returns the trainer of a new run.
 
         Args:
             config: The configuration.
-            run: Folder of the run; it must not contain another one.
+            run: Folder of the run. It must not contain files that the run would replace.
+            numbered: Whether to use RUN-2, RUN-3, ... if the folder exists. `fit` chooses it.
             backend, device: Override those of the configuration.
             quiet: Show no progress.
 
         Raises:
-            UsageError: The folder contains a run, a checkpoint or a saved model.
+            UsageError: The folder contains a run, a checkpoint, a model, or files with the names of a run's.
+            CheckpointError: Another process trains a run there.
         """
         config = config.checked()
-        if run_folder.is_run_folder(run):
-            raise UsageError(
-                f"{run}: contains a run already; continue it with --resume {run}, or choose another --run"
-            )
+        if not numbered:
+            run_folder.check_free(run)
         custom.trust(config.model.type)
-        return cls._new(config, run, backend, device, quiet)
+        trainer = cls._new(config, run, backend, device, quiet)
+        trainer._is_new, trainer._numbered = True, numbered
+        return trainer
 
     @classmethod
     def _new(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
@@ -174,6 +187,7 @@ class Trainer:
         config, found = plan.config, plan.found
         if found is None:
             trainer = cls._new(config, plan.run, backend, device, quiet)
+            trainer._is_new = plan.run.resolve() != path.resolve()
             trainer.notes += plan.notes
             return trainer
         engine = backends.engine(config, None, device, dtype=dtype)
@@ -199,6 +213,7 @@ class Trainer:
                 "change by more than rounding"
             )
         trainer._branched_from = plan.branched_from
+        trainer._is_new = plan.branched_from is not None
         if plan.branched_from is not None:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
@@ -216,12 +231,13 @@ class Trainer:
         """Trains to `training.max_steps`, or to step `until`, and saves the state.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM. The state was saved.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP. The state was saved.
             IceNetError: The loss is not finite, or a checkpoint could not be written.
         """
         training = self.config.training
         last_step = min(training.max_steps, until or training.max_steps)
         self._stop_signal = self.process_group.stop = None
+        self._create_run_folder()
         reporter = Reporter(
             self.run,
             training,
@@ -234,9 +250,6 @@ class Trainer:
             is_main_process=self.is_main_process,
             quiet=self.quiet,
         )
-        self._check_agreement()
-        if self.is_main_process:
-            run_folder.create(self.run)
         self._watchdog = watchdog.Watchdog(self.process_group, self.run)
         lock = run_folder.locked(self.run) if self.is_main_process else contextlib.nullcontext()
         lost_processes = processes.explain_lost_processes(self.process_group, self.run)
@@ -247,7 +260,8 @@ class Trainer:
                     self._prepare_run_folder(reporter)
                     prepared = True
                     reporter.begin(self.step)
-                    reporter.describe(self.dataset.summary)
+                    for line in self.dataset.summary:
+                        reporter.note(line)
                     reporter.notes(self.notes)
                     self.notes.clear()
                     stopped_early = self._train(last_step, reporter)
@@ -396,12 +410,34 @@ class Trainer:
                     self.process_group.gather([0.0])  # a launcher ends all processes when the first of them ends
         return checkpoints.path_of(self.run, self.step)
 
+    def _create_run_folder(self) -> None:
+        """Creates the run's folder. A numbered one gets its name here, the same in all processes.
+
+        Raises:
+            UsageError: The folder cannot be written, or a new run would replace files there.
+            CheckpointError: Another process trains a run there.
+        """
+        self._check_agreement()
+        if self._numbered:
+            number = run_folder.create_numbered(self.run) if self.is_main_process else 0
+            number = int(self.process_group.gather([float(number)])[0, 0])
+            self.run = self._writer.run = run_folder.numbered(self.run, number)
+            self._numbered = False
+        elif self.is_main_process:
+            if self._is_new:
+                run_folder.check_free(self.run)  # before the lock, which would make it look like a run
+            run_folder.create(self.run)
+
     def _prepare_run_folder(self, reporter: Reporter) -> None:
         """Brings the locked folder to the state from which training continues.
 
         Raises:
+            UsageError: Another process began a run in the folder after this trainer was created.
             CheckpointError: Another process trained the run after this trainer was created.
         """
+        if self.is_main_process and self._is_new:
+            run_folder.check_free(self.run, holds_lock=True)
+        self._is_new = False
         if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._known_checkpoints:
             raise CheckpointError(f"{self.run}: another process continued this run meanwhile; resume it again")
         if self._branched_from is not None:

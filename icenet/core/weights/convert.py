@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icenet.core import backends
+from icenet.core import backends, files
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import layout, sharing
@@ -125,6 +125,7 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int | None = weights.MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    companions: Mapping[str, bytes] = {},
 ) -> Conversion:
     """Writes the weights at `source` to `destination` in the form `to`.
 
@@ -145,9 +146,10 @@ def convert(
         max_shard_bytes: Size above which the weights are split; the mlx form is always one file, because
             `load_weights` reads one.
         progress: Called with (bytes done, bytes in total) after each array.
+        companions: Content of files to write next to weights in a folder, by name, such as a config.yaml.
 
     Raises:
-        UsageError: The request is not valid.
+        UsageError: The request is not valid, or it would replace a file.
         WeightsError: The weights are damaged or do not fit.
         FileError: The destination cannot be written.
         BackendError: The request needs PyTorch, which is not installed.
@@ -157,6 +159,9 @@ def convert(
     destination = destination_file(destination, to)
     refuse_existing(source, destination, overwrite)
     found, source_metadata = _read(source)
+    if isinstance(found, weights.Weights):
+        files.output_file(destination, overwrite=True, inputs=found.files)  # a shard
+    destination = files.output_file(destination, overwrite=True)  # behind a symbolic link
     found = found if arrays is None else arrays
     form = source_form or detect(source, source_metadata)
     _check_form(form)
@@ -189,18 +194,18 @@ def convert(
     described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
     if destination.suffix in PICKLED:
         _state_dict_module().write_state_dict(destination, written)
-        files = [destination]
+        outputs = [destination]
         if progress is not None:
             total = sum(array.nbytes for array in result.values())
             progress(total, total)
         described = {}  # a state dict contains tensors only
     else:
         limit = None if to == "mlx" else max_shard_bytes
-        files = weights.write(destination, written, described, limit, progress)
+        outputs = weights.write(destination, written, described, limit, progress, companions)
     return Conversion(
         _summary(source, form, found, source_metadata),
         _summary(destination, to, written, described),
-        files,
+        outputs,
         [name for name in found if name not in result],
     )
 
@@ -289,6 +294,5 @@ def refuse_existing(source: Path, destination: Path, overwrite: bool) -> None:
         read_from = weights.target(source)
     if read_from.resolve() == destination.resolve():
         raise UsageError(f"{destination}: source and destination are the same file; name another destination")
-    existing = [path for path in (destination, weights.index_of(destination)) if path.exists()]
-    if existing and not overwrite:
-        raise UsageError(f"{existing[0]}: exists; name another destination, or give --overwrite to replace it")
+    for path in (destination, weights.index_of(destination)):
+        files.output_file(path, overwrite=overwrite, inputs=[read_from])

@@ -161,11 +161,13 @@ def write(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    companions: Mapping[str, bytes] = {},
 ) -> list[Path]:
     """Writes weights to a .safetensors file or into a folder, as `model.safetensors`; returns the files.
 
-    The write is atomic: after a crash a single file is the old or the new one. For several shards the old index is
-    removed first and the new one written last, so a crash leaves weights that cannot be read, never a mixture.
+    The write is atomic: after a crash a single file is the old or the new one. Of several files the old index and the
+    last companion are removed first and the new ones written last, so a crash leaves files that cannot be read, never
+    a mixture. Shards of an old index are removed at the end.
 
     Args:
         path: A .safetensors file, or a folder, which is created if absent.
@@ -173,6 +175,8 @@ def write(
         metadata: Text to store in addition to `format: pt`, which it can override.
         max_shard_bytes: Size of the arrays above which the weights are split, in order of names; None: never.
         progress: Called after each array.
+        companions: Content of files to write in the same folder, by name, after the weights. Readers must ignore
+            the folder if the last one is missing.
 
     Raises:
         WeightsError: A name or a dtype cannot be stored.
@@ -203,7 +207,10 @@ def write(
     if len(shards) > 1:
         files = [path.with_name(f"{path.stem}-{i + 1:05}-of-{len(shards):05}{SUFFIX}") for i in range(len(shards))]
     index = index_of(path)
-    with staged(path, absent_meanwhile=index if len(shards) > 1 else None) as stage:
+    others = {path.with_name(name): content for name, content in companions.items()}
+    absent_meanwhile = [*([index] if len(shards) > 1 else []), *list(others)[-1:]]
+    earlier = _shards_of(index)
+    with staged(path, absent_meanwhile) as stage:
         for file, names in zip(files, shards, strict=True):
             with stage.open(file) as out:
                 write_file(out, {name: weights[name] for name in names}, described, written)
@@ -212,10 +219,26 @@ def write(
             table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             with stage.open(index) as out:
                 out.write((json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
+        for other, content in others.items():
+            with stage.open(other) as out:
+                out.write(content)
     if len(shards) > 1:
         path.unlink(missing_ok=True)  # `read` prefers a single file to an index
         files.append(index)
-    return files
+    for outdated in {*earlier, *([index] if earlier else [])} - set(files):
+        outdated.unlink(missing_ok=True)
+    return [*files, *others]
+
+
+def _shards_of(index: Path) -> list[Path]:
+    """Returns the shards that an existing index lists, of the names that `write` gives them."""
+    stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
+    try:
+        listed = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no index, or a damaged one
+        return []
+    names = [name for name in listed if isinstance(name, str)]
+    return [index.with_name(name) for name in names if re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name)]
 
 
 def _is_unicode(name: str) -> bool:

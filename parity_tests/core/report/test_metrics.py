@@ -66,7 +66,7 @@ def test_a_torn_line_longer_than_a_block(tmp_path: Path) -> None:
 
 def test_truncate_after(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsLog(path).truncate_after(3)
+    assert MetricsLog(path).truncate_after(3) == 0
     assert not path.exists()
     log = MetricsLog(path)
     for step in range(1, 7):
@@ -74,13 +74,27 @@ def test_truncate_after(tmp_path: Path) -> None:
         if step % 2 == 0:
             log.append({"step": step, "validation_loss": 1.0})
     log.append({"note": "without a step"})
-    log.truncate_after(4)
+    assert log.truncate_after(4) == 2
+    assert log.truncate_after(4) == 0
     log.append({"step": 5, "again": True})
     log.close()
     back = MetricsLog.read(path)
     assert [record.get("step") for record in back] == [1, 2, 2, 3, 4, 4, None, 5]
     assert math.isnan(back[0]["loss"]) and back[-1] == {"step": 5, "again": True}
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "metrics-replaced.jsonl"}
+    assert [record["step"] for record in MetricsLog.read(tmp_path / "metrics-replaced.jsonl")] == [5, 6, 6]
+
+
+def test_truncating_damaged_metrics_loses_nothing(tmp_path: Path) -> None:
+    """A line that is no record is set aside; only the incomplete last line of a kill is dropped."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\nbroken\n{"step": "two"}\n{"step": 3}\n{"step": 4, "lo')
+    MetricsLog(path).truncate_after(2)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert (tmp_path / "metrics-replaced.jsonl").read_bytes() == b'broken\n{"step": "two"}\n{"step": 3}\n'
+    path.write_bytes(b'{"step": 1}')  # complete, except for the newline
+    MetricsLog(path).truncate_after(2)
+    assert path.read_bytes() == b'{"step": 1}\n'
 
 
 def test_a_kill_loses_at_most_the_line_being_written(tmp_path: Path) -> None:

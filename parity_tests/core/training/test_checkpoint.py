@@ -341,7 +341,7 @@ def test_a_run_continues_from_the_newest_intact_checkpoint(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(step_folder(trained, 15), "model.safetensors")
-    cut(step_folder(trained, 10), "optimizer.safetensors")
+    flip(step_folder(trained, 10), "optimizer.safetensors")
     damaged = tree(step_folder(trained, 15))
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume", "run", "--set", "training.eval_every=null"]) == 0

@@ -415,7 +415,7 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     assert is_one_line(seen[0], "icenet: run", "another process", "--run")
     assert len(losses(run)) == 16
     # the lock is free, but the second trainer was created before the first one trained
-    with pytest.raises(CheckpointError, match="another process continued this run meanwhile; resume it again"):
+    with pytest.raises(UsageError, match="contains a run already; continue it with --resume"):
         second.fit()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import both_backends, losses, metrics, resume, same_bits, state, tiny, train
+from helpers import both_backends, is_one_line, losses, metrics, resume, same_bits, state, tiny, train
 
 import icenet
 from icenet.core import backends
@@ -505,10 +505,13 @@ def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> No
     config, run = tiny(tmp_path, "training.keep_best=true"), tmp_path / "run"
     train(config, run, "torch")
     icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
-    for folder in (run / "best", run / "checkpoints" / "step-00000005", tmp_path / "saved"):
-        with pytest.raises(UsageError, match="contains a run already"):
+    five = checkpoint.path_of(run, 5)
+    reasons = {run / "best": "checkpoint", five: "checkpoint", five / "new": "in the checkpoint"}
+    for folder, reason in {**reasons, tmp_path / "saved": "model"}.items():
+        with pytest.raises(UsageError) as error:
             Trainer.start(config, folder, backend="torch", quiet=True)
-    with pytest.raises(UsageError, match="contains a run already"):
+        assert is_one_line(error.value, str(folder), reason, "--run")
+    with pytest.raises(UsageError, match="is a checkpoint"):
         Trainer.resume(run, run=run / "best", overrides=["training.max_steps=30"], quiet=True)
 
 

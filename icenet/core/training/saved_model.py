@@ -1,0 +1,114 @@
+"""A saved model: a folder with canonical weights, the config and the tokenizer, without the state of training.
+
+FOLDER/
+    model.safetensors    canonical weights; their metadata `icenet_files` has the SHA-256 of the other files
+    tokenizer.json       the tokenizer, unless it is `bytes`
+    config.yaml          the config of the model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icenet.core.errors import UsageError, WeightsError
+from icenet.core.training import run_folder
+from icenet.core.weights import files as weight_files
+from icenet.core.weights.convert import PICKLED
+
+RECORD = "icenet_files"
+"""Key of the metadata that marks the weights of a saved model."""
+_FILE_SUFFIXES = (weight_files.SUFFIX, *PICKLED, ".ckpt", ".npz", ".onnx", ".gguf", ".yaml", ".yml", ".json")
+
+
+def save(
+    folder: Path,
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    companions: Mapping[str, bytes],
+    overwrite: bool = False,
+) -> None:
+    """Writes a saved model. An earlier one in the folder is replaced, other files only with `overwrite`.
+
+    After a crash the folder contains the old model, the new one, or one without config.yaml, which cannot be loaded.
+
+    Args:
+        folder: The folder, created if absent.
+        weights: Canonical weights.
+        companions: Content of the other files by name; config.yaml is the last.
+        overwrite: Whether to replace files of the same names that are not those of an earlier saved model.
+
+    Raises:
+        UsageError: It is a file, a run or a checkpoint, or a file would be replaced.
+        FileError: A file cannot be written.
+    """
+    if str(folder).strip() in ("", "."):
+        raise UsageError("a saved model needs a folder of its own; name it")
+    if folder.suffix in _FILE_SUFFIXES and not folder.is_dir():
+        raise UsageError(
+            f"{folder}: a saved model is a folder with weights and config; name it without {folder.suffix}. For a "
+            "single file of weights: icenet.convert(FOLDER, FILE, 'canonical'), 'mlx' or 'torch'"
+        )
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder}: is not a folder; choose another name")
+    check_not_a_run(folder)
+    earlier = files_of(folder)
+    if not overwrite:
+        refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
+    described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
+    weight_files.write(folder, weights, described, companions=companions)
+    for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, _INDEX}:
+        (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model
+
+
+_INDEX = weight_files.index_of(Path(weight_files.DEFAULT_NAME)).name
+
+
+def check_not_a_run(folder: Path) -> None:
+    """Checks that a folder is neither a run nor a checkpoint, nor in a checkpoint.
+
+    Raises:
+        UsageError: It is. A model in it would be mixed up with its weights, or damage it.
+    """
+    found = run_folder.description(folder)
+    if found is not None:
+        raise UsageError(f"{folder}: is {found}, which must not contain another model; choose another folder")
+
+
+def refuse_replacing(folder: Path, names: list[str], earlier: set[str]) -> None:
+    """Checks that files may be written to a folder.
+
+    Args:
+        folder: The folder.
+        names: The names of the files.
+        earlier: The names of files that may be replaced.
+
+    Raises:
+        UsageError: One of the other files exists.
+    """
+    names = [*names, *([_INDEX] if weight_files.DEFAULT_NAME in names else [])]
+    for name in names:
+        if os.path.lexists(folder / name) and name not in earlier:
+            raise UsageError(
+                f"{folder / name}: exists; choose another folder, or replace it with --overwrite "
+                "(in Python overwrite=True)"
+            )
+
+
+def files_of(folder: Path) -> set[str]:
+    """Returns the names of the files that an earlier `save` wrote to a folder and that nobody changed.
+
+    The set is empty if the weights are not those of a saved model, or if one of its other files is missing.
+    """
+    try:
+        listed = json.loads(weight_files.read(folder).metadata[RECORD])
+        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listed}
+        unchanged = {name for name in listed if found[name] == listed[name]}
+    except (WeightsError, OSError, KeyError, ValueError, TypeError):
+        return set()
+    return {weight_files.DEFAULT_NAME, _INDEX, *unchanged}
