@@ -16,7 +16,7 @@ from icenet.core.data.images.augment import normalize
 from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.data.images.files import FileImages, frames_note
 from icenet.core.data.images.folders import scan
-from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
+from icenet.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UsageError
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
 from icenet.core.training.open_model import open_averaged
@@ -95,6 +95,7 @@ def predict(
         CheckpointError: The checkpoint is damaged, has no averaged weights, or does not contain how its images were
             read.
         DataError: A file is not an image or is damaged, or a folder contains no images.
+        NonFiniteError: The logits of an image are NaN or infinite.
     """
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
@@ -114,6 +115,10 @@ def predict(
     for first in range(0, len(files), BATCH_SIZE):
         pixels = images.take(np.arange(first, min(first + BATCH_SIZE, len(files))))
         logits.append(engine.forward({"inputs": normalize(pixels, facts.mean, facts.std)}))
+        wrong = np.flatnonzero(~np.isfinite(logits[-1]).all(axis=-1))
+        if wrong.size:
+            reason = engine.model.explain_non_finite()
+            raise NonFiniteError(f"{files[first + int(wrong[0])]}: the logits are not finite: {reason}")
     for note in frames_note(images.with_more_frames):
         _log.warning(note)
     return Predictions(files, facts.classes, softmax(np.concatenate(logits)), top_k)

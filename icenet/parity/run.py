@@ -15,9 +15,11 @@ from icenet.core import rng
 from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Batch, Engine
+from icenet.core.errors import NonFiniteError
 from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
+from icenet.core.weights.arrays import first_non_finite
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
 from icenet.parity.locate import (
     DIFFERS,
@@ -69,14 +71,18 @@ def run(
         BackendError: A backend is not installed, or a device does not exist.
         DataError: The data cannot be read (only with `steps`), or the batch has ids outside the vocabulary.
         UsageError: The model draws random numbers without a key (see `check_randomness`).
+        NonFiniteError: A weight is NaN or infinite.
     """
     if progress is not None:
         progress("building", 0, 1)
     engines = build(config, dtype, device_mlx=device_mlx, device_torch=device_torch)
     if not have_equal_arrays(engines):  # no value of the two can be compared
         return _new_report(engines)
-    for engine in engines if weights is not None else ():
-        engine.set_weights(dict(weights or {}))
+    if weights is not None:
+        if (path := first_non_finite(weights)) is not None:
+            raise NonFiniteError(f"parity: {path} has values that are NaN or infinite, so no result can be compared")
+        for engine in engines:
+            engine.set_weights(dict(weights))
     batch = batch or random_batch(config)
     check_randomness(engines, batch)
     report = compare_engines(engines, batch, progress=progress)

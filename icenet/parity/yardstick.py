@@ -258,6 +258,8 @@ def judge(
             mlx_only = int((~np.isfinite(a) & np.isfinite(b)).sum())
             side = f"{mlx_only} values not finite in MLX only" if mlx_only else "not finite in PyTorch only"
             return Judgement.incomparable(side)
+        if not finite.any() and dtype == "fp32":
+            return Judgement.incomparable("no value is finite")
         a, b, r, sampled = a[finite], b[finite], r[finite], sampled[finite]
     least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
     if layer_rms and rms(r) <= ZERO * layer_rms:

@@ -169,9 +169,8 @@ class ModelBase:
 
     def explain_non_finite(self) -> str:
         """Returns why a result of the model may be NaN or infinite: the first weight that is, or an overflow."""
-        for path, array in self.weights().items():
-            if not np.isfinite(array).all():
-                return f"{path} has values that are NaN or infinite"
+        if (path := arrays.first_non_finite(self.weights())) is not None:
+            return f"{path} has values that are NaN or infinite"
         return f"the weights are finite, so the arithmetic in {self.compute_dtype} overflows; compute in fp32"
 
     def check_length(self, length: int) -> None:

@@ -45,6 +45,11 @@ class NumpyWeights(Mapping[str, Array]):
         return len(self._values)
 
 
+def first_non_finite(weights: Mapping[str, Array]) -> str | None:
+    """Returns the name of the first array with a value that is NaN or infinite; None if all are finite."""
+    return next((name for name, array in weights.items() if not np.isfinite(array).all()), None)
+
+
 def to_array(name: str, value: Any) -> Array:
     """Returns a value as a numpy array in the byte order of this machine, without a copy if possible.
 
