@@ -13,6 +13,7 @@ from icenet.cli.options import (
     device_option,
     examples,
     json_option,
+    overwrite_option,
     set_option,
     show,
 )
@@ -77,6 +78,7 @@ backend_option = click.option(
     "--depth", callback=_layer_counts, metavar="LIST", help="Numbers of layers to measure, with a plot of the peaks."
 )
 @click.option("--out", type=PATH, help="File of the plot. Default: bench-memory.png.")
+@overwrite_option
 @backend_option
 @device_option
 @set_option
@@ -86,6 +88,7 @@ def memory_command(
     precision: list[str],
     depth: list[int],
     out: Path | None,
+    overwrite: bool,
     backend: str | None,
     device: str | None,
     overrides: tuple[str, ...],
@@ -97,7 +100,7 @@ def memory_command(
     """
     from icenet.commands.bench import memory
 
-    show(memory.run(config, overrides, backend, device, precision, depth, out, _notify(as_json)), as_json)
+    show(memory.run(config, overrides, backend, device, precision, depth, out, _notify(as_json), overwrite), as_json)
 
 
 @bench.command(

@@ -24,6 +24,7 @@ from icenet.cli.options import (
     device_option,
     examples,
     json_option,
+    overwrite_option,
     set_option,
     show,
     show_json,
@@ -119,6 +120,11 @@ def train_command(
 @click.option("--vocab-size", type=int, help="Vocabulary size of the new tokenizer. Default: 4096.")
 @click.option("--out", type=PATH, help="File of the new tokenizer. Default: tokenizer.json.")
 @click.option("--text-key", help="Key of the text in each object of a JSON Lines file. Default: text.")
+@click.option(
+    "--errors",
+    type=click.Choice(["stop", "skip", "replace"]),
+    help="What to do about files and lines that cannot be used, as data.errors. Default: stop.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing tokenizer file.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def prepare_command(
@@ -176,7 +182,8 @@ def runs_command(folder: Path | None, as_json: bool) -> None:
     show_default=True,
     help="Unit of the x axis.",
 )
-def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str) -> None:
+@overwrite_option
+def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x: str, overwrite: bool) -> None:
     """Plot the loss and other curves of one or more runs.
 
     Draws loss, learning rate, gradient norm and throughput in one figure. Works on finished runs and on runs in
@@ -184,7 +191,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     """
     from icenet.commands import plot
 
-    streams.write(str(plot.plot(runs, out, smooth, x)))
+    streams.write(str(plot.plot(runs, out, smooth, x, overwrite)))
 
 
 @cli.command(
@@ -296,6 +303,7 @@ def predict_command(
         "icenet convert runs/mine/checkpoints/step-00000200 mine.safetensors --to mlx",
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
+        "icenet convert last.ckpt folder/ --to canonical --config my.yaml --key state_dict --strip-prefix model.",
     ),
 )
 @click.argument("source", type=PATH)
@@ -308,7 +316,7 @@ def predict_command(
     help="Format of SOURCE, if it cannot be detected.",
 )
 @click.option("--config", metavar="CONFIG", help="Config of the model, if there is none next to SOURCE.")
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@overwrite_option
 @averaged_option
 @trust_option
 def convert_command(
@@ -317,6 +325,8 @@ def convert_command(
     to: str,
     source_form: str | None,
     config: str | None,
+    key: str | None,
+    strip_prefix: tuple[str, ...],
     overwrite: bool,
     averaged: bool,
 ) -> None:
@@ -326,7 +336,8 @@ def convert_command(
     """
     from icenet.commands.convert import convert_model
 
-    streams.write(convert_model(source, destination, to, source_form, config, overwrite, averaged))
+    options = {"key": key, "strip_prefix": strip_prefix}
+    streams.write(convert_model(source, destination, to, source_form, config, overwrite, averaged, **options))
 
 
 @cli.command(
@@ -383,11 +394,12 @@ def parity_command(
 @click.argument("target", required=False)
 @click.option("--schedule", is_flag=True, help="Show the learning rate schedule of TARGET instead, with a plot.")
 @click.option("--out", type=PATH, help="File of the plot. Default: schedule.png, in the run's folder for a run.")
+@overwrite_option
 @set_option
 @json_option
 @trust_option
 def info_command(
-    target: str | None, schedule: bool, out: Path | None, overrides: tuple[str, ...], as_json: bool
+    target: str | None, schedule: bool, out: Path | None, overwrite: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Show parameter counts and memory of models.
 
@@ -395,13 +407,14 @@ def info_command(
     """
     if target is None and (overrides or schedule):
         raise click.UsageError("--set needs a TARGET" if overrides else "--schedule needs a TARGET")
-    if out is not None and not schedule:
-        raise click.UsageError("--out is the file of the plot of --schedule; give both")
+    if (out is not None or overwrite) and not schedule:
+        option = "--out" if out is not None else "--overwrite"
+        raise click.UsageError(f"{option} is about the plot of --schedule; give both")
     if schedule:
         from icenet.commands import schedule as schedule_command
 
         curve = schedule_command.of_target(str(target), overrides)
-        picture = curve.draw(out) if out or not as_json else None
+        picture = curve.draw(out, overwrite) if out or not as_json else None
         show_json(curve.as_dict()) if as_json else curve.render(picture)
         return
     from icenet.commands import info
@@ -455,11 +468,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     from icenet.core.errors import IceNetError
+    from icenet.core.training import signals
 
     debug = bool(os.environ.get("ICENET_DEBUG"))
     try:
         try:
-            cli.main(arguments, prog_name="icenet", standalone_mode=False)
+            with signals.raising():
+                cli.main(arguments, prog_name="icenet", standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as error:
             streams.write(error.format_message())
             return 2
@@ -473,6 +488,8 @@ def _run(arguments: list[str] | None) -> int:
         if debug:
             raise
         return _fail(str(error), error.exit_code)
+    except signals.Stopped as error:
+        return _fail(f"stopped by {error}", 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped by Ctrl-C", 1)
     except BrokenPipeError:  # the reader of the output, such as head, has exited

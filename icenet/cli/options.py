@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -47,8 +48,21 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
-PATH = click.Path(path_type=Path)
+class UserPath(click.Path):
+    """A path: not empty, with `~` for the home folder, which a shell leaves as it is in `--out=~/x`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            if not value.strip():
+                self.fail("the path is empty; name a file or folder", param, ctx)
+            value = os.path.expanduser(value)
+        return super().convert(value, param, ctx)
+
+
+PATH = UserPath(path_type=Path)
 """The type of an argument or option that is a path."""
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Framework to use. Default: the config's backend."

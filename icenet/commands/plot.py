@@ -120,7 +120,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = None, x: str = "step") -> Path:
+def plot(
+    paths: Sequence[Path],
+    out: Path | None = None,
+    smooth: int | None = None,
+    x: str = "step",
+    overwrite: bool = False,
+) -> Path:
     """Draws the metrics of runs in one picture and returns its path.
 
     Args:
@@ -128,13 +134,17 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
         out: The picture, PNG, PDF or SVG by its name. Default: plot.png, in the run's folder if there is one run.
         smooth: Window of the moving average in steps. Default: a fortieth of the run. 1: no average.
         x: Unit of the x axis: `step`, `tokens` (or images), or `time` spent in training steps.
+        overwrite: Whether to replace a file that is not a picture of IceNet.
 
     Raises:
         IceNetError: A run has no metrics, matplotlib is not installed, or the picture cannot be written.
     """
     if out is not None:
-        canvas.check_suffix(out)
+        out = canvas.output_file(out, overwrite)
     runs = read(paths)
+    if out is None:  # the plot.png in the folder of a run belongs to the run
+        is_run = len(runs) == 1
+        out = runs[0].folder / "plot.png" if is_run else canvas.output_file(Path("plot.png"), overwrite)
     if not canvas.available():
         raise IceNetError("icenet plot needs matplotlib: pip install 'icenet[plot]'")
     units = {run.unit for run in runs}
@@ -167,7 +177,7 @@ def plot(paths: Sequence[Path], out: Path | None = None, smooth: int | None = No
     name = f"{' or '.join(sorted(units, reverse=True))} a second"
     _finish(panels[3], speeds, name, _wide([values for _, values in speeds], 0.5, 0.5, 10), _large)
     _finish_x(panels[-1], label)
-    return canvas.save(figure, out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("plot.png")))
+    return canvas.save(figure, out)
 
 
 def _look(index: int) -> dict[str, Any]:

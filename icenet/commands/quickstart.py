@@ -16,12 +16,14 @@ import numpy as np
 from icenet.commands.cpu_threads import choose_num_threads
 from icenet.core import backends, files
 from icenet.core.config import Config
-from icenet.core.errors import BackendError, UsageError
+from icenet.core.errors import BackendError, IceNetError, UsageError
 from icenet.core.report import plots
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog
+from icenet.core.training import run_folder
+from icenet.core.training.checkpoint import newest as newest_checkpoint
 from icenet.core.training.checkpoint import path_of
-from icenet.core.training.trainer import Trainer
+from icenet.core.training.trainer import Interrupted, Trainer
 from icenet.parity import yardstick
 from icenet.parity.texts import TextComparison, compare_texts
 
@@ -71,6 +73,7 @@ class Report:
             "allowed_ratio": yardstick.FACTOR,
             "final_loss": self.final_loss,
             "texts_equal": self.texts.equal,
+            "last_step": self.steps[-1],
             "seconds": round(self.seconds, 1),
         }
 
@@ -123,7 +126,8 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
 
     Raises:
         BackendError: A backend is not installed.
-        UsageError: `out` contains other files.
+        UsageError: `out` contains other files, or another quickstart uses it.
+        IceNetError: Ctrl-C, SIGTERM or SIGHUP.
     """
     began = time.perf_counter()
     missing = [name for name in backends.PACKAGES if not backends.installed(name)]
@@ -135,7 +139,25 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     half = config.training.max_steps // 2
     if half < 1:
         raise UsageError("quickstart: training.max_steps must be at least 2, to switch backend halfway")
-    _prepare_folder(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; set --out to a folder")
+    _check_folder(out)
+    try:
+        with files.locked(out / run_folder.LOCK, timeout=0.5):
+            _prepare_folder(out)
+            return _run(out, config, half, quiet, began)
+    except TimeoutError:
+        raise UsageError(f"{out}: another quickstart uses this folder; wait for it, or set --out") from None
+    except Interrupted as stop:
+        reason = str(stop).partition(";")[0]
+        raise IceNetError(f"{reason}; icenet quickstart begins again") from None
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(out):
+            raise
+        raise UsageError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Report:
     tokens = config.training.batch_size * getattr(config.model, "max_seq_length", 1)
     choose_num_threads("mlx", tokens, config.model.hidden_size)
 
@@ -176,18 +198,46 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in MetricsLog.read(run / "metrics.jsonl") if "loss" in record}
 
 
-def _prepare_folder(out: Path) -> None:
-    """Creates the folder, or removes from it what an earlier quickstart wrote."""
-    is_earlier_one = (out / _REPORT).is_file()
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; set --out to a folder")
-    if out.is_dir() and any(out.iterdir()) and not is_earlier_one:
-        raise UsageError(f"{out}: contains other files; set --out to an empty folder")
+def _check_folder(out: Path) -> None:
+    """Checks that a folder is empty, or contains an earlier quickstart that may be replaced.
+
+    Raises:
+        UsageError: It contains other files, a run that is in progress or was trained further, or files of the user
+            in the folder of a run.
+    """
+    earlier = _earlier_report(out)
+    if earlier is None:
+        if out.is_dir() and any(path.name != run_folder.LOCK for path in out.iterdir()):
+            raise UsageError(f"{out}: contains other files; set --out to an empty folder")
+        return
+    for run in (out / "mlx", out / "torch"):
+        other = run_folder.other_files(run)
+        newest = newest_checkpoint(run)
+        if other:
+            raise UsageError(
+                f"{run}: contains {other[0]}, which is not of a quickstart; move it, or set another --out"
+            )
+        if run_folder.is_locked(run):
+            raise UsageError(f"{run}: another process trains this run; wait for it, or set another --out")
+        last = earlier.get("last_step")
+        if newest is not None and isinstance(last, int) and newest > path_of(run, last):
+            raise UsageError(f"{run}: was trained further, to {newest.name}; set another --out, or remove {out}")
+
+
+def _earlier_report(out: Path) -> dict[str, Any] | None:
+    """Returns the report of an earlier quickstart in a folder, {} for an interrupted one; None if there is none."""
     try:
-        if is_earlier_one:
-            for path in [*(out / name for name in ("mlx", "torch", _PLOT)), *out.glob(f"{_REFERENCE}*")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _REPORT).write_text("{}", encoding="utf-8")  # marks the folder as a quickstart's from the start
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+        content = json.loads((out / _REPORT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(content, dict) and (not content or "allowed_ratio" in content)
+    return content if is_ours else None
+
+
+def _prepare_folder(out: Path) -> None:
+    """Removes from the folder what an earlier quickstart wrote."""
+    _check_folder(out)
+    if _earlier_report(out) is not None:
+        for path in [*(out / name for name in ("mlx", "torch", _PLOT)), *out.glob(f"{_REFERENCE}*")]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    (out / _REPORT).write_text("{}", encoding="utf-8")  # marks the folder as a quickstart's from the start

@@ -129,19 +129,21 @@ class ScheduleReport:
         words = f"drawn in {picture}" if picture else "no picture: matplotlib is missing; pip install 'icenet[plot]'"
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
-    def draw(self, path: Path | None = None) -> Path | None:
+    def draw(self, path: Path | None = None, overwrite: bool = False) -> Path | None:
         """Draws the learning rate to `path`, by default schedule.png in the run's or the current folder.
 
         Returns:
             The path, or None if matplotlib is not installed.
 
         Raises:
-            UsageError: The name does not end in .png.
+            UsageError: The name does not end in .png, or it is a file that is not a picture of IceNet, without
+                `overwrite`.
             IceNetError: The file cannot be written.
         """
         target = path or (self.run or Path()) / "schedule.png"
         if target.suffix.lower() != ".png":
             raise UsageError(f"{target}: the picture is a PNG; give --out NAME.png")
+        target = canvas.output_file(target, overwrite)
         if not canvas.available():
             return None
         training, (steps, rates) = self.training, self.points()

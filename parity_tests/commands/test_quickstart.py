@@ -50,7 +50,7 @@ def test_a_small_quickstart(small: list[str], tmp_path: Path, capfd: pytest.Capt
     figures = json.loads((out / "quickstart.json").read_text())
     assert figures["passed"] is True and figures["texts_equal"] is True
     assert (out / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in out.iterdir()} == {"mlx", "torch", "quickstart.png", "quickstart.json"}
+    assert {path.name for path in out.iterdir()} == {"mlx", "torch", "quickstart.png", "quickstart.json", ".lock"}
     # the report agrees with the runs
     mlx, torch = losses(out / "mlx"), losses(out / "torch")
     assert mlx[:6] == torch[:6]
@@ -79,7 +79,7 @@ def test_again_and_with_few_checkpoints_kept(small: list[str], tmp_path: Path, n
     assert first.passed and second.passed
     assert first.final_loss == second.final_loss and first.texts.text == second.texts.text
     assert {path.name for path in out.iterdir()} == {
-        "mlx", "torch", "quickstart.png", "quickstart.json", "mine.txt"
+        "mlx", "torch", "quickstart.png", "quickstart.json", "mine.txt", ".lock"
     }  # fmt: skip
 
 

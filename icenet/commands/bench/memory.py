@@ -103,6 +103,7 @@ def run(
     depths: Sequence[int] = (),
     out: Path | None = None,
     notify: common.Notify = common.ignore,
+    overwrite: bool = False,
 ) -> MemoryReport:
     """Measures the peak memory of a training step on each installed backend.
 
@@ -115,17 +116,17 @@ def run(
         depths: Values of `model.num_layers`; the config's own if empty.
         out: The file of the plot, which needs several depths.
         notify: Receives a line of progress before each measurement.
+        overwrite: Whether to replace a file that is not a picture of IceNet.
 
     Raises:
-        UsageError: `depths` for a model without `num_layers`, or `out` without several depths.
+        UsageError: `depths` for a model without `num_layers`, `out` without several depths, or `out` is another file.
     """
     config = Config.from_yaml(name, overrides)
     if depths and not hasattr(config.model, "num_layers"):
         raise UsageError(f"--depth: model.type {config.model.type} has no num_layers")
-    if out is not None:
-        if len(depths) < 2:
-            raise UsageError("--out is the plot of several depths: add --depth, e.g. --depth 4,8,16,24")
-        canvas.check_suffix(out)
+    if out is not None and len(depths) < 2:
+        raise UsageError("--out is the plot of several depths: add --depth, e.g. --depth 4,8,16,24")
+    picture = canvas.output_file(out or Path("bench-memory.png"), overwrite) if len(depths) > 1 else None
     measurements = list(
         itertools.product(common.installed_backends(backend), depths or (None,), precisions, (False, True))
     )
@@ -143,8 +144,7 @@ def run(
         row = common.measure_isolated("memory", task, _GLIBC if sys.platform == "linux" else None)
         row["depth"] = depth or getattr(config.model, "num_layers", None)
         rows.append({**row, "precision": precision, "checkpointing": checkpointing})
-    picture = draw(name, rows, out or Path("bench-memory.png")) if len(depths) > 1 else None
-    return MemoryReport(name, rows, picture)
+    return MemoryReport(name, rows, draw(name, rows, picture) if picture is not None else None)
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

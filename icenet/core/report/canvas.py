@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core import files
 from icenet.core.errors import UsageError
 from icenet.core.files import staged
 from icenet.core.report.streams import printable
@@ -30,6 +31,8 @@ PALE_BLUE = "#9ED0EE"
 INK, GREY, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
 SUFFIXES = (".png", ".pdf", ".svg")
 """Supported file formats, by file name extension."""
+_CREATOR = "IceNet with Matplotlib"
+"""Metadata of each picture, by which it is recognized."""
 
 
 _FALLBACK_FONTS = (
@@ -41,7 +44,8 @@ _FALLBACK_FONTS = (
         "WenQuanYi Zen Hei",
         "Noto Sans Arabic",
     ),
-    *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS", "Apple SD Gothic Neo", "Segoe UI Symbol"),
+    *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai"),
+    *("Arial Unicode MS", "Apple SD Gothic Neo", "Segoe UI Symbol"),
 )
 """Fonts, where they are installed, for characters that matplotlib's own font lacks."""
 
@@ -236,6 +240,20 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"{path}: the name of a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
+def output_file(path: Path, overwrite: bool = False) -> Path:
+    """Returns the file to write for a picture that the user named. An earlier picture of IceNet may be replaced.
+
+    Raises:
+        UsageError: The format is not supported, or `path` is another file and `overwrite` is False.
+    """
+    check_suffix(path)
+    return files.output_file(path, overwrite=overwrite, is_earlier_output=_is_our_picture)
+
+
+def _is_our_picture(path: Path) -> bool:
+    return _CREATOR.encode() in path.read_bytes()
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Writes a figure as PNG, PDF or SVG, by its file name, and returns its path. The file is replaced atomically."""
     from matplotlib import font_manager, rc_context
@@ -249,7 +267,11 @@ def save(figure: Figure, path: str | Path) -> Path:
         text.set(usetex=False, fontfamily=[*text.get_fontfamily(), *fallback])  # type: ignore[attr-defined]
     # text stays text in a PDF, and equal data give equal files
     options = {"pdf.fonttype": 42, "svg.hashsalt": "icenet"}
-    metadata: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    metadata: dict[str, dict[str, str | None]] = {
+        ".png": {"Software": _CREATOR},
+        ".pdf": {"CreationDate": None, "Creator": _CREATOR},
+        ".svg": {"Date": None, "Creator": _CREATOR},
+    }
     with warnings.catch_warnings(), rc_context(options), staged(path) as stage, stage.open(path) as file:
         # a character that no installed font has is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

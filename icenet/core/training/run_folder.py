@@ -107,6 +107,16 @@ def description(folder: Path) -> str | None:
     return None
 
 
+def other_files(run: Path) -> list[str]:
+    """Returns the names in the folder of a run that are not those of a run. Hidden files are left out."""
+    if not run.is_dir():
+        return []
+    names = (path.name for path in run.iterdir())
+    return sorted(
+        name for name in names if name not in (*_NAMES, "schedule.png") and name[0] != "." and "-replaced" not in name
+    )
+
+
 def check_free(run: Path, holds_lock: bool = False) -> None:
     """Checks that a new run may use a folder: it must not contain anything that the run would replace.
 
