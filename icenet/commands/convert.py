@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from icenet.core import backends
@@ -22,6 +23,9 @@ def convert_model(
     config: str | None,
     overwrite: bool,
     averaged: bool = False,
+    *,
+    key: str | None = None,
+    strip_prefix: Sequence[str] = (),
 ) -> str:
     """Converts weights with the layer kinds and shapes of their config. Returns a summary in text.
 
@@ -33,6 +37,8 @@ def convert_model(
         config: A YAML file or the name of a preset; None uses the config.yaml next to the source, if there is one.
         overwrite: Whether to replace existing files.
         averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
+        key: Key of the state dict in a file of `torch.save` that holds more.
+        strip_prefix: Prefixes to remove from the names of the weights.
     """
     arrays = None
     if (source / checkpoint.FOLDER).is_dir():
@@ -71,6 +77,8 @@ def convert_model(
         destination,
         to,
         source_form=source_form,
+        key=key,
+        strip_prefix=strip_prefix,
         arrays=arrays,
         overwrite=overwrite,
         companions=companions,
@@ -79,4 +87,6 @@ def convert_model(
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")
+    if done.note:
+        lines.append(f"note: {done.note}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import warnings
@@ -13,8 +14,9 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from icenet.core.errors import WeightsError
+from icenet.core.errors import UsageError, WeightsError
 from icenet.core.files import staged
+from icenet.core.weights import formats
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 
 Array = npt.NDArray[Any]
@@ -26,35 +28,22 @@ _DTYPES = {
 }
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Array]:
+def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Array]:
     """Returns the tensors of a state dict that `torch.save` wrote, as numpy arrays by name.
 
     The file is memory-mapped if it is a zip file (PyTorch 1.6 and later). It is loaded with `weights_only=True`, so
     it cannot run code.
 
+    Args:
+        path: The file.
+        key: Key of the state dict in a file that holds more, such as `state_dict` in a checkpoint of Lightning.
+
     Raises:
         WeightsError: The file is missing, damaged, or holds anything but names and dense tensors.
+        UsageError: It holds no dict of tensors of that key.
     """
     path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns about tensors that are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
-    except Exception as error:  # the parser of a damaged file can raise anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise WeightsError(
-                f"{path}: holds objects other than tensors and is not loaded, because unpickling them can run code; "
-                "if you trust the file, save its state dict alone, or as .safetensors"
-            ) from None
-        raise WeightsError(
-            f"{path}: damaged or not a state dict; save model.state_dict() again, or use .safetensors"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}; save model.state_dict() alone")
+    content = _select(path, _load(path), key)
     for name, value in content.items():
         if not isinstance(name, str):
             raise WeightsError(f"{path}: {name!r} is not a name of a tensor; save model.state_dict() alone")
@@ -68,6 +57,76 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Array]:
                 f"{path}: {name!r} ({form}) is not a dense tensor of a supported dtype; convert it first"
             )
     return {name: to_numpy(value) for name, value in content.items()}
+
+
+def _load(path: Path) -> Any:
+    """Returns the content of a file of `torch.save`."""
+    found = formats.identify(path)
+    if found.name and found.kind not in (formats.PICKLE, formats.SAFETENSORS):
+        raise WeightsError(f"{path}: is {found.name}; {found.remedy}")
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")  # PyTorch warns about tensors that are refused below
+            file: Any = path
+            if not _is_utf8(path):  # which PyTorch cannot open
+                file, is_zip = stack.enter_context(path.open("rb")), False
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    except Exception as error:  # the parser of a damaged file can raise anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise WeightsError(
+                f"{path}: holds objects other than tensors and is not loaded, because unpickling them can run code; "
+                "if you trust the file, save its state dict alone: torch.save(torch.load(path, weights_only=False)"
+                "['state_dict'], 'weights.pt')"
+            ) from None
+        raise WeightsError(
+            f"{path}: damaged or not a state dict; save model.state_dict() again, or use .safetensors"
+        ) from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _select(path: Path, content: Any, key: str | None) -> Mapping[Any, Any]:
+    """Returns the state dict in the content of a file."""
+    if isinstance(content, torch.Tensor):
+        raise WeightsError(f"{path}: holds one tensor without a name; save model.state_dict()")
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}; save model.state_dict() alone")
+    inner = [name for name, value in content.items() if isinstance(name, str) and _is_state_dict(value)]
+    if key is not None:
+        if key not in inner:
+            raise UsageError(
+                f"{path}: holds no state dict {key!r}; "
+                + (f"it has {', '.join(inner)}" if inner else "leave out --key: it holds no other dict of tensors")
+            )
+        selected: Mapping[Any, Any] = content[key]
+        return selected
+    if inner:
+        what = "a checkpoint of Lightning" if "pytorch-lightning_version" in content else "a training checkpoint"
+        keys = ", ".join(str(name) for name in list(content)[:8])
+        choice = f"--key {inner[0]}" if len(inner) == 1 else f"--key with one of {', '.join(inner)}"
+        raise WeightsError(
+            f"{path}: is {what} with {keys}; give {choice} to icenet convert (in Python key={inner[0]!r})"
+        )
+    return content
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Returns whether a value is a dict of tensors by name."""
+    return (
+        isinstance(value, Mapping)
+        and any(isinstance(item, torch.Tensor) for item in value.values())
+        and all(isinstance(name, str) for name in value)
+    )
 
 
 def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:

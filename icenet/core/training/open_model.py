@@ -14,6 +14,7 @@ from icenet.core.models import twins
 from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
+from icenet.core.weights import formats
 
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
@@ -28,11 +29,14 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         CheckpointError: The path is a file of weights, or has no intact checkpoint.
         ConfigError: The configuration cannot be read.
     """
-    if path.is_file() and path.suffix in (weight_files.SUFFIX, ".pt", ".pth", ".bin"):
+    found = formats.identify(path) if path.is_file() else formats.UNKNOWN
+    if found.kind in (formats.SAFETENSORS, formats.PICKLE) or path.suffix in (weight_files.SUFFIX, ".pt", ".pth"):
         raise CheckpointError(
             f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
             "creates a folder with both"
         )
+    if found.name and found.kind != formats.TEXT:
+        raise CheckpointError(f"{path}: is {found.name}; {found.remedy}")
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
     is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)

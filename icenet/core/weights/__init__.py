@@ -6,8 +6,9 @@ import warnings
 from typing import Any
 
 from icenet.core.weights.files import Weights, read, write
+from icenet.core.weights.prefixes import strip_prefix
 
-__all__ = ["Weights", "read", "write"]
+__all__ = ["Weights", "read", "strip_prefix", "write"]
 
 
 def __getattr__(name: str) -> Any:

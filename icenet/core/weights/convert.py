@@ -8,16 +8,16 @@
 
 A .safetensors file of the `torch` form is the canonical form.
 
-A form is detected from the extension and the metadata of a file, never from its arrays. Between PyTorch's and MLX's
-layouts arrays are permuted by the kind of their layer (`icenet.core.weights.layout`), which the model determines. The
-MLX form has MLX's names, which differ in containers: `features.layers.0` for `features.0`.
+A form is detected from the first bytes and the metadata of a file, never from its extension or its arrays. Between
+PyTorch's and MLX's layouts arrays are permuted by the kind of their layer (`icenet.core.weights.layout`), which the
+model determines. The MLX form has MLX's names, which differ in containers: `features.layers.0` for `features.0`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from icenet.core import backends, files
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
-from icenet.core.weights import layout, sharing
+from icenet.core.weights import formats, layout, prefixes, sharing
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.safetensors import dtype_name
 
@@ -71,13 +71,15 @@ class Conversion:
         source: The weights that were read.
         destination: The weights that were written.
         files: The files that were written.
-        left_out: Names of buffers that the new form does not have.
+        left_out: Names of buffers that the new form does not have, and of weights without the prefix to strip.
+        note: A remark on names that wrappers have changed; empty without one.
     """
 
     source: Summary
     destination: Summary
     files: list[Path]
     left_out: list[str]
+    note: str = ""
 
 
 def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> str:
@@ -88,10 +90,10 @@ def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = No
         metadata: Its metadata; None reads them.
 
     Raises:
-        UsageError: Neither the extension nor the metadata determine the form.
+        UsageError: Neither the content nor the metadata determine the form.
     """
     path = Path(path)
-    if path.suffix in PICKLED and not path.is_dir():
+    if _is_pickled(path):
         return "torch"
     stated = (weights.read(path).metadata if metadata is None else metadata).get("format")
     if stated == "pt":
@@ -115,6 +117,8 @@ def convert(
     to: str,
     *,
     source_form: str | None = None,
+    key: str | None = None,
+    strip_prefix: str | Sequence[str] = (),
     arrays: Mapping[str, Array] | None = None,
     model: Any = None,
     kinds: Mapping[str, str] | None = None,
@@ -130,10 +134,13 @@ def convert(
     """Writes the weights at `source` to `destination` in the form `to`.
 
     Args:
-        source: A .safetensors file, its index, a folder that contains one, or a .pt, .pth or .bin file.
+        source: A .safetensors file, its index, a folder that contains one, or a file of `torch.save`, which may have
+            any name, or the index of several.
         destination: A .safetensors, .pt, .pth or .bin file, or a folder, for `model.safetensors` in it.
         to: "canonical", "mlx" or "torch".
         source_form: The form of the source; None detects it.
+        key: Key of the state dict in a file of `torch.save` that holds more, such as `model_state_dict`.
+        strip_prefix: Prefixes to remove from the names, such as `module.` (see `names.strip_prefix`).
         arrays: Weights of the form of the source, to convert instead of its own: those of a moving average.
         model: The model that the weights are of: any `mlx.nn.Module` or `torch.nn.Module`. It determines `kinds`,
             `shapes`, `names` and `shared`. It or `kinds` is required between "mlx" and the other forms.
@@ -158,11 +165,14 @@ def convert(
     _check_form(to)
     destination = destination_file(destination, to)
     refuse_existing(source, destination, overwrite)
-    found, source_metadata = _read(source)
+    found, source_metadata = _read(source, key)
     if isinstance(found, weights.Weights):
         files.output_file(destination, overwrite=True, inputs=found.files)  # a shard
     destination = files.output_file(destination, overwrite=True)  # behind a symbolic link
     found = found if arrays is None else arrays
+    others: list[str] = []
+    if strip_prefix:
+        found, others = _without_prefix(source, found, strip_prefix)
     form = source_form or detect(source, source_metadata)
     _check_form(form)
     if model is not None:
@@ -206,8 +216,28 @@ def convert(
         _summary(source, form, found, source_metadata),
         _summary(destination, to, written, described),
         outputs,
-        [name for name in found if name not in result],
+        [*(name for name in found if name not in result), *others],
+        _note(found) if shapes is None else "",
     )
+
+
+def _without_prefix(
+    source: Path, found: Mapping[str, Array], prefix: str | Sequence[str]
+) -> tuple[Mapping[str, Array], list[str]]:
+    """Returns weights without a prefix, and the names of those that do not have it."""
+    originals = {name: name for name in found}
+    try:
+        originals = prefixes.strip_prefix(originals, prefix)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    kept = set(originals.values())
+    return {new: found[name] for new, name in originals.items()}, [name for name in found if name not in kept]
+
+
+def _note(names: Iterable[str]) -> str:
+    """Returns a remark on prefixes of wrappers in names that no model has checked."""
+    found = prefixes.suggest_prefixes(names)
+    return f"names begin with or contain {' and '.join(found)}; {prefixes.advice(found)}" if found else ""
 
 
 def _facts(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
@@ -247,13 +277,40 @@ def _summary(path: Path, form: str, found: Mapping[str, Array], metadata: Mappin
     return Summary(path, form, len(arrays), size, nbytes, dict(sorted(dtypes.items())), dict(metadata))
 
 
-def _read(path: Path) -> tuple[Mapping[str, Array], dict[str, str]]:
-    if path.suffix in PICKLED and not path.is_dir():
-        if not path.is_file():
-            raise WeightsError(f"{path}: no such file; check the path")
-        return _state_dict_module().read_state_dict(path), {}
-    found = weights.read(path)
-    return found, found.metadata
+def _read(path: Path, key: str | None = None) -> tuple[Mapping[str, Array], dict[str, str]]:
+    if not _is_pickled(path):
+        if key is not None:
+            raise UsageError(f"{path}: is no file of torch.save, so --key {key} has no effect; leave it out")
+        found = weights.read(path)
+        return found, found.metadata
+    file = path / _PICKLED_INDEX if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsError(f"{path}: no such file; check the path")
+    if not file.name.endswith(_INDEX_SUFFIX):
+        return _state_dict_module().read_state_dict(file, key), {}
+    merged: dict[str, Array] = {}
+    listed = weights.listed_in_index(file, PICKLED)
+    for name in sorted(set(listed.values())):
+        merged |= _state_dict_module().read_state_dict(file.with_name(name), key)
+    weights.check(dict.fromkeys(listed, ()), dict.fromkeys(merged, ()), str(file))
+    return merged, {}
+
+
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_INDEX_SUFFIX = ".bin.index.json"
+
+
+def _is_pickled(path: Path) -> bool:
+    """Returns whether a path is a file of `torch.save`, or the index of several or its folder."""
+    if path.is_dir():
+        has_safetensors = any((path / name).exists() for name in (weights.DEFAULT_NAME, weights.DEFAULT_INDEX))
+        return not has_safetensors and (path / _PICKLED_INDEX).is_file()
+    if path.name.endswith(_INDEX_SUFFIX):
+        return True
+    if path.is_file():
+        found = formats.identify(path)
+        return found.kind == formats.PICKLE or (path.suffix in PICKLED and found.kind != formats.SAFETENSORS)
+    return path.suffix in PICKLED
 
 
 def _state_dict_module() -> Any:
@@ -290,7 +347,7 @@ def refuse_existing(source: Path, destination: Path, overwrite: bool) -> None:
     read_from = source
     if source.name.endswith(weights.INDEX_SUFFIX):
         read_from = source.with_name(source.name.removesuffix(".index.json"))
-    elif source.suffix not in PICKLED or source.is_dir():
+    elif source.is_dir() or (source.suffix not in PICKLED and not source.is_file()):
         read_from = weights.target(source)
     if read_from.resolve() == destination.resolve():
         raise UsageError(f"{destination}: source and destination are the same file; name another destination")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from icenet.core.errors import WeightsError
 from icenet.core.files import staged
+from icenet.core.weights import prefixes
 from icenet.core.weights.safetensors import Entry, dtype_name, open_file, view, without_duplicates, write_file
 
 Array = npt.NDArray[Any]
@@ -32,7 +33,9 @@ Progress = Callable[[int, int], None]
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_NAME = "model.safetensors"
+DEFAULT_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+_OTHER_SUFFIXES = (SUFFIX, ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".h5", ".npz", ".onnx", ".msgpack")
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -104,7 +107,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if index.is_file():
         return _read_index(path, index)
     if path.is_dir():
-        raise WeightsError(f"{path}: contains neither {file.name} nor its index; give the folder of a checkpoint")
+        others = sorted(entry.name for entry in path.iterdir() if entry.suffix in _OTHER_SUFFIXES)
+        hint = f"give one of its files: {_first_three(others)}" if others else "give the folder of a checkpoint"
+        raise WeightsError(f"{path}: contains neither {file.name} nor its index; {hint}")
     raise WeightsError(f"{path}: no such file; check the path")
 
 
@@ -113,7 +118,16 @@ def index_of(path: Path) -> Path:
     return path if path.name.endswith(INDEX_SUFFIX) else path.with_name(path.name + ".index.json")
 
 
-def _read_index(path: Path, index: Path) -> Weights:
+def listed_in_index(index: Path, suffixes: Sequence[str] = (SUFFIX,)) -> dict[str, str]:
+    """Returns the name of the shard of each weight that an index lists.
+
+    Args:
+        index: A JSON file with `weight_map`, which maps names of weights to files.
+        suffixes: Extensions that the files may have.
+
+    Raises:
+        WeightsError: It is not an index, or shards are missing.
+    """
     try:
         listed = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
@@ -123,8 +137,10 @@ def _read_index(path: Path, index: Path) -> Weights:
         raise WeightsError(f"{index}: not an index of shards ({reason}); copy or save it again") from None
     for file in listed.values():
         # only plain names: an index must not be able to open files outside its folder
-        if file in ("", ".", "..") or re.search(r"[/\\:\x00]", file) or not file.endswith(SUFFIX):
-            raise WeightsError(f"{index}: shard {file!r} must be a {SUFFIX} file in the same folder; save it again")
+        if file in ("", ".", "..") or re.search(r"[/\\:\x00]", file) or not file.endswith(tuple(suffixes)):
+            raise WeightsError(
+                f"{index}: shard {file!r} must be a {' or '.join(suffixes)} file in the same folder; save it again"
+            )
     files = sorted(set(listed.values()))
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
@@ -132,7 +148,12 @@ def _read_index(path: Path, index: Path) -> Weights:
             f"{index}: {len(missing)} of {len(files)} shards are missing ({_first_three(missing)}); "
             f"copy them to {index.parent}"
         )
-    weights = Weights(path, [index.parent / file for file in files])
+    return dict(listed)
+
+
+def _read_index(path: Path, index: Path) -> Weights:
+    listed = listed_in_index(index)
+    weights = Weights(path, [index.parent / file for file in sorted(set(listed.values()))])
     for name, file in listed.items():
         if name not in weights.entries or weights.entries[name].file.name != file:
             raise WeightsError(
@@ -313,9 +334,11 @@ def check(
         shown = [f"{name} is {list(found[name])}, not {list(expected[name])}" for name in misshapen[:3]]
         problems.append(f"{len(misshapen)} of another shape ({_first_three(shown + misshapen[3:])})")
     if problems:
-        raise WeightsError(
-            f"{source}: not the parameters of this model: {'; '.join(problems)}; use the config they belong to"
-        )
+        found_prefixes = prefixes.suggest_prefixes(found, expected) if extra else []
+        remedy = "use the config they belong to"
+        if found_prefixes:
+            remedy = f"the names have the prefix {' and '.join(found_prefixes)}: {prefixes.advice(found_prefixes)}"
+        raise WeightsError(f"{source}: not the parameters of this model: {'; '.join(problems)}; {remedy}")
 
 
 def _first_three(names: list[str]) -> str:

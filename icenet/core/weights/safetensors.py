@@ -27,6 +27,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
+from icenet.core.weights import formats
 
 Array = npt.NDArray[Any]
 
@@ -85,10 +86,6 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
         raise WeightsError(f"{path}: no such file; check the path, or copy the missing file next to the others")
     try:
         with path.open("rb") as file:
-            if file.read(8) == b"version ":
-                raise WeightsError(
-                    f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
-                )
             with safe_open(path, framework="np") as header:
                 length = _header_length(file)
                 # the package keeps the last of several arrays of one name
@@ -153,6 +150,8 @@ def _damaged(path: Path, reason: str) -> WeightsError:
     # the reason can contain names from the file: keep it to one short line
     line = "".join(character if character.isprintable() else "?" for character in reason)
     line = line if len(line) <= 200 else line[:200] + "..."
+    if what := formats.explain(path):
+        return WeightsError(f"{path}: {what}")
     return WeightsError(f"{path}: damaged or not a safetensors file ({line}); copy or save it again")
 
 

@@ -1,16 +1,17 @@
-"""What users pass as weights: other byte orders, dtypes, strides, lists and tensors give the right values or one line."""
+"""Arrays of other byte orders, dtypes and strides, lists and tensors as weights: the right values or one line."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import icenet.blas  # noqa: F401  (before mlx)
+
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import BACKENDS, is_one_line
 
-import icenet.blas  # noqa: F401  (before mlx)
 from icenet.core.errors import WeightsError
 from icenet.core.models import modules
 

@@ -311,7 +311,7 @@ def test_state_dicts_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"a": good, "b": Runs()}, True, ["unpickling"]),
         ({"a": good, "b": Runs()}, False, ["unpickling"]),
         (tnn.Linear(2, 2), True, ["unpickling"]),
-        ({"model": {"a": good}, "step": 3}, True, ["'model'", "dict", "model.state_dict()"]),
+        ({"model": {"a": good}, "step": 3}, True, ["--key model", "step"]),
         ({0: good}, True, ["0 is not a name"]),
         ([good], True, ["list"]),
         ({"a": good.to_sparse()}, True, ["'a'", "sparse_coo"]),
@@ -330,8 +330,9 @@ def test_state_dicts_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         whole = Path("x.pt").read_bytes()
         for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
             Path("x.pt").write_bytes(whole[:length])
-            with pytest.raises(WeightsError, match=r"x\.pt: damaged"):
+            with pytest.raises(WeightsError) as caught:
                 read_state_dict("x.pt")
+            assert is_one_line(caught.value, "x.pt")
     with pytest.raises(WeightsError, match="cannot be read"):
         read_state_dict("none.pt")
     assert not Path("it-ran").exists()

@@ -308,9 +308,10 @@ def test_null_metadata(tmp_path: Path) -> None:
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for content, named in [
-        (b"", "header"),
-        (b"1234567", "header"),
-        (b"PK\x03\x04 a zip file, cut short", "header"),
+        (b"", "empty"),
+        (b"1234567", "text"),
+        (b"\xff\xfe\xfd", "header"),
+        (b"PK\x03\x04 a zip file, cut short", "zip"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     ]:
         path.write_bytes(content)
