@@ -336,8 +336,10 @@ def convert_command(
     """
     from icenet.commands.convert import convert_model
 
-    options = {"key": key, "strip_prefix": strip_prefix}
-    streams.write(convert_model(source, destination, to, source_form, config, overwrite, averaged, **options))
+    text = convert_model(
+        source, destination, to, source_form, config, overwrite, averaged, key=key, strip_prefix=strip_prefix
+    )
+    streams.write(text)
 
 
 @cli.command(

@@ -29,14 +29,14 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         CheckpointError: The path is a file of weights, or has no intact checkpoint.
         ConfigError: The configuration cannot be read.
     """
-    found = formats.identify(path) if path.is_file() else formats.UNKNOWN
-    if found.kind in (formats.SAFETENSORS, formats.PICKLE) or path.suffix in (weight_files.SUFFIX, ".pt", ".pth"):
+    file = formats.identify(path) if path.is_file() else formats.UNKNOWN
+    if file.kind in (formats.SAFETENSORS, formats.PICKLE) or path.suffix in (weight_files.SUFFIX, ".pt", ".pth"):
         raise CheckpointError(
             f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
             "creates a folder with both"
         )
-    if found.name and found.kind != formats.TEXT:
-        raise CheckpointError(f"{path}: is {found.name}; {found.remedy}")
+    if file.name and file.kind != formats.TEXT:
+        raise CheckpointError(f"{path}: is {file.name}; {file.remedy}")
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
     is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import zipfile
@@ -117,7 +118,11 @@ def _identify_text(head: bytes, path: Path) -> Format | None:
                     TEXT, "an index of shards", "its name must end in .safetensors.index.json or .bin.index.json"
                 )
             return Format(TEXT, "a JSON text", "give the file of the weights")
-    if b"\x00" not in head and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
+    try:
+        characters = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last one may be cut
+    except UnicodeDecodeError:
+        return None
+    if all(character.isprintable() or character in "\t\r\n\f" for character in characters):
         return Format(TEXT, "a text file", "give the file of the weights")
     return None
 
