@@ -316,6 +316,13 @@ def predict_command(
     help="Format of SOURCE, if it cannot be detected.",
 )
 @click.option("--config", metavar="CONFIG", help="Config of the model, if there is none next to SOURCE.")
+@click.option("--key", help="Key of the state dict in a file of torch.save that holds more, e.g. state_dict.")
+@click.option(
+    "--strip-prefix",
+    multiple=True,
+    metavar="PREFIX",
+    help="Remove a prefix from the names of the weights, e.g. module. or _orig_mod. Repeatable.",
+)
 @overwrite_option
 @averaged_option
 @trust_option
