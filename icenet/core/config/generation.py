@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from icenet.core.config.section import Section
+
+
+def _to_list(value: object) -> object:
+    return [value] if isinstance(value, int) else value
+
+
+_TokenIds = Annotated[
+    list[int],
+    BeforeValidator(_to_list),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]}),
+]
 
 
 class GenerationConfig(Section):
@@ -33,8 +44,8 @@ class GenerationConfig(Section):
     """Seed of sampling; null: the seed of the configuration."""
     stop: list[int | str] = Field(default_factory=list)
     """Token ids and strings that end a sequence; they are not part of the result."""
-    eos_token_id: int | list[int] | None = None
-    """Token ids that end a text; null: the end-of-text tokens of the tokenizer. They are not part of the result."""
+    eos_token_id: _TokenIds | None = None
+    """Token ids, or one id, that end a text; null: the tokenizer's end-of-text tokens. The result excludes them."""
     ignore_eos: bool = False
     """Continue after an end-of-text token."""
     overflow: Literal["error", "slide"] = "error"

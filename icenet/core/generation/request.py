@@ -151,24 +151,23 @@ def _settings(base: GenerationConfig, options: Mapping[str, Any]) -> GenerationC
 
 
 def _to_python(value: Any) -> Any:
-    """Converts numpy scalars to Python numbers, which the configuration accepts."""
+    """Converts numpy's numbers and arrays to those of Python, which the configuration accepts."""
     if isinstance(value, (list, tuple)):
         return [_to_python(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def _end_ids(settings: GenerationConfig, vocab_size: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Returns the tokens that end a text."""
     chosen = settings.eos_token_id
-    ids = (chosen,) if isinstance(chosen, int) else tuple(chosen or ())
-    for token in ids:
+    for token in chosen or ():
         if not 0 <= token < vocab_size:
             raise UsageError(f"generate: eos_token_id {token} is outside the vocabulary (0 to {vocab_size - 1})")
     if settings.ignore_eos:
         return ()
     if chosen is None and tokenizer is not None:
         return tuple(token for token in end_ids(tokenizer) if token < vocab_size)
-    return ids
+    return tuple(chosen or ())
 
 
 def _check_stops(stops: list[int | str], vocab_size: int, tokenizer: Tokenizer | None) -> None:
