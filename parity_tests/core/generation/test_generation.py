@@ -409,6 +409,34 @@ def test_the_first_row_does_not_depend_on_the_others(backend: str, options: Any)
         check_same(alone, among, prompts[:1], options)
 
 
+NEIGHBOURS: list[dict[str, Any]] = [
+    {"max_new_tokens": 30, "overflow": "slide", "temperature": 0},
+    {"max_new_tokens": 30, "overflow": "slide", "seed": 3, "repetition_penalty": 1.4, "top_k": 9},
+    {"max_length": 40, "overflow": "slide", "seed": 4, "prefill_chunk": 3},
+    {"seed": 5, "top_p": 0.9, "min_p": 0.01},  # the default number of new tokens
+    {"max_length": 20, "seed": 6, "stop": [7, 21, 33]},
+]
+
+
+@both_backends
+@pytest.mark.parametrize("family", ["transformer", "lstm"])
+@pytest.mark.parametrize("options", NEIGHBOURS, ids=repr)
+def test_no_row_depends_on_its_neighbours(backend: str, family: str, options: Any) -> None:
+    """Next to shorter and longer prompts, also beyond the window (20 positions), rows are as they are alone."""
+    sizes = {"hidden_size": 32, "num_layers": 1, "vocab_size": VOCAB}
+    window = {"max_seq_length": 20} if family == "transformer" else {}
+    model = build_model(backend, ModelConfig(type=family, **sizes, **window), seed=7)
+    prompts = [[1, 2, 3, 2], [0], [5, 9, 60] * 4 + [4] * 2]
+    together = model.generate(prompts, details=True, **options)
+    assert together[0] == model.generate(prompts[:1], details=True, **options)[0]  # row 0 draws with its own keys
+    for row in (1, 2):
+        others = [[8] * 11 for _ in prompts]
+        others[row] = prompts[row]
+        assert model.generate(others, details=True, **options)[row] == together[row]
+    if "temperature" not in options:
+        assert len({tuple(row.tokens) for row in together}) == 3
+
+
 @both_backends
 def test_a_longer_request_begins_with_the_shorter(backend: str) -> None:
     long = run(backend, PROMPTS, max_new_tokens=40, seed=1)
