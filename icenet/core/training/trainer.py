@@ -422,7 +422,7 @@ class Trainer:
             number = run_folder.create_numbered(self.run) if self.is_main_process else 0
             number = int(self.process_group.gather([float(number)])[0, 0])
             self.run = self._writer.run = run_folder.numbered(self.run, number)
-            self._numbered = False
+            self._numbered, self._known_checkpoints = False, []
         elif self.is_main_process:
             if self._is_new:
                 run_folder.check_free(self.run)  # before the lock, which would make it look like a run
