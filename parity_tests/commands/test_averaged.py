@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import error_line, same_bits, tiny
+from helpers import error_line, is_one_line, same_bits, tiny
 
 import icenet
 from icenet.cli.main import main
 from icenet.commands.predict import predict, softmax
 from icenet.core.data.datasets import dataset_for
 from icenet.core.data.images.augment import normalize
-from icenet.core.errors import CheckpointError
+from icenet.core.errors import CheckpointError, NonFiniteError
+from icenet.core.training import checkpoint
 from icenet.core.training.open_model import open_averaged
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
@@ -51,6 +53,17 @@ def test_predict(runs: Path) -> None:
     assert np.abs(found[0] - found[1]).max() > 1e-4
     with pytest.raises(CheckpointError, match=r"has no averaged weights"):
         predict(runs / "plain", [runs / "image.png"], "torch", "cpu", averaged=True)
+
+
+def test_predictions_that_are_not_finite(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the image and the weight."""
+    found = checkpoint.find(runs / "plain")
+    name = "blocks.0.norm.running_mean"
+    weights = {**found.weights, name: np.full_like(found.weights[name], np.nan)}
+    monkeypatch.setattr(checkpoint, "find", lambda path: dataclasses.replace(found, weights=weights))
+    with pytest.raises(NonFiniteError) as caught:
+        predict(runs / "plain", [runs / "image.png"], "torch", "cpu")
+    assert is_one_line(caught.value, "image.png", name)
 
 
 def test_convert(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:

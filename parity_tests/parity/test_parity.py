@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import is_one_line
 from parity_config import transformer_config
 
 from icenet.core import rng
 from icenet.core.config import Config
+from icenet.core.errors import NonFiniteError
 from icenet.parity.engines import build
 from icenet.parity.run import compare_engines, curves, optimizer_rows, random_batch, run, unequal
 from icenet.parity.yardstick import FACTOR, judge, judge_curve
@@ -99,6 +101,15 @@ def test_one_token() -> None:
     """Softmax over one position: the gradients of queries and keys are exactly zero in every dtype."""
     config = transformer_config()
     check(config, random_batch(config, rows=1, length=1))
+
+
+def test_weights_that_are_not_finite() -> None:
+    config = transformer_config()
+    weights = build(config).torch.weights()
+    weights["blocks.0.attention.out_proj.bias"][3] = np.inf
+    with pytest.raises(NonFiniteError) as caught:
+        run(config, weights)
+    assert is_one_line(caught.value, "blocks.0.attention.out_proj.bias")
 
 
 def test_large_weights() -> None:

@@ -213,6 +213,9 @@ def test_values_that_are_not_finite_must_agree() -> None:
     opposite = both.copy()
     opposite[0, 0] = np.inf
     assert not judge(opposite, both, reference).passed
+    nothing = np.full((2, 2), np.nan)
+    assert not judge(nothing, nothing, nothing).passed
+    assert judge(nothing, nothing, nothing).note == "no value is finite"
 
 
 def test_unequal_shapes_fail_with_a_note() -> None:
