@@ -21,6 +21,7 @@ from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
+from icenet.core.report.streams import printable
 from icenet.core.training import run_folder
 from icenet.core.training.checkpoint import list_checkpoints
 from icenet.core.training.early_stopping import EarlyStopping
@@ -64,7 +65,7 @@ class RunState:
         validation = f"{_loss(self.validation_loss)} at {self.validation_step:,}" if self.validation_step else ""
         used = self.backends if len(self.backends) < 4 else [self.backends[0], "…", self.backends[-1]]
         return {
-            "run": self.name,
+            "run": printable(self.name),
             "model": f"{Path(str(self.model or '')).name} {short_number(self.num_params) if self.num_params else ''}",
             "backend": " → ".join(used),
             "step": f"{self.step:,}/{self.max_steps:,}" if self.max_steps else f"{self.step:,}",
@@ -106,7 +107,7 @@ class RunList:
         console.print(table)
         for run in self.runs:
             if run.problem:
-                console.print(f"{run.name}: {run.problem}", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(f"{run.name}: {run.problem}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def list_runs(folder: Path | None = None) -> RunList:

@@ -335,10 +335,14 @@ def check(
         problems.append(f"{len(misshapen)} of another shape ({_first_three(shown + misshapen[3:])})")
     if problems:
         found_prefixes = prefixes.suggest_prefixes(found, expected) if extra else []
-        remedy = "use the config they belong to"
         if found_prefixes:
-            remedy = f"the names have the prefix {' and '.join(found_prefixes)}: {prefixes.advice(found_prefixes)}"
-        raise WeightsError(f"{source}: not the parameters of this model: {'; '.join(problems)}; {remedy}")
+            raise WeightsError(
+                f"{source}: not the parameters of this model: {len(extra)} names have the prefix "
+                f"{' and '.join(found_prefixes)}; {prefixes.advice(found_prefixes)}"
+            )
+        raise WeightsError(
+            f"{source}: not the parameters of this model: {'; '.join(problems)}; use the config they belong to"
+        )
 
 
 def _first_three(names: list[str]) -> str:

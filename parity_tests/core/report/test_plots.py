@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from icenet.core.errors import IceNetError
+from icenet.core.report import canvas, plots
 from icenet.core.report.plots import plot_metrics, plot_parity
+from icenet.core.report.streams import printable
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -149,3 +152,38 @@ assert report.plot_metrics([], {str(tmp_path / "p.png")!r}, "") is None
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "p.png").exists()
+
+
+NAMES = ["x$y$z", r"$\frac{$", "_hidden", "a\nb\x1b[31m", "名前 العربية 🎉" + "n" * 300, os.fsdecode(b"r\xff\\$b")]
+    "x$y$z",
+    r"$\frac{$",
+    "_hidden",
+    "a\nb\x1b[31m",
+    "名前 العربية 🎉",
+    "n" * 300,
+    os.fsdecode(b"r\xff"),
+    r"a\$b",
+    "%s{}",
+]
+
+
+def test_names_are_drawn_literally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No formula, no hidden legend entry, no warning about glyphs (warnings are errors in the tests)."""
+    drawn: list[str] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: _texts(figure, drawn) or canvas.save(figure, path))
+    for name in NAMES:
+        drawn.clear()
+        plots.plot_metrics(run_of(3), tmp_path / "plot.png", title=name)
+        if len(name) < 60:
+            assert printable(name) in [text.replace(r"\$", "$") for text in drawn]
+        assert all(len(text) < 120 for text in drawn)
+    drawn.clear()
+    curves = {name: [1.0, 2.0] for name in NAMES[:3]}
+    plots.plot_parity(tmp_path / "p.svg", steps=[1, 2], curves=curves, gap=[0, 0], allowed=[1, 1], switch_label="$")
+    assert {"x$y$z", r"$\frac{$", "_hidden"} <= {text.replace(r"\$", "$") for text in drawn}
+
+
+def _texts(figure: Any, drawn: list[str]) -> None:
+    from matplotlib.text import Text
+
+    drawn += [text.get_text() for text in figure.findobj(Text)]
