@@ -154,16 +154,9 @@ assert report.plot_metrics([], {str(tmp_path / "p.png")!r}, "") is None
     assert not (tmp_path / "p.png").exists()
 
 
-NAMES = ["x$y$z", r"$\frac{$", "_hidden", "a\nb\x1b[31m", "名前 العربية 🎉" + "n" * 300, os.fsdecode(b"r\xff\\$b")]
-    "x$y$z",
-    r"$\frac{$",
-    "_hidden",
-    "a\nb\x1b[31m",
-    "名前 العربية 🎉",
-    "n" * 300,
-    os.fsdecode(b"r\xff"),
-    r"a\$b",
-    "%s{}",
+NAMES = [
+    *("x$y$z", r"$\frac{$", "_hidden", "a\nb\x1b[31m"),
+    *("名前 العربية 🎉" + "n" * 300, os.fsdecode(b"r\xff\\$b")),
 ]
 
 
