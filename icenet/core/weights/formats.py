@@ -45,7 +45,7 @@ UNKNOWN = Format(OTHER, "")
 
 
 def explain(path: Path) -> str:
-    """Returns `is a GGUF file of llama.cpp, ...; REMEDY` for a file that is no safetensors file; else empty."""
+    """Returns `is a GGUF file of llama.cpp, ...; REMEDY` for any file but safetensors, for which it is empty."""
     found = identify(path)
     if found.kind == SAFETENSORS or not found.name:
         return ""
