@@ -131,8 +131,10 @@ def check_free(run: Path, holds_lock: bool = False) -> None:
     if re.search(r"[\x00-\x1f\x7f]", str(run)):
         raise UsageError(f"{str(run)!r}: the name of a run must not contain control characters; choose another --run")
     try:
-        if os.path.lexists(run) and not run.is_dir():
-            raise UsageError(f"{run}: is not a folder; choose another --run")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(run)  # a name that is too long, or below a file
+            if not run.is_dir():
+                raise UsageError(f"{run}: is not a folder; choose another --run")
         if not holds_lock and is_locked(run):
             raise _in_use(run)
         found = description(run)
