@@ -101,7 +101,7 @@ def refuse_replacing(folder: Path, names: list[str], earlier: set[str]) -> None:
 
 
 def files_of(folder: Path) -> set[str]:
-    """Returns the names of the files that an earlier `save` wrote to a folder and that nobody changed.
+    """Returns the names of the files that an earlier `save` wrote to a folder and that are unchanged.
 
     The set is empty if the weights are not those of a saved model, or if one of its other files is missing.
     """
