@@ -97,7 +97,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("train tiny.yaml --set training.max_steps=0", USAGE, ["--set training.max_steps", "1", "not 0"]),
     ("train tiny.yaml --set training.learning_rate=.nan", USAGE, ["--set training.learning_rate", "not nan"]),
     ("train tiny.yaml --set training=3", USAGE, ["--set training", "not 3"]),
-    ("train tiny.yaml --set model.activation=[", USAGE, ["--set model.activation=[", "YAML"]),
+    ("train tiny.yaml --set model.activation=[", USAGE, ["--set model.activation: must be", "not '['"]),
     ("train tiny.yaml --set data.kind=imags", USAGE, ["--set data.kind", "'imags'", "did you mean images?"]),
     ("train tiny.yaml --set model.hidden_size=99999999999999999999", USAGE, ["--set model.hidden_size", "less"]),
     ("train tiny.yaml --set model.num_heads=5", USAGE, ["--set model", "hidden_size 32", "num_heads 5"]),
@@ -169,7 +169,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("convert nothing.safetensors out.safetensors --to canonical", FAILURE, ["nothing.safetensors", "no such file"]),
     ("convert folder out.safetensors --to canonical", FAILURE, ["folder", "model.safetensors"]),
     ("convert cut.safetensors out.safetensors --to canonical", FAILURE, ["cut.safetensors", "damaged"]),
-    ("convert text.safetensors out.safetensors --to canonical", FAILURE, ["text.safetensors", "header"]),
+    ("convert text.safetensors out.safetensors --to canonical", FAILURE, ["text.safetensors", "is a text file"]),
     ("convert good.safetensors out --to canonical --config nothing.yaml", USAGE, ["nothing.yaml", "quickstart"]),
     # info, parity, quickstart
     ("info --set model.num_layers=3", USAGE, ["--set", "TARGET", "(see icenet info --help)"]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import stat
 from pathlib import Path
 
+from icenet.core.config.section import shortened
 from icenet.core.errors import ConfigError
 
 GUIDE = {
@@ -46,13 +48,23 @@ def find(path: str | Path) -> Path:
     work in any folder.
 
     Raises:
-        ConfigError: There is neither a file nor a preset.
+        ConfigError: There is neither a file nor a preset, or the file cannot be read.
     """
     file = Path(path)
-    if file.is_file():
-        return file
-    if file.is_dir():
-        raise ConfigError(f"{path}: is a folder; expected a YAML file or a preset")
+    try:
+        mode = file.stat().st_mode
+        if stat.S_ISREG(mode):
+            return file
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise ConfigError(f"{path}: is {kind}; expected a YAML file or a preset")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{shortened(str(path))}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{shortened(str(path))}: cannot be read: {error}") from None  # a zero byte in the name
     preset = folder() / f"{file.stem}.yaml"
     if preset.is_file() and file.parent.name in ("", "configs") and file.suffix in ("", ".yaml"):
         return preset

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from icenet.core.config import custom, yaml_file
+from icenet.core.config import custom, typed, written, yaml_file
 from icenet.core.config.data import AnyDataConfig, DataConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
-from icenet.core.config.section import Section, explain
+from icenet.core.config.section import Section, explain, location
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
 
@@ -68,7 +68,8 @@ class Config(Section):
             if trust_code:
                 custom.trust(config.model.type)
         if isinstance(config.data, DataConfig):
-            overridden = any(key.partition("=")[0].strip() in ("data", "data.tokenizer") for key in overrides)
+            keys = [yaml_file.parse_override(override)[0] for override in overrides]
+            overridden = any(key in (("data",), ("data", "tokenizer")) for key in keys)
             config.data.tokenizer = _absolute(config.data.tokenizer, Path() if overridden else file.parent)
         return config
 
@@ -91,17 +92,19 @@ class Config(Section):
             key = yaml_file.assign(tree, key, value)
             lines = {path: line for path, line in lines.items() if path[: len(key)] != key} | {key: 0}
         try:
-            return cls.model_validate(tree)
+            return cls.model_validate(typed.resolve(tree, cls))
+        except typed.InvalidValueError as error:
+            raise ConfigError(f"{location(error.path, lines, file)}{error.key}: {error}") from None
         except ValidationError as error:
             raise ConfigError(explain(error, cls, lines=lines, file=file)) from None
 
     def with_overrides(self, *overrides: str) -> Config:
         """Returns a new configuration with `key=value` changes (`training.learning_rate=1e-3`)."""
-        return self.from_dict(self.to_dict(), overrides)
+        return self.from_dict(written.tree(self), overrides)
 
     def checked(self) -> Config:
         """Returns the same configuration, validated as a whole: an assignment validates its section only."""
-        return self.from_dict(self.to_dict())
+        return self.from_dict(written.tree(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as a tree of plain values, for `from_dict`."""

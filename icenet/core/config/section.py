@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from icenet.core.config import yaml_file
+from icenet.core.config import scalars, yaml_file
 from icenet.core.errors import ConfigError
 
 
@@ -65,6 +67,12 @@ _LEAST, _MOST = 1.1754944e-38, 3.4028235e38
 _SECTIONS: dict[Any, type[Section]] = {}
 """All sections by class name, which is also the tag of a section in a union of several."""
 
+
+def by_name(name: Any) -> type[Section] | None:
+    """Returns the section of a class name, or None."""
+    return _SECTIONS.get(name)
+
+
 KeyPath = tuple[Any, ...]
 """Keys from the root of the configuration to a value."""
 
@@ -98,17 +106,24 @@ def explain(
         path = path[:-1]
         number -= sum(detail["loc"][:-1] == first["loc"][:-1] for detail in details) - 1
         first["msg"] = "must be an integer or a string"
-    where = _location(path, first["type"], lines or {}, file)
+    where = location(path, lines or {}, file, of_several=first["type"] == "value_error")
     key = dotted(prefix, *map(str, path))
     more = f" (and {number - 1} more)" if number > 1 else ""
     return f"{where}{key + ': ' if key else ''}{_problem(first, path, schema)}{more}"
 
 
-def _location(path: KeyPath, kind: str, lines: yaml_file.Lines, file: Path | None) -> str:
-    """Returns `--set `, `FILE:LINE: `, `FILE: ` or nothing."""
+def location(path: KeyPath, lines: yaml_file.Lines, file: Path | None, *, of_several: bool = False) -> str:
+    """Returns where a key is: `--set `, `FILE:LINE: `, `FILE: ` or nothing.
+
+    Args:
+        path: Path of the key.
+        lines: Line number of each key in `file`; 0 for a key of `--set`.
+        file: The YAML file.
+        of_several: Whether the keys below it are meant as well.
+    """
     line = next((lines[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in lines), None)
     overridden_below = any(number == 0 and key[: len(path)] == path for key, number in lines.items())
-    if line == 0 or (overridden_below and kind == "value_error"):
+    if line == 0 or (overridden_below and of_several):
         return "--set "
     if file is None:
         return ""
@@ -119,27 +134,79 @@ def _problem(detail: Any, path: KeyPath, schema: type[Section]) -> str:
     """Describes one problem of a validation error and what is allowed instead."""
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     if kind in ("extra_forbidden", "no_such_attribute"):
-        section = _section_at(schema, detail["loc"][:-1])
-        return f"unknown key{nearest(str(path[-1]), list(section.model_fields) if section else [])}"
+        return f"unknown key{_remedy_for_key(str(path[-1]), _section_at(schema, detail['loc'][:-1]))}"
     if kind == "family":
         return unknown_family(value, context["known"].split(", "))
     if kind == "kind":
         given = value.get("kind") if isinstance(value, Mapping) else value
-        return f"unknown kind {given!r}{nearest(str(given), context['known'].split(', '))}"
+        return f"unknown kind {shown(given)}{nearest(str(given), context['known'].split(', '))}"
     if kind == "missing":
         return "required, but missing"
     if kind == "model_type":
-        return f"must be a mapping of keys, not {value!r}"
+        return f"must be a mapping of keys, not {shown(value)}"
     if kind == "string_pattern_mismatch" and path[-1:] == ("device",):
-        return f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {value!r}"
+        return f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {shown(value)}"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "string_unicode":
+        return f"{shown(value)} is not UTF-8 text; rename the file"
     message = detail["msg"].replace("Input should be", "must be").replace("List should", "must")
     message = message.replace("a valid ", "a ").replace("a integer", "an integer")
     expected = str(context.get("expected", ""))
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
-    close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) and expected else []
-    return f"{message}, not {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = difflib.get_close_matches(value.lower(), choices, 1) if isinstance(value, str) and expected else []
+    remedy = f"; did you mean {close[0]!r}?" if close else _remedy_for_value(kind, value)
+    if isinstance(value, str) and expected:
+        remedy += _strange_characters(value)
+    return f"{message}, not {shown(value)}{remedy}"
+
+
+def _remedy_for_value(kind: str, value: Any) -> str:
+    """Returns how to write a value of the expected type; empty if there is nothing to add."""
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        return scalars.ways_to_write(value)
+    if kind == "bool_type":
+        return "; write true or false"
+    if kind == "list_type" and isinstance(value, (str, int, float)):
+        return f"; write [{shown(value)}]"
+    if kind == "string_type" and value is None:
+        return "; write '' for an empty text, quotes around one that begins with #, or no key for the default"
+    if kind == "string_type" and isinstance(value, (list, Mapping)):
+        return "; put a text with brackets or colons in quotes"
+    return ""
+
+
+def _remedy_for_key(name: str, section: type[Section] | None) -> str:
+    """Returns the advice for an unknown key of a section."""
+    known = list(section.model_fields) if section else []
+    own = section.section if section else ""
+    *sections, last = re.split(r"[./]", name)
+    if sections and _keys_of(dotted(own, *sections)):
+        return f"; write it as {last}: under {'.'.join(sections)}:"
+    if _normal(name) not in map(_normal, known):
+        places = ["", "model", "data", "training", "generation"]
+        found = [place for place in places if place != own and _normal(name) in map(_normal, _keys_of(place))]
+        if found:
+            where = (f"under {place}:" if place else "at the top level" for place in found)
+            return f"; it belongs {' or '.join(where)}"
+    return nearest(name, known) + _strange_characters(name)
+
+
+def _keys_of(place: str) -> set[str]:
+    """Returns the keys of all sections at a place, which is `` for the top level."""
+    return {key for section in _SECTIONS.values() if section.section == place for key in section.model_fields}
+
+
+def _normal(key: str) -> str:
+    """Returns a key without the differences of spelling that people make: case, hyphens, spaces, wide letters."""
+    return re.sub(r"[-_\s]", "", unicodedata.normalize("NFKC", key)).casefold()
+
+
+def _strange_characters(text: str) -> str:
+    names = scalars.strange_characters(text)
+    return f" (it contains {names})" if names else ""
 
 
 def _section_at(schema: type[Section], location: KeyPath) -> type[Section] | None:
@@ -161,7 +228,18 @@ def unknown_family(values: Any, known: Sequence[str]) -> str:
     family = values.get("type") if isinstance(values, Mapping) else None
     if family is None:
         return f"required; one of {', '.join(known)}, or my_models.py:MyModel"
-    return f"unknown family {family!r}{nearest(str(family), list(known))}"
+    return f"unknown family {shown(family)}{nearest(str(family), list(known))}"
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, without the middle part if it is long."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Returns a text without its middle part if it is long, for error messages of one line."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-20:]}"
 
 
 def dotted(*parts: str) -> str:
@@ -171,8 +249,9 @@ def dotted(*parts: str) -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """Returns a suggestion for an unknown name: the most similar known one, or else all of them."""
+    same = [key for key in known if _normal(key) == _normal(name)]
     same_initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
-    close = same_initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    close = same or same_initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known: {', '.join(known)}" if known else ""

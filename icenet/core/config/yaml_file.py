@@ -1,7 +1,8 @@
-"""Reads YAML safely, with the line number of each key, and writes it."""
+"""Reads YAML safely, with the line number of each key and every value as it is written, and writes it."""
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,64 +10,88 @@ from typing import Any
 
 import yaml
 
+from icenet.core.config import scalars
+from icenet.core.config.scalars import Scalar
 from icenet.core.errors import ConfigError
 
 Lines = dict[tuple[Any, ...], int]
-"""Line number of each key, by its path from the root."""
+"""Line number of each key and of each item of a list, by its path from the root."""
 
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 20_000  # aliases are expanded, so a few lines of YAML can describe billions of nodes
+_MAX_DEPTH = 100
+_PLAIN = "plain"
+_YAML_ORG = "tag:yaml.org,2002:"
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: PyYAML reads 1e-3 as a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*)?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*\.?[eE][-+]?[0-9]+"
-        r"|[-+]?[0-9][0-9_]*\.|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every string that `_Loader` would read as another type."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
-class _Invalid(Exception):
-    """The YAML is well-formed, but not allowed in a configuration."""
+class InvalidYAMLError(Exception):
+    """A text that is not YAML, or not allowed in a configuration."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
         self.line = line
 
 
+class _Loader(yaml.SafeLoader):
+    """Parses YAML into nodes. A value without quotes and without a tag gets the tag `plain`, not a type."""
+
+    num_nodes = depth = 0
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _PLAIN
+        return str(super().resolve(kind, value, implicit))
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise _too_many()
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise InvalidYAMLError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that a reader of YAML 1.1 or 1.2, or `scalars.natural`, would take for another type."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        try:
+            has_type = not isinstance(scalars.natural(text), str)
+        except ValueError:
+            has_type = True
+        return self.represent_scalar(f"{_YAML_ORG}str", text, style="'" if has_type else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
     """Reads a YAML mapping.
 
     Returns:
-        Its values and the line number of each key.
+        Its values and the line number of each key and item. A value is a mapping, a list or a `Scalar`; a value with
+        a tag such as `!!float` has the type of the tag.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path}: larger than 1 MB, the limit of a configuration")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+        if not path.is_file():  # a pipe or /dev/zero would be read without end
+            raise ConfigError(f"{path}: is not a regular file; a configuration is a YAML file")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{path}: larger than 1 MB, the limit of a configuration")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: cannot be read: not UTF-8 text (line {line}); save it as UTF-8") from None
     return parse(text, str(path))
 
 
@@ -74,53 +99,163 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
     """Parses a YAML mapping like `read`. `name` is the source in error messages."""
     lines: Lines = {}
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            values = {} if node is None else _construct(loader, node, (), lines, [0])
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{name}{where}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    except _Invalid as error:
+        values = _parse(text, lines)
+    except InvalidYAMLError as error:
         where = f":{error.line}" if error.line else ""
         raise ConfigError(f"{name}{where}: {error}") from None
-    except ValueError as error:  # of a scalar, such as the date 2024-99-99
-        raise ConfigError(f"{name}: {error}") from None
+    if values is None or (isinstance(values, Scalar) and values in scalars.NULLS and values.style == "plain"):
+        values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: must be a mapping of sections (model:, training:, ...)")
     return values, lines
 
 
+def value(text: str) -> Any:
+    """Parses one value of YAML: a mapping, a list or a `Scalar`.
+
+    Raises:
+        InvalidYAMLError: It is not YAML.
+    """
+    return _parse(text, {})
+
+
+def _parse(text: str, lines: Lines) -> Any:
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _construct(loader, node, (), lines, [0])
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise _syntax_error(error, text) from None
+    except RecursionError:  # of an alias that contains itself
+        raise InvalidYAMLError("nested too deeply") from None
+
+
+def _syntax_error(error: yaml.YAMLError, text: str) -> InvalidYAMLError:
+    """Returns the error of PyYAML as one line, with the way out of a frequent one."""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    context = getattr(error, "context", None) or ""
+    marks = [getattr(error, "problem_mark", None), getattr(error, "context_mark", None)]
+    remedy = ""
+    if "quoted scalar" in context and "end" in problem:
+        marks.reverse()  # the line on which the quotation begins
+        remedy = "a quotation mark is not closed"
+    elif "another document" in problem:
+        remedy = "a configuration is one document: remove ---"
+    elif "'\\t'" in problem:
+        remedy = "indent with spaces, not with tabs"
+    elif "mapping values" in problem or "<block end>" in problem or "simple key" in context:
+        remedy = "align the keys of a section, and put a text that contains quotes or ': ' in quotes"
+    elif re.search("cannot start|not allowed here|node content|undefined alias", problem) or re.search(
+        "alias|anchor|tag|directive", context
+    ):
+        remedy = "put a text that begins with a special character in quotes"
+    line = next((mark.line + 1 for mark in marks if mark), None)
+    if isinstance(error, yaml.reader.ReaderError):
+        problem = f"{problem} (line {text.count(chr(10), 0, error.position) + 1})"
+    return InvalidYAMLError(f"not valid YAML: {problem}{remedy and f'; {remedy}'}", line)
+
+
 def _construct(loader: _Loader, node: yaml.Node, path: tuple[Any, ...], lines: Lines, count: list[int]) -> Any:
-    """Returns the value of a node, and adds the line numbers of its keys to `lines`. `count[0]` counts nodes."""
+    """Returns the value of a node, and adds the lines of its keys and items to `lines`. `count[0]` counts nodes."""
     count[0] += 1
     if count[0] > _MAX_NODES:
-        raise _Invalid(f"more than {_MAX_NODES:,} values, the limit of a configuration")
-    plain = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq"}
-    if node.tag != plain.get(getattr(node, "id", ""), node.tag):
-        raise _Invalid(f"the tag {node.tag} is not allowed", node.start_mark.line + 1)
+        raise _too_many()
     if isinstance(node, yaml.MappingNode):
-        mapping: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise _Invalid(f"the key {key!r} must be a string", line)
-            if key in mapping:
-                raise _Invalid(f"duplicate key {key}", line)
+        _check_tag(node, "map")
+        return _construct_mapping(loader, node, path, lines, count)
+    if isinstance(node, yaml.SequenceNode):
+        _check_tag(node, "seq")
+        items = []
+        for i, item in enumerate(node.value):
+            here = (*path, i)
+            lines[here] = item.start_mark.line + 1
+            items.append(_construct(loader, item, here, lines, count))
+        return items
+    assert isinstance(node, yaml.ScalarNode)
+    return _construct_scalar(loader, node)
+
+
+def _construct_mapping(
+    loader: _Loader, node: yaml.MappingNode, path: tuple[Any, ...], lines: Lines, count: list[int]
+) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
+    merged_lines: Lines = {}
+    first_lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = _key(key_node, line)
+        if key in first_lines:
+            raise InvalidYAMLError(f"duplicate key {key}; the first is on line {first_lines[key]}", line)
+        first_lines[key] = line
+        if key == "<<" and key_node.tag == _PLAIN:
+            sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for source in reversed(sources):  # of several, the first one counts
+                if not isinstance(source, yaml.MappingNode):
+                    raise InvalidYAMLError("<< takes a mapping, such as <<: *name", line)
+                merged |= _construct(loader, source, path, merged_lines, count)
+        else:
             here = (*path, key)
             lines[here] = line
             mapping[key] = _construct(loader, value_node, here, lines, count)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*path, i), lines, count) for i, item in enumerate(node.value)]
-    return loader.construct_object(node)
+    for key in merged:
+        if key not in mapping:
+            lines |= {place: line for place, line in merged_lines.items() if place[: len(path) + 1] == (*path, key)}
+    return {**merged, **mapping}
+
+
+def _key(node: yaml.Node, line: int) -> str:
+    """Returns the text of a key, which a reader of YAML would take for a text."""
+    try:
+        is_text = node.tag == f"{_YAML_ORG}str"
+        if is_text or (node.tag == _PLAIN and isinstance(scalars.natural(node.value), str)):
+            return str(node.value)
+    except ValueError:  # looks like a number or a date
+        pass
+    shown = (node.value or "''") if isinstance(node, yaml.ScalarNode) else "in brackets"
+    raise InvalidYAMLError(f"the key {shown} must be a string; put it in quotes", line)
+
+
+def _construct_scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    if node.tag == _PLAIN:
+        return Scalar(node.value, "plain")
+    line = node.start_mark.line + 1
+    kind = node.tag.removeprefix(_YAML_ORG)
+    if kind == "str":
+        return Scalar(node.value, "quoted")
+    try:
+        if kind == "binary":
+            return loader.construct_object(node)
+        if kind in _TAGS:
+            found = scalars.natural(node.value)
+            found = float(found) if kind == "float" and type(found) is int else found
+            if isinstance(found, _TAGS[kind]) and (kind == "bool") is isinstance(found, bool):
+                return found
+            raise ValueError(f"{node.value} is not of the type !!{kind}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidYAMLError(str(getattr(error, "problem", None) or error), line) from None
+    raise _tag_not_allowed(node)
+
+
+_TAGS = {"int": int, "float": float, "bool": bool, "null": type(None), "timestamp": datetime.date}
+
+
+def _check_tag(node: yaml.Node, kind: str) -> None:
+    if node.tag != f"{_YAML_ORG}{kind}":
+        raise _tag_not_allowed(node)
+
+
+def _tag_not_allowed(node: yaml.Node) -> InvalidYAMLError:
+    remedy = "; put a text that begins with ! in quotes" if isinstance(node, yaml.ScalarNode) else ""
+    problem = f"not valid YAML: the tag {node.tag!r} is not allowed{remedy}"
+    return InvalidYAMLError(problem, node.start_mark.line + 1)
+
+
+def _too_many() -> InvalidYAMLError:
+    return InvalidYAMLError(f"more than {_MAX_NODES:,} values, the limit of a configuration")
 
 
 def dump(values: Mapping[str, Any]) -> str:
@@ -133,20 +268,19 @@ def copy_tree(values: Any) -> Any:
     return {key: copy_tree(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
-def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Parses `training.learning_rate=1e-3` into the path of the key and the value, which is read as YAML.
+def parse_override(text: str) -> tuple[tuple[str, ...], Scalar]:
+    """Splits `training.learning_rate=1e-3` into the path of the key and the text of the value.
+
+    Spaces around the `=` are not part of the value.
 
     Raises:
-        ConfigError: There is no `=`, or the value is not YAML.
+        ConfigError: There is no `=`, or no key.
     """
-    key, equals, value = text.partition("=")
+    key, equals, given = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise ConfigError(f"--set {text}: must be key=value, such as training.learning_rate=1e-3")
-    try:
-        return path, yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: the value is not valid YAML; put it in quotes") from None
+    return path, Scalar(given.lstrip(" "), "set")
 
 
 def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[str, ...]:
@@ -158,6 +292,11 @@ def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[str
     replaced = path
     for depth, part in enumerate(path[:-1]):
         below = tree.get(part)
+        if isinstance(below, Scalar) and below.lstrip().startswith("{"):  # an earlier --set SECTION={...}
+            try:
+                below = tree[part] = _parse(below, {})
+            except InvalidYAMLError:
+                return path[: depth + 1]  # which is reported when its type is known
         if not isinstance(below, dict):
             replaced = min(replaced, path[: depth + 1], key=len)
             below = tree[part] = {}

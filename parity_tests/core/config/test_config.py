@@ -242,7 +242,8 @@ BAD_FILES = [
     (f"{MODEL}seed: -1\n", ["c.yaml:3: seed:", "greater than or equal to 0", "not -1"]),
     (f"{MODEL}backend: jax\n", ["c.yaml:3: backend:", "'auto', 'mlx' or 'torch'", "not 'jax'"]),
     (f"{MODEL}device: cuda:x\n", ["c.yaml:3: device:", "auto, cpu, gpu, mps, cuda or cuda:N", "not 'cuda:x'"]),
-    (f"{MODEL}data:\n  source: 5\n", ["c.yaml:4: data.source:", "string", "not 5"]),
+    (f"{MODEL}data:\n  source: [a]\n", ["c.yaml:4: data.source:", "string", "not ['a']", "quotes"]),
+    (f"{MODEL}data:\n  source:\n", ["c.yaml:4: data.source:", "string", "not None", "''"]),
     (f"{MODEL}generation:\n  stop: END\n", ["c.yaml:4: generation.stop:", "list", "not 'END'"]),
     (f"{MODEL}generation:\n  top_p: 0\n", ["c.yaml:4: generation.top_p:", "greater than 0", "not 0"]),
     # not a configuration
@@ -342,10 +343,9 @@ BAD_OVERRIDES = [
     ("device=tpu", ["--set device:", "auto, cpu, gpu, mps, cuda or cuda:N", "not 'tpu'"]),
     ("backend=MLX", ["--set backend:", "'auto', 'mlx' or 'torch'", "not 'MLX'"]),
     ("seed=true", ["--set seed:", "integer", "not True"]),
-    (
-        "data.source=!!python/name:os.system",
-        ["--set data.source=!!python/name:os.system:", "not valid YAML"],
-    ),
+    ("model=!!python/name:os.system", ["--set model=!!python/name:os.system:", "not valid YAML", "not allowed"]),
+    ("training=", ["--set training:", "no value", "null"]),
+    ("training.max_grad_norm=", ["--set training.max_grad_norm:", "no value", "null"]),
 ]
 
 
