@@ -10,12 +10,15 @@ from icenet.core import files
 from icenet.core.config import Config
 from icenet.core.config.presets import names
 from icenet.core.data.datasets import dataset_for
+from icenet.core.data.text.left_out import BINARY, LeftOut
 from icenet.core.data.text.packed import TextDataset
-from icenet.core.data.text.reading import NotTextError, Reader
+from icenet.core.data.text.reading import Reader, UnusableFileError
 from icenet.core.data.text.sources import Source, find_source
 from icenet.core.errors import DataError, IceNetError, UsageError
 from icenet.core.report.bar import Bar
 from icenet.core.tokenizers.huggingface import HFTokenizer, library
+from icenet.core.training import checkpoint
+from icenet.core.training.signals import Stopped
 
 EOT_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -43,14 +46,18 @@ def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> 
     started = time.time()
     try:
         dataset = dataset_for(config, workers=workers, quiet=quiet)
-    except KeyboardInterrupt:
-        raise IceNetError("stopped by Ctrl-C; the work done so far is kept: the same command continues it") from None
+    except (KeyboardInterrupt, Stopped) as stop:
+        reason = str(stop) or "Ctrl-C"
+        raise IceNetError(
+            f"stopped by {reason}; the work done so far is kept: the same command continues it"
+        ) from None
     assert isinstance(dataset, TextDataset) and dataset.path is not None
     status = dataset.path.stat()
     tokens = dataset.num_train_tokens + dataset.num_validation_tokens
     existing = "" if status.st_mtime >= started - 0.05 else "already prepared: "
     documents = f"{dataset.num_documents:,} document{'s' if dataset.num_documents != 1 else ''}"
-    return f"{existing}{tokens:,} tokens of {documents} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
+    summary = f"{existing}{tokens:,} tokens of {documents} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
+    return "\n".join([summary, *dataset.notes])
 
 
 def read_config(target: str, overrides: Sequence[str], options: Collection[str]) -> Config:
@@ -83,6 +90,7 @@ def train_tokenizer(
     vocab_size: int = 4096,
     out: Path = Path("tokenizer.json"),
     text_key: str = "text",
+    errors: str = "stop",
     overwrite: bool = False,
     quiet: bool = False,
 ) -> str:
@@ -97,6 +105,7 @@ def train_tokenizer(
         vocab_size: Number of tokens, at least 257. A short text may have fewer.
         out: The file to write.
         text_key: Key of the text in JSON lines.
+        errors: stop, skip or replace, as `data.errors`.
         overwrite: Replace an existing file.
         quiet: Show no progress.
 
@@ -108,11 +117,12 @@ def train_tokenizer(
         raise UsageError(f"{source}: is a configuration; name its text (data.source) instead")
     if vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(f"--vocab-size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, 256 bytes and {EOT_TOKEN}")
-    if out.is_dir():
-        raise UsageError(f"--out {out}: is a folder; name a file, such as {out / 'tokenizer.json'}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; choose another, or give --overwrite to replace it")
-    found = find_source(source)
+    target = files.output_file(out, overwrite=overwrite)
+    found = find_source(source, errors)
+    files.output_file(out, overwrite=overwrite, inputs=[document.path for document in found.documents])
+    if (enclosing := checkpoint.enclosing(target)) is not None:
+        raise UsageError(f"--out {out}: is in the checkpoint {enclosing}; choose another place")
+    left_out = found.left_out.copy()
     tokenizer = library().Tokenizer(library().models.BPE())
     tokenizer.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library().decoders.ByteLevel()
@@ -130,27 +140,36 @@ def train_tokenizer(
             done += size
             bar(done, max(done, total))  # a gzip file has more text than bytes
 
-        tokenizer.train_from_iterator(_training_texts(found, text_key, progress), trainer=trainer)
+        tokenizer.train_from_iterator(_training_texts(found, text_key, errors, left_out, progress), trainer=trainer)
     if not done:
-        raise DataError(f"data.source: there is no text in {found.description}")
+        why = f"; {left_out.summary()}" if left_out else ""
+        raise DataError(f"data.source: there is no text in {found.description}{why}")
     content = (tokenizer.to_str(pretty=True) + "\n").encode("utf-8")
     size = HFTokenizer(content).vocab_size  # only a file that can be read is written
-    files.write_bytes(out, content)
+    files.write_bytes(target, content)
     fewer = "" if size == vocab_size else f" (of the {vocab_size:,} requested: the text has no more pairs to merge)"
+    notes = f"\n{found.description}: {left_out.summary()}" if left_out else ""
     return (
         f"{size:,} tokens{fewer} from {done / 1e6:,.1f} MB of {found.description}, in {out}\n"
-        f"to train with it: --set data.tokenizer={out} --set model.vocab_size={size}"
+        f"to train with it: --set data.tokenizer={out} --set model.vocab_size={size}{notes}"
     )
 
 
-def _training_texts(source: Source, text_key: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
-    """Yields the chunks of a source, each split at end-of-text tokens. Files that are not text are left out."""
+def _training_texts(
+    source: Source, text_key: str, errors: str, left_out: LeftOut, progress: Callable[[int], None]
+) -> Iterator[list[str]]:
+    """Yields the chunks of a source, each split at end-of-text tokens, and counts what it leaves out."""
     for document in source.documents:
         try:
             with Reader(document) as reader:
-                for chunk in reader.chunks(text_key=text_key):
+                for chunk in reader.chunks(text_key=text_key, errors=errors):
                     progress(len(chunk.text.encode()))
+                    if chunk.left_out is not None:
+                        left_out.add(*chunk.left_out)
                     yield [part for part in chunk.text.split(EOT_TOKEN) if part]
-        except NotTextError:
+        except UnusableFileError as error:
             if source.sole:
                 raise
+            if error.reason != BINARY and errors != "skip":
+                raise error.in_collection() from None
+            left_out.add(error.reason, f"{document.name}: {error.details}")

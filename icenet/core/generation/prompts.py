@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,12 +57,32 @@ def batch_of(
 
 
 def read_prompt(path: Path) -> str:
-    """Returns the text of a prompt file in UTF-8; `-` is the standard input."""
+    """Returns the text of a prompt file in UTF-8; `-` is the standard input.
+
+    The text is that of the bytes, as in training: line ends stay as they are, and a byte order mark is dropped.
+
+    Raises:
+        UsageError: The file cannot be read, or is not UTF-8.
+    """
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{path}: cannot read the prompt: {reason}") from None
+        content = _read_stdin() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the prompt: {error.strerror}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"{path}: cannot read the prompt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}: cannot read the prompt: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:  # closed by the caller
+        raise UsageError("--prompt-file -: the standard input is closed; give a file, or --prompt")
+    buffer = getattr(sys.stdin, "buffer", None)  # a replaced stdin may have only text
+    return buffer.read() if buffer is not None else sys.stdin.read().encode("utf-8", "surrogateescape")
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:

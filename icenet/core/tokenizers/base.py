@@ -13,6 +13,20 @@ TOKENIZER_FILE = "tokenizer.json"
 """Name of the tokenizer's file in a checkpoint and in the folder of a saved model."""
 
 
+class NoTokenError(DataError):
+    """A text with a part that the tokenizer has no token for.
+
+    Attributes:
+        part: The character, or the word of a tokenizer of words.
+        position: Its index in the text.
+        index: Index of the text in a batch.
+    """
+
+    def __init__(self, message: str, part: str, position: int, index: int = 0) -> None:
+        super().__init__(message)
+        self.part, self.position, self.index = part, position, index
+
+
 class Tokenizer(Protocol):
     """A tokenizer as data and generation use it."""
 

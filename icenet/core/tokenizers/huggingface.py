@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
-from icenet.core.tokenizers.base import TOKENIZER_FILE, utf8
+from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
 
 EOT_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|end|>", "<end_of_text>"),
@@ -45,6 +47,7 @@ class HFTokenizer:
         Raises:
             DataError: It is not a tokenizer, it has no end-of-text token, or `tokenizers` is not installed.
         """
+        content = content.removeprefix(codecs.BOM_UTF8)
         self.files: Mapping[str, bytes] = {TOKENIZER_FILE: content}
         self.name = f"hf:{hashlib.sha256(content).hexdigest()[:32]}"
         self._where = where
@@ -58,15 +61,22 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
+        self._coverage = _Coverage(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
         self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
         other_ends = {index for name, index in special.items() if name in END_TOKENS} - {self.eot_id}
         self.end_ids = (self.eot_id, *sorted(other_ends))
         # Some tokenizers put a space before the first word of a text and remove it when they decode. So a text that
-        # continues another is encoded and decoded after one of these.
-        self._prefixes = {prefix: self.encode(prefix) for prefix in ("a", "\n")}
-        self._letter = self._prefixes["a"][-1:]
+        # continues another is encoded and decoded after one of these. A tokenizer without a token for them gets none.
+        self._prefixes = {"": list[int]()}
+        for prefix in ("a", "\n"):
+            with contextlib.suppress(DataError):
+                self._prefixes[prefix] = self.encode(prefix)
+        ordinary = [id for name, id in self._tokenizer.get_vocab().items() if name not in self.special_tokens]
+        if not ordinary:
+            raise DataError(f"data.tokenizer: {where}: has no tokens besides special ones")
+        self._letter = self._prefixes.get("a", [])[-1:] or [min(ordinary)]
         self._letter_text = self._text(self._letter)
 
     @classmethod
@@ -89,33 +99,42 @@ class HFTokenizer:
         """Returns the tokens of a text, without special tokens around it.
 
         Raises:
-            DataError: The text has a lone surrogate, or the tokenizer has no token for a part of it.
+            NoTokenError: The tokenizer has no token for a part of the text.
+            DataError: The text has a lone surrogate.
         """
-        with self._errors("encode"):
-            ids: list[int] = self._tokenizer.encode(_clean(text), add_special_tokens=False).ids
+        text = _clean(text)
+        with self._errors([text]):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool]) -> list[NDArray[Any]]:
         """Returns the tokens of several texts, int64 `[tokens]` each, in the library's threads.
 
         Raises:
-            DataError: See `encode`.
+            NoTokenError, DataError: See `encode`.
         """
         # a letter before white space and a line end before a word, because no token has both
         prefixes = [
             ("a" if text[:1].isspace() else "\n") if follows else ""
             for text, follows in zip(texts, continues, strict=True)
         ]
+        prefixes = [prefix if prefix in self._prefixes else "" for prefix in prefixes]
         inputs = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
-        with self._errors("encode"):
+        with self._errors(texts):
             encodings = self._tokenizer.encode_batch_fast(inputs, add_special_tokens=False)
         found = []
         for text, prefix, encoding in zip(texts, prefixes, encodings, strict=True):
-            ids, before = encoding.ids, self._prefixes.get(prefix, [])
+            ids, before = encoding.ids, self._prefixes[prefix]
             if ids[: len(before)] != before:  # a token covers more than the prefix
                 ids, before = self.encode(text), []
             found.append(np.array(ids[len(before) :], np.int64))
         return found
+
+    def without_unknown(self, text: str) -> tuple[str, dict[str, int]]:
+        """Returns a text without the characters that have no token, and the number of each of them."""
+        unknown = {character for character in set(text) if not self._coverage.has_token(character)}
+        counts = {character: text.count(character) for character in sorted(unknown)}
+        return text.translate(dict.fromkeys(map(ord, unknown))), counts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, without special tokens.
@@ -133,13 +152,98 @@ class HFTokenizer:
         return self.decode([*self._letter, *ids]).removeprefix(self._letter_text)
 
     def _text(self, ids: list[int]) -> str:
-        with self._errors("decode"):
+        with _one_line(f"data.tokenizer: {self._where}: cannot decode a text"):
             # the end-of-text token may be an ordinary token of the file
             text: str = self._tokenizer.decode([token for token in ids if token != self.eot_id])
         return text
 
-    def _errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
-        return _one_line(f"data.tokenizer: {self._where}: cannot {verb} a text")
+    @contextlib.contextmanager
+    def _errors(self, texts: Sequence[str]) -> Iterator[None]:
+        """Turns errors of the library into a DataError, and checks texts for which it drops characters silently."""
+        if self._coverage.is_silent:
+            self._check(texts)
+        try:
+            with _one_line(f"data.tokenizer: {self._where}: cannot encode a text"):
+                yield
+        except DataError:
+            self._check(texts)
+            raise
+
+    def _check(self, texts: Sequence[str]) -> None:
+        """Raises NoTokenError for the first part of the texts without a token."""
+        for index, text in enumerate(texts):
+            if (found := self._coverage.first_unknown(text)) is not None:
+                part, position = found
+                shown = part if len(part) <= 20 else f"{part[:20]}..."
+                raise NoTokenError(
+                    f"data.tokenizer: {self._where}: no token for {shown!r} (character {position + 1:,} of the "
+                    "text); remove it, or add an unknown token (unk_token) to the tokenizer",
+                    part,
+                    position,
+                    index,
+                )
+
+
+class _Coverage:
+    """Finds parts of texts that a tokenizer has no token for.
+
+    Without an unknown token, the library's BPE drops such characters silently, and its other models fail.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = sorted((token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len)
+        self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
+        self._known: dict[str, bool] = {}
+        probe = "\U000f0000"  # a character for private use
+        complete = self.has_token(probe)
+        if complete and self._pieces(probe) != [(probe, 0)]:  # written as bytes: each must have a token
+            complete = all(map(self._covers, library().pre_tokenizers.ByteLevel.alphabet()))
+        is_bpe = isinstance(tokenizer.model, library().models.BPE)
+        self.is_silent = is_bpe and not complete
+        """Whether the library drops characters without an error."""
+        affixes = is_bpe and (tokenizer.model.continuing_subword_prefix or tokenizer.model.end_of_word_suffix)
+        self._by_character = is_bpe and not affixes
+
+    def has_token(self, character: str) -> bool:
+        """Returns whether a character alone can be encoded."""
+        if character not in self._known:
+            self._known[character] = all(self._covers(piece) for piece, _ in self._pieces(character))
+        return self._known[character]
+
+    def first_unknown(self, text: str) -> tuple[str, int] | None:
+        """Returns the first part without a token and its index; None if there is none."""
+        if self._by_character and all(map(self.has_token, set(text))):
+            return None
+        first = 0
+        for found in [*(self._added.finditer(text) if self._added else ()), None]:
+            end = found.start() if found else len(text)
+            for piece, offset in self._pieces(text[first:end]):
+                if not self._covers(piece):
+                    part = next((character for character in piece if not self.has_token(character)), piece)
+                    position = text.find(part, first + offset)
+                    return part, position if position >= 0 else first + offset  # a normalizer changes the text
+            first = found.end() if found else end
+        return None
+
+    def _pieces(self, text: str) -> list[tuple[str, int]]:
+        """Returns what the model encodes of a text, with offsets: words, usually."""
+        tokenizer = self._tokenizer
+        if not text:
+            return []
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        if tokenizer.pre_tokenizer is None:
+            return [(text, 0)]
+        return [(piece, offsets[0]) for piece, offsets in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    def _covers(self, piece: str) -> bool:
+        """Returns whether the tokens of a piece cover all of its bytes."""
+        try:
+            tokens = self._tokenizer.model.tokenize(piece)
+        except Exception:  # what the library raises without an unknown token
+            return False
+        return sum(last - first for first, last in (token.offsets for token in tokens)) == len(piece.encode())
 
 
 def library() -> ModuleType:
@@ -201,8 +305,19 @@ def _read(content: bytes, where: str) -> Any:
         tokenizer.post_processor = None
         if getattr(tokenizer.model, "dropout", None):
             tokenizer.model.dropout = None
-        tokenizer.decode(tokenizer.encode("a b\n", add_special_tokens=False).ids)
+        _try(tokenizer)
     return tokenizer
+
+
+def _try(tokenizer: Any) -> None:
+    """Encodes and decodes a text, because the library finds some faults of a file only then."""
+    try:
+        ids = tokenizer.encode("a b\n", add_special_tokens=False).ids
+    except Exception as error:
+        if "unk" not in str(error).lower():  # letters without a token, which is no fault of the file
+            raise
+        ids = [min(tokenizer.get_vocab().values())]
+    tokenizer.decode(ids)
 
 
 @contextlib.contextmanager

@@ -26,8 +26,12 @@ from icenet.core.errors import DataError, FileError
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.tokenizers.huggingface import limit_threads
 
-_MAX_AGE_SECONDS = {"*.tmp": 3600, "*.partial": 7 * 86400, "*.shards": 7 * 86400}
-"""Age at which unfinished files count as abandoned. Version 0.1 kept them in `NAME.shards`."""
+_NAME = "[0-9a-f]" * 12
+_MAX_AGE_SECONDS = {f".{_NAME}-*.tokens.*.tmp": 3600, f"{_NAME}.partial": 7 * 86400, f"{_NAME}.shards": 7 * 86400}
+"""Age at which unfinished files count as abandoned. Version 0.1 kept them in `NAME.shards`.
+
+The patterns match no other files, because ICENET_CACHE may be a folder of the user.
+"""
 
 
 def default_folder() -> Path:
@@ -42,6 +46,7 @@ def load_tokens(
     folder: Path | None = None,
     *,
     text_key: str = "text",
+    errors: str = "stop",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> TokenFile:
@@ -52,6 +57,7 @@ def load_tokens(
         tokenizer: Encodes their text.
         folder: The cache (default: `default_folder()`).
         text_key: Key of the text in JSON lines.
+        errors: The value of `data.errors`: stop, skip or replace.
         workers: Number of threads that encode (default: one per processor). The tokens do not depend on it.
         progress: Called with the bytes done and the bytes in total.
 
@@ -59,25 +65,32 @@ def load_tokens(
         DataError: The source has no text, a file cannot be read, or the cache cannot be written.
     """
     folder = folder if folder is not None else default_folder()
-    key = f"{text_key}\n" if any(document.lines for document in source.documents) else ""
+    key = f"{text_key}\n" if any(document.lines or document.json for document in source.documents) else ""
+    key += "replace\n" if errors == "replace" else ""  # tokens that `stop` finds are those of `skip`
     name = hashlib.sha256(os.fsencode(f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}")).hexdigest()[:12]
     state = hashlib.sha256(b"".join(document.state for document in source.documents)).hexdigest()[:16]
     path = folder / f"{name}-{state}.tokens"
     partial = folder / f"{name}.partial"
     try:
-        if (file := open_file(path, tokenizer)) is not None:
+        if (file := _open(path, tokenizer, errors)) is not None:
             return file
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder / f"{name}.lock"), limit_threads(workers):
-            if open_file(path, tokenizer) is None:  # another process may have written it meanwhile
-                make_token_file(path, source, tokenizer, text_key, partial, progress)
+            if _open(path, tokenizer, errors) is None:  # another process may have written it meanwhile
+                make_token_file(path, source, tokenizer, text_key, partial, progress, errors)
                 _clean(path)
-            if (file := open_file(path, tokenizer)) is not None:
+            if (file := _open(path, tokenizer, errors)) is not None:
                 return file
     except (OSError, FileError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         raise _unusable(folder, cause, partial.is_dir()) from None
     raise DataError(f"the token file {path} differs from what was written to it; check the disk")
+
+
+def _open(path: Path, tokenizer: Tokenizer, errors: str) -> TokenFile | None:
+    """Opens a token file; returns None if it has to be made, or left out what is an error now."""
+    file = open_file(path, tokenizer)
+    return file if file is not None and file.left_out.is_allowed(errors) else None
 
 
 def _clean(path: Path) -> None:

@@ -12,8 +12,10 @@ from typing_extensions import Self
 
 from icenet.core import rng
 from icenet.core.data.text.cache import load_tokens
+from icenet.core.data.text.left_out import EMPTY
 from icenet.core.data.text.prepare import Progress
-from icenet.core.data.text.sources import find_source
+from icenet.core.data.text.sources import LINES, Source, find_source
+from icenet.core.data.text.token_file import TokenFile
 from icenet.core.errors import DataError
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import Tokenizer
@@ -33,7 +35,7 @@ class TextDataset:
     Attributes:
         tokenizer: The tokenizer of the tokens.
         num_train_tokens, num_validation_tokens: Sizes of the two parts.
-        num_documents: Number of documents; empty files and files that are not text do not count.
+        num_documents: Number of documents; empty and left out files do not count.
         fingerprint: SHA-256, hex, of the tokenizer's name and all tokens.
         description: Name of the source in messages.
         path: The token file, if there is one.
@@ -111,6 +113,7 @@ class TextDataset:
         validation_fraction: float = 0.0,
         cache_dir: str | Path | None = None,
         text_key: str = "text",
+        errors: str = "stop",
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -120,15 +123,17 @@ class TextDataset:
             source: The source, see `find_source`.
             seq_length, seed, validation_fraction: See `__init__`.
             tokenizer: A tokenizer or its name.
-            cache_dir, text_key, workers, progress: See `load_tokens`.
+            cache_dir, text_key, errors, workers, progress: See `load_tokens`.
 
         Raises:
             DataError: The source is missing, empty, not text or too short, or the cache cannot be written.
         """
-        found = find_source(source)
+        found = find_source(source, errors)
         encoder = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         folder = Path(cache_dir) if cache_dir is not None else None
-        file = load_tokens(found, encoder, folder, text_key=text_key, workers=workers, progress=progress)
+        file = load_tokens(
+            found, encoder, folder, text_key=text_key, errors=errors, workers=workers, progress=progress
+        )
         dataset = cls(
             file.tokens,
             encoder,
@@ -141,6 +146,7 @@ class TextDataset:
             **({} if cls.packing else {"starts": file.starts}),
         )
         dataset.path = file.path
+        dataset.notes = _notes(found, file, text_key)
         return dataset
 
     @property
@@ -222,3 +228,17 @@ class TextDataset:
             "inputs": np.ascontiguousarray(windows[:, :-1]),
             "labels": np.ascontiguousarray(windows[:, 1:]),
         }
+
+
+def _notes(source: Source, file: TokenFile, text_key: str) -> list[str]:
+    """Returns what the user should know about a source: what is left out, and a key without effect."""
+    left_out = source.left_out.merged(file.left_out)
+    if source.identity.startswith("stdlib "):
+        left_out.remove(EMPTY)  # the library's own empty modules
+    notes = [f"{source.description}: {left_out.summary()}"] if left_out else []
+    if text_key != "text" and not file.has_lines:
+        notes.append(
+            f"data.text_key {text_key!r} has no effect: {source.description} has no JSON lines ({', '.join(LINES)}, "
+            "also .gz; .json with an object on each line)"
+        )
+    return notes

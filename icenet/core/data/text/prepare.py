@@ -20,16 +20,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import files, rng
-from icenet.core.data.text.reading import Chunk, NotTextError, Reader
-from icenet.core.data.text.sources import Source
+from icenet.core.data.text.left_out import BINARY, NO_TOKEN, LeftOut
+from icenet.core.data.text.reading import Chunk, Reader, UnusableFileError
+from icenet.core.data.text.sources import Document, Source
 from icenet.core.data.text.token_file import PIECE_TOKENS, token_dtype, write_file
 from icenet.core.errors import DataError
-from icenet.core.tokenizers.base import Tokenizer
+from icenet.core.tokenizers.base import NoTokenError, Tokenizer
 
 BATCH_BYTES = 1 << 20
 """Approximate size of the text that one call of the tokenizer encodes."""
@@ -49,6 +51,7 @@ class Position:
         offset: Where reading continues in the current document.
         tokens, blocks: Numbers of tokens and blocks in the partial file.
         first_token, first_block: Their values where the current document begins.
+        lines: Number of complete documents of JSON lines.
     """
 
     document: int = 0
@@ -57,6 +60,7 @@ class Position:
     blocks: int = 0
     first_token: int = 0
     first_block: int = 0
+    lines: int = 0
 
 
 def make_token_file(
@@ -66,6 +70,7 @@ def make_token_file(
     text_key: str,
     folder: Path,
     progress: Progress | None = None,
+    errors: str = "stop",
 ) -> None:
     """Encodes a source and writes its token file, complete or not at all.
 
@@ -76,37 +81,45 @@ def make_token_file(
         text_key: Key of the text in JSON lines.
         folder: Keeps unfinished work for the next call; removed at the end.
         progress: Called after each batch.
+        errors: The value of `data.errors`: stop, skip or replace.
 
     Raises:
         DataError: The source has no text, or a document cannot be read.
         OSError, FileError: A file cannot be written, for example because the disk is full.
     """
-    with PartialTokens(folder, source, tokenizer) as partial:
-        _encode(partial, source, tokenizer, text_key, progress or (lambda done, total: None))
+    with PartialTokens(folder, source, tokenizer, errors) as partial:
+        _encode(partial, source, tokenizer, text_key, errors, progress or (lambda done, total: None))
         if not partial.position.tokens:
             count = len(source.documents)
             looked_at = f"{count} file{'s' if count != 1 else ''} looked at"
-            raise DataError(f"data.source: there is no text in {source.description} ({looked_at})")
+            found = source.left_out.merged(partial.left_out).summary()
+            raise DataError(
+                f"data.source: there is no text in {source.description} ({looked_at}){'; ' * bool(found)}{found}"
+            )
         partial.save()
         with files.staged(path) as stage, stage.open(path) as file:
-            write_file(file, partial.shuffled_blocks(), tokenizer)
+            write_file(file, partial.shuffled_blocks(), tokenizer, partial.left_out, partial.position.lines > 0)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _encode(partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_key: str, progress: Progress) -> None:
+def _encode(
+    partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_key: str, errors: str, progress: Progress
+) -> None:
     """Encodes the documents from the current position on. Batches reach across documents."""
     first, start = partial.position.document, partial.position.offset
     done = sum(document.size for document in source.documents[:first])
     total = sum(document.size for document in source.documents)
-    batch: list[Chunk] = []
+    batch: list[tuple[Document, Chunk]] = []
     batch_bytes, saved = 0, time.monotonic()
 
     def encode_batch(bytes_read: int) -> None:
         nonlocal batch_bytes, saved
-        texts = [chunk for chunk in batch if chunk.text]
-        ids = iter(tokenizer.encode_batch([c.text for c in texts], [c.continues for c in texts]))
-        for chunk in batch:
-            partial.append(chunk, next(ids) if chunk.text else None)
+        tokens = iter(_tokens_of([entry for entry in batch if entry[1].text], tokenizer, errors))
+        for document, chunk in batch:
+            ids, removed = next(tokens) if chunk.text else (None, {})
+            partial.append(chunk, ids)
+            for character, count in removed.items():
+                partial.left_out.add(NO_TOKEN, f"{character!r} in {document.name}", count)
         batch.clear()
         batch_bytes = 0
         if partial.resumable and time.monotonic() - saved >= SAVE_SECONDS:
@@ -115,38 +128,90 @@ def _encode(partial: PartialTokens, source: Source, tokenizer: Tokenizer, text_k
         progress(bytes_read, total)
 
     for document in source.documents[first:]:
+        unusable: UnusableFileError | None = None
         try:
             with Reader(document) as reader:
-                for chunk in reader.chunks(start, text_key):
-                    batch.append(chunk)
+                for chunk in reader.chunks(start, text_key, errors):
+                    batch.append((document, chunk))
                     batch_bytes += len(chunk.text)
                     if batch_bytes >= BATCH_BYTES:
                         encode_batch(done + reader.bytes_read)
+        except NoTokenError:
+            partial.discard_document(None)
+            raise
         except DataError as error:
             encode_batch(done)  # the chunks that were read before the error
-            left_out = isinstance(error, NotTextError) and not source.sole
+            if isinstance(error, UnusableFileError) and not source.sole:
+                unusable = error if error.reason == BINARY or errors == "skip" else None
+            left_out = None
+            if unusable is not None:
+                left_out = unusable.reason, f"{document.name}: {unusable.details}", 1
             partial.discard_document(left_out)
-            if not left_out:
+            if unusable is None:
+                if isinstance(error, UnusableFileError) and not source.sole:
+                    raise error.in_collection() from None
                 raise
         start = 0
         done += document.size
     encode_batch(done)
 
 
+def _tokens_of(
+    batch: list[tuple[Document, Chunk]], tokenizer: Tokenizer, errors: str
+) -> list[tuple[NDArray[Any], dict[str, int]]]:
+    """Returns the tokens of each chunk, and the characters without a token that are left out of it.
+
+    Raises:
+        NoTokenError: There is no token for a part of a chunk, and `errors` is not skip.
+    """
+    texts, continues = [chunk.text for _, chunk in batch], [chunk.continues for _, chunk in batch]
+    removed: list[dict[str, int]] = [{} for _ in batch]
+    try:
+        return list(zip(tokenizer.encode_batch(texts, continues), removed, strict=True))
+    except NoTokenError as error:
+        if errors != "skip" or not hasattr(tokenizer, "without_unknown"):
+            document, chunk = batch[error.index]
+            place = _place(document, chunk, error.position)
+            raise NoTokenError(
+                f"data.source: {document.path}, {place}: the tokenizer has no token for {error.part[:20]!r}; add an "
+                "unknown token (unk_token) to it, remove this part of the text, or leave out such characters with "
+                "data.errors=skip",
+                error.part,
+                error.position,
+            ) from None
+    for index, text in enumerate(texts):
+        texts[index], removed[index] = tokenizer.without_unknown(text)
+    return list(zip(tokenizer.encode_batch(texts, continues), removed, strict=True))
+
+
+def _place(document: Document, chunk: Chunk, position: int) -> str:
+    """Returns the line of a character of a chunk, and in a text file its offset."""
+    with Reader(document) as reader:
+        line = reader.line_number(chunk.start)
+    if chunk.in_line:
+        return f"line {line}"
+    before = chunk.text[:position]
+    return f"line {line + before.count(chr(10))}, byte {chunk.start + len(before.encode())}"
+
+
 class PartialTokens:
     """The tokens of a source in the order of its documents, with a journal. Use it as a context manager.
 
     Three files in a folder: `tokens`; `blocks`, the offset of each block's first token (uint64); `journal.json`, the
-    `Position` up to which both are valid and a hash of the documents up to there. Work on unchanged
-    documents is reused even if later ones have changed.
+    `Position` up to which both are valid, what is left out up to there, and a hash of the documents up to there. Work
+    on unchanged documents is reused even if later ones have changed.
 
     Attributes:
         position: Where the next chunk is appended.
+        left_out: What is left out of the documents up to the position.
         resumable: Whether reading can resume at `position`: not in the middle of a JSON line.
     """
 
-    def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer) -> None:
-        """Opens the folder, or creates it, and truncates the files to the journal."""
+    def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, errors: str = "stop") -> None:
+        """Opens the folder, or creates it, and truncates the files to the journal.
+
+        Work that left out what is an error with the given value of `data.errors` is not used.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.resumable = True
@@ -154,7 +219,8 @@ class PartialTokens:
         self._dtype = token_dtype(tokenizer)
         self._eot = np.array([tokenizer.eot_id])
         self._hash, self._hashed = hashlib.sha256(), 0
-        self.position = self._read_journal()
+        self.left_out, self._left_out_before = LeftOut(), LeftOut()
+        self.position = self._read_journal(errors)
         self._saved_blocks = self.position.blocks
         self._tokens = open(folder / "tokens", "ab")  # noqa: SIM115 - closed by __exit__
         self._blocks = open(folder / "blocks", "ab")  # noqa: SIM115
@@ -176,6 +242,8 @@ class PartialTokens:
     def append(self, chunk: Chunk, tokens: NDArray[np.integer] | None) -> None:
         """Appends the tokens of a chunk, after an end-of-text token if another text is before it in its block."""
         position = self.position
+        if chunk.left_out is not None:
+            self.left_out.add(*chunk.left_out)
         while position.blocks - position.first_block <= chunk.block:
             self._block_start = position.tokens
             self._blocks.write(np.array([position.tokens], "<u8").tobytes())
@@ -191,6 +259,8 @@ class PartialTokens:
         if chunk.last:
             position.document, position.offset = position.document + 1, 0
             position.first_token, position.first_block = position.tokens, position.blocks
+            position.lines += chunk.in_line
+            self._left_out_before = self.left_out.copy()
         elif chunk.end is not None:
             position.offset = chunk.end
 
@@ -198,18 +268,23 @@ class PartialTokens:
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self.position.tokens += len(tokens)
 
-    def discard_document(self, left_out: bool) -> None:
-        """Removes the tokens of the current document, and continues after it if it is left out."""
+    def discard_document(self, left_out: tuple[str, str, int] | None) -> None:
+        """Removes the tokens of the current document.
+
+        Args:
+            left_out: The reason, name and number if work continues after the document (see `LeftOut.add`).
+        """
         position = self.position
         saved = self._saved_blocks > position.first_block
         position.offset, position.tokens, position.blocks = 0, position.first_token, position.first_block
+        self.left_out = self._left_out_before.copy()
         self.resumable = True
         if saved:  # first, because the journal must not describe more than the files contain
             self.save()
         self._truncate()
-        if left_out:
-            self.append(Chunk("", False, 0, None, last=True), None)
-        if saved or not left_out:
+        if left_out is not None:
+            self.append(Chunk("", False, 0, None, last=True, left_out=left_out), None)
+        if saved or left_out is None:
             self.save()
 
     def save(self) -> None:
@@ -221,7 +296,12 @@ class PartialTokens:
         for file in (self._tokens, self._blocks):
             file.flush()
             os.fsync(file.fileno())
-        journal = {"documents": self._documents_hash(), "position": asdict(self.position)}
+        journal = {
+            "documents": self._documents_hash(),
+            "position": asdict(self.position),
+            "left_out": self.left_out.as_dict(),
+            "left_out_before": self._left_out_before.as_dict(),
+        }
         files.write_text(self.folder / "journal.json", json.dumps(journal))
 
     def shuffled_blocks(self) -> Iterator[NDArray[np.integer]]:
@@ -248,14 +328,17 @@ class PartialTokens:
         self._tokens.truncate(self.position.tokens * self._dtype.itemsize)
         self._blocks.truncate(self.position.blocks * 8)
 
-    def _read_journal(self) -> Position:
+    def _read_journal(self, errors: str) -> Position:
         """Returns the position in the journal, or the beginning if there is no journal that fits the files."""
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
             journal = json.loads((self.folder / "journal.json").read_text())
             position = self.position = Position(**journal["position"])
+            left_out, before = (LeftOut(journal[key]) for key in ("left_out", "left_out_before"))
             needed = {"tokens": position.tokens * self._dtype.itemsize, "blocks": position.blocks * 8}
             complete = all((self.folder / name).stat().st_size >= size for name, size in needed.items())
-            if complete and journal["documents"] == self._documents_hash():
+            usable = complete and left_out.is_allowed(errors)
+            if usable and journal["documents"] == self._documents_hash():
+                self.left_out, self._left_out_before = left_out, before
                 return position
         self._hash, self._hashed = hashlib.sha256(), 0
         return Position()

@@ -17,6 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from icenet.core.config.section import nearest
+from icenet.core.data.text.left_out import (
+    BAD_LINES,
+    BINARY,
+    DAMAGED,
+    EMPTY,
+    EMPTY_LINES,
+    JSON_ARRAYS,
+    NEEDS_SKIP,
+    NOT_UTF8,
+    REPLACED,
+    UNREADABLE,
+)
 from icenet.core.data.text.sources import Document, reason
 from icenet.core.errors import DataError
 
@@ -25,7 +37,13 @@ CHUNK_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 28
 """Maximum length of a JSON line. A line has to fit in memory."""
 
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8. It is not a part of the text."""
+OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
 _BUFFER_BYTES = 1 << 20
+_HEAD_BYTES = 8000  # where git looks for a NUL
+_JSON_HEAD_BYTES = 1 << 22
 _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
 
@@ -35,8 +53,21 @@ before other white space. Common tokenizers begin a token at the first, so chunk
 T5's does not at a line end: it splits at spaces only, and a line end is a part of a word."""
 
 
-class NotTextError(DataError):
-    """A file that is not UTF-8 text."""
+class UnusableFileError(DataError):
+    """A file without text that can be read.
+
+    Attributes:
+        reason: See `left_out`.
+        details: What is wrong, without the path.
+    """
+
+    def __init__(self, path: object, reason: str, details: str, way_out: str = "") -> None:
+        self.reason, self.details = reason, details
+        super().__init__("; ".join(part for part in (f"data.source: {path} {details}", way_out) if part))
+
+    def in_collection(self) -> UnusableFileError | DataError:
+        """Returns the error of a file that is one of several, which can be left out."""
+        return DataError(f"{self}; data.errors=skip leaves out such files") if self.reason in NEEDS_SKIP else self
 
 
 @dataclass(frozen=True)
@@ -50,6 +81,9 @@ class Chunk:
             ranges of lines for JSON lines.
         end: Offset in the (unpacked) document from which reading can resume after this chunk. None inside a line.
         last: Whether the document ends here.
+        start: Offset in the (unpacked) document where this chunk, or its line, begins.
+        in_line: Whether the document contains JSON lines.
+        left_out: What is missing in the text: the reason (see `left_out`), where, and a number; or None.
     """
 
     text: str
@@ -57,14 +91,18 @@ class Chunk:
     block: int
     end: int | None
     last: bool = False
+    start: int = 0
+    in_line: bool = False
+    left_out: tuple[str, str, int] | None = None
 
 
 class Reader:
     """Reads the chunks of one document. Use it as a context manager."""
 
     def __init__(self, document: Document) -> None:
-        """Opens a document. Raises DataError if it cannot be read."""
+        """Opens a document. Raises UnusableFileError if it cannot be read."""
         self.document = document
+        self._has_chunks = False
         try:
             self._file = open(document.path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
@@ -83,42 +121,107 @@ class Reader:
         """Bytes of the file itself that have been read, for a progress bar."""
         return self._file.tell()
 
-    def chunks(self, start: int = 0, text_key: str = "text") -> Iterator[Chunk]:
+    def chunks(self, start: int = 0, text_key: str = "text", errors: str = "stop") -> Iterator[Chunk]:
         """Yields the chunks from offset `start` on; the last one is empty and has `last` set.
 
         Args:
             start: 0, or the `end` of a chunk.
             text_key: Key of the text in each JSON line.
+            errors: stop; skip leaves out invalid JSON lines; replace replaces invalid bytes by U+FFFD.
 
         Raises:
-            NotTextError: A text file is not UTF-8, or contains NUL bytes.
-            DataError: The file cannot be read, has changed since it was listed, or has an invalid JSON line.
+            UnusableFileError: The file is binary, is not UTF-8, is damaged, or cannot be read.
+            DataError: The file has changed since it was listed, or has an invalid JSON line.
         """
         self._check()
+        if self.document.way_out is not None:
+            suffix = "".join(self.document.path.suffixes[-1:])
+            raise self._unusable(BINARY, f"is {suffix}, not text", self.document.way_out)
+        self._check_encoding()
+        lines = self.is_lines(text_key)
         self._call(self._stream.seek, start)
-        chunks = self._json_chunks(start, text_key) if self.document.lines else self._text_chunks(start)
-        last_block = yield from chunks
+        found = self._json_chunks(start, text_key, errors) if lines else self._text_chunks(start, errors)
+        last_block = yield from found
         self._check()
-        yield Chunk("", False, last_block, None, last=True)
+        empty = start == 0 and not self._has_chunks
+        left_out = (EMPTY, self.document.name, 1) if empty else None
+        yield Chunk("", False, last_block, None, last=True, in_line=lines, left_out=left_out)
 
-    def _text_chunks(self, start: int) -> Generator[Chunk, None, int]:
+    def is_lines(self, text_key: str) -> bool:
+        """Returns whether the file contains JSON lines: by its name, or for .json by its first line.
+
+        Raises:
+            UnusableFileError: It is a JSON array of objects with a text. See also `chunks`.
+        """
+        if not self.document.json:
+            return self.document.lines
+        self._call(self._stream.seek, 0)
+        head = self._call(self._stream.read, _JSON_HEAD_BYTES).removeprefix(BOM).decode("utf-8", "replace").lstrip()
+        array = head[:1] == "["
+        head = head[1:].lstrip() if array else head
+        try:
+            value, end = json.JSONDecoder().raw_decode(head)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
+            return False
+        if array:
+            raise self._unusable(
+                JSON_ARRAYS, "is a JSON array, not JSON lines", f"convert it: jq -c '.[]' {self.document.path.name}"
+            )
+        return "\n" not in head[:end]
+
+    def _check_encoding(self) -> None:
+        """Raises UnusableFileError if the file begins like a binary file or like UTF-16."""
+        self._call(self._stream.seek, 0)
+        head = self._call(self._stream.read, _HEAD_BYTES)
+        encoding = next((name for bom, name in OTHER_BOMS.items() if head.startswith(bom)), None)
+        if encoding is not None and not self.document.binary:
+            raise self._unusable(
+                NOT_UTF8,
+                f"is not UTF-8 text but {encoding}, by its byte order mark",
+                f"convert it to UTF-8, as iconv -f {encoding} -t UTF-8 does",
+            )
+        if (nul := head.find(0)) >= 0 and not self.document.lines:
+            details = f"is not UTF-8 text (NUL byte at byte {nul})"
+            raise self._unusable(BINARY, details, "unpack it or convert it to UTF-8 first")
+
+    def _text_chunks(self, start: int, errors: str) -> Generator[Chunk, None, int]:
+        continues = start > 0
+        if start == 0 and self._call(self._stream.read, len(BOM)) == BOM:
+            start = len(BOM)
+        self._call(self._stream.seek, start)
         for data in split(lambda size: self._call(self._stream.read, size)):
-            try:
-                if (nul := data.find(0)) >= 0:
-                    raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "NUL byte")
-                text = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise NotTextError(
-                    f"data.source: {self.document.path} is not UTF-8 text ({error.reason} at byte "
-                    f"{start + error.start}); unpack it or convert it to UTF-8 first"
-                ) from None
-            yield Chunk(text, start > 0, 0, start + len(data))
-            start += len(data)
+            text, left_out = self._decode(data, start, errors)
+            end = start + len(data)
+            yield self._chunk(text, continues, 0, end, start=start, left_out=left_out)
+            start, continues = end, True
         return 0
 
-    def _json_chunks(self, start: int, text_key: str) -> Generator[Chunk, None, int]:
+    def _decode(self, data: bytes, start: int, errors: str) -> tuple[str, tuple[str, str, int] | None]:
+        """Returns the text of bytes at an offset, and what is replaced in it."""
+        try:
+            if (nul := data.find(0)) >= 0:
+                raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "NUL byte")
+            return data.decode("utf-8"), None
+        except UnicodeDecodeError as error:
+            place = start + error.start
+            if self.document.binary:
+                raise self._unusable(BINARY, f"is not UTF-8 text ({error.reason} at byte {place})") from None
+            if errors == "replace":
+                text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
+                count = text.count("\ufffd") - data.count("\ufffd".encode())
+                return text, (REPLACED, f"{self.document.name} from byte {place}", count)
+            raise self._unusable(
+                NOT_UTF8,
+                f"is not UTF-8 text ({error.reason} at byte {place})",
+                "convert it to UTF-8 first, or replace such bytes by U+FFFD with data.errors=replace",
+            ) from None
+
+    def _json_chunks(self, start: int, text_key: str, errors: str) -> Generator[Chunk, None, int]:
         edges = block_edges()
         block, next_edge = -1, next(edges)
+        number = 1 if start == 0 else None
         while line := self._call(self._stream.readline, MAX_LINE_BYTES + 1):
             while next_edge <= start:
                 block, next_edge = block + 1, next(edges)
@@ -128,20 +231,50 @@ class Reader:
                     "JSON lines, an object on each line?"
                 )
             end = start + len(line)
+            data: bytes | None = None
+            left_out = None
             try:
-                data = _text_of_line(line.removeprefix(b"\xef\xbb\xbf") if start == 0 else line, text_key)
+                data, replaced = _text_of_line(line.removeprefix(BOM) if start == 0 else line, text_key, errors)
+                if data == b"":
+                    left_out = (EMPTY_LINES, "", 1)
+                elif replaced:
+                    left_out = (REPLACED, "", replaced)
             except DataError as error:
-                number = self._line_number(start)
-                raise DataError(f"data.source: {self.document.path}, line {number}: {error}") from None
-            parts = list(split(io.BytesIO(data).read))
+                if errors != "skip":
+                    raise DataError(
+                        f"data.source: {self.document.path}, line {self.line_number(start)}: {error}; correct it, or "
+                        "leave such lines out with data.errors=skip"
+                    ) from None
+                left_out = (BAD_LINES, f": {error}", 1)
+            if left_out is not None:
+                number = number or self.line_number(start)
+                left_out = (left_out[0], f"{self.document.name} line {number}{left_out[1]}", left_out[2])
+            parts = list(split(io.BytesIO(data or b"").read))
+            if not parts and left_out:
+                yield self._chunk("", False, block, end, start=start, in_line=True, left_out=left_out)
             for index, part in enumerate(parts):
-                yield Chunk(part.decode("utf-8"), index > 0, block, end if index == len(parts) - 1 else None)
+                last = index == len(parts) - 1
+                yield self._chunk(
+                    part.decode("utf-8"),
+                    index > 0,
+                    block,
+                    end if last else None,
+                    start=start,
+                    in_line=True,
+                    left_out=left_out if last else None,
+                )
             start = end
+            number = number and number + 1
         while next_edge < start:  # blocks that contain no line
             block, next_edge = block + 1, next(edges)
         return block
 
-    def _line_number(self, offset: int) -> int:
+    def _chunk(self, text: str, continues: bool, block: int, end: int | None, **more: Any) -> Chunk:
+        self._has_chunks = True
+        return Chunk(text, continues, block, end, **more)
+
+    def line_number(self, offset: int) -> int:
+        """Returns the number of the line at an offset, from 1 on."""
         with Reader(self.document) as again:
             data = iter(lambda: again._stream.read(min(_BUFFER_BYTES, offset - again._stream.tell())), b"")
             return 1 + sum(part.count(b"\n") for part in data)
@@ -157,14 +290,15 @@ class Reader:
             return function(argument)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = "ends too early" if isinstance(error, EOFError) else f"is damaged ({reason(error)})"
-            raise DataError(
-                f"data.source: {self.document.path} {what}: not a complete gzip file; pack it again"
-            ) from None
+            raise self._unusable(DAMAGED, f"{what}: not a complete gzip file", "pack it again") from None
         except OSError as error:
             raise self._unreadable(error) from None
 
-    def _unreadable(self, error: OSError) -> DataError:
-        return DataError(f"cannot read {self.document.path}: {reason(error)}")
+    def _unusable(self, why: str, details: str, way_out: str = "") -> UnusableFileError:
+        return UnusableFileError(self.document.path, why, details, way_out)
+
+    def _unreadable(self, error: OSError) -> UnusableFileError:
+        return self._unusable(UNREADABLE, f"cannot be read: {reason(error)}")
 
 
 def split(read: Callable[[int], bytes]) -> Iterator[bytes]:
@@ -208,16 +342,26 @@ def block_edges() -> Iterator[int]:
         edge += min(_MAX_BLOCK, max(_MIN_BLOCK, edge // _BLOCK_FRACTION))
 
 
-def _text_of_line(line: bytes, key: str) -> bytes:
-    """Returns the text under a key of a JSON object, as UTF-8; empty for a blank line.
+def _text_of_line(line: bytes, key: str, errors: str = "stop") -> tuple[bytes | None, int]:
+    """Returns the text under a key of a JSON object, as UTF-8, and the number of characters that are replaced.
+
+    Args:
+        line: The line.
+        key: The key.
+        errors: replace replaces invalid bytes and lone surrogates by U+FFFD.
+
+    Returns:
+        None instead of the text for a blank line.
 
     Raises:
         DataError: The reason, without the file and the line number.
     """
     if not line.strip():
-        return b""
+        return None, 0
+    content = line.rstrip(b"\n")
     try:
-        value = json.loads(line.rstrip(b"\n").decode("utf-8"))
+        text = content.decode("utf-8", "replace" if errors == "replace" else "strict")
+        value = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
@@ -231,10 +375,15 @@ def _text_of_line(line: bytes, key: str) -> bytes:
         raise DataError(f"no key {key!r} (data.text_key){nearest(key, list(map(str, value))[:20])}")
     if not isinstance(value[key], str):
         raise DataError(f"{key!r} (data.text_key) is {_kind(value[key])}, not a string")
+    replaced = text.count("\ufffd") - content.count("\ufffd".encode())
     try:
-        return value[key].encode("utf-8")  # type: ignore[no-any-return]
+        return value[key].encode("utf-8"), replaced
     except UnicodeEncodeError:
-        raise DataError(f"the text of {key!r} has a lone surrogate, which is not a character") from None
+        if errors != "replace":
+            raise DataError(f"the text of {key!r} has a lone surrogate, which is not a character") from None
+        surrogates = re.compile("[\ud800-\udfff]")
+        found, count = surrogates.subn("\ufffd", value[key])
+        return found.encode("utf-8"), replaced + count
 
 
 def _kind(value: object) -> str:

@@ -1,8 +1,8 @@
 """The file that holds the tokens of a source.
 
 Layout: a header of 4096 bytes (JSON, padded with spaces), the tokens (little-endian uint16, or uint32 if the
-vocabulary is larger than 65,536), and from the next multiple of eight the offset of each document's first token
-(uint64).
+vocabulary is larger than 65,536), from the next multiple of eight the offset of each document's first token
+(uint64), and what the source leaves out (JSON, see `left_out`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core.data.text.left_out import LeftOut
 from icenet.core.tokenizers.base import Tokenizer
 
-VERSION = 3
+VERSION = 4
 """Version of the format and of everything that determines the tokens: the order of documents, where chunks end."""
 HEADER_BYTES = 4096
 PIECE_TOKENS = 1 << 20
@@ -38,6 +39,8 @@ class TokenFile:
         fingerprint: SHA-256, hex, of the tokenizer's name, a newline, and the tokens as little-endian bytes.
         starts: Offset of the first token of each document, a read-only memory map, uint64 `[documents]`. One
             end-of-text token is between a document and the next.
+        left_out: What the files of the source have that is not in the tokens.
+        has_lines: Whether the source contains JSON lines.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class TokenFile:
     num_documents: int
     fingerprint: str
     starts: NDArray[np.unsignedinteger]
+    left_out: LeftOut
+    has_lines: bool
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -67,24 +72,36 @@ def open_file(path: Path, tokenizer: Tokenizer) -> TokenFile | None:
                 return None
             count, documents = header["tokens"], header["starts"]
             starts_offset = _starts_offset(count, dtype)
-            if count < 1 or documents < 1 or os.fstat(file.fileno()).st_size != starts_offset + 8 * documents:
+            end = starts_offset + 8 * documents
+            if count < 1 or documents < 1 or os.fstat(file.fileno()).st_size != end + header["left_out"]:
                 return None
+            file.seek(end)
+            left_out = LeftOut(json.loads(file.read()))
             tokens = np.memmap(file, dtype, "r", offset=HEADER_BYTES, shape=(count,))
             starts = np.memmap(file, "<u8", "r", offset=starts_offset, shape=(documents,))
-            return TokenFile(path, tokens, header["documents"], header["sha256"], starts)
+            return TokenFile(
+                path, tokens, header["documents"], header["sha256"], starts, left_out, header["json_lines"]
+            )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or other JSON
         return None
 
 
-def write_file(file: BinaryIO, pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> None:
+def write_file(
+    file: BinaryIO,
+    pieces: Iterable[NDArray[np.integer]],
+    tokenizer: Tokenizer,
+    left_out: LeftOut,
+    has_lines: bool = False,
+) -> None:
     """Writes a token file.
 
     Args:
         file: An empty file, open for writing.
         pieces: The tokens, in pieces of any length above 0.
         tokenizer: Its `eot_id` separates documents.
+        left_out, has_lines: See `TokenFile`.
 
     Raises:
         OSError: It cannot be written.
@@ -112,7 +129,16 @@ def write_file(file: BinaryIO, pieces: Iterable[NDArray[np.integer]], tokenizer:
             file.write(starts.astype("<u8").tobytes())
             num_starts += len(starts)
             documents += int((begins & ~ends).sum())
-    counts = {"tokens": count, "documents": documents, "starts": num_starts, "sha256": digest.hexdigest()}
+    remarks = json.dumps(left_out.as_dict()).encode()
+    file.write(remarks)
+    counts = {
+        "tokens": count,
+        "documents": documents,
+        "starts": num_starts,
+        "sha256": digest.hexdigest(),
+        "left_out": len(remarks),
+        "json_lines": has_lines,
+    }
     file.seek(0)
     file.write(json.dumps(_header(tokenizer) | counts).encode().ljust(HEADER_BYTES))
 
