@@ -16,17 +16,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def for_ranges(work: Callable[[int, int], None], n: int, smallest: int) -> None:
+def for_ranges(work: Callable[[int, int], None], n: int, smallest: int, most: int) -> None:
     """Divides range(n) among the usable cores and calls `work(start, stop)` for each part.
 
-    Threads are faster only where `work` releases Python's lock, as numpy's functions do for large arrays.
+    Threads are faster only where `work` releases Python's lock for most of the time, as numpy's functions do for
+    large arrays. They wait for each other between two such functions, the longer the more threads there are.
 
     Args:
         work: Works on one part; independent of the others.
         n: End of the range.
         smallest: The smallest part for which a thread is started.
+        most: The largest number of threads.
     """
-    threads = max(1, min(usable_cores(), n // smallest))
+    threads = max(1, min(usable_cores(), n // smallest, most))
     bounds = [n * part // threads for part in range(threads + 1)]
     if threads == 1:
         work(0, n)

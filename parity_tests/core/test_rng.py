@@ -332,6 +332,13 @@ def test_the_polynomial_gives_the_bits_of_numpys_cosine_and_sine() -> None:
     assert np.array_equal(box_muller(first, second), plain_box_muller(first, second))
 
 
+def test_the_polynomial_has_the_stated_error() -> None:
+    x = np.concatenate([np.linspace(-1, 1, 20_001), 2.0 ** -np.arange(31.0)])
+    found = np.empty_like(x)
+    rng._sine(x, found, np.empty_like(x))
+    assert abs(found - np.sin(np.pi / 2 * x)).max() < rng._SINE_ERROR - 2.0**-51  # the error of numpy's sine
+
+
 def test_normal_variates_are_finite_at_the_extreme_words() -> None:
     extreme = words(0, 0, 2**32 - 1, 2**32 - 1), words(0, 2**32 - 1, 0, 2**32 - 1)
     found = box_muller(*extreme)

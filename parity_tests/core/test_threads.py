@@ -10,18 +10,20 @@ from helpers import both_backends
 from icenet.core import backends, blas, threads
 
 
-@pytest.mark.parametrize(("n", "cores", "parts"), [(10, 1, 1), (10, 3, 3), (5, 3, 2), (1, 3, 1), (0, 3, 1)])
+@pytest.mark.parametrize(
+    ("n", "cores", "parts"), [(10, 1, 1), (10, 3, 3), (5, 3, 2), (1, 3, 1), (0, 3, 1), (99, 9, 4)]
+)
 def test_parts_of_a_range(monkeypatch: pytest.MonkeyPatch, n: int, cores: int, parts: int) -> None:
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     found: list[range] = []
-    threads.for_ranges(lambda start, stop: found.append(range(start, stop)), n, smallest=2)
+    threads.for_ranges(lambda start, stop: found.append(range(start, stop)), n, smallest=2, most=4)
     assert sorted(index for part in found for index in part) == list(range(n)) and len(found) == parts
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "usable_cores", lambda: 2)
     with pytest.raises(ZeroDivisionError):
-        threads.for_ranges(lambda start, stop: 1 // start, 8, smallest=1)
+        threads.for_ranges(lambda start, stop: 1 // start, 8, smallest=1, most=2)
 
 
 @pytest.mark.parametrize(

@@ -788,8 +788,8 @@ FAULTS: list[Fault] = [
     Fault(
         "sums term by term are those of PyTorch",
         "icenet_torch/tools/sums.py",
-        "    with _InOrder():\n        yield\n",
-        "    yield\n",
+        "        with _InOrder():\n            yield\n",
+        "        yield\n",
         ["parity/test_modules.py::test_sums_of_a_plain_batch_norm_are_less_exact"],
     ),
     Fault(
