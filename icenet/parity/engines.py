@@ -187,7 +187,7 @@ def perturbed(
         engine.set_optimizer_state({path: perturb_state.array(array, path) for path, array in slots.items()})
     probe = backends.module(engine.backend, "tools.probe")
     inner = probe.perturbing(engine.model, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
-    sums = backends.module("torch", "tools.sums").summing_in_order() if in_order else contextlib.nullcontext()
+    sums = backends.module("torch", "tools.sums").summing_in_order(sample) if in_order else contextlib.nullcontext()
     try:
         with inner, sums:
             yield perturb

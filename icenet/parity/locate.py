@@ -11,8 +11,9 @@ random cotangents, backward. The marks of a layer:
 
 Replays also find faults that are smaller than the noise that the earlier layers produce, and faults of the backward
 pass alone. Where a layer has no derivative, both frameworks may be right with different gradients. So if only
-gradients are over the tolerance, the layer is replayed again at a nearby point where it has one
-(`icenet.parity.ties`), which decides.
+gradients are over the tolerance and those of the reference have a jump at the inputs, the layer is replayed again at
+a nearby point where it has a derivative, and what does not depend on the choice is compared at the inputs
+(`icenet.parity.ties`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from icenet.parity.align import (
     permutation,
     without_counterpart,
 )
-from icenet.parity.ties import may_be_kinks, moved_apart
+from icenet.parity.ties import Ties, may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
 from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values, round_to
 
@@ -189,9 +190,12 @@ def locate(
             chosen = None if contains else samples
             if chosen and not mlx.has_foreign(path):
                 chosen = replace(chosen, in_order=None)
-            judgement, part, has_ties = replay_layer(path, torch, reference, (aligned, *replays[1:]), dtype, chosen)
+            is_leaf = not any(_is_within(other, path) for other in paths)
+            judgement, part, has_ties = replay_layer(
+                path, torch, reference, (aligned, *replays[1:]), dtype, chosen, is_leaf
+            )
             own[path] = judgement, part
-            ties[path] = _tie_remark(mlx.classes.get(path, "")) if has_ties else ""
+            ties[path] = _tie_remark(mlx.classes.get(path, ""), is_leaf) if has_ties else ""
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -223,12 +227,14 @@ def replay_layer(
     replays: tuple[AlignedReplay, Replay, Replay],
     dtype: str = "fp32",
     samples: Samples[SampledReplay] | None = None,
+    is_leaf: bool = True,
 ) -> tuple[Judgement, str, bool]:
     """Replays one layer.
 
     All replays receive the same: the inputs of the reference, rounded to the dtypes that PyTorch had there, and
     cotangents drawn from a normal distribution, in fp16 small enough for its range. If only gradients are over the
-    tolerance and inputs are equal to one another, the inputs are moved apart and the result there decides.
+    tolerance and the reference's have a jump at the inputs, the inputs are moved apart and the result there decides,
+    and for a layer without others within it, the sums of the gradients of equal inputs (`icenet.parity.ties`).
 
     If an output is over the tolerance, gradients are not considered: their difference is a consequence.
 
@@ -259,6 +265,9 @@ def replay_layer(
     worst, part = _worst(found)
     if part.startswith("output") or not worst.is_over or not _may_be_kink(call):
         return worst, part, False
+    at_ties = _Replays(path, call, cotangents, replays)
+    if at_ties.has_inputs and not at_ties.ties.are_kinks:
+        return *_worst(judge(call, samples=samples) if samples else found), False
     numbers = count()
 
     def apart(value: Value) -> Value:
@@ -267,10 +276,76 @@ def replay_layer(
             return value
         return Value(round_to(moved_apart(value.array, value.dtype, key), value.dtype), value.dtype)
 
-    moved = judge(call.map(apart), samples=samples)
+    nearby = call.map(apart)
+    moved = judge(nearby, samples=samples)
     worst, part = _worst(moved)
     is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
+    if worst.passed and is_leaf and at_ties.has_inputs:
+        judgement = at_ties.judge_sums(nearby, dtype, samples)
+        if not judgement.passed:
+            return judgement, "input, at ties", False
     return worst, part, worst.passed and is_larger
+
+
+class _Replays:
+    """Replays of a layer at inputs with ties, with the sizes of the cotangents (see `icenet.parity.ties`).
+
+    Args:
+        path, call, cotangents: See `icenet.parity.engines.replay`.
+        replays: Replays by MLX, PyTorch and the reference.
+    """
+
+    def __init__(
+        self, path: str, call: Call, cotangents: list[Value], replays: tuple[AlignedReplay, Replay, Replay]
+    ) -> None:
+        self._path, self._call, self._replays = path, call, replays
+        self._cotangents = [Value(np.abs(value.array), value.dtype) for value in cotangents]
+        results = replays[0].comparable(path, self._named(replays[2], call))
+        floats = [value.array for value in call.values if value.is_float]
+        # a mask that is a number on one side only has no gradient to compare
+        self._inputs = [index for index in range(len(floats)) if f"input {index}" in results]
+        self.has_inputs = bool(self._inputs)
+        self.ties = Ties([floats[index] for index in self._inputs], self._exact_gradients)
+
+    def judge_sums(self, nearby: Call, dtype: str, samples: Samples[SampledReplay] | None) -> Judgement:
+        """Returns the judgement of the sums of the gradients of equal inputs.
+
+        Args:
+            nearby: The call at which the noise is sampled, without ties.
+            dtype: Compute dtype under test.
+            samples: Replays in a sample.
+        """
+        ours, theirs, exact = (self._sums(self._named(replay, self._call)) for replay in self._replays)
+        low, high = self.ties.bounds()
+        valid = np.clip(ours.array, low, high)
+        noise = theirs.array - exact.array
+
+        def sampled(replay: SampledReplay) -> Callable[[int], Values]:
+            return lambda index: {"": self._sums(replay(index, self._path, nearby, self._cotangents))}
+
+        used = replace(samples, mlx=None, in_order=None).map(sampled) if samples else None
+        found, expected, reference = (
+            {"": Value(array, theirs.dtype)} for array in (ours.array, valid + noise, valid)
+        )
+        return judge_values(found, expected, reference, dtype, used)[""]
+
+    def _named(self, replay: AlignedReplay | Replay, call: Call) -> dict[str, Value]:
+        return replay(self._path, call, self._cotangents)
+
+    def _exact_gradients(self, inputs: list[Array]) -> list[Array]:
+        floats = iter([value.array for value in self._call.values if value.is_float])
+        given = dict(zip(self._inputs, inputs, strict=True))
+        numbers = count()
+
+        def fill(value: Value) -> Value:
+            return Value(given.get(next(numbers), next(floats)), value.dtype) if value.is_float else value
+
+        results = self._named(self._replays[2], self._call.map(fill))
+        return [results[f"input {index}"].array for index in self._inputs]
+
+    def _sums(self, results: Mapping[str, Value]) -> Value:
+        found = [results[f"input {index}"] for index in self._inputs]
+        return Value(self.ties.sums([value.array for value in found]), found[0].dtype)
 
 
 def fits_fp16(reference: Mapping[str, Array], others: Sequence[Mapping[str, Array]], scale: float = 1.0) -> bool:
@@ -348,10 +423,11 @@ def _named(replayed: dict[str, Value]) -> dict[str, Value]:
     return {name.replace("gradient ", "gradient:", 1): value for name, value in replayed.items()}
 
 
-def _tie_remark(class_name: str) -> str:
+def _tie_remark(class_name: str, is_leaf: bool) -> str:
     """Returns what to say of a layer whose gradients agree except at ties, by its class in MLX."""
     if not class_name.startswith("mlx.nn.layers.pooling.Max"):
-        return "its gradient differs only at ties or edges of its inputs, where it has no derivative"
+        remark = "its gradient differs only at ties or edges of its inputs, where it has no derivative"
+        return remark if is_leaf else f"{remark}; there it is not judged, because other layers are within it"
     remark = "its gradient differs only at ties: MLX divides it among equal maxima, PyTorch gives it to the first"
     return f"{remark}, as max_pool of icenet.nn does" if class_name.endswith("MaxPool2d") else remark
 

@@ -1,13 +1,20 @@
-"""Moves the inputs of a layer to a nearby point at which the layer is differentiable.
+"""Gradients at ties and edges, where a layer has none: max pooling at equal maxima, a leaky ReLU at 0.
 
-Max pooling at equal maxima, a leaky ReLU at 0 and clipping at its edge have no derivative. Frameworks return
-different subgradients there, all of them valid: MLX divides the gradient among equal maxima, PyTorch gives it to the
-first. Equal values are common: zeros behind a ReLU, the margins of images, any values in bf16.
+Frameworks return different subgradients there, all of them valid: MLX divides the gradient among equal maxima,
+PyTorch gives it to the first. Equal values are common: zeros behind a ReLU, the margins of images, any values in
+bf16. So a gradient is compared at a nearby point at which the layer is differentiable (`moved_apart`).
+
+That does not show a gradient which is wrong at the ties only, such as one that each of two equal maxima gets in full.
+But the sum of the gradients of all elements with the same value does not depend on the choice: if all of them move
+together, they stay equal, and the layer is differentiable along that move. At an edge, such as the 0 of a leaky
+ReLU, it has two one-sided derivatives, and with positive cotangents the sum lies between them. `Ties` measures both
+with the reference, whose rounding errors are far smaller.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +35,82 @@ _SMALLEST = -9
 def may_be_kinks(array: Array) -> bool:
     """Returns whether values are equal to one another, or are multiples of 1/2, the usual edges of a function."""
     return bool((2 * array == np.rint(2 * array)).any()) or np.unique(array).size < array.size
+
+
+_STEP = 2.0**-36
+"""The relative distance of the points at which `Ties` asks the reference, which is far below an ulp of fp32."""
+
+_JITTERS, _SHIFTS = 8, 4
+_JUMP = 1e-6
+"""A gradient that changes by more than this share of its RMS over such a distance has a jump."""
+
+_EQUAL = 1e-9
+"""Sums that differ by less than this share of the largest one are equal but for the curvature of the layer."""
+
+
+class Ties:
+    """The ties and edges at the inputs of a layer.
+
+    Args:
+        inputs: The float inputs.
+        gradients: Returns the reference's gradients of such inputs, with cotangents that are not negative.
+    """
+
+    def __init__(self, inputs: Sequence[Array], gradients: Callable[[list[Floats]], list[Floats]]) -> None:
+        # adding 0 turns -0 into 0, which is equal to it
+        self._inputs = [np.asarray(array, np.float64) + 0.0 for array in inputs]
+        values = np.concatenate([np.zeros(0), *(array.reshape(-1) for array in self._inputs)])
+        finite = values[np.isfinite(values)]
+        self._size = min(1.0, float(np.sqrt(np.mean(np.square(finite))))) or 1.0 if finite.size else 1.0
+        self._groups = np.unique(values, return_inverse=True)[1].reshape(-1)
+        self._reference = gradients
+        self._jitters = [gradients(self._moved(sample, together=False)) for sample in range(_JITTERS)]
+
+    @property
+    def are_kinks(self) -> bool:
+        """Whether the gradient of the reference has a jump at the inputs: it depends on the order of equal values."""
+        for found in zip(*self._jitters, strict=True):
+            stacked = np.stack(found)
+            size = float(np.sqrt(np.mean(np.square(stacked)))) if stacked.size else 0.0
+            if stacked.size and float(np.ptp(stacked, axis=0).max()) > _JUMP * size:
+                return True
+        return False
+
+    def sums(self, gradients: Sequence[Array]) -> Floats:
+        """Returns the sum of the gradients of the elements with a value, for each value, float64 `[values]`."""
+        weights = np.concatenate([np.zeros(0), *(np.asarray(array, np.float64).reshape(-1) for array in gradients)])
+        return np.asarray(np.bincount(self._groups, weights), np.float64)
+
+    def bounds(self) -> tuple[Floats, Floats]:
+        """Returns the least and the largest valid sum for each value, float64 `[values]`.
+
+        They are infinite where the ties are not among the inputs themselves but among values that are computed from
+        them: then the sum depends on the order of equal inputs.
+        """
+        shifted = [self._reference(self._moved(sample, together=True)) for sample in range(_SHIFTS)]
+        here = self._reference([array.copy() for array in self._inputs])
+        sums = np.stack([self.sums(found) for found in (here, *shifted)])
+        low, high = sums.min(axis=0), sums.max(axis=0)
+        jittered = np.stack([self.sums(found) for found in self._jitters])
+        margin = _EQUAL * float(np.abs(sums).max(initial=0.0))
+        simple = (jittered >= low - margin).all(axis=0) & (jittered <= high + margin).all(axis=0)
+        return np.where(simple, low, -np.inf), np.where(simple, high, np.inf)
+
+    def _moved(self, sample: int, together: bool) -> list[Floats]:
+        """Returns inputs that are moved a little: equal values by the same distance, or each by its own."""
+        moved = []
+        for number, array in enumerate(self._inputs):
+            if together:  # by a function of the value; in the next sample, in the opposite direction
+                key = rng.key(0, "shift", sample // 2)
+                bits = array.astype(np.float32).view(np.uint32).reshape(-1)
+                words, _ = rng.threefry2x32((key[:1], key[1:]), (bits, np.zeros(bits.size, np.uint32)))
+                uniform = (words.reshape(array.shape) * 2.0**-31 - 1) * (1 if sample % 2 else -1)
+            else:
+                uniform = 2.0 * rng.uniform(rng.key(0, "jitter", sample, number), array.shape) - 1
+            finite = np.isfinite(array)
+            size = np.maximum(np.abs(np.where(finite, array, 0.0)), self._size)
+            moved.append(np.where(finite, array + _STEP * uniform * size, array))
+        return moved
 
 
 def moved_apart(array: Array, dtype: str, key: npt.NDArray[np.uint32]) -> Floats:

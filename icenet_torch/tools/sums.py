@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from icenet.core import rng
 
 aten = torch.ops.aten
 
@@ -33,30 +36,48 @@ _COMPOSED = get_decompositions(
         aten._softmax_backward_data,
         aten._log_softmax,
         aten._log_softmax_backward_data,
+        aten.logsumexp,
+        aten.linalg_vector_norm,
+        aten.std,
+        aten.std_mean,
     ]
 )
 
 
 @contextlib.contextmanager
-def summing_in_order() -> Iterator[None]:
+def summing_in_order(sample: int = 0) -> Iterator[None]:
     """Takes fp32 and half-precision sums, means and variances term by term while the context is open.
 
     This includes those in the layers of PyTorch and in their gradients. Matrix products and convolutions stay.
+
+    Args:
+        sample: Number of the order of the terms: each sum begins at another term. The roundings of a long sum hardly
+            depend on the last bits of its terms, so equal orders would have equal errors in all samples.
     """
-    with _InOrder():
-        yield
+    token = _sample.set(sample)
+    try:
+        with _InOrder():
+            yield
+    finally:
+        _sample.reset(token)
+
+
+_sample: ContextVar[int] = ContextVar("sample", default=0)
 
 
 class _InOrder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        replacement = _REPLACED.get(func) or _COMPOSED.get(func)
-        if replacement is None or not _is_single(args):
+        if not _is_single(args):
             return func(*args, **kwargs)
         if func in _REPLACED:
-            return replacement(*args, **kwargs)
+            return _REPLACED[func](*args, **kwargs)
         with self:
-            return replacement(*args, **kwargs)
+            if func in _COMPOSED:
+                return _COMPOSED[func](*args, **kwargs)
+            # other signatures of the sums, such as var_mean(x, dim, unbiased) in PyTorch's own group norm
+            found = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if found is NotImplemented else found
 
 
 def _is_single(args: Sequence[Any]) -> bool:
@@ -69,10 +90,16 @@ def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtyp
     dims = _axes(x, dim)
     kept = [axis for axis in range(x.ndim) if axis not in dims]
     terms = x.float().permute(*dims, *kept).reshape(-1, *(x.shape[axis] for axis in kept))
-    array = np.ascontiguousarray(terms.cpu().numpy())
+    array = terms.cpu().numpy()
+    array = np.ascontiguousarray(np.roll(array, _first_term(len(array)), axis=0))
     total = np.zeros(array.shape[1:], np.float32) if len(array) == 0 else np.add.accumulate(array, axis=0)[-1]
     shape = [1 if axis in dims else x.shape[axis] for axis in range(x.ndim)] if keepdim else total.shape
     return torch.from_numpy(np.asarray(total)).reshape(tuple(shape)).to(x.device, dtype or x.dtype)
+
+
+def _first_term(count: int) -> int:
+    """Returns a random number below `count`, by the sample."""
+    return int(rng.uniform(rng.key(0, "order of sums", _sample.get()), (1,))[0] * count)
 
 
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:

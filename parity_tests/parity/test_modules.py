@@ -24,6 +24,7 @@ from icenet.core.models.modules import copy_weights, get_weights
 from icenet.parity.modules import compare_modules
 from icenet.parity.report import Report
 from icenet_torch import nn as their_own
+from icenet_torch.tools.sums import summing_in_order
 
 Twins = tuple[Any, Any]
 
@@ -388,6 +389,38 @@ def test_sums_of_a_plain_batch_norm_are_less_exact() -> None:
     assert json.loads(json.dumps(report.as_dict()))["sections"][0]["rows"][0]["plain_ratio"] == row.plain_ratio
 
 
+SUMMED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "batch norm": lambda x: T.functional.batch_norm(x, None, None, training=True),
+    "group norm": lambda x: T.functional.group_norm(x, 1),
+    "instance norm": lambda x: T.functional.instance_norm(x),
+    "layer norm": lambda x: T.functional.layer_norm(x, x.shape[1:]),
+    "var": lambda x: x.var(2, unbiased=False),
+    "var_mean": lambda x: torch.var_mean(x, (1, 2), unbiased=False)[0],
+    "std": lambda x: x.std(),
+    "mean": lambda x: x.mean(1),
+    "norm": lambda x: x.norm(dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_term_by_term_are_less_exact_in_each_function(name: str) -> None:
+    x = torch.from_numpy(draw(4, 160, 160))
+    exact = SUMMED[name](x.double())
+    with summing_in_order():
+        summed = SUMMED[name](x)
+    errors = [float((found - exact).square().mean()) for found in (SUMMED[name](x), summed)]
+    assert summed.dtype == torch.float32 and summed.shape == exact.shape
+    assert 2 * errors[0] ** 0.5 < errors[1] ** 0.5 < 1e-4
+
+
+def test_sums_of_a_plain_group_norm_are_less_exact() -> None:
+    x = draw(1, 4, 60, 60, seed=16)  # one mean and variance only: a single draw of the error
+    report = compare((M.GroupNorm(1, 4, pytorch_compatible=True), T.GroupNorm(1, 4)), x)
+    assert report.passed and report.sections[0].rows[0].plain_ratio > 8, report.verdict()
+    report = compare((M.GroupNorm(1, 4, eps=2e-5, pytorch_compatible=True), T.GroupNorm(1, 4)), x / 4)
+    assert report.differing() == ["(model output)"]
+
+
 @pytest.mark.usefixtures("few_samples")
 @pytest.mark.parametrize("layer", [lambda: M.BatchNorm(2, eps=1e-3), lambda: WithoutAffine(2), lambda: Unbiased(2)])
 def test_a_wrong_batch_norm_is_found_in_spite_of_its_sums(layer: Callable[[], M.BatchNorm]) -> None:
@@ -436,10 +469,10 @@ class Scaled(M.Module):
 
     def __init__(self, layer: M.Module) -> None:
         super().__init__()
-        self.call = layer
+        self.layer = layer
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.call(x)
+        y = self.layer(x)
         return 1.05 * y - mx.stop_gradient(0.05 * y)
 
 
@@ -471,6 +504,101 @@ def test_subgradients_at_ties_and_edges(name: str) -> None:
     ours, theirs = AT_TIES[name]()
     report = compare((Scaled(ours), TorchNet(lambda m, x: theirs(x))), x)
     assert report.differing() == ["(model output)"] and "backward pass" in report.verdict()
+
+
+def with_gradient(function: Callable[..., mx.array], vjp: Callable[..., Any]) -> Any:
+    """Returns a function with another gradient."""
+    wrapped = mx.custom_function(function)
+    wrapped.vjp(vjp)
+    return wrapped
+
+
+def windows(x: mx.array) -> mx.array:
+    """Returns the values of each window of 2x2: `[B, H / 2, W / 2, 4, C]`."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4, c)
+
+
+def both_maxima(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return cotangent[:, :, :, None] * (x == y[:, :, :, None])
+
+
+def no_maximum(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    """Each of two equal maxima has a neighbour that is not smaller."""
+    is_only = mx.sum(x == y[:, :, :, None], axis=3, keepdims=True) == 1
+    return cotangent[:, :, :, None] * ((x == y[:, :, :, None]) & is_only)
+
+
+def pooling(vjp: Callable[..., mx.array]) -> Callable[[], Twins]:
+    call = with_gradient(lambda x: x.max(axis=3), vjp)
+    return lambda: (Net(lambda m, x: call(windows(x))), T.MaxPool2d(2))
+
+
+def pair(vjp: Callable[..., Any]) -> Callable[[], Twins]:
+    """Returns the maximum of each value and its neighbour in the next channel."""
+    call = with_gradient(lambda a, b: mx.maximum(a, b), vjp)
+    theirs = TorchNet(lambda m, x: torch.maximum(x[:, ::2], x[:, 1::2]))
+    return lambda: (Net(lambda m, x: call(x[..., ::2], x[..., 1::2])), theirs)
+
+
+def clipped(at_edge: float) -> Callable[[], Twins]:
+    def vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        inner = (x > 0) & (x < 1)
+        return cotangent * mx.where(inner, 1.0, mx.where((x == 0) | (x == 1), at_edge, 0.0))
+
+    call = with_gradient(lambda x: mx.clip(x, 0, 1), vjp)
+    return lambda: (Net(lambda m, x: call(x)), TorchNet(lambda m, x: x.clip(0, 1)))
+
+
+def first_of_two(primals: Any, cotangent: mx.array, y: mx.array) -> Any:
+    a, b = primals
+    return cotangent * (a >= b), cotangent * (a < b)
+
+
+def both_of_two(primals: Any, cotangent: mx.array, y: mx.array) -> Any:
+    a, b = primals
+    return cotangent * (a >= b), cotangent * (b >= a)
+
+
+def none_of_two(primals: Any, cotangent: mx.array, y: mx.array) -> Any:
+    a, b = primals
+    return cotangent * (a > b), cotangent * (b > a)
+
+
+WRONG_AT_TIES: dict[str, tuple[Callable[[], Twins], bool]] = {
+    "each of equal maxima has the whole gradient": (pooling(both_maxima), True),
+    "none of equal maxima has a gradient": (pooling(no_maximum), True),
+    "maximum of two, the first": (pair(first_of_two), False),
+    "maximum of two, both": (pair(both_of_two), True),
+    "maximum of two, none": (pair(none_of_two), True),
+    "clip, all of the gradient": (clipped(1.0), False),
+    "clip, part of the gradient": (clipped(0.3), False),
+    "clip, twice the gradient": (clipped(2.0), True),
+    "clip, a negative gradient": (clipped(-0.1), True),
+}
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("name", WRONG_AT_TIES)
+def test_a_gradient_that_is_wrong_at_ties_only_is_found(name: str) -> None:
+    """A valid choice passes, whatever it is."""
+    twins, is_wrong = WRONG_AT_TIES[name]
+    x = np.round(with_ties(*IMAGE[:2], 8, 8) * 4) / 4  # equal values that are not zeros of a ReLU, too
+    report = compare(twins(), x)
+    assert report.passed is not is_wrong, report.verdict()
+    assert not is_wrong or is_one_line(report.verdict(), "backward pass", "at ties")
+    assert compare(twins(), draw(*IMAGE[:2], 8, 8)).passed
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_smooth_layer_with_equal_inputs_has_no_ties() -> None:
+    """Its gradient differs by its sums, not by a choice."""
+    x = np.round(2 * draw(*MANY)) / 2
+    report = compare(norms(M.BatchNorm(2)), x, train=True)
+    assert report.passed and report.ties() == []
+    ours, theirs = norms(M.BatchNorm(2))
+    report = compare((Scaled(ours), TorchNet(lambda m, x: m.layer(x), layer=theirs)), x, train=True)
+    assert not report.passed and report.ties() == [] and "at ties" not in report.verdict()
 
 
 def test_max_pooling_behind_a_relu() -> None:

@@ -18,8 +18,8 @@ from icenet.core.generation.streaming import append_to_prompts, generate_tokens,
 from icenet.core.models import init, inputs
 from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
-from icenet.core.weights import files as weight_files
 from icenet.core.weights import arrays, layout, sharing
+from icenet.core.weights import files as weight_files
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from icenet.core import backends
-from icenet.core.weights import files as weight_files
 from icenet.core.weights import arrays, sharing
+from icenet.core.weights import files as weight_files
 
 
 def get_weights(module: Any) -> dict[str, np.ndarray]:
