@@ -26,7 +26,7 @@ from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.training import checkpoint as checkpoints
-from icenet.core.training import run_folder
+from icenet.core.training import run_folder, unused_keys
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
@@ -237,6 +237,9 @@ class Trainer:
         training = self.config.training
         last_step = min(training.max_steps, until or training.max_steps)
         self._stop_signal = self.process_group.stop = None
+        engine = self.engine
+        place = unused_keys.Circumstances(engine.backend, engine.device, engine.tf32, self.process_group.size)
+        unused = unused_keys.notices(self.config, self.dataset, place)
         self._create_run_folder()
         reporter = Reporter(
             self.run,
@@ -262,7 +265,7 @@ class Trainer:
                     reporter.begin(self.step)
                     for line in self.dataset.summary:
                         reporter.note(line)
-                    reporter.notes(self.notes)
+                    reporter.notes([*self.notes, *unused])
                     self.notes.clear()
                     stopped_early = self._train(last_step, reporter)
             finally:

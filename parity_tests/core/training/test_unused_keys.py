@@ -1,0 +1,52 @@
+"""Keys that the user wrote and that have no effect are named when training begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import is_one_line, tiny
+
+from icenet.core.config import Config
+from icenet.core.data.datasets import dataset_for
+from icenet.core.errors import ConfigError
+from icenet.core.training.unused_keys import Circumstances, notices
+
+ALONE = Circumstances(backend="torch", device="cpu", tf32="off", num_processes=1)
+
+
+def found(config: Config) -> str:
+    return "\n".join(notices(config, dataset_for(config, quiet=True), ALONE))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["training.optimizer=sgd", "training.beta2=0.9"], "training.beta2"),
+        (["training.momentum=0.5"], "training.momentum"),
+        (["training.schedule=constant", "training.decay_every=5"], "training.decay_every"),
+        (["allow_tf32=true"], "allow_tf32"),
+        (["training.sharded=true"], "training.sharded"),
+        (["generation.temperature=0", "generation.top_k=5"], "generation.top_k"),
+        (["data.validation_fraction=0", "training.eval_batches=3"], "training.eval_batches"),
+    ],
+)
+def test_a_key_without_effect_is_named(overrides: list[str], key: str, tmp_path: Path) -> None:
+    text = found(tiny(tmp_path, *overrides))
+    assert f"no effect: {key}" in text or f", {key}" in text, text
+    complete = Config.from_dict(tiny(tmp_path, *overrides).to_dict())
+    assert key in found(complete), "a value other than the default counts in a complete file"
+
+
+def test_defaults_and_keys_with_an_effect_are_silent(tmp_path: Path) -> None:
+    assert "beta2" not in found(tiny(tmp_path, "training.optimizer=sgd"))
+    assert "beta2" not in found(tiny(tmp_path, "training.beta2=0.9"))
+    complete = Config.from_dict(tiny(tmp_path, "training.optimizer=sgd").to_dict())
+    assert "beta2" not in found(complete)
+
+
+@pytest.mark.parametrize("key", ["early_stopping=2", "keep_best=true"])
+def test_what_needs_validation_data_is_refused_without_it(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        found(tiny(tmp_path, "data.validation_fraction=0", f"training.{key}"))
+    assert is_one_line(caught.value, f"training.{key.partition('=')[0]}", "validation_fraction")
