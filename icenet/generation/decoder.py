@@ -42,7 +42,7 @@ class Decoder(DecoderBase):
 
     def fetch(self, handle: tuple[mx.array, mx.array]) -> Tokens:
         token, best = (np.array(array) for array in handle)
-        return np.where(np.isfinite(best), token, -1).astype(np.int32)
+        return np.where(np.isfinite(best), token.astype(np.int32), np.int32(-1))
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return np.array(self.logits.astype(mx.float32)), np.array(self.scores)

@@ -25,6 +25,7 @@ VERSION: str = mx.__version__  # type: ignore[attr-defined]  # missing in the ty
 
 def environment() -> Environment:
     """Returns the description that `icenet doctor` shows (about 1 s: it times matrix products)."""
+    precision = tf32(mx.default_device())  # before any other product: the first one on a GPU decides
     num_gpus = mx.device_count(mx.gpu) if mx.is_available(mx.gpu) else 0
     gpu = _gpu_kind()
     default = gpu if mx.default_device().type == mx.gpu else "cpu"
@@ -42,7 +43,7 @@ def environment() -> Environment:
             "of": threads.num_threads(),
             "chosen": threads.choose_num_threads(SMALL_ROWS, SMALL_WIDTH),
         },
-        "tf32": tf32(mx.default_device()),
+        "tf32": precision,
         "dtypes": "fp16 and bf16 products are slow on the CPU: compute in fp32 there; "
         "float64 on the CPU only, not exact for exp, erf, sigmoid and softmax",
     }

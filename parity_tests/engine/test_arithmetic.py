@@ -361,6 +361,13 @@ assert torch.backends.cudnn.allow_tf32, "PyTorch's own setting was changed"
 
 
 @on_gpu
+def test_doctor_measures_the_default_arithmetic() -> None:
+    """It times products on the GPU, and MLX decides about TF32 at the first one."""
+    code = "from icenet.tools.environment import environment; print(environment()['tf32']['used'])"
+    assert python(code).strip() == "False"
+
+
+@on_gpu
 @both_backends
 def test_a_convolutional_model_on_a_gpu_is_in_full_fp32_by_default(backend: str) -> None:
     errors = {allow: json.loads(python(ERRORS, backend, allow).splitlines()[-1]) for allow in ("false", "true")}
