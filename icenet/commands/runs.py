@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.files import identity
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
@@ -119,7 +120,7 @@ def list_runs(folder: Path | None = None) -> RunList:
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give a folder that contains runs")
     folder = folder or DEFAULT
-    found = [describe(run, _name(run, folder)) for run in _runs_below(folder, _DEPTH)]
+    found = [describe(run, _name(run, folder)) for run in _runs_below(folder, _DEPTH, set())]
     return RunList(folder, sorted(found, key=lambda run: run.when, reverse=True))
 
 
@@ -186,16 +187,34 @@ def _name(run: Path, folder: Path) -> str:
     return str(run.relative_to(folder)) if run != folder else run.resolve().name
 
 
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    """Yields the folder if it is a run, otherwise the runs below it."""
-    holds = {name for name in (".lock", "metrics.jsonl", "config.yaml", "checkpoints") if (folder / name).exists()}
-    if "metrics.jsonl" in holds or {"checkpoints", "config.yaml"} <= holds or {".lock", "config.yaml"} <= holds:
+def _runs_below(folder: Path, depth: int, seen: set[object]) -> Iterator[Path]:
+    """Yields the folder if it is a run, otherwise the runs below it.
+
+    Links are followed, and each folder is searched once. A folder that cannot be read is a warning.
+
+    Args:
+        folder: The folder.
+        depth: Number of levels to search below it.
+        seen: Identities of the folders that were searched; receives more.
+    """
+    try:
+        if (found := identity(folder)) in seen:
+            return
+        seen.add(found)
+        names = set(os.listdir(folder))
+    except FileNotFoundError:  # the default folder, or one that was removed meanwhile
+        return
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        logging.getLogger("icenet").warning("%s: not searched for runs: %s", folder, reason)
+        return
+    if "metrics.jsonl" in names or {"checkpoints", "config.yaml"} <= names or {".lock", "config.yaml"} <= names:
         yield folder
     elif depth:
-        with contextlib.suppress(OSError):
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if entry.is_dir() and not entry.name.startswith("."):
-                    yield from _runs_below(Path(entry.path), depth - 1)
+        # a run has its own name rather than that of a link to it
+        subfolders = [folder / name for name in names if name[0] != "." and os.path.isdir(folder / name)]
+        for subfolder in sorted(subfolders, key=lambda path: (path.is_symlink(), path.name)):
+            yield from _runs_below(subfolder, depth - 1, seen)
 
 
 def _settings(run: Path) -> dict[str, Any]:

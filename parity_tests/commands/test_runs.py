@@ -141,6 +141,30 @@ def test_nothing_there_is_a_friendly_line(
     assert code == 2 and "absent: no such folder" in line
 
 
+def test_links_list_each_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under its own name; a folder that cannot be read is named and hides no other run."""
+    runs = tmp_path / "runs"
+    for name in ("deep/one", "two", "locked/three"):
+        write_run(runs / name, 3)
+    (runs / "a").symlink_to(runs / "deep")
+    (runs / "latest").symlink_to(runs / "deep" / "one")
+    (runs / "deep" / "loop").symlink_to(runs)
+    assert set(by_name(runs)) == {"deep/one", "two", "locked/three"}
+    listdir = os.listdir
+
+    def refuse(path: Any) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    caplog.clear()
+    assert set(by_name(runs)) == {"deep/one", "two"}
+    assert [is_one_line(record.message, f"{runs}/locked", "permission denied") for record in caplog.records] == [True]
+
+
 @pytest.mark.slow
 def test_a_hundred_runs_take_no_time(runs: Path, tmp_path: Path) -> None:
     for number in range(100):
