@@ -720,6 +720,48 @@ FAULTS: list[Fault] = [
         "self._needs_eot = False\n        if tokens",
         ["core/data/test_text.py::test_lines_are_documents_in_shuffled_blocks"],
     ),
+    Fault(
+        "a folder is listed again for each link to it",
+        "icenet/core/files.py",
+        "if found in seen:\n            on_skip(LINKED_TWICE, folder",
+        "if False:\n            on_skip(LINKED_TWICE, folder",
+        ["core/data/test_text.py::test_a_file_is_read_once_whatever_leads_to_it"],
+    ),
+    Fault(
+        "a file is read again for each link to it",
+        "icenet/core/files.py",
+        "elif name in found:",
+        "elif False:",
+        ["core/data/test_text.py::test_a_file_is_read_once_whatever_leads_to_it"],
+    ),
+    Fault(
+        "a text file that is not UTF-8 is left out without data.errors=skip",
+        "icenet/core/data/text/prepare.py",
+        'unusable = error if error.reason == BINARY or errors == "skip" else None',
+        "unusable = error",
+        ["core/data/test_text.py::test_one_bad_byte_loses_nothing_in_silence"],
+    ),
+    Fault(
+        "the cache of data.errors=skip is used for stop",
+        "icenet/core/data/text/left_out.py",
+        'return errors == "skip" or not NEEDS_SKIP & self.counts.keys()',
+        "return True",
+        ["core/data/test_text.py::test_one_bad_byte_loses_nothing_in_silence"],
+    ),
+    Fault(
+        "a byte order mark is text",
+        "icenet/core/data/text/reading.py",
+        "self._call(self._stream.read, len(BOM)) == BOM",
+        "False",
+        ["core/data/test_text.py::test_byte_order_marks_are_no_text"],
+    ),
+    Fault(
+        "characters without a token are dropped in silence",
+        "icenet/core/tokenizers/huggingface.py",
+        "self.is_silent = is_bpe and not complete",
+        "self.is_silent = False",
+        ["core/tokenizers/test_tokenizers.py::test_letters_without_an_unknown_token"],
+    ),
     # ---- weights ---------------------------------------------------------------------------------------------
     Fault(
         "a convolution's weight has height and width swapped",

@@ -120,6 +120,12 @@ class Reporter:
             for note in notes:
                 (logging.getLogger("icenet").warning if self.quiet else self._progress.note)(note)
 
+    def record_notes(self, step: int, notes: Sequence[str]) -> None:
+        """Writes notes to the metrics, with the step after which they were made."""
+        if self.is_main_process:
+            for note in notes:
+                self._log.append({"step": step, "note": note})
+
     def note(self, text: str) -> None:
         """Shows a line, unless quiet."""
         self._progress.note(text)

@@ -266,6 +266,8 @@ class Trainer:
                     for line in self.dataset.summary:
                         reporter.note(line)
                     reporter.notes([*self.notes, *unused])
+                    if self.notes:  # not again in a second call
+                        reporter.record_notes(self.step, self.dataset.notes)
                     self.notes.clear()
                     stopped_early = self._train(last_step, reporter)
             finally:

@@ -137,6 +137,46 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert [document.name for document in find_source(str(corpus)).documents] == ["link/x.txt"]
 
 
+def test_a_file_is_read_once_whatever_leads_to_it(tmp_path: Path, cache: Path) -> None:
+    """Two links to parents, links to files and folders, a hard link: with a glob, too, and each is named."""
+    corpus = tmp_path / "corpus"
+    (corpus / "sub").mkdir(parents=True)
+    (corpus / "sub" / "x.txt").write_text("only once")
+    (corpus / "sub" / "up").symlink_to(corpus)
+    (corpus / "again").symlink_to(corpus / "sub")
+    (corpus / "a.txt").symlink_to(corpus / "sub" / "x.txt")
+    os.link(corpus / "sub" / "x.txt", corpus / "z.txt")
+    (corpus / "broken.txt").symlink_to(tmp_path / "nowhere")
+    for source in (corpus, f"{corpus}/**/*.txt", f"{corpus}/**", f"{corpus}/**/sub/**/*.txt"):
+        assert text_of(source, cache) == "only once", source
+        found = find_source(str(source)).left_out
+        assert "sub/up" in found.names[left_out.LINKED_TWICE] and found.counts[left_out.LINKED_TWICE] >= 4
+    assert find_source(str(corpus)).left_out.names[left_out.BROKEN_LINKS] == ["broken.txt"]
+    found = find_source(f"{corpus}/*").left_out
+    assert found.names[left_out.FOLDERS] == ["again", "sub"] and "'**/*'" in found.summary()
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus" / "locked").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.txt").write_text("open")
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Any) -> Any:
+            if str(path).endswith("locked"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
+
+        return refuse
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    for source in (tmp_path / "corpus", f"{tmp_path}/corpus/**/*.txt", f"{tmp_path}/corpus/*/*.txt"):
+        fails(source, cache, f"{tmp_path}/corpus/locked", "permission denied", "data.errors=skip")
+    for source in (tmp_path / "corpus", f"{tmp_path}/corpus/**/*.txt"):
+        assert find_source(str(source), "skip").left_out.names == {left_out.UNREADABLE: ["locked: permission denied"]}
+        assert documents_of(make(source, cache, errors="skip")) == ["open"]
+
+
 def test_glob(tmp_path: Path, cache: Path) -> None:
     for name in ("a.txt", "d/b.txt", "d/e/c.txt", "d/no.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
@@ -277,7 +317,7 @@ def test_reading_resumes_after_any_chunk(name: str, tmp_path: Path, monkeypatch:
 
 def write_lines(path: Path, texts: list[str], key: str = "text") -> Path:
     data = "".join(json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts))
-    path.write_bytes(gzip.compress(data.encode()) if path.suffix == ".gz" else data.encode())
+    path.write_bytes(gzip.compress(data.encode()) if path.suffix.lower() == ".gz" else data.encode())
     return path
 
 
@@ -397,6 +437,104 @@ def test_a_bad_line_is_named(name: str, tmp_path: Path, cache: Path) -> None:
     for file in (f"{name}.jsonl", f"{name}.jsonl.gz"):
         fails(tmp_path / file, cache, str(tmp_path / file), *names)
     assert not left_over(cache)
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.NDJSON", "a.ndjson.gz", "a.jsonlines", "a.json", "a.JSON.GZ"])
+def test_other_names_of_json_lines(name: str, tmp_path: Path, cache: Path) -> None:
+    texts = ["first", "second"]
+    file = make(write_lines(tmp_path / name, texts, "body"), cache, text_key="body")
+    assert sorted(documents_of(file)) == texts and file.has_lines
+
+
+def test_json_that_is_not_lines(tmp_path: Path, cache: Path) -> None:
+    """A .json file without the key on its first line is text, but an array of texts is certainly no text."""
+    for name, content in {"settings": '{"name": "x"}\n', "nested": '{\n "text": "x"\n}', "list": "[1, 2]"}.items():
+        (tmp_path / f"{name}.json").write_text(content)
+        assert text_of(tmp_path / f"{name}.json", cache) == content
+    (tmp_path / "array.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    fails(tmp_path / "array.json", cache, "array.json", "JSON array", "jq -c '.[]' array.json")
+
+
+def test_a_key_of_lines_without_lines_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 9)
+    write_lines(tmp_path / "a.jsonl", ["text " * 9], "body")
+    config = DataConfig(text_key="body", validation_fraction=0)
+    notes = {
+        name: list(open_dataset(config.model_copy(update={"source": str(tmp_path / name)}), 4, 0).notes)
+        for name in ("a.txt", "a.jsonl", "a.*")
+    }
+    assert notes["a.jsonl"] == notes["a.*"] == []
+    assert is_one_line(notes["a.txt"][0], "data.text_key 'body'", "no effect", ".ndjson") and len(notes["a.txt"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("a.parquet", "JSON lines"), ("a.PDF", "convert"), ("a.docx", "convert"), ("a.csv.gz", "unpack")]
+    + [(f"a.jsonl.{suffix}", "unpack") for suffix in ("zst", "xz", "bz2", "zip")],
+)
+def test_binary_formats_are_refused_by_name(name: str, way_out: str, tmp_path: Path, cache: Path) -> None:
+    """Also if their bytes are text by chance. Next to texts they are left out and named."""
+    (tmp_path / name).write_text("PAR1")
+    fails(tmp_path / name, cache, name, way_out)
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    file = make(f"{tmp_path}/*", cache)
+    assert documents_of(file) == ["a,b\n1,2\n"] and file.left_out.counts == {left_out.BINARY: 1}
+    assert file.left_out.names[left_out.BINARY][0].startswith(f"{name}: ")
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path, cache: Path) -> None:
+    text = "größe\r\n" * 9000  # several chunks
+    data = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(data))
+    assert text_of(tmp_path / "a.txt", cache) == text_of(tmp_path / "b.txt.gz", cache) == text
+    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf")
+    fails(tmp_path / "only.txt", cache, "no text", "empty")
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "wide.txt").write_bytes("\ufefftext".encode(encoding))
+        fails(tmp_path / "wide.txt", cache, "wide.txt", "UTF-16", "iconv")
+
+
+def test_one_bad_byte_loses_nothing_in_silence(tmp_path: Path, cache: Path) -> None:
+    """data.errors decides: the default stops; each of the others counts and names what it does."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "big.txt").write_bytes(b"x" * 450_000 + b"\xff")
+    write_lines(corpus / "lines.jsonl", ["", "good"])
+    (corpus / "lines.jsonl").open("ab").write(b'{"text": "b\xffd"}\n')
+    fails(corpus, cache, f"{corpus}/big.txt", "byte 450000", "data.errors=replace", "data.errors=skip")
+    skipped = make(corpus, cache, errors="skip")
+    assert documents_of(skipped) == ["good"]
+    assert skipped.left_out.names == {
+        left_out.NOT_UTF8: ["big.txt: is not UTF-8 text (invalid start byte at byte 450000)"],
+        left_out.EMPTY_LINES: ["lines.jsonl line 1"],
+        left_out.BAD_LINES: ["lines.jsonl line 3: not UTF-8 (invalid start byte)"],
+    }
+    assert make(corpus, cache, errors="skip").left_out.names == skipped.left_out.names  # from the cache
+    fails(corpus, cache, f"{corpus}/big.txt")  # what is cached for skip is no answer to stop
+    replaced = make(corpus, cache, errors="replace")
+    assert sorted(documents_of(replaced)) == sorted(["x" * 450_000 + "\ufffd", "good", "b\ufffdd"])
+    assert replaced.left_out.counts == {left_out.REPLACED: 2, left_out.EMPTY_LINES: 1}
+
+
+def test_what_is_left_out_is_said_and_recorded(tmp_path: Path, capsys: Any, no_plots: None) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text(source_code(4000))
+    (corpus / "photo.png").write_bytes(b"\x89PNG\0")
+    (corpus / "empty.txt").write_text("")
+    config = tiny(tmp_path, f"data.source={corpus}", "training.max_steps=1", "training.eval_every=null")
+    (tmp_path / "my.yaml").write_text(config.to_yaml())
+    assert main(["prepare", str(tmp_path / "my.yaml"), "--quiet"]) == 0
+    said = capsys.readouterr().out.splitlines()[1]
+    assert is_one_line(said, "binary files, left out: 1 (photo.png", "empty files: 1 (empty.txt)")
+    assert main(["train", str(tmp_path / "my.yaml"), "--run", str(tmp_path / "run"), "--backend", "torch"]) == 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"step": 0, "note": said} in records
+    options = ["--train-tokenizer", "bpe", "--vocab-size", "300", "--out", str(tmp_path / "t.json"), "--quiet"]
+    assert main(["prepare", str(corpus), *options]) == 0
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_damaged_gzip_files_are_named(tmp_path: Path, cache: Path) -> None:

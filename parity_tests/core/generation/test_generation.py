@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import icenet.blas
@@ -877,3 +878,18 @@ def test_an_unknown_option_is_a_python_error(backend: str) -> None:
         fresh(backend).generate([[1]], top_kk=5)
     with pytest.raises(TypeError):
         fresh(backend).generate([[1]], 100)  # options are keyword-only
+
+
+def test_a_prompt_file_is_its_bytes(tmp_path: Path) -> None:
+    """As in training: line ends stay, a byte order mark is dropped, and other encodings are one line."""
+    from icenet.core.generation.prompts import read_prompt
+
+    path = tmp_path / "prompt.txt"
+    for content in (b"one\r\ntwo\r\n", "größe\n\r".encode()):
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+        assert read_prompt(path).encode() == content
+    for content, names in (("größe".encode("utf-16"), ("UTF-16", "iconv")), (b"ab\xff", ("UTF-8", "byte 2"))):
+        path.write_bytes(content)
+        with pytest.raises(UsageError) as caught:
+            read_prompt(path)
+        assert is_one_line(caught.value, str(path), *names)

@@ -20,6 +20,9 @@ from helpers import icenet, is_one_line, source_code
 
 from icenet.commands.prepare import train_tokenizer
 from icenet.core.data.text import reading
+from icenet.core.data.text.cache import load_tokens
+from icenet.core.data.text.left_out import NO_TOKEN
+from icenet.core.data.text.sources import find_source
 from icenet.core.errors import DataError, UsageError
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
@@ -265,6 +268,51 @@ def test_hostile_files_are_one_line(name: str, bpe: Path, tmp_path: Path, capfd:
         get_tokenizer(str(path))
     assert is_one_line(caught.value, "data.tokenizer", str(path)) and caught.value.exit_code == 2
     assert capfd.readouterr().err == ""  # a panic of the library writes there
+
+
+def letters(kind: str) -> bytes:
+    """Returns a tokenizer of the letters A, C, G and T without an unknown token, of a model of the library."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocabulary = {letter: index for index, letter in enumerate("ACGT")}
+    model = {
+        "words": lambda: models.WordLevel(vocabulary),
+        "bpe": lambda: models.BPE({**vocabulary, "AC": 4}, [("A", "C")]),
+        "pieces": lambda: models.WordPiece(vocabulary),
+        "unigram": lambda: models.Unigram([(letter, -1.0) for letter in "ACGT"]),
+    }[kind]()
+    split = None if kind in ("bpe", "unigram") else pre_tokenizers.Split("", "isolated")
+    found = new(model, decoder=decoders.Fuse(), **({"pre_tokenizer": split} if split else {}))
+    found.add_special_tokens(["<eos>"])
+    return bytes(found.to_str().encode())
+
+
+@pytest.mark.parametrize("kind", ["words", "bpe", "pieces", "unigram"])
+def test_letters_without_an_unknown_token(kind: str, tmp_path: Path) -> None:
+    """The tokenizer loads; a letter without a token is named, in a prompt and in a text, or left out and counted."""
+    tokenizer = HFTokenizer(letters(kind))
+    text = "ACGT" * 40_000  # several chunks
+    (tmp_path / "a.txt").write_text(text)
+    found = load_tokens(find_source(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache")
+    expected = tokenizers.Tokenizer.from_str(letters(kind).decode()).encode(text).ids
+    assert tokenizer.decode(found.tokens) == tokenizer.decode(expected) == text
+    assert tokenizer.encode("AC<eos>GT") == [*tokenizer.encode("AC"), tokenizer.eot_id, *tokenizer.encode("GT")]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["A", text], [False, True])):
+        with pytest.raises(DataError) as caught:
+            encode("ACGNT")
+        assert is_one_line(caught.value, "no token", "'N'", "character 4", "unk_token")
+    (tmp_path / "b.txt").write_text("ACGT\nANGN")
+    source = find_source(str(tmp_path / "b.txt"))
+    with pytest.raises(DataError) as caught:
+        load_tokens(source, tokenizer, tmp_path / "cache")
+    assert is_one_line(caught.value, "b.txt, line 1, byte 4", repr("\n"), "data.errors=skip")
+    found = load_tokens(source, tokenizer, tmp_path / "cache", errors="skip")
+    assert tokenizer.decode(found.tokens) == "ACGTAG" and found.left_out.counts == {NO_TOKEN: 3}
+
+
+def test_a_byte_order_mark_before_a_tokenizer(bpe: Path, tmp_path: Path) -> None:
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + bpe.read_bytes())
+    assert get_tokenizer(str(tmp_path / "marked.json")).name == get_tokenizer(str(bpe)).name
 
 
 def test_unknown_names_are_one_line(tmp_path: Path) -> None:
