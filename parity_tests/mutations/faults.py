@@ -942,7 +942,7 @@ FAULTS: list[Fault] = [
     Fault(
         "NaN logits choose token 0",
         "icenet/generation/decoder.py",
-        "        return np.where(np.isfinite(best), token, -1).astype(np.int32)\n",
+        "        return np.where(np.isfinite(best), token.astype(np.int32), np.int32(-1))\n",
         "        return token.astype(np.int32)\n",
         ["core/generation/test_endings.py::test_logits_that_are_not_finite"],
     ),

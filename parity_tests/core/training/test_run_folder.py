@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,14 @@ from icenet.core.training import checkpoint, run_folder, saved_model, signals
 from icenet.core.training.trainer import Trainer
 
 pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def default_sighup() -> Iterator[None]:
+    """These tests also run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
