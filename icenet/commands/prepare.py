@@ -10,7 +10,7 @@ from icenet.core import files
 from icenet.core.config import Config
 from icenet.core.config.presets import names
 from icenet.core.data.datasets import dataset_for
-from icenet.core.data.text.left_out import BINARY, LeftOut
+from icenet.core.data.text.left_out import LeftOut
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.data.text.reading import Reader, UnusableFileError
 from icenet.core.data.text.sources import Source, find_source
@@ -168,8 +168,5 @@ def _training_texts(
                         left_out.add(*chunk.left_out)
                     yield [part for part in chunk.text.split(EOT_TOKEN) if part]
         except UnusableFileError as error:
-            if source.sole:
-                raise
-            if error.reason != BINARY and errors != "skip":
-                raise error.in_collection() from None
+            error.leave_out(source.sole, errors)
             left_out.add(error.reason, f"{document.name}: {error.details}")

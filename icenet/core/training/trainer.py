@@ -262,10 +262,10 @@ class Trainer:
                 with self._writer:
                     self._prepare_run_folder(reporter)
                     prepared = True
-                    reporter.begin(self.step)
+                    repeated = reporter.begin(self.step)
                     for line in self.dataset.summary:
                         reporter.note(line)
-                    reporter.notes([*self.notes, *unused])
+                    reporter.notes([*self.notes, *unused, *repeated])
                     if self.notes:  # not again in a second call
                         reporter.record_notes(self.step, self.dataset.notes)
                     self.notes.clear()

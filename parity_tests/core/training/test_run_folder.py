@@ -164,13 +164,14 @@ def test_missing_checkpoints_stop_a_run(run: Path, name: str) -> None:
     assert tree(run) == before
 
 
-def test_a_missing_newest_checkpoint_is_named(run: Path) -> None:
+def test_a_missing_newest_checkpoint_is_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(checkpoint.path_of(run, 15))
     resumed = Trainer.resume(run, quiet=True)
     assert resumed.step == 10 and is_one_line(resumed.notes[0], "step 15", "step 10")
     moved = [record for record in MetricsLog.read(run / "metrics.jsonl") if record["step"] > 10]
     resumed.fit()
     assert MetricsLog.read(run / "metrics-replaced.jsonl") == moved and len(moved) == 5
+    assert any(is_one_line(message, "5 steps after step 10", "metrics-replaced.jsonl") for message in caplog.messages)
     assert len(losses(run)) == 20
     assert json.loads((run / "run.json").read_text())["checkpoint"] == 20
 

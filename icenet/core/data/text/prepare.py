@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import files, rng
-from icenet.core.data.text.left_out import BINARY, NO_TOKEN, LeftOut
+from icenet.core.data.text.left_out import NO_TOKEN, LeftOut
 from icenet.core.data.text.reading import Chunk, Reader, UnusableFileError
 from icenet.core.data.text.sources import Document, Source
 from icenet.core.data.text.token_file import PIECE_TOKENS, token_dtype, write_file
@@ -128,7 +128,6 @@ def _encode(
         progress(bytes_read, total)
 
     for document in source.documents[first:]:
-        unusable: UnusableFileError | None = None
         try:
             with Reader(document) as reader:
                 for chunk in reader.chunks(start, text_key, errors):
@@ -141,16 +140,14 @@ def _encode(
             raise
         except DataError as error:
             encode_batch(done)  # the chunks that were read before the error
-            if isinstance(error, UnusableFileError) and not source.sole:
-                unusable = error if error.reason == BINARY or errors == "skip" else None
-            left_out = None
-            if unusable is not None:
-                left_out = unusable.reason, f"{document.name}: {unusable.details}", 1
-            partial.discard_document(left_out)
-            if unusable is None:
-                if isinstance(error, UnusableFileError) and not source.sole:
-                    raise error.in_collection() from None
+            try:
+                if not isinstance(error, UnusableFileError):
+                    raise
+                error.leave_out(source.sole, errors)
+            except DataError:
+                partial.discard_document(None)
                 raise
+            partial.discard_document((error.reason, f"{document.name}: {error.details}", 1))
         start = 0
         done += document.size
     encode_batch(done)

@@ -24,7 +24,6 @@ from icenet.core.data.text.left_out import (
     EMPTY,
     EMPTY_LINES,
     JSON_ARRAYS,
-    NEEDS_SKIP,
     NOT_UTF8,
     REPLACED,
     UNREADABLE,
@@ -65,9 +64,20 @@ class UnusableFileError(DataError):
         self.reason, self.details = reason, details
         super().__init__("; ".join(part for part in (f"data.source: {path} {details}", way_out) if part))
 
-    def in_collection(self) -> UnusableFileError | DataError:
-        """Returns the error of a file that is one of several, which can be left out."""
-        return DataError(f"{self}; data.errors=skip leaves out such files") if self.reason in NEEDS_SKIP else self
+    def leave_out(self, sole: bool, errors: str) -> None:
+        """Checks that a source may leave the file out.
+
+        Args:
+            sole: Whether the file is the whole source. It must be text then.
+            errors: The value of `data.errors`. Binary files are left out without it.
+
+        Raises:
+            DataError: It may not.
+        """
+        if sole:
+            raise self
+        if self.reason != BINARY and errors != "skip":
+            raise DataError(f"{self}; data.errors=skip leaves out such files") from None
 
 
 @dataclass(frozen=True)
