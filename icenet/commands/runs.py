@@ -19,7 +19,7 @@ import yaml
 
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.files import identity
-from icenet.core.report.console import new_console
+from icenet.core.report.console import new_console, print_line
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
 from icenet.core.report.streams import printable
@@ -108,7 +108,7 @@ class RunList:
         console.print(table)
         for run in self.runs:
             if run.problem:
-                console.print(printable(f"{run.name}: {run.problem}"), markup=False, highlight=False, soft_wrap=True)
+                print_line(console, f"{run.name}: {run.problem}")
 
 
 def list_runs(folder: Path | None = None) -> RunList:

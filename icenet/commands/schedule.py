@@ -13,7 +13,7 @@ from icenet.core.config import Config
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import UsageError
 from icenet.core.report import canvas
-from icenet.core.report.console import new_console
+from icenet.core.report.console import new_console, print_line
 from icenet.core.training import open_model
 from icenet.core.training.parameter_groups import assign, gather
 from icenet.core.training.schedule import decay_start, learning_rate, length
@@ -127,7 +127,7 @@ class ScheduleReport:
             groups.add_row(group.parameters, f"{group.values:,}", group.method, highest, f"{group.weight_decay:g}")
         console.print(groups)
         words = f"drawn in {picture}" if picture else "no picture: matplotlib is missing; pip install 'icenet[plot]'"
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, words)
 
     def draw(self, path: Path | None = None, overwrite: bool = False) -> Path | None:
         """Draws the learning rate to `path`, by default schedule.png in the run's or the current folder.

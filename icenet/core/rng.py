@@ -184,7 +184,7 @@ def box_muller(first: Words, second: Words, out: NDArray[np.float32], scratch: N
     """Computes radius * cos(angle) and radius * sin(angle) of pairs of words.
 
     The results are those of `np.cos` and `np.sin` in float64, rounded to float32, in half the time. A polynomial
-    computes cosine and sine. Where its error could change the rounded value, which is 1 value in 20,000, numpy's
+    computes cosine and sine. Where its error could change the rounded value, which is 1 value in 38,500, numpy's
     function is called.
 
     Args:

@@ -53,18 +53,16 @@ def find(path: str | Path) -> Path:
     file = Path(path)
     try:
         mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{shortened(str(path))}: cannot be read: {reason}") from None
+    if mode is not None:
         if stat.S_ISREG(mode):
             return file
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise ConfigError(f"{path}: is {kind}; expected a YAML file or a preset")
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise ConfigError(f"{shortened(str(path))}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{shortened(str(path))}: cannot be read: {error}") from None  # a zero byte in the name
     preset = folder() / f"{file.stem}.yaml"
     if preset.is_file() and file.parent.name in ("", "configs") and file.suffix in ("", ".yaml"):
         return preset

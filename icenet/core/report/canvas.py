@@ -36,14 +36,7 @@ _CREATOR = "IceNet with Matplotlib"
 
 
 _FALLBACK_FONTS = (
-    *(
-        "Noto Sans CJK JP",
-        "Noto Sans CJK SC",
-        "Hiragino Sans",
-        "PingFang SC",
-        "WenQuanYi Zen Hei",
-        "Noto Sans Arabic",
-    ),
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "WenQuanYi Zen Hei"),
     *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai"),
     *("Arial Unicode MS", "Apple SD Gothic Neo", "Segoe UI Symbol"),
 )

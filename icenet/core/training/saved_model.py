@@ -62,11 +62,8 @@ def save(
         refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
     described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
     weight_files.write(folder, weights, described, companions=companions)
-    for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, _INDEX}:
+    for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model
-
-
-_INDEX = weight_files.index_of(Path(weight_files.DEFAULT_NAME)).name
 
 
 def check_not_a_run(folder: Path) -> None:
@@ -91,7 +88,7 @@ def refuse_replacing(folder: Path, names: list[str], earlier: set[str]) -> None:
     Raises:
         UsageError: One of the other files exists.
     """
-    names = [*names, *([_INDEX] if weight_files.DEFAULT_NAME in names else [])]
+    names = [*names, *([weight_files.DEFAULT_INDEX] if weight_files.DEFAULT_NAME in names else [])]
     for name in names:
         if os.path.lexists(folder / name) and name not in earlier:
             raise UsageError(
@@ -111,4 +108,4 @@ def files_of(folder: Path) -> set[str]:
         unchanged = {name for name in listed if found[name] == listed[name]}
     except (WeightsError, OSError, KeyError, ValueError, TypeError):
         return set()
-    return {weight_files.DEFAULT_NAME, _INDEX, *unchanged}
+    return {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX, *unchanged}

@@ -7,7 +7,7 @@ the configuration is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from icenet.core.config import Config, CustomConfig, GenerationConfig, ModelConfig, TrainingConfig, custom
@@ -146,13 +146,13 @@ def _of_groups(training: TrainingConfig) -> Reasons:
 
 
 def _of_generation(generation: GenerationConfig, model: ModelConfig) -> Reasons:
-    causes: list[tuple[Callable[[], bool], str]] = [
-        (lambda: model.input_kind == "images", f"a model of type {model.type} does not generate text"),
-        (lambda: not getattr(model, "causal", True), "a model with model.causal false does not generate text"),
-        (lambda: getattr(model, "bidirectional", False), "a bidirectional model does not generate text"),
+    causes = [
+        (model.input_kind == "images", f"a model of type {model.type} does not generate text"),
+        (not getattr(model, "causal", True), "a model with model.causal false does not generate text"),
+        (getattr(model, "bidirectional", False), "a bidirectional model does not generate text"),
     ]
     for applies, reason in causes:
-        if applies():
+        if applies:
             yield from ((f"generation.{key}", reason) for key in GenerationConfig.model_fields)
     if generation.temperature == 0:
         for key in ("top_k", "top_p", "min_p", "seed"):

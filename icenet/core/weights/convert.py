@@ -140,7 +140,7 @@ def convert(
         to: "canonical", "mlx" or "torch".
         source_form: The form of the source; None detects it.
         key: Key of the state dict in a file of `torch.save` that holds more, such as `model_state_dict`.
-        strip_prefix: Prefixes to remove from the names, such as `module.` (see `names.strip_prefix`).
+        strip_prefix: Prefixes to remove from the names, such as `module.` (see `prefixes.strip_prefix`).
         arrays: Weights of the form of the source, to convert instead of its own: those of a moving average.
         model: The model that the weights are of: any `mlx.nn.Module` or `torch.nn.Module`. It determines `kinds`,
             `shapes`, `names` and `shared`. It or `kinds` is required between "mlx" and the other forms.
