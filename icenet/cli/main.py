@@ -22,6 +22,7 @@ from icenet.cli.options import (
     averaged_option,
     backend_option,
     device_option,
+    dtype_option,
     examples,
     json_option,
     overwrite_option,
@@ -229,6 +230,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
 @averaged_option
 @backend_option
 @device_option
+@dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print text, tokens and finish reason as JSON.")
 @trust_option
 def generate_command(
@@ -238,6 +240,7 @@ def generate_command(
     averaged: bool,
     backend: str | None,
     device: str | None,
+    dtype: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -255,9 +258,9 @@ def generate_command(
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     options.update((name, list(options[name]) or None) for name in ("stop", "eos_token_id"))
     if as_json:
-        show_json(generate.generate(model, text, backend, device, averaged=averaged, **options))
+        show_json(generate.generate(model, text, backend, device, dtype, averaged=averaged, **options))
         return
-    for piece in generate.stream(model, text, backend, device, averaged=averaged, **options):
+    for piece in generate.stream(model, text, backend, device, dtype, averaged=averaged, **options):
         streams.write(piece, end="")
 
 
@@ -514,7 +517,7 @@ def _run(arguments: list[str] | None) -> int:
             raise
         first = next(iter(str(error).splitlines()), "")
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            return _fail(f"out of memory ({first}); lower training.batch_size or data.seq_length", 1)
+            return _fail(f"out of memory ({first}); lower training.batch_size, data.seq_length or data.image_size", 1)
         return _fail(f"{type(error).__name__}: {first}; set ICENET_DEBUG=1 to see the traceback", 1)
     return 0
 

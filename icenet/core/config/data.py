@@ -43,7 +43,7 @@ class ImageDataConfig(Section):
     """Kind of data."""
     source: str = "digits"
     """A folder of class folders, MNIST IDX files or CIFAR-10 binary files; or digits: scikit-learn's digits."""
-    image_size: Annotated[int, Field(ge=1)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Height and width; other images are resized and center-cropped; null: the size in the source."""
     channels: Literal[1, 3] | None = None
     """1 converts to grayscale, 3 to RGB; null: the channels in the source (of a folder: 3)."""
@@ -53,7 +53,7 @@ class ImageDataConfig(Section):
     """Fraction of each class held out for evaluation, if the source has no validation or test set of its own."""
     horizontal_flip: bool = False
     """Mirror training images with probability 0.5."""
-    crop_padding: Annotated[int, Field(ge=0)] = 0
+    crop_padding: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Pad training images with this number of zeros on each side and crop at random to the original size."""
     normalize: bool = True
     """Subtract the mean of each channel and divide by its standard deviation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from icenet.core.config import custom, typed, written, yaml_file
 from icenet.core.config.data import AnyDataConfig, DataConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
-from icenet.core.config.section import Section, explain, location
+from icenet.core.config.section import KeyPath, Section, explain, location, shortened
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
+
+_log = logging.getLogger("icenet")
 
 
 class Config(Section):
@@ -87,10 +90,19 @@ class Config(Section):
         cls, values: Mapping[str, Any], overrides: Sequence[str], lines: yaml_file.Lines, file: Path | None
     ) -> Config:
         tree = yaml_file.copy_tree(values)
+        given: dict[KeyPath, str] = {}
         for override in overrides:
             key, value = yaml_file.parse_override(override)
-            key = yaml_file.assign(tree, key, value)
-            lines = {path: line for path, line in lines.items() if path[: len(key)] != key} | {key: 0}
+            follows = f"has no effect: --set {shortened(override)} follows"
+            within = [path for path in given if path[: len(key)] == key]
+            for path in within:
+                _log.warning(f"--set {given.pop(path)}: {follows}")
+            around = [path for path in given if path == key[: len(path)]]
+            given[key] = shortened(override)
+            replaced, is_new = yaml_file.assign(tree, key, value)
+            if around and not within and not is_new:
+                _log.warning(f"--set {given[around[-1]]}: its {'.'.join(key)} {follows}")
+            lines = {path: line for path, line in lines.items() if path[: len(replaced)] != replaced} | {replaced: 0}
         try:
             return cls.model_validate(typed.resolve(tree, cls))
         except typed.InvalidValueError as error:
@@ -136,6 +148,17 @@ def check_device(device: str) -> None:
 def json_schema() -> dict[str, Any]:
     """Returns the JSON schema of the configuration, for editors. `icenet schema` prints it."""
     schema = Config.model_json_schema()
+    for section, described in ((Config, schema), (TrainingConfig, schema["$defs"][TrainingConfig.__name__])):
+        for key, field in section.model_fields.items():
+            if typed.may_be_empty(field):
+                described["properties"][key] = _or_null(described["properties"][key])
     schema["title"] = "IceNet configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a value that may also be null."""
+    shape = {key: schema[key] for key in ("$ref", "oneOf", "type", "items") if key in schema}
+    about = {key: value for key, value in schema.items() if key not in shape}
+    return {"anyOf": [shape, {"type": "null"}], **about}

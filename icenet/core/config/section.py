@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -182,16 +182,33 @@ def _remedy_for_key(name: str, section: type[Section] | None) -> str:
     """Returns the advice for an unknown key of a section."""
     known = list(section.model_fields) if section else []
     own = section.section if section else ""
-    *sections, last = re.split(r"[./]", name)
+    *sections, last = re.split(r"[./:]", name)
     if sections and _keys_of(dotted(own, *sections)):
         return f"; write it as {last}: under {'.'.join(sections)}:"
+    if _normal(name.partition(":")[0]) in map(_normal, known) and ":" in name:
+        return "; write a space after the colon"
     if _normal(name) not in map(_normal, known):
+        kinds = [_kind_of(other) for other in _SECTIONS.values() if other.section == own and _has_key(other, name)]
+        if any(kinds):
+            return f"; it is for {' or '.join(kind for kind in kinds if kind)}"
         places = ["", "model", "data", "training", "generation"]
         found = [place for place in places if place != own and _normal(name) in map(_normal, _keys_of(place))]
         if found:
             where = (f"under {place}:" if place else "at the top level" for place in found)
             return f"; it belongs {' or '.join(where)}"
     return nearest(name, known) + _strange_characters(name)
+
+
+def _has_key(section: type[Section], name: str) -> bool:
+    return _normal(name) in map(_normal, section.model_fields)
+
+
+def _kind_of(section: type[Section]) -> str:
+    """Returns the key and the values that select a section among several: `data.kind images`; else nothing."""
+    key = next((key for key in ("type", "kind") if key in section.model_fields), "")
+    annotation = section.model_fields[key].annotation if key else None
+    values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f"{section.section}.{key} {', '.join(values)}" if values else ""
 
 
 def _keys_of(place: str) -> set[str]:

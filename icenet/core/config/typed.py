@@ -33,7 +33,7 @@ def resolve(values: Mapping[str, Any], schema: type[Section], path: KeyPath = ()
     """Returns the values of a section in which no `Scalar` is left.
 
     A value that its key does not allow gets the type that its text shows, for the message of the validation. A
-    section that is empty (`training:` with all of its keys commented out) is left out.
+    section that is empty (`training:` with all of its keys commented out) is left out, and so is a list of sections.
 
     Args:
         values: Keys and values; those that are not from text have a type and are not changed.
@@ -46,10 +46,16 @@ def resolve(values: Mapping[str, Any], schema: type[Section], path: KeyPath = ()
     resolved = {}
     for key, value in values.items():
         field = schema.model_fields.get(key)
-        if field is not None and _is_section(field) and not field.is_required() and _is_empty(value):
+        if field is not None and may_be_empty(field) and _is_empty(value):
             continue
         resolved[key] = _typed(value, _expected(field, value), (*path, key))
     return resolved
+
+
+def may_be_empty(field: FieldInfo) -> bool:
+    """Returns whether a key is a section, or a list of sections, whose keys all have defaults: it may be null."""
+    expected = _expected(field, None)
+    return bool(expected.sections or (expected.items and expected.items.sections)) and not field.is_required()
 
 
 def _is_empty(value: Any) -> bool:
@@ -115,10 +121,6 @@ def _expected(field: FieldInfo | None, value: Any) -> _Expected:
         return _ANYTHING
     discriminators = [entry.discriminator for entry in field.metadata if isinstance(entry, Discriminator)]
     return _Expected(field.annotation, next(iter(discriminators), None))
-
-
-def _is_section(field: FieldInfo) -> bool:
-    return bool(_expected(field, None).sections)
 
 
 def _typed(value: Any, expected: _Expected, path: KeyPath) -> Any:

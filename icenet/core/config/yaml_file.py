@@ -283,11 +283,12 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Scalar]:
     return path, Scalar(given.lstrip(" "), "set")
 
 
-def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[str, ...]:
+def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[tuple[str, ...], bool]:
     """Sets the value at the path of a key and creates missing sections.
 
     Returns:
-        The path of what was replaced: `path`, or the path of a plain value that became a section.
+        The path of what was replaced (`path`, or the path of a plain value that became a section), and whether the
+        key had no value before.
     """
     replaced = path
     for depth, part in enumerate(path[:-1]):
@@ -296,10 +297,11 @@ def assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[str
             try:
                 below = tree[part] = _parse(below, {})
             except InvalidYAMLError:
-                return path[: depth + 1]  # which is reported when its type is known
+                return path[: depth + 1], True  # which is reported when its type is known
         if not isinstance(below, dict):
             replaced = min(replaced, path[: depth + 1], key=len)
             below = tree[part] = {}
         tree = below
+    is_new = path[-1] not in tree
     tree[path[-1]] = value
-    return replaced
+    return replaced, is_new

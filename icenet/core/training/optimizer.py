@@ -45,9 +45,10 @@ class Optimizer(ABC):
     def __init__(self, training: TrainingConfig, model: Any, parameters: Mapping[str, Array]) -> None:
         self.name = training.optimizer
         shapes = {path: tuple(self._to_canonical(path, array).shape) for path, array in parameters.items()}
-        assigned = assign(training, shapes, model.layer_kinds(), getattr(model.config, "vocab_size", None))
+        self.assigned = assign(training, shapes, model.layer_kinds(), getattr(model.config, "vocab_size", None))
+        """Method, learning rate and weight decay of each parameter, by path."""
         members: dict[tuple[Group, Hashable], dict[str, Array]] = {}
-        for path, group in assigned.items():
+        for path, group in self.assigned.items():
             members.setdefault((group, self._variant(path, group)), {})[path] = parameters[path]
         self.groups = [self._new_group(training, group, variant, own) for (group, variant), own in members.items()]
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from icenet.core.config.training import ParameterGroup, TrainingConfig
+from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
 from icenet.core.weights import layout
 
@@ -49,7 +49,7 @@ def assign(
     """
     for index, group in enumerate(training.parameter_groups):
         for pattern in group.parameters:
-            if not any(fnmatchcase(path, pattern) for path in shapes):
+            if not matching([pattern], shapes):
                 near = difflib.get_close_matches(pattern, shapes, n=1, cutoff=0.0)
                 raise ConfigError(
                     f"training.parameter_groups.{index}.parameters: {pattern!r} matches no trainable parameter; "
@@ -57,7 +57,8 @@ def assign(
                 )
     found = {}
     for path, shape in shapes.items():
-        own = next((group for group in training.parameter_groups if _matches(group, path)), None)
+        owner = index_of(training, path)
+        own = None if owner is None else training.parameter_groups[owner]
         decay = weight_decay(training) if len(shape) >= 2 else 0.0
         rate = training.learning_rate
         if own is not None:
@@ -68,6 +69,17 @@ def assign(
             method = "adamw"
         found[path] = Group(method, rate / training.learning_rate, decay)
     return found
+
+
+def index_of(training: TrainingConfig, path: str) -> int | None:
+    """Returns the index of the group in `training.parameter_groups` that a parameter belongs to, or None."""
+    groups = training.parameter_groups
+    return next((index for index, group in enumerate(groups) if matching(group.parameters, [path])), None)
+
+
+def matching(patterns: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """Returns the paths that match one of the patterns."""
+    return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
 
 
 def gather(groups: Mapping[str, Group]) -> dict[Group, list[str]]:
@@ -114,10 +126,6 @@ def muon_factor(shape: Sequence[int]) -> float:
     Liu et al., "Muon is scalable for LLM training", 2025, equation 4; `match_rms_adamw` in PyTorch.
     """
     return 0.2 * float(max(shape)) ** 0.5
-
-
-def _matches(group: ParameterGroup, path: str) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in group.parameters)
 
 
 def _is_hidden_matrix(path: str, shape: Shape, kinds: Mapping[str, str], outputs: int | None) -> bool:

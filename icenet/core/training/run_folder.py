@@ -275,7 +275,8 @@ def continuation(
             )
     else:
         check_free(target)
-    config = found.config.with_overrides(*overrides, *([f"backend={backend}"] if backend else []))
+    config = found.config.with_overrides(*overrides)
+    config = config.with_overrides(f"backend={backend or config.backend}")
     if found.step >= config.training.max_steps:
         raise UsageError(
             f"{path}: the run is complete at step {found.step}; to continue: "

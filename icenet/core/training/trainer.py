@@ -238,7 +238,9 @@ class Trainer:
         last_step = min(training.max_steps, until or training.max_steps)
         self._stop_signal = self.process_group.stop = None
         engine = self.engine
-        place = unused_keys.Circumstances(engine.backend, engine.device, engine.tf32, self.process_group.size)
+        place = unused_keys.Circumstances(
+            engine.backend, engine.device, engine.tf32, self.process_group.size, engine.optimizer.assigned
+        )
         unused = unused_keys.notices(self.config, self.dataset, place)
         self._create_run_folder()
         reporter = Reporter(

@@ -2,7 +2,7 @@
 
 A key is reported if the user wrote it. Keys with default values in a file that contains every key, such as the
 config.yaml of a run, do not count as written. A combination that contradicts itself is an error instead, here or when
-the configuration is read.
+the configuration is read. docs/training.md lists the keys.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class Circumstances:
         backend, device: Where the run is computed.
         tf32: `on` or `off`.
         num_processes: Number of processes.
+        parameters: Settings of each trainable parameter, by path.
     """
 
     backend: str
     device: str
     tf32: str
     num_processes: int
+    parameters: Mapping[str, parameter_groups.Group]
 
 
 def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> list[str]:
@@ -67,7 +69,7 @@ def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> l
         *_of_run(config, circumstances),
         *_of_images(dataset),
         *_of_training(config.training, config.model),
-        *_of_groups(config.training),
+        *_of_groups(config.training, circumstances.parameters),
         *(_without_validation(dataset) if not has_validation else ()),
         *_of_generation(config.generation, config.model),
     ):
@@ -126,7 +128,9 @@ def _of_training(training: TrainingConfig, model: ModelConfig) -> Reasons:
     if training.schedule == "step" and training.decay_every is not None and training.decay_every >= steps:
         for key in ("decay_every", "decay_factor"):
             yield f"training.{key}", f"the schedule ends before the first decay, after {steps:,} steps"
-    if training.eval_every is not None and training.early_stopping:
+    if training.eval_every is None:
+        yield "training.eval_batches", "training.eval_every is null: there are no evaluations"
+    elif training.early_stopping:
         evaluations = -(-training.max_steps // training.eval_every)
         if training.early_stopping >= evaluations:
             yield "training.early_stopping", f"the run has only {evaluations} evaluations (training.eval_every)"
@@ -138,11 +142,21 @@ def _of_training(training: TrainingConfig, model: ModelConfig) -> Reasons:
             yield key, "dropout is between recurrent layers, and model.num_layers is 1"
 
 
-def _of_groups(training: TrainingConfig) -> Reasons:
+def _of_groups(training: TrainingConfig, parameters: Mapping[str, parameter_groups.Group]) -> Reasons:
+    owners = {path: parameter_groups.index_of(training, path) for path in parameters}
     for index, group in enumerate(training.parameter_groups):
         key = f"training.parameter_groups.{index}"
         if group.learning_rate is None and group.weight_decay is None:
             yield f"{key}.parameters", "the group sets neither learning_rate nor weight_decay"
+        if group.learning_rate == 0:
+            yield f"{key}.weight_decay", "learning_rate 0 freezes the parameters of the group"
+        own = [path for path, owner in owners.items() if owner == index]
+        unused = [pattern for pattern in group.parameters if not parameter_groups.matching([pattern], own)]
+        if unused:
+            yield f"{key}.parameters", f"what {', '.join(unused)} matches belongs to earlier groups"
+    if training.optimizer == "muon" and all(group.method != "muon" for group in parameters.values()):
+        for key in ("optimizer", "momentum", "nesterov"):
+            yield f"training.{key}", "the model has no hidden matrix for muon: adamw updates all parameters"
 
 
 def _of_generation(generation: GenerationConfig, model: ModelConfig) -> Reasons:
@@ -157,6 +171,8 @@ def _of_generation(generation: GenerationConfig, model: ModelConfig) -> Reasons:
     if generation.temperature == 0:
         for key in ("top_k", "top_p", "min_p", "seed"):
             yield f"generation.{key}", "generation.temperature is 0: always the most likely token"
+    if generation.ignore_eos:
+        yield "generation.eos_token_id", "generation.ignore_eos is true: texts continue after these tokens"
     if generation.max_new_tokens is not None:
         yield "generation.max_length", "generation.max_new_tokens is set"
     if not custom.is_custom(model.type) and not hasattr(model, "max_seq_length"):

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from icenet.core.config import (
     FAMILIES,
+    CNNConfig,
     Config,
     DataConfig,
     GenerationConfig,
+    ImageDataConfig,
     ModelConfig,
     TrainingConfig,
     TransformerConfig,
@@ -596,6 +598,24 @@ def test_the_schema_accepts_what_the_config_accepts() -> None:
         with pytest.raises(ConfigError):
             Config.from_dict(tree)
         assert list(check.iter_errors(tree)), tree
+
+
+def test_the_schema_and_the_config_accept_null_for_the_same_keys() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(json_schema())
+    sections = (Config, TransformerConfig, CNNConfig, DataConfig, ImageDataConfig, TrainingConfig, GenerationConfig)
+    for section in sections:
+        for key in section.model_fields:
+            tree: dict[str, Any] = {"model": {"type": "cnn" if section is CNNConfig else "transformer"}}
+            if section is ImageDataConfig:
+                tree["data"] = {"kind": "images"}
+            (tree.setdefault(section.section, {}) if section.section else tree)[key] = None
+            try:
+                Config.from_dict(tree)
+            except ConfigError:
+                assert list(check.iter_errors(tree)), tree
+            else:
+                assert not list(check.iter_errors(tree)), tree
 
 
 def test_the_schema_file_is_up_to_date() -> None:

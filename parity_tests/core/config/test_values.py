@@ -263,6 +263,7 @@ def test_an_empty_section_has_its_defaults(empty: str) -> None:
     assert Config.from_dict({"model": {"type": "transformer"}, "data": None}) == read(MODEL)
     assert read(f"training:{empty}\n{MODEL}", "training.max_steps=3").training.max_steps == 3
     assert read(f"{MODEL}training:\n  max_steps: 3\n", "training=null") == read(MODEL)
+    assert read(f"{MODEL}training:\n  parameter_groups:{empty}\n") == read(MODEL)
 
 
 @pytest.mark.parametrize("text", ["", "# a\n", "---\n# a\n", "null", "~"])
@@ -378,6 +379,51 @@ def test_a_choice_with_a_letter_that_looks_like_another(tmp_path: Path) -> None:
     found = error(tmp_path, MODEL, "backend=t\u043erch")
     assert "did you mean 'torch'?" in found and "CYRILLIC SMALL LETTER O" in found
     assert "did you mean lstm?" in error(tmp_path, MODEL, "model.type=LSTM")
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("data.image_size", "it is for data.kind images"),
+        ("data.horizontalFlip", "it is for data.kind images"),
+        ("model.image_channels", "it is for model.type cnn"),
+        ("model.bidirectional", "it is for model.type lstm, gru, rnn"),
+        ("training:max_steps", "write it as max_steps: under training:"),
+    ],
+)
+def test_a_key_of_another_kind_of_section(tmp_path: Path, key: str, advice: str) -> None:
+    assert advice in error(tmp_path, MODEL, f"{key}=1")
+
+
+def test_keys_of_text_on_images(tmp_path: Path) -> None:
+    images = "model: {type: cnn}\ndata: {kind: images}\n"
+    for key in ("tokenizer", "text_key", "errors", "packing", "seq_length"):
+        assert error(tmp_path, images, f"data.{key}=1") == f"--set data.{key}: unknown key; it is for data.kind text"
+    assert error(tmp_path, images, "model.num_heads=1").endswith("it is for model.type transformer")
+
+
+def test_a_key_without_a_space_before_its_value(tmp_path: Path) -> None:
+    assert error(tmp_path, MODEL, "training={max_steps:5}").endswith("unknown key; write a space after the colon")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notice"),
+    [
+        (["seed=1", "seed=1"], "--set seed=1: has no effect: --set seed=1 follows"),
+        (
+            ["training.max_steps=5", "training={batch_size: 2}"],
+            "--set training.max_steps=5: has no effect: --set training={batch_size: 2} follows",
+        ),
+        (
+            ["training={max_steps: 5}", "training.max_steps=7"],
+            "--set training={max_steps: 5}: its training.max_steps has no effect: --set training.max_steps=7 follows",
+        ),
+        (["training={batch_size: 2}", "training.max_steps=7", "seed=7"], ""),
+    ],
+)
+def test_a_key_that_is_set_twice(overrides: list[str], notice: str, caplog: pytest.LogCaptureFixture) -> None:
+    read(MODEL, *overrides)
+    assert caplog.messages == ([notice] if notice else [])
 
 
 # ---- YAML and back ----------------------------------------------------------------------------------------

@@ -10,13 +10,23 @@ from helpers import is_one_line, tiny
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
 from icenet.core.errors import ConfigError
+from icenet.core.training import parameter_groups
 from icenet.core.training.unused_keys import Circumstances, notices
 
-ALONE = Circumstances(backend="torch", device="cpu", tf32="off", num_processes=1)
+SHAPES = {
+    "embedding.weight": (257, 32),
+    "hidden.0.weight": (32, 32),
+    "hidden.0.bias": (32,),
+    "output.weight": (257, 32),
+}
+KINDS = {"embedding": "embedding", "hidden.0": "linear", "output": "linear"}
 
 
-def found(config: Config) -> str:
-    return "\n".join(notices(config, dataset_for(config, quiet=True), ALONE))
+def found(config: Config, kinds: dict[str, str] = KINDS) -> str:
+    """Returns the notices of a run in one process on a CPU, whose model has the parameters `SHAPES`."""
+    parameters = parameter_groups.assign(config.training, SHAPES, kinds, outputs=257)
+    place = Circumstances("torch", "cpu", tf32="off", num_processes=1, parameters=parameters)
+    return "\n".join(notices(config, dataset_for(config, quiet=True), place))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +38,9 @@ def found(config: Config) -> str:
         (["allow_tf32=true"], "allow_tf32"),
         (["training.sharded=true"], "training.sharded"),
         (["generation.temperature=0", "generation.top_k=5"], "generation.top_k"),
+        (["generation.ignore_eos=true", "generation.eos_token_id=5"], "generation.eos_token_id"),
         (["data.validation_fraction=0", "training.eval_batches=3"], "training.eval_batches"),
+        (["training.eval_every=null", "training.eval_batches=3"], "training.eval_batches"),
     ],
 )
 def test_a_key_without_effect_is_named(overrides: list[str], key: str, tmp_path: Path) -> None:
@@ -43,6 +55,30 @@ def test_defaults_and_keys_with_an_effect_are_silent(tmp_path: Path) -> None:
     assert "beta2" not in found(tiny(tmp_path, "training.beta2=0.9"))
     complete = Config.from_dict(tiny(tmp_path, "training.optimizer=sgd").to_dict())
     assert "beta2" not in found(complete)
+
+
+@pytest.mark.parametrize(
+    ("groups", "keys"),
+    [
+        ("{parameters: ['*'], weight_decay: 0}, {parameters: [output.*], weight_decay: 1}", ["1.parameters"]),
+        ("{parameters: [hid*], weight_decay: 0}, {parameters: [out*, hid*], weight_decay: 1}", ["1.parameters"]),
+        ("{parameters: [hid*], weight_decay: 0}, {parameters: ['*'], learning_rate: 1}", []),
+        ("{parameters: [hid*]}", ["0.parameters"]),
+        ("{parameters: [hid*], learning_rate: 0, weight_decay: 1}", ["0.weight_decay"]),
+    ],
+)
+def test_parameter_groups_without_effect(groups: str, keys: list[str], tmp_path: Path) -> None:
+    config = tiny(tmp_path, f"training.parameter_groups=[{groups}]")
+    for given in (config, Config.from_dict(config.to_dict())):
+        named = [line.split(": ")[1] for line in found(given).splitlines()]
+        assert named == [f"training.parameter_groups.{key}" for key in keys]
+
+
+def test_muon_needs_a_hidden_matrix(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "training.optimizer=muon", "training.nesterov=false")
+    assert "muon" not in found(config)
+    text = found(config, {**KINDS, "hidden.0": "lstm"})
+    assert "no effect: training.optimizer, training.nesterov: " in text and "adamw" in text
 
 
 @pytest.mark.parametrize("key", ["early_stopping=2", "keep_best=true"])
