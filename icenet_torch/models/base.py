@@ -50,8 +50,8 @@ class BaseModel(ModelBase, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
+        """Device of the parameters; the CPU without any."""
+        return next((array.device for array in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def native_arrays(self) -> dict[str, torch.Tensor]:
         """Returns parameters and statistics by path, without those that MLX lacks (`num_batches_tracked`)."""
