@@ -57,13 +57,16 @@ def build(
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
 
     Raises:
+        UsageError: The configuration is of another type, or is invalid.
         BackendError: The backend or the device does not exist, or TF32 is not allowed and MLX already uses it in this
             process.
     """
+    from icenet.core import files
     from icenet.core.config import Config, custom
     from icenet.core.models.inference import build_for_inference
 
-    config = config.checked() if isinstance(config, Config) else Config.from_yaml(config)
+    _check_config(config)
+    config = config.checked() if isinstance(config, Config) else Config.from_yaml(files.user_path(config, "build"))
     custom.trust(config.model.type)
     return build_for_inference(config, backend, device, seed=config.seed, allow_tf32=allow_tf32)
 
@@ -74,6 +77,7 @@ def load(
     device: str | None = None,
     *,
     allow_tf32: bool | None = None,
+    dtype: str | None = None,
     averaged: bool = False,
     trust_code: bool = False,
 ) -> Any:
@@ -84,6 +88,8 @@ def load(
         backend: mlx, torch or auto; by default that of the config.
         device: auto, cpu, gpu, cuda, cuda:N or mps; by default that of the config.
         allow_tf32: Whether fp32 products may use TF32 on a GPU; by default that of the config.
+        dtype: Dtype of the weights and of the arithmetic: fp32, bf16 or fp16. By default fp32 on a CPU, and on a GPU
+            the dtype of most weights of the file.
         averaged: Whether to load the moving average of the weights (`training.ema_decay`).
         trust_code: Whether to run the user's Python file that defines the model.
 
@@ -94,20 +100,20 @@ def load(
         CheckpointError: The path contains no weights.
         BackendError: As in `build`.
     """
+    from icenet.core import files
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
     from icenet.core.models.inference import build_for_inference
     from icenet.core.training.open_model import open_averaged, open_target
 
+    path = files.user_path(path, "load")
     opened = open_averaged if averaged else open_target
-    config, weights = opened(Path(path)) if Path(path).exists() else (None, None)
+    config, weights = opened(path) if path.exists() else (None, None)
     if config is None or weights is None:
         raise CheckpointError(f"{path}: contains no weights; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
-    model = build_for_inference(config, backend, device, seed=None, allow_tf32=allow_tf32)
-    model.set_weights(dict(weights))
-    return model
+    return build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
 
 
 def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -119,19 +125,25 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         overwrite: Whether to replace other files of the same names: model.safetensors, config.yaml, tokenizer.json.
 
     Raises:
-        UsageError: The path is a file, a run or a checkpoint, or a file would be replaced.
+        UsageError: The path is a file, a run or a checkpoint, or a file would be replaced; or the model has other
+            arrays than its config says, so that `load` could not read it.
         FileError: A file cannot be written, for example because the disk is full.
     """
+    from icenet.core import files
     from icenet.core.config import yaml_file
+    from icenet.core.models.build import check_config
     from icenet.core.training import saved_model
 
+    _check_model(model, "save")
+    folder = files.user_path(path, "save")
+    check_config(model)
     config: dict[str, Any] = {"model": model.config.model_dump(mode="python")}
     companions = dict(getattr(model.tokenizer, "files", {}))
     for name in companions:
         config["data"] = {"tokenizer": name}
     companions["config.yaml"] = yaml_file.dump(config).encode()
-    saved_model.save(Path(path), model.weights(), companions, overwrite)
-    return Path(path)
+    saved_model.save(folder, model.weights(), companions, overwrite)
+    return folder
 
 
 def generate(
@@ -158,11 +170,41 @@ def generate(
     from icenet.core.generation.streaming import generate_text
 
     model = load(model) if isinstance(model, (str, Path)) else model
+    _check_model(model, "generate")
     return generate_text(model, prompt, stream, details, options)
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
     """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`."""
+    from icenet.core import files
     from icenet.core.weights.convert import convert
 
-    return convert(source, destination, to, **options)
+    paths = (files.user_path(path, "convert") for path in (source, destination))
+    return convert(*paths, to, **options)
+
+
+def _check_config(config: Any) -> None:
+    """Raises UsageError for parts of a configuration in place of one."""
+    from icenet.core.config import Config
+    from icenet.core.config.section import Section
+    from icenet.core.errors import UsageError
+
+    if isinstance(config, Section) and not isinstance(config, Config):
+        raise UsageError(f"build: takes a Config, not a {type(config).__name__}; pass Config(model=model_config)")
+    if isinstance(config, dict):
+        raise UsageError(
+            "build: takes a Config, the path of a YAML file or the name of a preset, not a dict; "
+            "pass Config.from_dict(values)"
+        )
+
+
+def _check_model(model: Any, function: str) -> None:
+    """Raises UsageError for anything that is no `BaseModel`."""
+    from icenet.core.errors import UsageError
+    from icenet.core.models.base import ModelBase
+
+    if isinstance(getattr(model, "_orig_mod", model), ModelBase):  # torch.compile wraps it
+        return
+    wrapped = isinstance(getattr(model, "module", None), ModelBase)
+    hint = "pass its .module" if wrapped else "see icenet.core.models.modules for the weights of any module"
+    raise UsageError(f"{function}: needs a BaseModel of icenet or icenet_torch, not a {type(model).__name__}; {hint}")

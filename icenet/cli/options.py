@@ -73,6 +73,11 @@ device_option = click.option(
     callback=_check_device,
     help="auto, cpu, gpu, cuda, cuda:N or mps. Default: the config's device.",
 )
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Dtype of weights and arithmetic. Default: fp32 on a CPU, that of the file on a GPU.",
+)
 set_option = click.option(
     "--set",
     "overrides",

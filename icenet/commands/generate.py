@@ -18,6 +18,7 @@ def generate(
     prompt: str,
     backend: str | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     *,
     averaged: bool = False,
     **options: Any,
@@ -25,9 +26,9 @@ def generate(
     """Returns the prompt, the text and the tokens of its continuation, and the finish reason.
 
     Args:
-        path, prompt, backend, device, averaged, options: See `stream`.
+        path, prompt, backend, device, dtype, averaged, options: See `stream`.
     """
-    model = _load(path, backend, device, averaged)
+    model = _load(path, backend, device, dtype, averaged)
     return {"prompt": prompt, **asdict(icenet.generate(model, prompt, details=True, **options))}
 
 
@@ -36,6 +37,7 @@ def stream(
     prompt: str,
     backend: str | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     *,
     averaged: bool = False,
     **options: Any,
@@ -49,10 +51,11 @@ def stream(
         prompt: The text to continue.
         backend: mlx, torch or auto; the config's backend if absent.
         device: The device; the config's device if absent.
+        dtype: fp32, bf16 or fp16; see `icenet.load`.
         averaged: Use the averaged weights of `training.ema_decay`.
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
-    model = _load(path, backend, device, averaged)
+    model = _load(path, backend, device, dtype, averaged)
     continuation = icenet.generate(model, prompt, stream=True, **options)
     yield prompt
     try:
@@ -63,8 +66,8 @@ def stream(
     yield "\n"
 
 
-def _load(path: Path, backend: str | None, device: str | None, averaged: bool) -> Any:
-    model = icenet.load(path, backend, device, averaged=averaged)
-    if (width := getattr(model.config, "hidden_size", None)) and "cpu" in str(model.device):
+def _load(path: Path, backend: str | None, device: str | None, dtype: str | None, averaged: bool) -> Any:
+    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged)
+    if (width := getattr(model.config, "hidden_size", None)) and model.is_on_cpu:
         choose_num_threads(model.backend, SMALL_ROWS, width)
     return model

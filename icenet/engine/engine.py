@@ -23,7 +23,7 @@ from icenet.engine.build import build_model
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
 from icenet.nn import tree
-from icenet.nn.arrays import COMPUTE_DTYPES, from_numpy, is_half, to_numpy
+from icenet.nn.arrays import DTYPES, from_numpy, is_half, to_numpy
 
 
 class Engine(engine.Engine):
@@ -46,7 +46,7 @@ class Engine(engine.Engine):
         super().__init__(config, distributed.join(device))
         training = config.training
         model = build_model(config, distributed.local_device(device), seed=config.seed)
-        self._set_model(model, COMPUTE_DTYPES[training.mixed_precision])
+        self._set_model(model, DTYPES[training.mixed_precision])
         self.device = "cpu" if model.device == mx.Device(mx.cpu) else "gpu"
         self.optimizer = Optimizer(training, self.model)
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None

@@ -18,7 +18,9 @@ from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
+from icenet.nn.arrays import DTYPES
 from icenet.nn.dropout import key_dropouts
+from icenet.nn.embedding import guard_embeddings, to_host
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -85,6 +87,10 @@ class BaseModel(ModelBase, nn.Module):
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)
 
+    def set_dtype(self, dtype: str) -> None:
+        tree.set_dtype(self, DTYPES[dtype])
+        self.compute_dtype = DTYPES[dtype]
+
     def _named_layers(self) -> Iterable[tuple[str, nn.Module]]:
         return tree.named_modules(self)
 
@@ -94,14 +100,14 @@ class BaseModel(ModelBase, nn.Module):
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())
 
+    def guard_embeddings(self, reads_all: bool = False) -> None:
+        guard_embeddings(self._named_layers(), reads_all)
+
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)
 
     def _to_host(self, array: mx.array) -> np.ndarray | None:
-        try:
-            return np.array(array)
-        except (RuntimeError, ValueError):  # in a function that mx.compile or mx.vmap traces
-            return None
+        return to_host(array)
 
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:
         return mx.array(tokens)

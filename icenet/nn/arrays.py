@@ -12,8 +12,8 @@ import numpy as np
 
 Array: TypeAlias = mx.array
 
-COMPUTE_DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
-"""The dtype of activations by the value of `training.mixed_precision`."""
+DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+"""Dtypes of parameters and of activations by their name in configs and commands."""
 
 
 def on_cpu() -> bool:

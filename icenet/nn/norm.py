@@ -13,7 +13,7 @@ import mlx.nn as nn
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact
-from icenet.nn.arrays import Array
+from icenet.nn.arrays import Array, is_half
 
 
 class LayerNorm(nn.LayerNorm):
@@ -39,10 +39,12 @@ class BatchNorm2d(nn.BatchNorm):
         super().__init__(channels)
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(self.weight.dtype)
+        y = x.astype(mx.float32 if is_half(self.weight) else self.weight.dtype)
         if not self.training:
-            scale = self.weight * mx.rsqrt(self.running_var + self.eps)
-            y = exact.scale_and_shift(y - self.running_mean, scale, self.bias)  # type: ignore[assignment]
+            weight, bias, mean, var = (
+                array.astype(y.dtype) for array in (self.weight, self.bias, self.running_mean, self.running_var)
+            )
+            y = exact.scale_and_shift(y - mean, weight * mx.rsqrt(var + self.eps), bias)  # type: ignore[assignment]
             return y.astype(x.dtype)
         count = y.size // y.shape[-1]
         check_batch_norm(count)

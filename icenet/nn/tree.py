@@ -115,14 +115,26 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name."""
+    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name.
+
+    Each array is computed before the next value is read, so the values need not be in memory together.
+    """
     own, kinds = Arrays(model, trainable=False), layer_kinds(model)
     dtypes = {path: array.dtype for path, array in own.get().items()}
     for path, array in values:
         native = layout.to_mlx(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
         is_double = dtypes[path] == mx.float64  # which MLX has on a CPU
-        own.set({path: mx.array(native, mx.float64) if is_double else from_numpy(native).astype(dtypes[path])})
-    mx.eval(model.parameters())
+        value = mx.array(native, mx.float64) if is_double else from_numpy(native).astype(dtypes[path])
+        own.set({path: value})
+        mx.eval(value)
+
+
+def set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Changes the dtype of all floating parameters and buffers. Their values are undefined until they are set."""
+    own = Arrays(model, trainable=False)
+    for path, array in own.get().items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            own.set({path: mx.zeros(array.shape, dtype)})
 
 
 def unregistered(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from icenet.core.training.parameter_groups import weight_decay
 from icenet.engine.build import build_model, choose_device
 from icenet.engine.engine import Engine
 from icenet.models import BaseModel
-from icenet.nn.arrays import COMPUTE_DTYPES, is_half
+from icenet.nn.arrays import DTYPES, is_half
 from icenet.nn.dropout import Dropout
 
 
@@ -53,7 +53,7 @@ class BareLoop:
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
         self.model = use_native_dropout(build_model(config, device, seed=config.seed))
-        self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
+        self.model.compute_dtype = DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.model.train()
         self.optimizer = optim.AdamW(

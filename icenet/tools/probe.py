@@ -14,7 +14,7 @@ import numpy as np
 
 from icenet.core.weights import layout
 from icenet.nn import tree
-from icenet.nn.arrays import COMPUTE_DTYPES, from_numpy
+from icenet.nn.arrays import DTYPES, from_numpy
 from icenet.nn.kinds import call_kinds
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value
 
@@ -110,7 +110,7 @@ _CONVERTER = ArrayConverter(mx.array, to_numpy)
 def _array(value: Value) -> mx.array:
     """Returns a value as an array; floats in their dtype."""
     array = from_numpy(value.array)
-    return array.astype(COMPUTE_DTYPES[value.dtype]) if value.is_float else array
+    return array.astype(DTYPES[value.dtype]) if value.is_float else array
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from icenet_torch.engine import distributed
 from icenet_torch.engine.build import build_model
 from icenet_torch.engine.ema import WeightAverage
 from icenet_torch.engine.optimizers import Optimizer
-from icenet_torch.nn.arrays import COMPUTE_DTYPES, from_numpy, is_half, to_channels_first, to_numpy
+from icenet_torch.nn.arrays import DTYPES, from_numpy, is_half, to_channels_first, to_numpy
 
 
 class Engine(engine.Engine):
@@ -37,7 +37,7 @@ class Engine(engine.Engine):
         self.dtype = getattr(torch, dtype)
         model = build_model(config, distributed.local_device(device), seed=config.seed).to(self.dtype)
         is_reference = self.dtype == torch.float64
-        self._set_model(model, self.dtype if is_reference else COMPUTE_DTYPES[training.mixed_precision])
+        self._set_model(model, self.dtype if is_reference else DTYPES[training.mixed_precision])
         self.device = str(self.model.device)
         local = self.process_group.local_parameters(self.model)
         self.optimizer = Optimizer(training, local)

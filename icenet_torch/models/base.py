@@ -16,8 +16,9 @@ from icenet.core.models.base import ModelBase
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
-from icenet_torch.nn.arrays import to_numpy
+from icenet_torch.nn.arrays import DTYPES, to_numpy
 from icenet_torch.nn.dropout import key_dropouts
+from icenet_torch.nn.embedding import guard_embeddings, to_host
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -76,6 +77,10 @@ class BaseModel(ModelBase, nn.Module):
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)
 
+    def set_dtype(self, dtype: str) -> None:
+        tree.set_dtype(self, DTYPES[dtype])
+        self.compute_dtype = DTYPES[dtype]
+
     def _named_layers(self) -> Iterable[tuple[str, nn.Module]]:
         return tree.named_modules(self)
 
@@ -85,16 +90,14 @@ class BaseModel(ModelBase, nn.Module):
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())
 
+    def guard_embeddings(self, reads_all: bool = False) -> None:
+        guard_embeddings(self._named_layers(), reads_all)
+
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)
 
     def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
-        if torch.compiler.is_compiling() or array.is_meta or array.is_cuda:
-            return None
-        try:
-            return to_numpy(array)
-        except RuntimeError:  # in a function that torch.func transforms
-            return None
+        return to_host(array)
 
     def _to_native_tokens(self, tokens: Tokens) -> torch.Tensor:
         return torch.from_numpy(tokens).long().to(self.device)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 Array: TypeAlias = Tensor
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype of activations by the value of `training.mixed_precision`."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of parameters and of activations by their name in configs and commands."""
 
 
 def on_cpu(x: Array) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import LEFT_OUT, STATISTICS
-from icenet_torch.nn.arrays import Array
+from icenet_torch.nn.arrays import Array, is_half
 
 
 class LayerNorm(nn.LayerNorm):
@@ -42,13 +42,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Array) -> Array:
-        y = x.to(self.weight.dtype)
-        mean, var = self.running_mean, self.running_var
+        y = x.to(torch.float32 if is_half(self.weight) else self.weight.dtype)
+        weight, bias, mean, var = (
+            array.to(y.dtype) for array in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         if self.training:
             check_batch_norm(y.numel() // y.shape[1])
             # with momentum 1, PyTorch writes the batch's mean and unbiased variance into these buffers
             mean, var = torch.zeros_like(mean), torch.zeros_like(var)
-        y = F.batch_norm(y, mean, var, self.weight, self.bias, self.training, 1.0, self.eps)
+        y = F.batch_norm(y, mean, var, weight, bias, self.training, 1.0, self.eps)
         if self.training:
             keep, m = 1 - self.momentum, self.momentum
             self.running_mean.copy_(keep * self.running_mean + m * mean)

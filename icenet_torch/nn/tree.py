@@ -90,10 +90,21 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name."""
+    """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name.
+
+    The values need not be in memory together.
+    """
     tensors = native_arrays(model)
     for path, array in values:
         tensors[path].copy_(from_numpy(array))
+
+
+@torch.no_grad()
+def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of all floating parameters and buffers. Their values are undefined until they are set."""
+    for _, array, _ in named_arrays(model):
+        if array.is_floating_point():
+            array.data = torch.empty_like(array, dtype=dtype)
 
 
 def unregistered(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from icenet.core.training.parameter_groups import weight_decay
 from icenet_torch.engine.build import build_model, choose_device
 from icenet_torch.engine.engine import Engine
 from icenet_torch.models import BaseModel
-from icenet_torch.nn.arrays import COMPUTE_DTYPES, is_half, to_channels_first
+from icenet_torch.nn.arrays import DTYPES, is_half, to_channels_first
 from icenet_torch.nn.dropout import Dropout
 
 
@@ -72,7 +72,7 @@ class BareLoop:
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
         self.model = use_native_dropout(build_model(config, device, seed=config.seed))
-        self.model.compute_dtype = COMPUTE_DTYPES[training.mixed_precision]
+        self.model.compute_dtype = DTYPES[training.mixed_precision]
         self.model.gradient_checkpointing = training.gradient_checkpointing
         self.model.train()
         self._call = torch.compile(self.model) if config.model.compile_model else self.model

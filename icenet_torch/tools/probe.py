@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
-from icenet_torch.nn.arrays import COMPUTE_DTYPES, from_numpy
+from icenet_torch.nn.arrays import DTYPES, from_numpy
 from icenet_torch.nn.kinds import call_kinds
 
 
@@ -167,5 +167,5 @@ def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
     tensor = from_numpy(value.array).clone().to(like.device)
     if not value.is_float:
         return tensor
-    dtypes = {**COMPUTE_DTYPES, "fp64": torch.float64}
+    dtypes = {**DTYPES, "fp64": torch.float64}
     return tensor.to(torch.float64 if like.dtype == torch.float64 else dtypes[value.dtype])

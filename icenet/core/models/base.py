@@ -20,6 +20,7 @@ from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropou
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
+from icenet.core.weights.safetensors import release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -37,6 +38,7 @@ class ModelBase:
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
         compute_dtype: The framework's dtype of the activations.
+        device: The framework's device of the weights; None is MLX's default device.
         checks_ids: Whether `check_tokens` also reads the ids. False where the caller has checked them on the host.
     """
 
@@ -49,9 +51,15 @@ class ModelBase:
     generation: GenerationConfig | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
+    device: Any
     checks_ids: bool = True
 
     # ---- size --------------------------------------------------------------------------------------------
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the device of the model is a CPU."""
+        return "cpu" in str(self.device)
 
     @property
     def num_params(self) -> int:
@@ -135,7 +143,7 @@ class ModelBase:
         weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
         arrays.check_dtypes({path: str(array.dtype) for path, array, _ in self._named_arrays()}, values)
         with self.arithmetic():
-            self._assign_weights((path, array) for path, array in values.items() if path not in shared)
+            self._assign_weights(_one_by_one((path, array) for path, array in values.items() if path not in shared))
 
     def with_canonical_names(self, values: Mapping[str, Any], is_state: bool = False) -> Mapping[str, Any]:
         """Returns weights, or with `is_state` optimizer state by `PATH.SLOT`, by canonical name.
@@ -357,6 +365,13 @@ class ModelBase:
         """Returns the canonical path of each array by the path that it has in MLX, where the two differ."""
         raise NotImplementedError
 
+    def set_dtype(self, dtype: str) -> None:
+        """Holds the floating weights in fp32, bf16 or fp16, and computes in it, for inference.
+
+        Their values are undefined until `set_weights` sets them.
+        """
+        raise NotImplementedError
+
     def _named_layers(self) -> Iterable[tuple[str, Any]]:
         """Yields all modules with their canonical paths, parents first; a shared one under each of its paths."""
         raise NotImplementedError
@@ -376,3 +391,10 @@ class ModelBase:
     def _to_native_tokens(self, tokens: Tokens) -> Any:
         """Returns tokens, int32 `[B, L]`, as an array of the framework on the model's device."""
         raise NotImplementedError
+
+
+def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields weights; a view of a file that the caller has copied does not stay in memory next to the copy."""
+    for path, array in values:
+        yield path, array
+        release(array)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from icenet.core import backends
-from icenet.core.config import Config
+from icenet.core.config import Config, check_device
+from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
+from icenet.core.weights.arrays import FLOAT_DTYPES, Array, float_dtype
 
 
 def build_for_inference(
-    config: Config, backend: str | None, device: str | None, *, seed: int | None, allow_tf32: bool | None = None
+    config: Config,
+    backend: str | None,
+    device: str | None,
+    *,
+    seed: int | None = None,
+    weights: Mapping[str, Array] | None = None,
+    allow_tf32: bool | None = None,
+    dtype: str | None = None,
 ) -> Any:
     """Returns a model in evaluation mode.
 
@@ -20,9 +30,20 @@ def build_for_inference(
         config: The configuration.
         backend: mlx, torch or auto; None selects `config.backend`.
         device: auto, cpu, gpu, cuda, cuda:N or mps; None selects `config.device`.
-        seed: Seed of the initial weights, or None for a model whose weights are then loaded.
+        seed: Seed of the initial weights of a model without `weights`.
+        weights: Canonical weights by path.
         allow_tf32: Whether fp32 products may use TF32; None selects `config.allow_tf32`.
+        dtype: Dtype of the weights and of the arithmetic: fp32, bf16 or fp16. None is fp32 on a CPU, and on a GPU
+            the dtype of `weights`.
+
+    Raises:
+        UsageError: There is no such dtype.
     """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UsageError(f"dtype: no dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    if device is not None:
+        device = str(device)  # that of a torch.device is its name
+        check_device(device)
     if allow_tf32 is not None:
         config = config.model_copy(update={"allow_tf32": allow_tf32})
     name = backends.choose(config, backend)
@@ -30,6 +51,12 @@ def build_for_inference(
     model.eval()
     if (difference := twins.compare_with_twin(config, model)) is not None:
         logging.getLogger("icenet").warning(difference)
+    if weights is not None:
+        if dtype is None and not model.is_on_cpu:
+            dtype = float_dtype(weights)
+        if dtype is not None:
+            model.set_dtype(dtype)
+        model.set_weights(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         if tokenizer.vocab_size <= config.model.vocab_size:

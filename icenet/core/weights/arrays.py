@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from icenet.core.errors import WeightsError
 
 Array = npt.NDArray[Any]
+
+FLOAT_DTYPES = ("fp32", "bf16", "fp16")
+"""Dtypes of a model's weights, by their names in configs and commands."""
 
 _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
 """Rank of a kind of dtype; a value of a higher rank does not fit one of a lower rank."""
@@ -71,6 +75,16 @@ def to_array(name: str, value: Any) -> Array:
     if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):
         raise WeightsError(f"{name}: the frameworks have no {array.dtype}; cast it to float64 or float32")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def float_dtype(weights: Mapping[str, Array]) -> str:
+    """Returns bf16 or fp16 if most floating values have that dtype, otherwise fp32."""
+    sizes: Counter[str] = Counter()
+    for array in weights.values():  # views of a file, whose data are not read
+        sizes[str(array.dtype)] += array.size
+    halves = {"bfloat16": "bf16", "float16": "fp16"}
+    floats = [dtype for dtype, _ in sizes.most_common() if "float" in dtype]
+    return halves.get(floats[0], "fp32") if floats else "fp32"
 
 
 def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> None:

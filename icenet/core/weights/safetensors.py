@@ -167,6 +167,18 @@ def view(entry: Entry, data: mmap.mmap) -> Array:
     return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
 
 
+def release(array: Array) -> None:
+    """Lets the system reclaim the memory of an array of `view`. The array stays valid: it is read again when used."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    data = base.obj if isinstance(base, memoryview) else base
+    if isinstance(data, mmap.mmap) and hasattr(data, "madvise"):  # which Windows lacks
+        start = array.ctypes.data - np.frombuffer(data, np.uint8, 1).ctypes.data
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, page, start + array.nbytes - page)
+
+
 def write_file(
     file: BinaryIO, arrays: Mapping[str, Array], metadata: Mapping[str, str], written: Callable[[int], None]
 ) -> None:
