@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -61,6 +62,7 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
+        self._bytes = _byte_tokens(vocabulary) if b'"ByteFallback"' in content else {}
         self._coverage = _Coverage(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
@@ -154,8 +156,26 @@ class HFTokenizer:
     def _text(self, ids: list[int]) -> str:
         with _one_line(f"data.tokenizer: {self._where}: cannot decode a text"):
             # the end-of-text token may be an ordinary token of the file
-            text: str = self._tokenizer.decode([token for token in ids if token != self.eot_id])
+            shown = [token for token in ids if token != self.eot_id]
+            text: str = self._tokenizer.decode(self._with_valid_bytes(shown) if self._bytes else shown)
         return text
+
+    def _with_valid_bytes(self, ids: list[int]) -> list[int]:
+        """Returns tokens with those of U+FFFD in place of bytes that are not valid UTF-8.
+
+        The library replaces all adjacent bytes if one of them is invalid: complete characters before an unfinished
+        one would be lost.
+        """
+        tokens = {value: token for token, value in self._bytes.items()}
+        hidden = set(self.special_tokens.values())  # they are left out, so bytes around them are adjacent
+        found: list[int] = []
+        for is_byte, run in itertools.groupby((i for i in ids if i not in hidden), self._bytes.__contains__):
+            if is_byte:
+                text = bytes(self._bytes[token] for token in run).decode(errors="replace")
+                found += [tokens[value] for value in text.encode()]
+            else:
+                found += run
+        return found
 
     @contextlib.contextmanager
     def _errors(self, texts: Sequence[str]) -> Iterator[None]:
@@ -182,6 +202,12 @@ class HFTokenizer:
                     position,
                     index,
                 )
+
+
+def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, int]:
+    """Returns the byte of each token `<0x00>` to `<0xFF>`; empty if one of them is missing."""
+    names = [f"<0x{value:02X}>" for value in range(256)]
+    return {vocabulary[name]: value for value, name in enumerate(names)} if {*names} <= {*vocabulary} else {}
 
 
 class _Coverage:

@@ -205,6 +205,21 @@ def test_name_and_end_of_text(bpe: Path, tmp_path: Path) -> None:
     assert is_one_line(caught.value, str(other), "<|endoftext|>", "added_tokens")
 
 
+def test_a_cut_character_leaves_the_characters_before_it() -> None:
+    values = json.loads(llama().to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = HFTokenizer(json.dumps(values).encode())
+    content = "é日😀\n".encode()
+    ids = [values["model"]["vocab"][f"<0x{byte:02X}>"] for byte in content]
+    word = tokenizer.encode("def")
+    for stop in range(1, len(ids) + 1):
+        text = content[:stop].decode(errors="replace")
+        assert tokenizer.decode_continuation(ids[:stop]) == text
+        assert tokenizer.decode_continuation([*ids[:stop], *word, ids[0]]) == f"{text} def\ufffd"
+    split = [ids[0], tokenizer.eot_id, ids[1]]  # a special token has no text
+    assert tokenizer.decode_continuation(split) == "é"
+
+
 def test_ids_outside_the_vocabulary_and_invalid_text(bpe: Path) -> None:
     tokenizer = get_tokenizer(str(bpe))
     a, b = tokenizer.encode("a")[0], tokenizer.encode(" b")
