@@ -363,6 +363,23 @@ def distinct_files(paths: Iterable[str], on_skip: OnSkip) -> dict[str, os.stat_r
 # --- hints --------------------------------------------------------------------------------------------------
 
 
+def user_path(value: object, name: str) -> Path:
+    """Returns a path that a program gave as text or a path, with `~` for the home folder, as a shell replaces it.
+
+    Args:
+        value: The path.
+        name: Beginning of the message.
+
+    Raises:
+        UsageError: It is neither text nor a path, or it is empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise UsageError(f"{name}: a path must be text or a pathlib.Path, not {type(value).__name__}")
+    if not os.fspath(value).strip():
+        raise UsageError(f"{name}: the path is empty; name a file or folder")
+    return Path(os.path.expanduser(value))
+
+
 def path_hint(path: Path) -> str:
     """Returns a hint for the message about a missing path: a similar name, or the folder that was searched."""
     parent = path.parent

@@ -39,7 +39,9 @@ def build_model(config: Config, device: str = "auto", *, seed: int | None) -> Ba
         seed: Seed of the initial weights. None leaves them undefined, for a model whose weights are then loaded.
     """
     chosen = choose_device(device)
-    model: BaseModel = new_model(config.model, MODELS, "torch", seed).to(chosen)
+    with torch.device("cpu"):  # not torch.set_default_device: the initial values are those of the CPU
+        model: BaseModel = new_model(config.model, MODELS, "torch", seed)
+    model = model.to(chosen)
     model.allow_tf32 = config.allow_tf32
     return model
 

@@ -5,8 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from icenet.core.config import ModelConfig, custom, user_code
+from icenet.core import backends
+from icenet.core.config import Config, ModelConfig, custom, user_code
 from icenet.core.errors import ConfigError, IceNetError, UsageError
+
+
+def check_config(model: Any) -> None:
+    """Checks that a model has the arrays of its config. A saved model is built from it, and so are checkpoints.
+
+    A model that was changed after it was built has others: a new head, quantized or parametrized layers. The class of
+    a custom model is not built again here.
+
+    Raises:
+        UsageError: An array is missing, is not one of the config's, or has another shape.
+    """
+    config = model.config
+    if custom.is_custom(config.type):
+        return
+    found = model.weight_shapes()
+    expected = backends.module(model.backend, "engine.build").meta_model(Config(model=config)).weight_shapes()
+    names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if names:
+        ours, theirs = (
+            str(list(shapes[names[0]])) if names[0] in shapes else "absent" for shapes in (found, expected)
+        )
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UsageError(
+            f"the model differs from its config, model.type {config.type}, from which it is built when it is loaded: "
+            f"{names[0]} is {ours} in the model, {theirs} by the config{more}; change model.config too, or save the "
+            "weights alone: icenet.core.weights.write(path, model.weights())"
+        )
 
 
 def new_model(
