@@ -568,8 +568,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the last matching parameter group wins",
         "icenet/core/training/parameter_groups.py",
-        "for group in training.parameter_groups if _matches(group, path)",
-        "for group in reversed(training.parameter_groups) if _matches(group, path)",
+        "for index, group in enumerate(groups) if matching",
+        "for index, group in reversed([*enumerate(groups)]) if matching",
         ["engine/test_optimizers.py::test_a_parameter_is_in_the_first_group_that_matches"],
     ),
     Fault(

@@ -197,7 +197,8 @@ def test_a_changed_config_is_kept(run: Path, caplog: pytest.LogCaptureFixture) -
     assert any(is_one_line(message, "config.yaml", "--set", "config-replaced.yaml") for message in caplog.messages)
     caplog.clear()
     resume(run, until=17)  # the run's own config is replaced without a word
-    assert caplog.messages == [] and not (run / "config-replaced-2.yaml").exists()
+    assert not any("config" in message for message in caplog.messages)
+    assert not (run / "config-replaced-2.yaml").exists()
 
 
 def test_missing_metrics_are_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
