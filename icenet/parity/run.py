@@ -192,17 +192,22 @@ def _new_report(engines: Engines) -> Report:
 
 TRAINING_STEP = "training step on equal gradients"
 
+STEP_RATE = 0.1
+"""The least learning rate of the step that is compared. At 3e-4 an update changes the last few bits of a parameter,
+and an error within it, such as weight decay in the wrong order, is smaller than the rounding of the parameter."""
+
 
 def training_step_rows(engines: Engines, batch: Batch, step: int, exact: Mapping[str, Array]) -> list[Row]:
     """Compares parameters, optimizer state and running statistics after one training step.
 
     MLX runs its training step. PyTorch applies the gradients of MLX, with clipping, because the update of Adam is
     not a continuous function of a gradient that is zero but for rounding. The gradients are compared elsewhere.
-    If loss or gradients of MLX are not finite, all engines apply the gradients `exact`.
+    If loss or gradients of MLX are not finite, all engines apply the gradients `exact`. The learning rate is that of
+    the configuration, but at least STEP_RATE.
 
     Weights and optimizer state are restored afterwards.
     """
-    rate = engines.torch.config.training.learning_rate
+    rate = _step_rate(engines)
     with _restored(engines.mlx):
         mlx_gradients = engines.mlx.gradients(batch, step)[1]
         finite = engines.mlx.read(engines.mlx.train_step(batch, step, rate)).finite
@@ -253,7 +258,7 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
     def trace(engine: Engine, gradients: list[dict[str, Array]]) -> Trace:
         with _restored(engine):
             for index, arrays in enumerate(gradients):
-                engine.apply_gradients(arrays, first_step + index, engine.config.training.learning_rate)
+                engine.apply_gradients(arrays, first_step + index, _step_rate(engines))
             return _state(engine, gradients[0])
 
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
@@ -271,6 +276,11 @@ def optimizer_rows(engines: Engines, gradients: list[dict[str, Array]], first_st
     mlx, torch, reference = (trace(engine, gradients) for engine in engines)
     # weights and moments are fp32, whatever the compute dtype
     return compare(mlx, torch, reference, "fp32", samples=_samples(engines, sampled))
+
+
+def _step_rate(engines: Engines) -> float:
+    """Returns the learning rate of the training step that is compared."""
+    return max(engines.torch.config.training.learning_rate, STEP_RATE)
 
 
 def _samples(engines: Engines, sampled: Callable[[str, bool], F]) -> Samples[F]:
@@ -322,6 +332,8 @@ def _train(
         handles = [e.train_step(batch, step, rate, scale.scale) for e, scale in zip(engines, scales, strict=True)]
         for engine, handle, scale, curve in zip(engines, handles, scales, losses, strict=True):
             result = engine.read(handle)
+            if not result.finite:
+                engine.check_embeddings(batch, step)
             scale.update(result.finite)
             curve.append(result.loss)
         if progress is not None:
