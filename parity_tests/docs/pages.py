@@ -27,3 +27,12 @@ def blocks(page: str, *languages: str, skip: str | None = None) -> list[tuple[st
 def code(page: str, language: str) -> list[str]:
     """Returns the content of the code blocks of one language."""
     return [content for _, content in blocks(page, language)]
+
+
+def rows(page: str, title: str) -> list[list[str]]:
+    """Returns the cells of the rows of the first table of a section, without the head."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    section = re.split(rf"^##+ {re.escape(title)}$", text, flags=re.MULTILINE)[1]
+    lines = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert lines, title
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[0].splitlines()[2:]]
