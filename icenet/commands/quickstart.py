@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from icenet.commands.cpu_threads import choose_num_threads
 from icenet.core import backends, files
 from icenet.core.config import Config
 from icenet.core.errors import BackendError, IceNetError, UsageError
-from icenet.core.report import plots
+from icenet.core.report import canvas, plots
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.training import run_folder
@@ -45,7 +46,8 @@ class Report:
         judgement: The difference between the two loss curves, and the one that is allowed.
         final_loss: The last training loss, by backend.
         texts: The texts that both backends generate from the final weights.
-        plot: The file of the plot; None if matplotlib is not installed.
+        plot: The file of the plot; None if there is none.
+        plot_problem: Why there is none.
         seconds: The duration.
     """
 
@@ -56,6 +58,7 @@ class Report:
     final_loss: dict[str, float]
     texts: TextComparison
     plot: Path | None
+    plot_problem: str
     seconds: float
 
     @property
@@ -112,7 +115,7 @@ class Report:
             if (self.out / name).exists():
                 console.print(f"  {self.out / name}  {content}", soft_wrap=True)
         if self.plot is None:
-            console.print("  no plot: pip install 'icenet[plot]'")
+            console.print(f"  no plot: {self.plot_problem}", soft_wrap=True)
         console.print(f"  {self.seconds:.0f} s. Next: icenet generate {self.out / 'mlx'} --prompt 'import '")
 
 
@@ -177,7 +180,8 @@ def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Rep
     mlx, torch, exact = (np.array([curves[name][step] for step in after]) for name in ("mlx", "torch", "reference"))
     judgement = yardstick.judge_curve(mlx, torch, exact)
     texts = compare_texts(out / "mlx", PROMPT, seed=config.seed)
-    plot = plots.plot_parity(
+    draw = partial(
+        plots.plot_parity,
         out / _PLOT,
         steps=steps,
         curves={"MLX": [curves["mlx"][step] for step in steps], "PyTorch, from MLX's checkpoint": torch},
@@ -188,8 +192,9 @@ def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Rep
         title="One run, two backends",
         passed=judgement.passed,
     )
+    plot, plot_problem = canvas.attempt(draw)
     final_loss = {name: curves[name][steps[-1]] for name in ("mlx", "torch")}
-    report = Report(out, half, after, judgement, final_loss, texts, plot, time.perf_counter() - began)
+    report = Report(out, half, after, judgement, final_loss, texts, plot, plot_problem, time.perf_counter() - began)
     files.write_text(out / _REPORT, json.dumps(report.as_dict(), indent=1))
     return report
 

@@ -66,11 +66,25 @@ def test_a_small_quickstart(small: list[str], tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr().out.startswith("import ")
 
 
-def test_again_and_with_few_checkpoints_kept(small: list[str], tmp_path: Path, no_plots: None) -> None:
-    """The results of an earlier quickstart are replaced, even of an interrupted one; other files are kept."""
+def test_again_and_with_few_checkpoints_kept(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    no_plots: None,
+) -> None:
+    """The results of an earlier quickstart are replaced, even of an interrupted one; other files are kept.
+
+    A plot that cannot be drawn costs no result.
+    """
     out = tmp_path / "quick"
     small += ["training.max_steps=4", "training.eval_every=2", "generation.max_new_tokens=8"]
-    first = quickstart.run(out, small, quiet=True)
+    with monkeypatch.context() as broken:
+        broken.setattr("icenet.core.report.plots.plot_parity", lambda *_, **__: "a".index("no\nfont"))
+        first = quickstart.run(out, small, quiet=True)
+    first.render()
+    printed = capfd.readouterr().out
+    assert "PASSED" in printed and "no plot: substring not found\n" in printed
     (out / "mine.txt").write_text("notes")
     (out / ".reference-killed").mkdir()
     (out / "quickstart.json").write_text("{}")  # as after an interruption

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ class MemoryReport:
         rows: One measurement each: `backend`, `device`, `depth`, `precision`, `checkpointing`, and bytes:
             `weights`, `optimizer`, `gradients`, `activations`, `peak`.
         picture: The file of the plot; None if there is none.
+        plot_problem: Why a plot of several depths could not be drawn.
     """
 
     name: str
     rows: list[dict[str, Any]]
     picture: Path | None = None
+    plot_problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         picture = str(self.picture) if self.picture else None
@@ -90,8 +93,8 @@ class MemoryReport:
             f"rest of the peak, with all temporary buffers of the step. Source of the peak: {'; '.join(sources)}.",
             soft_wrap=True,
         )
-        if self.picture:
-            console.print(f"plot  {self.picture}", soft_wrap=True)
+        if self.picture or self.plot_problem:
+            console.print(f"plot  {self.picture or f'none: {self.plot_problem}'}", soft_wrap=True)
 
 
 def run(
@@ -144,7 +147,9 @@ def run(
         row = common.measure_isolated("memory", task, _GLIBC if sys.platform == "linux" else None)
         row["depth"] = depth or getattr(config.model, "num_layers", None)
         rows.append({**row, "precision": precision, "checkpointing": checkpointing})
-    return MemoryReport(name, rows, draw(name, rows, picture) if picture is not None else None)
+    if picture is None:
+        return MemoryReport(name, rows)
+    return MemoryReport(name, rows, *canvas.attempt(partial(draw, name, rows, picture)))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

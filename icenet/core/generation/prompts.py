@@ -131,12 +131,17 @@ def _to_integers(array: Any, name: str) -> NDArray[Any]:
 
 def _to_mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     try:
-        mask = _to_numpy(attention_mask).astype(np.bool_)
+        mask = _to_numpy(attention_mask)
     except ValueError:
         raise UsageError(f"generate: attention_mask is ragged and input_ids is {list(shape)}") from None
     if mask.shape != shape:
         raise UsageError(f"generate: attention_mask is {list(mask.shape)} and input_ids is {list(shape)}")
-    return mask
+    wrong = mask[~np.isin(mask, (0, 1))] if mask.dtype.kind in "biuf" else mask.ravel()
+    if wrong.size:
+        raise UsageError(
+            f"generate: attention_mask must be True and False, or 1 and 0, not {wrong[:1].tolist()[0]!r}"
+        )
+    return mask.astype(np.bool_)
 
 
 def check_vocabulary(tokens: NDArray[Any], vocab_size: int, name: str) -> None:

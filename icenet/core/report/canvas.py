@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,19 @@ def available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def attempt(draw: Callable[[], Path | None]) -> tuple[Path | None, str]:
+    """Draws a plot whose failure is no error, because the work that it shows is complete.
+
+    Returns:
+        The path and an empty text, or None and the reason why there is no plot.
+    """
+    try:
+        plot = draw()
+    except Exception as error:  # matplotlib, its fonts and its settings can raise anything
+        return None, " ".join(str(error).split()) or type(error).__name__
+    return plot, "" if plot else "matplotlib is not installed; pip install 'icenet[plot]'"
 
 
 def new_figure(

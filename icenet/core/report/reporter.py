@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from icenet.core.config.training import TrainingConfig
-from icenet.core.report import plots
+from icenet.core.report import canvas, plots
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.report.progress import Progress
 from icenet.core.report.tensorboard import FOLDER, TensorBoardLog
@@ -187,8 +187,6 @@ class Reporter:
         """
         if not self.is_main_process:
             return None, "another process draws it"
-        try:
-            plot = plots.plot_metrics(MetricsLog.read(self._log.path), self.run / "plot.png", title=self.run.name)
-        except Exception as error:  # matplotlib, its fonts and its settings can raise anything
-            return None, " ".join(str(error).split()) or type(error).__name__
-        return plot, "" if plot else "matplotlib is not installed; pip install 'icenet[plot]'"
+        return canvas.attempt(
+            lambda: plots.plot_metrics(MetricsLog.read(self._log.path), self.run / "plot.png", title=self.run.name)
+        )

@@ -266,26 +266,26 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
     candidates = list_checkpoints(path)[::-1]
     if not candidates:
         raise CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
-    problems: list[str] = []
-    for index, candidate in enumerate(candidates):
+    problems: list[tuple[Path, IceNetError]] = []
+    for candidate in candidates:
         try:
             found = load(candidate)
-        except IncompleteError as error:
-            if not skip_incomplete and index + 1 < len(candidates):
-                raise IncompleteError(
-                    f"{_reason(error)}; copy the rest of {candidate.name}, or continue from the checkpoint before "
-                    f"it: --resume {candidates[index + 1]}"
-                ) from None
-            problems.append(f"{candidate.name}: {error}")
-            continue
         except IceNetError as error:
-            problems.append(f"{candidate.name}: {error}")
+            problems.append((candidate, error))
             continue
-        for problem in problems:
-            (warn or logging.getLogger("icenet").warning)(f"skipping {problem}")
+        incomplete = [(path, error) for path, error in problems if isinstance(error, IncompleteError)]
+        if incomplete and not skip_incomplete:
+            newest_incomplete, error = incomplete[0]
+            raise IncompleteError(
+                f"{_reason(error)}; copy the rest of {newest_incomplete.name}, or continue from the newest intact "
+                f"checkpoint: --resume {found.path}"
+            )
+        for skipped, problem in problems:
+            (warn or logging.getLogger("icenet").warning)(f"skipping {skipped.name}: {problem}")
         return found
     raise CheckpointError(
-        f"{path}: all of its {len(candidates)} checkpoints are damaged; the newest is {problems[0]}"
+        f"{path}: all of its {len(candidates)} checkpoints are damaged or incomplete; the newest: "
+        f"{_reason(problems[0][1])}"
     )
 
 

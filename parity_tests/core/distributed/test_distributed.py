@@ -123,6 +123,7 @@ class Group:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL) and None,  # nohup ignores it
         )
 
     def _launched(self, backend: str, command: list[str]) -> list[str]:
@@ -649,22 +650,29 @@ def endless(folder: Path, *overrides: str) -> None:
     (folder / "tiny.yaml").write_text(tiny(folder, *more, *overrides).to_yaml(), encoding="utf-8")
 
 
-def check_stopped(run: Path, message: str) -> None:
-    """Checks that a run was stopped by SIGTERM after its last step and saved."""
+def check_stopped(run: Path, message: str, name: str = "SIGTERM") -> None:
+    """Checks that a run was stopped by a signal after its last step and saved."""
     step = checkpoint.find(run).step
     assert step >= 3 and len(losses(run)) == step
-    assert is_one_line(message, "SIGTERM", f"step {step}", "icenet train --resume run")
+    assert is_one_line(message, name, f"step {step}", "icenet train --resume run")
 
 
-@pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_signal_to_one_stops_all(tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "number"),
+    [
+        ("mlx", signal.SIGTERM),
+        pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_stops_all(tmp_path: Path, backend: str, number: signal.Signals) -> None:
     endless(tmp_path)
     run = tmp_path / "run"
     with started(tmp_path, backend, "train", "tiny.yaml", "--run", "run", "--backend", backend, "--quiet") as group:
         group.wait_for_steps(run, 3)
-        os.kill(group.pid(1), signal.SIGTERM)
+        os.kill(group.pid(1), number)
         assert group.wait(60) == [1, 1]
-        check_stopped(run, group.errors()[0])
+        check_stopped(run, group.errors()[0], number.name)
         assert [line.startswith("icenet: process 1: ") for line in group.errors()] == [False, True]
 
 

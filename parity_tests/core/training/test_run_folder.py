@@ -189,6 +189,20 @@ def test_an_incomplete_checkpoint_is_named(run: Path, name: str) -> None:
     assert len(losses(run)) == 11
 
 
+def test_a_damaged_checkpoint_is_not_the_way_out_of_an_incomplete_one(run: Path) -> None:
+    newest, middle, oldest = (checkpoint.path_of(run, step) for step in (15, 10, 5))
+    (newest / "state.json").unlink()
+    (middle / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError) as error:
+        Trainer.resume(run, quiet=True)
+    assert is_one_line(error.value, "step-00000015", f"--resume {oldest}")
+    (oldest / "config.yaml").write_text("# damaged")
+    with pytest.raises(CheckpointError) as error:
+        Trainer.resume(run, quiet=True)
+    assert is_one_line(error.value, "all of its 3 checkpoints", "step-00000015")
+    assert "use another checkpoint" not in str(error.value) and "--resume" not in str(error.value)
+
+
 def test_a_changed_config_is_kept(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = (run / "config.yaml").read_text() + "# mine\n"
     (run / "config.yaml").write_text(text)
