@@ -273,11 +273,10 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
         except IceNetError as error:
             problems.append((candidate, error))
             continue
-        incomplete = [(path, error) for path, error in problems if isinstance(error, IncompleteError)]
-        if incomplete and not skip_incomplete:
-            newest_incomplete, error = incomplete[0]
+        incomplete = next((entry for entry in problems if isinstance(entry[1], IncompleteError)), None)
+        if incomplete is not None and not skip_incomplete:
             raise IncompleteError(
-                f"{_reason(error)}; copy the rest of {newest_incomplete.name}, or continue from the newest intact "
+                f"{_reason(incomplete[1])}; copy the rest of {incomplete[0].name}, or continue from the newest intact "
                 f"checkpoint: --resume {found.path}"
             )
         for skipped, problem in problems:
