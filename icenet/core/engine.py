@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
-from icenet.core.config import Config, user_code
+from icenet.core.config import Config, custom, user_code
 from icenet.core.distributed import processes
 from icenet.core.errors import DataError, UsageError
 from icenet.core.models import buckets, randomness
@@ -240,6 +240,24 @@ class Engine(ABC):
             call = functools.partial(call_model, self.model, part.arrays, self.config.model.vocab_size)
             randomness.check_draws(self.backend, self.nn, self.model, call)
 
+    @in_arithmetic
+    def check_embeddings(self, batch: Batch, step: int = 0) -> None:
+        """Checks the ids that a user's model looks up for a training batch, after a result that is not finite.
+
+        Raises:
+            OutsideTableError: An id is outside the table of an embedding, whose vector is NaN on MLX.
+        """
+        self._set_mode(train=True)
+        for part in self._micro_batches(batch, step) if custom.is_custom(self.config.model.type) else ():
+            self._seed_dropouts(part.dropout_keys)
+            self._check_embeddings(part.arrays)
+
+    def _check_embeddings(self, arrays: dict[str, Array]) -> None:
+        """Checks the ids that a user's model looks up for a batch on the device, in the current mode."""
+        if custom.is_custom(self.config.model.type):
+            with self.model.reading_ids(), self.nn.norm.keep_running_statistics(self.model):
+                call_model(self.model, arrays, self.config.model.vocab_size)
+
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
         """Returns `_accumulate`. The first time, a UsageError if the model draws random numbers without a key."""
         if self._draws_are_keyed:
@@ -290,6 +308,8 @@ class Engine(ABC):
             arrays = self.to_device(self._padded(batch))
             logits, labels = self._predict(arrays), arrays["labels"]
             loss, count = self.nn.cross_entropy(logits, labels)
+            if not math.isfinite(loss.item()):
+                self._check_embeddings(arrays)
             correct = int(self.nn.loss.count_correct(logits, labels).item()) if labels.ndim == 1 else None
             return Evaluation(loss.item(), int(count.item()), correct)
 
@@ -297,7 +317,10 @@ class Engine(ABC):
     def forward(self, batch: Batch) -> NDArray[Any]:
         """Returns the model's output in evaluation mode; half precision as float32."""
         self._set_mode(train=False)
-        outputs = self._to_float_numpy(self._predict(self.to_device(self._padded(batch))))
+        arrays = self.to_device(self._padded(batch))
+        outputs = self._to_float_numpy(self._predict(arrays))
+        if not np.isfinite(outputs).all():
+            self._check_embeddings(arrays)
         rows, length = batch["inputs"].shape[:2]
         return outputs[:rows, :length] if outputs.ndim == 3 else outputs[:rows]
 

@@ -27,6 +27,10 @@ class DataError(UsageError):
     """A data source that is missing, empty, damaged or too small."""
 
 
+class OutsideTableError(UsageError, IndexError):
+    """An id outside the table of an embedding."""
+
+
 class FileError(IceNetError):
     """A file that cannot be written: a full disk, a missing permission."""
 

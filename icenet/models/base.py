@@ -20,7 +20,7 @@ from icenet.generation.decoder import Decoder
 from icenet.nn import tree
 from icenet.nn.arrays import DTYPES
 from icenet.nn.dropout import key_dropouts
-from icenet.nn.embedding import guard_embeddings, to_host
+from icenet.nn.embedding import guard_embeddings, reading_ids, to_host
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -95,6 +95,9 @@ class BaseModel(ModelBase, nn.Module):
         return tree.named_modules(self)
 
     def _named_arrays(self) -> Sequence[tuple[str, mx.array, bool]]:
+    def reading_ids(self) -> contextlib.AbstractContextManager[None]:
+        return reading_ids(self._named_layers())
+
         return tree.named_arrays(self)
 
     def key_dropouts(self) -> None:

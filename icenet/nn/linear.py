@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from icenet.nn import exact
 from icenet.nn.arrays import Array, cast_weight, on_cpu, product_dtype
+from icenet.nn.embedding import CheckedEmbedding
 
 
 class Linear(nn.Linear):
@@ -39,7 +40,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return y.astype(x.dtype)
 
 
-class Embedding(nn.Embedding):
+class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
 
     def as_linear(self, x: Array) -> Array:

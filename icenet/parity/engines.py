@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends, rng
-from icenet.core.config import Config, user_code
+from icenet.core.config import Config, custom, user_code
 from icenet.core.engine import Batch, Engine, check_ids
 from icenet.parity import align
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
@@ -60,8 +60,10 @@ def build(
         backends.engine(eager, "torch", device_torch),
         backends.engine(eager, "torch", "cpu", dtype="float64"),
     )
-    if weights is not None:
-        for engine in engines:
+    for engine in engines:
+        if custom.is_custom(config.model.type):
+            engine.model.guard_embeddings(reads_all=True)
+        if weights is not None:
             engine.set_weights(dict(weights))
     return engines
 

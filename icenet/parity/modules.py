@@ -52,7 +52,8 @@ def compare_modules(
         A report; `verdict()` is one line, `render(console)` prints the tables.
 
     Raises:
-        UsageError: An argument is no module of its framework, or it draws random numbers without a key.
+        UsageError: An argument is no module of its framework, it draws random numbers without a key, or an id is
+            outside the table of an embedding.
         WeightsError: An input is no array of numbers.
     """
     if train:
@@ -65,7 +66,8 @@ def compare_modules(
     records = [partial(_record, replay, call) for replay, call in in_turn]
     for replay, call in zip(replays[:2], calls, strict=True):
         nn = backends.module(replay.backend, "nn")
-        randomness.check_draws(replay.backend, nn, replay.module, partial(replay, "", call))
+        with nn.embedding.reading_ids(nn.tree.named_modules(replay.module)):
+            randomness.check_draws(replay.backend, nn, replay.module, partial(replay, "", call))
     check_equal_runs(records[0], records[1], records[2], "fp32")
     traces = [_record(replay, call) for replay, call in zip(replays, (calls[0], calls[1], calls[1]), strict=True)]
     kinds = traces[0].layer_kinds

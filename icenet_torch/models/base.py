@@ -18,7 +18,7 @@ from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
 from icenet_torch.nn.arrays import DTYPES, to_numpy
 from icenet_torch.nn.dropout import key_dropouts
-from icenet_torch.nn.embedding import guard_embeddings, to_host
+from icenet_torch.nn.embedding import guard_embeddings, reading_ids, to_host
 
 
 class BaseModel(ModelBase, nn.Module):
@@ -92,6 +92,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def guard_embeddings(self, reads_all: bool = False) -> None:
         guard_embeddings(self._named_layers(), reads_all)
+
+    def reading_ids(self) -> contextlib.AbstractContextManager[None]:
+        return reading_ids(self._named_layers())
 
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)

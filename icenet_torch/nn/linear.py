@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from icenet_torch.nn.arrays import Array, cast_weight, product_dtype
+from icenet_torch.nn.embedding import CheckedEmbedding
 
 
 class Linear(nn.Linear):
@@ -36,7 +37,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return F.linear(y, w, None if bias is None else cast_weight(bias, x)).to(x.dtype)
 
 
-class Embedding(nn.Embedding):
+class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
 
     def reset_parameters(self) -> None:

@@ -54,6 +54,8 @@ def stream_tokens(
             try:
                 chosen = stopping.update(decoder.fetch(pending))
             except NonFiniteError as error:
+                for row, tokens in zip(request.rows(), stopping.tokens, strict=True):
+                    decoder.model.check_embeddings([*row.tolist(), *tokens])
                 raise NonFiniteError(f"{error}: {decoder.model.explain_non_finite()}") from None
             if not stopping.all_done:
                 yield chosen

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig
-from icenet.core.errors import UsageError
+from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig, custom, user_code
+from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
@@ -219,6 +219,38 @@ class ModelBase:
     def key_dropouts(self) -> None:
         """Turns the framework's own dropout layers into keyed ones, in place (see `nn/dropout.py` of the backend)."""
         raise NotImplementedError
+    # ---- embeddings --------------------------------------------------------------------------------------
+
+    def guard_embeddings(self, reads_all: bool = False) -> None:
+        """Makes the embeddings of a user's model check their ids, in place (see `nn/embedding.py` of the backend).
+
+        Args:
+            reads_all: Whether they read the ids of each call on the host, not only where their shape is new.
+        """
+        raise NotImplementedError
+
+    def reading_ids(self) -> AbstractContextManager[None]:
+        """Returns a context in which the embeddings read and check the ids of each call on the host."""
+        raise NotImplementedError
+
+    def check_embeddings(self, tokens: Sequence[int]) -> None:
+        """Checks the ids that a user's model looks up for one sequence, after a result that is not finite.
+
+        Raises:
+            OutsideTableError: An id is outside the table of an embedding, whose vector is NaN on MLX.
+        """
+        if not custom.is_custom(self.config.type):
+            return
+        model: Any = self
+        row = self._to_native_tokens(np.array([tokens], np.int32))
+        try:
+            with self.arithmetic(), self.reading_ids(), user_code.explain_errors(row):
+                model(row)
+        except OutsideTableError:
+            raise
+        except IceNetError:  # of a sequence that was longer than the context, for example
+            return
+
 
     def dropout_layers(self) -> dict[str, Any]:
         """Returns the dropout layers with a probability above zero, by module path, sorted.

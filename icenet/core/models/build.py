@@ -72,6 +72,7 @@ def new_model(
         name = type(error.obj).__name__
         raise UsageError(f"{config.type}: __init__ of {name} does not begin with super().__init__(...)") from error
     model.key_dropouts()
+    model.guard_embeddings()
     if seed is not None:
         model.init_weights(seed)
     return model

@@ -343,6 +343,9 @@ class Trainer:
         self._stop_signal = self._stop_signal or result.stop
         self._check_finite(step, result)
         is_fp16 = self.config.training.mixed_precision == "fp16"
+        if not result.finite:
+            batch = self.dataset.train_batch(pending.step, self.config.training.batch_size)
+            self.engine.check_embeddings(batch, pending.step)
         if is_fp16:
             self.scale.update(result.finite)
         if math.isfinite(result.loss):
