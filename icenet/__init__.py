@@ -199,7 +199,7 @@ def _check_config(config: Any) -> None:
 
 
 def _check_model(model: Any, function: str) -> None:
-    """Raises UsageError for anything that is no `BaseModel`."""
+    """Raises UsageError if it is not a `BaseModel`."""
     from icenet.core.errors import UsageError
     from icenet.core.models.base import ModelBase
 

@@ -118,3 +118,18 @@ def test_quantized_and_parametrized_layers_are_not_saved(tmp_path: Path) -> None
     importlib.import_module("torch.nn.utils.parametrizations").weight_norm(model.output)
     with pytest.raises(UsageError, match="by the config"):
         icenet.save(model, tmp_path / "parametrized")
+
+
+def test_numbers_of_numpy_in_a_configuration() -> None:
+    sizes = {"hidden_size": np.int64(24), "num_layers": np.int32(1), "dropout": np.float32(0.5)}
+    config = Config(seed=np.int64(3), device="cpu", model={**LSTM, **sizes})
+    assert config == Config(seed=3, device="cpu", model={**LSTM, "hidden_size": 24, "num_layers": 1, "dropout": 0.5})
+    config.training.max_steps = np.int64(7)
+    assert type(config.training.max_steps) is int
+    assert ModelConfig(type="cnn", num_layers=3, stage_depths=np.array([1, 2])).stage_depths == [1, 2]
+    own = ModelConfig(type="models.py:Mine", scale=np.float32(2), sizes=[np.int64(3)], table=np.arange(2))
+    assert (own.scale, own.sizes, own.table) == (2.0, [3], [0, 1])
+    assert {type(own.scale), type(own.sizes[0])} == {float, int}
+    with pytest.raises(UsageError) as error:
+        ModelConfig(type="cnn", num_layers=np.float64(2))
+    assert is_one_line(str(error.value), "model.num_layers", "write 2")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -57,13 +56,6 @@ class BaseModel(ModelBase, nn.Module):
         """Returns the model's output; defined by each model."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the attributes for `copy.deepcopy` and `pickle`, with the names of dtypes and devices."""
-        return {name: _to_name(value) for name, value in vars(self).items()}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update({name: _from_name(value) for name, value in state.items()})
-
     def native_arrays(self) -> dict[str, mx.array]:
         """Returns parameters and statistics by canonical path, in MLX's layouts; shared ones under each path."""
         return tree.native_arrays(self)
@@ -114,23 +106,3 @@ class BaseModel(ModelBase, nn.Module):
 
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:
         return mx.array(tokens)
-
-
-class _Name(tuple[str, int]):
-    """The name of an MLX dtype, or the type and the index of a device. MLX's own objects cannot be pickled."""
-
-
-def _to_name(value: Any) -> Any:
-    if isinstance(value, mx.Dtype):
-        return _Name((str(value).rpartition(".")[2], -1))
-    if isinstance(value, mx.Device):
-        index = next(index for index in itertools.count() if mx.Device(value.type, index) == value)
-        return _Name((value.type.name, index))
-    return value
-
-
-def _from_name(value: Any) -> Any:
-    if not isinstance(value, _Name):
-        return value
-    name, index = value
-    return getattr(mx, name) if index < 0 else mx.Device(getattr(mx, name), index)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import copyreg
+import itertools
+from typing import Any, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -14,6 +16,29 @@ Array: TypeAlias = mx.array
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 """Dtypes of parameters and of activations by their name in configs and commands."""
+
+
+def _dtype(name: str) -> mx.Dtype:
+    found: mx.Dtype = getattr(mx, name)
+    return found
+
+
+def _device(kind: str, index: int) -> mx.Device:
+    return mx.Device(getattr(mx, kind), index)
+
+
+def _reduce_dtype(dtype: mx.Dtype) -> tuple[Any, ...]:
+    return _dtype, (str(dtype).rpartition(".")[2],)
+
+
+def _reduce_device(device: mx.Device) -> tuple[Any, ...]:
+    index = next(index for index in itertools.count() if mx.Device(device.type, index) == device)
+    return _device, (device.type.name, index)
+
+
+# MLX's arrays and modules can be copied and pickled, but not the dtypes and devices that a module may hold
+copyreg.pickle(mx.Dtype, _reduce_dtype)
+copyreg.pickle(mx.Device, _reduce_device)
 
 
 def on_cpu() -> bool:
@@ -50,6 +75,7 @@ def from_numpy(array: np.ndarray) -> mx.array:
     """Returns an MLX array with the same values; `ml_dtypes.bfloat16` becomes bfloat16, float64 becomes float32."""
     if array.dtype == ml_dtypes.bfloat16:
         return from_numpy(array.view(np.uint16)).view(mx.bfloat16)
-    # MLX reads neither the other byte order nor negative strides
-    array = array if array.flags.c_contiguous else array.copy(order="C")
+    # MLX reads neither the other byte order nor negative strides, which an axis of length 1 may have too
+    if not array.flags.c_contiguous or min(array.strides, default=0) < 0:
+        array = array.copy(order="C")
     return mx.array(array.astype(array.dtype.newbyteorder("="), copy=False))

@@ -133,7 +133,7 @@ class RecurrentModel(BaseModel):
         parts = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
         directions = 2 if self.config.bidirectional else 1
         expected = [[self.config.num_layers * directions, batch, self.config.hidden_size]] * self.layers[0].states
-        found = [list(part.shape) for part in parts]
+        found = [list(part.shape) if isinstance(part, self.array_type) else type(part).__name__ for part in parts]
         if found != expected:
             raise UsageError(f"hidden: shapes {found} must be {expected} (layers, batch, hidden_size)")
         layers = range(0, expected[0][0], directions)

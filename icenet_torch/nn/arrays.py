@@ -64,7 +64,9 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     """
     if array.dtype == ml_dtypes.bfloat16:
         return from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    array = array if array.flags.c_contiguous else array.copy(order="C")
+    # PyTorch reads no negative strides, which an axis of length 1 may have in a contiguous array too
+    if not array.flags.c_contiguous or min(array.strides, default=0) < 0:
+        array = array.copy(order="C")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import cnn_plan, custom
-from icenet.core.config.section import Section, nearest, unknown_family
+from icenet.core.config.section import Section, nearest, to_python, unknown_family
 from icenet.core.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -154,6 +154,11 @@ class CustomConfig(ModelConfig):
 
     type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
     """A file and the class in it: my_models.py:CustomModel."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_to_python(cls, values: Any) -> Any:
+        return {key: to_python(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
     if not TYPE_CHECKING:  # otherwise every name would be an attribute to type checkers
 

@@ -15,6 +15,13 @@ from icenet.core.config import scalars, yaml_file
 from icenet.core.errors import ConfigError
 
 
+def to_python(value: Any) -> Any:
+    """Returns a value that a program took from numpy (`for rate in numpy.geomspace(...)`) as a value of Python."""
+    if isinstance(value, list):
+        return [to_python(item) for item in value]
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+
+
 class Section(BaseModel):
     """A section of the configuration: strict keys, strict types, checked assignments."""
 
@@ -42,6 +49,11 @@ class Section(BaseModel):
         except ValidationError as error:
             self.__dict__.update(before)  # checks of several fields run after the assignment
             raise ConfigError(explain(error, type(self), prefix=self.section)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _to_python(cls, value: Any) -> Any:
+        return to_python(value)
 
     @field_validator("*")
     @classmethod

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from icenet.core import backends
 from icenet.core.errors import WeightsError
 
 Array = npt.NDArray[Any]
@@ -59,13 +60,14 @@ def to_array(name: str, value: Any) -> Array:
 
     Args:
         name: Name for the message.
-        value: A numpy array of any layout, a number, a nested list, a CPU tensor.
+        value: A numpy array of any layout, a number, a nested list, an array of MLX or a tensor of PyTorch.
 
     Raises:
         WeightsError: It is no array of numbers of a dtype that the frameworks have.
     """
     try:
-        array = np.asarray(value.detach() if hasattr(value, "detach") else value)
+        backend = _backend_of(value)  # whose conversion keeps bfloat16, and copies from a GPU
+        array = np.asarray(backends.module(backend, "nn.arrays").to_numpy(value) if backend else value)
     except Exception as error:  # of numpy, or of the framework of the array
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise WeightsError(f"{name}: cannot become a numpy array ({reason}); pass numpy arrays") from None
@@ -75,6 +77,12 @@ def to_array(name: str, value: Any) -> Array:
     if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):
         raise WeightsError(f"{name}: the frameworks have no {array.dtype}; cast it to float64 or float32")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _backend_of(value: Any) -> str | None:
+    """Returns the backend of an array of MLX or a tensor of PyTorch; None for anything else. Imports no framework."""
+    classes = {(base.__module__, base.__name__) for base in type(value).__mro__}
+    return "torch" if ("torch", "Tensor") in classes else "mlx" if ("mlx.core", "array") in classes else None
 
 
 def float_dtype(weights: Mapping[str, Array]) -> str:
