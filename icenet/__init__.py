@@ -179,8 +179,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     from icenet.core import files
     from icenet.core.weights.convert import convert
 
-    paths = (files.user_path(path, "convert") for path in (source, destination))
-    return convert(*paths, to, **options)
+    return convert(files.user_path(source, "convert"), files.user_path(destination, "convert"), to, **options)
 
 
 def _check_config(config: Any) -> None:
