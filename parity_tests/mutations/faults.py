@@ -1071,6 +1071,13 @@ FAULTS: list[Fault] = [
         ["parity/test_yardstick.py::test_a_bias_and_a_larger_error_of_a_single_number_are_found"],
     ),
     Fault(
+        "another seed of images is not said to mix training and validation images",
+        "icenet/core/training/changed_keys.py",
+        '*(["seed"] if is_images else [])',
+        "",
+        ["core/training/test_changed_keys.py::test_the_seed_of_images_decides_which_are_held_out"],
+    ),
+    Fault(
         "a text that ends equals one that goes on",
         "icenet/parity/texts.py",
         "    return chosen, stopping.tokens[0]\n",

@@ -26,7 +26,7 @@ from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.training import checkpoint as checkpoints
-from icenet.core.training import run_folder, unused_keys
+from icenet.core.training import changed_keys, run_folder, unused_keys
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
@@ -220,7 +220,9 @@ class Trainer:
             best = EarlyStopping.read(found.state.get("best"))
             if not config.training.keep_best or checkpoints.path_of(plan.run, best.step or 0).is_dir():
                 trainer.early_stopping = best
-        if found.state.get("data") != trainer.dataset.fingerprint:
+        same_data = found.state.get("data") == trainer.dataset.fingerprint
+        trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)
+        if not same_data:
             content = "images" if trainer.dataset.unit == "img" else "text"
             trainer.notes.append(
                 f"the {content} of data.source {config.data.source} is not what the checkpoint was trained on"
