@@ -1073,7 +1073,7 @@ FAULTS: list[Fault] = [
     Fault(
         "another seed of images is not said to mix training and validation images",
         "icenet/core/training/changed_keys.py",
-        '*(["seed"] if is_images else [])',
+        '*(["seed"] if is_images else []), ',
         "",
         ["core/training/test_changed_keys.py::test_the_seed_of_images_decides_which_are_held_out"],
     ),

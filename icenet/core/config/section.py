@@ -168,9 +168,16 @@ def _problem(detail: Any, path: KeyPath, schema: type[Section]) -> str:
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
     close = difflib.get_close_matches(value.lower(), choices, 1) if isinstance(value, str) and expected else []
     remedy = f"; did you mean {close[0]!r}?" if close else _remedy_for_value(kind, value)
+    if not remedy and value in ("None", "none") and _may_be_null(_section_at(schema, detail["loc"][:-1]), path):
+        remedy = "; write null"
     if isinstance(value, str) and expected:
         remedy += _strange_characters(value)
     return f"{message}, not {shown(value)}{remedy}"
+
+
+def _may_be_null(section: type[Section] | None, path: KeyPath) -> bool:
+    field = section.model_fields.get(path[-1]) if section and path else None
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def _remedy_for_value(kind: str, value: Any) -> str:
@@ -182,7 +189,10 @@ def _remedy_for_value(kind: str, value: Any) -> str:
     if kind == "bool_type":
         return "; write true or false"
     if kind == "list_type" and isinstance(value, (str, int, float)):
-        return f"; write [{shown(value)}]"
+        numbers = all(scalars.NUMBER.fullmatch(part.strip()) for part in str(value).split(","))
+        return f"; write [{value if numbers else shown(value)}]"
+    if kind == "list_type" and isinstance(value, Mapping) and value and all(map(str.isdigit, value)):
+        return "; an item cannot be set alone: give the whole list in brackets"
     if kind == "string_type" and value is None:
         return "; write '' for an empty text, quotes around one that begins with #, or no key for the default"
     if kind == "string_type" and isinstance(value, (list, Mapping)):

@@ -348,6 +348,10 @@ BAD_OVERRIDES = [
     ("model=!!python/name:os.system", ["--set model=!!python/name:os.system:", "not valid YAML", "not allowed"]),
     ("training=", ["--set training:", "no value", "null"]),
     ("training.max_grad_norm=", ["--set training.max_grad_norm:", "no value", "null"]),
+    ("training.eval_every=None", ["--set training.eval_every:", "not 'None'; write null"]),
+    ("training.parameter_groups.0.learning_rate=0", ["--set training.parameter_groups:", "list", "in brackets"]),
+    ("data={kind: images, mean: '0.5, 0.6'}", ["--set data.mean:", "list", "write [0.5, 0.6]"]),
+    ("data={kind: images, mean: black}", ["--set data.mean:", "list", "write ['black']"]),
 ]
 
 
