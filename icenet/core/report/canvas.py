@@ -205,7 +205,7 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
     places = [place - moved for place in places]
     for place, (_, text, colour) in zip(places, ends, strict=True):
         axes.annotate(
-            text.replace("$", r"\$"),
+            text,
             (1.0, place),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),

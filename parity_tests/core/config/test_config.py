@@ -605,21 +605,20 @@ def test_the_schema_accepts_what_the_config_accepts() -> None:
 
 
 def test_the_schema_and_the_config_accept_null_for_the_same_keys() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    check = jsonschema.Draft202012Validator(json_schema())
+    schema = json_schema()
     sections = (Config, TransformerConfig, CNNConfig, DataConfig, ImageDataConfig, TrainingConfig, GenerationConfig)
     for section in sections:
-        for key in section.model_fields:
+        described = schema if section is Config else schema["$defs"][section.__name__]
+        for key, value in described["properties"].items():
             tree: dict[str, Any] = {"model": {"type": "cnn" if section is CNNConfig else "transformer"}}
             if section is ImageDataConfig:
                 tree["data"] = {"kind": "images"}
             (tree.setdefault(section.section, {}) if section.section else tree)[key] = None
-            try:
+            if {"type": "null"} in value.get("anyOf", []):
                 Config.from_dict(tree)
-            except ConfigError:
-                assert list(check.iter_errors(tree)), tree
             else:
-                assert not list(check.iter_errors(tree)), tree
+                with pytest.raises(ConfigError):
+                    Config.from_dict(tree)
 
 
 def test_the_schema_file_is_up_to_date() -> None:

@@ -459,6 +459,11 @@ VALUES = st.recursive(
 )
 
 
+def test_texts_of_a_custom_model_survive_their_file() -> None:
+    config = Config.from_dict({"model": {"type": "m.py:M", "x": AS_GIVEN}})
+    assert read(config.to_yaml()).model.x == AS_GIVEN
+
+
 @settings(max_examples=60, deadline=None)
 @given(options=st.dictionaries(TEXTS.map(lambda text: f"x{text}"), VALUES, max_size=4), text=TEXTS)
 @example(options={"x": {"<<": 1, "1": "1", "": None}}, text="<<")

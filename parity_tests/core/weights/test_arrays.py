@@ -14,6 +14,7 @@ from helpers import BACKENDS, is_one_line
 
 from icenet.core.errors import WeightsError
 from icenet.core.models import modules
+from icenet.core.weights.arrays import to_array
 
 mx: Any = pytest.importorskip("mlx.core")
 mlx_nn: Any = pytest.importorskip("mlx.nn")
@@ -55,6 +56,7 @@ VALUES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arrays_of_any_layout(backend: str) -> None:
     for name, form in VALUES.items():
+        assert to_array("weight", form(WEIGHT)).dtype.isnative, name
         module = layer(backend)
         modules.set_weights(module, {"weight": form(WEIGHT), "bias": form(BIAS)})
         found = modules.get_weights(module)

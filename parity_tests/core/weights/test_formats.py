@@ -147,6 +147,7 @@ def test_wrappers_within_names() -> None:
     found = suggest_prefixes(names, plain)
     assert list(strip_prefix(dict.fromkeys(names), found)) == plain
     assert suggest_prefixes(plain, plain) == suggest_prefixes(["x", "y"], plain) == []
+    assert suggest_prefixes(["a.out.weight", "a.x", "a.y"], plain) == [], "it explains one of three names"
     assert list(strip_prefix({"x_orig_mod.weight": 1, "_orig_mod.b": 2}, "_orig_mod")) == ["x_orig_mod.weight", "b"]
     for values, prefix in (({"a": 1}, "module."), ({"a": 1, "_orig_mod.a": 2}, "_orig_mod.")):
         with pytest.raises(UsageError) as error:
