@@ -357,6 +357,13 @@ def test_a_missing_option(backend: str, here: Path, capfd: pytest.CaptureFixture
     assert is_one_line(line, "model.gain", "my_models.py:CustomModel", "--set")
 
 
+def test_a_missing_option_with_a_name_unlike_all_others() -> None:
+    config: Any = CustomConfig(type="a.py:B", hidden_size=8, vocab_size=8)
+    with pytest.raises(ConfigError) as caught:
+        config.depth  # noqa: B018
+    assert is_one_line(caught.value, "model.depth", "known: ", "dropout") and "did you mean" not in str(caught.value)
+
+
 @both_backends
 def test_an_option_that_only_forward_reads(backend: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also through `getattr` with a default, which returns the default."""

@@ -290,7 +290,7 @@ def nearest(name: str, known: list[str]) -> str:
     """Returns a suggestion for an unknown name: the most similar known one, or else all of them."""
     same = [key for key in known if _normal(key) == _normal(name)]
     same_initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
-    close = same or same_initials or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    close = same or same_initials or difflib.get_close_matches(name, known, 1)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known: {', '.join(known)}" if known else ""
