@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import is_one_line
+from helpers import is_one_line, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icenet.core.config import Config, yaml_file
-from icenet.core.errors import ConfigError
+from icenet.core.data.datasets import dataset_for
+from icenet.core.errors import ConfigError, DataError
 
 MODEL = "model:\n  type: transformer\n"
 CUSTOM = "model:\n  type: m.py:M\n"
@@ -110,6 +111,15 @@ def test_booleans(text: str, value: bool) -> None:
     assert read(f"{MODEL}  causal: {text}\n").model.causal is value
     assert read(MODEL, f"model.causal={text}").model.causal is value
     assert read(f"{CUSTOM}  x: {text}\n").model.x is value
+
+
+def test_sizes_beyond_the_data_and_the_memory(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        dataset_for(tiny(tmp_path, "training.batch_size=1000000000000"))
+    assert is_one_line(caught.value, "training.batch_size (1000000000000)", "29,")
+    images = "model: {type: cnn}\ndata: {kind: images}\n"
+    for key in ("data.image_size", "data.crop_padding"):
+        assert f"{key}: must be less than or equal to 65536" in error(tmp_path, images, f"{key}=1000000000000")
 
 
 def test_a_number_is_no_boolean(tmp_path: Path) -> None:
