@@ -1,7 +1,7 @@
 """Detects the launcher of this process from its environment variables. Uses the standard library only.
 
 A launcher starts the same command several times: `mlx.launch` or `mpirun` for MLX, `torchrun` for PyTorch.
-Without a launcher there is one process.
+Without a launcher there is one process. Slurm's `srun` starts several too, which do not know each other's address.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
 def detect() -> Launch | None:
     """Returns the launcher of this process and its rank; None without a launcher."""
-    return _by_mlx() or _by_torchrun() or _by_mpi()
+    return _by_mlx() or _by_torchrun() or _by_mpi() or _by_srun()
 
 
 def detect_for(backend: str) -> Launch | None:
@@ -48,6 +48,8 @@ def detect_for(backend: str) -> Launch | None:
     if own is None:
         other = "torch" if backend == "mlx" else "mlx"
         alternative = f", or use --backend {other}" if found.launcher == LAUNCHERS[other] else ""
+        if found.launcher == "srun":
+            alternative = ", or separate runs with srun -n 1"
         raise BackendError(
             f"{found.launcher} started {found.size} processes, which cannot train together on {backend}: start them "
             f"with {LAUNCHERS[backend]}{alternative}"
@@ -86,7 +88,7 @@ def _by_mlx() -> Launch | None:
 
 def _by_torchrun() -> Launch | None:
     rank, size = _number("RANK"), _number("WORLD_SIZE")
-    if rank is None or size is None or "MASTER_ADDR" not in os.environ:
+    if rank is None or size is None:
         return None
     return Launch("torchrun", rank, size, _number("LOCAL_RANK") or 0)
 
@@ -97,6 +99,14 @@ def _by_mpi() -> Launch | None:
         if rank is not None and size is not None:
             return Launch("mpirun", rank, size, _number(prefix + "LOCAL_RANK") or 0)
     return None
+
+
+def _by_srun() -> Launch | None:
+    # SLURM_NTASKS is the number of the whole job, which a batch script has too
+    rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
+    if rank is None or size is None:
+        return None
+    return Launch("srun", rank, size, _number("SLURM_LOCALID") or 0)
 
 
 def _number(name: str) -> int | None:

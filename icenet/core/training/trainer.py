@@ -25,8 +25,8 @@ from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
-from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training import changed_keys, run_folder, unused_keys
+from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
@@ -343,11 +343,11 @@ class Trainer:
         result = self.engine.read(pending.handle)
         step = pending.step + 1
         self._stop_signal = self._stop_signal or result.stop
-        self._check_finite(step, result)
-        is_fp16 = self.config.training.mixed_precision == "fp16"
         if not result.finite:
             batch = self.dataset.train_batch(pending.step, self.config.training.batch_size)
             self.engine.check_embeddings(batch, pending.step)
+        self._check_finite(step, result)
+        is_fp16 = self.config.training.mixed_precision == "fp16"
         if is_fp16:
             self.scale.update(result.finite)
         if math.isfinite(result.loss):

@@ -70,7 +70,7 @@ def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> l
         *_of_images(dataset),
         *_of_training(config.training, config.model),
         *_of_groups(config.training, circumstances.parameters),
-        *(_without_validation(dataset) if not has_validation else ()),
+        *(_without_validation(config.training, dataset) if not has_validation else ()),
         *_of_generation(config.generation, config.model),
     ):
         if is_written(config, key) and not any(key in keys for keys in found.values()):
@@ -88,8 +88,8 @@ def _check_needs_validation(training: TrainingConfig, dataset: Dataset) -> None:
             )
 
 
-def _without_validation(dataset: Dataset) -> Reasons:
-    for key in ("eval_every", "eval_batches"):
+def _without_validation(training: TrainingConfig, dataset: Dataset) -> Reasons:
+    for key in ("eval_every", "eval_batches") if training.eval_every is not None else ("eval_batches",):
         yield f"training.{key}", f"{dataset.description} has no validation data (data.validation_fraction is 0)"
 
 
@@ -100,7 +100,7 @@ def _of_run(config: Config, circumstances: Circumstances) -> Reasons:
     if circumstances.backend != "mlx" or "cpu" not in circumstances.device.lower():
         yield "blas", f"it is the library of MLX on a CPU, and this is {place}"
     if config.training.sharded and circumstances.num_processes == 1:
-        yield "training.sharded", "there is only one process (see icenet train --processes)"
+        yield "training.sharded", "there is only one process (mlx.launch or torchrun starts several)"
 
 
 def _of_images(dataset: Dataset) -> Reasons:

@@ -414,6 +414,34 @@ def test_launchers_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert is_one_line(error.value, "mpirun started 2 processes", "torchrun") and "--backend" not in str(error.value)
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_processes_of_srun_do_not_train_separate_copies(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's variables of a job with two tasks, then of the second task of a step with two."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert launch.detect_for(backend) is None
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(BackendError) as error:
+        launch.detect_for(backend)
+    assert is_one_line(error.value, "srun started 2 processes", launch.LAUNCHERS[backend], "srun -n 1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert launch.detect_for(backend) is None
+
+
+def test_an_incomplete_environment_of_torchrun_does_not_train_separate_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    from icenet_torch.engine import distributed
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BackendError) as error:
+        distributed.join("cpu")
+    assert is_one_line(error.value, "process 1 of 2", "MASTER_ADDR")
+
+
 def test_the_wrong_launcher_is_one_line(tmp_path: Path) -> None:
     """Two processes of torchrun with MLX as the backend would each train alone."""
     launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -51,6 +51,8 @@ def test_a_key_without_effect_is_named(overrides: list[str], key: str, tmp_path:
 
 
 def test_defaults_and_keys_with_an_effect_are_silent(tmp_path: Path) -> None:
+    off = found(tiny(tmp_path, "data.validation_fraction=0", "training.eval_every=null"))
+    assert "no effect: training.eval_every" not in off
     assert "beta2" not in found(tiny(tmp_path, "training.optimizer=sgd"))
     assert "beta2" not in found(tiny(tmp_path, "training.beta2=0.9"))
     complete = Config.from_dict(tiny(tmp_path, "training.optimizer=sgd").to_dict())
