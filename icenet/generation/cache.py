@@ -1,4 +1,4 @@
-"""Caches of the tokens read so far, MLX: keys and values of attention."""
+"""The cache of a transformer, MLX: keys and values of all layers in buffers of fixed size."""
 
 from __future__ import annotations
 
@@ -6,34 +6,129 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
+from icenet.core.generation.cache import Cache
+from icenet.nn.attention import make_attention_mask
 
-class KVCache:
-    """Keys and values of one attention layer, in buffers that grow by `step` positions.
+
+class KVCache(Cache):
+    """Keys and values of the attention layers of a model.
+
+    The buffers have room for `capacity` columns. They double when they are full, and `reserve` can make room before.
+
+    Args:
+        num_layers: Number of attention layers.
 
     Attributes:
-        length: Number of positions stored.
-        capacity: Number of positions that the buffers can hold.
-        keys: Buffer `[B, H, capacity, D/H]`.
-        values: Buffer `[B, H, capacity, D/H]`.
+        layers: The cache of each layer.
+        capacity: Number of columns that the buffers can hold.
+        position: Number of columns stored, int32 `[]`: the place of the next one.
+        padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
     """
 
     step = 256
-    keys: mx.array
-    values: mx.array
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.capacity = 0
-        self.length = 0
+        self.position = mx.array(0, mx.int32)
+        self.padding: mx.array | None = None
+        self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    @property
+    def state(self) -> list[mx.array]:
+        padding = [] if self.padding is None else [self.padding]
+        buffers = (buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None)
+        return [self.position, *padding, *buffers]
+
+    @state.setter
+    def state(self, arrays: list[mx.array]) -> None:
+        remaining = iter(arrays)
+        self.position = next(remaining)
+        if self.padding is not None:
+            self.padding = next(remaining)
+        self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for further columns, in steps of 256 and at least twice the present room."""
+        assert self.length is not None
+        needed = self.length + columns
+        if needed > self.capacity:
+            self.capacity = max(-(-needed // self.step) * self.step, 2 * self.capacity)
+            for layer in self.layers:
+                layer.grow(self.capacity)
+
+    def begin(self, length: int, attention_mask: mx.array | None) -> tuple[mx.array, str | mx.array | None]:
+        """Begins to read `length` columns; `end` ends it.
+
+        Args:
+            length: T.
+            attention_mask: Mask whose last T columns are those of the new columns, `[B, S]`, or None if they have no
+                padding. Its padding is on the left.
+
+        Returns:
+            The position of each new token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            `scaled_dot_product_attention`.
+        """
+        if attention_mask is not None:
+            padding = (attention_mask[:, -length:] == 0).sum(axis=1).astype(mx.int32)
+            self.padding = padding if self.padding is None else self.padding + padding
+        if self.length is not None:
+            self.reserve(length)
+        columns = self.position + mx.arange(length)
+        positions = columns if self.padding is None else mx.maximum(columns - self.padding[:, None], 0)
+        if self.length is not None and self.padding is None:
+            return positions, "causal"
+        # in a captured step, all columns of the buffers are keys
+        keys = mx.arange(self.capacity if self.length is None else self.length + length)
+        is_token = keys[None] >= (0 if self.padding is None else self.padding[:, None])
+        return positions, make_attention_mask(is_token, columns, causal=True)
+
+    def end(self, length: int) -> None:
+        """Counts the columns that all layers have stored."""
+        self.position = self.position + length
+        if self.length is not None:
+            self.length += length
+
+
+class LayerCache:
+    """Keys and values of one attention layer.
+
+    Attributes:
+        keys: Buffer `[B, H, capacity, D/H]`; None before the first column.
+        values: Buffer `[B, H, capacity, D/H]`; None before the first column.
+    """
+
+    def __init__(self, cache: KVCache, keys: mx.array | None = None, values: mx.array | None = None) -> None:
+        self._cache = cache
+        self.keys = keys
+        self.values = values
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Adds keys and values of T positions, `[B, H, T, D/H]` each. Returns those of all positions."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.capacity:
-            batch, heads, _, head_size = keys.shape
-            self.capacity = -(-self.length // self.step) * self.step
-            empty = mx.zeros((batch, heads, self.capacity - start, head_size), keys.dtype)
-            stored = (self.keys, self.values) if start else (keys, values)
-            self.keys, self.values = (mx.concatenate([array[:, :, :start], empty], axis=2) for array in stored)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
+        length, capacity, position = self._cache.length, self._cache.capacity, self._cache.position
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (_empty(array, capacity) for array in (keys, values))
+        self.keys = _write(self.keys, keys, position)
+        self.values = _write(self.values, values, position)
+        if length is None:
+            return self.keys, self.values
+        stop = length + keys.shape[2]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def grow(self, capacity: int) -> None:
+        """Moves the columns to buffers with room for `capacity` columns."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (
+                mx.concatenate([array, _empty(array, capacity - array.shape[2])], axis=2)
+                for array in (self.keys, self.values)
+            )
+
+
+def _empty(like: mx.array, columns: int) -> mx.array:
+    """Returns a buffer of zeros for `columns` columns of keys or values."""
+    batch, heads, _, size = like.shape
+    return mx.zeros((batch, heads, columns, size), like.dtype)
+
+
+def _write(buffer: mx.array, new: mx.array, position: mx.array) -> mx.array:
+    """Returns the buffer with new columns from `position` on. MLX writes in place if nothing else refers to it."""
+    return mx.slice_update(buffer, new, position.reshape(1), axes=(2,))

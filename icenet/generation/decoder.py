@@ -24,11 +24,14 @@ class Decoder(DecoderBase):
     def to_device(self, array: NDArray[Any] | None) -> mx.array | None:
         return None if array is None else mx.array(array)
 
-    def append_column(self, array: mx.array, column: mx.array) -> mx.array:
-        return mx.concatenate([array, column[:, None]], axis=1)
+    def concatenate(self, arrays: list[mx.array]) -> mx.array:
+        return mx.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]
 
-    def mark_seen(self, token: mx.array) -> None:
-        self.seen[mx.arange(len(token)), token] = True
+    def take(self, array: mx.array, index: mx.array) -> mx.array:
+        return array[index]
+
+    def mark(self, seen: mx.array, token: mx.array) -> mx.array:
+        return mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
 
     def evaluate(self, array: mx.array) -> None:
         mx.eval(array)
@@ -45,4 +48,4 @@ class Decoder(DecoderBase):
         return np.where(np.isfinite(best), token.astype(np.int32), np.int32(-1))
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return np.array(self.logits.astype(mx.float32)), np.array(self.scores)
+        return np.array(self.choice.logits.astype(mx.float32)), np.array(self.choice.scores)

@@ -79,7 +79,7 @@ class BaseModel(ModelBase, nn.Module):
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)
 
-    def set_dtype(self, dtype: str) -> None:
+    def set_weight_dtype(self, dtype: str) -> None:
         tree.set_dtype(self, DTYPES[dtype])
         self.compute_dtype = DTYPES[dtype]
 
@@ -87,9 +87,6 @@ class BaseModel(ModelBase, nn.Module):
         return tree.named_modules(self)
 
     def _named_arrays(self) -> Sequence[tuple[str, mx.array, bool]]:
-    def reading_ids(self) -> contextlib.AbstractContextManager[None]:
-        return reading_ids(self._named_layers())
-
         return tree.named_arrays(self)
 
     def key_dropouts(self) -> None:
@@ -97,6 +94,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def guard_embeddings(self, reads_all: bool = False) -> None:
         guard_embeddings(self._named_layers(), reads_all)
+
+    def reading_ids(self) -> contextlib.AbstractContextManager[None]:
+        return reading_ids(self._named_layers())
 
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)

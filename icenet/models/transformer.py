@@ -16,7 +16,7 @@ import mlx.nn as nn
 from icenet import nn as ops
 from icenet.core.config import TransformerConfig
 from icenet.core.models.init import sinusoidal_positions
-from icenet.generation.cache import KVCache
+from icenet.generation.cache import KVCache, LayerCache
 from icenet.models.base import BaseModel
 
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.out_proj = ops.Linear(width, width, init_scale=(2 * config.num_layers) ** -0.5)
         self.dropout = ops.Dropout(config.dropout)
 
-    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: LayerCache | None = None) -> mx.array:
         batch, length, width = x.shape
         q, k, v = (
             projection(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, T, D/H]
@@ -72,7 +72,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = ops.LayerNorm(config.hidden_size)
         self.feed_forward = FeedForward(config)
 
-    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: str | mx.array | None, cache: LayerCache | None = None) -> mx.array:
         if self.pre_norm:
             x = x + self.attention(self.attention_norm(x), mask, cache)
             return x + self.feed_forward(self.feed_forward_norm(x))
@@ -103,7 +103,7 @@ class TransformerModel(BaseModel):
         self,
         input_ids: mx.array,
         attention_mask: mx.array | None = None,
-        cache: list[KVCache] | None = None,
+        cache: KVCache | None = None,
     ) -> mx.array:
         """Computes logits of tokens.
 
@@ -111,39 +111,39 @@ class TransformerModel(BaseModel):
             input_ids: Tokens, int `[B, T]`.
             attention_mask: `[B, S]`, 0 or False for padding; it includes the positions in the cache. Positions are
                 counted from the first token of each row that is not padding, so padding on the left has no effect.
-            cache: Keys and values of earlier tokens, one cache per block, which is updated.
+            cache: Keys and values of earlier tokens, which is updated. Its rows have padding on the left only.
 
         Returns:
             Logits `[B, T, V]`.
         """
-        self.check_tokens(input_ids, attention_mask, cache[0].length if cache else 0)
+        self.check_tokens(input_ids, attention_mask, 0 if cache is None else cache.length, cache is not None)
         return self.project(self.hidden_states(input_ids, attention_mask, cache))
 
     def hidden_states(
         self,
         input_ids: mx.array,
         attention_mask: mx.array | None = None,
-        cache: list[KVCache] | None = None,
+        cache: KVCache | None = None,
     ) -> mx.array:
         """Returns the input of the output projection, `[B, T, D]`."""
         length = input_ids.shape[1]
-        start = cache[0].length if cache else 0
-        self.check_length(start + length)
-        is_token = None if attention_mask is None else attention_mask.astype(mx.bool_)
-        if is_token is None:
-            positions = self._positions[start : start + length]
+        past = 0 if cache is None else cache.length
+        if past is not None:  # in a captured step, the caller checks it
+            self.check_length(past + length)
+        if cache is None:
+            positions, mask = ops.positions_and_mask(input_ids, attention_mask, self.config.causal)
         else:
-            counted = mx.cumsum(is_token.astype(mx.int32), axis=1)[:, -length:]
-            positions = self._positions[mx.maximum(counted - 1, 0)]
-        mask = ops.make_attention_mask(is_token, length, self.config.causal)
+            positions, mask = cache.begin(length, attention_mask)
 
-        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
+        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + self._positions[positions]
         x = self.embedding_dropout(x.astype(self.compute_dtype))
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
                 x = ops.checkpoint(block, x, mask)
             else:
-                x = block(x, mask, cache[index] if cache else None)
+                x = block(x, mask, cache.layers[index] if cache else None)
+        if cache is not None:
+            cache.end(length)
         return self.final_norm(x) if self.config.norm_position == "pre" else x
 
     def project(self, hidden_states: mx.array) -> mx.array:
@@ -152,6 +152,6 @@ class TransformerModel(BaseModel):
             return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
-    def make_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block."""
-        return [KVCache() for _ in self.blocks]
+    def make_cache(self) -> KVCache:
+        """Returns an empty cache."""
+        return KVCache(len(self.blocks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icenet.nn.activations import activation
-from icenet.nn.attention import make_attention_mask, scaled_dot_product_attention
+from icenet.nn.attention import positions_and_mask, scaled_dot_product_attention
 from icenet.nn.checkpointing import checkpoint
 from icenet.nn.conv import Conv2d, global_average_pool, max_pool
 from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
@@ -29,7 +29,7 @@ __all__ = [
     "checkpoint",
     "cross_entropy",
     "global_average_pool",
-    "make_attention_mask",
     "max_pool",
+    "positions_and_mask",
     "scaled_dot_product_attention",
 ]

@@ -30,22 +30,43 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array
     return out.astype(q.dtype)
 
 
-def make_attention_mask(attention_mask: Array | None, length: int, causal: bool) -> str | Array | None:
-    """Returns the mask of `scaled_dot_product_attention` for the last `length` of S positions.
+def positions_and_mask(
+    input_ids: Array, attention_mask: Array | None, causal: bool
+) -> tuple[Array, str | Array | None]:
+    """Returns the positions of tokens in their rows, and the mask of `scaled_dot_product_attention`.
+
+    Args:
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, 0 or False for padding, or None. Positions are counted from the first token of each
+            row that is not padding.
+        causal: Whether a token attends to itself and to earlier tokens only.
+
+    Returns:
+        Positions, int32 `[T]` or `[B, T]`, and the mask.
+    """
+    columns = mx.arange(input_ids.shape[1])
+    if attention_mask is None:
+        return columns, make_attention_mask(None, columns, causal)
+    attention_mask = attention_mask.astype(mx.bool_)
+    counted = mx.cumsum(attention_mask.astype(mx.int32), axis=1)
+    return mx.maximum(counted - 1, 0), make_attention_mask(attention_mask, columns, causal)
+
+
+def make_attention_mask(attention_mask: Array | None, queries: Array, causal: bool) -> str | Array | None:
+    """Returns the mask of `scaled_dot_product_attention` for some of S columns.
 
     A padding query attends to itself. A row without any key would be zero in PyTorch and NaN in MLX; the outputs of
     padding positions are ignored.
 
     Args:
         attention_mask: bool `[B, S]`, False for padding, or None without padding.
-        length: Number of queries.
-        causal: Whether a query attends to its own and earlier positions only.
+        queries: Columns of the queries, int `[T]`.
+        causal: Whether a query attends to its own and earlier columns only.
     """
     if attention_mask is None:
         return "causal" if causal else None
     keys = mx.arange(attention_mask.shape[1])
-    queries = keys[-length:, None]
     mask = attention_mask[:, None, None, :]
     if causal:
-        mask = mask & (keys <= queries)
-    return mask | (keys == queries)
+        mask = mask & (keys <= queries[:, None])
+    return mask | (keys == queries[:, None])

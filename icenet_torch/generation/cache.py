@@ -1,37 +1,137 @@
-"""Caches of the tokens read so far, PyTorch: keys and values of attention."""
+"""The cache of a transformer, PyTorch: keys and values of all layers in buffers of fixed size."""
 
 from __future__ import annotations
 
 import torch
 
+from icenet.core.generation.cache import Cache
+from icenet_torch.nn.attention import make_attention_mask
 
-class KVCache:
-    """Keys and values of one attention layer, in buffers that grow by `step` positions.
+
+class KVCache(Cache):
+    """Keys and values of the attention layers of a model.
+
+    The buffers have room for `capacity` columns. They double when they are full, and `reserve` can make room before.
+
+    Args:
+        num_layers: Number of attention layers.
+        device: Device of the model.
 
     Attributes:
-        length: Number of positions stored.
-        capacity: Number of positions that the buffers can hold.
-        keys: Buffer `[B, H, capacity, D/H]`.
-        values: Buffer `[B, H, capacity, D/H]`.
+        layers: The cache of each layer.
+        capacity: Number of columns that the buffers can hold.
+        position: Number of columns stored, int32 `[]`: the place of the next one.
+        padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
     """
 
     step = 256
-    keys: torch.Tensor
-    values: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int, device: torch.device) -> None:
         self.capacity = 0
-        self.length = 0
+        self.position = torch.zeros((), dtype=torch.int32, device=device)
+        self.padding: torch.Tensor | None = None
+        self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        padding = [] if self.padding is None else [self.padding]
+        buffers = (buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None)
+        return [self.position, *padding, *buffers]
+
+    @state.setter
+    def state(self, arrays: list[torch.Tensor]) -> None:
+        remaining = iter(arrays)
+        self.position = next(remaining)
+        if self.padding is not None:
+            self.padding = next(remaining)
+        self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for further columns, in steps of 256 and at least twice the present room."""
+        assert self.length is not None
+        needed = self.length + columns
+        if needed > self.capacity:
+            self.capacity = max(-(-needed // self.step) * self.step, 2 * self.capacity)
+            for layer in self.layers:
+                layer.grow(self.capacity)
+
+    def begin(
+        self, length: int, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, str | torch.Tensor | None]:
+        """Begins to read `length` columns; `end` ends it.
+
+        Args:
+            length: T.
+            attention_mask: Mask whose last T columns are those of the new columns, `[B, S]`, or None if they have no
+                padding. Its padding is on the left.
+
+        Returns:
+            The position of each new token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            `scaled_dot_product_attention`.
+        """
+        if attention_mask is not None:
+            padding = (attention_mask[:, -length:] == 0).sum(dim=1, dtype=torch.int32)
+            self.padding = padding if self.padding is None else self.padding + padding
+        if self.length is not None:
+            self.reserve(length)
+        columns = self.position + torch.arange(length, device=self.position.device)
+        positions = columns if self.padding is None else torch.clamp(columns - self.padding[:, None], min=0)
+        if self.length is not None and self.padding is None:
+            return positions, "causal"
+        # in a captured step, all columns of the buffers are keys
+        count = self.capacity if self.length is None else self.length + length
+        keys = torch.arange(count, device=self.position.device)
+        is_token = keys[None] >= (0 if self.padding is None else self.padding[:, None])
+        return positions, make_attention_mask(is_token, columns, causal=True)
+
+    def end(self, length: int) -> None:
+        """Counts the columns that all layers have stored."""
+        self.position = self.position + length
+        if self.length is not None:
+            self.length += length
+
+
+class LayerCache:
+    """Keys and values of one attention layer.
+
+    Attributes:
+        keys: Buffer `[B, H, capacity, D/H]`; None before the first column.
+        values: Buffer `[B, H, capacity, D/H]`; None before the first column.
+    """
+
+    def __init__(self, cache: KVCache, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        self._cache = cache
+        self.keys = keys
+        self.values = values
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds keys and values of T positions, `[B, H, T, D/H]` each. Returns those of all positions."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.capacity:
-            batch, heads, _, head_size = keys.shape
-            self.capacity = -(-self.length // self.step) * self.step
-            empty = keys.new_zeros((batch, heads, self.capacity - start, head_size))
-            stored = (self.keys, self.values) if start else (keys, values)
-            self.keys, self.values = (torch.cat([array[:, :, :start], empty], dim=2) for array in stored)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
+        length, capacity, position = self._cache.length, self._cache.capacity, self._cache.position
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (_empty(array, capacity) for array in (keys, values))
+        self.keys = _write(self.keys, keys, position)
+        self.values = _write(self.values, values, position)
+        if length is None:
+            return self.keys, self.values
+        stop = length + keys.shape[2]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def grow(self, capacity: int) -> None:
+        """Moves the columns to buffers with room for `capacity` columns."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (
+                torch.cat([array, _empty(array, capacity - array.shape[2])], dim=2)
+                for array in (self.keys, self.values)
+            )
+
+
+def _empty(like: torch.Tensor, columns: int) -> torch.Tensor:
+    """Returns a buffer of zeros for `columns` columns of keys or values."""
+    batch, heads, _, size = like.shape
+    return like.new_zeros((batch, heads, columns, size))
+
+
+def _write(buffer: torch.Tensor, new: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Writes new columns into the buffer from `position` on, and returns it."""
+    columns = position + torch.arange(new.shape[2], device=position.device)
+    return buffer.index_copy_(2, columns.long(), new)

@@ -36,11 +36,14 @@ class Decoder(DecoderBase):
         array = array.view(np.int32) if array.dtype == np.uint32 else array
         return torch.from_numpy(array).to(self.model.device)
 
-    def append_column(self, array: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        return torch.cat([array, column[:, None]], dim=1)
+    def concatenate(self, arrays: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(arrays, dim=1) if len(arrays) > 1 else arrays[0]
 
-    def mark_seen(self, token: torch.Tensor) -> None:
-        self.seen[torch.arange(len(token), device=token.device), token] = True
+    def take(self, array: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return array.index_select(0, index.reshape(1))[0]  # array[index] would copy the index to the host
+
+    def mark(self, seen: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        return seen.scatter(1, token[:, None], True)
 
     def evaluate(self, array: torch.Tensor) -> None:
         """Does nothing: PyTorch's tensors are not lazy."""
@@ -65,4 +68,4 @@ class Decoder(DecoderBase):
         return np.where(np.isfinite(best.cpu().numpy()), token.cpu().numpy(), -1).astype(np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return self.logits.float().cpu().numpy(), self.scores.cpu().numpy()
+        return self.choice.logits.float().cpu().numpy(), self.choice.scores.cpu().numpy()

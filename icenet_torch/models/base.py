@@ -16,7 +16,7 @@ from icenet.core.models.base import ModelBase
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
-from icenet_torch.nn.arrays import DTYPES, to_numpy
+from icenet_torch.nn.arrays import DTYPES
 from icenet_torch.nn.dropout import key_dropouts
 from icenet_torch.nn.embedding import guard_embeddings, reading_ids, to_host
 
@@ -77,7 +77,7 @@ class BaseModel(ModelBase, nn.Module):
     def mlx_names(self) -> dict[str, str]:
         return tree.mlx_names(self)
 
-    def set_dtype(self, dtype: str) -> None:
+    def set_weight_dtype(self, dtype: str) -> None:
         tree.set_dtype(self, DTYPES[dtype])
         self.compute_dtype = DTYPES[dtype]
 
@@ -98,6 +98,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)
+
+    def _host_memory(self) -> dict[str, np.ndarray]:
+        return tree.host_memory(self)
 
     def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
         return to_host(array)

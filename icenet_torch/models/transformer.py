@@ -14,7 +14,7 @@ from torch import nn
 from icenet.core.config import TransformerConfig
 from icenet.core.models.init import sinusoidal_positions
 from icenet_torch import nn as ops
-from icenet_torch.generation.cache import KVCache
+from icenet_torch.generation.cache import KVCache, LayerCache
 from icenet_torch.models.base import BaseModel
 
 
@@ -31,7 +31,9 @@ class Attention(nn.Module):
         self.out_proj = ops.Linear(width, width, init_scale=(2 * config.num_layers) ** -0.5)
         self.dropout = ops.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = (
             projection(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, T, D/H]
@@ -70,7 +72,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = ops.LayerNorm(config.hidden_size)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
         if self.pre_norm:
             x = x + self.attention(self.attention_norm(x), mask, cache)
             return x + self.feed_forward(self.feed_forward_norm(x))
@@ -103,7 +107,7 @@ class TransformerModel(BaseModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        cache: list[KVCache] | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Computes logits of tokens.
 
@@ -111,39 +115,39 @@ class TransformerModel(BaseModel):
             input_ids: Tokens, int `[B, T]`.
             attention_mask: `[B, S]`, 0 or False for padding; it includes the positions in the cache. Positions are
                 counted from the first token of each row that is not padding, so padding on the left has no effect.
-            cache: Keys and values of earlier tokens, one cache per block, which is updated.
+            cache: Keys and values of earlier tokens, which is updated. Its rows have padding on the left only.
 
         Returns:
             Logits `[B, T, V]`.
         """
-        self.check_tokens(input_ids, attention_mask, cache[0].length if cache else 0)
+        self.check_tokens(input_ids, attention_mask, 0 if cache is None else cache.length, cache is not None)
         return self.project(self.hidden_states(input_ids, attention_mask, cache))
 
     def hidden_states(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        cache: list[KVCache] | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Returns the input of the output projection, `[B, T, D]`."""
         length = input_ids.shape[1]
-        start = cache[0].length if cache else 0
-        self.check_length(start + length)
-        is_token = None if attention_mask is None else attention_mask.to(torch.bool)
-        if is_token is None:
-            positions = self._positions[start : start + length]
+        past = 0 if cache is None else cache.length
+        if past is not None:  # in a captured step, the caller checks it
+            self.check_length(past + length)
+        if cache is None:
+            positions, mask = ops.positions_and_mask(input_ids, attention_mask, self.config.causal)
         else:
-            counted = torch.cumsum(is_token.to(torch.int32), dim=1)[:, -length:]
-            positions = self._positions[torch.clamp(counted - 1, min=0)]
-        mask = ops.make_attention_mask(is_token, length, self.config.causal)
+            positions, mask = cache.begin(length, attention_mask)
 
-        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + positions
+        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + self._positions[positions]
         x = self.embedding_dropout(x.to(self.compute_dtype))
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
                 x = ops.checkpoint(block, x, mask)
             else:
-                x = block(x, mask, cache[index] if cache else None)
+                x = block(x, mask, cache.layers[index] if cache else None)
+        if cache is not None:
+            cache.end(length)
         return self.final_norm(x) if self.config.norm_position == "pre" else x
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -152,6 +156,6 @@ class TransformerModel(BaseModel):
             return self.token_embedding.as_linear(hidden_states)
         return self.output(hidden_states)
 
-    def make_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block."""
-        return [KVCache() for _ in self.blocks]
+    def make_cache(self) -> KVCache:
+        """Returns an empty cache."""
+        return KVCache(len(self.blocks), self.device)

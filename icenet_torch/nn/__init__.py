@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icenet_torch.nn.activations import activation
-from icenet_torch.nn.attention import make_attention_mask, scaled_dot_product_attention
+from icenet_torch.nn.attention import positions_and_mask, scaled_dot_product_attention
 from icenet_torch.nn.checkpointing import checkpoint
 from icenet_torch.nn.conv import Conv2d, global_average_pool, max_pool
 from icenet_torch.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
@@ -29,7 +29,7 @@ __all__ = [
     "checkpoint",
     "cross_entropy",
     "global_average_pool",
-    "make_attention_mask",
     "max_pool",
+    "positions_and_mask",
     "scaled_dot_product_attention",
 ]

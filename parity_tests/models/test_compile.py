@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import helpers
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from icenet.core import backends as backend
+from icenet.core import backends as engines
 from icenet.core.config import Config, ModelConfig
+from icenet.core.generation.decoder import State
+from icenet.core.generation.request import make_request
 from icenet.core.models import buckets
 from icenet.nn import activations
 
@@ -51,7 +58,7 @@ def test_a_bucket_is_at_least_its_length() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_does_not_change_the_loss(name: str) -> None:
     """On the engine without compilation, so that only padding differs."""
-    engine = backend.engine(config(name, False), "torch", "cpu", dtype="float64")
+    engine = engines.engine(config(name, False), "torch", "cpu", dtype="float64")
     for rows, length in ((1, 5), (3, 33), (4, 16), (5, 97)):
         given = batch(rows, length)
         padded = buckets.pad(given, engine.config.model)
@@ -81,7 +88,7 @@ def test_mlx_traces_few_times_and_agrees_with_eager(
 ) -> None:
     if not fused:
         request.getfixturevalue("unfused")
-    compiled, eager = (backend.engine(config(name, on), "mlx") for on in (True, False))
+    compiled, eager = (engines.engine(config(name, on), "mlx") for on in (True, False))
     traced = []
     plain = getattr(type(compiled.model), method)
 
@@ -120,3 +127,37 @@ def test_activations_on_a_cpu_have_the_bits_of_mlxs_and_compile_nothing(
         monkeypatch.setattr(nn, of_mlx, None)
         found = activations.activation(name, x)
         assert found.dtype == expected.dtype and mx.array_equal(found, expected).item()
+
+
+@pytest.mark.parametrize("name", ["transformer", "gru"])
+@helpers.both_backends
+def test_a_decoding_step_depends_on_its_arrays_only(backend: str, name: str, request: pytest.FixtureRequest) -> None:
+    """A step that is captured once and run again with other arrays chooses the tokens of `generate`."""
+    options = {"max_new_tokens": 8, "seed": 3, "repetition_penalty": 1.3, "top_k": 20}
+    prompts = [[1, 2, 3, 4, 5], [7], [9, 8]]
+    model = helpers.build_model(backend, config(name, False).model)
+    expected = model.generate(prompts, **options)
+    decoder = model.decoder_type(model, make_request(model, prompts, None, 0, options))
+    with decoder:
+        tokens = [decoder.fetch(decoder.submit(0))]
+        decoder.cache.reserve(len(tokens) * 8)
+        state = replace(decoder.state, cache=decoder.cache.state)
+
+        def step(arrays: list[Any]) -> list[Any]:
+            *cache, index, seen, keys, token = arrays
+            after, choice = decoder.decode_step(State(cache, index, keys, seen), token)
+            return [*after.cache, after.index, after.seen, after.keys, choice.token]
+
+        arrays = [*state.cache, state.index, state.seen, state.keys, decoder.choice.token]
+        if backend == "mlx":
+            request.getfixturevalue("unfused")
+            captured: Any = mx.compile(step)
+        else:
+            with torch.no_grad():
+                captured = make_fx(step)([array.clone() for array in arrays])
+        for _ in range(7):
+            with decoder.inference_mode():
+                arrays = captured(arrays)
+            tokens.append(helpers.plain(arrays[-1]))
+    width = max(map(len, prompts))
+    assert helpers.plain(expected)[:, width:].tolist() == np.stack(tokens, axis=1).tolist()

@@ -4,7 +4,6 @@ compilation. `parity/test_parity.py` compares its outputs and gradients."""
 from __future__ import annotations
 
 import importlib
-import math
 import re
 import textwrap
 from typing import Any
@@ -27,6 +26,7 @@ import icenet_torch.nn
 from icenet.core import backends, rng
 from icenet.core.config import Config, ModelConfig, TransformerConfig
 from icenet.core.errors import ConfigError, UsageError, WeightsError
+from icenet.core.generation.request import make_request
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -267,14 +267,14 @@ def test_a_sequence_in_pieces_through_the_cache_equals_the_whole(backend: str, n
             piece_mask = None if given_mask is None else native(backend, given_mask[:, :stop])
             parts.append(plain(model(native(backend, tokens[:, start:stop]), piece_mask, cache)))
             start = stop
-        assert all(part.length == 40 for part in cache)
+        assert cache.length == int(plain(cache.position)) == 40
         kept = np.ones((2, 40), bool) if given_mask is None else given_mask.astype(bool)
         check_close(np.concatenate(parts, axis=1)[kept], expected[kept], noise[kept])
 
 
 @both_backends
 @pytest.mark.parametrize("pieces", [[256, 1, 300], [255, 2, 1, 255], [600], [250] + [1] * 12])
-def test_the_cache_grows_in_steps(backend: str, pieces: list[int]) -> None:
+def test_the_cache_grows(backend: str, pieces: list[int]) -> None:
     changes = {"max_seq_length": 600, "hidden_size": 16, "num_layers": 1}
     model, tokens = build(backend, **changes), ids(2, sum(pieces))
     exact = plain(build("exact", **changes)(torch.from_numpy(tokens)))
@@ -282,8 +282,8 @@ def test_the_cache_grows_in_steps(backend: str, pieces: list[int]) -> None:
     for length in pieces:
         parts.append(plain(model(native(backend, tokens[:, start : start + length]), None, cache)))
         start += length
-        assert cache[0].length == start
-        assert cache[0].keys.shape[2] == cache[0].values.shape[2] == math.ceil(start / 256) * 256
+        assert cache.length == start <= cache.capacity <= 2 * max(start, 256)
+        assert cache.layers[0].keys.shape[2] == cache.layers[0].values.shape[2] == cache.capacity
     check_close(np.concatenate(parts, axis=1), exact, plain(model(native(backend, tokens))))
 
 
@@ -569,3 +569,25 @@ def test_a_compiled_model_gives_the_same(
         # up to the learning rate: hence the median. A key's bias has no gradient (softmax ignores a constant).
         if not path.endswith("k_proj.bias"):
             assert np.median(np.abs(compiled_weights[path] - array)) < 1e-6, path
+
+
+@both_backends
+def test_a_padded_batch_has_the_logits_of_each_prompt_alone(backend: str) -> None:
+    """At the sizes where the buffers of the cache double, after the prompts and after three more tokens."""
+    changes = {"max_seq_length": 1100, "hidden_size": 16, "num_layers": 1}
+    model, exact_model = build(backend, **changes), build("exact", **changes)
+    prompts = [ids(length, seed=length).tolist() for length in (1, 2, 255, 256, 257, 1030)]
+    options = {"max_new_tokens": 4, "temperature": 0.0, "prefill_chunk": 100}
+
+    def run(prompts: list[list[int]]) -> list[Any]:
+        """Returns the logits `[B, V]` of each step."""
+        with model.decoder_type(model, make_request(model, prompts, None, 0, options)) as decoder:
+            return [(decoder.fetch(decoder.submit(index)), decoder.fetch_scores()[0])[1] for index in range(4)]
+
+    together = run(prompts)
+    for row, prompt in enumerate(prompts):
+        alone = run([prompt])
+        for index in range(4):
+            tokens = prompt + [int(logits[0].argmax()) for logits in alone[:index]]
+            exact = plain(exact_model(torch.tensor([tokens])))[0, -1]
+            check_close(together[index][row], exact, alone[index][0])

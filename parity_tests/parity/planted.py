@@ -195,8 +195,8 @@ def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
 
 
 @replaces("padding mask: ignored", attention, "make_attention_mask", "transformer")
-def _(original: Any, attention_mask: Any, length: int, causal: bool) -> Any:
-    return original(None, length, causal)
+def _(original: Any, attention_mask: Any, queries: Array, causal: bool) -> Any:
+    return original(None, queries, causal)
 
 
 @fault("positions: shifted by one", "transformer")

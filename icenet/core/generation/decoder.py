@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import user_code
+from icenet.core.generation.cache import Cache
 from icenet.core.generation.request import Request, Tokens
 from icenet.core.generation.sampling import SamplingOps, compute_scores
 
@@ -21,11 +23,50 @@ KEY_BLOCK = 256
 """Number of new tokens whose sampling keys are made at a time."""
 
 
+@dataclass(frozen=True)
+class State:
+    """The arrays from which the next token is computed. All are on the model's device.
+
+    A captured step takes and returns `arrays`; None stands for an array that the request does not need.
+
+    Attributes:
+        cache: `Cache.state` of the model's cache; empty for a model without one.
+        index: Index of the next new token, int32 `[]`.
+        keys: Keys of the draws of a block of new tokens, `[KEY_BLOCK, B, 2]`; None at temperature 0.
+        seen: Tokens that each row contains, bool `[B, V]`; None without a repetition penalty.
+    """
+
+    cache: list[Any]
+    index: Any
+    keys: Any
+    seen: Any
+
+
+class Choice(NamedTuple):
+    """The choice of the next token of each row.
+
+    Attributes:
+        token: int `[B]`.
+        best: Score of the token, fp32 `[B]`. It is not finite if a logit of the row is NaN or infinite, or if all of
+            them are -infinite.
+        logits: `[B, V]`.
+        scores: fp32 `[B, V]`.
+    """
+
+    token: Any
+    best: Any
+    logits: Any
+    scores: Any
+
+
 class DecoderBase(ABC):
     """Generates the tokens of one request. Used as a context manager.
 
     A model with `make_cache`, `hidden_states` and `project` is decoded through its cache. Any other model computes
     the whole context again for each token.
+
+    The host decides what depends on the number of tokens: it makes room in the cache, reads the context again if the
+    window of a row is full, and makes the keys of the next draws. `decode_step` does the rest.
     """
 
     ops: ClassVar[SamplingOps]
@@ -35,12 +76,9 @@ class DecoderBase(ABC):
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")
-        # only a model without a cache, or one whose context is full, reads earlier tokens again
-        self.keeps_context = not self.cached or request.context_length is not None
         self.cache: Any = None
-        self.token: Any = None
-        self.logits: Any = None
-        self.scores: Any = None
+        self.state: Any = None
+        self.choice: Any = None
 
     def __enter__(self) -> DecoderBase:
         """Moves the request to the device and prefills the prompts."""
@@ -49,20 +87,20 @@ class DecoderBase(ABC):
         return self
 
     def _start(self, request: Request) -> None:
-        self.keys: Any = None  # of the current block of new tokens, [KEY_BLOCK, B, 2]
-        self.seen = self.to_device(request.seen(self.model.config.vocab_size))  # [B, V]
         rows = request.rows()
         self.lengths = np.array([len(row) for row in rows])  # tokens of each row in the context
         padded = np.full((len(rows), self.lengths.max()), request.pad_token_id, np.int32)
         for index, row in enumerate(rows):
             padded[index, padded.shape[1] - len(row) :] = row
-        self.context: Any = self.to_device(padded)  # the tokens of each row, padded on the left, [B, S]
-        self.attention_mask: Any = None  # [B, S], None without padding
+        # the tokens of each row, padded on the left, in pieces: prompts [B, T], then new tokens [B, 1]
+        self.context: list[Any] = [self.to_device(padded)]
+        seen = self.to_device(request.seen(self.model.config.vocab_size))
+        self.state = State([], self.to_device(np.zeros((), np.int32)), None, seen)
         longest = request.context_length
         self.logits = self.prefill(self.lengths if longest is None else np.minimum(self.lengths, longest))
 
     def __exit__(self, *exception: object) -> None:
-        self.logits = self.scores = self.cache = None
+        self.logits = self.choice = self.state = self.cache = None
 
     # ---- the steps ---------------------------------------------------------------------------------------
 
@@ -75,7 +113,8 @@ class DecoderBase(ABC):
             Logits `[B, V]` of the next token.
         """
         self.lengths, longest = lengths, int(lengths.max())
-        self.context = self.context[:, -longest:]
+        context = self.concatenate(self.context)[:, -longest:]
+        self.context = [context]
         padding = longest - lengths[:, None]
         self.attention_mask = self.to_device(np.arange(longest) >= padding) if padding.any() else None
         if not self.cached:
@@ -85,50 +124,75 @@ class DecoderBase(ABC):
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)
             mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
-            hidden = self.model.hidden_states(self.context[:, start:stop], mask, self.cache)
+            hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
             self.evaluate(hidden)
         return self.model.project(hidden[:, -1])
 
     def _last_logits(self) -> Any:
         """Returns the logits `[B, V]` of the next token, computed from the whole context."""
-        with user_code.explain_errors(self.context):
-            return self.model(self.context)[:, -1]
+        context = self.concatenate(self.context)
+        self.context = [context]
+        with user_code.explain_errors(context):
+            return self.model(context)[:, -1]
 
-    def decode_step(self, token: Any) -> Any:
-        """Reads one token of each row, int `[B]`, into the cache.
+    def choose_token(self, state: State, logits: Any) -> tuple[State, Choice]:
+        """Chooses the next token of each row from its logits, `[B, V]`."""
+        keys = None if state.keys is None else self.take(state.keys, state.index % KEY_BLOCK)
+        scores = compute_scores(self.ops, logits, self.request.settings, keys, state.seen)
+        token, best = self.choose(scores)
+        seen = None if state.seen is None else self.mark(state.seen, token)
+        return replace(state, index=state.index + 1, seen=seen), Choice(token, best, logits, scores)
 
-        If the context of a row is full, its older half is dropped. The rest is read again, with positions from zero.
+    def decode_step(self, state: State, token: Any) -> tuple[State, Choice]:
+        """Reads one token of each row, int `[B]`, and chooses the next one.
 
-        Returns:
-            Logits `[B, V]` of the next token.
+        It depends on `state` and `token` only, so that it can be captured and run again with other arrays. The
+        buffers of the cache must have room for one column.
         """
-        self.lengths = self.lengths + 1
-        if self.keeps_context:
-            self.context = self.append_column(self.context, token)
-        longest = self.request.context_length
-        if longest is not None and self.lengths.max() > longest:
-            return self.prefill(np.where(self.lengths > longest, max(longest // 2, 1), self.lengths))
-        if self.attention_mask is not None:
-            self.attention_mask = self.append_column(self.attention_mask, token >= 0)  # no new token is padding
-        if not self.cached:
-            return self._last_logits()
-        hidden = self.model.hidden_states(token[:, None], self.attention_mask, self.cache)
-        return self.model.project(hidden[:, -1])
+        cache = self.cache.captured(state.cache)
+        hidden = self.model.hidden_states(token[:, None], None, cache)
+        return self.choose_token(replace(state, cache=cache.state), self.model.project(hidden[:, -1]))
 
     def submit(self, index: int) -> Any:
         """Queues the choice of new token `index` (0, 1, ...) of each row. Returns a handle for `fetch`."""
         with self.inference_mode():
-            if index > 0:
-                self.logits = self.decode_step(self.token)
             if index % KEY_BLOCK == 0:
-                count = min(KEY_BLOCK, self.request.new_tokens - index)
-                self.keys = self.to_device(self.request.keys(index, count))
-            keys = None if self.keys is None else self.keys[index % KEY_BLOCK]
-            self.scores = compute_scores(self.ops, self.logits, self.request.settings, keys, self.seen)
-            self.token, best = self.choose(self.scores)
-            if self.seen is not None:
-                self.mark_seen(self.token)
-            return self.start_copy(self.token, best)
+                keys = self.request.keys(index, min(KEY_BLOCK, self.request.new_tokens - index))
+                self.state = replace(self.state, keys=self.to_device(keys))
+            logits = self.logits if index == 0 else self._read(self.choice.token)
+            self.logits = None
+            if logits is None:
+                self.cache.reserve(1)
+                state = replace(self.state, cache=self.cache.state)
+                self.state, self.choice = self.decode_step(state, self.choice.token)
+                self.cache.state = self.state.cache
+                self.cache.length += 1
+            else:
+                self.state, self.choice = self.choose_token(self.state, logits)
+            return self.start_copy(self.choice.token, self.choice.best)
+
+    def _read(self, token: Any) -> Any:
+        """Reads one token of each row, int `[B]`, where `decode_step` cannot.
+
+        If the context of a row is full, its older half is dropped. The rest is read again, with positions from zero.
+
+        Returns:
+            Logits `[B, V]` of the next token, or None if `decode_step` can read the token.
+        """
+        self.lengths = self.lengths + 1
+        longest = self.request.context_length
+        if not self.cached or longest is not None:  # only then earlier tokens are read again
+            self.context.append(token[:, None])
+        if longest is not None and self.lengths.max() > longest:
+            return self.prefill(np.where(self.lengths > longest, max(longest // 2, 1), self.lengths))
+        if not self.cached:
+            return self._last_logits()
+        if isinstance(self.cache, Cache):
+            return None
+        if self.attention_mask is not None:
+            new = self.to_device(np.ones((len(self.lengths), 1), np.bool_))
+            self.attention_mask = self.concatenate([self.attention_mask, new])
+        return self.model.project(self.model.hidden_states(token[:, None], self.attention_mask, self.cache)[:, -1])
 
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
@@ -137,12 +201,14 @@ class DecoderBase(ABC):
         The mode is restored after each step, so a caller that consumes a stream sees the model in its own mode.
         """
         was_training = self.model.training
-        self.model.eval()
+        if was_training:  # the calls visit all modules
+            self.model.eval()
         try:
             with self.model.arithmetic():
                 yield
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
     # ---- operations of the framework ---------------------------------------------------------------------
 
@@ -151,12 +217,16 @@ class DecoderBase(ABC):
         """Returns a numpy array as an array on the model's device; None for None."""
 
     @abstractmethod
-    def append_column(self, array: Any, column: Any) -> Any:
-        """Returns `array` `[B, S]` with `column` `[B]` appended: `[B, S + 1]`."""
+    def concatenate(self, arrays: list[Any]) -> Any:
+        """Returns arrays `[B, S]`, `[B, T]`, ... side by side."""
 
     @abstractmethod
-    def mark_seen(self, token: Any) -> None:
-        """Sets `seen` to True at one token of each row, int `[B]`."""
+    def take(self, array: Any, index: Any) -> Any:
+        """Returns `array[index]` of an array `[N, ...]`; the index is an int array `[]` on the device."""
+
+    @abstractmethod
+    def mark(self, seen: Any, token: Any) -> Any:
+        """Returns `seen`, bool `[B, V]`, with True at one token of each row, int `[B]`."""
 
     @abstractmethod
     def evaluate(self, array: Any) -> None:

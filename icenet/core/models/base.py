@@ -110,10 +110,18 @@ class ModelBase:
         """Sets all parameters to their initial values, a pure function of the seed and the parameter path."""
         if not self.is_meta:
             with self.arithmetic():
-                self._assign_weights(self.initial_weights(seed))  # one at a time, not a second copy of the model
+                # one at a time, not a second copy of the model
+                self._assign_weights(self.initial_weights(seed, self._host_memory()))
 
-    def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once."""
+    def initial_weights(
+        self, seed: int = 0, memory: Mapping[str, np.ndarray] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once.
+
+        Args:
+            seed: Seed of the run.
+            memory: Arrays by path that initial values may be drawn into, which saves a copy.
+        """
         kinds, scales, shared = self.layer_kinds(), self.init_scales(), self.shared_arrays()
         own: dict[str, np.ndarray] | None = None
         for path, shape in self.weight_shapes().items():
@@ -125,7 +133,8 @@ class ModelBase:
                 own = self.weights() if own is None else own
                 yield path, own[path]
                 continue
-            yield path, init.initial_value(kind, name, path, shape, seed, scales.get(module, 1.0))
+            scale = scales.get(module, 1.0)
+            yield path, init.initial_value(kind, name, path, shape, seed, scale, out=(memory or {}).get(path))
 
     def set_weights(self, values: Mapping[str, np.ndarray]) -> None:
         """Sets all weights.
@@ -189,13 +198,16 @@ class ModelBase:
 
     # ---- inputs ------------------------------------------------------------------------------------------
 
-    def check_tokens(self, input_ids: Any, attention_mask: Any = None, past: int | None = 0) -> None:
+    def check_tokens(
+        self, input_ids: Any, attention_mask: Any = None, past: int | None = 0, left_padded: bool = False
+    ) -> None:
         """Checks the arguments of `forward` of a model of text.
 
         Args:
             input_ids: Tokens, int `[B, T]`.
             attention_mask: `[B, past + T]`, or None.
             past: Number of tokens before; None if it is unknown.
+            left_padded: Whether padding must be on the left, as a cache needs it.
 
         Raises:
             UsageError: A shape or dtype is wrong, or an id is outside the vocabulary. The ids are not read in a
@@ -204,6 +216,8 @@ class ModelBase:
         inputs.check_tokens(input_ids, attention_mask, past, self.array_type)
         if self.checks_ids and (tokens := self._to_host(input_ids)) is not None:
             check_vocabulary(tokens, self.config.vocab_size, "input_ids")
+        if left_padded and attention_mask is not None and (mask := self._to_host(attention_mask)) is not None:
+            inputs.check_left_padding(mask)
 
     def check_images(self, images: Any, channel_axis: int) -> None:
         """Checks the argument of `forward` of a model of images, whose channels are at axis 1 or 3.
@@ -214,11 +228,6 @@ class ModelBase:
         assert isinstance(self.config, CNNConfig)
         inputs.check_images(self.config, images, channel_axis, self.array_type)
 
-    # ---- dropout -----------------------------------------------------------------------------------------
-
-    def key_dropouts(self) -> None:
-        """Turns the framework's own dropout layers into keyed ones, in place (see `nn/dropout.py` of the backend)."""
-        raise NotImplementedError
     # ---- embeddings --------------------------------------------------------------------------------------
 
     def guard_embeddings(self, reads_all: bool = False) -> None:
@@ -251,6 +260,11 @@ class ModelBase:
         except IceNetError:  # of a sequence that was longer than the context, for example
             return
 
+    # ---- dropout -----------------------------------------------------------------------------------------
+
+    def key_dropouts(self) -> None:
+        """Turns the framework's own dropout layers into keyed ones, in place (see `nn/dropout.py` of the backend)."""
+        raise NotImplementedError
 
     def dropout_layers(self) -> dict[str, Any]:
         """Returns the dropout layers with a probability above zero, by module path, sorted.
@@ -397,7 +411,7 @@ class ModelBase:
         """Returns the canonical path of each array by the path that it has in MLX, where the two differ."""
         raise NotImplementedError
 
-    def set_dtype(self, dtype: str) -> None:
+    def set_weight_dtype(self, dtype: str) -> None:
         """Holds the floating weights in fp32, bf16 or fp16, and computes in it, for inference.
 
         Their values are undefined until `set_weights` sets them.
@@ -415,6 +429,10 @@ class ModelBase:
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         """Sets weights with the model's names and shapes; a shared one has its owner's name."""
         raise NotImplementedError
+
+    def _host_memory(self) -> Mapping[str, np.ndarray]:
+        """Returns the float32 weights that numpy can write to, by path: C-contiguous views of their memory."""
+        return {}
 
     def _to_host(self, array: Any) -> np.ndarray | None:
         """Returns an array of the framework as numpy, or None if its values are unknown or would be waited for."""

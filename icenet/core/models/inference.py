@@ -55,7 +55,7 @@ def build_for_inference(
         if dtype is None and not model.is_on_cpu:
             dtype = float_dtype(weights)
         if dtype is not None:
-            model.set_dtype(dtype)
+            model.set_weight_dtype(dtype)
         model.set_weights(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))

@@ -42,6 +42,20 @@ def check_tokens(input_ids: Any, attention_mask: Any, past: int | None, array_ty
     if given != expected:
         before = f" after {past} tokens" if past else ""
         raise UsageError(f"attention_mask must be {expected} for input_ids {shape}{before}, not {given}")
+    if not dtype_name(attention_mask).startswith(("bool", "int", "uint")):  # an additive mask would be reversed
+        raise UsageError(
+            f"attention_mask must be boolean or integers, False or 0 for padding, not {dtype_name(attention_mask)}"
+        )
+
+
+def check_left_padding(attention_mask: Any) -> None:
+    """Raises UsageError if a row of a mask, numpy `[B, S]`, has padding after a token."""
+    is_token = attention_mask.astype(bool)
+    wrong = (is_token[:, :-1] & ~is_token[:, 1:]).any(axis=1)
+    if wrong.any():
+        raise UsageError(
+            f"attention_mask: row {wrong.argmax()} has padding after a token; with a cache, pad on the left"
+        )
 
 
 def check_images(config: CNNConfig, images: Any, channel_axis: int, array_type: type[Any]) -> None:

@@ -207,7 +207,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=repr)
 def test_tokens_are_equal_on_both_backends(options: Any) -> None:
-    """The first options also make the cache grow beyond 256 positions."""
+    """The first options also make the cache grow beyond 256 columns."""
     new_tokens = 300 if options == OPTIONS[0] else 40
     outputs = [run(backend, PROMPTS, max_new_tokens=new_tokens, **options) for backend in BACKENDS]
     assert outputs[0].shape == (3, 18 + new_tokens)
