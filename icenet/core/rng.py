@@ -152,22 +152,31 @@ def uniform(key: Words, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.minimum(values, np.float32(1 - 2.0**-24)).reshape(shape)
 
 
-def normal(key: Words, shape: tuple[int, ...], scale: float = 1.0) -> NDArray[np.float32]:
-    """Returns normal variates of mean 0 and standard deviation `scale`, float32, on several cores.
+def normal(
+    key: Words, shape: tuple[int, ...], scale: float = 1.0, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Returns normal variates, float32, drawn on several cores.
 
     They are computed by the Box-Muller transform (1958) in float64, rounded to float32, and multiplied by `scale` in
     float32. They are drawn on the host, because the frameworks' inverse error functions differ.
+
+    Args:
+        key: Key of the draw, uint32 `[2]`.
+        shape: Shape of the result.
+        scale: Standard deviation. The mean is 0.
+        out: C-contiguous memory of this shape, which is used for an even number of variates. The two of a pair have
+            places half the array apart, and with an odd number the last has none.
     """
     n = int(np.prod(shape, dtype=np.int64))
     pairs = (n + 1) // 2
-    out = np.empty((2, pairs), np.float32)
+    values = np.empty((2, pairs), np.float32) if out is None or n % 2 else out.reshape(2, pairs)
 
     def draw(start: int, stop: int) -> None:
         size = min(_PAIRS, stop - start)
         counter = np.arange(size, dtype=np.uint32)
         words, scratch = np.empty((3, size), np.uint32), np.empty((4, size), np.float64)
         for begin in range(start, stop, _PAIRS):
-            chunk = out[:, begin : min(begin + _PAIRS, stop)]
+            chunk = values[:, begin : min(begin + _PAIRS, stop)]
             first, second, third = words[:, : chunk.shape[1]]
             np.add(counter[: len(first)], np.uint32(begin), out=first)
             np.add(first, np.uint32(pairs), out=second)
@@ -177,7 +186,7 @@ def normal(key: Words, shape: tuple[int, ...], scale: float = 1.0) -> NDArray[np
                 chunk *= np.float32(scale)
 
     for_ranges(draw, pairs, smallest=_PAIRS, most=_THREADS)
-    return out.reshape(-1)[:n].reshape(shape)
+    return values.reshape(-1)[:n].reshape(shape)
 
 
 def box_muller(first: Words, second: Words, out: NDArray[np.float32], scratch: NDArray[np.float64]) -> None:

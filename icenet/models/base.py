@@ -101,6 +101,9 @@ class BaseModel(ModelBase, nn.Module):
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
         tree.assign_weights(self, values)
 
+    def _host_memory(self) -> dict[str, np.ndarray]:
+        return tree.host_memory(self)
+
     def _to_host(self, array: mx.array) -> np.ndarray | None:
         return to_host(array)
 

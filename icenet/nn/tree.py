@@ -129,6 +129,11 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
         mx.eval(value)
 
 
+def host_memory(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns no arrays: those of a new model are lazy, and a view would compute values that are then replaced."""
+    return {}
+
+
 def set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
     """Changes the dtype of all floating parameters and buffers. Their values are undefined until they are set."""
     own = Arrays(model, trainable=False)

@@ -92,11 +92,24 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
 def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
     """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name.
 
-    The values need not be in memory together.
+    The values need not be in memory together. One that is a view of its array has been written in place.
     """
     tensors = native_arrays(model)
     for path, array in values:
-        tensors[path].copy_(from_numpy(array))
+        source = from_numpy(array)
+        if source.data_ptr() == tensors[path].data_ptr():
+            torch.autograd.graph.increment_version(tensors[path])
+        else:
+            tensors[path].copy_(source)
+
+
+def host_memory(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the contiguous float32 arrays on the CPU by path, as views to write to."""
+    return {
+        path: array.numpy()
+        for path, array in native_arrays(model).items()
+        if array.device.type == "cpu" and array.dtype == torch.float32 and array.is_contiguous()
+    }
 
 
 @torch.no_grad()

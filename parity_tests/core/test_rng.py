@@ -355,6 +355,14 @@ def test_normal_variates_do_not_depend_on_threads_and_chunks(monkeypatch: pytest
     assert np.array_equal(rng.normal(rng.key(8, "threads"), (n,), 0.37), expected)
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 1001])
+def test_an_even_number_of_normal_variates_is_drawn_into_given_memory(n: int) -> None:
+    memory = np.full((n, 1), np.nan, np.float32)
+    drawn = rng.normal(rng.key(8, "memory"), (n, 1), 0.37, memory)
+    assert drawn.tobytes() == rng.normal(rng.key(8, "memory"), (n, 1), 0.37).tobytes()
+    assert np.shares_memory(drawn, memory) == (n > 0 and n % 2 == 0)
+
+
 def test_uniform_variates_and_bits_are_uniform() -> None:
     u = rng.uniform(rng.key(4, "uniform"), (200_000,))
     assert kolmogorov_smirnov(u, lambda x: x) < 1.63
@@ -487,6 +495,24 @@ def test_an_initial_value_depends_on_seed_and_path_only(backend: str) -> None:
             if "num_layers" not in changes or not path.endswith(("out_proj.weight", "down_proj.weight")):
                 assert np.array_equal(weights[path], other[path]), path
     assert all(np.array_equal(weights[path], again) for path, again in initial(backend).items())
+
+
+def test_pytorchs_initial_values_are_drawn_into_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(type="transformer", hidden_size=8, num_layers=1, num_heads=2, vocab_size=9, max_seq_length=8)
+    model = icenet_torch.models.TransformerModel(config)
+    expected = icenet_torch.models.TransformerModel(config, seed=4).weights()
+    weight, before = next(model.parameters()), model.native_arrays()
+    loss = (weight * weight).sum()
+    copied = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b: (copied.append(tuple(a.shape)), copy(a, b))[1])
+    model.init_weights(4)
+    assert {len(shape) for shape in copied} == {1}  # ones and zeros
+    assert all(array.numpy().tobytes() == expected[path].tobytes() for path, array in before.items())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    model.double().init_weights(4)  # other dtypes are converted
+    assert all(np.array_equal(values, expected[path]) for path, values in model.weights().items())
 
 
 def test_another_seed_gives_other_values() -> None:

@@ -431,8 +431,8 @@ class ModelBase:
         raise NotImplementedError
 
     def _host_memory(self) -> Mapping[str, np.ndarray]:
-        """Returns the float32 weights that numpy can write to, by path: C-contiguous views of their memory."""
-        return {}
+        """Returns C-contiguous float32 views of the weights that numpy can write to, by path."""
+        raise NotImplementedError
 
     def _to_host(self, array: Any) -> np.ndarray | None:
         """Returns an array of the framework as numpy, or None if its values are unknown or would be waited for."""

@@ -30,7 +30,14 @@ Array = NDArray[np.float32]
 
 
 def initial_value(
-    kind: str, name: str, path: str, shape: tuple[int, ...], seed: int, init_scale: float = 1.0
+    kind: str,
+    name: str,
+    path: str,
+    shape: tuple[int, ...],
+    seed: int,
+    init_scale: float = 1.0,
+    *,
+    out: Array | None = None,
 ) -> Array:
     """Returns the initial value of a parameter, float32.
 
@@ -41,6 +48,7 @@ def initial_value(
         shape: Shape in PyTorch's layout.
         seed: Seed of the run.
         init_scale: Factor of the standard deviation.
+        out: Memory that normal variates may be drawn into (see `rng.normal`).
 
     Raises:
         WeightsError: The layer kind has no rule.
@@ -49,14 +57,14 @@ def initial_value(
         if name.startswith("bias"):
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])
-        return rng.normal(rng.key(seed, "init", path), shape, deviation)
+        return rng.normal(rng.key(seed, "init", path), shape, deviation, out)
     if kind in ("layer_norm", "rms_norm", "group_norm"):
         return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
     if kind.startswith("conv"):
         if name == "bias":
             return np.zeros(shape, np.float32)
         deviation = init_scale * math.sqrt(2 / math.prod(shape[1:]))
-        return rng.normal(rng.key(seed, "init", path), shape, deviation)
+        return rng.normal(rng.key(seed, "init", path), shape, deviation, out)
     if kind == "batch_norm":
         return (np.ones if name in ("weight", "running_var") else np.zeros)(shape, np.float32)
     raise WeightsError(f"{path}: no rule for the initial value of a layer of kind {kind!r}")
