@@ -17,6 +17,7 @@ import numpy.typing as npt
 from icenet.core import backends, rng
 from icenet.core.config import Config, custom, user_code
 from icenet.core.engine import Batch, Engine, check_ids
+from icenet.core.models import modules
 from icenet.parity import align
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
 from icenet.parity.yardstick import nearby, perturb_by_ulp, round_to
@@ -178,23 +179,26 @@ def perturbed(
         The perturbation, for the inputs of what is computed.
     """
     perturb, perturb_state = (Perturbation(name, sample, rounds=role == "torch") for name in (dtype, "fp32"))
-    weights = engine.weights()
-    shared = engine.model.shared_arrays()  # moved once, at its first place
-    own = {path: array for path, array in weights.items() if path not in shared}
-    prefix = f"{within}." if within else ""
-    moved = {p: perturb.array(a, "weight", p) if p.startswith(prefix) else a for p, a in own.items()}
-    engine.set_weights(moved)
+    # only the arrays of the layer, because a report replays each layer in up to 12 samples
+    named = backends.module(engine.backend, "nn.tree").named_modules(engine.model)
+    layer = next(module for path, module in named if path == within)
+    with engine.model.arithmetic():
+        weights, shared = modules.get_weights(layer), modules.shared_arrays(layer)
+        own = {path: array for path, array in weights.items() if path not in shared}  # moved once, at its first place
+        prefix = f"{within}." if within else ""
+        modules.set_weights(layer, {p: perturb.array(a, "weight", prefix + p) for p, a in own.items()})
     slots = engine.optimizer_state() if state else {}
     if state:
         engine.set_optimizer_state({path: perturb_state.array(array, path) for path, array in slots.items()})
     probe = backends.module(engine.backend, "tools.probe")
-    inner = probe.perturbing(engine.model, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
+    inner = probe.perturbing(layer, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
     sums = backends.module("torch", "tools.sums").summing_in_order(sample) if in_order else contextlib.nullcontext()
     try:
         with inner, sums:
             yield perturb
     finally:
-        engine.set_weights(weights)
+        with engine.model.arithmetic():
+            modules.set_weights(layer, own)
         if state:
             engine.set_optimizer_state(slots)
 

@@ -135,14 +135,21 @@ def compare(
     left_out = without_counterpart(mlx, reference)
     for name, exact in reference.values.items():
         kind, _, path = name.partition(":")
-        if kind not in kinds or not exact.is_float or name in left_out:
+        if kind not in kinds or not (exact.is_float or kind == "module") or name in left_out:
             continue
         ours, theirs = mlx.values.get(name), torch.values.get(name)
         if ours is None or theirs is None:
             missing = Judgement.incomparable(f"missing in {'MLX' if ours is None else 'PyTorch'}")
             rows.append(Row(kind, path, exact.array.shape, missing, note=missing.note))
             continue
+        if not exact.is_float and not ours.is_float:
+            judgement = _judge_integers(ours, theirs, exact)
+            rows.append(Row(kind, path, exact.array.shape, judgement, note=judgement.note))
+            continue
         dtypes = f"dtype {ours.dtype} in MLX, {theirs.dtype} in PyTorch" if ours.dtype != theirs.dtype else ""
+        if dtypes and not exact.is_float:
+            rows.append(Row(kind, path, exact.array.shape, Judgement.incomparable(dtypes), note=dtypes))
+            continue
         note = "; ".join(filter(None, (dtypes, remarks.get(name) or judgements[name].note)))
         remedy = "" if judgements[name].passed or remarks.get(name) else permutation(ours.array, exact.array)
         rows.append(Row(kind, path, exact.array.shape, judgements[name], note=note, remedy=remedy))
@@ -154,8 +161,20 @@ def compare(
     return rows
 
 
+def _judge_integers(ours: Value, theirs: Value, exact: Value) -> Judgement:
+    """Judges integers or booleans: each must be PyTorch's or the reference's, which rounding may make unequal."""
+    a, b, r = ours.array, theirs.array, exact.array
+    if a.shape != r.shape or b.shape != r.shape:
+        return Judgement.incomparable(f"shape {list(a.shape)} in MLX, {list(b.shape)} in PyTorch")
+    wrong = int(((a != b) & (a != r)).sum())
+    return Judgement.incomparable(f"{wrong} of {r.size} values are other integers") if wrong else _EQUAL
+
+
+_EQUAL = Judgement(0.0, 0.0, 0.0, 0.0)
+
+
 def locate(
-    rows: list[Row],
+    rows_of: Callable[[bool], list[Row]],
     mlx: Trace,
     torch: Trace,
     reference: Trace,
@@ -167,7 +186,8 @@ def locate(
     """Replays every layer and returns the rows with their marks.
 
     Args:
-        rows: Rows that `compare` returned.
+        rows_of: Returns the rows by `compare`. Its argument is whether a layer differs in its replay: then few
+            samples of the noise decide which values are over the tolerance (see `Samples.few`).
         mlx, torch: Traces in the dtype under test.
         reference: Trace in float64.
         replays: Replays by MLX, PyTorch and the reference.
@@ -201,7 +221,7 @@ def locate(
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
     origins = {path for path in differing if not any(_is_within(other, path) for other in differing)}
     marked = []
-    for row in rows:
+    for row in rows_of(bool(differing)):
         layer = row.path if row.kind == "module" else _parent(row.path)
         if row.kind == "module" and row.path in own:
             row = replace(row, own=own[row.path][0], own_part=own[row.path][1], ties=ties[row.path])
@@ -251,6 +271,9 @@ def replay_layer(
     call = reference.calls[path].map(rounded)
     cotangents = []
     for name, output in torch.outputs(path).items():
+        if not output.is_float:  # integers have no gradient
+            cotangents.append(Value(np.zeros_like(output.array), output.dtype))
+            continue
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
     cotangents = replays[0].cotangents(path, cotangents)
@@ -362,7 +385,10 @@ def fits_fp16(reference: Mapping[str, Array], others: Sequence[Mapping[str, Arra
 def _without_overflow(path: str, call: Call, cotangents: list[Value], replays: Sequence[Replay]) -> list[Value]:
     """Returns cotangents, scaled so that no gradient overflows in fp16."""
     for scale in FP16_SCALES:
-        scaled = [Value(round_to(value.array * scale, value.dtype), value.dtype) for value in cotangents]
+        scaled = [
+            Value(round_to(value.array * scale, value.dtype), value.dtype) if value.is_float else value
+            for value in cotangents
+        ]
         found = []
         for replay in replays:
             with suppress(ReplayError):  # which is reported where the layer is judged
@@ -400,7 +426,11 @@ def _judge_replay(
 
     if samples is not None and samples.mlx is not None:
         samples = replace(samples, mlx=aligned(samples.mlx))
-    return judge_values(ours, theirs, exact, dtype, samples.map(named) if samples else None)
+    integers = {
+        name: _judge_integers(ours[name], theirs[name], value) for name, value in exact.items() if not value.is_float
+    }
+    found = judge_values(ours, theirs, exact, dtype, samples.map(named) if samples else None, only_worst=True)
+    return {**found, **integers}
 
 
 def _may_be_kink(call: Call) -> bool:

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.core.errors import UsageError
 from icenet.core.models import dropout, modules, randomness
 from icenet.core.weights.arrays import to_array
 from icenet.parity.align import DIFFERENT_CALLS
 from icenet.parity.engines import Perturbation
-from icenet.parity.locate import SampledReplay, compare, locate
+from icenet.parity.locate import Row, SampledReplay, compare, locate
 from icenet.parity.randomness import check_equal_runs
 from icenet.parity.report import Report, Section
 from icenet.parity.run import unequal
@@ -52,16 +53,22 @@ def compare_modules(
         A report; `verdict()` is one line, `render(console)` prints the tables.
 
     Raises:
-        UsageError: An argument is no module of its framework, it draws random numbers without a key, or an id is
-            outside the table of an embedding.
-        WeightsError: An input is no array of numbers.
+        UsageError: An argument is not a module of its framework, has parameters in another dtype than fp32, returns
+            no arrays, or draws random numbers without a key; an id is outside the table of an embedding; or the
+            inputs are not a list of arrays with values.
+        WeightsError: An input is not an array of numbers.
     """
+    _check_modules(mlx, torch)
+    _check_inputs("mlx_inputs", mlx_inputs)
+    if torch_inputs is not None:
+        _check_inputs("torch_inputs", torch_inputs)
     if train:
         mlx, torch = _keyed(mlx), _keyed(torch)
     calls = [Call(tuple(map(_value, itertools.count(), given))) for given in (mlx_inputs, torch_inputs or mlx_inputs)]
     twins = {"MLX": mlx, "PyTorch": torch, "reference": copy.deepcopy(torch).double()}
     report = Report("fp32", {name: _describe(module) for name, module in twins.items()})
     replays = [_Replay(module, train, exact=name == "reference") for name, module in twins.items()]
+    by_role = dict(zip(twins, replays, strict=True))
     in_turn = zip(replays, (calls[0], calls[1], calls[1]), strict=True)
     records = [partial(_record, replay, call) for replay, call in in_turn]
     for replay, call in zip(replays[:2], calls, strict=True):
@@ -80,17 +87,16 @@ def compare_modules(
 
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
         def sample(index: int) -> Trace:
-            with _perturbed(twins[role], index, role, in_order) as (module, perturb):
-                call = calls[0 if role == "MLX" else 1]
-                return _record(_Replay(module, train, role == "reference"), perturb.call(call))
+            with _perturbed(twins[role], index, role, in_order) as perturb:
+                return _record(by_role[role], perturb.call(calls[0 if role == "MLX" else 1]))
 
         return sample
 
     def sampled_replay(role: str, in_order: bool) -> SampledReplay:
         def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
-            with _perturbed(twins[role], index, role, in_order) as (module, perturb):
+            with _perturbed(twins[role], index, role, in_order, path) as perturb:
                 moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
-                return _Replay(module, train, role == "reference")(path, perturb.call(call), moved)
+                return by_role[role](path, perturb.call(call), moved)
 
         return replayed
 
@@ -99,11 +105,50 @@ def compare_modules(
         return Samples(function("reference", False), function("PyTorch", False), function("MLX", False), in_order)
 
     by_mlx, by_torch, exact = traces
-    rows = compare(by_mlx, by_torch, exact, kinds=("module",), samples=samples(sampled))
+    if not exact.outputs(""):
+        raise UsageError(
+            f"{type(torch).__name__} returns nothing that can be compared; return tensors, or tuples, lists, dicts "
+            "or dataclasses of them"
+        )
+
+    def rows_of(has_differences: bool) -> list[Row]:
+        used = samples(sampled).few() if has_differences else samples(sampled)
+        return compare(by_mlx, by_torch, exact, kinds=("module",), samples=used)
+
     three = replays[0], replays[1], replays[2]
-    rows = locate(rows, by_mlx, by_torch, exact, three, samples=samples(sampled_replay))
+    rows = locate(rows_of, by_mlx, by_torch, exact, three, samples=samples(sampled_replay))
     report.sections = [Section(f"layers, {'training' if train else 'evaluation'}", rows)]
     return report
+
+
+def _check_modules(mlx: Any, torch: Any) -> None:
+    """Raises UsageError if an argument is not a module of its framework, or does not compute in fp32."""
+    for backend, module in (("mlx", mlx), ("torch", torch)):
+        if backends.backend_of(module) != backend:
+            raise UsageError(
+                "compare_modules: the MLX module comes first, then the PyTorch module; "
+                f"{type(module).__name__} is the other one"
+            )
+        for path, array, _ in backends.module(backend, "nn.tree").named_arrays(module):
+            dtype = str(array.dtype).rpartition(".")[2]
+            if "float" in dtype and dtype != "float32":
+                remedy = {"mlx": "apply(lambda x: x.astype(mx.float32))", "torch": "float()"}[backend]
+                raise UsageError(
+                    f"compare_modules: computes in fp32, and {path} of {type(module).__name__} is {dtype}; convert "
+                    f"the module first, with .{remedy}"
+                )
+
+
+def _check_inputs(name: str, given: Any) -> None:
+    """Raises UsageError if the arguments of a module are not a list of arrays with values."""
+    if not isinstance(given, (list, tuple)):
+        raise UsageError(
+            f"compare_modules: {name} must be a list of the arguments, such as [x], not a {type(given).__name__}"
+        )
+    empty = next((index for index, item in enumerate(given) if 0 in getattr(item, "shape", ())), None)
+    if empty is not None or not given:
+        what = f"{name} is empty" if empty is None else f"{name}[{empty}] is an array without values"
+        raise UsageError(f"compare_modules: {what}; nothing would be compared")
 
 
 class _Replay:
@@ -136,9 +181,13 @@ class _Replay:
 
 def _keyed(module: Any) -> Any:
     """Returns a copy of a module whose dropout layers have keyed masks."""
-    copied = copy.deepcopy(module)
     backend = backends.backend_of(module)
-    backends.module(backend, "nn.dropout").key_dropouts(backends.module(backend, "nn.tree").named_modules(copied))
+    named_modules = backends.module(backend, "nn.tree").named_modules
+    # functions of MLX, which its pooling layers hold, cannot be copied
+    functions = [item for _, inner in named_modules(module) for item in vars(inner).values() if callable(item)]
+    memo = {id(item): item for item in functions if type(item).__module__ == "nanobind"}
+    copied = copy.deepcopy(module, memo)
+    backends.module(backend, "nn.dropout").key_dropouts(named_modules(copied))
     return copied
 
 
@@ -149,28 +198,27 @@ def _record(replay: _Replay, call: Call) -> Trace:
 
 
 @contextlib.contextmanager
-def _perturbed(module: Any, sample: int, role: str, in_order: bool) -> Iterator[tuple[Any, Perturbation]]:
-    """Yields a module with the weights of a sample of the noise, and the perturbation for its inputs.
+def _perturbed(module: Any, sample: int, role: str, in_order: bool, within: str = "") -> Iterator[Perturbation]:
+    """Sets the weights of a module, or of the layer `within` it, to those of a sample while the context is open.
 
-    A PyTorch module is copied; in the role "PyTorch" the copy also moves all that it computes by ulps. An MLX module
-    gets its own weights back at the end.
+    In the role "PyTorch" all that the layer computes is also moved by ulps. Yields the perturbation for its inputs.
     """
     backend = backends.backend_of(module)
     perturb = Perturbation("fp32", sample, rounds=role == "PyTorch")
-    moved = module if backend == "mlx" else copy.deepcopy(module)
-    weights = modules.get_weights(module)
-    shared = modules.shared_arrays(module)  # moved once, at its first place
+    named = backends.module(backend, "nn.tree").named_modules(module)
+    layer = next(item for path, item in named if path == within)
+    weights = modules.get_weights(layer)
+    shared = modules.shared_arrays(layer)  # moved once, at its first place
     own = {path: array for path, array in weights.items() if path not in shared}
-    modules.set_weights(moved, {path: perturb.array(array, "weight", path) for path, array in own.items()})
+    modules.set_weights(layer, {path: perturb.array(array, "weight", path) for path, array in own.items()})
     sums = backends.module("torch", "tools.sums").summing_in_order(sample) if in_order else contextlib.nullcontext()
     probe = backends.module(backend, "tools.probe")
-    inner = probe.perturbing(moved, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
+    inner = probe.perturbing(layer, perturb.rounded) if perturb.rounds else contextlib.nullcontext()
     try:
         with inner, sums:
-            yield moved, perturb
+            yield perturb
     finally:
-        if backend == "mlx":
-            modules.set_weights(module, {path: weights[path] for path in own})
+        modules.set_weights(layer, own)
 
 
 def _exact(value: Value) -> Value:

@@ -146,21 +146,22 @@ def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Pro
     for mode, train in modes:
         title = f"layers, {mode}"
         tell(title, 0, 1)
-        rows, (mlx, torch, reference) = _record_and_compare(engines, batch, dtype, step=step, train=train)
+        traces, rows_of = _record(engines, batch, dtype, step=step, train=train)
         mlx_replay, torch_replay, reference_replay = (
             partial(replay, engine, step=step, train=train) for engine in engines
         )
         replays = mlx_replay, torch_replay, reference_replay
         samples = _samples(engines, partial(_sampled_replay, engines, dtype, step, train))
-        rows = locate(rows, mlx, torch, reference, replays, dtype, samples, partial(tell, title))
+        rows = locate(rows_of, *traces, replays, dtype, samples, partial(tell, title))
         report.sections.append(Section(title, rows))
 
     tell("gradients", 0, 1)
     kinds = ("loss", "gradient")
     scale = _loss_scale(engines, batch, step) if dtype == "fp16" else 1.0
     options: dict[str, Any] = {"step": step, "train": True, "gradients": True, "loss_scale": scale}
-    rows, traces = _record_and_compare(engines, batch, dtype, kinds, **options)
-    report.sections.append(Section("loss and gradients, training", _mark_gradients(rows, report)))
+    traces, rows_of = _record(engines, batch, dtype, kinds, **options)
+    rows = _mark_gradients(rows_of(bool(report.differing())), report)
+    report.sections.append(Section("loss and gradients, training", rows))
     tell("training step", 0, 1)
     gradients = {path: value.array.astype(np.float32) for path, value in traces[2].of("gradient").items()}
     report.sections.append(Section(TRAINING_STEP, training_step_rows(engines, batch, step, gradients)))
@@ -372,11 +373,11 @@ def _is_equal(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _record_and_compare(
+def _record(
     engines: Engines, batch: Batch, dtype: str, kinds: tuple[str, ...] = KINDS, **options: Any
-) -> tuple[list[Row], list[Trace]]:
-    """Records one trace of each engine with the options of `record`, and compares them."""
-    mlx, torch, reference = traces = [record(engine, batch, **options) for engine in engines]
+) -> tuple[tuple[Trace, Trace, Trace], Callable[[bool], list[Row]]]:
+    """Records one trace of each engine with the options of `record`; returns them and `rows_of` of `locate`."""
+    mlx, torch, reference = (record(engine, batch, **options) for engine in engines)
 
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:
         def sample(index: int) -> Trace:
@@ -387,7 +388,11 @@ def _record_and_compare(
 
         return sample
 
-    return compare(mlx, torch, reference, dtype, kinds, _samples(engines, sampled)), traces
+    def rows_of(has_differences: bool) -> list[Row]:
+        samples = _samples(engines, sampled)
+        return compare(mlx, torch, reference, dtype, kinds, samples.few() if has_differences else samples)
+
+    return (mlx, torch, reference), rows_of
 
 
 def _sampled_replay(engines: Engines, dtype: str, step: int, train: bool, role: str, in_order: bool) -> SampledReplay:

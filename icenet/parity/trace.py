@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -242,9 +242,11 @@ class ArrayConverter:
         return Value(self._to_numpy(item), short_dtype(item.dtype))  # type: ignore[attr-defined]
 
     def arrays(self, outputs: Any) -> list[Any]:
-        """Returns the arrays of an output: a single array, or nested tuples, lists and dicts of arrays."""
+        """Returns the arrays of an output: an array, or nested tuples, lists, dicts and dataclasses of arrays."""
         if isinstance(outputs, self._array_type):
             return [outputs]
+        if is_dataclass(outputs) and not isinstance(outputs, (type, dict)):
+            outputs = [getattr(outputs, item.name) for item in fields(outputs)]
         items = outputs.values() if isinstance(outputs, dict) else outputs
         return [array for item in items for array in self.arrays(item)] if isinstance(outputs, _NESTED) else []
 

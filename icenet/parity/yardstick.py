@@ -53,6 +53,14 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     user's code, if a ratio exceeds FACTOR with floor 5, the samples are taken again with all sums of PyTorch term by
     term. A value that then passes is reported as less exact, with the ratio without this floor (`plain_ratio`).
 
+    Sampling ends early for a value whose ratio is so large that further samples cannot lower it to FACTOR: above 400
+    after 3 samples, 100 after 4, 52 after 6, 32 after 8. With k samples the ratio of two equal normal errors has
+    Student's t distribution with k degrees of freedom. Even if the error of MLX is twice that of PyTorch, it exceeds
+    these limits by chance once in 280,000 times or less, which is as rare as FACTOR after 12 samples with equal
+    errors. Of the results of a replay only the worst is reported, so sampling ends there once an output is over the
+    tolerance, or a gradient if no output is undecided. If a layer differs in its replay, the report has failed, and
+    FEW = 4 samples without repetitions decide which other values of the run are shown as over the tolerance.
+
 Repetition: the noise of an ill-conditioned value has outliers. Example: the gradient through a batch norm over two
 values that are nearly equal, in half precision, is the reciprocal of a difference of rounding errors. No number of
 samples bounds the next outlier. A wrong computation is wrong in each run, an outlier is not. So if a ratio exceeds
@@ -92,9 +100,14 @@ SAMPLES = 12
 REPEATS = 8
 """The number of runs of MLX on nearby values if a ratio still exceeds FACTOR; the median of REPEATS + 1 decides."""
 
-HOPELESS, FEW = 50 * FACTOR, 4
-"""Sampling ends early if all values over the tolerance have a ratio above HOPELESS after FEW samples: the noise of a
-normal variate is underestimated by 50 once in 3 million times then. Repetitions end after FEW - 1 runs."""
+FEW = 4
+"""The number of samples if a difference is already known, and the number of those whose reference is kept."""
+
+LIMITS = {3: 50 * FACTOR, 4: 12.5 * FACTOR, 6: 6.5 * FACTOR, 8: 4 * FACTOR}
+"""A value over this ratio after so many samples is over the tolerance: no more are taken for it."""
+
+REPEAT_LIMIT = 4 * FACTOR
+"""A value over this ratio in the run and in two repetitions is over the tolerance."""
 
 ZERO = 2.0**-40
 """A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
@@ -122,17 +135,23 @@ class Samples(Generic[F]):
         torch: By PyTorch in the dtype under test, perturbed (floor 5).
         mlx: By MLX; None if a value is judged by its only run.
         in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
+        count: The largest number of samples; None for SAMPLES.
     """
 
     reference: F
     torch: F
     mlx: F | None = None
     in_order: F | None = None
+    count: int | None = None
+
+    def few(self) -> Samples[F]:
+        """Returns FEW samples without repetitions, for values whose judgement does not change the verdict."""
+        return replace(self, mlx=None, count=min(FEW, SAMPLES))
 
     def map(self, function: Callable[[F], G]) -> Samples[G]:
         """Returns the results of a function for each field that is not None."""
         mlx, in_order = (None if item is None else function(item) for item in (self.mlx, self.in_order))
-        return Samples(function(self.reference), function(self.torch), mlx, in_order)
+        return Samples(function(self.reference), function(self.torch), mlx, in_order, self.count)
 
 
 @dataclass(frozen=True)
@@ -288,6 +307,7 @@ def judge_values(
     reference: Values,
     dtype: str = "fp32",
     samples: Samples[Callable[[int], Values]] | None = None,
+    only_worst: bool = False,
 ) -> dict[str, Judgement]:
     """Compares the float values that all three runs have, by the criterion of this module.
 
@@ -297,6 +317,8 @@ def judge_values(
         dtype: Compute dtype under test: fp32, bf16 or fp16.
         samples: Return the values of sample 0 to SAMPLES - 1. Each is called only if a value is still over the
             tolerance: `torch` for floor 5, `in_order` for floor 6, `mlx` for repetitions.
+        only_worst: Whether only the worst output is needed, or without one over the tolerance the worst gradient.
+            Then the other values may be judged with fewer samples.
     """
     sizes = gradient_rms({_path(name): value for name, value in reference.items() if _is_gradient(name)})
     noises: dict[str, Floats] = {}
@@ -322,52 +344,93 @@ def judge_values(
     if samples is None or not over:
         return found
 
-    def is_hopeless(names: list[str]) -> bool:
-        return all(judge_one(name, mlx[name].array).ratio > HOPELESS for name in names)
+    def judge_again(name: str) -> Judgement:
+        return judge_one(name, mlx[name].array)
 
-    _sample_noise(noises, samples.torch, samples.reference, over, is_hopeless)
-    found |= {name: judge_one(name, mlx[name].array) for name in over}
-    still_over = [name for name in over if found[name].is_over]
-    if samples.in_order is not None and still_over:
-        _sample_noise(noises, samples.in_order, samples.reference, still_over, is_hopeless)
-        plain = {name: found[name].ratio for name in still_over}
-        found |= {n: replace(judge_one(n, mlx[n].array), plain_ratio=plain[n]) for n in still_over}
-    repeats = {name: [found[name]] for name in over if found[name].is_over}
-    for index in range(REPEATS if samples.mlx is not None else 0):
-        if all(map(_is_decided, repeats.values())):
-            break
-        run, exact_run = samples.mlx(index), samples.reference(index)  # type: ignore[misc]
-        for name, judgements in repeats.items():
-            # the error there, at the reference here
-            value, exact = (np.asarray(values[name].array, np.float64) for values in (run, exact_run))
-            with np.errstate(invalid="ignore"):
-                moved = np.where(np.isfinite(value - exact), reference[name].array + (value - exact), value)
-            judgements.append(judge_one(name, moved))
-    return found | {name: _median(judgements) for name, judgements in repeats.items()}
+    needed = _needed_for_worst if only_worst else _needed_for_verdict
+    reference_of = _kept(samples.reference, over)
+    count = samples.count or SAMPLES
+
+    def sample_noise(run: Callable[[int], Values], pending: list[str]) -> list[str]:
+        """Sets the noise of values to the RMS error of `count` runs; returns those that were given fewer."""
+        squares: dict[str, Floats] = {}  # only sums are kept, because a sample may have all activations of a model
+        failed: list[str] = []
+        for index in range(count):
+            values, exact = run(index), reference_of(index)
+            for name in pending:
+                squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
+            if index + 1 == count or index + 1 in LIMITS:
+                noises.update({name: np.sqrt(squares[name] / (index + 1)) for name in pending})
+                limit = LIMITS.get(index + 1, math.inf)
+                failed += [name for name in pending if judge_again(name).ratio > limit]
+                pending = [name for name in pending if name not in failed]
+                if not needed(pending, failed, index + 1):
+                    return pending if index + 1 < count else []
+        return []
+
+    def decide(names: list[str]) -> dict[str, Judgement]:
+        cut = sample_noise(samples.torch, names)
+        judged = {name: judge_again(name) for name in names}
+        still_over = [name for name in names if judged[name].is_over]
+        if samples.in_order is not None and still_over:
+            cut = sample_noise(samples.in_order, still_over)
+            judged |= {name: replace(judge_again(name), plain_ratio=judged[name].ratio) for name in still_over}
+        repeats = {name: [judged[name]] for name in names if judged[name].is_over}
+        for index in range(REPEATS):
+            undecided = [name for name, judgements in repeats.items() if not _is_decided(judgements)]
+            decided = [name for name in repeats if name not in (*undecided, *cut)]
+            failed = [name for name in decided if not _median(repeats[name]).passed]
+            if samples.mlx is None or not needed(undecided, failed, FEW):
+                break
+            run, exact_run = samples.mlx(index), reference_of(index)
+            for name, judgements in repeats.items():
+                # the error there, at the reference here
+                value, exact = (np.asarray(values[name].array, np.float64) for values in (run, exact_run))
+                with np.errstate(invalid="ignore"):
+                    moved = np.where(np.isfinite(value - exact), reference[name].array + (value - exact), value)
+                judgements.append(judge_one(name, moved))
+        judged |= {name: _median(judgements) for name, judgements in repeats.items()}
+        if cut and all(judged[name].passed for name in names if name not in cut):
+            return judged | decide(cut)  # what ended the sampling passes by repetition
+        return judged
+
+    return found | decide(over)
 
 
-def _sample_noise(
-    noises: dict[str, Floats],
-    run: Callable[[int], Values],
-    reference: Callable[[int], Values],
-    names: list[str],
-    is_hopeless: Callable[[list[str]], bool],
-) -> None:
-    """Sets the noise of some values to the RMS error of SAMPLES runs, or of FEW if that is hopeless."""
-    squares: dict[str, Floats] = {}  # only sums are kept, because a sample may have all activations of a model
-    for index in range(SAMPLES):
-        values, exact = run(index), reference(index)
-        for name in names:
-            squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
-        if index + 1 in (FEW, SAMPLES):
-            noises |= {name: np.sqrt(total / (index + 1)) for name, total in squares.items()}
-            if is_hopeless(names):
-                return
+def _needed_for_worst(pending: list[str], failed: list[str], count: int) -> bool:
+    """Returns whether an undecided result of a replay can still become the worst one."""
+    if any(map(_is_output, failed)):
+        return False
+    return any(map(_is_output, pending)) if failed else bool(pending)
+
+
+def _needed_for_verdict(pending: list[str], failed: list[str], count: int) -> bool:
+    """Returns whether values need more than `count` samples: FEW are enough once one is over the tolerance."""
+    return bool(pending) and not (failed and count >= FEW)
+
+
+def _is_output(name: str) -> bool:
+    return name.partition("[")[0] == "output"
+
+
+def _kept(run: Callable[[int], Values], names: list[str]) -> Callable[[int], Values]:
+    """Returns a function that computes each of the first samples once, and keeps the values with these names."""
+    kept: dict[int, Values] = {}
+
+    def values_of(index: int) -> Values:
+        if index in kept:
+            return kept[index]
+        values = run(index)
+        if index < FEW:
+            kept[index] = {name: values[name] for name in names}
+        return values
+
+    return values_of
 
 
 def _is_decided(judgements: list[Judgement]) -> bool:
     """Returns whether more than half of REPEATS + 1 runs pass, or fail."""
-    if len(judgements) >= FEW - 1 and all(judgement.ratio > HOPELESS for judgement in judgements):
+    if len(judgements) >= 3 and all(judgement.ratio > REPEAT_LIMIT for judgement in judgements):
         return True
     passed = sum(judgement.passed for judgement in judgements)
     return max(passed, len(judgements) - passed) > REPEATS // 2

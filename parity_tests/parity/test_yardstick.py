@@ -14,6 +14,7 @@ from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
     FEW,
+    LIMITS,
     REPEATS,
     SAMPLES,
     Judgement,
@@ -185,12 +186,76 @@ def test_a_bias_and_a_larger_error_of_a_single_number_are_found() -> None:
 def test_samples_are_taken_only_if_they_are_needed() -> None:
     runs = Runs(0)
     assert runs.judge().passed and runs.counts == {"reference": 1, "torch": 1, "mlx": 1}
-    runs = Runs(0, bias=100)
+    runs = Runs(0, bias=14)
     assert not runs.judge().passed
     assert runs.counts["torch"] == 1 + SAMPLES and runs.counts["mlx"] == 1 + REPEATS // 2  # decided by then
+    assert runs.counts["reference"] == 1 + SAMPLES  # the repetitions use those of the first samples
     runs = Runs(0, bias=1e4)
     assert not runs.judge().passed
-    assert runs.counts["torch"] == 1 + FEW and runs.counts["mlx"] == FEW - 1
+    assert runs.counts["torch"] == 1 + min(LIMITS) and runs.counts["mlx"] == 3
+
+
+class Several:
+    """Runs of three numbers with normal errors: two outputs and a gradient, each with its own error in MLX."""
+
+    def __init__(self, **errors: float) -> None:
+        self._generator, self._errors = np.random.default_rng(0), errors
+        self.torch = self.mlx = 0
+
+    def run(self, error: float = 0.0, **errors: float) -> dict[str, Value]:
+        draws = {name: error * self._generator.standard_normal() + errors.get(name, 0.0) for name in self._errors}
+        return {name: Value(np.array([1 + 1e-6 * draw]), "fp32") for name, draw in draws.items()}
+
+    def sample(self, index: int) -> dict[str, Value]:
+        self.torch += 1
+        return self.run(1.0)
+
+    def repeat(self, index: int) -> dict[str, Value]:
+        self.mlx += 1
+        return self.run(1.0, **self._errors)
+
+    def judge(self, **options: Any) -> dict[str, Judgement]:
+        samples = Samples(lambda index: self.run(), self.sample, self.repeat)
+        ours, theirs = self.run(1.0, **self._errors), self.run(1.0)
+        return judge_values(ours, theirs, self.run(), samples=samples, **options)
+
+
+def test_one_value_over_the_tolerance_ends_the_sampling_of_the_others() -> None:
+    runs = Several(output=1e5, other=14.0)
+    found = runs.judge()
+    assert not found["output"].passed and runs.torch == FEW and runs.mlx == 2
+    # where the verdict depends on the other value, it has all samples
+    runs = Several(output=0.0, other=14.0)
+    assert not runs.judge()["other"].passed and runs.torch == SAMPLES
+
+
+def test_of_a_replay_the_worst_output_is_needed_or_else_the_worst_gradient() -> None:
+    runs = Several(output=1e5, **{"gradient:weight": 14.0, "input 0": 14.0})
+    assert not runs.judge(only_worst=True)["output"].passed and runs.torch == min(LIMITS) and runs.mlx == 2
+    # an undecided output is needed, because a gradient over the tolerance may be its consequence
+    runs = Several(output=14.0, **{"gradient:weight": 1e5})
+    assert not runs.judge(only_worst=True)["output"].passed and runs.torch == SAMPLES
+    runs = Several(**{"gradient:weight": 1e5, "input 0": 14.0})
+    assert not runs.judge(only_worst=True)["gradient:weight"].passed and runs.torch == min(LIMITS)
+
+
+def test_a_value_that_passes_by_repetition_does_not_end_the_sampling_of_the_others() -> None:
+    """One outlier of MLX is no difference, so the other values need all samples."""
+    runs = Several(output=1e5, other=14.0)
+    runs.repeat = lambda index: runs.run(1.0, other=14.0)  # type: ignore[method-assign]
+    found = runs.judge()
+    assert found["output"].passed and not found["other"].passed and runs.torch == FEW + SAMPLES
+
+
+@pytest.mark.parametrize(("count", "limit"), LIMITS.items())
+def test_the_limits_of_early_decisions_are_as_rare_as_the_final_one(count: int, limit: float) -> None:
+    """The tail of Student's t distribution, by its leading term, for an error of MLX twice that of PyTorch."""
+
+    def tail(degrees: int, t: float) -> float:
+        density = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+        return 2 * density * degrees ** ((degrees + 1) / 2) / degrees * t**-degrees
+
+    assert tail(count, limit / 2) < 1 / 270_000 < tail(SAMPLES, FACTOR)
 
 
 def test_values_that_are_infinite_in_all_runs_pass() -> None:
