@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -76,8 +77,12 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
         outputs = _CONVERTER.arrays(module(*filled.args, **filled.kwargs))
         if cotangents is not None:
             by = [*inputs, *parameters.values()]
-            seeds = [_tensor(value, first) for value in cotangents]
-            computed = torch.autograd.grad(outputs, by, seeds, allow_unused=True) if by else []
+            # integers, constants and results of a part without gradients have none
+            pairs = [(o, _tensor(s, first)) for o, s in zip(outputs, cotangents, strict=True) if o.requires_grad]
+            seeded, seeds = [output for output, _ in pairs], [seed for _, seed in pairs]
+            computed: Any = [None] * len(by)
+            if by and pairs:
+                computed = torch.autograd.grad(seeded, by, seeds, allow_unused=True)
             gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(by, computed, strict=True)]
     by_name = {name: to_numpy(tensor) for name, tensor in zip(parameters, gradients[len(inputs) :], strict=False)}
     return _CONVERTER.replayed(outputs, gradients[: len(inputs)], by_name)
@@ -136,7 +141,7 @@ def _perturbed(tensor: torch.Tensor, perturb: Any, what: str, path: str, number:
 
 
 def _map_tensors(outputs: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Applies a function to each tensor of nested tuples, lists and dicts."""
+    """Applies a function to each tensor of nested tuples, lists, dicts and dataclasses."""
     if isinstance(outputs, torch.Tensor):
         return function(outputs)
     if isinstance(outputs, dict):
@@ -144,6 +149,8 @@ def _map_tensors(outputs: Any, function: Callable[[torch.Tensor], torch.Tensor])
     if isinstance(outputs, (tuple, list)):
         items = [_map_tensors(item, function) for item in outputs]
         return type(outputs)(*items) if hasattr(outputs, "_fields") else type(outputs)(items)
+    if is_dataclass(outputs) and not isinstance(outputs, type):
+        return replace(outputs, **{f.name: _map_tensors(getattr(outputs, f.name), function) for f in fields(outputs)})
     return outputs
 
 
