@@ -131,6 +131,20 @@ def test_structures_that_are_no_classes(name: str, tmp_path: Path) -> None:
     assert is_one_line(caught.value, str(tmp_path), *names) and len(str(caught.value)) < 300 + 3 * len(str(tmp_path))
 
 
+def test_a_name_in_two_forms_of_unicode(tmp_path: Path) -> None:
+    """A folder that was packed on one system and unpacked on another one may have an accent as a character."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    place(tmp_path, f"train/{composed}/1.png", "train/tea/1.png", f"valid/{decomposed}/1.png", "valid/tea/1.png")
+    with pytest.raises(DataError) as caught:
+        class_folders(tmp_path)
+    assert is_one_line(caught.value, "two forms of Unicode", r"'caf\xe9' in", r"'cafe\u0301' in")
+    place(tmp_path, f"train/{decomposed}/1.png")
+    if len(list((tmp_path / "train").iterdir())) == 3:  # not on a file system that takes them for one name
+        with pytest.raises(DataError) as caught:
+            class_folders(tmp_path / "train")
+        assert is_one_line(caught.value, "two forms of Unicode", r"'caf\xe9'", r"'cafe\u0301'")
+
+
 def test_classes_may_contain_subfolders(tmp_path: Path) -> None:
     place(tmp_path, "cat/1.png", "cat/more/2.png", "dog/1.png", "dog/more/2.png", "dog/other/3.JPG")
     assert layout(tmp_path) == (

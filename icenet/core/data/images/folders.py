@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,6 +285,7 @@ def _classes(root: Folder) -> list[str]:
         remedy = f"if its folders are the classes, set data.source={below.path}" if below else "add another one"
         raise DataError(f"folder {root.path} has only one class ({name}); a classifier needs two or more: {remedy}")
     _check_filled(root)
+    _check_different_names(root)
     _check_not_like_splits(root)
     _check_not_the_same_subfolders(root)
     return names
@@ -296,6 +298,17 @@ def _check_filled(root: Folder) -> None:
             f"class folder {root.path / empty[0]} contains no images ({', '.join(sorted(SUFFIXES))}); add some, or "
             "remove it"
         )
+
+
+def _check_different_names(root: Folder) -> None:
+    """Raises DataError if two classes have one name in two forms of Unicode, as after a copy from another system."""
+    seen: dict[str, str] = {}
+    for name in sorted(root.subfolders):
+        if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise DataError(
+                f"{root.path}: two folders have the name {name} in two forms of Unicode ({ascii(other)} and "
+                f"{ascii(name)}); join them, or rename one"
+            )
 
 
 def _first_with_classes(folder: Folder) -> Folder | None:
@@ -348,6 +361,14 @@ def _check_same_classes(train: Folder, validation: Folder) -> None:
     if ours == theirs:
         _check_filled(validation)
         return
+    by_form = [{unicodedata.normalize("NFC", name): name for name in names} for names in (ours, theirs)]
+    pairs = [(name, by_form[1][form]) for form, name in sorted(by_form[0].items()) if form in by_form[1]]
+    for name, other in pairs:
+        if name != other:
+            raise DataError(
+                f"the splits have the class folder {name} in two forms of Unicode ({ascii(name)} in {train.path}, "
+                f"{ascii(other)} in {validation.path}); rename one"
+            )
     parts = [
         f"only {folder.path} has {some(sorted(names))}"
         for folder, names in ((train, ours - theirs), (validation, theirs - ours))
