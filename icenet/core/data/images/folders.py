@@ -306,8 +306,8 @@ def _check_different_names(root: Folder) -> None:
     for name in sorted(root.subfolders):
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
             raise DataError(
-                f"{root.path}: two folders have the name {name} in two forms of Unicode ({ascii(other)} and "
-                f"{ascii(name)}); join them, or rename one"
+                f"{root.path}: two folders have the name {name} in two forms of Unicode ({other!a} and "
+                f"{name!a}); join them, or rename one"
             )
 
 
@@ -366,8 +366,8 @@ def _check_same_classes(train: Folder, validation: Folder) -> None:
     for name, other in pairs:
         if name != other:
             raise DataError(
-                f"the splits have the class folder {name} in two forms of Unicode ({ascii(name)} in {train.path}, "
-                f"{ascii(other)} in {validation.path}); rename one"
+                f"the splits have the class folder {name} in two forms of Unicode ({name!a} in {train.path}, "
+                f"{other!a} in {validation.path}); rename one"
             )
     parts = [
         f"only {folder.path} has {some(sorted(names))}"
