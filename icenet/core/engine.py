@@ -460,10 +460,14 @@ def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_s
 
 
 def _check_output(output: Any, labels: list[int], vocab_size: int) -> None:
-    """Checks that logits have the shape of the labels and a value for each class. MLX checks neither."""
-    shape = list(output.shape) if hasattr(output, "shape") else None
-    if shape is None or shape[:-1] != labels or shape[-1] < vocab_size:
-        given = f"is {shape}" if shape is not None else f"has type {type(output).__name__}"
+    """Checks that logits are floats, in the shape of the labels, with a value for each class. MLX checks neither."""
+    is_array = hasattr(output, "shape") and not isinstance(output, np.ndarray)
+    shape = list(output.shape) if is_array else []
+    dtype = str(output.dtype).rpartition(".")[2] if is_array else ""
+    if shape[:-1] != labels or shape[-1] < vocab_size or "float" not in dtype:
+        given = f"has type {type(output).__name__}"
+        if is_array:
+            given = f"is {shape}" if "float" in dtype else f"has the dtype {dtype}"
         raise UsageError(
             f"the output of the model {given}, and for labels {labels} it must be logits {[*labels, vocab_size]} "
             "(the last number is model.vocab_size)"
