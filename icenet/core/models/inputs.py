@@ -42,10 +42,6 @@ def check_tokens(input_ids: Any, attention_mask: Any, past: int | None, array_ty
     if given != expected:
         before = f" after {past} tokens" if past else ""
         raise UsageError(f"attention_mask must be {expected} for input_ids {shape}{before}, not {given}")
-    if not dtype_name(attention_mask).startswith(("bool", "int", "uint")):  # an additive mask would be reversed
-        raise UsageError(
-            f"attention_mask must be boolean or integers, False or 0 for padding, not {dtype_name(attention_mask)}"
-        )
 
 
 def check_left_padding(attention_mask: Any) -> None:
