@@ -56,18 +56,19 @@ class KVCache(Cache):
             for layer in self.layers:
                 layer.grow(self.capacity)
 
-    def begin(self, length: int, attention_mask: mx.array | None) -> tuple[mx.array, str | mx.array | None]:
-        """Begins to read `length` columns; `end` ends it.
+    def begin(self, input_ids: mx.array, attention_mask: mx.array | None) -> tuple[mx.array, str | mx.array | None]:
+        """Begins to read tokens; `end` ends it.
 
         Args:
-            length: T.
-            attention_mask: Mask whose last T columns are those of the new columns, `[B, S]`, or None if they have no
+            input_ids: `[B, T]`.
+            attention_mask: Mask whose last T columns are those of the tokens, `[B, S]`, or None if they have no
                 padding. Its padding is on the left.
 
         Returns:
-            The position of each new token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of
             `scaled_dot_product_attention`.
         """
+        length = input_ids.shape[1]
         if attention_mask is not None:
             padding = (attention_mask[:, -length:] == 0).sum(axis=1).astype(mx.int32)
             self.padding = padding if self.padding is None else self.padding + padding

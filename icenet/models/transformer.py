@@ -133,7 +133,7 @@ class TransformerModel(BaseModel):
         if cache is None:
             positions, mask = ops.positions_and_mask(input_ids, attention_mask, self.config.causal)
         else:
-            positions, mask = cache.begin(length, attention_mask)
+            positions, mask = cache.begin(input_ids, attention_mask)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + self._positions[positions]
         x = self.embedding_dropout(x.astype(self.compute_dtype))

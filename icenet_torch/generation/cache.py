@@ -15,7 +15,6 @@ class KVCache(Cache):
 
     Args:
         num_layers: Number of attention layers.
-        device: Device of the model.
 
     Attributes:
         layers: The cache of each layer.
@@ -26,9 +25,9 @@ class KVCache(Cache):
 
     step = 256
 
-    def __init__(self, num_layers: int, device: torch.device) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.capacity = 0
-        self.position = torch.zeros((), dtype=torch.int32, device=device)
+        self.position = torch.zeros((), dtype=torch.int32)
         self.padding: torch.Tensor | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
@@ -56,31 +55,33 @@ class KVCache(Cache):
                 layer.grow(self.capacity)
 
     def begin(
-        self, length: int, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, str | torch.Tensor | None]:
-        """Begins to read `length` columns; `end` ends it.
+        """Begins to read tokens; `end` ends it.
 
         Args:
-            length: T.
-            attention_mask: Mask whose last T columns are those of the new columns, `[B, S]`, or None if they have no
+            input_ids: `[B, T]`.
+            attention_mask: Mask whose last T columns are those of the tokens, `[B, S]`, or None if they have no
                 padding. Its padding is on the left.
 
         Returns:
-            The position of each new token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of
             `scaled_dot_product_attention`.
         """
+        length, device = input_ids.shape[1], input_ids.device
+        self.position = self.position.to(device)
         if attention_mask is not None:
             padding = (attention_mask[:, -length:] == 0).sum(dim=1, dtype=torch.int32)
             self.padding = padding if self.padding is None else self.padding + padding
         if self.length is not None:
             self.reserve(length)
-        columns = self.position + torch.arange(length, device=self.position.device)
+        columns = self.position + torch.arange(length, device=device)
         positions = columns if self.padding is None else torch.clamp(columns - self.padding[:, None], min=0)
         if self.length is not None and self.padding is None:
             return positions, "causal"
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
-        keys = torch.arange(count, device=self.position.device)
+        keys = torch.arange(count, device=device)
         is_token = keys[None] >= (0 if self.padding is None else self.padding[:, None])
         return positions, make_attention_mask(is_token, columns, causal=True)
 

@@ -137,7 +137,7 @@ class TransformerModel(BaseModel):
         if cache is None:
             positions, mask = ops.positions_and_mask(input_ids, attention_mask, self.config.causal)
         else:
-            positions, mask = cache.begin(length, attention_mask)
+            positions, mask = cache.begin(input_ids, attention_mask)
 
         x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + self._positions[positions]
         x = self.embedding_dropout(x.to(self.compute_dtype))
@@ -158,4 +158,4 @@ class TransformerModel(BaseModel):
 
     def make_cache(self) -> KVCache:
         """Returns an empty cache."""
-        return KVCache(len(self.blocks), self.device)
+        return KVCache(len(self.blocks))
