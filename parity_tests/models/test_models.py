@@ -215,7 +215,7 @@ def test_padding_changes_nothing_for_real_positions(backend: str, changes: Any, 
     spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in lengths]
     for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
         tokens[index, span], mask[index, span] = row[0], 1
-    for kind in (np.int32, np.bool_):
+    for kind in (np.int32, np.bool_, np.float32):
         padded = plain(model(native(backend, tokens), native(backend, mask.astype(kind))))
         assert np.isfinite(padded).all()  # padding too: a NaN there would spread
         for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
