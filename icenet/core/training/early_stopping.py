@@ -39,15 +39,18 @@ class EarlyStopping:
         best = (
             "none was finite" if self.step is None else f"the best is {self.validation_loss:.4f} at step {self.step}"
         )
-        return f"{self.num_bad_evals} evaluations without a lower validation loss; {best}"
+        plural = "" if self.num_bad_evals == 1 else "s"
+        return f"{self.num_bad_evals} evaluation{plural} without a lower validation loss; {best}"
 
     @classmethod
     def read(cls, stored: Any) -> EarlyStopping:
         """Returns the entry `best` of a checkpoint's state.json; the initial state if it is absent or invalid."""
-        if not isinstance(stored, Mapping) or not isinstance(stored.get("step"), int):
+        if not isinstance(stored, Mapping):
             return cls()
-        loss = stored.get("validation_loss")
-        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+        num_bad_evals = int(stored.get("num_bad_evals", stored.get("waited", 0)))  # "waited" until version 0.1
+        step, loss = stored.get("step"), stored.get("validation_loss")
+        if step is None and loss is None:  # no evaluation was finite
+            return cls(num_bad_evals=num_bad_evals)
+        if not isinstance(step, int) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
             return cls()
-        num_bad_evals = stored.get("num_bad_evals", stored.get("waited", 0))  # "waited" until version 0.1
-        return cls(stored["step"], float(loss), int(num_bad_evals))
+        return cls(step, float(loss), num_bad_evals)

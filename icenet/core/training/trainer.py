@@ -218,7 +218,11 @@ class Trainer:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
             best = EarlyStopping.read(found.state.get("best"))
-            if not config.training.keep_best or checkpoints.path_of(plan.run, best.step or 0).is_dir():
+            if (
+                not config.training.keep_best
+                or best.step is None
+                or checkpoints.path_of(plan.run, best.step).is_dir()
+            ):
                 trainer.early_stopping = best
         same_data = found.state.get("data") == trainer.dataset.fingerprint
         trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)

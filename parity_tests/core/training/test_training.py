@@ -235,6 +235,7 @@ def test_the_best_evaluation() -> None:
         assert EarlyStopping.read({"step": 1, "validation_loss": loss}) == EarlyStopping()
     for stored in (None, 3, {}, {"step": "x"}):
         assert EarlyStopping.read(stored) == EarlyStopping()
+    assert "1 evaluation without" in EarlyStopping(num_bad_evals=1).reason
 
 
 @both_backends
@@ -535,3 +536,10 @@ def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
     config = tiny(tmp_path, "training.eval_every=2", "training.eval_batches=1", "training.early_stopping=2")
     result = evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [math.nan] * 9).fit()
     assert result.stopped_early and result.step == 4 and result.early_stopping.step is None
+    for key in ("keep_best=true", "keep_best=false"):  # the count continues in a resumed run
+        found = Trainer.resume(
+            tmp_path / "run", overrides=["training.early_stopping=3", f"training.{key}"], quiet=True
+        )
+        assert found.early_stopping.num_bad_evals == 2
+    result = evaluated(found, [math.nan] * 9).fit()
+    assert result.stopped_early and result.step == 6
