@@ -51,15 +51,17 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     rounding error grows with sqrt(n), 20 times PyTorch's for the statistics of a plain `mlx.nn.BatchNorm` over 16
     images of 32x32. IceNet's own layers avoid this and are not granted this floor. For MLX's own layers and for a
     user's code, if a ratio exceeds FACTOR with floor 5, the samples are taken again with all sums of PyTorch term by
-    term. A value that then passes is reported as less exact, with the ratio without this floor (`plain_ratio`).
+    term, also those within its norms, softmax and bias gradients (`icenet_torch.tools.sums`). The roundings of a long
+    sum hardly depend on the last bits of its terms, so the sums of each sample begin at another term. A value that
+    then passes is reported as less exact, with the ratio without this floor (`plain_ratio`).
 
-    Sampling ends early for a value whose ratio is so large that further samples cannot lower it to FACTOR: above 400
-    after 3 samples, 100 after 4, 52 after 6, 32 after 8. With k samples the ratio of two equal normal errors has
-    Student's t distribution with k degrees of freedom. Even if the error of MLX is twice that of PyTorch, it exceeds
-    these limits by chance once in 280,000 times or less, which is as rare as FACTOR after 12 samples with equal
-    errors. Of the results of a replay only the worst is reported, so sampling ends there once an output is over the
-    tolerance, or a gradient if no output is undecided. If a layer differs in its replay, the report has failed, and
-    FEW = 4 samples without repetitions decide which other values of the run are shown as over the tolerance.
+Early end: sampling ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
+8 (LIMITS). With k samples the ratio of two equal normal errors has Student's t distribution with k degrees of
+freedom. Even if the error of MLX is twice that of PyTorch, it exceeds these limits by chance less often than equal
+errors exceed FACTOR after 12 samples. Of the results of a replay only the worst is reported, so sampling ends there
+once an output is over the tolerance, or a gradient if no output is undecided. Once a value of a run is over the
+tolerance, the report has failed, and FEW = 4 samples decide which of the other values are shown as over it; if a
+layer differs in its replay, without repetitions.
 
 Repetition: the noise of an ill-conditioned value has outliers. Example: the gradient through a batch norm over two
 values that are nearly equal, in half precision, is the reciprocal of a difference of rounding errors. No number of

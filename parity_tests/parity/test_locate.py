@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import is_one_line, same_bits
 from parity_config import transformer_config
+from planted import FAULTS
 from rich.console import Console
 
-from icenet.core import backends
+from icenet.core import backends, rng
 from icenet.parity import align, locate
 from icenet.parity.engines import Engines, build
 from icenet.parity.report import Report
-from icenet.parity.run import compare_engines
+from icenet.parity.run import compare_engines, optimizer_rows
 from icenet.parity.trace import Call, Value, short_dtype
 
 Modules = dict[str, Any]
@@ -130,11 +131,29 @@ def test_a_wrong_optimizer_is_found(without_dropout: Engines, batch: Any) -> Non
     assert failing == ["training step on equal gradients"]
 
 
+def test_an_error_of_an_update_is_found_at_any_learning_rate(
+    without_dropout: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 3e-4, weight decay after the step changes a parameter by less than its rounding."""
+    training = without_dropout.torch.config.training
+    assert training.learning_rate == 3e-4 and training.optimizer == "adamw"  # with its default decay
+    gradients = {path: rng.normal(rng.key(0, path), a.shape) for path, a in without_dropout.torch.weights().items()}
+    assert all(row.passed for row in optimizer_rows(without_dropout, [gradients]))
+    fault = next(fault for fault in FAULTS if fault.name == "AdamW: weight decay after the step")
+    fault.plant(monkeypatch, without_dropout.mlx)
+    failed = {(row.kind, row.path) for row in optimizer_rows(without_dropout, [gradients]) if not row.passed}
+    assert ("parameter", "blocks.0.attention.q_proj.weight") in failed
+    assert {kind for kind, _ in failed} == {"parameter"}
+
+
+@pytest.mark.usefixtures("few_samples")
 def test_a_comparison_leaves_the_engines_unchanged(engines: Engines, batch: Any) -> None:
-    before = [(engine.weights(), engine.optimizer_state()) for engine in engines]
-    compare_engines(engines, batch)
-    for engine, (weights, state) in zip(engines, before, strict=True):
-        assert same_bits(engine.weights(), weights) and same_bits(engine.optimizer_state(), state)
+    """Also one that samples the noise of a layer and of all values."""
+    for used in (engines, with_fault(engines, layer_norm_eps)):
+        before = [(engine.weights(), engine.optimizer_state()) for engine in used]
+        compare_engines(used, batch)
+        for engine, (weights, state) in zip(used, before, strict=True):
+            assert same_bits(engine.weights(), weights) and same_bits(engine.optimizer_state(), state)
 
 
 # ---- the report ---------------------------------------------------------------------------------------------

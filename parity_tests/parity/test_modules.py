@@ -413,6 +413,16 @@ def test_sums_term_by_term_are_less_exact_in_each_function(name: str) -> None:
     assert 2 * errors[0] ** 0.5 < errors[1] ** 0.5 < 1e-4
 
 
+def test_each_sample_sums_in_another_order() -> None:
+    """The roundings of a long sum hardly depend on its terms, so that equal orders have equal errors."""
+    x = torch.from_numpy(draw(100_000))
+    sums = []
+    for sample in range(4):
+        with summing_in_order(sample):
+            sums.append(float(x.sum()))
+    assert len(set(sums)) > 2 and max(sums) - min(sums) < 1e-2
+
+
 def test_sums_of_a_plain_group_norm_are_less_exact() -> None:
     x = draw(1, 4, 60, 60, seed=16)  # one mean and variance only: a single draw of the error
     report = compare((M.GroupNorm(1, 4, pytorch_compatible=True), T.GroupNorm(1, 4)), x)
@@ -454,6 +464,12 @@ def test_a_comparison_leaves_the_modules_unchanged() -> None:
         volumes(torch.from_numpy(draw(*VOLUME)))
         assert volumes.num_batches_tracked == 1 and volumes.running_mean.any()
     assert volumes.num_batches_tracked == 0 and not volumes.running_mean.any()
+
+
+def test_pooling_layers_are_compared_in_training_mode() -> None:
+    """They hold functions of MLX, which cannot be copied."""
+    twins = M.Sequential(M.MaxPool2d(2), M.BatchNorm(6)), T.Sequential(T.MaxPool2d(2), T.BatchNorm2d(6))
+    assert compare(twins, draw(2, 6, 8, 8), train=True).passed
 
 
 def test_what_is_no_module() -> None:
