@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,9 +102,14 @@ def read(path: str | os.PathLike[str]) -> Weights:
         file = path
     else:
         raise WeightsError(f"{path}: no such file or folder; give a {SUFFIX} file or the folder of one")
-    if file.is_file() and not file.name.endswith(INDEX_SUFFIX):
-        return Weights(path, [file])
     index = index_of(file)
+    if file.is_file() and not file.name.endswith(INDEX_SUFFIX):
+        if path.is_dir() and index.is_file():
+            logging.getLogger("icenet").warning(
+                f"{path}: has {file.name} and {index.name}; the file is read, not the shards of the index, which may "
+                "be another version of the model: give the path of the index to read them"
+            )
+        return Weights(path, [file])
     if index.is_file():
         return _read_index(path, index)
     if path.is_dir():

@@ -1,8 +1,9 @@
-"""Arrays of the frameworks and of numpy as weights: every dtype and stride gives the values, on both backends."""
+"""Weights as users have them: arrays of both frameworks and numpy of any dtype and stride, folders with two forms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import icenet.blas  # before mlx: it decides which BLAS MLX finds
@@ -15,6 +16,7 @@ import torch
 from helpers import TINY_MODELS, both_backends, is_one_line
 
 import icenet
+from icenet.core import weights
 from icenet.core.config import Config
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.models.modules import get_weights, set_weights
@@ -74,3 +76,16 @@ def test_a_state_that_is_no_array_of_the_framework(backend: str) -> None:
         with pytest.raises(UsageError) as error:
             model(tokens, hidden=hidden)
         assert is_one_line(str(error.value), "hidden", type(hidden[0] if isinstance(hidden, tuple) else 3).__name__)
+
+
+def test_a_folder_with_a_file_and_an_index_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"a": np.ones(4, np.float32), "b": np.zeros(4, np.float32)}
+    weights.write(tmp_path, values, max_shard_bytes=16)
+    assert weights.read(tmp_path)["a"].sum() == 4
+    assert caplog.records == []
+    weights.write(tmp_path / "other.safetensors", {"a": 2 * values["a"]})
+    (tmp_path / "other.safetensors").rename(tmp_path / "model.safetensors")
+    assert weights.read(tmp_path)["a"].sum() == 8
+    (record,) = caplog.records
+    assert is_one_line(record.getMessage(), "model.safetensors", "model.safetensors.index.json")
+    assert weights.read(tmp_path / "model.safetensors.index.json")["a"].sum() == 4
