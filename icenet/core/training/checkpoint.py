@@ -246,6 +246,14 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
+def _no_checkpoint(path: Path) -> CheckpointError:
+    if path.name == FOLDER and list_checkpoints(path.parent):
+        return CheckpointError(f"{path}: contains the checkpoints of a run; give its folder, {path.parent}")
+    if path.is_file() and (path.parent / MANIFEST).is_file():
+        return CheckpointError(f"{path}: is a file of a checkpoint; give its folder, {path.parent}")
+    return CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
+
+
 def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete: bool = True) -> Checkpoint:
     """Opens a checkpoint, or the newest intact checkpoint of a run.
 
@@ -265,7 +273,7 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
     check_link(path)
     candidates = list_checkpoints(path)[::-1]
     if not candidates:
-        raise CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
+        raise _no_checkpoint(path)
     problems: list[tuple[Path, IceNetError]] = []
     for candidate in candidates:
         try:
@@ -276,8 +284,8 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
         incomplete = next((entry for entry in problems if isinstance(entry[1], IncompleteError)), None)
         if incomplete is not None and not skip_incomplete:
             raise IncompleteError(
-                f"{_reason(incomplete[1])}; copy the rest of {incomplete[0].name}, or continue from the newest intact "
-                f"checkpoint: --resume {found.path}"
+                f"{_reason(incomplete[1])}; copy the rest of {incomplete[0].name}, or continue from the newest "
+                f"intact checkpoint: --resume {found.path}"
             )
         for skipped, problem in problems:
             (warn or logging.getLogger("icenet").warning)(f"skipping {skipped.name}: {problem}")

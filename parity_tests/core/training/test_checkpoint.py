@@ -64,6 +64,14 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded["a.weight"], torch.from_numpy(arrays(3)["a.weight"]))
 
 
+def test_a_path_within_a_run_is_answered_with_the_folder_to_give(run: Path) -> None:
+    newest = step_folder(run, 3)
+    for path, folder in ((newest.parent, run), (newest / "model.safetensors", newest)):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.find(path)
+        assert is_one_line(error.value, f"{path}: ", f"give its folder, {folder}")
+
+
 def test_the_manifest_is_of_the_files(run: Path) -> None:
     files = tree(step_folder(run, 2))
     manifest = json.loads((step_folder(run, 2) / "manifest.json").read_text())
