@@ -11,7 +11,7 @@ from icenet.core.data.images.dataset import ImageDataset
 
 _SAME_FUNCTION = {"type", "dropout", "compile_model"}
 """Keys of `model` that do not change what the trained weights compute. Another type has other weights."""
-_ORDER = ("seed", "training.batch_size", "data.seq_length", "data.packing")
+_ORDER = ["seed", "training.batch_size", "data.seq_length", "data.packing"]
 """Keys on which the training data of a step depend."""
 
 
@@ -52,8 +52,10 @@ def _of_model(before: Config, after: Config) -> list[str]:
 
 def _of_overlap(before: Config, after: Config, dataset: Dataset) -> list[str]:
     """Returns the keys whose change moves training data into the validation part."""
+    if next(iter(dataset.validation_batches(1, 1)), None) is None:
+        return []
     is_images = isinstance(dataset, ImageDataset)
-    if next(iter(dataset.validation_batches(1, 1)), None) is None or (is_images and dataset.source.held_out):
+    if isinstance(dataset, ImageDataset) and dataset.source.held_out:  # a validation part of its own
         return []
     is_larger = after.data.validation_fraction > before.data.validation_fraction
     return [*(["seed"] if is_images else []), *(["data.validation_fraction"] if is_larger else [])]
