@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
 from icenet.core.generation.cache import Cache
-from icenet.nn.attention import make_attention_mask
+from icenet.nn.attention import Mask, make_attention_mask
 
 
 class KVCache(Cache):
@@ -56,16 +58,19 @@ class KVCache(Cache):
             for layer in self.layers:
                 layer.grow(self.capacity)
 
-    def begin(self, input_ids: mx.array, attention_mask: mx.array | None) -> tuple[mx.array, str | mx.array | None]:
+    def begin(
+        self, input_ids: mx.array, attention_mask: mx.array | None, windows: Iterable[int | None] = (None,)
+    ) -> tuple[mx.array, dict[int | None, Mask]]:
         """Begins to read tokens; `end` ends it.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: Mask whose last T columns are those of the tokens, `[B, S]`, or None if they have no
                 padding. Its padding is on the left.
+            windows: Numbers of tokens that a token attends to; None for all.
 
         Returns:
-            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of each window for
             `scaled_dot_product_attention`.
         """
         length = input_ids.shape[1]
@@ -76,12 +81,14 @@ class KVCache(Cache):
             self.reserve(length)
         columns = self.position + mx.arange(length)
         positions = columns if self.padding is None else mx.maximum(columns - self.padding[:, None], 0)
-        if self.length is not None and self.padding is None:
-            return positions, "causal"
         # in a captured step, all columns of the buffers are keys
-        keys = mx.arange(self.capacity if self.length is None else self.length + length)
-        is_token = keys[None] >= (0 if self.padding is None else self.padding[:, None])
-        return positions, make_attention_mask(is_token, columns, causal=True)
+        count = self.capacity if self.length is None else self.length + length
+        is_token = None
+        if self.padding is not None:
+            is_token = mx.arange(count) >= self.padding[:, None]
+        elif self.length is None or any(window is not None and window < count for window in windows):
+            is_token = mx.ones((1, count), mx.bool_)
+        return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
     def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""

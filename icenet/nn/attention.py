@@ -2,57 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeAlias
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
 from icenet.nn.arrays import Array, product_dtype
 
+Mask: TypeAlias = str | Array | None
+"""None, "causal", or bool, True where a query may attend."""
 
-def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array | None) -> Array:
-    """Computes softmax(q k^T / sqrt(D)) v with the fused kernel.
+
+def scaled_dot_product_attention(
+    q: Array, k: Array, v: Array, mask: str | Array | None, scale: float | None = None, softcap: float | None = None
+) -> Array:
+    """Computes softmax(scale q k^T) v, with the fused kernel if there is no softcap.
 
     Args:
         q: Queries `[B, H, T, D]`.
-        k: Keys `[B, H, S, D]`.
-        v: Values `[B, H, S, D]`.
+        k: Keys `[B, K, S, D]`. Each of the K heads is shared by H / K heads of queries.
+        v: Values `[B, K, S, D]`.
         mask: None, "causal", or bool that broadcasts to `[B, H, T, S]`, True where a query may attend. A causal mask
             is aligned to the end: the last query attends to the last key, also if T < S.
+        scale: Factor of the scores; None is 1 / sqrt(D).
+        softcap: Limit c of the scores s, which become c * tanh(s / c) (Gemma 2, 2024); None: no limit.
 
     Returns:
         `[B, H, T, D]` in the dtype of q.
     """
     dtype = product_dtype(q)
-    scale = q.shape[-1] ** -0.5
-    out = mx.fast.scaled_dot_product_attention(
-        q.astype(dtype), k.astype(dtype), v.astype(dtype), scale=scale, mask=mask
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys, values = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    if softcap is None:
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return out.astype(q.dtype)
+    if isinstance(mask, str):
+        columns = mx.arange(k.shape[2])
+        mask = columns <= columns[-q.shape[2] :, None]
+    groups = q.shape[1] // k.shape[1]
+    keys, values = mx.repeat(keys, groups, axis=1), mx.repeat(values, groups, axis=1)
+    scores = (queries @ keys.swapaxes(2, 3)).astype(mx.float32) * scale
+    scores = softcap * mx.tanh(scores / softcap)
+    scores = scores if mask is None else mx.where(mask, scores, -mx.inf)
+    return (mx.softmax(scores, axis=-1).astype(dtype) @ values).astype(q.dtype)
+
+
+def rotate(x: Array, angles: Array, pairs: str) -> Array:
+    """Rotates pairs of values of queries or keys by the angles of their positions (Su et al., 2021).
+
+    Args:
+        x: `[B, H, T, D]`.
+        angles: Cosines and sines, fp32 `[T, 2, R / 2]` or `[B, 1, T, 2, R / 2]`. The first R of D values are rotated.
+        pairs: "half" for the pairs i and i + R / 2, "interleaved" for 2i and 2i + 1.
+    """
+    cos, sin = angles[..., 0, :], angles[..., 1, :]
+    size = 2 * cos.shape[-1]
+    y = x[..., :size].astype(mx.float32)
+    first, second = (
+        (y[..., ::2], y[..., 1::2]) if pairs == "interleaved" else (y[..., : size // 2], y[..., size // 2 :])
     )
-    return out.astype(q.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    joined = mx.stack(parts, axis=-1).reshape(y.shape) if pairs == "interleaved" else mx.concatenate(parts, axis=-1)
+    joined = joined.astype(x.dtype)
+    return joined if size == x.shape[-1] else mx.concatenate([joined, x[..., size:]], axis=-1)
 
 
-def positions_and_mask(
-    input_ids: Array, attention_mask: Array | None, causal: bool
-) -> tuple[Array, str | Array | None]:
-    """Returns the positions of tokens in their rows, and the mask of `scaled_dot_product_attention`.
+def positions_and_masks(
+    input_ids: Array, attention_mask: Array | None, causal: bool, windows: Iterable[int | None] = (None,)
+) -> tuple[Array, dict[int | None, Mask]]:
+    """Returns the positions of tokens in their rows, and masks of `scaled_dot_product_attention`.
 
     Args:
         input_ids: `[B, T]`.
         attention_mask: `[B, T]`, 0 or False for padding, or None. Positions are counted from the first token of each
             row that is not padding.
         causal: Whether a token attends to itself and to earlier tokens only.
+        windows: Numbers of tokens that a token attends to; None for all.
 
     Returns:
-        Positions, int32 `[T]` or `[B, T]`, and the mask.
+        Positions, int32 `[T]` or `[B, T]`, and the mask of each window.
     """
     columns = mx.arange(input_ids.shape[1])
     if attention_mask is None:
-        return columns, make_attention_mask(None, columns, causal)
+        return columns, {window: make_attention_mask(None, columns, causal, window) for window in windows}
     attention_mask = attention_mask.astype(mx.bool_)
     counted = mx.cumsum(attention_mask.astype(mx.int32), axis=1)
-    return mx.maximum(counted - 1, 0), make_attention_mask(attention_mask, columns, causal)
+    masks = {window: make_attention_mask(attention_mask, columns, causal, window) for window in windows}
+    return mx.maximum(counted - 1, 0), masks
 
 
-def make_attention_mask(attention_mask: Array | None, queries: Array, causal: bool) -> str | Array | None:
+def make_attention_mask(
+    attention_mask: Array | None, queries: Array, causal: bool, window: int | None = None
+) -> Mask:
     """Returns the mask of `scaled_dot_product_attention` for some of S columns.
 
     A padding query attends to itself. A row without any key would be zero in PyTorch and NaN in MLX; the outputs of
@@ -62,11 +105,16 @@ def make_attention_mask(attention_mask: Array | None, queries: Array, causal: bo
         attention_mask: bool `[B, S]`, False for padding, or None without padding.
         queries: Columns of the queries, int `[T]`.
         causal: Whether a query attends to its own and earlier columns only.
+        window: Number of columns that a query attends to, its own included; None for all.
     """
     if attention_mask is None:
-        return "causal" if causal else None
+        if window is None or window >= queries.shape[0]:
+            return "causal" if causal else None
+        attention_mask = mx.ones((1, queries.shape[0]), mx.bool_)
     keys = mx.arange(attention_mask.shape[1])
     mask = attention_mask[:, None, None, :]
     if causal:
         mask = mask & (keys <= queries[:, None])
+    if window is not None:
+        mask = mask & (keys > queries[:, None] - window)
     return mask | (keys == queries[:, None])

@@ -10,6 +10,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact
@@ -24,6 +25,31 @@ class LayerNorm(nn.LayerNorm):
 
     def __call__(self, x: Array) -> Array:
         return mx.fast.layer_norm(x.astype(self.weight.dtype), self.weight, self.bias, self.eps).astype(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalization over the last axis (Zhang and Sennrich, 2019), with statistics in fp32.
+
+    Args:
+        dims: Width of the last axis.
+        eps: Added to the mean of the squares.
+        offset: Multiply by 1 + weight, as in Gemma; the initial weight is zero.
+    """
+
+    def __init__(self, dims: int, eps: float = 1e-5, offset: bool = False) -> None:
+        super().__init__(dims, eps)
+        self.offset = offset
+        self.init_scale = 0.0 if offset else 1.0
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(mx.float32) if is_half(x) else x
+        weight = self.weight.astype(y.dtype)
+        return mx.fast.rms_norm(y, 1 + weight if self.offset else weight, self.eps).astype(x.dtype)
+
+
+def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
+    """Returns a new normalization layer over `dims` values."""
+    return RMSNorm(dims, plan.eps, plan.offset) if plan.kind == "rms_norm" else LayerNorm(dims, plan.eps)
 
 
 class BatchNorm2d(nn.BatchNorm):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from icenet.core.generation.cache import Cache
-from icenet_torch.nn.attention import make_attention_mask
+from icenet_torch.nn.attention import Mask, make_attention_mask
 
 
 class KVCache(Cache):
@@ -55,17 +57,18 @@ class KVCache(Cache):
                 layer.grow(self.capacity)
 
     def begin(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, str | torch.Tensor | None]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, windows: Iterable[int | None] = (None,)
+    ) -> tuple[torch.Tensor, dict[int | None, Mask]]:
         """Begins to read tokens; `end` ends it.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: Mask whose last T columns are those of the tokens, `[B, S]`, or None if they have no
                 padding. Its padding is on the left.
+            windows: Numbers of tokens that a token attends to; None for all.
 
         Returns:
-            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of
+            The position of each token in its row, int32 `[T]` or `[B, T]`, and the mask of each window for
             `scaled_dot_product_attention`.
         """
         length, device = input_ids.shape[1], input_ids.device
@@ -77,13 +80,14 @@ class KVCache(Cache):
             self.reserve(length)
         columns = self.position + torch.arange(length, device=device)
         positions = columns if self.padding is None else torch.clamp(columns - self.padding[:, None], min=0)
-        if self.length is not None and self.padding is None:
-            return positions, "causal"
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
-        keys = torch.arange(count, device=device)
-        is_token = keys[None] >= (0 if self.padding is None else self.padding[:, None])
-        return positions, make_attention_mask(is_token, columns, causal=True)
+        is_token = None
+        if self.padding is not None:
+            is_token = torch.arange(count, device=device) >= self.padding[:, None]
+        elif self.length is None or any(window is not None and window < count for window in windows):
+            is_token = torch.ones((1, count), dtype=torch.bool, device=device)
+        return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
     def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""

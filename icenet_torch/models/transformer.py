@@ -1,8 +1,9 @@
-"""The transformer (Vaswani et al., "Attention is all you need", 2017), PyTorch.
+"""The transformer (Vaswani et al., "Attention is all you need", 2017) and its variants, PyTorch.
 
-    tokens -> embedding * sqrt(D) + sinusoidal positions -> N x [attention, feed-forward] -> vocabulary
+    tokens -> embedding * scale + positions -> N x [attention, feed-forward] -> vocabulary
 
-Shapes: B batch, T new positions, S all positions (those in the cache and T), H heads, D hidden_size,
+Each option of the configuration is described in docs/models.md. Shapes: B batch, T new positions, S all positions
+(those in the cache and T), H heads of queries, K heads of keys and values, D hidden_size, E head_size,
 F feed-forward width, V vocab_size. The mirror is `icenet/models/transformer.py`.
 """
 
@@ -11,75 +12,116 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from icenet.core.config import TransformerConfig
+from icenet.core.config import TransformerConfig, transformer_plan
+from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, FeedForwardPlan
 from icenet.core.models.init import sinusoidal_positions
+from icenet.core.models.rotary import rotary_table
 from icenet_torch import nn as ops
 from icenet_torch.generation.cache import KVCache, LayerCache
 from icenet_torch.models.base import BaseModel
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention."""
+    """Multi-head scaled dot-product attention. Groups of heads of queries share a head of keys and values."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, plan: AttentionPlan) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_heads
-        self.q_proj = ops.Linear(width, width)
-        self.k_proj = ops.Linear(width, width)
-        self.v_proj = ops.Linear(width, width)
-        self.out_proj = ops.Linear(width, width, init_scale=(2 * config.num_layers) ** -0.5)
-        self.dropout = ops.Dropout(config.dropout)
+        self.plan = plan
+        queries, keys = plan.num_heads * plan.head_size, plan.num_kv_heads * plan.head_size
+        self.q_proj = ops.Linear(plan.width, queries, plan.bias)
+        self.k_proj = ops.Linear(plan.width, keys, plan.bias)
+        self.v_proj = ops.Linear(plan.width, keys, plan.bias)
+        self.out_proj = ops.Linear(queries, plan.width, plan.output_bias, plan.init_scale)
+        if plan.query_key_norm != "none":
+            per_head = plan.query_key_norm == "head"
+            self.q_norm = ops.make_norm(plan.norm, plan.head_size if per_head else queries)
+            self.k_norm = ops.make_norm(plan.norm, plan.head_size if per_head else keys)
+        self.dropout = ops.Dropout(plan.dropout)
 
     def forward(
-        self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: LayerCache | None = None
+        self,
+        x: torch.Tensor,
+        mask: ops.Mask,
+        angles: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        batch, length, width = x.shape
-        q, k, v = (
-            projection(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, T, D/H]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.plan.query_key_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        if self.plan.query_key_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = ops.rotate(q, angles, self.plan.rotary_pairs), ops.rotate(k, angles, self.plan.rotary_pairs)
         if cache is not None:
-            k, v = cache.append(k, v)  # [B, H, S, D/H]
-        mixed = ops.scaled_dot_product_attention(q, k, v, mask).swapaxes(1, 2).reshape(batch, length, width)
-        return self.dropout(self.out_proj(mixed))
+            k, v = cache.append(k, v)  # [B, K, S, E]
+        mixed = ops.scaled_dot_product_attention(q, k, v, mask, self.plan.scale, self.plan.softcap)
+        return self.dropout(self.out_proj(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `[B, T, H * E]` as `[B, H, T, E]`."""
+        return x.reshape(*x.shape[:2], -1, self.plan.head_size).swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them; its width is F = feed_forward_multiplier * D."""
+    """A feed-forward network: down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, plan: FeedForwardPlan) -> None:
         super().__init__()
-        width = config.hidden_size
-        inner = config.feed_forward_multiplier * width
-        self.activation = config.activation
-        self.up_proj = ops.Linear(width, inner)
-        self.down_proj = ops.Linear(inner, width, init_scale=(2 * config.num_layers) ** -0.5)
-        self.dropout = ops.Dropout(config.dropout)
+        self.activation = plan.activation
+        if plan.is_gated:
+            self.gate_proj = ops.Linear(plan.width, plan.inner, plan.bias)
+        self.up_proj = ops.Linear(plan.width, plan.inner, plan.bias)
+        self.down_proj = ops.Linear(plan.inner, plan.width, plan.bias, plan.init_scale)
+        self.is_gated = plan.is_gated
+        self.dropout = ops.Dropout(plan.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(ops.activation(self.activation, self.up_proj(x))))
+        if self.is_gated:
+            inner = ops.activation(self.activation, self.gate_proj(x)) * self.up_proj(x)
+        else:
+            inner = ops.activation(self.activation, self.up_proj(x))
+        return self.dropout(self.down_proj(inner))
 
 
 class TransformerBlock(nn.Module):
     """Attention and feed-forward network, each in a residual branch."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, plan: BlockPlan) -> None:
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
-        self.attention_norm = ops.LayerNorm(config.hidden_size)
-        self.attention = Attention(config)
-        self.feed_forward_norm = ops.LayerNorm(config.hidden_size)
-        self.feed_forward = FeedForward(config)
+        width = plan.attention.width
+        self.norm_position = plan.norm_position
+        self.parallel = plan.parallel
+        self.window = plan.attention.window
+        self.attention_norm = ops.make_norm(plan.norm, width)
+        self.attention = Attention(plan.attention)
+        self.feed_forward_norm = ops.make_norm(plan.norm, width)
+        self.feed_forward = FeedForward(plan.feed_forward)
+        if plan.norm_position == "sandwich":
+            self.attention_post_norm = ops.make_norm(plan.norm, width)
+            self.feed_forward_post_norm = ops.make_norm(plan.norm, width)
 
     def forward(
-        self, x: torch.Tensor, mask: str | torch.Tensor | None, cache: LayerCache | None = None
+        self,
+        x: torch.Tensor,
+        mask: ops.Mask,
+        angles: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        if self.pre_norm:
-            x = x + self.attention(self.attention_norm(x), mask, cache)
+        if self.parallel:
+            attended = self.attention(self.attention_norm(x), mask, angles, cache)
+            return x + attended + self.feed_forward(self.feed_forward_norm(x))
+        if self.norm_position == "pre":
+            x = x + self.attention(self.attention_norm(x), mask, angles, cache)
             return x + self.feed_forward(self.feed_forward_norm(x))
-        x = self.attention_norm(x + self.attention(x, mask, cache))
-        return self.feed_forward_norm(x + self.feed_forward(x))
+        if self.norm_position == "post":
+            x = self.attention_norm(x + self.attention(x, mask, angles, cache))
+            return self.feed_forward_norm(x + self.feed_forward(x))
+        if self.norm_position == "branch":
+            x = x + self.attention_norm(self.attention(x, mask, angles, cache))
+            return x + self.feed_forward_norm(self.feed_forward(x))
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), mask, angles, cache))
+        return x + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class TransformerModel(BaseModel):
@@ -91,15 +133,25 @@ class TransformerModel(BaseModel):
         super().__init__(config)
         width = config.hidden_size
         self.token_embedding = ops.Embedding(config.vocab_size, width)
-        self.register_buffer(
-            "_positions", torch.from_numpy(sinusoidal_positions(config.max_seq_length, width)), persistent=False
-        )
+        if config.positions == "learned":
+            self.position_embedding = ops.Embedding(config.max_seq_length, width)
+        elif config.positions == "sinusoidal":
+            self.register_buffer(
+                "_positions", torch.from_numpy(sinusoidal_positions(config.max_seq_length, width)), persistent=False
+            )
+        elif config.positions == "rotary":
+            size = transformer_plan.rotary_size(config)
+            self.register_buffer(
+                "_rotary_table",
+                torch.from_numpy(rotary_table(config.max_seq_length, size, config.rotary_theta)),
+                persistent=False,
+            )
         self.embedding_dropout = ops.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        if config.norm_position == "pre":
-            self.final_norm = ops.LayerNorm(width)
+        self.blocks = nn.ModuleList(TransformerBlock(plan) for plan in transformer_plan.blocks(config))
+        if config.norm_position != "post":
+            self.final_norm = ops.make_norm(transformer_plan.norm(config), width)
         if not config.tie_embeddings:
-            self.output = ops.Linear(width, config.vocab_size, bias=False)
+            self.output = ops.Linear(width, config.vocab_size, bias=config.output_bias)
         if seed is not None:
             self.init_weights(seed)
 
@@ -134,27 +186,48 @@ class TransformerModel(BaseModel):
         past = 0 if cache is None else cache.length
         if past is not None:  # in a captured step, the caller checks it
             self.check_length(past + length)
+        windows = {block.window for block in self.blocks}
         if cache is None:
-            positions, mask = ops.positions_and_mask(input_ids, attention_mask, self.config.causal)
+            positions, masks = ops.positions_and_masks(input_ids, attention_mask, self.config.causal, windows)
         else:
-            positions, mask = cache.begin(input_ids, attention_mask)
+            positions, masks = cache.begin(input_ids, attention_mask, windows)
 
-        x = self.token_embedding(input_ids) * self.config.hidden_size**0.5 + self._positions[positions]
-        x = self.embedding_dropout(x.to(self.compute_dtype))
+        x = self.embed(input_ids, positions)
+        angles = self.rotary_angles(positions)
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x = ops.checkpoint(block, x, mask)
+                x = ops.checkpoint(block, x, masks[block.window], angles)
             else:
-                x = block(x, mask, cache.layers[index] if cache else None)
+                x = block(x, masks[block.window], angles, cache.layers[index] if cache else None)
         if cache is not None:
             cache.end(length)
-        return self.final_norm(x) if self.config.norm_position == "pre" else x
+        return self.final_norm(x) if self.config.norm_position != "post" else x
+
+    def embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the first block, `[B, T, D]`."""
+        scale = self.config.embedding_scale or self.config.hidden_size**0.5
+        x = self.token_embedding(input_ids) * scale
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        elif self.config.positions == "sinusoidal":
+            x = x + self._positions[positions]
+        return self.embedding_dropout(x.to(self.compute_dtype))
+
+    def rotary_angles(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Returns cosines and sines for `ops.rotate`; None without rotary positions."""
+        if self.config.positions != "rotary":
+            return None
+        angles = self._rotary_table[positions]  # [T, 2, R / 2] or [B, T, 2, R / 2]
+        return angles if positions.ndim == 1 else angles[:, None]
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns logits `[..., V]` of hidden states `[..., D]`."""
         if self.config.tie_embeddings:
-            return self.token_embedding.as_linear(hidden_states)
-        return self.output(hidden_states)
+            logits = self.token_embedding.as_linear(hidden_states)
+        else:
+            logits = self.output(hidden_states)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def make_cache(self) -> KVCache:
         """Returns an empty cache."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from icenet_torch.nn.activations import activation
-from icenet_torch.nn.attention import positions_and_mask, scaled_dot_product_attention
+from icenet_torch.nn.attention import Mask, positions_and_masks, rotate, scaled_dot_product_attention
 from icenet_torch.nn.checkpointing import checkpoint
 from icenet_torch.nn.conv import Conv2d, global_average_pool, max_pool
 from icenet_torch.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from icenet_torch.nn.linear import Embedding, Linear
 from icenet_torch.nn.loss import cross_entropy
-from icenet_torch.nn.norm import BatchNorm2d, LayerNorm
+from icenet_torch.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN
 
 __all__ = [
@@ -24,12 +24,16 @@ __all__ = [
     "LSTM",
     "LayerNorm",
     "Linear",
+    "Mask",
+    "RMSNorm",
     "RNN",
     "activation",
     "checkpoint",
     "cross_entropy",
     "global_average_pool",
+    "make_norm",
     "max_pool",
-    "positions_and_mask",
+    "positions_and_masks",
+    "rotate",
     "scaled_dot_product_attention",
 ]

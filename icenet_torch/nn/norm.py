@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import LEFT_OUT, STATISTICS
 from icenet_torch.nn.arrays import Array, is_half
@@ -23,6 +24,31 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Array) -> Array:
         y = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
         return y.to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalization over the last axis (Zhang and Sennrich, 2019), with statistics in fp32.
+
+    Args:
+        dims: Width of the last axis.
+        eps: Added to the mean of the squares.
+        offset: Multiply by 1 + weight, as in Gemma; the initial weight is zero.
+    """
+
+    def __init__(self, dims: int, eps: float = 1e-5, offset: bool = False) -> None:
+        super().__init__(dims, eps)
+        self.offset = offset
+        self.init_scale = 0.0 if offset else 1.0
+
+    def forward(self, x: Array) -> Array:
+        y = x.float() if is_half(x) else x
+        weight = self.weight.to(y.dtype)
+        return F.rms_norm(y, self.normalized_shape, 1 + weight if self.offset else weight, self.eps).to(x.dtype)
+
+
+def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
+    """Returns a new normalization layer over `dims` values."""
+    return RMSNorm(dims, plan.eps, plan.offset) if plan.kind == "rms_norm" else LayerNorm(dims, plan.eps)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

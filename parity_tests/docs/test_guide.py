@@ -239,7 +239,7 @@ def test_the_configurations_of_the_pages(page: str, here: Path) -> None:
         (here / "page.yaml").write_text(block if "model" in values else f"{block}\nmodel: {{type: transformer}}\n")
         config = Config.from_yaml("page.yaml")
         for section in ("data", "training", "generation", "model"):
-            for key, value in values.get(section, {}).items():
+            for key, value in (values.get(section) or {}).items():  # an empty section is null
                 found = getattr(getattr(config, section), key)
                 if key == "parameter_groups":
                     assert [given.parameters for given in found] == [group["parameters"] for group in value]

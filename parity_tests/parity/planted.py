@@ -177,6 +177,14 @@ def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
     return original(q * q.shape[1] ** -0.5, k, v, mask)
 
 
+def is_sinusoidal(config: Config) -> bool:
+    return getattr(config.model, "positions", None) == "sinusoidal"
+
+
+def is_rotary(config: Config) -> bool:
+    return getattr(config.model, "positions", None) == "rotary"
+
+
 def shifted(mask: Any, length: int, offset: int) -> Array:
     positions = mx.arange(length)
     causal = positions <= positions[:, None] + offset
@@ -195,19 +203,41 @@ def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
 
 
 @replaces("padding mask: ignored", attention, "make_attention_mask", "transformer")
-def _(original: Any, attention_mask: Any, queries: Array, causal: bool) -> Any:
-    return original(None, queries, causal)
+def _(original: Any, attention_mask: Any, queries: Array, causal: bool, window: int | None = None) -> Any:
+    return original(None, queries, causal, window)
 
 
-@fault("positions: shifted by one", "transformer")
+@fault("positions: shifted by one", "transformer", fits=is_sinusoidal)
 def _(patch: Patch, engine: Engine) -> None:
     table = engine.model._positions
     engine.model._positions = mx.concatenate([table[1:], table[:1]])
 
 
-@fault("positions: rounded to bf16", "transformer")
+@fault("positions: rounded to bf16", "transformer", fits=is_sinusoidal)
 def _(patch: Patch, engine: Engine) -> None:
     engine.model._positions = engine.model._positions.astype(mx.bfloat16).astype(mx.float32)
+
+
+@fault("rotary positions: sines rounded to bf16", "transformer", fits=is_rotary)
+def _(patch: Patch, engine: Engine) -> None:
+    table = engine.model._rotary_table
+    engine.model._rotary_table = table.astype(mx.bfloat16).astype(mx.float32)
+
+
+@replaces("rotary positions: the other pairs", attention, "rotate", "transformer", fits=is_rotary)
+def _(original: Any, x: Array, angles: Array, pairs: str) -> Array:
+    return original(x, angles, "half" if pairs == "interleaved" else "interleaved")  # type: ignore[no-any-return]
+
+
+@replaces(
+    "sliding window: one token more",
+    attention,
+    "make_attention_mask",
+    "transformer",
+    fits=lambda config: getattr(config.model, "sliding_window", None) is not None,
+)
+def _(original: Any, attention_mask: Any, queries: Array, causal: bool, window: int | None = None) -> Any:
+    return original(attention_mask, queries, causal, None if window is None else window + 1)
 
 
 @replaces("embedding: scaled by 1.00001", nn.Embedding, "__call__", "transformer", *RNN)

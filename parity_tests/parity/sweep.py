@@ -76,17 +76,49 @@ class Draw(random.Random):
 def transformer(draw: Draw) -> dict[str, Any]:
     heads = draw.randint(1, 4)
     head_size = draw.choice([size for size in range(1, 14) if heads * size % 2 == 0])
-    return {
+    model = {
         "hidden_size": heads * head_size,
         "num_layers": draw.randint(1, 2),
         "num_heads": heads,
         "max_seq_length": draw.choice([16, 33]),
         "activation": draw.cycle("activation", ACTIVATIONS),
         "feed_forward_multiplier": draw.randint(1, 4),
-        "norm_position": draw.cycle("norm_position", ["pre", "post"]),
+        "norm_position": draw.cycle("norm_position", ["pre", "post", "sandwich", "branch"]),
         "causal": draw.cycle("causal", YES_NO),
         "tie_embeddings": draw.cycle("tie_embeddings", YES_NO),
     }
+    return {**model, **transformer_options(draw, model)}
+
+
+def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of later families of transformers."""
+    layers, heads = model["num_layers"], model["num_heads"]
+    options: dict[str, Any] = {
+        "positions": draw.cycle("positions", ["sinusoidal", "learned", "rotary", "none"]),
+        "rotary_theta": draw.choice([10000.0, 300.0]),
+        "rotary_fraction": draw.choice([1.0, 0.5]),
+        "rotary_pairs": draw.cycle("rotary_pairs", ["half", "interleaved"]),
+        "head_size": draw.choice([None, 4, 8]),
+        "num_kv_heads": draw.choice([None, 1]) if heads > 1 else None,
+        "query_key_norm": draw.cycle("query_key_norm", ["none", "head", "all"]),
+        "norm": draw.cycle("norm", ["layer_norm", "rms_norm"]),
+        "norm_eps": draw.choice([1e-5, 1e-3]),
+        "feed_forward": draw.cycle("feed_forward", ["plain", "gated"]),
+        "feed_forward_size": draw.choice([None, 5]),
+    }
+    for name in ("attention_bias", "attention_output_bias", "feed_forward_bias", "norm_offset"):
+        options[name] = draw.cycle(name, YES_NO)
+    options["norm_offset"] &= options["norm"] == "rms_norm"
+    options["output_bias"] = draw.cycle("output_bias", YES_NO) and not model["tie_embeddings"]
+    options["parallel_residual"] = draw.cycle("parallel_residual", YES_NO) and model["norm_position"] == "pre"
+    for name in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
+        options[name] = draw.cycle(name, [None, None, 0.7])
+    if options["positions"] == "rotary":
+        options["head_size"] = draw.choice([4, 8])
+    if model["causal"] and draw.cycle("sliding_window", YES_NO):
+        options["sliding_window"] = draw.randint(1, 6)
+        options["layer_types"] = draw.choice([None, ["sliding", "full"][:layers]])
+    return options
 
 
 def recurrent(draw: Draw) -> dict[str, Any]:

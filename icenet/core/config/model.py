@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
-from icenet.core.config import cnn_plan, custom
+from icenet.core.config import cnn_plan, custom, transformer_plan
 from icenet.core.config.section import Section, nearest, to_python, unknown_family
 from icenet.core.errors import ConfigError
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A width, a depth or a count. The bound catches typing errors before memory is allocated."""
+
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class ModelConfig(Section):
@@ -49,31 +49,74 @@ class ModelConfig(Section):
 
 
 class TransformerConfig(ModelConfig):
-    """A transformer: a decoder if `causal`, otherwise an encoder."""
+    """A transformer: a decoder if `causal`, otherwise an encoder. `docs/models.md` has the formula of each option."""
 
     type: Literal["transformer"] = "transformer"
     """Model family."""
     num_heads: Size = 8
-    """Number of attention heads; the head dimension is hidden_size / num_heads."""
+    """Number of attention heads."""
+    num_kv_heads: Size | None = None
+    """Number of heads of keys and values, shared by equal groups of queries; null: num_heads."""
+    head_size: Size | None = None
+    """Width of a head; null: hidden_size / num_heads."""
     max_seq_length: Size = 512
     """Maximum number of tokens in a sequence."""
-    activation: Activation = "gelu"
-    """Activation of the feed-forward network; gelu is the exact form (erf), gelu_tanh its approximation."""
-    feed_forward_multiplier: Size = 4
-    """Width of the feed-forward network divided by hidden_size."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Layer norm before each sublayer (pre), or after the residual sum as in the original paper (post)."""
     causal: bool = True
     """Each position attends only to itself and to earlier positions."""
+    positions: transformer_plan.Positions = "sinusoidal"
+    """How the model knows positions: added to the embedding (sinusoidal, learned), or rotating queries and keys."""
+    rotary_theta: PositiveFloat = 10000.0
+    """Base of the angles of rotary positions."""
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of each head that rotary positions rotate."""
+    rotary_pairs: transformer_plan.RotaryPairs = "half"
+    """Values that rotate together: i and i + size / 2 (half), or 2i and 2i + 1 (interleaved)."""
+    attention_bias: bool = True
+    """Biases of the projections to queries, keys and values."""
+    attention_output_bias: bool | None = None
+    """Bias of the attention's output projection; null: attention_bias."""
+    attention_scale: PositiveFloat | None = None
+    """Factor of the product of queries and keys; null: 1 / sqrt(head_size)."""
+    attention_softcap: PositiveFloat | None = None
+    """Limit c of attention scores s, which become c * tanh(s / c); null: no limit."""
+    query_key_norm: transformer_plan.QueryKeyNorm = "none"
+    """RMS norm of queries and keys, of each head by itself or of all heads together."""
+    sliding_window: Size | None = None
+    """Number of tokens that a token attends to, itself included; null: all."""
+    layer_types: list[transformer_plan.LayerType] | None = None
+    """Which layers use sliding_window; null: all."""
+    activation: transformer_plan.Activation = "gelu"
+    """Activation of the feed-forward network; gelu is the exact form (erf), gelu_tanh its approximation."""
+    feed_forward: transformer_plan.FeedForward = "plain"
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+    feed_forward_multiplier: Size = 4
+    """Width of the feed-forward network divided by hidden_size."""
+    feed_forward_size: Size | None = None
+    """Width of the feed-forward network; null: feed_forward_multiplier * hidden_size."""
+    feed_forward_bias: bool = True
+    """Biases of the feed-forward network."""
+    norm: transformer_plan.Norm = "layer_norm"
+    """Normalization layers."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in norms."""
+    norm_offset: bool = False
+    """RMS norms multiply by 1 + weight."""
+    norm_position: transformer_plan.NormPosition = "pre"
+    """Norm before each sublayer (pre), after the residual sum (post), on both sides of it, or after it (branch)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward network read the same input: x + attention(norm(x)) + feed_forward(norm(x))."""
+    embedding_scale: PositiveFloat | None = None
+    """Factor of the token embedding; null: sqrt(hidden_size)."""
     tie_embeddings: bool = False
     """The output projection shares the weights of the token embedding."""
+    output_bias: bool = False
+    """Bias of the output projection."""
+    logit_softcap: PositiveFloat | None = None
+    """Limit c of logits l, which become c * tanh(l / c); null: no limit."""
 
     @model_validator(mode="after")
-    def _check_hidden_size(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} is odd: sinusoidal positions come in pairs")
+    def _check_options(self) -> Self:
+        transformer_plan.check(self)
         return self
 
 
@@ -92,7 +135,7 @@ class CNNConfig(ModelConfig):
     """Probability of zeroing an activation in training."""
     vocab_size: Size = 1000
     """Number of classes."""
-    activation: Activation = "relu"
+    activation: transformer_plan.Activation = "relu"
     """Activation of the blocks and of the classifier."""
     image_channels: Size = 3
     """Channels of an image: 3 for RGB, 1 for grayscale."""

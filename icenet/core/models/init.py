@@ -47,7 +47,7 @@ def initial_value(
         path: Path of the parameter in the model, which selects its random numbers.
         shape: Shape in PyTorch's layout.
         seed: Seed of the run.
-        init_scale: Factor of the standard deviation.
+        init_scale: Factor of the standard deviation, or of the weight one of a norm.
         out: Memory that normal variates may be drawn into (see `rng.normal`).
 
     Raises:
@@ -59,7 +59,7 @@ def initial_value(
         deviation = init_scale / math.sqrt(shape[-1])
         return rng.normal(rng.key(seed, "init", path), shape, deviation, out)
     if kind in ("layer_norm", "rms_norm", "group_norm"):
-        return np.ones(shape, np.float32) if name == "weight" else np.zeros(shape, np.float32)
+        return np.full(shape, init_scale if name == "weight" else 0, np.float32)
     if kind.startswith("conv"):
         if name == "bias":
             return np.zeros(shape, np.float32)

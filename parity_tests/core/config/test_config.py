@@ -32,10 +32,7 @@ from icenet.core.errors import ConfigError, IceNetError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = "model:\n  type: transformer\n"
-MODEL_KEYS = (
-    "type, hidden_size, num_layers, dropout, vocab_size, compile_model, num_heads, max_seq_length, activation, "
-    "feed_forward_multiplier, norm_position, causal, tie_embeddings"
-)
+MODEL_KEYS = ", ".join(TransformerConfig.model_fields)
 
 
 def read(folder: Path, text: str, *overrides: str) -> Config:

@@ -1,0 +1,194 @@
+"""The parts of a transformer: sizes and options of each block, derived from its configuration.
+
+The blocks of both backends take these values and not the configuration, so that other models can use them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+FeedForward = Literal["plain", "gated"]
+LayerType = Literal["full", "sliding"]
+Norm = Literal["layer_norm", "rms_norm"]
+NormPosition = Literal["pre", "post", "sandwich", "branch"]
+Positions = Literal["sinusoidal", "learned", "rotary", "none"]
+QueryKeyNorm = Literal["none", "head", "all"]
+RotaryPairs = Literal["half", "interleaved"]
+
+
+class TransformerFields(Protocol):
+    """The fields of `TransformerConfig` that determine the parts. A protocol, because it imports this module."""
+
+    hidden_size: int
+    num_layers: int
+    dropout: float
+    num_heads: int
+    num_kv_heads: int | None
+    head_size: int | None
+    causal: bool
+    positions: Positions
+    rotary_fraction: float
+    rotary_pairs: RotaryPairs
+    attention_bias: bool
+    attention_output_bias: bool | None
+    attention_scale: float | None
+    attention_softcap: float | None
+    query_key_norm: QueryKeyNorm
+    sliding_window: int | None
+    layer_types: list[LayerType] | None
+    activation: Activation
+    feed_forward: FeedForward
+    feed_forward_multiplier: int
+    feed_forward_size: int | None
+    feed_forward_bias: bool
+    norm: Norm
+    norm_eps: float
+    norm_offset: bool
+    norm_position: NormPosition
+    parallel_residual: bool
+    tie_embeddings: bool
+    output_bias: bool
+
+
+class NormPlan(NamedTuple):
+    """A normalization layer without its width."""
+
+    kind: Norm = "layer_norm"
+    eps: float = 1e-5
+    offset: bool = False
+    """Whether an RMS norm multiplies by 1 + weight."""
+
+
+class AttentionPlan(NamedTuple):
+    """An attention layer. Its input and output have `width` values."""
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    bias: bool = True
+    output_bias: bool = True
+    scale: float | None = None
+    """Factor of the scores; None is 1 / sqrt(head_size)."""
+    softcap: float | None = None
+    query_key_norm: QueryKeyNorm = "none"
+    norm: NormPlan = NormPlan()
+    """Norm of queries and keys."""
+    rotary_pairs: RotaryPairs = "half"
+    window: int | None = None
+    """Number of tokens that a token attends to, itself included; None: all."""
+    dropout: float = 0.0
+    init_scale: float = 1.0
+    """Factor of the initial values of the output projection."""
+
+
+class FeedForwardPlan(NamedTuple):
+    """A feed-forward network."""
+
+    width: int
+    inner: int
+    activation: Activation = "gelu"
+    is_gated: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    init_scale: float = 1.0
+    """Factor of the initial values of the last projection."""
+
+
+class BlockPlan(NamedTuple):
+    """A block: attention and feed-forward network, and the place of their norms."""
+
+    attention: AttentionPlan
+    feed_forward: FeedForwardPlan
+    norm: NormPlan = NormPlan()
+    norm_position: NormPosition = "pre"
+    parallel: bool = False
+
+
+def blocks(config: TransformerFields) -> list[BlockPlan]:
+    """Returns the plan of each block."""
+    width, heads = config.hidden_size, config.num_heads
+    init_scale = (2 * config.num_layers) ** -0.5
+    kinds: list[LayerType] = config.layer_types or ["sliding"] * config.num_layers
+    output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
+    attention = AttentionPlan(
+        width=width,
+        num_heads=heads,
+        num_kv_heads=config.num_kv_heads or heads,
+        head_size=head_size(config),
+        bias=config.attention_bias,
+        output_bias=output_bias,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        query_key_norm=config.query_key_norm,
+        norm=NormPlan("rms_norm", config.norm_eps, config.norm_offset),
+        rotary_pairs=config.rotary_pairs,
+        dropout=config.dropout,
+        init_scale=init_scale,
+    )
+    feed_forward = FeedForwardPlan(
+        width=width,
+        inner=config.feed_forward_size or config.feed_forward_multiplier * width,
+        activation=config.activation,
+        is_gated=config.feed_forward == "gated",
+        bias=config.feed_forward_bias,
+        dropout=config.dropout,
+        init_scale=init_scale,
+    )
+    return [
+        BlockPlan(
+            attention._replace(window=config.sliding_window if kind == "sliding" else None),
+            feed_forward,
+            norm(config),
+            config.norm_position,
+            config.parallel_residual,
+        )
+        for kind in kinds
+    ]
+
+
+def norm(config: TransformerFields) -> NormPlan:
+    """Returns the plan of the norms of blocks and of the final norm."""
+    return NormPlan(config.norm, config.norm_eps, config.norm_offset)
+
+
+def head_size(config: TransformerFields) -> int:
+    """Returns the width of an attention head."""
+    return config.head_size or config.hidden_size // config.num_heads
+
+
+def rotary_size(config: TransformerFields) -> int:
+    """Returns how many values of a head are rotated."""
+    return int(head_size(config) * config.rotary_fraction)
+
+
+def check(config: TransformerFields) -> None:
+    """Raises ValueError if options contradict each other."""
+    heads, width = config.num_heads, config.hidden_size
+    if config.head_size is None and width % heads:
+        raise ValueError(f"hidden_size {width} is not a multiple of num_heads {heads}; or give head_size")
+    if heads % (config.num_kv_heads or heads):
+        raise ValueError(f"num_heads {heads} is not a multiple of num_kv_heads {config.num_kv_heads}")
+    if config.positions == "sinusoidal" and width % 2:
+        raise ValueError(f"hidden_size {width} is odd: sinusoidal positions come in pairs")
+    if config.positions == "rotary" and (rotary_size(config) % 2 or rotary_size(config) == 0):
+        raise ValueError(
+            f"rotary positions come in pairs: rotary_fraction {config.rotary_fraction} of a head of "
+            f"{head_size(config)} is {rotary_size(config)}"
+        )
+    if config.layer_types is not None:
+        if len(config.layer_types) != config.num_layers:
+            raise ValueError(
+                f"layer_types has {len(config.layer_types)} layers and num_layers is {config.num_layers}"
+            )
+        if config.sliding_window is None and "sliding" in config.layer_types:
+            raise ValueError("layer_types has sliding layers, which need sliding_window")
+    if config.sliding_window is not None and not config.causal:
+        raise ValueError("sliding_window needs causal: true")
+    if config.norm_offset and config.norm != "rms_norm":
+        raise ValueError("norm_offset is for norm: rms_norm")
+    if config.parallel_residual and config.norm_position != "pre":
+        raise ValueError(f"parallel_residual needs norm_position: pre, not {config.norm_position}")
+    if config.output_bias and config.tie_embeddings:
+        raise ValueError("output_bias needs tie_embeddings: false")

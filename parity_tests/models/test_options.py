@@ -1,0 +1,142 @@
+"""The options of the transformer: both backends against PyTorch in float64, whole and through the cache.
+
+`core/families` compares the options with Hugging Face's models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import both_backends, build_model, native, plain, token_ids
+
+from icenet.core.config import ModelConfig
+from icenet.core.errors import ConfigError
+
+SMALL: dict[str, Any] = {
+    "type": "transformer",
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 61,
+    "max_seq_length": 40,
+    "dropout": 0.0,
+}
+LLAMA = {
+    "positions": "rotary",
+    "norm": "rms_norm",
+    "feed_forward": "gated",
+    "feed_forward_size": 40,
+    "activation": "silu",
+    "attention_bias": False,
+    "feed_forward_bias": False,
+    "embedding_scale": 1.0,
+    "num_kv_heads": 2,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "learned positions": {"positions": "learned", "embedding_scale": 1.0, "activation": "gelu_tanh"},
+    "no positions": {"positions": "none"},
+    "rotary positions": {"positions": "rotary", "head_size": 8},
+    "part of a head": {"positions": "rotary", "head_size": 16, "rotary_fraction": 0.25, "rotary_theta": 500.0},
+    "interleaved pairs": {"positions": "rotary", "rotary_pairs": "interleaved"},
+    "llama": LLAMA,
+    "one head of keys": {"num_kv_heads": 1, "head_size": 10},
+    "sliding window": {**LLAMA, "sliding_window": 5},
+    "every other layer slides": {**LLAMA, "sliding_window": 3, "layer_types": ["sliding", "full"]},
+    "norm of each head": {**LLAMA, "query_key_norm": "head", "output_bias": True},
+    "norm of all heads": {**LLAMA, "query_key_norm": "all", "norm_position": "branch"},
+    "soft caps": {**LLAMA, "attention_softcap": 0.5, "logit_softcap": 0.7, "attention_scale": 0.3},
+    "gemma": {**LLAMA, "norm_offset": True, "norm_position": "sandwich", "tie_embeddings": True},
+    "parallel": {"parallel_residual": True, "positions": "rotary", "rotary_fraction": 0.34, "head_size": 12},
+    "biases": {"attention_output_bias": False, "feed_forward_bias": False, "norm_position": "post"},
+}
+CHANGES = {name: {**SMALL, **options} for name, options in OPTIONS.items()}
+by_option = pytest.mark.parametrize("values", CHANGES.values(), ids=CHANGES)
+
+
+def build(backend: str, values: dict[str, Any]) -> Any:
+    """Returns a model whose weights, norms included, are all random."""
+    model = build_model(backend, ModelConfig(**values))
+    drawn = np.random.default_rng(7)
+    weights = {name: array + 0.1 * drawn.normal(size=array.shape) for name, array in model.weights().items()}
+    model.set_weights({name: array.astype(np.float32) for name, array in weights.items()})
+    return model
+
+
+def check_close(actual: Any, exact: Any, noise: Any) -> None:
+    """The error is at most 8 times that of PyTorch in fp32."""
+    scale = max(float(np.abs(noise - exact).max()), 2.0**-23 * float(np.abs(exact).max()))
+    assert float(np.abs(actual - exact).max()) <= 8 * scale
+
+
+@both_backends
+@by_option
+def test_logits_whole_padded_and_through_the_cache(backend: str, values: dict[str, Any]) -> None:
+    model, exact_model, noisy = build(backend, values), build("exact", values), build("torch", values)
+    tokens = token_ids(2, 20, vocab_size=61)
+    mask = np.ones((2, 20), np.int32)
+    mask[1, :6] = 0
+    for given_mask in (None, mask):
+        masks = () if given_mask is None else (torch.from_numpy(given_mask),)
+        exact, noise = (plain(each(torch.from_numpy(tokens), *masks)) for each in (exact_model, noisy))
+        kept = np.ones((2, 20), bool) if given_mask is None else given_mask.astype(bool)
+        own = () if given_mask is None else (native(backend, given_mask),)
+        check_close(plain(model(native(backend, tokens), *own))[kept], exact[kept], noise[kept])
+        cache, start, parts = model.make_cache(), 0, []
+        for length in (4, 1, 9, 1, 1, 4):
+            stop = start + length
+            piece_mask = None if given_mask is None else native(backend, given_mask[:, :stop])
+            parts.append(plain(model(native(backend, tokens[:, start:stop]), piece_mask, cache)))
+            start = stop
+        check_close(np.concatenate(parts, axis=1)[kept], exact[kept], noise[kept])
+
+
+@both_backends
+@by_option
+def test_a_captured_step_has_the_tokens_of_the_whole_context(backend: str, values: dict[str, Any]) -> None:
+    model, prompts = build(backend, values), [[5, 6, 7, 8, 9, 10, 11], [3, 4]]
+    rows = model.generate(prompts, max_new_tokens=12, temperature=0.0, details=True)
+    for prompt, row in zip(prompts, rows, strict=True):
+        tokens = prompt + row.tokens
+        logits = plain(model(native(backend, np.array([tokens], np.int32))))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == row.tokens
+
+
+@by_option
+def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
+    tokens = torch.from_numpy(token_ids(1, 20, vocab_size=61))
+    whole = plain(build("torch", values)(tokens))
+    for key, value in values.items():
+        if key in SMALL or key in ("head_size", "num_kv_heads", "feed_forward_size"):  # which change shapes
+            continue
+        if ModelConfig.model_fields.get(key) or value == type(ModelConfig(**SMALL)).model_fields[key].default:
+            continue
+        other = {name: given for name, given in values.items() if name != key}
+        try:
+            assert plain(build("torch", other)(tokens)).shape != whole.shape or not np.array_equal(
+                plain(build("torch", other)(tokens)), whole
+            )
+        except ConfigError:  # another option needs this one
+            continue
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "num_heads 5"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"positions": "rotary", "rotary_fraction": 0.1}, "rotary positions come in pairs"),
+        ({"layer_types": ["full"]}, "layer_types has 1 layers"),
+        ({"layer_types": ["full", "sliding"]}, "sliding_window"),
+        ({"sliding_window": 3, "causal": False}, "causal: true"),
+        ({"norm_offset": True}, "rms_norm"),
+        ({"parallel_residual": True, "norm_position": "post"}, "norm_position"),
+        ({"output_bias": True, "tie_embeddings": True}, "tie_embeddings"),
+        ({"attention_softcap": 0}, "attention_softcap"),
+    ],
+)
+def test_options_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{**SMALL, **changes})
