@@ -85,7 +85,6 @@ def transformer(draw: Draw) -> dict[str, Any]:
         "feed_forward_multiplier": draw.randint(1, 4),
         "norm_position": draw.cycle("norm_position", ["pre", "post", "sandwich", "branch"]),
         "causal": draw.cycle("causal", YES_NO),
-        "tie_embeddings": draw.cycle("tie_embeddings", YES_NO),
     }
     return {**model, **transformer_options(draw, model)}
 
@@ -109,15 +108,16 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
     for name in ("attention_bias", "attention_output_bias", "feed_forward_bias", "norm_offset"):
         options[name] = draw.cycle(name, YES_NO)
     options["norm_offset"] &= options["norm"] == "rms_norm"
-    options["output_bias"] = draw.cycle("output_bias", YES_NO) and not model["tie_embeddings"]
+    output = draw.cycle("output", ["tied", "plain", "bias", "tied"])
+    options |= {"tie_embeddings": output == "tied", "output_bias": output == "bias"}
     options["parallel_residual"] = draw.cycle("parallel_residual", YES_NO) and model["norm_position"] == "pre"
     for name in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
         options[name] = draw.cycle(name, [None, None, 0.7])
     if options["positions"] == "rotary":
         options["head_size"] = draw.choice([4, 8])
-    if model["causal"] and draw.cycle("sliding_window", YES_NO):
-        options["sliding_window"] = draw.randint(1, 6)
-        options["layer_types"] = draw.choice([None, ["sliding", "full"][:layers]])
+    if sliding := draw.cycle("sliding_window", ["all", "some", None, None]):
+        options |= {"sliding_window": draw.randint(1, 6), "causal": True}
+        options["layer_types"] = None if sliding == "all" else ["sliding", "full"][:layers]
     return options
 
 

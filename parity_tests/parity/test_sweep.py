@@ -9,7 +9,7 @@ import itertools
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import planted
 import pytest
@@ -88,7 +88,7 @@ def test_every_option_is_covered() -> None:
     for section in set(FAMILIES.values()):
         for name, field in section.model_fields.items():
             found = seen[section.__name__, name]
-            choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             choices = choices or ((False, True) if field.annotation is bool else ())
             assert {json.dumps(choice) for choice in choices} <= found, (section, name, found)
             assert len(found) > 1 or len(choices) == 1, (section, name, found)
