@@ -39,8 +39,8 @@ class Decoder(DecoderBase):
     def choose(self, scores: mx.array) -> tuple[mx.array, mx.array]:
         return scores.argmax(-1), scores.max(-1)  # argmax passes over NaN, max does not
 
-    def start_copy(self, token: mx.array, best: mx.array) -> tuple[mx.array, mx.array]:
-        mx.async_eval(token, best)
+    def start_copy(self, token: mx.array, best: mx.array, state: list[mx.array]) -> tuple[mx.array, mx.array]:
+        mx.async_eval(token, best, state)  # lazy arrays would need the thread and keep the graphs of all steps
         return token, best
 
     def fetch(self, handle: tuple[mx.array, mx.array]) -> Tokens:

@@ -29,7 +29,7 @@ class KVCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         self.capacity = 0
-        self.position = torch.zeros((), dtype=torch.int32)
+        self.position = torch.zeros((), dtype=torch.int32, device="cpu")
         self.padding: torch.Tensor | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 

@@ -52,7 +52,7 @@ class Decoder(DecoderBase):
         best, token = scores.max(dim=-1)
         return token, best
 
-    def start_copy(self, token: torch.Tensor, best: torch.Tensor) -> Handle:
+    def start_copy(self, token: torch.Tensor, best: torch.Tensor, state: list[torch.Tensor]) -> Handle:
         if token.device.type != "cuda":
             return token, best, None
         # the copies are queued on the stream before the work of the next step

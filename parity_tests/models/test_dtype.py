@@ -14,7 +14,7 @@ from helpers import TINY_MODELS, both_backends, build_model, native, plain, toke
 import icenet
 from icenet.core import backends
 from icenet.core.config import ModelConfig
-from icenet.core.errors import UsageError
+from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files
 
 NUMPY_DTYPES = {"fp32": np.dtype("f4"), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype("f2")}
@@ -113,3 +113,19 @@ def test_loading_keeps_no_second_copy(tmp_path: Path, backend: str) -> None:
     assert size > 40e6
     assert mapped() - before < 0.2 * size
     del model
+
+
+@both_backends
+def test_values_outside_of_the_dtype_are_refused(tmp_path: Path, backend: str) -> None:
+    model = save(tmp_path, "gru")
+    weights = model.weights()
+    weights["output.weight"][3, 2] = 7e4
+    model.set_weights(weights)
+    icenet.save(model, tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"output\.weight: 70000 is too large for the model's float16; use bf16"
+    ):
+        icenet.load(tmp_path, backend, "cpu", dtype="fp16")
+    loaded = icenet.load(tmp_path, backend, "cpu")
+    with pytest.raises(WeightsError, match=r"output\.weight: 1e\+300 is too large for the model's float32"):
+        loaded.set_weights({**weights, "output.weight": np.full(weights["output.weight"].shape, 1e300)})

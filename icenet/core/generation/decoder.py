@@ -41,6 +41,11 @@ class State:
     keys: Any
     seen: Any
 
+    @property
+    def arrays(self) -> list[Any]:
+        """All arrays of the state."""
+        return [*self.cache, *(array for array in (self.index, self.keys, self.seen) if array is not None)]
+
 
 class Choice(NamedTuple):
     """The choice of the next token of each row.
@@ -169,7 +174,7 @@ class DecoderBase(ABC):
                 self.cache.length += 1
             else:
                 self.state, self.choice = self.choose_token(self.state, logits)
-            return self.start_copy(self.choice.token, self.choice.best)
+            return self.start_copy(self.choice.token, self.choice.best, self.state.arrays)
 
     def _read(self, token: Any) -> Any:
         """Reads one token of each row, int `[B]`, where `decode_step` cannot.
@@ -198,17 +203,10 @@ class DecoderBase(ABC):
     def inference_mode(self) -> Iterator[None]:
         """Sets the model to evaluation mode, and opens its arithmetic, for one step.
 
-        The mode is restored after each step, so a caller that consumes a stream sees the model in its own mode.
+        The modes are restored after each step, so a caller that consumes a stream sees its own.
         """
-        was_training = self.model.training
-        if was_training:  # the calls visit all modules
-            self.model.eval()
-        try:
-            with self.model.arithmetic():
-                yield
-        finally:
-            if was_training:
-                self.model.train()
+        with self.model.evaluation(), self.model.arithmetic():
+            yield
 
     # ---- operations of the framework ---------------------------------------------------------------------
 
@@ -240,8 +238,12 @@ class DecoderBase(ABC):
         """
 
     @abstractmethod
-    def start_copy(self, token: Any, best: Any) -> Any:
-        """Starts to compute tokens and their scores, and to copy them to the host. Returns a handle for `fetch`."""
+    def start_copy(self, token: Any, best: Any, state: list[Any]) -> Any:
+        """Starts to compute tokens, their scores and the arrays of the state, and to copy the first two to the host.
+
+        Returns:
+            A handle for `fetch`.
+        """
 
     @abstractmethod
     def fetch(self, handle: Any) -> Tokens:

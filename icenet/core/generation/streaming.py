@@ -107,10 +107,9 @@ def generate_text(
     if model.tokenizer is None:
         raise UsageError("generate: the model has no tokenizer; set model.tokenizer, or use model.generate with ids")
     prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-    wrong = next((item for item in prompts if not isinstance(item, str)), None)
-    if wrong is not None:
+    if wrong := [item for item in prompts if not isinstance(item, str)]:
         raise UsageError(
-            f"generate: a prompt must be a text, not {type(wrong).__name__}; use model.generate for token ids"
+            f"generate: a prompt must be a text, not {type(wrong[0]).__name__}; use model.generate for token ids"
         )
     ids = encode_prompts(model.tokenizer, prompts)
     if stream and len(ids) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -52,6 +53,8 @@ class ModelBase:
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any
+    training: Any
+    eval: Any
     checks_ids: bool = True
 
     # ---- size --------------------------------------------------------------------------------------------
@@ -304,6 +307,19 @@ class ModelBase:
         """
         seed_dropouts(self.dropout_layers().values(), keys)
 
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context in evaluation mode. The modes of all modules are restored, also those of frozen parts."""
+        modes: list[tuple[Any, bool]] = []
+        if self.training:  # otherwise a decoding step would visit all modules
+            modes = [(module, module.training) for _, module in self._named_layers()]
+            self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:  # parents first: the mode of a module is also set in its parts
+                module.train(mode)
+
     # ---- generation --------------------------------------------------------------------------------------
 
     def generate(
@@ -334,7 +350,7 @@ class ModelBase:
 
         Args:
             input_ids: Token ids `[B, T]`, `[T]`, or a list of lists of unequal length.
-            attention_mask: `[B, T]`, 0 or False for padding, which must be on the left.
+            attention_mask: `[B, T]`, 0 or False for padding, which is left out wherever it is.
             pad_token_id: Token that pads prompts on the left and ended rows on the right.
             stream: Whether to return an iterator.
             details: Whether to return the new tokens, the text and the finish reason of each row instead.

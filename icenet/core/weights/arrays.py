@@ -12,11 +12,15 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.errors import WeightsError
+from icenet.core.weights.safetensors import release
 
 Array = npt.NDArray[Any]
 
 FLOAT_DTYPES = ("fp32", "bf16", "fp16")
 """Dtypes of a model's weights, by their names in configs and commands."""
+
+_RANGES = ("float16", "bfloat16", "float32", "float64")
+"""Dtypes in the order of their largest values."""
 
 _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
 """Rank of a kind of dtype; a value of a higher rank does not fit one of a lower rank."""
@@ -96,20 +100,33 @@ def float_dtype(weights: Mapping[str, Array]) -> str:
 
 
 def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> None:
-    """Checks that no array loses its fraction or its imaginary part when a model takes it.
+    """Checks that no array loses its fraction or its imaginary part, and no value becomes infinite in a model.
 
     Args:
         expected: Dtype of the model's array by name, such as `float32`, `torch.int64` or `mlx.core.bfloat16`.
         values: Arrays with those names.
 
     Raises:
-        WeightsError: An array of floats or complex numbers is for an array of integers or floats.
+        WeightsError: An array of floats or complex numbers is for an array of integers or floats, or a value is too
+            large for the model's dtype.
     """
     for name, dtype in expected.items():
         if name in values:
             given, own = str(values[name].dtype), dtype.rpartition(".")[2]
             if _rank(given) > max(_rank(own), 1):
                 raise WeightsError(f"{name}: is {given}, and the model's array is {own}; cast it first")
+            if {given, own} <= set(_RANGES) and _RANGES.index(given) > _RANGES.index(own):
+                _check_range(name, values[name], own)
+
+
+def _check_range(name: str, array: Array, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        overflows = np.isinf(array.astype(getattr(ml_dtypes if dtype == "bfloat16" else np, dtype)))
+    overflows &= np.isfinite(array)
+    if overflows.any():
+        largest = float(np.abs(array[overflows]).max())
+        raise WeightsError(f"{name}: {largest:g} is too large for the model's {dtype}; use bf16 or fp32")
+    release(array)
 
 
 def _rank(dtype: str) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -896,3 +897,33 @@ def test_a_prompt_file_is_its_bytes(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             read_prompt(path)
         assert is_one_line(caught.value, str(path), *names)
+
+
+@both_backends
+def test_the_modes_of_frozen_parts_are_restored(backend: str) -> None:
+    model = build(backend)
+    model.train()
+    model.blocks[0].eval()
+    stream = model.generate([[1, 2]], max_new_tokens=3, stream=True)
+    next(stream)
+    assert model.training and not model.blocks[0].training and not model.blocks[0].attention.training
+    assert model.blocks[1].training
+    model.eval()  # other tests use it
+
+
+def test_a_stream_can_be_consumed_in_another_thread() -> None:
+    """MLX's lazy arrays belong to the thread that made them."""
+    options = {"max_new_tokens": 6, "seed": 2, "repetition_penalty": 1.2}
+    expected = [token.tolist() for token in build("mlx").generate([[1, 2], [3]], stream=True, **options)]
+    stream = build("mlx").generate([[1, 2], [3]], stream=True, **options)
+    first = next(stream).tolist()
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(lambda: [token.tolist() for token in stream]).result()
+    assert [first, *rest] == expected
+
+
+def test_the_default_device_of_pytorch_has_no_effect() -> None:
+    model = build("torch")
+    with torch.device("meta"):
+        tokens = model.generate([[1, 2]], max_new_tokens=3, temperature=0)
+    assert tokens.tolist() == model.generate([[1, 2]], max_new_tokens=3, temperature=0).tolist()
