@@ -84,7 +84,8 @@ def load(
     """Loads a model, on any backend.
 
     Args:
-        path: A run (its newest complete checkpoint), a checkpoint, or a folder that `save` wrote.
+        path: A run (its newest complete checkpoint), a checkpoint, a folder that `save` wrote, or a folder of Hugging
+            Face (see docs/conversion.md).
         backend: mlx, torch or auto; by default that of the config.
         device: auto, cpu, gpu, cuda, cuda:N or mps; by default that of the config.
         allow_tf32: Whether fp32 products may use TF32 on a GPU; by default that of the config.
@@ -175,11 +176,18 @@ def generate(
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
-    """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`."""
+    """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`.
+
+    The form "hf" is a folder of Hugging Face; see `icenet.core.training.export_model.export`.
+    """
     from icenet.core import files
+    from icenet.core.training import export_model
     from icenet.core.weights.convert import convert
 
-    return convert(files.user_path(source, "convert"), files.user_path(destination, "convert"), to, **options)
+    source, destination = files.user_path(source, "convert"), files.user_path(destination, "convert")
+    if to == export_model.FORM:
+        return export_model.export(source, destination, **options)
+    return convert(source, destination, to, **options)
 
 
 def _check_config(config: Any) -> None:

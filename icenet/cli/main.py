@@ -306,12 +306,13 @@ def predict_command(
         "icenet convert runs/mine/checkpoints/step-00000200 mine.safetensors --to mlx",
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
+        "icenet convert runs/mine exported/ --to hf",
         "icenet convert last.ckpt folder/ --to canonical --config my.yaml --key state_dict --strip-prefix model.",
     ),
 )
 @click.argument("source", type=PATH)
 @click.argument("destination", type=PATH)
-@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch"]), help="Format to write.")
+@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch", "hf"]), help="Format to write.")
 @click.option(
     "--from",
     "source_form",
@@ -342,7 +343,7 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx and torch.
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, and hf: a Hugging Face folder.
     """
     from icenet.commands.convert import convert_model
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
+from icenet.core.families import folder
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import checkpoint, saved_model
+from icenet.core.training import checkpoint, export_model, saved_model
 from icenet.core.training.open_model import open_averaged
-from icenet.core.weights.convert import convert, destination_file, refuse_existing
-from icenet.core.weights.files import DEFAULT_NAME
+from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
+from icenet.core.weights.files import DEFAULT_NAME, Array
 
 
 def convert_model(
@@ -30,22 +31,35 @@ def convert_model(
     """Converts weights with the layer kinds and shapes of their config. Returns a summary in text.
 
     Args:
-        source: A file or folder of weights, or a run (its newest intact checkpoint).
+        source: A file or folder of weights, a run (its newest intact checkpoint), or a folder of Hugging Face.
         destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
-        to: "canonical", "mlx" or "torch".
-        source_form: The form of the source; None detects it.
+        to: "canonical", "mlx" or "torch"; or "hf", a folder of Hugging Face.
+        source_form: The form of the source; None detects it. With it or `config`, the names in a folder of Hugging
+            Face are kept.
         config: A YAML file or the name of a preset; None uses the config.yaml next to the source, if there is one.
         overwrite: Whether to replace existing files.
         averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
         key: Key of the state dict in a file of `torch.save` that holds more.
         strip_prefix: Prefixes to remove from the names of the weights.
     """
-    arrays = None
+    if to == export_model.FORM:
+        given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}
+        if unused := [option for option, value in given.items() if value]:
+            raise UsageError(f"{', '.join(unused)}: has no effect with --to {to}; the source's own config is used")
+        return _text(export_model.export(source, destination, overwrite=overwrite, averaged=averaged))
+    arrays: Mapping[str, Array] | None = None
+    settings: Config | None
+    imported: folder.Folder | None = None
     if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find(source).path
     if averaged:
         _, arrays = open_averaged(source)
-    if config is None:
+    keeps_names = config or source_form or key or strip_prefix or averaged
+    if not keeps_names and folder.is_known(source):
+        imported = folder.read(source)
+        arrays, source_form = imported.weights, "canonical"
+        stored, settings = source / folder.CONFIG, imported.config
+    elif config is None:
         stored = (source if source.is_dir() else source.parent) / "config.yaml"
         settings = Config.from_yaml(stored, trust_code=False) if stored.is_file() else None
     else:
@@ -84,9 +98,12 @@ def convert_model(
         companions=companions,
         **facts,
     )
+    return _text(done, [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else [])
+
+
+def _text(done: Conversion, notes: Sequence[str] = ()) -> str:
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:
         lines.append(f"left out: {', '.join(done.left_out)}")
-    if done.note:
-        lines.append(f"note: {done.note}")
+    lines += [f"note: {note}" for note in (done.note, *notes) if note]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Opens a run, a checkpoint, a saved model or a configuration by its path."""
+"""Opens a run, a checkpoint, a saved model, a folder of Hugging Face or a configuration by its path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
+from icenet.core.families import folder
 from icenet.core.models import twins
+from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
@@ -21,13 +23,14 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     """Returns the configuration and the weights at a path.
 
     Args:
-        path: A run, a checkpoint, a folder written by `icenet.save`, a YAML file or the name of a preset. The last
-            two have no weights.
+        path: A run, a checkpoint, a folder written by `icenet.save`, a folder of Hugging Face, a YAML file or the
+            name of a preset. The last two have no weights.
         overrides: `key=value` changes of the configuration.
 
     Raises:
         CheckpointError: The path is a file of weights, or has no intact checkpoint.
         ConfigError: The configuration cannot be read.
+        WeightsError: The weights of a folder of Hugging Face are not those of its config.json.
     """
     file = formats.identify(path) if path.is_file() else formats.UNKNOWN
     if file.kind in (formats.SAFETENSORS, formats.PICKLE) or path.suffix in (weight_files.SUFFIX, ".pt", ".pth"):
@@ -40,6 +43,11 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     if not path.is_dir():
         return Config.from_yaml(path, overrides), None
     is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)
+    if not is_run and not (path / "manifest.json").is_file() and folder.is_folder(path):
+        imported = folder.read(path, overrides)
+        if not (path / TOKENIZER_FILE).is_file():
+            logging.getLogger("icenet").warning(f"{path}: has no {TOKENIZER_FILE}, so texts are encoded as bytes")
+        return imported.config, imported.weights
     if is_run or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
         found = find(path)
         if is_run and (path / weight_files.DEFAULT_NAME).exists():

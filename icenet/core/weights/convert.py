@@ -108,7 +108,7 @@ def inspect(path: str | os.PathLike[str], form: str | None = None) -> Summary:
     """Returns the summary of a file or folder of weights. The data of safetensors files are not read."""
     path = Path(path)
     found, metadata = _read(path)
-    return _summary(path, form or detect(path, metadata), found, metadata)
+    return summary(path, form or detect(path, metadata), found, metadata)
 
 
 def convert(
@@ -213,8 +213,8 @@ def convert(
         limit = None if to == "mlx" else max_shard_bytes
         outputs = weights.write(destination, written, described, limit, progress, companions)
     return Conversion(
-        _summary(source, form, found, source_metadata),
-        _summary(destination, to, written, described),
+        summary(source, form, found, source_metadata),
+        summary(destination, to, written, described),
         outputs,
         [*(name for name in found if name not in result), *others],
         _note(found) if shapes is None else "",
@@ -270,11 +270,14 @@ def _check_shapes(
     weights.check(shapes, weights.shapes(canonical), source)
 
 
-def _summary(path: Path, form: str, found: Mapping[str, Array], metadata: Mapping[str, str]) -> Summary:
-    arrays = list(found.values())  # views: no data are read
-    dtypes = Counter(dtype_name(array.dtype) for array in arrays)
-    size, nbytes = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
-    return Summary(path, form, len(arrays), size, nbytes, dict(sorted(dtypes.items())), dict(metadata))
+def summary(path: Path, form: str, found: Mapping[str, Array], metadata: Mapping[str, str] = {}) -> Summary:
+    """Returns the summary of weights, which are looked up one at a time."""
+    dtypes: Counter[str] = Counter()
+    size = nbytes = 0
+    for array in found.values():
+        dtypes[dtype_name(array.dtype)] += 1
+        size, nbytes = size + array.size, nbytes + array.nbytes
+    return Summary(path, form, len(found), size, nbytes, dict(sorted(dtypes.items())), dict(metadata))
 
 
 def _read(path: Path, key: str | None = None) -> tuple[Mapping[str, Array], dict[str, str]]:

@@ -219,8 +219,9 @@ def write(
             raise WeightsError(f"{path}: metadata must map text to text, not {key!r} to {value!r}")
     sizes = {}
     for name in sorted(weights):
-        dtype_name(weights[name].dtype)  # raises before anything is written
-        sizes[name] = weights[name].nbytes
+        array = weights[name]
+        dtype_name(array.dtype)  # raises before anything is written
+        sizes[name] = array.nbytes
     total, done = sum(sizes.values()), 0
 
     def written(nbytes: int) -> None:

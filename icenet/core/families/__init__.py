@@ -1,0 +1,41 @@
+"""Families of models of Hugging Face: their configs and weights, in both directions, from one table each.
+
+A family adds its table to a module of this folder and its name to `FAMILIES` (see docs/contributing.md).
+"""
+
+from __future__ import annotations
+
+from icenet.core.config import TransformerConfig
+from icenet.core.errors import ConfigError
+from icenet.core.families import gpt, llama
+from icenet.core.families.family import Family, different_options
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.OLMO2, llama.GEMMA2, llama.PHI3),
+        *(gpt.GPT2, gpt.GPT_NEOX),
+    )
+}
+"""The families by `model_type` of config.json. The first one that has all options of a model is its family."""
+
+
+def family_of(config: TransformerConfig, preferred: Family | None = None) -> Family:
+    """Returns the family that has all options of a model.
+
+    Args:
+        config: The options.
+        preferred: The family to try first.
+
+    Raises:
+        ConfigError: No family has them. The message names those that the nearest family lacks.
+    """
+    families = [*([preferred] if preferred else []), *FAMILIES.values()]
+    found = [(different_options(family, config), family) for family in families]
+    lacking, nearest = min(found, key=lambda pair: len(pair[0]))
+    if lacking:
+        raise ConfigError(
+            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
+            f"{', '.join(f'model.{option}' for option in lacking)}; docs/conversion.md has the options of each family"
+        )
+    return nearest

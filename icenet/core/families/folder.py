@@ -1,0 +1,247 @@
+"""Reads and writes folders of Hugging Face: config.json, generation_config.json, safetensors and tokenizer files.
+
+Nothing of a folder is executed: code that `auto_map` names is not used, and pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icenet.core.config import Config, TransformerConfig
+from icenet.core.errors import ConfigError, WeightsError
+from icenet.core.families import FAMILIES, Family, family_of
+from icenet.core.families.family import IGNORED
+from icenet.core.families.tensors import ImportedWeights, is_tied
+from icenet.core.tokenizers import get_tokenizer, tokenizer_files
+from icenet.core.tokenizers.base import TOKENIZER_FILE, end_ids, special_tokens
+from icenet.core.tokenizers.bytes import ByteTokenizer
+from icenet.core.weights import files as weight_files
+from icenet.core.weights.files import Array
+from icenet.core.weights.safetensors import dtype_name, without_duplicates
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+"""Files of a tokenizer, which an export copies."""
+_MAX_BYTES = 1 << 24
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""Settings of sampling and the library's defaults."""
+_ALWAYS = ("repetition_penalty", "max_new_tokens")
+"""Settings that have an effect without sampling too."""
+_HAS_NO_EFFECT = frozenset(
+    {
+        *("_from_model_config", "transformers_version", "do_sample", "bos_token_id", "eos_token_id"),
+        *("pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "output_attentions"),
+        *("output_hidden_states", "output_scores", "output_logits", "max_length", "return_dict_in_generate"),
+    }
+)
+_log = logging.getLogger("icenet")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of Hugging Face.
+
+    Attributes:
+        path: The folder.
+        family: Its family.
+        values: The content of its config.json.
+        config: The configuration that belongs to it.
+        weights: Its weights under our names.
+    """
+
+    path: Path
+    family: Family
+    values: dict[str, Any]
+    config: Config
+    weights: ImportedWeights
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is a folder of Hugging Face: with config.json and without a config.yaml."""
+    return path.is_dir() and (path / CONFIG).is_file() and not (path / "config.yaml").exists()
+
+
+def is_known(path: Path) -> bool:
+    """Returns whether a path is a folder of Hugging Face of one of `FAMILIES`."""
+    try:
+        return is_folder(path) and _read_json(path / CONFIG).get("model_type") in FAMILIES
+    except ConfigError:
+        return False
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
+    """Reads a folder. The data of the weights are read when an array is looked up.
+
+    Args:
+        path: The folder.
+        overrides: `key=value` changes of the configuration.
+
+    Raises:
+        ConfigError: Its config.json is not of a supported model.
+        WeightsError: Its weights are missing, damaged or not those of its config.json.
+    """
+    values = _read_json(path / CONFIG)
+    model_type = values.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        described = f"model_type {model_type!r} is not supported" if model_type else "has no model_type"
+        raise ConfigError(f"{path / CONFIG}: {described}; the supported families are {', '.join(FAMILIES)}")
+    if values.get("auto_map"):
+        _log.warning(f"{path / CONFIG}: the code that auto_map names is not used; the model is IceNet's {model_type}")
+    try:
+        fields = family.read(values)
+        config = Config.from_dict({"model": fields})
+    except ConfigError as error:
+        raise ConfigError(f"{path / CONFIG}: {error}") from None
+    found = _weights(path)
+    if fields["tie_embeddings"] and _has_own_head(family, config, found):
+        _log.warning(f"{path}: {family.head} differs from the embedding, so they are not tied; config.json ties them")
+        fields["tie_embeddings"] = False
+        config = Config.from_dict({"model": fields})
+    assert isinstance(config.model, TransformerConfig)
+    weights = ImportedWeights(family, config.model, found)
+    tree: dict[str, Any] = {"model": fields, "generation": _generation(path, values)}
+    if (path / TOKENIZER_FILE).is_file():
+        tree["data"] = {"tokenizer": str((path / TOKENIZER_FILE).absolute())}
+    try:
+        config = Config.from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path / GENERATION}: {error}") from None
+    return Folder(path, family, values, config.with_overrides(*overrides) if overrides else config, weights)
+
+
+def files_for(
+    config: Config, weights: Mapping[str, Array], source: Folder | None = None
+) -> tuple[Family, dict[str, bytes], list[str]]:
+    """Returns the family of a model, the files next to its weights by name (config.json is the last), and remarks.
+
+    Args:
+        config: The configuration of the model, which is a transformer.
+        weights: Its weights, for their dtype.
+        source: The folder that it was imported from. Its files and the keys of its config.json that do not change
+            numbers are kept.
+
+    Raises:
+        ConfigError: No family has the options of the model.
+    """
+    assert isinstance(config.model, TransformerConfig)
+    family = family_of(config.model, source.family if source else None)
+    files, remarks, special = _tokenizer(config, source)
+    written = {**special, **family.write(config.model)}
+    if source is not None:
+        kept = {key: value for key, value in source.values.items() if key in IGNORED | source.family.ignored}
+        written = {**written, **kept, **family.write(config.model)}
+        for key in ("auto_map", "dtype", "transformers_version"):
+            written.pop(key, None)
+    dtypes = Counter(dtype_name(array.dtype) for array in weights.values())
+    written["torch_dtype"] = _DTYPES.get(dtypes.most_common(1)[0][0], "float32")
+    if GENERATION not in files:
+        files[GENERATION] = _json({**special, **_written_generation(config)})
+    files[CONFIG] = _json(dict(sorted(written.items())))
+    return family, files, remarks
+
+
+def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
+    """Returns the tokenizer's files by name, remarks, and the ids of special tokens by key."""
+    if source is not None:
+        names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.path / name).is_file()]
+        ids = {key: source.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {name: (source.path / name).read_bytes() for name in names}, [], ids
+    none = {"bos_token_id": None, "eos_token_id": config.generation.eos_token_id, "pad_token_id": None}
+    name = getattr(config.data, "tokenizer", ByteTokenizer.name)
+    files = tokenizer_files(name)
+    if not files:
+        return {}, ["the tokenizer of bytes has no counterpart in Hugging Face, so the folder has none"], none
+    tokenizer = get_tokenizer(name)
+    ends = list(end_ids(tokenizer))
+    eot = next((text for text, token in special_tokens(tokenizer).items() if token == tokenizer.eot_id), None)
+    files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eot})
+    return files, [], {**none, "eos_token_id": none["eos_token_id"] or (ends if len(ends) > 1 else ends[0])}
+
+
+def _written_generation(config: Config) -> dict[str, Any]:
+    settings = config.generation
+    written: dict[str, Any] = {"do_sample": settings.temperature > 0}
+    if settings.temperature > 0:
+        written |= {name: getattr(settings, name) for name in _SAMPLING}
+    for name, neutral in (("repetition_penalty", 1.0), ("max_new_tokens", None)):
+        if (value := getattr(settings, name)) != neutral:
+            written[name] = value
+    return written
+
+
+def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `GenerationConfig` for config.json and generation_config.json."""
+    file = path / GENERATION
+    given = _read_json(file) if file.is_file() else {}
+    found: dict[str, Any] = {}
+    ends: list[Any] = []
+    for ids in (given.get("eos_token_id"), values.get("eos_token_id")):
+        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if ends:
+        found["eos_token_id"] = list(dict.fromkeys(ends))
+    if given.get("do_sample"):
+        for name, default in _SAMPLING.items():
+            found[name] = default if given.get(name) is None else given[name]
+        if given.get("min_p") is not None:
+            found["min_p"] = given["min_p"]
+    elif given.get("do_sample") is False:
+        found["temperature"] = 0.0
+    for name in _ALWAYS:
+        if given.get(name) is not None:
+            found[name] = given[name]
+    known = {*_HAS_NO_EFFECT, *_SAMPLING, *_ALWAYS, "min_p"}
+    if unused := [name for name, value in given.items() if name not in known and value not in (None, False, 1, 1.0)]:
+        _log.warning(f"{file}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect")
+    return found
+
+
+def _weights(path: Path) -> weight_files.Weights:
+    has_safetensors = any((path / name).exists() for name in (weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX))
+    if not has_safetensors and (pickled := next((name for name in PICKLED if (path / name).exists()), None)):
+        raise WeightsError(
+            f"{path}: its weights are pickled, which can run code when they are read; convert them with "
+            f"icenet convert {path / pickled} {path / weight_files.DEFAULT_NAME} --to torch"
+        )
+    return weight_files.read(path)
+
+
+def _has_own_head(family: Family, config: Config, weights: weight_files.Weights) -> bool:
+    """Returns whether the files of a tied model have an output projection that is not a copy of the embedding."""
+    if family.head not in weights:
+        return False
+    name = f"{family.rows[0].theirs}.weight"
+    embedding = next((text for text in (name, name.removeprefix(family.prefix)) if text in weights), None)
+    return embedding is not None and not is_tied(weights[embedding], weights[family.head])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MB; not a file of settings")
+        values = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), "it is nested too deeply")
+        raise ConfigError(f"{path}: not JSON: {reason}; copy or save it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a JSON object; copy or save it again")
+    return values
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,86 @@
+"""GPT-2 and GPT-NeoX: layer norms, biases, plain feed-forward networks, queries, keys and values in one tensor.
+
+Sources: the classes `GPT2Config`, `GPT2LMHeadModel`, `GPTNeoXConfig` and `GPTNeoXForCausalLM` of Hugging Face's
+`transformers` 5.
+"""
+
+from __future__ import annotations
+
+from icenet.core.families.family import Activation, Dropout, Family, IsScaled, Key, Only, Rotary
+from icenet.core.families.tensors import Row
+
+_QKV = tuple(f"blocks.{{i}}.attention.{part}_proj" for part in "qkv")
+_FIXED = {"causal": True, "embedding_scale": 1.0, "output_bias": False, "norm": "layer_norm", "feed_forward": "plain"}
+
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    {**_FIXED, "positions": "learned"},
+    [
+        Key("vocab_size", "vocab_size", 50257),
+        Key("n_embd", "hidden_size", 768),
+        Key("n_layer", "num_layers", 12),
+        Key("n_head", "num_heads", 12),
+        Key("n_positions", "max_seq_length", 1024),
+        Key("n_inner", "feed_forward_size", None),
+        Key("layer_norm_epsilon", "norm_eps", 1e-5),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+        Activation("activation_function", "gelu_new", {"gelu_tanh": "gelu_new"}),
+        Dropout(("resid_pdrop", "embd_pdrop"), 0.1),
+        IsScaled("scale_attn_weights"),
+        Only("scale_attn_by_inverse_layer_idx", False),
+    ],
+    "transformer.",
+    [
+        Row("transformer.wte", ["token_embedding"]),
+        Row("transformer.wpe", ["position_embedding"]),
+        Row("transformer.h.{i}.ln_1", ["blocks.{i}.attention_norm"]),
+        Row("transformer.h.{i}.attn.c_attn", _QKV, is_transposed=True),
+        Row("transformer.h.{i}.attn.c_proj", ["blocks.{i}.attention.out_proj"], is_transposed=True),
+        Row("transformer.h.{i}.ln_2", ["blocks.{i}.feed_forward_norm"]),
+        Row("transformer.h.{i}.mlp.c_fc", ["blocks.{i}.feed_forward.up_proj"], is_transposed=True),
+        Row("transformer.h.{i}.mlp.c_proj", ["blocks.{i}.feed_forward.down_proj"], is_transposed=True),
+        Row("transformer.ln_f", ["final_norm"]),
+        Row("lm_head", ["output"]),
+    ],
+    buffers=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
+    ignored=frozenset({"n_ctx", "reorder_and_upcast_attn"}),  # the second is about half precision
+    divides_width=True,
+)
+
+GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    {**_FIXED, "positions": "rotary"},
+    [
+        Key("vocab_size", "vocab_size", 50432),
+        Key("hidden_size", "hidden_size", 6144),
+        Key("num_hidden_layers", "num_layers", 44),
+        Key("num_attention_heads", "num_heads", 64),
+        Key("intermediate_size", "feed_forward_size", 24576),
+        Key("max_position_embeddings", "max_seq_length", 2048),
+        Key("layer_norm_eps", "norm_eps", 1e-5),
+        Key("tie_word_embeddings", "tie_embeddings", False),
+        Key("use_parallel_residual", "parallel_residual", True),
+        Key("attention_bias", "attention_bias", True),
+        Activation("hidden_act", "gelu"),
+        Dropout(("hidden_dropout",), 0.0),
+        Rotary("rotary_emb_base", "rotary_pct", 0.25),
+    ],
+    "gpt_neox.",
+    [
+        Row("gpt_neox.embed_in", ["token_embedding"]),
+        Row("gpt_neox.layers.{i}.input_layernorm", ["blocks.{i}.attention_norm"]),
+        Row("gpt_neox.layers.{i}.attention.query_key_value", _QKV, is_per_head=True),
+        Row("gpt_neox.layers.{i}.attention.dense", ["blocks.{i}.attention.out_proj"]),
+        Row("gpt_neox.layers.{i}.post_attention_layernorm", ["blocks.{i}.feed_forward_norm"]),
+        Row("gpt_neox.layers.{i}.mlp.dense_h_to_4h", ["blocks.{i}.feed_forward.up_proj"]),
+        Row("gpt_neox.layers.{i}.mlp.dense_4h_to_h", ["blocks.{i}.feed_forward.down_proj"]),
+        Row("gpt_neox.final_layer_norm", ["final_norm"]),
+        Row("embed_out", ["output"]),
+    ],
+    head="embed_out.weight",
+    buffers=(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    ignored=frozenset({"is_decoder"}),
+    divides_width=True,
+)

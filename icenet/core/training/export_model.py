@@ -1,0 +1,87 @@
+"""Writes a model as a folder of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from icenet.core.config import Config, TransformerConfig
+from icenet.core.errors import CheckpointError, UsageError
+from icenet.core.families import folder
+from icenet.core.families.tensors import ExportedWeights
+from icenet.core.training import checkpoint, saved_model
+from icenet.core.training.open_model import open_averaged, open_target
+from icenet.core.weights import files as weight_files
+from icenet.core.weights.convert import PICKLED, Conversion, summary
+from icenet.core.weights.files import Array, Progress
+
+FORM = "hf"
+
+
+def export(
+    source: Path,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    averaged: bool = False,
+    max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    The dtype of the weights is kept. A folder of Hugging Face that is exported again has the same tensors, bit for
+    bit.
+
+    Args:
+        source: A run, a checkpoint, a saved model or a folder of Hugging Face.
+        destination: The folder.
+        overwrite: Whether to replace files of the same names.
+        averaged: Whether to export the moving average of a run's weights.
+        max_shard_bytes: Size above which the weights are split.
+        progress: Called with (bytes done, bytes in total) after each array.
+
+    Raises:
+        UsageError: The destination is not a folder of its own, or a file would be replaced.
+        ConfigError: No family has the options of the model.
+        CheckpointError: The source has no weights.
+        FileError: A file cannot be written.
+    """
+    _check_destination(source, destination)
+    imported = folder.read(source) if folder.is_folder(source) and not averaged else None
+    config: Config
+    weights: Mapping[str, Array] | None
+    if imported is not None:
+        config, weights = imported.config, imported.weights
+    else:
+        config, weights = open_averaged(source) if averaged else open_target(source)
+    if weights is None:
+        raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
+    if not isinstance(config.model, TransformerConfig):
+        raise UsageError(f"{source}: is a {config.model.type}; only transformers have a family of Hugging Face")
+    family, files, remarks = folder.files_for(config, weights, imported)
+    if not overwrite:
+        saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
+    exported = ExportedWeights(family, config.model, weights)
+    written = weight_files.write(
+        destination, exported, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
+    )
+    left_out = imported.weights.left_out if imported is not None else []
+    return Conversion(
+        summary(source, FORM if imported is not None else "canonical", weights),
+        summary(destination, FORM, exported),
+        written,
+        left_out,
+        "; ".join([f"the family is {family.model_type}", *remarks]),
+    )
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    if destination.suffix in (weight_files.SUFFIX, *PICKLED) and not destination.is_dir():
+        raise UsageError(f"{destination}: the {FORM} form is a folder; name it without {destination.suffix}")
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"{destination}: is not a folder; choose another name")
+    if source.resolve() == destination.resolve():
+        raise UsageError(f"{destination}: source and destination are the same folder; name another destination")
+    saved_model.check_not_a_run(destination)
+    if (enclosing := checkpoint.enclosing(weight_files.target(destination))) is not None:
+        raise UsageError(f"{destination}: is in the checkpoint {enclosing}; choose another place")
