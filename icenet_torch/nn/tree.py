@@ -66,7 +66,7 @@ def mlx_names(model: nn.Module) -> dict[str, str]:
     """
     names: dict[str, str] = {"": ""}
     for path, module in named_modules(model):
-        for name, _ in module.named_children():
+        for name in module._modules:  # not `named_children`, which leaves out a layer that is used again
             inner = f"layers.{name}" if isinstance(module, nn.Sequential) and name.isdigit() else name
             names[_join(path, name)] = _join(names[path], inner)
     found = {}

@@ -46,6 +46,9 @@ class OneHot(nn.Module):
 import torch
 import torch.nn as nn
 from icenet_torch.models.base import BaseModel as Base
+
+def scalar(value):
+    return nn.Parameter(torch.tensor(value))
 """,
 }
 
@@ -129,13 +132,18 @@ class Model(Base):
         layer = nn.Linear(config.hidden_size, config.hidden_size)
         self.layers = LIST([layer, nn.LayerNorm(config.hidden_size), layer])
         self.first = layer
+        block = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
+        self.blocks = LIST([block, block])
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.scale = SCALAR(0.25)
 
     def forward(self, x):
         x = self.embedding(x)
         for layer in self.layers:
             x = FRAMEWORK.tanh(layer(x))
-        return self.head(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.scale * x)
 """
 
 BUFFER = """
@@ -158,8 +166,8 @@ TABLE = {
 def both(text: str) -> dict[str, str]:
     """Returns the text of a model that differs in the framework's words only, for each backend."""
     return {
-        "mlx": text.replace("FRAMEWORK", "mx").replace("LIST(", "list("),
-        "torch": text.replace("FRAMEWORK", "torch").replace("LIST(", "nn.ModuleList("),
+        "mlx": text.replace("FRAMEWORK", "mx").replace("LIST(", "list(").replace("SCALAR(", "mx.array("),
+        "torch": text.replace("FRAMEWORK", "torch").replace("LIST(", "nn.ModuleList(").replace("SCALAR(", "scalar("),
     }
 
 
@@ -454,8 +462,24 @@ def test_a_layer_used_twice_adds_its_gradients(here: Path) -> None:
     expected = dict(model.named_parameters())["layers.0.weight"].grad.numpy()
     for engine in engines:
         found = engine.gradients(batch)[1]
-        assert "layers.2.weight" not in found and "first.weight" not in found
+        assert "layers.2.weight" not in found and "first.weight" not in found and "blocks.1.0.weight" not in found
         np.testing.assert_allclose(found["layers.0.weight"], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_a_trained_number(optimizer: str, here: Path) -> None:
+    """An array without axes, such as a learned scale, is trained by the optimizers that reduce axes, too."""
+    from icenet.commands.info import model_report
+
+    training = {**SETTINGS["training"], "optimizer": optimizer, "weight_decay": 0.0}
+    config = write(both(USED_TWICE), training=training)
+    engines = build(config)
+    for engine in engines:
+        engine.train_step(first_batch(config), 0, 1e-2)
+    after = [float(engine.weights()["scale"]) for engine in engines]
+    assert after[0] != 0.25 and np.allclose(after, after[2], rtol=1e-6)
+    Path("my.yaml").write_text(config.to_yaml())
+    model_report("my.yaml")  # which counts the optimizer's state
 
 
 # ---- pairs that do not match ------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def state_values(training: TrainingConfig, groups: Mapping[str, Group], shapes: 
     for path, group in groups.items():
         size = math.prod(shapes[path])
         if group.method == "adafactor":
-            *rows, last = shapes[path]
+            *rows, last = shapes[path] or (1,)
             total += math.prod(rows) + size // rows[-1] if rows else last
         else:
             total += {"adamw": 2, "adam": 2, "sgd": int(momentum(training) > 0)}.get(group.method, 1) * size
