@@ -22,7 +22,7 @@ from icenet.parity.engines import Perturbation
 from icenet.parity.locate import Row, SampledReplay, compare, locate
 from icenet.parity.randomness import check_equal_runs
 from icenet.parity.report import Report, Section
-from icenet.parity.run import unequal
+from icenet.parity.run import rounded, unequal
 from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet.parity.yardstick import F, Samples
 
@@ -83,6 +83,7 @@ def compare_modules(
         for module in (mlx, torch)
     )
     report.num_weights, report.unequal_weights = len(theirs), unequal(ours, theirs)
+    report.rounded_weights = rounded(ours, theirs, report.unequal_weights)
     report.shared = modules.shared_arrays(torch)
 
     def sampled(role: str, in_order: bool) -> Callable[[int], Trace]:

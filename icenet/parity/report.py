@@ -42,6 +42,7 @@ class Report:
         engines: `framework`, `version`, `device` and `tf32` of "MLX", "PyTorch" and "reference".
         num_weights: Number of parameters and statistics compared bit for bit.
         unequal_weights: Names of those that differ.
+        rounded_weights: Names of those that differ, but by no more than the rounding of a formula.
         shared: The owner's path of each further path of an array that the model shares.
         differences: Descriptions of what differs between the two models before any value is computed, such as the
             rate of a dropout layer.
@@ -55,6 +56,7 @@ class Report:
     engines: dict[str, dict[str, str]]
     num_weights: int = 0
     unequal_weights: list[str] = field(default_factory=list)
+    rounded_weights: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -118,6 +120,12 @@ class Report:
             parts.append(f"the models differ: {_some(self.differences)}")
         if self.unequal_weights:
             parts.append(f"weights differ: {_some(self.unequal_weights)}")
+        if self.rounded_weights:
+            names = "it is" if len(self.rounded_weights) == 1 else "they are"
+            parts.append(
+                f"{_some(self.rounded_weights)}: equal but for rounding; if {names} computed by mx and by torch, "
+                "compute with numpy in both files"
+            )
         origins = self._origins()
         over = [(section, row) for section in self.sections for row in section.rows if not row.passed]
         if origins:

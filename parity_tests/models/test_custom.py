@@ -385,6 +385,31 @@ def test_a_class_that_does_not_call_super(backend: str, here: Path) -> None:
     assert is_one_line(caught.value, "my_models.py:CustomModel", "__init__")
 
 
+@both_backends
+def test_a_class_that_calls_super_late(backend: str, here: Path) -> None:
+    """In MLX a frozen array needs it, in PyTorch each layer."""
+    for name, text in TEXT.items():
+        late = (
+            "self.layer = nn.Linear(2, 2)\n        self.freeze()" if "mlx" in text else "self.layer = nn.Linear(2, 2)"
+        )
+        (here / name).write_text(text.replace("super().__init__(config)", late))
+    with pytest.raises(UsageError) as caught:
+        front_door.build("my.yaml", backend, "cpu")
+    assert is_one_line(caught.value, "CustomModel: __init__", "super().__init__", ".py, line ")
+
+
+@both_backends
+@pytest.mark.parametrize("method", ["__call__", "run"])
+def test_a_class_without_forward(method: str, backend: str, here: Path) -> None:
+    for name, text in TEXT.items():
+        (here / name).write_text(text.replace("def forward(", f"def {method}("))
+    with pytest.raises(UsageError) as caught:
+        front_door.build("my.yaml", backend, "cpu")
+    assert is_one_line(
+        caught.value, "my_models.py:CustomModel", "method forward", "__call__" if method == "__call__" else "no"
+    )
+
+
 def test_a_file_that_imports_mlx_first_gets_the_fast_blas(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[bool] = []
     monkeypatch.setattr(icenet.blas.load.__module__ + ".load", lambda: loaded.append(True))

@@ -8,6 +8,7 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, custom, user_code
 from icenet.core.errors import ConfigError, IceNetError, UsageError
+from icenet.core.models.base import ModelBase
 
 
 def check_config(model: Any) -> None:
@@ -62,20 +63,48 @@ def new_model(
         raise
     except (AttributeError, TypeError, ValueError) as error:  # an option that is missing, or of a wrong type
         where = user_code.location(error)
+        if _lacks_init(error):
+            raise _no_super(f"{config.type}: __init__", where) from error
         text = f"{config.type} cannot be built from its options under model: {error}"
         raise ConfigError(f"{text} ({where})" if where else text) from error
+    _check_forward(config.type, model)
     try:
         _check_structure(config.type, model)
     except AttributeError as error:
-        if error.name != "_no_grad":  # which every mlx.nn.Module has
+        if not _lacks_init(error):
             raise
-        name = type(error.obj).__name__
-        raise UsageError(f"{config.type}: __init__ of {name} does not begin with super().__init__(...)") from error
+        raise _no_super(f"{config.type}: __init__ of {type(error.obj).__name__}") from error
     model.key_dropouts()
     model.guard_embeddings()
     if seed is not None:
         model.init_weights(seed)
     return model
+
+
+def _lacks_init(error: Exception) -> bool:
+    """Returns whether an error says that a module has not run the framework's `__init__`."""
+    if not isinstance(error, AttributeError):
+        return False
+    return error.name == "_no_grad" or "before Module.__init__() call" in str(error)  # that of MLX; that of PyTorch
+
+
+def _no_super(what: str, where: str = "") -> UsageError:
+    text = f"{what} does not begin with super().__init__(...)"
+    return UsageError(f"{text} ({where})" if where else text)
+
+
+def _check_forward(family: str, model: Any) -> None:
+    """Raises UsageError if a user's class defines `__call__`, or no `forward`.
+
+    `BaseModel.__call__` calls `forward` on the model's device, with its arithmetic, and parity records it.
+    """
+    classes = type(model).__mro__
+    base = next(index for index, cls in enumerate(classes) if ModelBase in cls.__bases__)
+    own = {name for cls in classes[:base] for name in vars(cls)} | set(vars(model))
+    if "__call__" in own:
+        raise UsageError(f"{family}: the class defines __call__, which BaseModel has; name the method forward")
+    if "forward" not in own:
+        raise UsageError(f"{family}: the class has no method forward, which returns the logits")
 
 
 _CONTAINERS = {"mlx": "a list or a dict", "torch": "nn.ModuleList, nn.ModuleDict or nn.ParameterList"}
