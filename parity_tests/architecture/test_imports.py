@@ -31,7 +31,7 @@ LAYERS = [
     ["core.report"],
     ["core.backends"],
     ["core.weights", "core.generation"],
-    ["core.models", "core.distributed"],
+    ["core.models", "core.families", "core.distributed"],
     ["core.engine"],
     ["core.data"],
     ["core.training"],

@@ -66,12 +66,12 @@ class Values:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
 
-    def whole(self, key: str, default: int | None, most: int = 2**31) -> int | None:
-        """Returns a whole number from 1 on, or None."""
+    def whole(self, key: str, default: int | None, most: int = 2**31, least: int = 1) -> int | None:
+        """Returns a whole number within bounds, or None."""
         value = self.get(key, default)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most):
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
             return value
-        raise ConfigError(f"{key}: {_shown(value)} is not a whole number from 1 to {most}")
+        raise ConfigError(f"{key}: {_shown(value)} is not a whole number from {least} to {most}")
 
     def number(self, key: str, default: float | None) -> float | None:
         """Returns a finite number, or None."""
@@ -321,7 +321,7 @@ class ScalarScale:
         return (self.key,)
 
     def read(self, values: Values) -> dict[str, Any]:
-        return {"attention_scale": (values.number(self.key, self.default) or self.default) ** -0.5}
+        return {"attention_scale": (values.whole(self.key, self.default) or self.default) ** -0.5}
 
     def write(self, options: Options) -> dict[str, Any]:
         return {self.key: round(options["attention_scale"] ** -2)}
@@ -405,8 +405,9 @@ class Family:
         Raises:
             ConfigError: It has a value that is not supported, or keys that are unknown.
         """
-        if values.get("quantization_config") is not None:
-            raise ConfigError("quantization_config: quantized weights are not supported; use the original weights")
+        for key in ("quantization_config", "quantization"):
+            if values.get(key) is not None:
+                raise ConfigError(f"{key}: quantized weights are not supported; use the original weights")
         parts = [*self.parts, *COMMON]
         known = {key for part in parts for key in part.keys} | IGNORED | self.ignored
         if unknown := [key for key, value in values.items() if key not in known and value is not None]:

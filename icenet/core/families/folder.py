@@ -16,8 +16,7 @@ from typing import Any
 from icenet.core.config import Config, TransformerConfig
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES, Family, family_of
-from icenet.core.families.family import IGNORED
-from icenet.core.families.tensors import ImportedWeights, is_tied
+from icenet.core.families.weights import ImportedWeights, is_tied
 from icenet.core.tokenizers import get_tokenizer, tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE, end_ids, special_tokens
 from icenet.core.tokenizers.bytes import ByteTokenizer
@@ -129,8 +128,7 @@ def files_for(
     Args:
         config: The configuration of the model, which is a transformer.
         weights: Its weights, for their dtype.
-        source: The folder that it was imported from. Its files and the keys of its config.json that do not change
-            numbers are kept.
+        source: The folder that it was imported from without change. Its files are kept.
 
     Raises:
         ConfigError: No family has the options of the model.
@@ -138,14 +136,15 @@ def files_for(
     assert isinstance(config.model, TransformerConfig)
     family = family_of(config.model, source.family if source else None)
     files, remarks, special = _tokenizer(config, source)
-    written = {**special, **family.write(config.model)}
-    if source is not None:
-        kept = {key: value for key, value in source.values.items() if key in IGNORED | source.family.ignored}
-        written = {**written, **kept, **family.write(config.model)}
-        for key in ("auto_map", "dtype", "transformers_version"):
-            written.pop(key, None)
     dtypes = Counter(dtype_name(array.dtype) for array in weights.values())
-    written["torch_dtype"] = _DTYPES.get(dtypes.most_common(1)[0][0], "float32")
+    dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
+    if source is None:
+        written = {**special, **dtype, **family.write(config.model)}
+    else:  # as it was written, also where several spellings mean the same
+        written = {**(dtype if "dtype" not in source.values else {}), **source.values}
+        written["tie_word_embeddings"] = config.model.tie_embeddings
+        if written.pop("auto_map", None):
+            remarks.append("auto_map is left out, because the code that it names is")
     if GENERATION not in files:
         files[GENERATION] = _json({**special, **_written_generation(config)})
     files[CONFIG] = _json(dict(sorted(written.items())))

@@ -121,7 +121,7 @@ MISTRAL = _family(
 
 
 def _is_after_first(index: int, values: Values) -> bool:
-    return index >= int(values.get("max_window_layers", 28) or 0)
+    return index >= (values.whole("max_window_layers", 28, least=0) or 0)
 
 
 _QWEN_WINDOWS = LayerWindows(4096, _is_after_first, "use_sliding_window", ("max_window_layers",))

@@ -8,7 +8,7 @@ from pathlib import Path
 from icenet.core.config import Config, TransformerConfig
 from icenet.core.errors import CheckpointError, UsageError
 from icenet.core.families import folder
-from icenet.core.families.tensors import ExportedWeights
+from icenet.core.families.weights import ExportedWeights
 from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import open_averaged, open_target
 from icenet.core.weights import files as weight_files

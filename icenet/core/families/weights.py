@@ -1,0 +1,107 @@
+"""Lazy views of the weights of a family under our names, and of ours under the names of a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from icenet.core.config import TransformerConfig
+from icenet.core.errors import WeightsError
+from icenet.core.families.family import Family
+from icenet.core.families.tensors import tensors
+from icenet.core.weights.files import Array, Weights
+
+
+class ImportedWeights(Mapping[str, Array]):
+    """The weights of a family under our names. Each is made from a memory map when it is looked up.
+
+    Args:
+        family: The family.
+        config: The options of the model.
+        weights: The files.
+
+    Raises:
+        WeightsError: They have other tensors or shapes. The message lists all of them.
+    """
+
+    def __init__(self, family: Family, config: TransformerConfig, weights: Weights) -> None:
+        self._weights = weights
+        self.left_out: list[str] = []
+        """Names of tensors that are not weights, and of a copy of tied ones."""
+        if config.num_layers > len(weights):
+            raise WeightsError(
+                f"{weights.path}: has {len(weights)} tensors, and its config.json {config.num_layers} layers; "
+                "copy or save the folder again"
+            )
+        wanted = tensors(family.rows, config)
+        bare = not any(name.startswith(family.prefix) for name in weights)
+        expected = {name.removeprefix(family.prefix) if bare else name: tensor for name, tensor in wanted.items()}
+        unknown: list[str] = []
+        for name in weights:
+            if name not in expected:
+                is_copy = config.tie_embeddings and name == family.head
+                is_buffer = any(re.fullmatch(pattern, name) for pattern in family.buffers)
+                (self.left_out if is_copy or is_buffer else unknown).append(name)
+        missing = [name for name in expected if name not in weights]
+        misshapen = [
+            f"{name} is {list(weights.entries[name].shape)}, not {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and tuple(weights.entries[name].shape) != tensor.shape
+        ]
+        problems = [("unknown", unknown), ("missing", missing), ("of another shape", misshapen)]
+        if any(names for _, names in problems):
+            listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems if names)
+            raise WeightsError(
+                f"{weights.path}: its tensors are not those of its config.json ({family.model_type}): {listed}"
+            )
+        self._places = {
+            path: (name, tensor, index)
+            for name, tensor in expected.items()
+            for index, path in enumerate(tensor.paths)
+        }
+
+    def __getitem__(self, path: str) -> Array:
+        name, tensor, index = self._places[path]
+        return tensor.split(self._weights[name], index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class ExportedWeights(Mapping[str, Array]):
+    """Our weights under the names of a family. Packed tensors are made when they are looked up.
+
+    Args:
+        family: The family.
+        config: The options of the model.
+        weights: Canonical weights. Further names of tied ones are not used.
+    """
+
+    def __init__(self, family: Family, config: TransformerConfig, weights: Mapping[str, Array]) -> None:
+        self._weights = weights
+        self._tensors = tensors(family.rows, config)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[name].join(self._weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def is_tied(embedding: Array, head: Array) -> bool:
+    """Returns whether two tensors of the same shape have the same bits; compares some rows at a time."""
+    if embedding.dtype != head.dtype or embedding.shape != head.shape:
+        return False
+    rows = max(1, 2**22 // max(1, embedding[0].nbytes)) if len(embedding) else 1
+    return all(
+        np.array_equal(embedding[start : start + rows].view(np.uint8), head[start : start + rows].view(np.uint8))
+        for start in range(0, len(embedding), rows)
+    )
