@@ -246,9 +246,9 @@ def generate_command(
 ) -> None:
     """Continue a text with a trained model.
 
-    MODEL is a run, a checkpoint or a saved model. Options that are not given take their values from the generation
-    section of the model's config. The output ends at an end-of-text token, before a stop text, or at the maximum
-    number of tokens; --json also prints which of them it was.
+    MODEL is a run, a checkpoint, a saved model or a Hugging Face folder. Options that are not given take their values
+    from the generation section of the model's config. The output ends at an end-of-text token, before a stop text, or
+    at the maximum number of tokens; --json also prints which of them it was.
     """
     from icenet.commands import generate
     from icenet.core.generation.prompts import read_prompt
