@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,9 @@ class Config(Section):
         if isinstance(config.data, DataConfig):
             keys = [yaml_file.parse_override(override)[0] for override in overrides]
             overridden = any(key in (("data",), ("data", "tokenizer")) for key in keys)
-            config.data.tokenizer = _absolute(config.data.tokenizer, Path() if overridden else file.parent)
+            config.data.tokenizer = _absolute(
+                config.data.tokenizer, Path() if overridden else file.parent, trust_code
+            )
         return config
 
     @classmethod
@@ -127,13 +130,24 @@ class Config(Section):
         return yaml_file.dump(self.to_dict())
 
 
-def _absolute(tokenizer: str, folder: Path) -> str:
-    """Returns the absolute path of a tokenizer file, looked up in a folder and then in the working directory."""
-    for place in (folder, Path()):
-        path = os.path.abspath(place / os.path.expanduser(tokenizer))
-        if tokenizer.strip() not in ("", "bytes") and os.path.exists(path):
-            return path
-    return tokenizer
+def _absolute(tokenizer: str, folder: Path, warn: bool) -> str:
+    """Returns the absolute path of a tokenizer file, looked up in a folder and then in the working directory.
+
+    Args:
+        tokenizer: The value of `data.tokenizer`.
+        folder: The folder of the YAML file.
+        warn: Whether a warning says that two files with different contents exist. A checkpoint has a file of its own.
+    """
+    if tokenizer.strip() in ("", "bytes"):
+        return tokenizer
+    places = [os.path.abspath(place / os.path.expanduser(tokenizer)) for place in (folder, Path())]
+    found = [path for path in places if os.path.exists(path)]
+    if warn and len(found) == 2 and all(map(os.path.isfile, found)) and not filecmp.cmp(*found, shallow=False):
+        _log.warning(
+            f"data.tokenizer: {os.path.relpath(found[0])} next to the config is used, not {tokenizer} of the working "
+            f"directory; write {found[1]} for that one"
+        )
+    return found[0] if found else tokenizer
 
 
 def check_device(device: str) -> None:

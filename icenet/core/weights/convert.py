@@ -72,7 +72,7 @@ class Conversion:
         destination: The weights that were written.
         files: The files that were written.
         left_out: Names of buffers that the new form does not have, and of weights without the prefix to strip.
-        note: A remark on names that wrappers have changed; empty without one.
+        note: A remark on names that wrappers have changed, or on a form that the source denies; empty without one.
     """
 
     source: Summary
@@ -217,7 +217,7 @@ def convert(
         summary(destination, to, written, described),
         outputs,
         [*(name for name in found if name not in result), *others],
-        _note(found) if shapes is None else "",
+        _contradiction(source, source_metadata, source_form) or (_note(found) if shapes is None else ""),
     )
 
 
@@ -232,6 +232,18 @@ def _without_prefix(
         raise UsageError(f"{source}: {error}") from None
     kept = set(originals.values())
     return {new: found[name] for new, name in originals.items()}, [name for name in found if name not in kept]
+
+
+def _contradiction(source: Path, metadata: Mapping[str, str], form: str | None) -> str:
+    """Returns a remark if the form that the user gives is not the one that the source states."""
+    try:
+        stated = detect(source, metadata)
+    except UsageError:
+        return ""
+    if form is None or (form == "mlx") == (stated == "mlx"):
+        return ""
+    reason = "it is a file of torch.save" if stated == "torch" else f"its metadata say {stated}"
+    return f"{source}: was read as {form}, because --from says so, but {reason}"
 
 
 def _note(names: Iterable[str]) -> str:

@@ -436,6 +436,27 @@ def test_a_key_that_is_set_twice(overrides: list[str], notice: str, caplog: pyte
     assert caplog.messages == ([notice] if notice else [])
 
 
+def test_a_tokenizer_in_two_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sub" / "c.yaml"
+    file.parent.mkdir()
+    file.write_text(f"{MODEL}data: {{tokenizer: t.json}}\n")
+    (tmp_path / "t.json").write_text("1")
+    (tmp_path / "sub" / "t.json").write_text("1")
+    Config.from_yaml(file)
+    assert not caplog.messages  # a copy
+    (tmp_path / "t.json").write_text("2")
+    assert Config.from_yaml(file).data.tokenizer == str(tmp_path / "sub" / "t.json")
+    assert len(caplog.messages) == 1
+    assert is_one_line(caplog.messages[0], "sub/t.json next to the config is used", str(tmp_path / "t.json"))
+    caplog.clear()
+    assert Config.from_yaml(file, ["data.tokenizer=t.json"]).data.tokenizer == str(tmp_path / "t.json")
+    Config.from_yaml(file, trust_code=False)  # that of a checkpoint
+    assert not caplog.messages
+
+
 # ---- YAML and back ----------------------------------------------------------------------------------------
 
 TEXTS = st.text(st.characters(), max_size=6) | st.sampled_from(

@@ -299,6 +299,12 @@ def test_cifar(tmp_path: Path) -> None:
         plane = records[:, 1 + 1024 * channel : 1025 + 1024 * channel].reshape(30, 32, 32)
         np.testing.assert_array_equal(pixels[..., channel], plane)
     assert dataset.source.labels.tolist() == records[:, 0].tolist()
+    missing = f"{tmp_path}: data_batch_3.bin, data_batch_4.bin, data_batch_5.bin of CIFAR-10 is missing"
+    assert [note.startswith(missing) for note in dataset.notes] == [True]
+    records[:10].tofile(tmp_path / "data_batch_1 (1).bin")  # a second download
+    dataset = ImageDataset.open(settings(tmp_path), 0)
+    assert len(dataset.train) == 20
+    assert dataset.notes[1] == f"{tmp_path}: not read: data_batch_1 (1).bin, which is no file of CIFAR-10"
 
 
 # ---- unsupported and damaged files --------------------------------------------------------------------------
@@ -385,6 +391,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["train-images-idx3-ubyte: damaged", "(2147483648"],
     ),
     "IDX without labels": (mnist_of(labels=0), ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]),
+    "two sets of IDX": (
+        lambda f: [idx(f / f"emnist-{name}-train-images-idx3-ubyte", noise(4, 5, 5)) for name in ("digits", "mnist")],
+        ["several sets of images", "emnist-digits-train-images", "emnist-mnist-train-images"],
+    ),
     "IDX, unequal": (mnist_of(labels=3), ["4 images", "train-labels-idx1-ubyte has 3 labels"]),
 }  # fmt: skip
 

@@ -257,6 +257,10 @@ def _mnist(folder: Path, names: list[str], size: int | None, channels: int | Non
         found = [name for name in names if "idx3-ubyte" in name and any(word in name for word in words)]
         if not found:
             return None
+        if len({name.removesuffix(".gz") for name in found}) > 1:
+            raise DataError(
+                f"data.source {str(folder)!r} has several sets of images: {some(found)}; move all but one out"
+            )
         labels = folder / found[0].replace("images", "labels").replace("idx3", "idx1")
         if not labels.is_file():
             twin = labels.with_name(labels.name.removesuffix(".gz") + ("" if labels.suffix == ".gz" else ".gz"))
@@ -317,8 +321,15 @@ def read_idx(path: Path, axes: int) -> Pixels:
 
 
 def _cifar(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
-    train = [name for name in names if name.startswith("data_batch_") and name.endswith(".bin")]
+    expected = [f"data_batch_{number}.bin" for number in range(1, 6)]
+    train = [name for name in expected if name in names]
     tests = [name for name in names if name == "test_batch.bin"]
+    missing = [name for name in expected if name not in names]
+    others = [name for name in names if name.endswith(".bin") and name not in train + tests]
+    notes = [f"{folder}: {some(missing)} of CIFAR-10 is missing: an incomplete copy?"] if missing else []
+    notes += [f"{folder}: not read: {some(others)}, which is no file of CIFAR-10"] if others else []
+    if not train:
+        raise DataError(f"data.source {str(folder)!r} has no training images of CIFAR-10 ({expected[0]} and so on)")
     parts = []
     for name in train + tests:
         path = folder / name
@@ -337,4 +348,5 @@ def _cifar(folder: Path, names: list[str], size: int | None, channels: int | Non
         classes = named if len(named) == 10 else classes
     images = _converted(pixels, size, channels)
     held_out = len(parts[-1]) if tests else 0
-    return _source(images, records[:, 0], classes, f"CIFAR-10 in {folder}", images.pixels.tobytes(), held_out)
+    description, content = f"CIFAR-10 in {folder}", images.pixels.tobytes()
+    return _source(images, records[:, 0], classes, description, content, held_out, notes)
