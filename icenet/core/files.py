@@ -290,9 +290,10 @@ LINKED_TWICE = "a second link to what is already listed"
 BROKEN_LINK = "a link to nothing"
 NOT_A_FILE = "a device, a pipe or a socket"
 UNREADABLE = "cannot be read"
+RUN = "the folder of a run"
 
 OnSkip = Callable[[str, str, str], None]
-"""Receives what a listing leaves out: the reason (one of the four above), the path, and details or an empty text."""
+"""Receives what a listing leaves out: the reason (one of the five above), the path, and details or an empty text."""
 
 
 def identity(path: str | Path, status: os.stat_result | None = None) -> object:
@@ -301,7 +302,14 @@ def identity(path: str | Path, status: os.stat_result | None = None) -> object:
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)  # 0 on some network drives
 
 
-def walk_folders(root: str | Path, on_skip: OnSkip, ignore: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+def is_run(names: Collection[str]) -> bool:
+    """Returns whether a folder that contains these names is the folder of a run (see `training.run_folder`)."""
+    return "config.yaml" in names and ("run.json" in names or {"metrics.jsonl", "checkpoints"} <= set(names))
+
+
+def walk_folders(
+    root: str | Path, on_skip: OnSkip, ignore: Collection[str] = (), *, enter_runs: bool = True
+) -> Iterator[tuple[str, list[str]]]:
     """Yields the path of each folder from `root` down, and the sorted names of its files.
 
     Hidden files and folders are left out. Links to folders are followed, and each folder is listed once, whatever the
@@ -311,6 +319,7 @@ def walk_folders(root: str | Path, on_skip: OnSkip, ignore: Collection[str] = ()
         root: The folder where the search begins.
         on_skip: Receives the folders that are left out.
         ignore: Names of folders to leave out, like hidden ones.
+        enter_runs: Whether folders of runs below `root` are listed. Data that contain them grow with each run.
     """
     seen = set()
 
@@ -329,6 +338,10 @@ def walk_folders(root: str | Path, on_skip: OnSkip, ignore: Collection[str] = ()
             subfolders.clear()
             continue
         seen.add(found)
+        if not enter_runs and folder != os.fspath(root) and is_run([*subfolders, *names]):
+            on_skip(RUN, folder, "")
+            subfolders.clear()
+            continue
         kept = [name for name in subfolders if name[0] != "." and name not in ignore]
         # a folder is listed under its own name rather than that of a link next to it
         subfolders[:] = sorted(kept, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))

@@ -142,7 +142,7 @@ def _absolute(tokenizer: str, folder: Path, warn: bool) -> str:
         return tokenizer
     places = [os.path.abspath(place / os.path.expanduser(tokenizer)) for place in (folder, Path())]
     found = [path for path in places if os.path.exists(path)]
-    if warn and len(found) == 2 and all(map(os.path.isfile, found)) and not filecmp.cmp(*found, shallow=False):
+    if warn and len(found) == 2 and all(map(os.path.isfile, found)) and not filecmp.cmp(found[0], found[1], False):
         _log.warning(
             f"data.tokenizer: {os.path.relpath(found[0])} next to the config is used, not {tokenizer} of the working "
             f"directory; write {found[1]} for that one"

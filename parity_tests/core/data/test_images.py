@@ -233,6 +233,15 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
         find_images(str(tmp_path))
 
 
+def test_runs_below_the_images_are_no_classes(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"a": 4, "b": 4, "runs/x": 1})  # plot.png
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / "runs" / "x" / name).touch()
+    dataset = ImageDataset.open(settings(tmp_path, validation_fraction=0.25), 0)
+    assert dataset.classes == ["a", "b"]
+    assert dataset.notes == [f"{tmp_path}: not read: 1 folder of a run (runs/x)"]
+
+
 def test_pictures_are_scaled_to_their_shorter_side_and_cut(tmp_path: Path) -> None:
     pixels = noise(16, 40, 3)
     Image.fromarray(pixels).save(tmp_path / "wide.png")

@@ -27,7 +27,7 @@ import pytest
 from helpers import is_one_line, source_code, start_python, tiny
 
 from icenet.cli.main import main
-from icenet.core import rng
+from icenet.core import files, rng
 from icenet.core.config import DataConfig
 from icenet.core.data.datasets import open_dataset
 from icenet.core.data.text import cache as cache_module
@@ -38,6 +38,7 @@ from icenet.core.data.text.token_file import HEADER_BYTES, TokenFile
 from icenet.core.errors import DataError, IceNetError
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
+from icenet.core.training import run_folder
 
 EOT = 256
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX")
@@ -154,6 +155,19 @@ def test_a_file_is_read_once_whatever_leads_to_it(tmp_path: Path, cache: Path) -
     assert find_source(str(corpus)).left_out.names[left_out.BROKEN_LINKS] == ["broken.txt"]
     found = find_source(f"{corpus}/*").left_out
     assert found.names[left_out.FOLDERS] == ["again", "sub"] and "'**/*'" in found.summary()
+
+
+def test_runs_below_a_source_are_left_out(tmp_path: Path) -> None:
+    """A run that its own data contained would be another run when it is continued."""
+    (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
+    for name in ("a.txt", "runs/x/config.yaml", "runs/x/run.json", "runs/x/checkpoints/config.yaml"):
+        (tmp_path / name).touch()
+    for source in (str(tmp_path), f"{tmp_path}/**/*"):
+        found = find_source(source)
+        assert [document.name for document in found.documents] == ["a.txt"]
+        assert found.left_out.names == {left_out.RUNS: ["runs/x"]}
+    assert len(find_source(str(tmp_path / "runs" / "x")).documents) == 3  # named itself
+    assert files.is_run([run_folder.RECORD, "config.yaml"]) and not files.is_run(["config.yaml", "notes.txt"])
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,6 +614,10 @@ def test_made_once_and_again_when_the_source_changes(tmp_path: Path, cache: Path
     source.write_text("other")
     os.utime(source, ns=(1, 1))
     assert text_of(source, cache) == "other"
+    if sys.platform != "win32":  # where st_ctime is the time of creation
+        source.write_text("third")  # as cp -p, rsync -t and tar do: of equal size and time of modification
+        os.utime(source, ns=(1, 1))
+        assert text_of(source, cache) == "third"
     assert len(left_over(cache)) == 1  # the old one is removed
     assert bytes(first.tokens.tolist()) == b"first"  # and still complete for a process that has it open
 
@@ -926,7 +944,7 @@ def test_two_processes_and_kills_leave_a_complete_cache(tmp_path: Path, cache: P
 LIMIT_MEMORY = """
 import resource, re
 import numpy
-from icenet.core import rng
+from icenet.core import files, rng
 tokenizer.encode("load what is loaded late")
 used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + ({megabytes} << 20), used + ({megabytes} << 20)))

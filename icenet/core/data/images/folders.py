@@ -16,7 +16,7 @@ from pathlib import Path
 
 from icenet.core.data.images.decode import SUFFIXES
 from icenet.core.errors import DataError
-from icenet.core.files import identity
+from icenet.core.files import identity, is_run
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -36,6 +36,7 @@ _SYSTEM = {
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
 }
 """Files and folders that operating systems create, in lower case. They are not images, whatever they contain."""
+_RUN = "folder of a run"
 _NAMED = 3
 """Number of names in a message."""
 
@@ -115,7 +116,7 @@ def scan(path: Path) -> Scan:
     """
     scanner = _Scanner(path)
     try:
-        scanner.list(scanner.root)
+        scanner.list(scanner.root, _entries(path))
         while scanner.links:  # last, so that a folder is listed where it is, not where a link to it is
             parent, link = scanner.links.pop(0)
             scanner.add(parent, link)
@@ -139,11 +140,9 @@ class _Scanner:
         self.skipped: dict[str, list[str]] = {}
         self._seen = {identity(path)}
 
-    def list(self, folder: Folder) -> None:
-        """Lists a folder and the folders in it."""
-        with os.scandir(folder.path) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
-        for entry in ordered:
+    def list(self, folder: Folder, entries: Iterable[os.DirEntry[str]]) -> None:
+        """Lists the entries of a folder and the folders in it."""
+        for entry in entries:
             if entry.name.startswith("."):
                 self._skip(entry, "hidden")
             elif entry.name.lower() in _SYSTEM:
@@ -167,12 +166,26 @@ class _Scanner:
             self._skip(entry, "linked to a folder that is read already")
             return
         self._seen.add(found)
-        parent.subfolders[entry.name] = Folder(parent.path / entry.name)
-        self.list(parent.subfolders[entry.name])
+        entries = _entries(entry.path)
+        if is_run([each.name for each in entries]):
+            self._skip(entry, _RUN)
+            return
+        folder = Folder(parent.path / entry.name)
+        self.list(folder, entries)
+        if entries and all(self._name(each) in self.skipped.get(_RUN, ()) for each in entries):
+            return  # a folder of runs is no empty class
+        parent.subfolders[entry.name] = folder
 
     def _skip(self, entry: os.DirEntry[str], reason: str) -> None:
-        path = Path(entry.path).relative_to(self.root.path).as_posix()
-        self.skipped.setdefault(reason, []).append(path)
+        self.skipped.setdefault(reason, []).append(self._name(entry))
+
+    def _name(self, entry: os.DirEntry[str]) -> str:
+        return Path(entry.path).relative_to(self.root.path).as_posix()
+
+
+def _entries(path: str | Path) -> Sequence[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def split_role(name: str) -> str | None:

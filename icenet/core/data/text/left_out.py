@@ -21,6 +21,7 @@ NO_TOKEN = "characters without a token, left out"
 REPLACED = "invalid bytes replaced by U+FFFD"
 LINKED_TWICE = "links to files or folders that are read once"
 BROKEN_LINKS = "links to nothing"
+RUNS = "folders of runs, left out"
 SPECIAL = "devices, pipes and sockets, left out"
 FOLDERS = "folders that match the pattern ('**/*' matches the files below)"
 
@@ -31,6 +32,7 @@ OF_LISTING = {
     files.LINKED_TWICE: LINKED_TWICE,
     files.BROKEN_LINK: BROKEN_LINKS,
     files.NOT_A_FILE: SPECIAL,
+    files.RUN: RUNS,
     files.UNREADABLE: UNREADABLE,
 }
 """The reasons of `icenet.core.files`, for a text source."""

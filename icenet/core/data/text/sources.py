@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import Self
+
 from icenet.core.data.text.left_out import FOLDERS, OF_LISTING, LeftOut
 from icenet.core.errors import DataError
 from icenet.core.files import UNREADABLE, distinct_files, path_hint, walk_folders
@@ -54,17 +56,25 @@ class Document:
         name: Its path relative to the source.
         path: Its path.
         size, mtime_ns: Its size in bytes and time of modification when it was listed.
+        ctime_ns: Time when its content or its times were set. Unlike the time of modification, which copies keep
+            (cp -p, rsync -t, tar), it always changes with the content.
     """
 
     name: str
     path: Path
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+
+    @classmethod
+    def of(cls, name: str, path: Path, status: os.stat_result) -> Self:
+        """Returns the document of a file with this status."""
+        return cls(name, path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
     def state(self) -> bytes:
         """A line of bytes that changes when the file does."""
-        return os.fsencode(f"{self.name}\0{self.size}\0{self.mtime_ns}\n")
+        return os.fsencode(f"{self.name}\0{self.size}\0{self.mtime_ns}\0{self.ctime_ns}\n")
 
     @property
     def packed(self) -> bool:
@@ -147,8 +157,7 @@ def find_source(source: str, errors: str = "stop") -> Source:
                 )
             return Source(f"folder {source}", str(path.resolve()), documents, left_out=listing.left_out)
         if path.is_file():
-            status = os.stat(path)
-            document = Document(path.name, path, status.st_size, status.st_mtime_ns)
+            document = Document.of(path.name, path, os.stat(path))
             return Source(f"file {source}", str(path.resolve()), [document], sole=True)
         if path.exists():
             raise DataError(f"data.source {source!r} is neither a file nor a folder (a device or a pipe?)")
@@ -182,7 +191,7 @@ class _Listing:
 
     def walk(self, folder: str, ignore: Collection[str] = ("__pycache__",)) -> Iterator[str]:
         """Yields the paths of all files in a folder and its subfolders, without hidden ones."""
-        for parent, names in walk_folders(folder, self.skip, ignore):
+        for parent, names in walk_folders(folder, self.skip, ignore, enter_runs=False):
             yield from (os.path.join(parent, name) for name in names)
 
     def match(self, folder: str, parts: Sequence[str]) -> Iterator[str]:
@@ -197,7 +206,7 @@ class _Listing:
             if not rest:
                 yield from self.walk(folder, ())
                 return
-            for parent, _ in walk_folders(folder, self.skip):
+            for parent, _ in walk_folders(folder, self.skip, enter_runs=False):
                 yield from self.match(parent, rest)
             return
         if glob.has_magic(first):
@@ -219,7 +228,7 @@ class _Listing:
     def documents(self, paths: Iterable[str]) -> list[Document]:
         """Returns the documents of paths, sorted by name, each file once."""
         found = [
-            Document(self._name(path), Path(path), status.st_size, status.st_mtime_ns)
+            Document.of(self._name(path), Path(path), status)
             for path, status in distinct_files(paths, self.skip).items()
         ]
         return sorted(found, key=lambda document: document.name)
