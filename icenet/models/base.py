@@ -17,6 +17,7 @@ from icenet.core.generation.request import Tokens
 from icenet.core.models.base import ModelBase
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
+from icenet.nn.activations import match_gradients_at_zero
 from icenet.nn.arrays import DTYPES
 from icenet.nn.dropout import key_dropouts
 from icenet.nn.embedding import guard_embeddings, reading_ids, to_host
@@ -91,6 +92,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def key_dropouts(self) -> None:
         key_dropouts(self._named_layers())
+
+    def match_gradients_at_zero(self) -> None:
+        match_gradients_at_zero(self._named_layers())
 
     def guard_embeddings(self, reads_all: bool = False) -> None:
         guard_embeddings(self._named_layers(), reads_all)

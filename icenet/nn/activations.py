@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.nn.arrays import Array, on_cpu
+from icenet.nn.exact import channel_sums
 
 
 def activation(name: str, x: Array) -> Array:
@@ -37,3 +39,73 @@ def _on_cpu(name: str, x: Array) -> Array:
     if name == "silu":
         return x * mx.sigmoid(x)
     return mx.maximum(x, 0)
+
+
+# ---- MLX's own layers in a user's model --------------------------------------------------------------------
+#
+# At 0, where the zeros of an image or of a dropout layer are, PyTorch takes the derivative of the negative side. MLX
+# takes 1 for a leaky ReLU, 1 + w for PReLU and 0 for CELU. The values are those of MLX, but for a leaky ReLU with a
+# slope above 1: MLX takes the larger of x and slope * x.
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """The class of MLX's own `LeakyReLU` after `match_gradients_at_zero`."""
+
+    def __call__(self, x: Array) -> Array:
+        return (_leaky_relu if on_cpu() else _compiled_leaky_relu)(x, self._negative_slope)
+
+
+class PReLU(nn.PReLU):
+    """The class of MLX's own `PReLU` after `match_gradients_at_zero`."""
+
+    def __call__(self, x: Array) -> Array:
+        return _prelu(x, self.weight)  # type: ignore[return-value]  # MLX types the result as an object
+
+
+class CELU(nn.CELU):
+    """The class of MLX's own `CELU` after `match_gradients_at_zero`."""
+
+    def __call__(self, x: Array) -> Array:
+        return (_celu if on_cpu() else _compiled_celu)(x, self._alpha)
+
+
+_MATCHED: dict[type, type] = {nn.LeakyReLU: LeakyReLU, nn.PReLU: PReLU, nn.CELU: CELU}
+
+
+def match_gradients_at_zero(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Gives MLX's own activations in a model PyTorch's gradient at 0, in place; subclasses of them stay.
+
+    Args:
+        modules: All modules of a model, by path.
+    """
+    for _, module in modules:
+        if matched := _MATCHED.get(type(module)):
+            # the class alone changes, so that the user's references stay valid
+            object.__setattr__(module, "__class__", matched)
+
+
+def _leaky_relu(x: Array, slope: float) -> Array:
+    return mx.where(x > 0, x, slope * x)
+
+
+def _celu(x: Array, alpha: float) -> Array:
+    negative = mx.where(x > 0, 0, x)  # exp overflows on the other side, and its gradient would be NaN
+    return mx.where(x > 0, x, alpha * (mx.exp(negative / alpha) - 1))
+
+
+@mx.custom_function
+def _prelu(x: Array, weight: Array) -> Array:
+    return mx.where(x > 0, x, weight * x)
+
+
+@_prelu.vjp
+def _prelu_gradient(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
+    x, weight = inputs
+    own = mx.where(x > 0, cotangent, weight * cotangent)
+    products = mx.where(x > 0, 0, cotangent * x).reshape(-1, weight.shape[0])
+    return own.astype(x.dtype), channel_sums(products).astype(weight.dtype)
+
+
+# compiled as those of `mlx.nn` are, but not on a CPU (see `_on_cpu`)
+_compiled_leaky_relu: Callable[[Array, float], Array] = mx.compile(_leaky_relu, shapeless=True)
+_compiled_celu: Callable[[Array, float], Array] = mx.compile(_celu, shapeless=True)

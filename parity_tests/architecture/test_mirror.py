@@ -25,7 +25,12 @@ ONE_SIDED = {
     "nn.tree": {"Arrays", "Arrays.get", "Arrays.set"},  # MLX has no objects for places of arrays
     # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does
     "nn.linear": {"Linear.reset_parameters", "Embedding.reset_parameters", "Embedding.forward"},
-    "models.base": {"BaseModel.device"},  # an attribute on MLX, whose arrays have no device
+    # the device is an attribute on MLX, whose arrays have none
+    "models.base": {"BaseModel.device", "BaseModel.match_gradients_at_zero"},
+    "nn.activations": {  # MLX's layers with PyTorch's gradients
+        "match_gradients_at_zero",
+        *(f"{name}{method}" for name in ("LeakyReLU", "PReLU", "CELU") for method in ("", ".forward")),
+    },
     "nn.arithmetic": {"set_tf32", "chip", "tf32"},  # MLX reads its switch once; PyTorch's is open to change
     "nn.conv": {"Conv2d.reset_parameters"},
     "nn.arrays": {"to_channels_first"},  # MLX images have channels last

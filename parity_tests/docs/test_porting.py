@@ -81,6 +81,8 @@ SAME = {
     "Linear": (4, 6),
     "LayerNorm": (4,),
     "PReLU": (),
+    "LeakyReLU": (),
+    "CELU": (),
     "ReLU": (),
     "SiLU": (),
     "Tanh": (),

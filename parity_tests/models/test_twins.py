@@ -26,6 +26,7 @@ from icenet.parity.run import curves, run
 from icenet.parity.yardstick import judge_curve
 
 mx: Any = pytest.importorskip("mlx.core")
+mx_nn: Any = pytest.importorskip("mlx.nn")
 torch: Any = pytest.importorskip("torch")
 
 HEADS = {
@@ -304,6 +305,33 @@ def test_a_table_of_each_framework(here: Path) -> None:
     wrong = BUFFERS["mlx"].replace("arange(1, 9) / 8", "arange(1, 9) / 7.99")
     report = run(write({**BUFFERS, "mlx": wrong}))
     assert report.unequal_weights == ["table"] and not report.rounded_weights
+
+
+@pytest.mark.parametrize("layer", ["LeakyReLU(0.2)", "LeakyReLU(2.0)", "PReLU(3)", "PReLU()", "CELU(1.5)"])
+def test_activations_at_zero(layer: str, here: Path) -> None:
+    """In a built model a layer of MLX has its values and PyTorch's gradients, at 0 too, where MLX has others."""
+    body = SEQUENTIAL["mlx"].replace("nn.ReLU()", f"nn.{layer}")
+    built = front_door.build(write({"mlx": body}), "mlx", "cpu").features.layers[1]
+    plain, theirs = eval(f"nn.{layer}", {"nn": mx_nn}), eval(f"nn.{layer}", {"nn": torch.nn})
+    assert isinstance(built, type(plain)) and built.parameters().keys() == plain.parameters().keys()
+    values = np.repeat(np.float32([-2, -0.5, 0, 0, 1.5, 200]), 3).reshape(2, 3, 3)
+    cotangent = np.linspace(-1, 2, 18, dtype=np.float32).reshape(2, 3, 3)
+    x, g = mx.array(values), mx.array(cotangent)
+    if layer != "LeakyReLU(2.0)":  # where MLX has another function
+        np.testing.assert_array_equal(np.array(built(x)), np.array(plain(x)))
+    found = {"input": mx.grad(lambda x: (built(x) * g).sum())(x)}
+    if built.parameters():
+        found |= mx_nn.value_and_grad(built, lambda x: (built(x) * g).sum())(x)[1]
+
+    inputs = torch.from_numpy(values).moveaxis(-1, 1).requires_grad_()  # PReLU has its channels there
+    inputs.retain_grad()
+    outputs = theirs(inputs).moveaxis(1, -1)
+    np.testing.assert_allclose(np.array(built(x)), outputs.detach(), rtol=1e-6)
+    (outputs * torch.from_numpy(cotangent)).sum().backward()
+    expected = {"input": inputs.grad.moveaxis(1, -1), **{n: p.grad for n, p in theirs.named_parameters()}}
+    assert found.keys() == expected.keys()
+    for name in found:
+        np.testing.assert_allclose(np.array(found[name]), expected[name], rtol=1e-6, err_msg=name)
 
 
 def test_names_of_containers(here: Path) -> None:

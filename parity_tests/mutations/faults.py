@@ -105,6 +105,27 @@ FAULTS: list[Fault] = [
         ["models/test_twins.py::test_both_backends_start_train_and_continue_equal"],
     ),
     Fault(
+        "a leaky ReLU keeps MLX's gradient at 0",
+        "icenet/nn/activations.py",
+        "return mx.where(x > 0, x, slope * x)",
+        "return mx.maximum(slope * x, x)",
+        ["models/test_twins.py::test_activations_at_zero"],
+    ),
+    Fault(
+        "the class of a model may have its own __call__",
+        "icenet/core/models/build.py",
+        'if "__call__" in own:',
+        'if "__call__ " in own:',
+        ["models/test_custom.py::test_a_class_without_forward"],
+    ),
+    Fault(
+        "a layer with parts that is used twice has no name in MLX",
+        "icenet_torch/nn/tree.py",
+        "for name in module._modules:",
+        "for name, _ in module.named_children():",
+        ["models/test_twins.py::test_both_backends_start_train_and_continue_equal"],
+    ),
+    Fault(
         "a layer used twice is unknown at its second place in PyTorch",
         "icenet_torch/nn/tree.py",
         "return model.named_modules(remove_duplicate=False)",
@@ -157,8 +178,8 @@ FAULTS: list[Fault] = [
     Fault(
         "a token is decoded outside of the model's arithmetic",
         "icenet/core/generation/decoder.py",
-        "            with self.model.arithmetic():\n                yield\n",
-        "            yield\n",
+        "        with self.model.evaluation(), self.model.arithmetic():\n            yield\n",
+        "        with self.model.evaluation():\n            yield\n",
         [
             "engine/test_arithmetic.py::test_each_use_of_a_pytorch_model_has_its_arithmetic",
             "engine/test_arithmetic.py::test_each_use_of_an_mlx_model_is_on_its_device",
@@ -1095,7 +1116,7 @@ FAULTS: list[Fault] = [
         "icenet/nn/norm.py",
         "mx.float32 if is_half(self.weight) else self.weight.dtype",
         "self.weight.dtype",
-        ["models/test_dtype.py::test_half_precision_agrees_with_float64"],
+        ["models/test_dtype.py::test_batch_norm_of_half_weights_rounds_once"],
     ),
     # ---- configuration, commands, architecture ---------------------------------------------------------------
     Fault(
@@ -1513,7 +1534,7 @@ FAULTS: list[Fault] = [
         "icenet/core/families/llama.py",
         '{"norm_offset": True, ',
         '{"norm_offset": False, ',
-        ["core/families/test_families.py::test_logits_and_greedy_tokens_are_those_of_transformers"],
+        ["core/families/test_folders.py::test_the_options_of_gemma"],
     ),
     Fault(
         "an option that no family has is dropped in an export",

@@ -263,6 +263,11 @@ class ModelBase:
         except IceNetError:  # of a sequence that was longer than the context, for example
             return
 
+    # ---- activations -------------------------------------------------------------------------------------
+
+    def match_gradients_at_zero(self) -> None:
+        """Gives the framework's own activations PyTorch's gradients at 0, in place (see `nn/activations.py`)."""
+
     # ---- dropout -----------------------------------------------------------------------------------------
 
     def key_dropouts(self) -> None:

@@ -76,6 +76,7 @@ def new_model(
         raise _no_super(f"{config.type}: __init__ of {type(error.obj).__name__}") from error
     model.key_dropouts()
     model.guard_embeddings()
+    model.match_gradients_at_zero()
     if seed is not None:
         model.init_weights(seed)
     return model
