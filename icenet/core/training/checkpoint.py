@@ -292,7 +292,7 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
         return found
     raise CheckpointError(
         f"{path}: all of its {len(candidates)} checkpoints are damaged or incomplete; the newest: "
-        f"{_reason(problems[0][1])}"
+        f"{_reason(problems[0][1])}; copy an intact one there, or train again without --resume"
     )
 
 
