@@ -139,6 +139,24 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A key that is not read and is written with the value of a field, for programs that require it."""
+
+    key: str
+    name: str
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return (self.key,)
+
+    def read(self, values: Values) -> dict[str, Any]:
+        return {}
+
+    def write(self, options: Options) -> dict[str, Any]:
+        return {self.key: options[self.name]}
+
+
+@dataclass(frozen=True)
 class Activation:
     """The key of the activation."""
 

@@ -6,7 +6,7 @@ Sources: the classes `GPT2Config`, `GPT2LMHeadModel`, `GPTNeoXConfig` and `GPTNe
 
 from __future__ import annotations
 
-from icenet.core.families.family import Activation, Dropout, Family, IsScaled, Key, Only, Rotary
+from icenet.core.families.family import Activation, Dropout, Family, IsScaled, Key, Only, Repeated, Rotary
 from icenet.core.families.tensors import Row
 
 _QKV = tuple(f"blocks.{{i}}.attention.{part}_proj" for part in "qkv")
@@ -22,6 +22,7 @@ GPT2 = Family(
         Key("n_layer", "num_layers", 12),
         Key("n_head", "num_heads", 12),
         Key("n_positions", "max_seq_length", 1024),
+        Repeated("n_ctx", "max_seq_length"),  # required by mlx-lm
         Key("n_inner", "feed_forward_size", None),
         Key("layer_norm_epsilon", "norm_eps", 1e-5),
         Key("tie_word_embeddings", "tie_embeddings", True),
@@ -44,7 +45,7 @@ GPT2 = Family(
         Row("lm_head", ["output"]),
     ],
     buffers=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
-    ignored=frozenset({"n_ctx", "reorder_and_upcast_attn"}),  # the second is about half precision
+    ignored=frozenset({"reorder_and_upcast_attn"}),  # about half precision
     divides_width=True,
 )
 

@@ -204,6 +204,15 @@ def test_export_is_the_inverse_of_import(model_type: str, tmp_path: Path) -> Non
     assert {path: array.shape for path, array in found.weights.items()} == parameter_shapes(config)
 
 
+def test_the_options_of_gemma() -> None:
+    """Which a table must state, because config.json does not."""
+    model = Config.from_dict({"model": FAMILIES["gemma2"].read(PUBLISHED["gemma-2-2b"])}).model
+    assert isinstance(model, TransformerConfig)
+    assert (model.norm, model.norm_offset, model.norm_position) == ("rms_norm", True, "sandwich")
+    assert (model.attention_scale, model.attention_softcap, model.logit_softcap) == (1 / 16, 50.0, 30.0)
+    assert (model.embedding_scale, model.tie_embeddings, model.activation) == (None, True, "gelu_tanh")
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_shapes_are_those_of_the_model(model_type: str) -> None:
     config = tiny_config(model_type)
