@@ -318,15 +318,15 @@ def _finish_loss(axes: Axes, runs: Sequence[Run], smooth: int | None) -> None:
         _logarithmic(axes, raw, _small)
     else:
         canvas.set_limits(axes, raw, shown)
-        # the loss of the last step, which the command prints, at the end of the thick line
-        last = [run.curve("loss")[1][-1:] for run in runs]
-        ends = [
-            (float(curve[-1]), f"{last[index][0]:.4f}", _look(index)["color"])
-            for index, curve in enumerate(curves)
-            if len(curve)
-        ]
-        if 0 < len(ends) <= 6:
-            canvas.end_labels(axes, ends, 0.055)
+    # the loss of the last step, which the command prints, at the end of the thick line
+    last = [run.curve("loss")[1][-1:] for run in runs]
+    ends = [
+        (float(curve[-1]), f"{last[index][0]:.4f}", _look(index)["color"])
+        for index, curve in enumerate(curves)
+        if len(curve)
+    ]
+    if 0 < len(ends) <= 6:
+        canvas.end_labels(axes, ends, 0.055)
     if len(runs) > 1:
         lines = [(Line2D([], [], **_look(index), linewidth=2), _caption(run)) for index, run in enumerate(runs)]
         canvas.add_legend(

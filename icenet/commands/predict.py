@@ -64,7 +64,7 @@ class Predictions:
         table = Table()
         table.add_column("image", overflow="fold")
         for place in range(min(self.top_k, len(self.classes))):
-            table.add_column("class" if place == 0 else f"{place + 1}", style="bold" if place == 0 else "dim")
+            table.add_column("class" if place == 0 else f"rank {place + 1}", style="bold" if place == 0 else "dim")
             table.add_column("", justify="right", style="bold" if place == 0 else "dim")
         for row, image in enumerate(self.images):
             cells = [cell for name, p in self.ranked(row) for cell in (name, f"{p:.1%}")]

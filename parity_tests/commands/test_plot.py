@@ -70,6 +70,26 @@ def test_the_labels_are_the_printed_losses(tmp_path: Path, monkeypatch: pytest.M
     plots.plot_metrics(overlay.read([run])[0].records, tmp_path / "own.png")
     last = f"{2 + 3 * math.exp(-100 / 20):.4f}"
     assert labels == [last, f"train\n{last}", "validation\n2.0000"]
+    from matplotlib.figure import Figure
+
+    labels.clear()  # a loss that falls by a factor of 30 has a logarithmic axis
+    records = [{"step": step, "loss": 3 * math.exp(-step / 20), "backend": "mlx"} for step in range(1, 101)]
+    overlay._finish_loss(Figure().subplots(), [overlay.Run("falling", tmp_path, records)], None)
+    assert labels == [f"{records[-1]['loss']:.4f}"]
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_labels_are_at_the_ends_of_the_curves(scale: str) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set_yscale(scale)
+    axes.set_ylim(0.01, 1)
+    canvas.end_labels(axes, [(0.1, "a", "red"), (0.1, "b", "blue"), (0.9, "c", "green")], 0.05)
+    places = {text.get_text(): text.xy[1] for text in axes.texts}
+    height = {"linear": 0.09 / 0.99, "log": 0.5}[scale]
+    assert places["a"] == pytest.approx(height) and places["b"] == pytest.approx(height + 0.05)
+    assert places["c"] == pytest.approx({"linear": 0.89 / 0.99, "log": 1 + math.log10(0.9) / 2}[scale])
 
 
 def test_the_kind_of_picture_follows_its_name(tmp_path: Path) -> None:

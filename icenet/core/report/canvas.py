@@ -191,23 +191,23 @@ def end_labels(axes: Axes, ends: list[tuple[float, str, str]], apart: float = 0.
     """Writes labels at the right end of curves.
 
     Args:
-        axes: The panel.
+        axes: The panel, whose limits and scale are set.
         ends: Last value, text and color of each curve.
         apart: Smallest distance of two labels, as a fraction of the height of the panel.
     """
-    low, high = axes.get_ylim()
-    least = apart * (high - low)
+    to_axes = axes.transScale + axes.transLimits  # also for a logarithmic axis
     ends = sorted(ends)
-    places = [value for value, _, _ in ends]
+    targets = [min(max(float(to_axes.transform((1.0, value))[1]), 0.0), 1.0) for value, _, _ in ends]
+    places = list(targets)
     for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + least)
-    moved = (places[-1] - ends[-1][0]) / 2
+        places[index] = max(places[index], places[index - 1] + apart)
+    moved = (places[-1] - targets[-1]) / 2
     places = [place - moved for place in places]
     for place, (_, text, colour) in zip(places, ends, strict=True):
         axes.annotate(
             text,
             (1.0, place),
-            xycoords=("axes fraction", "data"),
+            xycoords="axes fraction",
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
