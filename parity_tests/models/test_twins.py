@@ -237,6 +237,7 @@ def test_both_backends_start_train_and_continue_equal(
     assert same_bits(pair["mlx"].weights(), pair["torch"].weights())
     assert pair["mlx"].num_params == pair["torch"].num_params == sum(p.numel() for p in trained(pair["torch"]))
     assert pair["mlx"].part_sizes() == pair["torch"].part_sizes()
+    assert pair["mlx"].mlx_names().items() <= pair["torch"].mlx_names().items()
     assert pair["mlx"].layer_kinds().items() >= pair["torch"].layer_kinds().items()
     ours, theirs = (twins.describe(model) for model in pair.values())
     assert ours == dataclasses.replace(theirs, backend="mlx")
