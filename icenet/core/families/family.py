@@ -23,16 +23,15 @@ MAX_LAYERS = 2**14
 IGNORED = frozenset(
     {
         # about the file and the program
-        *("_attn_implementation_autoset", "_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype"),
-        *("model_type", "name_or_path", "torch_dtype", "torchscript", "transformers.js_config"),
-        *("transformers_version", "use_bfloat16"),
+        *("architectures", "auto_map", "dtype", "model_type", "name_or_path", "torch_dtype", "torchscript"),
+        *("transformers.js_config", "transformers_version", "use_bfloat16"),
         # what a call returns, and how it is computed
-        *("attn_implementation", "_attn_implementation", "cache_implementation", "chunk_size_feed_forward"),
-        *("gradient_checkpointing", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
-        *("use_return_dict"),
+        *("attn_implementation", "cache_implementation", "chunk_size_feed_forward", "gradient_checkpointing"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "use_return_dict"),
         # initial values, dropout of attention weights (in training only) and special tokens
-        *("initializer_range", "attention_dropout", "attn_pdrop", "bos_token_id", "eos_token_id", "pad_token_id"),
-        *("sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix"),
+        *("initializer_range", "attention_dropout", "attn_pdrop", "bos_token_id", "eos_token_id"),
+        *("pad_token_id", "sep_token_id", "unk_token_id", "cls_token_id", "mask_token_id"),
+        *("decoder_start_token_id", "tokenizer_class", "prefix"),
         # other tasks than language modelling
         *("classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type"),
         *("task_specific_params", "summary_type", "summary_use_proj", "summary_activation"),
@@ -42,11 +41,11 @@ IGNORED = frozenset(
         *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
         *("forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size"),
         *("num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values"),
-        *("repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p"),
-        *("typical_p"),
+        *("repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k"),
+        *("top_p", "typical_p"),
     }
 )
-"""Keys that do not change what a model computes."""
+"""Keys that do not change what a model computes. Those that begin with `_` are about the program, too."""
 
 ACTIVATIONS: Mapping[str, Sequence[str]] = {
     "silu": ("silu", "swish"),
@@ -428,7 +427,8 @@ class Family:
                 raise ConfigError(f"{key}: quantized weights are not supported; use the original weights")
         parts = [*self.parts, *COMMON]
         known = {key for part in parts for key in part.keys} | IGNORED | self.ignored
-        if unknown := [key for key, value in values.items() if key not in known and value is not None]:
+        given = [key for key, value in values.items() if value is not None and not key.startswith("_")]
+        if unknown := [key for key in given if key not in known]:
             raise ConfigError(
                 f"{', '.join(map(_shown, unknown))}: unknown for model_type {self.model_type}, and may change what "
                 "the model computes; remove what has no effect"

@@ -92,7 +92,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
         "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
         "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
-        "transformers_version": "4.40.1", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.40.1", "_name_or_path": "x", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
     "Qwen2.5-0.5B": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
@@ -328,6 +328,7 @@ def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
     ("values", "names"),
     [
         ({"attention_sinks": 4}, ["attention_sinks", "llama"]),
+        ({"s": 4}, ["'s'", "llama"]),
         ({"model_type": "mamba"}, ["mamba", "llama"]),
         ({"model_type": None}, ["model_type"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3"]),
