@@ -104,10 +104,14 @@ def uses(*names: str) -> Callable[[Config], bool]:
     return lambda config: config.training.optimizer in names
 
 
+def has_layer_norm(config: Config) -> bool:
+    return getattr(config.model, "norm", None) == "layer_norm"
+
+
 # ---- norms --------------------------------------------------------------------------------------------------
 
-sets("layer norm: eps 1e-6", nn.LayerNorm, "eps", lambda _: 1e-6, "transformer")
-sets("layer norm: eps 2e-5", nn.LayerNorm, "eps", lambda _: 2e-5, "transformer")
+sets("layer norm: eps 1e-6", nn.LayerNorm, "eps", lambda _: 1e-6, "transformer", fits=has_layer_norm)
+sets("layer norm: eps 2e-5", nn.LayerNorm, "eps", lambda _: 2e-5, "transformer", fits=has_layer_norm)
 sets("batch norm: eps 1e-3", nn.BatchNorm, "eps", lambda _: 1e-3, "cnn")
 sets("batch norm: eps 2e-5", nn.BatchNorm, "eps", lambda _: 2e-5, "cnn")
 sets("batch norm: momentum 0.01", nn.BatchNorm, "momentum", lambda _: 0.01, "cnn")
@@ -119,24 +123,24 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float, axis: int = -1,
     return result
 
 
-@replaces("layer norm: unbiased variance", norm.LayerNorm, "__call__", "transformer")
+@replaces("layer norm: unbiased variance", norm.LayerNorm, "__call__", "transformer", fits=has_layer_norm)
 def _(original: Any, self: Any, x: Array) -> Array:
     return layer_norm(x.astype(mx.float32), self.weight, self.bias, self.eps, ddof=1).astype(x.dtype)
 
 
-@replaces("layer norm: over the positions", norm.LayerNorm, "__call__", "transformer")
+@replaces("layer norm: over the positions", norm.LayerNorm, "__call__", "transformer", fits=has_layer_norm)
 def _(original: Any, self: Any, x: Array) -> Array:
     return layer_norm(x.astype(mx.float32), self.weight, self.bias, self.eps, axis=-2).astype(x.dtype)
 
 
-@replaces("layer norm: the variance has no gradient", norm.LayerNorm, "__call__", "transformer")
+@replaces("layer norm: the variance has no gradient", norm.LayerNorm, "__call__", "transformer", fits=has_layer_norm)
 def _(original: Any, self: Any, x: Array) -> Array:
     y = x.astype(mx.float32)
     mean, var = y.mean(axis=-1, keepdims=True), y.var(axis=-1, keepdims=True)
     return ((y - mean) * mx.rsqrt(mx.stop_gradient(var) + self.eps) * self.weight + self.bias).astype(x.dtype)  # type: ignore
 
 
-@replaces("layer norm: gradient of the bias doubled", norm.LayerNorm, "__call__", "transformer")
+@replaces("layer norm: gradient of the bias doubled", norm.LayerNorm, "__call__", "transformer", fits=has_layer_norm)
 def _(original: Any, self: Any, x: Array) -> Array:
     y = original(self, x)
     return y + (self.bias - mx.stop_gradient(self.bias)).astype(y.dtype)  # type: ignore[no-any-return]
@@ -163,18 +167,18 @@ def _(original: Any, self: Any, x: Array) -> Array:
 
 
 @replaces("attention: no scale", attention, "scaled_dot_product_attention", "transformer")
-def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
-    return original(q * q.shape[-1] ** 0.5, k, v, mask)
+def _(original: Any, q: Array, *others: Any) -> Any:
+    return original(q * q.shape[-1] ** 0.5, *others)
 
 
 @replaces("attention: scale off by 1e-5", attention, "scaled_dot_product_attention", "transformer")
-def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
-    return original(q * (1 + 1e-5), k, v, mask)
+def _(original: Any, q: Array, *others: Any) -> Any:
+    return original(q * (1 + 1e-5), *others)
 
 
 @replaces("attention: scaled by all heads' size", attention, "scaled_dot_product_attention", "transformer")
-def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
-    return original(q * q.shape[1] ** -0.5, k, v, mask)
+def _(original: Any, q: Array, *others: Any) -> Any:
+    return original(q * q.shape[1] ** -0.5, *others)
 
 
 def is_sinusoidal(config: Config) -> bool:
@@ -198,8 +202,8 @@ def shifted(mask: Any, length: int, offset: int) -> Array:
     "transformer",
     fits=lambda config: getattr(config.model, "causal", False),
 )
-def _(original: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
-    return original(q, k, v, shifted(mask, q.shape[2], 1) if isinstance(mask, str) else mask)
+def _(original: Any, q: Array, k: Array, v: Array, mask: Any, *others: Any) -> Any:
+    return original(q, k, v, shifted(mask, q.shape[2], 1) if isinstance(mask, str) else mask, *others)
 
 
 @replaces("padding mask: ignored", attention, "make_attention_mask", "transformer")
