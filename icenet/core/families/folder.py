@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icenet.core.config import Config, TransformerConfig
+from icenet.core.config import Config, GenerationConfig, TransformerConfig
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES, Family, family_of
 from icenet.core.families.weights import ImportedWeights, is_tied
@@ -157,23 +157,29 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
         names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.path / name).is_file()]
         ids = {key: source.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {name: (source.path / name).read_bytes() for name in names}, [], ids
-    none = {"bos_token_id": None, "eos_token_id": config.generation.eos_token_id, "pad_token_id": None}
+    ends = list(config.generation.eos_token_id or [])
     name = getattr(config.data, "tokenizer", ByteTokenizer.name)
-    files = tokenizer_files(name)
-    if not files:
-        return {}, ["the tokenizer of bytes has no counterpart in Hugging Face, so the folder has none"], none
-    tokenizer = get_tokenizer(name)
-    ends = list(end_ids(tokenizer))
-    eot = next((text for text, token in special_tokens(tokenizer).items() if token == tokenizer.eot_id), None)
-    files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eot})
-    return files, [], {**none, "eos_token_id": none["eos_token_id"] or (ends if len(ends) > 1 else ends[0])}
+    files, remarks = tokenizer_files(name), []
+    if files:
+        tokenizer = get_tokenizer(name)
+        ends = ends or list(end_ids(tokenizer))
+        texts = {token: text for text, token in special_tokens(tokenizer).items()}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts.get(ends[0])}
+        files["tokenizer_config.json"] = _json({key: value for key, value in settings.items() if value is not None})
+    else:
+        remarks.append("the tokenizer of bytes has no counterpart in Hugging Face, so the folder has none")
+    ids = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": None}
+    return files, remarks, ids
 
 
 def _written_generation(config: Config) -> dict[str, Any]:
     settings = config.generation
-    written: dict[str, Any] = {"do_sample": settings.temperature > 0}
-    if settings.temperature > 0:
-        written |= {name: getattr(settings, name) for name in _SAMPLING}
+    sampling = {name: getattr(settings, name) for name in (*_SAMPLING, "min_p")}
+    written: dict[str, Any] = {}
+    if settings.temperature == 0:
+        written["do_sample"] = False
+    elif any(sampling[name] != getattr(GenerationConfig(), name) for name in sampling):  # the user has chosen
+        written |= {"do_sample": True, **sampling}
     for name, neutral in (("repetition_penalty", 1.0), ("max_new_tokens", None)):
         if (value := getattr(settings, name)) != neutral:
             written[name] = value

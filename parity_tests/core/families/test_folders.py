@@ -92,7 +92,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
         "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
         "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
-        "transformers_version": "4.40.1", "_name_or_path": "x", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.40.1", "_name_or_path": "x",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
     "Qwen2.5-0.5B": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
@@ -312,7 +313,11 @@ def test_a_folder_converts_to_our_form_and_generates(llama: Path, tmp_path: Path
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "from-ours"), "--to", "hf"]) in (0, None)
     assert (tmp_path / "from-ours" / "tokenizer.json").read_bytes() == bpe.read_bytes()
     written = json.loads((tmp_path / "from-ours" / "config.json").read_text())
-    assert (written["model_type"], written["eos_token_id"]) == ("llama", [0])
+    assert (written["model_type"], written["eos_token_id"]) == ("llama", 0)
+    settings = json.loads((tmp_path / "from-ours" / "generation_config.json").read_text())
+    assert "do_sample" not in settings  # the defaults of each library
+    names = json.loads((tmp_path / "from-ours" / "tokenizer_config.json").read_text())
+    assert names["eos_token"] == "<|endoftext|>"
 
 
 def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
