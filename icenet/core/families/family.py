@@ -56,6 +56,26 @@ ACTIVATIONS: Mapping[str, Sequence[str]] = {
 """Our names of activations and theirs; the first one is written."""
 
 
+SCALINGS: Mapping[str, Mapping[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+    "yarn": {
+        "factor": "factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "attention_factor": "attention_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+}
+"""Types of scaled rotary positions: their keys, and the fields of `RotaryScaling`."""
+
+
 class Values:
     """The content of a config.json, with types checked on access."""
 
@@ -235,6 +255,8 @@ class Rotary:
     """Key of the rotated part of a head, of families that have it."""
     fraction: float = 1.0
     theta: float = 10000.0
+    scales: bool = True
+    """Whether the library accepts `SCALINGS`."""
 
     @property
     def keys(self) -> Sequence[str]:
@@ -242,28 +264,42 @@ class Rotary:
         return (*names, *([self.fraction_key] if self.fraction_key else []))
 
     def read(self, values: Values) -> dict[str, Any]:
-        for name in ("rope_scaling", "rope_parameters"):
-            given = values.within(name)
-            kind = given.get("rope_type") or given.get("type") or "default"
-            if kind != "default":
-                raise ConfigError(f"{name}: scaled rotary positions ({_shown(kind)}) are not supported")
-            known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-            if unknown := [key for key in given if key not in known and given.get(key) is not None]:
-                raise ConfigError(f"{name}: {', '.join(map(_shown, unknown))} is not supported")
-        nested = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-        inner = values.within(nested)
-        theta = inner.number("rope_theta", values.number(self.theta_key, values.number("rope_theta", None)))
-        fraction = inner.number("partial_rotary_factor", values.number("partial_rotary_factor", None))
+        name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+        given = values.within(name)
+        theta = given.number("rope_theta", values.number(self.theta_key, values.number("rope_theta", None)))
+        fraction = given.number("partial_rotary_factor", values.number("partial_rotary_factor", None))
         if self.fraction_key and fraction is None:
             fraction = values.number(self.fraction_key, self.fraction)
         if not self.fraction_key and fraction not in (None, 1.0):
             raise ConfigError(f"partial_rotary_factor: {fraction} is not supported, only 1.0")
         fields: dict[str, Any] = {"rotary_theta": self.theta if theta is None else theta}
+        if scaling := self._read_scaling(name, given, values):
+            fields["rotary_scaling"] = scaling
         return {**fields, "rotary_fraction": 1.0 if fraction is None else fraction}
+
+    def _read_scaling(self, name: str, given: Values, values: Values) -> dict[str, Any] | None:
+        kind = given.get("rope_type") or given.get("type") or "default"
+        known = {} if kind == "default" else SCALINGS.get(kind) if isinstance(kind, str) and self.scales else None
+        if known is None:
+            raise ConfigError(f"{name}: scaled rotary positions of type {_shown(kind)} are not supported")
+        others = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *known)
+        if unknown := [key for key in given if key not in others and given.get(key) is not None]:
+            raise ConfigError(f"{name}: {', '.join(map(_shown, unknown))} is not supported")
+        if not known:
+            return None
+        found = {field: given.get(key) for key, field in known.items() if given.get(key) is not None}
+        if "original_length" in known.values():
+            found.setdefault("original_length", values.get("max_position_embeddings"))
+        return {"type": kind, **found}
 
     def write(self, options: Options) -> dict[str, Any]:
         theta, fraction = options.get("rotary_theta", self.theta), options.get("rotary_fraction", 1.0)
-        return {self.theta_key: theta, **({self.fraction_key: fraction} if self.fraction_key else {})}
+        written = {self.theta_key: theta, **({self.fraction_key: fraction} if self.fraction_key else {})}
+        if self.scales and (scaling := options.get("rotary_scaling")):
+            known = SCALINGS[scaling["type"]]
+            given = {key: scaling[field] for key, field in known.items() if scaling[field] is not None}
+            written["rope_scaling"] = {"rope_type": scaling["type"], **given}
+        return written
 
 
 @dataclass(frozen=True)

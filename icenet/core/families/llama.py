@@ -189,7 +189,7 @@ PHI3 = _family(
     {},
     [
         *_parts(32064, 3072, 32, 8192, 4096, 1e-5, None),
-        *(_HEADS, HeadSize(), _SILU, Rotary(fraction_key="partial_rotary_factor"), Window(None)),
+        *(_HEADS, HeadSize(), _SILU, Rotary(fraction_key="partial_rotary_factor", scales=False), Window(None)),
         Dropout(("resid_pdrop", "embd_pdrop"), 0.0),
         Only("attention_bias", False),
     ],

@@ -37,6 +37,12 @@ GPT2 = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **HEADS, "head_dim": 10, "attention_bias": True, "rope_parameters": THETA}),
     "llama-tied": ("Llama", {**SIZES, **HEADS, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-3": (
+        "Llama",
+        {**SIZES, **HEADS, "head_dim": 16,
+         "rope_parameters": {**THETA, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
     "mistral": (
         "Mistral",
         {**SIZES, "hidden_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6,
@@ -50,9 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": (
         "Qwen3",
         {**SIZES, "hidden_size": 20, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-         "attention_bias": True},
+         "attention_bias": True,
+         "rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     ),
-    "olmo2": ("Olmo2", {**SIZES, **HEADS, "rope_parameters": THETA}),
+    "olmo2": ("Olmo2", {**SIZES, **HEADS, "rope_parameters": {**THETA, "rope_type": "linear", "factor": 3.0}}),
     "gemma2": (
         "Gemma2",
         {**SIZES, **HEADS, "head_dim": 10, "num_hidden_layers": 3, "query_pre_attn_scalar": 7, "sliding_window": 6,

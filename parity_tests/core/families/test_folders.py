@@ -95,6 +95,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "transformers_version": "4.40.1", "_name_or_path": "x",
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
+    "Llama-3.2-1B": {
+        "model_type": "llama", "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "mlp_bias": False,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "vocab_size": 128256,
+    },
     "Qwen2.5-0.5B": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
         "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
@@ -203,6 +211,14 @@ def test_export_is_the_inverse_of_import(model_type: str, tmp_path: Path) -> Non
     assert found.config.model == config
     assert same_bits(dict(ExportedWeights(family, config, found.weights)), arrays)
     assert {path: array.shape for path, array in found.weights.items()} == parameter_shapes(config)
+
+
+def test_scaled_positions_are_read() -> None:
+    found = FAMILIES["llama"].read(PUBLISHED["Llama-3.2-1B"])["rotary_scaling"]
+    limits = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0}
+    assert found == {"type": "llama3", "factor": 32.0, "original_length": 8192, **limits}
+    values = {"max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert FAMILIES["qwen2"].read(values)["rotary_scaling"] == {"type": "yarn", "factor": 4.0, "original_length": 64}
 
 
 def test_the_options_of_gemma() -> None:
@@ -336,7 +352,8 @@ def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
         ({"s": 4}, ["'s'", "llama"]),
         ({"model_type": "mamba"}, ["mamba", "llama"]),
         ({"model_type": None}, ["model_type"]),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, ["rope_scaling", "longrope"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 2}}, ["rope_scaling", "mscale"]),
         ({"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "sliding_attention"]),
         ({"rope_parameters": "x"}, ["rope_parameters"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
