@@ -544,6 +544,26 @@ def test_a_changed_file_is_read_again(here: Path) -> None:
     assert list(front_door.build(config, "torch").weights()) == ["amendment.weight"]
 
 
+def test_code_that_changes_after_training_is_named(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The weights compute something else then."""
+    file = here / "one_torch.py"
+    text = file.read_text()
+    (here / "sub").mkdir()
+    (here / "sub" / "factor.py").write_text("FACTOR = 1\n")
+    file.write_text(text.replace("class Only", "from sub.factor import FACTOR\n\n\nclass Only"))
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}})
+    train(config, here / "run", "torch", 1)
+    front_door.load(here / "run", "torch", trust_code=True)
+    assert not caplog.messages
+    (here / "sub" / "factor.py").write_text("FACTOR = 2\n")
+    front_door.load(here / "run", "torch", trust_code=True)
+    step = here / "run" / "checkpoints" / "step-00000001"
+    expected = f"was trained with another version of {Path('sub', 'factor.py')}"
+    assert len(caplog.messages) == 1 and is_one_line(caplog.messages[0], str(step), expected)
+    with custom.everything_trusted():
+        assert sum(expected in note for note in Trainer.resume(here / "run", quiet=True).notes) == 1
+
+
 # ---- modules next to the file -----------------------------------------------------------------------------
 
 LAYERS = """

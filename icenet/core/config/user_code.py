@@ -18,7 +18,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +69,40 @@ def run_file(file: Path) -> ModuleType:
         where = "" if isinstance(error, SyntaxError) else _in_brackets(error)
         raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
     return module
+
+
+def hashes(module: str) -> dict[str, str]:
+    """Returns the SHA-256 of each file of the user that was run for a module, by its path relative to their folder.
+
+    Args:
+        module: Name of the module of a class in such a file; of another module the result is empty.
+    """
+    package = module.partition(".")[0]
+    if not package.startswith(_PREFIX) or package not in sys.modules:
+        return {}
+    found = {}
+    for name, each in list(sys.modules.items()):
+        loader = getattr(each.__spec__, "loader", None) if name.partition(".")[0] == package else None
+        if isinstance(loader, _Loader):
+            path = os.path.relpath(loader.path, os.path.dirname(_loader_of(package).path))
+            found[Path(path).as_posix()] = hashlib.sha256(loader.source).hexdigest()
+    return dict(sorted(found.items()))
+
+
+def changed(folder: Path, stored: Mapping[str, str]) -> list[str]:
+    """Returns the names of the files in a folder whose content differs from what `hashes` returned."""
+    contents = {name: _read(str(folder / name)) for name in stored}
+    return [
+        name
+        for name, content in contents.items()
+        if content is not None and hashlib.sha256(content).hexdigest() != stored[name]
+    ]
+
+
+def _loader_of(package: str) -> _Loader:
+    loader = getattr(sys.modules[package].__spec__, "loader", None)
+    assert isinstance(loader, _Loader)
+    return loader
 
 
 class _Loader(SourceFileLoader):

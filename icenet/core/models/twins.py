@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from icenet.core import backends
-from icenet.core.config import Config, custom
+from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, CheckpointError, UsageError
 from icenet.core.weights import layout
 
@@ -216,6 +217,22 @@ def check_same_model(state: Mapping[str, Any], model: Any, source: str) -> None:
             f"{source}: {family} for {NAMES[model.backend]} differs from the model that wrote it: "
             f"{summarize(found)}; make the two classes agree, or continue with --backend {writer}"
         )
+
+
+def changed_code(state: Mapping[str, Any], family: str, source: str) -> str | None:
+    """Returns a note if a user's model is not the code that a checkpoint was trained with; None if it is.
+
+    Args:
+        state: The content of the checkpoint's state.json. Version 0.1 stored no code.
+        family: The `type` of the model.
+        source: Path of the checkpoint.
+    """
+    stored = state.get("code")
+    if not custom.is_custom(family) or not isinstance(stored, dict):
+        return None
+    folder = custom.split(family)[0].parent
+    names = [os.path.relpath(folder / name) for name in user_code.changed(folder, stored)]
+    return f"{source}: was trained with another version of {', '.join(names)}" if names else None
 
 
 def stored_sharing(state: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.config import Config
+from icenet.core.config import Config, user_code
 from icenet.core.config.custom import is_custom
 from icenet.core.data.datasets import Dataset
 from icenet.core.engine import Engine
@@ -75,6 +75,7 @@ class CheckpointWriter:
             }
             if is_custom(self.config.model.type):
                 state["model"] = describe(self.engine.model).as_dict()
+                state["code"] = user_code.hashes(type(self.engine.model).__module__)
             self._background.start(partial(self._write, step, weights, optimizer, state))
         elif self.config.training.sharded:  # the first process collects the shards of all processes
             self.engine.weights()

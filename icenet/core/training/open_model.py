@@ -54,6 +54,8 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
             logging.getLogger("icenet").warning(
                 f"{path}: is a run; {weight_files.DEFAULT_NAME} in it is not used, but {found.path.name}"
             )
+        if code := twins.changed_code(found.state, found.config.model.type, str(found.path)):
+            logging.getLogger("icenet").warning(code)
         return found.config.with_overrides(*overrides), found.weights
     return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
 

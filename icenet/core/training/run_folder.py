@@ -378,6 +378,10 @@ def prepare(
         files.write_bytes(run / name, content)
     if step and not (run / METRICS).exists():
         notes.append(f"{run / METRICS}: is missing; the metrics begin at step {step + 1}")
+    best = run / BEST
+    if config.training.keep_best and best.is_dir() and not best.is_symlink():
+        kept = files.set_aside(best)
+        notes.append(f"{best}: is a folder instead of a link (a copy without links?); it is kept as {kept.name}")
     if best_step is not None:
         link_best(run, checkpoints.path_of(run, best_step))
     return notes

@@ -203,6 +203,8 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes += plan.notes
+        code = twins.changed_code(found.state, config.model.type, str(found.path))
+        trainer.notes += [code] if code else []
         changed = explain_change(found.step, found.config.training, config.training)
         trainer.notes += [changed] if changed else []
         before = found.state.get("tf32")  # None in a checkpoint of an earlier version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -516,16 +517,19 @@ def test_a_run_takes_no_checkpoints_or_saved_models_folder(tmp_path: Path) -> No
         Trainer.resume(run, run=run / "best", overrides=["training.max_steps=30"], quiet=True)
 
 
-def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path) -> None:
+def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny(tmp_path, "training.keep_best=true", "training.keep_checkpoints=1", "training.eval_batches=1",
                   "training.eval_every=5")  # fmt: skip
     run = tmp_path / "run"
     evaluated(Trainer.start(config, run, backend="torch", quiet=True), [2.0, 3.0]).fit(10)
-    (run / "best").unlink()  # like a copy without links
+    (run / "best").unlink()
+    shutil.copytree(run / "checkpoints" / "step-00000005", run / "best")  # a copy that follows links
     resumed = Trainer.resume(run, quiet=True)
     assert resumed.early_stopping.step == 5
     evaluated(resumed, [4.0]).fit(15)
     assert (run / "best").resolve().name == "step-00000005"
+    assert (run / "best-replaced" / "state.json").is_file()
+    assert any("is kept as best-replaced" in message for message in caplog.messages)
     branch = Trainer.resume(run / "checkpoints" / "step-00000015", run=tmp_path / "branch", quiet=True)
     assert branch.early_stopping == EarlyStopping()  # the best is not in the branch's folder
     evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
