@@ -248,14 +248,14 @@ class Report:
 
 
 def _interesting(rows: list[Row]) -> Iterator[Row]:
-    """Yields the rows over the tolerance and the row before the first of them; without any, the worst few."""
-    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark or row.plain_ratio or row.ties]
-    if not failing:
-        ranked = sorted(range(len(rows)), key=lambda index: -rows[index].ratio)[:_WORST_SHOWN]
-        yield from (rows[index] for index in sorted(ranked))
-        return
-    wanted = {index for index in failing if rows[index].mark != PROPAGATED}
-    wanted |= set(failing[:_WORST_SHOWN]) | {max(failing[0] - 1, 0)}
+    """Yields the rows with a remark, and those over the tolerance with the row before them; without any, the worst."""
+    failing = [index for index, row in enumerate(rows) if not row.passed or row.mark]
+    wanted = {index for index, row in enumerate(rows) if row.plain_ratio or row.ties}
+    if failing:
+        wanted |= {index for index in failing if rows[index].mark != PROPAGATED}
+        wanted |= set(failing[:_WORST_SHOWN]) | {max(failing[0] - 1, 0)}
+    else:
+        wanted |= set(sorted(range(len(rows)), key=lambda index: -rows[index].ratio)[:_WORST_SHOWN])
     yield from (rows[index] for index in sorted(wanted))
 
 

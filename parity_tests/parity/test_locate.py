@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,10 @@ from rich.console import Console
 from icenet.core import backends, rng
 from icenet.parity import align, locate
 from icenet.parity.engines import Engines, build
-from icenet.parity.report import Report
+from icenet.parity.report import Report, _interesting
 from icenet.parity.run import compare_engines, optimizer_rows
 from icenet.parity.trace import Call, Value, short_dtype
+from icenet.parity.yardstick import Judgement
 
 Modules = dict[str, Any]
 
@@ -178,6 +180,13 @@ def test_the_report_as_text_and_as_json(without_dropout: Engines, batch: Any) ->
     marks = {row["path"]: row["mark"] for row in plain["sections"][0]["rows"]}
     assert marks["blocks.0.feed_forward_norm"] == "differs here"
     assert marks["blocks.0"] == "contains" and marks["blocks.1"] == "propagated"
+
+
+def test_a_section_that_passes_shows_its_worst_rows_and_those_with_a_remark() -> None:
+    rows = [locate.Row("module", f"layer{n}", (1,), Judgement(n, 1, n, n)) for n in range(8)]
+    rows[0] = replace(rows[0], ties="ties")
+    shown = [row.path for row in _interesting(rows)]
+    assert shown == ["layer0", "layer5", "layer6", "layer7"]
 
 
 def test_cotangents_are_scaled_until_no_gradient_overflows_in_fp16() -> None:
