@@ -141,7 +141,8 @@ class TransformerModel(BaseModel):
             self._positions = mx.array(sinusoidal_positions(config.max_seq_length, width))
         elif config.positions == "rotary":
             size = transformer_plan.rotary_size(config)
-            self._rotary_table = mx.array(rotary_table(config.max_seq_length, size, config.rotary_theta))
+            table = rotary_table(config.max_seq_length, size, config.rotary_theta, config.rotary_scaling)
+            self._rotary_table = mx.array(table)
         self.embedding_dropout = ops.Dropout(config.dropout)
         self.blocks = [TransformerBlock(plan) for plan in transformer_plan.blocks(config)]
         if config.norm_position != "post":

@@ -141,11 +141,8 @@ class TransformerModel(BaseModel):
             )
         elif config.positions == "rotary":
             size = transformer_plan.rotary_size(config)
-            self.register_buffer(
-                "_rotary_table",
-                torch.from_numpy(rotary_table(config.max_seq_length, size, config.rotary_theta)),
-                persistent=False,
-            )
+            table = rotary_table(config.max_seq_length, size, config.rotary_theta, config.rotary_scaling)
+            self.register_buffer("_rotary_table", torch.from_numpy(table), persistent=False)
         self.embedding_dropout = ops.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(plan) for plan in transformer_plan.blocks(config))
         if config.norm_position != "post":

@@ -42,6 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "part of a head": {"positions": "rotary", "head_size": 16, "rotary_fraction": 0.25, "rotary_theta": 500.0},
     "interleaved pairs": {"positions": "rotary", "rotary_pairs": "interleaved"},
     "llama": LLAMA,
+    "scaled, linear": {**LLAMA, "rotary_scaling": {"type": "linear", "factor": 3.0}},
+    "scaled, llama3": {**LLAMA, "rotary_scaling": {"type": "llama3", "factor": 8.0, "original_length": 16}},
+    "scaled, yarn": {**LLAMA, "rotary_scaling": {"type": "yarn", "factor": 4.0, "original_length": 16}},
     "one head of keys": {"num_kv_heads": 1, "head_size": 10},
     "sliding window": {**LLAMA, "sliding_window": 5},
     "every other layer slides": {**LLAMA, "sliding_window": 3, "layer_types": ["sliding", "full"]},
@@ -135,6 +138,10 @@ def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
         ({"parallel_residual": True, "norm_position": "post"}, "norm_position"),
         ({"output_bias": True, "tie_embeddings": True}, "tie_embeddings"),
         ({"attention_softcap": 0}, "attention_softcap"),
+        ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, "positions: rotary"),
+        ({"positions": "rotary", "rotary_scaling": {"type": "yarn", "factor": 2.0}}, "original_length"),
+        ({"positions": "rotary", "rotary_scaling": {"type": "ntk", "factor": 2.0}}, r"rotary_scaling\.type"),
+        ({"positions": "rotary", "rotary_scaling": {"factors": 2.0}}, r"rotary_scaling\.factors"),
     ],
 )
 def test_options_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from icenet.core.config.model import (
     CustomConfig,
     ModelConfig,
     RecurrentConfig,
+    RotaryScaling,
     TransformerConfig,
 )
 from icenet.core.config.run import Config, check_device, json_schema
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "ParameterGroup",
     "RecurrentConfig",
+    "RotaryScaling",
     "TrainingConfig",
     "TransformerConfig",
     "check_device",

@@ -48,6 +48,39 @@ class ModelConfig(Section):
         return super().__new__(section)  # type: ignore[type-var, return-value]
 
 
+class RotaryScaling(Section):
+    """Scaling of rotary positions, for contexts longer than those of the original training."""
+
+    section: ClassVar[str] = "model.rotary_scaling"
+
+    type: Literal["linear", "yarn", "llama3"]
+    """Frequencies divided by factor: all of them (linear), or the low ones only (yarn, llama3)."""
+    factor: PositiveFloat
+    """Ratio of the context to the original one."""
+    original_length: Size | None = None
+    """Number of tokens of the original context; for yarn and llama3."""
+    low_frequency_factor: PositiveFloat = 1.0
+    """llama3: frequencies with fewer turns in the original context are divided by factor."""
+    high_frequency_factor: PositiveFloat = 4.0
+    """llama3: frequencies with more turns in the original context are kept."""
+    beta_fast: PositiveFloat = 32.0
+    """yarn: frequencies with more turns in the original context are kept."""
+    beta_slow: PositiveFloat = 1.0
+    """yarn: frequencies with fewer turns in the original context are divided by factor."""
+    truncate: bool = True
+    """yarn: round the ends of the range between beta_fast and beta_slow to whole pairs."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: factor of queries and keys; null: 0.1 ln(factor) + 1."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.type != "linear" and self.original_length is None:
+            raise ValueError(f"rotary_scaling of type {self.type} needs original_length")
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError("high_frequency_factor must be larger than low_frequency_factor")
+        return self
+
+
 class TransformerConfig(ModelConfig):
     """A transformer: a decoder if `causal`, otherwise an encoder. `docs/models.md` has the formula of each option."""
 
@@ -67,6 +100,8 @@ class TransformerConfig(ModelConfig):
     """How the model knows positions: added to the embedding (sinusoidal, learned), or rotating queries and keys."""
     rotary_theta: PositiveFloat = 10000.0
     """Base of the angles of rotary positions."""
+    rotary_scaling: RotaryScaling | None = None
+    """Scaling of rotary positions for long contexts: type (linear, yarn, llama3), factor, original_length."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of each head that rotary positions rotate."""
     rotary_pairs: transformer_plan.RotaryPairs = "half"
@@ -117,6 +152,8 @@ class TransformerConfig(ModelConfig):
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         transformer_plan.check(self)
+        if self.rotary_scaling is not None and self.positions != "rotary":
+            raise ValueError("rotary_scaling is for positions: rotary")
         return self
 
 
