@@ -199,7 +199,7 @@ class Engine(ABC):
         backward pass, as in a training step.
         """
         self._set_mode(train=True)
-        with self.nn.norm.keep_running_statistics(self.model):
+        with self.nn.norm.keep_buffers(self.model):
             loss, gradients = self._checked_gradients(batch, step, loss_scale)
         mean, _ = self.process_group.read_loss(self.process_group.all_reduce_loss(loss))
         return mean, self.process_group.gather_full(self._to_canonical(gradients))
@@ -236,7 +236,7 @@ class Engine(ABC):
         self._set_mode(train=True)
         part = next(self._micro_batches(batch, step))
         self._seed_dropouts(part.dropout_keys)
-        with self.nn.norm.keep_running_statistics(self.model):
+        with self.nn.norm.keep_buffers(self.model):
             call = functools.partial(call_model, self.model, part.arrays, self.config.model.vocab_size)
             randomness.check_draws(self.backend, self.nn, self.model, call)
 
@@ -255,7 +255,7 @@ class Engine(ABC):
     def _check_embeddings(self, arrays: dict[str, Array]) -> None:
         """Checks the ids that a user's model looks up for a batch on the device, in the current mode."""
         if custom.is_custom(self.config.model.type):
-            with self.model.reading_ids(), self.nn.norm.keep_running_statistics(self.model):
+            with self.model.reading_ids(), self.nn.norm.keep_buffers(self.model):
                 call_model(self.model, arrays, self.config.model.vocab_size)
 
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:

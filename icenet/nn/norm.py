@@ -108,3 +108,24 @@ def keep_running_statistics(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_running_statistics(model, before)
+
+
+@contextlib.contextmanager
+def keep_buffers(model: nn.Module) -> Iterator[None]:
+    """Restores the running statistics and the other frozen arrays of `model` on exit; a user's model may change them.
+
+    Some changes, such as `self.count += 1`, are to the array itself, so copies take the place of the arrays. They use
+    the same memory, and what is shared stays shared.
+    """
+    copies: dict[int, mx.array] = {}
+    before = [
+        (module, name, copies.setdefault(id(value), mx.array(value)))
+        for _, module in model.named_modules()
+        for name, value in module.items()
+        if isinstance(value, mx.array) and (name in module._no_grad or name in STATISTICS)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, copy in before:
+            setattr(module, name, copy)

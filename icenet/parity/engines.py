@@ -133,7 +133,7 @@ def replay(
         model.train(train)
         if train:
             engine.seed_dropouts(step, range(len(call.values[0].array)))
-        with model.arithmetic(), engine.nn.norm.keep_running_statistics(model):
+        with model.arithmetic(), engine.nn.norm.keep_buffers(model):
             with user_code.explain_errors(call.values[0].array) if not path else contextlib.nullcontext():
                 replayed: dict[str, Value] = probe.replay(model, path, call, cotangents)
             return replayed

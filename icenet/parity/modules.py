@@ -171,7 +171,7 @@ class _Replay:
             keys = dropout.dropout_keys(0, 0, range(len(call.values[0].array)), list(self.dropouts))
             dropout.seed_dropouts(self.dropouts.values(), backends.module(self.backend, "nn.random").to_keys(keys))
         try:
-            with norm.keep_running_statistics(self.module):
+            with norm.keep_buffers(self.module):
                 found: dict[str, Value] = backends.module(self.backend, "tools.probe").replay(
                     self.module, path, call, cotangents
                 )

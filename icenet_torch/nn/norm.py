@@ -113,3 +113,21 @@ def keep_running_statistics(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_running_statistics(model, before)
+
+
+@contextlib.contextmanager
+def keep_buffers(model: nn.Module) -> Iterator[None]:
+    """Restores the running statistics and the other buffers of `model` on exit; a user's model may change them."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, copy in before:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, copy):  # an expanded buffer cannot be written to
+                    buffer.copy_(copy)

@@ -335,6 +335,54 @@ def test_activations_at_zero(layer: str, here: Path) -> None:
         np.testing.assert_allclose(np.array(found[name]), expected[name], rtol=1e-6, err_msg=name)
 
 
+CENTERED = """
+class Model(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        TABLE
+
+    def forward(self, x):
+        x = self.embedding(x)
+        if self.training:
+            UPDATE
+        return self.head(x - self.table)
+"""
+UPDATES = {
+    "mlx": (
+        "self.table = 0.9 * self.table + 0.1 * mx.stop_gradient(x).mean(axis=(0, 1))",
+        "self.table += 0.1 * mx.stop_gradient(x).mean(axis=(0, 1))",
+    ),
+    "torch": (
+        "self.table = 0.9 * self.table + 0.1 * x.detach().mean(dim=(0, 1))",
+        "self.table += 0.1 * x.detach().mean(dim=(0, 1))",
+    ),
+}
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_buffer_that_forward_changes(is_in_place: bool, here: Path) -> None:
+    """Training changes it on both backends. A comparison does not, and does not take the change for randomness."""
+    pair = {
+        backend: CENTERED.replace("TABLE", TABLE[backend]).replace("UPDATE", lines[is_in_place])
+        for backend, lines in UPDATES.items()
+    }
+    config = write(pair)
+    report = run(config)
+    assert report.passed, report.verdict()
+    assert "table" in {row.path for section in report.sections for row in section.rows}
+    after = []
+    for engine in build(config):
+        before = engine.weights()["table"].copy()
+        engine.gradients(first_batch(config))
+        assert engine.weights()["table"].tobytes() == before.tobytes()
+        engine.train_step(first_batch(config), 0, 1e-2)
+        after.append(engine.weights()["table"])
+        assert not np.array_equal(after[-1], before)
+    np.testing.assert_allclose(after[0], after[2], rtol=1e-5)
+
+
 def test_names_of_containers(here: Path) -> None:
     model = front_door.build(write(SEQUENTIAL), "mlx")
     assert list(model.weight_shapes()) == list(front_door.build(write(SEQUENTIAL), "torch").weight_shapes())

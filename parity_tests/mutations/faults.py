@@ -1532,8 +1532,8 @@ FAULTS: list[Fault] = [
     Fault(
         "only the first end token of a folder ends a text",
         "icenet/core/families/folder.py",
-        "list(dict.fromkeys(ends))",
-        "ends[:1]",
+        "for index, end in enumerate(ends) if end not in ends[:index]]",
+        "for end in ends[:1]]",
         ["core/families/test_folders.py::test_generation_settings_are_those_of_the_folder"],
     ),
     Fault(
