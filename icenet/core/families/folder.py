@@ -116,7 +116,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     try:
         config = Config.from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{path / GENERATION}: {error}") from None
+        raise ConfigError(f"{path / GENERATION} or {CONFIG}: {error}") from None
     return Folder(path, family, values, config.with_overrides(*overrides) if overrides else config, weights)
 
 
@@ -195,7 +195,7 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     for ids in (given.get("eos_token_id"), values.get("eos_token_id")):
         ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if ends:
-        found["eos_token_id"] = list(dict.fromkeys(ends))
+        found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]
     if given.get("do_sample"):
         for name, default in _SAMPLING.items():
             found[name] = default if given.get(name) is None else given[name]

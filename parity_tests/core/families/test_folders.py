@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,31 @@ def test_a_config_that_is_not_supported_is_one_line(llama: Path, values: dict[st
     with pytest.raises(ConfigError) as error:
         folder.read(changed(llama, **values))
     assert is_one_line(error.value, "config.json", *names)
+
+
+NONSENSE = (
+    *(0, -1, 2**40, 10**30, 1e400, float("nan"), -0.5, 1.5, "", "x", True, False, None, [], [1], {}, {"a": 1}),
+    *(["sliding_attention"], {"rope_type": ["x"]}, {"rope_type": "yarn"}, {"rope_theta": []}, {"type": "linear"}),
+)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_nonsense_in_a_config_is_one_line(model_type: str, tmp_path: Path) -> None:
+    family, config = FAMILIES[model_type], tiny_config(model_type)
+    arrays = random_arrays({name: tensor.shape for name, tensor in tensors(family.rows, config).items()})
+    path = write_folder(tmp_path / "in", values := family.write(config), arrays)
+    keys = sorted({key for part in family.parts for key in part.keys} | {"eos_token_id", "auto_map"})
+    settings = ("eos_token_id", "do_sample", "temperature", "top_k", "repetition_penalty", "max_new_tokens")
+    draws = random.Random(0)
+    for _ in range(25):
+        chosen = {key: draws.choice(NONSENSE) for key in draws.sample(keys, draws.randint(1, 2))}
+        (path / "config.json").write_text(json.dumps({**values, **chosen}))
+        generation = {draws.choice(settings): draws.choice(NONSENSE)}
+        (path / "generation_config.json").write_text(json.dumps(generation))
+        try:
+            folder.read(path)
+        except IceNetError as error:
+            assert is_one_line(error, str(path)), (chosen, generation)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1, "a": 2}', b"[" * 100_000])
