@@ -612,6 +612,26 @@ def test_a_mismatch_is_named_when_the_model_is_built(name: str, here: Path, capl
     resume(here / "run", until=2)  # on its own backend it continues
 
 
+FOREIGN = """
+class Model(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        size = config.hidden_size
+        self.lstm = nn.LSTM(size, size)
+        self.attention = nn.ATTENTION(size, 2, bias=True)
+        self.head = nn.Linear(size, size)
+"""
+
+
+def test_layers_whose_parameters_differ(here: Path) -> None:
+    """One line for each layer, not one for each of its parameters."""
+    both = {"mlx": "MultiHeadAttention", "torch": "MultiheadAttention"}
+    pair = {name: FOREIGN.replace("ATTENTION", text) + "    forward = Base.__call__\n" for name, text in both.items()}
+    found = twins.differences(*map(twins.describe, models(write(pair)).values()))
+    assert len(found) == 2 and found[0].startswith("lstm: nn.LSTM") and found[1].startswith("attention: ")
+    assert all("icenet.nn and icenet_torch.nn" in line for line in found)
+
+
 def test_a_tie_on_one_side_is_named(here: Path) -> None:
     pair = both(TIED_HEAD)
     config = write({**pair, "mlx": pair["mlx"].replace("self.head.weight = self.embedding.weight", "")})

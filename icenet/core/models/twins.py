@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,7 +85,9 @@ def describe(model: Any) -> Description:
 def differences(first: Description, second: Description) -> list[str]:
     """Returns a line for each difference between the descriptions of a model on the two backends."""
     mlx, torch = (second, first) if (first.backend, second.backend) == ("torch", "mlx") else (first, second)
-    found = _names(mlx, torch) + _names(torch, mlx)
+    layers = _foreign_layers(mlx, torch) | _foreign_layers(torch, mlx)
+    found = [f"{path}: {text}" for path, text in layers.items()]
+    found += _names(mlx, torch, tuple(layers)) + _names(torch, mlx, tuple(layers))
     for path, ours in mlx.arrays.items():
         if (theirs := torch.arrays.get(path)) is not None:
             found += _array(path, ours, theirs)
@@ -93,10 +96,33 @@ def differences(first: Description, second: Description) -> list[str]:
     return found
 
 
-def _names(one: Description, other: Description) -> list[str]:
-    """Returns the arrays that only one of the descriptions has."""
-    extra = [path for path in one.arrays if path not in other.arrays]
-    missing = [path for path in other.arrays if path not in one.arrays]
+_FOREIGN_LAYERS = {
+    r"(Wx|Wh|bhn|(weight|bias)_(ih|hh)_l\d+(_reverse)?)": "nn.LSTM, nn.GRU and nn.RNN have other parameters in MLX "
+    "and in PyTorch; use those of icenet.nn and icenet_torch.nn",
+    r"in_proj_(weight|bias)": "nn.MultiheadAttention has other parameters in MLX; use four nn.Linear, and "
+    "scaled_dot_product_attention of icenet.nn and icenet_torch.nn",
+}
+"""What to use in place of layers whose parameters differ between the frameworks, by the names of their parameters."""
+
+
+def _foreign_layers(one: Description, other: Description) -> dict[str, str]:
+    """Returns a text on each layer of a framework whose parameters only one of the descriptions has, by path."""
+    found: dict[str, str] = {}
+    for path in one.arrays:
+        module, _, name = path.rpartition(".")
+        if path in other.arrays or not module:
+            continue
+        for names, text in _FOREIGN_LAYERS.items():
+            if re.fullmatch(names, name):
+                found[module] = text
+    return found
+
+
+def _names(one: Description, other: Description, layers: tuple[str, ...]) -> list[str]:
+    """Returns the arrays that only one of the descriptions has, without those of the layers."""
+    within = tuple(f"{layer}." for layer in layers)
+    extra = [path for path in one.arrays if path not in other.arrays and not path.startswith(within)]
+    missing = [path for path in other.arrays if path not in one.arrays and not path.startswith(within)]
     lines = []
     for path in extra:
         near = difflib.get_close_matches(path, missing, n=1)
