@@ -143,7 +143,7 @@ class Report:
         if self.curve is not None and not self.curve.passed:
             parts.append(
                 f"the training curves differ: {_number(self.curve.worst)} times the noise "
-                f"at step {self.curve.worst_step}"
+                f"at step {self.curve.worst_step + 1}"
             )
         remedies = [f"{_name(row)}: {row.remedy}" for _, row in over if row.remedy]
         parts += remedies[:1]
@@ -211,8 +211,8 @@ class Report:
             console.print(
                 Text(
                     f"training curve, {len(c.gap)} steps: largest gap {c.gap.max():.2g}, noise {c.noise.max():.2g}, "
-                    f"worst ratio {_number(c.worst)} at step {c.worst_step} "
-                    f"(step by step {_number(c.strict)} at {c.strict_step})"
+                    f"worst ratio {_number(c.worst)} at step {c.worst_step + 1} "
+                    f"(step by step {_number(c.strict)} at {c.strict_step + 1})"
                 ),
                 highlight=False,
             )

@@ -205,7 +205,7 @@ class CurveJudgement:
         gap: |MLX - PyTorch| at each step.
         noise: Running maximum of |PyTorch - reference|, at least half an ulp.
         ratios: `gap / noise`.
-        worst, worst_step: The largest of `ratios`, and its step.
+        worst, worst_step: The largest of `ratios`, and its index (0 is the first step).
         strict, strict_step: The same without the running maximum; for information only.
         plain_worst: The largest ratio without floor 6; 0 if that floor was not needed.
         passed: Whether `worst` is at most FACTOR.
