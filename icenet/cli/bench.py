@@ -62,7 +62,7 @@ backend_option = click.option(
     epilog=examples(
         "icenet bench memory",
         "icenet bench memory my.yaml --backend torch --device cuda --precision fp32,bf16,fp16",
-        "icenet bench memory --depth 4,8,16,24 --set model.hidden_size=64 --set training.batch_size=8",
+        "icenet bench memory --depth 4,8,16,24 --set model.hidden_size=64 --set training.batch_size=16",
     ),
 )
 @config_argument
