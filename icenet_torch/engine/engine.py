@@ -12,6 +12,7 @@ from torch import Tensor
 from icenet.core import engine
 from icenet.core.config import Config
 from icenet.core.engine import Batch, MicroBatch, call_model
+from icenet.core.errors import UsageError
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
 from icenet_torch.engine.build import build_model
@@ -65,6 +66,11 @@ class Engine(engine.Engine):
         """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
         self._seed_dropouts(part.dropout_keys)
         loss = self._mean_loss(part.arrays)
+        if not loss.requires_grad:  # MLX computes gradients of zero
+            raise UsageError(
+                "the logits do not depend on any trained array: forward detaches them, for example by detach(), "
+                "torch.no_grad() or a conversion to numpy"
+            )
         (loss * (part.share * loss_scale)).backward()
         return loss.detach() * part.share
 

@@ -410,6 +410,14 @@ def test_a_class_without_forward(method: str, backend: str, here: Path) -> None:
     )
 
 
+def test_logits_without_a_gradient(here: Path) -> None:
+    file = here / "my_models_torch.py"
+    file.write_text(file.read_text().replace("self.norm(past))))", "self.norm(past)))).detach()"))
+    with pytest.raises(UsageError) as caught:
+        train(Config.from_yaml("my.yaml"), here / "run", "torch", until=1)
+    assert is_one_line(caught.value, "forward detaches")
+
+
 def test_a_file_that_imports_mlx_first_gets_the_fast_blas(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[bool] = []
     monkeypatch.setattr(icenet.blas.load.__module__ + ".load", lambda: loaded.append(True))
