@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import logging
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import icenet
 from icenet.commands.cpu_threads import choose_num_threads
+from icenet.core.config import GenerationConfig
 from icenet.core.errors import IceNetError
 from icenet.core.report.environment import SMALL_ROWS
+from icenet.core.training import unused_keys
+
+_log = logging.getLogger("icenet")
 
 
 def generate(
@@ -29,6 +34,7 @@ def generate(
         path, prompt, backend, device, dtype, averaged, options: See `stream`.
     """
     model = _load(path, backend, device, dtype, averaged)
+    _name_unused(model, options)
     return {"prompt": prompt, **asdict(icenet.generate(model, prompt, details=True, **options))}
 
 
@@ -56,6 +62,7 @@ def stream(
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
     model = _load(path, backend, device, dtype, averaged)
+    _name_unused(model, options)
     continuation = icenet.generate(model, prompt, stream=True, **options)
     yield prompt
     try:
@@ -64,6 +71,15 @@ def stream(
         yield "\n"
         raise
     yield "\n"
+
+
+def _name_unused(model: Any, options: Mapping[str, Any]) -> None:
+    """Names the given options that have no effect with the others and the model's own settings."""
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = (model.generation or GenerationConfig()).model_copy(update=given)
+    for key, reason in unused_keys.of_generation(settings, model.config):
+        if (name := key.partition(".")[2]) in given:
+            _log.warning(f"no effect: --{name.replace('_', '-')}: {reason}")
 
 
 def _load(path: Path, backend: str | None, device: str | None, dtype: str | None, averaged: bool) -> Any:

@@ -149,6 +149,8 @@ def train_tokenizer(
     files.write_bytes(target, content)
     fewer = "" if size == vocab_size else f" (of the {vocab_size:,} requested: the text has no more pairs to merge)"
     notes = f"\n{found.description}: {left_out.summary()}" if left_out else ""
+    if text_key != "text" and not any(document.lines or document.json for document in found.documents):
+        notes += f"\n--text-key {text_key} has no effect: {found.description} has no JSON lines"
     return (
         f"{size:,} tokens{fewer} from {done / 1e6:,.1f} MB of {found.description}, in {out}\n"
         f"to train with it: --set data.tokenizer={out} --set model.vocab_size={size}{notes}"

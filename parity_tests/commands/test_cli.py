@@ -174,12 +174,23 @@ def test_a_preset_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # ---- generate ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [["--temperature", "0"], ["--seed", "7", "--top-k", "20"]])
-def test_generate_on_both_backends(here: Path, options: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [(["--temperature", "0", "--seed", "3"], ["--seed"]), (["--seed", "7", "--top-k", "20"], [])],
+)
+def test_generate_on_both_backends(
+    here: Path,
+    options: list[str],
+    unused: list[str],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     texts = []
     for backend in BACKENDS:
         assert main(["generate", "run", "--prompt", "alpha ", "--backend", backend, *options]) == 0
         texts.append(capfd.readouterr().out)
+        assert [line.split(": ")[1] for line in caplog.messages if line.startswith("no effect: ")] == unused
+        caplog.clear()
     assert texts[0] == texts[1]
     assert texts[0].startswith("alpha ") and texts[0].endswith("\n")
     assert 6 < len(texts[0].encode()) - 1 <= 6 + 3 * 12  # 12 tokens; an invalid byte is printed as three

@@ -381,11 +381,13 @@ class Trainer:
             self._writer.wait()  # the checkpoint that is being written may be the last good one
         repeated = f", {self._num_skipped} times in a row" if self._num_skipped > 1 else ""
         largest = ", ".join(f"{path} {norm:.3g}" for path, norm in result.largest)
+        ways = ", raise training.warmup_steps, or skip such steps with training.on_nan=skip"
+        if training.on_nan == "skip":
+            ways = " or raise training.warmup_steps"
         raise IceNetError(
             f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{repeated} "
             f"(largest: {largest}); {last_good(self.run)}. "
-            "Lower training.learning_rate, raise training.warmup_steps, or skip such steps with "
-            "training.on_nan=skip"
+            f"Lower training.learning_rate{ways}"
         )
 
     def _evaluate(self, reporter: Reporter) -> bool:

@@ -71,7 +71,7 @@ def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> l
         *_of_training(config.training, config.model),
         *_of_groups(config.training, circumstances.parameters),
         *(_without_validation(config.training, dataset) if not has_validation else ()),
-        *_of_generation(config.generation, config.model),
+        *of_generation(config.generation, config.model),
     ):
         if is_written(config, key) and not any(key in keys for keys in found.values()):
             found.setdefault(reason, []).append(key)
@@ -159,7 +159,8 @@ def _of_groups(training: TrainingConfig, parameters: Mapping[str, parameter_grou
             yield f"training.{key}", "the model has no hidden matrix for muon: adamw updates all parameters"
 
 
-def _of_generation(generation: GenerationConfig, model: ModelConfig) -> Reasons:
+def of_generation(generation: GenerationConfig, model: ModelConfig) -> Reasons:
+    """Yields the keys of `generation` that have no effect with these settings, and the reason."""
     causes = [
         (model.input_kind == "images", f"a model of type {model.type} does not generate text"),
         (not getattr(model, "causal", True), "a model with model.causal false does not generate text"),

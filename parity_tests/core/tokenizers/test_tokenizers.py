@@ -417,4 +417,6 @@ def test_training_on_a_short_text(tmp_path: Path) -> None:
         train_tokenizer(str(text), vocab_size=300, out=tmp_path, quiet=True)
     assert is_one_line(caught.value, f"{tmp_path}: is a folder")
     assert train_tokenizer(str(text), vocab_size=300, out=out, quiet=True).startswith("259 tokens (of the 300 ")
+    said = train_tokenizer(str(text), vocab_size=300, out=out, text_key="body", overwrite=True, quiet=True)
+    assert f"--text-key body has no effect: file {text} has no JSON lines" in said.splitlines()
     assert train_tokenizer(str(text), vocab_size=258, out=out, overwrite=True, quiet=True).startswith("258 tokens ")
