@@ -24,6 +24,42 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- data that is not what it seems -------------------------------------------------------------------------
+    Fault(
+        "the folder of a run is a part of a text",
+        "icenet/core/files.py",
+        "if not enter_runs and folder",
+        "if enter_runs and folder",
+        ["core/data/test_text.py::test_runs_below_a_source_are_left_out"],
+    ),
+    Fault(
+        "the folder of a run is a class",
+        "icenet/core/data/images/folders.py",
+        "if is_run([each.name for each in entries]):",
+        "if not entries:",
+        ["core/data/test_images.py::test_runs_below_the_images_are_no_classes"],
+    ),
+    Fault(
+        "a text of equal size and time is not read again",
+        "icenet/core/data/text/sources.py",
+        "status.st_mtime_ns, status.st_ctime_ns)",
+        "status.st_mtime_ns)",
+        ["core/data/test_text.py::test_made_once_and_again_when_the_source_changes"],
+    ),
+    Fault(
+        "another version of a user's code is not noticed",
+        "icenet/core/config/user_code.py",
+        "hashlib.sha256(content).hexdigest() != stored[name]",
+        "not stored[name]",
+        ["models/test_custom.py::test_code_that_changes_after_training_is_named"],
+    ),
+    Fault(
+        "a copied folder `best` stays the best checkpoint",
+        "icenet/core/training/run_folder.py",
+        "best.is_dir() and not best.is_symlink()",
+        "best.is_dir() and best.is_file()",
+        ["core/training/test_training.py::test_the_link_to_the_best_follows_what_is_there"],
+    ),
     # ---- dropout in users' models -------------------------------------------------------------------------------
     Fault(
         "a layer has the same mask in each of its calls",

@@ -68,6 +68,13 @@ class ImageDataConfig(Section):
             raise ValueError(
                 "normalize is false, so mean and std have no effect; remove them, or set normalize to true"
             )
+        for name in ("mean", "std"):
+            outside = [value for value in getattr(self, name) or () if not 0 <= value <= 1]
+            if outside:
+                raise ValueError(
+                    f"{name} {outside[0]:g} is not from 0 to 1, as the values of images are; divide values for "
+                    "0 to 255 by 255"
+                )
         return self
 
 

@@ -187,6 +187,12 @@ def test_given_mean_and_deviation() -> None:
     assert (dataset.mean, dataset.std) == ([0.25], [0.5])
     with pytest.raises(DataError, match=r"data\.mean has 3 values"):
         ImageDataset.open(settings(mean=[0.1, 0.2, 0.3]), 0)
+    for name, value in (("mean", -0.5), ("mean", 127), ("std", 58.4)):
+        with pytest.raises(ConfigError, match=rf"{name} {value} is not from 0 to 1.*divide .* by 255"):
+            Config.from_dict({"model": MODEL, "data": {"kind": "images", name: [value]}})
+    with pytest.raises(DataError, match=r"data.crop_padding 8: a crop of 8x8 pixels may .* 7 or less"):
+        ImageDataset.open(settings(crop_padding=8), 0)
+    ImageDataset.open(settings(crop_padding=7), 0)
     with pytest.raises(ConfigError, match="normalize is false, so mean and std have no effect"):
         settings(normalize=False, mean=[0.5])
 

@@ -69,6 +69,12 @@ class ImageDataset:
         self.fingerprint = source.fingerprint
         self.description = source.description
         self.notes: Sequence[str] = source.notes
+        size = min(source.images.shape[:2])
+        if size <= settings.crop_padding:
+            raise DataError(
+                f"data.crop_padding {settings.crop_padding}: a crop of {size}x{size} pixels may contain nothing of "
+                f"the image; set it to {size - 1} or less"
+            )
         self.train, self.validation = split(source, settings.validation_fraction, seed)
         self.mean, self.std = self._statistics()
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
