@@ -248,7 +248,7 @@ class Report:
 
 
 def _interesting(rows: list[Row]) -> Iterator[Row]:
-    """Yields the rows with a remark, and those over the tolerance with the row before them; without any, the worst."""
+    """Yields rows with a remark, and those over the tolerance with the row before them; without any, the worst."""
     failing = [index for index, row in enumerate(rows) if not row.passed or row.mark]
     wanted = {index for index, row in enumerate(rows) if row.plain_ratio or row.ties}
     if failing:
