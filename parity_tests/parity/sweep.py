@@ -49,6 +49,12 @@ YES_NO = (True, False)
 PRECISIONS = ("fp32",) * 6 + ("bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd", "adamw", "adafactor", "adamw", "muon", "adamw", "lion", "adamw", "adam")
 LEARNING_RATE = 1e-2
+SCALINGS: tuple[dict[str, Any] | None, ...] = (
+    {"type": "linear", "factor": 3.0},
+    {"type": "llama3", "factor": 8.0, "original_length": 16},
+    {"type": "yarn", "factor": 4.0, "original_length": 16},
+    None,
+)
 
 
 # ---- random cases -------------------------------------------------------------------------------------------
@@ -113,8 +119,9 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
     options["parallel_residual"] = draw.cycle("parallel_residual", YES_NO) and model["norm_position"] == "pre"
     for name in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
         options[name] = draw.cycle(name, [None, None, 0.7])
-    if options["positions"] == "rotary":
+    if options["positions"] == "rotary":  # once in four cases, so that each scaling is in 16
         options["head_size"] = draw.choice([4, 8])
+        options["rotary_scaling"] = SCALINGS[draw.number // 4 % len(SCALINGS)]
     if sliding := draw.cycle("sliding_window", ["all", "some", None, None]):
         options |= {"sliding_window": draw.randint(1, 6), "causal": True}
         options["layer_types"] = None if sliding == "all" else ["sliding", "full"][:layers]

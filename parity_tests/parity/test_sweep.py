@@ -81,7 +81,7 @@ def test_every_option_is_covered() -> None:
     for config in configs:
         for name in type(config.model).model_fields:
             values = seen.setdefault((type(config.model).__name__, name), set())
-            values.add(json.dumps(getattr(config.model, name)))
+            values.add(json.dumps(config.model.model_dump()[name]))
     for config in slow:
         values = seen[type(config.model).__name__, "compile_model"]
         values.add(json.dumps(config.model.compile_model))

@@ -378,7 +378,8 @@ def test_ctrl_c_shows_what_was_generated(monkeypatch: pytest.MonkeyPatch, capfd:
             yield "some"
             raise stop  # noqa: B023
 
-        monkeypatch.setattr(api, "load", lambda *_, **__: type("Model", (), {"config": None, "device": "cpu"}))
+        model = type("Model", (), {"config": ModelConfig(type="gru"), "generation": None, "is_on_cpu": False})
+        monkeypatch.setattr(api, "load", lambda *_, model=model, **__: model)
         monkeypatch.setattr(api, "generate", generate)
         assert main(["generate", "x", "--prompt", "a"]) == 1
         out, err = capfd.readouterr()
