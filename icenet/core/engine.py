@@ -22,6 +22,7 @@ from icenet.core import rng
 from icenet.core.config import Config, custom, user_code
 from icenet.core.distributed import processes
 from icenet.core.errors import DataError, UsageError
+from icenet.core.generation.prompts import check_mask
 from icenet.core.models import buckets, randomness
 from icenet.core.models.dropout import seed_dropouts
 
@@ -514,7 +515,10 @@ def check_ids(batch: Batch, vocab_size: int) -> None:
 
     Raises:
         DataError: An id is outside; negative labels are allowed.
+        UsageError: The attention mask has other values than 0 and 1.
     """
+    if "attention_mask" in batch:
+        check_mask(batch["attention_mask"], "attention_mask")
     for name, array in batch.items():
         if array.size and np.issubdtype(array.dtype, np.integer) and name in ("inputs", "labels"):
             least, most = int(array.min()), int(array.max())

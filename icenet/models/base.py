@@ -108,7 +108,7 @@ class BaseModel(ModelBase, nn.Module):
     def _host_memory(self) -> dict[str, np.ndarray]:
         return tree.host_memory(self)
 
-    def _to_host(self, array: mx.array) -> np.ndarray | None:
+    def _to_host(self, array: mx.array, waits: bool = False) -> np.ndarray | None:
         return to_host(array)
 
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from icenet.core.models import embedding
-from icenet.nn.arrays import Array
+from icenet.nn.arrays import Array, to_numpy
 
 
 class CheckedEmbedding(embedding.CheckedIds, nn.Embedding):
@@ -60,6 +60,6 @@ def reading_ids(modules: Iterable[tuple[str, nn.Module]]) -> AbstractContextMana
 def to_host(array: mx.array) -> np.ndarray | None:
     """Returns an array as numpy, or None if its values are unknown."""
     try:
-        return np.array(array)
+        return to_numpy(array)
     except (RuntimeError, ValueError):  # in a function that mx.compile or mx.vmap traces
         return None

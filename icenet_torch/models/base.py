@@ -102,8 +102,8 @@ class BaseModel(ModelBase, nn.Module):
     def _host_memory(self) -> dict[str, np.ndarray]:
         return tree.host_memory(self)
 
-    def _to_host(self, array: torch.Tensor) -> np.ndarray | None:
-        return to_host(array)
+    def _to_host(self, array: torch.Tensor, waits: bool = False) -> np.ndarray | None:
+        return to_host(array, waits)
 
     def _to_native_tokens(self, tokens: Tokens) -> torch.Tensor:
         return torch.from_numpy(tokens).long().to(self.device)

@@ -50,9 +50,12 @@ def reading_ids(modules: Iterable[tuple[str, nn.Module]]) -> AbstractContextMana
     return embedding.reading(modules, _CHECKED)
 
 
-def to_host(tensor: torch.Tensor) -> np.ndarray | None:
-    """Returns a tensor as numpy, or None if its values are unknown or on CUDA, where PyTorch checks them itself."""
-    if torch.compiler.is_compiling() or tensor.is_meta or tensor.is_cuda:
+def to_host(tensor: torch.Tensor, waits: bool = False) -> np.ndarray | None:
+    """Returns a tensor as numpy, or None if its values are unknown or, unless `waits` is set, on CUDA.
+
+    PyTorch checks ids on CUDA itself.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or (tensor.is_cuda and not waits):
         return None
     try:
         return to_numpy(tensor)

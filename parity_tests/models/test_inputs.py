@@ -97,6 +97,39 @@ def test_masks(shape: tuple[int, ...], family: str, models: dict[tuple[str, str]
     assert len(found) == 1 and is_one_line(found.pop(), "attention_mask", "[2, 5]", str(list(shape)))
 
 
+@pytest.mark.parametrize("family", TEXT_MODELS)
+@pytest.mark.parametrize(
+    ("keep", "mask_out", "named"), [(0, -np.inf, "-inf"), (0, -1e4, "-10000.0"), (0, 0, "zeros only"), (1, 2, "2.0")]
+)
+def test_a_mask_that_is_added_to_the_scores(
+    keep: float, mask_out: float, named: str, family: str, models: dict[tuple[str, str], Any]
+) -> None:
+    """Read as 0 for padding, it would be its opposite."""
+    mask = np.where(IDS % 5 < 2, mask_out, keep).astype(np.float32)
+    found = {error(models[family, b], native(b, IDS), attention_mask=native(b, mask)) for b in BACKENDS}
+    assert len(found) == 1 and is_one_line(found.pop(), "attention_mask", named, "mask == 0")
+    config = Config.from_dict({"model": TINY_MODELS[family]})
+    for backend in BACKENDS:
+        with pytest.raises(UsageError, match="mask == 0"):
+            backends.engine(config, backend, "cpu").forward({"inputs": IDS, "attention_mask": mask})
+
+
+@both_backends
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_masks_of_any_dtype(family: str, backend: str, models: dict[tuple[str, str], Any]) -> None:
+    model = models[family, backend]
+    mask = native(backend, IDS % 5 >= 2)
+    framework: Any = mx if backend == "mlx" else torch
+    expected = model(native(backend, IDS), attention_mask=mask).tolist()
+    for dtype in (framework.int64, framework.uint8, framework.float32, framework.bfloat16):
+        given = mask.astype(dtype) if backend == "mlx" else mask.to(dtype)
+        assert model(native(backend, IDS), attention_mask=given).tolist() == expected
+        with pytest.raises(UsageError, match="attention_mask must be"):
+            model(native(backend, IDS), attention_mask=given * 2)
+        with pytest.raises(UsageError, match="attention_mask must be"):
+            model.generate(native(backend, IDS), attention_mask=given * 2)
+
+
 @both_backends
 def test_what_is_accepted(backend: str, models: dict[tuple[str, str], Any]) -> None:
     """Integers of any size, and arrays that are not contiguous."""

@@ -1397,9 +1397,16 @@ FAULTS: list[Fault] = [
     Fault(
         "an additive mask is read as its opposite",
         "icenet/core/generation/prompts.py",
-        "wrong = mask[~np.isin(mask, (0, 1))] if",
-        "wrong = mask[:0] if",
+        "wrong = mask[(mask != 0) & (mask != 1)]",
+        "wrong = mask[:0]",
         ["core/generation/test_generation.py::test_bad_requests_are_one_line_that_names_the_fault"],
+    ),
+    Fault(
+        "a model reads an additive mask as its opposite",
+        "icenet/core/models/base.py",
+        'check_mask(mask, "attention_mask")',
+        "pass",
+        ["models/test_inputs.py::test_a_mask_that_is_added_to_the_scores"],
     ),
     # ---- parity ----------------------------------------------------------------------------------------------
     Fault(
@@ -1546,7 +1553,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "scaled rotary positions are read as plain ones",
-        "icenet/core/families/family.py",
+        "icenet/core/families/transformer_keys.py",
         "        if not known:\n            return None",
         "        if known is not None:\n            return None",
         ["core/families/test_folders.py::test_scaled_positions_are_read"],

@@ -132,16 +132,32 @@ def _to_integers(array: Any, name: str) -> NDArray[Any]:
 def _to_mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     try:
         mask = _to_numpy(attention_mask)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):
+        if (dtype := getattr(attention_mask, "dtype", None)) is not None:  # numpy has no bfloat16
+            raise UsageError(f"generate: attention_mask must be bool or integers of 1 and 0, not {dtype}") from None
         raise UsageError(f"generate: attention_mask is ragged and input_ids is {list(shape)}") from None
     if mask.shape != shape:
         raise UsageError(f"generate: attention_mask is {list(mask.shape)} and input_ids is {list(shape)}")
-    wrong = mask[~np.isin(mask, (0, 1))] if mask.dtype.kind in "biuf" else mask.ravel()
-    if wrong.size:
-        raise UsageError(
-            f"generate: attention_mask must be True and False, or 1 and 0, not {wrong[:1].tolist()[0]!r}"
-        )
+    if mask.dtype.kind not in "biuf":
+        raise UsageError(f"generate: attention_mask must be True and False, or 1 and 0, not {mask.ravel()[0]!r}")
+    check_mask(mask, "generate: attention_mask")
     return mask.astype(np.bool_)
+
+
+def check_mask(mask: NDArray[Any], name: str) -> None:
+    """Raises UsageError if a mask is not of 1 and 0, such as an additive one of 0 and -inf. `name` begins the message.
+
+    Floats that are all zero are an additive mask without padding too.
+    """
+    if mask.dtype.kind == "b":
+        return
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.size or (mask.dtype.kind not in "iu" and not mask.any()):
+        value = wrong[0] if wrong.size else "zeros only"
+        raise UsageError(
+            f"{name} must be 1 or True for tokens and 0 or False for padding, not {value}; of an additive mask, "
+            "whose zeros are the tokens, pass mask == 0"
+        )
 
 
 def check_vocabulary(tokens: NDArray[Any], vocab_size: int, name: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.decoder import DecoderBase
-from icenet.core.generation.prompts import check_vocabulary
+from icenet.core.generation.prompts import check_mask, check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs
@@ -40,7 +40,8 @@ class ModelBase:
             to the framework.
         compute_dtype: The framework's dtype of the activations.
         device: The framework's device of the weights; None is MLX's default device.
-        checks_ids: Whether `check_tokens` also reads the ids. False where the caller has checked them on the host.
+        checks_ids: Whether `check_tokens` also reads the ids and the mask. False where the caller has checked them on
+            the host.
     """
 
     backend: ClassVar[str]
@@ -213,12 +214,17 @@ class ModelBase:
             left_padded: Whether padding must be on the left, as a cache needs it.
 
         Raises:
-            UsageError: A shape or dtype is wrong, or an id is outside the vocabulary. The ids are not read in a
-                function that the framework is tracing, nor on CUDA in PyTorch, which checks them itself.
+            UsageError: A shape or dtype is wrong, an id is outside the vocabulary, or the mask has other values than
+                0 and 1. Values are not read in a function that the framework is tracing. On CUDA, PyTorch checks ids
+                itself, and of the masks only those of floats are read, because the host must wait for them.
         """
         inputs.check_tokens(input_ids, attention_mask, past, self.array_type)
         if self.checks_ids and (tokens := self._to_host(input_ids)) is not None:
             check_vocabulary(tokens, self.config.vocab_size, "input_ids")
+        if self.checks_ids and attention_mask is not None:
+            dtype = inputs.dtype_name(attention_mask)
+            if "bool" not in dtype and (mask := self._to_host(attention_mask, waits="float" in dtype)) is not None:
+                check_mask(mask, "attention_mask")
         if left_padded and attention_mask is not None and (mask := self._to_host(attention_mask)) is not None:
             inputs.check_left_padding(mask)
 
@@ -455,8 +461,13 @@ class ModelBase:
         """Returns C-contiguous float32 views of the weights that numpy can write to, by path."""
         raise NotImplementedError
 
-    def _to_host(self, array: Any) -> np.ndarray | None:
-        """Returns an array of the framework as numpy, or None if its values are unknown or would be waited for."""
+    def _to_host(self, array: Any, waits: bool = False) -> np.ndarray | None:
+        """Returns an array of the framework as numpy, or None if its values are unknown.
+
+        Args:
+            array: Any array.
+            waits: Whether to wait for an array on CUDA too; otherwise it gives None.
+        """
         raise NotImplementedError
 
     def _to_native_tokens(self, tokens: Tokens) -> Any:
