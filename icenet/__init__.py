@@ -108,8 +108,10 @@ def load(
     from icenet.core.training.open_model import open_averaged, open_target
 
     path = files.user_path(path, "load")
-    opened = open_averaged if averaged else open_target
-    config, weights = opened(path) if path.exists() else (None, None)
+    config, weights = None, None
+    if path.exists():
+        chosen = [f"backend={backend}"] if backend else []
+        config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
         raise CheckpointError(f"{path}: contains no weights; give a run, a checkpoint or a saved model's folder")
     if trust_code:

@@ -128,6 +128,10 @@ def engine(
 def meta_model(config: Config) -> Any:
     """Returns a model of a configuration without parameter values: its shapes, layer kinds and sizes.
 
-    These do not depend on the backend, so any that runs here is used.
+    These do not depend on the backend. That of the configuration is used if it runs here, otherwise any.
     """
-    return module(choose(config, "auto"), "engine.build").meta_model(config)
+    try:
+        name = choose(config)
+    except BackendError:
+        name = choose(config, "auto")
+    return module(name, "engine.build").meta_model(config)

@@ -5,7 +5,7 @@ A family adds its table to a module of this folder and its name to `FAMILIES` (s
 
 from __future__ import annotations
 
-from icenet.core.config import TransformerConfig
+from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
 from icenet.core.families import gpt, llama
 from icenet.core.families.family import Family, different_options
@@ -20,7 +20,7 @@ FAMILIES: dict[str, Family] = {
 """The families by `model_type` of config.json. The first one that has all options of a model is its family."""
 
 
-def family_of(config: TransformerConfig, preferred: Family | None = None) -> Family:
+def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     """Returns the family that has all options of a model.
 
     Args:
@@ -31,6 +31,9 @@ def family_of(config: TransformerConfig, preferred: Family | None = None) -> Fam
         ConfigError: No family has them. The message names those that the nearest family lacks.
     """
     families = [*([preferred] if preferred else []), *FAMILIES.values()]
+    families = [family for family in families if isinstance(config, family.section)]
+    if not families:
+        raise ConfigError(f"no family of Hugging Face is a {config.type}; only those of docs/conversion.md")
     found = [(different_options(family, config), family) for family in families]
     lacking, nearest = min(found, key=lambda pair: len(pair[0]))
     if lacking:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icenet.core.config import Config, GenerationConfig, TransformerConfig
+from icenet.core.config import Config, GenerationConfig
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES, Family, family_of
 from icenet.core.families.weights import ImportedWeights, is_tied
@@ -104,12 +104,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     except ConfigError as error:
         raise ConfigError(f"{path / CONFIG}: {error}") from None
     found = _weights(path)
-    if fields["tie_embeddings"] and _has_own_head(family, config, found):
+    if fields.get("tie_embeddings") and _has_own_head(family, config, found):
         _log.warning(f"{path}: {family.head} differs from the embedding, so they are not tied; config.json ties them")
         fields["tie_embeddings"] = False
-        config = Config.from_dict({"model": fields})
-    assert isinstance(config.model, TransformerConfig)
-    weights = ImportedWeights(family, config.model, found)
     tree: dict[str, Any] = {"model": fields, "generation": _generation(path, values)}
     if (path / TOKENIZER_FILE).is_file():
         tree["data"] = {"tokenizer": str((path / TOKENIZER_FILE).absolute())}
@@ -117,7 +114,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
         config = Config.from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{path / GENERATION} or {CONFIG}: {error}") from None
-    return Folder(path, family, values, config.with_overrides(*overrides) if overrides else config, weights)
+    config = config.with_overrides(*overrides)
+    return Folder(path, family, values, config, ImportedWeights(family, config, found))
 
 
 def files_for(
@@ -126,14 +124,13 @@ def files_for(
     """Returns the family of a model, the files next to its weights by name (config.json is the last), and remarks.
 
     Args:
-        config: The configuration of the model, which is a transformer.
+        config: The configuration of the model.
         weights: Its weights, for their dtype.
         source: The folder that it was imported from without change. Its files are kept.
 
     Raises:
         ConfigError: No family has the options of the model.
     """
-    assert isinstance(config.model, TransformerConfig)
     family = family_of(config.model, source.family if source else None)
     files, remarks, special = _tokenizer(config, source)
     dtypes = Counter(dtype_name(array.dtype) for array in weights.values())
@@ -142,7 +139,8 @@ def files_for(
         written = {**special, **dtype, **family.write(config.model)}
     else:  # as it was written, also where several spellings mean the same
         written = {**(dtype if "dtype" not in source.values else {}), **source.values}
-        written["tie_word_embeddings"] = config.model.tie_embeddings
+        if (ties := getattr(config.model, "tie_embeddings", None)) is not None:
+            written["tie_word_embeddings"] = ties
         if written.pop("auto_map", None):
             remarks.append("auto_map is left out, because the code that it names is")
     if GENERATION not in files:

@@ -6,11 +6,20 @@ Sources: the classes `GPT2Config`, `GPT2LMHeadModel`, `GPTNeoXConfig` and `GPTNe
 
 from __future__ import annotations
 
-from icenet.core.families.family import Activation, Dropout, Family, IsScaled, Key, Only, Repeated, Rotary
+from icenet.core.families.family import Family
+from icenet.core.families.keys import Activation, Dropout, Key, Only, Repeated
 from icenet.core.families.tensors import Row
+from icenet.core.families.transformer_keys import IsScaled, Rotary
 
 _QKV = tuple(f"blocks.{{i}}.attention.{part}_proj" for part in "qkv")
-_FIXED = {"causal": True, "embedding_scale": 1.0, "output_bias": False, "norm": "layer_norm", "feed_forward": "plain"}
+_FIXED = {
+    "type": "transformer",
+    "causal": True,
+    "embedding_scale": 1.0,
+    "output_bias": False,
+    "norm": "layer_norm",
+    "feed_forward": "plain",
+}
 
 GPT2 = Family(
     "gpt2",

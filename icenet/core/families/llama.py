@@ -8,23 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from icenet.core.families.family import (
-    Activation,
-    Dropout,
-    Family,
-    HeadSize,
-    Key,
-    LayerWindows,
-    Only,
-    Part,
-    Rotary,
-    ScalarScale,
-    Values,
-    Window,
-)
+from icenet.core.families.family import Family
+from icenet.core.families.keys import Activation, Dropout, Key, Only, Part, Values
 from icenet.core.families.tensors import Row
+from icenet.core.families.transformer_keys import HeadSize, LayerWindows, Rotary, ScalarScale, Window
 
 _FIXED = {
+    "type": "transformer",
     "causal": True,
     "positions": "rotary",
     "embedding_scale": 1.0,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from icenet.core.config import TransformerConfig, transformer_plan
 from icenet.core.weights.files import Array
 
 Shape = tuple[int, ...]
@@ -67,58 +67,26 @@ class Tensor(NamedTuple):
         return joined.T if self.row.is_transposed else joined
 
 
-def parameter_shapes(config: TransformerConfig) -> dict[str, Shape]:
-    """Returns the shape of each parameter of a transformer by its path; tied ones once."""
-    shapes: dict[str, Shape] = {}
-    width = config.hidden_size
+def tensors(rows: Sequence[Row], heads: int, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of a family with these rows.
 
-    def norm(name: str, size: int, kind: str) -> None:
-        shapes[f"{name}.weight"] = (size,)
-        if kind == "layer_norm":
-            shapes[f"{name}.bias"] = (size,)
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
-
-    shapes["token_embedding.weight"] = (config.vocab_size, width)
-    if config.positions == "learned":
-        shapes["position_embedding.weight"] = (config.max_seq_length, width)
-    for index, block in enumerate(transformer_plan.blocks(config)):
-        attention, network, name = block.attention, block.feed_forward, f"blocks.{index}"
-        queries, keys = attention.num_heads * attention.head_size, attention.num_kv_heads * attention.head_size
-        norm(f"{name}.attention_norm", width, block.norm.kind)
-        for part, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            linear(f"{name}.attention.{part}", rows, width, attention.bias)
-        linear(f"{name}.attention.out_proj", width, queries, attention.output_bias)
-        if attention.query_key_norm != "none":
-            per_head = attention.query_key_norm == "head"
-            for part, rows in (("q_norm", queries), ("k_norm", keys)):
-                norm(f"{name}.attention.{part}", attention.head_size if per_head else rows, attention.norm.kind)
-        norm(f"{name}.feed_forward_norm", width, block.norm.kind)
-        for part in ("gate_proj", "up_proj") if network.is_gated else ("up_proj",):
-            linear(f"{name}.feed_forward.{part}", network.inner, width, network.bias)
-        linear(f"{name}.feed_forward.down_proj", width, network.inner, network.bias)
-        if block.norm_position == "sandwich":
-            norm(f"{name}.attention_post_norm", width, block.norm.kind)
-            norm(f"{name}.feed_forward_post_norm", width, block.norm.kind)
-    if config.norm_position != "post":
-        norm("final_norm", width, config.norm)
-    if not config.tie_embeddings:
-        linear("output", config.vocab_size, width, config.output_bias)
-    return shapes
-
-
-def tensors(rows: Sequence[Row], config: TransformerConfig) -> dict[str, Tensor]:
-    """Returns the tensors of a model by their names in the files of a family with these rows."""
-    shapes = parameter_shapes(config)
+    Args:
+        rows: Names of layers.
+        heads: Number of attention heads, for rows that are stacked within each head.
+        shapes: Shapes of our parameters by path.
+    """
     found: dict[str, Tensor] = {}
     for row in rows:
-        for index in range(config.num_layers if "{i}" in row.theirs else 1):
-            for kind in ("weight", "bias"):
-                paths = [f"{name.replace('{i}', str(index))}.{kind}" for name in row.ours]
-                if paths[0] in shapes:
-                    name = f"{row.theirs.replace('{i}', str(index))}.{kind}"
-                    found[name] = Tensor(row, config.num_heads, paths, [shapes[path] for path in paths])
+        pattern = re.compile(re.escape(row.ours[0]).replace(r"\{i\}", r"(\d+)") + r"\.(\w+)")
+        for path in shapes:
+            if match := pattern.fullmatch(path):
+                *index, kind = match.groups()
+                paths = [f"{_numbered(name, index)}.{kind}" for name in row.ours]
+                found[f"{_numbered(row.theirs, index)}.{kind}"] = Tensor(
+                    row, heads, paths, [shapes[name] for name in paths]
+                )
     return found
+
+
+def _numbered(name: str, index: Sequence[str]) -> str:
+    return name.replace("{i}", index[0]) if index else name

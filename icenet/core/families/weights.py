@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from icenet.core.config import TransformerConfig
+from icenet.core import backends
+from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
-from icenet.core.families.tensors import tensors
+from icenet.core.families.tensors import Tensor, tensors
 from icenet.core.weights.files import Array, Weights
 
 
@@ -19,29 +20,29 @@ class ImportedWeights(Mapping[str, Array]):
 
     Args:
         family: The family.
-        config: The options of the model.
+        config: The configuration of the model.
         weights: The files.
 
     Raises:
         WeightsError: They have other tensors or shapes. The message lists all of them.
     """
 
-    def __init__(self, family: Family, config: TransformerConfig, weights: Weights) -> None:
+    def __init__(self, family: Family, config: Config, weights: Weights) -> None:
         self._weights = weights
         self.left_out: list[str] = []
         """Names of tensors that are not weights, and of a copy of tied ones."""
-        if config.num_layers > len(weights):
+        if config.model.num_layers > len(weights):
             raise WeightsError(
-                f"{weights.path}: has {len(weights)} tensors, and its config.json {config.num_layers} layers; "
+                f"{weights.path}: has {len(weights)} tensors, and its config.json {config.model.num_layers} layers; "
                 "copy or save the folder again"
             )
-        wanted = tensors(family.rows, config)
+        wanted = family_tensors(family, config)
         bare = not any(name.startswith(family.prefix) for name in weights)
         expected = {name.removeprefix(family.prefix) if bare else name: tensor for name, tensor in wanted.items()}
         unknown: list[str] = []
         for name in weights:
             if name not in expected:
-                is_copy = config.tie_embeddings and name == family.head
+                is_copy = getattr(config.model, "tie_embeddings", False) and name == family.head
                 is_buffer = any(re.fullmatch(pattern, name) for pattern in family.buffers)
                 (self.left_out if is_copy or is_buffer else unknown).append(name)
         missing = [name for name in expected if name not in weights]
@@ -78,13 +79,13 @@ class ExportedWeights(Mapping[str, Array]):
 
     Args:
         family: The family.
-        config: The options of the model.
+        config: The configuration of the model.
         weights: Canonical weights. Further names of tied ones are not used.
     """
 
-    def __init__(self, family: Family, config: TransformerConfig, weights: Mapping[str, Array]) -> None:
+    def __init__(self, family: Family, config: Config, weights: Mapping[str, Array]) -> None:
         self._weights = weights
-        self._tensors = tensors(family.rows, config)
+        self._tensors = family_tensors(family, config)
 
     def __getitem__(self, name: str) -> Array:
         return self._tensors[name].join(self._weights)
@@ -94,6 +95,12 @@ class ExportedWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of its family."""
+    shapes = backends.meta_model(config).weight_shapes()
+    return tensors(family.rows, getattr(config.model, "num_heads", 1), shapes)
 
 
 def is_tied(embedding: Array, head: Array) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from icenet.core.config import Config, TransformerConfig
+from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
 from icenet.core.families import folder
 from icenet.core.families.weights import ExportedWeights
@@ -56,12 +56,10 @@ def export(
         config, weights = open_averaged(source) if averaged else open_target(source)
     if weights is None:
         raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
-    if not isinstance(config.model, TransformerConfig):
-        raise UsageError(f"{source}: is a {config.model.type}; only transformers have a family of Hugging Face")
     family, files, remarks = folder.files_for(config, weights, imported)
     if not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
-    exported = ExportedWeights(family, config.model, weights)
+    exported = ExportedWeights(family, config, weights)
     written = weight_files.write(
         destination, exported, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
     )
