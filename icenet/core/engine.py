@@ -115,6 +115,7 @@ class Engine(ABC):
 
     Attributes:
         backend: mlx or torch.
+        detaches: What of the framework ends the gradient of an array, for messages.
         nn: The backend's `nn` package, whose functions have the same names and meaning on both backends.
         device: The device's name in the backend.
         model: A `BaseModel` of the backend.
@@ -123,6 +124,7 @@ class Engine(ABC):
     """
 
     backend: ClassVar[str]
+    detaches: ClassVar[str]
     nn: ClassVar[ModuleType]
     device: str
     model: Any
@@ -135,7 +137,7 @@ class Engine(ABC):
         processes.check_training(config.training, process_group.size)
         self.config = config
         self.process_group = process_group
-        self._draws_are_keyed = config.training.rng == "native"  # checked in the first step
+        self._is_checked = False  # see _checked_gradients
 
     def _set_model(self, model: Any, compute_dtype: Any) -> None:
         """Sets the model, and copies rank 0's parameters to all processes or shards them."""
@@ -260,19 +262,32 @@ class Engine(ABC):
                 call_model(self.model, arrays, self.config.model.vocab_size)
 
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
-        """Returns `_accumulate`. The first time, a UsageError if the model draws random numbers without a key."""
-        if self._draws_are_keyed:
+        """Returns `_accumulate`, and checks the first one, which costs waiting for the device.
+
+        Raises:
+            UsageError: The model draws random numbers without a key, or its logits have no gradient.
+        """
+        if self._is_checked:
             return self._accumulate(batch, step, loss_scale)
         before = self._generators()
-        results = self._accumulate(batch, step, loss_scale)
+        loss, gradients = self._accumulate(batch, step, loss_scale)
         after = self._generators()
-        if after != before:
+        if after != before and self.config.training.rng != "native":
             self.check_draws(batch, step)  # calls the model again, to find the module
             # Another thread may have used a generator of the host, and a compiler that of the framework.
             if after[0] != before[0] and not self.config.model.compile_model:
                 raise randomness.unkeyed_draw(self.backend, "", self.model)
-        self._draws_are_keyed = True
-        return results
+        norm, _ = self._norms(gradients)  # collective, so each process calls it
+        if norm.item() == 0 and loss.item() > 0:  # at a loss of zero, the gradients of the logits are zero
+            raise self._detached_logits()
+        self._is_checked = True
+        return loss, gradients
+
+    def _detached_logits(self) -> UsageError:
+        return UsageError(
+            "the logits do not depend on any trained array, so all gradients are zero: forward detaches them, for "
+            f"example by {self.detaches} or a conversion to numpy"
+        )
 
     def _generators(self) -> tuple[object, ...]:
         """Returns the states of the generators of the framework, Python and numpy."""

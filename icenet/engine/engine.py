@@ -37,6 +37,7 @@ class Engine(engine.Engine):
     """
 
     backend: ClassVar = "mlx"
+    detaches: ClassVar = "mx.stop_gradient()"
     nn: ClassVar = ops
     optimizer: Optimizer
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from icenet.core import engine
 from icenet.core.config import Config
 from icenet.core.engine import Batch, MicroBatch, call_model
-from icenet.core.errors import UsageError
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
 from icenet_torch.engine.build import build_model
@@ -28,6 +27,7 @@ class Engine(engine.Engine):
     """
 
     backend: ClassVar = "torch"
+    detaches: ClassVar = "detach(), torch.no_grad()"
     nn: ClassVar = ops
     optimizer: Optimizer
     process_group: distributed.ProcessGroup
@@ -66,11 +66,8 @@ class Engine(engine.Engine):
         """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
         self._seed_dropouts(part.dropout_keys)
         loss = self._mean_loss(part.arrays)
-        if not loss.requires_grad:  # MLX computes gradients of zero
-            raise UsageError(
-                "the logits do not depend on any trained array: forward detaches them, for example by detach(), "
-                "torch.no_grad() or a conversion to numpy"
-            )
+        if not loss.requires_grad:
+            raise self._detached_logits()
         (loss * (part.share * loss_scale)).backward()
         return loss.detach() * part.share
 

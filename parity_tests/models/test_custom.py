@@ -410,12 +410,18 @@ def test_a_class_without_forward(method: str, backend: str, here: Path) -> None:
     )
 
 
-def test_logits_without_a_gradient(here: Path) -> None:
-    file = here / "my_models_torch.py"
-    file.write_text(file.read_text().replace("self.norm(past))))", "self.norm(past)))).detach()"))
+@both_backends
+def test_logits_without_a_gradient(backend: str, here: Path) -> None:
+    """MLX computes gradients of zero, PyTorch none."""
+    file = here / ("my_models_torch.py" if backend == "torch" else "my_models.py")
+    text = file.read_text()
+    line = next(line for line in text.splitlines() if "return" in line and "self.norm(past)" in line)
+    logits = line.split("return ")[1]
+    new = f"{logits}.detach()" if backend == "torch" else f"mx.stop_gradient({logits})"
+    file.write_text(text.replace(logits, new))
     with pytest.raises(UsageError) as caught:
-        train(Config.from_yaml("my.yaml"), here / "run", "torch", until=1)
-    assert is_one_line(caught.value, "forward detaches")
+        train(Config.from_yaml("my.yaml"), here / "run", backend, until=1)
+    assert is_one_line(caught.value, "forward detaches", "detach()" if backend == "torch" else "mx.stop_gradient()")
 
 
 def test_a_file_that_imports_mlx_first_gets_the_fast_blas(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

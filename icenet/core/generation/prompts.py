@@ -145,7 +145,7 @@ def _to_mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def check_mask(mask: NDArray[Any], name: str) -> None:
-    """Raises UsageError if a mask is not of 1 and 0, such as an additive one of 0 and -inf. `name` begins the message.
+    """Raises UsageError if a mask is not of 1 and 0, such as an additive one of 0 and -inf. `name` begins the text.
 
     Floats that are all zero are an additive mask without padding too.
     """
