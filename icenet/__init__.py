@@ -133,7 +133,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         FileError: A file cannot be written, for example because the disk is full.
     """
     from icenet.core import files
-    from icenet.core.config import yaml_file
+    from icenet.core.config import user_code, yaml_file
     from icenet.core.models.build import check_config
     from icenet.core.training import saved_model
 
@@ -145,7 +145,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     for name in companions:
         config["data"] = {"tokenizer": name}
     companions["config.yaml"] = yaml_file.dump(config).encode()
-    saved_model.save(folder, model.weights(), companions, overwrite)
+    code = user_code.hashes(type(model).__module__)
+    saved_model.save(folder, model.weights(), companions, overwrite, code)
     return folder
 
 

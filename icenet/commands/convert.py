@@ -95,6 +95,7 @@ def convert_model(
         strip_prefix=strip_prefix,
         arrays=arrays,
         overwrite=overwrite,
+        metadata=saved_model.code_metadata(checkpoint.code_of(source)),
         companions=companions,
         **facts,
     )

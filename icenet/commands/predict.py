@@ -17,10 +17,9 @@ from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.data.images.files import FileImages, frames_note
 from icenet.core.data.images.folders import scan
 from icenet.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UsageError
-from icenet.core.models import twins
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
-from icenet.core.training.open_model import open_averaged
+from icenet.core.training.open_model import open_averaged, warn_of_changed_code
 
 BATCH_SIZE = 64
 
@@ -108,8 +107,8 @@ def predict(
         raise CheckpointError(f"{stored}: does not contain how its images were read ({error})") from None
     if len(facts.classes) != num_classes:
         raise CheckpointError(f"{stored}: has {len(facts.classes)} classes, but the model has {num_classes}")
-    if code := twins.changed_code(found.state, found.config.model.type, str(found.path)):
-        _log.warning(code)
+    if not averaged:  # open_averaged does
+        warn_of_changed_code(found)
     files = [file for name in names for file in _files(name)]
     engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
     engine.set_weights(dict(open_averaged(found.path)[1] if averaged else found.weights))

@@ -578,6 +578,24 @@ def test_code_that_changes_after_training_is_named(here: Path, caplog: pytest.Lo
         assert sum(expected in note for note in Trainer.resume(here / "run", quiet=True).notes) == 1
 
 
+def test_code_that_changes_after_saving_is_named(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A saved model records its code, and so does a conversion of a checkpoint or of a saved model."""
+    file = here / "one_torch.py"
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}})
+    train(config, here / "run", "torch", 1)
+    front_door.save(front_door.build(config, "torch"), here / "saved")
+    assert main(["convert", "run", "converted", "--to", "canonical", "--trust-code"]) == 0
+    assert main(["convert", "saved", "again", "--to", "canonical", "--trust-code"]) == 0
+    for name in ("saved", "converted", "again"):
+        front_door.load(here / name, "torch", trust_code=True)
+    assert not caplog.messages
+    file.write_text(file.read_text() + "\n# another version\n")
+    for name in ("saved", "converted", "again"):
+        caplog.clear()
+        front_door.load(here / name, "torch", trust_code=True)
+        assert is_one_line(*caplog.messages, name, "saved with another version of one_torch.py")
+
+
 # ---- modules next to the file -----------------------------------------------------------------------------
 
 LAYERS = """

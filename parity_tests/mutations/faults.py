@@ -47,6 +47,13 @@ FAULTS: list[Fault] = [
         ["core/data/test_text.py::test_made_once_and_again_when_the_source_changes"],
     ),
     Fault(
+        "a saved model does not record the code of its class",
+        "icenet/core/training/saved_model.py",
+        "if code else {}",
+        "if False else {}",
+        ["models/test_custom.py::test_code_that_changes_after_saving_is_named"],
+    ),
+    Fault(
         "another version of a user's code is not noticed",
         "icenet/core/config/user_code.py",
         "hashlib.sha256(content).hexdigest() != stored[name]",

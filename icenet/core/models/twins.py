@@ -245,20 +245,20 @@ def check_same_model(state: Mapping[str, Any], model: Any, source: str) -> None:
         )
 
 
-def changed_code(state: Mapping[str, Any], family: str, source: str) -> str | None:
-    """Returns a note if a user's model is not the code that a checkpoint was trained with; None if it is.
+def changed_code(stored: Any, family: str, source: str, action: str = "trained") -> str | None:
+    """Returns a note if a user's model is not the code that weights were trained with; None if it is.
 
     Args:
-        state: The content of the checkpoint's state.json. Version 0.1 stored no code.
+        stored: What `user_code.hashes` returned, from the file of a user. Version 0.1 stored no code.
         family: The `type` of the model.
-        source: Path of the checkpoint.
+        source: Path of the weights.
+        action: What was done with the code.
     """
-    stored = state.get("code")
     if not custom.is_custom(family) or not isinstance(stored, dict):
         return None
     folder = custom.split(family)[0].parent
     names = [os.path.relpath(folder / name) for name in user_code.changed(folder, stored)]
-    return f"{source}: was trained with another version of {', '.join(names)}" if names else None
+    return f"{source}: was {action} with another version of {', '.join(names)}" if names else None
 
 
 def stored_sharing(state: Mapping[str, Any]) -> dict[str, str]:

@@ -163,6 +163,15 @@ def list_checkpoints(run: Path, after: int = -1) -> list[Path]:
     return sorted((path for path, step in steps.items() if step > after), key=lambda path: steps[path])
 
 
+def code_of(path: Path) -> dict[str, str]:
+    """Returns the SHA-256 of the files of a custom model that a checkpoint stores; empty without them."""
+    try:
+        code = _read_json(path, "state.json").get("code")
+    except IceNetError:
+        return {}
+    return code if isinstance(code, dict) else {}
+
+
 def enclosing(path: Path) -> Path | None:
     """Returns the checkpoint that is at a path or contains it, whether the path exists or not; None if none does."""
     for folder in (path.resolve(), *path.resolve().parents):

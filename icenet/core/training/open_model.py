@@ -13,7 +13,8 @@ from icenet.core.errors import CheckpointError
 from icenet.core.families import folder
 from icenet.core.models import twins
 from icenet.core.tokenizers.base import TOKENIZER_FILE
-from icenet.core.training.checkpoint import FOLDER, find
+from icenet.core.training import saved_model
+from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
 from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import formats
@@ -54,10 +55,21 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
             logging.getLogger("icenet").warning(
                 f"{path}: is a run; {weight_files.DEFAULT_NAME} in it is not used, but {found.path.name}"
             )
-        if code := twins.changed_code(found.state, found.config.model.type, str(found.path)):
-            logging.getLogger("icenet").warning(code)
+        warn_of_changed_code(found)
         return found.config.with_overrides(*overrides), found.weights
-    return Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
+    config, weights = Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
+    _warn(twins.changed_code(saved_model.code_of(weights.metadata), config.model.type, str(path), "saved"))
+    return config, weights
+
+
+def warn_of_changed_code(found: Checkpoint) -> None:
+    """Logs a warning if a user's model is not the code that a checkpoint was trained with."""
+    _warn(twins.changed_code(found.state.get("code"), found.config.model.type, str(found.path)))
+
+
+def _warn(note: str | None) -> None:
+    if note is not None:
+        logging.getLogger("icenet").warning(note)
 
 
 def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
@@ -67,6 +79,7 @@ def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
         CheckpointError: It has no averaged weights.
     """
     found = find(path)
+    warn_of_changed_code(found)
     averages = {name[: -len(".ema")]: array for name, array in found.optimizer.items() if name.endswith(".ema")}
     if not averages:
         raise CheckpointError(f"{found.path}: has no averaged weights; train with training.ema_decay")

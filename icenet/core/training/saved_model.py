@@ -1,7 +1,8 @@
 """A saved model: a folder with canonical weights, the config and the tokenizer, without the state of training.
 
 FOLDER/
-    model.safetensors    canonical weights; their metadata `icenet_files` has the SHA-256 of the other files
+    model.safetensors    canonical weights; their metadata `icenet_files` has the SHA-256 of the other files, and
+                         `icenet_code` that of the Python files of a custom model
     tokenizer.json       the tokenizer, unless it is `bytes`
     config.yaml          the config of the model
 """
@@ -24,6 +25,8 @@ from icenet.core.weights.convert import PICKLED
 
 RECORD = "icenet_files"
 """Key of the metadata that marks the weights of a saved model."""
+CODE = "icenet_code"
+"""Key of the metadata for the code of a custom model, as `user_code.hashes` returns it."""
 _FILE_SUFFIXES = (weight_files.SUFFIX, *PICKLED, ".ckpt", ".npz", ".onnx", ".gguf", ".yaml", ".yml", ".json")
 
 
@@ -32,6 +35,7 @@ def save(
     weights: Mapping[str, np.ndarray[Any, Any]],
     companions: Mapping[str, bytes],
     overwrite: bool = False,
+    code: Mapping[str, str] = {},
 ) -> None:
     """Writes a saved model. An earlier one in the folder is replaced, other files only with `overwrite`.
 
@@ -42,6 +46,7 @@ def save(
         weights: Canonical weights.
         companions: Content of the other files by name; config.yaml is the last.
         overwrite: Whether to replace files of the same names that are not those of an earlier saved model.
+        code: SHA-256 of each Python file of a custom model (see `user_code.hashes`).
 
     Raises:
         UsageError: It is a file, a run or a checkpoint, or a file would be replaced.
@@ -61,9 +66,22 @@ def save(
     if not overwrite:
         refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
     described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
-    weight_files.write(folder, weights, described, companions=companions)
+    weight_files.write(folder, weights, {**described, **code_metadata(code)}, companions=companions)
     for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model
+
+
+def code_metadata(code: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metadata of weights that record the code of their model; empty without code."""
+    return {CODE: json.dumps(code, sort_keys=True)} if code else {}
+
+
+def code_of(metadata: Mapping[str, str]) -> Any:
+    """Returns what `code_metadata` recorded; None if nothing is."""
+    try:
+        return json.loads(metadata[CODE])
+    except (KeyError, ValueError, RecursionError):
+        return None
 
 
 def check_not_a_run(folder: Path) -> None:

@@ -203,7 +203,7 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet)
         trainer.notes += plan.notes
-        code = twins.changed_code(found.state, config.model.type, str(found.path))
+        code = twins.changed_code(found.state.get("code"), config.model.type, str(found.path))
         trainer.notes += [code] if code else []
         changed = explain_change(found.step, found.config.training, config.training)
         trainer.notes += [changed] if changed else []
