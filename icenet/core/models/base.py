@@ -153,7 +153,7 @@ class ModelBase:
         """
         shared = self.shared_arrays()
         values = sharing.complete(self.with_canonical_names(arrays.NumpyWeights(values)), shared)
-        weight_files.check(self.weight_shapes(), {path: tuple(array.shape) for path, array in values.items()})
+        weight_files.check(self.weight_shapes(), weight_files.shapes(values))
         arrays.check_dtypes({path: str(array.dtype) for path, array, _ in self._named_arrays()}, values)
         with self.arithmetic():
             self._assign_weights(_one_by_one((path, array) for path, array in values.items() if path not in shared))

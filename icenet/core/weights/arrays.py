@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.errors import WeightsError
-from icenet.core.weights.safetensors import release
+from icenet.core.weights.safetensors import Spec, release, spec_of
 
 Array = npt.NDArray[Any]
 
@@ -46,6 +46,11 @@ class NumpyWeights(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return to_array(name, self._values[name])
+
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        array = None if hasattr(self._values, "spec") else self[name]
+        return spec_of(self._values, name) if array is None else Spec(array.dtype, tuple(array.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -92,8 +97,8 @@ def _backend_of(value: Any) -> str | None:
 def float_dtype(weights: Mapping[str, Array]) -> str:
     """Returns bf16 or fp16 if most floating values have that dtype, otherwise fp32."""
     sizes: Counter[str] = Counter()
-    for array in weights.values():  # views of a file, whose data are not read
-        sizes[str(array.dtype)] += array.size
+    for spec in (spec_of(weights, name) for name in weights):
+        sizes[str(spec.dtype)] += spec.size
     halves = {"bfloat16": "bf16", "float16": "fp16"}
     floats = [dtype for dtype, _ in sizes.most_common() if "float" in dtype]
     return halves.get(floats[0], "fp32") if floats else "fp32"
@@ -112,7 +117,7 @@ def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> No
     """
     for name, dtype in expected.items():
         if name in values:
-            given, own = str(values[name].dtype), dtype.rpartition(".")[2]
+            given, own = str(spec_of(values, name).dtype), dtype.rpartition(".")[2]
             if _rank(given) > max(_rank(own), 1):
                 raise WeightsError(f"{name}: is {given}, and the model's array is {own}; cast it first")
             if {given, own} <= set(_RANGES) and _RANGES.index(given) > _RANGES.index(own):

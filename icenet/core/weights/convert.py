@@ -27,7 +27,7 @@ from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import formats, layout, prefixes, sharing
 from icenet.core.weights.files import Array, Progress
-from icenet.core.weights.safetensors import dtype_name
+from icenet.core.weights.safetensors import dtype_name, spec_of
 
 FORMS = ("canonical", "mlx", "torch")
 PICKLED = (".pt", ".pth", ".bin")
@@ -192,7 +192,7 @@ def convert(
     direction = None if not permutes else "to_mlx" if to == "mlx" else "to_torch"
     result = layout.PermutedWeights(found, kinds or {}, direction)
     if to == "mlx":
-        unsupported = [name for name in result if dtype_name(result[name].dtype) in _MLX_UNSUPPORTED]
+        unsupported = [name for name in result if dtype_name(spec_of(result, name).dtype) in _MLX_UNSUPPORTED]
         if unsupported:
             raise WeightsError(
                 f"{source}: MLX does not read float64 from safetensors, and {len(unsupported)} arrays have it "
@@ -206,7 +206,7 @@ def convert(
         _state_dict_module().write_state_dict(destination, written)
         outputs = [destination]
         if progress is not None:
-            total = sum(array.nbytes for array in result.values())
+            total = sum(spec_of(result, name).nbytes for name in result)
             progress(total, total)
         described = {}  # a state dict contains tensors only
     else:
@@ -283,12 +283,12 @@ def _check_shapes(
 
 
 def summary(path: Path, form: str, found: Mapping[str, Array], metadata: Mapping[str, str] = {}) -> Summary:
-    """Returns the summary of weights, which are looked up one at a time."""
+    """Returns the summary of weights. No data are read."""
     dtypes: Counter[str] = Counter()
     size = nbytes = 0
-    for array in found.values():
-        dtypes[dtype_name(array.dtype)] += 1
-        size, nbytes = size + array.size, nbytes + array.nbytes
+    for spec in (spec_of(found, name) for name in found):
+        dtypes[dtype_name(spec.dtype)] += 1
+        size, nbytes = size + spec.size, nbytes + spec.nbytes
     return Summary(path, form, len(found), size, nbytes, dict(sorted(dtypes.items())), dict(metadata))
 
 
@@ -305,6 +305,7 @@ def _read(path: Path, key: str | None = None) -> tuple[Mapping[str, Array], dict
         return _state_dict_module().read_state_dict(file, key), {}
     merged: dict[str, Array] = {}
     listed = weights.listed_in_index(file, PICKLED)
+    weights.warn_of_other_shards(file.with_name(file.name.removesuffix(".index.json")), set(listed.values()))
     for name in sorted(set(listed.values())):
         merged |= _state_dict_module().read_state_dict(file.with_name(name), key)
     weights.check(dict.fromkeys(listed, ()), dict.fromkeys(merged, ()), str(file))

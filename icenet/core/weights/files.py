@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,17 @@ import numpy.typing as npt
 from icenet.core.errors import WeightsError
 from icenet.core.files import staged
 from icenet.core.weights import prefixes
-from icenet.core.weights.safetensors import Entry, dtype_name, open_file, view, without_duplicates, write_file
+from icenet.core.weights.safetensors import (
+    DTYPES,
+    Entry,
+    Spec,
+    dtype_name,
+    open_file,
+    spec_of,
+    view,
+    without_duplicates,
+    write_file,
+)
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -80,6 +90,10 @@ class Weights(Mapping[str, Array]):
         entry = self.entries[name]
         return view(entry, self._maps[entry.file])
 
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        return Spec(DTYPES[self.entries[name].dtype], self.entries[name].shape)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
@@ -109,6 +123,8 @@ def read(path: str | os.PathLike[str]) -> Weights:
                 f"{path}: has {file.name} and {index.name}; the file is read, not the shards of the index, which may "
                 "be another version of the model: give the path of the index to read them"
             )
+        elif path.is_dir():
+            warn_of_other_shards(file, {file.name})
         return Weights(path, [file])
     if index.is_file():
         return _read_index(path, index)
@@ -157,8 +173,31 @@ def listed_in_index(index: Path, suffixes: Sequence[str] = (SUFFIX,)) -> dict[st
     return dict(listed)
 
 
+def warn_of_other_shards(file: Path, read: Collection[str]) -> None:
+    """Logs a warning if shards are next to weights that are read without them.
+
+    Args:
+        file: The file of the weights without shards, such as `model.safetensors`; it need not exist.
+        read: Names of the files that are read.
+    """
+    beginning = file.stem + "-"
+    others = sorted(
+        entry.name
+        for entry in file.parent.iterdir()
+        if entry.name.startswith(beginning) and entry.suffix == file.suffix and entry.name not in read
+    )
+    if others:
+        source = file.name if file.name in read else file.name + ".index.json"
+        count = "1 shard is" if len(others) == 1 else f"{len(others)} shards are"
+        logging.getLogger("icenet").warning(
+            f"{file.parent}: {count} not read ({_first_three(others)}), because {source} does not contain them; "
+            "remove them, or copy the index that lists them"
+        )
+
+
 def _read_index(path: Path, index: Path) -> Weights:
     listed = listed_in_index(index)
+    warn_of_other_shards(index.with_name(index.name.removesuffix(".index.json")), set(listed.values()))
     weights = Weights(path, [index.parent / file for file in sorted(set(listed.values()))])
     for name, file in listed.items():
         if name not in weights.entries or weights.entries[name].file.name != file:
@@ -198,7 +237,7 @@ def write(
 
     Args:
         path: A .safetensors file, or a folder, which is created if absent.
-        weights: Name -> array. A lazy mapping is evaluated one shard at a time.
+        weights: Name -> array. A lazy mapping is evaluated one array at a time.
         metadata: Text to store in addition to `format: pt`, which it can override.
         max_shard_bytes: Size of the arrays above which the weights are split, in order of names; None: never.
         progress: Called after each array.
@@ -217,11 +256,10 @@ def write(
     for key, value in described.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise WeightsError(f"{path}: metadata must map text to text, not {key!r} to {value!r}")
-    sizes = {}
-    for name in sorted(weights):
-        array = weights[name]
-        dtype_name(array.dtype)  # raises before anything is written
-        sizes[name] = array.nbytes
+    specs = {name: spec_of(weights, name) for name in sorted(weights)}
+    for spec in specs.values():
+        dtype_name(spec.dtype)  # raises before anything is written
+    sizes = {name: spec.nbytes for name, spec in specs.items()}
     total, done = sum(sizes.values()), 0
 
     def written(nbytes: int) -> None:
@@ -241,7 +279,7 @@ def write(
     with staged(path, absent_meanwhile) as stage:
         for file, names in zip(files, shards, strict=True):
             with stage.open(file) as out:
-                write_file(out, {name: weights[name] for name in names}, described, written)
+                write_file(out, weights, {name: specs[name] for name in names}, described, written)
         if len(shards) > 1:
             places = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
             table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -308,7 +346,7 @@ def checksum(path: str | os.PathLike[str]) -> str:
 
 def shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array by name. No data are read."""
-    return {name: tuple(array.shape) for name, array in weights.items()}
+    return {name: spec_of(weights, name).shape for name in weights}
 
 
 def check(

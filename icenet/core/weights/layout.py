@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import WeightsError
+from icenet.core.weights.safetensors import Spec, spec_of
 
 Array = npt.NDArray[Any]
 
@@ -187,6 +188,15 @@ class PermutedWeights(Mapping[str, Array]):
         kind, (_, name) = parameter_kind(self._kinds, path), split(path)
         return _permuted(array, getattr(rule(kind, name), self._direction), kind, path)
 
+    def spec(self, path: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        found = spec_of(self._weights, path)
+        if self._direction is None:
+            return found
+        kind, (_, name) = parameter_kind(self._kinds, path), split(path)
+        array = np.broadcast_to(np.zeros((), found.dtype), found.shape)
+        return Spec(found.dtype, _permuted(array, getattr(rule(kind, name), self._direction), kind, path).shape)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -208,6 +218,10 @@ class RenamedWeights(Mapping[str, Array]):
 
     def __getitem__(self, path: str) -> Array:
         return self._weights[self._names[path]]
+
+    def spec(self, path: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        return spec_of(self._weights, self._names[path])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -50,6 +50,34 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U64": np.dtype("<u8"),
 }
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
+
+
+class Spec(NamedTuple):
+    """The dtype and the shape of an array."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def spec_of(weights: Mapping[str, Array], name: str) -> Spec:
+    """Returns the dtype and the shape of an array.
+
+    A mapping whose arrays are computed on access, such as dequantized ones, has a method `spec(name)` for it.
+    """
+    spec = getattr(weights, "spec", None)
+    if spec is not None:
+        found: Spec = spec(name)
+        return found
+    array = weights[name]
+    return Spec(array.dtype, tuple(array.shape))
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -180,25 +208,39 @@ def release(array: Array) -> None:
 
 
 def write_file(
-    file: BinaryIO, arrays: Mapping[str, Array], metadata: Mapping[str, str], written: Callable[[int], None]
+    file: BinaryIO,
+    arrays: Mapping[str, Array],
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    written: Callable[[int], None],
 ) -> None:
-    """Writes arrays to an open file, C-contiguous and little-endian; calls `written(nbytes)` after each.
+    """Writes arrays to an open file, C-contiguous and little-endian.
 
     The bytes are those of the safetensors package, except that the metadata are sorted.
+
+    Args:
+        file: The file.
+        arrays: The arrays, which are looked up one at a time.
+        specs: The dtype and the shape of each array to write.
+        metadata: Text to store in the header.
+        written: Called with the number of bytes after each array.
     """
-    dtypes = {name: dtype_name(array.dtype) for name, array in arrays.items()}
-    names = sorted(arrays, key=lambda name: (-_RANK[dtypes[name]], name))
+    dtypes = {name: dtype_name(spec.dtype) for name, spec in specs.items()}
+    names = sorted(specs, key=lambda name: (-_RANK[dtypes[name]], name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for name in names:
-        stop = start + arrays[name].nbytes
-        table[name] = {"dtype": dtypes[name], "shape": list(arrays[name].shape), "data_offsets": [start, stop]}
+        stop = start + specs[name].nbytes
+        table[name] = {"dtype": dtypes[name], "shape": list(specs[name].shape), "data_offsets": [start, stop]}
         start = stop
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little") + header)
     for name in names:
-        flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+        array = arrays[name]
+        if (array.dtype, array.shape) != specs[name]:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
+        flat = np.ascontiguousarray(array).reshape(-1)
         data = flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8)
         file.write(data.data)
         written(data.nbytes)
