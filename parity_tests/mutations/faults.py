@@ -47,6 +47,13 @@ FAULTS: list[Fault] = [
         ["core/data/test_text.py::test_made_once_and_again_when_the_source_changes"],
     ),
     Fault(
+        "a shard that the index does not list is passed over",
+        "icenet/core/weights/files.py",
+        "    if others:\n        reason",
+        "    if False:\n        reason",
+        ["core/weights/test_weights.py::test_shards_that_no_index_lists"],
+    ),
+    Fault(
         "a saved model does not record the code of its class",
         "icenet/core/training/saved_model.py",
         "if code else {}",

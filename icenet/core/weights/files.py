@@ -187,11 +187,10 @@ def warn_of_other_shards(file: Path, read: Collection[str]) -> None:
         if entry.name.startswith(beginning) and entry.suffix == file.suffix and entry.name not in read
     )
     if others:
-        source = file.name if file.name in read else file.name + ".index.json"
-        count = "1 shard is" if len(others) == 1 else f"{len(others)} shards are"
+        reason = f"{file.name} is read" if file.name in read else f"{file.name}.index.json does not list them"
         logging.getLogger("icenet").warning(
-            f"{file.parent}: {count} not read ({_first_three(others)}), because {source} does not contain them; "
-            "remove them, or copy the index that lists them"
+            f"{file.parent}: shards are not read, because {reason}: {_first_three(others)}; remove them, or copy the "
+            "index that lists them"
         )
 
 

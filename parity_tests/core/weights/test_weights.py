@@ -172,6 +172,27 @@ def sharded(folder: Path) -> dict[str, Any]:
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
+def test_shards_that_no_index_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Other safetensors files, such as those of an optimizer or an adapter, are no shards of the weights."""
+    sharded(tmp_path)
+    for name in ("optimizer.safetensors", "adapter_model.safetensors", "modeling.py", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    weights.read(tmp_path)
+    assert not caplog.messages
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        caplog.clear()
+        weights.read(path)
+        assert is_one_line(*caplog.messages, "model-00003-of-00003", "model.safetensors.index.json does not list")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    weights.write(tmp_path / "model.safetensors", {"a": np.ones(2, np.float32)})
+    caplog.clear()
+    weights.read(tmp_path / "model.safetensors")
+    assert not caplog.messages
+    weights.read(tmp_path)
+    assert is_one_line(*caplog.messages, *SHARDS, "model.safetensors is read")
+
+
 @pytest.mark.parametrize("where", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "", "..",
                                    "C:\\x.safetensors", "x.json"])  # fmt: skip
 def test_an_index_cannot_lead_elsewhere(tmp_path: Path, where: str) -> None:
