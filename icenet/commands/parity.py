@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn
 
+from icenet.commands.overrides import option, warn_of_replaced
 from icenet.core.report.console import stderr_console
 from icenet.core.training import open_model
 from icenet.parity.report import Report
@@ -24,6 +25,8 @@ def parity(
         steps, dtype: See `icenet.parity.run.run`.
         quiet: Show no progress bar.
     """
+    replaced = {"backend": "both are compared", "allow_tf32": "the backends are compared without TF32"}
+    warn_of_replaced(overrides, {**replaced, "training.mixed_precision": option("--dtype", dtype)})
     config, weights = open_model.open_target(Path(target), overrides)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     console = stderr_console()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from icenet.commands.cpu_threads import choose_num_threads
+from icenet.commands.overrides import warn_of_replaced
 from icenet.core import backends, files
 from icenet.core.config import Config
 from icenet.core.errors import BackendError, IceNetError, UsageError
@@ -138,6 +139,7 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
         raise BackendError(
             f"quickstart needs both backends, and {missing[0]} is not installed: pip install 'icenet[all]'"
         )
+    warn_of_replaced(overrides, {"backend": "icenet quickstart trains on both backends"})
     config = Config.from_yaml("quickstart", overrides)
     half = config.training.max_steps // 2
     if half < 1:

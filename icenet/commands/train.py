@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from icenet.commands.overrides import option, warn_of_replaced
 from icenet.core.config import Config
 from icenet.core.report.console import new_console
 from icenet.core.training.run_folder import default_folder
@@ -31,6 +32,7 @@ def train(
         backend, device: Override those of the configuration.
         quiet: Show no progress.
     """
+    warn_of_replaced(overrides, {"backend": option("--backend", backend), "device": option("--device", device)})
     if resume is not None:
         trainer = Trainer.resume(resume, run=run, overrides=overrides, backend=backend, device=device, quiet=quiet)
     else:

@@ -366,6 +366,53 @@ def test_schema(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capfd.readouterr().out) == json_schema()
 
 
+REPLACED: list[tuple[list[str], list[str], list[tuple[str, str]]]] = [
+    (
+        ["train", "tiny.yaml", "--backend", "mlx", "--device", "cpu"],
+        ["backend=torch", "device=gpu"],
+        [("backend", "--backend mlx"), ("device", "--device cpu")],
+    ),
+    (["train", "tiny.yaml"], ["backend=torch", "device=cpu"], []),
+    (["quickstart"], ["backend=torch", "device=cpu"], [("backend", "both backends")]),
+    (
+        ["parity", "tiny.yaml", "--dtype", "bf16"],
+        ["training.mixed_precision=fp16", "backend=mlx", "allow_tf32=true"],
+        [("backend", "both"), ("allow_tf32", "without TF32"), ("training.mixed_precision", "--dtype bf16")],
+    ),
+    (["parity", "tiny.yaml"], ["training.mixed_precision=fp16"], []),
+    (
+        ["bench", "step", "tiny.yaml", "--steps", "9"],
+        ["training={schedule: cosine, max_steps: 5}", "backend=mlx", "training.warmup_steps=0"],
+        [
+            ("backend", "choose one with --backend"),
+            ("training.schedule", "training.schedule=constant"),
+            ("training.max_steps", "--steps 9"),
+        ],
+    ),
+    (
+        ["bench", "memory", "tiny.yaml", "--depth", "1,2", "--device", "cpu"],
+        ["model.num_layers=3", "training.mixed_precision=bf16", "device=gpu"],
+        [("device", "--device cpu"), ("training.mixed_precision", "fp32,bf16"), ("model.num_layers", "--depth 1,2")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "overrides", "expected"), REPLACED)
+def test_keys_that_an_option_replaces(
+    arguments: list[str],
+    overrides: list[str],
+    expected: list[tuple[str, str]],
+    here: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = [part for override in [*overrides, "unknown_key=1"] for part in ("--set", override)]
+    assert main([*arguments, *settings]) == 2  # before anything is computed
+    found = [message for message in caplog.messages if "has no effect" in message]
+    assert len(found) == len(expected)
+    for message, (key, replacement) in zip(found, expected, strict=True):
+        assert is_one_line(message, f"--set {key}: has no effect", replacement)
+
+
 def test_an_unexpected_error_is_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,13 @@ FAULTS: list[Fault] = [
         ["core/weights/test_weights.py::test_shards_that_no_index_lists"],
     ),
     Fault(
+        "an option replaces a key of --set without a word",
+        "icenet/commands/overrides.py",
+        "if not is_new:",
+        "if False:",
+        ["commands/test_cli.py::test_keys_that_an_option_replaces"],
+    ),
+    Fault(
         "a saved model does not record the code of its class",
         "icenet/core/training/saved_model.py",
         "if code else {}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
 from icenet.commands.doctor import system_facts
+from icenet.commands.overrides import option
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError
@@ -26,6 +27,12 @@ Notify = Callable[[str], None]
 
 def ignore(text: str) -> None:
     """Discards a line of progress."""
+
+
+def chosen_by_options(backend: str | None, device: str | None) -> dict[str, str | None]:
+    """Returns what replaces the keys `backend` and `device` in a measurement (see `overrides.warn_of_replaced`)."""
+    every = "every installed backend is measured; choose one with --backend"
+    return {"backend": option("--backend", backend) or every, "device": option("--device", device)}
 
 
 def measure_isolated(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.commands.bench import common
+from icenet.commands.overrides import warn_of_replaced
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
@@ -124,6 +125,12 @@ def run(
     Raises:
         UsageError: `depths` for a model without `num_layers`, `out` without several depths, or `out` is another file.
     """
+    replaced = {
+        "training.mixed_precision": f"--precision {','.join(precisions)}",
+        "training.gradient_checkpointing": "each step is measured with and without it",
+        "model.num_layers": f"--depth {','.join(map(str, depths))}" if depths else None,
+    }
+    warn_of_replaced(overrides, {**common.chosen_by_options(backend, device), **replaced})
     config = Config.from_yaml(name, overrides)
     if depths and not hasattr(config.model, "num_layers"):
         raise UsageError(f"--depth: model.type {config.model.type} has no num_layers")

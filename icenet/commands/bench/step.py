@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.commands.bench import common
+from icenet.commands.overrides import warn_of_replaced
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.engine import Batch
@@ -97,6 +98,10 @@ def run(
     blocks = max(4, min(40, steps // 4))
     block = math.ceil(steps / blocks)
     max_steps = WARM_UP + blocks * block + 1
+    same = {setting.partition("=")[0]: setting for setting in _SAME_WORK if setting not in overrides}
+    timed = {key: f"the loops are timed with {setting}" for key, setting in same.items()}
+    chosen = common.chosen_by_options(backend, device)
+    warn_of_replaced(overrides, {**chosen, **timed, "training.max_steps": f"--steps {steps}"})
     config = Config.from_yaml(name, overrides).with_overrides(*_SAME_WORK, f"training.max_steps={max_steps}")
     results = []
     for kind in common.installed_backends(backend):
