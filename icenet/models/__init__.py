@@ -8,6 +8,7 @@ from icenet.models.base import BaseModel
 from icenet.models.cnn import CNNModel
 from icenet.models.rnn import GRUModel, LSTMModel, RNNModel
 from icenet.models.transformer import TransformerModel
+from icenet.models.vit import ViTModel
 
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "cnn": CNNModel,
@@ -15,6 +16,7 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
     "lstm": LSTMModel,
     "gru": GRUModel,
     "rnn": RNNModel,
+    "vit": ViTModel,
 }
 
-__all__ = ["MODELS", "BaseModel", "CNNModel", "GRUModel", "LSTMModel", "RNNModel", "TransformerModel"]
+__all__ = ["MODELS", "BaseModel", "CNNModel", "GRUModel", "LSTMModel", "RNNModel", "TransformerModel", "ViTModel"]

@@ -50,13 +50,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: CNNConfig, block: cnn_plan.Block) -> None:
         super().__init__()
-        _, inputs, outputs, stride = block
+        _, inputs, outputs, stride, strides_first = block
         self.activation = config.activation
         if block.kind == "bottleneck":
             inner = outputs // cnn_plan.EXPANSION
             branch = [
-                ConvBlock(config, inputs, inner, 1),
-                ConvBlock(config, inner, inner, 3, stride),
+                ConvBlock(config, inputs, inner, 1, stride if strides_first else 1),
+                ConvBlock(config, inner, inner, 3, 1 if strides_first else stride),
                 ConvNorm(inner, outputs, 1),
             ]
         else:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from icenet.nn.activations import activation
-from icenet.nn.attention import Mask, positions_and_masks, rotate, scaled_dot_product_attention
+from icenet.nn.attention import (
+    Mask,
+    biased_mask,
+    by_distance,
+    positions_and_masks,
+    rotate,
+    scaled_dot_product_attention,
+)
 from icenet.nn.checkpointing import checkpoint
-from icenet.nn.conv import Conv2d, global_average_pool, max_pool
+from icenet.nn.conv import Conv2d, flatten_pixels, global_average_pool, max_pool, mean_of_patches
 from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
-from icenet.nn.linear import Embedding, Linear
+from icenet.nn.linear import Bias, Embedding, Linear
 from icenet.nn.loss import cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet.nn.recurrent import GRU, LSTM, RNN
 
 __all__ = [
     "BatchNorm2d",
+    "Bias",
     "Conv2d",
     "Dropout",
     "Dropout1d",
@@ -28,11 +36,15 @@ __all__ = [
     "RMSNorm",
     "RNN",
     "activation",
+    "biased_mask",
+    "by_distance",
     "checkpoint",
     "cross_entropy",
+    "flatten_pixels",
     "global_average_pool",
     "make_norm",
     "max_pool",
+    "mean_of_patches",
     "positions_and_masks",
     "rotate",
     "scaled_dot_product_attention",

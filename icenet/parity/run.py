@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.core.config import CNNConfig, Config, ImageDataConfig, cnn_plan
+from icenet.core.config import Config, ImageDataConfig, ImageModelConfig
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import NonFiniteError
@@ -113,8 +113,8 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     `data.image_size`, or a small size that the model accepts.
     A custom model on image data gets the first training batch, because only the data defines its input.
     """
-    if isinstance(config.model, CNNConfig):
-        size = getattr(config.data, "image_size", None) or max(8, 2 * cnn_plan.min_image_size(config.model))
+    if isinstance(config.model, ImageModelConfig):
+        size = getattr(config.data, "image_size", None) or config.model.example_size
         classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
         shape = (rows, size, size, config.model.image_channels)
         images = rng.normal(rng.key(config.seed, "parity batch"), shape)

@@ -8,6 +8,7 @@ from icenet_torch.models.base import BaseModel
 from icenet_torch.models.cnn import CNNModel
 from icenet_torch.models.rnn import GRUModel, LSTMModel, RNNModel
 from icenet_torch.models.transformer import TransformerModel
+from icenet_torch.models.vit import ViTModel
 
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "cnn": CNNModel,
@@ -15,6 +16,7 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
     "lstm": LSTMModel,
     "gru": GRUModel,
     "rnn": RNNModel,
+    "vit": ViTModel,
 }
 
-__all__ = ["MODELS", "BaseModel", "CNNModel", "GRUModel", "LSTMModel", "RNNModel", "TransformerModel"]
+__all__ = ["MODELS", "BaseModel", "CNNModel", "GRUModel", "LSTMModel", "RNNModel", "TransformerModel", "ViTModel"]

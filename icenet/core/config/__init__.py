@@ -15,10 +15,12 @@ from icenet.core.config.model import (
     FAMILIES,
     CNNConfig,
     CustomConfig,
+    ImageModelConfig,
     ModelConfig,
     RecurrentConfig,
     RotaryScaling,
     TransformerConfig,
+    ViTConfig,
 )
 from icenet.core.config.run import Config, check_device, json_schema
 from icenet.core.config.training import ParameterGroup, TrainingConfig
@@ -32,12 +34,14 @@ __all__ = [
     "DataConfig",
     "GenerationConfig",
     "ImageDataConfig",
+    "ImageModelConfig",
     "ModelConfig",
     "ParameterGroup",
     "RecurrentConfig",
     "RotaryScaling",
     "TrainingConfig",
     "TransformerConfig",
+    "ViTConfig",
     "check_device",
     "json_schema",
 ]

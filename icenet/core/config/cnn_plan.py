@@ -21,6 +21,7 @@ from icenet.core.errors import UsageError
 
 Stem = Literal["conv3", "conv7"]
 BlockType = Literal["alternating", "conv", "basic", "bottleneck"]
+BottleneckStride = Literal["conv1", "conv3"]
 Classifier = Literal["hidden", "linear"]
 
 EXPANSION = 4
@@ -39,6 +40,8 @@ class CNNFields(Protocol):
     classifier: Classifier
     stage_depths: list[int] | None
     stage_widths: list[int] | None
+    first_stage_stride: Literal[1, 2]
+    bottleneck_stride: BottleneckStride
 
 
 class Block(NamedTuple):
@@ -51,6 +54,8 @@ class Block(NamedTuple):
     outputs: int
     """Output channels."""
     stride: int
+    strides_first: bool = False
+    """Whether the first convolution of a bottleneck has the stride, and not the 3x3 one."""
 
 
 def depths(config: CNNFields) -> list[int]:
@@ -78,14 +83,15 @@ def blocks(config: CNNFields) -> list[Block]:
             kind: str = config.block
             if kind == "alternating":
                 kind = "basic" if (total - len(found)) % 2 else "conv"
-            found.append(Block(kind, channels, outputs, stride=2 if stage > 0 and index == 0 else 1))
+            stride = 1 if index else 2 if stage else config.first_stage_stride
+            found.append(Block(kind, channels, outputs, stride, config.bottleneck_stride == "conv1"))
             channels = outputs
     return found
 
 
 def min_image_size(config: CNNFields) -> int:
     """Returns the smallest height and width for which each halving of the resolution has at least two pixels."""
-    halvings = len(depths(config)) - 1 + (2 if config.stem == "conv7" else 0)
+    halvings = len(depths(config)) - 1 + (2 if config.stem == "conv7" else 0) + (config.first_stage_stride == 2)
     return 2 ** (halvings - 1) + 1 if halvings else 1
 
 
@@ -117,38 +123,13 @@ def check(config: CNNFields) -> None:
         )
 
 
-def layout(channel_axis: int) -> str:
-    """Returns the names of the axes of images whose channels are at axis 1 or 3."""
-    return "[batch, channels, height, width]" if channel_axis == 1 else "[batch, height, width, channels]"
-
-
-def check_images(config: CNNFields, shape: tuple[int, ...], channel_axis: int) -> None:
-    """Checks that the network can process images.
-
-    Args:
-        config: Configuration of the network.
-        shape: Shape of the images, `[B, H, W, C]` or `[B, C, H, W]`.
-        channel_axis: Index of the channel axis, 3 or 1.
-
-    Raises:
-        UsageError: The number of axes or channels is wrong, or the images are too small for the strides.
-    """
-    axes = layout(channel_axis)
-    if len(shape) != 4:
-        raise UsageError(f"images must be {axes}, not {list(shape)}")
-    if shape[0] == 0:
-        raise UsageError(f"images {list(shape)} are empty; pass at least one")
-    channels = shape[channel_axis]
-    size = [length for axis, length in enumerate(shape) if axis not in (0, channel_axis)]
-    if channels != config.image_channels:
-        raise UsageError(
-            f"images {list(shape)} have {channels} channels and model.image_channels is {config.image_channels} "
-            f"(the layout is {axes})"
-        )
+def size_problem(config: CNNFields, height: int, width: int) -> str:
+    """Returns why the strides do not allow a size of images; an empty text if they do."""
     smallest = min_image_size(config)
-    if min(size) < smallest:
-        raise UsageError(
-            f"images of {size[0]}x{size[1]} are too small for the strides of this model, which needs "
-            f"{smallest}x{smallest}; use larger images or fewer stages"
-            + (", or model.stem conv3" if config.stem == "conv7" else "")
-        )
+    if min(height, width) >= smallest:
+        return ""
+    others = "fewer stages" + (" or model.stem conv3" if config.stem == "conv7" else "")
+    return (
+        f"images of {height}x{width} are too small for the strides of this model, which needs {smallest}x{smallest} "
+        f"({others} need less)"
+    )

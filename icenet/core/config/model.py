@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
-from icenet.core.config import cnn_plan, custom, transformer_plan
+from icenet.core.config import cnn_plan, custom, transformer_plan, vit_plan
 from icenet.core.config.section import Section, nearest, to_python, unknown_family
 from icenet.core.errors import ConfigError
 
@@ -37,6 +37,11 @@ class ModelConfig(Section):
     """Number of tokens in the vocabulary, or of classes."""
     compile_model: bool = False
     """Compile the training step with mx.compile or torch.compile."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the model's output: the number of logits."""
+        return self.vocab_size
 
     def __new__(cls, **values: Any) -> Self:
         """Creates an instance of the class of the family `type`."""
@@ -98,6 +103,12 @@ class TransformerConfig(ModelConfig):
     """Each position attends only to itself and to earlier positions."""
     positions: transformer_plan.Positions = "sinusoidal"
     """How the model knows positions: added to the embedding (sinusoidal, learned), or rotating queries and keys."""
+    position_offset: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Rows of the table of learned positions before the row of the first position."""
+    relative_buckets: Size | None = None
+    """Number of groups of distances that have a learned bias of attention scores for each head; null: no bias."""
+    relative_max_distance: Size = 128
+    """Tokens that are at least so far apart are in the same group."""
     rotary_theta: PositiveFloat = 10000.0
     """Base of the angles of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
@@ -142,6 +153,12 @@ class TransformerConfig(ModelConfig):
     """Attention and feed-forward network read the same input: x + attention(norm(x)) + feed_forward(norm(x))."""
     embedding_scale: PositiveFloat | None = None
     """Factor of the token embedding; null: sqrt(hidden_size)."""
+    token_types: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Number of types of tokens (segments), each with an embedding that is added; 0: none."""
+    embedding_norm: bool = False
+    """Norm of the sum of embeddings, before the first block."""
+    output: transformer_plan.Output = "linear"
+    """Projection to logits (linear), the same after a dense layer, activation and norm (transform), or none."""
     tie_embeddings: bool = False
     """The output projection shares the weights of the token embedding."""
     output_bias: bool = False
@@ -156,11 +173,38 @@ class TransformerConfig(ModelConfig):
             raise ValueError("rotary_scaling is for positions: rotary")
         return self
 
+    @property
+    def num_outputs(self) -> int:
+        return self.hidden_size if self.output == "none" else self.vocab_size
 
-class CNNConfig(ModelConfig):
-    """A convolutional network for images: a stem, stages of blocks, and a classifier (see `cnn_plan`)."""
+
+class ImageModelConfig(ModelConfig):
+    """The fields of every classifier of images."""
 
     input_kind: ClassVar[str] = "images"
+
+    vocab_size: Size = 1000
+    """Number of classes."""
+    image_channels: Size = 3
+    """Channels of an image: 3 for RGB, 1 for grayscale."""
+
+    def size_problem(self, height: int, width: int) -> str:
+        """Returns why the model does not accept a size of images; an empty text if it does."""
+        raise NotImplementedError
+
+    @property
+    def smallest_size(self) -> int:
+        """The smallest height and width that the model accepts."""
+        raise NotImplementedError
+
+    @property
+    def example_size(self) -> int:
+        """A height and width for a quick comparison."""
+        return self.smallest_size
+
+
+class CNNConfig(ImageModelConfig):
+    """A convolutional network for images: a stem, stages of blocks, and a classifier (see `cnn_plan`)."""
 
     type: Literal["cnn"] = "cnn"
     """Model family."""
@@ -170,12 +214,8 @@ class CNNConfig(ModelConfig):
     """Number of blocks after the stem."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Probability of zeroing an activation in training."""
-    vocab_size: Size = 1000
-    """Number of classes."""
     activation: transformer_plan.Activation = "relu"
     """Activation of the blocks and of the classifier."""
-    image_channels: Size = 3
-    """Channels of an image: 3 for RGB, 1 for grayscale."""
     stem: cnn_plan.Stem = "conv3"
     """First layers: conv3 is a 3x3 convolution; conv7 is 7x7 with stride 2, then max pooling with stride 2."""
     base_channels: Size = 64
@@ -186,6 +226,10 @@ class CNNConfig(ModelConfig):
     """Number of blocks in each stage; null: num_layers are distributed over up to four stages."""
     stage_widths: list[Size] | None = None
     """Channels of each stage; for bottleneck those of the 3x3 convolution, a quarter of the output; null: doubled."""
+    first_stage_stride: Literal[1, 2] = 1
+    """Stride of the first stage; that of the others is 2."""
+    bottleneck_stride: cnn_plan.BottleneckStride = "conv3"
+    """Convolution of a bottleneck block that has its stride: the 3x3 one (conv3), or the first 1x1 one (conv1)."""
     classifier: cnn_plan.Classifier = "hidden"
     """hidden: one hidden layer of hidden_size before the classes; linear: none."""
 
@@ -193,6 +237,54 @@ class CNNConfig(ModelConfig):
     def _check_stages(self) -> Self:
         cnn_plan.check(self)
         return self
+
+    def size_problem(self, height: int, width: int) -> str:
+        return cnn_plan.size_problem(self, height, width)
+
+    @property
+    def smallest_size(self) -> int:
+        return cnn_plan.min_image_size(self)
+
+    @property
+    def example_size(self) -> int:
+        return max(8, 2 * self.smallest_size)
+
+
+class ViTConfig(ImageModelConfig):
+    """A vision transformer: patches of an image as the tokens of a transformer without a causal mask."""
+
+    type: Literal["vit"] = "vit"
+    """Model family."""
+    image_size: Size = 224
+    """Height and width of the images."""
+    patch_size: Size = 16
+    """Height and width of a patch. Pixels at the right and bottom edge that fill no patch are not used."""
+    pooling: vit_plan.Pooling = "token"
+    """Input of the classifier: a class token in front of the patches (token), or the mean of the patches (mean)."""
+    num_heads: Size = 8
+    """Number of attention heads."""
+    head_size: Size | None = None
+    """Width of a head; null: hidden_size / num_heads."""
+    attention_bias: bool = True
+    """Biases of the projections to queries, keys and values."""
+    activation: transformer_plan.Activation = "gelu"
+    """Activation of the feed-forward network; gelu is the exact form (erf), gelu_tanh its approximation."""
+    feed_forward_size: Size | None = None
+    """Width of the feed-forward network; null: 4 * hidden_size."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the variance in layer norms."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        vit_plan.check(self)
+        return self
+
+    def size_problem(self, height: int, width: int) -> str:
+        return vit_plan.size_problem(self, height, width)
+
+    @property
+    def smallest_size(self) -> int:
+        return self.image_size
 
 
 class RecurrentConfig(ModelConfig):
@@ -261,6 +353,7 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "lstm": RecurrentConfig,
     "gru": RecurrentConfig,
     "rnn": RecurrentConfig,
+    "vit": ViTConfig,
 }
 """The class of each family by its `type`. A new family adds its line here."""
 

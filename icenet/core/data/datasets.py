@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from icenet.core.config import CNNConfig, ImageDataConfig, cnn_plan, custom
+from icenet.core.config import ImageDataConfig, ImageModelConfig, custom
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.images.folders import some
 from icenet.core.data.text.documents import DocumentDataset
@@ -128,19 +128,16 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
             f"model.vocab_size: {config.model.vocab_size}, but {dataset.description} has {classes} classes "
             f"({some(dataset.classes)}); set model.vocab_size={classes}"
         )
-    if isinstance(config.model, CNNConfig):
+    if isinstance(config.model, ImageModelConfig):
         if config.model.image_channels != channels:
             raise ConfigError(
                 f"model.image_channels: {config.model.image_channels}, but {dataset.description} has {channels}; "
                 f"set model.image_channels={channels}"
                 + (f", or data.channels={wanted}" if (wanted := config.model.image_channels) in (1, 3) else "")
             )
-        minimum = cnn_plan.min_image_size(config.model)
-        if min(height, width) < minimum:
-            raise ConfigError(
-                f"data.image_size: images of {height}x{width} are too small for the strides of this model, which "
-                f"needs {minimum}x{minimum}; set data.image_size={minimum} or more, or use fewer stages"
-            )
+        if problem := config.model.size_problem(height, width):
+            smallest = config.model.smallest_size
+            raise ConfigError(f"data.image_size: {problem}; set data.image_size={smallest}")
     dataset.steps_per_epoch(config.training.batch_size)  # raises if there are too few images
     return dataset
 

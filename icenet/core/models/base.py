@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from icenet.core.config import CNNConfig, GenerationConfig, ModelConfig, custom, user_code
+from icenet.core.config import GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import check_mask, check_vocabulary
@@ -228,13 +228,26 @@ class ModelBase:
         if left_padded and attention_mask is not None and (mask := self._to_host(attention_mask)) is not None:
             inputs.check_left_padding(mask)
 
+    def check_token_types(self, token_type_ids: Any, input_ids: Any) -> None:
+        """Checks the types of tokens of a transformer, int `[B, T]` or None.
+
+        Raises:
+            UsageError: The model has no types, the shape is not that of `input_ids`, or an id is outside the table.
+        """
+        if token_type_ids is None:
+            return
+        count: int = getattr(self.config, "token_types", 0)
+        inputs.check_token_types(token_type_ids, input_ids, count, self.array_type)
+        if self.checks_ids and (types := self._to_host(token_type_ids)) is not None:
+            check_vocabulary(types, count, "token_type_ids", "model.token_types")
+
     def check_images(self, images: Any, channel_axis: int) -> None:
         """Checks the argument of `forward` of a model of images, whose channels are at axis 1 or 3.
 
         Raises:
-            UsageError: The number of axes or channels is wrong, or the images are too small for the strides.
+            UsageError: The number of axes or channels is wrong, or the model does not accept the size.
         """
-        assert isinstance(self.config, CNNConfig)
+        assert isinstance(self.config, ImageModelConfig)
         inputs.check_images(self.config, images, channel_axis, self.array_type)
 
     # ---- embeddings --------------------------------------------------------------------------------------

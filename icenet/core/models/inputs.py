@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from icenet.core.config import CNNConfig, cnn_plan
+from icenet.core.config import ImageModelConfig
 from icenet.core.errors import UsageError
 
 
@@ -44,6 +44,27 @@ def check_tokens(input_ids: Any, attention_mask: Any, past: int | None, array_ty
         raise UsageError(f"attention_mask must be {expected} for input_ids {shape}{before}, not {given}")
 
 
+def check_token_types(token_type_ids: Any, input_ids: Any, count: int, array_type: type[Any]) -> None:
+    """Checks the type, the shape and the dtype of types of tokens. It does not read values.
+
+    Args:
+        token_type_ids: Types, int `[B, T]`.
+        input_ids: Tokens, int `[B, T]`.
+        count: Number of types of the model.
+        array_type: The framework's array.
+
+    Raises:
+        UsageError: Something is wrong.
+    """
+    if not count:
+        raise UsageError("token_type_ids: this model has no types of tokens (model.token_types is 0); leave them out")
+    _check_array("token_type_ids", token_type_ids, "types of tokens [batch, length]", array_type)
+    if list(token_type_ids.shape) != list(input_ids.shape):
+        raise UsageError(f"token_type_ids must be {list(input_ids.shape)}, not {list(token_type_ids.shape)}")
+    if not dtype_name(token_type_ids).startswith(("int", "uint")):
+        raise UsageError(f"token_type_ids must be integers, not {dtype_name(token_type_ids)}")
+
+
 def check_left_padding(attention_mask: Any) -> None:
     """Raises UsageError if a row of a mask, numpy `[B, S]`, has padding after a token."""
     is_token = attention_mask.astype(bool)
@@ -54,7 +75,7 @@ def check_left_padding(attention_mask: Any) -> None:
         )
 
 
-def check_images(config: CNNConfig, images: Any, channel_axis: int, array_type: type[Any]) -> None:
+def check_images(config: ImageModelConfig, images: Any, channel_axis: int, array_type: type[Any]) -> None:
     """Checks the type and the shape of images. It does not read values.
 
     Args:
@@ -66,8 +87,21 @@ def check_images(config: CNNConfig, images: Any, channel_axis: int, array_type: 
     Raises:
         UsageError: Something is wrong.
     """
-    _check_array("images", images, cnn_plan.layout(channel_axis), array_type)
-    cnn_plan.check_images(config, tuple(images.shape), channel_axis)
+    axes = "[batch, channels, height, width]" if channel_axis == 1 else "[batch, height, width, channels]"
+    _check_array("images", images, axes, array_type)
+    shape = tuple(images.shape)
+    if len(shape) != 4:
+        raise UsageError(f"images must be {axes}, not {list(shape)}")
+    if shape[0] == 0:
+        raise UsageError(f"images {list(shape)} are empty; pass at least one")
+    if shape[channel_axis] != config.image_channels:
+        raise UsageError(
+            f"images {list(shape)} have {shape[channel_axis]} channels and model.image_channels is "
+            f"{config.image_channels} (the layout is {axes})"
+        )
+    height, width = (length for axis, length in enumerate(shape) if axis not in (0, channel_axis))
+    if problem := config.size_problem(height, width):
+        raise UsageError(f"{problem}; resize them")
 
 
 def dtype_name(array: Any) -> str:

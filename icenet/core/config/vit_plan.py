@@ -1,0 +1,84 @@
+"""The parts of a vision transformer, derived from its configuration: patches, positions, and the plan of its blocks."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from icenet.core.config.transformer_plan import Activation, AttentionPlan, BlockPlan, FeedForwardPlan, NormPlan
+
+Pooling = Literal["token", "mean"]
+
+
+class ViTFields(Protocol):
+    """The fields of `ViTConfig` that determine the parts. A protocol, because it imports this module."""
+
+    hidden_size: int
+    num_layers: int
+    dropout: float
+    image_size: int
+    patch_size: int
+    pooling: Pooling
+    num_heads: int
+    head_size: int | None
+    attention_bias: bool
+    activation: Activation
+    feed_forward_size: int | None
+    norm_eps: float
+
+
+def blocks(config: ViTFields) -> list[BlockPlan]:
+    """Returns the plan of each block."""
+    width, init_scale = config.hidden_size, (2 * config.num_layers) ** -0.5
+    attention = AttentionPlan(
+        width=width,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_heads,
+        head_size=head_size(config),
+        bias=config.attention_bias,
+        dropout=config.dropout,
+        init_scale=init_scale,
+    )
+    feed_forward = FeedForwardPlan(
+        width=width,
+        inner=config.feed_forward_size or 4 * width,
+        activation=config.activation,
+        dropout=config.dropout,
+        init_scale=init_scale,
+    )
+    return [BlockPlan(attention, feed_forward, norm(config))] * config.num_layers
+
+
+def norm(config: ViTFields) -> NormPlan:
+    """Returns the plan of the norms of blocks and of the final norm."""
+    return NormPlan("layer_norm", config.norm_eps)
+
+
+def head_size(config: ViTFields) -> int:
+    """Returns the width of an attention head."""
+    return config.head_size or config.hidden_size // config.num_heads
+
+
+def num_positions(config: ViTFields) -> int:
+    """Returns the number of patches, and one for the class token."""
+    return (config.image_size // config.patch_size) ** 2 + (config.pooling == "token")
+
+
+def size_problem(config: ViTFields, height: int, width: int) -> str:
+    """Returns why a size of images does not fit; an empty text if it is that of the model."""
+    size = config.image_size
+    if height == width == size:
+        return ""
+    return (
+        f"images of {height}x{width} do not fit the learned positions of this model, which are those of "
+        f"{size}x{size} (model.image_size)"
+    )
+
+
+def check(config: ViTFields) -> None:
+    """Raises ValueError if options contradict each other."""
+    if config.patch_size > config.image_size:
+        raise ValueError(f"patch_size {config.patch_size} is larger than image_size {config.image_size}")
+    if config.head_size is None and config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}; or give head_size"
+        )

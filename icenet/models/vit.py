@@ -1,0 +1,60 @@
+"""A vision transformer (Dosovitskiy et al., "An image is worth 16x16 words", 2020), MLX.
+
+    images -> patches -> class token + positions -> N x [attention, feed-forward] -> class token, or mean -> classes
+
+The blocks are those of the transformer; `icenet.core.config.vit_plan` has their sizes. With `pooling: mean` there is no
+class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022).
+
+Shapes: B batch, H height, W width, C channels, T positions, D hidden_size, K classes (vocab_size). Images are
+[B, H, W, C]. The mirror is `icenet_torch/models/vit.py`.
+"""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet import nn as ops
+from icenet.core.config import ViTConfig, vit_plan
+from icenet.models.base import BaseModel
+from icenet.models.transformer import TransformerBlock
+
+
+class ViTModel(BaseModel):
+    """An image classifier."""
+
+    config: ViTConfig
+
+    def __init__(self, config: ViTConfig, seed: int | None = 0) -> None:
+        super().__init__(config)
+        width, size = config.hidden_size, config.patch_size
+        # no activation follows, so the initial values are smaller than those of other convolutions
+        self.patch_embedding = ops.Conv2d(config.image_channels, width, size, size, 0, bias=True, init_scale=0.5**0.5)
+        if config.pooling == "token":
+            self.class_embedding = ops.Embedding(1, width)
+        self.position_embedding = ops.Embedding(vit_plan.num_positions(config), width)
+        self.embedding_dropout = ops.Dropout(config.dropout)
+        self.blocks = [TransformerBlock(plan) for plan in vit_plan.blocks(config)]
+        self.final_norm = ops.make_norm(vit_plan.norm(config), width)
+        self.output = ops.Linear(width, config.vocab_size)
+        if seed is not None:
+            self.init_weights(seed)
+
+    def forward(self, images: mx.array) -> mx.array:
+        """Returns logits `[B, K]` of images, whose height and width are `config.image_size`."""
+        return self.output(self.extract_features(images))
+
+    def extract_features(self, images: mx.array) -> mx.array:
+        """Returns the input of the last layer, `[B, D]`."""
+        self.check_images(images, channel_axis=3)
+        x = ops.flatten_pixels(self.patch_embedding(images.astype(self.compute_dtype)))
+        if self.config.pooling == "token":
+            token = mx.broadcast_to(self.class_embedding.weight, (x.shape[0], 1, x.shape[2])).astype(x.dtype)
+            x = mx.concatenate([token, x], axis=1)
+        x = (x + self.position_embedding.weight).astype(self.compute_dtype)  # [B, T, D]
+        x = self.embedding_dropout(x)
+        for block in self.blocks:
+            x = ops.checkpoint(block, x, None) if self.gradient_checkpointing and self.training else block(x, None)
+        x = self.final_norm(x)
+        return x[:, 0] if self.config.pooling == "token" else ops.mean_of_patches(x)
