@@ -370,6 +370,14 @@ class Engine(ABC):
         self.model.set_weights(self.process_group.local_shard(self.model.with_canonical_names(weights)))
 
     @in_arithmetic
+    def initialize(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Sets the canonical weights with which training begins; averages of them begin with the same values."""
+        self.set_weights(weights)
+        if self.average is not None:
+            self.average.assign(self.average.current())
+        self._submit()
+
+    @in_arithmetic
     def optimizer_state(self) -> dict[str, NDArray[Any]]:
         """Returns the optimizer's arrays by `PATH.SLOT`, with PyTorch's slot names, and averages by `PATH.ema`.
 

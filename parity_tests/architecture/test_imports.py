@@ -43,13 +43,26 @@ LAYERS = [
 
 PACKAGES = ("numpy", "ml_dtypes", "pydantic", "yaml", "safetensors", "typing_extensions", "filelock")
 """What the shared code imports at the top of a file, next to the standard library."""
-LATE_PACKAGES = ("rich", "matplotlib", "PIL", "sklearn", "tokenizers", "tensorboard", "tensorboardX", "IPython")
+LATE_PACKAGES = (
+    "rich",
+    "matplotlib",
+    "PIL",
+    "sklearn",
+    "tokenizers",
+    "tensorboard",
+    "tensorboardX",
+    "IPython",
+    "gguf",
+    "huggingface_hub",
+)
 """What it imports inside functions: slow to import, or an optional dependency."""
 
 PUBLIC_API = {"icenet", *(f"icenet.{name}" for name in icenet.__all__)}
 TOP = ("icenet.blas", "icenet._deprecated")
-IMPORT_BY_NAME = {"icenet.core.backends", "icenet.core.config.user_code", "icenet._deprecated"}
-"""They choose a backend, run the user's file, and redirect old names."""
+IMPORT_BY_NAME = {
+    *("icenet.core.backends", "icenet.core.config.user_code", "icenet.core.config.imported", "icenet._deprecated")
+}
+"""They choose a backend, run the user's file, open the model of `model.path`, and redirect old names."""
 
 
 # ---- on the source ----------------------------------------------------------------------------------------

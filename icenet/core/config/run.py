@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from icenet.core.config import custom, typed, written, yaml_file
+from icenet.core.config import custom, imported, typed, written, yaml_file
 from icenet.core.config.data import AnyDataConfig, DataConfig
 from icenet.core.config.generation import GenerationConfig
+from icenet.core.config.model import SECTIONS as MODEL_SECTIONS
 from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
 from icenet.core.config.section import KeyPath, Section, explain, location, shortened
 from icenet.core.config.training import TrainingConfig
@@ -71,12 +72,16 @@ class Config(Section):
             config.model.type = custom.resolve(config.model.type, file.parent)
             if trust_code:
                 custom.trust(config.model.type)
-        if isinstance(config.data, DataConfig):
-            keys = [yaml_file.parse_override(override)[0] for override in overrides]
-            overridden = any(key in (("data",), ("data", "tokenizer")) for key in keys)
-            config.data.tokenizer = _absolute(
-                config.data.tokenizer, Path() if overridden else file.parent, trust_code
-            )
+        keys = [yaml_file.parse_override(override)[0] for override in overrides]
+
+        def absolute(value: str, section: str, key: str) -> str:
+            overridden = (section,) in keys or (section, key) in keys
+            return _absolute(value, f"{section}.{key}", Path() if overridden else file.parent, trust_code)
+
+        if isinstance(config.data, DataConfig) and config.data.tokenizer.strip() not in ("", "bytes"):
+            config.data.tokenizer = absolute(config.data.tokenizer, "data", "tokenizer")
+        if config.training.init_from is not None:
+            config.training.init_from = absolute(config.training.init_from, "training", "init_from")
         return config
 
     @classmethod
@@ -92,10 +97,13 @@ class Config(Section):
     def _checked(
         cls, values: Mapping[str, Any], overrides: Sequence[str], lines: yaml_file.Lines, file: Path | None
     ) -> Config:
-        tree = yaml_file.copy_tree(values)
+        parsed = [(override, *yaml_file.parse_override(override)) for override in overrides]
+        model_path = imported.path_of(values, [(key, value) for _, key, value in parsed])
+        tree = imported.expand(yaml_file.copy_tree(values), model_path, file.parent if file else Path())
         given: dict[KeyPath, str] = {}
-        for override in overrides:
-            key, value = yaml_file.parse_override(override)
+        for override, key, value in parsed:
+            if key == ("model", "path") and model_path is not None:
+                continue
             follows = f"has no effect: --set {shortened(override)} follows"
             within = [path for path in given if path[: len(key)] == key]
             for path in within:
@@ -130,24 +138,23 @@ class Config(Section):
         return yaml_file.dump(self.to_dict())
 
 
-def _absolute(tokenizer: str, folder: Path, warn: bool) -> str:
-    """Returns the absolute path of a tokenizer file, looked up in a folder and then in the working directory.
+def _absolute(value: str, key: str, folder: Path, warn: bool) -> str:
+    """Returns the absolute path of a file, looked up in a folder and then in the working directory.
 
     Args:
-        tokenizer: The value of `data.tokenizer`.
+        value: The value of a key.
+        key: The key, such as `data.tokenizer`.
         folder: The folder of the YAML file.
         warn: Whether a warning says that two files with different contents exist. A checkpoint has a file of its own.
     """
-    if tokenizer.strip() in ("", "bytes"):
-        return tokenizer
-    places = [os.path.abspath(place / os.path.expanduser(tokenizer)) for place in (folder, Path())]
+    places = [os.path.abspath(place / os.path.expanduser(value)) for place in (folder, Path())]
     found = [path for path in places if os.path.exists(path)]
     if warn and len(found) == 2 and all(map(os.path.isfile, found)) and not filecmp.cmp(found[0], found[1], False):
         _log.warning(
-            f"data.tokenizer: {os.path.relpath(found[0])} next to the config is used, not {tokenizer} of the working "
+            f"{key}: {os.path.relpath(found[0])} next to the config is used, not {value} of the working "
             f"directory; write {found[1]} for that one"
         )
-    return found[0] if found else tokenizer
+    return found[0] if found else value
 
 
 def check_device(device: str) -> None:
@@ -166,6 +173,9 @@ def json_schema() -> dict[str, Any]:
         for key, field in section.model_fields.items():
             if typed.may_be_empty(field):
                 described["properties"][key] = _or_null(described["properties"][key])
+    for model_section in MODEL_SECTIONS:
+        if model_section is not CustomConfig:
+            schema["$defs"][model_section.__name__]["properties"]["path"] = imported.SCHEMA
     schema["title"] = "IceNet configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema

@@ -38,6 +38,8 @@ class TrainingConfig(Section):
     """Number of micro-batches that a process computes one after the other to save memory; same gradients."""
     sharded: bool = False
     """Shard parameters, gradients and optimizer state over the processes."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Initial weights of a new run: a folder of a model, a run or a checkpoint; null: drawn from seed."""
 
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"] = "adamw"
     """Optimizer; docs/training.md has the formulas and papers."""

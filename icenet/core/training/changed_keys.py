@@ -25,26 +25,30 @@ def notes(before: Config, after: Config, step: int, dataset: Dataset, *, same_da
         dataset: The data of the continuation.
         same_data: Whether the run was trained on this data before.
     """
+    found = []
+    if after.training.init_from != before.training.init_from:
+        found.append(
+            f"training.init_from has no effect from step {step + 1} on: a new run begins with weights of a model"
+        )
     unit = "images" if dataset.unit == "img" else "text"
-    meanings = [(_of_model(before, after), "the weights compute something else than they were trained to compute")]
+    meanings = [(of_model(before, after), "the weights compute something else than they were trained to compute")]
     if same_data:
         meanings += [
             (_ORDER, f"the training data has another order: some {unit} will be read again, and some left out"),
             (_of_overlap(before, after, dataset), f"the validation data contains {unit} that the run was trained on"),
         ]
-    found = []
     for keys, meaning in meanings:
         changes = [
             f"{key} is {shown(new)} from step {step + 1}, and was {shown(old)} before"
             for key in keys
-            if (new := _value(after, key)) != (old := _value(before, key))
+            if (new := value(after, key)) != (old := value(before, key))
         ]
         if changes:
             found.append(f"{', '.join(changes)}, so {meaning}")
     return found
 
 
-def _of_model(before: Config, after: Config) -> list[str]:
+def of_model(before: Config, after: Config) -> list[str]:
     """Returns the keys of `model` that decide what the weights compute."""
     keys = {**before.model.model_dump(), **after.model.model_dump()}
     return [f"model.{key}" for key in keys if key not in _SAME_FUNCTION]
@@ -61,7 +65,8 @@ def _of_overlap(before: Config, after: Config, dataset: Dataset) -> list[str]:
     return [*(["seed"] if is_images else []), *(["data.validation_fraction"] if is_larger else [])]
 
 
-def _value(config: Config, key: str) -> Any:
+def value(config: Config, key: str) -> Any:
+    """Returns the value of a key, such as `model.dropout`; None if the section has none."""
     if key == "data.seq_length" and isinstance(config.data, DataConfig):
         return sequence_length(config)
     section, _, name = key.rpartition(".")

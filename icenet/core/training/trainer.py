@@ -25,7 +25,7 @@ from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
-from icenet.core.training import changed_keys, run_folder, unused_keys
+from icenet.core.training import changed_keys, initial_weights, run_folder, unused_keys
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
@@ -155,7 +155,10 @@ class Trainer:
         # the run's config.yaml records the backend, so that --resume alone continues on it
         config = config.with_overrides(f"backend={backend or config.backend}")
         engine = backends.engine(config, None, device)
-        return cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
+        notes = initial_weights.apply(config, engine)
+        trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
+        trainer.notes += notes
+        return trainer
 
     @classmethod
     def resume(

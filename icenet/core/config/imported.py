@@ -1,0 +1,94 @@
+"""A model that the configuration takes from a path: `model.path`.
+
+The path is a folder of Hugging Face, a run, a checkpoint or a saved model. Its section `model`, its tokenizer and its
+settings of generation take the place of those of the configuration, and `training.init_from` becomes the path. The
+resulting configuration has no `model.path` and stands alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icenet.core.config.custom import is_custom
+from icenet.core.errors import ConfigError
+
+MAX_LENGTH = 1024
+"""Tokens in a training sequence of an imported model with more positions, unless data.seq_length is given."""
+SCHEMA = {
+    "description": "A model whose architecture, weights, tokenizer and settings of generation the run begins with.",
+    "type": "string",
+}
+"""Schema of `model.path`, which is no field of a section."""
+_log = logging.getLogger("icenet")
+
+
+def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[str, Any]:
+    """Returns a tree of values in which the model at a path has replaced `model.path`.
+
+    `model.path` of a custom model is an option of its own.
+
+    Args:
+        values: The tree of a configuration. If it has `model.path` itself, the other keys next to it stay.
+        path: A path from `--set`. The whole section `model` of the tree is replaced then, and its tokenizer.
+        folder: Where a path in the tree is looked up, before the working directory.
+
+    Raises:
+        ConfigError: The path has no model.
+    """
+    written = dict(values["model"]) if isinstance(values.get("model"), Mapping) else {}
+    inside = None if is_custom(written.get("type")) else written.pop("path", None)
+    replaces = path is not None
+    if not replaces and inside is None:
+        return dict(values)
+    place = Path(path).expanduser() if path is not None else _find(str(inside), folder)
+    found = _model_at(place)
+    tree = {**values, "model": found["model"] if replaces else {**found["model"], **written}}
+    data = dict(values.get("data") or {})
+    if data.get("kind", "text") == "text":
+        if replaces or "tokenizer" not in data:
+            data["tokenizer"] = found["tokenizer"]
+        length = found["model"].get("max_seq_length")
+        if length is not None and length > MAX_LENGTH and not data.get("seq_length"):
+            data["seq_length"] = MAX_LENGTH
+            _log.warning(
+                f"data.seq_length: {MAX_LENGTH} tokens, not the {length:,} of the model; set it for another length"
+            )
+        tree["data"] = data
+    tree["generation"] = {**found["generation"], **(values.get("generation") or {})}
+    tree["training"] = {"init_from": str(place.absolute()), **(values.get("training") or {})}
+    return tree
+
+
+def path_of(values: Mapping[str, Any], overrides: Sequence[tuple[tuple[str, ...], str]]) -> str | None:
+    """Returns the last `model.path` of overrides, given as keys and values; None without one."""
+    changed: dict[tuple[str, ...], str] = dict(overrides)
+    section = values.get("model")
+    family = changed.get(("model", "type")) or (section.get("type") if isinstance(section, Mapping) else None)
+    return None if is_custom(family) else changed.get(("model", "path"))
+
+
+def _find(path: str, folder: Path) -> Path:
+    inside = folder / Path(path).expanduser()
+    return inside if inside.exists() else Path(path).expanduser()
+
+
+def _model_at(path: Path) -> dict[str, Any]:
+    """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
+    config, weights = importlib.import_module("icenet.core.training.open_model").open_target(path)
+    if weights is None:
+        raise ConfigError(f"model.path: {path} has no weights; give a folder of a model, a run or a checkpoint")
+    if is_custom(config.model.type):  # naming its weights is not trusting its code
+        raise ConfigError(
+            f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "
+            "path in training.init_from"
+        )
+    written = importlib.import_module("icenet.core.config.written")
+    return {
+        "model": config.model.model_dump(mode="python"),
+        "tokenizer": getattr(config.data, "tokenizer", "bytes"),
+        "generation": written.tree(config.generation),
+    }

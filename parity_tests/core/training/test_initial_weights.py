@@ -1,0 +1,197 @@
+"""A new run begins with the weights of a trained model: `training.init_from` and `model.path`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import is_one_line, losses, same_bits, state, tiny, train
+
+import icenet
+from icenet.core.config import Config
+from icenet.core.errors import ConfigError, IceNetError
+from icenet.core.training import checkpoint
+from icenet.core.training.trainer import Trainer
+
+pytest.importorskip("torch")
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Returns a run of two steps."""
+    return train(tiny(folder, "training.max_steps=2", *overrides), folder / "first", "torch").run
+
+
+def test_a_run_begins_with_the_weights_of_another_and_a_fresh_optimizer(tmp_path: Path) -> None:
+    """Of a run, a checkpoint and a saved model, on the other backend; the averages begin there, too."""
+    run = trained(tmp_path, "training.ema_decay=0.5")
+    weights = checkpoint.find(run).weights
+    icenet.save(icenet.load(run, "torch"), tmp_path / "saved")
+    for index, source in enumerate((run, run / "checkpoints" / "step-00000002", tmp_path / "saved")):
+        config = tiny(tmp_path, f"training.init_from={source}", "training.ema_decay=0.5")
+        trainer = Trainer.start(
+            config, tmp_path / f"run-{index}", backend="mlx" if index == 0 else "torch", quiet=True
+        )
+        assert same_bits(trainer.engine.weights(), weights)
+        optimizer = trainer.engine.optimizer_state()
+        averages = {name.removesuffix(".ema"): array for name, array in optimizer.items() if name.endswith(".ema")}
+        assert averages and all(np.array_equal(averages[name], weights[name]) for name in averages)
+        assert trainer.step == 0 and not any(
+            array.any() for name, array in optimizer.items() if not name.endswith(".ema")
+        )
+        assert any(str(source) in note for note in trainer.notes)
+
+
+def test_a_continued_run_does_not_read_them_again(tmp_path: Path) -> None:
+    """The folder may be gone; and the key has no effect, which is said."""
+    source = tmp_path / "saved"
+    icenet.save(icenet.load(trained(tmp_path), "torch"), source)
+    config = tiny(tmp_path, f"training.init_from={source}", "training.max_steps=4")
+    train(config, tmp_path / "whole", "torch")
+    run = train(config, tmp_path / "run", "torch", until=2).run
+    source.rename(tmp_path / "moved")
+    trainer = Trainer.resume(run, overrides=["training.init_from=elsewhere"], quiet=True)
+    assert any("training.init_from has no effect from step 3 on" in note for note in trainer.notes)
+    trainer.fit()
+    assert losses(run) == losses(tmp_path / "whole") and same_bits(state(run), state(tmp_path / "whole"))
+
+
+def test_what_differs_from_the_source_is_said(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    config = tiny(tmp_path, f"training.init_from={run}", "model.activation=relu", "model.dropout=0.3")
+    notes = Trainer.start(config, tmp_path / "run", backend="torch", quiet=True).notes
+    assert any("model.activation is 'relu', and 'gelu' there" in note for note in notes)
+    assert not any("dropout" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("override", "source", "names"),
+    [
+        ("model.hidden_size=16", "first", ["first", "do not fit", "--set model.path="]),
+        ("seed=1", "nowhere", ["nowhere"]),
+        ("seed=1", "transformer-tiny", ["training.init_from: transformer-tiny has no weights"]),
+        ("seed=1", "text.txt", ["text.txt"]),
+    ],
+)
+def test_weights_that_cannot_be_used_are_one_line(
+    override: str, source: str, names: list[str], tmp_path: Path
+) -> None:
+    trained(tmp_path)
+    place = str(tmp_path / source) if (tmp_path / source).exists() else source
+    config = tiny(tmp_path, f"training.init_from={place}", override)
+    with pytest.raises(IceNetError) as caught:
+        Trainer.start(config, tmp_path / "run", backend="torch", quiet=True)
+    assert is_one_line(caught.value, *names)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- model.path -------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, *lines: str) -> Path:
+    """Writes a configuration of text data."""
+    path = folder / "my.yaml"
+    text = ["data:", f"  source: {tiny(folder).data.source}", "  validation_fraction: 0", *lines]
+    path.write_text("\n".join([*text, "training:", "  max_steps: 2", "  batch_size: 2", ""]))
+    return path
+
+
+def test_the_model_of_a_folder(tmp_path: Path) -> None:
+    """Its architecture, tokenizer and settings; a path in the file is relative to it, and keys next to it count."""
+    config = tiny(tmp_path, "generation.top_k=7", "model.activation=relu")
+    icenet.save(model := icenet.build(config, "torch"), tmp_path / "saved")
+    found = Config.from_yaml(written(tmp_path), [f"model.path={tmp_path / 'saved'}"])
+    assert found.model == model.config and found.training.init_from == str(tmp_path / "saved")
+    near = Config.from_yaml(written(tmp_path, "model:", "  path: saved", "  dropout: 0.25"), ["model.norm_eps=0.5"])
+    assert near.model == model.config.model_copy(update={"dropout": 0.25, "norm_eps": 0.5})
+    assert near.training.init_from == str(tmp_path / "saved")
+    other = Config.from_yaml(
+        written(tmp_path, "model: {type: lstm, hidden_size: 4}"), [f"model.path={tmp_path / 'saved'}"]
+    )
+    assert other.model == model.config
+    trainer = Trainer.start(near, tmp_path / "run", backend="torch", quiet=True)
+    assert same_bits(trainer.engine.weights(), model.weights())
+    trainer.fit()
+    assert Config.from_yaml(tmp_path / "run" / "config.yaml").model == near.model  # without the path
+
+
+def test_a_long_context_is_not_a_long_training_sequence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    icenet.save(icenet.build(tiny(tmp_path, "model.max_seq_length=4096"), "torch"), tmp_path / "saved")
+    path = written(tmp_path)
+    assert Config.from_yaml(path, [f"model.path={tmp_path / 'saved'}"]).data.seq_length == 1024
+    assert "data.seq_length: 1024" in caplog.text
+    assert Config.from_yaml(path, [f"model.path={tmp_path / 'saved'}", "data.seq_length=9"]).data.seq_length == 9
+
+
+def test_the_code_of_a_model_is_not_trusted_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('run')")
+    folder = tmp_path / "saved"
+    icenet.save(icenet.build(tiny(tmp_path), "torch"), folder)
+    (folder / "config.yaml").write_text(f"model: {{type: '{tmp_path / 'mine.py'}:Model'}}")
+    with pytest.raises(ConfigError, match=r"Python code.*training\.init_from"):
+        Config.from_yaml(written(tmp_path), [f"model.path={folder}"])
+    with pytest.raises(IceNetError) as caught:
+        Config.from_yaml(written(tmp_path), ["model.path=nowhere"])
+    assert is_one_line(caught.value, "nowhere")
+    with pytest.raises(ConfigError, match="has no weights"):
+        Config.from_yaml(written(tmp_path), ["model.path=transformer-tiny"])
+
+
+# ---- trained by IceNet and by a plain loop ----------------------------------------------------------------
+
+
+def test_a_model_goes_from_transformers_to_mlx_and_back(tmp_path: Path) -> None:
+    """Three steps on MLX; exported; three more by a plain loop of `transformers`, and by IceNet on PyTorch.
+
+    The distance of the losses is at most 8 times that of the loop in float32 from itself in float64.
+    """
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("mlx")
+    importlib.import_module("icenet.blas")
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 257,
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+    }
+    values |= {"num_hidden_layers": 2, "intermediate_size": 20, "max_position_embeddings": 16, "eos_token_id": 256}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "folder")
+    options = ["training.max_steps=3", "training.weight_decay=0.1", "training.schedule=constant"]
+    options += ["training.learning_rate=3e-3", "training.eval_every=null"]
+    first = Config.from_yaml(written(tmp_path), [f"model.path={tmp_path / 'folder'}", *options])
+    train(first, tmp_path / "mlx", "mlx")
+    icenet.convert(tmp_path / "mlx", tmp_path / "out", "hf")
+
+    second = Config.from_yaml(written(tmp_path), [f"model.path={tmp_path / 'out'}", "seed=5", *options])
+    trainer = Trainer.start(second, tmp_path / "torch", backend="torch", quiet=True)
+    batches = [trainer.dataset.train_batch(step, second.training.batch_size) for step in range(3)]
+    trainer.fit()
+
+    def plain_loop(dtype: object) -> list[float]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+        found = []
+        for batch in batches:
+            logits = model(torch.tensor(batch["inputs"])).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), torch.tensor(batch["labels"]).long().flatten()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    single, exact = np.array(plain_loop(torch.float32)), np.array(plain_loop(torch.float64))
+    noise = np.maximum(np.abs(single - exact), 2**-23 * exact)
+    assert (np.abs(np.array(losses(tmp_path / "torch")) - exact) <= 8 * noise).all()
+    assert exact[2] < exact[0]
