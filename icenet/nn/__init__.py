@@ -14,6 +14,7 @@ from icenet.nn.attention import (
 from icenet.nn.checkpointing import checkpoint
 from icenet.nn.conv import Conv2d, flatten_pixels, global_average_pool, max_pool, mean_of_patches
 from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from icenet.nn.experts import Experts, Router, route
 from icenet.nn.linear import Bias, Embedding, Linear
 from icenet.nn.loss import cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
@@ -28,6 +29,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "Embedding",
+    "Experts",
     "GRU",
     "LSTM",
     "LayerNorm",
@@ -35,6 +37,7 @@ __all__ = [
     "Mask",
     "RMSNorm",
     "RNN",
+    "Router",
     "activation",
     "biased_mask",
     "by_distance",
@@ -47,5 +50,6 @@ __all__ = [
     "mean_of_patches",
     "positions_and_masks",
     "rotate",
+    "route",
     "scaled_dot_product_attention",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from icenet.core.config import TransformerConfig, transformer_plan
-from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, FeedForwardPlan
+from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan
 from icenet.core.models.init import sinusoidal_positions
 from icenet.core.models.rotary import rotary_table
 from icenet_torch import nn as ops
@@ -84,6 +84,21 @@ class FeedForward(nn.Module):
         return self.dropout(self.down_proj(inner))
 
 
+class MixtureOfExperts(nn.Module):
+    """A router and experts. The output of each token is the weighted sum of those of the experts that it chooses."""
+
+    def __init__(self, plan: FeedForwardPlan, experts: ExpertsPlan) -> None:
+        super().__init__()
+        self.plan = experts
+        self.router = ops.Router(plan.width, experts.count)
+        self.experts = ops.Experts(plan, experts)
+        self.dropout = ops.Dropout(plan.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, indices = ops.route(self.router(x), self.plan)  # [B, T, experts of a token]
+        return self.dropout(self.experts(x, weights, indices))
+
+
 class TransformerBlock(nn.Module):
     """Attention and feed-forward network, each in a residual branch."""
 
@@ -96,7 +111,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = ops.make_norm(plan.norm, width)
         self.attention = Attention(plan.attention)
         self.feed_forward_norm = ops.make_norm(plan.norm, width)
-        self.feed_forward = FeedForward(plan.feed_forward)
+        experts = plan.feed_forward.experts
+        self.feed_forward = MixtureOfExperts(plan.feed_forward, experts) if experts else FeedForward(plan.feed_forward)
         if plan.norm_position == "sandwich":
             self.attention_post_norm = ops.make_norm(plan.norm, width)
             self.feed_forward_post_norm = ops.make_norm(plan.norm, width)

@@ -141,6 +141,16 @@ class TransformerConfig(ModelConfig):
     """Width of the feed-forward network; null: feed_forward_multiplier * hidden_size."""
     feed_forward_bias: bool = True
     """Biases of the feed-forward network."""
+    num_experts: Size | None = None
+    """Number of experts: feed-forward networks of which a router chooses some for each token; null: no experts."""
+    experts_per_token: Size = 2
+    """Number of experts that each token uses."""
+    expert_size: Size | None = None
+    """Width of an expert; null: that of the feed-forward network."""
+    expert_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Indices of the layers with experts, from 0, in ascending order; null: all."""
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts add up to 1; otherwise they are a part of the softmax over all experts."""
     norm: transformer_plan.Norm = "layer_norm"
     """Normalization layers."""
     norm_eps: PositiveFloat = 1e-5

@@ -42,6 +42,11 @@ class TransformerFields(Protocol):
     feed_forward_multiplier: int
     feed_forward_size: int | None
     feed_forward_bias: bool
+    num_experts: int | None
+    experts_per_token: int
+    expert_size: int | None
+    expert_layers: list[int] | None
+    normalize_expert_weights: bool
     norm: Norm
     norm_eps: float
     norm_offset: bool
@@ -83,8 +88,17 @@ class AttentionPlan(NamedTuple):
     """Factor of the initial values of the output projection."""
 
 
+class ExpertsPlan(NamedTuple):
+    """The experts of a mixture: feed-forward networks of which each token uses those that a router scores highest."""
+
+    count: int
+    per_token: int
+    normalize: bool = True
+    """Whether the weights of the experts of a token add up to 1."""
+
+
 class FeedForwardPlan(NamedTuple):
-    """A feed-forward network."""
+    """A feed-forward network, or each expert of a mixture."""
 
     width: int
     inner: int
@@ -94,6 +108,7 @@ class FeedForwardPlan(NamedTuple):
     dropout: float = 0.0
     init_scale: float = 1.0
     """Factor of the initial values of the last projection."""
+    experts: ExpertsPlan | None = None
 
 
 class BlockPlan(NamedTuple):
@@ -136,16 +151,30 @@ def blocks(config: TransformerFields) -> list[BlockPlan]:
         dropout=config.dropout,
         init_scale=init_scale,
     )
+    sparse = set(expert_layers(config))
     return [
         BlockPlan(
             attention._replace(window=config.sliding_window if kind == "sliding" else None),
-            feed_forward,
+            experts(config, feed_forward) if index in sparse else feed_forward,
             norm(config),
             config.norm_position,
             config.parallel_residual,
         )
-        for kind in kinds
+        for index, kind in enumerate(kinds)
     ]
+
+
+def experts(config: TransformerFields, feed_forward: FeedForwardPlan) -> FeedForwardPlan:
+    """Returns the plan of a mixture of experts, from that of a feed-forward network."""
+    plan = ExpertsPlan(config.num_experts or 1, config.experts_per_token, config.normalize_expert_weights)
+    return feed_forward._replace(inner=config.expert_size or feed_forward.inner, experts=plan)
+
+
+def expert_layers(config: TransformerFields) -> list[int]:
+    """Returns the indices of the layers with experts."""
+    if config.num_experts is None:
+        return []
+    return list(range(config.num_layers)) if config.expert_layers is None else config.expert_layers
 
 
 def norm(config: TransformerFields) -> NormPlan:
@@ -161,6 +190,23 @@ def head_size(config: TransformerFields) -> int:
 def rotary_size(config: TransformerFields) -> int:
     """Returns how many values of a head are rotated."""
     return int(head_size(config) * config.rotary_fraction)
+
+
+def _check_experts(config: TransformerFields) -> None:
+    """Raises ValueError if options of experts contradict each other."""
+    if config.num_experts is None:
+        unused = {"experts_per_token": 2, "expert_size": None, "expert_layers": None, "normalize_expert_weights": True}
+        for name, default in unused.items():
+            if getattr(config, name) != default:
+                raise ValueError(f"{name} needs num_experts")
+        return
+    if config.experts_per_token > config.num_experts:
+        raise ValueError(f"experts_per_token {config.experts_per_token} is more than num_experts {config.num_experts}")
+    layers = config.expert_layers
+    if layers is not None and (not layers or layers != sorted(set(layers)) or layers[-1] >= config.num_layers):
+        raise ValueError(
+            f"expert_layers {layers} are not indices of layers, from 0 to {config.num_layers - 1} in ascending order"
+        )
 
 
 def check(config: TransformerFields) -> None:
@@ -186,6 +232,7 @@ def check(config: TransformerFields) -> None:
             raise ValueError("layer_types has sliding layers, which need sliding_window")
     if config.sliding_window is not None and not config.causal:
         raise ValueError("sliding_window needs causal: true")
+    _check_experts(config)
     if config.norm_offset and config.norm != "rms_norm":
         raise ValueError("norm_offset is for norm: rms_norm")
     if config.parallel_residual and config.norm_position != "pre":

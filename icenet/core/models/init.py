@@ -2,7 +2,7 @@
 
 Both backends receive the same arrays, so they start equal bit for bit. The rules by layer kind:
 
-    linear      Normal with standard deviation init_scale / sqrt(inputs). Bias zero.
+    linear      Normal with standard deviation init_scale / sqrt(inputs). Bias zero. Stacked ones likewise.
     embedding   Normal with standard deviation 1 / sqrt(width).
     bilinear    Normal with standard deviation init_scale / sqrt(second inputs). Bias zero.
     recurrent   As linear, with the same deviation for all gates.
@@ -53,7 +53,7 @@ def initial_value(
     Raises:
         WeightsError: The layer kind has no rule.
     """
-    if kind in ("linear", "embedding", "recurrent", "bilinear"):
+    if kind in ("linear", "stacked_linear", "embedding", "recurrent", "bilinear"):
         if name.startswith("bias"):
             return np.zeros(shape, np.float32)
         deviation = init_scale / math.sqrt(shape[-1])

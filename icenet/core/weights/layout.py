@@ -50,6 +50,7 @@ _AFFINE = {"weight": SAME, "bias": SAME}
 
 RULES: dict[str, dict[str, Rule]] = {
     "linear": _AFFINE,  # [out, in]
+    "stacked_linear": _AFFINE,  # [count, out, in], biases [count, out]
     "embedding": {"weight": SAME},  # [count, size]
     "layer_norm": _AFFINE,
     "rms_norm": {"weight": SAME},
