@@ -165,6 +165,12 @@ def write_error(path: Path, error: OSError) -> str:
     return f"no space to write it{free}; free some or choose another disk"
 
 
+def cache_folder() -> Path:
+    """Returns $ICENET_CACHE, or ~/.cache/icenet."""
+    chosen = os.environ.get("ICENET_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(os.path.expanduser("~"), ".cache", "icenet")
+
+
 # --- files that a user names --------------------------------------------------------------------------------
 
 

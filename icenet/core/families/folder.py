@@ -1,10 +1,13 @@
 """Reads and writes folders of Hugging Face: config.json, generation_config.json, safetensors and tokenizer files.
 
+A GGUF file is read as the folder that it was made from.
+
 Nothing of a folder is executed: code that `auto_map` names is not used, and pickled weights are refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -13,22 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icenet.core import files as file_system
 from icenet.core.config import Config, GenerationConfig
-from icenet.core.errors import ConfigError, WeightsError
-from icenet.core.families import FAMILIES, Family, family_of
+from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
+from icenet.core.families import FAMILIES, Family, family_of, gguf
 from icenet.core.families.weights import ImportedWeights, is_tied
-from icenet.core.tokenizers import get_tokenizer, tokenizer_files
+from icenet.core.tokenizers import companions, get_tokenizer, tokenizer_files
+from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers.base import TOKENIZER_FILE, end_ids, special_tokens
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.weights import files as weight_files
-from icenet.core.weights.files import Array
-from icenet.core.weights.safetensors import dtype_name, without_duplicates
+from icenet.core.weights.files import Array, StoredWeights
+from icenet.core.weights.gguf import is_gguf
+from icenet.core.weights.quantized import dequantized
+from icenet.core.weights.safetensors import dtype_name, spec_of, without_duplicates
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
-    *(TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *(TOKENIZER_FILE, *companions.COMPANIONS, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
 )
 """Files of a tokenizer, which an export copies."""
 _MAX_BYTES = 1 << 24
@@ -49,17 +55,19 @@ _log = logging.getLogger("icenet")
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of Hugging Face.
+    """A folder of Hugging Face, or a GGUF file.
 
     Attributes:
-        path: The folder.
+        path: The folder or file.
+        files: The folder of its tokenizer's files.
         family: Its family.
-        values: The content of its config.json.
+        values: The content of its config.json, without its quantization.
         config: The configuration that belongs to it.
         weights: Its weights under our names.
     """
 
     path: Path
+    files: Path
     family: Family
     values: dict[str, Any]
     config: Config
@@ -71,51 +79,122 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG).is_file() and not (path / "config.yaml").exists()
 
 
+def is_importable(path: Path) -> bool:
+    """Returns whether `read` reads a path: a folder of Hugging Face or a GGUF file."""
+    return is_folder(path) or is_gguf(path)
+
+
 def is_known(path: Path) -> bool:
-    """Returns whether a path is a folder of Hugging Face of one of `FAMILIES`."""
+    """Returns whether a path is a GGUF file, or a folder of Hugging Face of one of `FAMILIES`."""
     try:
-        return is_folder(path) and _read_json(path / CONFIG).get("model_type") in FAMILIES
+        return is_gguf(path) or (is_folder(path) and _read_json(path / CONFIG).get("model_type") in FAMILIES)
     except ConfigError:
         return False
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
-    """Reads a folder. The data of the weights are read when an array is looked up.
+    """Reads a folder or a GGUF file. The data of the weights are read when an array is looked up.
 
     Args:
-        path: The folder.
+        path: The folder or file.
         overrides: `key=value` changes of the configuration.
 
     Raises:
-        ConfigError: Its config.json is not of a supported model.
+        ConfigError: Its config.json, or the metadata of the file, is not of a supported model.
         WeightsError: Its weights are missing, damaged or not those of its config.json.
     """
-    values = _read_json(path / CONFIG)
+    source = _open_gguf(path) if is_gguf(path) else _open_folder(path)
+    values, where, found, files = source.values, source.where, source.weights, source.files
     model_type = values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         described = f"model_type {model_type!r} is not supported" if model_type else "has no model_type"
-        raise ConfigError(f"{path / CONFIG}: {described}; the supported families are {', '.join(FAMILIES)}")
+        raise ConfigError(f"{where}: {described}; the supported families are {', '.join(FAMILIES)}")
     if values.get("auto_map"):
-        _log.warning(f"{path / CONFIG}: the code that auto_map names is not used; the model is IceNet's {model_type}")
+        _log.warning(f"{where}: the code that auto_map names is not used; the model is IceNet's {model_type}")
     try:
         fields = family.read(values)
         config = Config.from_dict({"model": fields})
     except ConfigError as error:
-        raise ConfigError(f"{path / CONFIG}: {error}") from None
-    found = _weights(path)
+        raise ConfigError(f"{where}: {error}") from None
     if fields.get("tie_embeddings") and _has_own_head(family, config, found):
         _log.warning(f"{path}: {family.head} differs from the embedding, so they are not tied; config.json ties them")
         fields["tie_embeddings"] = False
-    tree: dict[str, Any] = {"model": fields, "generation": _generation(path, values)}
-    if (path / TOKENIZER_FILE).is_file():
-        tree["data"] = {"tokenizer": str((path / TOKENIZER_FILE).absolute())}
+    tree: dict[str, Any] = {"model": fields, "generation": _generation(files, values)}
+    if (files / TOKENIZER_FILE).is_file():
+        tree["data"] = {"tokenizer": str((files / TOKENIZER_FILE).absolute())}
     try:
         config = Config.from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{path / GENERATION} or {CONFIG}: {error}") from None
+        raise ConfigError(f"{files / GENERATION} or {where}: {error}") from None
     config = config.with_overrides(*overrides)
-    return Folder(path, family, values, config, ImportedWeights(family, config, found))
+    return Folder(path, files, family, values, config, ImportedWeights(family, config, found))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a model is imported from.
+
+    Attributes:
+        where: What error messages name as the place of `values`.
+        values: The content of a config.json, without quantization.
+        weights: The tensors by the names of Hugging Face.
+        files: The folder of the tokenizer's files and generation_config.json.
+    """
+
+    where: Path
+    values: dict[str, Any]
+    weights: StoredWeights
+    files: Path
+
+
+def _open_folder(path: Path) -> _Source:
+    values = _read_json(path / CONFIG)
+    if values.get("model_type") not in FAMILIES:  # reported first, and without a look at its weights
+        return _Source(path / CONFIG, values, weight_files.Weights(path, []), path)
+    try:
+        values, weights = dequantized(values, _weights(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path / CONFIG}: {error}") from None
+    return _Source(path / CONFIG, values, weights, path)
+
+
+def _open_gguf(path: Path) -> _Source:
+    model = gguf.read(path)
+    return _Source(path, model.values, model.weights, _gguf_files(model))
+
+
+def _gguf_files(model: gguf.Model) -> Path:
+    """Returns a folder in the cache with the tokenizer and the generation settings of a GGUF file.
+
+    Making them takes a second for a large vocabulary. The name is a checksum of what they are made of.
+    """
+    used = {key: value for key, value in model.metadata.items() if key.startswith("tokenizer.")}
+    architecture = str(model.metadata.get("general.architecture"))
+    content = repr((gguf_tokenizer.VERSION, architecture, sorted(used.items()))).encode(errors="replace")
+    folder = file_system.cache_folder() / "gguf" / hashlib.sha256(content).hexdigest()[:32]
+    if (folder / GENERATION).is_file():
+        return folder
+    files: dict[str, bytes] = {}
+    if "tokenizer.ggml.model" in model.metadata:
+        try:
+            files = gguf_tokenizer.tokenizer_files(model.metadata, architecture)
+        except DataError as error:
+            _log.warning(f"{model.path}: its tokenizer is not used: {error}")
+    special = {key: model.values.get(key) for key in ("bos_token_id", "pad_token_id")}
+    ends = gguf_tokenizer.end_tokens(model.metadata)
+    files[GENERATION] = _json({**special, "eos_token_id": ends[0] if len(ends) == 1 else ends or None})
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_system.staged_folder(folder) as partial:
+            for name, data in files.items():
+                file_system.write_bytes(partial / name, data)
+    except (OSError, FileError) as error:
+        raise FileError(
+            f"{folder}: the tokenizer of {model.path.name} cannot be written ({error}); set ICENET_CACHE to a folder "
+            "that can be written"
+        ) from None
+    return folder
 
 
 def files_for(
@@ -133,7 +212,7 @@ def files_for(
     """
     family = family_of(config.model, source.family if source else None)
     files, remarks, special = _tokenizer(config, source)
-    dtypes = Counter(dtype_name(array.dtype) for array in weights.values())
+    dtypes = Counter(dtype_name(spec_of(weights, name).dtype) for name in weights)
     dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
     if source is None:
         written = {**special, **dtype, **family.write(config.model)}
@@ -152,9 +231,9 @@ def files_for(
 def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
     """Returns the tokenizer's files by name, remarks, and the ids of special tokens by key."""
     if source is not None:
-        names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.path / name).is_file()]
+        names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.files / name).is_file()]
         ids = {key: source.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return {name: (source.path / name).read_bytes() for name in names}, [], ids
+        return {name: (source.files / name).read_bytes() for name in names}, [], ids
     ends = list(config.generation.eos_token_id or [])
     name = getattr(config.data, "tokenizer", ByteTokenizer.name)
     files, remarks = tokenizer_files(name), []
@@ -163,7 +242,8 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
         ends = ends or list(end_ids(tokenizer))
         texts = {token: text for text, token in special_tokens(tokenizer).items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts.get(ends[0])}
-        files["tokenizer_config.json"] = _json({key: value for key, value in settings.items() if value is not None})
+        if companions.CONFIG not in files:
+            files[companions.CONFIG] = _json({key: value for key, value in settings.items() if value is not None})
     else:
         remarks.append("the tokenizer of bytes has no counterpart in Hugging Face, so the folder has none")
     ids = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": None}
@@ -190,7 +270,7 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     given = _read_json(file) if file.is_file() else {}
     found: dict[str, Any] = {}
     ends: list[Any] = []
-    for ids in (given.get("eos_token_id"), values.get("eos_token_id")):
+    for ids in (given.get("eos_token_id"), values.get("eos_token_id"), companions.eos_token_id(path)):
         ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if ends:
         found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]
@@ -199,8 +279,10 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = default if given.get(name) is None else given[name]
         if given.get("min_p") is not None:
             found["min_p"] = given["min_p"]
-    elif given.get("do_sample") is False:
+    else:  # the default of the library
         found["temperature"] = 0.0
+    if (path / TOKENIZER_FILE).is_file():
+        found["add_special_tokens"] = True
     for name in _ALWAYS:
         if given.get(name) is not None:
             found[name] = given[name]
@@ -220,7 +302,7 @@ def _weights(path: Path) -> weight_files.Weights:
     return weight_files.read(path)
 
 
-def _has_own_head(family: Family, config: Config, weights: weight_files.Weights) -> bool:
+def _has_own_head(family: Family, config: Config, weights: StoredWeights) -> bool:
     """Returns whether the files of a tied model have an output projection that is not a copy of the embedding."""
     if family.head not in weights:
         return False

@@ -12,7 +12,8 @@ from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Tensor, tensors
-from icenet.core.weights.files import Array, Weights
+from icenet.core.weights.files import Array, StoredWeights
+from icenet.core.weights.safetensors import Spec, spec_of
 
 
 class ImportedWeights(Mapping[str, Array]):
@@ -27,7 +28,7 @@ class ImportedWeights(Mapping[str, Array]):
         WeightsError: They have other tensors or shapes. The message lists all of them.
     """
 
-    def __init__(self, family: Family, config: Config, weights: Weights) -> None:
+    def __init__(self, family: Family, config: Config, weights: StoredWeights) -> None:
         self._weights = weights
         self.left_out: list[str] = []
         """Names of tensors that are not weights, and of a copy of tied ones."""
@@ -47,9 +48,9 @@ class ImportedWeights(Mapping[str, Array]):
                 (self.left_out if is_copy or is_buffer else unknown).append(name)
         missing = [name for name in expected if name not in weights]
         misshapen = [
-            f"{name} is {list(weights.entries[name].shape)}, not {list(tensor.shape)}"
+            f"{name} is {list(weights.spec(name).shape)}, not {list(tensor.shape)}"
             for name, tensor in expected.items()
-            if name in weights and tuple(weights.entries[name].shape) != tensor.shape
+            if name in weights and weights.spec(name).shape != tensor.shape
         ]
         problems = [("unknown", unknown), ("missing", missing), ("of another shape", misshapen)]
         if any(names for _, names in problems):
@@ -66,6 +67,11 @@ class ImportedWeights(Mapping[str, Array]):
     def __getitem__(self, path: str) -> Array:
         name, tensor, index = self._places[path]
         return tensor.split(self._weights[name], index)
+
+    def spec(self, path: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        name, tensor, index = self._places[path]
+        return Spec(self._weights.spec(name).dtype, tuple(tensor.shapes[index]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -89,6 +95,13 @@ class ExportedWeights(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return self._tensors[name].join(self._weights)
+
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        tensor = self._tensors[name]
+        dtypes = {spec_of(self._weights, path).dtype for path in tensor.paths}
+        array = self[name] if len(dtypes) > 1 else None
+        return Spec(dtypes.pop() if array is None else array.dtype, tuple(tensor.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

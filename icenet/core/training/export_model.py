@@ -12,6 +12,7 @@ from icenet.core.families.weights import ExportedWeights
 from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import open_averaged, open_target
 from icenet.core.weights import files as weight_files
+from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, summary
 from icenet.core.weights.files import Array, Progress
 
@@ -46,8 +47,9 @@ def export(
         CheckpointError: The source has no weights.
         FileError: A file cannot be written.
     """
+    source = hub.local_path(source)
     _check_destination(source, destination)
-    imported = folder.read(source) if folder.is_folder(source) and not averaged else None
+    imported = folder.read(source) if folder.is_importable(source) and not averaged else None
     config: Config
     weights: Mapping[str, Array] | None
     if imported is not None:

@@ -1,4 +1,4 @@
-"""Opens a run, a checkpoint, a saved model, a folder of Hugging Face or a configuration by its path."""
+"""Opens a run, a checkpoint, a saved model, a folder of Hugging Face, a GGUF file or a configuration by its path."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from icenet.core.training import saved_model
 from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
 from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
-from icenet.core.weights import formats
+from icenet.core.weights import formats, hub
+from icenet.core.weights.gguf import is_gguf
 
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
     """Returns the configuration and the weights at a path.
 
     Args:
-        path: A run, a checkpoint, a folder written by `icenet.save`, a folder of Hugging Face, a YAML file or the
-            name of a preset. The last two have no weights.
+        path: A run, a checkpoint, a folder written by `icenet.save`, a folder of Hugging Face, a GGUF file, the id
+            of a repository, a YAML file or the name of a preset. The last two have no weights.
         overrides: `key=value` changes of the configuration.
 
     Raises:
@@ -33,6 +34,10 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         ConfigError: The configuration cannot be read.
         WeightsError: The weights of a folder of Hugging Face are not those of its config.json.
     """
+    path = hub.local_path(path)
+    if path.is_file() and is_gguf(path):
+        imported = folder.read(path, overrides)
+        return imported.config, imported.weights
     file = formats.identify(path) if path.is_file() else formats.UNKNOWN
     if file.kind in (formats.SAFETENSORS, formats.PICKLE) or path.suffix in (weight_files.SUFFIX, ".pt", ".pth"):
         raise CheckpointError(

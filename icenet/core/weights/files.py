@@ -51,7 +51,21 @@ _OTHER_SUFFIXES = (SUFFIX, ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".h5", ".npz
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-class Weights(Mapping[str, Array]):
+class StoredWeights(Mapping[str, Array]):
+    """Weights of a model that are read from a file, or computed from it, when they are looked up.
+
+    Attributes:
+        path: The file or folder.
+    """
+
+    path: Path
+
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array. No data are read."""
+        raise NotImplementedError
+
+
+class Weights(StoredWeights):
     """The weights of one or more safetensors files, sorted by name.
 
     An array is created from a memory map when it is looked up: a read-only, C-contiguous and aligned view.

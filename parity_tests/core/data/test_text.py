@@ -667,7 +667,7 @@ def test_cache_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list((tmp_path / "here").glob("*.tokens"))) == 1
     monkeypatch.delenv("ICENET_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_module.default_folder() == tmp_path / ".cache" / "icenet"
+    assert files.cache_folder() == tmp_path / ".cache" / "icenet"
 
 
 # ---- kills, full disks, several processes -----------------------------------------------------------------

@@ -34,12 +34,6 @@ The patterns match no other files, because ICENET_CACHE may be a folder of the u
 """
 
 
-def default_folder() -> Path:
-    """Returns $ICENET_CACHE, or ~/.cache/icenet."""
-    chosen = os.environ.get("ICENET_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(os.path.expanduser("~"), ".cache", "icenet")
-
-
 def load_tokens(
     source: Source,
     tokenizer: Tokenizer,
@@ -55,7 +49,7 @@ def load_tokens(
     Args:
         source: The documents.
         tokenizer: Encodes their text.
-        folder: The cache (default: `default_folder()`).
+        folder: The cache (default: `files.cache_folder()`).
         text_key: Key of the text in JSON lines.
         errors: The value of `data.errors`: stop, skip or replace.
         workers: Number of threads that encode (default: one per processor). The tokens do not depend on it.
@@ -64,7 +58,7 @@ def load_tokens(
     Raises:
         DataError: The source has no text, a file cannot be read, or the cache cannot be written.
     """
-    folder = folder if folder is not None else default_folder()
+    folder = folder if folder is not None else files.cache_folder()
     key = f"{text_key}\n" if any(document.lines or document.json for document in source.documents) else ""
     key += "replace\n" if errors == "replace" else ""  # tokens that `stop` finds are those of `skip`
     name = hashlib.sha256(os.fsencode(f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}")).hexdigest()[:12]

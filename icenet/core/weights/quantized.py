@@ -1,0 +1,316 @@
+"""Quantized weights in safetensors: MLX's own, AWQ and GPTQ. Tensors are dequantized on access.
+
+The values have the dtype of the scales, and the bits that `mlx.core.dequantize`, AutoAWQ and GPTQModel give: a
+product of a whole number and a scale is rounded once, and MLX rounds it before and after it adds the bias.
+
+| method | packed along | a group of values has | value |
+|---|---|---|---|
+| MLX, affine | inputs | a scale and a bias | scale * q + bias |
+| AWQ, gemm | outputs, 8 at a time in the order 0 2 4 6 1 3 5 7 | a scale and a zero point | scale * (q - zero) |
+| GPTQ | inputs | a scale and a zero point, stored minus 1 in format v1 | scale * (q - zero) |
+
+Sources: `mlx/backend/cpu/quantized.cpp`; `awq/utils/packing_utils.py` of AutoAWQ; `BaseQuantLinear` of GPTQModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from icenet.core.errors import ConfigError, WeightsError
+from icenet.core.weights.files import Array, StoredWeights
+from icenet.core.weights.safetensors import Spec
+
+KEYS = ("quantization", "quantization_config")
+"""Keys of config.json: that of mlx-lm, and that of `transformers`."""
+MLX_BITS, GPTQ_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 8)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""The place of each of 8 values in a word."""
+_CHUNK_VALUES = 1 << 22
+_FLOATS = ("float16", "bfloat16", "float32")
+
+
+def dequantized(values: Mapping[str, Any], weights: StoredWeights) -> tuple[dict[str, Any], StoredWeights]:
+    """Returns the content of a config.json without its quantization, and the weights under their usual names.
+
+    Args:
+        values: The content of config.json.
+        weights: The tensors of the files.
+
+    Raises:
+        ConfigError: The quantization is of a kind that is not supported.
+        WeightsError: Tensors are missing, or have shapes that do not belong together.
+    """
+    given = {key: values[key] for key in KEYS if values.get(key) is not None}
+    if not given:
+        return dict(values), weights
+    found: StoredWeights
+    key, settings = next(iter(given.items()))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{key}: {str(settings)[:40]!r} is not an object")
+    method = settings.get("quant_method")
+    if method is None:
+        found = _MlxWeights(weights, settings)
+    elif method == "awq":
+        found = _AwqWeights(weights, settings)
+    elif method == "gptq":
+        found = _GptqWeights(weights, settings)
+    else:
+        raise ConfigError(
+            f"{key}: quantization with {str(method)[:40]!r} is not supported, only MLX's own, awq and gptq; "
+            "use the original weights"
+        )
+    return {name: value for name, value in values.items() if name not in KEYS}, found
+
+
+def unpack(words: Array, bits: int) -> Array:
+    """Returns the unsigned numbers of `bits` bits in 32-bit words, the lowest bits first.
+
+    Args:
+        words: 32-bit integers `[..., N]`.
+        bits: 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        uint8 `[..., N * 32 // bits]`.
+    """
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return data
+    mask = np.uint8(2**bits - 1)
+    if 8 % bits == 0:
+        parts = [(data >> np.uint8(shift)) & mask for shift in range(0, 8, bits)]
+        return np.stack(parts, -1).reshape(*data.shape[:-1], -1)
+    groups = data.reshape(*data.shape[:-1], -1, bits).astype(np.uint16)  # 8 numbers in `bits` bytes
+    found = np.empty((*groups.shape[:-1], 8), np.uint8)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        value = groups[..., byte] >> shift
+        if shift + bits > 8:
+            value = value | (groups[..., byte + 1] << (8 - shift))
+        found[..., index] = value & mask
+    return found.reshape(*data.shape[:-1], -1)
+
+
+class _Quantized(StoredWeights):
+    """Weights of which some layers are quantized. Their tensors are replaced by one weight each."""
+
+    packed: str
+    """Kind of the tensor that a quantized layer has in place of its weight, or the weight itself."""
+    parts: tuple[str, ...]
+    """Kinds of the other tensors of a quantized layer."""
+
+    def __init__(self, weights: StoredWeights, settings: Mapping[str, Any]) -> None:
+        self.path = weights.path
+        self._weights = weights
+        self._settings = settings
+        marker = self.parts[0]
+        self._layers = {
+            name.removesuffix(f".{marker}")
+            for name in weights
+            if name.endswith(f".{marker}") and f"{name.removesuffix(f'.{marker}')}.{self.packed}" in weights
+        }
+        used = {f"{layer}.{kind}" for layer in self._layers for kind in (self.packed, *self.parts)}
+        used -= {f"{layer}.weight" for layer in self._layers}
+        names = [name for name in weights if name not in used]
+        names += [f"{layer}.weight" for layer in self._layers if f"{layer}.weight" not in weights]
+        self._names = sorted(names)
+        self._specs = {f"{layer}.weight": self._check(layer) for layer in sorted(self._layers)}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._specs:
+            return self._weights[name]
+        spec = self._specs[name]
+        found = np.empty(spec.shape, spec.dtype)
+        rows = found.reshape(-1, spec.shape[-1]) if found.ndim > 1 else found
+        with np.errstate(all="ignore"):  # the model's check of its logits reports values that are not finite
+            self._fill(name.removesuffix(".weight"), rows, max(8, _CHUNK_VALUES // spec.shape[-1] // 8 * 8))
+        return found
+
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        return self._specs[name] if name in self._specs else self._weights.spec(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _check(self, layer: str) -> Spec:
+        """Returns the dtype and the shape of the weight of a layer; raises for tensors that do not fit."""
+        raise NotImplementedError
+
+    def _fill(self, layer: str, rows: Array, step: int) -> None:
+        """Writes the weight of a layer to `rows` `[outputs, inputs]`, `step` rows at a time, a multiple of 8."""
+        raise NotImplementedError
+
+    def _spec_of(self, layer: str, kind: str, axes: int = 2, dtypes: tuple[str, ...] = ("int32", "uint32")) -> Spec:
+        name = f"{layer}.{kind}"
+        if name not in self._weights:
+            raise WeightsError(f"{self.path}: {name} is missing; copy or save the folder again")
+        spec = self._weights.spec(name)
+        if len(spec.shape) != axes or str(spec.dtype) not in dtypes or 0 in spec.shape:
+            wanted = f"{' or '.join(dtypes)} with {axes} axes"
+            raise WeightsError(f"{self.path}: {name} is {spec.dtype} {list(spec.shape)}, not {wanted}")
+        return spec
+
+    def _mismatch(self, layer: str, kinds: tuple[str, ...], settings: str) -> WeightsError:
+        present = [f"{layer}.{kind}" for kind in kinds if f"{layer}.{kind}" in self._weights]
+        listed = ", ".join(f"{name} {list(self._weights.spec(name).shape)}" for name in present)
+        return WeightsError(f"{self.path}: the shapes of {listed} do not belong together with {settings}")
+
+    def _whole(self, settings: Mapping[str, Any], key: str, allowed: tuple[int, ...] | None = None) -> int:
+        value = settings.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or (allowed and value not in allowed):
+            only = f", only {', '.join(map(str, allowed))}" if allowed else ""
+            raise ConfigError(f"{self.path}: quantization: {key} {str(value)[:40]!r} is not supported{only}")
+        return value
+
+
+class _MlxWeights(_Quantized):
+    """What mlx-lm writes: `weight` with packed values, `scales` and `biases` with one value per group of inputs."""
+
+    packed, parts = "weight", ("scales", "biases")
+
+    def _of_layer(self, layer: str) -> tuple[int, int]:
+        """Returns bits and group size of a layer, which may have its own settings."""
+        own = self._settings.get(layer)
+        settings = {**self._settings, **own} if isinstance(own, dict) else self._settings
+        if (mode := settings.get("mode", "affine")) != "affine":
+            raise ConfigError(f"{self.path}: quantization: mode {str(mode)[:40]!r} is not supported, only 'affine'")
+        return self._whole(settings, "bits", MLX_BITS), self._whole(settings, "group_size")
+
+    def _check(self, layer: str) -> Spec:
+        bits, size = self._of_layer(layer)
+        axes = len(self._weights.spec(f"{layer}.weight").shape)
+        packed = self._spec_of(layer, "weight", axes, ("uint32",))
+        scales = self._spec_of(layer, "scales", axes, _FLOATS)
+        inputs = packed.shape[-1] * 32 // bits if packed.shape else 0
+        fits = axes in (2, 3) and size > 0 and scales.shape == (*packed.shape[:-1], inputs // size)
+        if not fits or inputs % size or scales != self._spec_of(layer, "biases", axes, _FLOATS):
+            raise self._mismatch(layer, (self.packed, *self.parts), f"bits {bits} and group_size {size}")
+        return Spec(scales.dtype, (*packed.shape[:-1], inputs))
+
+    def _fill(self, layer: str, rows: Array, step: int) -> None:
+        bits, size = self._of_layer(layer)
+        names = (f"{layer}.{kind}" for kind in (self.packed, *self.parts))
+        packed, scales, biases = (array.reshape(-1, array.shape[-1]) for array in (self._weights[n] for n in names))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            values = unpack(packed[part], bits)
+            groups = values.reshape(len(values), -1, size).astype(np.float32)
+            groups *= scales[part, :, None].astype(np.float32)
+            if rows.dtype != np.float32:  # as MLX computes
+                groups = groups.astype(rows.dtype).astype(np.float32)
+            groups += biases[part, :, None].astype(np.float32)
+            rows[part] = groups.reshape(len(values), -1)
+
+
+class _AwqWeights(_Quantized):
+    """AutoAWQ's version gemm: `qweight` `[inputs, outputs / 8]`, `qzeros` and `scales` with a row per group."""
+
+    packed, parts = "qweight", ("scales", "qzeros")
+
+    def __init__(self, weights: StoredWeights, settings: Mapping[str, Any]) -> None:
+        version = str(settings.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise ConfigError(f"{weights.path}: AWQ's version {version[:40]!r} is not supported, only gemm")
+        super().__init__(weights, settings)
+
+    def _check(self, layer: str) -> Spec:
+        self._whole(self._settings, "w_bit" if "w_bit" in self._settings else "bits", (4,))
+        packed, scales = self._spec_of(layer, "qweight"), self._spec_of(layer, "scales", dtypes=_FLOATS)
+        inputs, outputs = packed.shape[0], packed.shape[1] * 8
+        size = self._group_size(inputs)
+        fits = size > 0 and inputs % size == 0 and scales.shape == (inputs // size, outputs)
+        if not fits or self._spec_of(layer, "qzeros").shape != (inputs // size, outputs // 8):
+            raise self._mismatch(layer, (self.packed, *self.parts), f"bits 4 and group_size {size}")
+        return Spec(scales.dtype, (outputs, inputs))
+
+    def _group_size(self, inputs: int) -> int:
+        size = self._whole(self._settings, "q_group_size" if "q_group_size" in self._settings else "group_size")
+        return inputs if size == -1 else size
+
+    def _fill(self, layer: str, rows: Array, step: int) -> None:
+        packed, scales, zeros = (self._weights[f"{layer}.{kind}"] for kind in (self.packed, *self.parts))
+        size = self._group_size(len(packed))
+        for start in range(0, len(rows), step):
+            part, words = slice(start, start + step), slice(start // 8, (start + step) // 8)
+            values = _in_order(unpack(packed[:, words], 4)).astype(np.float32)
+            groups = values.reshape(-1, size, values.shape[1])
+            groups -= _in_order(unpack(zeros[:, words], 4))[:, None].astype(np.float32)
+            groups *= scales[:, None, part].astype(np.float32)
+            rows[part] = values.T
+
+
+def _in_order(values: Array) -> Array:
+    """Returns AWQ's values `[N, outputs]` in the order of the outputs."""
+    return values.reshape(len(values), -1, 8)[:, :, _AWQ_ORDER].reshape(values.shape)
+
+
+class _GptqWeights(_Quantized):
+    """GPTQ: `qweight` `[inputs * bits / 32, outputs]`, `scales` and `qzeros` with a row per group.
+
+    `g_idx` has the group of each input; without it groups are consecutive.
+    """
+
+    packed, parts = "qweight", ("scales", "qzeros", "g_idx")
+
+    def __init__(self, weights: StoredWeights, settings: Mapping[str, Any]) -> None:
+        self.path = weights.path
+        self._bits = self._whole(settings, "bits", GPTQ_BITS)
+        stored = settings.get("checkpoint_format") or "gptq"
+        if stored not in ("gptq", "gptq_v2"):
+            raise ConfigError(
+                f"{weights.path}: GPTQ's checkpoint_format {str(stored)[:40]!r} is not supported, only gptq or "
+                "gptq_v2"
+            )
+        self._is_minus_one = stored == "gptq"
+        super().__init__(weights, settings)
+
+    def _check(self, layer: str) -> Spec:
+        bits = self._bits
+        packed, scales = self._spec_of(layer, "qweight"), self._spec_of(layer, "scales", dtypes=_FLOATS)
+        inputs, outputs, groups = packed.shape[0] * 32 // bits, packed.shape[1], scales.shape[0]
+        fits = scales.shape[1] == outputs and packed.shape[0] * 32 % bits == 0
+        if f"{layer}.qzeros" in self._weights:
+            fits &= (
+                self._spec_of(layer, "qzeros").shape == (groups, -(-outputs * bits // 32))
+                and outputs * bits % 32 == 0
+            )
+        if f"{layer}.g_idx" in self._weights:
+            fits &= self._spec_of(layer, "g_idx", 1).shape == (inputs,)
+        else:
+            size = self._group_size(inputs)
+            fits &= size > 0 and groups == -(-inputs // size)
+        if not fits:
+            raise self._mismatch(layer, (self.packed, *self.parts), f"bits {bits}")
+        return Spec(scales.dtype, (outputs, inputs))
+
+    def _group_size(self, inputs: int) -> int:
+        size = self._whole(self._settings, "group_size")
+        return inputs if size == -1 else size
+
+    def _fill(self, layer: str, rows: Array, step: int) -> None:
+        packed, scales = self._weights[f"{layer}.qweight"], self._weights[f"{layer}.scales"].astype(np.float32)
+        outputs, inputs = rows.shape
+        if f"{layer}.g_idx" in self._weights:
+            groups = self._weights[f"{layer}.g_idx"].astype(np.int64)
+            if groups.min() < 0 or groups.max() >= len(scales):
+                raise WeightsError(f"{self.path}: {layer}.g_idx has groups outside of 0 to {len(scales) - 1}")
+        else:
+            groups = np.arange(inputs) // self._group_size(inputs)
+        if f"{layer}.qzeros" in self._weights:
+            zeros = unpack(self._weights[f"{layer}.qzeros"], self._bits)[:, :outputs]
+            if self._is_minus_one:  # the largest number stands for -1
+                zeros = (zeros + np.uint8(1)) & np.uint8(2**self._bits - 1)
+        else:
+            zeros = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
+        for start in range(0, outputs, step):
+            part = slice(start, start + step)
+            values = unpack(packed[:, part].T, self._bits).astype(np.float32)
+            values -= zeros[:, part].T[:, groups]
+            values *= scales[:, part].T[:, groups]
+            rows[part] = values
