@@ -18,6 +18,7 @@ from icenet import nn as ops
 from icenet.core.config import TransformerConfig, transformer_plan
 from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan
 from icenet.core.models.init import sinusoidal_positions
+from icenet.core.models.relative import distance_buckets
 from icenet.core.models.rotary import rotary_table
 from icenet.generation.cache import KVCache, LayerCache
 from icenet.models.base import BaseModel
@@ -152,19 +153,32 @@ class TransformerModel(BaseModel):
         width = config.hidden_size
         self.token_embedding = ops.Embedding(config.vocab_size, width)
         if config.positions == "learned":
-            self.position_embedding = ops.Embedding(config.max_seq_length, width)
+            self.position_embedding = ops.Embedding(config.max_seq_length + config.position_offset, width)
         elif config.positions == "sinusoidal":
             self._positions = mx.array(sinusoidal_positions(config.max_seq_length, width))
         elif config.positions == "rotary":
             size = transformer_plan.rotary_size(config)
             table = rotary_table(config.max_seq_length, size, config.rotary_theta, config.rotary_scaling)
             self._rotary_table = mx.array(table)
+        if config.token_types:
+            self.token_type_embedding = ops.Embedding(config.token_types, width)
+        if config.embedding_norm:
+            self.embedding_norm = ops.make_norm(transformer_plan.norm(config), width)
         self.embedding_dropout = ops.Dropout(config.dropout)
+        if config.relative_buckets is not None:
+            self.relative_bias = ops.Embedding(config.relative_buckets, config.num_heads)
+            buckets = distance_buckets(config.max_seq_length, config.relative_buckets, config.relative_max_distance)
+            self._distance_buckets = mx.array(buckets)
         self.blocks = [TransformerBlock(plan) for plan in transformer_plan.blocks(config)]
         if config.norm_position != "post":
             self.final_norm = ops.make_norm(transformer_plan.norm(config), width)
-        if not config.tie_embeddings:
+        if config.output == "transform":
+            self.output_dense = ops.Linear(width, width)
+            self.output_norm = ops.make_norm(transformer_plan.norm(config), width)
+        if config.output != "none" and not config.tie_embeddings:
             self.output = ops.Linear(width, config.vocab_size, bias=config.output_bias)
+        elif config.output_bias:
+            self.output = ops.Bias(config.vocab_size)
         if seed is not None:
             self.init_weights(seed)
 
@@ -173,26 +187,31 @@ class TransformerModel(BaseModel):
         input_ids: mx.array,
         attention_mask: mx.array | None = None,
         cache: KVCache | None = None,
+        token_type_ids: mx.array | None = None,
     ) -> mx.array:
-        """Computes logits of tokens.
+        """Computes logits of tokens, or with `output: none` their hidden states.
 
         Args:
             input_ids: Tokens, int `[B, T]`.
             attention_mask: `[B, S]`, 0 or False for padding; it includes the positions in the cache. Positions are
                 counted from the first token of each row that is not padding, so padding on the left has no effect.
             cache: Keys and values of earlier tokens, which is updated. Its rows have padding on the left only.
+            token_type_ids: Types of the tokens, int `[B, T]`; None is type 0.
 
         Returns:
-            Logits `[B, T, V]`.
+            Logits `[B, T, V]`, or hidden states `[B, T, D]`.
         """
         self.check_tokens(input_ids, attention_mask, 0 if cache is None else cache.length, cache is not None)
-        return self.project(self.hidden_states(input_ids, attention_mask, cache))
+        self.check_token_types(token_type_ids, input_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, cache, token_type_ids)
+        return hidden if self.config.output == "none" else self.project(hidden)
 
     def hidden_states(
         self,
         input_ids: mx.array,
         attention_mask: mx.array | None = None,
         cache: KVCache | None = None,
+        token_type_ids: mx.array | None = None,
     ) -> mx.array:
         """Returns the input of the output projection, `[B, T, D]`."""
         length = input_ids.shape[1]
@@ -204,8 +223,10 @@ class TransformerModel(BaseModel):
             positions, masks = ops.positions_and_masks(input_ids, attention_mask, self.config.causal, windows)
         else:
             positions, masks = cache.begin(input_ids, attention_mask, windows)
+        if self.config.relative_buckets is not None:
+            masks = {window: ops.biased_mask(mask, self.relative_scores(length)) for window, mask in masks.items()}
 
-        x = self.embed(input_ids, positions)
+        x = self.embed(input_ids, positions, token_type_ids)
         angles = self.rotary_angles(positions)
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
@@ -216,15 +237,24 @@ class TransformerModel(BaseModel):
             cache.end(length)
         return self.final_norm(x) if self.config.norm_position != "post" else x
 
-    def embed(self, input_ids: mx.array, positions: mx.array) -> mx.array:
+    def embed(self, input_ids: mx.array, positions: mx.array, token_type_ids: mx.array | None = None) -> mx.array:
         """Returns the input of the first block, `[B, T, D]`."""
         scale = self.config.embedding_scale or self.config.hidden_size**0.5
         x = self.token_embedding(input_ids) * scale
+        if self.config.token_types:
+            types = mx.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type_embedding(types)
         if self.config.positions == "learned":
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(positions + self.config.position_offset)
         elif self.config.positions == "sinusoidal":
             x = x + self._positions[positions]
+        x = self.embedding_norm(x) if self.config.embedding_norm else x
         return self.embedding_dropout(x.astype(self.compute_dtype))
+
+    def relative_scores(self, length: int) -> mx.array:
+        """Returns what is added to the attention scores, `[1, H, T, T]`."""
+        scores = self.relative_bias(ops.by_distance(self._distance_buckets, length))  # [T, T, H]
+        return scores.swapaxes(0, 2).swapaxes(1, 2)[None]
 
     def rotary_angles(self, positions: mx.array) -> mx.array | None:
         """Returns cosines and sines for `ops.rotate`; None without rotary positions."""
@@ -235,8 +265,11 @@ class TransformerModel(BaseModel):
 
     def project(self, hidden_states: mx.array) -> mx.array:
         """Returns logits `[..., V]` of hidden states `[..., D]`."""
+        if self.config.output == "transform":
+            hidden_states = self.output_norm(ops.activation(self.config.activation, self.output_dense(hidden_states)))
         if self.config.tie_embeddings:
             logits = self.token_embedding.as_linear(hidden_states)
+            logits = self.output(logits) if self.config.output_bias else logits
         else:
             logits = self.output(hidden_states)
         cap = self.config.logit_softcap

@@ -12,7 +12,7 @@ import mlx.core as mx
 from icenet.nn.arrays import Array, product_dtype
 
 Mask: TypeAlias = str | Array | None
-"""None, "causal", or bool, True where a query may attend."""
+"""None, "causal", bool (True where a query may attend), or float, which is added to the scores."""
 
 
 def scaled_dot_product_attention(
@@ -24,8 +24,9 @@ def scaled_dot_product_attention(
         q: Queries `[B, H, T, D]`.
         k: Keys `[B, K, S, D]`. Each of the K heads is shared by H / K heads of queries.
         v: Values `[B, K, S, D]`.
-        mask: None, "causal", or bool that broadcasts to `[B, H, T, S]`, True where a query may attend. A causal mask
-            is aligned to the end: the last query attends to the last key, also if T < S.
+        mask: None, "causal", or an array that broadcasts to `[B, H, T, S]`: bool, True where a query may attend, or
+            float, which is added to the scores. A causal mask is aligned to the end: the last query attends to the
+            last key, also if T < S.
         scale: Factor of the scores; None is 1 / sqrt(D).
         softcap: Limit c of the scores s, which become c * tanh(s / c) (Gemma 2, 2024); None: no limit.
 
@@ -35,6 +36,8 @@ def scaled_dot_product_attention(
     dtype = product_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys, values = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    if mask is not None and not isinstance(mask, str) and mask.dtype != mx.bool_:
+        mask = mask.astype(dtype)
     if softcap is None:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         return out.astype(q.dtype)
@@ -45,8 +48,26 @@ def scaled_dot_product_attention(
     keys, values = mx.repeat(keys, groups, axis=1), mx.repeat(values, groups, axis=1)
     scores = (queries @ keys.swapaxes(2, 3)).astype(mx.float32) * scale
     scores = softcap * mx.tanh(scores / softcap)
-    scores = scores if mask is None else mx.where(mask, scores, -mx.inf)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
     return (mx.softmax(scores, axis=-1).astype(dtype) @ values).astype(q.dtype)
+
+
+def biased_mask(mask: Mask, bias: Array) -> Array:
+    """Returns a mask of `scaled_dot_product_attention` that adds a bias to the scores.
+
+    Args:
+        mask: None or bool, True where a query may attend.
+        bias: Float, `[1, H, T, S]`.
+    """
+    assert not isinstance(mask, str)
+    return bias if mask is None else mx.where(mask, bias, -mx.inf)
+
+
+def by_distance(table: Array, length: int) -> Array:
+    """Returns the entry of a table `[2 * L - 1]` for the distance from each query to each key, `[length, length]`."""
+    columns = mx.arange(length)
+    return table[columns - columns[:, None] + table.shape[0] // 2]
 
 
 def rotate(x: Array, angles: Array, pairs: str) -> Array:

@@ -46,3 +46,17 @@ class Embedding(CheckedEmbedding):
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
         return linear(x, self.weight)
+
+
+class Bias(nn.Module):
+    """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer."""
+
+    layer_kind = "linear"
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.bias = mx.zeros((features,))
+
+    def __call__(self, x: Array) -> Array:
+        b = cast_weight(self.bias, x)
+        return (exact.add_bias(x, b) if on_cpu() else x + b).astype(x.dtype)

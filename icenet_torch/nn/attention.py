@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from icenet_torch.nn.arrays import Array, product_dtype
 
 Mask: TypeAlias = str | Array | None
-"""None, "causal", or bool, True where a query may attend."""
+"""None, "causal", bool (True where a query may attend), or float, which is added to the scores."""
 
 
 def scaled_dot_product_attention(
@@ -23,8 +23,9 @@ def scaled_dot_product_attention(
         q: Queries `[B, H, T, D]`.
         k: Keys `[B, K, S, D]`. Each of the K heads is shared by H / K heads of queries.
         v: Values `[B, K, S, D]`.
-        mask: None, "causal", or bool that broadcasts to `[B, H, T, S]`, True where a query may attend. A causal mask
-            is aligned to the end: the last query attends to the last key, also if T < S.
+        mask: None, "causal", or an array that broadcasts to `[B, H, T, S]`: bool, True where a query may attend, or
+            float, which is added to the scores. A causal mask is aligned to the end: the last query attends to the
+            last key, also if T < S.
         scale: Factor of the scores; None is 1 / sqrt(D).
         softcap: Limit c of the scores s, which become c * tanh(s / c) (Gemma 2, 2024); None: no limit.
 
@@ -41,6 +42,8 @@ def scaled_dot_product_attention(
             is_causal = False
             columns = torch.arange(k.shape[2], device=q.device)
             mask = None if q.shape[2] == 1 else columns <= columns[-q.shape[2] :, None]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
     if softcap is None:
         is_grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -51,8 +54,26 @@ def scaled_dot_product_attention(
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     scores = (queries @ keys.transpose(2, 3)).to(torch.promote_types(dtype, torch.float32)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1).to(dtype) @ values).to(q.dtype)
+
+
+def biased_mask(mask: Mask, bias: Array) -> Array:
+    """Returns a mask of `scaled_dot_product_attention` that adds a bias to the scores.
+
+    Args:
+        mask: None or bool, True where a query may attend.
+        bias: Float, `[1, H, T, S]`.
+    """
+    assert not isinstance(mask, str)
+    return bias if mask is None else torch.where(mask, bias, -torch.inf)
+
+
+def by_distance(table: Array, length: int) -> Array:
+    """Returns the entry of a table `[2 * L - 1]` for the distance from each query to each key, `[length, length]`."""
+    columns = torch.arange(length, device=table.device)
+    return table[columns - columns[:, None] + table.shape[0] // 2]
 
 
 def rotate(x: Array, angles: Array, pairs: str) -> Array:

@@ -50,3 +50,16 @@ class Embedding(CheckedEmbedding):
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
         return linear(x, self.weight)
+
+
+class Bias(nn.Module):
+    """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer."""
+
+    layer_kind = "linear"
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Array) -> Array:
+        return x + self.bias.to(x.dtype)

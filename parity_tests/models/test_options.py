@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from helpers import both_backends, build_model, native, plain, token_ids
 
 from icenet.core.config import ModelConfig
-from icenet.core.errors import ConfigError
+from icenet.core.errors import ConfigError, UsageError
+from icenet.core.models.relative import distance_buckets
 
 SMALL: dict[str, Any] = {
     "type": "transformer",
@@ -53,7 +55,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft caps": {**LLAMA, "attention_softcap": 0.5, "logit_softcap": 0.7, "attention_scale": 0.3},
     "gemma": {**LLAMA, "norm_offset": True, "norm_position": "sandwich", "tie_embeddings": True},
     "parallel": {"parallel_residual": True, "positions": "rotary", "rotary_fraction": 0.34, "head_size": 12},
+    "tied with a bias": {"tie_embeddings": True, "output_bias": True, "output": "transform"},
     "biases": {"attention_output_bias": False, "feed_forward_bias": False, "norm_position": "post"},
+}
+ENCODER: dict[str, Any] = {"causal": False, "norm_position": "post", "positions": "learned", "embedding_norm": True}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**ENCODER, "token_types": 3, "output": "none"},
+    "roberta": {**ENCODER, "position_offset": 2, "output": "transform", "tie_embeddings": True, "output_bias": True},
+    "mpnet": {**ENCODER, "relative_buckets": 8, "relative_max_distance": 12, "output": "none"},
+    "soft cap and distances": {"causal": False, "relative_buckets": 4, "attention_softcap": 0.5},
 }
 CHANGES = {name: {**SMALL, **options} for name, options in OPTIONS.items()}
 by_option = pytest.mark.parametrize("values", CHANGES.values(), ids=CHANGES)
@@ -107,6 +117,55 @@ def test_a_captured_step_has_the_tokens_of_the_whole_context(backend: str, value
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == row.tokens
 
 
+@both_backends
+@pytest.mark.parametrize("options", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_encoders_compute_each_row_as_alone(backend: str, options: dict[str, Any], side: str) -> None:
+    """With padding on either side, the outputs of a row are those of its tokens alone, in float64."""
+    values = {**SMALL, **options}
+    model, exact_model, noisy = build(backend, values), build("exact", values), build("torch", values)
+    tokens, length = token_ids(2, 20, vocab_size=61), 13
+    types = np.random.default_rng(3).integers(0, 3, tokens.shape) if "token_types" in values else None
+    real = np.ones((2, 20), np.int32)
+    columns = slice(20 - length, 20) if side == "left" else slice(0, length)
+    real[1] = 0
+    real[1, columns] = 1
+
+    def outputs(each: Any, kind: str) -> Any:
+        given = {} if types is None else {"token_type_ids": native(kind, types)}
+        return plain(each(native(kind, tokens), native(kind, real), **given))[1, columns]
+
+    given = {} if types is None else {"token_type_ids": torch.from_numpy(types[1:, columns])}
+    alone = plain(exact_model(torch.from_numpy(tokens[1:, columns]), **given))[0]
+    check_close(outputs(model, backend), alone, outputs(noisy, "torch"))
+    assert alone.shape == (length, values["hidden_size"] if values.get("output") == "none" else 61)
+
+
+def test_distances_have_the_groups_of_the_formula() -> None:
+    """Raffel et al. (2020): half of the groups have one distance each, the others are even in the logarithm."""
+    buckets, farthest, length = 32, 128, 400
+    half, exact = buckets // 2, buckets // 4
+    found = distance_buckets(length, buckets, farthest)
+    for distance in range(1 - length, length):
+        n = abs(distance)
+        if n >= exact:  # 1e-9: the logarithms of edges are rounded
+            scaled = math.log(n / exact) / math.log(farthest / exact) * (half - exact) + 1e-9
+            n = min(half - 1, exact + int(scaled))
+        assert found[distance + length - 1] == n + (half if distance > 0 else 0)
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("count", "shape", "most", "message"),
+    [(0, (1, 4), 0, "no types"), (2, (1, 3), 1, r"must be \[1, 4\]"), (2, (1, 4), 2, r"model\.token_types")],
+)
+def test_types_of_tokens_are_checked(backend: str, count: int, shape: Any, most: int, message: str) -> None:
+    model = build_model(backend, ModelConfig(**SMALL, token_types=count))
+    types = np.full(shape, most, np.int32)
+    with pytest.raises(UsageError, match=message):
+        model(native(backend, token_ids(1, 4, vocab_size=61)), token_type_ids=native(backend, types))
+
+
 @by_option
 def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
     tokens = torch.from_numpy(token_ids(1, 20, vocab_size=61))
@@ -136,7 +195,12 @@ def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
         ({"sliding_window": 3, "causal": False}, "causal: true"),
         ({"norm_offset": True}, "rms_norm"),
         ({"parallel_residual": True, "norm_position": "post"}, "norm_position"),
-        ({"output_bias": True, "tie_embeddings": True}, "tie_embeddings"),
+        ({"output": "none", "tie_embeddings": True}, "tie_embeddings"),
+        ({"output": "none", "output_bias": True}, "output_bias"),
+        ({"position_offset": 2}, "positions: learned"),
+        ({"relative_buckets": 8}, "causal: false"),
+        ({"relative_buckets": 6, "causal": False}, "multiple of 4"),
+        ({"relative_buckets": 32, "relative_max_distance": 8, "causal": False}, "relative_max_distance"),
         ({"attention_softcap": 0}, "attention_softcap"),
         ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, "positions: rotary"),
         ({"positions": "rotary", "rotary_scaling": {"type": "yarn", "factor": 2.0}}, "original_length"),

@@ -12,6 +12,7 @@ FeedForward = Literal["plain", "gated"]
 LayerType = Literal["full", "sliding"]
 Norm = Literal["layer_norm", "rms_norm"]
 NormPosition = Literal["pre", "post", "sandwich", "branch"]
+Output = Literal["linear", "transform", "none"]
 Positions = Literal["sinusoidal", "learned", "rotary", "none"]
 QueryKeyNorm = Literal["none", "head", "all"]
 RotaryPairs = Literal["half", "interleaved"]
@@ -28,6 +29,9 @@ class TransformerFields(Protocol):
     head_size: int | None
     causal: bool
     positions: Positions
+    position_offset: int
+    relative_buckets: int | None
+    relative_max_distance: int
     rotary_fraction: float
     rotary_pairs: RotaryPairs
     attention_bias: bool
@@ -52,8 +56,10 @@ class TransformerFields(Protocol):
     norm_offset: bool
     norm_position: NormPosition
     parallel_residual: bool
+    output: Output
     tie_embeddings: bool
     output_bias: bool
+    logit_softcap: float | None
 
 
 class NormPlan(NamedTuple):
@@ -237,5 +243,17 @@ def check(config: TransformerFields) -> None:
         raise ValueError("norm_offset is for norm: rms_norm")
     if config.parallel_residual and config.norm_position != "pre":
         raise ValueError(f"parallel_residual needs norm_position: pre, not {config.norm_position}")
-    if config.output_bias and config.tie_embeddings:
-        raise ValueError("output_bias needs tie_embeddings: false")
+    if config.position_offset and config.positions != "learned":
+        raise ValueError(f"position_offset is for positions: learned, not {config.positions}")
+    if (buckets := config.relative_buckets) is not None:
+        if config.causal:
+            raise ValueError("relative_buckets needs causal: false")
+        if buckets % 4 or config.relative_max_distance <= buckets // 4:
+            raise ValueError(
+                f"relative_buckets {buckets} must be a multiple of 4, and relative_max_distance "
+                f"{config.relative_max_distance} more than a quarter of them"
+            )
+    if config.output == "none":
+        for name in ("tie_embeddings", "output_bias", "logit_softcap"):
+            if getattr(config, name):
+                raise ValueError(f"{name} is for output: linear or transform; output none has no logits")

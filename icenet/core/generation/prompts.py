@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import UsageError
-from icenet.core.tokenizers.base import Tokenizer
+from icenet.core.tokenizers.base import Tokenizer, encode_prompt
 
 
 def batch_of(
@@ -85,9 +86,16 @@ def _read_stdin() -> bytes:
     return buffer.read() if buffer is not None else sys.stdin.read().encode("utf-8", "surrogateescape")
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Returns the token ids of texts. An empty text becomes the end-of-text token."""
-    return [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Returns the token ids of texts. An empty text becomes the end-of-text token.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: The texts.
+        add_special_tokens: Whether to add the tokens that the tokenizer puts around a text.
+    """
+    encode = partial(encode_prompt, tokenizer) if add_special_tokens else tokenizer.encode
+    return [encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
 
 
 def _pad_left(rows: list[NDArray[Any]], pad_token_id: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -160,12 +168,12 @@ def check_mask(mask: NDArray[Any], name: str) -> None:
         )
 
 
-def check_vocabulary(tokens: NDArray[Any], vocab_size: int, name: str) -> None:
-    """Raises UsageError if an id is outside the vocabulary. `name` begins the message."""
+def check_vocabulary(tokens: NDArray[Any], vocab_size: int, name: str, table: str = "the vocabulary") -> None:
+    """Raises UsageError if an id is outside the vocabulary, or another table. `name` begins the message."""
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise UsageError(
-            f"{name}: token {int(tokens[row, column])} at row {row}, position {column} is outside the "
-            f"vocabulary (0 to {vocab_size - 1})"
+            f"{name}: token {int(tokens[row, column])} at row {row}, position {column} is outside "
+            f"{table} (0 to {vocab_size - 1})"
         )
