@@ -50,13 +50,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: CNNConfig, block: cnn_plan.Block) -> None:
         super().__init__()
-        _, inputs, outputs, stride, strides_first = block
+        _, inputs, outputs, stride = block
         self.activation = config.activation
         if block.kind == "bottleneck":
             inner = outputs // cnn_plan.EXPANSION
+            strides = (stride, 1) if config.bottleneck_stride == "conv1" else (1, stride)
             branch = [
-                ConvBlock(config, inputs, inner, 1, stride if strides_first else 1),
-                ConvBlock(config, inner, inner, 3, 1 if strides_first else stride),
+                ConvBlock(config, inputs, inner, 1, strides[0]),
+                ConvBlock(config, inner, inner, 3, strides[1]),
                 ConvNorm(inner, outputs, 1),
             ]
         else:

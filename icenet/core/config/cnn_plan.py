@@ -54,8 +54,6 @@ class Block(NamedTuple):
     outputs: int
     """Output channels."""
     stride: int
-    strides_first: bool = False
-    """Whether the first convolution of a bottleneck has the stride, and not the 3x3 one."""
 
 
 def depths(config: CNNFields) -> list[int]:
@@ -84,7 +82,7 @@ def blocks(config: CNNFields) -> list[Block]:
             if kind == "alternating":
                 kind = "basic" if (total - len(found)) % 2 else "conv"
             stride = 1 if index else 2 if stage else config.first_stage_stride
-            found.append(Block(kind, channels, outputs, stride, config.bottleneck_stride == "conv1"))
+            found.append(Block(kind, channels, outputs, stride))
             channels = outputs
     return found
 
