@@ -165,7 +165,7 @@ class _Quantized(StoredWeights):
         value = settings.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or (allowed and value not in allowed):
             only = f", only {', '.join(map(str, allowed))}" if allowed else ""
-            raise ConfigError(f"{self.path}: quantization: {key} {str(value)[:40]!r} is not supported{only}")
+            raise ConfigError(f"{self.path}: quantization: {key} {repr(value)[:40]} is not supported{only}")
         return value
 
 
