@@ -9,6 +9,8 @@ F feed-forward width, V vocab_size. The mirror is `icenet_torch/models/transform
 
 from __future__ import annotations
 
+from functools import partial
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
@@ -16,10 +18,9 @@ import mlx.nn as nn
 
 from icenet import nn as ops
 from icenet.core.config import TransformerConfig, transformer_plan
-from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan
-from icenet.core.models.init import sinusoidal_positions
+from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan, LayerType
+from icenet.core.models.init import sinusoidal_rows
 from icenet.core.models.relative import distance_buckets
-from icenet.core.models.rotary import rotary_table
 from icenet.generation.cache import KVCache, LayerCache
 from icenet.models.base import BaseModel
 
@@ -111,11 +112,14 @@ class TransformerBlock(nn.Module):
         self.norm_position = plan.norm_position
         self.parallel = plan.parallel
         self.window = plan.attention.window
+        self.rotary = plan.attention.rotary
         self.attention_norm = ops.make_norm(plan.norm, width)
         self.attention = Attention(plan.attention)
         self.feed_forward_norm = ops.make_norm(plan.norm, width)
         experts = plan.feed_forward.experts
-        self.feed_forward = MixtureOfExperts(plan.feed_forward, experts) if experts else FeedForward(plan.feed_forward)
+        self.feed_forward = (
+            MixtureOfExperts(plan.feed_forward, experts) if experts else FeedForward(plan.feed_forward)
+        )
         if plan.norm_position == "sandwich":
             self.attention_post_norm = ops.make_norm(plan.norm, width)
             self.feed_forward_post_norm = ops.make_norm(plan.norm, width)
@@ -155,11 +159,9 @@ class TransformerModel(BaseModel):
         if config.positions == "learned":
             self.position_embedding = ops.Embedding(config.max_seq_length + config.position_offset, width)
         elif config.positions == "sinusoidal":
-            self._positions = mx.array(sinusoidal_positions(config.max_seq_length, width))
+            self._positions = ops.PositionTable(partial(sinusoidal_rows, width), config.max_seq_length)
         elif config.positions == "rotary":
-            size = transformer_plan.rotary_size(config)
-            table = rotary_table(config.max_seq_length, size, config.rotary_theta, config.rotary_scaling)
-            self._rotary_table = mx.array(table)
+            self._rotary = ops.RotaryPositions(transformer_plan.rotary_plans(config), config.max_seq_length)
         if config.token_types:
             self.token_type_embedding = ops.Embedding(config.token_types, width)
         if config.embedding_norm:
@@ -218,6 +220,7 @@ class TransformerModel(BaseModel):
         past = 0 if cache is None else cache.length
         if past is not None:  # in a captured step, the caller checks it
             self.check_length(past + length)
+            self.reserve_positions(past + length)
         windows = {block.window for block in self.blocks}
         if cache is None:
             positions, masks = ops.positions_and_masks(input_ids, attention_mask, self.config.causal, windows)
@@ -227,12 +230,12 @@ class TransformerModel(BaseModel):
             masks = {window: ops.biased_mask(mask, self.relative_scores(length)) for window, mask in masks.items()}
 
         x = self.embed(input_ids, positions, token_type_ids)
-        angles = self.rotary_angles(positions)
+        angles = self.rotary_angles(positions, None if cache is None else cache.row_lengths)
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x = ops.checkpoint(block, x, masks[block.window], angles)
+                x = ops.checkpoint(block, x, masks[block.window], angles[block.rotary])
             else:
-                x = block(x, masks[block.window], angles, cache.layers[index] if cache else None)
+                x = block(x, masks[block.window], angles[block.rotary], cache.layers[index] if cache else None)
         if cache is not None:
             cache.end(length)
         return self.final_norm(x) if self.config.norm_position != "post" else x
@@ -256,12 +259,29 @@ class TransformerModel(BaseModel):
         scores = self.relative_bias(ops.by_distance(self._distance_buckets, length))  # [T, T, H]
         return scores.swapaxes(0, 2).swapaxes(1, 2)[None]
 
-    def rotary_angles(self, positions: mx.array) -> mx.array | None:
-        """Returns cosines and sines for `ops.rotate`; None without rotary positions."""
+    def rotary_angles(
+        self, positions: mx.array, row_lengths: mx.array | None = None
+    ) -> dict[LayerType | None, mx.array | None]:
+        """Returns cosines and sines for `ops.rotate`, for each type of layers; None for layers without rotation.
+
+        Args:
+            positions: Position of each token in its row, int `[T]` or `[B, T]`.
+            row_lengths: Number of tokens of each row, int `[B, 1]`; None if these tokens are its last ones.
+        """
         if self.config.positions != "rotary":
-            return None
-        angles = self._rotary_table[positions]  # [T, 2, R / 2] or [B, T, 2, R / 2]
-        return angles if positions.ndim == 1 else angles[:, None]
+            return {None: None}
+        return self._rotary.angles(positions, positions[..., -1:] + 1 if row_lengths is None else row_lengths)
+
+    @property
+    def rereads_above(self) -> int | None:
+        """Number of tokens in a row above which the cache must be made again, as with long-rope; None: never."""
+        return self._rotary.switch if self.config.positions == "rotary" else None
+
+    def reserve_positions(self, length: int) -> None:
+        """Makes the tables of positions for sequences of `length` tokens, before a step that is captured."""
+        if self.config.positions in ("sinusoidal", "rotary"):
+            table = self._rotary if self.config.positions == "rotary" else self._positions
+            table.reserve(min(length, self.config.max_seq_length))
 
     def project(self, hidden_states: mx.array) -> mx.array:
         """Returns logits `[..., V]` of hidden states `[..., D]`."""
@@ -277,4 +297,4 @@ class TransformerModel(BaseModel):
 
     def make_cache(self) -> KVCache:
         """Returns an empty cache."""
-        return KVCache(len(self.blocks))
+        return KVCache(len(self.blocks), self.reserve_positions)

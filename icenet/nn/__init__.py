@@ -19,6 +19,7 @@ from icenet.nn.linear import Bias, Embedding, Linear
 from icenet.nn.loss import cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet.nn.recurrent import GRU, LSTM, RNN
+from icenet.nn.rotary import PositionTable, RotaryPositions
 
 __all__ = [
     "BatchNorm2d",
@@ -35,8 +36,10 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Mask",
+    "PositionTable",
     "RMSNorm",
     "RNN",
+    "RotaryPositions",
     "Router",
     "activation",
     "biased_mask",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,20 +17,25 @@ class KVCache(Cache):
 
     Args:
         num_layers: Number of attention layers.
+        prepare: Called with the number of columns when the buffers grow.
 
     Attributes:
         layers: The cache of each layer.
         capacity: Number of columns that the buffers can hold.
         position: Number of columns stored, int32 `[]`: the place of the next one.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
+        row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]`, while it is read in
+            pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     step = 256
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
+        self._prepare = prepare
         self.capacity = 0
         self.position = torch.zeros((), dtype=torch.int32, device="cpu")
         self.padding: torch.Tensor | None = None
+        self.row_lengths: torch.Tensor | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
     @property
@@ -55,6 +60,8 @@ class KVCache(Cache):
             self.capacity = max(-(-needed // self.step) * self.step, 2 * self.capacity)
             for layer in self.layers:
                 layer.grow(self.capacity)
+            if self._prepare is not None:
+                self._prepare(self.capacity)
 
     def begin(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, windows: Iterable[int | None] = (None,)

@@ -189,6 +189,12 @@ def is_rotary(config: Config) -> bool:
     return getattr(config.model, "positions", None) == "rotary"
 
 
+def reserved(model: Any) -> Any:
+    """Returns a model whose tables of positions have their rows."""
+    model.reserve_positions(model.config.max_seq_length)
+    return model
+
+
 def shifted(mask: Any, length: int, offset: int) -> Array:
     positions = mx.arange(length)
     causal = positions <= positions[:, None] + offset
@@ -213,19 +219,20 @@ def _(original: Any, attention_mask: Any, queries: Array, causal: bool, window: 
 
 @fault("positions: shifted by one", "transformer", fits=is_sinusoidal)
 def _(patch: Patch, engine: Engine) -> None:
-    table = engine.model._positions
-    engine.model._positions = mx.concatenate([table[1:], table[:1]])
+    table = reserved(engine.model)._positions
+    table.array = mx.concatenate([table.array[1:], table.array[:1]])
 
 
 @fault("positions: rounded to bf16", "transformer", fits=is_sinusoidal)
 def _(patch: Patch, engine: Engine) -> None:
-    engine.model._positions = engine.model._positions.astype(mx.bfloat16).astype(mx.float32)
+    table = reserved(engine.model)._positions
+    table.array = table.array.astype(mx.bfloat16).astype(mx.float32)
 
 
 @fault("rotary positions: sines rounded to bf16", "transformer", fits=is_rotary)
 def _(patch: Patch, engine: Engine) -> None:
-    table = engine.model._rotary_table
-    engine.model._rotary_table = table.astype(mx.bfloat16).astype(mx.float32)
+    for table in reserved(engine.model)._rotary.tables.values():
+        table.array = table.array.astype(mx.bfloat16).astype(mx.float32)
 
 
 @replaces("rotary positions: the other pairs", attention, "rotate", "transformer", fits=is_rotary)

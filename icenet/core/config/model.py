@@ -53,17 +53,32 @@ class ModelConfig(Section):
         return super().__new__(section)  # type: ignore[type-var, return-value]
 
 
+_SCALING_OPTIONS = {
+    "original_length": ("dynamic", "yarn", "longrope", "llama3"),
+    "low_frequency_factor": ("llama3",),
+    "high_frequency_factor": ("llama3",),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+    "truncate": ("yarn",),
+    "attention_factor": ("yarn", "longrope"),
+    "short_factors": ("longrope",),
+    "long_factors": ("longrope",),
+}
+"""The types of scaling that read an option of `RotaryScaling`."""
+
+
 class RotaryScaling(Section):
     """Scaling of rotary positions, for contexts longer than those of the original training."""
 
     section: ClassVar[str] = "model.rotary_scaling"
 
-    type: Literal["linear", "yarn", "llama3"]
-    """Frequencies divided by factor: all of them (linear), or the low ones only (yarn, llama3)."""
+    type: Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
+    """Frequencies divided by factor: all (linear), or the low ones (yarn, llama3); each by its own factor (longrope);
+    or those of a base that depends on the number of tokens (dynamic)."""
     factor: PositiveFloat
     """Ratio of the context to the original one."""
     original_length: Size | None = None
-    """Number of tokens of the original context; for yarn and llama3."""
+    """Number of tokens of the original context; for all types but linear."""
     low_frequency_factor: PositiveFloat = 1.0
     """llama3: frequencies with fewer turns in the original context are divided by factor."""
     high_frequency_factor: PositiveFloat = 4.0
@@ -75,12 +90,24 @@ class RotaryScaling(Section):
     truncate: bool = True
     """yarn: round the ends of the range between beta_fast and beta_slow to whole pairs."""
     attention_factor: PositiveFloat | None = None
-    """yarn: factor of queries and keys; null: 0.1 ln(factor) + 1."""
+    """yarn, longrope: factor of queries and keys; null: 0.1 ln(factor) + 1, and for longrope
+    sqrt(1 + ln(factor) / ln(original_length))."""
+    short_factors: list[PositiveFloat] | None = None
+    """longrope: divisor of each frequency in texts of at most original_length tokens."""
+    long_factors: list[PositiveFloat] | None = None
+    """longrope: divisor of each frequency in longer texts."""
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         if self.type != "linear" and self.original_length is None:
             raise ValueError(f"rotary_scaling of type {self.type} needs original_length")
+        if self.type == "longrope" and (self.short_factors is None or self.long_factors is None):
+            raise ValueError("rotary_scaling of type longrope needs short_factors and long_factors")
+        if self.type == "longrope" and self.original_length == 1:
+            raise ValueError("rotary_scaling of type longrope needs an original_length above 1")
+        for name, types in _SCALING_OPTIONS.items():
+            if self.type not in types and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"rotary_scaling.{name} is for type {' and '.join(types)}, not {self.type}")
         if self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError("high_frequency_factor must be larger than low_frequency_factor")
         return self
@@ -111,8 +138,12 @@ class TransformerConfig(ModelConfig):
     """Tokens that are at least so far apart are in the same group."""
     rotary_theta: PositiveFloat = 10000.0
     """Base of the angles of rotary positions."""
+    sliding_rotary_theta: PositiveFloat | None = None
+    """Base of the angles in sliding layers, which then have no rotary_scaling; null: that of the other layers."""
     rotary_scaling: RotaryScaling | None = None
-    """Scaling of rotary positions for long contexts: type (linear, yarn, llama3), factor, original_length."""
+    """Scaling of rotary positions for long contexts: type (linear, dynamic, yarn, longrope, llama3), factor, ..."""
+    rotary_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Indices of the layers with rotary positions, from 0, in ascending order; null: all."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of each head that rotary positions rotate."""
     rotary_pairs: transformer_plan.RotaryPairs = "half"
@@ -179,8 +210,6 @@ class TransformerConfig(ModelConfig):
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         transformer_plan.check(self)
-        if self.rotary_scaling is not None and self.positions != "rotary":
-            raise ValueError("rotary_scaling is for positions: rotary")
         return self
 
     @property

@@ -5,7 +5,10 @@ The blocks of both backends take these values and not the configuration, so that
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from icenet.core.config.model import RotaryScaling
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 FeedForward = Literal["plain", "gated"]
@@ -32,6 +35,10 @@ class TransformerFields(Protocol):
     position_offset: int
     relative_buckets: int | None
     relative_max_distance: int
+    rotary_theta: float
+    sliding_rotary_theta: float | None
+    rotary_scaling: RotaryScaling | None
+    rotary_layers: list[int] | None
     rotary_fraction: float
     rotary_pairs: RotaryPairs
     attention_bias: bool
@@ -71,6 +78,15 @@ class NormPlan(NamedTuple):
     """Whether an RMS norm multiplies by 1 + weight."""
 
 
+class RotaryPlan(NamedTuple):
+    """The angles of rotary positions."""
+
+    size: int
+    """Number of values of a head that are rotated."""
+    theta: float = 10000.0
+    scaling: RotaryScaling | None = None
+
+
 class AttentionPlan(NamedTuple):
     """An attention layer. Its input and output have `width` values."""
 
@@ -86,6 +102,8 @@ class AttentionPlan(NamedTuple):
     query_key_norm: QueryKeyNorm = "none"
     norm: NormPlan = NormPlan()
     """Norm of queries and keys."""
+    rotary: LayerType | None = None
+    """Type of layers whose angles it takes (see `rotary_plans`); None: it has no rotary positions."""
     rotary_pairs: RotaryPairs = "half"
     window: int | None = None
     """Number of tokens that a token attends to, itself included; None: all."""
@@ -131,7 +149,7 @@ def blocks(config: TransformerFields) -> list[BlockPlan]:
     """Returns the plan of each block."""
     width, heads = config.hidden_size, config.num_heads
     init_scale = (2 * config.num_layers) ** -0.5
-    kinds: list[LayerType] = config.layer_types or ["sliding"] * config.num_layers
+    kinds = layer_types(config)
     output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
     attention = AttentionPlan(
         width=width,
@@ -158,9 +176,10 @@ def blocks(config: TransformerFields) -> list[BlockPlan]:
         init_scale=init_scale,
     )
     sparse = set(expert_layers(config))
+    rotary = rotary_types(config)
     return [
         BlockPlan(
-            attention._replace(window=config.sliding_window if kind == "sliding" else None),
+            attention._replace(window=config.sliding_window if kind == "sliding" else None, rotary=rotary[index]),
             experts(config, feed_forward) if index in sparse else feed_forward,
             norm(config),
             config.norm_position,
@@ -168,6 +187,31 @@ def blocks(config: TransformerFields) -> list[BlockPlan]:
         )
         for index, kind in enumerate(kinds)
     ]
+
+
+def layer_types(config: TransformerFields) -> list[LayerType]:
+    """Returns whether each block has the window, if there is one."""
+    return config.layer_types or ["sliding"] * config.num_layers
+
+
+def rotary_types(config: TransformerFields) -> list[LayerType | None]:
+    """Returns the type of layers whose angles each block takes, a key of `rotary_plans`; None without rotation."""
+    if config.positions != "rotary":
+        return [None] * config.num_layers
+    layers = range(config.num_layers) if config.rotary_layers is None else config.rotary_layers
+    kinds: list[LayerType] = ["full"] * config.num_layers
+    if config.sliding_rotary_theta is not None:
+        kinds = layer_types(config)
+    return [kind if index in layers else None for index, kind in enumerate(kinds)]
+
+
+def rotary_plans(config: TransformerFields) -> dict[LayerType, RotaryPlan]:
+    """Returns the angles of rotary positions: `full` for all layers, or `sliding` for sliding ones if they differ."""
+    size, used = rotary_size(config), rotary_types(config)
+    plans: dict[LayerType, RotaryPlan] = {"full": RotaryPlan(size, config.rotary_theta, config.rotary_scaling)}
+    if config.sliding_rotary_theta is not None:
+        plans["sliding"] = RotaryPlan(size, config.sliding_rotary_theta)
+    return {kind: plan for kind, plan in plans.items() if kind in used}
 
 
 def experts(config: TransformerFields, feed_forward: FeedForwardPlan) -> FeedForwardPlan:
@@ -198,16 +242,46 @@ def rotary_size(config: TransformerFields) -> int:
     return int(head_size(config) * config.rotary_fraction)
 
 
+def _check_rotary(config: TransformerFields) -> None:
+    """Raises ValueError if options of rotary positions contradict each other."""
+    for name in ("rotary_scaling", "sliding_rotary_theta", "rotary_layers"):
+        if getattr(config, name) is not None and config.positions != "rotary":
+            raise ValueError(f"{name} is for positions: rotary")
+    layers = config.rotary_layers
+    if layers and (layers != sorted(set(layers)) or layers[-1] >= config.num_layers):
+        raise ValueError(
+            f"rotary_layers {layers} are not indices of layers, from 0 to {config.num_layers - 1} in ascending order"
+        )
+    is_sliding = config.sliding_window is not None and "sliding" in layer_types(config)
+    if config.sliding_rotary_theta is not None and not is_sliding:
+        raise ValueError("sliding_rotary_theta is for sliding layers, which need sliding_window")
+    if (scaling := config.rotary_scaling) is None:
+        return
+    pairs = rotary_size(config) // 2
+    if scaling.type == "dynamic" and pairs < 2:
+        raise ValueError(f"rotary_scaling of type dynamic needs at least 4 rotated values of a head, not {2 * pairs}")
+    for name in ("short_factors", "long_factors"):
+        if scaling.type == "longrope" and len(factors := getattr(scaling, name)) != pairs:
+            raise ValueError(f"rotary_scaling.{name} has {len(factors)} factors, and a head {pairs} rotated pairs")
+
+
 def _check_experts(config: TransformerFields) -> None:
     """Raises ValueError if options of experts contradict each other."""
     if config.num_experts is None:
-        unused = {"experts_per_token": 2, "expert_size": None, "expert_layers": None, "normalize_expert_weights": True}
+        unused = {
+            "experts_per_token": 2,
+            "expert_size": None,
+            "expert_layers": None,
+            "normalize_expert_weights": True,
+        }
         for name, default in unused.items():
             if getattr(config, name) != default:
                 raise ValueError(f"{name} needs num_experts")
         return
     if config.experts_per_token > config.num_experts:
-        raise ValueError(f"experts_per_token {config.experts_per_token} is more than num_experts {config.num_experts}")
+        raise ValueError(
+            f"experts_per_token {config.experts_per_token} is more than num_experts {config.num_experts}"
+        )
     layers = config.expert_layers
     if layers is not None and (not layers or layers != sorted(set(layers)) or layers[-1] >= config.num_layers):
         raise ValueError(
@@ -229,6 +303,7 @@ def check(config: TransformerFields) -> None:
             f"rotary positions come in pairs: rotary_fraction {config.rotary_fraction} of a head of "
             f"{head_size(config)} is {rotary_size(config)}"
         )
+    _check_rotary(config)
     if config.layer_types is not None:
         if len(config.layer_types) != config.num_layers:
             raise ValueError(

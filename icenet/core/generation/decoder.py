@@ -125,12 +125,16 @@ class DecoderBase(ABC):
         if not self.cached:
             return self._last_logits()
         self.cache = self.model.make_cache()
+        if hasattr(self.cache, "row_lengths"):
+            self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
         chunk = self.request.settings.prefill_chunk
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)
             mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
             hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
             self.evaluate(hidden)
+        if hasattr(self.cache, "row_lengths"):
+            self.cache.row_lengths = None
         return self.model.project(hidden[:, -1])
 
     def _last_logits(self) -> Any:
@@ -180,6 +184,7 @@ class DecoderBase(ABC):
         """Reads one token of each row, int `[B]`, where `decode_step` cannot.
 
         If the context of a row is full, its older half is dropped. The rest is read again, with positions from zero.
+        The whole context is read again when a row becomes longer than the model's `rereads_above`.
 
         Returns:
             Logits `[B, V]` of the next token, or None if `decode_step` can read the token.
@@ -192,6 +197,8 @@ class DecoderBase(ABC):
             return self.prefill(np.where(self.lengths > longest, max(longest // 2, 1), self.lengths))
         if not self.cached:
             return self._last_logits()
+        if (limit := getattr(self.model, "rereads_above", None)) and (self.lengths == limit + 1).any():
+            return self.prefill(self.lengths)
         if isinstance(self.cache, Cache):
             return None
         if self.attention_mask is not None:

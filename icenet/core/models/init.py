@@ -76,6 +76,11 @@ def sinusoidal_positions(length: int, width: int) -> Array:
     Column 2i is sin(position / 10000^(2i / width)); column 2i + 1 is the cosine of the same angle. They are computed
     in float64, because the frameworks' sines of large angles differ.
     """
+    return sinusoidal_rows(width, 0, length)
+
+
+def sinusoidal_rows(width: int, start: int, stop: int) -> Array:
+    """Returns the encodings of positions from `start` to `stop`, `[stop - start, width]`."""
     frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width).astype(np.float32)
+    angles = np.arange(start, stop, dtype=np.float64)[:, None] * frequencies
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(-1, width).astype(np.float32)

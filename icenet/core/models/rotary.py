@@ -3,40 +3,117 @@
 A pair of values of a query or key at position p is rotated by the angle p * frequency. The product of a query and a
 key then depends on the difference of their positions.
 
-Scaling: linear (Chen et al., 2023), YaRN (Peng et al., 2023), and that of Llama 3.1 (Grattafiori et al., 2024).
+Scaling: linear (Chen et al., 2023), dynamic NTK (bloc97 and emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding
+et al., 2024), and that of Llama 3.1 (Grattafiori et al., 2024). With dynamic and longrope the frequencies depend on
+the number of tokens in the row. Keys in a cache stay as they are; long-rope's are computed again when the row becomes
+longer than the original context (see `RotaryRows.switch`).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import RotaryScaling
+from icenet.core.config.transformer_plan import RotaryPlan
 
 Floats = NDArray[np.float32]
 
 
-def rotary_table(length: int, size: int, theta: float, scaling: RotaryScaling | None = None) -> Floats:
-    """Returns cosines and sines of the angles of each position, float32 `[length, 2, size / 2]`.
+class RotaryRows:
+    """The rows of the table of a model's rotary positions, and which of them belong to a token.
 
-    They are computed in float64 from angles in float32, because the frameworks' sines of large angles differ.
+    A row has the cosines and sines of a position, float32 `[2, R / 2]`. Long-rope has `original_length` rows for
+    texts of at most that length, then those for longer ones. Dynamic scaling has other angles for each number of
+    tokens: its rows are frequencies, float32 `[R / 2]`, for original_length, original_length + 1, ... tokens.
+
+    Args:
+        plan: Size, base and scaling.
     """
-    factor = 1.0 if scaling is None else attention_factor(scaling)
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(size, theta, scaling)
-    exact = angles.astype(np.float64)
-    return np.stack([np.cos(exact), np.sin(exact)], axis=1).astype(np.float32) * np.float32(factor)
+
+    def __init__(self, plan: RotaryPlan) -> None:
+        self.plan = plan
+        self.kind = "default" if plan.scaling is None else plan.scaling.type
+        self.factor = np.float32(attention_factor(plan.scaling))
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the rows are frequencies."""
+        return self.kind == "dynamic"
+
+    @property
+    def switch(self) -> int | None:
+        """Number of tokens in a row above which the angles of earlier tokens are others; None if there is none."""
+        return self._original_length if self.kind == "longrope" else None
+
+    @property
+    def _original_length(self) -> int:
+        assert self.plan.scaling is not None and self.plan.scaling.original_length is not None
+        return self.plan.scaling.original_length
+
+    def count(self, length: int) -> int:
+        """Returns the number of rows that texts of at most `length` tokens need."""
+        if self.is_dynamic:
+            return max(length - self._original_length, 0) + 1
+        has_two_tables = self.kind == "longrope" and length > self._original_length
+        return length + self._original_length if has_two_tables else length
+
+    def index(self, positions: Any, lengths: Any) -> Any:
+        """Returns the row of each token, int `[T]` or `[B, T]`; for dynamic scaling `[1]` or `[B, 1]`.
+
+        Args:
+            positions: Position of each token, int `[T]` or `[B, T]`, a native array.
+            lengths: Number of tokens of each row, int `[1]` or `[B, 1]`, a native array.
+        """
+        if self.is_dynamic:
+            return (lengths - self._original_length) * (lengths > self._original_length)
+        if self.kind == "longrope":
+            return positions + self._original_length * (lengths > self._original_length)
+        return positions
+
+    def make(self, start: int, stop: int) -> Floats:
+        """Returns the rows from `start` to `stop`, on the host."""
+        size, theta, scaling = self.plan
+        if self.is_dynamic:
+            return _dynamic(size, theta, scaling, np.arange(start, stop) + self._original_length)
+        if self.kind != "longrope":
+            return self._angles(start, stop, frequencies(size, theta, scaling))
+        original = self._original_length
+        parts = []
+        if start < original:
+            parts.append(self._angles(start, min(stop, original), frequencies(size, theta, scaling, original)))
+        if stop > original:
+            long = frequencies(size, theta, scaling, original + 1)
+            parts.append(self._angles(max(start - original, 0), stop - original, long))
+        return np.concatenate(parts)
+
+    def _angles(self, start: int, stop: int, chosen: Floats) -> Floats:
+        """Returns cosines and sines of positions, `[stop - start, 2, R / 2]`.
+
+        They are computed in float64 from angles in float32, because the frameworks' sines of large angles differ.
+        """
+        exact = (np.arange(start, stop, dtype=np.float32)[:, None] * chosen).astype(np.float64)
+        return np.stack([np.cos(exact), np.sin(exact)], axis=1).astype(np.float32) * self.factor
 
 
-def frequencies(size: int, theta: float, scaling: RotaryScaling | None = None) -> Floats:
+def frequencies(size: int, theta: float, scaling: RotaryScaling | None = None, length: int = 1) -> Floats:
     """Returns theta^(-2i / size) for each of the size / 2 pairs, float32 `[size / 2]`, scaled for longer contexts.
 
     Each operation is rounded to float32 as in Hugging Face's models: at position 5,000 the rounding of a frequency
     changes an angle by up to 3e-4.
+
+    Args:
+        size: Number of values that are rotated.
+        theta: The base.
+        scaling: Scaling for longer contexts.
+        length: Number of tokens in the row, for the types dynamic and longrope.
     """
-    exponents = np.arange(0, size, 2).astype(np.float32) / np.float32(size)
-    powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
+    if scaling is not None and scaling.type == "dynamic":
+        return _dynamic(size, theta, scaling, np.array([length]))[0]
+    powers = _powers(size, np.array([theta]))[0]
     plain = np.float32(1) / powers
     if scaling is None:
         return plain
@@ -44,19 +121,49 @@ def frequencies(size: int, theta: float, scaling: RotaryScaling | None = None) -
     if scaling.type == "linear":
         return slow
     assert scaling.original_length is not None
+    if scaling.type == "longrope":
+        factors = scaling.short_factors if length <= scaling.original_length else scaling.long_factors
+        return np.float32(1) / (np.array(factors, np.float32) * powers)
     if scaling.type == "yarn":
         ramp = _yarn_ramp(size, theta, scaling, scaling.original_length)
         return np.float32(1) / (np.float32(scaling.factor) * powers) * ramp + plain * (np.float32(1) - ramp)
     return _llama3(plain, slow, scaling, scaling.original_length)
 
 
-def attention_factor(scaling: RotaryScaling) -> float:
-    """Returns the factor of queries and keys. YaRN's is 0.1 ln(factor) + 1 by default."""
-    if scaling.type != "yarn":
+def attention_factor(scaling: RotaryScaling | None) -> float:
+    """Returns the factor of queries and keys.
+
+    By default YaRN's is 0.1 ln(factor) + 1, and that of long-rope sqrt(1 + ln(factor) / ln(original_length)).
+    """
+    if scaling is None or scaling.type not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+    if scaling.factor <= 1:
+        return 1.0
+    if scaling.type == "yarn":
+        return 0.1 * math.log(scaling.factor) + 1
+    assert scaling.original_length is not None
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
+
+
+def _powers(size: int, theta: NDArray[Any]) -> Floats:
+    """Returns theta^(2i / size), float32 `[N, size / 2]`, for N bases."""
+    exponents = (np.arange(0, size, 2).astype(np.float32) / np.float32(size)).astype(np.float64)
+    return np.power(theta.astype(np.float32).astype(np.float64)[:, None], exponents).astype(np.float32)
+
+
+def _dynamic(size: int, theta: float, scaling: RotaryScaling, lengths: NDArray[np.int64]) -> Floats:
+    """Returns the frequencies for N numbers of tokens, float32 `[N, size / 2]`.
+
+    The base is theta * (factor * length / original_length - factor + 1)^(size / (size - 2)).
+    """
+    assert scaling.original_length is not None
+    lengths = np.maximum(lengths, scaling.original_length)
+    stretched = np.float32(scaling.factor) * lengths.astype(np.float32) / np.float32(scaling.original_length)
+    ratio = (stretched - np.float32(scaling.factor - 1)).astype(np.float64)
+    base = np.float32(theta) * np.power(ratio, np.float64(np.float32(size / (size - 2)))).astype(np.float32)
+    return np.float32(1) / _powers(size, np.where(lengths > scaling.original_length, base, np.float32(theta)))
 
 
 def _llama3(plain: Floats, slow: Floats, scaling: RotaryScaling, length: int) -> Floats:

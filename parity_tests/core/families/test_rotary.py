@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from icenet.core.config import RotaryScaling
-from icenet.core.models.rotary import attention_factor, frequencies, rotary_table
+from icenet.core.config.transformer_plan import RotaryPlan
+from icenet.core.models.rotary import RotaryRows, attention_factor, frequencies
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"factor": 4.0}, {"factor": 4.0}),
@@ -44,7 +45,7 @@ def test_scaled_frequencies_equal_those_of_transformers(kind: str, size: int) ->
 
 def test_the_table_has_the_length_of_the_attention_factor() -> None:
     scaling = RotaryScaling(type="yarn", factor=4.0, original_length=64)
-    cos, sin = rotary_table(50, 16, 1e4, scaling).swapaxes(0, 1)
+    cos, sin = RotaryRows(RotaryPlan(16, 1e4, scaling)).make(0, 50).swapaxes(0, 1)
     np.testing.assert_allclose(np.hypot(cos, sin), 0.1 * np.log(4) + 1, rtol=1e-6)
-    plain = rotary_table(50, 16, 1e4)
+    plain = RotaryRows(RotaryPlan(16, 1e4)).make(0, 50)
     np.testing.assert_allclose(plain[7, 0], np.cos(7 * frequencies(16, 1e4)), rtol=1e-6)
