@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
-from icenet.core.families import gpt, llama
+from icenet.core.families import bert, gpt, llama, vision
 from icenet.core.families.family import Family, different_options
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.OLMO2, llama.GEMMA2, llama.PHI3),
+        *(llama.GEMMA3, llama.SMOLLM3),
         *(gpt.GPT2, gpt.GPT_NEOX),
+        *(bert.DISTILBERT, bert.BERT, bert.ROBERTA, bert.XLM_ROBERTA, bert.MPNET),
+        *(vision.RESNET, vision.VIT),
     )
 }
 """The families by `model_type` of config.json. The first one that has all options of a model is its family."""

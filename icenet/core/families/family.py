@@ -7,13 +7,14 @@ compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from icenet.core.config import Config, ModelConfig, TransformerConfig
 from icenet.core.errors import ConfigError
-from icenet.core.families.keys import COMMON, IGNORED, Part, Values, shown
+from icenet.core.families.keys import COMMON, IGNORED, Key, Part, Values, shown
 from icenet.core.families.tensors import Row
 from icenet.core.families.transformer_keys import MAX_LAYERS, options_of
 
@@ -31,9 +32,16 @@ class Family:
         rows: Names of tensors.
         head: Name of the output projection, a copy of the embedding in some files of tied models.
         buffers: Patterns of the names of tensors that are not weights.
+        unused: Patterns of the names of weights that our model does not have, such as a pooler.
+        masked_head: Name of a tensor that files of an encoder have if they have its head for masked language models.
+        head_activation: Activation of that head, of families in which it is not that of the blocks.
+        copies: Patterns of the names of copies of weights.
+        renamed: Endings of names in older files, and those of the table.
+        has_counters: Whether its batch norms count batches, in tensors `num_batches_tracked`.
         ignored: Keys that do not change the numbers, besides `IGNORED`.
         divides_width: Whether the library requires hidden_size to be a multiple of num_heads.
         section: Class of its configurations.
+        rows_of: Returns further rows for a configuration, of families whose names depend on it.
         options: Returns the options of a configuration without abbreviations, so that equal models have equal ones.
     """
 
@@ -45,13 +53,40 @@ class Family:
     rows: Sequence[Row]
     head: str = "lm_head.weight"
     buffers: Sequence[str] = ()
+    unused: Sequence[str] = ()
+    masked_head: str | None = None
+    head_activation: str | None = None
+    copies: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    has_counters: bool = False
     ignored: frozenset[str] = frozenset()
     divides_width: bool = False
     section: type[ModelConfig] = TransformerConfig
     options: Callable[[Any], dict[str, Any]] = options_of
+    rows_of: Callable[[Any], Sequence[Row]] | None = None
 
-    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def bare_architecture(self) -> str:
+        """Class of the model without its head in `transformers`."""
+        return re.sub("(ForCausalLM|LMHeadModel|ForMaskedLM)$", "Model", self.architecture)
+
+    def canonical(self, name: str) -> str:
+        """Returns the name of a tensor as the table has it, for that in a file."""
+        old = next((ending for ending in self.renamed if name.endswith(ending)), None)
+        return name if old is None else name.removesuffix(old) + self.renamed[old]
+
+    def has_head(self, names: Collection[str]) -> bool:
+        """Returns whether the tensors of a file have the projection to logits, or should have it."""
+        if self.masked_head is not None:
+            return self.masked_head in names
+        return self.head in names or any(name.startswith(self.prefix) for name in names)
+
+    def read(self, values: Mapping[str, Any], has_head: bool | None = None) -> dict[str, Any]:
         """Returns the fields of the configuration for the content of a config.json.
+
+        Args:
+            values: The content.
+            has_head: Whether the model has a projection to logits; None: if `architectures` names a class with it.
 
         Raises:
             ConfigError: It has a value that is not supported, or keys that are unknown.
@@ -67,18 +102,38 @@ class Family:
                 f"{', '.join(map(shown, unknown))}: unknown for model_type {self.model_type}, and may change what "
                 "the model computes; remove what has no effect"
             )
-        checked = Values(values)
+        defaults = {part.key: part.default for part in parts if isinstance(part, Key)}
+        checked = Values({**defaults, **values})
         fields: dict[str, Any] = {"dropout": 0.0, **self.fixed}
         for part in parts:
             fields |= part.read(checked)
         if isinstance(count := fields["num_layers"], int) and count > MAX_LAYERS:
             raise ConfigError(f"num_layers: {count} is more than {MAX_LAYERS}")
-        return fields
+        return fields if self.section is not TransformerConfig else self._with_head(fields, values, has_head)
+
+    def _with_head(self, fields: dict[str, Any], values: Mapping[str, Any], has_head: bool | None) -> dict[str, Any]:
+        """Returns the fields of a transformer with its head, or without it."""
+        if has_head is None:
+            classes = values.get("architectures") or []
+            has_head = self.bare_architecture not in classes
+            if self.masked_head is not None:
+                has_head = any(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in classes)
+        if has_head and self.masked_head is not None:
+            if self.head_activation not in (None, fields["activation"]):
+                raise ConfigError(
+                    f"activation {fields['activation']} is not supported in a masked language model of "
+                    f"{self.model_type}, only {self.head_activation}, which is that of its head"
+                )
+            return {**fields, "output": "transform", "output_bias": True}
+        if has_head or (self.masked_head is None and fields.get("tie_embeddings")):
+            return fields
+        return {**fields, "output": "none", "tie_embeddings": False, "output_bias": False, "logit_softcap": None}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the keys of config.json for a model of the family."""
         options = self.options(config)
-        written: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
+        architecture = self.bare_architecture if options.get("output") == "none" else self.architecture
+        written: dict[str, Any] = {"model_type": self.model_type, "architectures": [architecture]}
         for part in self.parts:
             written |= part.write(options)
         return written

@@ -32,6 +32,8 @@ from icenet.core.weights.quantized import dequantized
 from icenet.core.weights.safetensors import dtype_name, spec_of, without_duplicates
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+"""How images are read; see `icenet.core.data.images.preprocess`."""
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, *companions.COMPANIONS, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -87,7 +89,7 @@ def is_importable(path: Path) -> bool:
 def is_known(path: Path) -> bool:
     """Returns whether a path is a GGUF file, or a folder of Hugging Face of one of `FAMILIES`."""
     try:
-        return is_gguf(path) or (is_folder(path) and _read_json(path / CONFIG).get("model_type") in FAMILIES)
+        return is_gguf(path) or (is_folder(path) and read_json(path / CONFIG).get("model_type") in FAMILIES)
     except ConfigError:
         return False
 
@@ -113,22 +115,28 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     if values.get("auto_map"):
         _log.warning(f"{where}: the code that auto_map names is not used; the model is IceNet's {model_type}")
     try:
-        fields = family.read(values)
+        fields = family.read(values, family.has_head({family.canonical(name) for name in found}))
         config = Config.from_dict({"model": fields})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if fields.get("tie_embeddings") and _has_own_head(family, config, found):
         _log.warning(f"{path}: {family.head} differs from the embedding, so they are not tied; config.json ties them")
         fields["tie_embeddings"] = False
-    tree: dict[str, Any] = {"model": fields, "generation": _generation(files, values)}
-    if (files / TOKENIZER_FILE).is_file():
+    reads_text = config.model.input_kind == "tokens"
+    tree: dict[str, Any] = {"model": fields}
+    if reads_text:
+        tree["generation"] = _generation(files, values)
+    if reads_text and (files / TOKENIZER_FILE).is_file():
         tree["data"] = {"tokenizer": str((files / TOKENIZER_FILE).absolute())}
     try:
         config = Config.from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{files / GENERATION} or {where}: {error}") from None
     config = config.with_overrides(*overrides)
-    return Folder(path, files, family, values, config, ImportedWeights(family, config, found))
+    weights = ImportedWeights(family, config, found)
+    if weights.unused:
+        _log.warning(f"{path}: {', '.join(weights.unused)}: not used, because the model has no part for them")
+    return Folder(path, files, family, values, config, weights)
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class _Source:
 
 
 def _open_folder(path: Path) -> _Source:
-    values = _read_json(path / CONFIG)
+    values = read_json(path / CONFIG)
     if values.get("model_type") not in FAMILIES:  # reported first, and without a look at its weights
         return _Source(path / CONFIG, values, weight_files.Weights(path, []), path)
     try:
@@ -211,7 +219,8 @@ def files_for(
         ConfigError: No family has the options of the model.
     """
     family = family_of(config.model, source.family if source else None)
-    files, remarks, special = _tokenizer(config, source)
+    reads_text = config.model.input_kind == "tokens"
+    files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source)
     dtypes = Counter(dtype_name(spec_of(weights, name).dtype) for name in weights)
     dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
     if source is None:
@@ -222,7 +231,7 @@ def files_for(
             written["tie_word_embeddings"] = ties
         if written.pop("auto_map", None):
             remarks.append("auto_map is left out, because the code that it names is")
-    if GENERATION not in files:
+    if reads_text and GENERATION not in files:
         files[GENERATION] = _json({**special, **_written_generation(config)})
     files[CONFIG] = _json(dict(sorted(written.items())))
     return family, files, remarks
@@ -250,6 +259,14 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
     return files, remarks, ids
 
 
+def _image_files(source: Folder | None) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
+    """Returns what `_tokenizer` returns, for a model of images."""
+    if source is None:
+        return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read, and no names of classes"], {}
+    file = source.files / PREPROCESSOR
+    return {PREPROCESSOR: file.read_bytes()} if file.is_file() else {}, [], {}
+
+
 def _written_generation(config: Config) -> dict[str, Any]:
     settings = config.generation
     sampling = {name: getattr(settings, name) for name in (*_SAMPLING, "min_p")}
@@ -267,7 +284,7 @@ def _written_generation(config: Config) -> dict[str, Any]:
 def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `GenerationConfig` for config.json and generation_config.json."""
     file = path / GENERATION
-    given = _read_json(file) if file.is_file() else {}
+    given = read_json(file) if file.is_file() else {}
     found: dict[str, Any] = {}
     ends: list[Any] = []
     for ids in (given.get("eos_token_id"), values.get("eos_token_id"), companions.eos_token_id(path)):
@@ -311,7 +328,8 @@ def _has_own_head(family: Family, config: Config, weights: StoredWeights) -> boo
     return embedding is not None and not is_tied(weights[embedding], weights[family.head])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a file of settings. Raises ConfigError if it is no JSON object."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MB; not a file of settings")

@@ -23,12 +23,21 @@ class Row:
         ours: Our names. The rows of several are stacked in this order.
         is_transposed: Whether its weight has the axes (in, out).
         is_per_head: Whether the rows of several are stacked within each head.
+        separator: What is between its name and `weight` or `bias`.
+        is_array: Whether it is not a layer but an array, with one axis of length 1 in front of those of our weight.
     """
 
     theirs: str
     ours: Sequence[str]
     is_transposed: bool = False
     is_per_head: bool = False
+    separator: str = "."
+    is_array: bool = False
+
+    def name_of(self, index: Sequence[str], kind: str) -> str:
+        """Returns the name of its weight, bias or other parameter in the block of an index."""
+        name = _numbered(self.theirs, index)
+        return name if self.is_array else f"{name}{self.separator}{kind}"
 
 
 class Tensor(NamedTuple):
@@ -43,11 +52,13 @@ class Tensor(NamedTuple):
     def shape(self) -> Shape:
         """The shape in the family's file."""
         joined = (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+        if self.row.is_array:
+            return (1, *joined)
         return joined[::-1] if self.row.is_transposed else joined
 
     def split(self, array: Array, index: int) -> Array:
         """Returns one of our tensors: a view, or for rows stacked within heads a copy."""
-        array = array.T if self.row.is_transposed else array
+        array = array[0] if self.row.is_array else array.T if self.row.is_transposed else array
         if len(self.paths) == 1:
             return array
         if self.row.is_per_head:
@@ -64,6 +75,8 @@ class Tensor(NamedTuple):
             joined = np.concatenate(parts, axis=1).reshape(-1, *arrays[0].shape[1:])
         else:
             joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if self.row.is_array:
+            return joined[None]
         return joined.T if self.row.is_transposed else joined
 
 
@@ -82,9 +95,7 @@ def tensors(rows: Sequence[Row], heads: int, shapes: Mapping[str, Shape]) -> dic
             if match := pattern.fullmatch(path):
                 *index, kind = match.groups()
                 paths = [f"{_numbered(name, index)}.{kind}" for name in row.ours]
-                found[f"{_numbered(row.theirs, index)}.{kind}"] = Tensor(
-                    row, heads, paths, [shapes[name] for name in paths]
-                )
+                found[row.name_of(index, kind)] = Tensor(row, heads, paths, [shapes[name] for name in paths])
     return found
 
 

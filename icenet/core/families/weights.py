@@ -15,6 +15,8 @@ from icenet.core.families.tensors import Tensor, tensors
 from icenet.core.weights.files import Array, StoredWeights
 from icenet.core.weights.safetensors import Spec, spec_of
 
+_STATISTIC, _COUNTER = ".running_var", ".num_batches_tracked"
+
 
 class ImportedWeights(Mapping[str, Array]):
     """The weights of a family under our names. Each is made from a memory map when it is looked up.
@@ -29,23 +31,34 @@ class ImportedWeights(Mapping[str, Array]):
     """
 
     def __init__(self, family: Family, config: Config, weights: StoredWeights) -> None:
-        self._weights = weights
+        self.stored = weights
+        """The files."""
         self.left_out: list[str] = []
         """Names of tensors that are not weights, and of a copy of tied ones."""
+        self.unused: list[str] = []
+        """Names of weights that our model does not have."""
         if config.model.num_layers > len(weights):
             raise WeightsError(
                 f"{weights.path}: has {len(weights)} tensors, and its config.json {config.model.num_layers} layers; "
                 "copy or save the folder again"
             )
+        names = {family.canonical(name): name for name in weights}
         wanted = family_tensors(family, config)
         bare = not any(name.startswith(family.prefix) for name in weights)
-        expected = {name.removeprefix(family.prefix) if bare else name: tensor for name, tensor in wanted.items()}
+        wanted = {name.removeprefix(family.prefix) if bare else name: tensor for name, tensor in wanted.items()}
+        expected = {names.get(name, name): tensor for name, tensor in wanted.items()}
         unknown: list[str] = []
         for name in weights:
-            if name not in expected:
+            if name not in expected and not any(re.fullmatch(pattern, name) for pattern in family.copies):
                 is_copy = getattr(config.model, "tie_embeddings", False) and name == family.head
                 is_buffer = any(re.fullmatch(pattern, name) for pattern in family.buffers)
-                (self.left_out if is_copy or is_buffer else unknown).append(name)
+                norm = name.removesuffix(_COUNTER)
+                if family.has_counters and name != norm and f"{norm}{_STATISTIC}" in expected:
+                    continue
+                if any(re.fullmatch(pattern, name) for pattern in family.unused):
+                    self.unused.append(name)
+                else:
+                    (self.left_out if is_copy or is_buffer else unknown).append(name)
         missing = [name for name in expected if name not in weights]
         misshapen = [
             f"{name} is {list(weights.spec(name).shape)}, not {list(tensor.shape)}"
@@ -56,7 +69,8 @@ class ImportedWeights(Mapping[str, Array]):
         if any(names for _, names in problems):
             listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems if names)
             raise WeightsError(
-                f"{weights.path}: its tensors are not those of its config.json ({family.model_type}): {listed}"
+                f"{weights.path}: its tensors are not those of its config{'.json' if family.parts else ''} "
+                f"({family.model_type}): {listed}"
             )
         self._places = {
             path: (name, tensor, index)
@@ -66,18 +80,44 @@ class ImportedWeights(Mapping[str, Array]):
 
     def __getitem__(self, path: str) -> Array:
         name, tensor, index = self._places[path]
-        return tensor.split(self._weights[name], index)
+        return tensor.split(self.stored[name], index)
 
     def spec(self, path: str) -> Spec:
         """Returns the dtype and the shape of an array."""
         name, tensor, index = self._places[path]
-        return Spec(self._weights.spec(name).dtype, tuple(tensor.shapes[index]))
+        return Spec(self.stored.spec(name).dtype, tuple(tensor.shapes[index]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class OriginalWeights(Mapping[str, Array]):
+    """The weights of a folder under their own names, with those that our model does not have.
+
+    Args:
+        imported: The weights.
+    """
+
+    def __init__(self, imported: ImportedWeights) -> None:
+        self._weights = imported.stored
+        left_out = set(imported.left_out)
+        self._names = [name for name in self._weights if name not in left_out]
+
+    def __getitem__(self, name: str) -> Array:
+        return self._weights[name]
+
+    def spec(self, name: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        return self._weights.spec(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class ExportedWeights(Mapping[str, Array]):
@@ -92,28 +132,37 @@ class ExportedWeights(Mapping[str, Array]):
     def __init__(self, family: Family, config: Config, weights: Mapping[str, Array]) -> None:
         self._weights = weights
         self._tensors = family_tensors(family, config)
+        if getattr(config.model, "output", None) == "none":  # as the library writes a model without its head
+            self._tensors = {name.removeprefix(family.prefix): tensor for name, tensor in self._tensors.items()}
+        norms = [name.removesuffix(_STATISTIC) for name in self._tensors if name.endswith(_STATISTIC)]
+        self._counters = [f"{name}{_COUNTER}" for name in norms if family.has_counters]
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._counters:
+            return np.zeros((), np.int64)
         return self._tensors[name].join(self._weights)
 
     def spec(self, name: str) -> Spec:
         """Returns the dtype and the shape of an array."""
+        if name in self._counters:
+            return Spec(np.dtype(np.int64), ())
         tensor = self._tensors[name]
         dtypes = {spec_of(self._weights, path).dtype for path in tensor.paths}
         array = self[name] if len(dtypes) > 1 else None
         return Spec(dtypes.pop() if array is None else array.dtype, tuple(tensor.shape))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter([*self._tensors, *self._counters])
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._tensors) + len(self._counters)
 
 
 def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
     """Returns the tensors of a model by their names in the files of its family."""
     shapes = backends.meta_model(config).weight_shapes()
-    return tensors(family.rows, getattr(config.model, "num_heads", 1), shapes)
+    rows = [*family.rows, *(family.rows_of(config.model) if family.rows_of else ())]
+    return tensors(rows, getattr(config.model, "num_heads", 1), shapes)
 
 
 def is_tied(embedding: Array, head: Array) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, UsageError
 from icenet.core.families import folder
-from icenet.core.families.weights import ExportedWeights
+from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import open_averaged, open_target
 from icenet.core.weights import files as weight_files
@@ -28,7 +28,7 @@ def export(
     max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a folder that `from_pretrained` of `transformers` loads.
 
     The dtype of the weights is kept. A folder of Hugging Face that is exported again has the same tensors, bit for
     bit.
@@ -61,7 +61,9 @@ def export(
     family, files, remarks = folder.files_for(config, weights, imported)
     if not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
-    exported = ExportedWeights(family, config, weights)
+    exported: ExportedWeights | OriginalWeights = ExportedWeights(family, config, weights)
+    if imported is not None:
+        exported = OriginalWeights(imported.weights)
     written = weight_files.write(
         destination, exported, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
     )

@@ -51,7 +51,7 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)
     if not is_run and not (path / "manifest.json").is_file() and folder.is_folder(path):
         imported = folder.read(path, overrides)
-        if not (path / TOKENIZER_FILE).is_file():
+        if imported.config.model.input_kind == "tokens" and not (path / TOKENIZER_FILE).is_file():
             logging.getLogger("icenet").warning(f"{path}: has no {TOKENIZER_FILE}, which generating text needs")
         return imported.config, imported.weights
     if is_run or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
