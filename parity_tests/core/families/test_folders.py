@@ -76,6 +76,11 @@ def tiny_config(model_type: str) -> TransformerConfig:
     if model_type == "gpt2":
         values = {names.get(key, key): value for key, value in values.items() if key in {*names, "vocab_size"}}
         values |= {"n_positions": 8, "n_inner": 5}
+    elif model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+        values["architectures"] = [FAMILIES[model_type].architecture]
+    elif model_type == "distilbert":
+        sizes = {"dim": 12, "hidden_dim": 5, "n_heads": 3, "n_layers": 2}
+        values = {"vocab_size": 7, "max_position_embeddings": 8, **sizes, "architectures": ["DistilBertForMaskedLM"]}
     else:
         values |= {"rotary_pct": 0.5} if model_type == "gpt_neox" else {"num_key_value_heads": 1}
     config = Config.from_dict({"model": FAMILIES[model_type].read(values)}).model
@@ -327,7 +332,7 @@ def test_a_folder_converts_to_our_form_and_generates(llama: Path, tmp_path: Path
     written = json.loads((tmp_path / "from-ours" / "config.json").read_text())
     assert (written["model_type"], written["eos_token_id"]) == ("llama", 0)
     settings = json.loads((tmp_path / "from-ours" / "generation_config.json").read_text())
-    assert "do_sample" not in settings  # the defaults of each library
+    assert settings["do_sample"] is False  # the default of the library, which the folder had
     names = json.loads((tmp_path / "from-ours" / "tokenizer_config.json").read_text())
     assert names["eos_token"] == "<|endoftext|>"
 
