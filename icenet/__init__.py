@@ -5,6 +5,7 @@
     model = icenet.build("transformer-tiny")                 # on the backend that the config names
     model = icenet.load("runs/quickstart/mlx", backend="torch")
     text = icenet.generate(model, "def main(", max_new_tokens=100, temperature=0.8, seed=1)
+    text = icenet.chat("SmolLM2-135M-Instruct", "What is the capital of France?")
     icenet.save(model, "my-model")
 
 Importing this package loads neither MLX nor PyTorch. Each function loads the framework that it needs.
@@ -12,7 +13,7 @@ Importing this package loads neither MLX nor PyTorch. Each function loads the fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.weights.convert import Conversion
 
-__all__ = ["__version__", "build", "convert", "generate", "load", "save"]
+__all__ = ["__version__", "build", "chat", "convert", "generate", "load", "save"]
 __version__: str
 
 
@@ -84,8 +85,8 @@ def load(
     """Loads a model, on any backend.
 
     Args:
-        path: A run (its newest complete checkpoint), a checkpoint, a folder that `save` wrote, or a folder of Hugging
-            Face (see docs/conversion.md).
+        path: A run (its newest complete checkpoint), a checkpoint, a folder that `save` wrote, a folder of Hugging
+            Face, a GGUF file, or the id of a repository of huggingface.co (see docs/conversion.md).
         backend: mlx, torch or auto; by default that of the config.
         device: auto, cpu, gpu, cuda, cuda:N or mps; by default that of the config.
         allow_tf32: Whether fp32 products may use TF32 on a GPU; by default that of the config.
@@ -106,10 +107,11 @@ def load(
     from icenet.core.errors import CheckpointError
     from icenet.core.models.inference import build_for_inference
     from icenet.core.training.open_model import open_averaged, open_target
+    from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
     config, weights = None, None
-    if path.exists():
+    if path.exists() or is_repository_id(path):
         chosen = [f"backend={backend}"] if backend else []
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
@@ -176,6 +178,43 @@ def generate(
     model = load(model) if isinstance(model, (str, Path)) else model
     _check_model(model, "generate")
     return generate_text(model, prompt, stream, details, options)
+
+
+def chat(
+    model: Any,
+    messages: str | Sequence[Mapping[str, Any]],
+    stream: bool = False,
+    *,
+    details: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Answers messages, by the chat template of the model's tokenizer.
+
+    Args:
+        model: A model, or a path that `load` accepts.
+        messages: One text of the user, or a list of messages: `{"role": "user", "content": "Hello"}`, with the roles
+            system, user and assistant.
+        stream: Whether to return an iterator over pieces of text.
+        details: Whether to return text, tokens and finish reason.
+        template_options: Variables of the chat template, such as `{"enable_thinking": False}`.
+        options: Keys of `icenet.core.config.GenerationConfig`, as for `generate`. Without `max_new_tokens` an answer
+            has at most 1,024 tokens, or those that fit into the context.
+
+    Returns:
+        The text of the answer, an iterator of strings with `stream`, or with `details` an
+        `icenet.core.generation.streaming.Continuation`.
+
+    Raises:
+        UsageError: There is no chat template, it refuses the messages, or they exceed the context.
+        DataError: The chat template is faulty, takes too long or needs too much memory.
+        NonFiniteError: The model's logits are NaN or infinite.
+    """
+    from icenet.core.generation.chat import chat_text
+
+    model = load(model) if isinstance(model, (str, Path)) else model
+    _check_model(model, "chat")
+    return chat_text(model, messages, stream, details, template_options, options)
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:

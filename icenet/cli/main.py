@@ -24,11 +24,13 @@ from icenet.cli.options import (
     device_option,
     dtype_option,
     examples,
+    generation_options,
     json_option,
     overwrite_option,
     set_option,
     show,
     show_json,
+    template_option,
     trust_option,
 )
 from icenet.core.report import streams
@@ -206,27 +208,12 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
 @click.argument("model", type=PATH)
 @click.option("--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=PATH, help="File with the text to continue; - for standard input.")
-@click.option("--max-new-tokens", type=int, help="Number of tokens to generate.")
-@click.option("--max-length", type=int, help="Number of tokens of prompt and continuation together.")
-@click.option("--temperature", type=float, help="Divisor of the logits; 0 selects the most likely token.")
-@click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all.")
-@click.option("--top-p", type=float, help="Sample from the most likely tokens with total probability p.")
-@click.option("--min-p", type=float, help="Drop tokens less likely than p times the most likely one.")
-@click.option("--repetition-penalty", type=float, help="Penalty on tokens that occurred; 1: none.")
-@click.option("--seed", type=int, help="Seed of the sampling.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the output before this text. Repeatable.")
 @click.option(
-    "--eos-token-id",
-    type=int,
-    multiple=True,
-    help="End at this token. Repeatable. Default: the end-of-text tokens of the tokenizer.",
+    "--add-special-tokens/--no-add-special-tokens",
+    default=None,
+    help="Put tokens around the prompt as the tokenizer does, such as a beginning-of-text token.",
 )
-@click.option("--ignore-eos/--no-ignore-eos", default=None, help="Continue after an end-of-text token.")
-@click.option(
-    "--overflow",
-    type=click.Choice(["error", "slide"]),
-    help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
-)
+@generation_options
 @averaged_option
 @backend_option
 @device_option
@@ -256,12 +243,67 @@ def generate_command(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
-    options.update((name, list(options[name]) or None) for name in ("stop", "eos_token_id"))
     if as_json:
         show_json(generate.generate(model, text, backend, device, dtype, averaged=averaged, **options))
         return
     for piece in generate.stream(model, text, backend, device, dtype, averaged=averaged, **options):
         streams.write(piece, end="")
+
+
+@cli.command(
+    "chat",
+    epilog=examples(
+        "icenet chat SmolLM2-135M-Instruct",
+        'icenet chat MODEL --message "What is the capital of France?"',
+        'icenet chat MODEL --system "Answer in one word." --temperature 0.7 --seed 1',
+        "icenet chat MODEL --backend torch < questions.txt > answers.txt",
+    ),
+)
+@click.argument("model", type=PATH)
+@click.option(
+    "--message", "messages", multiple=True, metavar="TEXT", help="Answer this message and exit. Repeatable, in turn."
+)
+@click.option("--system", metavar="TEXT", help="Message before the conversation that describes the task.")
+@generation_options
+@template_option
+@averaged_option
+@backend_option
+@device_option
+@dtype_option
+@trust_option
+def chat_command(
+    model: Path,
+    messages: tuple[str, ...],
+    system: str | None,
+    template_options: dict[str, Any],
+    averaged: bool,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    **options: Any,
+) -> None:
+    """Chat with a model that has a chat template.
+
+    MODEL is a Hugging Face folder, a run, a checkpoint or a saved model. Each line is a message; /help lists the
+    commands. Ctrl-C stops an answer. Ctrl-D, /exit or Ctrl-C twice end the chat. If the standard input is no
+    terminal, its lines are the messages.
+
+    Options that are not given take their values from generation_config.json or from the generation section of the
+    model's config.
+    """
+    from icenet.commands.chat import chat
+
+    chat(
+        model,
+        messages,
+        system=system,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        averaged=averaged,
+        template_options=template_options,
+        **options,
+    )
 
 
 @cli.command(

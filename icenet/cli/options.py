@@ -48,6 +48,10 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
+def _to_list(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> list[Any] | None:
+    return list(values) or None
+
+
 class UserPath(click.Path):
     """A path: not empty, with `~` for the home folder, which a shell leaves as it is in `--out=~/x`."""
 
@@ -97,6 +101,70 @@ averaged_option = click.option(
     "--averaged", is_flag=True, help="Use the averaged weights that training.ema_decay stored."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+_GENERATION_OPTIONS = (
+    click.option("--max-new-tokens", type=int, help="Number of tokens to generate."),
+    click.option("--max-length", type=int, help="Number of tokens of prompt and continuation together."),
+    click.option("--temperature", type=float, help="Divisor of the logits; 0 selects the most likely token."),
+    click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all."),
+    click.option("--top-p", type=float, help="Sample from the most likely tokens with total probability p."),
+    click.option("--min-p", type=float, help="Drop tokens less likely than p times the most likely one."),
+    click.option("--repetition-penalty", type=float, help="Penalty on tokens that occurred; 1: none."),
+    click.option("--seed", type=int, help="Seed of the sampling."),
+    click.option(
+        "--stop",
+        multiple=True,
+        callback=_to_list,
+        metavar="TEXT",
+        help="End the output before this text. Repeatable.",
+    ),
+    click.option(
+        "--eos-token-id",
+        type=int,
+        multiple=True,
+        callback=_to_list,
+        help="End at this token. Repeatable. Default: the end-of-text tokens of the tokenizer.",
+    ),
+    click.option("--ignore-eos/--no-ignore-eos", default=None, help="Continue after an end-of-text token."),
+    click.option(
+        "--overflow",
+        type=click.Choice(["error", "slide"]),
+        help="Beyond model.max_seq_length: fail, or drop the oldest tokens.",
+    ),
+)
+
+
+def generation_options(command: Any) -> Any:
+    """Adds the options of text generation to a command. They are None if they are not given."""
+    for option in reversed(_GENERATION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _template_options(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    import json
+
+    found: dict[str, Any] = {}
+    for value in values:
+        name, separator, text = value.partition("=")
+        if not separator or not name.isidentifier():
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE", ctx, parameter)
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+template_option = click.option(
+    "--template-option",
+    "template_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_template_options,
+    help="Set a variable of the chat template, e.g. enable_thinking=false. Repeatable.",
+)
 
 
 class Report(Protocol):

@@ -33,8 +33,8 @@ def generate(
     Args:
         path, prompt, backend, device, dtype, averaged, options: See `stream`.
     """
-    model = _load(path, backend, device, dtype, averaged)
-    _name_unused(model, options)
+    model = load_model(path, backend, device, dtype, averaged)
+    name_unused(model, options)
     return {"prompt": prompt, **asdict(icenet.generate(model, prompt, details=True, **options))}
 
 
@@ -61,8 +61,8 @@ def stream(
         averaged: Use the averaged weights of `training.ema_decay`.
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
-    model = _load(path, backend, device, dtype, averaged)
-    _name_unused(model, options)
+    model = load_model(path, backend, device, dtype, averaged)
+    name_unused(model, options)
     continuation = icenet.generate(model, prompt, stream=True, **options)
     yield prompt
     try:
@@ -73,7 +73,7 @@ def stream(
     yield "\n"
 
 
-def _name_unused(model: Any, options: Mapping[str, Any]) -> None:
+def name_unused(model: Any, options: Mapping[str, Any]) -> None:
     """Names the given options that have no effect with the others and the model's own settings."""
     given = {name: value for name, value in options.items() if value is not None}
     settings = (model.generation or GenerationConfig()).model_copy(update=given)
@@ -82,7 +82,8 @@ def _name_unused(model: Any, options: Mapping[str, Any]) -> None:
             _log.warning(f"no effect: --{name.replace('_', '-')}: {reason}")
 
 
-def _load(path: Path, backend: str | None, device: str | None, dtype: str | None, averaged: bool) -> Any:
+def load_model(path: Path, backend: str | None, device: str | None, dtype: str | None, averaged: bool) -> Any:
+    """Returns a model that is loaded as `icenet.load` does, with the number of threads that is best for decoding."""
     model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged)
     if (width := getattr(model.config, "hidden_size", None)) and model.is_on_cpu:
         choose_num_threads(model.backend, SMALL_ROWS, width)

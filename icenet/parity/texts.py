@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from icenet.core.generation.prompts import encode_prompts
-from icenet.core.generation.request import Request, make_request
+from icenet.core.generation.request import Request, make_request, settings_of
 from icenet.core.tokenizers.base import decode_continuation
 
 TIE = 64 * 2.0**-23
@@ -77,7 +77,7 @@ def compare_texts(
     import icenet
 
     models = [icenet.load(path, name, device) for name in names]
-    ids = [list(prompt)] if not isinstance(prompt, str) else encode_prompts(models[0].tokenizer, [prompt])
+    ids = [list(prompt)] if not isinstance(prompt, str) else _encode(models[0], prompt, options)
     requests = [make_request(model, ids, None, 0, options) for model in models]
     rows, kept = zip(*map(_generate, models, requests), strict=True)
     text = decode_continuation(models[0].tokenizer, kept[0]) if models[0].tokenizer else ""
@@ -87,6 +87,10 @@ def compare_texts(
         return TextComparison(text, tokens, None if len(rows[0]) == len(rows[1]) else min(map(len, rows)))
     margin = _margin(models[0].decoder_type(models[0], requests[0]), at, [row[at] for row in rows])
     return TextComparison(text, tokens, at, margin)
+
+
+def _encode(model: Any, prompt: str, options: dict[str, Any]) -> list[list[int]]:
+    return encode_prompts(model.tokenizer, [prompt], settings_of(model, options).add_special_tokens)
 
 
 def _generate(model: Any, request: Request) -> tuple[list[int], list[int]]:

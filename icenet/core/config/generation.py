@@ -46,6 +46,8 @@ class GenerationConfig(Section):
     """Token ids and strings that end a sequence; they are not part of the result."""
     eos_token_id: _TokenIds | None = None
     """Token ids, or one id, that end a text; null: the tokenizer's end-of-text tokens. The result excludes them."""
+    add_special_tokens: bool = False
+    """Put the tokens around a prompt that the tokenizer puts around a text, such as a beginning-of-text token."""
     ignore_eos: bool = False
     """Continue after an end-of-text token."""
     overflow: Literal["error", "slide"] = "error"

@@ -119,7 +119,7 @@ def make_request(
         UsageError: A prompt or an option is invalid.
     """
     check_reads_tokens(model)
-    settings = _settings(model.generation or GenerationConfig(), options)
+    settings = settings_of(model, options)
     vocab_size = model.config.vocab_size
     tokens, mask = batch_of(input_ids, attention_mask, pad_token_id, vocab_size)
     if mask is not None and not hasattr(model, "make_cache"):
@@ -139,8 +139,9 @@ def make_request(
     return Request(tokens, mask, settings, limits, context_length, seed, pad_token_id, model.tokenizer, ends)
 
 
-def _settings(base: GenerationConfig, options: Mapping[str, Any]) -> GenerationConfig:
-    """Returns the base settings with the options that are not None."""
+def settings_of(model: LanguageModel, options: Mapping[str, Any]) -> GenerationConfig:
+    """Returns the settings of a model with the options that are not None."""
+    base = model.generation or GenerationConfig()
     given = {key: _to_python(value) for key, value in options.items() if value is not None}
     if "stop" in given and not isinstance(given["stop"], list):
         given["stop"] = [given["stop"]]

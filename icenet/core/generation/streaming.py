@@ -11,9 +11,9 @@ import numpy as np
 from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import encode_prompts
-from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request
+from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request, settings_of
 from icenet.core.generation.stopping import FinishReason, StoppingCriteria
-from icenet.core.tokenizers.base import Tokenizer, decode_continuation
+from icenet.core.tokenizers.base import Tokenizer, decode_continuation, unstable_characters
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def generate_text(
         raise UsageError(
             f"generate: a prompt must be a text, not {type(wrong[0]).__name__}; use model.generate for token ids"
         )
-    ids = encode_prompts(model.tokenizer, prompts)
-    if stream and len(ids) != 1:
+    if stream and len(prompts) != 1:
         raise UsageError("generate: stream=True takes one prompt")
     if stream and details:
         raise UsageError("generate: details=True needs stream=False; a stream returns the finish reason at its end")
+    ids = encode_prompts(model.tokenizer, prompts, settings_of(model, options).add_special_tokens)
     request = make_request(model, ids, None, 0, options)
     decoder = model.decoder_type(model, request)
     if stream:
@@ -136,11 +136,12 @@ def stream_text(decoder: DecoderBase, request: Request) -> Generator[str, None, 
     """
     assert request.tokenizer is not None
     stopping, tail, shown = request.stopping_criteria(), TextTail(request.tokenizer), 0
+    unstable = unstable_characters(request.tokenizer)
     try:
         for _ in stream_tokens(decoder, request, stopping):
             text = tail.decode(stopping.tokens[0], shown)
             complete = text.rstrip("\ufffd")  # the replacement character stands for unfinished bytes
-            safe = tail.start + len(complete) - stopping.held_back(complete)
+            safe = tail.start + len(complete) - max(stopping.held_back(complete), unstable)
             if safe > shown:
                 piece, shown = text[shown - tail.start : safe - tail.start], safe
                 yield piece

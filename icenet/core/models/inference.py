@@ -59,8 +59,13 @@ def build_for_inference(
         model.set_weights(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
-        if tokenizer.vocab_size <= config.model.vocab_size:
+        # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding
+        if (size := getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)) <= config.model.vocab_size:
             model.tokenizer = tokenizer
+        elif tokenizer.files:
+            logging.getLogger("icenet").warning(
+                f"data.tokenizer: has {size:,} tokens and the model {config.model.vocab_size:,}; it is not used"
+            )
     draws = config.generation.seed if config.generation.seed is not None else config.seed
     model.generation = config.generation.model_copy(update={"seed": draws})
     return model

@@ -10,6 +10,7 @@ from icenet.core.errors import DataError
 from icenet.core.files import path_hint
 from icenet.core.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
+from icenet.core.tokenizers.companions import read_files
 
 
 def get_tokenizer(name: str) -> Tokenizer:
@@ -51,4 +52,6 @@ def tokenizer_files(name: str) -> dict[str, bytes]:
     """Returns the content of the files of the tokenizer that `data.tokenizer` names, by file name, unchecked."""
     path = Path(name).expanduser()
     path = path / TOKENIZER_FILE if path.is_dir() else path
-    return {TOKENIZER_FILE: path.read_bytes()} if name != ByteTokenizer.name and path.is_file() else {}
+    if name == ByteTokenizer.name or not path.is_file():
+        return {}
+    return {TOKENIZER_FILE: path.read_bytes(), **read_files(path.parent)}

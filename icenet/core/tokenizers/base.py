@@ -36,8 +36,11 @@ class Tokenizer(Protocol):
     """The largest token id plus one."""
     eot_id: int
     """The end-of-text token, which separates documents and ends generation."""
-    files: Mapping[str, bytes]
-    """The files that define the tokenizer, by name. Checkpoints store them; empty if none are needed."""
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The files that define the tokenizer, by name. Checkpoints store them; empty if none are needed."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, without special tokens around it."""
@@ -84,6 +87,21 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError as error:
         raise DataError(f"the text has a lone surrogate at {error.start}, which is not a character") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the tokens of a text with those that the tokenizer puts around it.
+
+    That is `tokenizer.encode_prompt(text)`, or `encode(text)` for a tokenizer without that method.
+    """
+    encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+    tokens: list[int] = encode(text)
+    return tokens
+
+
+def unstable_characters(tokenizer: Tokenizer) -> int:
+    """Returns how many characters at the end of a text the next token may change, without unfinished characters."""
+    return int(getattr(tokenizer, "unstable_characters", 0))
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

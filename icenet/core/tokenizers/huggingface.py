@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
+from icenet.core.tokenizers.companions import CONFIG, PROCESSOR_TEMPLATE, TEMPLATE, Settings, parse, read_files
 
 EOT_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|end|>", "<end_of_text>"),
@@ -29,32 +30,53 @@ EOT_TOKENS = (
 END_TOKENS = frozenset({*EOT_TOKENS, "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"} - {"[SEP]"})
 """Names of special tokens that end a text or a turn of a chat, where generation ends too."""
 _MAX_BYTES = 1 << 28
+_CLEANED = {
+    **{" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"},
+    **{f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")},
+}
+_CLEANED_CHARACTERS = 8
+"""Length of the longest text that becomes one of these, `n ' t` with spaces around, and one more."""
 
 
 class HFTokenizer:
     """A tokenizer.json. Special tokens that are written in a text are encoded as those tokens, as the library does.
 
-    The file's truncation, padding, post-processing (tokens around each text) and BPE dropout are not used: a text is
-    encoded completely, always the same, without added tokens.
+    The file's truncation, padding and BPE dropout are not used: a text is encoded completely, always the same. Tokens
+    that its post-processing puts around a text, such as a beginning-of-text token, are added by `encode_prompt` only.
+
+    Attributes:
+        chat_templates: Chat templates by name.
+        template_tokens: Special tokens by name, such as `bos_token`, which chat templates use.
+        unstable_characters: Number of characters at the end of a text that the next token may change.
     """
 
-    def __init__(self, content: bytes, where: str = TOKENIZER_FILE) -> None:
+    def __init__(
+        self, content: bytes, where: str = TOKENIZER_FILE, companions: Mapping[str, bytes] | None = None
+    ) -> None:
         """Reads the content of a tokenizer.json.
 
         Args:
             content: The bytes of the file.
             where: Name of the file in error messages.
+            companions: Content of the files next to it by name (`icenet.core.tokenizers.companions.COMPANIONS`).
 
         Raises:
             DataError: It is not a tokenizer, it has no end-of-text token, or `tokenizers` is not installed.
         """
         content = content.removeprefix(codecs.BOM_UTF8)
-        self.files: Mapping[str, bytes] = {TOKENIZER_FILE: content}
-        self.name = f"hf:{hashlib.sha256(content).hexdigest()[:32]}"
+        self._files = {TOKENIZER_FILE: content, **(companions or {})}
         self._where = where
-        self._tokenizer = _read(content, where)
+        settings = parse(self._files, where)
+        self.chat_templates = dict(settings.templates)
+        self.template_tokens = settings.named
+        self._tokenizer, self._post_processor = _read(content, where)
+        with _one_line(f"data.tokenizer: {where}: cannot add the tokens of {CONFIG}"):
+            changes = _apply(settings, self._tokenizer)
+        identity = content + json.dumps(changes).encode() if changes else content
+        self.name = f"hf:{hashlib.sha256(identity).hexdigest()[:32]}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        eot_token = next((name for name in EOT_TOKENS if name in vocabulary), None)
+        eos_token = settings.named.get("eos_token")
+        eot_token = next((name for name in (*EOT_TOKENS, eos_token) if name in vocabulary), None)
         if eot_token is None:
             raise DataError(
                 f"data.tokenizer: {where}: has no end-of-text token ({', '.join(EOT_TOKENS[:4])}, ...); "
@@ -62,12 +84,19 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
+        self.text_vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0) + 1
+        """The largest token id of ordinary text plus one. Added tokens may have larger ids, which models may lack."""
         self._bytes = _byte_tokens(vocabulary) if b'"ByteFallback"' in content else {}
+        is_bpe = isinstance(self._tokenizer.model, library().models.BPE)  # for which transformers does not do it
+        cleans = settings.values.get("clean_up_tokenization_spaces") is True and not is_bpe
+        self.unstable_characters = _CLEANED_CHARACTERS if cleans else 0
         self._coverage = _Coverage(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
+        special |= {name: vocabulary[name] for name in (*settings.named.values(), *settings.extra)}
         self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
-        other_ends = {index for name, index in special.items() if name in END_TOKENS} - {self.eot_id}
+        self._hidden = frozenset(self.special_tokens.values())
+        other_ends = {index for name, index in special.items() if name in (*END_TOKENS, eos_token)} - {self.eot_id}
         self.end_ids = (self.eot_id, *sorted(other_ends))
         # Some tokenizers put a space before the first word of a text and remove it when they decode. So a text that
         # continues another is encoded and decoded after one of these. A tokenizer without a token for them gets none.
@@ -83,7 +112,7 @@ class HFTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> HFTokenizer:
-        """Reads a file.
+        """Reads a file, and the files in its folder that belong to it.
 
         Raises:
             DataError: It cannot be read, or see `__init__`.
@@ -95,7 +124,28 @@ class HFTokenizer:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise DataError(f"data.tokenizer: {path}: cannot be read: {reason}") from None
-        return cls(content, str(path))
+        return cls(content, str(path), read_files(path.parent))
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The tokenizer.json and the files next to it, by name, with the chat template as it is."""
+        return self._files
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template, in the language of jinja2; None without one. It can be set."""
+        return self.chat_templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._files = {name: data for name, data in self._files.items() if name not in (TEMPLATE, PROCESSOR_TEMPLATE)}
+        self.chat_templates = {} if template is None else {**self.chat_templates, "default": template}
+        if template is not None:
+            self._files[TEMPLATE] = utf8(template)
+        elif CONFIG in self._files:
+            values = json.loads(self._files[CONFIG])
+            values.pop("chat_template", None)
+            self._files[CONFIG] = json.dumps(values, indent=2, ensure_ascii=False).encode()
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, without special tokens around it.
@@ -107,6 +157,20 @@ class HFTokenizer:
         text = _clean(text)
         with self._errors([text]):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens of a text with those that the file puts around it, such as a beginning-of-text token.
+
+        Raises:
+            NoTokenError, DataError: See `encode`.
+        """
+        text = _clean(text)
+        with self._errors([text]):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if self._post_processor is not None:
+                encoding = self._post_processor.process(encoding, None, True)
+            ids: list[int] = encoding.ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool]) -> list[NDArray[Any]]:
@@ -138,27 +202,31 @@ class HFTokenizer:
         counts = {character: text.count(character) for character in sorted(unknown)}
         return text.translate(dict.fromkeys(map(ord, unknown))), counts
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, without special tokens.
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of ids, by default without special tokens.
 
         Invalid UTF-8 becomes U+FFFD, and so do ids outside the vocabulary: a model may have a larger one.
         """
         values = [int(token) for token in ids]
         unknown = next((index for index, token in enumerate(values) if not 0 <= token < self.vocab_size), None)
         if unknown is None:
-            return self._text(values)
-        return self._text(values[:unknown]) + "\ufffd" + self.decode_continuation(values[unknown + 1 :])
+            return self._text(values, skip_special_tokens)
+        known, rest = values[:unknown], self.decode_continuation(values[unknown + 1 :], skip_special_tokens)
+        return self._text(known, skip_special_tokens) + "\ufffd" + rest
 
-    def decode_continuation(self, ids: Iterable[int]) -> str:
+    def decode_continuation(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids that follow other text: a space at its beginning is kept."""
-        return self.decode([*self._letter, *ids]).removeprefix(self._letter_text)
+        return self.decode([*self._letter, *ids], skip_special_tokens).removeprefix(self._letter_text)
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        # the end-of-text token may be an ordinary token of the file
+        hidden = self._hidden if skip_special_tokens else ()
+        shown = [token for token in ids if token not in hidden]
         with _one_line(f"data.tokenizer: {self._where}: cannot decode a text"):
-            # the end-of-text token may be an ordinary token of the file
-            shown = [token for token in ids if token != self.eot_id]
-            text: str = self._tokenizer.decode(self._with_valid_bytes(shown) if self._bytes else shown)
-        return text
+            text: str = self._tokenizer.decode(
+                self._with_valid_bytes(shown) if self._bytes else shown, skip_special_tokens=skip_special_tokens
+            )
+        return _clean_up(text) if self.unstable_characters else text
 
     def _with_valid_bytes(self, ids: list[int]) -> list[int]:
         """Returns tokens with those of U+FFFD in place of bytes that are not valid UTF-8.
@@ -167,9 +235,8 @@ class HFTokenizer:
         one would be lost.
         """
         tokens = {value: token for token, value in self._bytes.items()}
-        hidden = set(self.special_tokens.values())  # they are left out, so bytes around them are adjacent
         found: list[int] = []
-        for is_byte, run in itertools.groupby((i for i in ids if i not in hidden), self._bytes.__contains__):
+        for is_byte, run in itertools.groupby(ids, self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 found += [tokens[value] for value in text.encode()]
@@ -315,8 +382,41 @@ def _clean(text: str) -> str:
     return text if text.isascii() else utf8(text).decode("utf-8", errors="replace")
 
 
-def _read(content: bytes, where: str) -> Any:
-    """Returns the library's tokenizer, without anything that drops, adds or samples tokens."""
+def _apply(settings: Settings, tokenizer: Any) -> list[Any]:
+    """Adds tokens that only the files next to a tokenizer.json state, as `transformers` does.
+
+    Returns:
+        What has changed. It is empty if the tokenizer.json has all tokens already.
+    """
+    token_class, changes = library().AddedToken, list[Any]()
+    present = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    reprs = {repr(token) for token in present.values()}
+    stated = [token_class(**fields) for fields in settings.added.values()]
+    added = [token for token in stated if repr(token) not in reprs]
+    if added:
+        tokenizer.add_tokens(added)
+        changes += map(repr, added)
+    present |= {token.content: token for token in added}
+    special = list(dict.fromkeys(text for text in (*settings.named.values(), *settings.extra)))
+    missing = [text for text in special if text not in present or not present[text].special]
+    if missing:
+        tokenizer.add_special_tokens([token_class(text, special=True, normalized=False) for text in missing])
+        changes.append(missing)
+    if settings.values.get("split_special_tokens") is True:
+        tokenizer.encode_special_tokens = True
+        changes.append("split_special_tokens")
+    return changes
+
+
+def _clean_up(text: str) -> str:
+    """Returns a text of words without the spaces before punctuation (`clean_up_tokenization_spaces`)."""
+    for old, new in _CLEANED.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _read(content: bytes, where: str) -> tuple[Any, Any]:
+    """Returns the tokenizer of the library, without what drops, adds or samples tokens, and its post-processor."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
@@ -328,11 +428,12 @@ def _read(content: bytes, where: str) -> Any:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        post_processor = tokenizer.post_processor
         tokenizer.post_processor = None
         if getattr(tokenizer.model, "dropout", None):
             tokenizer.model.dropout = None
         _try(tokenizer)
-    return tokenizer
+    return tokenizer, post_processor
 
 
 def _try(tokenizer: Any) -> None:
