@@ -137,6 +137,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     from icenet.core import files
     from icenet.core.config import user_code, yaml_file
     from icenet.core.models.build import check_config
+    from icenet.core.tokenizers.base import TOKENIZER_FILE
     from icenet.core.training import saved_model
 
     _check_model(model, "save")
@@ -144,7 +145,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     check_config(model)
     config: dict[str, Any] = {"model": model.config.model_dump(mode="python")}
     companions = dict(getattr(model.tokenizer, "files", {}))
-    for name in companions:
+    for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
         config["data"] = {"tokenizer": name}
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
