@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import backends
+from icenet.core.config import Config, ImageModelConfig
+from icenet.core.data.images import preprocess
 from icenet.core.data.images.augment import normalize
 from icenet.core.data.images.dataset import ImageFacts
-from icenet.core.data.images.files import FileImages, frames_note
+from icenet.core.data.images.decode import decode
+from icenet.core.data.images.files import frames_note
 from icenet.core.data.images.folders import scan
 from icenet.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UsageError
+from icenet.core.families import folder, vision
+from icenet.core.families.keys import Values
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
 from icenet.core.training.open_model import open_averaged, warn_of_changed_code
+from icenet.core.weights import hub
 
 BATCH_SIZE = 64
 
@@ -72,8 +78,18 @@ class Predictions:
         new_console().print(table)
 
 
+class Classifier(NamedTuple):
+    """A model of images, and how its images are read."""
+
+    config: Config
+    weights: Mapping[str, NDArray[Any]]
+    classes: list[str]
+    read: Callable[[Path], tuple[NDArray[np.float32], bool]]
+    """Returns the input of the model for a file, `[H, W, C]`, and whether the file has more frames."""
+
+
 def predict(
-    run: Path,
+    model: Path,
     names: Sequence[Path],
     backend: str | None = None,
     device: str | None = None,
@@ -83,7 +99,7 @@ def predict(
     """Classifies images with a trained model. They are read, resized and normalized as in training.
 
     Args:
-        run: A run or a checkpoint.
+        model: A run, a checkpoint, or a folder of Hugging Face with its `preprocessor_config.json`.
         names: Image files, and folders of image files.
         backend: "mlx", "torch" or "auto"; None is the backend of the run.
         device: The device; None is that of the run.
@@ -91,12 +107,43 @@ def predict(
         averaged: Whether to use the moving average of the weights (`training.ema_decay`).
 
     Raises:
-        UsageError: The model does not classify images.
+        UsageError: The model does not classify images, or images of this size.
         CheckpointError: The checkpoint is damaged, has no averaged weights, or does not contain how its images were
             read.
+        ConfigError: The folder does not say how its images are read, or in a way that is not supported.
         DataError: A file is not an image or is damaged, or a folder contains no images.
         NonFiniteError: The logits of an image are NaN or infinite.
     """
+    model = hub.local_path(model)
+    is_run = (model / checkpoint.FOLDER).is_dir() or (model / "manifest.json").is_file()
+    is_imported = folder.is_folder(model) and not is_run
+    found = _open_folder(model, averaged) if is_imported else _open_run(model, averaged)
+    files = [file for name in names for file in _files(name)]
+    engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
+    engine.set_weights(dict(found.weights))
+    logits, with_more_frames = [], []
+    for first in range(0, len(files), BATCH_SIZE):
+        part = files[first : first + BATCH_SIZE]
+        inputs = []
+        for file in part:
+            image, has_more = found.read(file)
+            inputs.append(image)
+            if has_more:
+                with_more_frames.append(file)
+            if problem := _size_problem(found.config, *image.shape[:2]):
+                raise UsageError(f"{file}: {problem}; {folder.PREPROCESSOR} gives it this size")
+        together = [np.stack(inputs)] if len({image.shape for image in inputs}) == 1 else [i[None] for i in inputs]
+        logits.append(np.concatenate([engine.forward({"inputs": batch}) for batch in together]))
+        wrong = np.flatnonzero(~np.isfinite(logits[-1]).all(axis=-1))
+        if wrong.size:
+            reason = engine.model.explain_non_finite()
+            raise NonFiniteError(f"{files[first + int(wrong[0])]}: the logits are not finite: {reason}")
+    for note in frames_note(with_more_frames):
+        _log.warning(note)
+    return Predictions(files, found.classes, softmax(np.concatenate(logits)), top_k)
+
+
+def _open_run(run: Path, averaged: bool) -> Classifier:
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
         raise UsageError(f"{run}: its {found.config.model.type} reads {found.config.model.input_kind}, not images")
@@ -109,21 +156,31 @@ def predict(
         raise CheckpointError(f"{stored}: has {len(facts.classes)} classes, but the model has {num_classes}")
     if not averaged:  # open_averaged does
         warn_of_changed_code(found)
-    files = [file for name in names for file in _files(name)]
-    engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
-    engine.set_weights(dict(open_averaged(found.path)[1] if averaged else found.weights))
-    images = FileImages(files, facts.image_size, facts.channels, facts.background)
-    logits = []
-    for first in range(0, len(files), BATCH_SIZE):
-        pixels = images.take(np.arange(first, min(first + BATCH_SIZE, len(files))))
-        logits.append(engine.forward({"inputs": normalize(pixels, facts.mean, facts.std)}))
-        wrong = np.flatnonzero(~np.isfinite(logits[-1]).all(axis=-1))
-        if wrong.size:
-            reason = engine.model.explain_non_finite()
-            raise NonFiniteError(f"{files[first + int(wrong[0])]}: the logits are not finite: {reason}")
-    for note in frames_note(images.with_more_frames):
-        _log.warning(note)
-    return Predictions(files, facts.classes, softmax(np.concatenate(logits)), top_k)
+
+    def read(path: Path) -> tuple[NDArray[np.float32], bool]:
+        image = decode(path, facts.image_size, facts.channels, facts.background)
+        return normalize(image.pixels, facts.mean, facts.std), image.has_more_frames
+
+    weights = open_averaged(found.path)[1] if averaged else found.weights
+    return Classifier(found.config, weights, facts.classes, read)
+
+
+def _open_folder(path: Path, averaged: bool) -> Classifier:
+    imported = folder.read(path)
+    config = imported.config.model
+    if not isinstance(config, ImageModelConfig):
+        raise UsageError(f"{path}: its {imported.family.model_type} reads {config.input_kind}, not images")
+    if averaged:
+        raise UsageError(f"{path}: --averaged has no effect: only runs have averaged weights")
+    classes = vision.labels(Values(imported.values))
+    processor = preprocess.read(path, imported.family.model_type, config.image_channels)
+    return Classifier(
+        imported.config, imported.weights, classes, lambda file: processor.read(file, config.image_channels)
+    )
+
+
+def _size_problem(config: Config, height: int, width: int) -> str:
+    return config.model.size_problem(height, width) if isinstance(config.model, ImageModelConfig) else ""
 
 
 def _files(name: Path) -> list[Path]:
