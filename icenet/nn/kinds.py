@@ -61,7 +61,8 @@ def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     known, found = _NATIVE_KINDS | _CALL_KINDS, {}
     for path, module in modules:
         kind = _known_kind(module, known)
-        if kind and type(module).__call__.__module__.partition(".")[0] in ("mlx", "icenet"):
+        owner = str(getattr(type(module).__call__, "__module__", ""))  # without one, the module only holds arrays
+        if kind and owner.partition(".")[0] in ("mlx", "icenet"):
             found[path] = kind
     return found
 

@@ -174,8 +174,8 @@ METHODS: dict[str, Any] = {
 
 
 def frobenius_norm(matrix: Tensor) -> Tensor:
-    """Returns the norm of a matrix."""
-    return torch.linalg.vector_norm(matrix)
+    """Returns the norms of matrices."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
 
 
 class Optimizer(optimizer.Optimizer):

@@ -162,21 +162,21 @@ _SLOTS: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
 
 
 def orthogonalize(matrix: Array, norm: Callable[[Array], Array], steps: int = 5) -> Array:
-    """Returns a matrix `[rows, columns]` with all singular values moved close to 1, in its own dtype.
+    """Returns matrices `[..., rows, columns]` with all singular values moved close to 1, in their own dtype.
 
     The Newton-Schulz iteration of Muon with the quintic polynomial of Jordan, "Muon: an optimizer for hidden layers
     in neural networks", 2024.
 
     Args:
-        matrix: The matrix.
-        norm: The framework's Frobenius norm of a matrix.
+        matrix: The matrices.
+        norm: The framework's Frobenius norm of matrices, `[..., 1, 1]`.
         steps: The number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.swapaxes(-1, -2) if is_tall else matrix
     x = x / (norm(x) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.swapaxes(-1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if is_tall else x
+    return x.swapaxes(-1, -2) if is_tall else x

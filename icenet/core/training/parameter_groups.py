@@ -1,8 +1,9 @@
 """Parameter groups: method, learning rate and weight decay of each parameter.
 
 A parameter belongs to the first of `training.parameter_groups` with a matching pattern. The defaults of a group are
-`training.learning_rate`, and the weight decay for matrices (two and more axes). Muon updates hidden matrices only.
-Embeddings, the output matrix, convolutions, recurrent weights and vectors are updated by AdamW.
+`training.learning_rate`, and the weight decay for matrices (two and more axes). Muon updates hidden matrices only,
+each of those of stacked layers by itself. Embeddings, the output matrix, convolutions, recurrent weights and vectors
+are updated by AdamW.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def assign(
     for path, shape in shapes.items():
         owner = index_of(training, path)
         own = None if owner is None else training.parameter_groups[owner]
-        decay = weight_decay(training) if len(shape) >= 2 else 0.0
+        decay = weight_decay(training) if _num_axes(path, shape, kinds) >= 2 else 0.0
         rate = training.learning_rate
         if own is not None:
             decay = decay if own.weight_decay is None else own.weight_decay
@@ -125,10 +126,15 @@ def muon_factor(shape: Sequence[int]) -> float:
 
     Liu et al., "Muon is scalable for LLM training", 2025, equation 4; `match_rms_adamw` in PyTorch.
     """
-    return 0.2 * float(max(shape)) ** 0.5
+    return 0.2 * float(max(shape[-2:])) ** 0.5
 
 
 def _is_hidden_matrix(path: str, shape: Shape, kinds: Mapping[str, str], outputs: int | None) -> bool:
-    if len(shape) != 2 or layout.parameter_kind(kinds, path) != "linear":
+    if _num_axes(path, shape, kinds) != 2 or layout.parameter_kind(kinds, path) not in ("linear", "stacked_linear"):
         return False
     return shape[0] != outputs or re.search(r"(^|\.)\d+\.", path) is not None
+
+
+def _num_axes(path: str, shape: Shape, kinds: Mapping[str, str]) -> int:
+    """Returns the number of axes of a parameter, or of that of each of stacked layers."""
+    return len(shape) - (kinds.get(layout.split(path)[0]) == "stacked_linear")
