@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import both_backends, build_model, native, plain, token_ids
+from helpers import both_backends, native, plain
 
 from icenet.core import backends
-from icenet.core.config import ModelConfig
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
 from icenet.core.models import modules
 
