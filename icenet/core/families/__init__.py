@@ -35,6 +35,9 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     """
     families = [*([preferred] if preferred else []), *FAMILIES.values()]
     families = [family for family in families if isinstance(config, family.section)]
+    scaling = getattr(config, "rotary_scaling", None)
+    if scaling is not None and scaling.type == "longrope":  # of the families with it, the only one that reads the
+        families.insert(0, llama.PHI3)  # context again where the angles change
     if not families:
         raise ConfigError(f"no family of Hugging Face is a {config.type}; only those of docs/conversion.md")
     found = [(different_options(family, config), family) for family in families]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from icenet.core.families.family import Family
 from icenet.core.families.keys import Activation, Dropout, Key, Only, Repeated
+from icenet.core.families.rotary_keys import Rotary
 from icenet.core.families.tensors import Row
-from icenet.core.families.transformer_keys import IsScaled, Rotary
+from icenet.core.families.transformer_keys import IsScaled
 
 _QKV = tuple(f"blocks.{{i}}.attention.{part}_proj" for part in "qkv")
 _FIXED = {

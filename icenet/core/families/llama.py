@@ -10,8 +10,9 @@ from typing import Any
 
 from icenet.core.families.family import Family
 from icenet.core.families.keys import Activation, Dropout, Key, Only, Part, Values
+from icenet.core.families.rotary_keys import Phi3Rotary, Rotary, RotaryLayers, SlidingRotary
 from icenet.core.families.tensors import Row
-from icenet.core.families.transformer_keys import HeadSize, LayerWindows, Rotary, ScalarScale, Window
+from icenet.core.families.transformer_keys import HeadSize, LayerWindows, ScalarScale, Window
 
 _FIXED = {
     "type": "transformer",
@@ -173,13 +174,57 @@ GEMMA2 = _family(
     divides_width=True,
 )
 
+_GEMMA3_WINDOWS = LayerWindows(
+    4096,
+    lambda index, values: (index + 1) % (values.whole("sliding_window_pattern", 6) or 6) != 0,
+    pattern="sliding_window_pattern",
+)
+
+GEMMA3 = _family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    {"norm_offset": True, "norm_position": "sandwich", "embedding_scale": None, "query_key_norm": "head"},
+    [
+        *_parts(262208, 2304, 26, 9216, 131072, 1e-6, 4, tied=True),
+        *(Key("num_attention_heads", "num_heads", 8), HeadSize(256), _BIAS),
+        *(SlidingRotary(windows=_GEMMA3_WINDOWS), _GEMMA3_WINDOWS),
+        Activation("hidden_activation", "gelu_pytorch_tanh"),
+        ScalarScale("query_pre_attn_scalar", 256),
+        Key("final_logit_softcapping", "logit_softcap", None),
+        Only("attn_logit_softcapping", None),  # the library does not apply it
+        Only("use_bidirectional_attention", False),
+    ],
+    [*GEMMA2.rows[len(_OUTER) :], *_QUERY_KEY_NORMS],
+    ignored=frozenset({"hidden_act"}),  # the library reads hidden_activation
+    divides_width=True,
+)
+
+
+def _lacks_rotary(index: int, values: Values) -> bool:
+    return index not in RotaryLayers().read(values)["rotary_layers"]
+
+
+SMOLLM3 = _family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    {},
+    [
+        *_parts(128256, 2048, 36, 11008, 32768, 1e-6, 4, tied=True),
+        *(Key("num_attention_heads", "num_heads", 16), HeadSize(), _BIAS, _SILU, Rotary(theta=2000000.0)),
+        *(Key("mlp_bias", "feed_forward_bias", False), RotaryLayers()),
+        LayerWindows(None, _lacks_rotary, "use_sliding_window"),
+    ],
+    [*_NORMS, *_LINEAR],
+    ignored=frozenset({"max_window_layers", "pretraining_tp"}),  # which the library does not read
+)
+
 PHI3 = _family(
     "phi3",
     "Phi3ForCausalLM",
     {},
     [
         *_parts(32064, 3072, 32, 8192, 4096, 1e-5, None),
-        *(_HEADS, HeadSize(), _SILU, Rotary(fraction_key="partial_rotary_factor", scales=False), Window(None)),
+        *(_HEADS, HeadSize(), _SILU, Phi3Rotary(fraction_key="partial_rotary_factor"), Window(None)),
         Dropout(("resid_pdrop", "embd_pdrop"), 0.0),
         Only("attention_bias", False),
     ],
@@ -193,5 +238,4 @@ PHI3 = _family(
         ),
         Row("model.layers.{i}.mlp.down_proj", ["blocks.{i}.feed_forward.down_proj"]),
     ],
-    ignored=frozenset({"original_max_position_embeddings"}),  # for scaled positions, which `Rotary` refuses
 )

@@ -77,7 +77,7 @@ class RotaryRows:
     def make(self, start: int, stop: int) -> Floats:
         """Returns the rows from `start` to `stop`, on the host."""
         size, theta, scaling = self.plan
-        if self.is_dynamic:
+        if scaling is not None and self.is_dynamic:
             return _dynamic(size, theta, scaling, np.arange(start, stop) + self._original_length)
         if self.kind != "longrope":
             return self._angles(start, stop, frequencies(size, theta, scaling))
