@@ -221,16 +221,21 @@ def chat(
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
     """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`.
 
-    The form "hf" is a folder of Hugging Face; see `icenet.core.training.export_model.export`.
+    The form "hf" is a folder of Hugging Face; see `icenet.core.training.export_model.export`. If `model` is a ResNet
+    or a ViT, state dicts of torchvision are read, and the form "torchvision" writes one.
     """
     from icenet.core import files
+    from icenet.core.config import Config, ModelConfig
+    from icenet.core.families import torchvision
     from icenet.core.training import export_model
     from icenet.core.weights.convert import convert
 
     source, destination = files.user_path(source, "convert"), files.user_path(destination, "convert")
     if to == export_model.FORM:
         return export_model.export(source, destination, **options)
-    return convert(source, destination, to, **options)
+    settings = getattr(options.get("model"), "config", None)
+    config = Config(model=settings) if isinstance(settings, ModelConfig) else None
+    return convert(source, destination, **torchvision.translations(config, source, destination, to), **options)
 
 
 def _check_config(config: Any) -> None:

@@ -312,9 +312,10 @@ def chat_command(
         "icenet predict runs/cnn-digits seven.png",
         "icenet predict runs/mine photos/ --top-k 5 --backend torch",
         "icenet predict runs/mine photos/ --json > classes.json",
+        "icenet predict microsoft/resnet-50 photo.jpg",
     ),
 )
-@click.argument("run", type=PATH)
+@click.argument("model", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 @click.option(
     "--top-k", type=click.IntRange(1), default=3, show_default=True, help="Number of classes to print per image."
@@ -325,7 +326,7 @@ def chat_command(
 @json_option
 @trust_option
 def predict_command(
-    run: Path,
+    model: Path,
     images: tuple[Path, ...],
     top_k: int,
     averaged: bool,
@@ -335,11 +336,11 @@ def predict_command(
 ) -> None:
     """Classify images with a trained model.
 
-    RUN is a run or a checkpoint. IMAGES are files or folders.
+    MODEL is a run, a checkpoint or a Hugging Face folder. IMAGES are files or folders.
     """
     from icenet.commands import predict
 
-    show(predict.predict(run, images, backend, device, top_k, averaged), as_json)
+    show(predict.predict(model, images, backend, device, top_k, averaged), as_json)
 
 
 @cli.command(
@@ -349,12 +350,18 @@ def predict_command(
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
         "icenet convert runs/mine exported/ --to hf",
+        "icenet convert resnet50.pth resnet/ --to canonical --config resnet-50",
         "icenet convert last.ckpt folder/ --to canonical --config my.yaml --key state_dict --strip-prefix model.",
     ),
 )
 @click.argument("source", type=PATH)
 @click.argument("destination", type=PATH)
-@click.option("--to", required=True, type=click.Choice(["canonical", "mlx", "torch", "hf"]), help="Format to write.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["canonical", "mlx", "torch", "hf", "torchvision"]),
+    help="Format to write.",
+)
 @click.option(
     "--from",
     "source_form",
@@ -385,7 +392,8 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, and hf: a Hugging Face folder.
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), and
+    torchvision (a state dict with the names of its ResNets and vision transformers).
     """
     from icenet.commands.convert import convert_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
-from icenet.core.families import folder
+from icenet.core.families import folder, torchvision
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint, export_model, saved_model
 from icenet.core.training.open_model import open_averaged
@@ -33,7 +33,8 @@ def convert_model(
     Args:
         source: A file or folder of weights, a run (its newest intact checkpoint), or a folder of Hugging Face.
         destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
-        to: "canonical", "mlx" or "torch"; or "hf", a folder of Hugging Face.
+        to: "canonical", "mlx" or "torch"; "hf", a folder of Hugging Face; or "torchvision", a state dict with its
+            names. Such a state dict is recognized as a source, too.
         source_form: The form of the source; None detects it. With it or `config`, the names in a folder of Hugging
             Face are kept.
         config: A YAML file or the name of a preset; None uses the config.yaml next to the source, if there is one.
@@ -71,6 +72,10 @@ def convert_model(
         kinds, shapes, names = model.layer_kinds(), model.weight_shapes(), model.mlx_names()
         shared = model.shared_arrays()
     in_folder = destination.is_dir() or not destination.suffix
+    translations = torchvision.translations(settings, source, destination, to)
+    notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []
+    if to == torchvision.FORM:
+        to, notes = translations["to"], [f"the names are those of {to}"]
     target = destination_file(destination, to)
     refuse_existing(source, target, overwrite)
     if in_folder or target.name.startswith(Path(DEFAULT_NAME).stem):
@@ -89,7 +94,6 @@ def convert_model(
     done = convert(
         source,
         destination,
-        to,
         source_form=source_form,
         key=key,
         strip_prefix=strip_prefix,
@@ -97,9 +101,10 @@ def convert_model(
         overwrite=overwrite,
         metadata=saved_model.code_metadata(checkpoint.code_of(source)),
         companions=companions,
+        **translations,
         **facts,
     )
-    return _text(done, [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else [])
+    return _text(done, notes)
 
 
 def _text(done: Conversion, notes: Sequence[str] = ()) -> str:

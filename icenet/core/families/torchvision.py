@@ -6,15 +6,18 @@ Sources: `torchvision.models.resnet` and `torchvision.models.vision_transformer`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from icenet.core.config import CNNConfig, Config, ModelConfig, ViTConfig
-from icenet.core.errors import ConfigError
+from icenet.core.errors import ConfigError, UsageError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row
 from icenet.core.families.vision import cnn_options, conv_blocks, vit_options
 from icenet.core.families.weights import ExportedWeights, ImportedWeights
+from icenet.core.weights.convert import PICKLED
 from icenet.core.weights.files import Array, StoredWeights
 from icenet.core.weights.safetensors import Spec, spec_of
 
@@ -98,24 +101,19 @@ class _StateDict(StoredWeights):
     def __init__(self, path: Path, weights: Mapping[str, Array]) -> None:
         self.path = path
         self._weights = weights
-        self._names: dict[str, str] = {}
+        names: dict[str, str] = {}
         for name in weights:
             new = name
             for pattern, replacement in _OLD_NAMES:
                 new = re.sub(pattern, replacement, new)
-            self._names[new] = name
+            names[new] = name
+        self.entries = names
 
     def __getitem__(self, name: str) -> Array:
-        return self._weights[self._names[name]]
+        return self._weights[self.entries[name]]
 
     def spec(self, name: str) -> Spec:
-        return spec_of(self._weights, self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return spec_of(self._weights, self.entries[name])
 
 
 def recognized(weights: Mapping[str, Array], config: Config, path: Path) -> ImportedWeights | None:
@@ -156,3 +154,21 @@ def exported(weights: Mapping[str, Array], config: Config) -> ExportedWeights:
             f"{', '.join(f'model.{name} {options[name]}' for name in lacking)}"
         )
     return ExportedWeights(family, config, weights)
+
+
+def translations(config: Config | None, source: Path, destination: Path, to: str) -> dict[str, Any]:
+    """Returns the arguments of `icenet.core.weights.convert.convert` that depend on torchvision's names: `to`,
+    `read_as` and `write_as`.
+
+    Raises:
+        UsageError: The form is torchvision, and there is no configuration, or the destination is a folder.
+    """
+    read_as = None if config is None else partial(recognized, config=config, path=source)
+    if to != FORM:
+        return {"to": to, "read_as": read_as}
+    if config is None:
+        raise UsageError(f"--to {FORM} needs the config of the model, which determines the names: give --config")
+    if destination.is_dir() or not destination.suffix:
+        raise UsageError(f"{destination}: the {FORM} form is one file; name it .pth or .safetensors")
+    form = "torch" if destination.suffix in PICKLED else "canonical"
+    return {"to": form, "read_as": read_as, "write_as": partial(exported, config=config)}

@@ -87,6 +87,9 @@ class ImportedWeights(Mapping[str, Array]):
         name, tensor, index = self._places[path]
         return Spec(self.stored.spec(name).dtype, tuple(tensor.shapes[index]))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -150,6 +153,9 @@ class ExportedWeights(Mapping[str, Array]):
         dtypes = {spec_of(self._weights, path).dtype for path in tensor.paths}
         array = self[name] if len(dtypes) > 1 else None
         return Spec(dtypes.pop() if array is None else array.dtype, tuple(tensor.shape))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self._counters
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._tensors, *self._counters])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ FORMS = ("canonical", "mlx", "torch")
 PICKLED = (".pt", ".pth", ".bin")
 _FORMATS = {"canonical": "pt", "mlx": "mlx", "torch": "pt"}  # form -> metadata `format`
 _MLX_UNSUPPORTED = ("F64",)  # mlx.core.load: "unsupported dtype F64"
+
+
+Translation = Callable[[Mapping[str, Array]], Mapping[str, Array] | None]
+"""Returns weights under other names, or None."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def convert(
     max_shard_bytes: int | None = weights.MAX_SHARD_BYTES,
     progress: Progress | None = None,
     companions: Mapping[str, bytes] = {},
+    read_as: Translation | None = None,
+    write_as: Translation | None = None,
 ) -> Conversion:
     """Writes the weights at `source` to `destination` in the form `to`.
 
@@ -154,6 +160,9 @@ def convert(
             `load_weights` reads one.
         progress: Called with (bytes done, bytes in total) after each array.
         companions: Content of files to write next to weights in a folder, by name, such as a config.yaml.
+        read_as: Returns a state dict of another program with PyTorch's layouts under the names of the model; None if
+            it is not of that program.
+        write_as: Returns weights with PyTorch's layouts under the names to write.
 
     Raises:
         UsageError: The request is not valid, or it would replace a file.
@@ -173,6 +182,10 @@ def convert(
     others: list[str] = []
     if strip_prefix:
         found, others = _without_prefix(source, found, strip_prefix)
+    translated = None if read_as is None or source_form == "mlx" else read_as(found)
+    found = found if translated is None else translated
+    if translated is not None and source_form is None:  # also without metadata
+        source_form = "torch" if _is_pickled(source) else "canonical"
     form = source_form or detect(source, source_metadata)
     _check_form(form)
     if model is not None:
@@ -201,6 +214,8 @@ def convert(
     written: Mapping[str, Array] = result
     if to == "mlx":
         written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()})
+    elif write_as is not None and (renamed := write_as(result)) is not None:
+        written = renamed
     described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
     if destination.suffix in PICKLED:
         _state_dict_module().write_state_dict(destination, written)
@@ -217,7 +232,9 @@ def convert(
         summary(destination, to, written, described),
         outputs,
         [*(name for name in found if name not in result), *others],
-        _contradiction(source, source_metadata, source_form) or (_note(found) if shapes is None else ""),
+        _contradiction(source, source_metadata, source_form)
+        or ("the names of the source are those of another program" if translated is not None else "")
+        or (_note(found) if shapes is None else ""),
     )
 
 
