@@ -6,6 +6,7 @@
     model = icenet.load("runs/quickstart/mlx", backend="torch")
     text = icenet.generate(model, "def main(", max_new_tokens=100, temperature=0.8, seed=1)
     text = icenet.chat("SmolLM2-135M-Instruct", "What is the capital of France?")
+    vectors = icenet.embed("all-MiniLM-L6-v2", ["a text", "another"])
     icenet.save(model, "my-model")
 
 Importing this package loads neither MLX nor PyTorch. Each function loads the framework that it needs.
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.weights.convert import Conversion
 
-__all__ = ["__version__", "build", "chat", "convert", "generate", "load", "save"]
+__all__ = ["__version__", "build", "chat", "convert", "embed", "generate", "load", "save"]
 __version__: str
 
 
@@ -135,7 +136,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         FileError: A file cannot be written, for example because the disk is full.
     """
     from icenet.core import files
-    from icenet.core.config import user_code, yaml_file
+    from icenet.core.config import user_code, written, yaml_file
     from icenet.core.models.build import check_config
     from icenet.core.tokenizers.base import TOKENIZER_FILE
     from icenet.core.training import saved_model
@@ -147,6 +148,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     companions = dict(getattr(model.tokenizer, "files", {}))
     for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
         config["data"] = {"tokenizer": name}
+    if model.embedding is not None and (embedding := written.tree(model.embedding)):
+        config["embedding"] = embedding
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
     saved_model.save(folder, model.weights(), companions, overwrite, code)
@@ -218,6 +221,46 @@ def chat(
     return chat_text(model, messages, stream, details, template_options, options)
 
 
+def embed(
+    model: Any,
+    texts: str | Sequence[str],
+    batch_size: int = 32,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Any = None,
+    **options: Any,
+) -> Any:
+    """Returns one vector for each text, by the pooling and normalization that the folder of the model states.
+
+    Args:
+        model: A transformer, or a path that `load` accepts, such as a folder of sentence-transformers.
+        texts: The texts. Those that are longer than the model can read are cut, and a warning says how many.
+        batch_size: Number of texts that are computed together. It does not change the vectors.
+        backend, device, dtype: See `load`, for a path.
+        progress: Called with the number of texts that are done and that of all, after each batch.
+        options: Keys of `icenet.core.config.EmbeddingConfig`: pooling, normalize, max_seq_length, lower_case, prompt,
+            prompt_name, prompts, include_prompt. By default those of the folder; otherwise the mean over the tokens.
+
+    Returns:
+        float32 `[N, D]` in the order of the texts, or `[D]` for one text that is not in a list.
+
+    Raises:
+        UsageError: The model is no transformer or has no tokenizer, or an option or a text is invalid.
+        NonFiniteError: A vector is NaN or infinite.
+    """
+    from icenet.core.embedding.texts import embed_texts
+    from icenet.core.errors import UsageError
+
+    if isinstance(model, (str, Path)):
+        model = load(model, backend, device, dtype=dtype)
+    elif given := [name for name in ("backend", "device", "dtype") if locals()[name] is not None]:
+        raise UsageError(f"embed: {', '.join(given)}: only for a path; the model is loaded already")
+    _check_model(model, "embed")
+    return embed_texts(model, texts, batch_size, options, progress)
+
+
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
     """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`.
 
@@ -225,7 +268,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     or a ViT, state dicts of torchvision are read, and the form "torchvision" writes one.
     """
     from icenet.core import files
-    from icenet.core.config import Config, ModelConfig
+    from icenet.core.config import Config, ImageModelConfig
     from icenet.core.families import torchvision
     from icenet.core.training import export_model
     from icenet.core.weights.convert import convert
@@ -234,7 +277,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     if to == export_model.FORM:
         return export_model.export(source, destination, **options)
     settings = getattr(options.get("model"), "config", None)
-    config = Config(model=settings) if isinstance(settings, ModelConfig) else None
+    config = Config(model=settings) if isinstance(settings, ImageModelConfig) else None
     return convert(source, destination, **torchvision.translations(config, source, destination, to), **options)
 
 

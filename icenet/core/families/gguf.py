@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -438,12 +438,6 @@ class GgufWeights(StoredWeights):
         """Returns the dtype and the shape of an array."""
         place = self.entries[name]
         return Spec(self._file.entries[place.name].dtype, place.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
 
 def _hugging_face_name(layer: str, names: Mapping[str, str]) -> tuple[str, str | None]:

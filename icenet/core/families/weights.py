@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,9 +11,9 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
-from icenet.core.families.tensors import Tensor, tensors
+from icenet.core.families.tensors import Row, Tensor, tensors
 from icenet.core.weights.files import Array, StoredWeights
-from icenet.core.weights.safetensors import Spec, spec_of
+from icenet.core.weights.safetensors import Spec, release, spec_of
 
 _STATISTIC, _COUNTER = ".running_var", ".num_batches_tracked"
 
@@ -43,7 +43,7 @@ class ImportedWeights(Mapping[str, Array]):
                 "copy or save the folder again"
             )
         names = {family.canonical(name): name for name in weights}
-        wanted = family_tensors(family, config)
+        wanted = _tensors_of_files(family, config, set(names))
         bare = not any(name.startswith(family.prefix) for name in weights)
         wanted = {name.removeprefix(family.prefix) if bare else name: tensor for name, tensor in wanted.items()}
         expected = {names.get(name, name): tensor for name, tensor in wanted.items()}
@@ -72,20 +72,33 @@ class ImportedWeights(Mapping[str, Array]):
                 f"{weights.path}: its tensors are not those of its config{'.json' if family.parts else ''} "
                 f"({family.model_type}): {listed}"
             )
-        self._places = {
-            path: (name, tensor, index)
-            for name, tensor in expected.items()
-            for index, path in enumerate(tensor.paths)
-        }
+        self._places: dict[str, list[tuple[str, Tensor, int]]] = {}
+        for name, tensor in expected.items():
+            for index, path in enumerate(tensor.paths):
+                self._places.setdefault(path, []).append((name, tensor, index))
+        for places in self._places.values():  # several: those of the experts
+            if len({weights.spec(name).dtype for name, _, _ in places}) > 1:
+                listed = ", ".join(f"{name} is {weights.spec(name).dtype}" for name, _, _ in places)
+                raise WeightsError(f"{weights.path}: experts of one layer must have the same dtype: {listed}")
 
     def __getitem__(self, path: str) -> Array:
-        name, tensor, index = self._places[path]
-        return tensor.split(self.stored[name], index)
+        places = self._places[path]
+        (name, tensor, index), count = places[0], len(places)
+        if tensor.expert is None:
+            return tensor.split(self.stored[name], index)
+        stacked = np.empty((count, *tensor.shapes[index]), self.stored.spec(name).dtype)
+        for name, tensor, index in places:
+            array = self.stored[name]
+            stacked[tensor.expert] = tensor.split(array, index)
+            release(array)  # otherwise the file would be in memory next to the copy
+        return stacked
 
     def spec(self, path: str) -> Spec:
         """Returns the dtype and the shape of an array."""
-        name, tensor, index = self._places[path]
-        return Spec(self.stored.spec(name).dtype, tuple(tensor.shapes[index]))
+        places = self._places[path]
+        name, tensor, index = places[0]
+        experts = () if tensor.expert is None else (len(places),)
+        return Spec(self.stored.spec(name).dtype, (*experts, *tensor.shapes[index]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -164,11 +177,27 @@ class ExportedWeights(Mapping[str, Array]):
         return len(self._tensors) + len(self._counters)
 
 
-def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
-    """Returns the tensors of a model by their names in the files of its family."""
+def family_tensors(family: Family, config: Config, alternative: Sequence[Row] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of its family.
+
+    Args:
+        family: The family.
+        config: The configuration of the model.
+        alternative: One of the family's `alternatives`.
+    """
     shapes = backends.meta_model(config).weight_shapes()
+    replaced = {name for row in alternative for name in row.ours}
     rows = [*family.rows, *(family.rows_of(config.model) if family.rows_of else ())]
+    rows = [*(row for row in rows if replaced.isdisjoint(row.ours)), *alternative]
     return tensors(rows, getattr(config.model, "num_heads", 1), shapes)
+
+
+def _tensors_of_files(family: Family, config: Config, names: set[str]) -> dict[str, Tensor]:
+    """Returns the tensors of a model in the alternative of its family that has the most of some names."""
+    found = [family_tensors(family, config, alternative) for alternative in ((), *family.alternatives)]
+    return max(
+        found, key=lambda wanted: sum(name in names or name.removeprefix(family.prefix) in names for name in wanted)
+    )
 
 
 def is_tied(embedding: Array, head: Array) -> bool:

@@ -52,6 +52,9 @@ class NumpyWeights(Mapping[str, Array]):
         array = None if hasattr(self._values, "spec") else self[name]
         return spec_of(self._values, name) if array is None else Spec(array.dtype, tuple(array.shape))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

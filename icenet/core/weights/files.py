@@ -56,13 +56,24 @@ class StoredWeights(Mapping[str, Array]):
 
     Attributes:
         path: The file or folder.
+        entries: What is known of each array by name.
     """
 
     path: Path
+    entries: Mapping[str, Any]
 
     def spec(self, name: str) -> Spec:
         """Returns the dtype and the shape of an array. No data are read."""
         raise NotImplementedError
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a mapping's own method looks the array up
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 class Weights(StoredWeights):
@@ -94,7 +105,7 @@ class Weights(StoredWeights):
                         "remove it from one of them, or save the weights again"
                     )
             entries.update(found)
-        self.entries = dict(sorted(entries.items()))
+        self.entries: Mapping[str, Entry] = dict(sorted(entries.items()))
 
     @property
     def nbytes(self) -> int:
@@ -107,12 +118,6 @@ class Weights(StoredWeights):
     def spec(self, name: str) -> Spec:
         """Returns the dtype and the shape of an array."""
         return Spec(DTYPES[self.entries[name].dtype], self.entries[name].shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
 
 def read(path: str | os.PathLike[str]) -> Weights:

@@ -19,7 +19,10 @@ _TORCH_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 """The number with which `torch.save` began a file before version 1.6, as a pickled integer."""
 _MAGIC = {
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file, such as Keras writes", "save the weights from the program that wrote it"),
-    b"GGUF": ("a GGUF file of llama.cpp", "a model of its own: icenet.load and icenet convert read it without --from"),
+    b"GGUF": (
+        "a GGUF file of llama.cpp",
+        "a model of its own: icenet.load and icenet convert read it without --from",
+    ),
     b"\x93NUMPY": ("a numpy array", "a file of weights has names: use safetensors.numpy.save_file"),
     b"\x1f\x8b": ("a gzip file", "unpack it first"),
     b"BZh": ("a bzip2 file", "unpack it first"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,10 +33,11 @@ _MAX_KEYS = 1 << 16
 _MAX_TEXTS = 1 << 21
 """Number of texts in the metadata: the tokens and merges of a vocabulary."""
 _MAX_ARRAY_BYTES = 1 << 26
-_CHUNK_VALUES = 1 << 21
+_CHUNK_VALUES = 1 << 20
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
+_LENGTH = struct.Struct("<Q")
 
 PLAIN = {
     "F32": np.dtype("<f4"),
@@ -123,12 +124,6 @@ class GgufFile(StoredWeights):
     def stored(self, name: str) -> memoryview:
         """Returns the bytes of a tensor."""
         return memoryview(self._data)[self.entries[name].start : self.entries[name].stop]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
 
 def is_gguf(path: Path) -> bool:
@@ -243,18 +238,27 @@ class _Header:
         return found
 
     def _text(self) -> str:
-        (length,) = self._numbers("Q")
-        self._texts += 1
+        return self._listed_texts(1)[0]
+
+    def _listed_texts(self, count: int) -> list[str]:
+        """Returns the next texts. A loop over local names, because a vocabulary has 300,000 of them."""
+        self._texts += count
         if self._texts > _MAX_TEXTS:
             raise _Damaged(f"its metadata have more than {_MAX_TEXTS:,} texts")
-        if length > min(_MAX_ARRAY_BYTES, len(self._data) - self._at):
-            raise _Damaged(f"a text of {length:,} bytes does not fit in it")
-        content = self._data[self._at : self._at + length]
-        self._at += length
-        try:
-            return content.decode()
-        except UnicodeDecodeError:  # a token that is part of a character
-            return content.decode(errors="replace")
+        data, at, unpack_length = self._data, self._at, _LENGTH.unpack_from
+        end = len(data) - _LENGTH.size
+        found = []
+        for _ in range(count):
+            if at > end:
+                raise _Damaged(f"it ends at byte {len(data):,}, in its metadata")
+            (length,) = unpack_length(data, at)
+            at += _LENGTH.size
+            if length > len(data) - at or length > _MAX_ARRAY_BYTES:
+                raise _Damaged(f"a text of {length:,} bytes does not fit in it")
+            found.append(data[at : at + length].decode(errors="replace"))  # a token may be a part of a character
+            at += length
+        self._at = at
+        return found
 
     def _value(self, kind: int, name: str) -> Any:
         if kind == _TEXT:
@@ -265,7 +269,7 @@ class _Header:
         kind, count = self._numbers("IQ")
         if kind == _TEXT:
             self._check_count(f"texts of {name}", count, _MAX_TEXTS, 8)
-            return [self._text() for _ in range(count)]
+            return self._listed_texts(count)
         size = struct.calcsize(self._format(kind, name))
         self._check_count(f"values of {name}", count, _MAX_ARRAY_BYTES // size, size)
         values = np.frombuffer(self._data, f"<{_NUMPY[kind]}", count, self._at)

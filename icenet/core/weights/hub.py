@@ -1,4 +1,4 @@
-"""Models of huggingface.co by the id of their repository, downloaded by the package huggingface_hub into its cache."""
+"""Models of huggingface.co by the id of their repository, which the package huggingface_hub downloads."""
 
 from __future__ import annotations
 

@@ -198,6 +198,9 @@ class PermutedWeights(Mapping[str, Array]):
         array = np.broadcast_to(np.zeros((), found.dtype), found.shape)
         return Spec(found.dtype, _permuted(array, getattr(rule(kind, name), self._direction), kind, path).shape)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._weights and not is_left_out(self._kinds, name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -223,6 +226,9 @@ class RenamedWeights(Mapping[str, Array]):
     def spec(self, path: str) -> Spec:
         """Returns the dtype and the shape of an array."""
         return spec_of(self._weights, self._names[path])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -14,7 +14,7 @@ Sources: `mlx/backend/cpu/quantized.cpp`; `awq/utils/packing_utils.py` of AutoAW
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def dequantized(values: Mapping[str, Any], weights: StoredWeights) -> tuple[dict
     given = {key: values[key] for key in KEYS if values.get(key) is not None}
     if not given:
         return dict(values), weights
-    found: StoredWeights
+    found: _Quantized
     key, settings = next(iter(given.items()))
     if not isinstance(settings, dict):
         raise ConfigError(f"{key}: {str(settings)[:40]!r} is not an object")
@@ -62,6 +62,8 @@ def dequantized(values: Mapping[str, Any], weights: StoredWeights) -> tuple[dict
             f"{key}: quantization with {str(method)[:40]!r} is not supported, only MLX's own, awq and gptq; "
             "use the original weights"
         )
+    if not found.layers:
+        raise ConfigError(f"{key}: none of the tensors is quantized as it says; remove the key if they are not")
     return {name: value for name, value in values.items() if name not in KEYS}, found
 
 
@@ -100,23 +102,28 @@ class _Quantized(StoredWeights):
     """Kind of the tensor that a quantized layer has in place of its weight, or the weight itself."""
     parts: tuple[str, ...]
     """Kinds of the other tensors of a quantized layer."""
+    entries: Mapping[str, Spec]
+    layers: set[str]
+    """Names of the quantized layers."""
 
     def __init__(self, weights: StoredWeights, settings: Mapping[str, Any]) -> None:
         self.path = weights.path
         self._weights = weights
         self._settings = settings
         marker = self.parts[0]
-        self._layers = {
+        self.layers = {
             name.removesuffix(f".{marker}")
             for name in weights
             if name.endswith(f".{marker}") and f"{name.removesuffix(f'.{marker}')}.{self.packed}" in weights
         }
-        used = {f"{layer}.{kind}" for layer in self._layers for kind in (self.packed, *self.parts)}
-        used -= {f"{layer}.weight" for layer in self._layers}
+        used = {f"{layer}.{kind}" for layer in self.layers for kind in (self.packed, *self.parts)}
+        used -= {f"{layer}.weight" for layer in self.layers}
         names = [name for name in weights if name not in used]
-        names += [f"{layer}.weight" for layer in self._layers if f"{layer}.weight" not in weights]
-        self._names = sorted(names)
-        self._specs = {f"{layer}.weight": self._check(layer) for layer in sorted(self._layers)}
+        names += [f"{layer}.weight" for layer in self.layers if f"{layer}.weight" not in weights]
+        self._specs = {f"{layer}.weight": self._check(layer) for layer in sorted(self.layers)}
+        self.entries = {
+            name: self._specs[name] if name in self._specs else weights.spec(name) for name in sorted(names)
+        }
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._specs:
@@ -130,13 +137,7 @@ class _Quantized(StoredWeights):
 
     def spec(self, name: str) -> Spec:
         """Returns the dtype and the shape of an array."""
-        return self._specs[name] if name in self._specs else self._weights.spec(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self.entries[name]
 
     def _check(self, layer: str) -> Spec:
         """Returns the dtype and the shape of the weight of a layer; raises for tensors that do not fit."""

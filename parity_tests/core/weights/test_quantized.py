@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,13 @@ class Arrays(StoredWeights):
     """Arrays in memory in place of files."""
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.path, self._arrays = Path("model"), arrays
+        self.path, self.entries = Path("model"), arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+        return self.entries[name]
 
     def spec(self, name: str) -> Spec:
-        return Spec(self._arrays[name].dtype, self._arrays[name].shape)
+        return Spec(self.entries[name].dtype, self.entries[name].shape)
 
 
 def read(arrays: dict[str, np.ndarray], **settings: Any) -> StoredWeights:
