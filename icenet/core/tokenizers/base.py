@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
@@ -97,6 +98,26 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
     tokens: list[int] = encode(text)
     return tokens
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[NDArray[Any]], int]:
+    """Returns the tokens of each text with those that the tokenizer puts around it, and how many texts were cut.
+
+    That is `tokenizer.encode_texts(texts, limit)`, or `encode(text)[:limit]` for a tokenizer without that method.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        limit: Number of tokens, those around a text included, after which it is cut.
+
+    Returns:
+        Integers `[tokens]` for each text, and the number of texts that have more.
+    """
+    if (encode := getattr(tokenizer, "encode_texts", None)) is not None:
+        found: tuple[list[NDArray[Any]], int] = encode(texts, limit)
+        return found
+    rows = [np.array(tokenizer.encode(text), np.int64) for text in texts]
+    return [row[:limit] for row in rows], sum(len(row) > limit for row in rows)
 
 
 def unstable_characters(tokenizer: Tokenizer) -> int:

@@ -20,6 +20,7 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 COMPANIONS = (CONFIG, SPECIAL, TEMPLATE, PROCESSOR_TEMPLATE)
 """The files that belong to a tokenizer.json in the same folder."""
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MAX_BYTES = 1 << 24
 
 
@@ -93,8 +94,8 @@ def parse(files: Mapping[str, bytes], where: str) -> Settings:
     if not isinstance(extra, list) or not isinstance(added, dict):
         raise DataError(f"data.tokenizer: {where}: the special tokens in {CONFIG} are not lists and dicts of tokens")
     try:
-        tokens = {int(key): dict(added[key]) for key in sorted(added, key=int)}
-    except (ValueError, TypeError):
+        tokens = {int(key): _fields(added[key]) for key in sorted(added, key=int)}
+    except (ValueError, TypeError, KeyError):
         raise DataError(
             f"data.tokenizer: {where}: added_tokens_decoder in {CONFIG} is not a dict of tokens"
         ) from None
@@ -159,6 +160,12 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"data.tokenizer: {where}: {name} next to it is not a JSON object")
     return values
+
+
+def _fields(token: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `tokenizers.AddedToken` for a token of `added_tokens_decoder`."""
+    flags = {key: bool(token[key]) for key in _FLAGS if key in token}
+    return {"content": str(token["content"]), **flags}
 
 
 def _text(token: object) -> str | None:

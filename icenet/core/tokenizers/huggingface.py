@@ -93,10 +93,12 @@ class HFTokenizer:
         self._coverage = _Coverage(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
-        special |= {name: vocabulary[name] for name in (*settings.named.values(), *settings.extra)}
         self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
         self._hidden = frozenset(self.special_tokens.values())
-        other_ends = {index for name, index in special.items() if name in (*END_TOKENS, eos_token)} - {self.eot_id}
+        ends = {index for name, index in special.items() if name in END_TOKENS} | {
+            vocabulary.get(eos_token or "", -1)
+        }
+        other_ends = ends - {self.eot_id, -1}
         self.end_ids = (self.eot_id, *sorted(other_ends))
         # Some tokenizers put a space before the first word of a text and remove it when they decode. So a text that
         # continues another is encoded and decoded after one of these. A tokenizer without a token for them gets none.
@@ -172,6 +174,35 @@ class HFTokenizer:
                 encoding = self._post_processor.process(encoding, None, True)
             ids: list[int] = encoding.ids
         return ids
+
+    def encode_texts(self, texts: Sequence[str], limit: int) -> tuple[list[NDArray[Any]], int]:
+        """Returns the tokens of each text with those that the file puts around it, int64 `[tokens]`.
+
+        Texts are cut to `limit` tokens in all at their end, before the tokens are put around them.
+
+        Returns:
+            The tokens, and how many texts were cut.
+
+        Raises:
+            DataError: The tokens around a text alone exceed the limit.
+            NoTokenError, DataError: See `encode`.
+        """
+        texts = [_clean(text) for text in texts]
+        around = self._post_processor.num_special_tokens_to_add(False) if self._post_processor is not None else 0
+        if around >= limit:
+            raise DataError(
+                f"data.tokenizer: {self._where}: puts {around} tokens around a text, and {limit} is the limit"
+            )
+        found, cut = [], 0
+        with self._errors(texts):
+            for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
+                if len(encoding) > limit - around:
+                    encoding.truncate(limit - around)
+                    cut += 1
+                if self._post_processor is not None:
+                    encoding = self._post_processor.process(encoding, None, True)
+                found.append(np.array(encoding.ids, np.int64))
+        return found, cut
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool]) -> list[NDArray[Any]]:
         """Returns the tokens of several texts, int64 `[tokens]` each, in the library's threads.
@@ -397,8 +428,8 @@ def _apply(settings: Settings, tokenizer: Any) -> list[Any]:
         tokenizer.add_tokens(added)
         changes += map(repr, added)
     present |= {token.content: token for token in added}
-    special = list(dict.fromkeys(text for text in (*settings.named.values(), *settings.extra)))
-    missing = [text for text in special if text not in present or not present[text].special]
+    special = list(dict.fromkeys((*settings.named.values(), *settings.extra)))
+    missing = [text for text in special if text not in present]
     if missing:
         tokenizer.add_special_tokens([token_class(text, special=True, normalized=False) for text in missing])
         changes.append(missing)

@@ -35,6 +35,7 @@ from icenet.core.report.metrics import MetricsLog
 from icenet.core.report.reporter import METRICS
 from icenet.core.report.tensorboard import FOLDER as TENSORBOARD
 from icenet.core.tokenizers.base import TOKENIZER_FILE
+from icenet.core.tokenizers.companions import COMPANIONS
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint import Checkpoint
 from icenet.core.training.early_stopping import EarlyStopping
@@ -45,7 +46,10 @@ BEST = "best"
 """Name of the link in a run's folder to the checkpoint of the lowest validation loss."""
 _CONFIG = "config.yaml"
 _FORMAT = 1
-_NAMES = (_CONFIG, TOKENIZER_FILE, METRICS, "plot.png", BEST, checkpoints.FOLDER, TENSORBOARD, RECORD)
+_NAMES = (
+    *(_CONFIG, TOKENIZER_FILE, *COMPANIONS, METRICS, "plot.png"),
+    *(BEST, checkpoints.FOLDER, TENSORBOARD, RECORD),
+)
 """The visible names in the folder of a run."""
 _FOLDERS = (checkpoints.FOLDER, TENSORBOARD)
 """Those of folders, in which a run replaces nothing. They may exist, for example as links to a larger disk."""
