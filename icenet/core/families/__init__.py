@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
-from icenet.core.families import bert, gpt, llama, vision
+from icenet.core.families import bert, gpt, llama, moe, vision
 from icenet.core.families.family import Family, different_options
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.OLMO2, llama.GEMMA2, llama.PHI3),
         *(llama.GEMMA3, llama.SMOLLM3),
+        *(moe.MIXTRAL, moe.QWEN3_MOE),
         *(gpt.GPT2, gpt.GPT_NEOX),
         *(bert.DISTILBERT, bert.BERT, bert.ROBERTA, bert.XLM_ROBERTA, bert.MPNET),
         *(vision.RESNET, vision.VIT),

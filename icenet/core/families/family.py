@@ -30,6 +30,7 @@ class Family:
         parts: Keys of config.json.
         prefix: Beginning of the names of most tensors. Files of the model without its head lack it.
         rows: Names of tensors.
+        alternatives: Sets of rows that replace those of the same layers, in the files of other programs.
         head: Name of the output projection, a copy of the embedding in some files of tied models.
         buffers: Patterns of the names of tensors that are not weights.
         unused: Patterns of the names of weights that our model does not have, such as a pooler.
@@ -64,6 +65,7 @@ class Family:
     section: type[ModelConfig] = TransformerConfig
     options: Callable[[Any], dict[str, Any]] = options_of
     rows_of: Callable[[Any], Sequence[Row]] | None = None
+    alternatives: Sequence[Sequence[Row]] = ()
 
     @property
     def bare_architecture(self) -> str:

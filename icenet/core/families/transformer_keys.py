@@ -169,7 +169,12 @@ def options_of(config: TransformerConfig) -> dict[str, Any]:
     values["num_kv_heads"], values["head_size"] = attention.num_kv_heads, size
     values["attention_output_bias"] = attention.output_bias
     values["attention_scale"] = config.attention_scale or size**-0.5
-    values["feed_forward_size"] = blocks[0].feed_forward.inner
+    sparse = [index for index, block in enumerate(blocks) if block.feed_forward.experts]
+    dense = [block.feed_forward.inner for block in blocks if not block.feed_forward.experts]
+    if sparse:
+        values["expert_layers"], values["expert_size"] = sparse, blocks[sparse[0]].feed_forward.inner
+    # if all layers have experts, the width of the others has no effect
+    values["feed_forward_size"] = dense[0] if dense else values["expert_size"]
     values["embedding_scale"] = config.embedding_scale or config.hidden_size**0.5
     values["windows"] = [block.attention.window for block in blocks]
     if config.positions == "rotary":
