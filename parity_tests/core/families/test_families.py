@@ -28,6 +28,7 @@ SIZES = {
 }  # fmt: skip
 HEADS = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
 THETA = {"rope_type": "default", "rope_theta": 5000.0}
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.1, 1.3, 1.7], "long_factor": [1.5, 3.0, 7.5]}
 GPT2 = {
     "vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 3,
     "bos_token_id": None, "eos_token_id": None,
@@ -69,6 +70,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {**SIZES, **HEADS, "pad_token_id": 0, "sliding_window": 7,
          "rope_parameters": {**THETA, "partial_rotary_factor": 1.0}},
+    ),
+    # above original_max_position_embeddings after some new tokens
+    "phi3-long-rope": (
+        "Phi3",
+        {**SIZES, **HEADS, "pad_token_id": 0, "original_max_position_embeddings": LENGTH + 4,
+         "rope_parameters": {**LONG_ROPE, "attention_factor": 1.3}},
+    ),
+    "phi3-long-prompt": (
+        "Phi3",
+        {**SIZES, **HEADS, "pad_token_id": 0, "original_max_position_embeddings": LENGTH - 4,
+         "rope_parameters": LONG_ROPE},
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {**SIZES, **HEADS, "max_position_embeddings": LENGTH + 4, "head_dim": 10,
+         "rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 3.3}},
+    ),
+    "gpt_neox-dynamic": (
+        "GPTNeoX",
+        {**SIZES, "hidden_size": 24, "num_attention_heads": 3, "max_position_embeddings": LENGTH - 4,
+         "rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 3.0, "partial_rotary_factor": 0.5}},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {**SIZES, **HEADS, "head_dim": 10, "num_hidden_layers": 4, "query_pre_attn_scalar": 7, "sliding_window": 6,
+         "sliding_window_pattern": 3, "final_logit_softcapping": 1.5,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5e4},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}},
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {**SIZES, **HEADS, "num_hidden_layers": 3, "head_dim": 10, "tie_word_embeddings": False, "mlp_bias": True,
+         "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6,
+         "rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2,
+                             "original_max_position_embeddings": 16}},
     ),
     "gpt2": ("GPT2", {**GPT2, "n_inner": 20}),
     "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False, "scale_attn_weights": False}),
@@ -146,10 +182,13 @@ def test_an_exported_folder_has_the_same_tensors_and_is_loaded(case: Case, tmp_p
     assert same_bits(dict(weight_files.read(tmp_path / "again")), dict(original))
     icenet.save(icenet.load(case.folder, "torch", "cpu"), tmp_path / "ours")
     icenet.convert(tmp_path / "ours", tmp_path / "hf", "hf")
-    kind = json.loads((case.folder / "config.json").read_text())["model_type"]
-    if kind != "phi3":  # without its packed tensors it is a Mistral
+    written = json.loads((case.folder / "config.json").read_text())
+    kind = written["model_type"]
+    if kind == "phi3" and written["rope_parameters"]["rope_type"] == "default":
+        kind = "mistral"  # which has no packed tensors
+    else:
         assert same_bits(dict(weight_files.read(tmp_path / "hf")), dict(original))
     found = json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"]
-    assert found == {"phi3": "mistral"}.get(kind, kind)
+    assert found == kind
     np.testing.assert_array_equal(logits_of(tmp_path / "again", case.tokens), case.single)
     np.testing.assert_allclose(logits_of(tmp_path / "hf", case.tokens), case.single, rtol=0, atol=1e-5)

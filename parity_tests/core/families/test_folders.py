@@ -69,8 +69,19 @@ def changed(path: Path, **values: Any) -> Path:
     return path
 
 
-def tiny_config(model_type: str) -> TransformerConfig:
+IMAGES: dict[str, dict[str, Any]] = {
+    "resnet": {"embedding_size": 5, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3},
+    "vit": {
+        "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 5, "image_size": 9,
+        "patch_size": 4, "num_labels": 3,
+    },
+}  # fmt: skip
+
+
+def tiny_config(model_type: str) -> ModelConfig:
     """Returns the model that a family's defaults give with tiny sizes."""
+    if model_type in IMAGES:
+        return Config.from_dict({"model": FAMILIES[model_type].read(IMAGES[model_type])}).model
     names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     values = {**SIZES, "num_hidden_layers": 2, "hidden_size": 12}
     if model_type == "gpt2":
@@ -83,9 +94,7 @@ def tiny_config(model_type: str) -> TransformerConfig:
         values = {"vocab_size": 7, "max_position_embeddings": 8, **sizes, "architectures": ["DistilBertForMaskedLM"]}
     else:
         values |= {"rotary_pct": 0.5} if model_type == "gpt_neox" else {"num_key_value_heads": 1}
-    config = Config.from_dict({"model": FAMILIES[model_type].read(values)}).model
-    assert isinstance(config, TransformerConfig)
-    return config
+    return Config.from_dict({"model": FAMILIES[model_type].read(values)}).model
 
 
 # The configs of published models, without the keys whose values are the same in all of them.
@@ -216,7 +225,8 @@ def test_export_is_the_inverse_of_import(model_type: str, tmp_path: Path) -> Non
     arrays = random_arrays(shapes_of(family, config), "float16")
     found = folder.read(write_folder(tmp_path / "in", written, arrays))
     assert found.config.model == config
-    assert same_bits(dict(ExportedWeights(family, found.config, found.weights)), arrays)
+    exported = dict(ExportedWeights(family, found.config, found.weights))
+    assert same_bits({name: a for name, a in exported.items() if not name.endswith("batches_tracked")}, arrays)
     shapes = backends.meta_model(found.config).weight_shapes()
     assert {path: array.shape for path, array in found.weights.items()} == shapes
 
@@ -353,8 +363,11 @@ def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
         ({"s": 4}, ["'s'", "llama"]),
         ({"model_type": "mamba"}, ["mamba", "llama"]),
         ({"model_type": None}, ["model_type"]),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, ["rope_scaling", "longrope"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 2}}, ["rope_scaling", "mscale"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, ["rotary_scaling", "short_factors"]),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1, 2]}}, ["long_factors"]),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 8.0}}, ["rope_scaling", "mrope"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "mscale": 2}}, ["rope_scaling", "mscale"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e9}}, ["max_seq_length"]),
         ({"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "sliding_attention"]),
         ({"rope_parameters": "x"}, ["rope_parameters"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
