@@ -106,6 +106,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2,
                              "original_max_position_embeddings": 16}},
     ),
+    "mixtral": (
+        "Mixtral",
+        {**SIZES, **HEADS, "head_dim": 10, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**SIZES, **HEADS, "head_dim": 8, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 9,
+         "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1], "attention_bias": True,
+         "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "qwen3_moe-all-layers": (
+        "Qwen3Moe",
+        {**SIZES, **HEADS, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 9,
+         "norm_topk_prob": True, "tie_word_embeddings": True, "rope_parameters": THETA},
+    ),
     "gpt2": ("GPT2", {**GPT2, "n_inner": 20}),
     "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False, "scale_attn_weights": False}),
     "gpt_neox": (
@@ -134,6 +149,7 @@ class Case:
     def __init__(self, folder: Path, kind: str, options: dict[str, Any]) -> None:
         config = getattr(transformers, f"{kind}Config")(**options)
         config._attn_implementation = "eager"  # the other implementations have no soft cap
+        config._experts_implementation = "eager"  # the others have no float64
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -160,7 +176,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", experts_implementation="eager"
+        )
         return np.asarray(model(torch.tensor(tokens)).logits.numpy())
 
 

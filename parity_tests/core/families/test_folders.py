@@ -92,6 +92,9 @@ def tiny_config(model_type: str) -> ModelConfig:
     elif model_type == "distilbert":
         sizes = {"dim": 12, "hidden_dim": 5, "n_heads": 3, "n_layers": 2}
         values = {"vocab_size": 7, "max_position_embeddings": 8, **sizes, "architectures": ["DistilBertForMaskedLM"]}
+    elif model_type == "qwen3_moe":
+        sizes = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 6, "mlp_only_layers": [0]}
+        values |= {"num_key_value_heads": 1, **sizes}
     else:
         values |= {"rotary_pct": 0.5} if model_type == "gpt_neox" else {"num_key_value_heads": 1}
     return Config.from_dict({"model": FAMILIES[model_type].read(values)}).model
@@ -122,6 +125,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
         "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+        "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936,
     },
     "gpt2": {
         "model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
