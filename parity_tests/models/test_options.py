@@ -57,6 +57,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": {"parallel_residual": True, "positions": "rotary", "rotary_fraction": 0.34, "head_size": 12},
     "tied with a bias": {"tie_embeddings": True, "output_bias": True, "output": "transform"},
     "biases": {"attention_output_bias": False, "feed_forward_bias": False, "norm_position": "post"},
+    "experts": {**LLAMA, "num_experts": 5, "expert_size": 20},
+    "experts in one layer": {
+        **{"num_experts": 4, "experts_per_token": 3, "expert_layers": [1], "normalize_expert_weights": False}
+    },
 }
 ENCODER: dict[str, Any] = {"causal": False, "norm_position": "post", "positions": "learned", "embedding_norm": True}
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -202,6 +206,12 @@ def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
         ({"relative_buckets": 6, "causal": False}, "multiple of 4"),
         ({"relative_buckets": 32, "relative_max_distance": 8, "causal": False}, "relative_max_distance"),
         ({"attention_softcap": 0}, "attention_softcap"),
+        ({"expert_size": 3}, "needs num_experts"),
+        ({"normalize_expert_weights": False}, "needs num_experts"),
+        ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3"),
+        ({"num_experts": 2, "expert_layers": [2]}, r"expert_layers \[2\]"),
+        ({"num_experts": 2, "expert_layers": [1, 0]}, "ascending"),
+        ({"num_experts": 2, "expert_layers": []}, "expert_layers"),
         ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, "positions: rotary"),
         ({"positions": "rotary", "rotary_scaling": {"type": "yarn", "factor": 2.0}}, "original_length"),
         ({"positions": "rotary", "rotary_scaling": {"type": "ntk", "factor": 2.0}}, r"rotary_scaling\.type"),

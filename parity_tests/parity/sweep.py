@@ -119,6 +119,11 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
     options["parallel_residual"] = draw.cycle("parallel_residual", YES_NO) and model["norm_position"] == "pre"
     for name in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
         options[name] = draw.cycle(name, [None, None, 0.7])
+    if count := draw.cycle("num_experts", [None, None, None, None, 1, 2, 3, 6]):
+        options |= {"num_experts": count, "experts_per_token": min(count, draw.cycle("experts_per_token", [1, 2]))}
+        options["expert_size"] = draw.cycle("expert_size", [None, 3])
+        options["expert_layers"] = draw.cycle("expert_layers", [None, [layers - 1]])
+        options["normalize_expert_weights"] = draw.cycle("normalize_expert_weights", YES_NO)
     if options["positions"] == "rotary":  # once in four cases, so that each scaling is in 16
         options["head_size"] = draw.choice([4, 8])
         options["rotary_scaling"] = SCALINGS[draw.number // 4 % len(SCALINGS)]
