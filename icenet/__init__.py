@@ -253,9 +253,10 @@ def embed(
     from icenet.core.embedding.texts import embed_texts
     from icenet.core.errors import UsageError
 
+    chosen = {"backend": backend, "device": device, "dtype": dtype}
     if isinstance(model, (str, Path)):
         model = load(model, backend, device, dtype=dtype)
-    elif given := [name for name in ("backend", "device", "dtype") if locals()[name] is not None]:
+    elif given := [name for name, value in chosen.items() if value is not None]:
         raise UsageError(f"embed: {', '.join(given)}: only for a path; the model is loaded already")
     _check_model(model, "embed")
     return embed_texts(model, texts, batch_size, options, progress)
