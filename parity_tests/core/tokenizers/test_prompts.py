@@ -5,18 +5,24 @@ Expected values come from `transformers.AutoTokenizer`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import is_one_line
 from test_tokenizers import bert, gpt4, llama, new, trained
 
+from icenet.core.config import GenerationConfig
 from icenet.core.errors import DataError
+from icenet.core.generation.request import Request
+from icenet.core.generation.streaming import stream_text
 from icenet.core.tokenizers import get_tokenizer, tokenizer_files
+from icenet.core.tokenizers.base import decode_continuation
 from icenet.core.tokenizers.companions import eos_token_id
 from icenet.core.tokenizers.huggingface import HFTokenizer
 
@@ -168,3 +174,47 @@ def test_damaged_files_are_one_line(name: str, content: str | bytes, tmp_path: P
     assert is_one_line(error.value, "tokenizer.json", name)
     if name == "tokenizer_config.json":
         assert eos_token_id(folder) is None
+
+
+# ---- streams ----------------------------------------------------------------------------------------------
+
+SPOKEN = "größe 日本語 \U0001f3bf\U0001f468‍\U0001f469‍\U0001f467 do n ' t , yes . I 've\n  x"
+
+
+class FixedDecoder(contextlib.nullcontext):  # type: ignore[type-arg]
+    """A decoder that generates given tokens."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.ids = ids
+
+    def submit(self, index: int) -> int:
+        return self.ids[index]
+
+    def fetch(self, handle: int) -> Any:
+        return np.array([handle], np.int32)
+
+
+@pytest.mark.parametrize("clean_up", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pieces_of_a_stream_are_the_text(kind: str, clean_up: bool, tmp_path: Path) -> None:
+    """No piece has half a character, whatever the kind of the tokenizer. The pieces are the text of all tokens."""
+    folder = write_folder(tmp_path, kind, clean_up_tokenization_spaces=clean_up)
+    tokenizer = get_tokenizer(str(folder))
+    draws = np.random.default_rng(0)
+    spoken = tokenizer.encode(" ".join([SPOKEN] * 6))
+    random = draws.integers(0, tokenizer.vocab_size, 200).tolist()
+    for ids in (spoken, random, [token for pair in zip(spoken, random, strict=False) for token in pair]):
+        for stop in ([], ["语zz", " yesterday"]):
+            request = Request(
+                *(np.zeros((1, 1), np.int32), None, GenerationConfig(stop=stop), (len(ids),), None, 0, 0, tokenizer)
+            )
+            pieces = list(stream_text(FixedDecoder(ids), request))  # type: ignore[arg-type]
+            whole = decode_continuation(tokenizer, ids)
+            assert "".join(pieces) == whole and all(pieces)
+            if ids is spoken:
+                assert len(pieces) > 100 and "\ufffd" not in whole
+                theirs = transformers.AutoTokenizer.from_pretrained(folder)
+                prompt = tokenizer.encode("one")
+                before, after = (theirs.decode(t, skip_special_tokens=True) for t in (prompt, prompt + ids))
+                assert after.startswith(before) and after[len(before) :] == whole
