@@ -31,6 +31,7 @@ from icenet.cli.options import (
     show,
     show_json,
     template_option,
+    to_list,
     trust_option,
 )
 from icenet.core.report import streams
@@ -304,6 +305,79 @@ def chat_command(
         template_options=template_options,
         **options,
     )
+
+
+@cli.command(
+    "embed",
+    epilog=examples(
+        "icenet embed all-MiniLM-L6-v2/ sentences.txt --out vectors.npz",
+        "icenet embed Qwen3-Embedding-0.6B/ queries.txt --out queries.npy --prompt-name query",
+        "icenet embed model/ corpus.jsonl --text-key body --out corpus.npy --batch-size 128 --dtype bf16",
+        "cat sentences.txt | icenet embed model/ - --out vectors.npy --pooling cls --normalize",
+    ),
+)
+@click.argument("model", type=PATH)
+@click.argument("file", type=PATH)
+@click.option("--out", required=True, type=PATH, help="File to write: .npz (embeddings and texts) or .npy.")
+@click.option("--text-key", help="Key of the text in each object of a JSON Lines file. Default: text.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Number of texts that are computed together.",
+)
+@click.option(
+    "--pooling",
+    multiple=True,
+    callback=to_list,
+    type=click.Choice(["cls", "max", "mean", "mean_sqrt_length", "weighted_mean", "last"]),
+    help="How the tokens of a text become one vector. Repeat to concatenate. Default: that of the model, or mean.",
+)
+@click.option("--normalize/--no-normalize", default=None, help="Divide each vector by its length.")
+@click.option("--max-seq-length", type=click.IntRange(1), help="Number of tokens after which a text is cut.")
+@click.option("--prompt", help="Text to put in front of each text.")
+@click.option("--prompt-name", help="Which of the model's prompts to put in front of each text.")
+@backend_option
+@device_option
+@dtype_option
+@overwrite_option
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@trust_option
+def embed_command(
+    model: Path,
+    file: Path,
+    out: Path,
+    text_key: str | None,
+    batch_size: int,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compute one vector for each text of a file.
+
+    MODEL is a folder of sentence-transformers or Hugging Face, a run or a saved model. FILE has one text per line, or
+    is a JSON Lines file (.jsonl); - is the standard input.
+    """
+    from icenet.commands.embed import embed
+
+    text = embed(
+        model,
+        file,
+        out,
+        text_key=text_key,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        options=options,
+        quiet=quiet,
+    )
+    streams.write(text)
 
 
 @cli.command(

@@ -48,7 +48,8 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
-def _to_list(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> list[Any] | None:
+def to_list(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> list[Any] | None:
+    """Returns the values of a repeatable option; None if it is not given."""
     return list(values) or None
 
 
@@ -115,7 +116,7 @@ _GENERATION_OPTIONS = (
     click.option(
         "--stop",
         multiple=True,
-        callback=_to_list,
+        callback=to_list,
         metavar="TEXT",
         help="End the output before this text. Repeatable.",
     ),
@@ -123,7 +124,7 @@ _GENERATION_OPTIONS = (
         "--eos-token-id",
         type=int,
         multiple=True,
-        callback=_to_list,
+        callback=to_list,
         help="End at this token. Repeatable. Default: the end-of-text tokens of the tokenizer.",
     ),
     click.option("--ignore-eos/--no-ignore-eos", default=None, help="Continue after an end-of-text token."),

@@ -18,7 +18,7 @@ from icenet.core.models.base import ModelBase
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
 from icenet.nn.activations import match_gradients_at_zero
-from icenet.nn.arrays import DTYPES
+from icenet.nn.arrays import DTYPES, is_half, to_numpy
 from icenet.nn.dropout import key_dropouts
 from icenet.nn.embedding import guard_embeddings, reading_ids, to_host
 
@@ -56,6 +56,9 @@ class BaseModel(ModelBase, nn.Module):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""
         raise NotImplementedError
+
+    def without_gradients(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def native_arrays(self) -> dict[str, mx.array]:
         """Returns parameters and statistics by canonical path, in MLX's layouts; shared ones under each path."""
@@ -110,6 +113,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def _to_host(self, array: mx.array, waits: bool = False) -> np.ndarray | None:
         return to_host(array)
+
+    def _to_float_host(self, array: mx.array) -> np.ndarray:
+        return to_numpy(array.astype(mx.float32) if is_half(array) else array)
 
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:
         return mx.array(tokens)

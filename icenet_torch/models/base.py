@@ -16,7 +16,7 @@ from icenet.core.models.base import ModelBase
 from icenet_torch.generation.decoder import Decoder
 from icenet_torch.nn import tree
 from icenet_torch.nn.arithmetic import tf32
-from icenet_torch.nn.arrays import DTYPES
+from icenet_torch.nn.arrays import DTYPES, is_half, to_numpy
 from icenet_torch.nn.dropout import key_dropouts
 from icenet_torch.nn.embedding import guard_embeddings, reading_ids, to_host
 
@@ -48,6 +48,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.allow_tf32 is None else tf32(self.allow_tf32)
+
+    def without_gradients(self) -> contextlib.AbstractContextManager[None]:
+        return torch.no_grad()
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +107,9 @@ class BaseModel(ModelBase, nn.Module):
 
     def _to_host(self, array: torch.Tensor, waits: bool = False) -> np.ndarray | None:
         return to_host(array, waits)
+
+    def _to_float_host(self, array: torch.Tensor) -> np.ndarray:
+        return to_numpy(array.float() if is_half(array) else array)
 
     def _to_native_tokens(self, tokens: Tokens) -> torch.Tensor:
         return torch.from_numpy(tokens).long().to(self.device)

@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
             is_causal = False
             columns = torch.arange(k.shape[2], device=q.device)
             mask = None if q.shape[2] == 1 else columns <= columns[-q.shape[2] :, None]
-    if mask is not None and mask.dtype != torch.bool:
+    elif mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if softcap is None:
         is_grouped = q.shape[1] != k.shape[1]
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     scores = (queries @ keys.transpose(2, 3)).to(torch.promote_types(dtype, torch.float32)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
+    if isinstance(mask, torch.Tensor):
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1).to(dtype) @ values).to(q.dtype)
 

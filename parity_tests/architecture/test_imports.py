@@ -31,7 +31,7 @@ LAYERS = [
     ["core.report"],
     ["core.backends"],
     ["core.weights", "core.generation"],
-    ["core.models", "core.families", "core.distributed"],
+    ["core.models", "core.families", "core.distributed", "core.embedding"],
     ["core.engine"],
     ["core.data"],
     ["core.training"],

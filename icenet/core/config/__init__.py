@@ -10,6 +10,7 @@ line with the file, the line, the key, the allowed values and the closest known 
 from __future__ import annotations
 
 from icenet.core.config.data import DATA, DataConfig, ImageDataConfig
+from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import (
     FAMILIES,
@@ -32,6 +33,7 @@ __all__ = [
     "Config",
     "CustomConfig",
     "DataConfig",
+    "EmbeddingConfig",
     "GenerationConfig",
     "ImageDataConfig",
     "ImageModelConfig",

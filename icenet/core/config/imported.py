@@ -58,7 +58,8 @@ def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[st
                 f"data.seq_length: {MAX_LENGTH} tokens, not the {length:,} of the model; set it for another length"
             )
         tree["data"] = data
-    tree["generation"] = {**found["generation"], **(values.get("generation") or {})}
+    for section in ("generation", "embedding"):
+        tree[section] = {**found[section], **(values.get(section) or {})}
     tree["training"] = {"init_from": str(place.absolute()), **(values.get("training") or {})}
     return tree
 
@@ -91,4 +92,5 @@ def _model_at(path: Path) -> dict[str, Any]:
         "model": config.model.model_dump(mode="python"),
         "tokenizer": getattr(config.data, "tokenizer", "bytes"),
         "generation": written.tree(config.generation),
+        "embedding": written.tree(config.embedding),
     }

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from icenet.core.config import custom, imported, typed, written, yaml_file
 from icenet.core.config.data import AnyDataConfig, DataConfig
+from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import SECTIONS as MODEL_SECTIONS
 from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
@@ -25,7 +26,7 @@ _log = logging.getLogger("icenet")
 
 
 class Config(Section):
-    """Configuration of one run: backend, model, data, training and generation."""
+    """Configuration of one run: backend, model, data, training, generation and embedding."""
 
     backend: Literal["auto", "mlx", "torch"] = "auto"
     """mlx, torch or auto; auto is mlx if it runs on this machine, otherwise torch."""
@@ -41,6 +42,7 @@ class Config(Section):
     data: AnyDataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig)
 
     @model_validator(mode="after")
     def _check_seq_length(self) -> Self:

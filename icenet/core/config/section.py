@@ -213,7 +213,7 @@ def _remedy_for_key(name: str, section: type[Section] | None) -> str:
         kinds = [_kind_of(other) for other in _SECTIONS.values() if other.section == own and _has_key(other, name)]
         if any(kinds):
             return f"; it is for {' or '.join(kind for kind in kinds if kind)}"
-        places = ["", "model", "data", "training", "generation"]
+        places = ["", "model", "data", "training", "generation", "embedding"]
         found = [place for place in places if place != own and _normal(name) in map(_normal, _keys_of(place))]
         if found:
             where = (f"under {place}:" if place else "at the top level" for place in found)

@@ -46,7 +46,7 @@ class _OffsetPositions:
         rows = values.whole("max_position_embeddings", 512) or 0
         if padding is None or padding + 1 >= rows:
             raise ConfigError(
-                f"max_position_embeddings: {rows} are too few, because positions begin after that of padding, {padding}"
+                f"max_position_embeddings: {rows} are too few, as positions begin after that of padding, {padding}"
             )
         return {"position_offset": padding + 1, "max_seq_length": rows - padding - 1}
 

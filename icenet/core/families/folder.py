@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core import files as file_system
-from icenet.core.config import Config, GenerationConfig
+from icenet.core.config import Config, GenerationConfig, TransformerConfig
 from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
-from icenet.core.families import FAMILIES, Family, family_of, gguf
+from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers
 from icenet.core.families.weights import ImportedWeights, is_tied
 from icenet.core.tokenizers import companions, get_tokenizer, tokenizer_files
 from icenet.core.tokenizers import gguf as gguf_tokenizer
@@ -126,12 +126,14 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     tree: dict[str, Any] = {"model": fields}
     if reads_text:
         tree["generation"] = _generation(files, values)
+    if isinstance(config.model, TransformerConfig):
+        tree["embedding"] = sentence_transformers.read(files, config.model.max_seq_length, _read_json_value)
     if reads_text and (files / TOKENIZER_FILE).is_file():
         tree["data"] = {"tokenizer": str((files / TOKENIZER_FILE).absolute())}
     try:
         config = Config.from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{files / GENERATION} or {where}: {error}") from None
+        raise ConfigError(f"{files / GENERATION}, {where} or a file of sentence-transformers: {error}") from None
     config = config.with_overrides(*overrides)
     weights = ImportedWeights(family, config, found)
     if weights.unused:
@@ -330,10 +332,17 @@ def _has_own_head(family: Family, config: Config, weights: StoredWeights) -> boo
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a file of settings. Raises ConfigError if it is no JSON object."""
+    values = _read_json_value(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a JSON object; copy or save it again")
+    return values
+
+
+def _read_json_value(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MB; not a file of settings")
-        values = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
+        return json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     except ConfigError:
@@ -341,9 +350,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), "it is nested too deeply")
         raise ConfigError(f"{path}: not JSON: {reason}; copy or save it again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a JSON object; copy or save it again")
-    return values
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

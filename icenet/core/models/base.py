@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from icenet.core.config import GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
+from icenet.core.config import EmbeddingConfig, GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import check_mask, check_vocabulary
@@ -36,6 +36,7 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
+        embedding: Default options of `icenet.embed`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
         compute_dtype: The framework's dtype of the activations.
@@ -51,6 +52,7 @@ class ModelBase:
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
+    embedding: EmbeddingConfig | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any
@@ -344,6 +346,22 @@ class ModelBase:
             for module, mode in modes:  # parents first: the mode of a module is also set in its parts
                 module.train(mode)
 
+    # ---- features ----------------------------------------------------------------------------------------
+
+    def compute_hidden_states(self, tokens: Tokens, mask: np.ndarray | None) -> np.ndarray:
+        """Returns the hidden states of a transformer on the host, float32 `[B, T, D]`.
+
+        They are computed in evaluation mode and without gradients.
+
+        Args:
+            tokens: Tokens, int32 `[B, T]`.
+            mask: bool `[B, T]`, False for padding; None without padding.
+        """
+        model: Any = self
+        native = None if mask is None else self._to_native_tokens(mask.astype(np.int32))
+        with self.evaluation(), self.arithmetic(), self.without_gradients():
+            return self._to_float_host(model.hidden_states(self._to_native_tokens(tokens), native))
+
     # ---- generation --------------------------------------------------------------------------------------
 
     def generate(
@@ -423,6 +441,10 @@ class ModelBase:
         """
         raise NotImplementedError
 
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """Returns a context in which the framework records nothing for gradients."""
+        raise NotImplementedError
+
     def weights(self) -> dict[str, np.ndarray]:
         """Returns copies of the canonical weights: numpy arrays in PyTorch's layouts, by path."""
         raise NotImplementedError
@@ -481,6 +503,10 @@ class ModelBase:
             array: Any array.
             waits: Whether to wait for an array on CUDA too; otherwise it gives None.
         """
+        raise NotImplementedError
+
+    def _to_float_host(self, array: Any) -> np.ndarray:
+        """Returns an output of the model as numpy; half precision as float32."""
         raise NotImplementedError
 
     def _to_native_tokens(self, tokens: Tokens) -> Any:

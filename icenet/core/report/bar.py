@@ -1,4 +1,4 @@
-"""Progress of work that is counted in bytes, such as tokenizing a text."""
+"""Progress of work that is counted in bytes, such as tokenizing a text, or in other units."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ class Bar:
         bar(done, total)      # bytes, from any thread
     """
 
-    def __init__(self, label: str, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, label: str, quiet: bool = False, console: Console | None = None, unit: str | None = None
+    ) -> None:
         """
         Args:
             label: Text in front of the bar.
             quiet: Show nothing.
             console: Console to draw on; default: standard error.
+            unit: What is counted; default: bytes.
         """
         self.label = label
+        self.unit = "B" if unit is None else f" {unit}"
         self.quiet = quiet
         self._console = console
         self._bar: LiveBar | None = None
@@ -68,8 +72,8 @@ class Bar:
         """Returns the bytes done and in total, the speed and the time left."""
         seconds = time.monotonic() - self._started
         rate = (self._done - (self._resumed_at or 0)) / max(seconds, 1e-9)
-        text = f"{short_number(self._done)}B of {short_number(self._total)}B"
+        text = f"{short_number(self._done)}{self.unit} of {short_number(self._total)}{self.unit}"
         if rate <= 0:
             return f"{text}  {duration(seconds)}"
         left = duration((self._total - self._done) / rate)
-        return f"{text}  {short_number(rate)}B/s  {duration(seconds)}, {left} left"
+        return f"{text}  {short_number(rate)}{self.unit}/s  {duration(seconds)}, {left} left"

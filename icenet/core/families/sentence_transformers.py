@@ -1,0 +1,142 @@
+"""The files that sentence-transformers adds to a folder of Hugging Face: pooling, normalization, limits and prompts.
+
+Source: the classes `Transformer`, `Pooling` and `Normalize` of `sentence_transformers` (versions 2 to 6).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from icenet.core.errors import ConfigError
+from icenet.core.families.keys import shown
+
+Read = Callable[[Path], dict[str, Any] | list[Any]]
+
+MODULES = "modules.json"
+_SETTINGS = "config_sentence_transformers.json"
+_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_length",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+"""Keys of a pooling module, in the order in which they are concatenated, and our names."""
+_MODES = {"mean_sqrt_len_tokens": "mean_sqrt_length", "weightedmean": "weighted_mean", "lasttoken": "last"}
+"""Names of `pooling_mode` that are not ours."""
+_SIZES = ("word_embedding_dimension", "embedding_dimension")
+_TRANSFORMER = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name")
+"""Keys of a transformer module that are read, or have the same value for all texts."""
+_TRANSFORMER_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_log = logging.getLogger("icenet")
+
+
+def read(folder: Path, longest: int, read_json: Read) -> dict[str, Any]:
+    """Returns the fields of `EmbeddingConfig` that a folder states.
+
+    Without files of sentence-transformers, that is the number of tokens that the tokenizer is made for. If the folder
+    has steps that are not supported, a notice names them, and `pooling` is empty.
+
+    Args:
+        folder: The folder of a model.
+        longest: Number of tokens that the model can read.
+        read_json: Returns the content of a file.
+
+    Raises:
+        ConfigError: A file has another form or another value than those of the library.
+    """
+    fields: dict[str, Any] = {}
+    tokenizer = _object(folder / "tokenizer_config.json", read_json)
+    limit = tokenizer.get("model_max_length")
+    if (folder / MODULES).is_file():
+        fields |= _read_modules(folder, read_json)
+        settings = _object(folder / _SETTINGS, read_json)
+        fields |= {"prompts": settings.get("prompts") or {}, "prompt_name": settings.get("default_prompt_name")}
+        found = next((folder / name for name in _TRANSFORMER_FILES if (folder / name).is_file()), None)
+        values = _object(found, read_json) if found else {}
+        if unused := [key for key, value in values.items() if key not in _TRANSFORMER and value not in (None, {})]:
+            _log.warning(f"{found}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect")
+        fields["lower_case"] = values.get("do_lower_case") or False
+        limit = values.get("max_seq_length") or limit
+    if isinstance(limit, (int, float)) and not isinstance(limit, bool) and 0 < limit < longest:
+        fields["max_seq_length"] = limit
+    return fields
+
+
+def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
+    """Returns pooling and normalization as modules.json states them."""
+    file = folder / MODULES
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ConfigError(f"{file}: not a list of modules; copy or save it again")
+    fields: dict[str, Any] = {"pooling": []}
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    for index, (module, kind) in enumerate(zip(modules, kinds, strict=True)):
+        before = kinds[:index]
+        if kind == "Transformer" and index == 0 and module.get("path") in (None, "", "."):
+            continue
+        if kind == "Pooling" and before == ["Transformer"]:
+            path = _inside(folder, module.get("path"), file)
+            fields |= _read_pooling(path / "config.json", _object(path / "config.json", read_json))
+        elif kind == "Normalize" and fields["pooling"]:
+            fields["normalize"] = True
+        else:
+            place = f" (path {shown(module['path'])})" if module.get("path") else ""
+            _log.warning(
+                f"{file}: the step {kind}{place} is not supported here, only Transformer, Pooling and Normalize; "
+                "icenet.embed needs embedding.pooling, which then has the steps that it names"
+            )
+            return {"pooling": []}
+    if not fields["pooling"]:
+        _log.warning(f"{file}: has no Pooling; icenet.embed needs embedding.pooling")
+    return fields
+
+
+def _read_pooling(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a pooling module."""
+    unknown = [key for key in values if key not in (*_POOLING, *_SIZES, "include_prompt", "pooling_mode")]
+    if unknown:
+        raise ConfigError(f"{file}: {', '.join(map(shown, unknown))}: unknown, and may change embeddings")
+    flags = {key: values.get(key, False) for key in _POOLING}
+    wrong = next((key for key, value in flags.items() if not isinstance(value, bool)), None)
+    include = values.get("include_prompt", True)
+    if wrong is not None or not isinstance(include, bool):
+        raise ConfigError(f"{file}: {wrong or 'include_prompt'}: neither true nor false")
+    given = values.get("pooling_mode") or []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{file}: pooling_mode: {shown(given)} is not a name or a list of names")
+    pooling = [_MODES.get(name, name) for name in names] or [_POOLING[key] for key, value in flags.items() if value]
+    pooling = pooling or ["mean"]
+    if odd := next((name for name in pooling if name not in _POOLING.values()), None):
+        raise ConfigError(f"{file}: pooling_mode: {shown(odd)} is not supported")
+    return {"pooling": pooling, "include_prompt": include}
+
+
+def _inside(folder: Path, path: Any, file: Path) -> Path:
+    """Returns a folder within another."""
+    if (
+        not isinstance(path, str)
+        or not path
+        or PurePosixPath(path).is_absolute()
+        or ".." in PurePosixPath(path).parts
+    ):
+        raise ConfigError(f"{file}: path {shown(path)}: not the name of a folder in it")
+    return folder / path
+
+
+def _object(file: Path, read_json: Read) -> dict[str, Any]:
+    """Returns the content of a file that may be absent."""
+    if not file.is_file():
+        return {}
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: not a JSON object; copy or save it again")
+    return values
