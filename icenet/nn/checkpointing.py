@@ -12,13 +12,14 @@ import mlx.nn as nn
 from icenet.core.errors import UsageError
 from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet.nn.arrays import Array
-from icenet.nn.norm import keep_running_statistics
+from icenet.nn.norm import keep_buffers
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """Calls a block without keeping its activations; the backward pass computes them again.
 
-    Both passes use the same dropout masks. Only the first one updates running statistics.
+    Both passes use the same dropout masks. Only the first one updates buffers, such as running
+    statistics.
 
     Raises:
         UsageError: The block draws from MLX's generator, whose state cannot be restored for the backward pass.
@@ -41,7 +42,7 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
             if passes == 1:
                 outputs = block(*arguments)
             else:
-                with repeated_calls(dropouts, calls), keep_running_statistics(block):
+                with repeated_calls(dropouts, calls), keep_buffers(block):
                     outputs = block(*arguments)
         finally:
             for module in unseeded:

@@ -101,31 +101,23 @@ def set_running_statistics(model: nn.Module, values: Mapping[str, Array]) -> Non
 
 
 @contextlib.contextmanager
-def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Restores the running statistics of `model` on exit."""
-    before = running_statistics(model)
-    try:
-        yield
-    finally:
-        set_running_statistics(model, before)
-
-
-@contextlib.contextmanager
 def keep_buffers(model: nn.Module) -> Iterator[None]:
     """Restores the running statistics and the other frozen arrays of `model` on exit; a user's model may change them.
 
-    Some changes, such as `self.count += 1`, are to the array itself, so copies take the place of the arrays. They use
-    the same memory, and what is shared stays shared.
+    Some changes, such as `self.count += 1`, are to the array itself, so copies take the place of the arrays
+    meanwhile. They use the same memory, and what is shared stays shared.
     """
-    copies: dict[int, mx.array] = {}
     before = [
-        (module, name, copies.setdefault(id(value), mx.array(value)))
+        (module, name, value)
         for _, module in model.named_modules()
         for name, value in module.items()
         if isinstance(value, mx.array) and (name in module._no_grad or name in STATISTICS)
     ]
+    copies = {id(value): mx.array(value) for _, _, value in before}
+    for module, name, value in before:
+        setattr(module, name, copies[id(value)])
     try:
         yield
     finally:
-        for module, name, copy in before:
-            setattr(module, name, copy)
+        for module, name, value in before:
+            setattr(module, name, value)

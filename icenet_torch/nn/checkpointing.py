@@ -10,20 +10,21 @@ import torch.utils.checkpoint
 from torch import nn
 
 from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
-from icenet_torch.nn.norm import keep_running_statistics
+from icenet_torch.nn.norm import keep_buffers
 
 
 def checkpoint(block: nn.Module, *inputs: object) -> Any:
     """Calls a block without keeping its activations; the backward pass computes them again.
 
-    Both passes use the same random numbers. Only the first one updates running statistics.
+    Both passes use the same random numbers. Only the first one updates buffers, such as running
+    statistics.
     """
     dropouts = [module for module in block.modules() if isinstance(module, KeyedCalls)]
     calls = count_calls(dropouts)
 
     @contextlib.contextmanager
     def recomputation() -> Iterator[None]:
-        with repeated_calls(dropouts, calls), keep_running_statistics(block):
+        with repeated_calls(dropouts, calls), keep_buffers(block):
             yield
 
     return torch.utils.checkpoint.checkpoint(

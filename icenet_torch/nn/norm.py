@@ -106,28 +106,22 @@ def _statistics(model: nn.Module) -> dict[str, Array]:
 
 
 @contextlib.contextmanager
-def keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Restores the running statistics of `model` on exit."""
-    before = running_statistics(model)
-    try:
-        yield
-    finally:
-        set_running_statistics(model, before)
-
-
-@contextlib.contextmanager
 def keep_buffers(model: nn.Module) -> Iterator[None]:
-    """Restores the running statistics and the other buffers of `model` on exit; a user's model may change them."""
+    """Restores the running statistics and the other buffers of `model` on exit; a user's model may change them.
+
+    Some changes, such as `self.count += 1`, are to the tensor itself, so copies take the place of the buffers
+    meanwhile. What is shared stays shared. The buffers are not written to, because autograd may have saved them.
+    """
     before = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer)
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in before}
+    for module, name, buffer in before:
+        module._buffers[name] = copies[id(buffer)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, copy in before:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, copy):  # an expanded buffer cannot be written to
-                    buffer.copy_(copy)
+        for module, name, buffer in before:
+            module._buffers[name] = buffer

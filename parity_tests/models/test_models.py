@@ -384,6 +384,43 @@ def test_checkpointing_repeats_the_masks_of_each_call(backend: str) -> None:
     assert np.array_equal(*found) and found[0].any()
 
 
+@both_backends
+def test_checkpointing_updates_buffers_once(backend: str) -> None:
+    """Buffers of a user's block, that the forward pass replaces, changes in place or only reads."""
+    package = {"mlx": icenet, "torch": icenet_torch}[backend]
+
+    class Block(mlx.nn.Module if backend == "mlx" else torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("calls", "in_place", "gain"):
+                if backend == "mlx":
+                    setattr(self, name, mx.full((3,), 2.0))
+                    self.freeze(keys=[name])
+                else:
+                    self.register_buffer(
+                        name, torch.full((1,), 2.0).expand(3) if name == "gain" else torch.full((3,), 2.0)
+                    )
+
+        def __call__(self, x: Any) -> Any:
+            self.calls = self.calls + 1
+            self.in_place += 1
+            return x * x * self.gain
+
+    block: Any = Block()
+    gain, in_place = block.gain, block.in_place
+    x = native(backend, np.arange(3, dtype=np.float32))
+    if backend == "mlx":
+        _, (gradient,) = mx.vjp(lambda x: package.nn.checkpoint(block, x).sum(), [x], [mx.array(1.0)])
+        mx.eval(gradient)
+    else:
+        leaf = x.requires_grad_()
+        package.nn.checkpoint(block, leaf).sum().backward()
+        gradient = leaf.grad
+    assert plain(gradient).tolist() == [0, 4, 8]
+    assert plain(block.calls).tolist() == plain(block.in_place).tolist() == [3, 3, 3]
+    assert block.gain is gain and block.in_place is in_place  # which other modules may share
+
+
 def test_checkpointing_recomputes() -> None:
     """Each block runs twice."""
     for backend in PACKAGES:

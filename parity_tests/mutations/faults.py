@@ -61,6 +61,13 @@ FAULTS: list[Fault] = [
         ["commands/test_cli.py::test_keys_that_an_option_replaces"],
     ),
     Fault(
+        "an expanded buffer is written to",
+        "icenet_torch/nn/tree.py",
+        "elif _is_expanded(tensors[path]):",
+        "elif False:",
+        ["models/test_custom.py::test_an_expanded_buffer"],
+    ),
+    Fault(
         "a saved model does not record the code of its class",
         "icenet/core/training/saved_model.py",
         "if code else {}",
@@ -92,9 +99,16 @@ FAULTS: list[Fault] = [
     Fault(
         "the backward pass of checkpointing draws the masks of later calls",
         "icenet/nn/checkpointing.py",
-        "with repeated_calls(dropouts, calls), keep_running_statistics(block):",
-        "with keep_running_statistics(block):",
+        "with repeated_calls(dropouts, calls), keep_buffers(block):",
+        "with keep_buffers(block):",
         ["models/test_models.py::test_checkpointing_repeats_the_masks_of_each_call"],
+    ),
+    Fault(
+        "the backward pass of checkpointing updates buffers again",
+        "icenet_torch/nn/checkpointing.py",
+        "repeated_calls(dropouts, calls), keep_buffers(block):",
+        "repeated_calls(dropouts, calls):",
+        ["models/test_models.py::test_checkpointing_updates_buffers_once"],
     ),
     Fault(
         "MLX's own Dropout2d is not keyed",

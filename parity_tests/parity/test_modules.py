@@ -460,7 +460,7 @@ def test_a_comparison_leaves_the_modules_unchanged() -> None:
     assert same_bits(get_weights(ours), get_weights(theirs))
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
     volumes = T.BatchNorm3d(6).train()
-    with their_own.norm.keep_running_statistics(volumes):
+    with their_own.norm.keep_buffers(volumes):
         volumes(torch.from_numpy(draw(*VOLUME)))
         assert volumes.num_batches_tracked == 1 and volumes.running_mean.any()
     assert volumes.num_batches_tracked == 0 and not volumes.running_mean.any()
