@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from icenet.core.errors import WeightsError
 from icenet.core.weights import layout
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.kinds import kind_of
@@ -93,14 +94,27 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
     """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name.
 
     The values need not be in memory together. One that is a view of its array has been written in place.
+
+    Raises:
+        WeightsError: An expanded buffer, several of whose values have one place in memory, would get other values.
     """
     tensors = native_arrays(model)
     for path, array in values:
         source = from_numpy(array)
         if source.data_ptr() == tensors[path].data_ptr():
             torch.autograd.graph.increment_version(tensors[path])
+        elif _is_expanded(tensors[path]):  # a constant; PyTorch cannot write to it
+            if not torch.equal(tensors[path], source.to(tensors[path])):
+                raise WeightsError(
+                    f"{path}: the buffer is expanded, so it cannot be set to the other values of the file; register "
+                    "a copy, buffer.clone(), or leave it out of the weights with persistent=False"
+                )
         else:
             tensors[path].copy_(source)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def host_memory(model: nn.Module) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ from helpers import (
 import icenet as front_door
 from icenet.cli.main import main
 from icenet.core.config import Config, CustomConfig, custom, user_code
-from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError
+from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError, WeightsError
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
@@ -594,6 +594,25 @@ def test_code_that_changes_after_saving_is_named(here: Path, caplog: pytest.LogC
         caplog.clear()
         front_door.load(here / name, "torch", trust_code=True)
         assert is_one_line(*caplog.messages, name, "saved with another version of one_torch.py")
+
+
+def test_an_expanded_buffer(here: Path) -> None:
+    """PyTorch's load_state_dict cannot write to it. Such constants are loaded; other values are named."""
+    file = here / "one_torch.py"
+    line = "        self.register_buffer('scale', torch.full((1,), 0.5).expand(257))\n"
+    text = file.read_text().replace("import torch.nn", "import torch\nimport torch.nn")
+    text = text.replace("\n    def forward", f"{line}\n    def forward").replace("(x)\n", "(x) * self.scale\n")
+    file.write_text(text)
+    config = Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}})
+    train(config, here / "run", "torch", 1)
+    loaded = front_door.load(here / "run", "torch", trust_code=True).weights()
+    assert (loaded["scale"] == 0.5).all()
+    model = front_door.build(config, "torch")
+    model.set_weights(loaded)
+    assert same_bits(model.weights(), loaded)
+    with pytest.raises(WeightsError) as caught:
+        model.set_weights({**loaded, "scale": np.arange(257, dtype=np.float32)})
+    assert is_one_line(caught.value, "scale", "expanded", "buffer.clone()")
 
 
 # ---- modules next to the file -----------------------------------------------------------------------------
