@@ -33,8 +33,8 @@ class Decoder(DecoderBase):
     def mark(self, seen: mx.array, token: mx.array) -> mx.array:
         return mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
 
-    def evaluate(self, array: mx.array) -> None:
-        mx.eval(array)
+    def evaluate(self, arrays: list[mx.array]) -> None:
+        mx.eval(arrays)
 
     def choose(self, scores: mx.array) -> tuple[mx.array, mx.array]:
         return scores.argmax(-1), scores.max(-1)  # argmax passes over NaN, max does not

@@ -45,7 +45,7 @@ class Decoder(DecoderBase):
     def mark(self, seen: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         return seen.scatter(1, token[:, None], True)
 
-    def evaluate(self, array: torch.Tensor) -> None:
+    def evaluate(self, arrays: list[torch.Tensor]) -> None:
         """Does nothing: PyTorch's tensors are not lazy."""
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,8 +97,8 @@ class DecoderBase(ABC):
         padded = np.full((len(rows), self.lengths.max()), request.pad_token_id, np.int32)
         for index, row in enumerate(rows):
             padded[index, padded.shape[1] - len(row) :] = row
-        # the tokens of each row, padded on the left, in pieces: prompts [B, T], then new tokens [B, 1]
-        self.context: list[Any] = [self.to_device(padded)]
+        self.context = self.to_device(padded)  # tokens of each row, padded on the left, [B, T]
+        self.new_tokens: list[Any] = []  # the tokens after it, [B] each
         seen = self.to_device(request.seen(self.model.config.vocab_size))
         self.state = State([], self.to_device(np.zeros((), np.int32)), None, seen)
         longest = request.context_length
@@ -118,8 +118,7 @@ class DecoderBase(ABC):
             Logits `[B, V]` of the next token.
         """
         self.lengths, longest = lengths, int(lengths.max())
-        context = self.concatenate(self.context)[:, -longest:]
-        self.context = [context]
+        context = self.context = self._join_context()[:, -longest:]
         padding = longest - lengths[:, None]
         self.attention_mask = self.to_device(np.arange(longest) >= padding) if padding.any() else None
         if not self.cached:
@@ -132,15 +131,25 @@ class DecoderBase(ABC):
             stop = min(start + chunk, longest)
             mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
             hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
-            self.evaluate(hidden)
+            # with the position, which no output depends on: another thread may read the next token
+            self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])
         if hasattr(self.cache, "row_lengths"):
             self.cache.row_lengths = None
         return self.model.project(hidden[:, -1])
 
+    def _join_context(self) -> Any:
+        """Returns all tokens of each row, `[B, T]`.
+
+        Until then the tokens are kept as they were chosen: they are evaluated, so another thread may read them on.
+        """
+        if self.new_tokens:
+            self.context = self.concatenate([self.context, *(token[:, None] for token in self.new_tokens)])
+            self.new_tokens = []
+        return self.context
+
     def _last_logits(self) -> Any:
         """Returns the logits `[B, V]` of the next token, computed from the whole context."""
-        context = self.concatenate(self.context)
-        self.context = [context]
+        context = self._join_context()
         with user_code.explain_errors(context):
             return self.model(context)[:, -1]
 
@@ -192,7 +201,7 @@ class DecoderBase(ABC):
         self.lengths = self.lengths + 1
         longest = self.request.context_length
         if not self.cached or longest is not None:  # only then earlier tokens are read again
-            self.context.append(token[:, None])
+            self.new_tokens.append(token)
         if longest is not None and self.lengths.max() > longest:
             return self.prefill(np.where(self.lengths > longest, max(longest // 2, 1), self.lengths))
         if not self.cached:
@@ -234,8 +243,8 @@ class DecoderBase(ABC):
         """Returns `seen`, bool `[B, V]`, with True at one token of each row, int `[B]`."""
 
     @abstractmethod
-    def evaluate(self, array: Any) -> None:
-        """Evaluates a lazy array, which bounds the memory of a prefill chunk."""
+    def evaluate(self, arrays: list[Any]) -> None:
+        """Evaluates lazy arrays, which bounds the memory of a prefill chunk."""
 
     @abstractmethod
     def choose(self, scores: Any) -> tuple[Any, Any]:

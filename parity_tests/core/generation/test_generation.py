@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, PACKAGES, both_backends, build_model, is_one_line, native, plain
+from helpers import BACKENDS, PACKAGES, TINY_MODELS, both_backends, build_model, is_one_line, native, plain
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -920,6 +920,25 @@ def test_a_stream_can_be_consumed_in_another_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(lambda: [token.tolist() for token in stream]).result()
     assert [first, *rest] == expected
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm", "without a cache"])
+def test_each_token_of_a_full_window_in_another_thread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens are read again in the thread that finds the window full."""
+    if kind == "lstm":
+        model = build_model("mlx", ModelConfig(**TINY_MODELS["lstm"]), seed=7)
+    else:
+        model = fresh("mlx")
+    if kind == "without a cache":
+        monkeypatch.delattr(type(model), "make_cache")
+    prompts = [[1, 2], [3, 4]]
+    options = {"max_new_tokens": 60, "seed": 2, "overflow": "slide", "stream": True}
+    expected = [token.tolist() for token in model.generate(prompts, **options)]
+    stream, found = model.generate(prompts, **options), []
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for index in range(len(expected)):
+            found.append((one, other)[index % 2].submit(lambda: next(stream).tolist()).result())
+    assert found == expected and len(found) == 60
 
 
 def test_the_default_device_of_pytorch_has_no_effect() -> None:
