@@ -34,6 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_seq_length": 100,
         "causal": False,
     },
+    "rotary": {  # angles that depend on the layer and on the number of tokens
+        **{"type": "transformer", "hidden_size": 32, "num_layers": 3, "num_heads": 2, "max_seq_length": 100},
+        **{"positions": "rotary", "rotary_scaling": {"type": "dynamic", "factor": 4.0, "original_length": 7}},
+        **{"sliding_window": 4, "layer_types": ["sliding", "full", "full"], "sliding_rotary_theta": 50.0},
+        "rotary_layers": [0, 1],
+    },
     "gru": {"type": "gru", "hidden_size": 16, "num_layers": 1},
 }
 
@@ -129,7 +135,7 @@ def test_activations_on_a_cpu_have_the_bits_of_mlxs_and_compile_nothing(
         assert found.dtype == expected.dtype and mx.array_equal(found, expected).item()
 
 
-@pytest.mark.parametrize("name", ["transformer", "gru"])
+@pytest.mark.parametrize("name", ["transformer", "rotary", "gru"])
 @helpers.both_backends
 def test_a_decoding_step_depends_on_its_arrays_only(backend: str, name: str, request: pytest.FixtureRequest) -> None:
     """A step that is captured once and run again with other arrays chooses the tokens of `generate`."""

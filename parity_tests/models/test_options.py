@@ -37,6 +37,10 @@ LLAMA = {
     "embedding_scale": 1.0,
     "num_kv_heads": 2,
 }
+LONG_ROPE = {
+    **{"type": "longrope", "factor": 4.0, "original_length": 19},
+    **{"short_factors": [1.0, 1.5, 2.0], "long_factors": [2.0, 4.0, 9.0]},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "learned positions": {"positions": "learned", "embedding_scale": 1.0, "activation": "gelu_tanh"},
     "no positions": {"positions": "none"},
@@ -47,6 +51,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scaled, linear": {**LLAMA, "rotary_scaling": {"type": "linear", "factor": 3.0}},
     "scaled, llama3": {**LLAMA, "rotary_scaling": {"type": "llama3", "factor": 8.0, "original_length": 16}},
     "scaled, yarn": {**LLAMA, "rotary_scaling": {"type": "yarn", "factor": 4.0, "original_length": 16}},
+    "scaled, long-rope": {**LLAMA, "rotary_scaling": LONG_ROPE},
+    "scaled, dynamic": {**LLAMA, "rotary_scaling": {"type": "dynamic", "factor": 4.0, "original_length": 19}},
+    "sliding layers have another base": {
+        **LLAMA,
+        **{"sliding_window": 3, "layer_types": ["sliding", "full"], "sliding_rotary_theta": 50.0},
+        "rotary_scaling": {"type": "linear", "factor": 3.0},
+    },
+    "a layer without rotation": {**LLAMA, "rotary_layers": [1], "rotary_pairs": "interleaved"},
     "one head of keys": {"num_kv_heads": 1, "head_size": 10},
     "sliding window": {**LLAMA, "sliding_window": 5},
     "every other layer slides": {**LLAMA, "sliding_window": 3, "layer_types": ["sliding", "full"]},
@@ -102,6 +114,7 @@ def test_logits_whole_padded_and_through_the_cache(backend: str, values: dict[st
         own = () if given_mask is None else (native(backend, given_mask),)
         check_close(plain(model(native(backend, tokens), *own))[kept], exact[kept], noise[kept])
         cache, start, parts = model.make_cache(), 0, []
+        cache.row_lengths = native(backend, kept.sum(axis=1, keepdims=True, dtype=np.int32))
         for length in (4, 1, 9, 1, 1, 4):
             stop = start + length
             piece_mask = None if given_mask is None else native(backend, given_mask[:, :stop])
@@ -170,6 +183,30 @@ def test_types_of_tokens_are_checked(backend: str, count: int, shape: Any, most:
         model(native(backend, token_ids(1, 4, vocab_size=61)), token_type_ids=native(backend, types))
 
 
+@both_backends
+@pytest.mark.parametrize("scaling", [LONG_ROPE, {"type": "dynamic", "factor": 4.0}], ids=["longrope", "dynamic"])
+def test_rows_that_become_longer_than_the_original_context(backend: str, scaling: dict[str, Any]) -> None:
+    """The frequencies change with the number of tokens of a row, and not with the other rows of the batch."""
+    scaling = {**scaling, "original_length": 10}
+    model = build(backend, {**SMALL, **LLAMA, "rotary_scaling": scaling, "num_layers": 3})
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [3, 4], list(range(20, 38))]
+    options = {"max_new_tokens": 14, "temperature": 0.0, "details": True}
+    rows = model.generate(prompts, **options)
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert model.generate([prompt], **options)[0].tokens == row.tokens
+        assert model.generate([prompt], **options, prefill_chunk=4)[0].tokens == row.tokens
+        if scaling["type"] == "longrope":  # the keys of earlier tokens are computed again
+            for count, token in enumerate(row.tokens):
+                context = np.array([prompt + row.tokens[:count]], np.int32)
+                assert plain(model(native(backend, context)))[0, -1].argmax() == token
+    whole = token_ids(2, 20, vocab_size=61)
+    mask = np.ones((2, 20), np.int32)
+    mask[1, :12] = 0  # a row of 8 tokens next to one of 20
+    logits = plain(model(native(backend, whole), native(backend, mask)))
+    alone = plain(model(native(backend, whole[1:, 12:])))
+    np.testing.assert_allclose(logits[1, 12:], alone[0], rtol=0, atol=1e-5)
+
+
 @by_option
 def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
     tokens = torch.from_numpy(token_ids(1, 20, vocab_size=61))
@@ -216,6 +253,20 @@ def test_every_option_changes_the_logits(values: dict[str, Any]) -> None:
         ({"positions": "rotary", "rotary_scaling": {"type": "yarn", "factor": 2.0}}, "original_length"),
         ({"positions": "rotary", "rotary_scaling": {"type": "ntk", "factor": 2.0}}, r"rotary_scaling\.type"),
         ({"positions": "rotary", "rotary_scaling": {"factors": 2.0}}, r"rotary_scaling\.factors"),
+        (
+            {"positions": "rotary", "rotary_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 2.0}},
+            "for type yarn",
+        ),
+        ({"positions": "rotary", "rotary_scaling": {"type": "longrope", "factor": 2.0}}, "original_length"),
+        (
+            {"positions": "rotary", "rotary_scaling": {**LONG_ROPE, "long_factors": [1.0]}},
+            "long_factors has 1 factors",
+        ),
+        ({"positions": "rotary", "rotary_scaling": {**LONG_ROPE, "long_factors": None}}, "long_factors"),
+        ({"positions": "rotary", "rotary_layers": [2]}, "rotary_layers"),
+        ({"positions": "rotary", "rotary_layers": [1, 0]}, "rotary_layers"),
+        ({"rotary_layers": [0]}, "positions: rotary"),
+        ({"positions": "rotary", "sliding_rotary_theta": 50.0}, "sliding_window"),
     ],
 )
 def test_options_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:

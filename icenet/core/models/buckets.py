@@ -21,6 +21,8 @@ def bucket(length: int, longest: int | None = None) -> int:
 def pad(batch: dict[str, NDArray[Any]], model: ModelConfig) -> dict[str, NDArray[Any]]:
     """Pads a batch to a power of two of rows and, for a causal model, to a bucket of positions on the right.
 
+    Positions are not added if their rotary scaling depends on the number of tokens.
+
     Padding has the label -100, which is ignored. Use it for evaluation only: in training, padding would change the
     statistics of batch norm and the dropout masks.
 
@@ -32,7 +34,9 @@ def pad(batch: dict[str, NDArray[Any]], model: ModelConfig) -> dict[str, NDArray
     extra_rows = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
     is_causal = getattr(model, "causal", False) or not getattr(model, "bidirectional", True)
     extra_length = 0
-    if inputs.ndim == 2 and is_causal:
+    # the angles of these positions depend on the number of tokens, which padding without a mask would change
+    scaling = getattr(model, "rotary_scaling", None)
+    if inputs.ndim == 2 and is_causal and (scaling is None or scaling.type not in ("dynamic", "longrope")):
         extra_length = bucket(inputs.shape[1], getattr(model, "max_seq_length", None)) - inputs.shape[1]
     padded = {}
     for name, array in batch.items():
