@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
-from icenet.core.config import Config, custom, user_code
+from icenet.core.config import Config, custom, output_size, user_code
 from icenet.core.distributed import processes
 from icenet.core.errors import DataError, UsageError
 from icenet.core.generation.prompts import check_mask
@@ -240,7 +240,7 @@ class Engine(ABC):
         part = next(self._micro_batches(batch, step))
         self._seed_dropouts(part.dropout_keys)
         with self.nn.norm.keep_buffers(self.model):
-            call = functools.partial(call_model, self.model, part.arrays, self.config.model.vocab_size)
+            call = functools.partial(call_model, self.model, part.arrays, output_size(self.config.model))
             randomness.check_draws(self.backend, self.nn, self.model, call)
 
     @in_arithmetic
@@ -259,7 +259,7 @@ class Engine(ABC):
         """Checks the ids that a user's model looks up for a batch on the device, in the current mode."""
         if custom.is_custom(self.config.model.type):
             with self.model.reading_ids(), self.nn.norm.keep_buffers(self.model):
-                call_model(self.model, arrays, self.config.model.vocab_size)
+                call_model(self.model, arrays, output_size(self.config.model))
 
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
         """Returns `_accumulate`, and checks the first one, which costs waiting for the device.

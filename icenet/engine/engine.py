@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 
 from icenet import nn as ops
 from icenet.core import engine
-from icenet.core.config import Config
+from icenet.core.config import Config, output_size
 from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
 from icenet.core.weights import layout
@@ -104,7 +104,7 @@ class Engine(engine.Engine):
         return loss * scale, loss
 
     def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        return call_model(self.model, arrays, self.config.model.vocab_size)
+        return call_model(self.model, arrays, output_size(self.config.model))
 
     def _update(self, gradients: dict[str, mx.array], norm: mx.array, average_weight: float) -> None:
         self._compiled_update(gradients, norm, mx.array(average_weight, mx.float32))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.core.config import Config, ImageDataConfig, ImageModelConfig
+from icenet.core.config import Config, ImageDataConfig, ImageModelConfig, output_size
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import NonFiniteError
@@ -125,7 +125,8 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     columns = min(length, getattr(config.data, "seq_length", None) or longest) + 1
     words = rng.bits(rng.key(config.seed, "parity batch"), rows * columns).astype(np.uint64)
     tokens = ((words * np.uint64(config.model.vocab_size)) >> np.uint64(32)).astype(np.int32).reshape(rows, columns)
-    return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:])}
+    labels = tokens[:, 1:] % output_size(config.model)  # of hidden states, if there are no logits
+    return {"inputs": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(labels)}
 
 
 def compare_engines(engines: Engines, batch: Batch, step: int = 0, progress: Progress | None = None) -> Report:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from icenet.core import engine
-from icenet.core.config import Config
+from icenet.core.config import Config, output_size
 from icenet.core.engine import Batch, MicroBatch, call_model
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
@@ -75,7 +75,7 @@ class Engine(engine.Engine):
         return ops.cross_entropy(self._outputs(arrays), arrays["labels"])[0]
 
     def _outputs(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return call_model(self._compiled_model, arrays, self.config.model.vocab_size)
+        return call_model(self._compiled_model, arrays, output_size(self.config.model))
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor, average_weight: float) -> None:
         training = self.config.training

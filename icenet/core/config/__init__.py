@@ -22,6 +22,7 @@ from icenet.core.config.model import (
     RotaryScaling,
     TransformerConfig,
     ViTConfig,
+    output_size,
 )
 from icenet.core.config.run import Config, check_device, json_schema
 from icenet.core.config.training import ParameterGroup, TrainingConfig
@@ -46,4 +47,5 @@ __all__ = [
     "ViTConfig",
     "check_device",
     "json_schema",
+    "output_size",
 ]

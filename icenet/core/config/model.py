@@ -38,11 +38,6 @@ class ModelConfig(Section):
     compile_model: bool = False
     """Compile the training step with mx.compile or torch.compile."""
 
-    @property
-    def num_outputs(self) -> int:
-        """Width of the model's output: the number of logits."""
-        return self.vocab_size
-
     def __new__(cls, **values: Any) -> Self:
         """Creates an instance of the class of the family `type`."""
         if cls is not ModelConfig:
@@ -211,10 +206,6 @@ class TransformerConfig(ModelConfig):
     def _check_options(self) -> Self:
         transformer_plan.check(self)
         return self
-
-    @property
-    def num_outputs(self) -> int:
-        return self.hidden_size if self.output == "none" else self.vocab_size
 
 
 class ImageModelConfig(ModelConfig):
@@ -395,6 +386,12 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "vit": ViTConfig,
 }
 """The class of each family by its `type`. A new family adds its line here."""
+
+
+def output_size(config: ModelConfig) -> int:
+    """Returns the width of a model's output: the number of logits, or that of hidden states without a projection."""
+    has_logits = not isinstance(config, TransformerConfig) or config.output != "none"
+    return config.vocab_size if has_logits else config.hidden_size
 
 
 def _family_section(value: Any) -> type[ModelConfig] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from icenet.core.config import ImageDataConfig, ImageModelConfig, custom
+from icenet.core.config import ImageDataConfig, ImageModelConfig, TransformerConfig, custom
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.images.folders import some
 from icenet.core.data.text.documents import DocumentDataset
@@ -87,6 +87,8 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
         )
     if isinstance(section, ImageDataConfig):
         return _images_for(config, section)
+    if isinstance(config.model, TransformerConfig) and config.model.output == "none":
+        raise ConfigError("model.output: none has no logits to train; set model.output=linear or transform")
     tokenizer = get_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
