@@ -289,7 +289,10 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     given = read_json(file) if file.is_file() else {}
     found: dict[str, Any] = {}
     ends: list[Any] = []
-    for ids in (given.get("eos_token_id"), values.get("eos_token_id"), companions.eos_token_id(path)):
+    named, rows = companions.eos_token_id(path), values.get("vocab_size")
+    if named is not None and isinstance(rows, int) and named >= rows:  # added to the tokenizer, but not to the model
+        named = None
+    for ids in (given.get("eos_token_id"), values.get("eos_token_id"), named):
         ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if ends:
         found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]

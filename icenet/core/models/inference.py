@@ -11,6 +11,7 @@ from icenet.core.config import Config, check_device
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
+from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import FLOAT_DTYPES, Array, float_dtype
 
 
@@ -62,6 +63,9 @@ def build_for_inference(
         # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding
         if (size := getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)) <= config.model.vocab_size:
             model.tokenizer = tokenizer
+            if config.generation.add_special_tokens and isinstance(tokenizer, HFTokenizer):
+                for note in tokenizer.contradictions():
+                    logging.getLogger("icenet").warning(note)
         elif tokenizer.files:
             logging.getLogger("icenet").warning(
                 f"data.tokenizer: has {size:,} tokens and the model {config.model.vocab_size:,}; it is not used"

@@ -66,7 +66,7 @@ class HFTokenizer:
         content = content.removeprefix(codecs.BOM_UTF8)
         self._files = {TOKENIZER_FILE: content, **(companions or {})}
         self._where = where
-        settings = parse(self._files, where)
+        self._settings = settings = parse(self._files, where)
         self.chat_templates = dict(settings.templates)
         self.template_tokens = settings.named
         self._tokenizer, self._post_processor = _read(content, where)
@@ -174,6 +174,21 @@ class HFTokenizer:
                 encoding = self._post_processor.process(encoding, None, True)
             ids: list[int] = encoding.ids
         return ids
+
+    def contradictions(self) -> list[str]:
+        """Returns what tokenizer_config.json says of the tokens around a text and tokenizer.json does not do."""
+        found = []
+        for key, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+            stated, token = (
+                self._settings.values.get(key),
+                self.special_tokens.get(self.template_tokens.get(name, "")),
+            )
+            if isinstance(stated, bool) and token is not None and stated != (token in self.encode_prompt("")):
+                found.append(
+                    f"{self._where}: {key}: {str(stated).lower()} in {CONFIG} has no effect; the post_processor "
+                    f"{'adds no' if stated else 'adds the'} {name}, and it decides, as in transformers 5"
+                )
+        return found
 
     def encode_texts(self, texts: Sequence[str], limit: int) -> tuple[list[NDArray[Any]], int]:
         """Returns the tokens of each text with those that the file puts around it, int64 `[tokens]`.

@@ -110,6 +110,18 @@ def test_tokens_and_texts_are_those_of_transformers(
     assert ours.vocab_size == len(theirs) and ours.text_vocab_size <= 500
 
 
+@pytest.mark.parametrize(("template", "says"), [("<s> $A", False), ("$A </s>", True), (None, True), (None, None)])
+def test_a_setting_that_the_post_processor_contradicts_is_named(
+    template: str | None, says: bool | None, tmp_path: Path
+) -> None:
+    found = get_tokenizer(str(write_folder(tmp_path, "gpt4", template, add_bos_token=says)))
+    notes = found.contradictions()  # type: ignore[attr-defined]
+    assert len(notes) == (says is not None) and all(
+        is_one_line(note, "add_bos_token", "post_processor") for note in notes
+    )
+    assert not get_tokenizer(str(write_folder(tmp_path, "gpt4", add_bos_token=True))).contradictions()  # type: ignore[attr-defined]
+
+
 def test_special_tokens_map_and_names_of_older_folders(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "llama", bos_token=None, eos_token=None)
     names = {
