@@ -82,7 +82,7 @@ class Experts(nn.Module):
             indices: Their numbers, int `[B, T, N]`.
         """
         tokens, chosen = x.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
-        products = _Products(tokens, chosen, self.count, is_sorted=x.shape[-2] > 1)
+        products = _Products(tokens, chosen, self.count, is_sorted=self.training or x.shape[-2] > 1)
         y = products.inputs
         if self.is_gated:
             inner = activation(self.activation, products(self.gate_proj, y)) * products(self.up_proj, y)

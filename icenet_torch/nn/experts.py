@@ -85,7 +85,7 @@ class Experts(nn.Module):
             indices: Their numbers, int `[B, T, N]`.
         """
         tokens, chosen = x.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
-        if x.shape[-2] > 1:
+        if self.training or x.shape[-2] > 1:
             # torch.compiler.disable imports the compiler, which takes seconds: only where something is compiled
             make = _sorted_untraced if "torch._dynamo" in sys.modules else _Sorted
             products: _Products = make(tokens, chosen, self.count)
@@ -152,7 +152,7 @@ class _Gathered(_Products):
 
     def __call__(self, layer: StackedLinear, rows: Array) -> Array:
         weight = cast_weight(layer.weight.index_select(0, self._experts), rows)
-        y = (weight @ rows.to(product_dtype(rows))[:, :, None])[..., 0]
+        y = (rows.to(product_dtype(rows))[:, None] @ weight.mT)[:, 0]
         if layer.bias is not None:
             y = y + cast_weight(layer.bias.index_select(0, self._experts), rows)
         return y.to(rows.dtype)

@@ -84,7 +84,7 @@ def cotangent(x: np.ndarray) -> torch.Tensor:
 
 def results(backend: str, plan: FeedForwardPlan, x: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the output of a mixture and the gradients of its weighted sum."""
-    module = mixture(backend, plan)
+    module = mixture(backend, plan).train(x.shape[-2] > 1)  # a decoding step is not in training mode
     if backend == "torch":
         given = torch.from_numpy(x).requires_grad_()
         output = module(given)
