@@ -40,6 +40,13 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"sliding_window": 4, "layer_types": ["sliding", "full", "full"], "sliding_rotary_theta": 50.0},
         "rotary_layers": [0, 1],
     },
+    **{
+        f"{count} experts": {
+            **{"type": "transformer", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_seq_length": 100},
+            **{"num_experts": count, "expert_size": 12},
+        }
+        for count in (4, 8)  # fewer and more than the rows of three tokens
+    },
     "gru": {"type": "gru", "hidden_size": 16, "num_layers": 1},
 }
 
@@ -135,7 +142,7 @@ def test_activations_on_a_cpu_have_the_bits_of_mlxs_and_compile_nothing(
         assert found.dtype == expected.dtype and mx.array_equal(found, expected).item()
 
 
-@pytest.mark.parametrize("name", ["transformer", "rotary", "gru"])
+@pytest.mark.parametrize("name", ["transformer", "rotary", "4 experts", "8 experts", "gru"])
 @helpers.both_backends
 def test_a_decoding_step_depends_on_its_arrays_only(backend: str, name: str, request: pytest.FixtureRequest) -> None:
     """A step that is captured once and run again with other arrays chooses the tokens of `generate`."""
