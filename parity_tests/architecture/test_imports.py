@@ -49,6 +49,7 @@ LATE_PACKAGES = (
     "PIL",
     "sklearn",
     "tokenizers",
+    "jinja2",
     "tensorboard",
     "tensorboardX",
     "IPython",

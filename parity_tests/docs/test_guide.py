@@ -216,7 +216,16 @@ def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
     """Its options, presets and configuration keys exist."""
     words = shlex.split(line.split(" > ")[0])
     assert words[0] in cli.commands, line
-    if len(words) == 1 and words[0] in ("bench", "convert", "generate", "parity", "plot", "predict", "prepare"):
+    if len(words) == 1 and words[0] in (
+        "bench",
+        "chat",
+        "convert",
+        "generate",
+        "parity",
+        "plot",
+        "predict",
+        "prepare",
+    ):
         return  # the page only names the command; it needs arguments
     above = click.Context(cli, info_name="icenet", **cli.context_settings)
     with cli.commands[words[0]].make_context(words[0], words[1:], parent=above) as context:
