@@ -263,23 +263,23 @@ def embed(
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
-    """Converts weights to the form "canonical", "mlx" or "torch"; see `icenet.core.weights.convert.convert`.
+    """Converts the weights of a model to the form "canonical", "mlx" or "torch", as `icenet convert` does.
 
-    The form "hf" is a folder of Hugging Face; see `icenet.core.training.export_model.export`. If `model` is a ResNet
-    or a ViT, state dicts of torchvision are read, and the form "torchvision" writes one.
+    The forms "hf" and "mlx-lm" are folders of Hugging Face and mlx-lm. If the model is a ResNet or a ViT, state dicts
+    of torchvision are read, and the form "torchvision" writes one.
+
+    Args:
+        source: What `load` accepts, or a file or folder of weights.
+        destination: A file or folder.
+        to: The form.
+        options: See `icenet.core.training.convert_model.convert_model`, and for "hf" and "mlx-lm"
+            `icenet.core.training.export_model.export`.
     """
     from icenet.core import files
-    from icenet.core.config import Config, ImageModelConfig
-    from icenet.core.families import torchvision
-    from icenet.core.training import export_model
-    from icenet.core.weights.convert import convert
+    from icenet.core.training.convert_model import convert_model
 
     source, destination = files.user_path(source, "convert"), files.user_path(destination, "convert")
-    if to == export_model.FORM:
-        return export_model.export(source, destination, **options)
-    settings = getattr(options.get("model"), "config", None)
-    config = Config(model=settings) if isinstance(settings, ImageModelConfig) else None
-    return convert(source, destination, **torchvision.translations(config, source, destination, to), **options)
+    return convert_model(source, destination, to, **options)
 
 
 def _check_config(config: Any) -> None:

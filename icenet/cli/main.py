@@ -424,6 +424,7 @@ def predict_command(
         "icenet convert mine.safetensors mine.pt --to torch --config my.yaml",
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
         "icenet convert runs/mine exported/ --to hf",
+        "icenet convert model.gguf folder/ --to canonical",
         "icenet convert resnet50.pth resnet/ --to canonical --config resnet-50",
         "icenet convert last.ckpt folder/ --to canonical --config my.yaml --key state_dict --strip-prefix model.",
     ),
@@ -433,7 +434,7 @@ def predict_command(
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["canonical", "mlx", "torch", "hf", "torchvision"]),
+    type=click.Choice(["canonical", "mlx", "torch", "hf", "mlx-lm", "torchvision"]),
     help="Format to write.",
 )
 @click.option(
@@ -466,7 +467,7 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), and
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, and
     torchvision (a state dict with the names of its ResNets and vision transformers).
     """
     from icenet.commands.convert import convert_model

@@ -2,7 +2,7 @@
 
 A file goes through the table of its family, as a folder of Hugging Face does. Here are only the names that llama.cpp
 gives, and what it does to weights: it permutes the rows of queries and keys of Llama, adds 1 to the norms of Gemma,
-transposes the projections of GPT-2 and stacks experts.
+transposes the projections of GPT-2, and stacks experts, as mlx-lm does.
 
 Source: `convert_hf_to_gguf.py` of llama.cpp.
 """
@@ -53,15 +53,19 @@ _SANDWICH = {
 }
 _MIXTRAL = {
     "blk.{i}.ffn_gate_inp": "model.layers.{i}.block_sparse_moe.gate",
-    "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
-    "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
-    "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.switch_mlp.gate_proj",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.switch_mlp.up_proj",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.switch_mlp.down_proj",
+    # files of 2023 have a tensor per expert
+    "blk.{i}.ffn_gate.{e}": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "blk.{i}.ffn_up.{e}": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "blk.{i}.ffn_down.{e}": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
 }
 _QWEN_EXPERTS = {
     "blk.{i}.ffn_gate_inp": "model.layers.{i}.mlp.gate",
-    "blk.{i}.ffn_gate_exps": "model.layers.{i}.mlp.experts.{e}.gate_proj",
-    "blk.{i}.ffn_up_exps": "model.layers.{i}.mlp.experts.{e}.up_proj",
-    "blk.{i}.ffn_down_exps": "model.layers.{i}.mlp.experts.{e}.down_proj",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.mlp.switch_mlp.gate_proj",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.mlp.switch_mlp.up_proj",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.mlp.switch_mlp.down_proj",
 }
 _GPT2 = {
     "token_embd": "transformer.wte",
@@ -370,12 +374,11 @@ def _llama3_scaling(file: GgufFile, theta: float) -> Values | None:
 
 
 class _Place(NamedTuple):
-    """Where a tensor comes from: its name in the file, what was done to it, and the index of an expert."""
+    """Where a tensor comes from: its name in the file, and what was done to it."""
 
     name: str
     change: str
     shape: tuple[int, ...]
-    expert: int | None = None
 
 
 class GgufWeights(StoredWeights):
@@ -397,7 +400,7 @@ class GgufWeights(StoredWeights):
         self._file = file
         self._heads = {"attn_q": values.get("num_attention_heads"), "attn_k": values.get("num_key_value_heads")}
         self.left_out = [name for name in file if name in (ROPE_FREQUENCIES, *LONG_ROPE.values())]
-        self.entries: dict[str, _Place] = {}
+        entries: dict[str, _Place] = {}
         for name, entry in file.entries.items():
             if name in self.left_out:
                 continue
@@ -411,17 +414,11 @@ class GgufWeights(StoredWeights):
                 change = "one more"
             elif architecture.is_transposed and number is not None and len(shape) == 2:
                 change, shape = "transposed", shape[::-1]
-            if "{e}" in theirs and len(shape) == 3 and shape[0] <= 2**12:
-                for expert in range(shape[0]):
-                    own = f"{theirs.replace('{e}', str(expert))}.{kind}"
-                    self.entries[own] = _Place(name, change, shape[1:], expert)
-            else:
-                self.entries[f"{theirs}.{kind}" if theirs else name] = _Place(name, change, shape)
+            entries[f"{theirs}.{kind}" if theirs else name] = _Place(name, change, shape)
+        self.entries: Mapping[str, _Place] = entries
 
     def __getitem__(self, name: str) -> Array:
         place = self.entries[name]
-        if place.expert is not None:
-            return self._file.part(place.name, place.expert)
         array = self._file[place.name]
         if place.change == "transposed":
             return array.T
@@ -445,6 +442,5 @@ def _hugging_face_name(layer: str, names: Mapping[str, str]) -> tuple[str, str |
     if not (match := re.fullmatch(r"blk\.(\d{1,5})\.(\w+)(?:\.(\d{1,4}))?", layer)):
         return names.get(layer, ""), None
     number, part, expert = match.groups()
-    theirs = names.get(f"blk.{{i}}.{part}_exps" if expert else f"blk.{{i}}.{part}", "")
-    theirs = theirs.replace("{e}", expert) if expert else theirs  # files of 2023 have a tensor per expert
-    return theirs.replace("{i}", number), number
+    theirs = names.get(f"blk.{{i}}.{part}.{{e}}" if expert else f"blk.{{i}}.{part}", "")
+    return theirs.replace("{i}", number).replace("{e}", expert or ""), number

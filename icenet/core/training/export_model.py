@@ -15,27 +15,38 @@ from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, summary
 from icenet.core.weights.files import Array, Progress
+from icenet.core.weights.layout import RenamedWeights
 
-FORM = "hf"
+FORM, MLX_LM = "hf", "mlx-lm"
+FORMS = (FORM, MLX_LM)
+"""A folder of Hugging Face, and one of mlx-lm: the same with names that its models accept."""
+_WITHOUT_PREFIX = ("gpt2",)
+"""Families whose tensors mlx-lm accepts under the names of the model without its head only."""
+
+
+_STACKED = ".switch_mlp."
+"""A part of the names that mlx-lm, and no class of `transformers`, has for the experts of a layer together."""
 
 
 def export(
     source: Path,
     destination: Path,
+    form: str = FORM,
     *,
     overwrite: bool = False,
     averaged: bool = False,
     max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Writes a folder that `from_pretrained` of `transformers` loads.
+    """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads.
 
     The dtype of the weights is kept. A folder of Hugging Face that is exported again has the same tensors, bit for
     bit.
 
     Args:
-        source: A run, a checkpoint, a saved model or a folder of Hugging Face.
+        source: A run, a checkpoint, a saved model, a folder of Hugging Face, a GGUF file or the id of a repository.
         destination: The folder.
+        form: One of `FORMS`.
         overwrite: Whether to replace files of the same names.
         averaged: Whether to export the moving average of a run's weights.
         max_shard_bytes: Size above which the weights are split.
@@ -48,7 +59,7 @@ def export(
         FileError: A file cannot be written.
     """
     source = hub.local_path(source)
-    _check_destination(source, destination)
+    _check_destination(source, destination, form)
     imported = folder.read(source) if folder.is_importable(source) and not averaged else None
     config: Config
     weights: Mapping[str, Array] | None
@@ -61,25 +72,28 @@ def export(
     family, files, remarks = folder.files_for(config, weights, imported)
     if not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
-    exported: ExportedWeights | OriginalWeights = ExportedWeights(family, config, weights)
-    if imported is not None:
+    exported: Mapping[str, Array] = ExportedWeights(family, config, weights)
+    if imported is not None and not (form == FORM and any(_STACKED in name for name in imported.weights.stored)):
         exported = OriginalWeights(imported.weights)
+    metadata = {"format": "mlx"} if form == MLX_LM else None
+    if form == MLX_LM and family.model_type in _WITHOUT_PREFIX:
+        exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
     written = weight_files.write(
-        destination, exported, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
+        destination, exported, metadata, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
     )
     left_out = imported.weights.left_out if imported is not None else []
     return Conversion(
         summary(source, FORM if imported is not None else "canonical", weights),
-        summary(destination, FORM, exported),
+        summary(destination, form, exported),
         written,
         left_out,
         "; ".join([f"the family is {family.model_type}", *remarks]),
     )
 
 
-def _check_destination(source: Path, destination: Path) -> None:
+def _check_destination(source: Path, destination: Path, form: str) -> None:
     if destination.suffix in (weight_files.SUFFIX, *PICKLED) and not destination.is_dir():
-        raise UsageError(f"{destination}: the {FORM} form is a folder; name it without {destination.suffix}")
+        raise UsageError(f"{destination}: the {form} form is a folder; name it without {destination.suffix}")
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"{destination}: is not a folder; choose another name")
     if source.resolve() == destination.resolve():

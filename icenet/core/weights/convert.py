@@ -27,6 +27,7 @@ from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import formats, layout, prefixes, sharing
 from icenet.core.weights.files import Array, Progress
+from icenet.core.weights.gguf import is_gguf
 from icenet.core.weights.safetensors import dtype_name, spec_of
 
 FORMS = ("canonical", "mlx", "torch")
@@ -174,7 +175,7 @@ def convert(
     _check_form(to)
     destination = destination_file(destination, to)
     refuse_existing(source, destination, overwrite)
-    found, source_metadata = _read(source, key)
+    found, source_metadata = _read(source, key) if arrays is None or not is_gguf(source) else (arrays, {})
     if isinstance(found, weights.Weights):
         files.output_file(destination, overwrite=True, inputs=found.files)  # a shard
     destination = files.output_file(destination, overwrite=True)  # behind a symbolic link

@@ -102,16 +102,7 @@ class GgufFile(StoredWeights):
             raise WeightsError(f"{path}: damaged or not a GGUF file ({line}); copy or download it again") from None
 
     def __getitem__(self, name: str) -> Array:
-        return self._array(self.entries[name])
-
-    def part(self, name: str, index: int) -> Array:
-        """Returns one of the arrays that a tensor stacks along its first axis. Only its data are read."""
         entry = self.entries[name]
-        size = (entry.stop - entry.start) // entry.shape[0]
-        start = entry.start + index * size
-        return self._array(Entry(entry.kind, entry.shape[1:], start, start + size))
-
-    def _array(self, entry: Entry) -> Array:
         if entry.kind in PLAIN:
             flat = np.frombuffer(self._data, entry.dtype, math.prod(entry.shape), entry.start)
             return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)

@@ -1,0 +1,117 @@
+"""Converts the weights of any model that IceNet opens: the same for `icenet convert` and `icenet.convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from icenet.core import backends
+from icenet.core.config import Config, ImageModelConfig
+from icenet.core.errors import UsageError
+from icenet.core.families import folder, torchvision
+from icenet.core.tokenizers import tokenizer_files
+from icenet.core.training import checkpoint, export_model, saved_model
+from icenet.core.training.open_model import open_averaged
+from icenet.core.weights import hub
+from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
+from icenet.core.weights.files import DEFAULT_NAME
+
+_OF_A_MODEL = ("model", "kinds", "shapes", "names", "shared", "arrays", "companions")
+"""Arguments of `convert` that determine a model in Python."""
+
+
+def convert_model(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    source_form: str | None = None,
+    config: str | Path | Config | None = None,
+    key: str | None = None,
+    strip_prefix: str | Sequence[str] = (),
+    averaged: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Converts weights with the layer kinds and shapes of their config.
+
+    Args:
+        source: A file or folder of weights, a run (its newest intact checkpoint), a folder of Hugging Face, a GGUF
+            file, or the id of a repository.
+        destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
+        to: "canonical", "mlx" or "torch"; "hf", a folder of Hugging Face, or another form of `export_model.FORMS`; or
+            "torchvision", a state dict with its names. Such a state dict is recognized as a source, too.
+        source_form: The form of the source; None detects it. With it or `config`, the names in a folder of Hugging
+            Face are kept.
+        config: A configuration, a YAML file or the name of a preset; None uses the config.yaml next to the source,
+            if there is one.
+        key: Key of the state dict in a file of `torch.save` that holds more.
+        strip_prefix: Prefixes to remove from the names of the weights.
+        averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
+        overwrite: Whether to replace existing files.
+        options: Arguments of `icenet.core.weights.convert.convert`. With `model`, or its kinds of layers and shapes,
+            no config is looked for, and the source is a file or folder of weights.
+    """
+    source = hub.local_path(source)
+    if to in export_model.FORMS:
+        given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}
+        if unused := [option for option, value in given.items() if value]:
+            raise UsageError(f"{', '.join(unused)}: has no effect with --to {to}; the source's own config is used")
+        return export_model.export(source, destination, to, overwrite=overwrite, averaged=averaged, **options)
+    common = {"source_form": source_form, "key": key, "strip_prefix": strip_prefix, "overwrite": overwrite, **options}
+    if any(options.get(name) is not None for name in _OF_A_MODEL):
+        own = getattr(options.get("model"), "config", None)
+        settings = Config(model=own) if isinstance(own, ImageModelConfig) else None
+        return convert(source, destination, **torchvision.translations(settings, source, destination, to), **common)
+    imported: folder.Folder | None = None
+    if (source / checkpoint.FOLDER).is_dir():
+        source = checkpoint.find(source).path
+    if averaged:
+        common["arrays"] = open_averaged(source)[1]
+    keeps_names = config or source_form or key or strip_prefix or averaged
+    stored: Path | None = None
+    if not keeps_names and folder.is_known(source):
+        imported = folder.read(source)
+        settings = imported.config
+        common |= {"arrays": imported.weights, "source_form": "canonical"}
+    elif config is None:
+        stored = (source if source.is_dir() else source.parent) / "config.yaml"
+        settings = Config.from_yaml(stored, trust_code=False) if stored.is_file() else None
+    elif isinstance(config, Config):
+        settings = config
+    else:
+        stored = Path(config)
+        settings = Config.from_yaml(config)
+    if settings is not None:
+        model = backends.meta_model(settings)
+        common |= {"kinds": model.layer_kinds(), "shapes": model.weight_shapes(), "names": model.mlx_names()}
+        common["shared"] = model.shared_arrays()
+    in_folder = destination.is_dir() or not destination.suffix
+    translations = torchvision.translations(settings, source, destination, to)
+    notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []
+    if to == torchvision.FORM:
+        to, notes = translations["to"], [f"the names are those of {to}"]
+    target = destination_file(destination, to)
+    refuse_existing(source, target, overwrite)
+    if in_folder or target.name.startswith(Path(DEFAULT_NAME).stem):
+        saved_model.check_not_a_run(target.parent)
+    if (enclosing := checkpoint.enclosing(target)) is not None:
+        raise UsageError(f"{target}: is in the checkpoint {enclosing}; choose another place")
+    if settings is not None and to == "canonical" and in_folder:
+        companions = _companions(settings, stored, destination)
+        if not overwrite:
+            saved_model.refuse_replacing(destination, list(companions), set())
+        common["companions"] = companions
+    metadata = {**saved_model.code_metadata(checkpoint.code_of(source)), **(common.pop("metadata", None) or {})}
+    done = convert(source, destination, metadata=metadata, **translations, **common)
+    return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
+
+
+def _companions(settings: Config, stored: Path | None, destination: Path) -> Mapping[str, bytes]:
+    """Returns the files of the config and the tokenizer, unless they are there already."""
+    new = destination / "config.yaml"
+    if stored is not None and new.exists() and stored.resolve() == new.resolve():
+        return {}
+    return checkpoint.config_files(settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))

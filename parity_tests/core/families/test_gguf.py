@@ -1,0 +1,366 @@
+"""GGUF files: the same configuration and tensors as the folder of Hugging Face that they were made from."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import gguf, write
+from helpers import is_one_line, same_bits
+
+import icenet
+from icenet.commands.convert import convert_model
+from icenet.commands.info import model_report
+from icenet.core.config import Config
+from icenet.core.errors import IceNetError
+from icenet.core.families import FAMILIES, folder
+from icenet.core.families.weights import family_tensors
+from icenet.core.tokenizers import gguf as gguf_tokenizer
+from icenet.core.tokenizers import read_tokenizer
+from icenet.core.tokenizers.huggingface import HFTokenizer, library
+from icenet.core.weights import files as weight_files
+from icenet.core.weights.gguf import TYPES, GgufFile
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SIZES, "head_dim": 12},
+    "llama-tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    "llama-3": {"model_type": "llama", **SIZES, "head_dim": 128, "rope_parameters": LLAMA3},
+    "mistral": {"model_type": "mistral", **SIZES, "head_dim": 8, "sliding_window": 16},
+    "mixtral": {"model_type": "mixtral", **SIZES, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2,
+                "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+    "qwen2-yarn": {"model_type": "qwen2", **SIZES,
+                   "rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
+                                       "original_max_position_embeddings": 16}},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
+    "qwen3-moe": {"model_type": "qwen3_moe", **SIZES, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16,
+               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+    "gemma3": {"model_type": "gemma3_text", **SIZES, "num_hidden_layers": 7, "head_dim": 16,
+               "query_pre_attn_scalar": 16, "sliding_window": 16, "tie_word_embeddings": True,
+               "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                                   "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "phi3": {"model_type": "phi3", **SIZES, "sliding_window": 16},
+    "olmo2": {"model_type": "olmo2", **SIZES},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+             "n_inner": 64, "layer_norm_epsilon": 1e-5},
+}  # fmt: skip
+
+
+def random_tensors(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a folder of Hugging Face with this config.json."""
+    family = FAMILIES[values["model_type"]]
+    config = Config.from_dict({"model": family.read(values)})
+    generator = np.random.default_rng(1)
+    wanted = family_tensors(family, config)
+    return {name: generator.standard_normal(tensor.shape).astype("float32") for name, tensor in wanted.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_is_the_folder_that_it_was_made_from(name: str, tmp_path: Path) -> None:
+    values = CASES[name]
+    arrays = random_tensors(values)
+    weight_files.write(tmp_path / "hf", arrays)
+    (tmp_path / "hf/config.json").write_text(folder._json(values).decode())
+    expected = folder.read(tmp_path / "hf")
+    found = folder.read(write(tmp_path / "model.gguf", values, arrays))
+    options = found.family.options
+    assert found.family is expected.family
+    assert options(found.config.model) == options(expected.config.model)
+    assert list(found.weights) == list(expected.weights)
+    for path, array in expected.weights.items():
+        exact = {"rtol": 0, "atol": 1e-6 if "gemma" in name else 0}  # 1 is added and subtracted
+        np.testing.assert_allclose(found.weights[path], array, **exact)
+        assert found.weights.spec(path) == (found.weights[path].dtype, found.weights[path].shape)
+
+
+# --- types of tensors ---------------------------------------------------------------------------------------
+
+
+def test_types_have_the_sizes_of_the_package() -> None:
+    for number, (name, values, size) in TYPES.items():
+        assert gguf.GGMLQuantizationType(number).name == name
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == (values, size)
+
+
+@pytest.mark.parametrize("kind", [name for name, _, _ in TYPES.values()])
+def test_tensors_of_each_type_have_the_values_of_the_package(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icenet.core.weights.gguf._CHUNK_VALUES", 1000)
+    number = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[number]
+    data = np.random.default_rng(1).integers(0, 100, (6, 512 // values * size), dtype=np.uint8)  # scales are finite
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("a", data, raw_dtype=number)
+    writer.add_tensor("b", np.arange(3, dtype=np.float32))
+    for write_part in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write_part()
+    writer.close()
+    file = GgufFile(tmp_path / "x.gguf")
+    expected = gguf.quants.dequantize(data, number) if values > 1 else data.view(file.spec("a").dtype)
+    if kind == "BF16":
+        assert np.array_equal(file["a"].astype(np.float32), gguf.quants.dequantize(data, number))
+    np.testing.assert_array_equal(file["a"], expected, strict=True)
+    assert file.spec("a") == (expected.dtype, (6, 512)) and np.array_equal(file["b"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])
+def test_quantized_models_are_near_the_original(kind: str, tmp_path: Path) -> None:
+    arrays = random_tensors(CASES["llama"])
+    found = folder.read(write(tmp_path / "x.gguf", CASES["llama"], arrays, kind))
+    name = "model.layers.0.mlp.up_proj.weight"
+    distance = np.abs(found.weights["blocks.0.feed_forward.up_proj.weight"] - arrays[name]).max()
+    assert distance < {"F16": 2e-3, "Q8_0": 0.02, "Q4_1": 0.3}[kind]
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+TEXTS = ["Hello, world!  Two spaces\n\n\tA tab 12345", " leading", "naïve café 日本語 🙂", "", "I'm you're x<s>y"]
+
+
+def test_a_bpe_of_bytes_encodes_as_its_tokenizer_json(bpe: Path, tmp_path: Path) -> None:
+    original = json.loads(bpe.read_text())
+    added = {token["content"]: token["id"] for token in original["added_tokens"]}
+    vocabulary = {**original["model"]["vocab"], **added}
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in original["model"]["merges"]]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in added else 1 for token in tokens],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": vocabulary["<|endoftext|>"],
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    files = gguf_tokenizer.tokenizer_files(metadata, "gpt2")
+    found, expected = HFTokenizer(files["tokenizer.json"]), read_tokenizer(bpe)
+    for text in TEXTS:
+        assert found.encode(text) == expected.encode(text)
+        assert found.decode(found.encode(text)) == text
+    assert files["chat_template.jinja"] == b"{{ messages }}"
+    config = json.loads(files["tokenizer_config.json"])
+    assert config["eos_token"] == "<|endoftext|>" and config["add_bos_token"] is False
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o"])
+def test_rules_that_split_a_text(kind: str) -> None:
+    """Digits: one by one, or up to three; contractions; line ends stay with punctuation."""
+    letters = sorted(library().pre_tokenizers.ByteLevel.alphabet())
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": kind,
+        "tokenizer.ggml.tokens": [*letters, "<|endoftext|>", "12", "123"],
+        "tokenizer.ggml.merges": ["1 2", "12 3"],
+        "tokenizer.ggml.eos_token_id": 256,
+    }
+    found = HFTokenizer(gguf_tokenizer.tokenizer_files(metadata, "llama")["tokenizer.json"])
+    has_numbers = kind in ("llama-bpe", "gpt-4o")
+    assert (258 in found.encode("x 1234")) is has_numbers
+    for text in TEXTS:
+        assert found.decode(found.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_sentence_piece_encodes_as_the_library(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("Hello, world! The cat sat on the mat. A tab and the hat, the rat.\n" * 20)
+    prefix = str(tmp_path / "m")
+    library.SentencePieceTrainer.train(
+        input=str(text), model_prefix=prefix, vocab_size=310, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, minloglevel=2, remove_extra_whitespaces=False, normalization_rule_name="identity",
+    )  # fmt: skip
+    model = library.SentencePieceProcessor(model_file=f"{prefix}.model")
+    ids = range(model.vocab_size())
+    kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [model.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    files = gguf_tokenizer.tokenizer_files(metadata, "llama")
+    found = HFTokenizer(files["tokenizer.json"])
+    for line in ("Hello, the cat.", " leading", "two  spaces", "日本 🙂 naïve", "A tab\nthe"):
+        assert found.encode(line) == model.encode(line), line
+        assert found.decode(found.encode(line)) == line
+    assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is True
+    plain = HFTokenizer(
+        gguf_tokenizer.tokenizer_files({**metadata, "tokenizer.ggml.add_space_prefix": False}, "llama")[
+            "tokenizer.json"
+        ]
+    )
+    assert plain.encode("the") == [model.piece_to_id("t"), model.piece_to_id("he")]
+    assert found.decode(found.encode("the")) == plain.decode(plain.encode("the")) == "the"
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+    values = {**CASES["llama"], "vocab_size": 300}
+    arrays = random_tensors(values)
+    template = "{{ messages[0].content }}"
+    file = write(tmp_path / "x.gguf", values, arrays, "Q8_0", {"tokenizer.chat_template": template})
+    model = icenet.load(file, "torch")
+    text = icenet.generate(model, "Hello", max_new_tokens=5, temperature=0)
+    assert model_report(str(file)).num_params == sum(array.size for array in arrays.values())
+    for form, target in (("hf", "hf"), ("canonical", "own"), ("mlx", "x.safetensors"), ("torch", "x.pt")):
+        convert_model(file, tmp_path / target, form, None, None, overwrite=False)
+    assert (tmp_path / "hf/chat_template.jinja").read_text() == template
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 2
+    for name in ("hf", "own"):
+        again = icenet.load(tmp_path / name, "torch")
+        assert same_bits(again.weights(), model.weights())
+        assert icenet.generate(again, "Hello", max_new_tokens=5, temperature=0) == text
+
+
+def test_a_file_that_only_needs_reading_needs_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = random_tensors(CASES["llama"])
+    plain, quantized = (write(tmp_path / f"{kind}.gguf", CASES["llama"], arrays, kind) for kind in ("F16", "Q8_0"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert folder.read(plain).weights["token_embedding.weight"].dtype == np.float16
+    with pytest.raises(IceNetError, match=r"pip install 'icenet\[gguf\]'"):
+        folder.read(quantized).weights["token_embedding.weight"]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"general.type": "adapter"}, ["adapter"]),
+        ({"split.count": 3}, ["split", "3"]),
+        ({"llama.attention.clamp_kqv": 8.0}, ["clamp_kqv"]),
+        ({"llama.rope.scaling.type": "longrope"}, ["longrope"]),
+        ({"llama.attention.value_length": 99}, ["99"]),
+    ],
+)
+def test_metadata_that_are_not_supported_are_one_line(
+    metadata: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    values = {key: value for key, value in CASES["llama"].items() if key != "head_dim"}
+    file = write(tmp_path / "x.gguf", values, random_tensors(values), metadata=metadata)
+    with pytest.raises(IceNetError) as error:
+        icenet.load(file)
+    assert is_one_line(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_architectures_and_tensors_that_are_not_supported_are_one_line(tmp_path: Path) -> None:
+    arrays = random_tensors(CASES["llama"])
+    good = write(tmp_path / "x.gguf", CASES["llama"], arrays).read_bytes()
+    for old, new, words in (
+        (b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama", b"mamba", "mamba"),
+        (b"blk.0.attn_q.weight", b"blk.0.attn_x.weight", "blk.0.attn_x.weight"),
+        (b"token_embd.weight", b"token_embx.weight", "token_embd.weight"),
+    ):
+        (tmp_path / "y.gguf").write_bytes(good.replace(old, old[: -len(new)] + new))
+        with pytest.raises(IceNetError, match=words) as error:
+            icenet.load(tmp_path / "y.gguf")
+        assert is_one_line(error.value)
+
+
+def test_a_tokenizer_that_is_not_supported_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = write(tmp_path / "x.gguf", CASES["llama"], random_tensors(CASES["llama"])).read_bytes()
+    first, model, rest = good.partition(b"tokenizer.ggml.model" + struct.pack("<IQ", 8, 5))
+    (tmp_path / "x.gguf").write_bytes(first + model + b"lxxxx" + rest[5:])
+    assert folder.read(tmp_path / "x.gguf").config.data.tokenizer == "bytes"
+    assert "lxxxx" in caplog.text
+
+
+def attacked(good: bytes, name: str) -> bytes:
+    """Returns a file that lies."""
+    counts, kind = 8, good.index(b"general.architecture") + len("general.architecture")
+    table = good.index(b"output_norm.weight") + len("output_norm.weight")
+    places = {
+        "number of tensors": (counts, "Q", 2**63), "number of keys": (counts + 8, "Q", 2**63),
+        "tensors": (counts, "Q", 100_000), "keys": (counts + 8, "Q", 60_000), "version": (4, "I", 4),
+        "big-endian": (4, "I", 3 << 24), "length of a name": (24, "Q", 2**62), "type": (kind, "I", 77),
+        "length of a text": (kind + 4, "Q", 2**40), "axes": (table, "I", 2**31), "shape": (table + 4, "Q", 2**62),
+        "no values": (table + 4, "Q", 0), "type of a tensor": (table + 12, "I", 99),
+        "offset": (table + 16, "Q", 2**63), "overlap": (table + 16, "Q", 32),
+    }  # fmt: skip
+    at, form, value = places[name]
+    return good[:at] + struct.pack(f"<{form}", value) + good[at + struct.calcsize(form) :]
+
+
+ATTACKS = (
+    "number of tensors", "number of keys", "tensors", "keys", "version", "big-endian", "length of a name", "type",
+    "length of a text", "axes", "shape", "no values", "type of a tensor", "offset", "overlap",
+)  # fmt: skip
+
+
+def fails_in_one_line(path: Path) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(IceNetError) as error:
+        found = folder.read(path)
+        for name in found.weights:
+            found.weights[name]
+    assert is_one_line(error.value) and time.perf_counter() - begin < 2
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write(
+        tmp_path_factory.mktemp("gguf") / "x.gguf", CASES["llama"], random_tensors(CASES["llama"])
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_files_that_lie_are_one_line(name: str, good_file: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(attacked(good_file, name))
+    fails_in_one_line(tmp_path / "x.gguf")
+
+
+def test_files_that_are_cut_short_are_one_line(good_file: bytes, tmp_path: Path) -> None:
+    for length in (4, 5, 20, 23, 24, 30, 100, 1000, len(good_file) // 2, len(good_file) - 1):
+        (tmp_path / "x.gguf").write_bytes(good_file[:length])
+        fails_in_one_line(tmp_path / "x.gguf")
+
+
+def test_arrays_that_lie_are_one_line(tmp_path: Path) -> None:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    for kind, count in ((0, 2**60), (10, 2**60), (8, 2**60), (8, 2**21), (9, 1), (77, 1), (9, 2**40)):
+        nested = b"".join(struct.pack("<IQ", 9, 1) for _ in range(5000)) if kind == 9 else b""
+        content = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + text("a") + struct.pack("<IIQ", 9, kind, count) + nested
+        (tmp_path / "x.gguf").write_bytes(content + bytes(2**16))
+        fails_in_one_line(tmp_path / "x.gguf")
+
+
+def test_random_changes_give_one_line_or_a_model(good_file: bytes, tmp_path: Path) -> None:
+    generator = random.Random(1)
+    for _ in range(60):
+        content = bytearray(good_file)
+        for _ in range(generator.randint(1, 4)):
+            content[generator.randrange(min(9000, len(content)))] = generator.randrange(256)
+        (tmp_path / "x.gguf").write_bytes(content)
+        try:
+            folder.read(tmp_path / "x.gguf")
+        except IceNetError as error:
+            assert is_one_line(error)
