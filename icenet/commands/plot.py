@@ -41,7 +41,10 @@ class Run:
     @property
     def unit(self) -> str:
         """Unit of the throughput: `tokens` or `images`."""
-        return "images" if any("images_per_second" in record for record in self.records) else "tokens"
+        units = ("images", "rows", "tokens")
+        return next(
+            (unit for unit in units if any(f"{unit}_per_second" in record for record in self.records)), "tokens"
+        )
 
     @property
     def backends(self) -> list[tuple[float, str]]:

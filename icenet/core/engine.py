@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -138,6 +138,10 @@ class Engine(ABC):
         self.config = config
         self.process_group = process_group
         self._is_checked = False  # see _checked_gradients
+        self.loss: Callable[..., Any] | None = None
+        """The loss of the user, (output, batch) -> mean loss; None is the cross-entropy."""
+        if custom.is_custom(config.training.loss):
+            self.loss = custom.loss_function(config.training.loss, self.backend)
 
     def _set_model(self, model: Any, compute_dtype: Any) -> None:
         """Sets the model, and copies rank 0's parameters to all processes or shards them."""
@@ -240,7 +244,7 @@ class Engine(ABC):
         part = next(self._micro_batches(batch, step))
         self._seed_dropouts(part.dropout_keys)
         with self.nn.norm.keep_buffers(self.model):
-            call = functools.partial(call_model, self.model, part.arrays, output_size(self.config.model))
+            call = functools.partial(call_model, self.model, part.arrays, self._num_classes)
             randomness.check_draws(self.backend, self.nn, self.model, call)
 
     @in_arithmetic
@@ -259,7 +263,7 @@ class Engine(ABC):
         """Checks the ids that a user's model looks up for a batch on the device, in the current mode."""
         if custom.is_custom(self.config.model.type):
             with self.model.reading_ids(), self.nn.norm.keep_buffers(self.model):
-                call_model(self.model, arrays, output_size(self.config.model))
+                call_model(self.model, arrays, self._num_classes)
 
     def _checked_gradients(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
         """Returns `_accumulate`, and checks the first one, which costs waiting for the device.
@@ -282,6 +286,31 @@ class Engine(ABC):
             raise self._detached_logits()
         self._is_checked = True
         return loss, gradients
+
+    def _mean_loss(self, output: Array, arrays: Mapping[str, Array]) -> Array:
+        """Returns the mean loss of a batch on the device.
+
+        Raises:
+            UsageError: The loss of the user fails, or is not one number.
+        """
+        if self.loss is None:
+            return self.nn.cross_entropy(output, arrays["labels"])[0]
+        if isinstance(output, self.model.array_type):  # the loss is computed in fp32
+            output = self._to_full_precision(output)
+        with user_code.explain_errors(arrays["inputs"], "loss"):
+            loss = self.loss(output, dict(arrays))
+        if not isinstance(loss, self.model.array_type) or loss.ndim or "float" not in str(loss.dtype):
+            found = getattr(loss, "shape", None)
+            given = type(loss).__name__ if found is None else f"an array {list(found)} of {loss.dtype}"
+            raise UsageError(
+                f"training.loss: {self.config.training.loss} returned {given}; return the mean, one float"
+            )
+        return loss
+
+    @property
+    def _num_classes(self) -> int | None:
+        """Number of logits that the labels need; None if a loss of the user gives them another meaning."""
+        return output_size(self.config.model) if self.loss is None else None
 
     def _detached_logits(self) -> UsageError:
         return UsageError(
@@ -322,12 +351,14 @@ class Engine(ABC):
         self._set_mode(train=False)
         with self.average.applied() if self.average else contextlib.nullcontext():
             arrays = self.to_device(self._padded(batch))
-            logits, labels = self._predict(arrays), arrays["labels"]
-            loss, count = self.nn.cross_entropy(logits, labels)
-            if not math.isfinite(loss.item()):
+            output = self._predict(arrays)
+            loss = self._mean_loss(output, arrays).item()
+            if not math.isfinite(loss):
                 self._check_embeddings(arrays)
-            correct = int(self.nn.loss.count_correct(logits, labels).item()) if labels.ndim == 1 else None
-            return Evaluation(loss.item(), int(count.item()), correct)
+            labels, correct = batch["labels"], None
+            if labels.ndim == 1 and labels.dtype.kind in "iu" and getattr(output, "ndim", 0) == 2:
+                correct = int(self.nn.loss.count_correct(output, arrays["labels"]).item())
+            return Evaluation(loss, count_labels(labels), correct)
 
     @in_arithmetic
     def forward(self, batch: Batch) -> NDArray[Any]:
@@ -412,7 +443,7 @@ class Engine(ABC):
         Raises:
             DataError: An id is outside the vocabulary.
         """
-        check_ids(batch, self.config.model.vocab_size)
+        check_ids(batch, self.config.model.vocab_size, ("inputs", "labels") if self.loss is None else ("inputs",))
         return {name: self._to_device(array) for name, array in batch.items()}
 
     @in_arithmetic
@@ -447,6 +478,10 @@ class Engine(ABC):
         """Returns an output of the model as numpy; half precision as float32."""
 
     @abstractmethod
+    def _to_full_precision(self, array: Array) -> Array:
+        """Returns an array of half precision as float32, and others as they are."""
+
+    @abstractmethod
     def _seed_generator(self, seed: int) -> None:
         """Seeds the framework's own random generator: that of the process, which `rng: native` is about."""
 
@@ -469,8 +504,13 @@ class Engine(ABC):
         """Starts the computation of results and new state on a lazy framework. Does nothing by default."""
 
 
-def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int) -> Array:
+def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int | None) -> Array:
     """Returns the output of a model for a batch on the device.
+
+    Args:
+        model: The model.
+        arrays: The batch.
+        vocab_size: Number of logits for each label; None if the labels are not classes.
 
     Raises:
         UsageError: The code of a user's model fails, or its output does not fit the labels.
@@ -478,7 +518,7 @@ def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_s
     mask = arrays.get("attention_mask")
     with user_code.explain_errors(arrays["inputs"]):
         output = model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
-    if "labels" in arrays:
+    if "labels" in arrays and vocab_size is not None:
         _check_output(output, list(arrays["labels"].shape), vocab_size)
     return output
 
@@ -508,12 +548,12 @@ def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> li
     own = processes.local_rows(len(batch["labels"]), rank, size)
     if number == size == 1:
         return [(batch, own, 1.0)]
-    counted = max(int((batch["labels"] >= 0).sum()), 1)
+    counted = max(count_labels(batch["labels"]), 1)
     edges = [own.start + len(own) * index // number for index in range(number + 1)]
     parts = []
     for start, end in pairwise(edges):
         part = {name: array[start:end] for name, array in batch.items()}
-        parts.append((part, range(start, end), int((part["labels"] >= 0).sum()) / counted))
+        parts.append((part, range(start, end), count_labels(part["labels"]) / counted))
     return parts
 
 
@@ -533,7 +573,14 @@ def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
 
 
-def check_ids(batch: Batch, vocab_size: int) -> None:
+def count_labels(labels: NDArray[Any]) -> int:
+    """Returns how many labels a mean loss is over: integers that are not negative, or rows of numbers but NaN."""
+    if labels.dtype.kind in "iu":
+        return int((labels >= 0).sum())
+    return int(np.isfinite(labels).reshape(len(labels), -1).any(axis=1).sum())
+
+
+def check_ids(batch: Batch, vocab_size: int, names: Sequence[str] = ("inputs", "labels")) -> None:
     """Checks that token and class ids are inside the vocabulary, because MLX does not check index bounds.
 
     Raises:
@@ -543,7 +590,7 @@ def check_ids(batch: Batch, vocab_size: int) -> None:
     if "attention_mask" in batch:
         check_mask(batch["attention_mask"], "attention_mask")
     for name, array in batch.items():
-        if array.size and np.issubdtype(array.dtype, np.integer) and name in ("inputs", "labels"):
+        if array.size and np.issubdtype(array.dtype, np.integer) and name in names:
             least, most = int(array.min()), int(array.max())
             if most >= vocab_size or (name == "inputs" and least < 0):
                 wrong = most if most >= vocab_size else least

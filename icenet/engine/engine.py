@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 
 from icenet import nn as ops
 from icenet.core import engine
-from icenet.core.config import Config, output_size
+from icenet.core.config import Config
 from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
 from icenet.core.weights import layout
@@ -100,11 +100,11 @@ class Engine(engine.Engine):
         A parameter that the model shares is set at all of its places, so its gradient is the sum over them.
         """
         self._parameters.set(parameters)
-        loss, _ = ops.cross_entropy(self._outputs(arrays), arrays["labels"])
+        loss = self._mean_loss(self._outputs(arrays), arrays)
         return loss * scale, loss
 
     def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        return call_model(self.model, arrays, output_size(self.config.model))
+        return call_model(self.model, arrays, self._num_classes)
 
     def _update(self, gradients: dict[str, mx.array], norm: mx.array, average_weight: float) -> None:
         self._compiled_update(gradients, norm, mx.array(average_weight, mx.float32))
@@ -144,5 +144,8 @@ class Engine(engine.Engine):
     def _to_device(self, array: np.ndarray) -> mx.array:
         return mx.array(array)
 
+    def _to_full_precision(self, array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if is_half(array) else array
+
     def _to_float_numpy(self, array: mx.array) -> np.ndarray:
-        return to_numpy(array.astype(mx.float32) if is_half(array) else array)
+        return to_numpy(self._to_full_precision(array))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.core.config import Config, ImageDataConfig, ImageModelConfig, output_size
+from icenet.core.config import Config, CustomDataConfig, ImageDataConfig, ImageModelConfig, output_size
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import NonFiniteError
@@ -111,8 +111,11 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     Tokens: `inputs` and `labels` int32 `[rows, length]`, at most one sequence of the data long.
     Images: `inputs` float32 `[rows, size, size, channels]` and `labels` int32 `[rows]`. The size is
     `data.image_size`, or a small size that the model accepts.
-    A custom model on image data gets the first training batch, because only the data defines its input.
+    A custom model on image data, and data of the user, get the first training batch, because only the data defines
+    its arrays.
     """
+    if isinstance(config.data, CustomDataConfig):
+        return dataset_for(config).train_batch(0, rows)
     if isinstance(config.model, ImageModelConfig):
         size = getattr(config.data, "image_size", None) or config.model.example_size
         classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from icenet.core import engine
-from icenet.core.config import Config, output_size
+from icenet.core.config import Config
 from icenet.core.engine import Batch, MicroBatch, call_model
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
@@ -65,17 +65,14 @@ class Engine(engine.Engine):
     def _backward(self, part: MicroBatch, loss_scale: float) -> Tensor:
         """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
         self._seed_dropouts(part.dropout_keys)
-        loss = self._mean_loss(part.arrays)
+        loss = self._mean_loss(self._outputs(part.arrays), part.arrays)
         if not loss.requires_grad:
             raise self._detached_logits()
         (loss * (part.share * loss_scale)).backward()
         return loss.detach() * part.share
 
-    def _mean_loss(self, arrays: dict[str, Tensor]) -> Tensor:
-        return ops.cross_entropy(self._outputs(arrays), arrays["labels"])[0]
-
     def _outputs(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return call_model(self._compiled_model, arrays, output_size(self.config.model))
+        return call_model(self._compiled_model, arrays, self._num_classes)
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor, average_weight: float) -> None:
         training = self.config.training
@@ -115,5 +112,8 @@ class Engine(engine.Engine):
         tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return to_channels_first(tensor) if tensor.ndim == 4 else tensor
 
+    def _to_full_precision(self, array: Tensor) -> Tensor:
+        return array.float() if is_half(array) else array
+
     def _to_float_numpy(self, array: Tensor) -> np.ndarray:
-        return to_numpy(array.float() if is_half(array) else array).copy()
+        return to_numpy(self._to_full_precision(array)).copy()

@@ -9,7 +9,7 @@ line with the file, the line, the key, the allowed values and the closest known 
 
 from __future__ import annotations
 
-from icenet.core.config.data import DATA, DataConfig, ImageDataConfig
+from icenet.core.config.data import DATA, CustomDataConfig, DataConfig, ImageDataConfig
 from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import (
@@ -33,6 +33,7 @@ __all__ = [
     "CNNConfig",
     "Config",
     "CustomConfig",
+    "CustomDataConfig",
     "DataConfig",
     "EmbeddingConfig",
     "GenerationConfig",

@@ -1,12 +1,13 @@
-"""Models in a file of the user, named by the configuration: `type: my_models.py:CustomModel`.
+"""Code in a file of the user, named by the configuration: `type: my_models.py:CustomModel`.
 
-Reading such a model runs the file. Only files that the user named are run: by a configuration file given to a command
-or to `Config.from_yaml`, or with `--trust-code`. A file that a checkpoint names is not run, because a checkpoint may
-come from anyone.
+A model (`model.type`), a data set (`data.kind`) or a loss (`training.loss`). Reading it runs the file. Only files
+that the user named are run: by a configuration file given to a command or to `Config.from_yaml`, or with
+`--trust-code`. A file that a checkpoint names is not run, because a checkpoint may come from anyone.
 
-The file contains a subclass of `BaseModel` for one backend. The class for the other backend has the same name and is
-in the same file, or in `my_models_torch.py` (`my_models_mlx.py`) next to it. To trust a file is to trust the modules
-next to it that it imports (see `icenet.core.config.user_code`).
+The file of a model contains a subclass of `BaseModel` for one backend. The class for the other backend has the same
+name and is in the same file, or in `my_models_torch.py` (`my_models_mlx.py`) next to it. The function of a loss may
+be in such a file too. A data set is one class, which uses numpy. To trust a file is to trust the modules next to it
+that it imports (see `icenet.core.config.user_code`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from icenet.core.config import user_code
 from icenet.core.errors import BackendError, ConfigError, UsageError
 
+PATTERN = r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"
+"""The value of a key that names code."""
 _log = logging.getLogger("icenet")
 _trusted: set[Path] = set()
 """The files that the user of this process has named. A checkpoint that names one of them may run it."""
@@ -39,7 +42,7 @@ def split(family: str) -> tuple[Path, str]:
     return Path(file), name
 
 
-def resolve(family: str, folder: Path) -> str:
+def resolve(family: str, folder: Path, key: str = "model.type") -> str:
     """Returns a `type` whose file is relative to the working directory; it is looked up there, then in `folder`.
 
     A warning says if both exist.
@@ -52,8 +55,8 @@ def resolve(family: str, folder: Path) -> str:
         return f"{os.path.relpath(other)}:{name}"
     if not file.samefile(other):
         _log.warning(
-            f"model.type: {file} of the working directory is used, not {os.path.relpath(other)} next to the config; "
-            f"write `type: {os.path.relpath(other)}:{name}` for that one"
+            f"{key}: {file} of the working directory is used, not {os.path.relpath(other)} next to the config; "
+            f"write `{key.rpartition('.')[2]}: {os.path.relpath(other)}:{name}` for that one"
         )
     return family
 
@@ -62,6 +65,18 @@ def trust(family: str) -> None:
     """Allows the file of a `type` that the user named, and its counterpart for the other backend, to be run."""
     if is_custom(family):
         _trusted.add(split(family)[0].resolve())
+
+
+def trust_all(config: Any) -> None:
+    """Allows all files that a `Config` of the user names to be run."""
+    for reference in references(config).values():
+        trust(reference)
+
+
+def references(config: Any) -> dict[str, str]:
+    """Returns the code that a `Config` names, by key."""
+    named = {"model.type": config.model.type, "data.kind": config.data.kind, "training.loss": config.training.loss}
+    return {key: value for key, value in named.items() if is_custom(value)}
 
 
 @contextlib.contextmanager
@@ -83,10 +98,7 @@ def model_class(family: str, backend: str) -> type[Any]:
         BackendError: The class is for the other backend only.
     """
     file, name = split(family)
-    if not file.is_file():
-        raise ConfigError(f"model.type: {file}: no such file; run this command in the folder that contains it")
-    if not _everything_trusted.get() and file.resolve() not in _trusted:
-        raise UsageError(f"the model is defined by Python code, {family}: read it, then add --trust-code to run it")
+    _check(family, "model.type", "model")
     backends_found, import_errors = [], []
     # the backend's own file first: the other one would import the other framework
     for candidate in (file.with_name(f"{file.stem}_{backend}.py"), file):
@@ -111,6 +123,54 @@ def model_class(family: str, backend: str) -> type[Any]:
         )
     package = {"mlx": "icenet", "torch": "icenet_torch"}[backend]
     raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {package}.models.base.BaseModel")
+
+
+def loss_function(reference: str, backend: str) -> Callable[..., Any]:
+    """Returns the function of `training.loss` for a backend. This runs the file.
+
+    Raises:
+        ConfigError, UsageError: As in `model_class`.
+    """
+    file, name = split(reference)
+    _check(reference, "training.loss", "loss")
+    own = file.with_name(f"{file.stem}_{backend}.py")
+    found = _read(own if own.is_file() else file, name, "training.loss")
+    if not callable(found):
+        raise UsageError(f"training.loss: {file} has no function {name}")
+    return found  # type: ignore[no-any-return]
+
+
+def data_class(reference: str) -> Callable[..., Any]:
+    """Returns the class of `data.kind`. This runs the file.
+
+    Raises:
+        ConfigError, UsageError: As in `model_class`.
+    """
+    file, name = split(reference)
+    _check(reference, "data.kind", "data set")
+    found = _read(file, name, "data.kind")
+    if not callable(getattr(found, "train_batch", None)):
+        raise UsageError(f"data.kind: {file} has no class {name} with the method train_batch(step, batch_size)")
+    return found  # type: ignore[no-any-return]
+
+
+def _check(reference: str, key: str, what: str) -> None:
+    """Raises an error if the file of a reference does not exist or is not trusted."""
+    file, _ = split(reference)
+    if not file.is_file():
+        raise ConfigError(f"{key}: {file}: no such file; run this command in the folder that contains it")
+    if not _everything_trusted.get() and file.resolve() not in _trusted:
+        raise UsageError(
+            f"the {what} is defined by Python code, {reference}: read it, then add --trust-code to run it"
+        )
+
+
+def _read(file: Path, name: str, key: str) -> Any:
+    """Returns what has a name in a file, or None."""
+    try:
+        return getattr(user_code.run_file(file, key), name, None)
+    except ImportError as error:
+        raise UsageError(f"{key}: {file} cannot be imported: {error}") from None
 
 
 def twin_file(family: str, backend: str) -> Path | None:

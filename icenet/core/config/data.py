@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
+from icenet.core.config import custom
+from icenet.core.config.open_section import OpenSection
 from icenet.core.config.section import Section
 
 
@@ -78,19 +80,31 @@ class ImageDataConfig(Section):
         return self
 
 
+class CustomDataConfig(OpenSection):
+    """A data set in a file of the user, with the options that its class reads (see docs/training.md)."""
+
+    section: ClassVar[str] = "data"
+    selector: ClassVar[str] = "kind"
+
+    kind: Annotated[str, Field(pattern=custom.PATTERN)]
+    """A file and the class in it: my_data.py:MyData."""
+
+
 def _data_tag(value: Any) -> str | None:
     kind = value.get("kind", "text") if isinstance(value, Mapping) else getattr(value, "kind", "text")
+    if custom.is_custom(kind):
+        return CustomDataConfig.__name__
     return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), None)
 
 
 DATA: tuple[type[Section], ...] = (DataConfig, ImageDataConfig)
-"""The class of each kind. A new kind adds its class here."""
+"""The class of each kind of ours. A new kind adds its class here."""
 
 if TYPE_CHECKING:
     AnyDataConfig = DataConfig
 else:
     AnyDataConfig = Annotated[
-        Union[tuple(Annotated[section, Tag(section.__name__)] for section in DATA)],  # noqa: UP007
+        Union[tuple(Annotated[section, Tag(section.__name__)] for section in (*DATA, CustomDataConfig))],  # noqa: UP007
         Discriminator(
             _data_tag,
             custom_error_type="kind",

@@ -9,7 +9,8 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import cnn_plan, custom, transformer_plan, vit_plan
-from icenet.core.config.section import Section, nearest, to_python, unknown_family
+from icenet.core.config.open_section import OpenSection
+from icenet.core.config.section import Section, unknown_family
 from icenet.core.errors import ConfigError
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -344,37 +345,14 @@ class RecurrentConfig(ModelConfig):
         return self
 
 
-class MissingOptionError(ConfigError, AttributeError):
-    """An option that the user's model reads and the configuration lacks. `getattr` with a default catches it."""
-
-
-class CustomConfig(ModelConfig):
+class CustomConfig(OpenSection, ModelConfig):
     """A model in a file of the user, with the options that its class reads (see `icenet.core.config.custom`)."""
 
     model_config = ConfigDict(extra="allow")
     input_kind: ClassVar[str] = "anything"
 
-    type: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+    type: Annotated[str, Field(pattern=custom.PATTERN)]
     """A file and the class in it: my_models.py:CustomModel."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _options_to_python(cls, values: Any) -> Any:
-        return {key: to_python(value) for key, value in values.items()} if isinstance(values, Mapping) else values
-
-    if not TYPE_CHECKING:  # otherwise every name would be an attribute to type checkers
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                if name.startswith("_"):
-                    raise
-                known = [*type(self).model_fields, *(self.__pydantic_extra__ or {})]
-                raise MissingOptionError(
-                    f"model.{name}: {self.type} reads this option, which is not under model{nearest(name, known)}; "
-                    f"add it there, or with --set model.{name}=VALUE"
-                ) from None
 
 
 FAMILIES: dict[str, type[ModelConfig]] = {

@@ -70,10 +70,11 @@ class Config(Section):
         file = find(path)
         values, lines = yaml_file.read(file)
         config = cls._checked(values, overrides, lines, file)
-        if isinstance(config.model, CustomConfig):
-            config.model.type = custom.resolve(config.model.type, file.parent)
-            if trust_code:
-                custom.trust(config.model.type)
+        for key, reference in custom.references(config).items():
+            section, _, name = key.partition(".")
+            setattr(getattr(config, section), name, custom.resolve(reference, file.parent, key))
+        if trust_code:
+            custom.trust_all(config)
         keys = [yaml_file.parse_override(override)[0] for override in overrides]
 
         def absolute(value: str, section: str, key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from icenet.core.config import custom
 from icenet.core.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
@@ -41,6 +42,8 @@ class TrainingConfig(Section):
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Initial weights of a new run: a folder of a model, a run or a checkpoint; null: drawn from seed."""
 
+    loss: Annotated[str, Field(pattern=rf"^cross_entropy$|{custom.PATTERN}")] = "cross_entropy"
+    """cross_entropy, or a function in a file: my_loss.py:my_loss (output, batch) -> mean loss."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"] = "adamw"
     """Optimizer; docs/training.md has the formulas and papers."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4

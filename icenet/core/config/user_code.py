@@ -31,8 +31,12 @@ _PREFIX = "icenet_custom_"
 """Beginning of the names of these packages in `sys.modules`."""
 
 
-def run_file(file: Path) -> ModuleType:
+def run_file(file: Path, key: str = "model.type") -> ModuleType:
     """Runs a file as a module, once for each version of its content and of the modules next to it.
+
+    Args:
+        file: The file.
+        key: The key that names it, for messages.
 
     Raises:
         ImportError: The file imports something that does not exist; the message names the line.
@@ -41,7 +45,7 @@ def run_file(file: Path) -> ModuleType:
     try:
         source = file.read_bytes()
     except OSError as error:
-        raise UsageError(f"model.type: {file} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{key}: {file} cannot be read: {error.strerror}") from None
     name = _PREFIX + hashlib.sha256(str(file.resolve()).encode() + source).hexdigest()[:16]
     if name in sys.modules and not _has_changed(name):
         return sys.modules[name]
@@ -53,7 +57,7 @@ def run_file(file: Path) -> ModuleType:
         name, file, loader=_Loader(name, str(file)), submodule_search_locations=[folder]
     )
     if spec is None or spec.loader is None:
-        raise UsageError(f"model.type: {file} is not a Python file")
+        raise UsageError(f"{key}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     # under both names: a sibling that imports this file gets this module
     sys.modules[name] = sys.modules[f"{name}.{file.stem}"] = module
@@ -67,7 +71,7 @@ def run_file(file: Path) -> ModuleType:
         _forget(name)
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         where = "" if isinstance(error, SyntaxError) else _in_brackets(error)
-        raise UsageError(f"model.type: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
+        raise UsageError(f"{key}: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
     return module
 
 
@@ -200,11 +204,12 @@ def location(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explain_errors(inputs: Any) -> Iterator[None]:
-    """Turns an error in the file of a user's model into a UsageError with the line and the inputs.
+def explain_errors(inputs: Any, what: str = "model") -> Iterator[None]:
+    """Turns an error in the file of a user's model or loss into a UsageError with the line and the inputs.
 
     Args:
-        inputs: The inputs of the model: an array of any framework.
+        inputs: The inputs: an array of any framework.
+        what: The code that may fail: model or loss.
     """
     try:
         yield
@@ -217,8 +222,8 @@ def explain_errors(inputs: Any) -> Iterator[None]:
         remedy = ""
         if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
             remedy = "; in MLX a module computes in its method __call__, not forward"
-        elif dtype.startswith("int"):
+        elif dtype.startswith("int") and what == "model":
             remedy = "; if it is a model of images, set data.kind=images and data.source"
         raise UsageError(
-            f"{where}: the model fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
+            f"{where}: the {what} fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
         ) from error

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from icenet.core.config import ImageDataConfig, ImageModelConfig, TransformerConfig, custom
+from icenet.core.config import CustomDataConfig, ImageDataConfig, ImageModelConfig, TransformerConfig, custom
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.images.folders import some
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import Batch, TextDataset
 from icenet.core.data.text.prepare import Progress
+from icenet.core.data.user import UserDataset
 from icenet.core.errors import ConfigError
 from icenet.core.report.bar import Bar
 from icenet.core.tokenizers import get_tokenizer
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Dataset(Protocol):
     """A data set as the training loop uses it. Batches are a pure function of (seed, step).
 
-    Implemented by `text.packed.TextDataset`, `text.documents.DocumentDataset` and `images.dataset.ImageDataset`.
+    Implemented by `text.packed.TextDataset`, `text.documents.DocumentDataset`, `images.dataset.ImageDataset` and
+    `user.UserDataset`.
     They also determine the order of an epoch.
     """
 
@@ -33,7 +35,7 @@ class Dataset(Protocol):
     description: str
     """Name of the data set in messages."""
     unit: str
-    """Unit in which throughput is counted: tokens (`tok`) or images (`img`)."""
+    """Unit in which throughput is counted: tokens (`tok`), images (`img`) or rows (`row`)."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -78,6 +80,10 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
         DataError: See `open_dataset`.
     """
     section: Any = config.data
+    if isinstance(section, CustomDataConfig):
+        own = UserDataset.open(section, config.seed)
+        own.check(config.training.batch_size)
+        return own
     kind = "images" if isinstance(section, ImageDataConfig) else "tokens"
     if config.model.input_kind not in (kind, "anything"):
         wanted = "images" if kind == "tokens" else "text"

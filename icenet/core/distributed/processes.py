@@ -216,7 +216,8 @@ def local_batch(batch: dict[str, NDArray[Any]], process_group: ProcessGroup) -> 
     if rows:
         return {name: array[rows.start : rows.stop] for name, array in batch.items()}
     first = {name: array[:1] for name, array in batch.items()}
-    return {**first, "labels": np.full_like(first["labels"], -1)}
+    ignored = -1 if first["labels"].dtype.kind in "iu" else np.nan
+    return {**first, "labels": np.full_like(first["labels"], ignored)}
 
 
 def check_training(training: TrainingConfig, size: int) -> None:

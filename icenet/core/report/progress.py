@@ -48,7 +48,7 @@ class Progress:
             console: Console to write to; default: standard error.
             tokens_per_step: Number of tokens in a step, for a speed in tokens. If absent, the speed is in steps.
             quiet: Show nothing, notes included.
-            unit: Unit of the speed, `tok` or `img`.
+            unit: Unit of the speed: `tok`, `img` or `row`.
             label: Shown in front of the bar.
             line_seconds: Shortest time between two plain lines.
         """

@@ -15,7 +15,7 @@ from icenet.core.report.progress import Progress
 from icenet.core.report.tensorboard import FOLDER, TensorBoardLog
 
 METRICS = "metrics.jsonl"
-_ITEMS = {"tok": "tokens", "img": "images"}
+_ITEMS = {"tok": "tokens", "img": "images", "row": "rows"}
 
 
 class Reporter:
@@ -52,7 +52,7 @@ class Reporter:
             step: Number of completed steps.
             backend, device: Names to record and show.
             tf32: `on` if fp32 products are computed in TF32, otherwise `off`.
-            unit: `tok` or `img`.
+            unit: `tok`, `img` or `row`.
             items_per_step: Tokens or images in one step.
             is_main_process: Whether this process reports.
             quiet: Show no progress. Notes go to the logger `icenet`.

@@ -61,7 +61,8 @@ def _of_overlap(before: Config, after: Config, dataset: Dataset) -> list[str]:
     is_images = isinstance(dataset, ImageDataset)
     if isinstance(dataset, ImageDataset) and dataset.source.held_out:  # a validation part of its own
         return []
-    is_larger = after.data.validation_fraction > before.data.validation_fraction
+    fractions = [getattr(config.data, "validation_fraction", 0) for config in (before, after)]
+    is_larger = fractions[1] > fractions[0]
     return [*(["seed"] if is_images else []), *(["data.validation_fraction"] if is_larger else [])]
 
 

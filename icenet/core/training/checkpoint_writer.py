@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,15 @@ class CheckpointWriter:
     Errors of the thread are raised by `check` and `wait`, and on leaving the context.
     """
 
-    def __init__(self, run: Path, config: Config, engine: Engine, dataset: Dataset, saved_step: int | None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        engine: Engine,
+        dataset: Dataset,
+        saved_step: int | None,
+        given: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             run: Folder of the run.
@@ -40,6 +48,7 @@ class CheckpointWriter:
             engine: Source of weights and optimizer state.
             dataset: Source of the fingerprint and files of the data.
             saved_step: Step of the checkpoint that the run was resumed from, if it is in `run`.
+            given: What a program has passed in place of keys of the configuration: data, loss.
         """
         self.run = run
         self.config = config
@@ -47,6 +56,7 @@ class CheckpointWriter:
         self.dataset = dataset
         self.saved_step = saved_step
         """Step of the last checkpoint that was started."""
+        self._given = list(given)
         self._background = Background()
 
     def is_saved(self, step: int) -> bool:
@@ -73,6 +83,8 @@ class CheckpointWriter:
                 "tf32": self.engine.tf32,
                 "versions": versions(),
             }
+            if self._given:
+                state["given"] = self._given
             if is_custom(self.config.model.type):
                 state["model"] = describe(self.engine.model).as_dict()
                 state["code"] = user_code.hashes(type(self.engine.model).__module__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 from icenet.core import backends
 from icenet.core.config import Config, custom
-from icenet.core.data.datasets import dataset_for
+from icenet.core.data.datasets import Dataset, dataset_for
+from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Engine, StepResult
-from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
-from icenet.core.training import changed_keys, initial_weights, run_folder, unused_keys
+from icenet.core.training import changed_keys, initial_weights, loss_twins, run_folder, unused_keys
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
@@ -64,6 +65,30 @@ class Result:
     """Why there is no plot."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a program passes in place of keys of the configuration. A checkpoint records that it was given."""
+
+    data: Any = None
+    loss: Callable[..., Any] | None = None
+
+    def names(self) -> list[str]:
+        return [name for name in ("data", "loss") if getattr(self, name) is not None]
+
+    def notes(self) -> list[str]:
+        keys = {"data": "the section data", "loss": "training.loss"}
+        return [f"{name} is given in Python; {keys[name]} has no effect" for name in self.names()]
+
+    def check(self, stored: Any, source: str) -> None:
+        """Raises UsageError if a checkpoint was trained with something that is missing."""
+        if missing := [name for name in stored or () if name in ("data", "loss") and name not in self.names()]:
+            options = ", ".join(f"{name}=..." for name in missing)
+            raise UsageError(
+                f"{source}: was trained with {' and '.join(missing)} given in Python; continue it with "
+                f"Trainer.resume(..., {options})"
+            )
+
+
 class PendingStep(NamedTuple):
     """A training step that was submitted to the engine, and whose result has not been read."""
 
@@ -84,7 +109,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, run: Path, engine: Engine, step: int, scale: LossScale, quiet: bool = False
+        self,
+        config: Config,
+        run: Path,
+        engine: Engine,
+        step: int,
+        scale: LossScale,
+        quiet: bool = False,
+        given: Given | None = None,
     ) -> None:
         self.config = config
         self.run = run
@@ -97,13 +129,24 @@ class Trainer:
         self.is_main_process = self.process_group.rank == 0
         """Whether this is the process that writes and prints: the only one, or the first of several."""
         self.quiet = quiet or not self.is_main_process
-        self.dataset = processes.main_process_first(
-            self.process_group, partial(dataset_for, config, quiet=self.quiet)
-        )
-        twin = twins.compare_with_twin(config, engine.model) if self.is_main_process else None
-        self.notes = [*self.dataset.notes, *([twin] if twin else [])]
+        given = given or Given()
+        self.dataset: Dataset
+        if given.data is not None:
+            self.dataset = UserDataset(given.data, type(given.data).__name__, "")
+            self.dataset.check(config.training.batch_size)
+        else:
+            self.dataset = processes.main_process_first(
+                self.process_group, partial(dataset_for, config, quiet=self.quiet)
+            )
+        if given.loss is not None:
+            engine.loss = given.loss
+        self.notes = [*self.dataset.notes, *given.notes()]
+        if self.is_main_process:
+            differences = [twins.compare_with_twin(config, engine.model)]
+            differences.append(loss_twins.compare(config, engine, self.dataset) if given.loss is None else None)
+            self.notes += [line for line in differences if line]
         """Shown when `fit` begins."""
-        self._writer = CheckpointWriter(run, config, engine, self.dataset, saved_step=step or None)
+        self._writer = CheckpointWriter(run, config, engine, self.dataset, step or None, given.names())
         self._watchdog = watchdog.Watchdog(self.process_group, run)
         self._branched_from: Path | None = None
         self._is_new = False
@@ -128,6 +171,8 @@ class Trainer:
         backend: str | None = None,
         device: str | None = None,
         quiet: bool = False,
+        data: Any = None,
+        loss: Callable[..., Any] | None = None,
     ) -> Trainer:
         """Returns the trainer of a new run.
 
@@ -137,6 +182,9 @@ class Trainer:
             numbered: Whether to use RUN-2, RUN-3, ... if the folder exists. `fit` chooses it.
             backend, device: Override those of the configuration.
             quiet: Show no progress.
+            data: A data set in place of that of the configuration: an object with the methods of a class that
+                `data.kind` names (docs/training.md).
+            loss: A loss in place of that of the configuration, for the backend of the run: (output, batch) -> mean.
 
         Raises:
             UsageError: The folder contains a run, a checkpoint, a model, or files with the names of a run's.
@@ -145,18 +193,20 @@ class Trainer:
         config = config.checked()
         if not numbered:
             run_folder.check_free(run)
-        custom.trust(config.model.type)
-        trainer = cls._new(config, run, backend, device, quiet)
+        custom.trust_all(config)
+        trainer = cls._new(config, run, backend, device, quiet, Given(data, loss))
         trainer._is_new, trainer._numbered = True, numbered
         return trainer
 
     @classmethod
-    def _new(cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool) -> Trainer:
+    def _new(
+        cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool, given: Given
+    ) -> Trainer:
         # the run's config.yaml records the backend, so that --resume alone continues on it
         config = config.with_overrides(f"backend={backend or config.backend}")
         engine = backends.engine(config, None, device)
         notes = initial_weights.apply(config, engine)
-        trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet)
+        trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet, given)
         trainer.notes += notes
         return trainer
 
@@ -171,6 +221,8 @@ class Trainer:
         device: str | None = None,
         dtype: str = "float32",
         quiet: bool = False,
+        data: Any = None,
+        loss: Callable[..., Any] | None = None,
     ) -> Trainer:
         """Returns a trainer that continues a run from its newest intact checkpoint, or from a given checkpoint.
 
@@ -181,18 +233,22 @@ class Trainer:
             backend, device: Override those of the run.
             dtype: Dtype of parameters and computation; float64 is for PyTorch on the CPU only.
             quiet: Show no progress.
+            data, loss: As in `start`; required if the run was started with them.
 
         Raises:
-            UsageError: See `run_folder.continuation`.
+            UsageError: See `run_folder.continuation`; or the run was started with `data` or `loss`, and they are
+                missing.
             CheckpointError: There is no intact checkpoint.
         """
         plan = run_folder.continuation(path, run, overrides, backend)
         config, found = plan.config, plan.found
+        given = Given(data, loss)
         if found is None:
-            trainer = cls._new(config, plan.run, backend, device, quiet)
+            trainer = cls._new(config, plan.run, backend, device, quiet, given)
             trainer._is_new = plan.run.resolve() != path.resolve()
             trainer.notes += plan.notes
             return trainer
+        given.check(found.state.get("given"), str(found.path))
         engine = backends.engine(config, None, device, dtype=dtype)
         twins.check_same_model(found.state, engine.model, str(found.path))
         engine.set_weights(dict(found.weights))
@@ -204,7 +260,7 @@ class Trainer:
                 scale = LossScale.read(found.state.get("loss_scale"))
             except ValueError:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
-        trainer = cls(config, plan.run, engine, found.step, scale, quiet)
+        trainer = cls(config, plan.run, engine, found.step, scale, quiet, given)
         trainer.notes += plan.notes
         code = twins.changed_code(found.state.get("code"), config.model.type, str(found.path))
         trainer.notes += [code] if code else []
@@ -232,10 +288,9 @@ class Trainer:
         same_data = found.state.get("data") == trainer.dataset.fingerprint
         trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)
         if not same_data:
-            content = "images" if trainer.dataset.unit == "img" else "text"
-            trainer.notes.append(
-                f"the {content} of data.source {config.data.source} is not what the checkpoint was trained on"
-            )
+            content = {"img": "images of ", "tok": "text of "}.get(trainer.dataset.unit, "")
+            source = f"data.source {config.data.source}" if content else trainer.dataset.description
+            trainer.notes.append(f"the {content}{source} is not what the checkpoint was trained on")
         return trainer
 
     def fit(self, until: int | None = None) -> Result:
