@@ -148,7 +148,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     companions = dict(getattr(model.tokenizer, "files", {}))
     for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
         config["data"] = {"tokenizer": name}
-    if model.embedding is not None and (embedding := written.tree(model.embedding)):
+    if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
         config["embedding"] = embedding
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)

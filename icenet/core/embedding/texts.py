@@ -78,7 +78,7 @@ def _settings(model: Any, options: Mapping[str, Any]) -> EmbeddingConfig:
     given = {key: value for key, value in options.items() if value is not None}
     if "prompt" in given and "prompt_name" in given:
         raise UsageError("embed: give either prompt or prompt_name")
-    base = model.embedding or EmbeddingConfig()
+    base = model.embedding_options or EmbeddingConfig()
     try:
         settings = EmbeddingConfig(**{**base.model_dump(), **given})
     except ConfigError as error:

@@ -36,7 +36,7 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
-        embedding: Default options of `icenet.embed`, if any.
+        embedding_options: Default options of `icenet.embed`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
         compute_dtype: The framework's dtype of the activations.
@@ -52,7 +52,7 @@ class ModelBase:
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
-    embedding: EmbeddingConfig | None = None
+    embedding_options: EmbeddingConfig | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any

@@ -70,7 +70,7 @@ def build_for_inference(
             logging.getLogger("icenet").warning(
                 f"data.tokenizer: has {size:,} tokens and the model {config.model.vocab_size:,}; it is not used"
             )
-    model.embedding = config.embedding
+    model.embedding_options = config.embedding
     draws = config.generation.seed if config.generation.seed is not None else config.seed
     model.generation = config.generation.model_copy(update={"seed": draws})
     return model
