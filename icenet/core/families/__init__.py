@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
-from icenet.core.families import bert, gpt, llama, moe, vision
+from icenet.core.families import bert, gpt, llama, moe, multimodal, vision
 from icenet.core.families.family import Family, different_options
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.OLMO2, llama.GEMMA2, llama.PHI3),
-        *(llama.GEMMA3, llama.SMOLLM3),
+        *(llama.GEMMA3, llama.SMOLLM3, multimodal.GEMMA3_MULTIMODAL),
         *(moe.MIXTRAL, moe.QWEN3_MOE),
         *(gpt.GPT2, gpt.GPT_NEOX),
         *(bert.DISTILBERT, bert.BERT, bert.ROBERTA, bert.XLM_ROBERTA, bert.MPNET),

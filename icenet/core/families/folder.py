@@ -137,8 +137,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     config = config.with_overrides(*overrides)
     weights = ImportedWeights(family, config, found)
     if weights.unused:
-        _log.warning(f"{path}: {', '.join(weights.unused)}: not used, because the model has no part for them")
+        _log.warning(f"{path}: {_summary(weights.unused)}: not used, because the model has no part for them")
     return Folder(path, files, family, values, config, weights)
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Returns names of tensors as a text; of many only how many have the same beginning."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    counts = Counter(name.removeprefix("model.").partition(".")[0] for name in names)
+    return ", ".join(f"{count} tensors of {beginning}" for beginning, count in counts.items())
 
 
 @dataclass(frozen=True)
