@@ -17,6 +17,7 @@ from icenet.cli.options import (
     set_option,
     show,
 )
+from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
 
@@ -39,10 +40,10 @@ def _layer_counts(ctx: click.Context, parameter: click.Parameter, value: str | N
 
 
 def _precisions(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    known = ("fp32", "bf16", "fp16")
     precisions = [part.strip() for part in value.split(",")]
-    if not set(precisions) <= set(known):
-        raise click.BadParameter(f"give one or more of {', '.join(known)}, separated by commas", ctx, parameter)
+    if not set(precisions) <= FLOAT_DTYPES.keys():
+        known = ", ".join(FLOAT_DTYPES)
+        raise click.BadParameter(f"give one or more of {known}, separated by commas", ctx, parameter)
     return precisions
 
 
@@ -120,7 +121,8 @@ def step_command(
 ) -> None:
     """Time a training step against a minimal loop.
 
-    The minimal loop trains the model of CONFIG and is written with the framework alone.
+    The minimal loop trains the model of CONFIG and is written with the framework alone. The dtype of both is
+    training.mixed_precision, a key for --set.
     """
     from icenet.commands.bench import step
 

@@ -27,6 +27,7 @@ from icenet.cli.options import (
     generation_options,
     json_option,
     overwrite_option,
+    precision_option,
     set_option,
     show,
     show_json,
@@ -397,6 +398,7 @@ def embed_command(
 @averaged_option
 @backend_option
 @device_option
+@precision_option
 @json_option
 @trust_option
 def predict_command(
@@ -406,6 +408,7 @@ def predict_command(
     averaged: bool,
     backend: str | None,
     device: str | None,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Classify images with a trained model.
@@ -414,7 +417,7 @@ def predict_command(
     """
     from icenet.commands import predict
 
-    show(predict.predict(model, images, backend, device, top_k, averaged), as_json)
+    show(predict.predict(model, images, backend, device, top_k, averaged, dtype), as_json)
 
 
 @cli.command(
@@ -494,9 +497,7 @@ def convert_command(
     show_default=True,
     help="Length of a training curve to compare as well.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Dtype under test. Default: the config's precision."
-)
+@precision_option
 @click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
 @set_option
 @json_option

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import click
 
+from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
 
@@ -80,8 +81,13 @@ device_option = click.option(
 )
 dtype_option = click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(list(FLOAT_DTYPES)),
     help="Dtype of weights and arithmetic. Default: fp32 on a CPU, that of the file on a GPU.",
+)
+precision_option = click.option(
+    "--dtype",
+    type=click.Choice(list(FLOAT_DTYPES)),
+    help="Dtype of the arithmetic. Default: training.mixed_precision of the config.",
 )
 set_option = click.option(
     "--set",

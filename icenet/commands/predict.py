@@ -95,6 +95,7 @@ def predict(
     device: str | None = None,
     top_k: int = 3,
     averaged: bool = False,
+    dtype: str | None = None,
 ) -> Predictions:
     """Classifies images with a trained model. They are read, resized and normalized as in training.
 
@@ -105,6 +106,7 @@ def predict(
         device: The device; None is that of the run.
         top_k: Number of classes per image that are reported.
         averaged: Whether to use the moving average of the weights (`training.ema_decay`).
+        dtype: fp32, bf16 or fp16 of the arithmetic; None is `training.mixed_precision` of the run.
 
     Raises:
         UsageError: The model does not classify images, or images of this size.
@@ -119,7 +121,9 @@ def predict(
     is_imported = folder.is_folder(model) and not is_run
     found = _open_folder(model, averaged) if is_imported else _open_run(model, averaged)
     files = [file for name in names for file in _files(name)]
-    engine = backends.engine(found.config.with_overrides("model.compile_model=false"), backend, device)
+    precision = dtype or found.config.training.mixed_precision
+    changes = "model.compile_model=false", f"training.mixed_precision={precision}"
+    engine = backends.engine(found.config.with_overrides(*changes), backend, device)
     engine.set_weights(dict(found.weights))
     logits, with_more_frames = [], []
     for first in range(0, len(files), BATCH_SIZE):

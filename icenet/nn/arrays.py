@@ -12,9 +12,11 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+from icenet.core.dtypes import FLOAT_DTYPES
+
 Array: TypeAlias = mx.array
 
-DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, dtype) for name, dtype in FLOAT_DTYPES.items()}
 """Dtypes of parameters and of activations by their name in configs and commands."""
 
 

@@ -182,9 +182,18 @@ class Report:
 
     # ---- terminal ----------------------------------------------------------------------------------------
 
-    def render(self, console: Console, verbose: bool = False) -> None:
-        """Prints header, tables and verdict. Without `verbose` the tables leave out most rows that pass."""
+    def render(self, console: Console | None = None, verbose: bool = False) -> None:
+        """Prints header, tables and verdict. Without `verbose` the tables leave out most rows that pass.
+
+        Args:
+            console: The console of rich that prints; by default standard output.
+            verbose: Whether to print every row.
+        """
         from rich.text import Text
+
+        from icenet.core.report.console import new_console
+
+        console = console or new_console()
 
         for role, engine in self.engines.items():
             text = f"{engine['framework']} {engine['version']} on {engine['device']}"

@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy.typing as npt
 
+from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import WeightsError
 from icenet.core.weights import files as weight_files
 
 Array = npt.NDArray[Any]
 
-_SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_SHORT = {"float64": "fp64", **{dtype: name for name, dtype in FLOAT_DTYPES.items()}}
 _NOT_FOREIGN = ("icenet.", "icenet_torch.", "mlx.nn.layers.containers.", "torch.nn.modules.container.")
 _FORMAT = "2"  # format 1 stored PyTorch's images channels-last
 

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icenet.core.dtypes import FLOAT_DTYPES
+
 Array: TypeAlias = Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 """Dtypes of parameters and of activations by their name in configs and commands."""
 
 

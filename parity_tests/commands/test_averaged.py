@@ -55,6 +55,14 @@ def test_predict(runs: Path) -> None:
         predict(runs / "plain", [runs / "image.png"], "torch", "cpu", averaged=True)
 
 
+def test_predict_in_half_precision(runs: Path) -> None:
+    full, half = (
+        predict(runs / "plain", [runs / "image.png"], "torch", "cpu", dtype=dtype).probabilities
+        for dtype in (None, "bf16")
+    )
+    assert 1e-6 < np.abs(half - full).max() < 2.0**-5
+
+
 def test_predictions_that_are_not_finite(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the image and the weight."""
     found = checkpoint.find(runs / "plain")

@@ -68,6 +68,20 @@ FAULTS: list[Fault] = [
         ["models/test_custom.py::test_an_expanded_buffer"],
     ),
     Fault(
+        "predict ignores --dtype",
+        "icenet/commands/predict.py",
+        "precision = dtype or found",
+        "precision = found",
+        ["commands/test_averaged.py::test_predict_in_half_precision"],
+    ),
+    Fault(
+        "a position of the cache is left lazy after a prefill",
+        "icenet/core/generation/decoder.py",
+        "self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])",
+        "self.evaluate([hidden])",
+        ["core/generation/test_generation.py::test_each_token_of_a_full_window_in_another_thread"],
+    ),
+    Fault(
         "a saved model does not record the code of its class",
         "icenet/core/training/saved_model.py",
         "if code else {}",
@@ -1549,6 +1563,57 @@ FAULTS: list[Fault] = [
         "    wrong = int(((a != b) & (a != r)).sum())\n",
         "    wrong = 0\n",
         ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[integers]"],
+    ),
+    Fault(
+        "prompts of folders lack the beginning-of-text token",
+        "icenet/core/generation/prompts.py",
+        "partial(encode_prompt, tokenizer) if add_special_tokens else tokenizer.encode",
+        "tokenizer.encode",
+        ["core/generation/test_chat.py::test_prompts_have_the_tokens_that_the_tokenizer_puts_around_a_text[torch]"],
+    ),
+    Fault(
+        "the end of a turn does not end an answer",
+        "icenet/core/generation/chat.py",
+        "(*(settings.eos_token_id or ()), *end_ids(model.tokenizer))",
+        "settings.eos_token_id or end_ids(model.tokenizer)",
+        ["core/generation/test_chat.py::test_every_end_token_ends_an_answer"],
+    ),
+    Fault(
+        "a stream shows spaces that the next token removes",
+        "icenet/core/generation/streaming.py",
+        "max(stopping.held_back(complete), unstable)",
+        "stopping.held_back(complete)",
+        ["core/tokenizers/test_prompts.py::test_the_pieces_of_a_stream_are_the_text[bert-True]"],
+    ),
+    Fault(
+        "a chat template reaches the attributes of classes",
+        "icenet/core/tokenizers/template_worker.py",
+        "    class Environment(ImmutableSandboxedEnvironment):\n",
+        "    ImmutableSandboxedEnvironment.is_safe_attribute = lambda *_: True\n\n"
+        "    class Environment(ImmutableSandboxedEnvironment):\n",
+        ["core/tokenizers/test_chat_templates.py::test_a_hostile_template_is_one_line"],
+    ),
+    Fault(
+        "an endless chat template is not stopped",
+        "icenet/core/tokenizers/template_worker.py",
+        "signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)",
+        "signal.setitimer(signal.ITIMER_PROF, 0)",
+        ["core/tokenizers/test_chat_templates.py::test_an_endless_template_is_stopped[comparison]"],
+    ),
+    Fault(
+        "the answer of an interrupted template is that of the next one",
+        "icenet/core/tokenizers/chat.py",
+        "            except BaseException:  # Ctrl-C: the answer would be read as that of the next request\n"
+        "                self._stop()\n",
+        "            except BaseException:\n",
+        ["core/tokenizers/test_chat_templates.py::test_nothing_of_the_process_is_left_after_an_interruption"],
+    ),
+    Fault(
+        "a message without an answer stays in the conversation",
+        "icenet/commands/chat.py",
+        "                self.messages.pop()\n",
+        "                pass\n",
+        ["commands/test_chat_command.py::test_an_error_leaves_the_conversation_as_it_was"],
     ),
     Fault(
         "an unfinished character destroys the characters before it",

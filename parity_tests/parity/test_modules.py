@@ -377,7 +377,7 @@ def norms(layer: M.BatchNorm) -> Twins:
 MANY = (32, 2, 16, 16)  # 8192 values per channel
 
 
-def test_sums_of_a_plain_batch_norm_are_less_exact() -> None:
+def test_sums_of_a_plain_batch_norm_are_less_exact(capsys: pytest.CaptureFixture[str]) -> None:
     report = compare(norms(M.BatchNorm(2)), draw(*MANY), train=True)
     assert report.passed, report.verdict()
     row = report.sections[0].rows[0]
@@ -385,6 +385,8 @@ def test_sums_of_a_plain_batch_norm_are_less_exact() -> None:
     assert is_one_line(report.verdict(), "less exact")
     text = io.StringIO()
     report.render(Console(file=text, width=80))
+    report.render()
+    assert report.verdict().split()[0] in capsys.readouterr().out
     assert "less exact" in text.getvalue() and max(map(len, text.getvalue().splitlines())) <= 80
     assert json.loads(json.dumps(report.as_dict()))["sections"][0]["rows"][0]["plain_ratio"] == row.plain_ratio
 

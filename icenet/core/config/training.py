@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from icenet.core.config import custom
 from icenet.core.config.section import Section
+from icenet.core.dtypes import FloatDtype
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -83,7 +84,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay, and evaluate it; null: none."""
 
-    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    mixed_precision: FloatDtype = "fp32"
     """Dtype of matrix products and activations; weights, moments, norms and the loss stay in fp32."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""

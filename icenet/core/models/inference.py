@@ -8,11 +8,12 @@ from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config, check_device
+from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
-from icenet.core.weights.arrays import FLOAT_DTYPES, Array, float_dtype
+from icenet.core.weights.arrays import Array, float_dtype
 
 
 def build_for_inference(

@@ -11,13 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.core.dtypes import FLOAT_DTYPES, FloatDtype
 from icenet.core.errors import WeightsError
 from icenet.core.weights.safetensors import Spec, release, spec_of
 
 Array = npt.NDArray[Any]
-
-FLOAT_DTYPES = ("fp32", "bf16", "fp16")
-"""Dtypes of a model's weights, by their names in configs and commands."""
 
 _RANGES = ("float16", "bfloat16", "float32", "float64")
 """Dtypes in the order of their largest values."""
@@ -97,14 +95,14 @@ def _backend_of(value: Any) -> str | None:
     return "torch" if ("torch", "Tensor") in classes else "mlx" if ("mlx.core", "array") in classes else None
 
 
-def float_dtype(weights: Mapping[str, Array]) -> str:
+def float_dtype(weights: Mapping[str, Array]) -> FloatDtype:
     """Returns bf16 or fp16 if most floating values have that dtype, otherwise fp32."""
     sizes: Counter[str] = Counter()
     for spec in (spec_of(weights, name) for name in weights):
         sizes[str(spec.dtype)] += spec.size
-    halves = {"bfloat16": "bf16", "float16": "fp16"}
+    names: dict[str, FloatDtype] = {theirs: name for name, theirs in FLOAT_DTYPES.items()}
     floats = [dtype for dtype, _ in sizes.most_common() if "float" in dtype]
-    return halves.get(floats[0], "fp32") if floats else "fp32"
+    return names.get(floats[0], "fp32") if floats else "fp32"
 
 
 def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> None:
