@@ -85,6 +85,7 @@ MODEL_CLASSES = {
     "gru": "GRUModel",
     "rnn": "RNNModel",
     "cnn": "CNNModel",
+    "vit": "ViTModel",
 }
 
 
