@@ -6,7 +6,7 @@ A reader therefore finds the old file or the new one, never a part of it, even a
     write_bytes, write_text     one small file
     staged                      one or more files of any size
     staged_folder               a whole folder, complete or absent, such as a checkpoint
-    replace_symlink             a symbolic link
+    replace_symlink             a symbolic link (`no_symlinks` says whether there are any)
     output_file                 checks a path that a user named as output
     set_aside                   renames a file that is to be kept
     locked, is_locked           one process at a time
@@ -48,6 +48,7 @@ class Stage:
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
         """Opens a temporary file that replaces `path` when `staged` ends."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         self.files.append((temporary, path))
         with temporary.open("xb") as file:
@@ -143,13 +144,31 @@ def replace_symlink(link: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def no_symlinks(folder: Path) -> str:
+    """Returns why no symbolic link can be created in a folder; empty if one can."""
+    temporary = _temporary(folder / "link")
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return ""
+
+
 def _sync(path: Path) -> None:
     """Flushes a file, or the names in a folder, to the disk."""
-    if path.is_dir() and os.name != "posix":
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
         return  # only POSIX systems can open a folder
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # some network file systems cannot flush a folder (CIFS, FUSE): they write its names at once
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)
 

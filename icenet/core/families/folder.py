@@ -21,7 +21,7 @@ from icenet.core.config import Config, GenerationConfig, TransformerConfig
 from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
 from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers
 from icenet.core.families.weights import ImportedWeights, is_tied
-from icenet.core.tokenizers import companions, get_tokenizer, tokenizer_files
+from icenet.core.tokenizers import companions, find_file, get_tokenizer, tokenizer_files
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers.base import TOKENIZER_FILE, end_ids, special_tokens
 from icenet.core.tokenizers.bytes import ByteTokenizer
@@ -37,6 +37,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, *companions.COMPANIONS, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("vocab.txt", "sentencepiece.bpe.model"),
 )
 """Files of a tokenizer, which an export copies."""
 _MAX_BYTES = 1 << 24
@@ -128,8 +129,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
         tree["generation"] = _generation(files, values)
     if isinstance(config.model, TransformerConfig):
         tree["embedding"] = sentence_transformers.read(files, config.model.max_seq_length, _read_json_value)
-    if reads_text and (files / TOKENIZER_FILE).is_file():
-        tree["data"] = {"tokenizer": str((files / TOKENIZER_FILE).absolute())}
+    if reads_text and (tokenizer := find_file(files)) is not None:
+        tree["data"] = {"tokenizer": str(tokenizer.absolute())}
     try:
         config = Config.from_dict(tree)
     except ConfigError as error:
@@ -235,13 +236,19 @@ def files_for(
     dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
     if source is None:
         written = {**special, **dtype, **family.write(config.model)}
-    else:  # as it was written, also where several spellings mean the same
-        written = {**(dtype if "dtype" not in source.values else {}), **source.values}
-        if (ties := getattr(config.model, "tie_embeddings", None)) is not None:
+    else:  # as it was written, with the spellings that mlx-lm reads in addition to those of `transformers` 5
+        written = {**family.write(config.model), **(dtype if "dtype" not in source.values else {}), **source.values}
+        has_logits = getattr(config.model, "output", "linear") != "none"
+        if has_logits and (ties := getattr(config.model, "tie_embeddings", None)) is not None:
             written["tie_word_embeddings"] = ties
         if written.pop("auto_map", None):
             remarks.append("auto_map is left out, because the code that it names is")
-    if reads_text and GENERATION not in files:
+    if isinstance(config.model, TransformerConfig):
+        folder = source.files if source is not None else None
+        if not config.embedding.pooling:
+            remarks.append("the files of sentence-transformers are left out, because they have other steps")
+        files |= sentence_transformers.files_for(config.embedding, config.model.hidden_size, folder, _read_json_value)
+    if reads_text and getattr(config.model, "causal", True) and GENERATION not in files:
         files[GENERATION] = _json({**special, **_written_generation(config)})
     files[CONFIG] = _json(dict(sorted(written.items())))
     return family, files, remarks

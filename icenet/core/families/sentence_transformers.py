@@ -5,11 +5,13 @@ Source: the classes `Transformer`, `Pooling` and `Normalize` of `sentence_transf
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from icenet.core.config import EmbeddingConfig
 from icenet.core.errors import ConfigError
 from icenet.core.families.keys import shown
 
@@ -68,6 +70,43 @@ def read(folder: Path, longest: int, read_json: Read) -> dict[str, Any]:
     if isinstance(limit, (int, float)) and not isinstance(limit, bool) and 0 < limit < longest:
         fields["max_seq_length"] = limit
     return fields
+
+
+def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_json: Read) -> dict[str, bytes]:
+    """Returns the files of a folder of sentence-transformers by name.
+
+    There are none for settings that are the defaults, and none with steps that are not supported.
+
+    Args:
+        embedding: The settings.
+        width: Width of the hidden states.
+        source: A folder whose files are kept.
+        read_json: Returns the content of a file.
+    """
+    if not embedding.pooling:
+        return {}
+    if source is not None:
+        modules = read_json(source / MODULES) if (source / MODULES).is_file() else []
+        paths = [module.get("path") for module in modules if isinstance(module, dict)]
+        paths = [path for path in paths if path and _inside(source, path, source / MODULES)]
+        inner = [f"{path}/config.json" for path in paths]
+        names = [MODULES, _SETTINGS, *_TRANSFORMER_FILES, *inner]
+        return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
+    if embedding == EmbeddingConfig():
+        return {}
+    steps = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] * embedding.normalize)]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(steps)
+    ]
+    flags = {key: name in embedding.pooling for key, name in _POOLING.items()}
+    limits = {"max_seq_length": embedding.max_seq_length, "do_lower_case": embedding.lower_case}
+    settings = {"prompts": embedding.prompts, "default_prompt_name": embedding.prompt_name}
+    if embedding.prompt is not None:
+        settings = {"prompts": {**embedding.prompts, "default": embedding.prompt}, "default_prompt_name": "default"}
+    pooling = {_SIZES[0]: width, **flags, "include_prompt": embedding.include_prompt}
+    files = {MODULES: modules, _SETTINGS: settings, _TRANSFORMER_FILES[0]: limits, "1_Pooling/config.json": pooling}
+    return {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
 
 
 def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:

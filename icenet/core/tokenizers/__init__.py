@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icenet.core.errors import DataError
 from icenet.core.files import path_hint
+from icenet.core.tokenizers import wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.companions import read_files
@@ -15,6 +16,8 @@ from icenet.core.tokenizers.companions import read_files
 
 def get_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json, or a folder that contains one.
+
+    In place of a tokenizer.json there may be a vocab.txt of BERT.
 
     Raises:
         DataError: It does not exist, or its file is not a valid tokenizer.
@@ -24,7 +27,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     try:
         if name.strip() and path.is_dir():
-            path /= TOKENIZER_FILE
+            path = find_file(path) or path / TOKENIZER_FILE
         exists = path.is_file()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL character, ~ of an unknown user
         exists = False
@@ -45,13 +48,29 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     from icenet.core.tokenizers.huggingface import HFTokenizer
 
+    if path.name == wordpiece.VOCABULARY:
+        return HFTokenizer.from_vocabulary(path)
     return HFTokenizer.from_file(path)
+
+
+def find_file(folder: Path) -> Path | None:
+    """Returns the file of the tokenizer in a folder: tokenizer.json, or a vocab.txt with the tokens of BERT."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return folder / TOKENIZER_FILE
+    vocabulary = folder / wordpiece.VOCABULARY
+    try:
+        is_bert = vocabulary.is_file() and b"[CLS]" in vocabulary.read_bytes()
+    except OSError:
+        is_bert = False
+    return vocabulary if is_bert else None
 
 
 def tokenizer_files(name: str) -> dict[str, bytes]:
     """Returns the content of the files of the tokenizer that `data.tokenizer` names, by file name, unchecked."""
     path = Path(name).expanduser()
-    path = path / TOKENIZER_FILE if path.is_dir() else path
+    path = find_file(path) or path / TOKENIZER_FILE if path.is_dir() else path
     if name == ByteTokenizer.name or not path.is_file():
         return {}
+    if path.name == wordpiece.VOCABULARY:
+        return dict(read_tokenizer(path).files)
     return {TOKENIZER_FILE: path.read_bytes(), **read_files(path.parent)}

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
+from icenet.core.tokenizers import wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
 from icenet.core.tokenizers.companions import CONFIG, PROCESSOR_TEMPLATE, TEMPLATE, Settings, parse, read_files
 
@@ -119,14 +120,19 @@ class HFTokenizer:
         Raises:
             DataError: It cannot be read, or see `__init__`.
         """
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise DataError(f"data.tokenizer: {path}: larger than {_MAX_BYTES >> 20} MB: not a tokenizer")
-            content = path.read_bytes()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise DataError(f"data.tokenizer: {path}: cannot be read: {reason}") from None
-        return cls(content, str(path), read_files(path.parent))
+        return cls(_read_bytes(path), str(path), read_files(path.parent))
+
+    @classmethod
+    def from_vocabulary(cls, path: Path) -> HFTokenizer:
+        """Reads the vocab.txt of BERT, and the files in its folder that belong to it.
+
+        Raises:
+            DataError: It cannot be read or is not a vocabulary of BERT, or see `__init__`.
+        """
+        companions = read_files(path.parent)
+        settings = parse(companions, str(path))
+        content = wordpiece.tokenizer_json(_read_bytes(path), settings.values, settings.named, str(path))
+        return cls(content, str(path), companions)
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -315,6 +321,16 @@ class HFTokenizer:
                     position,
                     index,
                 )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"data.tokenizer: {path}: larger than {_MAX_BYTES >> 20} MB: not a tokenizer")
+        return path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"data.tokenizer: {path}: cannot be read: {reason}") from None
 
 
 def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, int]:

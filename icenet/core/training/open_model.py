@@ -12,6 +12,7 @@ from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
 from icenet.core.families import folder
 from icenet.core.models import twins
+from icenet.core.tokenizers import find_file
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.training import saved_model
 from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
@@ -51,7 +52,7 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     is_run = (path / FOLDER).is_dir() or has_no_checkpoint(path)
     if not is_run and not (path / "manifest.json").is_file() and folder.is_folder(path):
         imported = folder.read(path, overrides)
-        if imported.config.model.input_kind == "tokens" and not (path / TOKENIZER_FILE).is_file():
+        if imported.config.model.input_kind == "tokens" and find_file(path) is None:
             logging.getLogger("icenet").warning(f"{path}: has no {TOKENIZER_FILE}, which generating text needs")
         return imported.config, imported.weights
     if is_run or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():

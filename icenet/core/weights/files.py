@@ -291,7 +291,7 @@ def write(
     if len(shards) > 1:
         files = [path.with_name(f"{path.stem}-{i + 1:05}-of-{len(shards):05}{SUFFIX}") for i in range(len(shards))]
     index = index_of(path)
-    others = {path.with_name(name): content for name, content in companions.items()}
+    others = {path.parent / name: content for name, content in companions.items()}
     absent_meanwhile = [*([index] if len(shards) > 1 else []), *list(others)[-1:]]
     earlier = _shards_of(index)
     with staged(path, absent_meanwhile) as stage:
