@@ -2,8 +2,8 @@
 
     images -> patches -> class token + positions -> N x [attention, feed-forward] -> class token, or mean -> classes
 
-The blocks are those of the transformer; `icenet.core.config.vit_plan` has their sizes. With `pooling: mean` there is no
-class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022).
+The blocks are those of the transformer; `icenet.core.config.vit_plan` has their sizes. With `pooling: mean` there is
+no class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022).
 
 Shapes: B batch, H height, W width, C channels, T positions, D hidden_size, K classes (vocab_size). Images are
 [B, H, W, C]. The mirror is `icenet_torch/models/vit.py`.

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
-from icenet.core.errors import UsageError
-
 Stem = Literal["conv3", "conv7"]
 BlockType = Literal["alternating", "conv", "basic", "bottleneck"]
 BottleneckStride = Literal["conv1", "conv3"]

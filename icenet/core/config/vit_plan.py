@@ -1,4 +1,4 @@
-"""The parts of a vision transformer, derived from its configuration: patches, positions, and the plan of its blocks."""
+"""The parts of a vision transformer, derived from its configuration: positions, and the plan of its blocks."""
 
 from __future__ import annotations
 

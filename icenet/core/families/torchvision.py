@@ -167,7 +167,7 @@ def translations(config: Config | None, source: Path, destination: Path, to: str
     if to != FORM:
         return {"to": to, "read_as": read_as}
     if config is None:
-        raise UsageError(f"--to {FORM} needs the config of the model, which determines the names: give --config (in Python model=model)")
+        raise UsageError(f"--to {FORM} needs the config of the model: give --config (in Python model=model)")
     if destination.is_dir() or not destination.suffix:
         raise UsageError(f"{destination}: the {FORM} form is one file; name it .pth or .safetensors")
     form = "torch" if destination.suffix in PICKLED else "canonical"

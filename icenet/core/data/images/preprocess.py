@@ -117,11 +117,12 @@ class Preprocessor:
             pixels = resized(pixels, self.resize)
         if self.crop is not None:
             pixels = center_crop(pixels, *self.crop)
-        values = pixels.astype(np.float32)
+        values: NDArray[np.float32] = pixels.astype(np.float32)
         if self.scale is not None:
             values = (pixels.astype(np.float64) * self.scale).astype(np.float32)
         if self.mean is not None:
-            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+            mean, std = (np.array(given, np.float32) for given in (self.mean, self.std))
+            values = (values - mean) / std
         return values
 
     def read(self, path: Path, channels: int) -> tuple[NDArray[np.float32], bool]:
