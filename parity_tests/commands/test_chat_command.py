@@ -152,6 +152,17 @@ def test_a_conversation_in_a_terminal(
     assert is_one_line(failed, "not finite", "/reset") and is_one_line(limited, "--max-new-tokens")
 
 
+def test_an_error_leaves_the_conversation_as_it_was(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A message that does not fit is not part of it, so the next one is answered."""
+    in_terminal(monkeypatch, "x" * 300, "a", EOFError())
+    assert run("--max-new-tokens", "3") == 0
+    out, err = capfd.readouterr()
+    error, *notes = err.splitlines()
+    assert is_one_line(error, "200", "/reset") and len(notes) <= 1 and len(out) > 1
+
+
 def test_ctrl_c_at_the_prompt(
     model: Any, answers: list[list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,7 +259,9 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
     if source is not None:
         names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.files / name).is_file()]
         ids = {key: source.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return {name: (source.files / name).read_bytes() for name in names}, [], ids
+        more = companions.MORE_TEMPLATES
+        remarks = [f"{more} is left out"] if (source.files / more).is_dir() else []
+        return {name: (source.files / name).read_bytes() for name in names}, remarks, ids
     ends = list(config.generation.eos_token_id or [])
     name = getattr(config.data, "tokenizer", ByteTokenizer.name)
     files, remarks = tokenizer_files(name), []

@@ -19,6 +19,8 @@ CONFIG, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", 
 PROCESSOR_TEMPLATE = "chat_template.json"
 COMPANIONS = (CONFIG, SPECIAL, TEMPLATE, PROCESSOR_TEMPLATE)
 """The files that belong to a tokenizer.json in the same folder."""
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder with chat templates for other purposes, such as tools, which are not used."""
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MAX_BYTES = 1 << 24

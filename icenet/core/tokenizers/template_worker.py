@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 CPU_SECONDS = 0.75
 MAX_BYTES = 512 << 20
@@ -115,7 +115,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %} ... {% endgeneration %}` marks what the model has written; it renders its content."""
 
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

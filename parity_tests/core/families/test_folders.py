@@ -337,6 +337,25 @@ def test_generation_settings_are_those_of_the_folder(tmp_path: Path, caplog: pyt
     assert folder.read(path).config.generation.eos_token_id == [5, 2]
 
 
+def test_generation_settings_of_the_tokenizer(llama: Path, bpe: Path) -> None:
+    """Its `eos_token` ends a text, and a prompt has the tokens that it puts around a text."""
+    shapes = {name: (400, 6) if shape == (7, 6) else shape for name, shape in LLAMA_SHAPES.items()}
+    weight_files.write(llama, random_arrays(shapes))
+    changed(llama, vocab_size=400, eos_token_id=5)
+    found = folder.read(llama).config.generation
+    assert (found.eos_token_id, found.add_special_tokens, found.temperature) == ([5], False, 0)
+    (llama / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (llama / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    found = folder.read(llama).config.generation
+    assert (found.eos_token_id, found.add_special_tokens) == ([5, 0], True)
+    content = json.loads(bpe.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 400, "content": "<|end|>"})
+    (llama / "tokenizer.json").write_text(json.dumps(content))
+    (llama / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    assert folder.read(llama).config.generation.eos_token_id == [5]  # the model has no such token
+    assert icenet.load(llama, "torch").tokenizer.vocab_size == 401
+
+
 def test_a_folder_converts_to_our_form_and_generates(llama: Path, tmp_path: Path, bpe: Path) -> None:
     """With its tokenizer. Its files next to the weights are kept in an export."""
     from icenet.cli.main import main
