@@ -9,7 +9,7 @@ line with the file, the line, the key, the allowed values and the closest known 
 
 from __future__ import annotations
 
-from icenet.core.config.data import DATA, CustomDataConfig, DataConfig, ImageDataConfig
+from icenet.core.config.data import DATA, ChatDataConfig, CustomDataConfig, DataConfig, ImageDataConfig
 from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import (
@@ -31,6 +31,7 @@ __all__ = [
     "DATA",
     "FAMILIES",
     "CNNConfig",
+    "ChatDataConfig",
     "Config",
     "CustomConfig",
     "CustomDataConfig",

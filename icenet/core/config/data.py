@@ -36,6 +36,27 @@ class DataConfig(Section):
     """Fraction of the tokens held out for evaluation."""
 
 
+class ChatDataConfig(Section):
+    """Source of batches of conversations, or of pairs of prompt and completion, of which the answers are trained."""
+
+    section: ClassVar[str] = "data"
+
+    kind: Literal["chat"] = "chat"
+    """Kind of data."""
+    source: str
+    """A file of JSON lines with messages, or prompt and completion; or a folder or a glob of such files."""
+    tokenizer: str = "bytes"
+    """The path of a tokenizer.json, whose folder has the chat template of messages; or bytes."""
+    train_on: Literal["answers", "all"] = "answers"
+    """The tokens that the loss counts: those of answers and of completions, or all."""
+    errors: Literal["stop", "skip"] = "stop"
+    """A line that cannot be used: stop, or skip it."""
+    seq_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens after which a conversation is cut; null: the model's max_seq_length."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the conversations held out for evaluation."""
+
+
 class ImageDataConfig(Section):
     """Source of batches of images and classes."""
 
@@ -97,7 +118,7 @@ def _data_tag(value: Any) -> str | None:
     return next((section.__name__ for section in DATA if kind == section.model_fields["kind"].default), None)
 
 
-DATA: tuple[type[Section], ...] = (DataConfig, ImageDataConfig)
+DATA: tuple[type[Section], ...] = (DataConfig, ChatDataConfig, ImageDataConfig)
 """The class of each kind of ours. A new kind adds its class here."""
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[st
     found = _model_at(place)
     tree = {**values, "model": found["model"] if replaces else {**found["model"], **written}}
     data = dict(values.get("data") or {})
-    if data.get("kind", "text") == "text":
+    if data.get("kind", "text") in ("text", "chat"):
         if replaces or "tokenizer" not in data:
             data["tokenizer"] = found["tokenizer"]
         length = found["model"].get("max_seq_length")

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import custom, imported, typed, written, yaml_file
-from icenet.core.config.data import AnyDataConfig, DataConfig
+from icenet.core.config.data import AnyDataConfig, ChatDataConfig, DataConfig
 from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import SECTIONS as MODEL_SECTIONS
@@ -81,7 +81,8 @@ class Config(Section):
             overridden = (section,) in keys or (section, key) in keys
             return _absolute(value, f"{section}.{key}", Path() if overridden else file.parent, trust_code)
 
-        if isinstance(config.data, DataConfig) and config.data.tokenizer.strip() not in ("", "bytes"):
+        has_tokenizer = isinstance(config.data, (DataConfig, ChatDataConfig))
+        if has_tokenizer and config.data.tokenizer.strip() not in ("", "bytes"):
             config.data.tokenizer = absolute(config.data.tokenizer, "data", "tokenizer")
         if config.training.init_from is not None:
             config.training.init_from = absolute(config.training.init_from, "training", "init_from")

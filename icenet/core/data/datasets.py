@@ -6,9 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from icenet.core.config import CustomDataConfig, ImageDataConfig, ImageModelConfig, TransformerConfig, custom
+from icenet.core.config import (
+    ChatDataConfig,
+    CustomDataConfig,
+    ImageDataConfig,
+    ImageModelConfig,
+    TransformerConfig,
+    custom,
+)
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.images.folders import some
+from icenet.core.data.text.conversations import ConversationDataset, open_conversations
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import Batch, TextDataset
 from icenet.core.data.text.prepare import Progress
@@ -25,8 +33,8 @@ if TYPE_CHECKING:
 class Dataset(Protocol):
     """A data set as the training loop uses it. Batches are a pure function of (seed, step).
 
-    Implemented by `text.packed.TextDataset`, `text.documents.DocumentDataset`, `images.dataset.ImageDataset` and
-    `user.UserDataset`.
+    Implemented by `text.packed.TextDataset`, `text.documents.DocumentDataset`,
+    `text.conversations.ConversationDataset`, `images.dataset.ImageDataset` and `user.UserDataset`.
     They also determine the order of an epoch.
     """
 
@@ -101,17 +109,34 @@ def dataset_for(config: Config, *, workers: int | None = None, quiet: bool = Tru
             f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
             f"data.tokenizer {config.data.tokenizer}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    if not config.data.packing:
-        _check_masks(config)
+    if isinstance(section, ChatDataConfig):
+        _check_masks(config, "data.kind: chat", "add it")
+    elif not section.packing:
+        _check_masks(config, "data.packing: false", "add it, or set data.packing=true")
     length = sequence_length(config)
+    dataset: TextDataset | ConversationDataset
     with Bar(f"encoding {config.data.source}", quiet) as bar:
-        dataset = open_dataset(config.data, length, config.seed, tokenizer=tokenizer, workers=workers, progress=bar)
+        if isinstance(section, ChatDataConfig):
+            dataset = open_conversations(
+                section.source,
+                tokenizer,
+                seq_length=length,
+                seed=config.seed,
+                validation_fraction=section.validation_fraction,
+                train_on=section.train_on,
+                errors=section.errors,
+                progress=bar,
+            )
+        else:
+            dataset = open_dataset(
+                config.data, length, config.seed, tokenizer=tokenizer, workers=workers, progress=bar
+            )
     dataset.steps_per_epoch(config.training.batch_size)  # raises if the text is too short
     return dataset
 
 
-def _check_masks(config: Config) -> None:
-    """Checks that a user's model accepts the attention mask of unpacked text."""
+def _check_masks(config: Config, cause: str, remedy: str) -> None:
+    """Checks that a user's model accepts the attention mask of rows with padding."""
     if not custom.is_custom(config.model.type):
         return
     import inspect
@@ -122,8 +147,8 @@ def _check_masks(config: Config) -> None:
     parameters = inspect.signature(forward).parameters
     if "attention_mask" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(
-            f"data.packing: false needs a model whose forward takes attention_mask, and that of {config.model.type} "
-            "does not; add it, or set data.packing=true"
+            f"{cause} needs a model whose forward takes attention_mask, and that of {config.model.type} does not; "
+            f"{remedy}"
         )
 
 

@@ -59,7 +59,7 @@ def build_for_inference(
         if dtype is not None:
             model.set_weight_dtype(dtype)
         model.set_weights(weights)
-    if config.model.input_kind in ("tokens", "anything") and config.data.kind == "text":
+    if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding
         if (size := getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)) <= config.model.vocab_size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from icenet.core.config import Config, DataConfig
+from icenet.core.config import ChatDataConfig, Config, DataConfig
 from icenet.core.config.section import shown
 from icenet.core.data.datasets import Dataset, sequence_length
 from icenet.core.data.images.dataset import ImageDataset
@@ -68,7 +68,7 @@ def _of_overlap(before: Config, after: Config, dataset: Dataset) -> list[str]:
 
 def value(config: Config, key: str) -> Any:
     """Returns the value of a key, such as `model.dropout`; None if the section has none."""
-    if key == "data.seq_length" and isinstance(config.data, DataConfig):
+    if key == "data.seq_length" and isinstance(config.data, (DataConfig, ChatDataConfig)):
         return sequence_length(config)
     section, _, name = key.rpartition(".")
     return (getattr(config, section) if section else config).model_dump().get(name)

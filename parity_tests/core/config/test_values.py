@@ -307,6 +307,20 @@ def test_merge_keys(tmp_path: Path) -> None:
     assert error(tmp_path, bomb) == "c.yaml: more than 20,000 values, the limit of a configuration"
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("model:\n  type:\u00a0transformer\n  hidden_size: 32\n", ["c.yaml:3: ", "line 2 contains NO-BREAK SPACE"]),
+        ("model:\n  type: transformer\n  hidden_size:\u20033\n", ["c.yaml:3: ", "a space after", "EM SPACE"]),
+        ("model:\n\u00a0\u00a0type: transformer\n", ["c.yaml:2: ", "under model:", "(it contains NO-BREAK SPACE)"]),
+        ("model:\n  type: transformer\n  hidden_size\u200b: 3\n", ["c.yaml:3: ", "ZERO WIDTH SPACE"]),
+    ],
+)
+def test_what_only_looks_like_a_space_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+    found = error(tmp_path, text)
+    assert found.startswith(parts[0]) and is_one_line(found, *parts[1:])
+
+
 def test_a_duplicate_key_names_both_lines(tmp_path: Path) -> None:
     found = error(tmp_path, f"{MODEL}  num_heads: 4\n\n  num_heads: 8\n")
     assert found == "c.yaml:5: duplicate key num_heads; the first is on line 3"
@@ -408,7 +422,8 @@ def test_a_key_of_another_kind_of_section(tmp_path: Path, key: str, advice: str)
 def test_keys_of_text_on_images(tmp_path: Path) -> None:
     images = "model: {type: cnn}\ndata: {kind: images}\n"
     for key in ("tokenizer", "text_key", "errors", "packing", "seq_length"):
-        assert error(tmp_path, images, f"data.{key}=1") == f"--set data.{key}: unknown key; it is for data.kind text"
+        kinds = "data.kind text" + (" or data.kind chat" if key not in ("text_key", "packing") else "")
+        assert error(tmp_path, images, f"data.{key}=1") == f"--set data.{key}: unknown key; it is for {kinds}"
     assert error(tmp_path, images, "model.num_heads=1").endswith("it is for model.type transformer")
 
 

@@ -15,7 +15,7 @@ from icenet.core.tokenizers.base import Tokenizer
 
 IGNORED = -100
 """The label of padding, which the loss ignores."""
-_MULTIPLE = 16
+MULTIPLE = 16
 """Rows are padded to a multiple of this number of tokens, which limits the number of shapes to compile."""
 
 
@@ -73,7 +73,7 @@ class Rows:
         within = rows - np.where(documents > 0, self._row_ends[documents - 1], 0)
         firsts = self._firsts[documents] + within * self._length
         counts = np.minimum(self._length, self._counts[documents] - within * self._length)
-        longest = min(self._length, -(-int(counts.max()) // _MULTIPLE) * _MULTIPLE)
+        longest = min(self._length, -(-int(counts.max()) // MULTIPLE) * MULTIPLE)
         inputs = np.full((len(rows), longest), self._eot_id, np.int32)
         labels = np.full((len(rows), longest), IGNORED, np.int32)
         mask = np.arange(longest) < counts[:, None]
