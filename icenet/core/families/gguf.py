@@ -300,7 +300,7 @@ def _values(metadata: _Metadata, architecture: Architecture) -> Values:
         if (scaling := _rotary_scaling(metadata)) is not None:
             values["rope_scaling"] = scaling
     architecture.more(metadata, values)
-    return values
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _rotary_scaling(metadata: _Metadata) -> Values | None:

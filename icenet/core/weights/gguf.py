@@ -22,7 +22,7 @@ import numpy as np
 
 from icenet.core.errors import WeightsError
 from icenet.core.weights.files import Array, StoredWeights
-from icenet.core.weights.safetensors import Spec
+from icenet.core.weights.safetensors import FileMap, Spec
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -89,7 +89,7 @@ class GgufFile(StoredWeights):
         self.path = path
         try:
             with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._data = FileMap.of(file)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             reason = getattr(error, "strerror", None) or error
             raise WeightsError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None

@@ -12,9 +12,11 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,7 +106,20 @@ class Entry:
     stop: int
 
 
-def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
+class FileMap(mmap.mmap):
+    """A read-only memory map that keeps its file open, so that its arrays can be copied from file to file."""
+
+    file: BinaryIO
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> FileMap:
+        """Returns the map of an open file."""
+        found = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        found.file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        return found
+
+
+def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], FileMap]:
     """Returns the metadata, the entries and a read-only memory map of a file. No array is read.
 
     Raises:
@@ -120,7 +135,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], mmap.mmap]:
                 json.loads(file.read(length), object_pairs_hook=without_duplicates)
                 metadata = header.metadata() or {}
                 entries = _entries(path, header, 8 + length)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = FileMap.of(file)
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk"
@@ -197,14 +212,50 @@ def view(entry: Entry, data: mmap.mmap) -> Array:
 
 def release(array: Array) -> None:
     """Lets the system reclaim the memory of an array of `view`. The array stays valid: it is read again when used."""
+    data = _map_of(array)
+    if data is not None and hasattr(data, "madvise"):  # which Windows lacks
+        start = _offset(array, data)
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, page, start + array.nbytes - page)
+
+
+def _map_of(array: Array) -> mmap.mmap | None:
+    """Returns the memory map that an array is a view of."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     data = base.obj if isinstance(base, memoryview) else base
-    if isinstance(data, mmap.mmap) and hasattr(data, "madvise"):  # which Windows lacks
-        start = array.ctypes.data - np.frombuffer(data, np.uint8, 1).ctypes.data
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(mmap.MADV_DONTNEED, page, start + array.nbytes - page)
+    return data if isinstance(data, mmap.mmap) else None
+
+
+def _offset(array: Array, data: mmap.mmap) -> int:
+    return array.ctypes.data - np.frombuffer(data, np.uint8, 1).ctypes.data
+
+
+def _copy(array: Array, file: BinaryIO) -> bool:
+    """Copies an array of a memory map from file to file, without reading it. Returns whether that is possible."""
+    data = _map_of(array)
+    is_stored = array.flags.c_contiguous and array.dtype == array.dtype.newbyteorder("<") and array.nbytes > 0
+    if not isinstance(data, FileMap) or not is_stored or not hasattr(os, "copy_file_range"):  # only Linux has it
+        return False
+    file.flush()
+    source, at, left = _offset(array, data), file.tell(), array.nbytes
+    while left:
+        try:
+            count = os.copy_file_range(data.file.fileno(), file.fileno(), left, source, at)
+        except OSError as error:
+            if error.errno in _CANNOT_COPY and left == array.nbytes:
+                return False
+            raise
+        if count == 0:
+            raise OSError(errno.EIO, "the source became shorter while it was copied")
+        source, at, left = source + count, at + count, left - count
+    file.seek(at)
+    return True
+
+
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+"""Errors of `copy_file_range` for files or file systems that it does not support."""
 
 
 def write_file(
@@ -240,7 +291,7 @@ def write_file(
         array = arrays[name]
         if (array.dtype, array.shape) != specs[name]:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
-        flat = np.ascontiguousarray(array).reshape(-1)
-        data = flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-        file.write(data.data)
-        written(data.nbytes)
+        if not _copy(array, file):
+            flat = np.ascontiguousarray(array).reshape(-1)
+            file.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+        written(array.nbytes)

@@ -490,3 +490,29 @@ def test_check() -> None:
     )
     swapped = message({**shapes, "blocks.3.weight": (3, 2)})
     assert "1 of another shape (blocks.3.weight is [3, 2], not [2, 3])" in swapped
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="only Linux copies from file to file")
+@pytest.mark.parametrize("case", ["whole", "parts", "not supported"])
+def test_arrays_of_files_are_copied_from_file_to_file(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {"a": np.arange(30, dtype=np.float32).reshape(5, 6), "b": np.arange(7, dtype=np.int8)}
+    weights.write(tmp_path / "x.safetensors", arrays)
+    found, real, copied = weights.read(tmp_path / "x.safetensors"), os.copy_file_range, []
+
+    def copy(source: int, target: int, count: int, *offsets: int) -> int:
+        if case == "not supported":
+            raise OSError(errno.EXDEV, "another file system")
+        copied.append(real(source, target, min(count, 11) if case == "parts" else count, *offsets))
+        return copied[-1]
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    weights.write(tmp_path / "y.safetensors", found)
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+    assert sum(copied) == (0 if case == "not supported" else 127)
+    # parts of arrays, and those that are no views in their order
+    changed = {"a": found["a"].T, "b": found["b"][2:5], "c": found["a"][1:3]}
+    weights.write(tmp_path / "z.safetensors", changed)
+    again = weights.read(tmp_path / "z.safetensors")
+    assert all(np.array_equal(again[name], array) for name, array in changed.items())
