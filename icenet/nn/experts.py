@@ -60,7 +60,8 @@ class StackedLinear(nn.Module):
 class Experts(nn.Module):
     """Feed-forward networks of equal size, of which each token uses some.
 
-    The rows of a prompt or a training step are sorted by expert, so that each weight is read once.
+    If there are more rows than experts, they are sorted by expert, so that each weight is read once. In training they
+    always are, because the gradient of unsorted ones has the size of a weight for each row.
     """
 
     def __init__(self, plan: FeedForwardPlan, experts: ExpertsPlan) -> None:
@@ -82,7 +83,7 @@ class Experts(nn.Module):
             indices: Their numbers, int `[B, T, N]`.
         """
         tokens, chosen = x.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
-        products = _Products(tokens, chosen, self.count, is_sorted=self.training or x.shape[-2] > 1)
+        products = _Products(tokens, chosen, self.count, is_sorted=self.training or chosen.size > self.count)
         y = products.inputs
         if self.is_gated:
             inner = activation(self.activation, products(self.gate_proj, y)) * products(self.up_proj, y)
@@ -116,13 +117,14 @@ class _Products:
 
     def __call__(self, layer: StackedLinear, rows: Array) -> Array:
         """Returns the products of rows `[..., in]` with the weights of their experts, `[..., out]`."""
-        x = rows.astype(product_dtype(rows))[:, None]
+        # not rows[:, None], whose strides MLX's CUDA build (0.32.4) misreads for sorted indices
+        x = rows.astype(product_dtype(rows)).reshape(-1, 1, rows.shape[-1])
         if on_cpu() and is_half(rows) and not self._is_sorted:  # all weights would be cast
             y = x @ cast_weight(layer.weight[self._experts], rows).swapaxes(1, 2)
         else:
             weight = cast_weight(layer.weight, rows).swapaxes(1, 2)
             y = mx.gather_mm(x, weight, rhs_indices=self._experts, sorted_indices=self._is_sorted)
-        y = y[:, 0]
+        y = y.reshape(-1, y.shape[-1])
         if "bias" in layer:
             # a product, because MLX sums the gradient of bias[experts] term by term
             chosen = self._experts[:, None] == mx.arange(self._count)
