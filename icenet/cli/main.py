@@ -50,6 +50,12 @@ from icenet.core.report import streams
 @click.version_option(package_name="icenet", prog_name="icenet")
 def cli() -> None:
     """One config, two backends, one result: models in MLX, mirrored in PyTorch."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # PyTorch's and MLX's libraries abort there
+        from icenet.core.errors import UsageError
+
+        raise UsageError("the working directory was removed; change to another one (cd)") from None
 
 
 @cli.command("quickstart", epilog=examples("icenet quickstart", "icenet quickstart --out /tmp/demo --set seed=7"))
@@ -306,6 +312,48 @@ def chat_command(
         template_options=template_options,
         **options,
     )
+
+
+@cli.command(
+    "eval",
+    epilog=examples(
+        "icenet eval runs/quickstart/mlx --text book.txt",
+        "icenet eval SmolLM2-135M-Instruct/ --text stdlib --max-tokens 100000 --backend torch",
+        "icenet eval model/ --text wiki.jsonl --length 2048 --stride 512 --json",
+    ),
+)
+@click.argument("model", type=PATH)
+@click.option("--text", "source", required=True, help="A text file, a folder, a glob or stdlib, as data.source.")
+@click.option("--length", type=click.IntRange(1), help="Tokens in a window. Default: the model's, at most 1,024.")
+@click.option("--stride", type=click.IntRange(1), help="Distance of two windows. Default: they do not overlap.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Evaluate only this number of tokens.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows that are computed together."
+)
+@click.option("--text-key", default="text", show_default=True, help="Key of the text in JSON Lines files.")
+@click.option(
+    "--errors",
+    type=click.Choice(["stop", "skip", "replace"]),
+    default="stop",
+    show_default=True,
+    help="What to do with files and characters that cannot be used.",
+)
+@averaged_option
+@backend_option
+@device_option
+@dtype_option
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@json_option
+@trust_option
+def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print the perplexity of a text.
+
+    MODEL is a run, a checkpoint, a saved model or a Hugging Face folder. The text is divided into windows, and each
+    token is predicted once, from those before it in its window.
+    """
+    from icenet.commands import eval as evaluation
+
+    show(evaluation.evaluate(model, quiet=quiet or as_json, **options), as_json)
 
 
 @cli.command(

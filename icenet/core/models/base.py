@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from icenet.core import backends
 from icenet.core.config import EmbeddingConfig, GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.decoder import DecoderBase
@@ -36,6 +37,7 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
+        family: `model_type` of the folder of Hugging Face that the weights are from, if any.
         embedding_options: Default options of `icenet.embed`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
@@ -53,6 +55,7 @@ class ModelBase:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
     embedding_options: EmbeddingConfig | None = None
+    family: str | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any
@@ -361,6 +364,18 @@ class ModelBase:
         native = None if mask is None else self._to_native_tokens(mask.astype(np.int32))
         with self.evaluation(), self.arithmetic(), self.without_gradients():
             return self._to_float_host(model.hidden_states(self._to_native_tokens(tokens), native))
+
+    def compute_loss(self, tokens: Tokens, labels: Tokens) -> tuple[float, int]:
+        """Returns the mean cross-entropy in nats, computed as `compute_hidden_states` is, and the number of labels.
+
+        Args:
+            tokens, labels: int32 `[B, T]`; negative labels are ignored.
+        """
+        model: Any = self
+        cross_entropy = backends.module(self.backend, "nn").cross_entropy
+        with self.evaluation(), self.arithmetic(), self.without_gradients():
+            loss, count = cross_entropy(model(self._to_native_tokens(tokens)), self._to_native_tokens(labels))
+            return loss.item(), int(count.item())
 
     # ---- generation --------------------------------------------------------------------------------------
 
