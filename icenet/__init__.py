@@ -116,7 +116,8 @@ def load(
         chosen = [f"backend={backend}"] if backend else []
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
-        raise CheckpointError(f"{path}: contains no weights; give a run, a checkpoint or a saved model's folder")
+        problem = "contains no weights" if path.exists() else "no such file or folder"
+        raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
     return build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
@@ -124,6 +125,8 @@ def load(
 
 def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the canonical weights, the config and the tokenizer of a model to a folder. Returns the folder.
+
+    The config has the default options of generation. A seed is not among them.
 
     Args:
         model: A `BaseModel` of either backend.
@@ -150,9 +153,12 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         config["data"] = {"tokenizer": name}
     if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
         config["embedding"] = embedding
+    if model.generation is not None:  # without the seed, which is that of this model
+        settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}
+        config |= {"generation": settings} if settings else {}
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
-    saved_model.save(folder, model.weights(), companions, overwrite, code)
+    saved_model.save(folder, model.weights(), companions, overwrite, code, model.family)
     return folder
 
 

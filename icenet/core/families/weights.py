@@ -12,7 +12,7 @@ from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row, Tensor, tensors
-from icenet.core.weights.files import Array, StoredWeights
+from icenet.core.weights.files import FAMILY, Array, StoredWeights
 from icenet.core.weights.safetensors import Spec, release, spec_of
 
 _STATISTIC, _COUNTER = ".running_var", ".num_batches_tracked"
@@ -33,6 +33,7 @@ class ImportedWeights(Mapping[str, Array]):
     def __init__(self, family: Family, config: Config, weights: StoredWeights) -> None:
         self.stored = weights
         """The files."""
+        self.metadata = {FAMILY: family.model_type}
         self.left_out: list[str] = []
         """Names of tensors that are not weights, and of a copy of tied ones."""
         self.unused: list[str] = []

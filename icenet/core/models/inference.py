@@ -14,6 +14,7 @@ from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
+from icenet.core.weights.files import FAMILY
 
 
 def build_for_inference(
@@ -59,6 +60,7 @@ def build_for_inference(
         if dtype is not None:
             model.set_weight_dtype(dtype)
         model.set_weights(weights)
+        model.family = getattr(weights, "metadata", {}).get(FAMILY)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding

@@ -105,6 +105,8 @@ def convert_model(
             saved_model.refuse_replacing(destination, list(companions), set())
         common["companions"] = companions
     metadata = {**saved_model.code_metadata(checkpoint.code_of(source)), **(common.pop("metadata", None) or {})}
+    if imported is not None:
+        metadata |= imported.weights.metadata
     done = convert(source, destination, metadata=metadata, **translations, **common)
     return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
 

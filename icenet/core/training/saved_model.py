@@ -36,6 +36,7 @@ def save(
     companions: Mapping[str, bytes],
     overwrite: bool = False,
     code: Mapping[str, str] = {},
+    family: str | None = None,
 ) -> None:
     """Writes a saved model. An earlier one in the folder is replaced, other files only with `overwrite`.
 
@@ -47,6 +48,7 @@ def save(
         companions: Content of the other files by name; config.yaml is the last.
         overwrite: Whether to replace files of the same names that are not those of an earlier saved model.
         code: SHA-256 of each Python file of a custom model (see `user_code.hashes`).
+        family: The family of Hugging Face that the model is from, which an export writes again.
 
     Raises:
         UsageError: It is a file, a run or a checkpoint, or a file would be replaced.
@@ -66,7 +68,8 @@ def save(
     if not overwrite:
         refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
     described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
-    weight_files.write(folder, weights, {**described, **code_metadata(code)}, companions=companions)
+    described |= {**code_metadata(code), **({weight_files.FAMILY: family} if family else {})}
+    weight_files.write(folder, weights, described, companions=companions)
     for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model
 

@@ -45,6 +45,8 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_NAME = "model.safetensors"
 DEFAULT_INDEX = "model.safetensors.index.json"
+FAMILY = "icenet_family"
+"""Key of the metadata for the `model_type` of the folder of Hugging Face that weights were imported from."""
 MAX_SHARD_BYTES = 5 * 10**9
 _OTHER_SUFFIXES = (SUFFIX, ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".h5", ".npz", ".onnx", ".msgpack")
 
