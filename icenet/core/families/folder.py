@@ -229,7 +229,8 @@ def files_for(
     Raises:
         ConfigError: No family has the options of the model.
     """
-    known = source.family if source else FAMILIES.get(getattr(weights, "metadata", {}).get(weight_files.FAMILY))
+    recorded = str(getattr(weights, "metadata", {}).get(weight_files.FAMILY))
+    known = source.family if source else FAMILIES.get(recorded)
     family = family_of(config.model, known)
     reads_text = config.model.input_kind == "tokens"
     files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source)

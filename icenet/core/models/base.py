@@ -37,7 +37,7 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
-        family: `model_type` of the folder of Hugging Face that the weights are from, if any.
+        imported_family: `model_type` of the folder of Hugging Face that the weights are from, if any.
         embedding_options: Default options of `icenet.embed`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
@@ -55,7 +55,7 @@ class ModelBase:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
     embedding_options: EmbeddingConfig | None = None
-    family: str | None = None
+    imported_family: str | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any

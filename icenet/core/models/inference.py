@@ -60,7 +60,7 @@ def build_for_inference(
         if dtype is not None:
             model.set_weight_dtype(dtype)
         model.set_weights(weights)
-        model.family = getattr(weights, "metadata", {}).get(FAMILY)
+        model.imported_family = getattr(weights, "metadata", {}).get(FAMILY)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as the files of a Hugging Face tokenizer.
 
-llama.cpp stores the vocabulary, the merges or scores, and the name of the rule that splits a text into words. The rule
-itself is in llama.cpp, so those of the supported models are here.
+llama.cpp stores the vocabulary, the merges or scores, and the name of the rule that splits a text into words. The
+rule itself is in llama.cpp, so those of the supported models are here.
 
 Sources: `llama-vocab.cpp` of llama.cpp, and the `tokenizer.json` files of the models.
 """
