@@ -10,6 +10,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.core.models.classes import change_classes
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.exact import channel_sums
 
@@ -78,10 +79,7 @@ def match_gradients_at_zero(modules: Iterable[tuple[str, nn.Module]]) -> None:
     Args:
         modules: All modules of a model, by path.
     """
-    for _, module in modules:
-        if matched := _MATCHED.get(type(module)):
-            # the class alone changes, so that the user's references stay valid
-            object.__setattr__(module, "__class__", matched)
+    change_classes(modules, _MATCHED)
 
 
 def _leaky_relu(x: Array, slope: float) -> Array:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core import rng
+from icenet.core.models.classes import change_classes
 from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
 from icenet.nn.arrays import Array
 from icenet.nn.random import random_bits
@@ -102,13 +103,10 @@ def key_dropouts(modules: Iterable[tuple[str, nn.Module]]) -> None:
     Args:
         modules: All modules of a model, by path.
     """
-    for _, module in modules:
-        if keyed := _KEYED.get(type(module)):
-            # the class alone changes, so that the user's references stay valid
-            object.__setattr__(module, "__class__", keyed)
-            module.p = round(1 - module._p_1, 15)  # MLX keeps 1 - p; 1 - 0.9 is not quite 0.1
-            module.images = None
-            module.seed(None)
+    for module in change_classes(modules, _KEYED):
+        module.p = round(1 - module._p_1, 15)  # MLX keeps 1 - p; 1 - 0.9 is not quite 0.1
+        module.images = None
+        module.seed(None)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None) -> Array:

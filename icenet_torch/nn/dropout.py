@@ -20,6 +20,7 @@ from torch import nn
 
 from icenet.core import rng
 from icenet.core.errors import UsageError
+from icenet.core.models.classes import change_classes
 from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
 from icenet_torch.nn.arrays import Array
 from icenet_torch.nn.random import random_bits_at_least
@@ -137,12 +138,10 @@ def key_dropouts(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """
     found = list(modules)
     image_layers = {axes: path for path, module in reversed(found) if (axes := _image_axes(module))}
+    for module in change_classes(found, _KEYED):
+        module.images, module._is_native = None, True
+        module.seed(None)
     for path, module in found:
-        if keyed := _KEYED.get(type(module)):
-            # the class alone changes, so that the user's references stay valid
-            object.__setattr__(module, "__class__", keyed)
-            module.images, module._is_native = None, True
-            module.seed(None)
         if isinstance(module, Dropout):
             module._path, module._image_layers = module._path or path, image_layers
 

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from icenet.core.errors import OutsideTableError
+from icenet.core.models.classes import change_classes
 
 
 class CheckedIds:
@@ -58,10 +59,9 @@ def guard(modules: Iterable[tuple[str, Any]], checked: Mapping[type, type], read
         checked: The class that checks its ids, by the framework's class.
         reads_all: Whether they read the ids of each call.
     """
-    for path, module in modules:
-        if (new := checked.get(type(module))) is not None:
-            # the class alone changes, so that the user's references stay valid
-            object.__setattr__(module, "__class__", new)
+    found = list(modules)
+    change_classes(found, checked)
+    for path, module in found:
         if isinstance(module, CheckedIds):
             if module._path is None:
                 module._path, module._shapes = path, set()
