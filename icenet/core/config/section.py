@@ -208,7 +208,7 @@ def _remedy_for_key(name: str, section: type[Section] | None) -> str:
     if sections and _keys_of(dotted(own, *sections)):
         return f"; write it as {last}: under {'.'.join(sections)}:"
     if _normal(name.partition(":")[0]) in map(_normal, known) and ":" in name:
-        return "; write a space after the colon"
+        return f"; write a space after the colon{_strange_characters(name)}"
     if _normal(name) not in map(_normal, known):
         kinds = [_kind_of(other) for other in _SECTIONS.values() if other.section == own and _has_key(other, name)]
         if any(kinds):
@@ -217,8 +217,15 @@ def _remedy_for_key(name: str, section: type[Section] | None) -> str:
         found = [place for place in places if place != own and _normal(name) in map(_normal, _keys_of(place))]
         if found:
             where = (f"under {place}:" if place else "at the top level" for place in found)
-            return f"; it belongs {' or '.join(where)}"
-    return nearest(name, known) + _strange_characters(name)
+            return f"; it belongs {' or '.join(where)}{_strange_characters(name)}"
+    suggestion = nearest(name, known)
+    if len(known) > MAX_LISTED and "did you mean" not in suggestion:
+        suggestion = f"; icenet schema lists the {len(known)} keys"
+    return suggestion + _strange_characters(name)
+
+
+MAX_LISTED = 16
+"""Number of keys that a message lists at most."""
 
 
 def _has_key(section: type[Section], name: str) -> bool:

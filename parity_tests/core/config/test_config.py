@@ -32,7 +32,7 @@ from icenet.core.errors import ConfigError, IceNetError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = "model:\n  type: transformer\n"
-MODEL_KEYS = ", ".join(TransformerConfig.model_fields)
+MODEL_KEYS = f"icenet schema lists the {len(TransformerConfig.model_fields)} keys"
 
 
 def read(folder: Path, text: str, *overrides: str) -> Config:

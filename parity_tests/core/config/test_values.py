@@ -419,6 +419,15 @@ def test_a_key_of_another_kind_of_section(tmp_path: Path, key: str, advice: str)
     assert advice in error(tmp_path, MODEL, f"{key}=1")
 
 
+def test_an_unknown_key_of_a_section_with_many_keys(tmp_path: Path) -> None:
+    assert (
+        error(tmp_path, MODEL, "model.kv_heads=2") == "--set model.kv_heads: unknown key; did you mean num_kv_heads?"
+    )
+    found = error(tmp_path, MODEL, "model.zzz=2")
+    assert is_one_line(found, "--set model.zzz: unknown key", "icenet schema lists") and len(found) < 90
+    assert error(tmp_path, MODEL, "data.zzz=2").endswith("seq_length, validation_fraction")
+
+
 def test_keys_of_text_on_images(tmp_path: Path) -> None:
     images = "model: {type: cnn}\ndata: {kind: images}\n"
     for key in ("tokenizer", "text_key", "errors", "packing", "seq_length"):
