@@ -23,7 +23,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -399,6 +399,35 @@ def distinct_files(paths: Iterable[str], on_skip: OnSkip) -> dict[str, os.stat_r
 
 
 # --- hints --------------------------------------------------------------------------------------------------
+
+
+def link_out_of(folder: Path, suffixes: Sequence[str]) -> Path | None:
+    """Returns a link in a folder, or one level below it, that leads out of it; None if there is none.
+
+    A folder from elsewhere could make a program read, show and copy any file of the user that way. In the cache of
+    huggingface_hub, the files are links to the folder `blobs` of the same model, which are allowed.
+
+    Args:
+        folder: The folder; it may be a link itself.
+        suffixes: Endings of the files that are looked at. Links to folders are looked at, too.
+    """
+    root = os.path.realpath(folder)
+    allowed = [root]
+    above = os.path.dirname(root)
+    if os.path.basename(above) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(above), "blobs"))
+    pending = [(root, 0)]
+    while pending:
+        place, depth = pending.pop()
+        for entry in os.scandir(place):
+            is_folder = entry.is_dir()
+            if entry.is_symlink() and (is_folder or entry.name.endswith(tuple(suffixes))):
+                target = os.path.realpath(entry.path)
+                if not any(os.path.commonpath([target, base]) == base for base in allowed):
+                    return Path(entry.path)
+            elif is_folder and depth == 0:
+                pending.append((entry.path, 1))
+    return None
 
 
 def user_path(value: object, name: str) -> Path:

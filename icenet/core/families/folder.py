@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     *("vocab.txt", "sentencepiece.bpe.model"),
 )
 """Files of a tokenizer, which an export copies."""
+_READ = (".json", ".jinja", ".safetensors", ".txt", ".model")
+"""Endings of the files of a folder that are read or copied."""
 _MAX_BYTES = 1 << 24
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -168,6 +170,10 @@ class _Source:
 
 
 def _open_folder(path: Path) -> _Source:
+    if (link := file_system.link_out_of(path, _READ)) is not None:
+        raise ConfigError(
+            f"{link}: is a link to {link.resolve()}, out of the folder; replace it by a copy if you trust it"
+        )
     values = read_json(path / CONFIG)
     if values.get("model_type") not in FAMILIES:  # reported first, and without a look at its weights
         return _Source(path / CONFIG, values, weight_files.Weights(path, []), path)

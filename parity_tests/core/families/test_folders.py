@@ -501,3 +501,32 @@ def test_options_that_no_family_has_are_named(tmp_path: Path, llama: Path) -> No
     with pytest.raises(IceNetError) as refused:
         icenet.convert(llama, tmp_path / "hf", "hf")
     assert is_one_line(refused.value, "exists", "overwrite")
+
+
+def test_links_out_of_the_folder(llama: Path, tmp_path: Path) -> None:
+    """They are refused: an export would copy what they lead to. Those of the hub's cache stay within the model."""
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    link = llama / "generation_config.json"
+    link.symlink_to(secret)
+    for use in (folder.read, lambda path: icenet.convert(path, tmp_path / "out", "hf")):
+        with pytest.raises(ConfigError) as caught:
+            use(llama)
+        assert is_one_line(caught.value, "generation_config.json", "secret.json", "copy")
+    assert not (tmp_path / "out").exists()
+    link.unlink()
+    (llama / "1_Pooling").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="1_Pooling"):
+        folder.read(llama)
+    (llama / "1_Pooling").unlink()
+    (llama / "notes.pdf").symlink_to(secret)  # not read
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    for index, file in enumerate(llama.glob("*.*s*")):
+        blob = tmp_path / "models--a--b" / "blobs" / str(index)
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    (tmp_path / "named").symlink_to(llama)
+    for place in (snapshot, tmp_path / "named", llama):
+        assert folder.read(place).weights
