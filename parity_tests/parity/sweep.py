@@ -54,6 +54,8 @@ SCALINGS: tuple[dict[str, Any] | None, ...] = (
     {"type": "llama3", "factor": 8.0, "original_length": 16},
     {"type": "yarn", "factor": 4.0, "original_length": 16},
     None,
+    {"type": "dynamic", "factor": 4.0, "original_length": 8},
+    {"type": "longrope", "factor": 4.0, "original_length": 8},
 )
 
 
@@ -124,12 +126,28 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
         options["expert_size"] = draw.cycle("expert_size", [None, 3])
         options["expert_layers"] = draw.cycle("expert_layers", [None, [layers - 1]])
         options["normalize_expert_weights"] = draw.cycle("normalize_expert_weights", YES_NO)
-    if options["positions"] == "rotary":  # once in four cases, so that each scaling is in 16
-        options["head_size"] = draw.choice([4, 8])
-        options["rotary_scaling"] = SCALINGS[draw.number // 4 % len(SCALINGS)]
     if sliding := draw.cycle("sliding_window", ["all", "some", None, None]):
         options |= {"sliding_window": draw.randint(1, 6), "causal": True}
         options["layer_types"] = None if sliding == "all" else ["sliding", "full"][:layers]
+    if options["positions"] == "rotary":  # once in four cases, so that each scaling is in 24
+        options |= rotary_options(draw, layers)
+    return options
+
+
+def rotary_options(draw: Draw, layers: int) -> dict[str, Any]:
+    number, size = draw.number // 4, draw.choice([4, 8])
+    scaling = SCALINGS[number % len(SCALINGS)]
+    options: dict[str, Any] = {"head_size": size, "rotary_scaling": scaling}
+    if scaling is not None and scaling["type"] in ("dynamic", "longrope"):
+        options["rotary_fraction"] = 1.0
+    if scaling is not None and scaling["type"] == "longrope":
+        factors = [float(pair + 1) for pair in range(size // 2)]
+        options["rotary_scaling"] = {**scaling, "short_factors": factors, "long_factors": factors[::-1]}
+    if number % 2 == 0:
+        options |= {"sliding_window": 4, "causal": True, "layer_types": ["sliding", "full"][:layers]}
+        options["sliding_rotary_theta"] = 50.0
+    if number % 3 == 0:
+        options["rotary_layers"] = [0]
     return options
 
 
