@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -122,6 +123,7 @@ class _Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        atexit.register(self._end)
 
     def render(self, request: str) -> dict[str, str]:
         """Returns the answer of the process to a request."""
@@ -145,13 +147,17 @@ class _Renderer:
                 raise
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py")), *_jinja_folders()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py")), *_jinja_folders()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
+            )
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise DataError(f"chat: the process that renders chat templates cannot be started: {reason}") from None
         self._owner = os.getpid()
         try:
             json.loads(self._read_line(_START_SECONDS))
@@ -176,6 +182,10 @@ class _Renderer:
                         break
                     line += piece
         return bytes(line)
+
+    def _end(self) -> None:
+        if self._owner == os.getpid():  # a forked process leaves it to its parent
+            self._stop()
 
     def _stop(self) -> None:
         process, self._process = self._process, None
