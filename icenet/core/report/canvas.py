@@ -5,8 +5,11 @@ The object-oriented interface of matplotlib with the Agg canvas needs no screen 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,11 +71,23 @@ def add_legend(axes: Axes, entries: Sequence[tuple[Artist, str]], **options: Any
 
 
 def available() -> bool:
-    """Returns whether matplotlib can be imported (`pip install 'icenet[plot]'`)."""
+    """Imports matplotlib, and returns whether it is installed (`pip install 'icenet[plot]'`).
+
+    A notebook passes MPLBACKEND to the commands that it starts. matplotlib cannot be imported if that names a backend
+    of the notebook which is not installed for them. Plots need no backend of a screen, so it is used only if it is one.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure
+
+        if backend:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
     except ImportError:
         return False
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return True
 
 

@@ -137,7 +137,11 @@ def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_late_imports_and_no_matplotlib(tmp_path: Path) -> None:
-    """The import loads neither rich nor matplotlib. Without matplotlib there is no picture and no error."""
+    """The import loads neither rich nor matplotlib. Without matplotlib there is no picture and no error.
+
+    The backend of a notebook in the environment, which is not installed here, does not keep it from being imported.
+    """
+    pytest.importorskip("matplotlib")
     code = f"""
 import sys
 import icenet.core.report.progress, icenet.core.report.plots as report
@@ -148,6 +152,11 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 assert report.plot_metrics([], {str(tmp_path / "p.png")!r}, "") is None
+del sys.meta_path[0]
+import os
+os.environ["MPLBACKEND"] = "module://a_notebook.inline"
+from icenet.core.report import canvas
+assert canvas.available() and os.environ["MPLBACKEND"] == "module://a_notebook.inline"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
