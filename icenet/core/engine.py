@@ -282,10 +282,22 @@ class Engine(ABC):
             if after[0] != before[0] and not self.config.model.compile_model:
                 raise randomness.unkeyed_draw(self.backend, "", self.model)
         norm, _ = self._norms(gradients)  # collective, so each process calls it
-        if norm.item() == 0 and loss.item() > 0:  # at a loss of zero, the gradients of the logits are zero
-            raise self._detached_logits()
+        if norm.item() == 0 and self._is_detached(batch, step) and loss.item() > 0:
+            raise self._detached_logits()  # at a loss of zero, the gradients of the logits are zero
         self._is_checked = True
         return loss, gradients
+
+    def _is_detached(self, batch: Batch, step: int) -> bool:
+        """Returns whether the gradients are zero for other labels too.
+
+        Those of a batch can cancel out: equal images with as many labels of each class, at equal logits.
+        """
+        if self.loss is not None:  # the labels may be anything
+            return True
+        labels = batch["labels"]
+        with self.nn.norm.keep_buffers(self.model):
+            _, gradients = self._accumulate({**batch, "labels": np.where(labels < 0, labels, labels.max())}, step)
+        return bool(self._norms(gradients)[0].item() == 0)
 
     def _mean_loss(self, output: Array, arrays: Mapping[str, Array]) -> Array:
         """Returns the mean loss of a batch on the device.
@@ -315,7 +327,7 @@ class Engine(ABC):
     def _detached_logits(self) -> UsageError:
         return UsageError(
             "the logits do not depend on any trained array, so all gradients are zero: forward detaches them, for "
-            f"example by {self.detaches} or a conversion to numpy"
+            f"example by {self.detaches} or a conversion to numpy, or all of its activations are 0"
         )
 
     def _generators(self) -> tuple[object, ...]:

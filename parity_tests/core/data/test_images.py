@@ -582,6 +582,27 @@ def test_runs_that_cannot_predict(run: Path, tmp_path: Path, monkeypatch: pytest
         predict(folder, [tmp_path])
 
 
+@ON_BOTH
+def test_equal_images_whose_gradients_cancel_out(backend: str, tmp_path: Path, no_plots: None) -> None:
+    """The gradients of a batch with as many labels of each class are zero; those of another batch are not."""
+    for name in ("a", "b"):
+        (tmp_path / "black" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.new("L", (8, 8)).save(tmp_path / "black" / name / f"{index}.png")
+    config = digits(
+        f"data.source={tmp_path / 'black'}", "data.channels=1", "model.vocab_size=2", "model.hidden_size=8",
+        "model.num_layers=1", "data.validation_fraction=0", "training.batch_size=16", "training.eval_every=null",
+        "training.max_steps=2", "training.keep_best=false", "training.early_stopping=null",
+    )  # fmt: skip
+    trainer = Trainer.start(config, tmp_path / "run", backend=backend, quiet=True)
+    batch = trainer.dataset.train_batch(0, 16)
+    assert np.bincount(batch["labels"]).tolist() == [8, 8] and not batch["inputs"].any()
+    loss, gradients = trainer.engine.gradients(batch)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert all(not gradient.any() for gradient in gradients.values())
+    assert trainer.fit().step == 2
+
+
 @pytest.mark.slow
 @ON_BOTH
 @pytest.mark.parametrize("seed", [0, 1, 2])
