@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,27 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
             (partial / content).write_text(content)
         assert [path.name for path in target.iterdir()] == [content]
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other errors, and those of files, count."""
+    flush = os.fsync
+
+    def of_folders(code: int) -> None:
+        def fsync(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(code, os.strerror(code))
+            flush(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    for code in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        of_folders(code)
+        files.write_text(tmp_path / "a" / "file.txt", str(code))
+        assert (tmp_path / "a" / "file.txt").read_text() == str(code)
+    of_folders(errno.EIO)
+    with pytest.raises(FileError, match="Input/output error"):
+        files.write_text(tmp_path / "a" / "file.txt", "new")
 
 
 def test_a_link_is_replaced(tmp_path: Path) -> None:

@@ -386,6 +386,11 @@ def prepare(
     if config.training.keep_best and best.is_dir() and not best.is_symlink():
         kept = files.set_aside(best)
         notes.append(f"{best}: is a folder instead of a link (a copy without links?); it is kept as {kept.name}")
+    if config.training.keep_best and (reason := files.no_symlinks(run)):
+        notes.append(
+            f"{best}: this file system has no symbolic links ({reason}); icenet runs shows the step of the best "
+            "checkpoint, which is kept"
+        )
     if best_step is not None:
         link_best(run, checkpoints.path_of(run, best_step))
     return notes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -536,6 +538,22 @@ def test_the_link_to_the_best_follows_what_is_there(tmp_path: Path, caplog: pyte
     assert branch.early_stopping == EarlyStopping()  # the best is not in the branch's folder
     evaluated(Trainer.resume(run, overrides=["training.keep_best=false"], quiet=True), [5.0]).fit()
     assert not (run / "best").is_symlink()  # its checkpoint was removed with the old ones
+
+
+def test_a_file_system_without_links_has_no_link_to_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    config = tiny(tmp_path, "training.keep_best=true", "training.keep_checkpoints=1", "training.eval_batches=1",
+                  "training.eval_every=5")  # fmt: skip
+    evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [2.0, 3.0]).fit(10)
+    assert not os.path.lexists(tmp_path / "run" / "best")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    (note,) = (message for message in caplog.messages if "no symbolic links" in message)
+    assert is_one_line(note, "run/best", "operation not permitted", "icenet runs")
 
 
 def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
