@@ -130,4 +130,9 @@ def ways_to_write(text: str) -> str:
 def strange_characters(name: str) -> str:
     """Returns the Unicode names of the first characters that are not ASCII, which may look like ASCII; or nothing."""
     found = [unicodedata.name(character, ascii(character)) for character in name if not character.isascii()]
-    return ", ".join(found[:2])
+    return ", ".join(list(dict.fromkeys(found))[:2])
+
+
+def strange_spaces(text: str) -> str:
+    """Returns the Unicode names of the first characters that look like a space, or like nothing, and are no space."""
+    return strange_characters("".join(each for each in text if unicodedata.category(each) in ("Zs", "Cf")))

@@ -153,6 +153,10 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> InvalidYAMLError:
     ):
         remedy = "put a text that begins with a special character in quotes"
     line = next((mark.line + 1 for mark in marks if mark), None)
+    for number in (line, line - 1) if line else ():  # the line before is where a value that should end goes on
+        if names := scalars.strange_spaces("".join(text.splitlines()[number - 1 : number])):
+            remedy = f"line {number} contains {names}: write a space instead"
+            break
     if isinstance(error, yaml.reader.ReaderError):
         problem = f"{problem} (line {text.count(chr(10), 0, error.position) + 1})"
     return InvalidYAMLError(f"not valid YAML: {problem}{remedy and f'; {remedy}'}", line)

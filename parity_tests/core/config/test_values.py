@@ -311,7 +311,8 @@ def test_merge_keys(tmp_path: Path) -> None:
     ("text", "parts"),
     [
         ("model:\n  type:\u00a0transformer\n  hidden_size: 32\n", ["c.yaml:3: ", "line 2 contains NO-BREAK SPACE"]),
-        ("model:\n  type: transformer\n  hidden_size:\u20033\n", ["c.yaml:3: ", "a space after", "EM SPACE"]),
+        ("model:\n  type: transformer\n  hidden_size:\u20033\n", ["c.yaml:4: ", "line 3 contains EM SPACE"]),
+        (f"{MODEL}training: {{max_steps:\u00a06}}\n", ["c.yaml:3: ", "after the colon (it contains NO-BREAK SPACE)"]),
         ("model:\n\u00a0\u00a0type: transformer\n", ["c.yaml:2: ", "under model:", "(it contains NO-BREAK SPACE)"]),
         ("model:\n  type: transformer\n  hidden_size\u200b: 3\n", ["c.yaml:3: ", "ZERO WIDTH SPACE"]),
     ],
