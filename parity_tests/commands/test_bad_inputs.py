@@ -134,7 +134,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("train --resume run --run damaged --set training.max_steps=40", USAGE, ["damaged: ", "a run already"]),
     ("train --resume run --set training.max_steps=40 --set model.hidden_size=64", FAILURE, ["config"]),
     # generation
-    ("generate nothing", FAILURE, ["nothing", "a run, a checkpoint or a saved model"]),
+    ("generate nothing", FAILURE, ["nothing: no such file or folder", "a run, a checkpoint or a saved model"]),
     ("generate folder", FAILURE, ["folder", "no checkpoint"]),
     ("generate damaged", FAILURE, ["damaged: ", "2 checkpoints"]),
     ("generate good.safetensors", FAILURE, ["good.safetensors", "config", "icenet convert"]),

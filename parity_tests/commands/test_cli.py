@@ -63,6 +63,18 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.mark.parametrize("arguments", [["runs"], ["info", "quickstart"], ["generate", "/run", "--prompt", "a"]])
+def test_a_working_directory_that_was_removed(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(arguments) == 2
+    assert is_one_line(error_line(capfd.readouterr().err), "working directory was removed", "cd")
+    assert main(["--version"]) == 0
+
+
 # ---- help -------------------------------------------------------------------------------------------------
 
 

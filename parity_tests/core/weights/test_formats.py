@@ -192,6 +192,14 @@ def test_a_key_without_effect_is_refused(tmp_path: Path) -> None:
         assert is_one_line(str(error.value), "--key")
 
 
+def test_a_whole_module_is_not_unpickled(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(WeightsError) as caught:
+        convert(tmp_path / "whole.pt", tmp_path / "out.safetensors", "canonical")
+    assert is_one_line(caught.value, "whole.pt", "unpickling", "found.state_dict() if it is a module")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.pt"]
+
+
 def test_shards_of_pytorch(tmp_path: Path) -> None:
     """A folder as Transformers wrote it before safetensors."""
     parts = {"pytorch_model-00001-of-00002.bin": ["body.weight", "body.bias"]}
