@@ -485,7 +485,7 @@ def predict_command(
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["canonical", "mlx", "torch", "hf", "mlx-lm", "torchvision"]),
+    type=click.Choice(["canonical", "mlx", "torch", "hf", "mlx-lm", "gguf", "gguf-q8_0", "torchvision"]),
     help="Format to write.",
 )
 @click.option(

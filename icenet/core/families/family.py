@@ -149,13 +149,16 @@ def different_options(family: Family, config: ModelConfig) -> list[str]:
         found = family.options(Config.from_dict({"model": fields}).model)
     except ConfigError as error:  # a value that the family restricts
         return [f"{family.model_type} ({error})"]
-    names = [name for name, value in wanted.items() if name != "dropout" and not _equal(value, found.get(name))]
+    names = [name for name, value in wanted.items() if name != "dropout" and not same_value(value, found.get(name))]
     if family.divides_width and config.hidden_size % getattr(config, "num_heads", 1):
         names.append("num_heads (not a divisor of hidden_size)")
     return ["sliding_window" if name == "windows" else name for name in names]
 
 
-def _equal(left: Any, right: Any) -> bool:
+def same_value(left: Any, right: Any, tolerance: float = 1e-12) -> bool:
+    """Returns whether two options have the same value, but for rounding."""
     if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-12)
+        return math.isclose(left, right, rel_tol=tolerance)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same_value(left[key], right[key], tolerance) for key in left)
     return bool(left == right)

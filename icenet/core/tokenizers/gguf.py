@@ -258,3 +258,81 @@ def _template(
         token: {"id": token, "ids": [vocabulary[token]], "tokens": [token]} for token in used if token in vocabulary
     }
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+def metadata_of(files: Mapping[str, bytes], vocab_size: int, ends: Sequence[int]) -> dict[str, Any]:
+    """Returns the metadata of a GGUF file for the files of a tokenizer; the inverse of `tokenizer_files`.
+
+    Args:
+        files: tokenizer.json, and tokenizer_config.json and chat_template.jinja, if any.
+        vocab_size: Number of tokens of the model, which may have more than the tokenizer.
+        ends: Ids of the tokens that end a text.
+
+    Raises:
+        DataError: llama.cpp has no such tokenizer.
+    """
+    content, config = (json.loads(files.get(name, b"{}")) for name in (TOKENIZER_FILE, "tokenizer_config.json"))
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        raise DataError(f"llama.cpp's files have no tokenizers of type {str(model.get('type'))[:40]!r}, only BPE")
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    vocabulary = {**model["vocab"], **{text: token["id"] for text, token in added.items()}}
+    if max(vocabulary.values()) >= vocab_size:
+        raise DataError(f"the tokenizer has more tokens than the model, which has {vocab_size}")
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
+    for text, index in vocabulary.items():
+        tokens[index] = text
+        is_byte = model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x")
+        types[index] = _BYTE if is_byte else _NORMAL
+        if text in added:
+            types[index] = CONTROL if added[text]["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    found: dict[str, Any] = {"tokens": tokens, "token_type": types}
+    if model.get("byte_fallback"):
+        adds_space = '"Prepend"' in json.dumps(content.get("normalizer")) or "always" in json.dumps(content)
+        # the score of a token is the rank of its first merge; those of others do not matter
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(merges):
+            ranks.setdefault(merge.replace(" ", ""), rank)
+        found |= {"model": "llama", "scores": [-float(ranks.get(token, len(merges))) for token in tokens]}
+        found["add_space_prefix"] = adds_space
+    else:
+        found |= {"model": "gpt2", "pre": _kind_of(content), "merges": merges}
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    for key, name in names.items():
+        text = config.get(key)
+        text = text.get("content") if isinstance(text, dict) else text
+        if text in vocabulary:
+            found[f"{name}_token_id"] = vocabulary[text]
+    if ends:
+        found["eos_token_id"] = ends[0]
+        found |= {"eot_token_id": ends[1]} if len(ends) > 1 else {}
+    found["add_bos_token"] = bool(config.get("add_bos_token", False)) and "bos_token_id" in found
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in found.items()}
+    template = (
+        files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
+    )
+    return {**metadata, "tokenizer.chat_template": template} if isinstance(template, str) else metadata
+
+
+_NORMAL, _UNUSED, _BYTE = 1, 5, 6
+
+
+def _kind_of(content: Mapping[str, Any]) -> str:
+    """Returns the name of the rule that splits a text. Raises DataError if llama.cpp has none."""
+
+    def rules(given: Any) -> list[Any]:
+        listed = given.get("pretokenizers", [given]) if isinstance(given, dict) else []
+        without = ("trim_offsets", "add_prefix_space")
+        return [{key: value for key, value in rule.items() if key not in without} for rule in listed]
+
+    wanted = rules(content.get("pre_tokenizer"))
+    for kind in ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o"):
+        settings, _ = _byte_level({"tokenizer.ggml.pre": kind, "tokenizer.ggml.merges": ["a b"]}, ["a"])
+        if rules(settings["pre_tokenizer"]) == wanted:
+            return kind
+    raise DataError("llama.cpp has no name for the rule by which the tokenizer splits a text (pre_tokenizer)")

@@ -1,28 +1,34 @@
-"""Writes a model as a folder of Hugging Face."""
+"""Writes a model as a folder of Hugging Face or mlx-lm, or as a GGUF file."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from icenet.core.config import Config
-from icenet.core.errors import CheckpointError, UsageError
-from icenet.core.families import folder
+from icenet.core.errors import CheckpointError, DataError, UsageError
+from icenet.core.families import Family, folder, gguf_export
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
+from icenet.core.files import output_file, staged
+from icenet.core.tokenizers import gguf as gguf_tokenizer
+from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import open_averaged, open_target
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
-from icenet.core.weights.convert import PICKLED, Conversion, summary
+from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
 from icenet.core.weights.files import Array, Progress
+from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
 from icenet.core.weights.layout import RenamedWeights
 
 FORM, MLX_LM = "hf", "mlx-lm"
-FORMS = (FORM, MLX_LM)
-"""A folder of Hugging Face, and one of mlx-lm: the same with names that its models accept."""
+FORMS = (FORM, MLX_LM, *gguf_export.KINDS)
+"""A folder of Hugging Face; one of mlx-lm, the same with names that its models accept; and files of llama.cpp."""
 _WITHOUT_PREFIX = ("gpt2",)
 """Families whose tensors mlx-lm accepts under the names of the model without its head only."""
-
 
 _STACKED = ".switch_mlp."
 """A part of the names that mlx-lm, and no class of `transformers`, has for the experts of a layer together."""
@@ -38,14 +44,14 @@ def export(
     max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads.
+    """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads, or a file for llama.cpp.
 
-    The dtype of the weights is kept. A folder of Hugging Face that is exported again has the same tensors, bit for
-    bit.
+    The dtype of the weights is kept, but for the file. A folder of Hugging Face that is exported again has the same
+    tensors, bit for bit.
 
     Args:
         source: A run, a checkpoint, a saved model, a folder of Hugging Face, a GGUF file or the id of a repository.
-        destination: The folder.
+        destination: The folder or file.
         form: One of `FORMS`.
         overwrite: Whether to replace files of the same names.
         averaged: Whether to export the moving average of a run's weights.
@@ -70,11 +76,17 @@ def export(
     if weights is None:
         raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
     family, files, remarks = folder.files_for(config, weights, imported)
-    if not overwrite:
+    if form in gguf_export.KINDS:
+        destination = output_file(destination, overwrite=overwrite, inputs=[source] if source.is_file() else [])
+    elif not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
     exported: Mapping[str, Array] = ExportedWeights(family, config, weights)
     if imported is not None and not (form == FORM and any(_STACKED in name for name in imported.weights.stored)):
         exported = OriginalWeights(imported.weights)
+    if form in gguf_export.KINDS:
+        return _export_gguf(
+            source, destination, form, config, family, ExportedWeights(family, config, weights), files
+        )
     metadata = {"format": "mlx"} if form == MLX_LM else None
     if form == MLX_LM and family.model_type in _WITHOUT_PREFIX:
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
@@ -91,7 +103,48 @@ def export(
     )
 
 
+def _export_gguf(
+    source: Path,
+    destination: Path,
+    form: str,
+    config: Config,
+    family: Family,
+    weights: Mapping[str, Array],
+    files: Mapping[str, bytes],
+) -> Conversion:
+    """Writes a GGUF file, with the tokenizer and the chat template."""
+    remarks = [f"the family is {family.model_type}"]
+    tokenizer: dict[str, Any] = {}
+    vocab_size = getattr(config.model, "vocab_size", 0)
+    if TOKENIZER_FILE not in files:
+        remarks.append("the model has no tokenizer that llama.cpp's files can have")
+    else:
+        try:
+            tokenizer = gguf_tokenizer.metadata_of(files, vocab_size, config.generation.eos_token_id or [])
+        except DataError as error:
+            remarks.append(f"the tokenizer is left out: {error}")
+    with staged(destination) as stage, stage.open(destination) as file:
+        kind = gguf_export.KINDS[form]
+        written = gguf_export.write(Path(file.name), family, config.model, weights, tokenizer, kind)
+    kinds = Counter(kind for kind, _ in written.values())
+    values = sum(math.prod(shape) for _, shape in written.values())
+    size = destination.stat().st_size
+    return Conversion(
+        summary(source, "canonical", weights),
+        Summary(destination, form, len(written), values, size, dict(kinds)),
+        [destination],
+        [],
+        "; ".join(remarks),
+    )
+
+
 def _check_destination(source: Path, destination: Path, form: str) -> None:
+    if form in gguf_export.KINDS:
+        if destination.suffix != GGUF_SUFFIX or destination.is_dir():
+            raise UsageError(f"{destination}: the {form} form is a file whose name ends in {GGUF_SUFFIX}")
+        if (enclosing := checkpoint.enclosing(destination)) is not None:
+            raise UsageError(f"{destination}: is in the checkpoint {enclosing}; choose another place")
+        return
     if destination.suffix in (weight_files.SUFFIX, *PICKLED) and not destination.is_dir():
         raise UsageError(f"{destination}: the {form} form is a folder; name it without {destination.suffix}")
     if destination.exists() and not destination.is_dir():

@@ -1,0 +1,206 @@
+"""Writes GGUF files for llama.cpp, from the table that reads them (see `gguf`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from icenet.core.config import Config, ModelConfig
+from icenet.core.errors import ConfigError
+from icenet.core.families import FAMILIES
+from icenet.core.families.family import Family, same_value
+from icenet.core.families.gguf import (
+    ARCHITECTURES,
+    LONG_ROPE,
+    ROPE_FREQUENCIES,
+    Architecture,
+    llama3_factors,
+    read,
+)
+from icenet.core.weights.files import Array
+from icenet.core.weights.gguf import package
+from icenet.core.weights.safetensors import spec_of
+
+KINDS = {"gguf": "F16", "gguf-q8_0": "Q8_0"}
+"""The forms, and the type of the tensors with two axes."""
+_FILE_TYPES = {"F16": 1, "Q8_0": 7}
+_LLAMA = {"mistral": "llama"}
+_SWA_PATTERN = 6
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the file: its type and shape, and a function that makes it in float32."""
+
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], Array]
+
+
+def write(
+    path: Path,
+    family: Family,
+    config: ModelConfig,
+    weights: Mapping[str, Array],
+    tokenizer: Mapping[str, Any],
+    kind: str,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Writes a file. Tensors are made one at a time.
+
+    Args:
+        path: The file.
+        family: The family of the model.
+        config: Its options.
+        weights: Its weights by the names of the family.
+        tokenizer: Metadata of its tokenizer and chat template.
+        kind: F16 or Q8_0, for tensors with two axes. Others, and those that do not divide into blocks of 32, are F32
+            and F16.
+
+    Returns:
+        The type and the shape of each tensor.
+
+    Raises:
+        ConfigError: llama.cpp's files cannot express the options of the model.
+        WeightsError: The package gguf is not installed.
+    """
+    gguf = package()
+    name = _LLAMA.get(family.model_type) or next(
+        (own for own, known in ARCHITECTURES.items() if known.model_type == family.model_type), None
+    )
+    if name is None or "expert" in str(family.rows):
+        without_experts = [known.model_type for known in ARCHITECTURES.values() if "expert" not in str(known.names)]
+        known = ", ".join(["llama", *without_experts, *_LLAMA])
+        raise ConfigError(f"models of the family {family.model_type} are not written as GGUF; only {known}")
+    architecture = ARCHITECTURES[name]
+    values, options = family.write(config), family.options(config)
+    metadata = {**_metadata(name, architecture, values, options), **tokenizer}
+    metadata["general.file_type"], metadata["general.quantization_version"] = _FILE_TYPES[kind], 2
+    tensors = _tensors(architecture, values, weights, kind)
+    writer = gguf.GGUFWriter(path, name)
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, _type(gguf, value))
+    numbers = {own: gguf.GGMLQuantizationType[own] for own in ("F32", "F16", "Q8_0")}
+    for own, tensor in tensors.items():
+        size = int(np.prod(tensor.shape))
+        block, nbytes = gguf.GGML_QUANT_SIZES[numbers[tensor.kind]]
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(own, tensor.shape, dtype, size // block * nbytes, numbers[tensor.kind])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            array = np.ascontiguousarray(tensor.make(), np.float32)
+            writer.write_tensor_data(gguf.quants.quantize(array, numbers[tensor.kind]))
+    finally:
+        writer.close()
+    _check(path, config, options)
+    return {own: (tensor.kind, tensor.shape) for own, tensor in tensors.items()}
+
+
+def _check(path: Path, config: ModelConfig, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the file has the options of the model."""
+    try:
+        found = read(path)
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"a GGUF file cannot express the options of the model: {reason}") from None
+    family = FAMILIES[found.values["model_type"]]
+    again = family.options(Config.from_dict({"model": family.read(found.values)}).model)
+    lost = [key for key, value in options.items() if key != "dropout" and not same_value(value, again.get(key), 1e-6)]
+    if lost:
+        listed = ", ".join(f"model.{'sliding_window' if key == 'windows' else key}" for key in lost)
+        raise ConfigError(f"a GGUF file of this architecture cannot express {listed}")
+
+
+def _metadata(
+    name: str, architecture: Architecture, values: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the metadata for the content of a config.json."""
+    found = {key: values[theirs] for key, theirs in architecture.keys.items() if values.get(theirs) is not None}
+    found |= {"feed_forward_length": options["feed_forward_size"], "vocab_size": options["vocab_size"]}
+    if name != "gpt2":
+        size = options["head_size"]
+        found |= {"attention.key_length": size, "attention.value_length": size}
+        found["rope.dimension_count"] = round(size * options.get("rotary_fraction", 1.0))
+        found |= _scaling(values.get("rope_scaling") or {})
+        if window := next((window for window in options["windows"] if window), None):
+            found["attention.sliding_window"] = window
+    if name == "gemma2":
+        found |= {
+            key: values[key] for key in ("attn_logit_softcapping", "final_logit_softcapping") if values.get(key)
+        }
+    if name == "gemma3":
+        found["rope.freq_base_swa"] = values["rope_local_base_freq"]
+        windows = [kind == "sliding_attention" for kind in values["layer_types"]]
+        if windows != [(index + 1) % _SWA_PATTERN != 0 for index in range(len(windows))]:
+            found["attention.sliding_window_pattern"] = windows
+    return {f"{name}.{key}": value for key, value in found.items()}
+
+
+def _scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    kind = scaling.get("rope_type", "default")
+    if kind in ("default", "llama3"):  # that of Llama 3 is a tensor
+        return {}
+    known = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
+    if kind not in ("linear", "yarn") or not scaling.keys() <= known:
+        raise ConfigError(f"scaled rotary positions of type {kind} with {', '.join(scaling)} are not written as GGUF")
+    names = {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    }
+    found = {f"rope.scaling.{own}": scaling[key] for key, own in names.items() if scaling.get(key) is not None}
+    return {"rope.scaling.type": kind, **found}
+
+
+def _tensors(
+    architecture: Architecture, values: Mapping[str, Any], weights: Mapping[str, Array], kind: str
+) -> dict[str, _Tensor]:
+    found: dict[str, _Tensor] = {}
+    scaling = values.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+        factors = llama3_factors(size, values["rope_theta"], scaling)
+        found[ROPE_FREQUENCIES] = _Tensor("F32", factors.shape, lambda: factors)
+    if LONG_ROPE.keys() & scaling.keys():
+        raise ConfigError("long-rope is not written as GGUF")
+    heads = {"attn_q": values.get("num_attention_heads"), "attn_k": values.get("num_key_value_heads")}
+    heads["attn_k"] = heads["attn_k"] or heads["attn_q"]
+    own_names = {theirs: own for own, theirs in architecture.names.items()}
+    for name in weights:
+        layer, _, part = name.rpartition(".")
+        number = next(iter(re.findall(r"\.(\d+)\.", layer)), "")
+        own = own_names.get(re.sub(r"\.\d+\.", ".{i}.", layer, count=1))
+        if own is None:
+            raise ConfigError(f"{name}: has no name in GGUF files")
+        shape = spec_of(weights, name).shape
+        last = own.rpartition(".")[2]
+        is_transposed = architecture.is_transposed and bool(number) and len(shape) == 2
+        permuted = heads[last] if architecture.is_permuted and last in heads else None
+        adds_one = architecture.adds_one and last.endswith("norm")
+        shape = shape[::-1] if is_transposed else shape
+        used = "F32" if len(shape) < 2 else kind if shape[-1] % 32 == 0 else "F16"
+
+        make = partial(_made, weights, name, is_transposed, adds_one, permuted)
+        found[f"{own.replace('{i}', number)}.{part}"] = _Tensor(used, shape, make)
+    return found
+
+
+def _made(weights: Mapping[str, Array], name: str, is_transposed: bool, adds_one: bool, heads: int | None) -> Array:
+    """Returns a tensor as llama.cpp stores it: with alternating halves of each of its heads, if any."""
+    array = weights[name].astype(np.float32)
+    array = array.T if is_transposed else array + 1 if adds_one else array
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape) if heads else array
+
+
+def _type(gguf: Any, value: Any) -> Any:
+    """Returns the type of a value of the metadata."""
+    kinds = gguf.GGUFValueType
+    names = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING, list: kinds.ARRAY}
+    return names[type(value)]
