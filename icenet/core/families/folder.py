@@ -92,7 +92,7 @@ def is_importable(path: Path) -> bool:
 def is_known(path: Path) -> bool:
     """Returns whether a path is a GGUF file, or a folder of Hugging Face of one of `FAMILIES`."""
     try:
-        return is_gguf(path) or (is_folder(path) and read_json(path / CONFIG).get("model_type") in FAMILIES)
+        return is_gguf(path) or (is_folder(path) and _family(read_json(path / CONFIG)) is not None)
     except ConfigError:
         return False
 
@@ -111,7 +111,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     source = _open_gguf(path) if is_gguf(path) else _open_folder(path)
     values, where, found, files = source.values, source.where, source.weights, source.files
     model_type = values.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = _family(values)
     if family is None:
         described = f"model_type {model_type!r} is not supported" if model_type else "has no model_type"
         raise ConfigError(f"{where}: {described}; the supported families are {', '.join(FAMILIES)}")
@@ -169,13 +169,19 @@ class _Source:
     files: Path
 
 
+def _family(values: Mapping[str, Any]) -> Family | None:
+    """Returns the family of a config.json; None if it is not supported."""
+    model_type = values.get("model_type")
+    return FAMILIES.get(model_type) if isinstance(model_type, str) else None
+
+
 def _open_folder(path: Path) -> _Source:
     if (link := file_system.link_out_of(path, _READ)) is not None:
         raise ConfigError(
             f"{link}: is a link to {link.resolve()}, out of the folder; replace it by a copy if you trust it"
         )
     values = read_json(path / CONFIG)
-    if values.get("model_type") not in FAMILIES:  # reported first, and without a look at its weights
+    if _family(values) is None:  # reported first, and without a look at its weights
         return _Source(path / CONFIG, values, weight_files.Weights(path, []), path)
     try:
         values, weights = dequantized(values, _weights(path))
@@ -370,7 +376,10 @@ def _read_json_value(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MB; not a file of settings")
-        return json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
+        content = path.read_bytes()
+        if content.startswith(file_system.LFS_POINTER):
+            raise ConfigError(f"{path}: is a Git LFS pointer, not the file; {file_system.LFS_REMEDY}")
+        return json.loads(content, object_pairs_hook=without_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     except ConfigError:

@@ -166,6 +166,8 @@ def _inside(folder: Path, path: Any, file: Path) -> Path:
         or not path
         or PurePosixPath(path).is_absolute()
         or ".." in PurePosixPath(path).parts
+        or len(path) > 200
+        or not path.isprintable()
     ):
         raise ConfigError(f"{file}: path {shown(path)}: not the name of a folder in it")
     return folder / path
