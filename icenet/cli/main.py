@@ -244,6 +244,8 @@ def generate_command(
     MODEL is a run, a checkpoint, a saved model or a Hugging Face folder. Options that are not given take their values
     from the generation section of the model's config. The output ends at an end-of-text token, before a stop text, or
     at the maximum number of tokens; --json also prints which of them it was.
+
+    The text is continued as it is: icenet chat applies the chat template of a model.
     """
     from icenet.commands import generate
     from icenet.core.generation.prompts import read_prompt
