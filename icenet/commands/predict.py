@@ -26,6 +26,7 @@ from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
 from icenet.core.training.open_model import open_averaged, warn_of_changed_code
 from icenet.core.weights import hub
+from icenet.core.weights.files import DEFAULT_NAME
 
 BATCH_SIZE = 64
 
@@ -148,6 +149,12 @@ def predict(
 
 
 def _open_run(run: Path, averaged: bool) -> Classifier:
+    is_saved = (run / "config.yaml").is_file() and (run / DEFAULT_NAME).is_file()
+    if is_saved and not (run / checkpoint.FOLDER).is_dir() and not (run / "manifest.json").is_file():
+        raise UsageError(
+            f"{run}: is a saved model, which does not contain how its images are read; give the run, the checkpoint "
+            "or the Hugging Face folder that it was made from"
+        )
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
         raise UsageError(f"{run}: its {found.config.model.type} reads {found.config.model.input_kind}, not images")

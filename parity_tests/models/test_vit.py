@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PACKAGES, both_backends, build_model, is_one_line, native, plain
+from PIL import Image
 from torch import nn
 
 import icenet
+from icenet.commands.predict import predict
 from icenet.core import rng
 from icenet.core.config import Config, ModelConfig, ViTConfig, vit_plan
 from icenet.core.errors import ConfigError, UsageError
@@ -203,6 +206,13 @@ def test_a_run_trains_on_both_backends_and_converts(tmp_path: Path) -> None:
         losses[backend] = trainer.fit().validation_loss
     assert losses["mlx"] == pytest.approx(losses["torch"], rel=1e-5)
     icenet.convert(tmp_path / "mlx", tmp_path / "hf", "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert list(written["id2label"].values()) == [str(digit) for digit in range(10)]
+    file = tmp_path / "digit.png"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(file)
+    found, exported = (predict(tmp_path / name, [file], "torch", "cpu") for name in ("mlx", "hf"))
+    np.testing.assert_allclose(exported.probabilities, found.probabilities, rtol=1e-5)
+    assert exported.classes == found.classes
     shapes = {name: spec.shape for name, spec in weight_files.read(tmp_path / "hf").entries.items()}
     assert shapes["vit.embeddings.position_embeddings"] == (1, 5, 12)
     wrong = Config.from_dict({**values, "model": {**BASE, "image_channels": 1, "vocab_size": 10}})

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from icenet.core import files as file_system
 from icenet.core.config import Config, GenerationConfig, TransformerConfig
 from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
-from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers
+from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers, vision
 from icenet.core.families.weights import ImportedWeights, is_tied
 from icenet.core.tokenizers import companions, find_file, get_tokenizer, tokenizer_files
 from icenet.core.tokenizers import gguf as gguf_tokenizer
@@ -77,6 +77,18 @@ class Folder:
     values: dict[str, Any]
     config: Config
     weights: ImportedWeights
+
+
+class ImageFiles(NamedTuple):
+    """How the images of a model are read.
+
+    Attributes:
+        labels: Names of the classes.
+        preprocessor: Content of `preprocessor_config.json`.
+    """
+
+    labels: Sequence[str]
+    preprocessor: Mapping[str, Any]
 
 
 def is_folder(path: Path) -> bool:
@@ -229,7 +241,7 @@ def _gguf_files(model: gguf.Model) -> Path:
 
 
 def files_for(
-    config: Config, weights: Mapping[str, Array], source: Folder | None = None
+    config: Config, weights: Mapping[str, Array], source: Folder | None = None, images: ImageFiles | None = None
 ) -> tuple[Family, dict[str, bytes], list[str]]:
     """Returns the family of a model, the files next to its weights by name (config.json is the last), and remarks.
 
@@ -237,6 +249,7 @@ def files_for(
         config: The configuration of the model.
         weights: Its weights, for their dtype.
         source: The folder that it was imported from without change. Its files are kept.
+        images: How the images of a model without `source` are read, if it is known.
 
     Raises:
         ConfigError: No family has the options of the model.
@@ -245,11 +258,12 @@ def files_for(
     known = source.family if source else FAMILIES.get(recorded)
     family = family_of(config.model, known)
     reads_text = config.model.input_kind == "tokens"
-    files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source)
+    files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source, images)
     dtypes = Counter(dtype_name(spec_of(weights, name).dtype) for name in weights)
     dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
     if source is None:
         written = {**special, **dtype, **family.write(config.model)}
+        written |= vision.label_keys(images.labels) if images is not None else {}
     else:  # as it was written, with the spellings that mlx-lm reads in addition to those of `transformers` 5
         written = {**family.write(config.model), **(dtype if "dtype" not in source.values else {}), **source.values}
         has_logits = getattr(config.model, "output", "linear") != "none"
@@ -292,8 +306,12 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
     return files, remarks, ids
 
 
-def _image_files(source: Folder | None) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
+def _image_files(
+    source: Folder | None, images: ImageFiles | None
+) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
     """Returns what `_tokenizer` returns, for a model of images."""
+    if images is not None:
+        return {PREPROCESSOR: _json(images.preprocessor)}, [], {}
     if source is None:
         return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read, and no names of classes"], {}
     file = source.files / PREPROCESSOR

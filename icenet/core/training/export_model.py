@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.config import Config
+from icenet.core.data.images import preprocess
+from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.errors import CheckpointError, DataError, UsageError
 from icenet.core.families import Family, folder, gguf_export
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
@@ -75,7 +77,8 @@ def export(
         config, weights = open_averaged(source) if averaged else open_target(source)
     if weights is None:
         raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
-    family, files, remarks = folder.files_for(config, weights, imported)
+    images = _image_files(source) if imported is None and config.model.input_kind == "images" else None
+    family, files, remarks = folder.files_for(config, weights, imported, images)
     if form in gguf_export.KINDS:
         destination = output_file(destination, overwrite=overwrite, inputs=[source] if source.is_file() else [])
     elif not overwrite:
@@ -136,6 +139,14 @@ def _export_gguf(
         [],
         "; ".join(remarks),
     )
+
+
+def _image_files(source: Path) -> folder.ImageFiles | None:
+    """Returns how a run reads its images; None for a saved model, which does not know it."""
+    if not ((source / checkpoint.FOLDER).is_dir() or (source / "manifest.json").is_file()):
+        return None
+    facts = ImageFacts(**checkpoint.find(source).state["facts"])
+    return folder.ImageFiles(facts.classes, preprocess.written(facts))
 
 
 def _check_destination(source: Path, destination: Path, form: str) -> None:

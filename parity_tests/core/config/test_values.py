@@ -434,7 +434,7 @@ def test_keys_of_text_on_images(tmp_path: Path) -> None:
     for key in ("tokenizer", "text_key", "errors", "packing", "seq_length"):
         kinds = "data.kind text" + (" or data.kind chat" if key not in ("text_key", "packing") else "")
         assert error(tmp_path, images, f"data.{key}=1") == f"--set data.{key}: unknown key; it is for {kinds}"
-    assert error(tmp_path, images, "model.num_heads=1").endswith("it is for model.type transformer")
+    assert error(tmp_path, images, "model.num_heads=1").endswith("it is for model.type transformer or model.type vit")
 
 
 def test_a_key_without_a_space_before_its_value(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.data.images.decode import MAX_PIXELS, Pixels, decode, pillow
 from icenet.core.errors import ConfigError, DataError
 from icenet.core.families.folder import PREPROCESSOR, read_json
@@ -264,6 +265,28 @@ def _for_channels(values: Values, key: str, channels: int) -> list[float]:
     if key == "image_std" and 0 in numbers:
         raise ConfigError(f"{key}: {shown(given)} has zeros, by which pixels are divided")
     return [float(value) for value in numbers]
+
+
+def written(facts: ImageFacts) -> dict[str, Any]:
+    """Returns the content of a `preprocessor_config.json` for a run's way to read images.
+
+    Images of the run's size get the same pixels. Those of others differ slightly: the run crops before it resizes, and
+    it enlarges images with another filter.
+    """
+    size = facts.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 4,  # averages pixels
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": facts.mean,
+        "image_std": facts.std,
+    }
 
 
 def resized(pixels: Pixels, resize: Resize) -> Pixels:
