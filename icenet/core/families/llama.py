@@ -226,7 +226,7 @@ PHI3 = _family(
         *_parts(32064, 3072, 32, 8192, 4096, 1e-5, None),
         *(_HEADS, HeadSize(), _SILU, Phi3Rotary(fraction_key="partial_rotary_factor"), Window(None)),
         Dropout(("resid_pdrop", "embd_pdrop"), 0.0),
-        Only("attention_bias", False),
+        *(Only(name, False) for name in ("attention_bias", "mlp_bias", "lm_head_bias")),
     ],
     [
         *_NORMS,
@@ -238,4 +238,5 @@ PHI3 = _family(
         ),
         Row("model.layers.{i}.mlp.down_proj", ["blocks.{i}.feed_forward.down_proj"]),
     ],
+    ignored=frozenset({"full_attn_mod", "interpolate_factor"}),  # which the library does not read
 )
