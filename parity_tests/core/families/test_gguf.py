@@ -79,9 +79,7 @@ def random_tensors(values: dict[str, Any]) -> dict[str, np.ndarray]:
 def test_a_file_is_the_folder_that_it_was_made_from(name: str, tmp_path: Path) -> None:
     values = CASES[name]
     arrays = random_tensors(values)
-    weight_files.write(tmp_path / "hf", arrays)
-    (tmp_path / "hf/config.json").write_text(folder._json(values).decode())
-    expected = folder.read(tmp_path / "hf")
+    expected = folder.read(hugging_face_folder(tmp_path / "hf", values, arrays))
     found = folder.read(write(tmp_path / "model.gguf", values, arrays))
     options = found.family.options
     assert found.family is expected.family
@@ -246,6 +244,86 @@ def test_a_file_that_only_needs_reading_needs_no_package(tmp_path: Path, monkeyp
     assert folder.read(plain).weights["token_embedding.weight"].dtype == np.float16
     with pytest.raises(IceNetError, match=r"pip install 'icenet\[gguf\]'"):
         folder.read(quantized).weights["token_embedding.weight"]
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+def hugging_face_folder(path: Path, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+    weight_files.write(path, arrays)
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name, values in CASES.items() if "num_experts_per_tok" not in values])
+def test_an_exported_file_has_the_options_and_tensors(name: str, tmp_path: Path) -> None:
+    """Its tensors are those that the writer of the package gguf makes of the folder."""
+    values, arrays = CASES[name], random_tensors(CASES[name])
+    source = hugging_face_folder(tmp_path / "hf", values, arrays)
+    icenet.convert(source, tmp_path / "own.gguf", "gguf")
+    own, expected = GgufFile(tmp_path / "own.gguf"), GgufFile(write(tmp_path / "x.gguf", values, arrays, "F16"))
+    assert {path: own.spec(path).shape for path in own} == {path: expected.spec(path).shape for path in expected}
+    for path in own:
+        assert own.spec(path).dtype == (np.float32 if own[path].ndim < 2 else np.float16)
+        wanted = expected[path].astype(own[path].dtype)
+        np.testing.assert_allclose(own[path], wanted, rtol=1e-6)
+    options = folder.read(source).family.options
+    assert options(folder.read(tmp_path / "own.gguf").config.model) == options(folder.read(source).config.model)
+
+
+def test_an_exported_file_of_8_bits(tmp_path: Path) -> None:
+    values = {key: value for key, value in CASES["llama"].items() if key != "head_dim"}
+    arrays = random_tensors(values)
+    source = hugging_face_folder(tmp_path / "hf", values, arrays)
+    done = icenet.convert(source, tmp_path / "own.gguf", "gguf-q8_0")
+    assert done.destination.dtypes == {"F32": 5, "Q8_0": 16}
+    name = "model.layers.1.mlp.down_proj.weight"
+    kind = gguf.GGMLQuantizationType.Q8_0
+    expected = gguf.quants.dequantize(gguf.quants.quantize(arrays[name], kind), kind)
+    assert np.array_equal(
+        folder.read(tmp_path / "own.gguf").weights["blocks.1.feed_forward.down_proj.weight"], expected
+    )
+
+
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_a_tokenizer_comes_back(rule: str, bpe: Path) -> None:
+    content = json.loads(bpe.read_text())
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": sorted(content["model"]["vocab"], key=content["model"]["vocab"].get),
+        "tokenizer.ggml.token_type": [3] + [1] * (len(content["model"]["vocab"]) - 1),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    files = gguf_tokenizer.tokenizer_files(metadata, "llama")
+    size = len(metadata["tokenizer.ggml.tokens"])
+    again = gguf_tokenizer.metadata_of(files, size, [0])
+    assert again == metadata
+    assert gguf_tokenizer.metadata_of(files, size + 1, [])["tokenizer.ggml.tokens"][-1] == f"[PAD{size}]"
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    windows = {**CASES["qwen2"], "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    scaled = {**CASES["gemma2"], "query_pre_attn_scalar": 7}
+    for values, target, words in (
+        (windows, "x.gguf", "sliding_window"),
+        (scaled, "x.gguf", "attention_scale"),
+        (CASES["mixtral"], "x.gguf", "mixtral"),
+        (CASES["qwen2"], "x", "ends in .gguf"),
+        (CASES["qwen2"], "hf/model.safetensors", "ends in .gguf"),
+    ):
+        source = hugging_face_folder(tmp_path / "hf", values, random_tensors(values))
+        with pytest.raises(IceNetError, match=words) as error:
+            icenet.convert(source, tmp_path / target, "gguf")
+        assert is_one_line(error.value) and not list(tmp_path.glob("*.gguf"))
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(IceNetError, match="overwrite"):
+        icenet.convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf")
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

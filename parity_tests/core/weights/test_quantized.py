@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import icenet.blas  # before mlx.core
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import is_one_line
+from helpers import is_one_line, same_bits
 
+import icenet
+from icenet.core.config import Config
 from icenet.core.errors import IceNetError
+from icenet.core.families import FAMILIES, folder
+from icenet.core.families.weights import family_tensors
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.files import StoredWeights
 from icenet.core.weights.quantized import dequantized, unpack
@@ -214,3 +221,36 @@ def test_files_are_read(tmp_path: Path) -> None:
     weight_files.write(tmp_path, {**arrays, "a.biases": np.zeros((1, 2), np.float32)})
     _, found = dequantized({"quantization": MLX, "quantization_config": MLX}, weight_files.read(tmp_path))
     assert np.array_equal(found["a.weight"], np.arange(64)[None] % 16)
+
+
+def test_a_quantized_folder_is_a_model(tmp_path: Path) -> None:
+    """It generates, and leaves as a folder without quantization."""
+    mx = pytest.importorskip("mlx.core")
+    values = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "tie_word_embeddings": True,
+        "quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 4, "group_size": 64},
+    }  # fmt: skip
+    config = Config.from_dict({"model": FAMILIES["llama"].read({k: values[k] for k in values if "quant" not in k})})
+    generator = np.random.default_rng(1)
+    arrays, expected = {}, {}
+    for name, tensor in family_tensors(FAMILIES["llama"], config).items():
+        array = mx.array(generator.standard_normal(tensor.shape).astype("float32"))
+        if array.ndim == 1:
+            arrays[name] = expected[name] = np.array(array)
+            continue
+        parts = mx.quantize(array, group_size=64, bits=4)
+        arrays |= {name.replace("weight", kind): np.array(part) for kind, part in zip(KINDS, parts, strict=True)}
+        expected[name] = np.array(mx.dequantize(*parts, group_size=64, bits=4))
+    weight_files.write(tmp_path / "in", arrays, {"format": "mlx"})
+    (tmp_path / "in/config.json").write_text(json.dumps(values))
+    found = folder.read(tmp_path / "in")
+    for name, array in expected.items():
+        np.testing.assert_allclose(found.weights.stored[name], array, rtol=0, atol=1e-6)
+    icenet.convert(tmp_path / "in", tmp_path / "out", "hf")
+    assert not {"quantization", "quantization_config"} & json.loads((tmp_path / "out/config.json").read_text()).keys()
+    model, again = icenet.load(tmp_path / "in", "torch"), icenet.load(tmp_path / "out", "torch")
+    assert same_bits(model.weights(), again.weights())
+
+
+KINDS = ("weight", "scales", "biases")
