@@ -317,6 +317,10 @@ NOT_A_FILE = "a device, a pipe or a socket"
 UNREADABLE = "cannot be read"
 RUN = "the folder of a run"
 
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of the short text that Git LFS leaves in place of a file that was not downloaded."""
+LFS_REMEDY = "run `git lfs pull` in its repository"
+
 OnSkip = Callable[[str, str, str], None]
 """Receives what a listing leaves out: the reason (one of the five above), the path, and details or an empty text."""
 

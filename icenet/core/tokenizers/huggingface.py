@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
+from icenet.core.files import LFS_POINTER, LFS_REMEDY
 from icenet.core.tokenizers import wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
 from icenet.core.tokenizers.companions import CONFIG, PROCESSOR_TEMPLATE, TEMPLATE, Settings, parse, read_files
@@ -482,6 +483,8 @@ def _read(content: bytes, where: str) -> tuple[Any, Any]:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
+        if content.startswith(LFS_POINTER):
+            raise DataError(f"data.tokenizer: {where}: is a Git LFS pointer, not the file; {LFS_REMEDY}") from None
         raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")

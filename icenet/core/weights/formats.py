@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from icenet.core.files import LFS_POINTER, LFS_REMEDY
+
 SAFETENSORS = "safetensors"
 PICKLE = "pickle"
 """A file that `torch.save` wrote, as a zip file or in the older format."""
@@ -29,7 +31,7 @@ _MAGIC = {
     b"\xfd7zXZ\x00": ("an xz file", "unpack it first"),
     b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it first"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it first"),
-    b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
+    LFS_POINTER: ("a Git LFS pointer, not the weights", LFS_REMEDY),
 }
 
 

@@ -220,3 +220,7 @@ def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
                 refused += 1
         assert refused >= 10, suffix
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError) as caught:
+        read_image(path, None, 3)
+    assert is_one_line(caught.value, str(path), "Git LFS pointer", "git lfs pull")

@@ -531,6 +531,20 @@ def test_one_bad_byte_loses_nothing_in_silence(tmp_path: Path, cache: Path) -> N
     assert replaced.left_out.counts == {left_out.REPLACED: 2, left_out.EMPTY_LINES: 1}
 
 
+@pytest.mark.parametrize("name", ["a.txt", "b.txt.gz", "c.jsonl"])
+def test_a_pointer_of_git_lfs_is_no_text(name: str, tmp_path: Path, cache: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "good.txt").write_text("good")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    (corpus / name).write_text(pointer)
+    (corpus / "model.bin").write_text(pointer)
+    fails(corpus, cache, f"{corpus}/{name}", "Git LFS pointer", "git lfs pull", "data.errors=skip")
+    skipped = make(corpus, cache, errors="skip")
+    assert documents_of(skipped) == ["good"]
+    assert set(skipped.left_out.names) == {left_out.DAMAGED, left_out.BINARY}
+
+
 def test_what_is_left_out_is_said_and_recorded(tmp_path: Path, capsys: Any, no_plots: None) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -255,6 +255,7 @@ HOSTILE = {
     "cut": lambda text, values: text[:1000],
     "empty": lambda text, values: "",
     "binary": lambda text, values: b"\x80\x04\x95\0",
+    "lfs pull": lambda text, values: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "deep": lambda text, values: "[" * 100_000,
     "deeper": lambda text, values: '{"model":' * 3000 + "{}" + "}" * 3000,
     "list": lambda text, values: "[1]",
@@ -281,7 +282,8 @@ def test_hostile_files_are_one_line(name: str, bpe: Path, tmp_path: Path, capfd:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(DataError) as caught:
         get_tokenizer(str(path))
-    assert is_one_line(caught.value, "data.tokenizer", str(path)) and caught.value.exit_code == 2
+    remedy = "run `git lfs pull`" if name == "lfs pull" else ""
+    assert is_one_line(caught.value, "data.tokenizer", str(path), remedy) and caught.value.exit_code == 2
     assert capfd.readouterr().err == ""  # a panic of the library writes there
 
 

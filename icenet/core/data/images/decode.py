@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
+from icenet.core.files import LFS_POINTER, LFS_REMEDY
 
 Pixels = NDArray[np.uint8]
 
@@ -90,6 +91,12 @@ def has_more_frames(image: Any) -> bool:
     return bool(getattr(image, "is_animated", False)) and image.format not in _PHOTO_FORMATS
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Opens an image whose header is checked. Pillow decodes the pixels when they are used.
@@ -120,6 +127,8 @@ def opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (Image.UnidentifiedImageError, IsADirectoryError):
+        if _is_lfs_pointer(path):
+            raise DataError(f"{path}: is a Git LFS pointer, not the image; {LFS_REMEDY}") from None
         raise DataError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG") from None
     except Image.DecompressionBombError:
         raise DataError(f"{path}: claims far too many pixels and is not opened; shrink it") from None

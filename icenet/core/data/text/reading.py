@@ -30,6 +30,7 @@ from icenet.core.data.text.left_out import (
 )
 from icenet.core.data.text.sources import Document, reason
 from icenet.core.errors import DataError
+from icenet.core.files import LFS_POINTER, LFS_REMEDY
 
 CHUNK_BYTES = 1 << 16
 """Maximum size of a chunk. A tokenizer needs some hundred bytes of memory per byte of text."""
@@ -42,6 +43,7 @@ OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe":
 
 _BUFFER_BYTES = 1 << 20
 _HEAD_BYTES = 8000  # where git looks for a NUL
+_LFS_BYTES = 1024  # no pointer of Git LFS is as large, by its specification
 _JSON_HEAD_BYTES = 1 << 22
 _WINDOW_BYTES = 1 << 12
 _MIN_BLOCK, _MAX_BLOCK, _BLOCK_FRACTION = 64, 1 << 20, 1024
@@ -182,8 +184,14 @@ class Reader:
         return "\n" not in head[:end]
 
     def _check_encoding(self) -> None:
-        """Raises UnusableFileError if the file begins like a binary file or like UTF-16."""
+        """Raises UnusableFileError if the file begins like a binary file, like UTF-16 or like a pointer of Git LFS."""
         self._call(self._stream.seek, 0)
+        if self.document.size < _LFS_BYTES:
+            self._call(self._file.seek, 0)  # a pointer in place of a gzip file is not packed
+            if self._call(self._file.read, len(LFS_POINTER)) == LFS_POINTER:
+                why = BINARY if self.document.binary else DAMAGED
+                raise self._unusable(why, "is a Git LFS pointer, not the file", LFS_REMEDY)
+            self._call(self._file.seek, 0)
         head = self._call(self._stream.read, _HEAD_BYTES)
         encoding = next((name for bom, name in OTHER_BOMS.items() if head.startswith(bom)), None)
         if encoding is not None and not self.document.binary:
