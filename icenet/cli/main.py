@@ -266,7 +266,7 @@ def generate_command(
         "icenet chat SmolLM2-135M-Instruct",
         'icenet chat MODEL --message "What is the capital of France?"',
         'icenet chat MODEL --system "Answer in one word." --temperature 0.7 --seed 1',
-        "cat questions.txt | icenet chat MODEL --backend torch > answers.txt",
+        "icenet chat MODEL --backend torch --template-option enable_thinking=false",
     ),
 )
 @click.argument("model", type=PATH)
