@@ -153,7 +153,7 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> InvalidYAMLError:
     ):
         remedy = "put a text that begins with a special character in quotes"
     line = next((mark.line + 1 for mark in marks if mark), None)
-    for number in (line, line - 1) if line else ():  # the line before is where a value that should end goes on
+    for number in (line, line - 1) if line else ():  # the value of the line before may continue there
         if names := scalars.strange_spaces("".join(text.splitlines()[number - 1 : number])):
             remedy = f"line {number} contains {names}: write a space instead"
             break
