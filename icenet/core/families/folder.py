@@ -256,6 +256,8 @@ def files_for(
     """
     recorded = str(getattr(weights, "metadata", {}).get(weight_files.FAMILY))
     known = source.family if source else FAMILIES.get(recorded)
+    if source is None and known is not None:
+        known = known.text_family or known
     family = family_of(config.model, known)
     reads_text = config.model.input_kind == "tokens"
     files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source, images)
@@ -266,6 +268,8 @@ def files_for(
         written |= vision.label_keys(images.labels) if images is not None else {}
     else:  # as it was written, with the spellings that mlx-lm reads in addition to those of `transformers` 5
         written = {**family.write(config.model), **(dtype if "dtype" not in source.values else {}), **source.values}
+        if family.text_family is not None:
+            written["text_config"] = {**family.write(config.model)["text_config"], **source.values["text_config"]}
         has_logits = getattr(config.model, "output", "linear") != "none"
         if has_logits and (ties := getattr(config.model, "tie_embeddings", None)) is not None:
             written["tie_word_embeddings"] = ties

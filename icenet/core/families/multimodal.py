@@ -66,4 +66,5 @@ GEMMA3_MULTIMODAL = Family(
         }
     ),
     divides_width=True,
+    text_family=GEMMA3,
 )
