@@ -24,6 +24,49 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- experts ------------------------------------------------------------------------------------------------
+    Fault(
+        "the weights of experts add up to 1 where they should not",
+        "icenet_torch/nn/experts.py",
+        "    if plan.normalize:",
+        "    if not plan.normalize:",
+        ["models/test_experts.py::test_output_and_gradients_are_those_of_the_formula"],
+    ),
+    Fault(
+        "the rows of experts stay sorted in MLX",
+        "icenet/nn/experts.py",
+        "rows = rows[self._inverse] if self._is_sorted else rows",
+        "rows = rows",
+        ["models/test_experts.py::test_output_and_gradients_are_those_of_the_formula"],
+    ),
+    Fault(
+        "of equal scores any expert is chosen in PyTorch",
+        "icenet_torch/nn/experts.py",
+        "scores.detach().sort(dim=-1, descending=True, stable=True)[1]",
+        "scores.detach().flip(-1).sort(dim=-1, descending=True, stable=True)[1].sub(scores.shape[-1] - 1).neg()",
+        ["models/test_experts.py::test_of_equal_scores_the_first_expert_is_chosen"],
+    ),
+    Fault(
+        "the biases of experts decay",
+        "icenet/core/training/parameter_groups.py",
+        "return len(shape) - (kinds.get(layout.split(path)[0]) == \"stacked_linear\")",
+        "return len(shape)",
+        ["models/test_experts.py::test_biases_of_experts_have_no_weight_decay"],
+    ),
+    Fault(
+        "fused experts are split from the end",
+        "icenet/core/families/tensors.py",
+        "return array[:, rows] if self.row.is_fused else array[rows]",
+        "return array[:, ::-1][:, rows] if self.row.is_fused else array[rows]",
+        ["core/families/test_moe.py::test_experts_are_stacked_from_the_names_of_each_program"],
+    ),
+    Fault(
+        "each decoder_sparse_step-th layer is counted from 0",
+        "icenet/core/families/moe.py",
+        "(index + 1) % step == 0",
+        "index % step == 0",
+        ["core/families/test_moe.py::test_layers_without_experts"],
+    ),
     # ---- data that is not what it seems -------------------------------------------------------------------------
     Fault(
         "the folder of a run is a part of a text",
