@@ -80,8 +80,8 @@ def _load(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise WeightsError(
                 f"{path}: holds objects other than tensors and is not loaded, because unpickling them can run code; "
-                "if you trust the file, save its state dict alone: found = torch.load(path, weights_only=False), then "
-                "torch.save(found['state_dict'], 'weights.pt'), or found.state_dict() if it is a module"
+                "if you trust the file, save its state dict alone: found = torch.load(path, weights_only=False), "
+                "then torch.save(found['state_dict'], 'weights.pt'), or found.state_dict() if it is a module"
             ) from None
         raise WeightsError(
             f"{path}: damaged or not a state dict; save model.state_dict() again, or use .safetensors"

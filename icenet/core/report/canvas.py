@@ -74,7 +74,7 @@ def available() -> bool:
     """Imports matplotlib, and returns whether it is installed (`pip install 'icenet[plot]'`).
 
     A notebook passes MPLBACKEND to the commands that it starts. matplotlib cannot be imported if that names a backend
-    of the notebook which is not installed for them. Plots need no backend of a screen, so it is used only if it is one.
+    of the notebook that is not installed for them. Plots need no backend of a screen, so it is set only if it exists.
     """
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:

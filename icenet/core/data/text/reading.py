@@ -184,7 +184,7 @@ class Reader:
         return "\n" not in head[:end]
 
     def _check_encoding(self) -> None:
-        """Raises UnusableFileError if the file begins like a binary file, like UTF-16 or like a pointer of Git LFS."""
+        """Raises UnusableFileError if the file begins like a binary file, UTF-16 or a pointer of Git LFS."""
         self._call(self._stream.seek, 0)
         if self.document.size < _LFS_BYTES:
             self._call(self._file.seek, 0)  # a pointer in place of a gzip file is not packed
