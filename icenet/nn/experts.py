@@ -68,11 +68,11 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = plan.activation
         self.is_gated = plan.is_gated
-        self.count = experts.count
+        self.count = experts.total
         if plan.is_gated:
-            self.gate_proj = StackedLinear(experts.count, plan.width, plan.inner, plan.bias)
-        self.up_proj = StackedLinear(experts.count, plan.width, plan.inner, plan.bias)
-        self.down_proj = StackedLinear(experts.count, plan.inner, plan.width, plan.bias, plan.init_scale)
+            self.gate_proj = StackedLinear(experts.total, plan.width, plan.inner, plan.bias)
+        self.up_proj = StackedLinear(experts.total, plan.width, plan.inner, plan.bias)
+        self.down_proj = StackedLinear(experts.total, plan.inner, plan.width, plan.bias, plan.init_scale)
 
     def __call__(self, x: Array, weights: Array, indices: Array) -> Array:
         """Returns the weighted sum of the outputs of each token's experts.

@@ -92,7 +92,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, plan: FeedForwardPlan, experts: ExpertsPlan) -> None:
         super().__init__()
         self.plan = experts
-        self.router = ops.Router(plan.width, experts.count)
+        self.router = ops.Router(plan.width, experts.total)
         self.experts = ops.Experts(plan, experts)
         self.dropout = ops.Dropout(plan.dropout)
 

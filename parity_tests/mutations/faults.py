@@ -49,7 +49,7 @@ FAULTS: list[Fault] = [
     Fault(
         "the biases of experts decay",
         "icenet/core/training/parameter_groups.py",
-        "return len(shape) - (kinds.get(layout.split(path)[0]) == \"stacked_linear\")",
+        'return len(shape) - (kinds.get(layout.split(path)[0]) == "stacked_linear")',
         "return len(shape)",
         ["models/test_experts.py::test_biases_of_experts_have_no_weight_decay"],
     ),

@@ -115,7 +115,7 @@ class AttentionPlan(NamedTuple):
 class ExpertsPlan(NamedTuple):
     """The experts of a mixture: feed-forward networks of which each token uses those that a router scores highest."""
 
-    count: int
+    total: int
     per_token: int
     normalize: bool = True
     """Whether the weights of the experts of a token add up to 1."""

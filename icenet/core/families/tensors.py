@@ -20,7 +20,7 @@ class Row:
     """A layer of a family, and the layers of ours that it contains.
 
     Attributes:
-        theirs: Its name, with `{i}` for the index of the block. With `{e}` for that of an expert, there is a layer for
+        theirs: Its name, with `{i}` for the index of the block. With `{e}` for that of an expert there is a layer for
             each expert, and ours are stacked.
         ours: Our names. The rows of several are stacked in this order.
         is_transposed: Whether its weight has the axes (in, out).
