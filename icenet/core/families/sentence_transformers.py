@@ -160,12 +160,12 @@ def _read_pooling(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inside(folder: Path, path: Any, file: Path) -> Path:
-    """Returns a folder within another."""
+    """Returns a folder in another one."""
     if (
         not isinstance(path, str)
         or not path
-        or PurePosixPath(path).is_absolute()
-        or ".." in PurePosixPath(path).parts
+        or PurePosixPath(path).name != path  # one level, in which links are checked
+        or path == ".."
         or len(path) > 200
         or not path.isprintable()
     ):
