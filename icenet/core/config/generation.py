@@ -40,7 +40,7 @@ class GenerationConfig(Section):
     """Keep only tokens with at least this fraction of the probability of the most likely one."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Divisor of positive logits, and factor of negative ones, of tokens that occurred before."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Seed of sampling; null: the seed of the configuration."""
     stop: list[int | str] = Field(default_factory=list)
     """Token ids and strings that end a sequence; they are not part of the result."""

@@ -818,7 +818,7 @@ BAD: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     ([[1]], {"repetition_penalty": 0}, ("generation.repetition_penalty", "0")),
     ([[1]], {"prefill_chunk": 0}, ("generation.prefill_chunk", "0")),
     ([[1]], {"seed": "a"}, ("generation.seed", "'a'")),
-    ([[1]], {"seed": -1}, ("generation.seed", "-1")),
+    ([[1]], {"seed": -(2**63) - 1}, ("generation.seed", str(-(2**63) - 1))),
     ([[1]], {"seed": 2**64 + 1}, ("generation.seed", str(2**64 + 1))),
     ([[1]], {"overflow": "slid"}, ("generation.overflow", "'slid'", "'slide'")),
     ([[1]], {"stop": "END"}, ("stop", "tokenizer")),

@@ -154,9 +154,9 @@ sys.meta_path.insert(0, Absent())
 assert report.plot_metrics([], {str(tmp_path / "p.png")!r}, "") is None
 del sys.meta_path[0]
 import os
-os.environ["MPLBACKEND"] = "module://a_notebook.inline"
+os.environ["MPLBACKEND"] = "no_backend"
 from icenet.core.report import canvas
-assert canvas.available() and os.environ["MPLBACKEND"] == "module://a_notebook.inline"
+assert canvas.available() and os.environ["MPLBACKEND"] == "no_backend"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
