@@ -124,6 +124,49 @@ FAULTS: list[Fault] = [
         "index % step == 0",
         ["core/families/test_moe.py::test_layers_without_experts"],
     ),
+    # ---- models of images of other programs ------------------------------------------------------------------
+    Fault(
+        "the stride of a bottleneck is at the other convolution",
+        "icenet/core/families/vision.py",
+        '"bottleneck_stride", ("conv3", "conv1")',
+        '"bottleneck_stride", ("conv1", "conv3")',
+        ["core/families/test_vision.py::test_logits_are_those_of_transformers"],
+    ),
+    Fault(
+        "the centre of an image is one pixel off",
+        "icenet/core/data/images/preprocess.py",
+        "(pixels.shape[0] - height) // 2",
+        "(pixels.shape[0] - height + 1) // 2",
+        ["core/data/test_preprocess.py::test_values_and_crops_by_their_formulas"],
+    ),
+    Fault(
+        "a setting of an image processor that is unknown has no effect",
+        "icenet/core/data/images/preprocess.py",
+        "    if unknown:\n",
+        "    if False:\n",
+        ["core/data/test_preprocess.py::test_a_setting_that_is_not_supported_is_one_line"],
+    ),
+    Fault(
+        "images of any square size get the positions of another",
+        "icenet/core/config/vit_plan.py",
+        "if height == width == size:",
+        "if height == width:",
+        ["models/test_vit.py::test_images_that_do_not_fit_are_one_line"],
+    ),
+    Fault(
+        "published vision transformers of torchvision have unknown names",
+        "icenet/core/families/torchvision.py",
+        "new = re.sub(pattern, replacement, new)",
+        "pass",
+        ["core/families/test_torchvision.py::test_python_converts_with_a_model"],
+    ),
+    Fault(
+        "a version 1 ResNet is written for torchvision, whose ResNets are version 1.5",
+        "icenet/core/families/torchvision.py",
+        '        "bottleneck_stride": "conv3",\n',
+        "",
+        ["core/families/test_torchvision.py::test_options_that_torchvision_lacks_are_named"],
+    ),
     # ---- data that is not what it seems -------------------------------------------------------------------------
     Fault(
         "the folder of a run is a part of a text",

@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten
 
 from icenet.commands.convert import convert_model
 from icenet.core import rng
-from icenet.core.config import FAMILIES, Config, ModelConfig, cnn_plan
+from icenet.core.config import FAMILIES, Config, ImageModelConfig, ModelConfig, cnn_plan
 from icenet.core.engine import Batch
 from icenet.core.training import checkpoint
 from icenet.core.weights import files as weight_files
@@ -131,6 +131,23 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
         options["layer_types"] = None if sliding == "all" else ["sliding", "full"][:layers]
     if options["positions"] == "rotary":  # once in four cases, so that each scaling is in 24
         options |= rotary_options(draw, layers)
+    return options | encoder_options(draw, {**model, **options})
+
+
+def encoder_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of BERT and its successors, some of which decoders may have."""
+    options: dict[str, Any] = {
+        "token_types": draw.cycle("token_types", [0, 0, 2]),
+        "embedding_norm": draw.cycle("embedding_norm", YES_NO),
+        "position_offset": draw.cycle("position_offset", [0, 2]) if model["positions"] == "learned" else 0,
+        "output": draw.cycle("head", ["linear", "transform", "linear", "none"]),
+    }
+    if model["tie_embeddings"]:
+        options["output_bias"] = draw.cycle("output_bias", YES_NO)
+    if options["output"] == "none":
+        options |= {"tie_embeddings": False, "output_bias": False, "logit_softcap": None}
+    if not model["causal"]:
+        options |= {"relative_buckets": draw.cycle("relative_buckets", [4, None, 8]), "relative_max_distance": 9}
     return options
 
 
@@ -176,6 +193,8 @@ def cnn(draw: Draw) -> dict[str, Any]:
         "stage_depths": depths,
         "classifier": draw.cycle("classifier", ["hidden", "linear"]),
         "hidden_size": draw.randint(2, 24),
+        "first_stage_stride": draw.cycle("first_stage_stride", [1, 1, 2]),
+        "bottleneck_stride": draw.cycle("bottleneck_stride", ["conv3", "conv1"]),
     }
     num_stages = len(depths) if depths else min(model["num_layers"], 4)
     given_widths = draw.cycle("stage_widths", YES_NO)
@@ -184,6 +203,25 @@ def cnn(draw: Draw) -> dict[str, Any]:
         plain: Any = ModelConfig(type="cnn", **{**model, "classifier": "hidden"})
         model["hidden_size"] = cnn_plan.blocks(plain)[-1].outputs
     return model
+
+
+def vit(draw: Draw) -> dict[str, Any]:
+    patch, heads, head_size = draw.randint(1, 5), draw.randint(1, 3), draw.randint(2, 8)
+    has_head_size = draw.cycle("head_size", YES_NO)
+    return {
+        "image_size": patch * draw.randint(1, 3) + draw.randint(0, patch - 1),
+        "patch_size": patch,
+        "image_channels": draw.choice([1, 2, 3, 5]),
+        "pooling": draw.cycle("pooling", ["token", "mean"]),
+        "hidden_size": draw.randint(3, 24) if has_head_size else heads * head_size,
+        "num_layers": draw.randint(1, 2),
+        "num_heads": heads,
+        "head_size": head_size if has_head_size else None,
+        "attention_bias": draw.cycle("attention_bias", YES_NO),
+        "activation": draw.cycle("activation", ACTIVATIONS),
+        "feed_forward_size": draw.choice([None, 5, 17]),
+        "norm_eps": draw.choice([1e-6, 1e-3]),
+    }
 
 
 def case(
@@ -198,7 +236,7 @@ def case(
             for each of 30 to 50 kernels.
     """
     draw = Draw(seed, index)
-    model = {"transformer": transformer, "cnn": cnn}.get(draw.family, recurrent)(draw)
+    model = {"transformer": transformer, "cnn": cnn, "vit": vit}.get(draw.family, recurrent)(draw)
     model |= {
         "type": draw.family,
         "dropout": draw.cycle("dropout", [0.0, 0.1, 0.3, 0.5]),
@@ -214,11 +252,11 @@ def case(
     }
     config = Config.from_dict({"seed": draw.randrange(2**40), "device": "cpu", "model": model, "training": training})
     rows = draw.choice([1, 2, 3, 4])
-    if draw.family != "cnn":
+    if not isinstance(config.model, ImageModelConfig):
         padded = draw.cycle("padded", [True, False])
         return config, {"rows": rows, "length": draw.choice([1, 2, 5, 11]), "padded": padded}
-    smallest = cnn_plan.min_image_size(config.model)  # type: ignore[arg-type]
-    size = [smallest + draw.randint(0, 7) for _ in range(2)]
+    smallest = config.model.smallest_size
+    size = [smallest if draw.family == "vit" else smallest + draw.randint(0, 7) for _ in range(2)]
     return config, {"rows": max(rows, 2), "size": size}  # batch norm needs two values per channel
 
 

@@ -19,7 +19,7 @@ from icenet.core.config import FAMILIES, Config
 from icenet.parity.engines import build
 from icenet.parity.run import compare_engines
 
-SEED, COUNT = 2024, 20
+SEED, COUNT = 2024, 24
 PRECISIONS = ("fp32", "bf16", "fp32", "fp16")
 SLOW_SEEDS, SLOW_COUNT = range(1, 6), 60
 

@@ -117,6 +117,17 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         ({"type": "vit", "num_heads": 4, "head_size": 5, "hidden_size": 16}, "head_size"),
         ({"type": "cnn", "stem": "conv3"}, "stem"),
         ({"type": "cnn", "stem": "conv7", "block": "conv"}, "block"),
+        (
+            {
+                **RESNET,
+                "block": "bottleneck",
+                "num_layers": 1,
+                "stage_widths": [4],
+                "hidden_size": 16,
+                "bottleneck_stride": "conv1",
+            },
+            "bottleneck_stride",
+        ),
         ({"type": "lstm"}, "lstm"),
     ],
 )

@@ -270,8 +270,8 @@ def _for_channels(values: Values, key: str, channels: int) -> list[float]:
 def written(facts: ImageFacts) -> dict[str, Any]:
     """Returns the content of a `preprocessor_config.json` for a run's way to read images.
 
-    Images of the run's size get the same pixels. Those of others differ slightly: the run crops before it resizes, and
-    it enlarges images with another filter.
+    Images of the size of the run get the same pixels. Others differ slightly: the run crops before it resizes, and it
+    enlarges images with another filter.
     """
     size = facts.image_size
     return {
