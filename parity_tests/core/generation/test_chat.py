@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BACKENDS, both_backends, build_model, is_one_line
+from helpers import BACKENDS, both_backends, build_model, is_one_line, tiny, train
 
 import icenet
 from icenet.core.config import GenerationConfig, ModelConfig
@@ -77,6 +78,21 @@ def test_a_saved_model_keeps_its_template(bpe: Path, tmp_path: Path) -> None:
     assert loaded.tokenizer.name == model.tokenizer.name and loaded.tokenizer.chat_template == TEMPLATE
     options = {"max_new_tokens": 5, "temperature": 0}
     assert icenet.chat(loaded, TURNS, **options) == icenet.chat(model, TURNS, **options)
+
+
+def test_a_run_keeps_the_template_of_its_tokenizer(bpe: Path, tmp_path: Path) -> None:
+    """In its folder and in its checkpoints, so that it can be moved."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    config = tiny(tmp_path, f"data.tokenizer={tmp_path / 'tokenizer'}", "model.vocab_size=400")
+    train(config, tmp_path / "run", "torch", until=1)
+    shutil.rmtree(tmp_path / "tokenizer")
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    for path in (tmp_path / "run", checkpoint):
+        assert (path / "chat_template.jinja").read_text() == TEMPLATE
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert icenet.load(tmp_path / "moved", "torch").tokenizer.chat_template == TEMPLATE
 
 
 def test_how_long_an_answer_may_be() -> None:
