@@ -41,7 +41,7 @@ class Family:
         has_counters: Whether its batch norms count batches, in tensors `num_batches_tracked`.
         ignored: Keys that do not change the numbers, besides `IGNORED`.
         divides_width: Whether the library requires hidden_size to be a multiple of num_heads.
-        text_family: Family of the text part of a model of text and images, which a model without images is written as.
+        text_family: Family of the text part of models of text and images; a model without images is written as it.
         section: Class of its configurations.
         rows_of: Returns further rows for a configuration, of families whose names depend on it.
         options: Returns the options of a configuration without abbreviations, so that equal models have equal ones.
