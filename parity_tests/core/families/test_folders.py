@@ -530,3 +530,36 @@ def test_links_out_of_the_folder(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "named").symlink_to(llama)
     for place in (snapshot, tmp_path / "named", llama):
         assert folder.read(place).weights
+
+
+def test_a_saved_model_keeps_its_family_and_the_settings_of_generation(llama: Path, tmp_path: Path) -> None:
+    """Without them this Mistral is a Llama."""
+    changed(llama, model_type="mistral", sliding_window=None)
+    (llama / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "max_new_tokens": 3}')
+    model = icenet.load(llama, "torch")
+    icenet.save(model, tmp_path / "saved")
+    icenet.convert(llama, tmp_path / "converted", "canonical")
+    for name in ("saved", "converted"):
+        again = icenet.load(tmp_path / name, "torch")
+        assert again.generation.model_copy(update={"seed": model.generation.seed}) == model.generation
+        icenet.convert(tmp_path / name, tmp_path / f"hf-{name}", "hf")
+        assert json.loads((tmp_path / f"hf-{name}/config.json").read_text())["model_type"] == "mistral"
+
+
+def test_a_folder_for_mlx_lm(tmp_path: Path) -> None:
+    """Its config.json has the older spellings, and GPT-2 the names of the model without its head."""
+    config = tiny_config("gpt2")
+    icenet.save(icenet.build(Config.from_dict({"model": config.model_dump()}), "torch"), tmp_path / "own")
+    icenet.convert(tmp_path / "own", tmp_path / "out", "mlx-lm")
+    found = weight_files.read(tmp_path / "out")
+    assert found.metadata["format"] == "mlx" and "h.0.attn.c_attn.weight" in found and "wte.weight" in found
+    assert json.loads((tmp_path / "out/config.json").read_text())["n_ctx"] == config.max_seq_length
+    assert icenet.load(tmp_path / "out", "torch").config == config
+
+
+def test_keys_that_mlx_lm_reads_are_added(llama: Path, tmp_path: Path) -> None:
+    changed(llama, rope_parameters={"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0})
+    icenet.convert(llama, tmp_path / "out", "hf")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["rope_theta"] == 7.0 and written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert folder.read(tmp_path / "out").config.model == folder.read(llama).config.model
