@@ -77,6 +77,10 @@ def export(
         config, weights = open_averaged(source) if averaged else open_target(source)
     if weights is None:
         raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
+    if form != FORM and config.model.input_kind == "images":
+        raise UsageError(
+            f"--to {form}: is for models of text, and a {config.model.type} classifies images; use --to {FORM}"
+        )
     images = _image_files(source) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
     if form in gguf_export.KINDS:

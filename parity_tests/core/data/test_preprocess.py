@@ -92,6 +92,7 @@ def test_values_and_crops_by_their_formulas() -> None:
     np.testing.assert_allclose(scaled, expected, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(Preprocessor()(image), image.astype(np.float32))
     np.testing.assert_array_equal(Preprocessor(crop=(4, 4))(image), image[1:5, 2:6])
+    np.testing.assert_array_equal(Preprocessor(crop=(3, 4))(image), image[1:4, 2:6])  # the odd row is at the bottom
     padded = Preprocessor(crop=(9, 4))(image)  # the odd row is at the top
     assert padded.shape == (9, 4, 3)
     np.testing.assert_array_equal(padded[2:8], image[:, 2:6])

@@ -265,6 +265,17 @@ def test_the_options_of_gemma() -> None:
     assert (model.embedding_scale, model.tie_embeddings, model.activation) == (None, True, "gelu_tanh")
 
 
+def test_the_strides_of_a_resnet() -> None:
+    """Which its config.json has as flags, both false by default."""
+    for flags, expected in (
+        ({}, (1, "conv3")),
+        ({"downsample_in_first_stage": True}, (2, "conv3")),
+        ({"downsample_in_bottleneck": True}, (1, "conv1")),
+    ):
+        found = FAMILIES["resnet"].read({**IMAGES["resnet"], **flags})
+        assert (found["first_stage_stride"], found["bottleneck_stride"]) == expected
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_configs_of_published_models_are_read(name: str) -> None:
     """And nothing in them but dropout is lost."""

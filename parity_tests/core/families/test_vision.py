@@ -273,6 +273,13 @@ def test_a_folder_that_cannot_predict_is_one_line(vit: Path, tmp_path: Path) -> 
     assert is_one_line(usage.value, "--averaged")
 
 
+@pytest.mark.parametrize("form", ["mlx-lm", "gguf"])
+def test_forms_of_text_are_refused(form: str, vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        icenet.convert(vit, tmp_path / ("out.gguf" if form == "gguf" else "out"), form)
+    assert is_one_line(error.value, form, "vit", "--to hf")
+
+
 def test_info_and_parity_take_a_folder(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(vit)]) in (0, None)
     assert "patch_embedding" in capsys.readouterr().out
