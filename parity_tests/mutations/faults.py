@@ -747,7 +747,7 @@ FAULTS: list[Fault] = [
     Fault(
         "micro-batches have equal weights",
         "icenet/core/engine.py",
-        'parts.append((part, range(start, end), int((part["labels"] >= 0).sum()) / counted))',
+        'parts.append((part, range(start, end), count_labels(part["labels"]) / counted))',
         "parts.append((part, range(start, end), 1 / number / size))",
         ["core/training/test_training.py::test_the_mean_is_over_labels_and_not_over_micro_batches"],
     ),
@@ -846,7 +846,7 @@ FAULTS: list[Fault] = [
     Fault(
         "norms and biases decay",
         "icenet/core/training/parameter_groups.py",
-        "decay = weight_decay(training) if len(shape) >= 2 else 0.0",
+        "decay = weight_decay(training) if _num_axes(path, shape, kinds) >= 2 else 0.0",
         "decay = weight_decay(training)",
         ["engine/test_optimizers.py::test_matrices_decay_and_vectors_do_not"],
     ),
@@ -906,8 +906,8 @@ FAULTS: list[Fault] = [
     Fault(
         "a resumed run repeats a step",
         "icenet/core/training/trainer.py",
-        "trainer = cls(config, plan.run, engine, found.step, scale, quiet)",
-        "trainer = cls(config, plan.run, engine, max(found.step - 1, 0), scale, quiet)",
+        "trainer = cls(config, plan.run, engine, found.step, scale, quiet, given)",
+        "trainer = cls(config, plan.run, engine, max(found.step - 1, 0), scale, quiet, given)",
         ["core/training/test_trainer.py::test_resume_is_exact"],
     ),
     Fault(

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from icenet.core.config import scalars, yaml_file
 from icenet.core.errors import ConfigError
@@ -20,6 +20,12 @@ def to_python(value: Any) -> Any:
     if isinstance(value, list):
         return [to_python(item) for item in value]
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""A width, a depth or a count. The bound catches typing errors before memory is allocated."""
+
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):

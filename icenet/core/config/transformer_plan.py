@@ -5,10 +5,9 @@ The blocks of both backends take these values and not the configuration, so that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from icenet.core.config.model import RotaryScaling
+from icenet.core.config.rotary_scaling import RotaryScaling
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 FeedForward = Literal["plain", "gated"]

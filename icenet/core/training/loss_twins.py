@@ -15,7 +15,7 @@ from icenet.core.engine import Batch, Engine
 from icenet.core.errors import IceNetError
 
 TOLERANCE = 1e-3
-"""Relative difference that is no rounding. `icenet parity` judges the losses with its yardstick."""
+"""Relative difference beyond rounding. `icenet parity` judges the losses with its yardstick."""
 
 
 def compare(config: Config, engine: Engine, dataset: Dataset) -> str | None:
