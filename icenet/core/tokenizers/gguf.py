@@ -19,8 +19,8 @@ VERSION = 1
 """Changes with the files that are made of the same metadata."""
 CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2
 """Types of tokens."""
-_MAX_MERGED = 512
-"""Length of the longest token whose merges are derived."""
+_MAX_CHARACTERS = 1 << 22
+"""Length of all tokens of a vocabulary whose merges are derived, of which Gemma has the half; takes seconds."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -227,9 +227,11 @@ def _derived_merges(
 
     SentencePiece merges the pair whose token has the largest score.
     """
+    if sum(map(len, vocabulary)) > _MAX_CHARACTERS:
+        raise DataError(f"the tokens have more than {_MAX_CHARACTERS:,} characters")
     found: list[tuple[float, int, int, str, str]] = []
     for token, index in vocabulary.items():
-        if skipped[index] or not 2 <= len(token) <= _MAX_MERGED:
+        if skipped[index]:
             continue
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [

@@ -371,6 +371,27 @@ def test_a_tokenizer_that_is_not_supported_is_said(tmp_path: Path, caplog: pytes
     assert "lxxxx" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["tokens", "token_type", "scores", "long"])
+def test_a_vocabulary_that_lies_is_one_line(name: str) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 6,
+        "tokenizer.ggml.eos_token_id": 2**40,
+        "tokenizer.ggml.bos_token_id": [1],
+    }
+    assert HFTokenizer(gguf_tokenizer.tokenizer_files(metadata, "llama")["tokenizer.json"]).vocab_size == 6
+    if name == "long":
+        metadata["tokenizer.ggml.tokens"] = [*tokens[:5], "a" * 2**23]
+    else:
+        metadata[f"tokenizer.ggml.{name}"] = [1, 2]
+    begin = time.perf_counter()
+    with pytest.raises(IceNetError) as error:
+        gguf_tokenizer.tokenizer_files(metadata, "llama")
+    assert is_one_line(error.value) and time.perf_counter() - begin < 2
+
+
 def attacked(good: bytes, name: str) -> bytes:
     """Returns a file that lies."""
     counts, kind = 8, good.index(b"general.architecture") + len("general.architecture")
