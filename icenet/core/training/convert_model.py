@@ -108,6 +108,8 @@ def convert_model(
     if imported is not None:
         metadata |= imported.weights.metadata
     done = convert(source, destination, metadata=metadata, **translations, **common)
+    if imported is not None:
+        done = replace(done, source=replace(done.source, form=export_model.source_form(imported)))
     return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
 
 

@@ -91,9 +91,8 @@ def export(
     if imported is not None and not (form == FORM and any(_STACKED in name for name in imported.weights.stored)):
         exported = OriginalWeights(imported.weights)
     if form in gguf_export.KINDS:
-        return _export_gguf(
-            source, destination, form, config, family, ExportedWeights(family, config, weights), files
-        )
+        tensors = ExportedWeights(family, config, weights)
+        return _export_gguf(source, source_form(imported), destination, form, config, family, tensors, files)
     metadata = {"format": "mlx"} if form == MLX_LM else None
     if form == MLX_LM and family.model_type in _WITHOUT_PREFIX:
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
@@ -102,7 +101,7 @@ def export(
     )
     left_out = imported.weights.left_out if imported is not None else []
     return Conversion(
-        summary(source, FORM if imported is not None else "canonical", weights),
+        summary(source, source_form(imported), weights),
         summary(destination, form, exported),
         written,
         left_out,
@@ -110,8 +109,14 @@ def export(
     )
 
 
+def source_form(imported: folder.Folder | None) -> str:
+    """Returns the form of what was read, for a summary."""
+    return "canonical" if imported is None else "gguf" if imported.path.is_file() else FORM
+
+
 def _export_gguf(
     source: Path,
+    form_of_source: str,
     destination: Path,
     form: str,
     config: Config,
@@ -137,7 +142,7 @@ def _export_gguf(
     values = sum(math.prod(shape) for _, shape in written.values())
     size = destination.stat().st_size
     return Conversion(
-        summary(source, "canonical", weights),
+        summary(source, form_of_source, weights),
         Summary(destination, form, len(written), values, size, dict(kinds)),
         [destination],
         [],
