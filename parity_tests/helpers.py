@@ -123,6 +123,12 @@ def tiny(folder: Path, *overrides: str, family: str = "transformer") -> Config:
     return Config.from_dict(values, [f"data.source={text}", *overrides])
 
 
+def version(text: str) -> tuple[int, int]:
+    """Returns the first two numbers of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 # ---- models and arrays ------------------------------------------------------------------------------------
 
 

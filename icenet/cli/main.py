@@ -364,7 +364,7 @@ def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> Non
         "icenet embed all-MiniLM-L6-v2/ sentences.txt --out vectors.npz",
         "icenet embed Qwen3-Embedding-0.6B/ queries.txt --out queries.npy --prompt-name query",
         "icenet embed model/ corpus.jsonl --text-key body --out corpus.npy --batch-size 128 --dtype bf16",
-        "cat sentences.txt | icenet embed model/ - --out vectors.npy --pooling cls --normalize",
+        "icenet embed model/ - --out vectors.npy --pooling cls --normalize",
     ),
 )
 @click.argument("model", type=PATH)

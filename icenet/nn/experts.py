@@ -107,9 +107,9 @@ class _Products:
     def __init__(self, tokens: Array, chosen: Array, count: int, is_sorted: bool) -> None:
         self._shape, self._count, self._is_sorted = (*chosen.shape, -1), count, is_sorted
         self._experts = chosen.reshape(-1)
-        self.inputs = mx.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[-1])).reshape(
-            -1, tokens.shape[-1]
-        )
+        repeated = mx.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[-1]))
+        # contiguous: MLX's CUDA build (0.32.4) misreads rows of stride 0 in the gradient of a product
+        self.inputs = mx.contiguous(repeated).reshape(-1, tokens.shape[-1])
         if is_sorted:
             order = mx.argsort(self._experts)
             self._inverse = mx.argsort(order)

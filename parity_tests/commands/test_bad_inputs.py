@@ -176,7 +176,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("info nothing", USAGE, ["nothing", "no such file or preset", "quickstart"]),
     ("info folder", FAILURE, ["folder", "no checkpoint"]),
     ("info good.safetensors", FAILURE, ["good.safetensors", "config"]),
-    ("info tiny.yaml --set model.foo=1", USAGE, ["--set model.foo", "hidden_size"]),
+    ("info tiny.yaml --set model.foo=1", USAGE, ["--set model.foo", "icenet schema"]),
     ("parity nothing", USAGE, ["nothing", "no such file or preset", "quickstart"]),
     ("parity run --dtype int8", USAGE, ["'--dtype'", "'int8'", "'fp32', 'bf16', 'fp16'"]),
     ("parity run --steps -1", USAGE, ["'--steps'", "-1", "x>=0"]),

@@ -49,7 +49,7 @@ def test_each_token_is_predicted_once(
     folder: Path, backend: str, length: int, stride: int | None, prefix: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(backend)
-    model = icenet.load(folder / "model", backend)
+    model = icenet.load(folder / "model", backend, "cpu")
     if prefix:
         encode = model.tokenizer.encode
         monkeypatch.setattr(
@@ -89,7 +89,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(folder: Path, options: dict[str, Any], names: list[str]) -> None:
-    model = icenet.load(folder / "model", "torch")
+    model = icenet.load(folder / "model", "torch", "cpu")
     with pytest.raises(IceNetError) as caught:
         evaluate_text(model, **{"source": str(folder / "book.txt"), **options})
     assert is_one_line(caught.value, *names)

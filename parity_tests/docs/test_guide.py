@@ -231,7 +231,8 @@ def test_a_command_of_the_pages_parses(page: str, line: str) -> None:
     with cli.commands[words[0]].make_context(words[0], words[1:], parent=above) as context:
         given = context.params
     target = given.get("config") or (given.get("target") if words[0] in ("parity", "info") else None)
-    overrides = given.get("overrides") or ()
+    # a model at a path needs the path
+    overrides = [text for text in given.get("overrides") or () if not text.startswith("model.path=")]
     if target in presets.names():
         Config.from_yaml(target, overrides)
     elif overrides:

@@ -515,7 +515,7 @@ def trees(draw: st.DrawFn) -> Any:
         "generation": {
             "stop": draw(st.lists(TEXTS | st.integers(0, 10**6), max_size=4)),
             "temperature": draw(st.just(0.0) | st.floats(1e-9, 1e9)),
-            "seed": draw(st.none() | st.integers(-(2**70), 2**70)),
+            "seed": draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
             "overflow": draw(st.sampled_from(["error", "slide"])),
         },
     }

@@ -30,7 +30,6 @@ from icenet.cli.main import main
 from icenet.core import files, rng
 from icenet.core.config import DataConfig
 from icenet.core.data.datasets import open_dataset
-from icenet.core.data.text import cache as cache_module
 from icenet.core.data.text import left_out, prepare, reading
 from icenet.core.data.text.cache import load_tokens
 from icenet.core.data.text.sources import find_source

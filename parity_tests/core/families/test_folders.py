@@ -97,6 +97,7 @@ def tiny_config(model_type: str) -> ModelConfig:
         values |= {"num_key_value_heads": 1, **sizes}
     else:
         values |= {"rotary_pct": 0.5} if model_type == "gpt_neox" else {"num_key_value_heads": 1}
+    values = {"text_config": values} if model_type == "gemma3" else values
     return Config.from_dict({"model": FAMILIES[model_type].read(values)}).model
 
 

@@ -106,7 +106,8 @@ def test_an_exported_folder_has_the_same_tensors_and_is_loaded(case: Case, tmp_p
     weights = [name for name in original if not name.endswith("num_batches_tracked")]
     assert same_bits({name: found[name] for name in weights}, {name: original[name] for name in weights})
     for path in ("again", "hf"):
-        np.testing.assert_array_equal(case.logits_of(tmp_path / path), case.single)
+        # the sums of a product are not in the same order on all processors, nor in two calls
+        np.testing.assert_allclose(case.logits_of(tmp_path / path), case.single, rtol=1e-5, atol=1e-6)
 
 
 # ---- configs ----------------------------------------------------------------------------------------------

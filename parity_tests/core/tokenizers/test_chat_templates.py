@@ -5,6 +5,7 @@ Expected texts come from `apply_chat_template` of `transformers`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import is_one_line
+from helpers import is_one_line, version
 from test_prompts import auto_tokenizer, write_folder
 
 from icenet.core.errors import DataError, IceNetError, UsageError
@@ -171,6 +172,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_texts_are_those_of_transformers(name: str, folder: Path) -> None:
     theirs, ours = auto_tokenizer(folder), get_tokenizer(str(folder))
+    if name == "qwen3" and version(importlib.metadata.version("transformers")) < (5, 24):
+        pytest.skip("earlier versions add keys to messages, which this template prints")
     theirs.chat_template = ours.chat_template = TEMPLATES[name]  # type: ignore[attr-defined]
     for messages in (TURNS[:1], TURNS, [SYSTEM, *TURNS], [*TURNS[:1], {**TURNS[1], "reasoning": "why"}]):
         for ends in (True, False):

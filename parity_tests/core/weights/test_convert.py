@@ -142,8 +142,8 @@ def test_a_layer_computes_the_same_on_both_sides(tmp_path: Path, name: str) -> N
 
 
 def test_every_kind_is_tested_above() -> None:
-    # the two others have equal layouts by definition
-    elsewhere = {"recurrent", "plain", "bilinear"}  # bilinear has two inputs, see parity/test_modules.py
+    # bilinear has two inputs, see parity/test_modules.py; the others have equal layouts by definition
+    elsewhere = {"recurrent", "plain", "bilinear", "stacked_linear"}
     assert {entry[0] for entry in LAYERS.values()} | elsewhere == set(layout.RULES)
 
 
