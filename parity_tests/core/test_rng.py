@@ -535,7 +535,7 @@ def test_an_unknown_kind_has_no_rule() -> None:
 
 
 def test_positions_are_those_of_the_paper() -> None:
-    table = init.sinusoidal_positions(600, 24)
+    table = init.sinusoidal_rows(24, 0, 600)
     assert table.dtype == np.float32 and table.shape == (600, 24)
     for position in (0, 1, 7, 599):
         for column in range(24):

@@ -70,17 +70,12 @@ def initial_value(
     raise WeightsError(f"{path}: no rule for the initial value of a layer of kind {kind!r}")
 
 
-def sinusoidal_positions(length: int, width: int) -> Array:
-    """Returns sinusoidal position encodings, float32 `[length, width]` (Vaswani et al., 2017, section 3.5).
-
-    Column 2i is sin(position / 10000^(2i / width)); column 2i + 1 is the cosine of the same angle. They are computed
-    in float64, because the frameworks' sines of large angles differ.
-    """
-    return sinusoidal_rows(width, 0, length)
-
-
 def sinusoidal_rows(width: int, start: int, stop: int) -> Array:
-    """Returns the encodings of positions from `start` to `stop`, `[stop - start, width]`."""
+    """Returns sinusoidal encodings of positions from `start` to `stop`, float32 `[stop - start, width]`.
+
+    Column 2i is sin(position / 10000^(2i / width)); column 2i + 1 is the cosine of the same angle (Vaswani et al.,
+    2017, section 3.5). They are computed in float64, because the frameworks' sines of large angles differ.
+    """
     frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     angles = np.arange(start, stop, dtype=np.float64)[:, None] * frequencies
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(-1, width).astype(np.float32)
