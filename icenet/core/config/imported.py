@@ -45,6 +45,7 @@ def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[st
     if not replaces and inside is None:
         return dict(values)
     place = Path(path).expanduser() if path is not None else _find(str(inside), folder)
+    place = importlib.import_module("icenet.core.weights.hub").local_path(place)  # of the id of a repository
     found = _model_at(place)
     tree = {**values, "model": found["model"] if replaces else {**found["model"], **written}}
     data = dict(values.get("data") or {})
@@ -79,9 +80,7 @@ def _find(path: str, folder: Path) -> Path:
 
 def _model_at(path: Path) -> dict[str, Any]:
     """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
-    config, weights = importlib.import_module("icenet.core.training.open_model").open_target(path)
-    if weights is None:
-        raise ConfigError(f"model.path: {path} has no weights; give a folder of a model, a run or a checkpoint")
+    config, _ = importlib.import_module("icenet.core.training.open_model").open_trained(path, "model.path")
     if is_custom(config.model.type):  # naming its weights is not trusting its code
         raise ConfigError(
             f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "

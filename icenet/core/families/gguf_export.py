@@ -67,13 +67,13 @@ def write(
         ConfigError: llama.cpp's files cannot express the options of the model.
         WeightsError: The package gguf is not installed.
     """
-    gguf = package()
+    gguf = package("writing a GGUF file")
     name = _LLAMA.get(family.model_type) or next(
         (own for own, known in ARCHITECTURES.items() if known.model_type == family.model_type), None
     )
     if name is None or "expert" in str(family.rows):
-        without_experts = [known.model_type for known in ARCHITECTURES.values() if "expert" not in str(known.names)]
-        known = ", ".join(["llama", *without_experts, *_LLAMA])
+        families = [known.model_type for known in ARCHITECTURES.values()]
+        known = ", ".join([own for own in families if "expert" not in str(FAMILIES[own].rows)] + list(_LLAMA))
         raise ConfigError(f"models of the family {family.model_type} are not written as GGUF; only {known}")
     architecture = ARCHITECTURES[name]
     values, options = family.write(config), family.options(config)

@@ -81,6 +81,8 @@ def export(
         raise UsageError(
             f"--to {form}: is for models of text, and a {config.model.type} classifies images; use --to {FORM}"
         )
+    if form == MLX_LM and not getattr(config.model, "causal", True):
+        raise UsageError(f"--to {form}: mlx-lm has no encoders (model.causal is false); use --to {FORM}")
     images = _image_files(source) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
     if form in gguf_export.KINDS:

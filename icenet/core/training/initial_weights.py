@@ -10,7 +10,7 @@ from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training.changed_keys import of_model, value
-from icenet.core.training.open_model import open_target
+from icenet.core.training.open_model import open_trained
 
 
 def apply(config: Config, engine: Engine) -> list[str]:
@@ -23,11 +23,7 @@ def apply(config: Config, engine: Engine) -> list[str]:
     path = config.training.init_from
     if path is None:
         return []
-    source, weights = open_target(Path(path))
-    if weights is None:
-        raise ConfigError(
-            f"training.init_from: {path} has no weights; give a folder of a model, a run or a checkpoint"
-        )
+    source, weights = open_trained(Path(path), "training.init_from")
     try:
         engine.initialize(weights)
     except WeightsError as error:

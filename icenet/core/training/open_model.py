@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from icenet.core.config import Config
-from icenet.core.errors import CheckpointError
+from icenet.core.errors import CheckpointError, ConfigError
 from icenet.core.families import folder
 from icenet.core.models import twins
 from icenet.core.tokenizers import find_file
@@ -19,6 +19,7 @@ from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
 from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import formats, hub
+from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
 from icenet.core.weights.gguf import is_gguf
 
 
@@ -45,6 +46,8 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
             f"{path}: weights without a config; icenet convert {path} FOLDER --to canonical --config CONFIG "
             "creates a folder with both"
         )
+    if path.suffix.lower() == GGUF_SUFFIX and path.is_file():
+        raise CheckpointError(f"{path}: is {file.name or 'no GGUF file'}; copy or download the GGUF file again")
     if file.name and file.kind != formats.TEXT:
         raise CheckpointError(f"{path}: is {file.name}; {file.remedy}")
     if not path.is_dir():
@@ -65,6 +68,29 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         return found.config.with_overrides(*overrides), found.weights
     config, weights = Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
     _warn(twins.changed_code(saved_model.code_of(weights.metadata), config.model.type, str(path), "saved"))
+    return config, weights
+
+
+def open_trained(path: Path, key: str) -> tuple[Config, Mapping[str, np.ndarray]]:
+    """Returns the configuration and the weights at a path that a key of a configuration names.
+
+    Args:
+        path: See `open_target`, but for configurations.
+        key: The key, for error messages.
+
+    Raises:
+        ConfigError: There is nothing, or no weights.
+        CheckpointError, WeightsError: It cannot be read.
+    """
+    remedy = "give a folder of a model, a run or a checkpoint"
+    try:
+        config, weights = open_target(path)
+    except ConfigError:
+        if path.exists() or hub.is_repository_id(path):
+            raise
+        raise ConfigError(f"{key}: {path}: no such file or folder; {remedy}") from None
+    if weights is None:
+        raise ConfigError(f"{key}: {path} has no weights; {remedy}")
     return config, weights
 
 

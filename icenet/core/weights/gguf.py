@@ -126,8 +126,11 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def package() -> ModuleType:
+def package(task: str) -> ModuleType:
     """Returns the module `gguf`.
+
+    Args:
+        task: What it is needed for, for the error message.
 
     Raises:
         WeightsError: It is not installed.
@@ -136,15 +139,13 @@ def package() -> ModuleType:
         import gguf
     except ImportError as error:
         missing = f" ({error})" if not isinstance(error, ModuleNotFoundError) else ""
-        raise WeightsError(
-            f"quantized GGUF files need the package gguf{missing}: pip install 'icenet[gguf]'"
-        ) from None
+        raise WeightsError(f"{task} needs the package gguf{missing}: pip install 'icenet[gguf]'") from None
     return gguf
 
 
 def _dequantized(entry: Entry, data: Array) -> Array:
     """Returns the values of a quantized tensor, some blocks at a time."""
-    kind = getattr(package().quants, entry.kind)
+    kind = getattr(package("a quantized GGUF file").quants, entry.kind)
     values, size = next((values, size) for name, values, size in TYPES.values() if name == entry.kind)
     blocks = data.reshape(-1, size)
     found = np.empty((len(blocks), values), np.float32)

@@ -569,6 +569,13 @@ def test_a_folder_for_mlx_lm(tmp_path: Path) -> None:
     assert icenet.load(tmp_path / "out", "torch").config == config
 
 
+def test_mlx_lm_has_no_encoders(tmp_path: Path) -> None:
+    config = Config.from_dict({"model": tiny_config("bert").model_dump()})
+    icenet.save(icenet.build(config, "torch"), tmp_path / "own")
+    with pytest.raises(UsageError, match="--to mlx-lm: mlx-lm has no encoders"):
+        icenet.convert(tmp_path / "own", tmp_path / "out", "mlx-lm")
+
+
 def test_keys_that_mlx_lm_reads_are_added(llama: Path, tmp_path: Path) -> None:
     changed(llama, rope_parameters={"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0})
     icenet.convert(llama, tmp_path / "out", "hf")

@@ -242,8 +242,20 @@ def test_a_file_that_only_needs_reading_needs_no_package(tmp_path: Path, monkeyp
     plain, quantized = (write(tmp_path / f"{kind}.gguf", CASES["llama"], arrays, kind) for kind in ("F16", "Q8_0"))
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert folder.read(plain).weights["token_embedding.weight"].dtype == np.float16
-    with pytest.raises(IceNetError, match=r"pip install 'icenet\[gguf\]'"):
+    with pytest.raises(IceNetError, match=r"a quantized GGUF file needs .*pip install 'icenet\[gguf\]'"):
         folder.read(quantized).weights["token_embedding.weight"]
+    with pytest.raises(IceNetError, match="writing a GGUF file needs the package gguf"):
+        icenet.convert(plain, tmp_path / "out.gguf", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "an empty file"), (b"<html>", "a web page"), (b"\x01" * 9, "no GGUF")]
+)
+def test_a_file_of_another_kind_is_said(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(IceNetError, match=f"x.gguf: is {words}") as error:
+        icenet.load(tmp_path / "x.gguf")
+    assert is_one_line(error.value)
 
 
 # --- export -------------------------------------------------------------------------------------------------
@@ -313,7 +325,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     for values, target, words in (
         (windows, "x.gguf", "sliding_window"),
         (scaled, "x.gguf", "attention_scale"),
-        (CASES["mixtral"], "x.gguf", "mixtral"),
+        (CASES["mixtral"], "x.gguf", r"mixtral are not written as GGUF; only llama, (?!.*(moe|mixtral)).*mistral"),
         (CASES["qwen2"], "x", "ends in .gguf"),
         (CASES["qwen2"], "hf/model.safetensors", "ends in .gguf"),
     ):

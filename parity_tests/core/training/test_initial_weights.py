@@ -195,3 +195,11 @@ def test_a_model_goes_from_transformers_to_mlx_and_back(tmp_path: Path) -> None:
     noise = np.maximum(np.abs(single - exact), 2**-23 * exact)
     assert (np.abs(np.array(losses(tmp_path / "torch")) - exact) <= 8 * noise).all()
     assert exact[2] < exact[0]
+
+
+@pytest.mark.parametrize("key", ["training.init_from", "model.path"])
+def test_a_path_without_a_model_is_named_with_its_key(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        Trainer.start(tiny(tmp_path, f"{key}={tmp_path / 'missing'}"), tmp_path / "run", backend="torch", quiet=True)
+    assert is_one_line(str(error.value))
+    assert str(error.value).startswith(f"{key}: {tmp_path / 'missing'}: no such file or folder")

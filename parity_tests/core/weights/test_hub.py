@@ -12,6 +12,7 @@ import pytest
 from helpers import is_one_line
 
 import icenet
+from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
 from icenet.core.training.open_model import open_target
 from icenet.core.weights import files as weight_files
@@ -67,7 +68,6 @@ def test_a_repository_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _gpt2(values: dict[str, Any]) -> Any:
-    from icenet.core.config import Config
     from icenet.core.families import FAMILIES
 
     return Config.from_dict({"model": FAMILIES["gpt2"].read(values)})
@@ -128,3 +128,19 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CheckpointError, match="cannot be reached") as error:
         local_path(Path("org/name"))
     assert is_one_line(error.value)
+
+
+def test_a_run_begins_with_the_model_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run records the folder in the cache."""
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    values = {"vocab_size": 5, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 4, "n_inner": 4}
+    icenet.save(icenet.build(_gpt2(values), "torch"), tmp_path / "own")
+    icenet.convert(tmp_path / "own", cache, "hf")
+    replaced(monkeypatch, cache)
+    in_file, on_command_line = (
+        Config.from_dict({"model": {"path": "org/name"}}),
+        Config.from_dict({}, ["model.path=org/name"]),
+    )
+    for config in (in_file, on_command_line):
+        assert config.model.hidden_size == 4 and config.training.init_from == str(cache)
