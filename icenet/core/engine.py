@@ -325,8 +325,11 @@ class Engine(ABC):
         return output_size(self.config.model) if self.loss is None else None
 
     def _detached_logits(self) -> UsageError:
+        result, cause = ("logits do", "forward detaches them")
+        if self.loss is not None:
+            result, cause = ("loss does", "forward or the function of training.loss detaches it")
         return UsageError(
-            "the logits do not depend on any trained array, so all gradients are zero: forward detaches them, for "
+            f"the {result} not depend on any trained array, so all gradients are zero: {cause}, for "
             f"example by {self.detaches} or a conversion to numpy, or all of its activations are 0"
         )
 

@@ -120,7 +120,8 @@ class UserDataset:
         if not isinstance(batch, Mapping):
             raise wrong(f"is a {type(batch).__name__}; return a dict of numpy arrays")
         if missing := [name for name in REQUIRED if name not in batch]:
-            raise wrong(f"has no {' and no '.join(missing)}; both are required")
+            hint = " (for a loss without labels, give floats such as the inputs)" if missing == ["labels"] else ""
+            raise wrong(f"has no {' and no '.join(missing)}; both are required{hint}")
         checked: Batch = {}
         for name, value in batch.items():
             if not isinstance(value, np.ndarray) or value.ndim == 0:

@@ -246,11 +246,11 @@ def check_same_model(state: Mapping[str, Any], model: Any, source: str) -> None:
 
 
 def changed_code(stored: Any, family: str, source: str, action: str = "trained") -> str | None:
-    """Returns a note if a user's model is not the code that weights were trained with; None if it is.
+    """Returns a note if a user's model or loss is not the code that weights were trained with; None if it is.
 
     Args:
         stored: What `user_code.hashes` returned, from the file of a user. Version 0.1 stored no code.
-        family: The `type` of the model.
+        family: The `type` of the model, or `training.loss`.
         source: Path of the weights.
         action: What was done with the code.
     """

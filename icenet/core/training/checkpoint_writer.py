@@ -88,6 +88,8 @@ class CheckpointWriter:
             if is_custom(self.config.model.type):
                 state["model"] = describe(self.engine.model).as_dict()
                 state["code"] = user_code.hashes(type(self.engine.model).__module__)
+            if is_custom(self.config.training.loss):  # a partial function, given in Python, has no module
+                state["loss_code"] = user_code.hashes(getattr(self.engine.loss, "__module__", ""))
             self._background.start(partial(self._write, step, weights, optimizer, state))
         elif self.config.training.sharded:  # the first process collects the shards of all processes
             self.engine.weights()

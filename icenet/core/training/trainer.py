@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icenet.core import backends
-from icenet.core.config import Config, custom
+from icenet.core.config import Config, CustomDataConfig, custom
 from icenet.core.data.datasets import Dataset, dataset_for
 from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
@@ -262,8 +262,9 @@ class Trainer:
                 raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
         trainer = cls(config, plan.run, engine, found.step, scale, quiet, given)
         trainer.notes += plan.notes
-        code = twins.changed_code(found.state.get("code"), config.model.type, str(found.path))
-        trainer.notes += [code] if code else []
+        for key, reference in (("code", config.model.type), ("loss_code", config.training.loss)):
+            code = twins.changed_code(found.state.get(key), reference, str(found.path))
+            trainer.notes += [code] if code else []
         changed = explain_change(found.step, found.config.training, config.training)
         trainer.notes += [changed] if changed else []
         before = found.state.get("tf32")  # None in a checkpoint of an earlier version
@@ -288,9 +289,11 @@ class Trainer:
         same_data = found.state.get("data") == trainer.dataset.fingerprint
         trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)
         if not same_data:
-            content = {"img": "images of ", "tok": "text of "}.get(trainer.dataset.unit, "")
-            source = f"data.source {config.data.source}" if content else trainer.dataset.description
-            trainer.notes.append(f"the {content}{source} is not what the checkpoint was trained on")
+            source = f"data of {trainer.dataset.description}"
+            if not isinstance(config.data, CustomDataConfig) and data is None:
+                content = "images" if trainer.dataset.unit == "img" else "text"
+                source = f"{content} of data.source {config.data.source}"
+            trainer.notes.append(f"the {source} is not what the checkpoint was trained on")
         return trainer
 
     def fit(self, until: int | None = None) -> Result:

@@ -159,7 +159,10 @@ def test_a_data_set_that_is_wrong_is_one_line(old: str, new: str, names: list[st
         ("def squares(output, batch):\n    return 1.0\n", ["returned float"]),
         ("def squares(output, batch):\n    return batch['label'].mean()\n", ["line 2", "the loss fails", "KeyError"]),
         ("squares = 3\n", ["no function squares"]),
-        ("def squares(output, batch):\n    return output.detach().mean()\n", ["do not depend"]),
+        (
+            "def squares(output, batch):\n    return output.detach().mean()\n",
+            ["the loss does not depend", "training.loss"],
+        ),
     ],
 )
 def test_a_loss_that_is_wrong_is_one_line(text: str, names: list[str], project: Path) -> None:
@@ -196,6 +199,18 @@ def test_data_and_loss_from_python(project: Path) -> None:
         Trainer.resume(Path("python"), quiet=True)
     Trainer.resume(Path("python"), quiet=True, **options).fit()
     assert losses(Path("python")) == losses(Path("files"))
+
+
+def test_changed_code_is_said(project: Path) -> None:
+    """That of the loss and that of the data, whatever its unit is."""
+    (project / "mine.py").write_text(DATA.replace("Sums:", "Sums:\n    unit = 'tok'\n"))
+    trainer("run").fit(until=2)
+    assert not any("another version" in note for note in Trainer.resume(Path("run"), quiet=True).notes)
+    for name in ("mine.py", "mine_torch.py"):
+        (project / name).write_text((project / name).read_text() + "\n")
+    notes = Trainer.resume(Path("run"), quiet=True).notes
+    assert sum("was trained with another version of mine_torch.py" in note for note in notes) == 1
+    assert sum("the data of mine.py:Sums is not what" in note for note in notes) == 1
 
 
 def test_what_identifies_the_data(project: Path) -> None:
