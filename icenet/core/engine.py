@@ -345,6 +345,8 @@ class Engine(ABC):
         parts = micro_batches(batch, training.gradient_accumulation, group.rank, group.size)
         for index, (part, rows, share) in enumerate(parts):
             keys = self._dropout_keys(step, rows)
+            if not share and self.loss is not None:  # the mean of nothing may be NaN, and so is its product with 0
+                part = _labelled_rows(batch, len(rows)) or part
             yield MicroBatch(self.to_device(part), keys, share, is_last=index + 1 == len(parts))
 
     def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -367,13 +369,15 @@ class Engine(ABC):
         with self.average.applied() if self.average else contextlib.nullcontext():
             arrays = self.to_device(self._padded(batch))
             output = self._predict(arrays)
-            loss = self._mean_loss(output, arrays).item()
+            # a process that has no rows may have labels for which a loss of the user is NaN
+            counted = count_labels(batch["labels"])
+            loss = self._mean_loss(output, arrays).item() if counted else 0.0
             if not math.isfinite(loss):
                 self._check_embeddings(arrays)
             labels, correct = batch["labels"], None
             if labels.ndim == 1 and labels.dtype.kind in "iu" and getattr(output, "ndim", 0) == 2:
                 correct = int(self.nn.loss.count_correct(output, arrays["labels"]).item())
-            return Evaluation(loss, count_labels(labels), correct)
+            return Evaluation(loss, counted, correct)
 
     @in_arithmetic
     def forward(self, batch: Batch) -> NDArray[Any]:
@@ -570,6 +574,13 @@ def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> li
         part = {name: array[start:end] for name, array in batch.items()}
         parts.append((part, range(start, end), count_labels(part["labels"]) / counted))
     return parts
+
+
+def _labelled_rows(batch: Batch, count: int) -> Batch:
+    """Returns rows of a batch that have counted labels, repeated to `count` rows; nothing if there are none."""
+    labels = batch["labels"].reshape(len(batch["labels"]), -1)
+    rows = np.flatnonzero((labels >= 0 if labels.dtype.kind in "iu" else np.isfinite(labels)).any(axis=1))
+    return {name: array[np.resize(rows, count)] for name, array in batch.items()} if len(rows) else {}
 
 
 def step_result(
