@@ -80,16 +80,19 @@ def _find(path: str, folder: Path) -> Path:
 
 def _model_at(path: Path) -> dict[str, Any]:
     """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
-    config, _ = importlib.import_module("icenet.core.training.open_model").open_trained(path, "model.path")
+    config, weights = importlib.import_module("icenet.core.training.open_model").open_trained(path, "model.path")
     if is_custom(config.model.type):  # naming its weights is not trusting its code
         raise ConfigError(
             f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "
             "path in training.init_from"
         )
     written = importlib.import_module("icenet.core.config.written")
+    tokenizer = getattr(config.data, "tokenizer", "bytes")
+    if importlib.import_module("icenet.core.models.inference").lacks_tokenizer(config, weights):
+        tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then asks for
     return {
         "model": config.model.model_dump(mode="python"),
-        "tokenizer": getattr(config.data, "tokenizer", "bytes"),
+        "tokenizer": tokenizer,
         "generation": written.tree(config.generation),
         "embedding": written.tree(config.embedding),
     }

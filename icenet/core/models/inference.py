@@ -12,6 +12,7 @@ from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.tokenizers import get_tokenizer
+from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
 from icenet.core.weights.files import FAMILY
@@ -63,8 +64,9 @@ def build_for_inference(
         model.imported_family = getattr(weights, "metadata", {}).get(FAMILY)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
+        size = getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)
         # tokens that were added to a tokenizer, such as one for padding, may have no row in the embedding
-        if (size := getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)) <= config.model.vocab_size:
+        if size <= config.model.vocab_size and not lacks_tokenizer(config, weights):
             model.tokenizer = tokenizer
             if config.generation.add_special_tokens and isinstance(tokenizer, HFTokenizer):
                 for note in tokenizer.contradictions():
@@ -77,3 +79,13 @@ def build_for_inference(
     draws = config.generation.seed if config.generation.seed is not None else config.seed
     model.generation = config.generation.model_copy(update={"seed": draws})
     return model
+
+
+def lacks_tokenizer(config: Config, weights: Any) -> bool:
+    """Returns whether weights are those of a folder of Hugging Face that has no tokenizer.
+
+    Its tokens are bytes only if there are as many, as in an exported run.
+    """
+    is_imported = bool(getattr(weights, "metadata", {}).get(FAMILY))
+    reads_bytes = getattr(config.data, "tokenizer", None) == ByteTokenizer.name
+    return is_imported and reads_bytes and getattr(config.model, "vocab_size", None) != ByteTokenizer.vocab_size

@@ -56,7 +56,10 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     if not is_run and not (path / "manifest.json").is_file() and folder.is_folder(path):
         imported = folder.read(path, overrides)
         if imported.config.model.input_kind == "tokens" and find_file(path) is None:
-            logging.getLogger("icenet").warning(f"{path}: has no {TOKENIZER_FILE}, which generating text needs")
+            logging.getLogger("icenet").warning(
+                f"{path}: has no {TOKENIZER_FILE}, which text needs; transformers.AutoTokenizer"
+                ".from_pretrained(FOLDER).save_pretrained(FOLDER) writes it from other files of a tokenizer"
+            )
         return imported.config, imported.weights
     if is_run or (path / "manifest.json").is_file() or not (path / "config.yaml").is_file():
         found = find(path)

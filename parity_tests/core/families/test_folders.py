@@ -14,7 +14,8 @@ from helpers import is_one_line, same_bits
 import icenet
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, TransformerConfig, transformer_plan
-from icenet.core.errors import ConfigError, IceNetError, UsageError, WeightsError
+from icenet.core.data.datasets import dataset_for
+from icenet.core.errors import ConfigError, DataError, IceNetError, UsageError, WeightsError
 from icenet.core.families import FAMILIES, folder
 from icenet.core.families.family import Family, different_options
 from icenet.core.families.weights import ExportedWeights, family_tensors
@@ -393,6 +394,28 @@ def test_a_folder_converts_to_our_form_and_generates(llama: Path, tmp_path: Path
     assert settings["do_sample"] is False  # the default of the library, which the folder had
     names = json.loads((tmp_path / "from-ours" / "tokenizer_config.json").read_text())
     assert names["eos_token"] == "<|endoftext|>"
+
+
+def test_text_is_not_bytes_without_a_tokenizer(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Except in an exported run of bytes, which has as many tokens. Arrays of tokens are read."""
+    shapes = {name: (400, 6) if shape == (7, 6) else shape for name, shape in LLAMA_SHAPES.items()}
+    weight_files.write(llama, random_arrays(shapes))
+    changed(llama, vocab_size=400, eos_token_id=0)
+    icenet.convert(llama, tmp_path / "ours", "canonical")
+    for path in (llama, tmp_path / "ours"):
+        model = icenet.load(path, "torch")
+        with pytest.raises(UsageError, match="has no tokenizer"):
+            icenet.generate(model, "a")
+        assert tuple(model.generate(np.array([[5]]), max_new_tokens=1).shape) == (1, 2)
+        trained = Config.from_dict({"model": {"path": str(path)}, "data": {"source": str(llama / "config.json")}})
+        with pytest.raises(DataError, match=r"data\.tokenizer: .*tokenizer\.json: no such file"):
+            dataset_for(trained)
+    assert "has no tokenizer.json" in caplog.text
+    weight_files.write(
+        llama, random_arrays({name: (257, 6) if shape == (400, 6) else shape for name, shape in shapes.items()})
+    )
+    changed(llama, vocab_size=257)
+    assert icenet.load(llama, "torch").tokenizer.name == "bytes"
 
 
 def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
