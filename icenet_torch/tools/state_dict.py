@@ -69,7 +69,8 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # PyTorch warns about tensors that are refused below
             file: Any = path
-            if not _is_utf8(path):  # which PyTorch cannot open
+            # PyTorch cannot open a name that is not UTF-8, and reads one in .safetensors as safetensors
+            if not _is_utf8(path) or path.suffix == ".safetensors":
                 file, is_zip = stack.enter_context(path.open("rb")), False
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:

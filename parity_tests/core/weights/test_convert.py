@@ -277,6 +277,16 @@ KINDS = {"conv": "conv2d", "norm": "batch_norm", "head": "linear"}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+def test_a_state_dict_whose_name_ends_in_safetensors(tmp_path: Path, zipped: bool) -> None:
+    """PyTorch takes such a name for a safetensors file."""
+    path = tmp_path / "t.safetensors"
+    torch.save(torch_model().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    convert.convert(path, tmp_path / "t.pt", "torch", kinds=KINDS)
+    found, expected = torch.load(tmp_path / "t.pt"), torch_model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_state_dict_of_torch_reaches_mlx_and_returns(tmp_path: Path, dtype: Any, zipped: bool) -> None:
     model = torch_model().to(dtype)
