@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import os
 import selectors
 import subprocess
@@ -97,12 +98,13 @@ def render(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        request = json.dumps({"template": template, "values": values})
+        request = json.dumps({"template": template, "values": values, "options": list(template_options or {})})
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"chat: messages consist of texts, numbers, lists and dicts: {error}") from None
     answer = _renderer().render(request)
     if "text" in answer:
-        return answer["text"]
+        _warn_of_unused(tuple(answer["unused"]))
+        return str(answer["text"])
     problem = " ".join(answer["error"].split())[:300]
     if answer["kind"] == "refused":
         raise UsageError(f"chat: the chat template refuses the messages: {problem}")
@@ -111,6 +113,15 @@ def render(
             f"chat: chat templates need jinja2 3.1.6 or later, and this is {problem}: pip install -U jinja2"
         )
     raise DataError(f"chat: the chat template cannot be used: {problem}")
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of_unused(names: tuple[str, ...]) -> None:
+    """Logs once per set of names that they are no variables of a template."""
+    if names:
+        logging.getLogger("icenet").warning(
+            f"chat: no effect: the chat template has no variable {' and no variable '.join(names)}"
+        )
 
 
 class _Renderer:
@@ -125,7 +136,7 @@ class _Renderer:
         self._owner = 0
         atexit.register(self._end)
 
-    def render(self, request: str) -> dict[str, str]:
+    def render(self, request: str) -> dict[str, Any]:
         """Returns the answer of the process to a request."""
         with self._lock:
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
@@ -136,7 +147,7 @@ class _Renderer:
                     self._process.stdin.write(request.encode() + b"\n")
                     self._process.stdin.flush()
                 line = self._read_line(_ANSWER_SECONDS)
-                answer: dict[str, str] = json.loads(line)
+                answer: dict[str, Any] = json.loads(line)
                 return answer
             except ValueError:  # no complete line: the process has ended
                 self._stop()

@@ -49,7 +49,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # the default action of its signal ends the process
-        answer = json.dumps(render(request["template"], request["values"]))
+        answer = json.dumps(render(request["template"], request["values"], request.get("options", [])))
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(answer, file=out, flush=True)
 
@@ -71,22 +71,24 @@ def _limit_memory() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _renderer() -> Callable[[str, dict[str, Any]], dict[str, str]]:
+def _renderer() -> Callable[[str, dict[str, Any], list[str]], dict[str, Any]]:
     """Returns a function that renders a template, with what `transformers` offers to a chat template."""
     import jinja2
+    import jinja2.meta
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
     environment = _environment()
     compiled = functools.lru_cache(maxsize=16)(environment.from_string)
 
-    def render(template: str, values: dict[str, Any]) -> dict[str, str]:
+    def render(template: str, values: dict[str, Any], options: list[str]) -> dict[str, Any]:
         if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < _OLDEST:
             return {"kind": "version", "error": jinja2.__version__}
         try:
             text = compiled(template).render(**values)
             if len(text) > MAX_CHARACTERS:
                 return {"kind": "limit", "error": f"its text has more than {MAX_CHARACTERS:,} characters"}
-            return {"text": text}
+            read = jinja2.meta.find_undeclared_variables(environment.parse(template)) if options else set()
+            return {"text": text, "unused": [name for name in options if name not in read]}
         except _Refused as error:
             return {"kind": "refused", "error": str(error)}
         except TemplateSyntaxError as error:

@@ -345,3 +345,16 @@ def test_large_messages_and_values() -> None:
     tokenizer: Any = SimpleNamespace(chat_template="{{ messages[0].content }}")
     text = '\0\n\r\u2028 é\U0001f3bf"\\' * 100_000
     assert render(tokenizer, text) == json.loads(json.dumps(text))
+
+
+def test_an_option_that_the_template_does_not_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Also if it reads it in a branch that is not taken; a variable that it sets itself is none of its options."""
+    text = "{% generation %}{% if false %}{{ reads }}{% endif %}{% set own = 1 %}{{ own }}{% endgeneration %}"
+    tokenizer: Any = SimpleNamespace(chat_template=text)
+    assert render(tokenizer, "x", template_options={"reads": 1}) == "1" and not caplog.messages
+    assert render(tokenizer, "x", template_options={"reads": 1, "raeds": 2}) == "1"
+    assert caplog.messages == ["chat: no effect: the chat template has no variable raeds"]
+    caplog.clear()
+    tokenizer = SimpleNamespace(chat_template=TEMPLATES["llama3"])
+    render(tokenizer, "x", template_options={"date_string": "today", "custom_tools": []})
+    assert not caplog.messages
