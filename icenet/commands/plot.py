@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,14 @@ def read(paths: Sequence[Path]) -> list[Run]:
     folders = list(dict.fromkeys(_folder(path).resolve() for path in paths))
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
-        records = [r for r in MetricsLog.read(folder / "metrics.jsonl") if isinstance(r.get("step"), (int, float))]
+        file = folder / "metrics.jsonl"
+        records = [r for r in MetricsLog.read(file) if isinstance(r.get("step"), (int, float))]
+        damaged = MetricsLog.count_damaged(file)
         if not any("loss" in record or "validation_loss" in record for record in records):
-            raise IceNetError(f"{folder / 'metrics.jsonl'}: contains no step yet; wait for one, or leave the run out")
+            problem = f": {damaged:,} lines are damaged; " if damaged else " yet; wait for one, or "
+            raise IceNetError(f"{file}: contains no step{problem}leave the run out")
+        if damaged:
+            logging.getLogger("icenet").warning(f"{file}: {damaged:,} damaged lines are left out")
         runs.append(Run(name, folder, records))
     return runs
 

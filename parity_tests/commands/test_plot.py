@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import write_run
+from helpers import is_one_line, write_run
 
 from icenet.cli import main as cli
 from icenet.commands import plot as overlay
@@ -213,6 +213,18 @@ def test_a_run_without_metrics_among_several_is_one_line(tmp_path: Path, capsys:
         assert code == 1 and bad in line and said in line
     assert not (tmp_path / "p.png").exists()
     assert one_line(capsys, "plot")[0] == one_line(capsys, "plot", run, "--smooth", "0")[0] == 2
+
+
+def test_damaged_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """But not an incomplete last line, which a kill leaves."""
+    file = write_run(tmp_path / "run") / "metrics.jsonl"
+    whole = len(overlay.read([file.parent])[0].records)
+    file.write_bytes(b"\0" * 20 + b'\n{"step": 1\n[1]\n\n' + file.read_bytes() + b'{"step": ')
+    assert len(overlay.read([file.parent])[0].records) == whole
+    assert is_one_line(caplog.messages[0], "metrics.jsonl", "3 damaged lines") and len(caplog.messages) == 1
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(IceNetError, match="no step: 1 lines are damaged"):
+        overlay.read([file.parent])
 
 
 def test_no_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1963,4 +1963,18 @@ FAULTS: list[Fault] = [
         "left_out = {*imported.left_out, *imported.unused}",
         ["core/families/test_encoders.py::test_folders_are_exported_with_the_same_tensors"],
     ),
+    Fault(
+        "text of a folder without a tokenizer is read as bytes",
+        "icenet/core/models/inference.py",
+        " and not lacks_tokenizer(config, weights)",
+        "",
+        ["core/families/test_folders.py::test_text_is_not_bytes_without_a_tokenizer"],
+    ),
+    Fault(
+        "a file of torch.save is opened by its name",
+        "icenet_torch/tools/state_dict.py",
+        ' or path.suffix == ".safetensors"',
+        "",
+        ["core/weights/test_convert.py::test_a_state_dict_whose_name_ends_in_safetensors"],
+    ),
 ]

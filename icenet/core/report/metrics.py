@@ -113,6 +113,12 @@ class MetricsLog:
         return [record for line in MetricsLog._lines(Path(path)) for record in MetricsLog.parse(line)]
 
     @staticmethod
+    def count_damaged(path: str | Path) -> int:
+        """Returns how many lines `read` ignores, without an incomplete last one and empty ones."""
+        *lines, _ = MetricsLog._lines(Path(path))
+        return sum(bool(line.strip()) and not MetricsLog.parse(line) for line in lines)
+
+    @staticmethod
     def parse(line: bytes) -> list[dict[str, Any]]:
         """Returns a list with the record of a line; an empty one if the line is not a JSON object."""
         try:

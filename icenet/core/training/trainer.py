@@ -289,11 +289,11 @@ class Trainer:
         same_data = found.state.get("data") == trainer.dataset.fingerprint
         trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)
         if not same_data:
-            source = f"data of {trainer.dataset.description}"
+            source = f"data of {trainer.dataset.description} is"
             if not isinstance(config.data, CustomDataConfig) and data is None:
-                content = "images" if trainer.dataset.unit == "img" else "text"
-                source = f"{content} of data.source {config.data.source}"
-            trainer.notes.append(f"the {source} is not what the checkpoint was trained on")
+                content, verb = ("images", "are") if trainer.dataset.unit == "img" else ("text", "is")
+                source = f"{content} of data.source {config.data.source} {verb}"
+            trainer.notes.append(f"the {source} not what the checkpoint was trained on")
         return trainer
 
     def fit(self, until: int | None = None) -> Result:

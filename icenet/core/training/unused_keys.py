@@ -16,6 +16,7 @@ from icenet.core.data.datasets import Dataset
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.errors import ConfigError
 from icenet.core.training import parameter_groups
+from icenet.core.training.schedule import learning_rate, length
 
 Reasons = Iterator[tuple[str, str]]
 """Keys with the reason why they have no effect."""
@@ -75,7 +76,20 @@ def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> l
     ):
         if is_written(config, key) and not any(key in keys for keys in found.values()):
             found.setdefault(reason, []).append(key)
-    return [f"no effect: {', '.join(keys)}: {reason}" for reason, keys in found.items()]
+    return [*_of_lengths(config.training), *(f"no effect: {', '.join(keys)}: {why}" for why, keys in found.items())]
+
+
+def _of_lengths(training: TrainingConfig) -> Iterator[str]:
+    """Yields notices about parts of the schedule that are longer than the run."""
+    warmup, steps = training.warmup_steps, length(training)
+    if warmup > training.max_steps:
+        highest = f"a learning rate of {learning_rate(training.max_steps - 1, training):.3g}"
+        yield f"training.warmup_steps: the run ends within its {warmup:,} warmup steps, at {highest}"
+    elif training.schedule == "wsd" and (training.decay_steps or 0) > steps - warmup:
+        yield (
+            f"training.decay_steps: {steps - warmup:,} instead of {training.decay_steps:,}, because the schedule has "
+            "no more steps after the warmup"
+        )
 
 
 def _check_needs_validation(training: TrainingConfig, dataset: Dataset) -> None:

@@ -88,3 +88,11 @@ def test_what_needs_validation_data_is_refused_without_it(key: str, tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         found(tiny(tmp_path, "data.validation_fraction=0", f"training.{key}"))
     assert is_one_line(caught.value, f"training.{key.partition('=')[0]}", "validation_fraction")
+
+
+def test_a_warmup_or_decay_longer_than_the_run_is_named(tmp_path: Path) -> None:
+    long = ("training.max_steps=10", "training.learning_rate=0.1", "training.warmup_steps=20")
+    assert is_one_line(found(tiny(tmp_path, *long)).split("\n")[0], "training.warmup_steps", "within its 20", "0.05")
+    wsd = ("training.schedule=wsd", "training.max_steps=10", "training.warmup_steps=4", "training.decay_steps")
+    assert "training.decay_steps: 6 instead of 7, " in found(tiny(tmp_path, *wsd[:3], f"{wsd[3]}=7"))
+    assert "instead" not in found(tiny(tmp_path, *wsd[:3], f"{wsd[3]}=6"))
