@@ -232,10 +232,10 @@ class Perturbation:
         """Returns a weight, gradient or optimizer state, which is moved by ulps of `dtype` if it is a float."""
         if not np.issubdtype(array.dtype, np.floating):
             return array
-        moved = round_to(nearby(array, self.dtype, self.sample), "fp32")
+        moved = np.asarray(round_to(nearby(array, self.dtype, self.sample), "fp32"))  # a scalar stays an array
         if self.rounds:
             moved = perturb_by_ulp(moved, self.dtype, rng.key(0, "perturbation", *name), self.sample)
-        found: Array = moved.astype(array.dtype)
+        found: Array = np.asarray(moved).astype(array.dtype)
         return found
 
     def call(self, call: Call) -> Call:

@@ -4,7 +4,6 @@ equations, sequences in pieces, generation, weights and errors."""
 from __future__ import annotations
 
 import importlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -732,43 +731,3 @@ def test_text_needs_a_sequence_length(tmp_path: Path) -> None:
     given.data.source = str(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.seq_length"):
         dataset_for(given)
-
-
-# ---- speed ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@FAMILIES
-def test_no_slower_than_the_frameworks_own_stacks(family: str) -> None:
-    """Forward and backward pass of two layers, alternating; compares medians. Needs an idle machine."""
-    size, rows, length = 128, 16, 64
-    ours = model_of("mlx", type=family, hidden_size=size)
-    stack = [getattr(mlx.nn, family.upper())(size, size) for _ in range(2)]
-    x = mx.random.normal((length, rows, size))
-
-    def mine(parameters: Any) -> Any:
-        y = x
-        for layer, own in zip(ours.layers, parameters, strict=True):
-            layer.update(own)
-            y, _ = layer(y)
-        return (y * y).mean()
-
-    def theirs(parameters: Any) -> Any:
-        y = x.swapaxes(0, 1)
-        for layer, own in zip(stack, parameters, strict=True):
-            layer.update(own)
-            y = layer(y)
-            y = y[0] if family == "lstm" else y
-        return (y * y).mean()
-
-    runs = {
-        "ours": lambda: mx.grad(mine)([layer.parameters() for layer in ours.layers]),
-        "mlx.nn": lambda: mx.grad(theirs)([layer.parameters() for layer in stack]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(9):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            mx.eval(run())
-            times[name].append(time.perf_counter() - start)
-    assert np.median(times["ours"]) <= np.median(times["mlx.nn"]), times

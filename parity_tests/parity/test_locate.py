@@ -73,7 +73,8 @@ def residual(modules: Modules) -> None:
 
 
 def num_heads(modules: Modules) -> None:
-    modules["blocks.0.attention"].num_heads = 4
+    attention = modules["blocks.0.attention"]
+    attention.plan = attention.plan._replace(head_size=attention.plan.head_size // 2)
 
 
 def backward_only(modules: Modules) -> None:
