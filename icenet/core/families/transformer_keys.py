@@ -100,12 +100,12 @@ class LayerWindows:
             written[self.switch] = written["sliding_window"] is not None
         if written["sliding_window"] is None:
             written["sliding_window"] = self.default  # some readers need a number
-        if self.pattern and (period := _period(windows)):
+        if self.pattern and (period := period_of(windows)):
             written[self.pattern] = period
         return {**written, "layer_types": [SLIDING if window else FULL for window in windows]}
 
 
-def _period(windows: Sequence[int | None]) -> int | None:
+def period_of(windows: Sequence[int | None]) -> int | None:
     """Returns n if each n-th layer has no window and all others have one."""
     return next(
         (

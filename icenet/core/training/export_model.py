@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icenet.core.config import Config
+from icenet.core.config import Config, TransformerConfig
 from icenet.core.data.images import preprocess
 from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.errors import CheckpointError, DataError, UsageError
 from icenet.core.families import Family, folder, gguf_export
+from icenet.core.families.transformer_keys import period_of
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
 from icenet.core.tokenizers import gguf as gguf_tokenizer
@@ -32,6 +33,9 @@ FORMS = (FORM, MLX_LM, *gguf_export.KINDS)
 _WITHOUT_PREFIX = ("gpt2",)
 """Families whose tensors mlx-lm accepts under the names of the model without its head only."""
 
+_HEADS_OF_WIDTH = ("mixtral", "qwen2", "phi3", "gpt2", "gpt_neox")
+_FOUR_TIMES = ("gpt2", "gpt_neox")
+"""Families for which mlx-lm ignores a size of a head, and one of the feed-forward network."""
 _STACKED = ".switch_mlp."
 """A part of the names that mlx-lm, and no class of `transformers`, has for the experts of a layer together."""
 
@@ -95,6 +99,7 @@ def export(
     if form in gguf_export.KINDS:
         tensors = ExportedWeights(family, config, weights)
         return _export_gguf(source, source_form(imported), destination, form, config, family, tensors, files)
+    remarks += _mlx_lm_differences(family, config) if form == MLX_LM else []
     metadata = {"format": "mlx"} if form == MLX_LM else None
     if form == MLX_LM and family.model_type in _WITHOUT_PREFIX:
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
@@ -109,6 +114,24 @@ def export(
         left_out,
         "; ".join([f"the family is {family.model_type}", *remarks]),
     )
+
+
+def _mlx_lm_differences(family: Family, config: Config) -> list[str]:
+    """Returns what mlx-lm 0.32 computes in another way, or cannot load, of an exported model; one text for each."""
+    model = config.model
+    assert isinstance(model, TransformerConfig)
+    found, width = [], model.hidden_size
+    layers = family.options(model)["windows"]
+    windows = [window for window in layers if window is not None and window < model.max_seq_length]
+    if windows and family.model_type != "gemma3_text":
+        found.append(f"mlx-lm uses no sliding window: texts of more than {min(windows)} tokens differ there")
+    elif windows and period_of(layers) is None:
+        found.append("mlx-lm cannot load it: its Gemma 3 needs layers without a window at regular intervals")
+    if family.model_type in _HEADS_OF_WIDTH and model.head_size not in (None, width // model.num_heads):
+        found.append(f"mlx-lm cannot load it: its heads have hidden_size / num_heads = {width // model.num_heads}")
+    if family.model_type in _FOUR_TIMES and model.feed_forward_size not in (None, 4 * width):
+        found.append(f"mlx-lm cannot load it: its feed_forward_size is 4 x hidden_size = {4 * width}")
+    return found
 
 
 def source_form(imported: folder.Folder | None) -> str:

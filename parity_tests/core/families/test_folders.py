@@ -592,6 +592,26 @@ def test_a_folder_for_mlx_lm(tmp_path: Path) -> None:
     assert icenet.load(tmp_path / "out", "torch").config == config
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mistral", {"sliding_window": 5}, "no sliding window: texts of more than 5 tokens"),
+        ("mistral", {"sliding_window": None}, None),
+        ("gemma3_text", {"layer_types": ["sliding", "sliding"], "sliding_window": 5}, "regular intervals"),
+        ("gemma3_text", {"layer_types": ["sliding", "full"], "sliding_window": 5}, None),
+        ("mixtral", {"head_size": 6}, "its heads have hidden_size / num_heads"),
+        ("gpt_neox", {"feed_forward_size": 12}, "feed_forward_size is 4 x hidden_size"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_said(
+    family: str, changes: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    config = Config.from_dict({"model": {**tiny_config(family).model_dump(), **changes}})
+    icenet.save(icenet.build(config, "torch"), tmp_path / "own")
+    notes = icenet.convert(tmp_path / "own", tmp_path / "out", "mlx-lm").note
+    assert (words in notes) if words else "mlx-lm" not in notes
+
+
 def test_mlx_lm_has_no_encoders(tmp_path: Path) -> None:
     config = Config.from_dict({"model": tiny_config("bert").model_dump()})
     icenet.save(icenet.build(config, "torch"), tmp_path / "own")
