@@ -89,7 +89,7 @@ def _model_at(path: Path) -> dict[str, Any]:
     written = importlib.import_module("icenet.core.config.written")
     tokenizer = getattr(config.data, "tokenizer", "bytes")
     if importlib.import_module("icenet.core.models.inference").lacks_tokenizer(config, weights):
-        tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then asks for
+        tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then reports as missing
     return {
         "model": config.model.model_dump(mode="python"),
         "tokenizer": tokenizer,
