@@ -139,7 +139,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
         raise WeightsError(f"{path}: no such file or folder; give a {SUFFIX} file or the folder of one")
     index = index_of(file)
     if file.is_file() and not file.name.endswith(INDEX_SUFFIX):
-        if path.is_dir() and index.is_file():
+        if path.is_dir() and index.is_file() and not _lists_only(index, file.name):
             logging.getLogger("icenet").warning(
                 f"{path}: has {file.name} and {index.name}; the file is read, not the shards of the index, which may "
                 "be another version of the model: give the path of the index to read them"
@@ -159,6 +159,14 @@ def read(path: str | os.PathLike[str]) -> Weights:
 def index_of(path: Path) -> Path:
     """Returns the path of the index of `x.safetensors`: `x.safetensors.index.json`."""
     return path if path.name.endswith(INDEX_SUFFIX) else path.with_name(path.name + ".index.json")
+
+
+def _lists_only(index: Path, name: str) -> bool:
+    """Returns whether an index lists one file, as mlx-lm writes it next to a model that is not split."""
+    try:
+        return set(listed_in_index(index).values()) == {name}
+    except WeightsError:
+        return False
 
 
 def listed_in_index(index: Path, suffixes: Sequence[str] = (SUFFIX,)) -> dict[str, str]:

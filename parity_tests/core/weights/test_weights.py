@@ -516,3 +516,13 @@ def test_arrays_of_files_are_copied_from_file_to_file(
     weights.write(tmp_path / "z.safetensors", changed)
     again = weights.read(tmp_path / "z.safetensors")
     assert all(np.array_equal(again[name], array) for name, array in changed.items())
+
+
+def test_the_index_of_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As mlx-lm writes it. One that lists other files is said."""
+    weights.write(tmp_path, {"a": np.ones(2, np.float32)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert list(weights.read(tmp_path)) == ["a"] and not caplog.messages
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    assert list(weights.read(tmp_path)) == ["a"] and "index" in caplog.text
