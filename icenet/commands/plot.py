@@ -99,10 +99,10 @@ def read(paths: Sequence[Path]) -> list[Run]:
         records = [r for r in MetricsLog.read(file) if isinstance(r.get("step"), (int, float))]
         damaged = MetricsLog.count_damaged(file)
         if not any("loss" in record or "validation_loss" in record for record in records):
-            problem = f": {damaged:,} lines are damaged; " if damaged else " yet; wait for one, or "
+            problem = f"; damaged lines: {damaged:,}; " if damaged else " yet; wait for one, or "
             raise IceNetError(f"{file}: contains no step{problem}leave the run out")
         if damaged:
-            logging.getLogger("icenet").warning(f"{file}: {damaged:,} damaged lines are left out")
+            logging.getLogger("icenet").warning(f"{file}: damaged lines, left out: {damaged:,}")
         runs.append(Run(name, folder, records))
     return runs
 
