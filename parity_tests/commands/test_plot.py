@@ -221,7 +221,9 @@ def test_damaged_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixt
     whole = len(overlay.read([file.parent])[0].records)
     file.write_bytes(b"\0" * 20 + b'\n{"step": 1\n[1]\n\n' + file.read_bytes() + b'{"step": ')
     assert len(overlay.read([file.parent])[0].records) == whole
-    assert is_one_line(caplog.messages[0], "metrics.jsonl", "damaged lines, left out: 3") and len(caplog.messages) == 1
+    assert (
+        is_one_line(caplog.messages[0], "metrics.jsonl", "damaged lines, left out: 3") and len(caplog.messages) == 1
+    )
     file.write_bytes(b"\xff\n")
     with pytest.raises(IceNetError, match="no step; damaged lines: 1"):
         overlay.read([file.parent])
