@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from icenet.core.config import Config
+import numpy as np
+
+from icenet.core.config import Config, ImageDataConfig
 from icenet.core.config.section import shown
+from icenet.core.data.images import preprocess
 from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
+from icenet.core.families import folder, vision
+from icenet.core.families.keys import Values
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training.changed_keys import of_model, value
+from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.training.open_model import open_trained
+from icenet.core.weights import hub
 
 
 def apply(config: Config, engine: Engine) -> list[str]:
@@ -47,3 +57,57 @@ def apply(config: Config, engine: Engine) -> list[str]:
             f"data.tokenizer is {ours}, and that of {path} is another: the ids of tokens have other meanings"
         )
     return notes
+
+
+def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between the images of a new run and those of the model that it begins with.
+
+    Args:
+        config: The configuration.
+        facts: `ImageFacts` of the run, as a dict.
+    """
+    given = config.training.init_from
+    if given is None or not isinstance(config.data, ImageDataConfig):
+        return []
+    path = hub.local_path(Path(given))
+    theirs = _images_of(path, facts["channels"])
+    notes = []
+    classes = theirs.get("classes", facts["classes"])
+    if classes != facts["classes"] and len(classes) == len(facts["classes"]):
+        notes.append(
+            f"the classes are {_first_names(facts['classes'])}, and {_first_names(classes)} in {given}: the outputs "
+            "have other meanings"
+        )
+    changed = [
+        f"data.{name} is {_rounded(facts[name])}, and {_rounded(theirs[name])} in {given}"
+        for name in ("mean", "std")
+        if name in theirs and not np.allclose(facts[name], theirs[name], rtol=0, atol=1e-3)
+    ]
+    if changed:
+        notes.append(f"{'; '.join(changed)}: the pixels have other values than the model was trained with")
+    return notes
+
+
+def _images_of(path: Path, channels: int) -> dict[str, Any]:
+    """Returns the classes, the mean and the standard deviation of a model of images, as far as they are known."""
+    if not folder.is_folder(path):
+        is_saved = path.is_dir() and (path / "config.yaml").is_file() and not (path / "manifest.json").is_file()
+        return {} if is_saved and not (path / FOLDER).is_dir() else dict(find(path).state.get("facts", {}))
+    values = folder.read_json(path / folder.CONFIG)
+    names = vision.labels(Values(values))
+    found: dict[str, Any] = {} if names[0].startswith("LABEL_") else {"classes": names}  # names that mean nothing
+    with contextlib.suppress(ConfigError):  # training needs no processor
+        pixels = preprocess.read(path, str(values.get("model_type")), channels)
+        zeros, ones = [0.0] * channels, [1.0] * channels
+        scale = 255 * (1 if pixels.scale is None else pixels.scale)  # the values of our images are from 0 to 1
+        found["mean"] = [value / scale for value in (zeros if pixels.mean is None else pixels.mean)]
+        found["std"] = [value / scale for value in (ones if pixels.mean is None else pixels.std)]
+    return found
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"

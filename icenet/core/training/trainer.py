@@ -207,7 +207,7 @@ class Trainer:
         engine = backends.engine(config, None, device)
         notes = initial_weights.apply(config, engine)
         trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet, given)
-        trainer.notes += notes
+        trainer.notes += [*notes, *initial_weights.image_notes(config, trainer.dataset.facts)]
         return trainer
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import is_one_line, losses, same_bits, state, tiny, train
+from PIL import Image
 
 import icenet
 from icenet.core.config import Config
@@ -203,3 +204,34 @@ def test_a_path_without_a_model_is_named_with_its_key(key: str, tmp_path: Path) 
         Trainer.start(tiny(tmp_path, f"{key}={tmp_path / 'missing'}"), tmp_path / "run", backend="torch", quiet=True)
     assert is_one_line(str(error.value))
     assert str(error.value).startswith(f"{key}: {tmp_path / 'missing'}: no such file or folder")
+
+
+def test_other_images_than_those_of_the_model_are_said(tmp_path: Path) -> None:
+    """Their mean and deviation, and the names of the classes: of a folder of Hugging Face, and of a run."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(3):
+            pixels = random.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    model = {"type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+    config = Config.from_dict(
+        {
+            "model": {**model, "vocab_size": 2},
+            "data": {"kind": "images", "source": str(tmp_path / "images")},
+            "training": {"max_steps": 1, "batch_size": 2},
+        }
+    )
+    train(config, tmp_path / "first", "torch")
+    icenet.convert(tmp_path / "first", tmp_path / "hf", "hf")
+
+    def notes(source: str, *overrides: str) -> str:
+        changed = config.with_overrides(f"training.init_from={tmp_path / source}", *overrides)
+        return "\n".join(Trainer.start(changed, tmp_path / f"run-{source}", backend="torch", quiet=True).notes)
+
+    for source in ("first", "hf"):
+        assert "pixels" not in notes(source) and "classes" not in notes(source)
+        assert "data.std is [0.5, 0.5, 0.5], and [0." in notes(source, "data.std=[0.5, 0.5, 0.5]")
+    (tmp_path / "images" / "a").rename(tmp_path / "images" / "c")
+    for source in ("first", "hf"):
+        assert f"the classes are b, c, and a, b in {tmp_path / source}: the outputs have other" in notes(source)
