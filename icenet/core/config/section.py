@@ -157,6 +157,8 @@ def _problem(detail: Any, path: KeyPath, schema: type[Section]) -> str:
         return unknown_family(value, context["known"].split(", "))
     if kind == "kind":
         given = value.get("kind") if isinstance(value, Mapping) else value
+        if isinstance(given, str) and given.endswith(".py"):
+            return f"{shown(given)} names no class; write {given}:CLASS"
         return f"unknown kind {shown(given)}{nearest(str(given), context['known'].split(', '))}"
     if kind == "missing":
         return "required, but missing"
@@ -164,6 +166,8 @@ def _problem(detail: Any, path: KeyPath, schema: type[Section]) -> str:
         return f"must be a mapping of keys, not {shown(value)}"
     if kind == "string_pattern_mismatch" and path[-1:] == ("device",):
         return f"must be auto, cpu, gpu, mps, cuda or cuda:N, not {shown(value)}"
+    if kind == "string_pattern_mismatch" and path[-1:] == ("loss",):
+        return f"must be cross_entropy or FILE.py:FUNCTION, not {shown(value)}"
     if kind == "value_error":
         return str(context["error"])
     if kind == "string_unicode":
@@ -280,6 +284,8 @@ def unknown_family(values: Any, known: Sequence[str]) -> str:
     family = values.get("type") if isinstance(values, Mapping) else None
     if family is None:
         return f"required; one of {', '.join(known)}, or my_models.py:MyModel"
+    if isinstance(family, str) and family.endswith(".py"):
+        return f"{shown(family)} names no class; write {family}:CLASS"
     return f"unknown family {shown(family)}{nearest(str(family), list(known))}"
 
 

@@ -531,3 +531,18 @@ def test_every_option_of_a_custom_model_survives_its_file(options: dict[str, Any
     assert again == config and again.to_yaml() == written
     assert repr(again.to_dict()) == repr(config.to_dict())  # also the types: 1, 1.0 and True are equal
     assert repr(yaml.safe_load(written)) == repr(config.to_dict())  # for other readers
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.loss=squares", "must be cross_entropy or FILE.py:FUNCTION, not 'squares'"),
+        ("training.loss=mine.py", "must be cross_entropy or FILE.py:FUNCTION, not 'mine.py'"),
+        ("data.kind=mine.py", "'mine.py' names no class; write mine.py:CLASS"),
+        ("model.type=mine.py", "'mine.py' names no class; write mine.py:CLASS"),
+    ],
+)
+def test_how_code_of_the_user_is_named(override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(MODEL, override)
+    assert is_one_line(error.value, words)
