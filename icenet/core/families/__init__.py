@@ -8,7 +8,7 @@ from __future__ import annotations
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
 from icenet.core.families import bert, gpt, llama, moe, multimodal, vision
-from icenet.core.families.family import Family, different_options
+from icenet.core.families.family import Family, different_options, is_refusal
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -42,10 +42,11 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     if not families:
         raise ConfigError(f"no family of Hugging Face is a {config.type}; only those of docs/conversion.md")
     found = [(different_options(family, config), family) for family in families]
-    lacking, nearest = min(found, key=lambda pair: len(pair[0]))
+    # the one entry of a family that refuses a value says nothing about how near it is
+    lacking, nearest = min(found, key=lambda pair: (any(is_refusal(name) for name in pair[0]), len(pair[0])))
     if lacking:
         raise ConfigError(
             f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
-            f"{', '.join(f'model.{option}' for option in lacking)}; docs/conversion.md has the options of each family"
+            f"{', '.join(name if is_refusal(name) else f'model.{name}' for name in lacking)}; docs/conversion.md has the options of each family"
         )
     return nearest

@@ -143,6 +143,14 @@ class Family:
         return written
 
 
+_REFUSES = "a value of the model: "
+
+
+def is_refusal(name: str) -> bool:
+    """Returns whether an entry of `different_options` is the error of a family that refuses a value."""
+    return name.startswith(_REFUSES)
+
+
 def different_options(family: Family, config: ModelConfig) -> list[str]:
     """Returns the names of the options of a model that a family does not have; dropout does not count."""
     wanted = family.options(config)
@@ -150,7 +158,7 @@ def different_options(family: Family, config: ModelConfig) -> list[str]:
         fields = family.read(family.write(config))
         found = family.options(Config.from_dict({"model": fields}).model)
     except ConfigError as error:  # a value that the family restricts
-        return [f"{family.model_type} ({error})"]
+        return [f"{_REFUSES}{error}"]
     names = [name for name, value in wanted.items() if name != "dropout" and not same_value(value, found.get(name))]
     if family.divides_width and config.hidden_size % getattr(config, "num_heads", 1):
         names.append("num_heads (not a divisor of hidden_size)")

@@ -16,7 +16,7 @@ from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, TransformerConfig, transformer_plan
 from icenet.core.data.datasets import dataset_for
 from icenet.core.errors import ConfigError, DataError, IceNetError, UsageError, WeightsError
-from icenet.core.families import FAMILIES, folder
+from icenet.core.families import FAMILIES, family_of, folder
 from icenet.core.families.family import Family, different_options
 from icenet.core.families.weights import ExportedWeights, family_tensors
 from icenet.core.training.open_model import open_target
@@ -625,3 +625,11 @@ def test_keys_that_mlx_lm_reads_are_added(llama: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["rope_theta"] == 7.0 and written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert folder.read(tmp_path / "out").config.model == folder.read(llama).config.model
+
+
+def test_the_nearest_family_is_not_one_that_refuses_a_value() -> None:
+    """A decoder is no RoBERTa, whose head refuses the activation before other options are compared."""
+    model = Config.from_yaml(Path("quickstart")).model
+    with pytest.raises(ConfigError) as error:
+        family_of(model)
+    assert is_one_line(error.value, "gpt2, the nearest, lacks model.positions")
