@@ -23,6 +23,16 @@ def add_bias(x: Array, bias: Array) -> Array:
     return grouped.reshape(x.shape)
 
 
+def scale(x: Array, weight: Array) -> Array:
+    """Multiplies x `[..., C]` by a weight `[C]`, with an accurate gradient for the weight, as `add_bias` has."""
+    positions = math.prod(x.shape[:-1])
+    group = _divisor(positions, math.isqrt(positions))
+    grouped = x.reshape(-1, group, weight.shape[0]) * mx.broadcast_to(
+        weight, (positions // group, 1, weight.shape[0])
+    )
+    return grouped.reshape(x.shape)
+
+
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Returns the sum of values times weights, where the weights add up to 1.
 

@@ -14,7 +14,7 @@ from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact
-from icenet.nn.arrays import Array, is_half
+from icenet.nn.arrays import Array, is_half, on_cpu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -44,7 +44,10 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: Array) -> Array:
         y = x.astype(mx.float32) if is_half(x) else x
         weight = self.weight.astype(y.dtype)
-        return mx.fast.rms_norm(y, 1 + weight if self.offset else weight, self.eps).astype(x.dtype)
+        weight = 1 + weight if self.offset else weight
+        if on_cpu():  # the fused operation sums the gradient of the weight term by term there
+            return exact.scale(mx.fast.rms_norm(y, None, self.eps), weight).astype(x.dtype)
+        return mx.fast.rms_norm(y, weight, self.eps).astype(x.dtype)
 
 
 def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
