@@ -275,7 +275,7 @@ def test_options_that_contradict_each_other(changes: dict[str, Any], message: st
 
 
 def test_the_gradient_of_the_weight_of_an_rms_norm_is_accurate() -> None:
-    """As accurate as PyTorch's, for small values too, as those of an embedding. A sum term by term is 3 times worse."""
+    """As accurate as PyTorch's, also for the small values of an embedding; a sum term by term is 3 times worse."""
     mx: Any = pytest.importorskip("mlx.core")
     from icenet.nn.norm import RMSNorm
 
