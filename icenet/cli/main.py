@@ -520,8 +520,9 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, and
-    torchvision (a state dict with the names of its ResNets and vision transformers).
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, gguf
+    and gguf-q8_0 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets and vision
+    transformers).
     """
     from icenet.commands.convert import convert_model
 
@@ -557,7 +558,7 @@ def parity_command(
 ) -> None:
     """Compare the backends layer by layer.
 
-    TARGET is a config, a run or a checkpoint.
+    TARGET is a config, a run, a checkpoint, a Hugging Face folder or a GGUF file.
     """
     from icenet.commands.parity import parity
 
@@ -592,7 +593,7 @@ def info_command(
 ) -> None:
     """Show parameter counts and memory of models.
 
-    TARGET is a config, a run or a checkpoint. Without it, all presets are listed.
+    TARGET is a config, a run, a checkpoint, a Hugging Face folder or a GGUF file. Without it, all presets are listed.
     """
     if target is None and (overrides or schedule):
         raise click.UsageError("--set needs a TARGET" if overrides else "--schedule needs a TARGET")

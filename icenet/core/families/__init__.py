@@ -45,8 +45,9 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     # the one entry of a family that refuses a value says nothing about how near it is
     lacking, nearest = min(found, key=lambda pair: (any(is_refusal(name) for name in pair[0]), len(pair[0])))
     if lacking:
+        names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in lacking)
         raise ConfigError(
-            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
-            f"{', '.join(name if is_refusal(name) else f'model.{name}' for name in lacking)}; docs/conversion.md has the options of each family"
+            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks {names}; "
+            "docs/conversion.md has the options of each family"
         )
     return nearest
