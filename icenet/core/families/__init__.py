@@ -47,7 +47,7 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     if lacking:
         names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in lacking)
         raise ConfigError(
-            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks {names}; "
-            "docs/conversion.md has the options of each family"
+            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
+            f"{names}; docs/conversion.md has the options of each family"
         )
     return nearest
