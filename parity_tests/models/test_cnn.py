@@ -667,3 +667,14 @@ def test_a_run_changes_backend(first: str, tmp_path: Path) -> None:
     assert verdict.passed, f"{verdict.worst} at step {verdict.worst_step}"
     found = [checkpoint.find(tmp_path / name) for name in runs]
     assert found[0].state["facts"] == found[1].state["facts"] and found[0].weights.keys() == found[1].weights.keys()
+
+
+def test_statistics_are_restored_with_pytorchs_counter_of_batches() -> None:
+    """A step that is skipped changes nothing; with `momentum=None` the counter is a part of the averages."""
+    statistics = pytest.importorskip("icenet_torch.nn.norm")
+    layer = torch.nn.BatchNorm1d(3, momentum=None)
+    before = statistics.running_statistics(layer)
+    layer(torch.ones(4, 3))
+    assert int(layer.num_batches_tracked) == 1
+    statistics.set_running_statistics(layer, before)
+    assert int(layer.num_batches_tracked) == 0 and not layer.running_mean.any()
