@@ -60,6 +60,22 @@ def channel_sums(x: Array) -> Array:
     return x.reshape(group, -1, x.shape[-1]).sum(axis=0).sum(axis=0)
 
 
+def logsumexp(x: Array) -> Array:
+    """Returns log(sum(exp(x))) over the last axis, fp32.
+
+    MLX's CPU adds the exponentials term by term: over a vocabulary of 49,152 a loss is off by 1e-4, 10 times as much
+    as in PyTorch. Here groups of up to 64 are added in fp32, and their sums in fp64.
+    """
+    if not on_cpu():
+        return mx.logsumexp(x, axis=-1)
+    largest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
+    terms = mx.exp(x - largest)
+    group = _divisor(x.shape[-1], 64)
+    sums = terms.reshape(*x.shape[:-1], -1, group).sum(axis=-1) if group > 1 else terms
+    total = sums.astype(mx.float64).sum(axis=-1).astype(x.dtype)
+    return mx.log(total) + largest.squeeze(-1)
+
+
 def moments(x: Array) -> tuple[Array, Array]:
     """Returns mean and biased variance of each channel, `[..., C]` to `[C]`; the mean in two passes."""
     weight = x.shape[-1] / x.size

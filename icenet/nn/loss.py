@@ -5,7 +5,6 @@ from __future__ import annotations
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from icenet.nn import exact
 from icenet.nn.arrays import Array
@@ -19,7 +18,9 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
         labels: int `[...]`; negative labels are ignored.
     """
     counted = labels >= 0
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.where(counted, labels, 0))
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, mx.where(counted, labels, 0)[..., None], axis=-1).squeeze(-1)
+    losses = exact.logsumexp(logits) - chosen
     count = counted.sum()
     return exact.weighted_mean(losses, counted / mx.maximum(count, 1)), count
 

@@ -36,7 +36,7 @@ ONE_SIDED = {
     "nn.arrays": {"to_channels_first"},  # MLX images have channels last
     "nn.dropout": {"masked_scale"},  # MLX draws threefry numbers itself
     # PyTorch is accurate there
-    "nn.exact": {"add_bias", "channel_sums", "moments", "normalize", "scale", "scale_and_shift"},
+    "nn.exact": {"add_bias", "channel_sums", "logsumexp", "moments", "normalize", "scale", "scale_and_shift"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
     "nn.random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits_at_least"},
