@@ -275,13 +275,17 @@ def test_a_conversion_does_not_enter_a_run(run: Path, here: Path, capsys: pytest
 def test_repeated_signals_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal and its shell may both send SIGHUP, a launcher and its process group SIGTERM or Ctrl-C."""
     seen: list[str] = []
-    with signals.on_stop_signal(seen.append):
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-            signal.raise_signal(number)
-            signal.raise_signal(number)
-        monkeypatch.setattr(signals, "_REPEAT_SECONDS", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us without it
+    try:
+        with signals.on_stop_signal(seen.append):
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            monkeypatch.setattr(signals, "_REPEAT_SECONDS", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert seen == ["SIGHUP", "SIGHUP", "SIGTERM", "SIGTERM", "Ctrl-C"]
 
 
