@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from icenet.core.config import written as written_keys
 from icenet.core.config.custom import is_custom
 from icenet.core.errors import ConfigError
 
@@ -86,13 +87,12 @@ def _model_at(path: Path) -> dict[str, Any]:
             f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "
             "path in training.init_from"
         )
-    written = importlib.import_module("icenet.core.config.written")
     tokenizer = getattr(config.data, "tokenizer", "bytes")
     if importlib.import_module("icenet.core.models.inference").lacks_tokenizer(config, weights):
         tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then reports as missing
     return {
         "model": config.model.model_dump(mode="python"),
         "tokenizer": tokenizer,
-        "generation": written.tree(config.generation),
-        "embedding": written.tree(config.embedding),
+        "generation": written_keys.tree(config.generation),
+        "embedding": written_keys.tree(config.embedding),
     }

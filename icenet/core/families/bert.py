@@ -5,7 +5,7 @@ Sources: the classes `BertConfig`, `BertForMaskedLM`, ... of Hugging Face's `tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,15 +176,29 @@ BERT = Family(
 )
 
 
-def _roberta(model_type: str, architecture: str, vocabulary: int) -> Family:
+def _with_lm_head(
+    model_type: str,
+    architecture: str,
+    prefix: str,
+    parts: Sequence[Part],
+    block: tuple[str, Sequence[str], str, str] = _BERT_BLOCK,
+    fixed: Mapping[str, Any] = _FIXED,
+) -> Family:
+    """Returns a family whose head for masked language models is `lm_head`.
+
+    Args:
+        model_type, architecture, parts, fixed: See `Family`.
+        prefix: Beginning of the names, without the dot.
+        block: Names of the layers of a block, see `_rows`.
+    """
     return Family(
         model_type,
         architecture,
-        _FIXED,
-        [*_parts(vocabulary), _OffsetPositions("pad_token_id"), _TokenTypes()],
-        "roberta.",
+        fixed,
+        parts,
+        f"{prefix}.",
         [
-            *_rows("roberta", *_BERT_BLOCK),
+            *_rows(prefix, *block),
             Row("lm_head.dense", ["output_dense"]),
             Row("lm_head.layer_norm", ["output_norm"]),
         ],
@@ -193,38 +207,29 @@ def _roberta(model_type: str, architecture: str, vocabulary: int) -> Family:
         head_activation="gelu",
         rows_of=_HeadRows("lm_head"),
         copies=[r"lm_head\.(decoder\.)?bias"],
-        buffers=_buffers("roberta"),
-        unused=_unused("roberta"),
+        buffers=_buffers(prefix),
+        unused=_unused(prefix),
         renamed=_RENAMED,
         ignored=_IGNORED,
         divides_width=True,
     )
 
 
+def _roberta(model_type: str, architecture: str, vocabulary: int) -> Family:
+    parts = [*_parts(vocabulary), _OffsetPositions("pad_token_id"), _TokenTypes()]
+    return _with_lm_head(model_type, architecture, "roberta", parts)
+
+
 ROBERTA = _roberta("roberta", "RobertaForMaskedLM", 50265)
 XLM_ROBERTA = _roberta("xlm-roberta", "XLMRobertaForMaskedLM", 30522)
 
-MPNET = Family(
+MPNET = _with_lm_head(
     "mpnet",
     "MPNetForMaskedLM",
-    {**_FIXED, "relative_buckets": 32, "relative_max_distance": 128},
+    "mpnet",
     [*_parts(30527), _OffsetPositions(None), Only("relative_attention_num_buckets", 32)],
-    "mpnet.",
-    [
-        *_rows("mpnet", "attention.attn", "qkv", "attention.attn.o", "attention.LayerNorm"),
-        Row("lm_head.dense", ["output_dense"]),
-        Row("lm_head.layer_norm", ["output_norm"]),
-    ],
-    head="lm_head.decoder.weight",
-    masked_head="lm_head.dense.weight",
-    head_activation="gelu",
-    rows_of=_HeadRows("lm_head"),
-    copies=[r"lm_head\.(decoder\.)?bias"],
-    buffers=_buffers("mpnet"),
-    unused=_unused("mpnet"),
-    renamed=_RENAMED,
-    ignored=_IGNORED,
-    divides_width=True,
+    ("attention.attn", "qkv", "attention.attn.o", "attention.LayerNorm"),
+    {**_FIXED, "relative_buckets": 32, "relative_max_distance": 128},
 )
 
 _BLOCK = "distilbert.transformer.layer.{i}"

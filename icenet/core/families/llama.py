@@ -29,7 +29,7 @@ _FIXED = {
 _BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
-def _parts(
+def common_parts(
     vocab: int,
     width: int,
     layers: int,
@@ -52,9 +52,9 @@ def _parts(
     )
 
 
-_HEADS = Key("num_attention_heads", "num_heads", 32)
-_BIAS = Key("attention_bias", "attention_bias", False)
-_SILU = Activation("hidden_act", "silu")
+HEADS = Key("num_attention_heads", "num_heads", 32)
+BIAS = Key("attention_bias", "attention_bias", False)
+SILU = Activation("hidden_act", "silu")
 
 _OUTER = (
     Row("model.embed_tokens", ["token_embedding"]),
@@ -93,8 +93,8 @@ LLAMA = _family(
     "LlamaForCausalLM",
     {},
     [
-        *_parts(32000, 4096, 32, 11008, 2048, 1e-6, None),
-        *(_HEADS, HeadSize(), _BIAS, Key("mlp_bias", "feed_forward_bias", False), _SILU, Rotary()),
+        *common_parts(32000, 4096, 32, 11008, 2048, 1e-6, None),
+        *(HEADS, HeadSize(), BIAS, Key("mlp_bias", "feed_forward_bias", False), SILU, Rotary()),
         Only("rope_interleaved", False),
     ],
     [*_NORMS, *_LINEAR],
@@ -106,7 +106,7 @@ MISTRAL = _family(
     "mistral",
     "MistralForCausalLM",
     {},
-    [*_parts(32000, 4096, 32, 14336, 131072, 1e-6, 8), _HEADS, HeadSize(), _SILU, Rotary(), Window(4096)],
+    [*common_parts(32000, 4096, 32, 14336, 131072, 1e-6, 8), HEADS, HeadSize(), SILU, Rotary(), Window(4096)],
     [*_NORMS, *_LINEAR],
 )
 
@@ -122,8 +122,8 @@ QWEN2 = _family(
     "Qwen2ForCausalLM",
     {"attention_bias": True, "attention_output_bias": False},
     [
-        *_parts(151936, 4096, 32, 22016, 32768, 1e-6, 32),
-        *(_HEADS, HeadSize(), _SILU, Rotary(), _QWEN_WINDOWS, Only("use_mrope", False)),
+        *common_parts(151936, 4096, 32, 22016, 32768, 1e-6, 32),
+        *(HEADS, HeadSize(), SILU, Rotary(), _QWEN_WINDOWS, Only("use_mrope", False)),
     ],
     [*_NORMS, *_LINEAR],
 )
@@ -132,7 +132,15 @@ QWEN3 = _family(
     "qwen3",
     "Qwen3ForCausalLM",
     {"query_key_norm": "head"},
-    [*_parts(151936, 4096, 32, 22016, 32768, 1e-6, 32), _HEADS, HeadSize(128), _BIAS, _SILU, Rotary(), _QWEN_WINDOWS],
+    [
+        *common_parts(151936, 4096, 32, 22016, 32768, 1e-6, 32),
+        HEADS,
+        HeadSize(128),
+        BIAS,
+        SILU,
+        Rotary(),
+        _QWEN_WINDOWS,
+    ],
     [*_NORMS, *_LINEAR, *_QUERY_KEY_NORMS],
 )
 
@@ -140,7 +148,7 @@ OLMO2 = _family(
     "olmo2",
     "Olmo2ForCausalLM",
     {"query_key_norm": "all", "norm_position": "branch"},
-    [*_parts(50304, 4096, 32, 11008, 2048, 1e-5, None), _HEADS, HeadSize(), _BIAS, _SILU, Rotary()],
+    [*common_parts(50304, 4096, 32, 11008, 2048, 1e-5, None), HEADS, HeadSize(), BIAS, SILU, Rotary()],
     [
         Row("model.layers.{i}.post_attention_layernorm", ["blocks.{i}.attention_norm"]),
         Row("model.layers.{i}.post_feedforward_layernorm", ["blocks.{i}.feed_forward_norm"]),
@@ -154,8 +162,8 @@ GEMMA2 = _family(
     "Gemma2ForCausalLM",
     {"norm_offset": True, "norm_position": "sandwich", "embedding_scale": None},
     [
-        *_parts(256000, 2304, 26, 9216, 8192, 1e-6, 4, tied=True),
-        *(Key("num_attention_heads", "num_heads", 8), HeadSize(256), _BIAS, Rotary()),
+        *common_parts(256000, 2304, 26, 9216, 8192, 1e-6, 4, tied=True),
+        *(Key("num_attention_heads", "num_heads", 8), HeadSize(256), BIAS, Rotary()),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
         ScalarScale("query_pre_attn_scalar", 256),
         Key("attn_logit_softcapping", "attention_softcap", 50.0),
@@ -185,8 +193,8 @@ GEMMA3 = _family(
     "Gemma3ForCausalLM",
     {"norm_offset": True, "norm_position": "sandwich", "embedding_scale": None, "query_key_norm": "head"},
     [
-        *_parts(262208, 2304, 26, 9216, 131072, 1e-6, 4, tied=True),
-        *(Key("num_attention_heads", "num_heads", 8), HeadSize(256), _BIAS),
+        *common_parts(262208, 2304, 26, 9216, 131072, 1e-6, 4, tied=True),
+        *(Key("num_attention_heads", "num_heads", 8), HeadSize(256), BIAS),
         *(SlidingRotary(windows=_GEMMA3_WINDOWS), _GEMMA3_WINDOWS),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
         ScalarScale("query_pre_attn_scalar", 256),
@@ -209,8 +217,8 @@ SMOLLM3 = _family(
     "SmolLM3ForCausalLM",
     {},
     [
-        *_parts(128256, 2048, 36, 11008, 32768, 1e-6, 4, tied=True),
-        *(Key("num_attention_heads", "num_heads", 16), HeadSize(), _BIAS, _SILU, Rotary(theta=2000000.0)),
+        *common_parts(128256, 2048, 36, 11008, 32768, 1e-6, 4, tied=True),
+        *(Key("num_attention_heads", "num_heads", 16), HeadSize(), BIAS, SILU, Rotary(theta=2000000.0)),
         *(Key("mlp_bias", "feed_forward_bias", False), RotaryLayers()),
         LayerWindows(None, _lacks_rotary, "use_sliding_window"),
     ],
@@ -223,8 +231,8 @@ PHI3 = _family(
     "Phi3ForCausalLM",
     {},
     [
-        *_parts(32064, 3072, 32, 8192, 4096, 1e-5, None),
-        *(_HEADS, HeadSize(), _SILU, Phi3Rotary(fraction_key="partial_rotary_factor"), Window(None)),
+        *common_parts(32064, 3072, 32, 8192, 4096, 1e-5, None),
+        *(HEADS, HeadSize(), SILU, Phi3Rotary(fraction_key="partial_rotary_factor"), Window(None)),
         Dropout(("resid_pdrop", "embd_pdrop"), 0.0),
         *(Only(name, False) for name in ("attention_bias", "mlp_bias", "lm_head_bias")),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 from icenet.core.errors import ConfigError
 from icenet.core.families import llama
-from icenet.core.families.keys import Activation, Key, Only, Options, Repeated, Values, shown
+from icenet.core.families.keys import Key, Only, Options, Repeated, Values, shown
 from icenet.core.families.rotary_keys import Rotary
 from icenet.core.families.tensors import Row
 from icenet.core.families.transformer_keys import MAX_LAYERS, HeadSize, Window
@@ -108,24 +108,10 @@ MIXTRAL = replace(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     parts=[
-        Key("vocab_size", "vocab_size", 32000),
-        Key("hidden_size", "hidden_size", 4096),
-        Key("num_hidden_layers", "num_layers", 32),
-        Key("intermediate_size", "feed_forward_size", 14336),
-        Key("max_position_embeddings", "max_seq_length", 131072),
-        Key("rms_norm_eps", "norm_eps", 1e-5),
-        Key("num_attention_heads", "num_heads", 32),
-        Key("num_key_value_heads", "num_kv_heads", 8),
-        Key("tie_word_embeddings", "tie_embeddings", False),
+        *llama.common_parts(32000, 4096, 32, 14336, 131072, 1e-5, 8),
         Key("num_local_experts", "num_experts", 8),
         Key("num_experts_per_tok", "experts_per_token", 2),
-        *(
-            HeadSize(),
-            Activation("hidden_act", "silu"),
-            Rotary(theta=1e6),
-            Window(None),
-            Only("attention_bias", False),
-        ),
+        *(llama.HEADS, HeadSize(), llama.SILU, Rotary(theta=1e6), Window(None), Only("attention_bias", False)),
     ],
     rows=[
         *llama.MISTRAL.rows,
@@ -143,18 +129,9 @@ QWEN3_MOE = replace(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     parts=[
-        Key("vocab_size", "vocab_size", 151936),
-        Key("hidden_size", "hidden_size", 2048),
-        Key("num_hidden_layers", "num_layers", 24),
-        Key("intermediate_size", "feed_forward_size", 6144),
-        Key("max_position_embeddings", "max_seq_length", 32768),
-        Key("rms_norm_eps", "norm_eps", 1e-6),
-        Key("num_attention_heads", "num_heads", 32),
-        Key("num_key_value_heads", "num_kv_heads", 4),
-        Key("tie_word_embeddings", "tie_embeddings", False),
-        Key("attention_bias", "attention_bias", False),
+        *llama.common_parts(151936, 2048, 24, 6144, 32768, 1e-6, 4),
         SparseLayers(128, 8, 768),
-        *(HeadSize(), Activation("hidden_act", "silu"), Rotary(), SwitchedWindow(4096)),
+        *(llama.HEADS, HeadSize(), llama.BIAS, llama.SILU, Rotary(), SwitchedWindow(4096)),
         *(Repeated("head_dim", "head_size"), Only("use_mrope", False)),  # mlx-lm requires head_dim
     ],
     rows=[

@@ -11,7 +11,7 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
-from icenet.core.families.tensors import Row, Tensor, tensors
+from icenet.core.families.tensors import Row, Shape, Tensor, tensors
 from icenet.core.weights.files import FAMILY, Array, StoredWeights
 from icenet.core.weights.safetensors import Spec, release, spec_of
 
@@ -178,15 +178,15 @@ class ExportedWeights(Mapping[str, Array]):
         return len(self._tensors) + len(self._counters)
 
 
-def family_tensors(family: Family, config: Config, alternative: Sequence[Row] = ()) -> dict[str, Tensor]:
-    """Returns the tensors of a model by their names in the files of its family.
+def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of its family."""
+    return _tensors(family, config, (), backends.meta_model(config).weight_shapes())
 
-    Args:
-        family: The family.
-        config: The configuration of the model.
-        alternative: One of the family's `alternatives`.
-    """
-    shapes = backends.meta_model(config).weight_shapes()
+
+def _tensors(
+    family: Family, config: Config, alternative: Sequence[Row], shapes: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """Returns the tensors of a model whose parameters have some shapes, in one of the family's `alternatives`."""
     replaced = {name for row in alternative for name in row.ours}
     rows = [*family.rows, *(family.rows_of(config.model) if family.rows_of else ())]
     rows = [*(row for row in rows if replaced.isdisjoint(row.ours)), *alternative]
@@ -195,7 +195,8 @@ def family_tensors(family: Family, config: Config, alternative: Sequence[Row] = 
 
 def _tensors_of_files(family: Family, config: Config, names: set[str]) -> dict[str, Tensor]:
     """Returns the tensors of a model in the alternative of its family that has the most of some names."""
-    found = [family_tensors(family, config, alternative) for alternative in ((), *family.alternatives)]
+    shapes = backends.meta_model(config).weight_shapes()
+    found = [_tensors(family, config, alternative, shapes) for alternative in ((), *family.alternatives)]
     return max(
         found, key=lambda wanted: sum(name in names or name.removeprefix(family.prefix) in names for name in wanted)
     )

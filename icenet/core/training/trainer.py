@@ -141,11 +141,11 @@ class Trainer:
         if given.loss is not None:
             engine.loss = given.loss
         self.notes = [*self.dataset.notes, *given.notes()]
+        """Shown when `fit` begins."""
         if self.is_main_process:
             differences = [twins.compare_with_twin(config, engine.model)]
             differences.append(loss_twins.compare(config, engine, self.dataset) if given.loss is None else None)
             self.notes += [line for line in differences if line]
-        """Shown when `fit` begins."""
         self._writer = CheckpointWriter(run, config, engine, self.dataset, step or None, given.names())
         self._watchdog = watchdog.Watchdog(self.process_group, run)
         self._branched_from: Path | None = None
