@@ -13,6 +13,7 @@ from typing_extensions import Self
 from icenet.core import rng
 from icenet.core.config import ImageDataConfig
 from icenet.core.config.section import Section
+from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.images.augment import augment, normalize
 from icenet.core.data.images.decode import WHITE
 from icenet.core.data.images.files import ImageSource, find_images
@@ -49,7 +50,7 @@ class ImageDataset:
     """Labelled images, split into a training set and a validation set.
 
     The validation set is the source's own test set if it has one, else a fraction of each class that depends on the
-    seed. An epoch is one pass over the training set, in an order that depends on seed and epoch.
+    seed. An epoch is one pass over the training set, in the order of `Epochs`.
 
     Attributes:
         classes: Names of the classes; a label is an index into them.
@@ -77,7 +78,7 @@ class ImageDataset:
             )
         self.train, self.validation = split(source, settings.validation_fraction, seed)
         self.mean, self.std = self._statistics()
-        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+        self._epochs = Epochs(len(self.train), seed, self._too_few_images)
 
     @classmethod
     def open(cls, settings: ImageDataConfig, seed: int) -> ImageDataset:
@@ -116,18 +117,12 @@ class ImageDataset:
         Raises:
             DataError: There are fewer images than `batch_size`.
         """
-        steps = len(self.train) // batch_size
-        if steps == 0:
-            raise DataError(
-                f"{self.description} has {len(self.train):,} training images, and training.batch_size is "
-                f"{batch_size:,}; lower it, or add images"
-            )
-        return steps
+        return self._epochs.steps(batch_size)
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the training batch of a step, counted from 0."""
-        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-        rows = self.train[self._order(epoch)[index * batch_size : (index + 1) * batch_size]]
+        epoch, indices = self._epochs.rows(step, batch_size)
+        rows = self.train[indices]
         images = augment(
             self.source.images.take(rows),
             rows,
@@ -143,22 +138,18 @@ class ImageDataset:
 
         If there are more images, those of the batches are evenly spread. None yields all images.
         """
-        total = len(self.validation)
-        taken = total if count is None else min(total, count * batch_size)
-        chosen = self.validation[np.arange(taken) * total // max(taken, 1)]
-        for first in range(0, taken, batch_size):
-            rows = chosen[first : first + batch_size]
+        for indices in validation_rows(len(self.validation), batch_size, count):
+            rows = self.validation[indices]
             yield self._batch(self.source.images.take(rows), rows)
 
     def _batch(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Batch:
         return {"inputs": normalize(images, self.mean, self.std), "labels": self.source.labels[rows]}
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        cached = self._epoch  # read once, because another thread may prefetch
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, rng.permutation(rng.key(self.seed, "data", epoch), len(self.train)))
-            self._epoch = cached
-        return cached[1]
+    def _too_few_images(self, batch_size: int) -> str:
+        return (
+            f"{self.description} has {len(self.train):,} training images, and training.batch_size is "
+            f"{batch_size:,}; lower it, or add images"
+        )
 
     def _statistics(self) -> tuple[list[float], list[float]]:
         """Returns mean and standard deviation per channel: those of the config, else those of training images."""

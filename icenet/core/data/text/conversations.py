@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
+from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.text.documents import IGNORED, MULTIPLE
 from icenet.core.data.text.left_out import BAD_LINES, EMPTY, LeftOut
 from icenet.core.data.text.packed import Batch
@@ -52,8 +53,8 @@ class Row(NamedTuple):
 class ConversationDataset:
     """Rows of conversations, padded and masked. It implements `icenet.core.data.datasets.Dataset`.
 
-    Rows are held out for validation at random, but independently of the seed. An epoch contains each other row once,
-    in an order drawn from (seed, epoch).
+    Rows are held out for validation at random, but independently of the seed. The order of the others is that of
+    `Epochs`.
 
     Args:
         rows: The conversations.
@@ -96,7 +97,7 @@ class ConversationDataset:
             f"{len(self._train):,} conversations for training, {held_out:,} for validation; {trained:,} of "
             f"{sum(len(row.tokens) for row in rows):,} tokens are answers"
         ]
-        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+        self._epochs = Epochs(len(self._train), seed, self._too_few_rows)
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -119,13 +120,7 @@ class ConversationDataset:
         Raises:
             DataError: The number is zero.
         """
-        steps = len(self._train) // batch_size
-        if steps == 0:
-            raise DataError(
-                f"{self.description} has {len(self._train):,} conversations to train on, and one batch needs "
-                f"{batch_size:,}: name a longer data.source, or lower training.batch_size"
-            )
-        return steps
+        return self._epochs.steps(batch_size)
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
@@ -134,20 +129,18 @@ class ConversationDataset:
             `inputs` and `labels`, int32 `[batch_size, T]`, and `attention_mask`, bool `[batch_size, T]`, False for
             padding. The label of padding and of tokens that are not trained is -100.
         """
-        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-        cached = self._epoch  # read once: another thread may prefetch
-        if cached is None or cached[0] != epoch:
-            cached = self._epoch = (epoch, rng.permutation(rng.key(self.seed, "data", epoch), len(self._train)))
-        chosen = cached[1][index * batch_size : (index + 1) * batch_size]
-        return self._batch([self._train[row] for row in chosen])
+        return self._batch([self._train[row] for row in self._epochs.rows(step, batch_size)[1]])
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """Yields at most `count` validation batches, the same in every call; the last one may be smaller."""
-        rows = len(self._validation)
-        taken = rows if count is None else min(rows, count * batch_size)
-        chosen = np.arange(taken) * rows // max(taken, 1)
-        for first in range(0, taken, batch_size):
-            yield self._batch([self._validation[row] for row in chosen[first : first + batch_size]])
+        for rows in validation_rows(len(self._validation), batch_size, count):
+            yield self._batch([self._validation[row] for row in rows])
+
+    def _too_few_rows(self, batch_size: int) -> str:
+        return (
+            f"{self.description} has {len(self._train):,} conversations to train on, and one batch needs "
+            f"{batch_size:,}: name a longer data.source, or lower training.batch_size"
+        )
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         longest = -(-max(len(row.tokens) - 1 for row in rows) // MULTIPLE) * MULTIPLE

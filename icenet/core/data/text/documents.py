@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core import rng
+from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.text.packed import Batch, TextDataset
 from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import Tokenizer
@@ -90,8 +90,7 @@ class Rows:
 class DocumentDataset(TextDataset):
     """The documents of a text, each in its own rows (`Rows`).
 
-    The training and validation parts are those of `TextDataset`. An epoch contains each training row once,
-    in an order drawn from (seed, epoch) alone.
+    The training and validation parts are those of `TextDataset`.
     """
 
     packing: ClassVar[bool] = False
@@ -111,6 +110,7 @@ class DocumentDataset(TextDataset):
         self._starts = starts
         super().__init__(tokens, tokenizer, **options)
         self._train_rows = Rows(tokens, starts, 0, self.num_train_tokens, self.seq_length, tokenizer.eot_id)
+        self._epochs = Epochs(self._train_rows.count, self.seed, self._too_few_rows)
 
     def _check_validation(self, fraction: float) -> None:
         part = (self.num_train_tokens, self.num_train_tokens + self.num_validation_tokens)
@@ -126,22 +126,6 @@ class DocumentDataset(TextDataset):
         """Number of tokens in one row of a batch, on average."""
         return max(1, round(self._train_rows.num_labels / max(1, self._train_rows.count)))
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Returns the number of full batches in one pass over the training rows. The remainder is dropped.
-
-        Raises:
-            DataError: The number is zero.
-        """
-        if batch_size < 1:
-            raise DataError(f"training.batch_size must be at least 1, not {batch_size}")
-        steps = self._train_rows.count // batch_size
-        if steps == 0:
-            raise DataError(
-                f"{self.description} has {self._train_rows.count:,} rows to train on, and one batch needs "
-                f"{batch_size:,}: name a longer data.source, or lower training.batch_size, or set data.packing=true"
-            )
-        return steps
-
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
 
@@ -152,23 +136,16 @@ class DocumentDataset(TextDataset):
         Raises:
             DataError: There are fewer rows than a batch has.
         """
-        if step < 0:
-            raise ValueError(f"steps are counted from 0, not {step}")
-        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-        order = self._row_order(epoch)
-        return self._train_rows.batch(order[index * batch_size : (index + 1) * batch_size])
+        return self._train_rows.batch(self._epochs.rows(step, batch_size)[1])
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """Yields batches of validation rows; see `TextDataset.validation_batches` and `train_batch`."""
-        rows = self._validation_rows.count if self.num_validation_tokens else 0
-        taken = rows if count is None else min(rows, count * batch_size)
-        chosen = np.arange(taken, dtype=np.int64) * rows // max(taken, 1)
-        for first in range(0, taken, batch_size):
-            yield self._validation_rows.batch(chosen[first : first + batch_size])
+        count_all = self._validation_rows.count if self.num_validation_tokens else 0
+        for rows in validation_rows(count_all, batch_size, count):
+            yield self._validation_rows.batch(rows)
 
-    def _row_order(self, epoch: int) -> NDArray[np.int64]:
-        cached = self._epoch  # read once: another thread may prefetch
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, 0, rng.permutation(rng.key(self.seed, "data", epoch), self._train_rows.count))
-            self._epoch = cached
-        return cached[2]
+    def _too_few_rows(self, batch_size: int) -> str:
+        return (
+            f"{self.description} has {self._train_rows.count:,} rows to train on, and one batch needs "
+            f"{batch_size:,}: name a longer data.source, or lower training.batch_size, or set data.packing=true"
+        )

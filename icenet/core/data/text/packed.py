@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from icenet.core import rng
+from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.text.cache import load_tokens
 from icenet.core.data.text.left_out import EMPTY
 from icenet.core.data.text.prepare import Progress
@@ -28,9 +29,8 @@ have `attention_mask`, bool."""
 class TextDataset:
     """The tokens of a text, split into a training part and a validation part (the tail).
 
-    An epoch is one pass over the training part in windows that do not overlap. Each epoch has its own offset of the
-    windows and its own order, both drawn from (seed, epoch) alone. A resumed run, the other backend and every process
-    see the same batches, and a checkpoint stores nothing but the step.
+    An epoch is one pass over the training part in windows that do not overlap, in the order of `Epochs`. Each epoch
+    has its own offset of the windows, drawn from (seed, epoch) alone.
 
     Attributes:
         tokenizer: The tokenizer of the tokens.
@@ -89,8 +89,8 @@ class TextDataset:
         self._validation = tokens[self.num_train_tokens :]
         # The first window starts at the epoch's offset, at most seq_length - 1, and the last label is one token after
         # its window. This many windows fit with every offset, so all epochs have the same length.
-        self._windows = max(0, (self.num_train_tokens - seq_length) // seq_length)
-        self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
+        windows = max(0, (self.num_train_tokens - seq_length) // seq_length)
+        self._epochs = Epochs(windows, seed, self._too_few_windows)
         self._check_validation(validation_fraction)
 
     def _check_validation(self, fraction: float) -> None:
@@ -170,17 +170,7 @@ class TextDataset:
         Raises:
             DataError: The number is zero.
         """
-        if batch_size < 1:
-            raise DataError(f"training.batch_size must be at least 1, not {batch_size}")
-        steps = self._windows // batch_size
-        if steps == 0:
-            needed = (batch_size + 1) * self.seq_length
-            raise DataError(
-                f"{self.description} has {self.num_train_tokens:,} training tokens, "
-                f"and one batch needs {needed:,}: name a longer data.source, "
-                f"or lower data.seq_length ({self.seq_length}) or training.batch_size ({batch_size})"
-            )
-        return steps
+        return self._epochs.steps(batch_size)
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the batch of a step, counted from 0: a pure function of (seed, step, batch_size).
@@ -191,11 +181,8 @@ class TextDataset:
         Raises:
             DataError: The training part is shorter than one batch.
         """
-        if step < 0:
-            raise ValueError(f"steps are counted from 0, not {step}")
-        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-        offset, order = self._order(epoch)
-        windows = order[index * batch_size : (index + 1) * batch_size]
+        epoch, windows = self._epochs.rows(step, batch_size)
+        offset = int(rng.bits(rng.key(self.seed, "data offset", epoch), 1)[0]) % self.seq_length
         return self._batch(self._train, offset + windows * self.seq_length)
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
@@ -206,19 +193,16 @@ class TextDataset:
             count: Maximum number of batches, whose windows are spread evenly over the validation part. None: all.
         """
         windows = max(0, (self.num_validation_tokens - 1) // self.seq_length)
-        taken = windows if count is None else min(windows, count * batch_size)
-        starts = np.arange(taken, dtype=np.int64) * windows // max(taken, 1) * self.seq_length
-        for first in range(0, taken, batch_size):
-            yield self._batch(self._validation, starts[first : first + batch_size])
+        for rows in validation_rows(windows, batch_size, count):
+            yield self._batch(self._validation, rows * self.seq_length)
 
-    def _order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        """Returns the offset of an epoch's first window, and the order of its windows."""
-        cached = self._epoch  # read once: another thread may prefetch
-        if cached is None or cached[0] != epoch:
-            offset = int(rng.bits(rng.key(self.seed, "data offset", epoch), 1)[0]) % self.seq_length
-            cached = (epoch, offset, rng.permutation(rng.key(self.seed, "data", epoch), self._windows))
-            self._epoch = cached
-        return cached[1], cached[2]
+    def _too_few_windows(self, batch_size: int) -> str:
+        needed = (batch_size + 1) * self.seq_length
+        return (
+            f"{self.description} has {self.num_train_tokens:,} training tokens, "
+            f"and one batch needs {needed:,}: name a longer data.source, "
+            f"or lower data.seq_length ({self.seq_length}) or training.batch_size ({batch_size})"
+        )
 
     def _batch(self, tokens: NDArray[np.integer], starts: NDArray[np.int64]) -> Batch:
         windows = np.empty((len(starts), self.seq_length + 1), np.int32)
