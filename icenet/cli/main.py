@@ -487,7 +487,7 @@ def predict_command(
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["canonical", "mlx", "torch", "hf", "mlx-lm", "gguf", "gguf-q8_0", "torchvision"]),
+    type=click.Choice(["canonical", "mlx", "torch", "hf", "mlx-lm", "gguf", "gguf-q8_0", "gguf-f32", "torchvision"]),
     help="Format to write.",
 )
 @click.option(
@@ -520,9 +520,9 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, gguf
-    and gguf-q8_0 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets and vision
-    transformers).
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, gguf,
+    gguf-q8_0 and gguf-f32 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets and
+    vision transformers).
     """
     from icenet.commands.convert import convert_model
 

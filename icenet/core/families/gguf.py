@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,17 @@ import numpy as np
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families.keys import shown
 from icenet.core.weights.files import Array, StoredWeights
-from icenet.core.weights.gguf import GgufFile
+from icenet.core.weights.gguf import GgufFile, open_gguf
 from icenet.core.weights.safetensors import Spec
 
 Values = dict[str, Any]
 
 HEAD, EMBEDDING, ROPE_FREQUENCIES = "output.weight", "token_embd.weight", "rope_freqs.weight"
+LLAMA3_KEYS = {
+    key: f"icenet.rope_scaling.{key}"
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+}
+"""Keys of our own for the settings of Llama 3, of which files of llama.cpp have the factors only."""
 LONG_ROPE = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 
 _COMMON = {
@@ -152,11 +157,20 @@ class _Metadata:
         return value
 
 
+def _routing(metadata: _Metadata) -> None:
+    """Checks the keys of routers whose only value is that of the architecture in llama.cpp."""
+    for key, only in (("expert_gating_func", 1), ("expert_weights_norm", True), ("expert_weights_scale", 1.0)):
+        if (value := metadata.get(key)) not in (None, 0, only):
+            raise ConfigError(f"{metadata.name}.{key}: {shown(value)} is not supported, only {only}")
+
+
 def _llama(metadata: _Metadata, values: Values) -> None:
     names = metadata.file
     if metadata.get("expert_count"):
+        _routing(metadata)
         values |= {"model_type": "mixtral", "num_local_experts": metadata.get("expert_count")}
         values["num_experts_per_tok"] = metadata.get("expert_used_count")
+        values["sliding_window"] = metadata.get("attention.sliding_window")
     elif window := metadata.get("attention.sliding_window"):
         values |= {"model_type": "mistral", "sliding_window": window}
     else:
@@ -167,6 +181,7 @@ def _llama(metadata: _Metadata, values: Values) -> None:
 
 
 def _qwen3_experts(metadata: _Metadata, values: Values) -> None:
+    _routing(metadata)
     values["num_experts"] = metadata.get("expert_count")
     values["num_experts_per_tok"] = metadata.get("expert_used_count")
     values["moe_intermediate_size"] = metadata.get("expert_feed_forward_length")
@@ -246,7 +261,7 @@ def read(path: Path) -> Model:
         WeightsError: It is damaged.
         ConfigError: Its architecture, or a value of its metadata, is not supported.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     name = file.metadata.get("general.architecture")
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
@@ -254,8 +269,6 @@ def read(path: Path) -> Model:
         raise ConfigError(f"{path}: {described}; the supported ones are {', '.join(ARCHITECTURES)}")
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise ConfigError(f"{path}: is of type {shown(kind)}, not a model; give the file of the model")
-    if isinstance(count := file.metadata.get("split.count", 0), int) and count > 1:
-        raise ConfigError(f"{path}: is one of {count} files; join them with llama-gguf-split --merge")
     if EMBEDDING not in file:
         raise WeightsError(f"{path}: has no tensor {EMBEDDING}; copy or download it again")
     metadata = _Metadata(file, str(name))
@@ -313,7 +326,7 @@ def _rotary_scaling(metadata: _Metadata) -> Values | None:
     if ROPE_FREQUENCIES in file:
         if kind not in (None, "none"):
             raise ConfigError(f"rope_freqs.weight together with rope.scaling.type {shown(kind)} is not supported")
-        return _llama3_scaling(file, values_of(metadata, "rope.freq_base", 10000.0))
+        return _factors_scaling(file, values_of(metadata, "rope.freq_base", 10000.0))
     if all(name in file for name in LONG_ROPE.values()):
         factors = {key: [float(value) for value in file[name].reshape(-1)] for key, name in LONG_ROPE.items()}
         scaling: Values = {"rope_type": "longrope", **factors}
@@ -353,24 +366,47 @@ def llama3_factors(size: int, theta: float, scaling: Mapping[str, Any]) -> Array
     return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
 
 
-def _llama3_scaling(file: GgufFile, theta: float) -> Values | None:
-    """Returns `rope_scaling` of config.json for the factors of Llama 3, which a file has in place of its settings."""
+def _factors_scaling(file: GgufFile, theta: float) -> Values | None:
+    """Returns `rope_scaling` of config.json for `rope_freqs.weight`, which a file has in place of its settings.
+
+    They are those of Llama 3 if some settings give the factors. Others are the factors of long-rope, the same for
+    texts of any length.
+    """
     factors = np.asarray(file[ROPE_FREQUENCIES], np.float64).reshape(-1)
-    if factors.size > 2**16 or not np.isfinite(factors).all():
-        raise ConfigError(f"{ROPE_FREQUENCIES}: has factors that are not finite, or too many")
+    if factors.size > 2**16 or not np.isfinite(factors).all() or not (factors > 0).all():
+        raise ConfigError(f"{ROPE_FREQUENCIES}: has factors that are not numbers above 0, or too many")
     if np.all(factors == 1):
         return None
-    for length in (8192, *(2**power for power in range(9, 21))):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": float(factors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": length,
-        }
-        if np.allclose(llama3_factors(2 * factors.size, theta, scaling), factors, rtol=1e-4):
+    for scaling in _llama3_candidates(file, factors, theta):
+        with np.errstate(all="ignore"):
+            found = llama3_factors(2 * factors.size, theta, scaling)
+        if np.allclose(found, factors, rtol=1e-5):
             return scaling
-    raise ConfigError(f"{ROPE_FREQUENCIES}: these factors are not those of Llama 3, and others are not supported")
+    listed = factors.tolist()
+    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}
+
+
+def _llama3_candidates(file: GgufFile, factors: Array, theta: float) -> Iterator[Values]:
+    """Returns settings of Llama 3 that may give some factors: those that IceNet writes, published and fitted ones."""
+    given = {key: file.metadata.get(name) for key, name in LLAMA3_KEYS.items()}
+    if all(type(value) in (int, float) and 0 < value < 2**31 for value in given.values()):
+        yield {"rope_type": "llama3", **given}
+    lengths = (8192, *(2**power for power in range(9, 21)))
+    largest = float(factors.max())
+    common = {"rope_type": "llama3", "factor": largest}
+    for length in lengths:
+        published = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": length}
+        yield {**common, **published}
+    # between the two limits, 1 / factor is linear in the frequency; only ratios of the other settings matter
+    between = (factors > 1) & (factors < largest)
+    if between.sum() < 2:
+        return
+    frequencies = theta ** -(np.arange(0, 2 * factors.size, 2)[between] / (2 * factors.size)) / (2 * math.pi)
+    slope, offset = np.polyfit(frequencies, (1 / factors[between] - 1 / largest) / (1 - 1 / largest), 1)
+    for length in lengths if slope > 0 > offset else ():
+        low, high = -offset * length / slope, (1 - offset) * length / slope
+        fitted = {"low_freq_factor": round(low, 4), "high_freq_factor": round(high, 4)}
+        yield {**common, **fitted, "original_max_position_embeddings": length}
 
 
 class _Place(NamedTuple):

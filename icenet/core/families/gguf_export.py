@@ -11,30 +11,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icenet.core.config import Config, ModelConfig
-from icenet.core.errors import ConfigError
+from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES
 from icenet.core.families.family import Family, same_value
 from icenet.core.families.gguf import (
     ARCHITECTURES,
+    LLAMA3_KEYS,
     LONG_ROPE,
     ROPE_FREQUENCIES,
     Architecture,
     llama3_factors,
     read,
 )
+from icenet.core.families.weights import ExportedWeights
 from icenet.core.weights.files import Array
 from icenet.core.weights.gguf import package
 from icenet.core.weights.safetensors import spec_of
 
-KINDS = {"gguf": "F16", "gguf-q8_0": "Q8_0"}
-"""The forms, and the type of the tensors with two axes."""
-_FILE_TYPES = {"F16": 1, "Q8_0": 7}
-_LLAMA = {"mistral": "llama"}
+KINDS = {"gguf": "F16", "gguf-q8_0": "Q8_0", "gguf-f32": "F32"}
+"""The forms, and the type of the tensors with two axes or more."""
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
+_LLAMA = {"mistral": "llama", "mixtral": "llama"}
+_ROUTER = "ffn_gate_inp"
 _SWA_PATTERN = 6
 
 
 class _Tensor(NamedTuple):
-    """A tensor of the file: its type and shape, and a function that makes it in float32."""
+    """A tensor of the file: its type and shape, and a function that makes it in a dtype of floats."""
 
     kind: str
     shape: tuple[int, ...]
@@ -44,7 +47,7 @@ class _Tensor(NamedTuple):
 def write(
     path: Path,
     family: Family,
-    config: ModelConfig,
+    config: Config,
     weights: Mapping[str, Array],
     tokenizer: Mapping[str, Any],
     kind: str,
@@ -54,32 +57,33 @@ def write(
     Args:
         path: The file.
         family: The family of the model.
-        config: Its options.
-        weights: Its weights by the names of the family.
+        config: The configuration of the model.
+        weights: Canonical weights.
         tokenizer: Metadata of its tokenizer and chat template.
-        kind: F16 or Q8_0, for tensors with two axes. Others, and those that do not divide into blocks of 32, are F32
-            and F16.
+        kind: F32, F16 or Q8_0, for tensors with two axes or more. Others, and those of routers, are F32; those that
+            do not divide into blocks of 32 are F16 instead of Q8_0.
 
     Returns:
         The type and the shape of each tensor.
 
     Raises:
         ConfigError: llama.cpp's files cannot express the options of the model.
-        WeightsError: The package gguf is not installed.
+        WeightsError: The package gguf is not installed, or F16 cannot hold a value.
     """
     gguf = package("writing a GGUF file")
     name = _LLAMA.get(family.model_type) or next(
         (own for own, known in ARCHITECTURES.items() if known.model_type == family.model_type), None
     )
-    if name is None or "expert" in str(family.rows):
-        families = [known.model_type for known in ARCHITECTURES.values()]
-        known = ", ".join([own for own in families if "expert" not in str(FAMILIES[own].rows)] + list(_LLAMA))
+    if name is None:
+        known = ", ".join([*(known.model_type for known in ARCHITECTURES.values()), *_LLAMA])
         raise ConfigError(f"models of the family {family.model_type} are not written as GGUF; only {known}")
     architecture = ARCHITECTURES[name]
-    values, options = family.write(config), family.options(config)
+    values, options = family.write(config.model), family.options(config.model)
+    names = set(architecture.names.values())  # a file has one tensor for the experts of a layer
+    stacked = next((rows for rows in family.alternatives if names.issuperset(row.theirs for row in rows)), ())
     metadata = {**_metadata(name, architecture, values, options), **tokenizer}
     metadata["general.file_type"], metadata["general.quantization_version"] = _FILE_TYPES[kind], 2
-    tensors = _tensors(architecture, values, weights, kind)
+    tensors = _tensors(architecture, values, ExportedWeights(family, config, weights, stacked), kind)
     writer = gguf.GGUFWriter(path, name)
     for key, value in metadata.items():
         writer.add_key_value(key, value, _type(gguf, value))
@@ -93,13 +97,25 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors.values():
-            array = np.ascontiguousarray(tensor.make(), np.float32)
-            writer.write_tensor_data(gguf.quants.quantize(array, numbers[tensor.kind]))
+        for own, tensor in tensors.items():
+            writer.write_tensor_data(_in_type(gguf, own, tensor))
     finally:
         writer.close()
-    _check(path, config, options)
+    _check(path, config.model, options)
     return {own: (tensor.kind, tensor.shape) for own, tensor in tensors.items()}
+
+
+def _in_type(gguf: Any, name: str, tensor: _Tensor) -> Array:
+    """Returns the data of a tensor in its type; of those of experts, one after another is in float32."""
+    array, kind = tensor.make(), gguf.GGMLQuantizationType[tensor.kind]
+    parts = []
+    with np.errstate(over="ignore"):  # an error says so
+        for part in array if array.ndim > 2 else array[None]:
+            values = np.ascontiguousarray(part, np.float32)
+            parts.append(gguf.quants.quantize(values, kind))
+            if tensor.kind == "F16" and not np.array_equal(np.isfinite(parts[-1]), np.isfinite(values)):
+                raise WeightsError(f"{name}: has values that float16 cannot hold; convert --to gguf-f32")
+    return np.stack(parts) if array.ndim > 2 else np.asarray(parts[0])
 
 
 def _check(path: Path, config: ModelConfig, options: Mapping[str, Any]) -> None:
@@ -123,11 +139,17 @@ def _metadata(
     """Returns the metadata for the content of a config.json."""
     found = {key: values[theirs] for key, theirs in architecture.keys.items() if values.get(theirs) is not None}
     found |= {"feed_forward_length": options["feed_forward_size"], "vocab_size": options["vocab_size"]}
+    if options.get("num_experts"):
+        found |= {"expert_count": options["num_experts"], "expert_used_count": options["experts_per_token"]}
+        if name != "llama":
+            found["expert_feed_forward_length"] = options["expert_size"]
+    scaling: Mapping[str, Any] = values.get("rope_scaling") or {}
     if name != "gpt2":
         size = options["head_size"]
         found |= {"attention.key_length": size, "attention.value_length": size}
         found["rope.dimension_count"] = round(size * options.get("rotary_fraction", 1.0))
-        found |= _scaling(values.get("rope_scaling") or {})
+        if scaling.get("rope_type") != "llama3":  # that of Llama 3 is a tensor
+            found |= _scaling(scaling)
         if window := next((window for window in options["windows"] if window), None):
             found["attention.sliding_window"] = window
     if name == "gemma2":
@@ -139,12 +161,18 @@ def _metadata(
         windows = [kind == "sliding_attention" for kind in values["layer_types"]]
         if windows != [(index + 1) % _SWA_PATTERN != 0 for index in range(len(windows))]:
             found["attention.sliding_window_pattern"] = windows
-    return {f"{name}.{key}": value for key, value in found.items()}
+    metadata = {f"{name}.{key}": value for key, value in found.items()}
+    if scaling.get("rope_type") == "llama3":
+        exact = {key: scaling[key] for key in LLAMA3_KEYS}
+        metadata |= {
+            LLAMA3_KEYS[key]: np.float64(value) if isinstance(value, float) else value for key, value in exact.items()
+        }
+    return metadata
 
 
 def _scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
     kind = scaling.get("rope_type", "default")
-    if kind in ("default", "llama3"):  # that of Llama 3 is a tensor
+    if kind == "default":
         return {}
     known = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
     if kind not in ("linear", "yarn") or not scaling.keys() <= known:
@@ -185,7 +213,8 @@ def _tensors(
         permuted = heads[last] if architecture.is_permuted and last in heads else None
         adds_one = architecture.adds_one and last.endswith("norm")
         shape = shape[::-1] if is_transposed else shape
-        used = "F32" if len(shape) < 2 else kind if shape[-1] % 32 == 0 else "F16"
+        used = "F32" if len(shape) < 2 or last == _ROUTER else kind
+        used = "F16" if used == "Q8_0" and shape[-1] % 32 else used
 
         make = partial(_made, weights, name, is_transposed, adds_one, permuted)
         found[f"{own.replace('{i}', number)}.{part}"] = _Tensor(used, shape, make)
@@ -194,8 +223,8 @@ def _tensors(
 
 def _made(weights: Mapping[str, Array], name: str, is_transposed: bool, adds_one: bool, heads: int | None) -> Array:
     """Returns a tensor as llama.cpp stores it: with alternating halves of each of its heads, if any."""
-    array = weights[name].astype(np.float32)
-    array = array.T if is_transposed else array + 1 if adds_one else array
+    array = weights[name]
+    array = array.T if is_transposed else array.astype(np.float32) + 1 if adds_one else array
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape) if heads else array
 
 
@@ -203,4 +232,4 @@ def _type(gguf: Any, value: Any) -> Any:
     """Returns the type of a value of the metadata."""
     kinds = gguf.GGUFValueType
     names = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING, list: kinds.ARRAY}
-    return names[type(value)]
+    return names.get(type(value), kinds.FLOAT64)

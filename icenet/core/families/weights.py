@@ -144,11 +144,14 @@ class ExportedWeights(Mapping[str, Array]):
         family: The family.
         config: The configuration of the model.
         weights: Canonical weights. Further names of tied ones are not used.
+        alternative: Rows that replace those of the same layers: one of the family's `alternatives`.
     """
 
-    def __init__(self, family: Family, config: Config, weights: Mapping[str, Array]) -> None:
+    def __init__(
+        self, family: Family, config: Config, weights: Mapping[str, Array], alternative: Sequence[Row] = ()
+    ) -> None:
         self._weights = weights
-        self._tensors = family_tensors(family, config)
+        self._tensors = family_tensors(family, config, alternative)
         if getattr(config.model, "output", None) == "none":  # as the library writes a model without its head
             self._tensors = {name.removeprefix(family.prefix): tensor for name, tensor in self._tensors.items()}
         norms = [name.removesuffix(_STATISTIC) for name in self._tensors if name.endswith(_STATISTIC)]
@@ -178,9 +181,9 @@ class ExportedWeights(Mapping[str, Array]):
         return len(self._tensors) + len(self._counters)
 
 
-def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
-    """Returns the tensors of a model by their names in the files of its family."""
-    return _tensors(family, config, (), backends.meta_model(config).weight_shapes())
+def family_tensors(family: Family, config: Config, alternative: Sequence[Row] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of its family, or in one of its `alternatives`."""
+    return _tensors(family, config, alternative, backends.meta_model(config).weight_shapes())
 
 
 def _tensors(

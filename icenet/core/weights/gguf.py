@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _MAX_TEXTS = 1 << 21
 """Number of texts in the metadata: the tokens and merges of a vocabulary."""
 _MAX_ARRAY_BYTES = 1 << 26
 _CHUNK_VALUES = 1 << 20
+_MAX_PARTS = 99999
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_SPLIT_COUNT, _SPLIT_NUMBER, _SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
@@ -115,6 +119,65 @@ class GgufFile(StoredWeights):
     def stored(self, name: str) -> memoryview:
         """Returns the bytes of a tensor."""
         return memoryview(self._data)[self.entries[name].start : self.entries[name].stop]
+
+
+class SplitGguf(GgufFile):
+    """The tensors of a GGUF file in several parts, such as `model-00001-of-00003.gguf`.
+
+    Attributes:
+        metadata: The metadata of the first part.
+
+    Args:
+        given: The part that was given.
+
+    Raises:
+        WeightsError: A part is missing, damaged or of another file.
+    """
+
+    def __init__(self, given: GgufFile) -> None:
+        self.path = path = given.path
+        count = given.metadata[_SPLIT_COUNT]
+        match = _PART.fullmatch(path.name)
+        if match is None or int(match[3]) != count:
+            raise WeightsError(
+                f"{path}: is one of {count} files; give them their names, NAME-00001-of-{count:05}{SUFFIX} and so on"
+            )
+        paths = [path.with_name(f"{match[1]}-{number + 1:05}-of-{match[3]}{SUFFIX}") for number in range(count)]
+        if missing := [part.name for part in paths if not part.is_file()]:
+            listed = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
+            raise WeightsError(f"{path}: {len(missing)} of its {count} files are missing ({listed}); copy them here")
+        parts = [given if part == path else GgufFile(part) for part in paths]
+        entries: dict[str, Entry] = {}
+        self._parts: dict[str, GgufFile] = {}
+        for number, part in enumerate(parts):
+            if (part.metadata.get(_SPLIT_COUNT), part.metadata.get(_SPLIT_NUMBER)) != (count, number):
+                raise WeightsError(f"{part.path}: is not part {number + 1} of {count}; copy or download it again")
+            if twice := next((name for name in part if name in entries), None):
+                raise WeightsError(f"{part.path}: has {twice!r}, as another part has; copy or download them again")
+            entries.update(part.entries)
+            self._parts.update(dict.fromkeys(part, part))
+        self.metadata, self.entries = parts[0].metadata, entries
+        total = self.metadata.get(_SPLIT_TENSORS, len(entries))
+        if total != len(entries):
+            raise WeightsError(f"{path}: its {count} files have {len(entries)} tensors, not {total}; copy them again")
+
+    def __getitem__(self, name: str) -> Array:
+        return self._parts[name][name]
+
+    def stored(self, name: str) -> memoryview:
+        """Returns the bytes of a tensor."""
+        return self._parts[name].stored(name)
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Returns the tensors of a file, or of all parts of the file that one belongs to.
+
+    Raises:
+        WeightsError: See `GgufFile` and `SplitGguf`.
+    """
+    file = GgufFile(path)
+    count = file.metadata.get(_SPLIT_COUNT, 0)
+    return SplitGguf(file) if isinstance(count, int) and 1 < count <= _MAX_PARTS else file
 
 
 def is_gguf(path: Path) -> bool:
