@@ -158,7 +158,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         config |= {"generation": settings} if settings else {}
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
-    saved_model.save(folder, model.weights(), companions, overwrite, code, model.imported_family)
+    saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin)
     return folder
 
 

@@ -81,7 +81,8 @@ def _find(path: str, folder: Path) -> Path:
 
 def _model_at(path: Path) -> dict[str, Any]:
     """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
-    config, weights = importlib.import_module("icenet.core.training.open_model").open_trained(path, "model.path")
+    opened = importlib.import_module("icenet.core.training.open_model")
+    config, weights = opened.open_trained(path, "model.path", warn=False)  # training.init_from opens it again
     if is_custom(config.model.type):  # naming its weights is not trusting its code
         raise ConfigError(
             f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "

@@ -28,6 +28,7 @@ from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.files import Array, StoredWeights
 from icenet.core.weights.gguf import is_gguf
+from icenet.core.weights.origin import Origin
 from icenet.core.weights.quantized import dequantized
 from icenet.core.weights.safetensors import dtype_name, spec_of, without_duplicates
 
@@ -55,6 +56,7 @@ _HAS_NO_EFFECT = frozenset(
         *("output_hidden_states", "output_scores", "output_logits", "max_length", "return_dict_in_generate"),
     }
 )
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _log = logging.getLogger("icenet")
 
 
@@ -151,6 +153,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
         raise ConfigError(f"{files / GENERATION}, {where} or a file of sentence-transformers: {error}") from None
     config = config.with_overrides(*overrides)
     weights = ImportedWeights(family, config, found)
+    if reads_text:
+        weights.metadata |= Origin(family.model_type, _token_ids(files, values)).metadata()
     if weights.unused:
         _log.warning(f"{path}: {_summary(weights.unused)}: not used, because the model has no part for them")
     return Folder(path, files, family, values, config, weights)
@@ -254,17 +258,17 @@ def files_for(
     Raises:
         ConfigError: No family has the options of the model.
     """
-    recorded = str(getattr(weights, "metadata", {}).get(weight_files.FAMILY))
-    known = source.family if source else FAMILIES.get(recorded)
+    origin = Origin.of(weights)
+    known = source.family if source else FAMILIES.get(origin.family if origin else "")
     if source is None and known is not None:
         known = known.text_family or known
     family = family_of(config.model, known)
     reads_text = config.model.input_kind == "tokens"
-    files, remarks, special = _tokenizer(config, source) if reads_text else _image_files(source, images)
+    files, remarks, special = _tokenizer(config, source, origin) if reads_text else _image_files(source, images)
     dtypes = Counter(dtype_name(spec_of(weights, name).dtype) for name in weights)
     dtype = {"torch_dtype": _DTYPES.get(dtypes.most_common(1)[0][0], "float32")}
     if source is None:
-        written = {**special, **dtype, **family.write(config.model)}
+        written = {**special.get(CONFIG, {}), **dtype, **family.write(config.model)}
         written |= vision.label_keys(images.labels) if images is not None else {}
     else:  # as it was written, with the spellings that mlx-lm reads in addition to those of `transformers` 5
         written = {**family.write(config.model), **(dtype if "dtype" not in source.values else {}), **source.values}
@@ -281,22 +285,37 @@ def files_for(
             remarks.append("the files of sentence-transformers are left out, because they have other steps")
         files |= sentence_transformers.files_for(config.embedding, config.model.hidden_size, folder, _read_json_value)
     if reads_text and getattr(config.model, "causal", True) and GENERATION not in files:
-        files[GENERATION] = _json({**special, **_written_generation(config)})
+        files[GENERATION] = _json({**special[GENERATION], **_written_generation(config)})
     files[CONFIG] = _json(dict(sorted(written.items())))
     return family, files, remarks
 
 
-def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
-    """Returns the tokenizer's files by name, remarks, and the ids of special tokens by key."""
+def _token_ids(files: Path, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the ids of special tokens by key, for each file of settings that can state them, by name.
+
+    Args:
+        files: The folder of generation_config.json. Without that file, its ids are those of config.json.
+        values: The content of config.json.
+    """
+    file = files / GENERATION
+    found = {CONFIG: values, GENERATION: read_json(file) if file.is_file() else values}
+    return {name: {key: content.get(key) for key in _TOKEN_IDS} for name, content in found.items()}
+
+
+def _tokenizer(
+    config: Config, source: Folder | None, origin: Origin | None
+) -> tuple[dict[str, bytes], list[str], dict[str, dict[str, Any]]]:
+    """Returns the tokenizer's files by name, remarks, and what `_token_ids` returns."""
     if source is not None:
         names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source.files / name).is_file()]
-        ids = {key: source.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         more = companions.MORE_TEMPLATES
         remarks = [f"{more} is left out"] if (source.files / more).is_dir() else []
+        ids = _token_ids(source.files, source.values)
         return {name: (source.files / name).read_bytes() for name in names}, remarks, ids
     ends = list(config.generation.eos_token_id or [])
     name = getattr(config.data, "tokenizer", ByteTokenizer.name)
     files, remarks = tokenizer_files(name), []
+    named: dict[str, int | None] = {}
     if files:
         tokenizer = get_tokenizer(name)
         ends = ends or list(end_ids(tokenizer))
@@ -304,10 +323,20 @@ def _tokenizer(config: Config, source: Folder | None) -> tuple[dict[str, bytes],
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts.get(ends[0])}
         if companions.CONFIG not in files:
             files[companions.CONFIG] = _json({key: value for key, value in settings.items() if value is not None})
+        texts_of = companions.parse(files, name).named
+        named = {f"{key}_id": special_tokens(tokenizer).get(text) for key, text in texts_of.items()}
     else:
         remarks.append("the tokenizer of bytes has no counterpart in Hugging Face, so the folder has none")
-    ids = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": None}
+    eos = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    ids = {file: {**{key: named.get(key) for key in _TOKEN_IDS}, **eos} for file in (CONFIG, GENERATION)}
+    for file, recorded in (origin.token_ids if origin else {}).items():
+        if file in ids:
+            ids[file] |= recorded if set(_as_list(recorded.get("eos_token_id"))) <= set(ends) else {**recorded, **eos}
     return files, remarks, ids
+
+
+def _as_list(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _image_files(
@@ -346,7 +375,7 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if named is not None and isinstance(rows, int) and named >= rows:  # added to the tokenizer, but not to the model
         named = None
     for ids in (given.get("eos_token_id"), values.get("eos_token_id"), named):
-        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ends += _as_list(ids)
     if ends:
         found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]
     if given.get("do_sample"):

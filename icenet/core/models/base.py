@@ -22,6 +22,7 @@ from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropou
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
+from icenet.core.weights.origin import Origin
 from icenet.core.weights.safetensors import release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -37,7 +38,7 @@ class ModelBase:
         config: The model section of the configuration.
         tokenizer: Tokenizer of the model's text, if any.
         generation: Default options of `generate`, if any.
-        imported_family: `model_type` of the folder of Hugging Face that the weights are from, if any.
+        origin: Where the weights were imported from, if they were.
         embedding_options: Default options of `icenet.embed`, if any.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
@@ -55,7 +56,7 @@ class ModelBase:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig | None = None
     embedding_options: EmbeddingConfig | None = None
-    imported_family: str | None = None
+    origin: Origin | None = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any

@@ -15,7 +15,7 @@ from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
-from icenet.core.weights.files import FAMILY
+from icenet.core.weights.origin import Origin
 
 
 def build_for_inference(
@@ -61,7 +61,7 @@ def build_for_inference(
         if dtype is not None:
             model.set_weight_dtype(dtype)
         model.set_weights(weights)
-        model.imported_family = getattr(weights, "metadata", {}).get(FAMILY)
+        model.origin = Origin.of(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
         size = getattr(tokenizer, "text_vocab_size", tokenizer.vocab_size)
@@ -84,8 +84,9 @@ def build_for_inference(
 def lacks_tokenizer(config: Config, weights: Any) -> bool:
     """Returns whether weights are those of a folder of Hugging Face that has no tokenizer.
 
-    Its tokens are bytes only if there are as many, as in an exported run.
+    Its tokens are bytes only if there are as many, as in an exported run, or if a run trained the weights on bytes.
     """
-    is_imported = bool(getattr(weights, "metadata", {}).get(FAMILY))
+    origin = Origin.of(weights)
+    is_imported = origin is not None and not origin.tokenizer
     reads_bytes = getattr(config.data, "tokenizer", None) == ByteTokenizer.name
     return is_imported and reads_bytes and getattr(config.model, "vocab_size", None) != ByteTokenizer.vocab_size

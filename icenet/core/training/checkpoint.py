@@ -80,6 +80,7 @@ def save(
     keep: int | None = None,
     protect: int | None = None,
     files: Mapping[str, bytes] = {},
+    metadata: Mapping[str, str] = {},
 ) -> Path:
     """Writes the checkpoint of a step, then removes old ones. Returns the folder of the checkpoint.
 
@@ -93,6 +94,7 @@ def save(
         keep: Number of newest checkpoints to keep; None keeps all.
         protect: Step of a checkpoint to keep in addition.
         files: Content of further files by name (`Dataset.files`).
+        metadata: Metadata of the file of weights.
 
     Raises:
         CheckpointError: The checkpoint cannot be written, for example because the disk is full. Older ones stay.
@@ -102,7 +104,7 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with staged_folder(target) as partial:
-            weight_files.write(partial / "model.safetensors", weights)
+            weight_files.write(partial / "model.safetensors", weights, metadata)
             weight_files.write(partial / "optimizer.safetensors", optimizer)
             write_text(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
             write_config(partial, config, files)

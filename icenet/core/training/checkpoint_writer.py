@@ -141,6 +141,7 @@ class CheckpointWriter:
             training.keep_checkpoints,
             best,
             self.dataset.files,
+            origin.metadata() if (origin := self.engine.model.origin) else {},
         )
         record_checkpoint(self.run, step)
         if step == best:

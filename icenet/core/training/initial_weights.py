@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import folder, vision
 from icenet.core.families.keys import Values
+from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training.changed_keys import of_model, value
 from icenet.core.training.checkpoint import FOLDER, find
 from icenet.core.training.open_model import open_trained
 from icenet.core.weights import hub
+from icenet.core.weights.origin import Origin
 
 
 def apply(config: Config, engine: Engine) -> list[str]:
@@ -52,10 +55,15 @@ def apply(config: Config, engine: Engine) -> list[str]:
             f"{', '.join(changes)}, so the initial weights compute something else than they were trained to compute"
         )
     ours, theirs = (getattr(settings.data, "tokenizer", None) for settings in (config, source))
+    origin = Origin.of(weights)
+    if lacks_tokenizer(source, weights):
+        theirs = None
     if ours != theirs and None not in (ours, theirs) and tokenizer_files(str(ours)) != tokenizer_files(str(theirs)):
         notes.append(
             f"data.tokenizer is {ours}, and that of {path} is another: the ids of tokens have other meanings"
         )
+        origin = origin and replace(origin, token_ids={})
+    engine.model.origin = origin and replace(origin, tokenizer=Path(ours).name if ours else "")
     return notes
 
 

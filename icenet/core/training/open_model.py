@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from icenet.core.weights import files as weight_files
 from icenet.core.weights import formats, hub
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
 from icenet.core.weights.gguf import is_gguf
+from icenet.core.weights.origin import Origin
 
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
@@ -74,12 +76,13 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     return config, weights
 
 
-def open_trained(path: Path, key: str) -> tuple[Config, Mapping[str, np.ndarray]]:
+def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mapping[str, np.ndarray]]:
     """Returns the configuration and the weights at a path that a key of a configuration names.
 
     Args:
         path: See `open_target`, but for configurations.
         key: The key, for error messages.
+        warn: Whether warnings are logged. False if the path is opened again later.
 
     Raises:
         ConfigError: There is nothing, or no weights.
@@ -87,7 +90,8 @@ def open_trained(path: Path, key: str) -> tuple[Config, Mapping[str, np.ndarray]
     """
     remedy = "give a folder of a model, a run or a checkpoint"
     try:
-        config, weights = open_target(path)
+        with contextlib.nullcontext() if warn else _without_warnings():
+            config, weights = open_target(path)
     except ConfigError:
         if path.exists() or hub.is_repository_id(path):
             raise
@@ -100,6 +104,19 @@ def open_trained(path: Path, key: str) -> tuple[Config, Mapping[str, np.ndarray]
 def warn_of_changed_code(found: Checkpoint) -> None:
     """Logs a warning if a user's model is not the code that a checkpoint was trained with."""
     _warn(twins.changed_code(found.state.get("code"), found.config.model.type, str(found.path)))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logger = logging.getLogger("icenet")
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
 
 
 def _warn(note: str | None) -> None:
@@ -120,4 +137,5 @@ def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
         raise CheckpointError(f"{found.path}: has no averaged weights; train with training.ema_decay")
     shared = twins.stored_sharing(found.state)  # the averages have the first name of a shared array only
     averages |= {alias: averages[owner] for alias, owner in shared.items() if owner in averages}
-    return found.config, {**found.weights, **averages}
+    origin = Origin.of(found.weights)
+    return found.config, weight_files.Arrays({**found.weights, **averages}, origin.metadata() if origin else {})

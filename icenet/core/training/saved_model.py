@@ -22,6 +22,7 @@ from icenet.core.errors import UsageError, WeightsError
 from icenet.core.training import run_folder
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.convert import PICKLED
+from icenet.core.weights.origin import Origin
 
 RECORD = "icenet_files"
 """Key of the metadata that marks the weights of a saved model."""
@@ -36,7 +37,7 @@ def save(
     companions: Mapping[str, bytes],
     overwrite: bool = False,
     code: Mapping[str, str] = {},
-    family: str | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Writes a saved model. An earlier one in the folder is replaced, other files only with `overwrite`.
 
@@ -48,7 +49,7 @@ def save(
         companions: Content of the other files by name; config.yaml is the last.
         overwrite: Whether to replace files of the same names that are not those of an earlier saved model.
         code: SHA-256 of each Python file of a custom model (see `user_code.hashes`).
-        family: The family of Hugging Face that the model is from, which an export writes again.
+        origin: Where the weights were imported from, which an export writes again.
 
     Raises:
         UsageError: It is a file, a run or a checkpoint, or a file would be replaced.
@@ -68,7 +69,7 @@ def save(
     if not overwrite:
         refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
     described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
-    described |= {**code_metadata(code), **({weight_files.FAMILY: family} if family else {})}
+    described |= {**code_metadata(code), **(origin.metadata() if origin else {})}
     weight_files.write(folder, weights, described, companions=companions)
     for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model

@@ -33,6 +33,7 @@ from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.schedule import explain_change, learning_rate
 from icenet.core.training.signals import on_stop_signal
+from icenet.core.weights.origin import Origin
 
 
 class Interrupted(IceNetError):
@@ -252,6 +253,7 @@ class Trainer:
         engine = backends.engine(config, None, device, dtype=dtype)
         twins.check_same_model(found.state, engine.model, str(found.path))
         engine.set_weights(dict(found.weights))
+        engine.model.origin = Origin.of(found.weights)
         engine.set_optimizer_state(dict(found.optimizer))
         precision = config.training.mixed_precision
         scale = LossScale.for_precision(precision)

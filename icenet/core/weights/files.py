@@ -53,6 +53,19 @@ _OTHER_SUFFIXES = (SUFFIX, ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".h5", ".npz
 # --- reading -----------------------------------------------------------------------------------------------
 
 
+class Arrays(dict[str, Array]):
+    """Weights in memory, with metadata as those of a file have.
+
+    Args:
+        arrays: The weights.
+        metadata: The metadata.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+        super().__init__(arrays)
+        self.metadata = dict(metadata)
+
+
 class StoredWeights(Mapping[str, Array]):
     """Weights of a model that are read from a file, or computed from it, when they are looked up.
 

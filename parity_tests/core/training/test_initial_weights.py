@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,54 @@ def test_a_model_goes_from_transformers_to_mlx_and_back(
     judgement = judge_curve(losses(tmp_path / "torch"), single, exact, samples)
     assert judgement.passed, f"ratio {judgement.worst:.3g} at step {judgement.worst_step + 1}"
     assert np.mean(exact[-3:]) < losses(tmp_path / "mlx")[0]
+
+
+def test_a_trained_import_is_exported_as_what_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The family, the special tokens of both files, the settings and the chat template; each warning comes once."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", "<end>", "x", "<unk>"])}
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names).save_pretrained(
+        tmp_path / "folder"
+    )
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    source = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            **sizes, intermediate_size=8, vocab_size=6, sliding_window=None, bos_token_id=0, eos_token_id=1
+        )
+    )
+    ids = {"bos_token_id": 0, "eos_token_id": [1, 3], "pad_token_id": 2}
+    source.generation_config = transformers.GenerationConfig(**ids, do_sample=True, top_p=0.9, suppress_tokens=[4])
+    source.save_pretrained(tmp_path / "folder")
+
+    options = [f"model.path={tmp_path / 'folder'}", "data.seq_length=8", "training.max_steps=1"]
+    options += ["training.eval_every=null", "training.ema_decay=0.5"]
+    trainer = Trainer.start(
+        Config.from_yaml(written(tmp_path), options), tmp_path / "run", backend="torch", quiet=True
+    )
+    trainer.fit()
+    assert sum("suppress_tokens has no effect" in record.message for record in caplog.records) == 1
+    Trainer.resume(tmp_path / "run", overrides=["training.max_steps=2"], quiet=True).fit()
+    icenet.save(icenet.load(tmp_path / "run", "torch"), tmp_path / "saved")
+    exports = {"run": False, "saved": False, "averaged": True}
+    for name, averaged in exports.items():
+        icenet.convert(tmp_path / ("run" if averaged else name), tmp_path / f"{name}-hf", "hf", averaged=averaged)
+        ours, theirs = (
+            {file.name: json.loads(file.read_text()) for file in (tmp_path / folder).glob("*.json")}
+            for folder in (f"{name}-hf", "folder")
+        )
+        for key in ("model_type", "bos_token_id", "eos_token_id", "pad_token_id"):
+            assert ours["config.json"][key] == theirs["config.json"][key]
+        generation = {key: ours["generation_config.json"][key] for key in (*ids, "do_sample", "top_p")}
+        assert generation == {**ids, "do_sample": True, "top_p": 0.9}
+        assert ours["tokenizer.json"] == theirs["tokenizer.json"]
+        assert ours["tokenizer_config.json"] == theirs["tokenizer_config.json"]
+        assert (tmp_path / f"{name}-hf" / "chat_template.jinja").read_text() == template
 
 
 @pytest.mark.parametrize("key", ["training.init_from", "model.path"])
