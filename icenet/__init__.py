@@ -107,7 +107,7 @@ def load(
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
     from icenet.core.models.inference import build_for_inference
-    from icenet.core.training.open_model import open_averaged, open_target
+    from icenet.core.training.open_model import image_facts, open_averaged, open_target
     from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
@@ -120,13 +120,17 @@ def load(
         raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
-    return build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
+    model = build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
+    if config.model.input_kind in ("images", "anything"):
+        model.image_facts = image_facts(path)
+    return model
 
 
 def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the canonical weights, the config and the tokenizer of a model to a folder. Returns the folder.
 
-    The config has the default options of generation. A seed is not among them.
+    The config has the default options of generation. A seed is not among them. Of a model of images, images.json has
+    the names of the classes and how images are read, if `model.image_facts` does.
 
     Args:
         model: A `BaseModel` of either backend.
@@ -156,6 +160,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     if model.generation is not None:  # without the seed, which is that of this model
         settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}
         config |= {"generation": settings} if settings else {}
+    companions |= saved_model.image_file(model.image_facts, model.config)
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
     saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin)

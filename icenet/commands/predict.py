@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from icenet.core import backends
 from icenet.core.config import Config, ImageModelConfig
+from icenet.core.data.images import facts as images
 from icenet.core.data.images import preprocess
-from icenet.core.data.images.augment import normalize
-from icenet.core.data.images.dataset import ImageFacts
-from icenet.core.data.images.decode import decode
+from icenet.core.data.images.facts import ImageFacts
 from icenet.core.data.images.files import frames_note
 from icenet.core.data.images.folders import scan
 from icenet.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UsageError
@@ -24,7 +23,7 @@ from icenet.core.families import folder, vision
 from icenet.core.families.keys import Values
 from icenet.core.report.console import new_console
 from icenet.core.training import checkpoint
-from icenet.core.training.open_model import open_averaged, warn_of_changed_code
+from icenet.core.training.open_model import open_averaged, open_trained, warn_of_changed_code
 from icenet.core.weights import hub
 from icenet.core.weights.files import DEFAULT_NAME
 
@@ -101,7 +100,7 @@ def predict(
     """Classifies images with a trained model. They are read, resized and normalized as in training.
 
     Args:
-        model: A run, a checkpoint, or a folder of Hugging Face with its `preprocessor_config.json`.
+        model: A run, a checkpoint, a saved model, or a folder of Hugging Face with its `preprocessor_config.json`.
         names: Image files, and folders of image files.
         backend: "mlx", "torch" or "auto"; None is the backend of the run.
         device: The device; None is that of the run.
@@ -131,7 +130,10 @@ def predict(
         part = files[first : first + BATCH_SIZE]
         inputs = []
         for file in part:
-            image, has_more = found.read(file)
+            try:
+                image, has_more = found.read(file)
+            except ConfigError as error:
+                raise ConfigError(f"{model}: {error}") from None
             inputs.append(image)
             if has_more:
                 with_more_frames.append(file)
@@ -149,12 +151,9 @@ def predict(
 
 
 def _open_run(run: Path, averaged: bool) -> Classifier:
-    is_saved = (run / "config.yaml").is_file() and (run / DEFAULT_NAME).is_file()
-    if is_saved and not (run / checkpoint.FOLDER).is_dir() and not (run / "manifest.json").is_file():
-        raise UsageError(
-            f"{run}: is a saved model, which does not contain how its images are read; give the run, the checkpoint "
-            "or the Hugging Face folder that it was made from"
-        )
+    has_steps = (run / checkpoint.FOLDER).is_dir() or (run / checkpoint.MANIFEST).is_file()
+    if not has_steps and (run / "config.yaml").is_file() and (run / DEFAULT_NAME).is_file():
+        return _open_saved(run, averaged)
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
         raise UsageError(f"{run}: its {found.config.model.type} reads {found.config.model.input_kind}, not images")
@@ -167,13 +166,27 @@ def _open_run(run: Path, averaged: bool) -> Classifier:
         raise CheckpointError(f"{stored}: has {len(facts.classes)} classes, but the model has {num_classes}")
     if not averaged:  # open_averaged does
         warn_of_changed_code(found)
-
-    def read(path: Path) -> tuple[NDArray[np.float32], bool]:
-        image = decode(path, facts.image_size, facts.channels, facts.background)
-        return normalize(image.pixels, facts.mean, facts.std), image.has_more_frames
-
     weights = open_averaged(found.path)[1] if averaged else found.weights
-    return Classifier(found.config, weights, facts.classes, read)
+    return Classifier(found.config, weights, facts.classes, facts.read)
+
+
+def _open_saved(path: Path, averaged: bool) -> Classifier:
+    config, weights = open_trained(path, "predict")
+    if config.model.input_kind not in ("images", "anything"):
+        raise UsageError(f"{path}: its {config.model.type} reads {config.model.input_kind}, not images")
+    if averaged:
+        raise UsageError(f"{path}: --averaged has no effect: only runs have averaged weights")
+    facts = images.of_saved(path)
+    if facts is None:
+        raise UsageError(
+            f"{path}: has no {images.FILE}, which says how its images are read; give the run, the checkpoint or the "
+            "Hugging Face folder that it was made from, or save it from there again"
+        )
+    if len(facts.classes) != config.model.vocab_size:
+        raise ConfigError(
+            f"{path / images.FILE}: has {len(facts.classes)} classes, but the model has {config.model.vocab_size}"
+        )
+    return Classifier(config, weights, facts.classes, facts.read)
 
 
 def _open_folder(path: Path, averaged: bool) -> Classifier:

@@ -57,6 +57,10 @@ class ChatDataConfig(Section):
     """Fraction of the conversations held out for evaluation."""
 
 
+PIXEL_KEYS = ("image_size", "normalize", "mean", "std")
+"""Keys of images that `preprocessor` takes the place of."""
+
+
 class ImageDataConfig(Section):
     """Source of batches of images and classes."""
 
@@ -84,6 +88,20 @@ class ImageDataConfig(Section):
     """Mean of each channel, for values from 0 to 1; null: that of the training images."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Standard deviation of each channel, for values from 0 to 1; null: that of the training images."""
+    preprocessor: dict[str, Any] | None = None
+    """Content of a preprocessor_config.json, instead of image_size, mean and std; model.path takes its model's."""
+
+    @model_validator(mode="after")
+    def _check_preprocessor(self) -> Self:
+        if self.preprocessor is not None and (others := [key for key in PIXEL_KEYS if self._differs(key)]):
+            raise ValueError(
+                f"{others[0]} has no effect with preprocessor, which decides the size and the values of pixels; "
+                f"remove it, or set preprocessor to null"
+            )
+        return self
+
+    def _differs(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @model_validator(mode="after")
     def _check_normalize(self) -> Self:

@@ -1,20 +1,21 @@
 """A model that the configuration takes from a path: `model.path`.
 
 The path is a folder of Hugging Face, a run, a checkpoint or a saved model. Its section `model`, its tokenizer and its
-settings of generation take the place of those of the configuration, and `training.init_from` becomes the path. The
-resulting configuration has no `model.path` and stands alone.
+settings of generation take the place of those of the configuration, and `training.init_from` becomes the path. Of a
+model of images, `data` gets how its images are read. The resulting configuration has no `model.path`: it stands alone.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from icenet.core.config import written as written_keys
 from icenet.core.config.custom import is_custom
+from icenet.core.config.data import PIXEL_KEYS
 from icenet.core.errors import ConfigError
 
 MAX_LENGTH = 1024
@@ -27,7 +28,9 @@ SCHEMA = {
 _log = logging.getLogger("icenet")
 
 
-def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[str, Any]:
+def expand(
+    values: Mapping[str, Any], path: str | None, folder: Path, changed: Mapping[tuple[str, ...], str] = {}
+) -> dict[str, Any]:
     """Returns a tree of values in which the model at a path has replaced `model.path`.
 
     `model.path` of a custom model is an option of its own.
@@ -36,6 +39,7 @@ def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[st
         values: The tree of a configuration. If it has `model.path` itself, the other keys next to it stay.
         path: A path from `--set`. The whole section `model` of the tree is replaced then, and its tokenizer.
         folder: Where a path in the tree is looked up, before the working directory.
+        changed: All overrides, by key.
 
     Raises:
         ConfigError: The path has no model.
@@ -60,10 +64,38 @@ def expand(values: Mapping[str, Any], path: str | None, folder: Path) -> dict[st
                 f"data.seq_length: {MAX_LENGTH} tokens, not the {length:,} of the model; set it for another length"
             )
         tree["data"] = data
+    training: dict[str, Any] = {"init_from": str(place.absolute())}
+    if found["input_kind"] == "images":
+        if changed.get(("data", "kind"), data.get("kind")) == "images":
+            overridden = {key[1] for key in changed if key[:1] == ("data",) and len(key) > 1}
+            tree["data"] = {**_image_keys(place, {*data, *overridden}), **data}
+        count = changed.get(("model", "vocab_size"), None if replaces else written.get("vocab_size"))
+        if count is not None and str(count).strip() != str(found["model"]["vocab_size"]):
+            training["new_head"] = True  # asked for by the number of classes next to the path
     for section in ("generation", "embedding"):
         tree[section] = {**found[section], **(values.get(section) or {})}
-    tree["training"] = {"init_from": str(place.absolute()), **(values.get("training") or {})}
+    tree["training"] = {**training, **(values.get("training") or {})}
     return tree
+
+
+def _image_keys(path: Path, written: Collection[str]) -> dict[str, Any]:
+    """Returns the keys of `data` that read images as the model at a path does, but for those that the user wrote."""
+    try:
+        facts = importlib.import_module("icenet.core.training.open_model").image_facts(path)
+        keys: dict[str, Any] = {} if facts is None else facts.data_keys()
+    except ConfigError as error:
+        _log.warning(f"data.preprocessor: that of {path} is not used: {error}")
+        return {}
+    own = [key for key in PIXEL_KEYS if key in written]
+    if "preprocessor" in written or ("preprocessor" in keys and own):
+        if "preprocessor" not in written:
+            _log.warning(f"data.preprocessor: that of {path} is not used, because data.{own[0]} is set")
+        keys = {key: value for key, value in keys.items() if key == "channels"}
+    if "normalize" in written:
+        keys = {key: value for key, value in keys.items() if key not in ("mean", "std")}
+    if keys.get("normalize") is False and {"mean", "std"} & set(written):
+        del keys["normalize"]
+    return {key: value for key, value in keys.items() if key not in written}
 
 
 def path_of(values: Mapping[str, Any], overrides: Sequence[tuple[tuple[str, ...], str]]) -> str | None:
@@ -92,6 +124,7 @@ def _model_at(path: Path) -> dict[str, Any]:
     if importlib.import_module("icenet.core.models.inference").lacks_tokenizer(config, weights):
         tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then reports as missing
     return {
+        "input_kind": config.model.input_kind,
         "model": config.model.model_dump(mode="python"),
         "tokenizer": tokenizer,
         "generation": written_keys.tree(config.generation),

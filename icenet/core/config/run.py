@@ -17,7 +17,7 @@ from icenet.core.config.data import AnyDataConfig, ChatDataConfig, DataConfig
 from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import SECTIONS as MODEL_SECTIONS
-from icenet.core.config.model import AnyModelConfig, CustomConfig, TransformerConfig
+from icenet.core.config.model import AnyModelConfig, CustomConfig, ImageModelConfig, TransformerConfig
 from icenet.core.config.section import KeyPath, Section, explain, location, shortened
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
@@ -43,6 +43,14 @@ class Config(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig)
+
+    @model_validator(mode="after")
+    def _check_new_head(self) -> Self:
+        if self.training.new_head and not isinstance(self.model, ImageModelConfig):
+            raise ValueError(
+                f"training.new_head is for the classifiers of images, and model.type is {self.model.type}; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_seq_length(self) -> Self:
@@ -103,7 +111,8 @@ class Config(Section):
     ) -> Config:
         parsed = [(override, *yaml_file.parse_override(override)) for override in overrides]
         model_path = imported.path_of(values, [(key, value) for _, key, value in parsed])
-        tree = imported.expand(yaml_file.copy_tree(values), model_path, file.parent if file else Path())
+        folder, changed = file.parent if file else Path(), {key: value for _, key, value in parsed}
+        tree = imported.expand(yaml_file.copy_tree(values), model_path, folder, changed)
         given: dict[KeyPath, str] = {}
         for override, key, value in parsed:
             if key == ("model", "path") and model_path is not None:

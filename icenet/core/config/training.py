@@ -42,6 +42,8 @@ class TrainingConfig(Section):
     """Shard parameters, gradients and optimizer state over the processes."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Initial weights of a new run: a folder of a model, a run or a checkpoint; null: drawn from seed."""
+    new_head: bool = False
+    """New initial values for the output layer of a classifier of images instead of those of init_from."""
 
     loss: Annotated[str, Field(pattern=rf"^cross_entropy$|{custom.PATTERN}")] = "cross_entropy"
     """cross_entropy, or a function in a file: my_loss.py:my_loss (output, batch) -> mean loss."""

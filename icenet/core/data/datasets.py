@@ -159,7 +159,7 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
     if config.model.vocab_size != classes:
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size}, but {dataset.description} has {classes} classes "
-            f"({some(dataset.classes)}); set model.vocab_size={classes}"
+            f"({some(dataset.classes)}); set model.vocab_size={classes}{_new_head(config)}"
         )
     if isinstance(config.model, ImageModelConfig):
         if config.model.image_channels != channels:
@@ -173,6 +173,13 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
             raise ConfigError(f"data.image_size: {problem}; set data.image_size={smallest}")
     dataset.steps_per_epoch(config.training.batch_size)  # raises if there are too few images
     return dataset
+
+
+def _new_head(config: Config) -> str:
+    """Returns what a changed number of classes means for a run that begins with trained weights."""
+    if config.training.init_from is None or config.training.new_head:
+        return ""
+    return " and training.new_head=true: the output layer then has new initial values"
 
 
 def sequence_length(config: Config) -> int:

@@ -86,11 +86,11 @@ class ImageFiles(NamedTuple):
 
     Attributes:
         labels: Names of the classes.
-        preprocessor: Content of `preprocessor_config.json`.
+        preprocessor: Content of `preprocessor_config.json`; None if it is not known.
     """
 
     labels: Sequence[str]
-    preprocessor: Mapping[str, Any]
+    preprocessor: Mapping[str, Any] | None
 
 
 def is_folder(path: Path) -> bool:
@@ -343,10 +343,11 @@ def _image_files(
     source: Folder | None, images: ImageFiles | None
 ) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
     """Returns what `_tokenizer` returns, for a model of images."""
-    if images is not None:
+    if images is not None and images.preprocessor is not None:
         return {PREPROCESSOR: _json(images.preprocessor)}, [], {}
     if source is None:
-        return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read, and no names of classes"], {}
+        names = "" if images is not None else ", and no names of classes"
+        return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read{names}"], {}
     file = source.files / PREPROCESSOR
     return {PREPROCESSOR: file.read_bytes()} if file.is_file() else {}, [], {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.origin import Origin
-from icenet.core.weights.safetensors import release
+from icenet.core.weights.safetensors import read_ahead, release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -40,6 +40,7 @@ class ModelBase:
         generation: Default options of `generate`, if any.
         origin: Where the weights were imported from, if they were.
         embedding_options: Default options of `icenet.embed`, if any.
+        image_facts: How images are read and the names of the classes (an `ImageFacts`), if that is known.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
         compute_dtype: The framework's dtype of the activations.
@@ -57,6 +58,7 @@ class ModelBase:
     generation: GenerationConfig | None = None
     embedding_options: EmbeddingConfig | None = None
     origin: Origin | None = None
+    image_facts: Any = None
     allow_tf32: bool | None = None
     compute_dtype: Any
     device: Any
@@ -124,18 +126,19 @@ class ModelBase:
                 self._assign_weights(self.initial_weights(seed, self._host_memory()))
 
     def initial_weights(
-        self, seed: int = 0, memory: Mapping[str, np.ndarray] | None = None
+        self, seed: int = 0, memory: Mapping[str, np.ndarray] | None = None, paths: Collection[str] | None = None
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the initial value of each parameter, in PyTorch's layout; shared arrays once.
 
         Args:
             seed: Seed of the run.
             memory: Arrays by path that initial values may be drawn into, which saves a copy.
+            paths: The parameters; None yields all.
         """
         kinds, scales, shared = self.layer_kinds(), self.init_scales(), self.shared_arrays()
         own: dict[str, np.ndarray] | None = None
         for path, shape in self.weight_shapes().items():
-            if path in shared:
+            if path in shared or (paths is not None and path not in paths):
                 continue
             module, _, name = path.rpartition(".")
             kind = layout.parameter_kind(kinds, path)
@@ -533,5 +536,6 @@ class ModelBase:
 def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields weights; a view of a file that the caller has copied does not stay in memory next to the copy."""
     for path, array in values:
+        read_ahead(array)
         yield path, array
         release(array)

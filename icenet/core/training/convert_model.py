@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from icenet.core.errors import UsageError
 from icenet.core.families import folder, torchvision
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint, export_model, saved_model
-from icenet.core.training.open_model import open_averaged
+from icenet.core.training.open_model import image_facts, open_averaged
 from icenet.core.weights import hub
 from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
 from icenet.core.weights.files import DEFAULT_NAME
@@ -101,6 +101,9 @@ def convert_model(
         raise UsageError(f"{target}: is in the checkpoint {enclosing}; choose another place")
     if settings is not None and to == "canonical" and in_folder:
         companions = _companions(settings, stored, destination)
+        if config is None and settings.model.input_kind in ("images", "anything"):
+            images = saved_model.image_file(image_facts(source), settings.model)
+            companions = {**images, **companions}  # config.yaml is the last
         if not overwrite:
             saved_model.refuse_replacing(destination, list(companions), set())
         common["companions"] = companions
@@ -113,7 +116,7 @@ def convert_model(
     return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
 
 
-def _companions(settings: Config, stored: Path | None, destination: Path) -> Mapping[str, bytes]:
+def _companions(settings: Config, stored: Path | None, destination: Path) -> dict[str, bytes]:
     """Returns the files of the config and the tokenizer, unless they are there already."""
     new = destination / "config.yaml"
     if stored is not None and new.exists() and stored.resolve() == new.resolve():

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from icenet.core.config import Config, TransformerConfig
-from icenet.core.data.images import preprocess
-from icenet.core.data.images.dataset import ImageFacts
 from icenet.core.errors import CheckpointError, DataError, UsageError
-from icenet.core.families import Family, folder, gguf_export
-from icenet.core.families.transformer_keys import period_of
+from icenet.core.families import Family, folder, gguf_export, mlx_lm
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.training import checkpoint, saved_model
-from icenet.core.training.open_model import open_averaged, open_target
+from icenet.core.training.open_model import image_facts, open_averaged, open_target
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
@@ -32,12 +30,8 @@ FORMS = (FORM, MLX_LM, *gguf_export.KINDS)
 """A folder of Hugging Face; one of mlx-lm, the same with names that its models accept; and files of llama.cpp."""
 _WITHOUT_PREFIX = ("gpt2",)
 """Families whose tensors mlx-lm accepts under the names of the model without its head only."""
-
-_HEADS_OF_WIDTH = ("mixtral", "qwen2", "phi3", "gpt2", "gpt_neox")
-_FOUR_TIMES = ("gpt2", "gpt_neox")
-"""Families for which mlx-lm ignores a size of a head, and one of the feed-forward network."""
-_STACKED = ".switch_mlp."
-"""A part of the names that mlx-lm, and no class of `transformers`, has for the experts of a layer together."""
+_OF_MLX_LM = re.compile(r".*\.switch_mlp\..*|model\.(wte|wpe|h|ln_f)\..*")
+"""Names that mlx-lm, and no class of `transformers`, has: of the experts of a layer together, and of GPT-2."""
 
 
 def export(
@@ -87,21 +81,22 @@ def export(
         )
     if form == MLX_LM and not getattr(config.model, "causal", True):
         raise UsageError(f"--to {form}: mlx-lm has no encoders (model.causal is false); use --to {FORM}")
-    images = _image_files(source) if imported is None and config.model.input_kind == "images" else None
+    images = _image_files(source, config) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
     if form in gguf_export.KINDS:
         destination = output_file(destination, overwrite=overwrite, inputs=[source] if source.is_file() else [])
     elif not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
     exported: Mapping[str, Array] = ExportedWeights(family, config, weights)
-    if imported is not None and not (form == FORM and any(_STACKED in name for name in imported.weights.stored)):
+    is_kept = imported is not None and not any(_OF_MLX_LM.fullmatch(name) for name in imported.weights.stored)
+    if imported is not None and (is_kept or form == MLX_LM):
         exported = OriginalWeights(imported.weights)
     if form in gguf_export.KINDS:
-        tensors = ExportedWeights(family, config, weights)
-        return _export_gguf(source, source_form(imported), destination, form, config, family, tensors, files)
-    remarks += _mlx_lm_differences(family, config) if form == MLX_LM else []
+        return _export_gguf(source, source_form(imported), destination, form, config, family, weights, files)
+    if form == MLX_LM and isinstance(config.model, TransformerConfig):
+        remarks += mlx_lm.differences(family, config.model)
     metadata = {"format": "mlx"} if form == MLX_LM else None
-    if form == MLX_LM and family.model_type in _WITHOUT_PREFIX:
+    if family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
     written = weight_files.write(
         destination, exported, metadata, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
@@ -116,22 +111,18 @@ def export(
     )
 
 
-def _mlx_lm_differences(family: Family, config: Config) -> list[str]:
-    """Returns what mlx-lm 0.32 computes in another way, or cannot load, of an exported model; one text for each."""
-    model = config.model
-    assert isinstance(model, TransformerConfig)
-    found, width = [], model.hidden_size
-    layers = family.options(model)["windows"]
-    windows = [window for window in layers if window is not None and window < model.max_seq_length]
-    if windows and family.model_type != "gemma3_text":
-        found.append(f"mlx-lm uses no sliding window: texts of more than {min(windows)} tokens differ there")
-    elif windows and period_of(layers) is None:
-        found.append("mlx-lm cannot load it: its Gemma 3 needs layers without a window at regular intervals")
-    if family.model_type in _HEADS_OF_WIDTH and model.head_size not in (None, width // model.num_heads):
-        found.append(f"mlx-lm cannot load it: its heads have hidden_size / num_heads = {width // model.num_heads}")
-    if family.model_type in _FOUR_TIMES and model.feed_forward_size not in (None, 4 * width):
-        found.append(f"mlx-lm cannot load it: its feed_forward_size is 4 x hidden_size = {4 * width}")
-    return found
+def _loses_prefix(form: str, config: Config, kept: folder.Folder | None) -> bool:
+    """Returns whether names are written without a prefix, as in published GPT-2. `transformers` reads both.
+
+    Args:
+        form: The form of the folder.
+        config: The configuration of the model.
+        kept: The imported folder or file, if it is exported with its tensors.
+    """
+    if form == MLX_LM:
+        return True
+    is_tied = getattr(config.model, "tie_embeddings", False)  # the library adds the prefix to all names or none
+    return is_tied and (kept is None or kept.path.is_file())
 
 
 def source_form(imported: folder.Folder | None) -> str:
@@ -162,7 +153,7 @@ def _export_gguf(
             remarks.append(f"the tokenizer is left out: {error}")
     with staged(destination) as stage, stage.open(destination) as file:
         kind = gguf_export.KINDS[form]
-        written = gguf_export.write(Path(file.name), family, config.model, weights, tokenizer, kind)
+        written = gguf_export.write(Path(file.name), family, config, weights, tokenizer, kind)
     kinds = Counter(kind for kind, _ in written.values())
     values = sum(math.prod(shape) for _, shape in written.values())
     size = destination.stat().st_size
@@ -175,12 +166,10 @@ def _export_gguf(
     )
 
 
-def _image_files(source: Path) -> folder.ImageFiles | None:
-    """Returns how a run reads its images; None for a saved model, which does not know it."""
-    if not ((source / checkpoint.FOLDER).is_dir() or (source / "manifest.json").is_file()):
-        return None
-    facts = ImageFacts(**checkpoint.find(source).state["facts"])
-    return folder.ImageFiles(facts.classes, preprocess.written(facts))
+def _image_files(source: Path, config: Config) -> folder.ImageFiles | None:
+    """Returns how a model reads its images, and the names of its classes, as far as they are known."""
+    facts = image_facts(source)
+    return facts.files() if facts is not None and len(facts.classes) == config.model.vocab_size else None
 
 
 def _check_destination(source: Path, destination: Path, form: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.config import Config, ImageDataConfig
+from icenet.core.config import Config, ImageDataConfig, ImageModelConfig
 from icenet.core.config.section import shown
-from icenet.core.data.images import preprocess
+from icenet.core.data.images.facts import ImageFacts, describe_statistics
 from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
-from icenet.core.families import folder, vision
-from icenet.core.families.keys import Values
 from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training.changed_keys import of_model, value
-from icenet.core.training.checkpoint import FOLDER, find
-from icenet.core.training.open_model import open_trained
-from icenet.core.weights import hub
+from icenet.core.training.open_model import image_facts, open_trained
 from icenet.core.weights.origin import Origin
+
+HEAD = ("output",)
+"""Beginnings of the paths of a classifier's output layer."""
 
 
 def apply(config: Config, engine: Engine) -> list[str]:
@@ -37,17 +35,23 @@ def apply(config: Config, engine: Engine) -> list[str]:
     if path is None:
         return []
     source, weights = open_trained(Path(path), "training.init_from")
+    notes = [f"the initial weights are those of {path}"]
+    used: Mapping[str, np.ndarray[Any, Any]] = weights
+    if config.training.new_head:
+        used = {**{name: weights[name] for name in weights if not _is_of_head(name)}, **_new_head(config, engine)}
+        counts = f"{config.model.vocab_size:,} classes, and {source.model.vocab_size:,} there"
+        notes.append(f"the output layer has new initial values (training.new_head): {counts}")
     try:
-        engine.initialize(weights)
+        engine.initialize(used)
     except WeightsError as error:
         raise ConfigError(
-            f"training.init_from: the weights of {path} do not fit the model: {error}; --set model.path={path} "
-            "takes the model from there, too"
+            f"training.init_from: the weights of {path} do not fit the model: {error}; "
+            f"{_remedy(config, source, path)}"
         ) from None
-    notes = [f"the initial weights are those of {path}"]
     changes = [
         f"{key} is {shown(new)}, and {shown(old)} there"
         for key in of_model(source, config)
+        if not (config.training.new_head and key == "model.vocab_size")
         if (new := value(config, key)) != (old := value(source, key))
     ]
     if changes:
@@ -67,6 +71,27 @@ def apply(config: Config, engine: Engine) -> list[str]:
     return notes
 
 
+def _is_of_head(name: str) -> bool:
+    return name.partition(".")[0] in HEAD
+
+
+def _new_head(config: Config, engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns the initial values of the output layer: those of a new model, the same on both backends."""
+    paths = {name for name in engine.model.weight_shapes() if _is_of_head(name)}
+    return dict(engine.model.initial_weights(config.seed, paths=paths))
+
+
+def _remedy(config: Config, source: Config, path: str) -> str:
+    fields = {*config.model.model_dump(), *source.model.model_dump()}
+    differ = {key for key in fields if getattr(config.model, key, None) != getattr(source.model, key, None)}
+    if isinstance(config.model, ImageModelConfig) and "vocab_size" in differ - {"dropout"}:
+        return (
+            f"model.vocab_size is {config.model.vocab_size}, and {source.model.vocab_size} there: "
+            "training.new_head=true gives the output layer new initial values"
+        )
+    return f"--set model.path={path} takes the model from there, too"
+
+
 def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
     """Returns what differs between the images of a new run and those of the model that it begins with.
 
@@ -77,44 +102,28 @@ def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
     given = config.training.init_from
     if given is None or not isinstance(config.data, ImageDataConfig):
         return []
-    path = hub.local_path(Path(given))
-    theirs = _images_of(path, facts["channels"])
+    ours, theirs = ImageFacts(**facts), image_facts(Path(given))
+    if theirs is None:
+        return []
     notes = []
-    classes = theirs.get("classes", facts["classes"])
-    if classes != facts["classes"] and len(classes) == len(facts["classes"]):
+    has_names = theirs.classes[:1] != ["LABEL_0"]  # names that mean nothing
+    if has_names and not config.training.new_head and theirs.classes != ours.classes:
         notes.append(
-            f"the classes are {_first_names(facts['classes'])}, and {_first_names(classes)} in {given}: the outputs "
-            "have other meanings"
+            f"the classes are {_first_names(ours.classes)}, and {_first_names(theirs.classes)} in {given}: the "
+            "outputs have other meanings"
         )
+    try:
+        statistics = theirs.statistics()
+    except ConfigError:  # training needs no processor
+        statistics = None
     changed = [
-        f"data.{name} is {_rounded(facts[name])}, and {_rounded(theirs[name])} in {given}"
-        for name in ("mean", "std")
-        if name in theirs and not np.allclose(facts[name], theirs[name], rtol=0, atol=1e-3)
+        f"data.{name} is {describe_statistics(own)}, and {describe_statistics(other)} in {given}"
+        for name, own, other in zip(("mean", "std"), ours.statistics() or (), statistics or (), strict=False)
+        if len(own) != len(other) or not np.allclose(own, other, rtol=0, atol=1e-3)
     ]
     if changed:
         notes.append(f"{'; '.join(changed)}: the pixels have other values than the model was trained with")
     return notes
-
-
-def _images_of(path: Path, channels: int) -> dict[str, Any]:
-    """Returns the classes, the mean and the standard deviation of a model of images, as far as they are known."""
-    if not folder.is_folder(path):
-        is_saved = path.is_dir() and (path / "config.yaml").is_file() and not (path / "manifest.json").is_file()
-        return {} if is_saved and not (path / FOLDER).is_dir() else dict(find(path).state.get("facts", {}))
-    values = folder.read_json(path / folder.CONFIG)
-    names = vision.labels(Values(values))
-    found: dict[str, Any] = {} if names[0].startswith("LABEL_") else {"classes": names}  # names that mean nothing
-    with contextlib.suppress(ConfigError):  # training needs no processor
-        pixels = preprocess.read(path, str(values.get("model_type")), channels)
-        zeros, ones = [0.0] * channels, [1.0] * channels
-        scale = 255 * (1 if pixels.scale is None else pixels.scale)  # the values of our images are from 0 to 1
-        found["mean"] = [value / scale for value in (zeros if pixels.mean is None else pixels.mean)]
-        found["std"] = [value / scale for value in (ones if pixels.mean is None else pixels.std)]
-    return found
-
-
-def _rounded(values: Sequence[float]) -> str:
-    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
 
 
 def _first_names(names: Sequence[str]) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from icenet.core.config import Config
+from icenet.core.config import Config, ImageModelConfig
+from icenet.core.data.images import facts as images
+from icenet.core.data.images.facts import ImageFacts
 from icenet.core.errors import CheckpointError, ConfigError
-from icenet.core.families import folder
+from icenet.core.families import FAMILIES, folder
 from icenet.core.models import twins
 from icenet.core.tokenizers import find_file
 from icenet.core.tokenizers.base import TOKENIZER_FILE
@@ -99,6 +101,30 @@ def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mappi
     if weights is None:
         raise ConfigError(f"{key}: {path} has no weights; {remedy}")
     return config, weights
+
+
+def image_facts(path: Path) -> ImageFacts | None:
+    """Returns how the images of a model are read, and its classes; None if the path does not say so.
+
+    Args:
+        path: See `open_target`.
+
+    Raises:
+        CheckpointError, ConfigError: It cannot be read.
+    """
+    path = hub.local_path(path)
+    if (path / FOLDER).is_dir() or (path / "manifest.json").is_file():
+        stored = find(path).state.get("facts")
+        try:
+            return ImageFacts(**stored) if stored else None
+        except (ConfigError, TypeError):  # those of a user's data, which need not be about images
+            return None
+    if folder.is_folder(path):
+        values = folder.read_json(path / folder.CONFIG)
+        family = FAMILIES.get(str(values.get("model_type")))
+        reads_images = family is not None and issubclass(family.section, ImageModelConfig)
+        return images.of_folder(path, values) if reads_images else None
+    return images.of_saved(path)
 
 
 def warn_of_changed_code(found: Checkpoint) -> None:

@@ -4,6 +4,7 @@ FOLDER/
     model.safetensors    canonical weights; their metadata `icenet_files` has the SHA-256 of the other files, and
                          `icenet_code` that of the Python files of a custom model
     tokenizer.json       the tokenizer, unless it is `bytes`
+    images.json          of a model of images: the names of its classes, and how images are read
     config.yaml          the config of the model
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from icenet.core.config import ModelConfig
+from icenet.core.data.images.facts import FILE, ImageFacts
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.training import run_folder
 from icenet.core.weights import files as weight_files
@@ -73,6 +77,19 @@ def save(
     weight_files.write(folder, weights, described, companions=companions)
     for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model
+
+
+def image_file(facts: ImageFacts | None, config: ModelConfig) -> dict[str, bytes]:
+    """Returns the file of a saved model that has its `ImageFacts`, by name; none if the model has other classes."""
+    if facts is None:
+        return {}
+    if len(facts.classes) == getattr(config, "vocab_size", None):
+        return {FILE: facts.to_json()}
+    logging.getLogger("icenet").warning(
+        f"{FILE} is not written: it has the names of {len(facts.classes):,} classes, and the model has "
+        f"{getattr(config, 'vocab_size', None)}; set model.image_facts"
+    )
+    return {}
 
 
 def code_metadata(code: Mapping[str, str]) -> dict[str, str]:

@@ -127,6 +127,8 @@ def _of_images(dataset: Dataset) -> Reasons:
 
 
 def _of_training(training: TrainingConfig, model: ModelConfig) -> Reasons:
+    if training.init_from is None:
+        yield "training.new_head", "training.init_from is null: all initial values are new"
     for key, optimizers in _OPTIMIZERS.items():
         if training.optimizer not in optimizers:
             yield f"training.{key}", f"training.optimizer {training.optimizer} does not use it"

@@ -266,9 +266,10 @@ def test_a_folder_that_cannot_predict_is_one_line(vit: Path, tmp_path: Path) -> 
     (vit / "preprocessor_config.json").write_text('{"size": 24}')
     assert is_one_line(error(), "photo.png", "24x24", "30x30", "preprocessor_config.json")
     icenet.save(icenet.load(vit, "torch", "cpu"), tmp_path / "saved")
+    (tmp_path / "saved" / "images.json").unlink()
     with pytest.raises(UsageError) as usage:
         predict(tmp_path / "saved", [image], "torch", "cpu")
-    assert is_one_line(usage.value, "saved", "Hugging Face")
+    assert is_one_line(usage.value, "images.json", "Hugging Face")
     with pytest.raises(UsageError) as usage:
         predict(vit, [image], averaged=True)
     assert is_one_line(usage.value, "--averaged")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from icenet.core import rng
 from icenet.core.config import ImageDataConfig
-from icenet.core.config.section import Section
 from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.images.augment import augment, normalize
-from icenet.core.data.images.decode import WHITE
+from icenet.core.data.images.facts import ImageFacts, describe_statistics
 from icenet.core.data.images.files import ImageSource, find_images
-from icenet.core.errors import DataError
+from icenet.core.data.images.preprocess import Preprocessor
+from icenet.core.errors import ConfigError, DataError
 
 Batch = dict[str, NDArray[Any]]
 """`inputs` float32 `[batch, H, W, C]` and `labels` int32 `[batch]`."""
@@ -27,23 +25,6 @@ STATISTICS_IMAGES = 2000
 
 MAX_ROWS, FIRST_ROWS, LAST_ROWS = 12, 6, 3
 """Largest number of classes that the table of classes shows in full, and the number it shows otherwise."""
-
-
-class ImageFacts(Section):
-    """How a run reads its images, and its classes. Checkpoints store it for `icenet predict`."""
-
-    classes: list[str]
-    image_size: int = Field(ge=1)
-    channels: Literal[1, 3]
-    mean: list[float]
-    std: list[float]
-    background: str = WHITE
-
-    @model_validator(mode="after")
-    def _one_for_each_channel(self) -> Self:
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean {self.mean} and std {self.std} do not have {self.channels} channels")
-        return self
 
 
 class ImageDataset:
@@ -62,8 +43,11 @@ class ImageDataset:
     unit = "img"
     items_per_row = 1
 
-    def __init__(self, source: ImageSource, settings: ImageDataConfig, seed: int) -> None:
+    def __init__(
+        self, source: ImageSource, settings: ImageDataConfig, seed: int, processor: Preprocessor | None = None
+    ) -> None:
         self.source = source
+        self.processor = processor
         self.settings = settings
         self.seed = seed
         self.classes = source.classes
@@ -78,6 +62,11 @@ class ImageDataset:
             )
         self.train, self.validation = split(source, settings.validation_fraction, seed)
         self.mean, self.std = self._statistics()
+        if processor is not None:
+            height, width = source.images.shape[:2]
+            mean, std = map(describe_statistics, (self.mean, self.std))
+            note = f"images are read by data.preprocessor: {height}x{width} pixels, mean {mean}, std {std}"
+            self.notes = [*source.notes, note]
         self._epochs = Epochs(len(self.train), seed, self._too_few_images)
 
     @classmethod
@@ -85,17 +74,30 @@ class ImageDataset:
         """Opens the images of the section `data` of a config.
 
         Raises:
-            DataError: The images are missing, damaged, or too few.
+            ConfigError: `data.preprocessor` is not supported.
+        DataError: The images are missing, damaged, or too few.
         """
-        found = find_images(settings.source, settings.image_size, settings.channels, settings.background)
-        return cls(found, settings, seed)
+        size, channels, background = settings.image_size, settings.channels, settings.background
+        if settings.preprocessor is None:
+            return cls(find_images(settings.source, size, channels, background), settings, seed)
+        try:
+            processor = ImageFacts(
+                classes=[], channels=channels or 3, preprocessor=dict(settings.preprocessor)
+            ).processor
+            found = find_images(settings.source, None, channels or 3, background, processor)
+        except ConfigError as error:
+            raise ConfigError(f"data.preprocessor: {error}") from None
+        return cls(found, settings, seed, processor)
 
     @property
     def facts(self) -> dict[str, Any]:
         """`ImageFacts` as a dict, for the state of a checkpoint."""
         height, _, channels = self.source.images.shape
-        facts: dict[str, Any] = {"image_size": height, "channels": channels, "mean": self.mean, "std": self.std}
-        return ImageFacts(classes=self.classes, **facts, background=self.settings.background).model_dump()
+        facts: dict[str, Any] = {"image_size": height, "mean": self.mean, "std": self.std}
+        if self.processor is not None:
+            facts = {"preprocessor": self.settings.preprocessor}
+        found = ImageFacts(classes=self.classes, channels=channels, **facts, background=self.settings.background)
+        return found.model_dump(exclude_none=True)
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -143,7 +145,8 @@ class ImageDataset:
             yield self._batch(self.source.images.take(rows), rows)
 
     def _batch(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Batch:
-        return {"inputs": normalize(images, self.mean, self.std), "labels": self.source.labels[rows]}
+        inputs = normalize(images, self.mean, self.std) if self.processor is None else self.processor.scaled(images)
+        return {"inputs": inputs, "labels": self.source.labels[rows]}
 
     def _too_few_images(self, batch_size: int) -> str:
         return (
@@ -152,8 +155,10 @@ class ImageDataset:
         )
 
     def _statistics(self) -> tuple[list[float], list[float]]:
-        """Returns mean and standard deviation per channel: those of the config, else those of training images."""
+        """Returns mean and standard deviation per channel: those of the config, or those of training images."""
         settings, channels = self.settings, self.source.images.shape[2]
+        if self.processor is not None:
+            return self.processor.statistics(channels)
         for name in ("mean", "std"):
             values = getattr(settings, name)
             if values is not None and len(values) != channels:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from icenet.core.data.images.decode import INSTALL, WHITE, Pixels, decode, fit, has_more_frames, opened, pillow
 from icenet.core.data.images.folders import class_folders, some
+from icenet.core.data.images.preprocess import Preprocessor
 from icenet.core.errors import DataError
 
 IN_MEMORY = 1 << 30
@@ -85,10 +86,19 @@ class FileImages:
         with_more_frames: Decoded files of several frames.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int, background: str = WHITE) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: int | None,
+        channels: int,
+        background: str = WHITE,
+        processor: Preprocessor | None = None,
+    ) -> None:
         self.paths = paths
-        self.shape = (size, size, channels)
+        height, width = (size or 0, size or 0) if processor is None else processor.check_shape()
+        self.shape = (height, width, channels)
         self.background = background
+        self.processor = processor
         self.is_transparent = False
         self.with_more_frames: list[Path] = []
 
@@ -98,9 +108,9 @@ class FileImages:
     def take(self, indices: NDArray[np.int64]) -> Pixels:
         pixels = np.empty((len(indices), *self.shape), np.uint8)
         for image, index in zip(pixels, indices, strict=True):
-            image[:], is_transparent, has_more = decode(
-                self.paths[index], self.shape[0], self.shape[2], self.background
-            )
+            size = self.shape[0] if self.processor is None else None
+            found, is_transparent, has_more = decode(self.paths[index], size, self.shape[2], self.background)
+            image[:] = found if self.processor is None else self.processor.fitted(found)
             self.is_transparent |= is_transparent
             if has_more:
                 self.with_more_frames.append(self.paths[index])
@@ -108,7 +118,11 @@ class FileImages:
 
 
 def find_images(
-    source: str, size: int | None = None, channels: int | None = None, background: str = WHITE
+    source: str,
+    size: int | None = None,
+    channels: int | None = None,
+    background: str = WHITE,
+    processor: Preprocessor | None = None,
 ) -> ImageSource:
     """Opens the images that `data.source` names.
 
@@ -117,12 +131,14 @@ def find_images(
         size: Height and width in pixels; None keeps the images' own, which must be equal.
         channels: 1 or 3; None keeps the images' own, and 3 for class folders.
         background: Colour behind transparent pixels of image files (see `decode.read_image`).
+        processor: Resizes and crops the images instead of `size`.
 
     Raises:
+        ConfigError: The processor gives images of different sizes.
         DataError: The source does not exist, is not supported, or a file is damaged.
     """
     if source == "digits":
-        return _digits(size, channels)
+        return _digits(size, channels, processor)
     path = Path(source).expanduser()
     if path.is_file():
         raise _not_a_folder(path)
@@ -130,15 +146,15 @@ def find_images(
         raise DataError(f"data.source {source!r} does not exist; name a folder of images, or 'digits'")
     names = {entry.name for entry in path.iterdir()}
     if any("idx3-ubyte" in name for name in names):
-        return _mnist(path, sorted(names), size, channels)
+        return _mnist(path, sorted(names), size, channels, processor)
     if any(name.startswith("data_batch_") and name.endswith(".bin") for name in names):
-        return _cifar(path, sorted(names), size, channels)
+        return _cifar(path, sorted(names), size, channels, processor)
     if "batches.meta" in names or "data_batch_1" in names:
         raise DataError(
             f"data.source {source!r} is the Python version of CIFAR-10. Pickles can run code and are not "
             "opened; use the binary version (data_batch_1.bin and so on)"
         )
-    return _class_folders(path, size, channels, background)
+    return _class_folders(path, size, channels, background, processor)
 
 
 def _not_a_folder(path: Path) -> DataError:
@@ -151,18 +167,22 @@ def _not_a_folder(path: Path) -> DataError:
     return DataError(f"data.source {str(path)!r} is a file; name the folder that holds it")
 
 
-def _converted(pixels: Pixels, size: int | None, channels: int | None) -> ArrayImages:
+def _converted(pixels: Pixels, size: int | None, channels: int | None, processor: Preprocessor | None) -> ArrayImages:
     """Converts an array of images, uint8 `[N, H, W, C]`, to a size and a number of channels."""
     _, height, width, own = pixels.shape
     channels = channels or own
-    if (size is None or (height, width) == (size, size)) and channels == own:
+    if processor is None and (size is None or (height, width) == (size, size)) and channels == own:
         return ArrayImages(pixels)
     Image = pillow()
     size = size or height
-    result = np.empty((len(pixels), size, size, channels), np.uint8)
+    shape = (size, size) if processor is None else processor.check_shape()
+    result = np.empty((len(pixels), *shape, channels), np.uint8)
     for target, image in zip(result, pixels, strict=True):
         picture = Image.fromarray(image[:, :, 0] if own == 1 else image).convert("L" if channels == 1 else "RGB")
-        target[:] = np.asarray(fit(picture, size)).reshape(target.shape)
+        if processor is None:
+            target[:] = np.asarray(fit(picture, size)).reshape(target.shape)
+        else:
+            target[:] = processor.fitted(np.asarray(picture).reshape(height, width, channels))
     return ArrayImages(result)
 
 
@@ -190,25 +210,29 @@ def _source(
     )
 
 
-def _digits(size: int | None, channels: int | None) -> ImageSource:
+def _digits(size: int | None, channels: int | None, processor: Preprocessor | None) -> ImageSource:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError(f"data.source 'digits' needs scikit-learn: {INSTALL}") from None
     digits = load_digits()
     pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
-    images = _converted(pixels, size, channels)
+    images = _converted(pixels, size, channels, processor)
     classes = [str(name) for name in digits.target_names]
     return _source(images, digits.target, classes, "scikit-learn's digits", images.pixels.tobytes())
 
 
-def _class_folders(folder: Path, size: int | None, channels: int | None, background: str) -> ImageSource:
+def _class_folders(
+    folder: Path, size: int | None, channels: int | None, background: str, processor: Preprocessor | None
+) -> ImageSource:
     found = class_folders(folder)
     parts = [found.train] if found.validation is None else [found.train, found.validation]
     paths = [path for part in parts for members in part for path in members]
     labels = [label for part in parts for label, members in enumerate(part) for _ in members]
     held_out = 0 if found.validation is None else sum(map(len, found.validation))
-    files = FileImages(paths, size or _common_size(paths), channels or 3, background)
+    if size is None and processor is None:
+        size = _common_size(paths)
+    files = FileImages(paths, size, channels or 3, background, processor)
     labels_array, description = np.array(labels), f"folder {folder}"
     if len(paths) * math.prod(files.shape) <= IN_MEMORY:
         images = ArrayImages(files.take(np.arange(len(paths))))
@@ -217,6 +241,7 @@ def _class_folders(folder: Path, size: int | None, channels: int | None, backgro
         return _source(images, labels_array, found.classes, description, content, held_out, notes, is_transparent)
     content = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]).encode()
     content += b"" if background == WHITE else background.encode()
+    content += b"" if processor is None else repr((processor.resize, processor.crop)).encode()
     notes = [*found.notes, *frames_note(path for path in paths if _may_have_frames(path))]
     return _source(files, labels_array, found.classes, description, content, held_out, notes, None)
 
@@ -252,7 +277,9 @@ def _common_size(paths: list[Path]) -> int:
     return common
 
 
-def _mnist(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
+def _mnist(
+    folder: Path, names: list[str], size: int | None, channels: int | None, processor: Preprocessor | None
+) -> ImageSource:
     def read_set(*words: str) -> tuple[Pixels, NDArray[Any]] | None:
         found = [name for name in names if "idx3-ubyte" in name and any(word in name for word in words)]
         if not found:
@@ -282,7 +309,7 @@ def _mnist(folder: Path, names: list[str], size: int | None, channels: int | Non
     pixels = np.concatenate([images for images, _ in parts])[..., None]
     labels = np.concatenate([labels for _, labels in parts])
     classes = [str(label) for label in range(int(labels.max()) + 1)]
-    images = _converted(pixels, size, channels)
+    images = _converted(pixels, size, channels, processor)
     held_out = 0 if test is None else len(test[0])
     return _source(images, labels, classes, f"IDX files in {folder}", images.pixels.tobytes(), held_out)
 
@@ -320,7 +347,9 @@ def read_idx(path: Path, axes: int) -> Pixels:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _cifar(folder: Path, names: list[str], size: int | None, channels: int | None) -> ImageSource:
+def _cifar(
+    folder: Path, names: list[str], size: int | None, channels: int | None, processor: Preprocessor | None
+) -> ImageSource:
     expected = [f"data_batch_{number}.bin" for number in range(1, 6)]
     train = [name for name in expected if name in names]
     tests = [name for name in names if name == "test_batch.bin"]
@@ -346,7 +375,7 @@ def _cifar(folder: Path, names: list[str], size: int | None, channels: int | Non
     if "batches.meta.txt" in names:
         named = (folder / "batches.meta.txt").read_text(encoding="utf-8", errors="replace").split()
         classes = named if len(named) == 10 else classes
-    images = _converted(pixels, size, channels)
+    images = _converted(pixels, size, channels, processor)
     held_out = len(parts[-1]) if tests else 0
     description, content = f"CIFAR-10 in {folder}", images.pixels.tobytes()
     return _source(images, records[:, 0], classes, description, content, held_out, notes)

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.data.images.dataset import ImageFacts
-from icenet.core.data.images.decode import MAX_PIXELS, Pixels, decode, pillow
+from icenet.core.data.images.decode import MAX_PIXELS, WHITE, Pixels, decode, pillow
 from icenet.core.errors import ConfigError, DataError
 from icenet.core.families.folder import PREPROCESSOR, read_json
 from icenet.core.families.keys import Values, shown
@@ -114,10 +113,16 @@ class Preprocessor:
 
     def __call__(self, pixels: Pixels) -> NDArray[np.float32]:
         """Returns the input of the model, float32 `[H', W', C]`, for an image uint8 `[H, W, C]`."""
+        return self.scaled(self.fitted(pixels))
+
+    def fitted(self, pixels: Pixels) -> Pixels:
+        """Returns a resized and cropped image, uint8 `[H', W', C]`."""
         if self.resize is not None:
             pixels = resized(pixels, self.resize)
-        if self.crop is not None:
-            pixels = center_crop(pixels, *self.crop)
+        return pixels if self.crop is None else center_crop(pixels, *self.crop)
+
+    def scaled(self, pixels: Pixels) -> NDArray[np.float32]:
+        """Returns the values of pixels uint8 `[..., C]`, float32."""
         values: NDArray[np.float32] = pixels.astype(np.float32)
         if self.scale is not None:
             values = (pixels.astype(np.float64) * self.scale).astype(np.float32)
@@ -126,15 +131,40 @@ class Preprocessor:
             values = (values - mean) / std
         return values
 
-    def read(self, path: Path, channels: int) -> tuple[NDArray[np.float32], bool]:
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width of all images; None if they depend on the image."""
+        if self.crop is not None or self.resize is None or self.resize.kind == "shortest":
+            return self.crop
+        return self.resize.height, self.resize.width
+
+    def check_shape(self) -> tuple[int, int]:
+        """Returns the height and width of all images.
+
+        Raises:
+            ConfigError: They depend on the image, so images cannot be a batch.
+        """
+        if self.shape is None:
+            raise ConfigError(
+                "images of different sizes stay so, and a batch needs one size; set do_center_crop and crop_size"
+            )
+        return self.shape
+
+    def statistics(self, channels: int) -> tuple[list[float], list[float]]:
+        """Returns what is subtracted from each channel of values from 0 to 1, and its divisor."""
+        scale = 255 * (1 if self.scale is None else self.scale)
+        mean, std = ([0.0] * channels, [1.0] * channels) if self.mean is None else (self.mean, self.std)
+        return [value / scale for value in mean], [value / scale for value in std]
+
+    def read(self, path: Path, channels: int, background: str = WHITE) -> tuple[NDArray[np.float32], bool]:
         """Returns the input of the model for a file, and whether the file has more frames, which are not read.
 
-        The image is upright, with white behind transparent pixels, as in `decode.read_image`.
+        The image is upright, with the background behind transparent pixels, as in `decode.read_image`.
 
         Raises:
             DataError: The file is not an image, is damaged or has an extreme shape.
         """
-        pixels, _, has_more = decode(path, None, channels)
+        pixels, _, has_more = decode(path, None, channels, background)
         try:
             return self(pixels), has_more
         except DataError as error:
@@ -265,28 +295,6 @@ def _for_channels(values: Values, key: str, channels: int) -> list[float]:
     if key == "image_std" and 0 in numbers:
         raise ConfigError(f"{key}: {shown(given)} has zeros, by which pixels are divided")
     return [float(value) for value in numbers]
-
-
-def written(facts: ImageFacts) -> dict[str, Any]:
-    """Returns the content of a `preprocessor_config.json` for a run's way to read images.
-
-    Images of the size of the run get the same pixels. Others differ slightly: the run crops before it resizes, and it
-    enlarges images with another filter.
-    """
-    size = facts.image_size
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 4,  # averages pixels
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": facts.mean,
-        "image_std": facts.std,
-    }
 
 
 def resized(pixels: Pixels, resize: Resize) -> Pixels:
