@@ -71,7 +71,7 @@ def expand(
             tree["data"] = {**_image_keys(place, {*data, *overridden}), **data}
         count = changed.get(("model", "vocab_size"), None if replaces else written.get("vocab_size"))
         if count is not None and str(count).strip() != str(found["model"]["vocab_size"]):
-            training["new_head"] = True  # asked for by the number of classes next to the path
+            training["new_head"] = True  # the number of classes next to the path requests it
     for section in ("generation", "embedding"):
         tree[section] = {**found[section], **(values.get(section) or {})}
     tree["training"] = {**training, **(values.get("training") or {})}
