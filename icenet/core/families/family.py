@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,11 +79,12 @@ class Family:
         old = next((ending for ending in self.renamed if name.endswith(ending)), None)
         return name if old is None else name.removesuffix(old) + self.renamed[old]
 
-    def has_head(self, names: Collection[str]) -> bool:
+    def has_head(self, names: Set[str]) -> bool:
         """Returns whether the tensors of a file have the projection to logits, or should have it."""
         if self.masked_head is not None:
             return self.masked_head in names
-        return self.head in names or any(name.startswith(self.prefix) for name in names)
+        others = [row.name_of((), "weight") for rows in self.alternatives for row in rows if row.ours == ["output"]]
+        return not names.isdisjoint([self.head, *others]) or any(name.startswith(self.prefix) for name in names)
 
     def read(self, values: Mapping[str, Any], has_head: bool | None = None) -> dict[str, Any]:
         """Returns the fields of the configuration for the content of a config.json.

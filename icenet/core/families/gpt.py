@@ -1,7 +1,7 @@
 """GPT-2 and GPT-NeoX: layer norms, biases, plain feed-forward networks, queries, keys and values in one tensor.
 
 Sources: the classes `GPT2Config`, `GPT2LMHeadModel`, `GPTNeoXConfig` and `GPTNeoXForCausalLM` of Hugging Face's
-`transformers` 5.
+`transformers` 5, and `mlx_lm.models.gpt2` and `gpt_neox` of mlx-lm for the names of its folders.
 """
 
 from __future__ import annotations
@@ -21,6 +21,23 @@ _FIXED = {
     "norm": "layer_norm",
     "feed_forward": "plain",
 }
+
+
+def _gpt2_rows(prefix: str, is_transposed: bool) -> list[Row]:
+    """Returns the rows of GPT-2 with a prefix of the names; `transformers` has projections with the axes (in, out)."""
+    block = f"{prefix}.h.{{i}}"
+    return [
+        Row(f"{prefix}.wte", ["token_embedding"]),
+        Row(f"{prefix}.wpe", ["position_embedding"]),
+        Row(f"{block}.ln_1", ["blocks.{i}.attention_norm"]),
+        Row(f"{block}.attn.c_attn", _QKV, is_transposed),
+        Row(f"{block}.attn.c_proj", ["blocks.{i}.attention.out_proj"], is_transposed),
+        Row(f"{block}.ln_2", ["blocks.{i}.feed_forward_norm"]),
+        Row(f"{block}.mlp.c_fc", ["blocks.{i}.feed_forward.up_proj"], is_transposed),
+        Row(f"{block}.mlp.c_proj", ["blocks.{i}.feed_forward.down_proj"], is_transposed),
+        Row(f"{prefix}.ln_f", ["final_norm"]),
+    ]
+
 
 GPT2 = Family(
     "gpt2",
@@ -43,21 +60,30 @@ GPT2 = Family(
     ],
     "transformer.",
     [
-        Row("transformer.wte", ["token_embedding"]),
-        Row("transformer.wpe", ["position_embedding"]),
-        Row("transformer.h.{i}.ln_1", ["blocks.{i}.attention_norm"]),
-        Row("transformer.h.{i}.attn.c_attn", _QKV, is_transposed=True),
-        Row("transformer.h.{i}.attn.c_proj", ["blocks.{i}.attention.out_proj"], is_transposed=True),
-        Row("transformer.h.{i}.ln_2", ["blocks.{i}.feed_forward_norm"]),
-        Row("transformer.h.{i}.mlp.c_fc", ["blocks.{i}.feed_forward.up_proj"], is_transposed=True),
-        Row("transformer.h.{i}.mlp.c_proj", ["blocks.{i}.feed_forward.down_proj"], is_transposed=True),
-        Row("transformer.ln_f", ["final_norm"]),
+        *_gpt2_rows("transformer", is_transposed=True),
         Row("lm_head", ["output"]),
     ],
+    alternatives=[_gpt2_rows("model", is_transposed=False)],  # of mlx-lm
     buffers=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
     ignored=frozenset({"reorder_and_upcast_attn"}),  # about half precision
     divides_width=True,
 )
+
+
+def _neox_rows(prefix: str, blocks: str) -> list[Row]:
+    """Returns the rows of GPT-NeoX but for its head, with a prefix of the names and the name of the blocks."""
+    block = f"{blocks}.{{i}}"
+    return [
+        Row(f"{prefix}.embed_in", ["token_embedding"]),
+        Row(f"{block}.input_layernorm", ["blocks.{i}.attention_norm"]),
+        Row(f"{block}.attention.query_key_value", _QKV, is_per_head=True),
+        Row(f"{block}.attention.dense", ["blocks.{i}.attention.out_proj"]),
+        Row(f"{block}.post_attention_layernorm", ["blocks.{i}.feed_forward_norm"]),
+        Row(f"{block}.mlp.dense_h_to_4h", ["blocks.{i}.feed_forward.up_proj"]),
+        Row(f"{block}.mlp.dense_4h_to_h", ["blocks.{i}.feed_forward.down_proj"]),
+        Row(f"{prefix}.final_layer_norm", ["final_norm"]),
+    ]
+
 
 GPT_NEOX = Family(
     "gpt_neox",
@@ -80,17 +106,11 @@ GPT_NEOX = Family(
     ],
     "gpt_neox.",
     [
-        Row("gpt_neox.embed_in", ["token_embedding"]),
-        Row("gpt_neox.layers.{i}.input_layernorm", ["blocks.{i}.attention_norm"]),
-        Row("gpt_neox.layers.{i}.attention.query_key_value", _QKV, is_per_head=True),
-        Row("gpt_neox.layers.{i}.attention.dense", ["blocks.{i}.attention.out_proj"]),
-        Row("gpt_neox.layers.{i}.post_attention_layernorm", ["blocks.{i}.feed_forward_norm"]),
-        Row("gpt_neox.layers.{i}.mlp.dense_h_to_4h", ["blocks.{i}.feed_forward.up_proj"]),
-        Row("gpt_neox.layers.{i}.mlp.dense_4h_to_h", ["blocks.{i}.feed_forward.down_proj"]),
-        Row("gpt_neox.final_layer_norm", ["final_norm"]),
+        *_neox_rows("gpt_neox", "gpt_neox.layers"),
         Row("embed_out", ["output"]),
     ],
     head="embed_out.weight",
+    alternatives=[[*_neox_rows("model", "model.h"), Row("model.embed_out", ["output"])]],  # of mlx-lm
     buffers=(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
     ignored=frozenset({"is_decoder"}),
     divides_width=True,

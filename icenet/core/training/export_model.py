@@ -30,8 +30,8 @@ FORMS = (FORM, MLX_LM, *gguf_export.KINDS)
 """A folder of Hugging Face; one of mlx-lm, the same with names that its models accept; and files of llama.cpp."""
 _WITHOUT_PREFIX = ("gpt2",)
 """Families whose tensors mlx-lm accepts under the names of the model without its head only."""
-_OF_MLX_LM = re.compile(r".*\.switch_mlp\..*|model\.(wte|wpe|h|ln_f)\..*")
-"""Names that mlx-lm, and no class of `transformers`, has: of the experts of a layer together, and of GPT-2."""
+_OF_MLX_LM = re.compile(r".*\.switch_mlp\..*|model\.(wte|h|embed_in)\..*")
+"""Names of mlx-lm that no class of `transformers` has: of the experts of a layer together, GPT-2 and GPT-NeoX."""
 
 
 def export(

@@ -34,6 +34,8 @@ def write(
     arrays: Mapping[str, np.ndarray],
     kind: str = "F32",
     metadata: Mapping[str, Any] = {},
+    extra: Mapping[str, np.ndarray] = {},
+    **options: Any,
 ) -> Path:
     """Writes the tensors of a folder of Hugging Face.
 
@@ -43,9 +45,11 @@ def write(
         arrays: Its tensors.
         kind: Type of the tensors with two axes or more.
         metadata: Metadata to add.
+        extra: Tensors to add by their names in the file.
+        options: Options of the writer of the package.
     """
     name = ARCHITECTURES[values["model_type"]]
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, **options)
     get = {**values, **{ours: values[theirs] for theirs, ours in _GPT2.items() if theirs in values}}.get
     layers, heads = get("num_hidden_layers"), get("num_attention_heads")
     writer.add_block_count(layers)
@@ -89,6 +93,8 @@ def write(
     add_tokenizer(writer, get("vocab_size"))
     for key, value in metadata.items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for own, array in extra.items():
+        writer.add_tensor(own, array)
     for theirs, array in _stacked(arrays).items():
         own = _name(gguf, name, theirs, layers)
         if own.endswith((".attn_q.weight", ".attn_q.bias")) and name == "llama":
@@ -99,7 +105,8 @@ def write(
             array = array + 1
         if name == "gpt2" and own.startswith("blk") and array.ndim == 2:
             array = array.T
-        stored = gguf.GGMLQuantizationType[kind if array.ndim > 1 and array.shape[-1] % 32 == 0 else "F32"]
+        is_quantized = array.ndim > 1 and array.shape[-1] % 32 == 0 and "ffn_gate_inp" not in own
+        stored = gguf.GGMLQuantizationType[kind if is_quantized else "F32"]
         data = np.ascontiguousarray(array, np.float32)
         writer.add_tensor(own, data if stored.name == "F32" else gguf.quants.quantize(data, stored), raw_dtype=stored)
     writer.write_header_to_file()

@@ -154,6 +154,8 @@ MLX = {"bits": 4, "group_size": 32}
         ({**GPTQ, "bits": 5}, "bits 5"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "marlin"),
         ({**GPTQ, "group_size": None}, "group_size None"),
+        ({**GPTQ, "dynamic": {"-:gate": {}, "+:.*down.*": {"bits": 8}}}, "dynamic"),
+        ({**GPTQ, "dynamic": [1]}, "dynamic"),
         ({**GPTQ, "group_size": 0}, "do not belong"),
         ({**MLX, "mode": "mxfp4"}, "mxfp4"),
         ({**MLX, "bits": "4"}, "bits '4'"),
