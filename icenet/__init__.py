@@ -103,7 +103,7 @@ def load(
         CheckpointError: The path contains no weights.
         BackendError: As in `build`.
     """
-    from icenet.core import files
+    from icenet.core import backends, files
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
     from icenet.core.models.inference import build_for_inference
@@ -111,6 +111,8 @@ def load(
     from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
+    if backend is not None:
+        backends.check_name(backend)
     config, weights = None, None
     if path.exists() or is_repository_id(path):
         chosen = [f"backend={backend}"] if backend else []

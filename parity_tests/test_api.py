@@ -13,7 +13,7 @@ from helpers import TINY_MODELS, both_backends, is_one_line
 
 import icenet
 from icenet.core.config import Config, ModelConfig
-from icenet.core.errors import UsageError
+from icenet.core.errors import BackendError, UsageError
 
 LSTM = TINY_MODELS["lstm"]
 
@@ -28,6 +28,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     "build None": (lambda _: icenet.build(None), ("build", "NoneType")),
     "build bytes": (lambda _: icenet.build(b"quickstart"), ("build", "bytes")),
     "load None": (lambda _: icenet.load(None), ("load", "NoneType")),
+    "load with jax": (lambda _: icenet.load("x", backend="jax"), ("no backend 'jax'", "mlx, torch, auto")),
     "load nothing": (lambda _: icenet.load(" "), ("load", "empty")),
     "save None": (lambda model: icenet.save(model, None), ("save", "NoneType")),
     "save a number": (lambda model: icenet.save(model, 5), ("save", "int")),
@@ -42,10 +43,17 @@ def test_an_argument_of_a_wrong_type_is_named_in_one_line(
     call: Callable[[Any], Any], names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises((UsageError, BackendError)) as error:
         call(build("torch"))
     assert is_one_line(str(error.value), *names)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_prompts_have_no_texts() -> None:
+    model = build("torch", TINY_MODELS["transformer"])
+    assert icenet.generate(model, []) == icenet.generate(model, (), details=True) == []
+    with pytest.raises(UsageError, match="takes one prompt, not 0"):
+        icenet.generate(model, [], stream=True)
 
 
 @both_backends

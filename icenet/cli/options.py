@@ -14,6 +14,13 @@ import click
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
+_OTHER_WORDS = {
+    **dict.fromkeys(("export", "import", "quantize"), "convert"),
+    **dict.fromkeys(("finetune", "fine-tune", "resume", "fit"), "train"),
+    **{"sample": "generate", "tokenize": "prepare", "list": "runs", "encode": "embed", "classify": "predict"},
+}
+"""Words for what a command of another name does."""
+
 
 class CommandGroup(click.Group):
     """A group that lists its commands in the order of definition and suggests a name for a misspelled one."""
@@ -23,7 +30,9 @@ class CommandGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], self.commands, 1, cutoff=0.5)
+            close = [name for name in self.commands if name == _OTHER_WORDS.get(args[0])]
+            close += [name for name in self.commands if name.startswith(args[0]) or args[0].startswith(name)]
+            close += difflib.get_close_matches(args[0], self.commands, 1, cutoff=0.7)
             hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(self.commands)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)

@@ -70,14 +70,23 @@ def choose(config: Config, backend: str | None = None) -> str:
     raise reasons[0]
 
 
+def check_name(name: str) -> None:
+    """Checks the name of a backend that is given in Python.
+
+    Raises:
+        BackendError: There is no such backend.
+    """
+    if name not in (*PACKAGES, "auto"):
+        raise BackendError(f"no backend {name!r}; one of mlx, torch, auto")
+
+
 def installed(name: str) -> bool:
     """Returns whether a backend's framework is installed, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
 def _import(name: str, blas: str = "auto") -> None:
-    if name not in PACKAGES:
-        raise BackendError(f"no backend {name!r}; one of mlx, torch, auto")
+    check_name(name)
     framework = "mlx.core" if name == "mlx" else "torch"
     if not installed(name):
         others = [other for other in PACKAGES if other != name and installed(other)]

@@ -111,6 +111,15 @@ def test_help_and_usage_errors_import_no_library() -> None:
     assert found == [f"found: {code} []" for code in (0, 0, 0, 2, 2)]
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("export", "mean convert?"), ("finetune", "mean train?"), ("gen", "mean generate?"), ("foo", "are quickstart,")],
+)
+def test_an_unknown_command(name: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert is_one_line(capsys.readouterr().err.strip(), name, advice)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert api.__version__ in capsys.readouterr().out

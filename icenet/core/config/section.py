@@ -115,7 +115,7 @@ def explain(
     details = error.errors(include_url=False)
     # a misspelt section is also a missing one: report the misspelling
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    path = tuple(key for key in first["loc"] if key not in _SECTIONS and not str(key).startswith("function-"))
+    path = tuple(key for key in first["loc"] if key not in _SECTIONS and not str(key).startswith(("function-", "[")))
     number = len(details)
     if first["type"] in ("family", "kind"):
         path = (*path, "type" if first["type"] == "family" else "kind")
@@ -229,7 +229,7 @@ def _remedy_for_key(name: str, section: type[Section] | None) -> str:
             where = (f"under {place}:" if place else "at the top level" for place in found)
             return f"; it belongs {' or '.join(where)}{_strange_characters(name)}"
     suggestion = nearest(name, known)
-    if len(known) > MAX_LISTED and "did you mean" not in suggestion:
+    if len(known) > MAX_LISTED and suggestion.startswith("; known:"):
         suggestion = f"; icenet schema lists the {len(known)} keys"
     return suggestion + _strange_characters(name)
 
@@ -310,6 +310,13 @@ def nearest(name: str, known: list[str]) -> str:
     same = [key for key in known if _normal(key) == _normal(name)]
     same_initials = [key for key in known if "".join(word[:1] for word in key.split("_")) == name]  # lr, wd
     close = same or same_initials or difflib.get_close_matches(name, known, 1)
+    if close and close[0] == name.strip():
+        return f"; write {close[0]} without spaces around it"
     if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(known)}" if known else ""
+        return f"; did you mean {visible(close[0])}?"
+    return f"; known: {', '.join(map(visible, known))}" if known else ""
+
+
+def visible(name: str) -> str:
+    """Returns a name, in quotation marks if it is empty or has spaces at its ends."""
+    return name if name and name == name.strip() else repr(name)

@@ -112,10 +112,13 @@ def generate_text(
             f"generate: a prompt must be a text, not {type(wrong[0]).__name__}; use model.generate for token ids"
         )
     if stream and len(prompts) != 1:
-        raise UsageError("generate: stream=True takes one prompt")
+        raise UsageError(f"generate: stream=True takes one prompt, not {len(prompts)}")
     if stream and details:
         raise UsageError("generate: details=True needs stream=False; a stream returns the finish reason at its end")
-    ids = encode_prompts(model.tokenizer, prompts, settings_of(model, options).add_special_tokens)
+    settings = settings_of(model, options)
+    if not prompts:
+        return []
+    ids = encode_prompts(model.tokenizer, prompts, settings.add_special_tokens)
     request = make_request(model, ids, None, 0, options)
     decoder = model.decoder_type(model, request)
     if stream:

@@ -203,6 +203,8 @@ class Trainer:
     def _new(
         cls, config: Config, run: Path, backend: str | None, device: str | None, quiet: bool, given: Given
     ) -> Trainer:
+        if backend is not None:
+            backends.check_name(backend)
         # the run's config.yaml records the backend, so that --resume alone continues on it
         config = config.with_overrides(f"backend={backend or config.backend}")
         engine = backends.engine(config, None, device)
@@ -241,6 +243,8 @@ class Trainer:
                 missing.
             CheckpointError: There is no intact checkpoint.
         """
+        if backend is not None:
+            backends.check_name(backend)
         plan = run_folder.continuation(path, run, overrides, backend)
         config, found = plan.config, plan.found
         given = Given(data, loss)

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icenet.core.config import Config, yaml_file
+from icenet.core.config.section import nearest
 from icenet.core.data.datasets import dataset_for
 from icenet.core.errors import ConfigError, DataError
 
@@ -398,6 +399,14 @@ def test_other_spellings_of_a_key(tmp_path: Path, key: str) -> None:
     advice = f"training.{key}: unknown key; did you mean learning_rate?"
     assert error(tmp_path, f"{MODEL}training:\n  {key}: 1\n") == f"c.yaml:4: {advice}"
     assert error(tmp_path, MODEL, f"training.{key}=1") == f"--set {advice}"
+
+
+def test_spaces_around_a_name_are_seen(tmp_path: Path) -> None:
+    """Of a key, also in a section with many, of a kind, and in a line of JSON."""
+    assert "write hidden_size without spaces" in error(tmp_path, f"{MODEL}  ' hidden_size': 1\n")
+    assert "write chat without spaces" in error(tmp_path, f"{MODEL}data: {{kind: ' chat'}}\n")
+    assert nearest("text", [" text", ""]) == "; did you mean ' text'?"
+    assert nearest("zzz", [" text", ""]) == "; known: ' text', ''"
 
 
 def test_a_choice_with_a_letter_that_looks_like_another(tmp_path: Path) -> None:

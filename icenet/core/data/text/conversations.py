@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core import rng
+from icenet.core.config.section import visible
 from icenet.core.data.epochs import Epochs, validation_rows
 from icenet.core.data.text.documents import IGNORED, MULTIPLE
 from icenet.core.data.text.left_out import BAD_LINES, EMPTY, LeftOut
@@ -244,7 +245,7 @@ def encode(example: Mapping[str, Any], tokenizer: Tokenizer, train_on: str = "an
     """
     has_messages, has_pair = "messages" in example, "prompt" in example and "completion" in example
     if has_messages == has_pair:
-        keys = ", ".join(map(str, example)) or "no key"
+        keys = ", ".join(visible(str(key)) for key in example) or "no key"
         raise DataError(f"needs messages, or prompt and completion; it has {keys}")
     first = 0
     if has_messages:
