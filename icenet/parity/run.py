@@ -109,7 +109,7 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     """Returns a random batch, drawn with the configuration's seed.
 
     Tokens: `inputs` and `labels` int32 `[rows, length]`, at most one sequence of the data long.
-    Images: `inputs` float32 `[rows, size, size, channels]` and `labels` int32 `[rows]`. The size is
+    Images: `inputs` float32 `[rows, height, width, channels]` and `labels` int32 `[rows]`. The size is
     `data.image_size`, or a small size that the model accepts.
     A custom model on image data, and data of the user, get the first training batch, because only the data defines
     its arrays.
@@ -117,9 +117,10 @@ def random_batch(config: Config, rows: int = 4, length: int = 64) -> Batch:
     if isinstance(config.data, CustomDataConfig):
         return dataset_for(config).train_batch(0, rows)
     if isinstance(config.model, ImageModelConfig):
-        size = getattr(config.data, "image_size", None) or config.model.example_size
+        size = getattr(config.data, "image_size", None)
+        height, width = (size, size) if size else config.model.example_size
         classes = rng.uniform(rng.key(config.seed, "parity labels"), (rows,)) * config.model.vocab_size
-        shape = (rows, size, size, config.model.image_channels)
+        shape = (rows, height, width, config.model.image_channels)
         images = rng.normal(rng.key(config.seed, "parity batch"), shape)
         return {"inputs": images, "labels": classes.astype(np.int32)}
     if config.model.input_kind == "anything" and isinstance(config.data, ImageDataConfig):

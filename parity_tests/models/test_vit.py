@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "class token, dropout": {},
     "mean of patches, grey": {"pooling": "mean", "image_channels": 1, "dropout": 0.0},
     "wide heads, relu": {"num_heads": 3, "head_size": 5, "attention_bias": False, "activation": "relu"},
+    "no squares": {"image_size": [9, 14]},
     "one patch": {"image_size": 5, "patch_size": 5, "pooling": "mean", "activation": "gelu_tanh"},
 }
 

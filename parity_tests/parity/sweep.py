@@ -256,7 +256,7 @@ def case(
         padded = draw.cycle("padded", [True, False])
         return config, {"rows": rows, "length": draw.choice([1, 2, 5, 11]), "padded": padded}
     smallest = config.model.smallest_size
-    size = [smallest if draw.family == "vit" else smallest + draw.randint(0, 7) for _ in range(2)]
+    size = [side if draw.family == "vit" else side + draw.randint(0, 7) for side in smallest]
     return config, {"rows": max(rows, 2), "size": size}  # batch norm needs two values per channel
 
 

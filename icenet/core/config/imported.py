@@ -1,8 +1,8 @@
 """A model that the configuration takes from a path: `model.path`.
 
 The path is a folder of Hugging Face, a run, a checkpoint or a saved model. Its section `model`, its tokenizer and its
-settings of generation take the place of those of the configuration, and `training.init_from` becomes the path. Of a
-model of images, `data` gets how its images are read. The resulting configuration has no `model.path`: it stands alone.
+settings of generation take the place of those of the configuration, and `training.init_from` becomes the path. For a
+model of images, `data` gets how images are read. The resulting configuration has no `model.path` and stands alone.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import Self
 
 from icenet.core.config import cnn_plan, custom, transformer_plan, vit_plan
@@ -160,12 +160,12 @@ class ImageModelConfig(ModelConfig):
         raise NotImplementedError
 
     @property
-    def smallest_size(self) -> int:
+    def smallest_size(self) -> tuple[int, int]:
         """The smallest height and width that the model accepts."""
         raise NotImplementedError
 
     @property
-    def example_size(self) -> int:
+    def example_size(self) -> tuple[int, int]:
         """A height and width for a quick comparison."""
         return self.smallest_size
 
@@ -209,12 +209,19 @@ class CNNConfig(ImageModelConfig):
         return cnn_plan.size_problem(self, height, width)
 
     @property
-    def smallest_size(self) -> int:
-        return cnn_plan.min_image_size(self)
+    def smallest_size(self) -> tuple[int, int]:
+        return (cnn_plan.min_image_size(self),) * 2
 
     @property
-    def example_size(self) -> int:
-        return max(8, 2 * self.smallest_size)
+    def example_size(self) -> tuple[int, int]:
+        return (max(8, 2 * cnn_plan.min_image_size(self)),) * 2
+
+
+ImageSize = Annotated[
+    Annotated[Size, Tag("[number]")] | Annotated[list[Size], Field(min_length=2, max_length=2), Tag("[list]")],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[number]"),
+]
+"""The side of a square, or height and width. With tags an error is about one of the two; `explain` drops them."""
 
 
 class ViTConfig(ImageModelConfig):
@@ -222,8 +229,8 @@ class ViTConfig(ImageModelConfig):
 
     type: Literal["vit"] = "vit"
     """Model family."""
-    image_size: Size = 224
-    """Height and width of the images."""
+    image_size: ImageSize = 224
+    """Height and width of the images: one number for squares, or [height, width]."""
     patch_size: Size = 16
     """Height and width of a patch. Pixels at the right and bottom edge that fill no patch are not used."""
     pooling: vit_plan.Pooling = "token"
@@ -241,6 +248,12 @@ class ViTConfig(ImageModelConfig):
     norm_eps: PositiveFloat = 1e-6
     """Added to the variance in layer norms."""
 
+    @field_validator("image_size")
+    @classmethod
+    def _square(cls, value: int | list[int]) -> int | list[int]:
+        """Returns one number for a square, so that equal models have equal configurations."""
+        return value[0] if isinstance(value, list) and value[0] == value[1] else value
+
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         vit_plan.check(self)
@@ -250,8 +263,8 @@ class ViTConfig(ImageModelConfig):
         return vit_plan.size_problem(self, height, width)
 
     @property
-    def smallest_size(self) -> int:
-        return self.image_size
+    def smallest_size(self) -> tuple[int, int]:
+        return vit_plan.image_shape(self)
 
 
 class RecurrentConfig(ModelConfig):

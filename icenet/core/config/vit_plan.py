@@ -15,7 +15,7 @@ class ViTFields(Protocol):
     hidden_size: int
     num_layers: int
     dropout: float
-    image_size: int
+    image_size: int | list[int]
     patch_size: int
     pooling: Pooling
     num_heads: int
@@ -60,23 +60,30 @@ def head_size(config: ViTFields) -> int:
 
 def num_positions(config: ViTFields) -> int:
     """Returns the number of patches, and one for the class token."""
-    return (config.image_size // config.patch_size) ** 2 + (config.pooling == "token")
+    height, width = (length // config.patch_size for length in image_shape(config))
+    return height * width + (config.pooling == "token")
+
+
+def image_shape(config: ViTFields) -> tuple[int, int]:
+    """Returns the height and width of the images."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def size_problem(config: ViTFields, height: int, width: int) -> str:
     """Returns why a size of images does not fit; an empty text if it is that of the model."""
-    size = config.image_size
-    if height == width == size:
+    own = image_shape(config)
+    if (height, width) == own:
         return ""
     return (
         f"images of {height}x{width} do not fit the learned positions of this model, which are those of "
-        f"{size}x{size} (model.image_size)"
+        f"{own[0]}x{own[1]} (model.image_size)"
     )
 
 
 def check(config: ViTFields) -> None:
     """Raises ValueError if options contradict each other."""
-    if config.patch_size > config.image_size:
+    if config.patch_size > min(image_shape(config)):
         raise ValueError(f"patch_size {config.patch_size} is larger than image_size {config.image_size}")
     if config.head_size is None and config.hidden_size % config.num_heads:
         raise ValueError(

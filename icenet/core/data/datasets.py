@@ -169,8 +169,11 @@ def _images_for(config: Config, section: ImageDataConfig) -> ImageDataset:
                 + (f", or data.channels={wanted}" if (wanted := config.model.image_channels) in (1, 3) else "")
             )
         if problem := config.model.size_problem(height, width):
-            smallest = config.model.smallest_size
-            raise ConfigError(f"data.image_size: {problem}; set data.image_size={smallest}")
+            size = config.model.smallest_size
+            key, remedy = "data.image_size", f"set data.image_size={size[0]}"
+            if section.preprocessor is not None or size[0] != size[1]:
+                key, remedy = "data.preprocessor", f"its images must get {size[0]}x{size[1]} pixels (size, crop_size)"
+            raise ConfigError(f"{key}: {problem}; {remedy}")
     dataset.steps_per_epoch(config.training.batch_size)  # raises if there are too few images
     return dataset
 

@@ -148,6 +148,8 @@ def exported(weights: Mapping[str, Array], config: Config) -> ExportedWeights:
         lacking.append("block")
     if family is VIT and options["head_size"] * options["num_heads"] != options["hidden_size"]:
         lacking.append("head_size")
+    if family is VIT and not isinstance(options["image_size"], int):
+        lacking.append("image_size")
     if lacking:
         raise ConfigError(
             f"--to {FORM}: {family.architecture} of torchvision does not have these options: "

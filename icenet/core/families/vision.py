@@ -196,12 +196,14 @@ RESNET = Family(
 
 
 @dataclass(frozen=True)
-class SquareSize:
-    """A height and width: a number, or a list of two equal ones."""
+class ImageSize:
+    """A height and width: a number, or a list of two."""
 
     key: str
     name: str
     default: int
+    is_square: bool = False
+    """Whether the two must be equal."""
 
     @property
     def keys(self) -> Sequence[str]:
@@ -209,12 +211,13 @@ class SquareSize:
 
     def read(self, values: Values) -> dict[str, Any]:
         given = values.get(self.key)
-        if isinstance(given, list) and len(given) == 2:
-            if given[0] != given[1]:
-                raise ConfigError(f"{self.key}: {shown(given)} is not supported, only squares")
-            values = Values({self.key: given[0]})
-        size = values.whole(self.key, self.default, 2**24)
-        return {self.name: self.default if size is None else size}
+        if not isinstance(given, list) or len(given) != 2:
+            size = values.whole(self.key, self.default, 2**24)
+            return {self.name: self.default if size is None else size}
+        if given[0] != given[1] and self.is_square:
+            raise ConfigError(f"{self.key}: {shown(given)} is not supported, only squares")
+        both = [Values({self.key: length}).whole(self.key, None, 2**24) for length in given]
+        return {self.name: both[0] if both[0] == both[1] else both}
 
     def write(self, options: Options) -> dict[str, Any]:
         return {self.key: options[self.name]}
@@ -228,17 +231,30 @@ def vit_options(config: ViTConfig) -> dict[str, Any]:
     return values
 
 
-_LAYER = "vit.encoder.layer.{i}"
-_VIT_LAYERS: Mapping[str, str] = {
-    f"{_LAYER}.layernorm_before": "attention_norm",
-    f"{_LAYER}.attention.attention.query": "attention.q_proj",
-    f"{_LAYER}.attention.attention.key": "attention.k_proj",
-    f"{_LAYER}.attention.attention.value": "attention.v_proj",
-    f"{_LAYER}.attention.output.dense": "attention.out_proj",
-    f"{_LAYER}.layernorm_after": "feed_forward_norm",
-    f"{_LAYER}.intermediate.dense": "feed_forward.up_proj",
-    f"{_LAYER}.output.dense": "feed_forward.down_proj",
+_VIT_LAYERS: Mapping[str, tuple[str, str]] = {
+    "attention_norm": ("layernorm_before", "layernorm_before"),
+    "attention.q_proj": ("attention.attention.query", "attention.q_proj"),
+    "attention.k_proj": ("attention.attention.key", "attention.k_proj"),
+    "attention.v_proj": ("attention.attention.value", "attention.v_proj"),
+    "attention.out_proj": ("attention.output.dense", "attention.o_proj"),
+    "feed_forward_norm": ("layernorm_after", "layernorm_after"),
+    "feed_forward.up_proj": ("intermediate.dense", "mlp.fc1"),
+    "feed_forward.down_proj": ("output.dense", "mlp.fc2"),
 }
+"""Names of the parts of a block: ours, those of published files, and those of the library's modules."""
+
+
+def _vit_rows(prefix: str, is_published: bool = True) -> list[Row]:
+    """Returns the rows of the blocks, by the names of published files, or by those of the library's modules.
+
+    The library reads both, and writes the second ones with `save_original_format=False`.
+    """
+    place = f"{prefix}.encoder.layer" if is_published else f"{prefix}.layers"
+    return [
+        Row(f"{place}.{{i}}.{published if is_published else module}", [f"blocks.{{i}}.{ours}"])
+        for ours, (published, module) in _VIT_LAYERS.items()
+    ]
+
 
 VIT = Family(
     "vit",
@@ -250,8 +266,8 @@ VIT = Family(
         Key("num_attention_heads", "num_heads", 12),
         HeadSize(),
         Key("intermediate_size", "feed_forward_size", 3072),
-        SquareSize("image_size", "image_size", 224),
-        SquareSize("patch_size", "patch_size", 16),
+        ImageSize("image_size", "image_size", 224),
+        ImageSize("patch_size", "patch_size", 16, is_square=True),
         Key("num_channels", "image_channels", 3),
         Key("layer_norm_eps", "norm_eps", 1e-12),
         Key("qkv_bias", "attention_bias", True),
@@ -264,7 +280,7 @@ VIT = Family(
         Row("vit.embeddings.cls_token", ["class_embedding"], is_array=True),
         Row("vit.embeddings.position_embeddings", ["position_embedding"], is_array=True),
         Row("vit.embeddings.patch_embeddings.projection", ["patch_embedding"]),
-        *(Row(theirs, [f"blocks.{{i}}.{ours}"]) for theirs, ours in _VIT_LAYERS.items()),
+        *_vit_rows("vit"),
         Row("vit.layernorm", ["final_norm"]),
         Row("classifier", ["output"]),
     ],
@@ -273,4 +289,5 @@ VIT = Family(
     ignored=frozenset({"encoder_stride", "pooler_act", "pooler_output_size", "attention_probs_dropout_prob"}),
     section=ViTConfig,
     options=vit_options,
+    alternatives=[_vit_rows("vit", is_published=False)],
 )

@@ -39,6 +39,7 @@ RESNET = {"embedding_size": 9, "hidden_sizes": [12, 20], "depths": [2, 1]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViT", {**VIT, **NAMES, "qkv_bias": False}),
     "vit, grey": ("ViT", {**VIT, "head_dim": 8, "num_channels": 1, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
+    "vit, no squares": ("ViT", {**VIT, **NAMES, "image_size": [30, 17]}),
     "resnet, basic": (
         "ResNet",
         {"embedding_size": 9, "hidden_sizes": [12, 17], "depths": [1, 2], "layer_type": "basic", "num_labels": 7,
@@ -59,7 +60,9 @@ class Case:
         self.folder = path
         model.save_pretrained(path)
         generator = torch.Generator().manual_seed(2)
-        self.images = torch.randn(2, config.num_channels, SIZE, SIZE, generator=generator)
+        size = getattr(config, "image_size", SIZE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        self.images = torch.randn(2, config.num_channels, height, width, generator=generator)
         with torch.no_grad():
             self.single = model(self.images).logits.numpy()
             self.exact = model.double()(self.images.double()).logits.numpy()
@@ -108,6 +111,20 @@ def test_an_exported_folder_has_the_same_tensors_and_is_loaded(case: Case, tmp_p
     for path in ("again", "hf"):
         # the sums of a product are not in the same order on all processors, nor in two calls
         np.testing.assert_allclose(case.logits_of(tmp_path / path), case.single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet, version 1.5"])
+def test_the_names_of_the_modules_of_transformers_are_read(name: str, tmp_path: Path) -> None:
+    """`save_original_format=False` writes them; `transformers` reads them, and an export has them again."""
+    case = Case(tmp_path / "folder", *CASES[name])
+    model = transformers.AutoModelForImageClassification.from_pretrained(case.folder)
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    stored = dict(weight_files.read(tmp_path / "new"))
+    assert name != "vit" or "vit.layers.1.attention.o_proj.weight" in stored
+    found, expected = (icenet.load(path, "torch").weights() for path in (tmp_path / "new", case.folder))
+    assert same_bits(found, expected)
+    icenet.convert(tmp_path / "new", tmp_path / "again", "hf")
+    assert same_bits(dict(weight_files.read(tmp_path / "again")), stored)
 
 
 # ---- configs ----------------------------------------------------------------------------------------------
@@ -163,7 +180,9 @@ def changed(path: Path, file: str = "config.json", **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "names"),
     [
-        ({"image_size": [30, 36]}, ["image_size", "30, 36"]),
+        ({"patch_size": [7, 6]}, ["patch_size", "7, 6"]),
+        ({"image_size": [30]}, ["image_size", "30"]),
+        ({"image_size": [30, "36"]}, ["image_size", "36"]),
         ({"patch_size": "7"}, ["patch_size"]),
         ({"id2label": {"0": "a", "2": "b"}}, ["id2label"]),
         ({"id2label": ["a"]}, ["id2label"]),

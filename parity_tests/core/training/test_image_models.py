@@ -30,9 +30,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "vit": (
         "ViT",
         {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
-         "image_size": 20, "patch_size": 7},
+         "image_size": [20, 27], "patch_size": 7},
         "ViT",
-        {"size": {"height": 20, "width": 20}, "image_mean": [0.4, 0.5, 0.6]},
+        {"size": {"height": 20, "width": 27}, "image_mean": [0.4, 0.5, 0.6]},
     ),
     "resnet": (
         "ResNet",
@@ -183,7 +183,7 @@ def test_a_new_head(imported: Path, tmp_path: Path) -> None:
     assert settings_of(tmp_path / "hf") == (["ant", "bee"], settings_of(imported)[1])
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
     assert model.config.label2id == {"ant": 0, "bee": 1}
-    images = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, 20, 27, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         single = model(images).logits.numpy()
         exact = model.double()(images.double()).logits.numpy()
