@@ -38,7 +38,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, *companions.COMPANIONS, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("vocab.txt", "sentencepiece.bpe.model"),
+    *("vocab.txt", "sentencepiece.bpe.model", "spiece.model"),
 )
 """Files of a tokenizer, which an export copies."""
 _READ = (".json", ".jinja", ".safetensors", ".txt", ".model")
@@ -386,7 +386,7 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             found["min_p"] = given["min_p"]
     else:  # the default of the library
         found["temperature"] = 0.0
-    if (path / TOKENIZER_FILE).is_file():
+    if find_file(path) is not None:
         found["add_special_tokens"] = True
     for name in _ALWAYS:
         if given.get(name) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from icenet.core.errors import DataError
 from icenet.core.files import path_hint
-from icenet.core.tokenizers import wordpiece
+from icenet.core.tokenizers import sentencepiece, wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.companions import read_files
@@ -17,7 +17,7 @@ from icenet.core.tokenizers.companions import read_files
 def get_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json, or a folder that contains one.
 
-    In place of a tokenizer.json there may be a vocab.txt of BERT.
+    In place of a tokenizer.json there may be a vocab.txt of BERT, or a file of SentencePiece such as tokenizer.model.
 
     Raises:
         DataError: It does not exist, or its file is not a valid tokenizer.
@@ -50,11 +50,16 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
     if path.name == wordpiece.VOCABULARY:
         return HFTokenizer.from_vocabulary(path)
+    if path.suffix == ".model":
+        return HFTokenizer.from_sentencepiece(path)
     return HFTokenizer.from_file(path)
 
 
 def find_file(folder: Path) -> Path | None:
-    """Returns the file of the tokenizer in a folder: tokenizer.json, or a vocab.txt with the tokens of BERT."""
+    """Returns the file of the tokenizer in a folder.
+
+    That is tokenizer.json, a vocab.txt with the tokens of BERT, or a file of SentencePiece.
+    """
     if (folder / TOKENIZER_FILE).is_file():
         return folder / TOKENIZER_FILE
     vocabulary = folder / wordpiece.VOCABULARY
@@ -62,7 +67,9 @@ def find_file(folder: Path) -> Path | None:
         is_bert = vocabulary.is_file() and b"[CLS]" in vocabulary.read_bytes()
     except OSError:
         is_bert = False
-    return vocabulary if is_bert else None
+    if is_bert:
+        return vocabulary
+    return next((folder / name for name in sentencepiece.NAMES if (folder / name).is_file()), None)
 
 
 def tokenizer_files(name: str) -> dict[str, bytes]:
@@ -71,6 +78,6 @@ def tokenizer_files(name: str) -> dict[str, bytes]:
     path = find_file(path) or path / TOKENIZER_FILE if path.is_dir() else path
     if name == ByteTokenizer.name or not path.is_file():
         return {}
-    if path.name == wordpiece.VOCABULARY:
+    if path.name == wordpiece.VOCABULARY or path.suffix == ".model":
         return dict(read_tokenizer(path).files)
     return {TOKENIZER_FILE: path.read_bytes(), **read_files(path.parent)}

@@ -17,6 +17,7 @@ from icenet.core.tokenizers.base import TOKENIZER_FILE
 
 CONFIG, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"
+ADDED = "added_tokens.json"
 COMPANIONS = (CONFIG, SPECIAL, TEMPLATE, PROCESSOR_TEMPLATE)
 """The files that belong to a tokenizer.json in the same folder."""
 MORE_TEMPLATES = "additional_chat_templates"
@@ -65,6 +66,23 @@ def read_files(folder: Path) -> dict[str, bytes]:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise DataError(f"data.tokenizer: {path}: cannot be read: {reason}") from None
+    return found
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """Returns the ids of further tokens by name: added_tokens.json, which older folders have.
+
+    Raises:
+        DataError: It is not a dict of ids.
+    """
+    path = folder / ADDED
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_BYTES:
+        raise DataError(f"data.tokenizer: {path}: larger than {_MAX_BYTES >> 20} MB: not a file of settings")
+    found = _json({ADDED: path.read_bytes()}, ADDED, str(path))
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in found.values()):
+        raise DataError(f"data.tokenizer: {path}: not a dict of ids")
     return found
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import TOKENIZER_FILE
+from icenet.core.tokenizers.merges import derived_merges
 
 VERSION = 1
 """Changes with the files that are made of the same metadata."""
 CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2
 """Types of tokens."""
-_MAX_CHARACTERS = 1 << 22
-"""Length of all tokens of a vocabulary whose merges are derived, of which Gemma has the half; takes seconds."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -188,7 +187,7 @@ def _sentence_piece(
         # Gemma's scores are not the order of its merges, but the ids are
         ranks = [-index for index in range(len(tokens))] if is_gemma else scores
         skipped = [kind in (CONTROL, UNKNOWN) for kind in types]
-        merges = _derived_merges(vocabulary, ranks, skipped)
+        merges = derived_merges(vocabulary, ranks, skipped)
     adds_space = not is_gemma and bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     before = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
@@ -218,30 +217,6 @@ def _sentence_piece(
         "model": model,
     }
     return settings, True
-
-
-def _derived_merges(
-    vocabulary: Mapping[str, int], ranks: Sequence[float], skipped: Sequence[bool]
-) -> list[list[str]]:
-    """Returns the merges that a vocabulary implies: each pair of tokens that is a token, the best one first.
-
-    SentencePiece merges the pair whose token has the largest score.
-    """
-    if sum(map(len, vocabulary)) > _MAX_CHARACTERS:
-        raise DataError(f"the tokens have more than {_MAX_CHARACTERS:,} characters")
-    found: list[tuple[float, int, int, str, str]] = []
-    for token, index in vocabulary.items():
-        if skipped[index]:
-            continue
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [
-            (vocabulary[left], vocabulary[right], left, right)
-            for left, right in pairs
-            if left in vocabulary and right in vocabulary
-        ]
-        found += [(ranks[index], len(left), len(right), left, right) for _, _, left, right in sorted(known)]
-    found.sort(key=lambda merge: merge[:3], reverse=True)
-    return [[left, right] for _, _, _, left, right in found]
 
 
 def _template(

@@ -20,9 +20,17 @@ from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
 from icenet.core.files import LFS_POINTER, LFS_REMEDY
-from icenet.core.tokenizers import wordpiece
+from icenet.core.tokenizers import sentencepiece, wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
-from icenet.core.tokenizers.companions import CONFIG, PROCESSOR_TEMPLATE, TEMPLATE, Settings, parse, read_files
+from icenet.core.tokenizers.companions import (
+    CONFIG,
+    PROCESSOR_TEMPLATE,
+    TEMPLATE,
+    Settings,
+    parse,
+    read_added_tokens,
+    read_files,
+)
 
 EOT_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|end|>", "<end_of_text>"),
@@ -134,6 +142,18 @@ class HFTokenizer:
         settings = parse(companions, str(path))
         content = wordpiece.tokenizer_json(_read_bytes(path), settings.values, settings.named, str(path))
         return cls(content, str(path), companions)
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path) -> HFTokenizer:
+        """Reads a file of SentencePiece, and the files in its folder that belong to it.
+
+        Raises:
+            DataError: It cannot be read or is not supported, or see `__init__`.
+        """
+        companions, added = read_files(path.parent), read_added_tokens(path.parent)
+        settings = parse(companions, str(path))
+        content, config = sentencepiece.tokenizer_files(_read_bytes(path), settings, added, str(path), path.name)
+        return cls(content, str(path), {**companions, CONFIG: config})
 
     @property
     def files(self) -> Mapping[str, bytes]:

@@ -9,7 +9,10 @@ from types import ModuleType
 
 from icenet.core.errors import CheckpointError
 
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+PATTERNS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "spiece.model"),
+)
 """Files that are downloaded: never pickled weights or code."""
 IGNORED = ("*/*.safetensors", "consolidated*.safetensors", "onnx/*", "openvino/*", "coreml/*")
 """Other copies of the same weights."""
