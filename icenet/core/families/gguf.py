@@ -388,7 +388,7 @@ def _factors_scaling(file: GgufFile, theta: float) -> Values | None:
 
 def _llama3_candidates(file: GgufFile, factors: Array, theta: float) -> Iterator[Values]:
     """Returns settings of Llama 3 that may give some factors: those that IceNet writes, published and fitted ones."""
-    given = {key: file.metadata.get(name) for key, name in LLAMA3_KEYS.items()}
+    given: Values = {key: file.metadata.get(name) for key, name in LLAMA3_KEYS.items()}
     if all(type(value) in (int, float) and 0 < value < 2**31 for value in given.values()):
         yield {"rope_type": "llama3", **given}
     lengths = (8192, *(2**power for power in range(9, 21)))

@@ -24,7 +24,7 @@ _FIXED = {
 
 
 def _gpt2_rows(prefix: str, is_transposed: bool) -> list[Row]:
-    """Returns the rows of GPT-2 with a prefix of the names; `transformers` has projections with the axes (in, out)."""
+    """Returns the rows of GPT-2 with a prefix of the names. Projections of `transformers` have the axes (in, out)."""
     block = f"{prefix}.h.{{i}}"
     return [
         Row(f"{prefix}.wte", ["token_embedding"]),

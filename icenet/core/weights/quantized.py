@@ -272,8 +272,8 @@ class _GptqWeights(_Quantized):
         rules = settings.get("dynamic") or {}
         if not isinstance(rules, dict) or not all(str(name).startswith("-:") for name in rules):
             raise ConfigError(
-                f"{weights.path}: quantization: dynamic {str(rules)[:60]!r} is not supported, only rules -: for layers "
-                "that are not quantized"
+                f"{weights.path}: quantization: dynamic {str(rules)[:60]!r} is not supported, only rules -: for "
+                "layers that are not quantized"
             )
         super().__init__(weights, settings)
 

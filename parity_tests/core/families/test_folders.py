@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,22 @@ def test_text_is_not_bytes_without_a_tokenizer(llama: Path, tmp_path: Path, capl
     assert icenet.load(llama, "torch").tokenizer.name == "bytes"
 
 
+@pytest.mark.parametrize(
+    ("to", "name"), [("canonical", "out"), ("torch", "out.pt"), ("hf", "out"), ("gguf", "out.gguf")]
+)
+def test_only_what_cannot_be_made_again_waits_for_the_disk(
+    to: str, name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"torch": "torch", "gguf": "gguf"}.get(to, "numpy"))
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    icenet.convert(llama, tmp_path / name, to)
+    assert (tmp_path / name).exists() and not flushed
+    if to == "canonical":
+        icenet.save(icenet.load(llama), tmp_path / "saved")
+        assert len(flushed) == 3  # two files and their folder
+
+
 def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
     icenet.convert(llama, tmp_path / "shards", "hf", max_shard_bytes=300)
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
@@ -592,15 +609,35 @@ def test_a_folder_for_mlx_lm(tmp_path: Path) -> None:
     assert icenet.load(tmp_path / "out", "torch").config == config
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_length": 4}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
         ("mistral", {"sliding_window": 5}, "no sliding window: texts of more than 5 tokens"),
         ("mistral", {"sliding_window": None}, None),
         ("gemma3_text", {"layer_types": ["sliding", "sliding"], "sliding_window": 5}, "regular intervals"),
-        ("gemma3_text", {"layer_types": ["sliding", "full"], "sliding_window": 5}, None),
+        (
+            "gemma3_text",
+            {"layer_types": ["sliding", "full"], "sliding_window": 5, "hidden_size": 16, "num_heads": 4},
+            None,
+        ),
         ("mixtral", {"head_size": 6}, "its heads have hidden_size / num_heads"),
         ("gpt_neox", {"feed_forward_size": 12}, "feed_forward_size is 4 x hidden_size"),
+        ("gpt_neox", {"attention_bias": False}, "its attention has biases"),
+        ("gpt_neox", {"activation": "gelu"}, "computes gelu_tanh in place of gelu"),
+        ("gpt2", {"tie_embeddings": False}, "its GPT-2 has tied embeddings"),
+        ("gpt2", {"attention_scale": 1.0}, "scales the scores"),
+        ("qwen3", {"attention_bias": True}, "its attention has no biases"),
+        ("llama", {"activation": "relu"}, "computes silu in place of relu"),
+        ("llama", {"rotary_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ("llama", {"rotary_scaling": YARN}, None),
+        ("gemma2", {"attention_softcap": None}, "needs attention_softcap"),
+        ("gemma3_text", {"logit_softcap": 3.0}, "has no logit_softcap"),
+        ("gemma3_text", {}, "to bfloat16"),  # the root of 12
+        ("smollm3", {"layer_types": ["sliding", "full"], "sliding_window": 5}, None),
+        ("smollm3", {"layer_types": ["sliding", "sliding"], "sliding_window": 5}, "no sliding window"),
     ],
 )
 def test_what_mlx_lm_computes_otherwise_is_said(

@@ -20,10 +20,11 @@ from helpers import is_one_line, same_bits
 import icenet
 from icenet.commands.convert import convert_model
 from icenet.commands.info import model_report
-from icenet.core.config import Config
+from icenet.core.config import Config, transformer_plan
 from icenet.core.errors import IceNetError
 from icenet.core.families import FAMILIES, folder
 from icenet.core.families.weights import family_tensors
+from icenet.core.models import rotary
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers import read_tokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer, library
@@ -107,7 +108,8 @@ def test_tensors_of_each_type_have_the_values_of_the_package(
     monkeypatch.setattr("icenet.core.weights.gguf._CHUNK_VALUES", 1000)
     number = gguf.GGMLQuantizationType[kind]
     values, size = gguf.GGML_QUANT_SIZES[number]
-    data = np.random.default_rng(1).integers(0, 100, (6, 512 // values * size), dtype=np.uint8)  # scales are finite
+    # numbers whose scales are finite; with three axes, as experts have
+    data = np.random.default_rng(1).integers(0, 100, (2, 3, 512 // values * size), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tensor("a", data, raw_dtype=number)
     writer.add_tensor("b", np.arange(3, dtype=np.float32))
@@ -119,7 +121,7 @@ def test_tensors_of_each_type_have_the_values_of_the_package(
     if kind == "BF16":
         assert np.array_equal(file["a"].astype(np.float32), gguf.quants.dequantize(data, number))
     np.testing.assert_array_equal(file["a"], expected, strict=True)
-    assert file.spec("a") == (expected.dtype, (6, 512)) and np.array_equal(file["b"], [0, 1, 2])
+    assert file.spec("a") == (expected.dtype, (2, 3, 512)) and np.array_equal(file["b"], [0, 1, 2])
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])
@@ -267,7 +269,7 @@ def hugging_face_folder(path: Path, values: dict[str, Any], arrays: dict[str, np
     return path
 
 
-@pytest.mark.parametrize("name", [name for name, values in CASES.items() if "num_experts_per_tok" not in values])
+@pytest.mark.parametrize("name", CASES)
 def test_an_exported_file_has_the_options_and_tensors(name: str, tmp_path: Path) -> None:
     """Its tensors are those that the writer of the package gguf makes of the folder."""
     values, arrays = CASES[name], random_tensors(CASES[name])
@@ -276,11 +278,147 @@ def test_an_exported_file_has_the_options_and_tensors(name: str, tmp_path: Path)
     own, expected = GgufFile(tmp_path / "own.gguf"), GgufFile(write(tmp_path / "x.gguf", values, arrays, "F16"))
     assert {path: own.spec(path).shape for path in own} == {path: expected.spec(path).shape for path in expected}
     for path in own:
-        assert own.spec(path).dtype == (np.float32 if own[path].ndim < 2 else np.float16)
+        is_exact = own[path].ndim < 2 or "ffn_gate_inp" in path  # norms, biases and routers
+        assert own.spec(path).dtype == (np.float32 if is_exact else np.float16)
         wanted = expected[path].astype(own[path].dtype)
         np.testing.assert_allclose(own[path], wanted, rtol=1e-6)
     options = folder.read(source).family.options
     assert options(folder.read(tmp_path / "own.gguf").config.model) == options(folder.read(source).config.model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "llama-3", "gpt2", "phi3"])
+@pytest.mark.parametrize(("form", "dtype"), [("gguf-f32", np.float32), ("gguf", np.float16)])
+def test_a_folder_comes_back_bit_for_bit(name: str, form: str, dtype: Any, tmp_path: Path) -> None:
+    values = CASES[name]
+    arrays = {path: array.astype(dtype) for path, array in random_tensors(values).items()}
+    icenet.convert(hugging_face_folder(tmp_path / "in", values, arrays), tmp_path / "x.gguf", form)
+    icenet.convert(tmp_path / "x.gguf", tmp_path / "out", "hf")
+    found = dict(weight_files.read(tmp_path / "out"))
+    assert found.keys() == {path.removeprefix("transformer.") if name == "gpt2" else path for path in arrays}
+    for path, array in arrays.items():
+        own = found[path.removeprefix("transformer.") if name == "gpt2" else path]
+        np.testing.assert_array_equal(own.astype(dtype), array)  # norms of the file are float32
+        assert own.dtype == (dtype if array.ndim > 1 and not path.endswith("gate.weight") else np.float32)
+
+
+def test_values_that_float16_cannot_hold_are_said(tmp_path: Path) -> None:
+    arrays = random_tensors(CASES["mixtral"])
+    arrays["model.layers.1.block_sparse_moe.experts.2.w2.weight"][3, 4] = 1e5
+    source = hugging_face_folder(tmp_path / "in", CASES["mixtral"], arrays)
+    with pytest.raises(IceNetError, match=r"blk.1.ffn_down_exps.weight: .*float16.*gguf-f32") as error:
+        icenet.convert(source, tmp_path / "x.gguf", "gguf")
+    assert is_one_line(error.value) and not (tmp_path / "x.gguf").exists()
+    icenet.convert(source, tmp_path / "x.gguf", "gguf-f32")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_of_8_bits(name: str, tmp_path: Path) -> None:
+    """Tensors that do not divide into blocks of 32 are float16."""
+    values = {**CASES[name], **({"moe_intermediate_size": 40} if name == "qwen3-moe" else {})}
+    arrays = random_tensors(values)
+    icenet.convert(hugging_face_folder(tmp_path / "in", values, arrays), tmp_path / "x.gguf", "gguf-q8_0")
+    own, weights = GgufFile(tmp_path / "x.gguf"), folder.read(tmp_path / "x.gguf").weights
+    kind = gguf.GGMLQuantizationType.Q8_0
+    prefix, names = ("block_sparse_moe", ("w1", "w2")) if name == "mixtral" else ("mlp", ("gate_proj", "down_proj"))
+    assert own.entries["blk.1.ffn_gate_exps.weight"].kind == "Q8_0"
+    assert own.entries["blk.1.ffn_down_exps.weight"].kind == ("Q8_0" if name == "mixtral" else "F16")
+    for ours, theirs in zip(("gate", "down"), names, strict=True):
+        for expert in range(3):
+            array = arrays[f"model.layers.1.{prefix}.experts.{expert}.{theirs}.weight"]
+            if own.entries[f"blk.1.ffn_{ours}_exps.weight"].kind == "Q8_0":
+                expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+            else:
+                expected = array.astype(np.float16)
+            np.testing.assert_array_equal(
+                weights[f"blocks.1.feed_forward.experts.{ours}_proj.weight"][expert], expected
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"low_freq_factor": 1.7, "high_freq_factor": 6.3, "factor": 11.5, "original_max_position_embeddings": 3000},
+        {"factor": 8.1},
+        {"factor": 1 / 0.3, "original_max_position_embeddings": 48},
+    ],
+)
+def test_settings_of_llama_3_that_are_not_published_come_back(change: dict[str, Any], tmp_path: Path) -> None:
+    """Exactly from a file that IceNet wrote, and with the same angles from that of llama.cpp's converter."""
+    values = {**CASES["llama-3"], "rope_parameters": {**LLAMA3, **change}}
+    arrays = random_tensors(values)
+    expected = folder.read(hugging_face_folder(tmp_path / "in", values, arrays)).config.model
+    icenet.convert(tmp_path / "in", tmp_path / "own.gguf", "gguf-f32")
+    assert folder.read(tmp_path / "own.gguf").config.model == expected
+    found = folder.read(write(tmp_path / "x.gguf", values, arrays)).config.model
+    np.testing.assert_allclose(frequencies(found), frequencies(expected), rtol=1e-5)
+
+
+def test_any_factors_of_rotary_positions_are_read(tmp_path: Path) -> None:
+    """As `inv_freq / factor`, in texts of any length."""
+    values = {**CASES["llama"], "head_dim": 8}
+    factors = np.array([1.5, 1.0, 7.25, 3.0], np.float32)
+    path = write(tmp_path / "x.gguf", values, {**random_tensors(values)}, extra={"rope_freqs.weight": factors})
+    found = folder.read(path).config.model
+    expected = 5000.0 ** -(np.arange(0, 8, 2) / 8) / factors
+    np.testing.assert_allclose(frequencies(found), expected, rtol=1e-6)
+    assert found.rotary_scaling.attention_factor == 1.0  # type: ignore[attr-defined]
+    bad = write(tmp_path / "x.gguf", values, random_tensors(values), extra={"rope_freqs.weight": factors * 0})
+    with pytest.raises(IceNetError, match=r"rope_freqs\.weight") as error:
+        folder.read(bad)
+    assert is_one_line(error.value)
+
+
+def frequencies(model: Any) -> np.ndarray:
+    """Returns the angle of a pair from one position to the next."""
+    plan = transformer_plan.rotary_plans(model)["full"]
+    return np.asarray(rotary.frequencies(plan.size, plan.theta, plan.scaling, 64))
+
+
+# --- files in parts -----------------------------------------------------------------------------------------
+
+
+def in_parts(path: Path, name: str = "mixtral") -> tuple[list[Path], dict[str, np.ndarray]]:
+    """Writes a file in parts with the package gguf; returns them and the tensors of its folder."""
+    arrays = random_tensors(CASES[name])
+    write(path / "model.gguf", CASES[name], arrays, split_max_tensors=9)
+    return sorted(path.glob("model-*.gguf")), arrays
+
+
+def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
+    """Whichever part is given."""
+    parts, arrays = in_parts(tmp_path)
+    assert [part.name for part in parts] == [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    expected = folder.read(hugging_face_folder(tmp_path / "hf", CASES["mixtral"], arrays))
+    for part in parts:
+        found = folder.read(part)
+        assert found.family.options(found.config.model) == expected.family.options(expected.config.model)
+        assert same_bits(dict(found.weights), dict(expected.weights))
+    assert model_report(str(parts[1])).num_params == sum(array.size for array in arrays.values())
+    icenet.convert(parts[0], tmp_path / "again", "hf")
+    assert same_bits(dict(weight_files.read(tmp_path / "again")), arrays)
+
+
+def test_parts_that_are_missing_or_of_another_file_are_one_line(tmp_path: Path) -> None:
+    parts, _ = in_parts(tmp_path)
+    contents = [part.read_bytes() for part in parts]
+
+    def fails(*words: str, path: Path = parts[0]) -> None:
+        with pytest.raises(IceNetError) as error:
+            folder.read(path)
+        assert is_one_line(str(error.value), *words)
+
+    parts[1].unlink()
+    fails("1 of its 3 files", "model-00002-of-00003.gguf")
+    fails("1 of its 3 files", "model-00002-of-00003.gguf", path=parts[2])
+    parts[1].write_bytes(contents[2])
+    fails("model-00002-of-00003.gguf", "part 2 of 3")
+    parts[1].write_bytes(contents[1][: len(contents[1]) // 2])
+    fails("model-00002-of-00003.gguf", "damaged")
+    parts[1].write_bytes(contents[1])
+    parts[0].write_bytes(contents[0].replace(b"split.tensors.count", b"split.tensors.Count"))
+    folder.read(parts[0])
+    (tmp_path / "other.gguf").write_bytes(contents[0])
+    fails("other.gguf", "NAME-00001-of-00003.gguf", path=tmp_path / "other.gguf")
 
 
 def test_an_exported_file_of_8_bits(tmp_path: Path) -> None:
@@ -322,10 +460,14 @@ def test_a_tokenizer_comes_back(rule: str, bpe: Path) -> None:
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     windows = {**CASES["qwen2"], "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     scaled = {**CASES["gemma2"], "query_pre_attn_scalar": 7}
+    neox = {**SIZES, "model_type": "gpt_neox"}
+    neox = {key: value for key, value in neox.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
     for values, target, words in (
         (windows, "x.gguf", "sliding_window"),
         (scaled, "x.gguf", "attention_scale"),
-        (CASES["mixtral"], "x.gguf", r"mixtral are not written as GGUF; only llama, (?!.*(moe|mixtral)).*mistral"),
+        ({**CASES["qwen3-moe"], "norm_topk_prob": False}, "x.gguf", "normalize_expert_weights"),
+        ({**CASES["qwen3-moe"], "mlp_only_layers": [1]}, "x.gguf", "expert_layers"),
+        (neox, "x.gguf", r"gpt_neox are not written as GGUF; only llama, .*qwen3_moe.*mistral, mixtral"),
         (CASES["qwen2"], "x", "ends in .gguf"),
         (CASES["qwen2"], "hf/model.safetensors", "ends in .gguf"),
     ):
@@ -345,7 +487,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     ("metadata", "words"),
     [
         ({"general.type": "adapter"}, ["adapter"]),
-        ({"split.count": 3}, ["split", "3"]),
+        ({"split.count": 3}, ["one of 3 files", "NAME-00001-of-00003.gguf"]),
+        ({"llama.expert_count": 2, "llama.expert_gating_func": 2}, ["expert_gating_func"]),
         ({"llama.attention.clamp_kqv": 8.0}, ["clamp_kqv"]),
         ({"llama.rope.scaling.type": "longrope"}, ["longrope"]),
         ({"llama.attention.value_length": 99}, ["99"]),
