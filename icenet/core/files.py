@@ -1,7 +1,8 @@
 """Atomic writes, files that a user names, and file locks.
 
 A file is written under a temporary name in the folder of its destination, flushed to the disk (fsync) and renamed.
-A reader therefore finds the old file or the new one, never a part of it, even after a crash.
+A reader therefore finds the old file or the new one, never a part of it, even after a crash. Large files that can be
+made again are not flushed: a power failure within about half a minute can leave them incomplete.
 
     write_bytes, write_text     one small file
     staged                      one or more files of any size
@@ -42,7 +43,8 @@ def _temporary(path: Path) -> Path:
 class Stage:
     """The temporary files of one call of `staged`."""
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool) -> None:
+        self.durable = durable
         self.files: list[tuple[Path, Path]] = []  # (temporary, destination)
 
     @contextlib.contextmanager
@@ -54,12 +56,13 @@ class Stage:
         with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if self.durable:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def staged(destination: Path, absent_meanwhile: Iterable[Path] = ()) -> Iterator[Stage]:
-    """Writes files under temporary names and renames them when all are complete and on the disk.
+def staged(destination: Path, absent_meanwhile: Iterable[Path] = (), *, durable: bool = True) -> Iterator[Stage]:
+    """Writes files under temporary names and renames them when all are complete and, if `durable`, on the disk.
 
     On an error the temporary files are removed and the existing files stay.
 
@@ -68,11 +71,13 @@ def staged(destination: Path, absent_meanwhile: Iterable[Path] = ()) -> Iterator
         absent_meanwhile: Files without which readers ignore the others, such as an index. They are removed before the
             first rename and must be the last that are written. Several renames are not atomic, and without this a
             crash between them could leave a mixture of old and new files.
+        durable: Whether to wait until the disk has the files, which takes as long again as writing them. False is
+            for what can be made again from files that stay, such as converted weights.
 
     Raises:
         FileError: A file cannot be written, for example because the disk is full.
     """
-    stage = Stage()
+    stage = Stage(durable)
     renaming = False
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +87,8 @@ def staged(destination: Path, absent_meanwhile: Iterable[Path] = ()) -> Iterator
             path.unlink(missing_ok=True)
         for temporary, path in stage.files:
             os.replace(temporary, path)
-        _sync(destination.parent)
+        if durable:
+            _sync(destination.parent)
     except OSError as error:
         state = "the files there are incomplete: write them again" if renaming else "the existing files are unchanged"
         raise FileError(f"{destination}: {write_error(destination, error)}; {state}") from error

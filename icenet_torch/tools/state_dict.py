@@ -131,14 +131,16 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:
-    """Saves arrays as a state dict for `torch.load(path, weights_only=True)`. The write is atomic.
+    """Saves arrays as a state dict for `torch.load(path, weights_only=True)`.
+
+    The write is atomic, and does not wait for the disk, because the file can be made again from the weights.
 
     Raises:
         FileError: The file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     tensors = {name: from_numpy(array) for name, array in sorted(weights.items())}
-    with staged(path) as stage, stage.open(path) as file:
+    with staged(path, durable=False) as stage, stage.open(path) as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:

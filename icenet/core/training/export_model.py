@@ -99,7 +99,7 @@ def export(
     if family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
     written = weight_files.write(
-        destination, exported, metadata, max_shard_bytes=max_shard_bytes, progress=progress, companions=files
+        destination, exported, metadata, max_shard_bytes, progress, companions=files, durable=False
     )
     left_out = imported.weights.left_out if imported is not None else []
     return Conversion(
@@ -151,7 +151,7 @@ def _export_gguf(
             tokenizer = gguf_tokenizer.metadata_of(files, vocab_size, config.generation.eos_token_id or [])
         except DataError as error:
             remarks.append(f"the tokenizer is left out: {error}")
-    with staged(destination) as stage, stage.open(destination) as file:
+    with staged(destination, durable=False) as stage, stage.open(destination) as file:
         kind = gguf_export.KINDS[form]
         written = gguf_export.write(Path(file.name), family, config, weights, tokenizer, kind)
     kinds = Counter(kind for kind, _ in written.values())

@@ -227,7 +227,7 @@ def convert(
         described = {}  # a state dict contains tensors only
     else:
         limit = None if to == "mlx" else max_shard_bytes
-        outputs = weights.write(destination, written, described, limit, progress, companions)
+        outputs = weights.write(destination, written, described, limit, progress, companions, durable=False)
     return Conversion(
         summary(source, form, found, source_metadata),
         summary(destination, to, written, described),

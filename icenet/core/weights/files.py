@@ -269,6 +269,7 @@ def write(
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     companions: Mapping[str, bytes] = {},
+    durable: bool = True,
 ) -> list[Path]:
     """Writes weights to a .safetensors file or into a folder, as `model.safetensors`; returns the files.
 
@@ -284,6 +285,7 @@ def write(
         progress: Called after each array.
         companions: Content of files to write in the same folder, by name, after the weights. Readers must ignore
             the folder if the last one is missing.
+        durable: See `staged`.
 
     Raises:
         WeightsError: A name or a dtype cannot be stored.
@@ -317,7 +319,7 @@ def write(
     others = {path.parent / name: content for name, content in companions.items()}
     absent_meanwhile = [*([index] if len(shards) > 1 else []), *list(others)[-1:]]
     earlier = _shards_of(index)
-    with staged(path, absent_meanwhile) as stage:
+    with staged(path, absent_meanwhile, durable=durable) as stage:
         for file, names in zip(files, shards, strict=True):
             with stage.open(file) as out:
                 write_file(out, weights, {name: specs[name] for name in names}, described, written)

@@ -12,11 +12,13 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import mmap
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -210,13 +212,29 @@ def view(entry: Entry, data: mmap.mmap) -> Array:
     return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
 
 
+def read_ahead(array: Array) -> None:
+    """Reads an array of `view` into memory at once, which on Linux takes a third of the time of reading its pages."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # Linux before 5.14; a damaged disk, which the reader of the array meets
+            _advise(array, _MADV_POPULATE_READ)
+
+
 def release(array: Array) -> None:
     """Lets the system reclaim the memory of an array of `view`. The array stays valid: it is read again when used."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # which Windows lacks
+        _advise(array, mmap.MADV_DONTNEED)
+
+
+_MADV_POPULATE_READ = 22
+
+
+def _advise(array: Array, advice: int) -> None:
+    """Says how the memory of an array of `view` is used; does nothing for other arrays."""
     data = _map_of(array)
-    if data is not None and hasattr(data, "madvise"):  # which Windows lacks
+    if data is not None:
         start = _offset(array, data)
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(mmap.MADV_DONTNEED, page, start + array.nbytes - page)
+        data.madvise(advice, page, min(start + array.nbytes, len(data)) - page)
 
 
 def _map_of(array: Array) -> mmap.mmap | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -516,6 +517,27 @@ def test_arrays_of_files_are_copied_from_file_to_file(
     weights.write(tmp_path / "z.safetensors", changed)
     again = weights.read(tmp_path / "z.safetensors")
     assert all(np.array_equal(again[name], array) for name, array in changed.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_arrays_are_read_at_once_and_released(tmp_path: Path) -> None:
+    weights.write(tmp_path, {"a": np.ones(2**20), "b": np.ones(2**20)})
+    found = weights.read(tmp_path)
+
+    def mapped() -> int:
+        """Returns the resident bytes of mapped files; those of a file system in memory count as shared memory."""
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(int(size) for size in re.findall(r"Rss(?:File|Shmem):\s+(\d+)", status))
+
+    before = mapped()
+    tensor_file.read_ahead(found["b"])
+    if mapped() == before:
+        pytest.skip("Linux before 5.14")
+    assert abs(mapped() - before - 2**23) < 2**20
+    tensor_file.release(found["b"])
+    assert mapped() - before < 2**20
+    tensor_file.read_ahead(found["a"][:, None].T)  # any view
+    tensor_file.read_ahead(np.ones(3))  # no array of a file
 
 
 def test_the_index_of_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
