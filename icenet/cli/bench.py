@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,12 +23,96 @@ from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
 
-@click.group(cls=CommandGroup, epilog=examples("icenet bench memory", "icenet bench step", "icenet bench dropout"))
+@click.group(
+    cls=CommandGroup,
+    epilog=examples("icenet bench decode", "icenet bench all gpt2 --json bench.json", "icenet bench memory"),
+)
 def bench() -> None:
     """Measure memory and speed on this machine.
 
-    Measures every installed backend, or the one given with --backend, each in a separate process.
+    Measures every installed backend, or the one given with --backend, each in a separate process. decode, prefill,
+    batch, load and all also measure mlx-lm and transformers, if they are installed, on the same weights.
     """
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter("give numbers from 1 separated by commas, e.g. 1,32", ctx, parameter)
+    return numbers
+
+
+def _sides(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    from icenet.commands.bench.sides import KINDS
+
+    names = [part.strip() for part in value.split(",")] if value is not None else []
+    if unknown := [name for name in names if name not in KINDS]:
+        known = ", ".join(KINDS)
+        raise click.BadParameter(
+            f"no side {unknown[0]!r}; one or more of {known}, separated by commas", ctx, parameter
+        )
+    return names
+
+
+def _inference_options(command: Any) -> Any:
+    """Adds the argument and the options that all measurements of inference have."""
+    parts = (
+        click.argument("target", default="gpt2"),
+        click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count."),
+        click.option(
+            "--dtype",
+            "dtypes",
+            callback=lambda ctx, parameter, value: None if value is None else _precisions(ctx, parameter, value),
+            metavar="LIST",
+            help="Dtypes of the weights: fp32, bf16, fp16. Default: bf16 on a GPU, fp32 on a CPU.",
+        ),
+        click.option("--sample", is_flag=True, help="Sample tokens (temperature 0.8, top-k 50); otherwise greedy."),
+        click.option(
+            "--side",
+            "only",
+            callback=_sides,
+            metavar="LIST",
+            help="Sides to measure, e.g. 'icenet mlx,mlx-lm'. Default: all that are installed.",
+        ),
+        backend_option,
+        device_option,
+        set_option,
+        click.option(
+            "--json",
+            "json_file",
+            is_flag=False,
+            flag_value="-",
+            metavar="[FILE]",
+            help="Write the results to a file as JSON, or print them instead of the tables if no FILE is given.",
+        ),
+        overwrite_option,
+    )
+    for part in reversed(parts):
+        command = part(command)
+    return command
+
+
+_new_tokens_option = click.option("--new-tokens", type=click.IntRange(2), help="New tokens of each prompt.")
+
+
+def _run_inference(rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
+    """Measures rows and shows the report."""
+    from icenet.commands.bench import inference
+    from icenet.core import files
+
+    path = None if json_file in (None, "-") else files.output_file(Path(str(json_file)), overwrite=overwrite)
+    report = inference.run(rows, inference.Options(**options), _notify(json_file == "-"))
+    show(report, json_file == "-")
+    if path is not None:
+        files.write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
+        streams.write(f"json  {path}")
+    if report.interrupted:
+        raise KeyboardInterrupt
 
 
 def _layer_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
@@ -56,6 +142,106 @@ config_argument = click.argument("config", default="quickstart")
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Backend to measure. Default: every installed one."
 )
+
+
+@bench.command(
+    "decode",
+    epilog=examples(
+        "icenet bench decode",
+        "icenet bench decode llama-1.5b --batch 1,32 --prompt 64,1024 --new-tokens 256 --dtype bf16,fp32",
+        "icenet bench decode gpt2 --set model.hidden_size=512 --backend mlx --json decode.json",
+    ),
+)
+@_inference_options
+@click.option(
+    "--batch", "batches", callback=_numbers, metavar="LIST", help="Numbers of prompts. Default: 1,32 or 1,8."
+)
+@click.option("--prompt", "prompts", callback=_numbers, metavar="LIST", help="Lengths of the prompts. Default: 64.")
+@_new_tokens_option
+def decode_command(**options: Any) -> None:
+    """Measure the new tokens per second.
+
+    TARGET is a shape with random weights (gpt2, gpt2-large, gpt2-xl, smollm2-135m, llama-1b, llama-1.5b, llama-8b), a
+    preset, a YAML file, or a model that icenet.load reads.
+    """
+    _run_inference(["decode"], **options)
+
+
+def _one_size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    expected = {"prefill": ("count", "length"), "mixed": ("count", "shortest", "longest")}[str(parameter.name)]
+    numbers = None if value is None else value.split("x" if len(expected) == 2 else ",")
+    if numbers is None:
+        return None
+    if len(numbers) != len(expected) or not all(part.isdecimal() and int(part) > 0 for part in numbers):
+        example = "8x1024" if len(expected) == 2 else "64,32,512"
+        raise click.BadParameter(f"give {' and '.join(expected)} like {example}", ctx, parameter)
+    sizes = tuple(int(part) for part in numbers)
+    if len(sizes) == 3 and sizes[1] > sizes[2]:
+        raise click.BadParameter(
+            f"the shortest prompt, {sizes[1]}, is longer than the longest, {sizes[2]}", ctx, parameter
+        )
+    return sizes
+
+
+_prefill_option = click.option(
+    "--prompts", "prefill", callback=_one_size, metavar="COUNTxLENGTH", help="Prompts. Default: 8x1024 or 1x256."
+)
+_mixed_option = click.option(
+    "--prompts",
+    "mixed",
+    callback=_one_size,
+    metavar="COUNT,SHORTEST,LONGEST",
+    help="Prompts and their lengths. Default: 64,32,512 or 8,16,64.",
+)
+
+
+@bench.command(
+    "prefill", epilog=examples("icenet bench prefill", "icenet bench prefill llama-1b --prompts 4x2048 --dtype bf16")
+)
+@_inference_options
+@_prefill_option
+def prefill_command(**options: Any) -> None:
+    """Measure the prompt tokens per second.
+
+    TARGET is the same as in icenet bench decode.
+    """
+    _run_inference(["prefill"], **options)
+
+
+@bench.command(
+    "batch", epilog=examples("icenet bench batch", "icenet bench batch --prompts 64,32,512 --new-tokens 128")
+)
+@_inference_options
+@_mixed_option
+@_new_tokens_option
+def batch_command(**options: Any) -> None:
+    """Measure many prompts of unequal lengths.
+
+    The value is new tokens per second, with the time of reading the prompts. TARGET is the same as in icenet bench
+    decode.
+    """
+    _run_inference(["batch"], **options)
+
+
+@bench.command("load", epilog=examples("icenet bench load llama-1.5b", "icenet bench load SmolLM2-135M --dtype bf16"))
+@_inference_options
+def load_command(**options: Any) -> None:
+    """Time the loading of weights against reading the file.
+
+    TARGET is the same as in icenet bench decode.
+    """
+    _run_inference(["load"], **options)
+
+
+@bench.command("all", epilog=examples("icenet bench all", "icenet bench all llama-1.5b --json bench.json"))
+@_inference_options
+@_new_tokens_option
+def all_command(**options: Any) -> None:
+    """Run decode, prefill, batch and load.
+
+    TARGET is the same as in icenet bench decode.
+    """
+    _run_inference(["decode", "prefill", "batch", "load"], **options)
 
 
 @bench.command(

@@ -1,35 +1,165 @@
-"""Calls a function in a fresh Python process: memory starts at zero, and a crash does not affect the caller."""
+"""Runs functions in other Python processes: memory starts at zero, and a crash does not affect the caller."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
-_RESULT = "icenet-result "
-"""Marks the line of standard output that holds the result: frameworks print there as well."""
-# sys.path is the parent's: with the child's own, a torch.py in the current folder would be imported
+from typing_extensions import Self
+
+# Answers are written to a copy of standard output, because frameworks print to it.
+# sys.path is the parent's: with the child's own, a torch.py in the current folder would be imported.
 _CHILD = """
-import json, sys
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 sys.path[:] = json.loads(sys.argv[1])
 from icenet.core.errors import IceNetError
-try:
-    from {module} import {function}
-    result = {{"value": {function}(*json.load(sys.stdin))}}
-except IceNetError as error:
-    result = {{"error": str(error)}}
-except BaseException as error:
-    result = {{"error": f"{{type(error).__name__}}: {{error}}"}}
-print("\\n" + {marker!r} + json.dumps(result), flush=True)
+target = None
+for line in sys.stdin:
+    name, arguments = json.loads(line)
+    try:
+        if target is None:
+            import MODULE as target
+        found = getattr(target, name)(*arguments)
+        if name == sys.argv[2]:
+            target, found = found, None
+        answer = {"value": found}
+    except IceNetError as error:
+        answer = {"error": str(error)}
+    except BaseException as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer), file=answers, flush=True)
 """
+_GRACE = 10.0
+"""Seconds within which a process that closed its answers must exit."""
 
 
 class IsolatedError(Exception):
     """The function raised an error, or its process crashed or exceeded the timeout. The message is one line."""
+
+
+class Worker:
+    """A Python process that runs functions of a module, or methods of an object, one after another.
+
+    Ctrl-C in the terminal does not reach the process. It is ended by `close`, by the end of the caller, and by any
+    exception in `call` other than an error of the function itself.
+
+    Args:
+        module: Dotted name of the module; it is imported in the new process only.
+        factory: Name of a function or class of the module that makes the object whose methods are called. None: the
+            functions of the module are called.
+        arguments: Arguments of the factory, in JSON types.
+        environment: Environment variables to set in addition to the current ones.
+
+    Raises:
+        IsolatedError: The factory failed.
+    """
+
+    def __init__(
+        self, module: str, factory: str | None = None, *arguments: Any, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
+        self._unread = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD.replace("MODULE", module), json.dumps(sys.path), factory or ""],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        if factory is not None:
+            self.call(factory, *arguments)
+
+    def call(self, name: str, *arguments: Any, timeout: float | None = None) -> Any:
+        """Returns the result of a function or method, in JSON types.
+
+        Args:
+            name: Name of the function or method.
+            arguments: Its arguments, in JSON types.
+            timeout: Seconds after which the process is killed.
+
+        Raises:
+            IsolatedError: There is no result; the message has the reason.
+        """
+        try:
+            return self._call(name, arguments, timeout)
+        except BaseException as error:
+            if not (isinstance(error, IsolatedError) and self._process.poll() is None):
+                self.close()
+            raise
+
+    def _call(self, name: str, arguments: tuple[Any, ...], timeout: float | None) -> Any:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # the process has ended; the reason is read below
+            self._process.stdin.write(json.dumps([name, arguments]).encode() + b"\n")
+            self._process.stdin.flush()
+        line = self._read_line(timeout)
+        if line is None:
+            raise IsolatedError(self._reason())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise IsolatedError(" ".join(answer["error"].split()))
+        return answer["value"]
+
+    def _read_line(self, timeout: float | None) -> bytes | None:
+        """Returns the next line of the answers, or None if the process has closed them."""
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self._unread:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            if not select.select([descriptor], [], [], left)[0]:
+                self.close()
+                raise IsolatedError(f"no result within {timeout:g} s")
+            part = os.read(descriptor, 1 << 16)
+            if not part:
+                return None
+            self._unread += part
+        line, self._unread = self._unread.split(b"\n", 1)
+        return line
+
+    def _reason(self) -> str:
+        """Returns why a process has ended without an answer."""
+        try:
+            code = self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            return "the process closed its output"
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (the kernel sends it when memory runs out)" if name == "SIGKILL" else ""
+            return f"the process was killed by {name}{hint}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"the process exited with code {code} and no result: {lines[-1] if lines else 'no message'}"
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            assert stream is not None
+            with contextlib.suppress(OSError):  # what was not sent to a process that has ended
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def call(
@@ -51,29 +181,5 @@ def call(
     Raises:
         IsolatedError: There is no result; the message has the reason.
     """
-    code = _CHILD.format(module=module, function=function, marker=_RESULT)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
-            input=json.dumps(arguments),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout,
-            check=False,
-            env={**os.environ, **(environment or {})},
-        )
-    except subprocess.TimeoutExpired:
-        raise IsolatedError(f"no result within {timeout:g} s") from None
-    lines = [line for line in process.stdout.splitlines() if line.startswith(_RESULT)]
-    if lines:
-        result = json.loads(lines[-1].removeprefix(_RESULT))
-        if "error" in result:
-            raise IsolatedError(" ".join(result["error"].split()))
-        return result["value"]
-    if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        hint = " (the kernel sends it when memory runs out)" if name == "SIGKILL" else ""
-        raise IsolatedError(f"the process was killed by {name}{hint}")
-    last = "".join(process.stderr.strip().splitlines()[-1:])
-    raise IsolatedError(f"the process exited with code {process.returncode} and no result: {last or 'no message'}")
+    with Worker(module, environment=environment) as worker:
+        return worker.call(function, *arguments, timeout=timeout)

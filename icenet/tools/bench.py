@@ -1,7 +1,8 @@
-"""MLX's part of `icenet bench`: memory, bare training loop, dropout. The mirror is `icenet_torch/tools/bench.py`."""
+"""MLX's part of `icenet bench`: memory, rates, a loop, dropout. The mirror is `icenet_torch/tools/bench.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -21,30 +22,80 @@ from icenet.nn.arrays import DTYPES, is_half
 from icenet.nn.dropout import Dropout
 
 
-class Gauge:
-    """Measures the peak memory of an engine's step, above the memory in use before it.
+class PeakMemory:
+    """Measures the peak memory of this process on a device, above the memory in use before.
+
+    Args:
+        device: The device.
+        settle: Called before each reading: computes or frees what is not a part of the measurement.
 
     Attributes:
         source: The origin of the numbers, for reports.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, device: mx.Device | None, settle: Callable[[], Any] = lambda: None) -> None:
+        self._device = device
+        self._settle = settle
         self.source = "MLX's own counter"
 
     def begin(self) -> None:
-        """Starts a measurement, after freeing the memory that an earlier step left behind."""
-        mx.eval(self._engine.model.parameters(), self._engine.optimizer.state)
-        mx.synchronize()
+        """Starts a measurement, after freeing what is kept for reuse."""
+        self._settle()
+        synchronize(self._device)
         mx.clear_cache()
         self._before = mx.get_active_memory()
         mx.reset_peak_memory()
 
     def growth(self) -> int:
         """Returns the peak since `begin` minus the memory in use at `begin`, in bytes."""
-        mx.eval(self._engine.model.parameters(), self._engine.optimizer.state)
-        mx.synchronize()
+        self._settle()
+        synchronize(self._device)
         return max(mx.get_peak_memory() - self._before, 0)
+
+
+class Gauge(PeakMemory):
+    """Measures the peak memory of an engine's step, above the memory in use before it."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.model.device, lambda: mx.eval(engine.model.parameters(), engine.optimizer.state))
+
+
+def synchronize(device: mx.Device | None) -> None:
+    """Waits until all submitted work of a device, by default the default one, is done."""
+    mx.synchronize(mx.default_stream(device or mx.default_device()))
+
+
+def matrix_product(size: int, dtype: str, device: mx.Device) -> Callable[[int], None]:
+    """Returns a function that computes a product of two matrices `[size, size]` a number of times, and waits for it.
+
+    Args:
+        size: Number of rows and columns.
+        dtype: fp32, bf16 or fp16.
+        device: The device.
+    """
+    with mx.stream(device):
+        values = [mx.random.normal((size, size), key=mx.random.key(seed)).astype(DTYPES[dtype]) for seed in (0, 1)]
+        mx.eval(values)
+
+    def run(count: int) -> None:
+        with mx.stream(device):
+            mx.eval([values[0] @ values[1] for _ in range(count)])
+
+    return run
+
+
+def memory_copy(nbytes: int, device: mx.Device) -> Callable[[int], None]:
+    """Returns a function that reads `nbytes` bytes and writes as many, a number of times, and waits for it."""
+    with mx.stream(device):
+        values = mx.ones((nbytes // 4,), mx.float32)
+        mx.eval(values)
+
+    def run(count: int) -> None:
+        with mx.stream(device):
+            for _ in range(count):
+                mx.eval(values + 1)
+
+    return run
 
 
 class BareLoop:

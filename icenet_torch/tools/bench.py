@@ -1,7 +1,8 @@
-"""PyTorch's part of `icenet bench`: memory, bare training loop, dropout. The mirror is `icenet/tools/bench.py`."""
+"""PyTorch's part of `icenet bench`: memory, rates, a loop, dropout. The mirror is `icenet/tools/bench.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,34 +21,31 @@ from icenet_torch.nn.arrays import DTYPES, is_half, to_channels_first
 from icenet_torch.nn.dropout import Dropout
 
 
-def _synchronize(device: torch.device) -> None:
-    """Waits until all submitted work of a device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+class PeakMemory:
+    """Measures the peak memory of this process on a device, above the memory in use before.
 
-
-class Gauge:
-    """Measures the peak memory of an engine's step, above the memory in use before it.
+    Args:
+        device: The device.
+        settle: Called before each reading: computes or frees what is not a part of the measurement.
 
     Attributes:
         source: The origin of the numbers, for reports.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._device = engine.model.device
+    def __init__(self, device: torch.device, settle: Callable[[], Any] = lambda: None) -> None:
+        self._device = device
+        self._settle = settle
         self._resident = resident_memory.ResidentMemory()
         self.source = {"cuda": "PyTorch's own counter", "mps": "memory of the Metal driver at the end"}.get(
-            self._device.type, resident_memory.SOURCE
+            device.type, resident_memory.SOURCE
         )
 
     def begin(self) -> None:
-        """Starts a measurement, after freeing the memory that an earlier step left behind."""
-        self._engine.optimizer.zero_grad(set_to_none=True)
-        _synchronize(self._device)
+        """Starts a measurement, after freeing what is kept for reuse."""
+        self._settle()
+        synchronize(self._device)
         if self._device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         elif self._device.type == "mps":
@@ -58,12 +56,60 @@ class Gauge:
 
     def growth(self) -> int:
         """Returns the peak since `begin` minus the memory in use at `begin`, in bytes."""
-        _synchronize(self._device)
+        self._settle()
+        synchronize(self._device)
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         if self._device.type == "mps":
             return max(torch.mps.driver_allocated_memory() - self._before, 0)
         return self._resident.growth()
+
+
+class Gauge(PeakMemory):
+    """Measures the peak memory of an engine's step, above the memory in use before it."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.model.device, lambda: engine.optimizer.zero_grad(set_to_none=True))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until all submitted work of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_product(size: int, dtype: str, device: torch.device) -> Callable[[int], None]:
+    """Returns a function that computes a product of two matrices `[size, size]` a number of times, and waits for it.
+
+    Args:
+        size: Number of rows and columns.
+        dtype: fp32, bf16 or fp16.
+        device: The device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn((size, size), generator=generator).to(device, DTYPES[dtype]) for _ in range(2)]
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            values[0] @ values[1]
+        synchronize(device)
+
+    return run
+
+
+def memory_copy(nbytes: int, device: torch.device) -> Callable[[int], None]:
+    """Returns a function that reads `nbytes` bytes and writes as many, a number of times, and waits for it."""
+    values = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(values)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            target.copy_(values)
+        synchronize(device)
+
+    return run
 
 
 class BareLoop:
@@ -110,7 +156,7 @@ class BareLoop:
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        _synchronize(self.model.device)
+        synchronize(self.model.device)
 
 
 def use_native_dropout(model: BaseModel) -> BaseModel:
@@ -162,4 +208,4 @@ class DropoutPair:
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        _synchronize(self._device)
+        synchronize(self._device)

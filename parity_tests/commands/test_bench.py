@@ -16,7 +16,7 @@ from helpers import BACKENDS, TINY, both_backends, error_line, is_one_line, pyth
 from icenet.cli import bench as cli_bench
 from icenet.cli import main as cli
 from icenet.commands import isolated
-from icenet.commands.bench import common, memory, step
+from icenet.commands.bench import common, inference, limits, memory, sides, step, target
 from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
@@ -142,6 +142,12 @@ def test_a_report_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["step", "--steps", "1"],
         ["dropout", "--rounds", "0"],
         ["dropout", "--device", "nosuch"],
+        ["decode", "--batch", "0"],
+        ["decode", "--side", "nosuch"],
+        ["decode", "--dtype", "int8"],
+        ["decode", "--new-tokens", "1"],
+        ["prefill", "--prompts", "8"],
+        ["batch", "--prompts", "64,512,32"],
         ["speed"],
     ],
 )
@@ -151,7 +157,7 @@ def test_bad_requests_are_one_line(arguments: list[str], capsys: pytest.CaptureF
     assert out == "" and error_line(err)
 
 
-@pytest.mark.parametrize("name", ["memory", "step", "dropout"])
+@pytest.mark.parametrize("name", list(cli_bench.bench.commands))
 def test_examples_of_the_help_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", name, "--help"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.split("Examples:")[1].strip().splitlines()]
@@ -300,6 +306,208 @@ def test_a_step_is_compared(
     assert found["bare_ms"] > 0.1 and found["icenet_ms"] > 0.1
     assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
     assert {file.name for file in tmp_path.iterdir()} == {"mine.yaml", "text.txt", "cache"}  # its run is deleted
+
+
+# ---- inference ------------------------------------------------------------------------------------------------
+
+
+class InProcess:
+    """A side in this process, in place of `isolated.Worker`."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.session = sides.Session(name, device)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return json.loads(json.dumps(getattr(self.session, method)(*arguments)))
+        except Exception as error:
+            raise isolated.IsolatedError(" ".join(str(error).split())) from None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sides run in this process; the rates are those of small matrices."""
+    if not backends.installed("mlx"):
+        pytest.skip("MLX is not installed")
+    monkeypatch.setattr(inference, "start", InProcess)
+    monkeypatch.setattr(inference, "prepare", target.prepare)
+    monkeypatch.setattr(sides, "_doubled", lambda first, last: [first])
+
+
+SMALL = [f"model.{key}" for key in ("hidden_size=32", "num_layers=2", "num_heads=2", "vocab_size=257")]
+
+
+def bench(row: str, *arguments: str) -> list[str]:
+    """Returns the arguments of a measurement of a small model, whose context is shorter than the prompts."""
+    sets = [part for override in [*SMALL, "model.max_seq_length=16"] for part in ("--set", override)]
+    return ["bench", row, "gpt2", *arguments, *sets, "--device", "cpu", "--repeats", "2"]
+
+
+def test_decoding_is_compared_with_peers_and_the_limit(
+    in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = [
+        "--batch",
+        "1,3",
+        "--prompt",
+        "20",
+        "--new-tokens",
+        "4",
+        "--side",
+        "icenet mlx,icenet torch,transformers",
+    ]
+    assert cli.main(bench("decode", *sizes, "--json", "out.json")) == 0
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert out.count("icenet torch / this") == 2 and "limit" in out and "GB/s" in out
+    assert [result["case"]["lengths"] for result in report["results"]] == [[20], [20] * 3]
+    rates = report["rates"]["fp32"]
+    for result in report["results"]:
+        tokens, limit = 4 * len(result["case"]["lengths"]), result["limit"]
+        by = {"memory": limit["nbytes"] / rates["bytes"], "compute": limit["operations"] / rates["operations"]}
+        assert limit["value"] == pytest.approx(tokens / max(by.values()))
+        assert limit["by"] == max(by, key=by.__getitem__)
+        seconds = {entry["side"]: entry["seconds"] for entry in result["sides"]}
+        assert list(seconds) == ["icenet mlx", "icenet torch", "transformers"]
+        for entry in result["sides"]:
+            name = entry["side"]
+            assert entry["same_tokens"] == 5  # the weights and the prompts are the same
+            assert entry["value"] == pytest.approx(np.median([tokens / one for one in seconds[name]]))
+            assert entry["of_limit"] == pytest.approx(max(by.values()) / np.median(seconds[name]))
+            for own in ("icenet mlx", "icenet torch"):
+                pairs = [theirs / ours for theirs, ours in zip(seconds[name], seconds[own], strict=True)]
+                assert entry["ratios"][own]["median"] == pytest.approx(np.median(pairs))
+            assert entry["first_token_s"] > 0 and entry["cold_first_token_s"] > 0
+    assert report["results"][0]["sides"][0]["peak_bytes"] > 4 * report["parameters"]
+    assert cli.main(bench("decode", "--json", "out.json")) == 2
+    assert is_one_line(capsys.readouterr().err, "out.json", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "lengths"),
+    [
+        ("prefill", ["--prompts", "2x24"], [24, 24]),
+        ("batch", ["--prompts", "3,4,12", "--new-tokens", "4", "--sample"], [4, 8, 12]),
+        ("load", [], []),
+    ],
+)
+def test_rows_of_inference(
+    in_process: None, row: str, arguments: list[str], lengths: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A peer that fails or is not installed costs a line, and the other sides are measured."""
+    assert cli.main(bench(row, *arguments, "--side", "icenet mlx,icenet torch,mlx-lm", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    (result,) = report["results"]
+    assert result["row"] == row and sorted(result["case"]["lengths"]) == lengths
+    assert [entry["side"] for entry in result["sides"]][:2] == ["icenet mlx", "icenet torch"]
+    assert all(min(entry["value"], entry["of_limit"]) > 0 for entry in result["sides"])
+    if row == "load":
+        assert result["unit"] == "s" and result["limit"]["nbytes"] > 4 * report["parameters"]
+    installed = len(result["sides"]) == 3
+    assert installed or (
+        len(report["notes"]) == 1 and is_one_line(report["notes"][0], "mlx-lm", "mlx_lm", "installed")
+    )
+
+
+def test_a_side_that_fails_costs_one_line(
+    in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    peers = backends.module("torch", "tools.peers")
+
+    def fail(self: Any, prompts: Any) -> None:
+        raise MemoryError("out of\nmemory")
+
+    monkeypatch.setattr(peers.Peer, "prefill", fail)
+    sides_ = ["--side", "icenet torch,transformers"]
+    assert cli.main(bench("prefill", "--prompts", "1x8", *sides_)) == 0
+    out = capsys.readouterr().out
+    assert "icenet torch / this" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("transformers:")]
+    assert "prefill" in line and "out of memory" in line
+
+
+def test_ctrl_c_shows_the_rounds_that_are_done(
+    in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def call(self: InProcess, method: str, *arguments: Any) -> Any:
+        calls.append(method)
+        if calls.count("measure") == 2 * 2 + 3:  # two warm-up rounds, one that counts, and a half
+            raise KeyboardInterrupt
+        return original(self, method, *arguments)
+
+    original = InProcess.call
+    monkeypatch.setattr(InProcess, "call", call)
+    arguments = bench("prefill", "--prompts", "1x8", "--side", "icenet mlx,icenet torch")
+    assert cli.main([*arguments, "--repeats", "5"]) == 1
+    out, err = capsys.readouterr()
+    assert "icenet torch / this" in out and "Ctrl-C" in error_line(err.splitlines(keepends=True)[-1])
+
+
+def test_a_model_without_a_form_for_peers(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    arguments = ["bench", "decode", "quickstart", "--prompt", "8", "--batch", "1", "--new-tokens", "2"]
+    sides_ = ["--side", "icenet torch,transformers", "--repeats", "1", "--device", "cpu"]
+    assert cli.main([*arguments, *sides_, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [entry["side"] for entry in report["results"][0]["sides"]] == ["icenet torch"]
+    assert is_one_line(report["notes"][0], "transformers", "model.positions")
+
+
+@pytest.mark.parametrize("experts", [None, 4])
+def test_the_operations_of_a_prompt_are_those_that_pytorch_counts(experts: int | None) -> None:
+    """PyTorch counts a forward pass with all logits and with all pairs of tokens."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gated = {"feed_forward": "gated", "feed_forward_bias": False, "num_kv_heads": 1}
+    options = {**gated, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 101, "max_seq_length": 64}
+    if experts:
+        options |= {"num_experts": experts, "experts_per_token": experts}  # all, which PyTorch can count
+    config = Config.from_dict({"model": {"type": "transformer", **options}})
+    model = backends.module("torch", "engine.build").build_model(config, "cpu", seed=0)
+    model.eval()
+    size = limits.size_of(config, model)
+    assert size.parameters == model.num_params
+    rows, length = 3, 12
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros((rows, length), dtype=torch.long))
+    found = limits.prompt(size, [length] * rows, 4)
+    logits = 2 * rows * (length - 1) * size.output
+    pairs = rows * 2 * (length * length - length * (length + 1) // 2)
+    assert found.operations + logits + 4 * pairs * size.query_width == counter.get_total_flops()
+
+
+def test_the_bytes_of_a_step() -> None:
+    """Compared with the sizes of the arrays of a cache and of the weights, counted by hand."""
+    config = target.config_of("llama-1b", ["model.sliding_window=100", "model.num_layers=3"], 50)
+    assert config is not None
+    size = limits.size_of(config, backends.meta_model(config))
+    width, heads, kv, wide, vocab = 2048, 32, 8, 8192, 128256
+    block = 2 * width * width + 2 * width * width * kv // heads + 3 * width * wide + 2 * width
+    assert size.parameters == 3 * block + width + vocab * width
+    found = limits.step(size, [40, 400], 2, 2)
+    assert found.nbytes == 2 * size.parameters + 2 * 3 * (40 + 100) * 2 * kv * 64
+    assert found.seconds({"bytes": 1e9, "operations": 1e15}) == (pytest.approx(found.nbytes / 1e9), "memory")
+    assert found.seconds({"bytes": 1e15, "operations": 1e9}) == (pytest.approx(found.operations / 1e9), "compute")
+
+
+def test_a_worker_answers_after_an_error() -> None:
+    with isolated.Worker("icenet.core.report.streams", "printable", "a\tb") as worker:
+        assert worker.call("count", "b") == 1
+        with pytest.raises(isolated.IsolatedError) as caught:
+            worker.call("count", 3)
+        assert is_one_line(caught.value, "TypeError")
+        assert worker.call("upper") == "A\\TB"
+    assert isolated.call("builtins", "print", "on standard output") is None
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------

@@ -1,0 +1,524 @@
+"""`icenet bench decode`, `prefill`, `batch` and `load`: IceNet, its peers and the physical limit, in one run.
+
+Each side has its own process. In each round every side does the same work once, so that other load on the machine
+affects all of them equally.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from icenet.commands import isolated
+from icenet.commands.bench import common, limits, sides
+from icenet.commands.doctor import system_facts
+from icenet.core.errors import IceNetError
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
+_TARGET = f"{__package__}.target"
+_SIDES = f"{__package__}.sides"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured. None selects a default, which is smaller on a CPU.
+
+    Attributes:
+        target: A shape, a preset, a YAML file, or a folder that `icenet.load` reads.
+        overrides: `KEY=VALUE` changes of a configuration.
+        backend: The only backend of IceNet and of its peers.
+        device: The device of all sides.
+        only: Names of the sides to measure; empty for all.
+        dtypes: fp32, bf16, fp16.
+        batches: Numbers of prompts of `decode`.
+        prompts: Lengths of the prompts of `decode`, in tokens.
+        prefill: Number and length of the prompts of `prefill`.
+        mixed: Number, shortest and longest length of the prompts of `batch`.
+        new_tokens: Number of new tokens of `decode`, and of `batch` if it is given.
+        batch_tokens: Number of new tokens of `batch`.
+        repeats: Number of rounds that count.
+        sample: Whether to sample tokens, instead of taking the most likely ones.
+    """
+
+    target: str = "gpt2"
+    overrides: Sequence[str] = ()
+    backend: str | None = None
+    device: str | None = None
+    only: Sequence[str] = ()
+    dtypes: Sequence[str] | None = None
+    batches: Sequence[int] | None = None
+    prompts: Sequence[int] | None = None
+    prefill: tuple[int, int] | None = None
+    mixed: tuple[int, int, int] | None = None
+    new_tokens: int | None = None
+    batch_tokens: int | None = None
+    repeats: int = 5
+    sample: bool = False
+
+    def for_device(self, device: str) -> Options:
+        """Returns the options without None: on a GPU the sizes of the published table, on a CPU smaller ones."""
+        defaults: dict[str, Any] = (
+            {
+                "dtypes": ["bf16"],
+                "batches": [1, 32],
+                "prompts": [64],
+                "prefill": (8, 1024),
+                "mixed": (64, 32, 512),
+                "new_tokens": 256,
+                "batch_tokens": self.new_tokens or 128,
+            }
+            if device == "gpu"
+            else {
+                "dtypes": ["fp32"],
+                "batches": [1, 8],
+                "prompts": [64],
+                "prefill": (1, 256),
+                "mixed": (8, 16, 64),
+                "new_tokens": 32,
+                "batch_tokens": self.new_tokens or 32,
+            }
+        )
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of measurement.
+
+    Attributes:
+        title: What is measured, with fields of a case.
+        unit: tok/s, or s: then less is better.
+        cases: Returns the cases of the options: `lengths` of the prompts, `new_tokens`.
+        tokens: Returns the number of tokens of a case that count; None for seconds.
+        work: Returns the least work of a case, for one repetition; None if the limit is that of `read_file`.
+    """
+
+    title: str
+    unit: str
+    cases: Callable[[Options], list[dict[str, Any]]]
+    tokens: Callable[[Mapping[str, Any]], int] | None
+    work: Callable[[limits.ModelSize, Mapping[str, Any], int], limits.Work] | None
+
+
+def _decode_cases(options: Options) -> list[dict[str, Any]]:
+    found = product(options.prompts or (), options.batches or ())
+    return [{"lengths": [length] * batch, "new_tokens": options.new_tokens} for length, batch in found]
+
+
+def _prefill_cases(options: Options) -> list[dict[str, Any]]:
+    assert options.prefill is not None
+    return [{"lengths": [options.prefill[1]] * options.prefill[0], "new_tokens": 1}]
+
+
+def _batch_cases(options: Options) -> list[dict[str, Any]]:
+    assert options.mixed is not None
+    count, shortest, longest = options.mixed
+    spacing = (longest - shortest) / max(count - 1, 1)
+    lengths = [round(shortest + spacing * (7 * index % count)) for index in range(count)]  # short and long ones mixed
+    return [{"lengths": lengths, "new_tokens": options.batch_tokens}]
+
+
+def _decode_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: int) -> limits.Work:
+    new_tokens = case["new_tokens"]
+    held = [length + (new_tokens + 1) / 2 for length in case["lengths"]]  # in the mean
+    one = limits.step(size, held, value_bytes, value_bytes)
+    return limits.Work(one.nbytes * new_tokens, one.operations * new_tokens)
+
+
+def _prefill_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: int) -> limits.Work:
+    return limits.prompt(size, case["lengths"], value_bytes)
+
+
+def _batch_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: int) -> limits.Work:
+    # the first new token needs no step
+    rest = _decode_work(size, {**case, "new_tokens": case["new_tokens"] - 1}, value_bytes)
+    return _prefill_work(size, case, value_bytes) + rest
+
+
+ROWS = {
+    "decode": Row(
+        "Decoding, {count} x {longest} prompt tokens, {new_tokens} new tokens, {dtype}",
+        "tok/s",
+        _decode_cases,
+        lambda case: len(case["lengths"]) * case["new_tokens"],
+        _decode_work,
+    ),
+    "prefill": Row(
+        "Reading prompts, {count} x {longest} tokens, {dtype}",
+        "tok/s",
+        _prefill_cases,
+        lambda case: sum(case["lengths"]),
+        _prefill_work,
+    ),
+    "batch": Row(
+        "Batching, {count} prompts of {shortest} to {longest} tokens, {new_tokens} new tokens each, {dtype}",
+        "tok/s",
+        _batch_cases,
+        lambda case: len(case["lengths"]) * case["new_tokens"],
+        _batch_work,
+    ),
+    "load": Row(
+        "Loading the weights, {dtype}",
+        "s",
+        lambda options: [{"lengths": [], "new_tokens": 0}],
+        None,
+        None,
+    ),
+}
+"""The rows by name. Another one adds its line here, its calls to `sides.Session.measure`, and a command."""
+
+
+@dataclass
+class Measured:
+    """The measurements of one side for one case.
+
+    Attributes:
+        cold: Seconds of each part in the first call, which loads and compiles code.
+        rounds: Seconds of each part in each round that counts.
+        tokens: New tokens of the first prompt.
+        peak: Peak of the memory in bytes.
+    """
+
+    cold: list[float]
+    rounds: list[list[float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    peak: int | None = None
+
+    def seconds(self) -> list[float]:
+        """Returns the seconds of the work that counts, by round: without the median of a first token before it."""
+        if len(self.rounds[0]) == 1:
+            return [parts[0] for parts in self.rounds]
+        first = self.first_token()
+        # a difference can vanish in noise; then the whole call is the closest estimate
+        return [parts[1] - first if parts[1] > first else parts[1] for parts in self.rounds]
+
+    def first_token(self) -> float:
+        """Returns the median of the seconds of a call that generates one token."""
+        return statistics.median(parts[0] for parts in self.rounds)
+
+    def cold_first_token(self) -> float:
+        """Returns the seconds of the first token in a new process, with everything that only first calls do."""
+        last = statistics.median(parts[-1] for parts in self.rounds)
+        return self.cold[0] + (max(self.cold[1] - last, 0.0) if len(self.cold) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """The results.
+
+    Attributes:
+        target: What was measured, with the changes of its configuration.
+        parameters: Number of its parameters.
+        machine: The platform, and the framework and device of each side.
+        rates: By dtype, the measured rates of the machine: bytes and operations per second.
+        results: One entry for each row and case.
+        notes: What could not be measured, and why.
+        interrupted: Whether Ctrl-C ended the measurement.
+    """
+
+    target: str
+    parameters: int
+    machine: dict[str, Any]
+    rates: dict[str, dict[str, float]]
+    results: list[dict[str, Any]]
+    notes: list[str]
+    interrupted: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "parameters": self.parameters,
+            "machine": self.machine,
+            "rates": self.rates,
+            "results": self.results,
+            "notes": self.notes,
+            "interrupted": self.interrupted,
+        }
+
+    def render(self) -> None:
+        console = common.console()
+        for result in self.results:
+            rows = [_cells(result, entry) for entry in result["sides"]]
+            if rows:
+                console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
+                console.print(_limit_text(result), soft_wrap=True)
+                console.print()
+        rates = "; ".join(
+            f"{dtype}: {_number(rate['bytes'] / 1e9)} GB/s, {_number(rate['operations'] / 1e12)} TFLOP/s"
+            for dtype, rate in self.rates.items()
+        )
+        console.print(f"{self.target}, {self.parameters:,} parameters. Measured rates of the machine: {rates}.")
+        for note in self.notes:
+            console.print(note, soft_wrap=True)
+
+
+def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a line of the table."""
+    decodes = result["row"] == "decode"
+    return {
+        "side": entry["side"],
+        result["unit"]: _number(entry["value"]),
+        "quartiles": f"{_number(entry['low'])} to {_number(entry['high'])}",
+        **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["ratios"].items()},
+        "of the limit": f"{100 * entry['of_limit']:.1f}%",
+        **({"first token, ms": _number(1e3 * entry["first_token_s"])} if decodes else {}),
+        "cold, s": f"{entry['cold_first_token_s']:.2f}",
+        "peak, MB": "" if entry["peak_bytes"] is None else _number(entry["peak_bytes"] / 1e6),
+    }
+
+
+def _limit_text(result: Mapping[str, Any]) -> str:
+    limit = result["limit"]
+    value = f"{_number(limit['value'])} {result['unit']}"
+    if limit["by"] == "file":
+        return f"limit {value}: reading the file of {limit['nbytes'] / 1e6:,.0f} MB"
+    kind = f"{limit['nbytes'] / 1e9:.3g} GB" if limit["by"] == "memory" else f"{limit['operations'] / 1e12:.3g} TFLOP"
+    return f"limit {value}, by {limit['by']}: {kind} at the measured rate"
+
+
+def _number(value: float) -> str:
+    """Returns a number with three significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def run(rows: Sequence[str], options: Options, notify: common.Notify = common.ignore) -> InferenceReport:
+    """Measures rows. A side that fails is left out with a note; Ctrl-C ends the run with the rounds that are done.
+
+    Args:
+        rows: Names in `ROWS`.
+        options: What is measured.
+        notify: Receives a line of progress.
+
+    Raises:
+        IceNetError: The model cannot be measured, or no side can run.
+    """
+    return _Run(rows, options, notify).run()
+
+
+def start(name: str, device: str) -> isolated.Worker:
+    """Returns the process of a side."""
+    return isolated.Worker(_SIDES, sides.Session.__name__, name, device, environment=_NO_TF32)
+
+
+class _Run:
+    """A run: the processes of the sides, and what they measured."""
+
+    def __init__(self, rows: Sequence[str], options: Options, notify: common.Notify) -> None:
+        self._rows, self._options, self._notify = rows, options, notify
+        self._sessions: dict[str, Any] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._notes: list[str] = []
+        self._rates: dict[str, dict[str, float]] = {}
+        self._results: list[dict[str, Any]] = []
+        self._model: dict[str, Any] = {}
+
+    def run(self) -> InferenceReport:
+        interrupted = False
+        with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
+            stack.callback(self._close)
+            try:
+                self._choose_sides()
+                self._measure(work)
+            except KeyboardInterrupt:
+                if not self._results:
+                    raise
+                interrupted = True
+        machine = {**system_facts(), "sides": self._facts}
+        parameters = self._model["size"]["parameters"]
+        target = " ".join([self._options.target, *self._options.overrides])
+        return InferenceReport(
+            target, parameters, machine, self._rates, self._results, self._notes, interrupted=interrupted
+        )
+
+    def _choose_sides(self) -> None:
+        """Starts the sides that are chosen and installed."""
+        for name, kind in sides.KINDS.items():
+            is_chosen = name in (self._options.only or sides.KINDS)
+            if not is_chosen or self._options.backend not in (None, "auto", kind.backend):
+                continue
+            if not set(self._rows) & set(kind.rows):
+                continue
+            if reason := sides.reason_missing(name):
+                self._notes.append(f"{name}: not measured: {reason}")
+                continue
+            self._notify(f"{name}: starts")
+            try:
+                session = start(name, self._options.device or "auto")
+                self._facts[name] = session.call("facts")
+            except isolated.IsolatedError as error:
+                self._notes.append(f"{name}: not measured: {error}")
+            else:
+                self._sessions[name] = session
+        if not any(sides.KINDS[name].package is None for name in self._sessions):
+            raise IceNetError(f"bench: no side of IceNet runs here: {'; '.join(self._notes) or 'none is chosen'}")
+
+    def _close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def _measure(self, work: str) -> None:
+        is_gpu = any(facts["device"] == "gpu" for facts in self._facts.values())
+        options = self._options.for_device("gpu" if is_gpu else "cpu")
+        cases = {row: ROWS[row].cases(options) for row in self._rows}
+        tokens = max(
+            max(case["lengths"], default=0) + case["new_tokens"] for found in cases.values() for case in found
+        )
+        self._notify(f"{options.target}: the weights are prepared")
+        dtypes = options.dtypes or ()
+        arguments = (options.target, list(options.overrides), tokens + 1, dtypes[0], work)
+        self._model = prepare(*arguments)
+        if self._model["problem"]:
+            for name in [name for name in self._sessions if sides.KINDS[name].package]:
+                self._notes.append(f"{name}: not measured: {self._model['problem']}")
+                self._sessions.pop(name).close()
+        for dtype in dtypes:
+            self._measure_rates(dtype)
+            for row in self._rows:
+                for case in cases[row]:
+                    self._measure_case(row, {**case, "dtype": dtype}, options)
+
+    def _measure_rates(self, dtype: str) -> None:
+        """Measures the rates of the machine: the best of all sides. On a CPU, fp32 replaces slower dtypes."""
+        best = {"bytes": 0.0, "operations": 0.0}
+        for name in list(self._sessions):
+            if sides.KINDS[name].package is not None:
+                continue  # its framework is that of a side of IceNet
+            self._notify(f"{name}: rates of the machine, {dtype}")
+            on_cpu = self._facts[name]["device"] == "cpu"
+            for kind in dict.fromkeys((dtype, "fp32") if on_cpu else (dtype,)):
+                if (found := self._attempt(name, "rates", kind)) is not None:
+                    best = {key: max(best[key], found[key]) for key in best}
+        self._rates[dtype] = best
+
+    def _measure_case(self, row: str, case: dict[str, Any], options: Options) -> None:
+        title = _title(row, case)
+        case = {**case, "vocab_size": self._model["size"]["vocab_size"]}
+        measured: dict[str, Measured] = {}
+        reading: list[float] = []
+        try:
+            self._rounds(row, case, options, title, measured, reading)
+        finally:  # after Ctrl-C: those that are done
+            self._results += self._summarize(row, case, title, measured, reading)
+
+    def _rounds(
+        self,
+        row: str,
+        case: dict[str, Any],
+        options: Options,
+        title: str,
+        measured: dict[str, Measured],
+        reading: list[float],
+    ) -> None:
+        """Lets the sides do the work in turn. Two rounds that do not count load and compile code."""
+        names = [name for name in self._sessions if row in sides.KINDS[name].rows]
+        for name in list(names):
+            folder = self._model["peers" if sides.KINDS[name].package else "own"]
+            if self._attempt(name, "load", folder, case["dtype"], options.sample) is None:
+                names.remove(name)
+        for number in range(-2, options.repeats):
+            if number != -1:
+                self._notify(f"{title}: {'warm-up' if number < 0 else f'round {number + 1} of {options.repeats}'}")
+            for name in list(names):
+                found = self._attempt(name, "measure", row, case)
+                if found is None:
+                    names.remove(name)
+                    measured.pop(name, None)
+                elif number == -2:
+                    measured[name] = Measured(found["seconds"], tokens=found["tokens"])
+                elif number >= 0:
+                    measured[name].rounds.append(found["seconds"])
+            if ROWS[row].work is None:
+                seconds = sides.read_file(self._model["own"])
+                reading += [seconds] if number >= 0 else []
+        for name in names:
+            measured[name].peak = self._attempt(name, "peak")
+
+    def _attempt(self, name: str, method: str, *arguments: Any) -> Any:
+        """Returns the result of a method of a side. After a failure, a note has the reason and the result is None.
+
+        A new process replaces that of a side that failed, which may hold memory of the device or may have ended.
+        """
+        try:
+            return self._sessions[name].call(method, *arguments)
+        except isolated.IsolatedError as error:
+            what = f"{arguments[0]}: " if method == "measure" else ""
+            self._notes.append(f"{name}: {what}not measured: {error}")
+            self._sessions[name].close()
+            self._sessions[name] = start(name, self._options.device or "auto")
+            return None
+
+    def _summarize(
+        self, row: str, case: dict[str, Any], title: str, measured: dict[str, Measured], reading: list[float]
+    ) -> list[dict[str, Any]]:
+        """Returns the entry of a case; none if no side finished a round."""
+        kind = ROWS[row]
+        done = min((len(side.rounds) for side in measured.values() if side.rounds), default=0)
+        complete = {name: side for name, side in measured.items() if side.rounds}
+        if not done or (kind.work is None and not reading):
+            return []
+        for side in complete.values():  # after Ctrl-C, some have one more
+            side.rounds = side.rounds[:done]
+        tokens = kind.tokens(case) if kind.tokens else None
+        limit: dict[str, Any]
+        if kind.work is None:
+            shortest = statistics.median(reading)
+            limit = {"by": "file", "nbytes": self._model["nbytes"]}
+        else:
+            least = kind.work(limits.ModelSize(**self._model["size"]), case, BYTES[case["dtype"]])
+            shortest, by = least.seconds(self._rates[case["dtype"]])
+            limit = {"by": by, "nbytes": least.nbytes, "operations": least.operations}
+        limit = {"value": tokens / shortest if tokens else shortest, **limit}
+        own = {name: side.seconds() for name, side in complete.items() if sides.KINDS[name].package is None}
+        entries = []
+        for name, side in complete.items():
+            seconds = side.seconds()
+            values = sorted(tokens / one if tokens else one for one in seconds)
+            low, value, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+            ours = complete.get(f"icenet {sides.KINDS[name].backend}")
+            entries.append(
+                {
+                    "side": name,
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                    "seconds": seconds,
+                    "ratios": {other: common.ratio(seconds, times) for other, times in own.items()},
+                    "of_limit": shortest / statistics.median(seconds),
+                    "first_token_s": side.first_token(),
+                    "cold_first_token_s": side.cold_first_token(),
+                    "peak_bytes": side.peak,
+                    "same_tokens": _common(side.tokens, ours.tokens) if ours else None,
+                }
+            )
+        shown = {key: case[key] for key in ("lengths", "new_tokens", "dtype")} | {"sample": self._options.sample}
+        return [{"row": row, "title": title, "case": shown, "unit": kind.unit, "limit": limit, "sides": entries}]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns the number of equal tokens at the beginning of two texts."""
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _title(row: str, case: Mapping[str, Any]) -> str:
+    lengths = case["lengths"] or [0]
+    return ROWS[row].title.format(count=len(lengths), shortest=min(lengths), longest=max(lengths), **case)
+
+
+def prepare(*arguments: Any) -> dict[str, Any]:
+    """Returns what `target.prepare` returns, computed in another process.
+
+    Raises:
+        IceNetError: As there.
+    """
+    try:
+        found: dict[str, Any] = isolated.call(_TARGET, "prepare", *arguments)
+    except isolated.IsolatedError as error:
+        raise IceNetError(str(error)) from None
+    return found

@@ -1,0 +1,253 @@
+"""The sides of a measurement of inference: IceNet on each backend, and what users would run instead.
+
+A `Session` runs one side in a process of its own (see `icenet.commands.isolated`).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import icenet
+from icenet.core import backends
+from icenet.core.errors import UsageError
+from icenet.core.report import resident_memory
+from icenet.core.training.run_folder import versions
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a side is.
+
+    Attributes:
+        backend: The backend whose framework it runs on.
+        rows: The rows that it can measure.
+        package: The package that it needs; None for IceNet.
+        options: Further arguments of the peer.
+        gpu_only: Whether it is measured on CUDA only.
+    """
+
+    backend: str
+    rows: tuple[str, ...]
+    package: str | None = None
+    options: tuple[Any, ...] = ()
+    gpu_only: bool = False
+
+
+ALL_ROWS = ("decode", "prefill", "batch", "load")
+KINDS: dict[str, Kind] = {
+    "icenet mlx": Kind("mlx", ALL_ROWS),
+    "icenet torch": Kind("torch", ALL_ROWS),
+    "mlx-lm": Kind("mlx", ALL_ROWS, "mlx_lm"),
+    "transformers": Kind("torch", ALL_ROWS, "transformers"),
+    "transformers compiled": Kind("torch", ("decode",), "transformers", ("static",), gpu_only=True),
+}
+"""The sides by name. A compiled peer has a cache of fixed size, and `generate` compiles its model on CUDA."""
+
+
+def reason_missing(name: str) -> str:
+    """Returns why a side cannot run here; an empty text if its packages are installed."""
+    kind = KINDS[name]
+    for package in (kind.backend, kind.package):
+        if package is not None and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    return ""
+
+
+class OwnModel:
+    """IceNet's side: a model that `icenet.load` reads, continued by its `generate`.
+
+    Args:
+        backend: mlx or torch.
+        folder: What `icenet.load` accepts.
+        device: The name of the device.
+        dtype: fp32, bf16 or fp16; None keeps the dtype of a quantized folder.
+        sample: Whether to sample tokens, instead of taking the most likely ones.
+    """
+
+    def __init__(self, backend: str, folder: str, device: str, dtype: str | None, sample: bool) -> None:
+        peers = backends.module(backend, "tools.peers")
+        self._model = icenet.load(folder, backend, device, dtype=dtype)
+        self._options: dict[str, Any] = {
+            **({"temperature": peers.TEMPERATURE, "top_k": peers.TOP_K} if sample else {"temperature": 0.0}),
+            "repetition_penalty": 1.0,
+            "stop": [],
+            "ignore_eos": True,
+            "seed": 0,
+        }
+
+    def generate(self, prompts: Any, new_tokens: int) -> Any:
+        """Returns the new tokens of each row of prompts `[B, T]`."""
+        out = self._model.generate(prompts, max_new_tokens=new_tokens, **self._options)
+        return out[:, -new_tokens:].tolist()
+
+    def prefill(self, prompts: Any) -> Any:
+        """Reads prompts `[B, T]`, and chooses one token."""
+        return self.generate(prompts, 1)
+
+    def continue_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
+        """The same as `generate` for prompts of unequal lengths."""
+        return self.generate([list(prompt) for prompt in prompts], new_tokens)
+
+
+class Session:
+    """One side. Arguments and results are JSON types.
+
+    Args:
+        name: One of `KINDS`.
+        device: auto, cpu, gpu, ...
+    """
+
+    def __init__(self, name: str, device: str) -> None:
+        self._kind = kind = KINDS[name]
+        backends.resolve(kind.backend)
+        self._tools = backends.module(kind.backend, "tools.bench")
+        self._device_name = device
+        self._device = backends.module(kind.backend, "engine.build").choose_device(device)
+        if kind.gpu_only and self.device == "cpu":
+            raise UsageError("needs CUDA: transformers compiles there only")
+        self._memory = self._tools.PeakMemory(self._device)
+        self._side: Any = None
+        self._arguments: tuple[Any, ...] = ()
+        self._loads = 0
+
+    @property
+    def device(self) -> str:
+        """The kind of the device: cpu, or gpu for any other."""
+        return "cpu" if "cpu" in str(self._device).lower() else "gpu"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the kind of the device, the version of the framework and the source of the memory's peak."""
+        return {
+            "device": self.device,
+            "framework": f"{self._kind.backend} {versions().get(self._kind.backend)}",
+            "memory_source": self._memory.source,
+        }
+
+    def rates(self, dtype: str) -> dict[str, float]:
+        """Returns the rates of this framework: bytes per second of a copy, operations per second of products.
+
+        Args:
+            dtype: The dtype of the products.
+        """
+        largest = 1 << (30 if self.device == "gpu" else 28)
+        copies = [(2.0 * size, self._tools.memory_copy(size, self._device)) for size in _doubled(1 << 24, largest)]
+        products = (
+            (2.0 * size**3, self._tools.matrix_product(size, dtype, self._device)) for size in _doubled(256, 8192)
+        )
+        return {"bytes": fastest(copies), "operations": fastest(products)}
+
+    def load(self, folder: str, dtype: str, sample: bool) -> str:
+        """Loads the model, after freeing the one before. Returns its folder."""
+        self._arguments = (folder, dtype, sample)
+        self._free()
+        self._memory.begin()
+        self._load()
+        self._loads += 1
+        return folder
+
+    def _free(self) -> None:
+        self._side = None
+        gc.collect()
+
+    def _load(self) -> None:
+        folder, dtype, sample = self._arguments
+        if self._kind.package is None:
+            self._side = OwnModel(self._kind.backend, folder, self._device_name, dtype, sample)
+        else:
+            peer = backends.module(self._kind.backend, "tools.peers").Peer
+            self._side = peer(folder, self._device, dtype, sample, *self._kind.options)
+        self._tools.synchronize(self._device)
+
+    def measure(self, row: str, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the seconds of each part of a measurement (`seconds`), and `tokens` of the first prompt.
+
+        Args:
+            row: One of the kind's rows.
+            case: `prompts` (see `make_prompts`), `new_tokens`, `vocab_size`.
+        """
+        if row == "load":
+            self._free()
+            return {"seconds": [self._timed(self._load)[0]], "tokens": []}
+        prompts = make_prompts(case)
+        side, new_tokens = self._side, case["new_tokens"]
+        calls: dict[str, list[Callable[[], Any]]] = {
+            "decode": [lambda: side.generate(prompts, 1), lambda: side.generate(prompts, 1 + new_tokens)],
+            "prefill": [lambda: side.prefill(prompts)],
+            "batch": [lambda: side.continue_all(prompts, new_tokens)],
+        }
+        done = [self._timed(call) for call in calls[row]]
+        return {"seconds": [seconds for seconds, _ in done], "tokens": done[-1][1][0]}
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Returns the seconds of a call and its result. The device is idle before and after."""
+        self._tools.synchronize(self._device)
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        self._tools.synchronize(self._device)
+        return seconds, result
+
+    def peak(self) -> int | None:
+        """Returns the peak of the memory since the model was loaded, with its weights, in bytes.
+
+        Resident memory does not grow where memory of the model before is used again, so it is known once: None later.
+        """
+        is_known = self._memory.source != resident_memory.SOURCE or self._loads == 1
+        return int(self._memory.growth()) if is_known else None
+
+
+def make_prompts(case: Mapping[str, Any]) -> Any:
+    """Returns the random prompts of a case: int32 `[B, T]`, or a list of lists if their lengths differ.
+
+    Args:
+        case: `lengths`, the number of tokens of each prompt, and `vocab_size`.
+    """
+    lengths = case["lengths"]
+    draws = np.random.default_rng(0)
+    if len(set(lengths)) == 1:
+        return draws.integers(0, case["vocab_size"], (len(lengths), lengths[0])).astype(np.int32)
+    return [draws.integers(0, case["vocab_size"], length).tolist() for length in lengths]
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    return [first << shift for shift in range((last // first).bit_length())]
+
+
+def fastest(cases: Any, enough: float = 0.02) -> float:
+    """Returns the highest rate: work per second, in the unit of the cases.
+
+    Args:
+        cases: Pairs of the work of one repetition and a function that does a number of repetitions. They grow, and
+            the last one is the first that takes `enough` seconds for one repetition.
+        enough: Seconds.
+    """
+    best = 0.0
+    for work, run in cases:
+        run(1)
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            run(4)
+            times.append((time.perf_counter() - begin) / 4)
+        best = max(best, work / min(times))
+        if statistics.median(times) > enough:
+            break
+    return best
+
+
+def read_file(folder: str) -> float:
+    """Returns the seconds of reading the weights of a folder, which are in the cache of the system."""
+    files = [file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".gguf")]
+    begin = time.perf_counter()
+    for file in files:
+        np.fromfile(file, np.uint8)
+    return time.perf_counter() - begin
