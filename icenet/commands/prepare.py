@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from icenet.core import files
-from icenet.core.config import Config
+from icenet.core.config import ChatDataConfig, Config
 from icenet.core.config.presets import names
 from icenet.core.data.datasets import dataset_for
+from icenet.core.data.text.conversations import ConversationDataset
 from icenet.core.data.text.left_out import LeftOut
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.data.text.reading import Reader, UnusableFileError
@@ -28,7 +29,7 @@ MIN_VOCAB_SIZE = 257
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
     """Creates the token file of a configuration and returns a summary.
 
-    Does nothing if the cache has the file. Continues an interrupted call.
+    Does nothing if the cache has the file. Continues an interrupted call, but for conversations.
 
     Args:
         config: The configuration.
@@ -36,26 +37,31 @@ def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> 
         quiet: Show no progress.
 
     Raises:
-        UsageError: The data is not text.
+        UsageError: The data is neither text nor conversations.
         ConfigError, DataError: See `dataset_for`.
     """
-    if config.data.kind != "text":
+    if config.data.kind not in ("text", "chat"):
         raise UsageError(
-            f"data.kind {config.data.kind}: only text is prepared; icenet train reads other data directly"
+            f"data.kind {config.data.kind}: only text and chat are prepared; icenet train reads other data directly"
         )
     started = time.time()
     try:
         dataset = dataset_for(config, workers=workers, quiet=quiet)
     except (KeyboardInterrupt, Stopped) as stop:
         reason = str(stop) or "Ctrl-C"
-        raise IceNetError(
-            f"stopped by {reason}; the work done so far is kept: the same command continues it"
-        ) from None
-    assert isinstance(dataset, TextDataset) and dataset.path is not None
+        kept = "the work done so far is kept: the same command continues it"
+        if isinstance(config.data, ChatDataConfig):
+            kept = "conversations that are not all encoded are not kept"
+        raise IceNetError(f"stopped by {reason}; {kept}") from None
+    assert isinstance(dataset, (TextDataset, ConversationDataset)) and dataset.path is not None
     status = dataset.path.stat()
-    tokens = dataset.num_train_tokens + dataset.num_validation_tokens
     existing = "" if status.st_mtime >= started - 0.05 else "already prepared: "
-    documents = f"{dataset.num_documents:,} document{'s' if dataset.num_documents != 1 else ''}"
+    if isinstance(dataset, ConversationDataset):
+        tokens, count, noun = dataset.num_tokens, dataset.num_conversations, "conversation"
+    else:
+        tokens = dataset.num_train_tokens + dataset.num_validation_tokens
+        count, noun = dataset.num_documents, "document"
+    documents = f"{count:,} {noun}{'s' if count != 1 else ''}"
     summary = f"{existing}{tokens:,} tokens of {documents} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
     return "\n".join([summary, *dataset.notes])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 from helpers import is_one_line, tiny
 
+from icenet.commands.prepare import prepare
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
+from icenet.core.data.text import conversations
 from icenet.core.data.text.conversations import ConversationDataset, encode, open_conversations
 from icenet.core.errors import DataError, IceNetError
 from icenet.core.tokenizers.bytes import ByteTokenizer
@@ -119,13 +123,14 @@ def test_the_mask_is_that_of_transformers() -> None:
 def test_a_folder_of_files(tmp_path: Path) -> None:
     """JSON lines, packed ones, an array; a byte order mark and blank lines are not content."""
     example = {"prompt": "a", "completion": "b"}
-    write(tmp_path / "1.jsonl", example, example)
-    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(json.dumps(example).encode() + b"\n\n"))
-    (tmp_path / "3.json").write_text(json.dumps([example, example]))
-    (tmp_path / "4.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(example).encode())
-    found = opened(tmp_path)
+    (folder := tmp_path / "chats").mkdir()
+    write(folder / "1.jsonl", example, example)
+    (folder / "2.jsonl.gz").write_bytes(gzip.compress(json.dumps(example).encode() + b"\n\n"))
+    (folder / "3.json").write_text(json.dumps([example, example]))
+    (folder / "4.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(example).encode())
+    found = opened(folder)
     assert found.steps_per_epoch(1) == 6 and not found.notes
-    assert found.fingerprint == opened(tmp_path, seed=2).fingerprint != opened(tmp_path / "1.jsonl").fingerprint
+    assert found.fingerprint == opened(folder, seed=2).fingerprint != opened(folder / "1.jsonl").fingerprint
 
 
 def test_batches(tmp_path: Path) -> None:
@@ -222,3 +227,65 @@ def test_a_model_is_trained_on_the_answers(tmp_path: Path, backend: str) -> None
     assert isinstance(dataset_for(config), ConversationDataset)
     run = train(config, tmp_path / "run", backend).run
     assert losses(run)[0] > 4 and losses(run)[-1] < 0.5  # of 26 letters by chance: 3.3
+
+
+def test_conversations_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file in the cache has the same batches and notes. A damaged one is made again, as for other settings."""
+    calls = []
+
+    def counted(example: Any, tokenizer: Any, train_on: str) -> Any:
+        calls.append(example)
+        return encode(example, tokenizer, train_on)
+
+    monkeypatch.setattr(conversations, "encode", counted)
+    path = write(tmp_path / "c.jsonl", chat("Hi", "Hello " * 20), *({"prompt": "a", "completion": c} for c in "bcd"))
+    first = opened(path)
+    assert len(calls) == 4
+    with pytest.raises(ValueError, match="read-only"):
+        first._file.tokens[0] = 1
+    again = opened(path)
+    assert len(calls) == 4 and again.notes == first.notes != [] and again.summary == first.summary
+    for name, array in first.train_batch(1, 2).items():
+        assert np.array_equal(again.train_batch(1, 2)[name], array)
+    opened(path, errors="skip")
+    assert len(calls) == 4
+    first.path.write_bytes(first.path.read_bytes()[:-8])
+    assert opened(path).fingerprint == first.fingerprint and len(calls) == 8
+    for options in ({"train_on": "all"}, {"seq_length": 9}):
+        opened(path, **options)
+    other = Tokens()
+    other.chat_template = f"!{TEMPLATE}"
+    assert open_conversations(str(path), other, seq_length=64, seed=1).fingerprint != first.fingerprint
+    assert len(calls) == 20
+    write(path, {"prompt": "a", "completion": "b"})
+    assert opened(path).num_conversations == 1 and not first.path.exists()
+
+
+def test_processes_that_start_at_once_encode_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def slow(example: Any, tokenizer: Any, train_on: str) -> Any:
+        calls.append(example)
+        time.sleep(0.05)
+        return encode(example, tokenizer, train_on)
+
+    monkeypatch.setattr(conversations, "encode", slow)
+    path = write(tmp_path / "c.jsonl", *({"prompt": "a", "completion": c} for c in "bcd"))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: opened(path), range(3)))
+    assert len(calls) == 3 and len({data.fingerprint for data in found}) == 1
+
+
+def test_prepare_encodes_conversations(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", *({"prompt": "a", "completion": c} for c in "bcd"))
+    config = tiny(tmp_path, f"data={{kind: chat, source: {path}, validation_fraction: 0}}", "training.batch_size=2")
+    assert is_one_line(summary := prepare(config, quiet=True), "9 tokens of 3 conversations")
+    assert summary.removeprefix("already prepared: ") in prepare(config, quiet=True)
+
+
+def test_a_line_that_was_left_out_is_an_error_again(tmp_path: Path) -> None:
+    """The file that `skip` made is not used for `stop`."""
+    path = write(tmp_path / "c.jsonl", {"prompt": "a", "completion": "b"}, {"text": "x"})
+    assert "left out" in opened(path, errors="skip").notes[0]
+    with pytest.raises(DataError, match="line 2"):
+        opened(path)

@@ -1,11 +1,11 @@
 """The cache of token files: each source is encoded once.
 
-    NAME-STATE.tokens   the tokens of a source (`token_file`)
-    NAME.partial/       unfinished work (`prepare`)
+    NAME-STATE.tokens   the tokens of a source (`token_file`, `conversation_file`)
+    NAME.partial/       unfinished work (`prepare`, `conversations`)
     NAME.lock           held by the process that encodes the source; others wait
 
-NAME is a hash of the source and the tokenizer, STATE a hash of the source's files (names, sizes, times): a changed
-source gets a new token file.
+NAME is a hash of the source, the tokenizer and the settings. STATE is a hash of the source's files (names, sizes,
+times), so a changed source gets a new token file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from icenet.core import files
 from icenet.core.data.text.prepare import Progress, make_token_file
@@ -26,6 +28,8 @@ from icenet.core.errors import DataError, FileError
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.tokenizers.huggingface import limit_threads
 
+F = TypeVar("F")
+"""A file in the cache."""
 _NAME = "[0-9a-f]" * 12
 _MAX_AGE_SECONDS = {f".{_NAME}-*.tokens.*.tmp": 3600, f"{_NAME}.partial": 7 * 86400, f"{_NAME}.shards": 7 * 86400}
 """Age at which unfinished files count as abandoned. Version 0.1 kept them in `NAME.shards`.
@@ -58,22 +62,56 @@ def load_tokens(
     Raises:
         DataError: The source has no text, a file cannot be read, or the cache cannot be written.
     """
-    folder = folder if folder is not None else files.cache_folder()
     key = f"{text_key}\n" if any(document.lines or document.json for document in source.documents) else ""
     key += "replace\n" if errors == "replace" else ""  # tokens that `stop` finds are those of `skip`
-    name = hashlib.sha256(os.fsencode(f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}")).hexdigest()[:12]
+
+    def make(path: Path, partial: Path) -> None:
+        with limit_threads(workers):
+            make_token_file(path, source, tokenizer, text_key, partial, progress, errors)
+
+    return cached(
+        source,
+        f"{VERSION}\n{tokenizer.name}\n{source.identity}\n{key}",
+        folder,
+        lambda path: _allowed(open_file(path, tokenizer), errors),
+        make,
+    )
+
+
+def cached(
+    source: Source,
+    identity: str,
+    folder: Path | None,
+    opened: Callable[[Path], F | None],
+    make: Callable[[Path, Path], None],
+) -> F:
+    """Returns the file of a source in the cache. Makes it first if it is not there, in one process at a time.
+
+    Args:
+        source: The documents.
+        identity: Everything that determines the file, but for the content of the documents.
+        folder: The cache (default: `files.cache_folder()`).
+        opened: Opens the file at a path; returns None if it has to be made.
+        make: Writes the file to its first argument, a path. The second is a folder for unfinished work.
+
+    Raises:
+        DataError: The cache cannot be written.
+    """
+    folder = folder if folder is not None else files.cache_folder()
+    name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]
     state = hashlib.sha256(b"".join(document.state for document in source.documents)).hexdigest()[:16]
     path = folder / f"{name}-{state}.tokens"
     partial = folder / f"{name}.partial"
     try:
-        if (file := _open(path, tokenizer, errors)) is not None:
+        if (file := opened(path)) is not None:
             return file
         folder.mkdir(parents=True, exist_ok=True)
-        with files.locked(folder / f"{name}.lock"), limit_threads(workers):
-            if _open(path, tokenizer, errors) is None:  # another process may have written it meanwhile
-                make_token_file(path, source, tokenizer, text_key, partial, progress, errors)
-                _clean(path)
-            if (file := _open(path, tokenizer, errors)) is not None:
+        with files.locked(folder / f"{name}.lock"):
+            if (file := opened(path)) is not None:  # another process has written it meanwhile
+                return file
+            make(path, partial)
+            _clean(path)
+            if (file := opened(path)) is not None:
                 return file
     except (OSError, FileError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
@@ -81,9 +119,8 @@ def load_tokens(
     raise DataError(f"the token file {path} differs from what was written to it; check the disk")
 
 
-def _open(path: Path, tokenizer: Tokenizer, errors: str) -> TokenFile | None:
-    """Opens a token file; returns None if it has to be made, or left out what is an error now."""
-    file = open_file(path, tokenizer)
+def _allowed(file: TokenFile | None, errors: str) -> TokenFile | None:
+    """Returns a file, or None if it left out what is an error now."""
     return file if file is not None and file.left_out.is_allowed(errors) else None
 
 

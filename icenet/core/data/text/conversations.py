@@ -5,18 +5,17 @@ Each line of a JSON Lines file is an object with one of these forms:
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}       two texts, or two lists of messages
 
-Messages become text by the chat template of the tokenizer. Two texts are joined, and the end of text follows. All
-tokens are kept in memory.
+Messages become text by the chat template of the tokenizer. Two texts are joined, and the end of text follows. The
+tokens are encoded once, kept in the cache of token files, and mapped into memory.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,14 @@ from numpy.typing import NDArray
 from icenet.core import rng
 from icenet.core.config.section import visible
 from icenet.core.data.epochs import Epochs, validation_rows
+from icenet.core.data.text import conversation_file
+from icenet.core.data.text.cache import cached
+from icenet.core.data.text.conversation_file import ConversationFile, PartialConversations, Row
 from icenet.core.data.text.documents import IGNORED, MULTIPLE
 from icenet.core.data.text.left_out import BAD_LINES, EMPTY, LeftOut
 from icenet.core.data.text.packed import Batch
 from icenet.core.data.text.reading import MAX_LINE_BYTES
-from icenet.core.data.text.sources import Document, find_source, reason
+from icenet.core.data.text.sources import Document, Source, find_source, reason
 from icenet.core.errors import DataError, IceNetError
 from icenet.core.tokenizers import chat
 from icenet.core.tokenizers.base import Tokenizer, encode_prompt
@@ -39,18 +41,6 @@ NO_ANSWER = "conversations without an answer within data.seq_length, left out"
 CUT = "conversations longer than data.seq_length, cut at the end"
 
 
-class Row(NamedTuple):
-    """The tokens of one conversation.
-
-    Attributes:
-        tokens: int32 `[n]`.
-        trained: Whether a token is predicted, bool `[n]`; never the first one.
-    """
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-
-
 class ConversationDataset:
     """Rows of conversations, padded and masked. It implements `icenet.core.data.datasets.Dataset`.
 
@@ -58,19 +48,23 @@ class ConversationDataset:
     `Epochs`.
 
     Args:
-        rows: The conversations.
+        file: The conversations.
         tokenizer: Their tokenizer.
         seed: Determines the order of batches.
         validation_fraction: Fraction of the rows held out.
         description: Name in messages.
-        left_out: What was left out of the source.
+        left_out: What was left out of the source besides `file.left_out`.
+
+    Attributes:
+        path: The file of the tokens.
+        num_tokens, num_conversations: Size of the source.
     """
 
     unit = "tok"
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        file: ConversationFile,
         tokenizer: Tokenizer,
         *,
         seed: int,
@@ -79,24 +73,24 @@ class ConversationDataset:
         left_out: LeftOut | None = None,
     ) -> None:
         self.tokenizer, self.seed, self.description = tokenizer, seed, description
-        content = hashlib.sha256(tokenizer.name.encode())
-        for row in rows:
-            content.update(row.tokens.tobytes() + row.trained.tobytes())
-        self.fingerprint = content.hexdigest()
-        held_out = round(len(rows) * validation_fraction)
-        if validation_fraction and not 0 < held_out < len(rows):
+        self.fingerprint = file.fingerprint
+        self.path = file.path
+        self.num_tokens, self.num_conversations = len(file.tokens), len(file.starts) - 1
+        self._file = file
+        held_out = round(self.num_conversations * validation_fraction)
+        if validation_fraction and not 0 < held_out < self.num_conversations:
             raise DataError(
-                f"{description} has {len(rows):,} conversations, too few to hold out data.validation_fraction "
-                f"{validation_fraction:g} of them; raise it, name a longer data.source, or set it to 0"
+                f"{description} has {self.num_conversations:,} conversations, too few to hold out "
+                f"data.validation_fraction {validation_fraction:g} of them; raise it, name a longer data.source, or "
+                "set it to 0"
             )
-        order = rng.permutation(rng.key(0, "conversations held out"), len(rows))
-        self._train = [rows[index] for index in sorted(order[held_out:])]
-        self._validation = [rows[index] for index in sorted(order[:held_out])]
+        order = rng.permutation(rng.key(0, "conversations held out"), self.num_conversations)
+        self._train, self._validation = np.sort(order[held_out:]), np.sort(order[:held_out])
+        left_out = (left_out or LeftOut()).merged(file.left_out)
         self.notes = [f"{description}: {left_out.summary()}"] if left_out else []
-        trained = sum(int(row.trained.sum()) for row in rows)
         self.summary = [
-            f"{len(self._train):,} conversations for training, {held_out:,} for validation; {trained:,} of "
-            f"{sum(len(row.tokens) for row in rows):,} tokens are answers"
+            f"{len(self._train):,} conversations for training, {held_out:,} for validation; {file.num_trained:,} of "
+            f"{len(file.tokens):,} tokens are answers"
         ]
         self._epochs = Epochs(len(self._train), seed, self._too_few_rows)
 
@@ -113,7 +107,8 @@ class ConversationDataset:
     @property
     def items_per_row(self) -> int:
         """Number of tokens in one row of a batch, on average."""
-        return max(1, round(sum(len(row.tokens) - 1 for row in self._train) / max(1, len(self._train))))
+        labels = int((self._file.starts[self._train + 1] - self._file.starts[self._train] - 1).sum())
+        return max(1, round(labels / max(1, len(self._train))))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the number of full batches in one pass. The remainder is dropped.
@@ -130,12 +125,12 @@ class ConversationDataset:
             `inputs` and `labels`, int32 `[batch_size, T]`, and `attention_mask`, bool `[batch_size, T]`, False for
             padding. The label of padding and of tokens that are not trained is -100.
         """
-        return self._batch([self._train[row] for row in self._epochs.rows(step, batch_size)[1]])
+        return self._batch(self._train[self._epochs.rows(step, batch_size)[1]])
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """Yields at most `count` validation batches, the same in every call; the last one may be smaller."""
         for rows in validation_rows(len(self._validation), batch_size, count):
-            yield self._batch([self._validation[row] for row in rows])
+            yield self._batch(self._validation[rows])
 
     def _too_few_rows(self, batch_size: int) -> str:
         return (
@@ -143,7 +138,8 @@ class ConversationDataset:
             f"{batch_size:,}: name a longer data.source, or lower training.batch_size"
         )
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
+    def _batch(self, indices: NDArray[np.int64]) -> Batch:
+        rows = [self._file.row(index) for index in indices]
         longest = -(-max(len(row.tokens) - 1 for row in rows) // MULTIPLE) * MULTIPLE
         inputs = np.full((len(rows), longest), self.tokenizer.eot_id, np.int32)
         labels = np.full((len(rows), longest), IGNORED, np.int32)
@@ -165,9 +161,10 @@ def open_conversations(
     validation_fraction: float = 0.0,
     train_on: str = "answers",
     errors: str = "stop",
+    cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ConversationDataset:
-    """Reads and encodes a source of conversations.
+    """Opens a source of conversations. Encodes it first if its tokens are not in the cache.
 
     Args:
         source: A file of JSON lines, or a folder or glob of such files.
@@ -176,16 +173,57 @@ def open_conversations(
         seed, validation_fraction: See `ConversationDataset`.
         train_on: answers, or all for every token.
         errors: stop, or skip to leave out lines that cannot be used.
+        cache_dir: The folder of token files (default: $ICENET_CACHE or ~/.cache/icenet).
         progress: Called with the bytes done and the bytes in total.
 
     Raises:
-        DataError: A file cannot be read, a line has no conversation, or nothing is left.
+        DataError: A file cannot be read, a line has no conversation, nothing is left, or the cache cannot be written.
         UsageError: The tokenizer has no chat template, or the template refuses the messages.
     """
     found = find_source(source, "stop" if errors == "replace" else errors)
-    left_out, rows = found.left_out, list[Row]()
-    total, done = sum(document.size for document in found.documents), 0
-    for document in found.documents:
+    template = [getattr(tokenizer, name, None) for name in ("chat_template", "template_tokens")]
+    settings = [seq_length, train_on, template]
+
+    def opened(path: Path) -> ConversationFile | None:
+        file = conversation_file.open_file(path)
+        return file if file is not None and file.left_out.is_allowed(errors) else None
+
+    def make(path: Path, partial: Path) -> None:
+        with PartialConversations(partial, tokenizer) as rows:
+            left_out = _encode_source(found, tokenizer, seq_length, train_on, errors, rows, progress)
+            if not len(rows):
+                left_out = found.left_out.merged(left_out)
+                raise DataError(
+                    f"data.source: there are no conversations in {found.description}; each line must be an object "
+                    f"with messages, or with prompt and completion{'; ' if left_out else ''}{left_out.summary()}"
+                )
+            rows.write(path, left_out)
+
+    identity = json.dumps([conversation_file.VERSION, tokenizer.name, found.identity, settings], default=dict)
+    folder = Path(cache_dir) if cache_dir is not None else None
+    return ConversationDataset(
+        cached(found, identity, folder, opened, make),
+        tokenizer,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        description=found.description,
+        left_out=found.left_out,
+    )
+
+
+def _encode_source(
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    train_on: str,
+    errors: str,
+    rows: PartialConversations,
+    progress: Progress | None,
+) -> LeftOut:
+    """Appends the conversations of a source to `rows`. Returns what is left out."""
+    left_out = LeftOut()
+    total, done = sum(document.size for document in source.documents), 0
+    for document in source.documents:
         before, read = len(rows), 0
         for number, line in _lines(document):
             try:
@@ -214,19 +252,7 @@ def open_conversations(
         done += document.size
         if progress is not None:
             progress(done, total)
-    if not rows:
-        raise DataError(
-            f"data.source: there are no conversations in {found.description}; each line must be an object with "
-            f"messages, or with prompt and completion{'; ' if left_out else ''}{left_out.summary()}"
-        )
-    return ConversationDataset(
-        rows,
-        tokenizer,
-        seed=seed,
-        validation_fraction=validation_fraction,
-        description=found.description,
-        left_out=left_out,
-    )
+    return left_out
 
 
 def encode(example: Mapping[str, Any], tokenizer: Tokenizer, train_on: str = "answers") -> Row:
