@@ -94,14 +94,16 @@ class HFTokenizer:
             )
         self.eot_id = vocabulary[eot_token]
         self.vocab_size = max(vocabulary.values()) + 1
-        self.text_vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        own_id = self._tokenizer.model.token_to_id
+        only_added = {token.content for token in added.values() if own_id(token.content) is None}
+        self.text_vocab_size = max((id for name, id in vocabulary.items() if name not in only_added), default=0) + 1
         """The largest token id of ordinary text plus one. Added tokens may have larger ids, which models may lack."""
         self._bytes = _byte_tokens(vocabulary) if b'"ByteFallback"' in content else {}
         is_bpe = isinstance(self._tokenizer.model, library().models.BPE)  # for which transformers does not do it
         cleans = settings.values.get("clean_up_tokenization_spaces") is True and not is_bpe
         self.unstable_characters = _CLEANED_CHARACTERS if cleans else 0
         self._coverage = _Coverage(self._tokenizer)
-        added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
         self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
         self._hidden = frozenset(self.special_tokens.values())
@@ -116,7 +118,7 @@ class HFTokenizer:
         for prefix in ("a", "\n"):
             with contextlib.suppress(DataError):
                 self._prefixes[prefix] = self.encode(prefix)
-        ordinary = [id for name, id in self._tokenizer.get_vocab().items() if name not in self.special_tokens]
+        ordinary = [id for name, id in vocabulary.items() if name not in self.special_tokens]
         if not ordinary:
             raise DataError(f"data.tokenizer: {where}: has no tokens besides special ones")
         self._letter = self._prefixes.get("a", [])[-1:] or [min(ordinary)]
