@@ -146,6 +146,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     """
     from icenet.core import files
     from icenet.core.config import user_code, written, yaml_file
+    from icenet.core.families import sentence_transformers
     from icenet.core.models.build import check_config
     from icenet.core.tokenizers.base import TOKENIZER_FILE
     from icenet.core.training import saved_model
@@ -158,7 +159,9 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
         config["data"] = {"tokenizer": name}
     if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
-        config["embedding"] = embedding
+        names = [f"{index}_Dense" for index in range(2, 2 + len(model.embedding_options.dense))]
+        companions |= sentence_transformers.dense_files(model.embedding_options, names)
+        config["embedding"] = {**embedding, **({"dense": names} if names else {})}
     if model.generation is not None:  # without the seed, which is that of this model
         settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}
         config |= {"generation": settings} if settings else {}
@@ -253,8 +256,9 @@ def embed(
         batch_size: Number of texts that are computed together. It does not change the vectors.
         backend, device, dtype: See `load`, for a path.
         progress: Called with the number of texts that are done and that of all, after each batch.
-        options: Keys of `icenet.core.config.EmbeddingConfig`: pooling, normalize, max_seq_length, lower_case, prompt,
-            prompt_name, prompts, include_prompt. By default those of the folder; otherwise the mean over the tokens.
+        options: Keys of `icenet.core.config.EmbeddingConfig`: pooling, dense, normalize, max_seq_length, lower_case,
+            prompt, prompt_name, prompts, include_prompt. By default those of the folder; otherwise the mean over the
+            tokens.
 
     Returns:
         float32 `[N, D]` in the order of the texts, or `[D]` for one text that is not in a list.

@@ -36,6 +36,8 @@ class EmbeddingConfig(Section):
     pooling: _Poolings = Field(default_factory=_mean)
     """How tokens become one vector: cls (the first), max, mean, mean_sqrt_length, weighted_mean, last. Several are
     concatenated; none: the model gives no embeddings."""
+    dense: list[str] = Field(default_factory=list)
+    """Folders of layers after the pooling, in this order: `Dense` of sentence-transformers."""
     normalize: bool = False
     """Divide each vector by its length."""
     max_seq_length: Annotated[int, Field(ge=1, le=2**24)] | None = None

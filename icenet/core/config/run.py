@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -18,11 +18,20 @@ from icenet.core.config.embedding import EmbeddingConfig
 from icenet.core.config.generation import GenerationConfig
 from icenet.core.config.model import SECTIONS as MODEL_SECTIONS
 from icenet.core.config.model import AnyModelConfig, CustomConfig, ImageModelConfig, TransformerConfig
+from icenet.core.config.scalars import Scalar
 from icenet.core.config.section import KeyPath, Section, explain, location, shortened
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import ConfigError
 
 _log = logging.getLogger("icenet")
+
+
+class _Override(NamedTuple):
+    """A change `key=value`, as it is written, and its parts."""
+
+    text: str
+    key: KeyPath
+    value: Scalar
 
 
 class Config(Section):
@@ -77,13 +86,14 @@ class Config(Section):
 
         file = find(path)
         values, lines = yaml_file.read(file)
-        config = cls._checked(values, overrides, lines, file)
+        parsed = _parse(overrides)
+        config = cls._checked(values, parsed, lines, file)
         for key, reference in custom.references(config).items():
             section, _, name = key.partition(".")
             setattr(getattr(config, section), name, custom.resolve(reference, file.parent, key))
         if trust_code:
             custom.trust_all(config)
-        keys = [yaml_file.parse_override(override)[0] for override in overrides]
+        keys = [override.key for override in parsed]
 
         def absolute(value: str, section: str, key: str) -> str:
             overridden = (section,) in keys or (section, key) in keys
@@ -94,6 +104,8 @@ class Config(Section):
             config.data.tokenizer = absolute(config.data.tokenizer, "data", "tokenizer")
         if config.training.init_from is not None:
             config.training.init_from = absolute(config.training.init_from, "training", "init_from")
+        if config.embedding.dense:
+            config.embedding.dense = [absolute(path, "embedding", "dense") for path in config.embedding.dense]
         return config
 
     @classmethod
@@ -103,13 +115,12 @@ class Config(Section):
         Raises:
             ConfigError: The content is invalid.
         """
-        return cls._checked(values, overrides, {}, None)
+        return cls._checked(values, _parse(overrides), {}, None)
 
     @classmethod
     def _checked(
-        cls, values: Mapping[str, Any], overrides: Sequence[str], lines: yaml_file.Lines, file: Path | None
+        cls, values: Mapping[str, Any], parsed: Sequence[_Override], lines: yaml_file.Lines, file: Path | None
     ) -> Config:
-        parsed = [(override, *yaml_file.parse_override(override)) for override in overrides]
         model_path = imported.path_of(values, [(key, value) for _, key, value in parsed])
         folder, changed = file.parent if file else Path(), {key: value for _, key, value in parsed}
         tree = imported.expand(yaml_file.copy_tree(values), model_path, folder, changed)
@@ -149,6 +160,10 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Returns the configuration as YAML with every key."""
         return yaml_file.dump(self.to_dict())
+
+
+def _parse(overrides: Sequence[str]) -> list[_Override]:
+    return [_Override(text, *yaml_file.parse_override(text)) for text in overrides]
 
 
 def _absolute(value: str, key: str, folder: Path, warn: bool) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import EmbeddingConfig, TransformerConfig
+from icenet.core.embedding import dense
 from icenet.core.embedding.pooling import Floats, normalize, pool
 from icenet.core.errors import ConfigError, NonFiniteError, UsageError
 from icenet.core.tokenizers.base import Tokenizer, encode_texts, special_tokens
@@ -41,6 +43,7 @@ def embed_texts(
         UsageError: The model has no hidden states or no tokenizer, or an option or a text is invalid.
         NoTokenError, DataError: See `HFTokenizer.encode`.
         NonFiniteError: An embedding is NaN or infinite.
+        ConfigError, WeightsError: A layer after the pooling cannot be read.
     """
     given = [texts] if isinstance(texts, str) else list(texts)
     settings = _settings(model, options or {})
@@ -50,12 +53,23 @@ def embed_texts(
     if wrong is not None:
         raise UsageError(f"embed: text {wrong} is of type {type(given[wrong]).__name__}, not a text")
     rows, prompt_length = _tokens(model, given, settings)
+    layers = [dense.read(Path(folder)) for folder in settings.dense]
     width = model.config.hidden_size * len(settings.pooling)
+    for folder, layer in zip(settings.dense, layers, strict=True):
+        if layer.shape.width_in != width:
+            raise UsageError(
+                f"embed: {folder} reads vectors of {layer.shape.width_in} values, and those before it have {width}; "
+                "give dense=[] or another pooling"
+            )
+        width = layer.shape.width_out
     found = np.empty((len(rows), width), np.float32)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # the longest first: memory fails early
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        found[chosen] = _embed_batch(model, [rows[index] for index in chosen], settings, prompt_length)
+        vectors = _pool_batch(model, [rows[index] for index in chosen], settings, prompt_length)
+        for layer in layers:
+            vectors = layer(vectors)
+        found[chosen] = normalize(vectors) if settings.normalize else vectors
         wrong_rows = [index for index in chosen if not np.isfinite(found[index]).all()]
         if wrong_rows:
             raise NonFiniteError(
@@ -116,7 +130,7 @@ def _tokens(model: Any, texts: Sequence[str], settings: EmbeddingConfig) -> tupl
     return rows, len(own) - sum(token in special_tokens(tokenizer).values() for token in own[-1:])
 
 
-def _embed_batch(model: Any, rows: Sequence[Tokens], settings: EmbeddingConfig, prompt_length: int) -> Floats:
+def _pool_batch(model: Any, rows: Sequence[Tokens], settings: EmbeddingConfig, prompt_length: int) -> Floats:
     length = max(map(len, rows))
     tokens = np.zeros((len(rows), length), np.int32)
     mask = np.zeros((len(rows), length), np.bool_)
@@ -124,5 +138,4 @@ def _embed_batch(model: Any, rows: Sequence[Tokens], settings: EmbeddingConfig, 
         tokens[index, : len(row)], mask[index, : len(row)] = row, True
     hidden = model.compute_hidden_states(tokens, None if mask.all() else mask)
     mask[:, :prompt_length] = False
-    vectors = pool(hidden, mask, settings.pooling)
-    return normalize(vectors) if settings.normalize else vectors
+    return pool(hidden, mask, settings.pooling)

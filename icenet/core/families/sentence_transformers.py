@@ -1,19 +1,22 @@
 """The files that sentence-transformers adds to a folder of Hugging Face: pooling, normalization, limits and prompts.
 
-Source: the classes `Transformer`, `Pooling` and `Normalize` of `sentence_transformers` (versions 2 to 6).
+Source: the classes `Transformer`, `Pooling`, `Dense`, `Dropout` and `Normalize` of `sentence_transformers` (versions
+2 to 6).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from icenet.core.config import EmbeddingConfig
+from icenet.core.embedding import dense
 from icenet.core.errors import ConfigError
 from icenet.core.families.keys import shown
+from icenet.core.weights.files import DEFAULT_NAME
 
 Read = Callable[[Path], dict[str, Any] | list[Any]]
 
@@ -89,24 +92,46 @@ def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_
         modules = read_json(source / MODULES) if (source / MODULES).is_file() else []
         paths = [module.get("path") for module in modules if isinstance(module, dict)]
         paths = [path for path in paths if path and _inside(source, path, source / MODULES)]
-        inner = [f"{path}/config.json" for path in paths]
+        inner = [f"{path}/{name}" for path in paths for name in (dense.CONFIG, DEFAULT_NAME)]
         names = [MODULES, _SETTINGS, *_TRANSFORMER_FILES, *inner]
         return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     if embedding == EmbeddingConfig():
         return {}
-    steps = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] * embedding.normalize)]
+    kinds = ["Transformer", "Pooling", *(["Dense"] * len(embedding.dense)), *(["Normalize"] * embedding.normalize)]
+    paths = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds) if index)]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(steps)
+        for index, (path, kind) in enumerate(zip(paths, kinds, strict=True))
     ]
-    flags = {key: name in embedding.pooling for key, name in _POOLING.items()}
+    flags: dict[str, Any] = {key: name in embedding.pooling for key, name in _POOLING.items()}
+    if embedding.pooling != [name for name in _POOLING.values() if name in embedding.pooling]:  # another order
+        theirs = {name: text for text, name in _MODES.items()}
+        flags = {"pooling_mode": [theirs.get(name, name) for name in embedding.pooling]}
     limits = {"max_seq_length": embedding.max_seq_length, "do_lower_case": embedding.lower_case}
     settings = {"prompts": embedding.prompts, "default_prompt_name": embedding.prompt_name}
     if embedding.prompt is not None:
         settings = {"prompts": {**embedding.prompts, "default": embedding.prompt}, "default_prompt_name": "default"}
     pooling = {_SIZES[0]: width, **flags, "include_prompt": embedding.include_prompt}
     files = {MODULES: modules, _SETTINGS: settings, _TRANSFORMER_FILES[0]: limits, "1_Pooling/config.json": pooling}
-    return {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
+    written = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
+    return {**written, **dense_files(embedding, paths[2 : 2 + len(embedding.dense)])}
+
+
+def dense_files(embedding: EmbeddingConfig, names: Sequence[str]) -> dict[str, bytes]:
+    """Returns the content of the files of the layers after the pooling.
+
+    Args:
+        embedding: The settings.
+        names: The names of their folders.
+
+    Raises:
+        ConfigError, WeightsError: One cannot be read.
+    """
+    found = {}
+    for name, path in zip(names, map(Path, embedding.dense), strict=True):
+        dense.read(path)
+        found |= {f"{name}/{file}": (path / file).read_bytes() for file in (dense.CONFIG, DEFAULT_NAME)}
+    return found
 
 
 def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
@@ -115,24 +140,37 @@ def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ConfigError(f"{file}: not a list of modules; copy or save it again")
-    fields: dict[str, Any] = {"pooling": []}
+    fields: dict[str, Any] = {"pooling": [], "dense": []}
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     for index, (module, kind) in enumerate(zip(modules, kinds, strict=True)):
         before = kinds[:index]
+        problem = f"the step {kind}"
         if kind == "Transformer" and index == 0 and module.get("path") in (None, "", "."):
             continue
         if kind == "Pooling" and before == ["Transformer"]:
             path = _inside(folder, module.get("path"), file)
             fields |= _read_pooling(path / "config.json", _object(path / "config.json", read_json))
-        elif kind == "Normalize" and fields["pooling"]:
+            continue
+        if kind == "Dropout":  # for training only
+            continue
+        if kind == "Dense" and fields["pooling"] and not fields.get("normalize"):
+            path = _inside(folder, module.get("path"), file)
+            values = _object(path / dense.CONFIG, read_json)
+            missing = dense.unsupported(values)
+            if missing is None:
+                dense.Dense(path, dense.shape_of(path / dense.CONFIG, values))
+                fields["dense"].append(str(path.absolute()))
+                continue
+            problem = f"{missing} of the step {kind}"
+        if kind == "Normalize" and fields["pooling"]:
             fields["normalize"] = True
-        else:
-            place = f" (path {shown(module['path'])})" if module.get("path") else ""
-            _log.warning(
-                f"{file}: the step {kind}{place} is not supported here, only Transformer, Pooling and Normalize; "
-                "icenet.embed needs embedding.pooling, which then has the steps that it names"
-            )
-            return {"pooling": []}
+            continue
+        place = f" (path {shown(module['path'])})" if module.get("path") else ""
+        _log.warning(
+            f"{file}: {problem}{place} is not supported here, only Transformer, Pooling, Dense and Normalize in this "
+            "order; icenet.embed needs embedding.pooling, which then has the steps that it names"
+        )
+        return {"pooling": []}
     if not fields["pooling"]:
         _log.warning(f"{file}: has no Pooling; icenet.embed needs embedding.pooling")
     return fields

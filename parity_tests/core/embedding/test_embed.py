@@ -14,8 +14,10 @@ import pytest
 from helpers import both_backends, is_one_line
 
 import icenet
+from icenet.core.embedding import dense
 from icenet.core.embedding.pooling import normalize, pool
-from icenet.core.errors import ConfigError, UsageError
+from icenet.core.errors import ConfigError, UsageError, WeightsError
+from icenet.core.weights import files as weight_files
 
 for _name in ("torch", "mlx", "transformers", "tokenizers"):
     pytest.importorskip(_name)
@@ -272,14 +274,112 @@ def test_spellings_of_the_pooling(folder: Path, given: dict[str, Any], pooling: 
 
 
 def test_a_step_that_is_not_supported_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    add_modules(folder, "Dense", "Normalize")
+    add_modules(folder, "LayerNorm", "Normalize")
     loaded = icenet.load(folder, "torch", "cpu")
-    assert any(is_one_line(message, "Dense", "2_Dense", "embedding.pooling") for message in caplog.messages)
+    assert any(is_one_line(message, "LayerNorm", "2_LayerNorm", "embedding.pooling") for message in caplog.messages)
     with pytest.raises(UsageError, match=r"embedding\.pooling is empty"):
         icenet.embed(loaded, "a")
     assert icenet.embed(loaded, "a", pooling="mean", normalize=True).shape == (21,)
     icenet.convert(folder, folder.parent / "out", "hf")  # without files that promise the step
     assert not (folder.parent / "out" / "modules.json").exists()
+
+
+def add_dense(folder: Path, name: str, width_in: int, width_out: int, activation: str = "", **options: Any) -> Any:
+    """Writes a layer as sentence-transformers does, and returns it in float64."""
+    torch.manual_seed(7)
+    layer = torch.nn.Linear(width_in, width_out, bias=options.get("bias", True))
+    arrays = {f"linear.{key}": value.detach().numpy() for key, value in layer.named_parameters()}
+    projection = None
+    if options.get("use_residual") and width_in != width_out:
+        projection = torch.nn.Linear(width_in, width_out, bias=False)
+        arrays["residual.weight"] = projection.weight.detach().numpy()
+    config = {"in_features": width_in, "out_features": width_out, "bias": True, **options}
+    if activation:
+        config["activation_function"] = activation
+    write_json(folder / name / "config.json", config)
+    weight_files.write(folder / name / "model.safetensors", arrays)
+    function = getattr(torch.nn, (activation or "torch.nn.modules.activation.Tanh").rpartition(".")[2])()
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        given = torch.tensor(x)
+        with torch.no_grad():
+            found = function(layer.double()(given))
+            if options.get("use_residual"):
+                found = found + (given if projection is None else projection.double()(given))
+        return np.asarray(found.numpy())
+
+    return apply
+
+
+@both_backends
+def test_dense_layers_after_the_pooling(bert: Model, folder: Path, backend: str, tmp_path: Path) -> None:
+    """In their order, before the normalization; also saved, exported, and without them."""
+    flags = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
+    add_modules(folder, "Dense", "Dropout", "Dense", "Normalize", pooling=flags)
+    first = add_dense(folder, "2_Dense", 42, 30)
+    second = add_dense(folder, "4_Dense", 30, 11, "torch.nn.modules.linear.Identity", bias=False)
+    loaded = icenet.load(folder, backend, "cpu")
+    found = icenet.embed(loaded, TEXTS, batch_size=4)
+    assert found.shape == (len(TEXTS), 11)
+    for text, vector in zip(TEXTS, found, strict=True):
+        hidden = bert.hidden(text)
+        expected = unit(second(first(np.concatenate([hidden[0], hidden.mean(axis=0)]))))
+        np.testing.assert_allclose(vector, expected, rtol=0, atol=2e-5)
+    assert icenet.embed(loaded, TEXTS, dense=[]).shape == (len(TEXTS), 42)
+    with pytest.raises(UsageError) as error:
+        icenet.embed(loaded, TEXTS, pooling="mean")
+    assert is_one_line(str(error.value), "2_Dense", "42", "21")
+    icenet.save(loaded, tmp_path / "ours")
+    icenet.convert(tmp_path / "ours", tmp_path / "theirs", "hf")
+    icenet.convert(folder, tmp_path / "again", "hf")
+    assert (tmp_path / "again" / "4_Dense" / "config.json").read_bytes() == (
+        folder / "4_Dense" / "config.json"
+    ).read_bytes()
+    shutil.rmtree(folder)
+    for name in ("ours", "theirs", "again"):
+        again = icenet.embed(tmp_path / name, TEXTS, batch_size=4, backend=backend, device="cpu")
+        np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.parametrize("name", ["Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"])
+def test_activations_and_residuals_of_dense_layers(name: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(3).normal(scale=20, size=(7, 9))
+    for width in (9, 5):
+        path = tmp_path / str(width)
+        layer = add_dense(tmp_path, path.name, 9, width, f"torch.nn.modules.activation.{name}", use_residual=True)
+        np.testing.assert_allclose(dense.read(path)(x.astype(np.float32)), layer(x), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"activation_function": "mine.Snake"}, ("'mine.Snake'", "Tanh", "2_Dense")),
+        ({"activation_function": "torch.nn.modules.activation.CELU"}, ("CELU", "2_Dense")),
+        ({"module_input_name": "token_embeddings"}, ("module_input_name", "'token_embeddings'")),
+        ({"scale": 2}, ("config.json", "'scale'")),
+        ({"in_features": 1 << 40}, ("config.json", "in_features")),
+        ({"in_features": 20}, ("model.safetensors", "linear.weight", "[11, 21]", "[11, 20]")),
+        ({"bias": False}, ("model.safetensors", "linear.bias")),
+        ({"bias": 1}, ("config.json", "bias")),
+        (None, ("pickled", "icenet convert")),
+    ],
+)
+def test_a_dense_layer_that_cannot_be_used_is_named(
+    folder: Path, change: dict[str, Any] | None, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    add_modules(folder, "Dense")
+    add_dense(folder, "2_Dense", 21, 11)
+    file = folder / "2_Dense" / "config.json"
+    if change is None:
+        (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+    else:
+        write_json(file, {**json.loads(file.read_text()), **change})
+    try:
+        icenet.load(folder, "torch", "cpu")
+    except (ConfigError, WeightsError) as error:
+        assert is_one_line(str(error), *names)
+    else:
+        assert any(is_one_line(message, *names) for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +458,10 @@ def test_settings_are_saved_and_exported(folder: Path, tmp_path: Path) -> None:
         found = icenet.load(tmp_path / name, "torch", "cpu")
         assert found.embedding_options == loaded.embedding_options
         np.testing.assert_array_equal(icenet.embed(found, TEXTS), icenet.embed(loaded, TEXTS))
+    loaded.embedding_options.pooling = ["weighted_mean", "cls"]  # in another order than that of the older keys
+    icenet.save(loaded, tmp_path / "order")
+    icenet.convert(tmp_path / "order", tmp_path / "order-hf", "hf")
+    assert icenet.load(tmp_path / "order-hf", "torch", "cpu").embedding_options.pooling == ["weighted_mean", "cls"]
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 

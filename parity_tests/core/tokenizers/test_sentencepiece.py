@@ -117,7 +117,7 @@ def test_tokens_are_those_of_transformers(kind: str, files: dict[str, bytes], tm
 
 
 def test_the_files_next_to_it_are_used(files: dict[str, bytes], tmp_path: Path) -> None:
-    """Tokens around a text, further tokens with their ids, new names of pieces, and the space after special tokens."""
+    """Tokens around a text, further tokens with their ids, names of pieces, and the space after special tokens."""
     path = write(tmp_path, "llama", files["llama"])
     plain, processor = get_tokenizer(str(path)), library.SentencePieceProcessor(model_proto=files["llama"])
     assert isinstance(plain, HFTokenizer)
