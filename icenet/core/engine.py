@@ -299,6 +299,12 @@ class Engine(ABC):
             _, gradients = self._accumulate({**batch, "labels": np.where(labels < 0, labels, labels.max())}, step)
         return bool(self._norms(gradients)[0].item() == 0)
 
+    def _training_loss(self, output: Array, arrays: Mapping[str, Array]) -> Array:
+        """Returns the mean loss of a batch on the device, and what the model adds to it in training."""
+        loss = self._mean_loss(output, arrays)
+        more = self.model.auxiliary_loss(arrays.get("attention_mask"))
+        return loss if more is None else loss + more
+
     def _mean_loss(self, output: Array, arrays: Mapping[str, Array]) -> Array:
         """Returns the mean loss of a batch on the device.
 

@@ -100,7 +100,7 @@ class Engine(engine.Engine):
         A parameter that the model shares is set at all of its places, so its gradient is the sum over them.
         """
         self._parameters.set(parameters)
-        loss = self._mean_loss(self._outputs(arrays), arrays)
+        loss = self._training_loss(self._outputs(arrays), arrays)
         return loss * scale, loss
 
     def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
+from icenet.nn import exact
 from icenet.nn.activations import activation
 from icenet.nn.arrays import Array, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.linear import Linear
@@ -40,6 +41,33 @@ def route(scores: Array, plan: ExpertsPlan) -> tuple[Array, Array]:
     if plan.normalize:
         return mx.softmax(mx.take_along_axis(scores, indices, axis=-1), axis=-1, precise=True), indices
     return mx.take_along_axis(mx.softmax(scores, axis=-1, precise=True), indices, axis=-1), indices
+
+
+def balance_loss(scores: list[Array], plan: ExpertsPlan, attention_mask: Array | None = None) -> Array:
+    """Returns the loss that is 1 if each expert gets the same number of tokens, and larger otherwise.
+
+    E * sum over experts of (number of tokens that use it) / N * (mean probability of it), where N counts the tokens of
+    all layers. Gradients are those of the probabilities only.
+
+    Source: equations 4 to 6 of Fedus et al., "Switch Transformers", 2021, over all layers together, as
+    `load_balancing_loss_func` of `transformers` computes it.
+
+    Args:
+        scores: Scores of the router of each layer, `[B, T, E]`.
+        plan: The number of experts of a token.
+        attention_mask: `[B, T]`, 0 or False for padding, which is not counted.
+    """
+    rows = mx.concatenate([layer.reshape(-1, plan.total) for layer in scores])  # [N, E]
+    if attention_mask is None:
+        counted = mx.ones((len(rows), 1), rows.dtype)
+    else:
+        counted = mx.tile(attention_mask.reshape(-1, 1).astype(rows.dtype), (len(scores), 1))
+    chosen = mx.argsort(-mx.stop_gradient(rows), axis=-1)[:, : plan.per_token]
+    is_chosen = (chosen[..., None] == mx.arange(plan.total)).any(axis=1)
+    total = mx.maximum(counted.sum(), 1)
+    used = exact.channel_sums(is_chosen * counted) / total
+    probability = exact.channel_sums(mx.softmax(rows, axis=-1, precise=True) * counted) / total
+    return plan.total * (used * probability).sum()
 
 
 class StackedLinear(nn.Module):

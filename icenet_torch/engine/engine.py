@@ -65,7 +65,7 @@ class Engine(engine.Engine):
     def _backward(self, part: MicroBatch, loss_scale: float) -> Tensor:
         """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
         self._seed_dropouts(part.dropout_keys)
-        loss = self._mean_loss(self._outputs(part.arrays), part.arrays)
+        loss = self._training_loss(self._outputs(part.arrays), part.arrays)
         if not loss.requires_grad:
             raise self._detached_logits()
         (loss * (part.share * loss_scale)).backward()

@@ -10,6 +10,7 @@ F feed-forward width, V vocab_size. The mirror is `icenet/models/transformer.py`
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from icenet.core.config import TransformerConfig, transformer_plan
 from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan, LayerType
 from icenet.core.models.init import sinusoidal_rows
 from icenet.core.models.relative import distance_buckets
+from icenet.core.models.router_scores import RouterScores
 from icenet_torch import nn as ops
 from icenet_torch.generation.cache import KVCache, LayerCache
 from icenet_torch.models.base import BaseModel
@@ -96,9 +98,11 @@ class MixtureOfExperts(nn.Module):
         self.experts = ops.Experts(plan, experts)
         self.dropout = ops.Dropout(plan.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, indices = ops.route(self.router(x), self.plan)  # [B, T, experts of a token]
-        return self.dropout(self.experts(x, weights, indices))
+    def forward(self, x: torch.Tensor, with_scores: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        scores = self.router(x)
+        weights, indices = ops.route(scores, self.plan)  # [B, T, experts of a token]
+        output = self.dropout(self.experts(x, weights, indices))
+        return (output, scores) if with_scores else output
 
 
 class TransformerBlock(nn.Module):
@@ -115,7 +119,8 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(plan.attention)
         self.feed_forward_norm = ops.make_norm(plan.norm, width)
         experts = plan.feed_forward.experts
-        self.feed_forward = (
+        self.has_experts = experts is not None
+        self.feed_forward: Any = (
             MixtureOfExperts(plan.feed_forward, experts) if experts else FeedForward(plan.feed_forward)
         )
         if plan.norm_position == "sandwich":
@@ -128,21 +133,31 @@ class TransformerBlock(nn.Module):
         mask: ops.Mask,
         angles: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-    ) -> torch.Tensor:
+        with_scores: bool = False,
+    ) -> Any:
+        """Returns the output, and `with_scores` also those of the router of its experts."""
+        position = self.norm_position
         if self.parallel:
-            attended = self.attention(self.attention_norm(x), mask, angles, cache)
-            return x + attended + self.feed_forward(self.feed_forward_norm(x))
-        if self.norm_position == "pre":
+            normed = self.feed_forward_norm(x)
             x = x + self.attention(self.attention_norm(x), mask, angles, cache)
-            return x + self.feed_forward(self.feed_forward_norm(x))
-        if self.norm_position == "post":
-            x = self.attention_norm(x + self.attention(x, mask, angles, cache))
-            return self.feed_forward_norm(x + self.feed_forward(x))
-        if self.norm_position == "branch":
-            x = x + self.attention_norm(self.attention(x, mask, angles, cache))
-            return x + self.feed_forward_norm(self.feed_forward(x))
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), mask, angles, cache))
-        return x + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
+        elif position == "pre":
+            x = x + self.attention(self.attention_norm(x), mask, angles, cache)
+            normed = self.feed_forward_norm(x)
+        elif position == "post":
+            x = normed = self.attention_norm(x + self.attention(x, mask, angles, cache))
+        elif position == "branch":
+            x = normed = x + self.attention_norm(self.attention(x, mask, angles, cache))
+        else:
+            x = x + self.attention_post_norm(self.attention(self.attention_norm(x), mask, angles, cache))
+            normed = self.feed_forward_norm(x)
+        inner, scores = self.feed_forward(normed, True) if with_scores else (self.feed_forward(normed), None)
+        if position == "post":
+            x = self.feed_forward_norm(x + inner)
+        elif position == "branch":
+            x = x + self.feed_forward_norm(inner)
+        else:
+            x = x + (self.feed_forward_post_norm(inner) if position == "sandwich" else inner)
+        return (x, scores) if with_scores else x
 
 
 class TransformerModel(BaseModel):
@@ -170,6 +185,7 @@ class TransformerModel(BaseModel):
             buckets = distance_buckets(config.max_seq_length, config.relative_buckets, config.relative_max_distance)
             self.register_buffer("_distance_buckets", torch.from_numpy(buckets), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(plan) for plan in transformer_plan.blocks(config))
+        self._router_scores = RouterScores()
         if config.norm_position != "post":
             self.final_norm = ops.make_norm(transformer_plan.norm(config), width)
         if config.output == "transform":
@@ -229,11 +245,18 @@ class TransformerModel(BaseModel):
 
         x = self.embed(input_ids, positions, token_type_ids)
         angles = self.rotary_angles(positions, None if cache is None else cache.row_lengths)
+        scores: list[torch.Tensor] = []
         for index, block in enumerate(self.blocks):
+            is_balanced = self.balances_experts and block.has_experts
+            inputs = x, masks[block.window], angles[block.rotary], cache.layers[index] if cache else None, is_balanced
             if self.gradient_checkpointing and self.training:
-                x = ops.checkpoint(block, x, masks[block.window], angles[block.rotary])
+                x = ops.checkpoint(block, *inputs)
             else:
-                x = block(x, masks[block.window], angles[block.rotary], cache.layers[index] if cache else None)
+                x = block(*inputs)
+            if is_balanced:
+                x, found = x
+                scores.append(found)
+        self._router_scores.keep(scores)
         if cache is not None:
             cache.end(length)
         return self.final_norm(x) if self.config.norm_position != "post" else x
@@ -271,6 +294,18 @@ class TransformerModel(BaseModel):
         if self.config.positions != "rotary":
             return {None: None}
         return self._rotary.angles(positions, positions[..., -1:] + 1 if row_lengths is None else row_lengths)
+
+    @property
+    def balances_experts(self) -> bool:
+        """Whether a forward pass keeps the scores of routers for `auxiliary_loss`."""
+        return self.training and self.config.router_aux_loss_coef > 0
+
+    def auxiliary_loss(self, attention_mask: torch.Tensor | None = None) -> torch.Tensor | None:
+        scores = self._router_scores.take()
+        plan = next((block.feed_forward.plan for block in self.blocks if block.has_experts), None)
+        if not scores or plan is None:
+            return None
+        return self.config.router_aux_loss_coef * ops.balance_loss(scores, plan, attention_mask)
 
     @property
     def rereads_above(self) -> int | None:

@@ -14,7 +14,7 @@ from icenet_torch.nn.attention import (
 from icenet_torch.nn.checkpointing import checkpoint
 from icenet_torch.nn.conv import Conv2d, flatten_pixels, global_average_pool, max_pool, mean_of_patches
 from icenet_torch.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
-from icenet_torch.nn.experts import Experts, Router, route
+from icenet_torch.nn.experts import Experts, Router, balance_loss, route
 from icenet_torch.nn.linear import Bias, Embedding, Linear
 from icenet_torch.nn.loss import cross_entropy
 from icenet_torch.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
@@ -42,6 +42,7 @@ __all__ = [
     "RotaryPositions",
     "Router",
     "activation",
+    "balance_loss",
     "biased_mask",
     "by_distance",
     "checkpoint",

@@ -44,6 +44,33 @@ def route(scores: Array, plan: ExpertsPlan) -> tuple[Array, Array]:
     return scores.softmax(-1).gather(-1, indices), indices
 
 
+def balance_loss(scores: list[Array], plan: ExpertsPlan, attention_mask: Array | None = None) -> Array:
+    """Returns the loss that is 1 if each expert gets the same number of tokens, and larger otherwise.
+
+    E * sum over experts of (number of tokens that use it) / N * (mean probability of it), where N counts the tokens of
+    all layers. Gradients are those of the probabilities only.
+
+    Source: equations 4 to 6 of Fedus et al., "Switch Transformers", 2021, over all layers together, as
+    `load_balancing_loss_func` of `transformers` computes it.
+
+    Args:
+        scores: Scores of the router of each layer, `[B, T, E]`.
+        plan: The number of experts of a token.
+        attention_mask: `[B, T]`, 0 or False for padding, which is not counted.
+    """
+    rows = torch.cat([layer.reshape(-1, plan.total) for layer in scores])  # [N, E]
+    if attention_mask is None:
+        counted = rows.new_ones(len(rows), 1)
+    else:
+        counted = attention_mask.reshape(-1, 1).to(rows.dtype).tile(len(scores), 1)
+    chosen = rows.detach().sort(dim=-1, descending=True, stable=True)[1][:, : plan.per_token]
+    is_chosen = (chosen[..., None] == torch.arange(plan.total, device=rows.device)).any(dim=1)
+    total = counted.sum().clamp(min=1)
+    used = (is_chosen * counted).sum(0) / total
+    probability = (rows.softmax(-1) * counted).sum(0) / total
+    return plan.total * (used * probability).sum()
+
+
 class StackedLinear(nn.Module):
     """The parameters of E linear layers of equal size: weight `[E, out, in]` and bias `[E, out]`."""
 

@@ -13,6 +13,7 @@ from helpers import both_backends, build_model, native, plain
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, TrainingConfig
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
+from icenet.core.families import folder
 from icenet.core.models import modules
 from icenet.core.training.parameter_groups import assign
 from icenet.parity.engines import build
@@ -215,6 +216,125 @@ def config_of(*overrides: str) -> Config:
     }
     values = {"device": "cpu", "model": model, "data": {"source": str(HERE), "seq_length": 16}}
     return Config.from_dict(values).with_overrides(*overrides)
+
+
+# --- the loss that balances experts -------------------------------------------------------------------------
+
+
+def balance_formula(scores: list[torch.Tensor], per_token: int, mask: torch.Tensor) -> torch.Tensor:
+    """Equations 4 to 6 of Fedus et al., 2021, over the tokens of all layers that are not padding."""
+    rows = torch.cat([layer[mask.bool()] for layer in scores])
+    probabilities = torch.softmax(rows, -1)
+    chosen = torch.zeros_like(rows).scatter(1, probabilities.topk(per_token, -1)[1], 1.0)
+    return rows.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum()
+
+
+@both_backends
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_that_balances_experts_is_that_of_the_paper(backend: str, masked: bool) -> None:
+    drawn = np.random.default_rng(2)
+    arrays = [drawn.normal(size=(2, 5, COUNT)).astype(np.float32) for _ in range(3)]
+    mask = np.ones((2, 5), np.int32)
+    if masked:
+        mask[0, :2] = mask[1, 3:] = 0
+    exact = [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in arrays]
+    expected = balance_formula(exact, PER_TOKEN, torch.tensor(mask))
+    expected.backward()
+    plan, ops = ExpertsPlan(COUNT, PER_TOKEN), backends.module(backend, "nn")
+    given = native(backend, mask) if masked else None
+    if backend == "torch":
+        leaves = [torch.tensor(array, requires_grad=True) for array in arrays]
+        loss = ops.balance_loss(leaves, plan, given)
+        loss.backward()
+        gradients = [leaf.grad for leaf in leaves]
+    else:
+        import mlx.core as mx
+
+        own = [mx.array(array) for array in arrays]
+        loss, gradients = mx.value_and_grad(lambda own: ops.balance_loss(own, plan, given))(own)
+    np.testing.assert_allclose(plain(loss), expected.item(), rtol=1e-6)
+    for gradient, leaf in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(plain(gradient), plain(leaf.grad), rtol=1e-5, atol=1e-8)
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    flat = tuple(leaf.detach().reshape(-1, COUNT) for leaf in exact)
+    theirs = modeling.load_balancing_loss_func(flat, COUNT, PER_TOKEN, torch.tensor(mask) if masked else None)
+    np.testing.assert_allclose(plain(loss), theirs.item(), rtol=1e-6)
+
+
+@both_backends
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_training_has_the_loss_and_gradients_of_transformers(backend: str, kind: str, tmp_path: Path) -> None:
+    """By the yardstick, with padding, and also with gradient checkpointing. Evaluation is without that loss."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        **{"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2},
+        **{"num_key_value_heads": 1, "intermediate_size": 10, "max_position_embeddings": 16, "bos_token_id": None},
+        **{"eos_token_id": None, "output_router_logits": True, "router_aux_loss_coef": 0.3},
+    }
+    if kind == "Qwen3Moe":
+        own = {"num_experts": 4, "moe_intermediate_size": 10, "head_dim": 6, "mlp_only_layers": [1]}
+    else:
+        own = {"num_local_experts": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **own, num_experts_per_tok=2)
+    config._experts_implementation = "eager"  # the others have no float64
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator) + float(parameter.ndim == 1))
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(3).integers(0, 31, (2, 9)).astype(np.int32)
+    mask = np.ones((2, 8), np.int32)
+    mask[1, 5:] = 0
+    labels = np.where(mask, tokens[:, 1:], -1).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1], "labels": labels, "attention_mask": mask}
+
+    def reference(dtype: torch.dtype) -> tuple[float, float, torch.Tensor]:
+        own = model.to(dtype)
+        own.zero_grad()
+        output = own(torch.tensor(batch["inputs"]), attention_mask=torch.tensor(mask), output_router_logits=True)
+        logits, wanted = output.logits.flatten(0, 1), torch.tensor(labels).flatten().long()
+        plain_loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-1)
+        (loss := plain_loss + 0.3 * output.aux_loss).backward()
+        routers = own.model.layers[2]
+        router = (routers.mlp if hasattr(routers, "mlp") else routers.block_sparse_moe).gate.weight.grad
+        return loss.item(), plain_loss.item(), router.double().clone()
+
+    single, exact = reference(torch.float32), reference(torch.float64)
+    for checkpointing in ("false", "true"):
+        values = {"device": "cpu", "model": {"path": str(tmp_path)}, "data": {"source": str(HERE)}}
+        overrides = [f"training.gradient_checkpointing={checkpointing}", "model.max_seq_length=16"]
+        found = folder.read(tmp_path)
+        values["model"] = found.config.model.model_dump()
+        engine = backends.engine(Config.from_dict(values).with_overrides(*overrides), backend)
+        engine.set_weights(dict(found.weights))
+        loss, gradients = engine.gradients(batch)
+        noise = max(abs(single[0] - exact[0]), 2.0**-23 * exact[0])
+        assert abs(loss - exact[0]) <= 8 * noise
+        gradient = gradients["blocks.2.feed_forward.router.weight"]
+        noise = max((single[2] - exact[2]).abs().max().item(), 2.0**-23 * exact[2].abs().max().item())
+        assert np.abs(gradient - exact[2].numpy()).max() <= 8 * noise
+        assert engine.evaluate(batch).loss == pytest.approx(exact[1], rel=1e-5)
+    assert exact[0] - exact[1] > 0.25  # 0.3 is that of balanced experts
+
+
+def test_both_backends_train_the_same_balanced_mixture() -> None:
+    """With micro-batches, each of which has its own loss of balance, and with average weights."""
+    overrides = ("model.router_aux_loss_coef=0.5", "training.gradient_accumulation=2", "training.ema_decay=0.9")
+    report = run(config_of(*overrides), steps=2)
+    assert report.passed and report.curve is not None and report.curve.passed, report.verdict()
+
+
+@pytest.mark.slow
+@both_backends
+def test_a_compiled_model_balances_experts(backend: str) -> None:
+    found = []
+    for compiled in ("false", "true"):
+        overrides = ("model.router_aux_loss_coef=0.5", f"model.compile_model={compiled}", "model.dropout=0")
+        engine = backends.engine(config_of(*overrides), backend)
+        batch = random_batch(engine.config, 4, 16)
+        found.append([engine.read(engine.train_step(batch, step, 1e-2)).loss for step in range(3)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
 @both_backends

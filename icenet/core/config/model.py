@@ -114,6 +114,8 @@ class TransformerConfig(ModelConfig):
     """Indices of the layers with experts, from 0, in ascending order; null: all."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts add up to 1; otherwise they are a part of the softmax over all experts."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of a loss that balances the use of experts, which is added to the loss in training."""
     norm: transformer_plan.Norm = "layer_norm"
     """Normalization layers."""
     norm_eps: PositiveFloat = 1e-5
@@ -235,6 +237,8 @@ class ViTConfig(ImageModelConfig):
     """Height and width of a patch. Pixels at the right and bottom edge that fill no patch are not used."""
     pooling: vit_plan.Pooling = "token"
     """Input of the classifier: a class token in front of the patches (token), or the mean of the patches (mean)."""
+    distillation: vit_plan.Distillation = "none"
+    """Second token, of DeiT: none, without classifier (token), or with one; logits are the mean then (classifier)."""
     num_heads: Size = 8
     """Number of attention heads."""
     head_size: Size | None = None

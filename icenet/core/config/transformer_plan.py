@@ -57,6 +57,7 @@ class TransformerFields(Protocol):
     expert_size: int | None
     expert_layers: list[int] | None
     normalize_expert_weights: bool
+    router_aux_loss_coef: float
     norm: Norm
     norm_eps: float
     norm_offset: bool
@@ -272,6 +273,7 @@ def _check_experts(config: TransformerFields) -> None:
             "expert_size": None,
             "expert_layers": None,
             "normalize_expert_weights": True,
+            "router_aux_loss_coef": 0.0,
         }
         for name, default in unused.items():
             if getattr(config, name) != default:

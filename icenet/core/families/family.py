@@ -144,6 +144,8 @@ class Family:
         return written
 
 
+OF_TRAINING = ("dropout", "router_aux_loss_coef")
+"""Options that matter in training only, which not every family has."""
 _REFUSES = "a value of the model: "
 
 
@@ -153,14 +155,16 @@ def is_refusal(name: str) -> bool:
 
 
 def different_options(family: Family, config: ModelConfig) -> list[str]:
-    """Returns the names of the options of a model that a family does not have; dropout does not count."""
+    """Returns the names of the options of a model that a family does not have; those of training do not count."""
     wanted = family.options(config)
     try:
         fields = family.read(family.write(config))
         found = family.options(Config.from_dict({"model": fields}).model)
     except ConfigError as error:  # a value that the family restricts
         return [f"{_REFUSES}{error}"]
-    names = [name for name, value in wanted.items() if name != "dropout" and not same_value(value, found.get(name))]
+    names = [
+        name for name, value in wanted.items() if name not in OF_TRAINING and not same_value(value, found.get(name))
+    ]
     if family.divides_width and config.hidden_size % getattr(config, "num_heads", 1):
         names.append("num_heads (not a divisor of hidden_size)")
     return ["sliding_window" if name == "windows" else name for name in names]

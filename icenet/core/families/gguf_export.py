@@ -13,7 +13,7 @@ import numpy as np
 from icenet.core.config import Config, ModelConfig
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES
-from icenet.core.families.family import Family, same_value
+from icenet.core.families.family import OF_TRAINING, Family, same_value
 from icenet.core.families.gguf import (
     ARCHITECTURES,
     LLAMA3_KEYS,
@@ -127,7 +127,11 @@ def _check(path: Path, config: ModelConfig, options: Mapping[str, Any]) -> None:
         raise ConfigError(f"a GGUF file cannot express the options of the model: {reason}") from None
     family = FAMILIES[found.values["model_type"]]
     again = family.options(Config.from_dict({"model": family.read(found.values)}).model)
-    lost = [key for key, value in options.items() if key != "dropout" and not same_value(value, again.get(key), 1e-6)]
+    lost = [
+        key
+        for key, value in options.items()
+        if key not in OF_TRAINING and not same_value(value, again.get(key), 1e-6)
+    ]
     if lost:
         listed = ", ".join(f"model.{'sliding_window' if key == 'windows' else key}" for key in lost)
         raise ConfigError(f"a GGUF file of this architecture cannot express {listed}")

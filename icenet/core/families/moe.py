@@ -17,8 +17,8 @@ from icenet.core.families.rotary_keys import Rotary
 from icenet.core.families.tensors import Row
 from icenet.core.families.transformer_keys import MAX_LAYERS, HeadSize, Window
 
-_IGNORED = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
-"""Keys of training: a loss that balances the experts, and noise at the input of the router."""
+_IGNORED = frozenset({"router_jitter_noise"})
+"""A key of training: noise at the input of the router."""
 
 _OURS = "blocks.{i}.feed_forward"
 
@@ -40,6 +40,26 @@ class SwitchedWindow(Window):
 
 
 @dataclass(frozen=True)
+class RouterLoss:
+    """`router_aux_loss_coef`, which the library uses if `output_router_logits` is true."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return ("output_router_logits", "router_aux_loss_coef")
+
+    def read(self, values: Values) -> dict[str, Any]:
+        has_loss = values.flag("output_router_logits", False)
+        return {"router_aux_loss_coef": values.number("router_aux_loss_coef", 0.001) if has_loss else 0.0}
+
+    def write(self, options: Options) -> dict[str, Any]:
+        factor = options["router_aux_loss_coef"]
+        return {"output_router_logits": True, "router_aux_loss_coef": factor} if factor else {}
+
+
+_ROUTER_LOSS = RouterLoss()
+
+
+@dataclass(frozen=True)
 class SparseLayers:
     """Sizes of experts, and the layers that have them: each `decoder_sparse_step`-th but for `mlp_only_layers`."""
 
@@ -50,7 +70,7 @@ class SparseLayers:
     @property
     def keys(self) -> Sequence[str]:
         sizes = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        return (*sizes, "decoder_sparse_step", "mlp_only_layers")
+        return (*sizes, "decoder_sparse_step", "mlp_only_layers", *_ROUTER_LOSS.keys)
 
     def read(self, values: Values) -> dict[str, Any]:
         # the library writes num_local_experts and reads both
@@ -69,6 +89,7 @@ class SparseLayers:
             "expert_size": values.whole("moe_intermediate_size", self.size),
             "expert_layers": None if len(sparse) == len(layers) else sparse,
             "normalize_expert_weights": values.flag("norm_topk_prob", False),
+            **_ROUTER_LOSS.read(values),
         }
 
     def write(self, options: Options) -> dict[str, Any]:
@@ -81,6 +102,7 @@ class SparseLayers:
             "norm_topk_prob": options["normalize_expert_weights"],
             "decoder_sparse_step": 1,
             "mlp_only_layers": [index for index in range(options["num_layers"]) if index not in sparse],
+            **_ROUTER_LOSS.write(options),
         }
 
 
@@ -111,6 +133,7 @@ MIXTRAL = replace(
         *llama.common_parts(32000, 4096, 32, 14336, 131072, 1e-5, 8),
         Key("num_local_experts", "num_experts", 8),
         Key("num_experts_per_tok", "experts_per_token", 2),
+        _ROUTER_LOSS,
         *(llama.HEADS, HeadSize(), llama.SILU, Rotary(theta=1e6), Window(None), Only("attention_bias", False)),
     ],
     rows=[

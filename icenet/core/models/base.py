@@ -209,6 +209,14 @@ class ModelBase:
         if longest is not None and length > longest:
             raise UsageError(f"a sequence of {length} tokens is longer than model.max_seq_length {longest}")
 
+    def auxiliary_loss(self, attention_mask: Any = None) -> Any:
+        """Returns what is added to the loss of the last forward pass in training, an array; None is nothing.
+
+        Args:
+            attention_mask: `[B, T]` of that pass, 0 or False for padding.
+        """
+        return None
+
     # ---- inputs ------------------------------------------------------------------------------------------
 
     def check_tokens(

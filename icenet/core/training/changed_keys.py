@@ -9,7 +9,7 @@ from icenet.core.config.section import shown
 from icenet.core.data.datasets import Dataset, sequence_length
 from icenet.core.data.images.dataset import ImageDataset
 
-_SAME_FUNCTION = {"type", "dropout", "compile_model"}
+_SAME_FUNCTION = {"type", "dropout", "router_aux_loss_coef", "compile_model"}
 """Keys of `model` that do not change what the trained weights compute. Another type has other weights."""
 _ORDER = ["seed", "training.batch_size", "data.seq_length", "data.packing"]
 """Keys on which the training data of a step depend."""
