@@ -230,9 +230,13 @@ def chat(
         DataError: The chat template is faulty, takes too long or needs too much memory.
         NonFiniteError: The model's logits are NaN or infinite.
     """
+    from icenet.core import files
     from icenet.core.generation.chat import chat_text
+    from icenet.core.training.open_model import check_chat_template
 
-    model = load(model) if isinstance(model, (str, Path)) else model
+    if isinstance(model, (str, Path)):
+        check_chat_template(files.user_path(model, "chat"), messages, template_options)
+        model = load(model)
     _check_model(model, "chat")
     return chat_text(model, messages, stream, details, template_options, options)
 

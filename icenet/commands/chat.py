@@ -15,12 +15,15 @@ from icenet.commands.generate import load_model, name_unused
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import streams
 from icenet.core.tokenizers.chat import render
+from icenet.core.training.open_model import check_chat_template
 
 HELP = """\
 /reset   begin a new conversation
 /help    show this list
 /exit    end the chat (also Ctrl-D, or Ctrl-C twice)
 Ctrl-C stops an answer; what there is of it stays in the conversation."""
+QUESTION = {"role": "user", "content": "?"}
+"""With which a chat template is checked before there is a message."""
 _PROMPT = "> "
 _REPEAT_SECONDS = 1.0
 """Within this time a Ctrl-C at the prompt is a repetition of the one that has stopped the answer."""
@@ -51,6 +54,8 @@ def chat(
     Raises:
         UsageError: The model has no chat template, it refuses the messages, or standard input is closed.
     """
+    first = [{"role": "system", "content": system}] if system is not None else []
+    check_chat_template(path, [*first, QUESTION], template_options)
     model = load_model(path, backend, device, dtype, averaged)
     conversation = Conversation(model, system, template_options, options)
     conversation.check()
@@ -94,10 +99,9 @@ class Conversation:
         """Raises UsageError if the model has no chat template, or if it refuses the system message."""
         if self._model.tokenizer is None:
             raise UsageError("chat: the model has no tokenizer; add tokenizer.json to its folder")
-        question = {"role": "user", "content": "?"}
         render(
             self._model.tokenizer,
-            [*self._first, question],
+            [*self._first, QUESTION],
             template_options=self._options["template_options"],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from helpers import build_model, is_one_line
 import icenet
 from icenet.cli.main import main
 from icenet.commands import chat as command
-from icenet.core.config import ModelConfig
-from icenet.core.errors import NonFiniteError
+from icenet.core.config import Config, ModelConfig
+from icenet.core.errors import IceNetError, NonFiniteError
+from icenet.core.families import FAMILIES
 from icenet.core.tokenizers.bytes import ByteTokenizer
 
 pytest.importorskip("jinja2")
@@ -204,3 +206,35 @@ def test_variables_of_the_template(model: Any, capfd: pytest.CaptureFixture[str]
     arguments = ("--template-option", "thinks=false", "--template-option", "name=Bob", "--message", "a")
     assert run(*arguments) == 2
     assert is_one_line(capfd.readouterr().err.strip(), "FalseBob")
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{% for m in messages %}", ["chat template", "endfor"]),
+        ("{{ messages.__class__.__mro__ }}", ["chat template"]),
+        ("{{ raise_exception('no system message') }}", ["no system message"]),
+    ],
+)
+def test_a_faulty_template_is_refused_before_the_weights_are_read(
+    template: str,
+    names: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also in Python."""
+    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "intermediate_size": 16, "vocab_size": 300}  # fmt: skip
+    model = icenet.build(Config(model=FAMILIES["llama"].read(config)), "torch", "cpu")
+    icenet.save(model, tmp_path / "ours")
+    icenet.convert(tmp_path / "ours", tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(icenet, "load", lambda *_: pytest.fail("the weights are read"))
+    assert main(["chat", str(tmp_path / "hf"), "--system", "s", "--message", "a"]) in (1, 2)
+    assert is_one_line(capfd.readouterr().err.strip(), *names)
+    with pytest.raises(IceNetError) as error:
+        icenet.chat(tmp_path / "hf", "a")
+    assert is_one_line(str(error.value), *names)

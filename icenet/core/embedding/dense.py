@@ -27,13 +27,13 @@ _MOST = 1 << 20
 """Maximum of the two widths."""
 
 Doubles = NDArray[np.float64]
-_erf = np.frompyfunc(math.erf, 1, 1)
+_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 ACTIVATIONS: Mapping[str, Callable[[Doubles], Doubles]] = {
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
-    "GELU": lambda x: x * (1 + _erf(x / math.sqrt(2)).astype(np.float64)) / 2,
+    "GELU": lambda x: x * (1 + _erf(x / math.sqrt(2))) / 2,
     "Sigmoid": lambda x: _sigmoid(x),
     "SiLU": lambda x: x * _sigmoid(x),
 }
@@ -85,14 +85,14 @@ def shape_of(file: Path, values: Mapping[str, Any]) -> Shape:
         raise ConfigError(
             f"{file}: {', '.join(repr(key[:80]) for key in unknown)}: unknown, and may change embeddings"
         )
-    widths = [values.get(key) for key in _KEYS[:2]]
+    widths: list[Any] = [values.get(key) for key in _KEYS[:2]]
     flags = [values.get("bias", True), values.get("use_residual", False)]
     if any(isinstance(width, bool) or not isinstance(width, int) or not 0 < width <= _MOST for width in widths):
         raise ConfigError(f"{file}: in_features and out_features must be numbers from 1 to {_MOST:,}")
     if not all(isinstance(flag, bool) for flag in flags):
         raise ConfigError(f"{file}: bias and use_residual must be true or false")
     activation = str(values.get("activation_function", "Tanh")).rpartition(".")[2]
-    return Shape(*widths, flags[0], activation, flags[1])  # type: ignore[arg-type]
+    return Shape(int(widths[0]), int(widths[1]), flags[0], activation, flags[1])
 
 
 def read(folder: Path) -> Dense:
@@ -137,7 +137,7 @@ class Dense:
                 f"icenet convert {folder / PICKLED} {file} --to torch"
             )
         self.shape = shape
-        expected = {"linear.weight": (shape.width_out, shape.width_in)}
+        expected: dict[str, tuple[int, ...]] = {"linear.weight": (shape.width_out, shape.width_in)}
         if shape.has_bias:
             expected["linear.bias"] = (shape.width_out,)
         if shape.is_residual and shape.width_in != shape.width_out:

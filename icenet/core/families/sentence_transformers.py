@@ -98,10 +98,10 @@ def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_
     if embedding == EmbeddingConfig():
         return {}
     kinds = ["Transformer", "Pooling", *(["Dense"] * len(embedding.dense)), *(["Normalize"] * embedding.normalize)]
-    paths = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds) if index)]
+    places = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds) if index)]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+        for index, (path, kind) in enumerate(zip(places, kinds, strict=True))
     ]
     flags: dict[str, Any] = {key: name in embedding.pooling for key, name in _POOLING.items()}
     if embedding.pooling != [name for name in _POOLING.values() if name in embedding.pooling]:  # another order
@@ -114,7 +114,7 @@ def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_
     pooling = {_SIZES[0]: width, **flags, "include_prompt": embedding.include_prompt}
     files = {MODULES: modules, _SETTINGS: settings, _TRANSFORMER_FILES[0]: limits, "1_Pooling/config.json": pooling}
     written = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
-    return {**written, **dense_files(embedding, paths[2 : 2 + len(embedding.dense)])}
+    return {**written, **dense_files(embedding, places[2 : 2 + len(embedding.dense)])}
 
 
 def dense_files(embedding: EmbeddingConfig, names: Sequence[str]) -> dict[str, bytes]:
@@ -127,7 +127,7 @@ def dense_files(embedding: EmbeddingConfig, names: Sequence[str]) -> dict[str, b
     Raises:
         ConfigError, WeightsError: One cannot be read.
     """
-    found = {}
+    found: dict[str, bytes] = {}
     for name, path in zip(names, map(Path, embedding.dense), strict=True):
         dense.read(path)
         found |= {f"{name}/{file}": (path / file).read_bytes() for file in (dense.CONFIG, DEFAULT_NAME)}

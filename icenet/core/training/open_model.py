@@ -6,17 +6,20 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from icenet.core.config import Config, ImageModelConfig
 from icenet.core.data.images import facts as images
 from icenet.core.data.images.facts import ImageFacts
-from icenet.core.errors import CheckpointError, ConfigError
+from icenet.core.errors import CheckpointError, ConfigError, IceNetError
 from icenet.core.families import FAMILIES, folder
 from icenet.core.models import twins
-from icenet.core.tokenizers import find_file
+from icenet.core.tokenizers import chat, companions, find_file
 from icenet.core.tokenizers.base import TOKENIZER_FILE
+from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training import saved_model
 from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
 from icenet.core.training.run_folder import has_no_checkpoint
@@ -101,6 +104,32 @@ def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mappi
     if weights is None:
         raise ConfigError(f"{key}: {path} has no weights; {remedy}")
     return config, weights
+
+
+def check_chat_template(path: Path, messages: object, template_options: Mapping[str, Any] | None) -> None:
+    """Renders messages by the chat template of a model before its weights are read, which takes longer.
+
+    There is no check if the path has no chat template, or cannot be opened: what loads the model reports it.
+
+    Args:
+        path: See `open_target`.
+        messages, template_options: See `icenet.core.tokenizers.chat.render`.
+
+    Raises:
+        UsageError: The template refuses the messages.
+        DataError: It is faulty, takes too long or needs too much memory.
+    """
+    try:
+        config, _ = open_trained(path, "chat", warn=False)
+        name = getattr(config.data, "tokenizer", ByteTokenizer.name)
+        file = Path(name).expanduser()
+        place = file if file.is_dir() else file.parent
+        settings = companions.parse(companions.read_files(place), name) if name != ByteTokenizer.name else None
+    except IceNetError:
+        return
+    if settings is not None and (template := settings.templates.get("default")) is not None:
+        tokenizer: Any = SimpleNamespace(chat_template=template, template_tokens=settings.named)
+        chat.render(tokenizer, messages, template_options=template_options)
 
 
 def image_facts(path: Path) -> ImageFacts | None:
