@@ -104,6 +104,8 @@ class Config(Section):
             config.data.tokenizer = absolute(config.data.tokenizer, "data", "tokenizer")
         if config.training.init_from is not None:
             config.training.init_from = absolute(config.training.init_from, "training", "init_from")
+        if config.embedding.dense:
+            config.embedding.dense = [absolute(path, "embedding", "dense") for path in config.embedding.dense]
         return config
 
     @classmethod
