@@ -3,7 +3,8 @@
     images -> patches -> class token + positions -> N x [attention, feed-forward] -> class token, or mean -> classes
 
 The blocks are those of the transformer; `icenet.core.config.vit_plan` has their sizes. With `pooling: mean` there is
-no class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022).
+no class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022). With `distillation` there is a
+second token (Touvron et al., "Training data-efficient image transformers", 2021).
 
 Shapes: B batch, H height, W width, C channels, T positions, D hidden_size, K classes (vocab_size). Images are
 [B, H, W, C]. The mirror is `icenet_torch/models/vit.py`.
@@ -33,28 +34,43 @@ class ViTModel(BaseModel):
         self.patch_embedding = ops.Conv2d(config.image_channels, width, size, size, 0, bias=True, init_scale=0.5**0.5)
         if config.pooling == "token":
             self.class_embedding = ops.Embedding(1, width)
+        if config.distillation != "none":
+            self.distillation_embedding = ops.Embedding(1, width)
         self.position_embedding = ops.Embedding(vit_plan.num_positions(config), width)
         self.embedding_dropout = ops.Dropout(config.dropout)
         self.blocks = [TransformerBlock(plan) for plan in vit_plan.blocks(config)]
         self.final_norm = ops.make_norm(vit_plan.norm(config), width)
         self.output = ops.Linear(width, config.vocab_size)
+        if config.distillation == "classifier":
+            self.distillation_output = ops.Linear(width, config.vocab_size)
         if seed is not None:
             self.init_weights(seed)
 
     def forward(self, images: mx.array) -> mx.array:
         """Returns logits `[B, K]` of images, whose height and width are `config.image_size`."""
-        return self.output(self.extract_features(images))
+        x = self.encode(images)
+        logits = self.output(self._pool(x))
+        if self.config.distillation == "classifier":
+            logits = (logits + self.distillation_output(x[:, 1])) / 2
+        return logits
 
     def extract_features(self, images: mx.array) -> mx.array:
-        """Returns the input of the last layer, `[B, D]`."""
+        """Returns the input of the classifier `output`, `[B, D]`."""
+        return self._pool(self.encode(images))
+
+    def encode(self, images: mx.array) -> mx.array:
+        """Returns the tokens and patches after the blocks and the final norm, `[B, T, D]`."""
         self.check_images(images, channel_axis=3)
         x = ops.flatten_pixels(self.patch_embedding(images.astype(self.compute_dtype)))
-        if self.config.pooling == "token":
-            token = mx.broadcast_to(self.class_embedding.weight, (x.shape[0], 1, x.shape[2])).astype(x.dtype)
-            x = mx.concatenate([token, x], axis=1)
+        tokens = [self.class_embedding] if self.config.pooling == "token" else []
+        tokens += [self.distillation_embedding] if self.config.distillation != "none" else []
+        rows = [mx.broadcast_to(token.weight, (x.shape[0], 1, x.shape[2])).astype(x.dtype) for token in tokens]
+        x = mx.concatenate([*rows, x], axis=1)
         x = (x + self.position_embedding.weight).astype(self.compute_dtype)  # [B, T, D]
         x = self.embedding_dropout(x)
         for block in self.blocks:
             x = ops.checkpoint(block, x, None) if self.gradient_checkpointing and self.training else block(x, None)
-        x = self.final_norm(x)
+        return self.final_norm(x)
+
+    def _pool(self, x: mx.array) -> mx.array:
         return x[:, 0] if self.config.pooling == "token" else ops.mean_of_patches(x)

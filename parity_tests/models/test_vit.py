@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "class token, dropout": {},
     "mean of patches, grey": {"pooling": "mean", "image_channels": 1, "dropout": 0.0},
     "wide heads, relu": {"num_heads": 3, "head_size": 5, "attention_bias": False, "activation": "relu"},
+    "two classifiers": {"distillation": "classifier"},
     "no squares": {"image_size": [9, 14]},
     "one patch": {"image_size": 5, "patch_size": 5, "pooling": "mean", "activation": "gelu_tanh"},
 }
@@ -50,7 +51,9 @@ class PlainViT(nn.Module):
         super().__init__()
         width, patch = settings.hidden_size, settings.patch_size
         self.patches = nn.Linear(settings.image_channels * patch**2, width)
-        self.token = nn.Parameter(torch.zeros(1, 1, width)) if settings.pooling == "token" else None
+        count = (settings.pooling == "token") + (settings.distillation != "none")
+        self.token = nn.Parameter(torch.zeros(1, count, width)) if count else None
+        self.teacher = nn.Linear(width, settings.vocab_size) if settings.distillation == "classifier" else None
         self.positions = nn.Parameter(torch.zeros(1, vit_plan.num_positions(settings), width))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -72,6 +75,8 @@ class PlainViT(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)
+        if self.teacher is not None:
+            return self.classes(x[:, 0]) / 2 + self.teacher(x[:, 1]) / 2
         return self.classes(x[:, 0] if self.token is not None else x.mean(dim=1))
 
     def load(self, values: dict[str, np.ndarray]) -> None:
@@ -87,7 +92,10 @@ class PlainViT(nn.Module):
             "classes.bias": arrays["output.bias"],
         }
         if self.token is not None:
-            state["token"] = arrays["class_embedding.weight"][None]
+            tokens = [arrays[f"{name}_embedding.weight"] for name in ("class", "distillation")[: self.token.shape[1]]]
+            state["token"] = torch.cat(tokens)[None]
+        if self.teacher is not None:
+            state |= {f"teacher.{kind}": arrays[f"distillation_output.{kind}"] for kind in ("weight", "bias")}
         names = {
             "norm1": "attention_norm", "norm2": "feed_forward_norm", "self_attn.out_proj": "attention.out_proj",
             "linear1": "feed_forward.up_proj", "linear2": "feed_forward.down_proj",
@@ -101,10 +109,12 @@ class PlainViT(nn.Module):
         self.load_state_dict(state, strict=True)
 
 
-@pytest.mark.parametrize("pooling", ["token", "mean"])
-def test_the_mirror_is_an_encoder_of_pytorchs_layers(pooling: str) -> None:
+@pytest.mark.parametrize(
+    ("pooling", "distillation"), [("token", "none"), ("mean", "none"), ("token", "token"), ("token", "classifier")]
+)
+def test_the_mirror_is_an_encoder_of_pytorchs_layers(pooling: str, distillation: str) -> None:
     """Logits, loss and gradients in float64. With 14 pixels and patches of 4, two rows and columns are unused."""
-    given = config(pooling=pooling, dropout=0.0)
+    given = config(pooling=pooling, distillation=distillation, dropout=0.0)
     assert isinstance(given.model, ViTConfig)
     ours = build(given).reference
     values = {
@@ -126,7 +136,9 @@ def test_the_mirror_is_an_encoder_of_pytorchs_layers(pooling: str) -> None:
         "patch_embedding.weight": theirs.patches.weight.grad.reshape(12, 3, 4, 4),
         "position_embedding.weight": theirs.positions.grad[0],
         "blocks.1.feed_forward.up_proj.weight": theirs.layers[1].linear1.weight.grad,
-        **({"class_embedding.weight": theirs.token.grad[0]} if theirs.token is not None else {}),
+        **({"class_embedding.weight": theirs.token.grad[0, :1]} if theirs.token is not None else {}),
+        **({"distillation_embedding.weight": theirs.token.grad[0, 1:]} if distillation != "none" else {}),
+        **({"distillation_output.weight": theirs.teacher.weight.grad} if theirs.teacher is not None else {}),
     }
     for path, gradient in truth.items():
         np.testing.assert_allclose(gradients[path], gradient.numpy(), rtol=0, atol=1e-12, err_msg=path)
@@ -181,6 +193,7 @@ def test_images_that_do_not_fit_are_one_line(backend: str) -> None:
     ("values", "names"),
     [
         ({"patch_size": 15}, ["patch_size", "image_size"]),
+        ({"pooling": "mean", "distillation": "token"}, ["distillation", "pooling"]),
         ({"num_heads": 5}, ["hidden_size", "num_heads", "head_size"]),
         ({"pooling": "max"}, ["model.pooling", "token", "mean"]),
         ({"max_seq_length": 5}, ["max_seq_length"]),

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from icenet.core.config.transformer_plan import Activation, AttentionPlan, BlockPlan, FeedForwardPlan, NormPlan
 
 Pooling = Literal["token", "mean"]
+Distillation = Literal["none", "token", "classifier"]
 
 
 class ViTFields(Protocol):
@@ -18,6 +19,7 @@ class ViTFields(Protocol):
     image_size: int | list[int]
     patch_size: int
     pooling: Pooling
+    distillation: Distillation
     num_heads: int
     head_size: int | None
     attention_bias: bool
@@ -59,9 +61,9 @@ def head_size(config: ViTFields) -> int:
 
 
 def num_positions(config: ViTFields) -> int:
-    """Returns the number of patches, and one for the class token."""
+    """Returns the number of patches, the class token and the distillation token."""
     height, width = (length // config.patch_size for length in image_shape(config))
-    return height * width + (config.pooling == "token")
+    return height * width + (config.pooling == "token") + (config.distillation != "none")
 
 
 def image_shape(config: ViTFields) -> tuple[int, int]:
@@ -85,6 +87,10 @@ def check(config: ViTFields) -> None:
     """Raises ValueError if options contradict each other."""
     if config.patch_size > min(image_shape(config)):
         raise ValueError(f"patch_size {config.patch_size} is larger than image_size {config.image_size}")
+    if config.distillation != "none" and config.pooling != "token":
+        raise ValueError(
+            f"distillation {config.distillation} needs pooling token: its token is next to a class token"
+        )
     if config.head_size is None and config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}; or give head_size"

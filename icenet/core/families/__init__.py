@@ -18,7 +18,7 @@ FAMILIES: dict[str, Family] = {
         *(moe.MIXTRAL, moe.QWEN3_MOE),
         *(gpt.GPT2, gpt.GPT_NEOX),
         *(bert.DISTILBERT, bert.BERT, bert.ROBERTA, bert.XLM_ROBERTA, bert.MPNET),
-        *(vision.RESNET, vision.VIT),
+        *(vision.RESNET, vision.VIT, vision.DEIT),
     )
 }
 """The families by `model_type` of config.json. The first one that has all options of a model is its family."""

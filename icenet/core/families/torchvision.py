@@ -61,7 +61,14 @@ _LAYER = "encoder.layers.encoder_layer_{i}"
 VIT = Family(
     FORM,
     "VisionTransformer",
-    {"pooling": "token", "image_channels": 3, "attention_bias": True, "activation": "gelu", "norm_eps": 1e-6},
+    {
+        "pooling": "token",
+        "distillation": "none",
+        "image_channels": 3,
+        "attention_bias": True,
+        "activation": "gelu",
+        "norm_eps": 1e-6,
+    },
     [],
     "",
     [

@@ -1,7 +1,7 @@
-"""ResNet and ViT: classifiers of images, with the names of Hugging Face.
+"""ResNet, ViT and DeiT: classifiers of images, with the names of Hugging Face.
 
-Sources: the classes `ResNetConfig`, `ResNetForImageClassification`, `ViTConfig` and `ViTForImageClassification` of
-Hugging Face's `transformers` 5.
+Sources: the classes `ResNetConfig`, `ViTConfig` and `DeiTConfig` and their models `...ForImageClassification`, and
+`DeiTForImageClassificationWithTeacher`, of Hugging Face's `transformers` 5.
 """
 
 from __future__ import annotations
@@ -256,38 +256,88 @@ def _vit_rows(prefix: str, is_published: bool = True) -> list[Row]:
     ]
 
 
+_WITH_TEACHER = "DeiTForImageClassificationWithTeacher"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Whether the distillation token has a classifier. The class of the library is the only sign of it."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return ("architectures",)
+
+    def read(self, values: Values) -> dict[str, Any]:
+        classes = values.get("architectures")
+        has_classifier = isinstance(classes, list) and _WITH_TEACHER in classes
+        return {"distillation": "classifier" if has_classifier else "token"}
+
+    def write(self, options: Options) -> dict[str, Any]:
+        return {"architectures": [_WITH_TEACHER]} if options["distillation"] == "classifier" else {}
+
+
+_VIT_PARTS = (
+    Key("hidden_size", "hidden_size", 768),
+    Key("num_hidden_layers", "num_layers", 12),
+    Key("num_attention_heads", "num_heads", 12),
+    HeadSize(),
+    Key("intermediate_size", "feed_forward_size", 3072),
+    ImageSize("image_size", "image_size", 224),
+    ImageSize("patch_size", "patch_size", 16, is_square=True),
+    Key("num_channels", "image_channels", 3),
+    Key("layer_norm_eps", "norm_eps", 1e-12),
+    Key("qkv_bias", "attention_bias", True),
+    Activation("hidden_act", "gelu"),
+    Dropout(("hidden_dropout_prob",), 0.0),
+    Labels(),
+)
+_VIT_IGNORED = frozenset({"encoder_stride", "pooler_act", "pooler_output_size", "attention_probs_dropout_prob"})
+"""Of other tasks: the pooler and the decoder of masked images; and dropout of attention weights."""
+
+
+def _vit_tables(prefix: str) -> list[Row]:
+    """Returns the rows of all layers but the classifiers."""
+    return [
+        Row(f"{prefix}.embeddings.cls_token", ["class_embedding"], is_array=True),
+        Row(f"{prefix}.embeddings.distillation_token", ["distillation_embedding"], is_array=True),
+        Row(f"{prefix}.embeddings.position_embeddings", ["position_embedding"], is_array=True),
+        Row(f"{prefix}.embeddings.patch_embeddings.projection", ["patch_embedding"]),
+        *_vit_rows(prefix),
+        Row(f"{prefix}.layernorm", ["final_norm"]),
+    ]
+
+
+def _deit_classifiers(config: ViTConfig) -> list[Row]:
+    if config.distillation != "classifier":
+        return [Row("classifier", ["output"])]
+    return [Row("cls_classifier", ["output"]), Row("distillation_classifier", ["distillation_output"])]
+
+
 VIT = Family(
     "vit",
     "ViTForImageClassification",
-    {"type": "vit", "pooling": "token"},
-    [
-        Key("hidden_size", "hidden_size", 768),
-        Key("num_hidden_layers", "num_layers", 12),
-        Key("num_attention_heads", "num_heads", 12),
-        HeadSize(),
-        Key("intermediate_size", "feed_forward_size", 3072),
-        ImageSize("image_size", "image_size", 224),
-        ImageSize("patch_size", "patch_size", 16, is_square=True),
-        Key("num_channels", "image_channels", 3),
-        Key("layer_norm_eps", "norm_eps", 1e-12),
-        Key("qkv_bias", "attention_bias", True),
-        Activation("hidden_act", "gelu"),
-        Dropout(("hidden_dropout_prob",), 0.0),
-        Labels(),
-    ],
+    {"type": "vit", "pooling": "token", "distillation": "none"},
+    _VIT_PARTS,
     "vit.",
-    [
-        Row("vit.embeddings.cls_token", ["class_embedding"], is_array=True),
-        Row("vit.embeddings.position_embeddings", ["position_embedding"], is_array=True),
-        Row("vit.embeddings.patch_embeddings.projection", ["patch_embedding"]),
-        *_vit_rows("vit"),
-        Row("vit.layernorm", ["final_norm"]),
-        Row("classifier", ["output"]),
-    ],
+    [*_vit_tables("vit"), Row("classifier", ["output"])],
     unused=(r"(vit\.)?pooler\.dense\.(weight|bias)",),
-    # of other tasks: the pooler and the decoder of masked images; and dropout of attention weights
-    ignored=frozenset({"encoder_stride", "pooler_act", "pooler_output_size", "attention_probs_dropout_prob"}),
+    ignored=_VIT_IGNORED,
     section=ViTConfig,
     options=vit_options,
     alternatives=[_vit_rows("vit", is_published=False)],
+)
+
+DEIT = Family(
+    "deit",
+    "DeiTForImageClassification",
+    {"type": "vit", "pooling": "token"},
+    [*_VIT_PARTS, Distillation()],
+    "deit.",
+    _vit_tables("deit"),
+    unused=(r"(deit\.)?pooler\.dense\.(weight|bias)",),
+    ignored=_VIT_IGNORED,
+    section=ViTConfig,
+    options=vit_options,
+    rows_of=_deit_classifiers,
+    alternatives=[_vit_rows("deit", is_published=False)],
 )

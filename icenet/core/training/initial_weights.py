@@ -20,8 +20,8 @@ from icenet.core.training.changed_keys import of_model, value
 from icenet.core.training.open_model import image_facts, open_trained
 from icenet.core.weights.origin import Origin
 
-HEAD = ("output",)
-"""Beginnings of the paths of a classifier's output layer."""
+HEAD = ("output", "distillation_output")
+"""Beginnings of the paths of a classifier's output layers."""
 
 
 def apply(config: Config, engine: Engine) -> list[str]:

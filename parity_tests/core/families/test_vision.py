@@ -33,6 +33,7 @@ VIT = {
     "patch_size": 7,
 }  # fmt: skip
 NAMES = {"id2label": {0: "cat", 1: "dog", 2: "a\nnewt", 3: "owl", 4: "fox"}}
+WITH_TEACHER = "DeiTForImageClassificationWithTeacher"
 RESNET = {"embedding_size": 9, "hidden_sizes": [12, 20], "depths": [2, 1]}
 
 # Sizes that divide nothing where the family allows it, strides at each place, and numbers of classes with no names.
@@ -40,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViT", {**VIT, **NAMES, "qkv_bias": False}),
     "vit, grey": ("ViT", {**VIT, "head_dim": 8, "num_channels": 1, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
     "vit, no squares": ("ViT", {**VIT, **NAMES, "image_size": [30, 17]}),
+    "deit": ("DeiT", {**VIT, **NAMES, "architectures": ["DeiTForImageClassification"]}),
+    "deit, two classifiers": ("DeiT", {**VIT, "num_labels": 4, "architectures": [WITH_TEACHER]}),
     "resnet, basic": (
         "ResNet",
         {"embedding_size": 9, "hidden_sizes": [12, 17], "depths": [1, 2], "layer_type": "basic", "num_labels": 7,
@@ -113,7 +116,7 @@ def test_an_exported_folder_has_the_same_tensors_and_is_loaded(case: Case, tmp_p
         np.testing.assert_allclose(case.logits_of(tmp_path / path), case.single, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet, version 1.5"])
+@pytest.mark.parametrize("name", ["vit", "deit, two classifiers", "resnet, version 1.5"])
 def test_the_names_of_the_modules_of_transformers_are_read(name: str, tmp_path: Path) -> None:
     """`save_original_format=False` writes them; `transformers` reads them, and an export has them again."""
     case = Case(tmp_path / "folder", *CASES[name])
@@ -137,6 +140,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_channels": 3, "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True,
         "id2label": {str(i): f"name {i}" for i in range(1000)}, "transformers_version": "4.13.0.dev0",
         "label2id": {f"name {i}": i for i in range(1000)},
+    },
+    "facebook/deit-tiny-distilled-patch16-224": {
+        "model_type": "deit", "architectures": [WITH_TEACHER], "attention_probs_dropout_prob": 0.0,
+        "encoder_stride": 16, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 192,
+        "id2label": {str(i): f"name {i}" for i in range(1000)}, "image_size": 224, "initializer_range": 0.02,
+        "intermediate_size": 768, "layer_norm_eps": 1e-12, "num_attention_heads": 3, "num_channels": 3,
+        "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True, "torch_dtype": "float32",
     },
     "microsoft/resnet-50": {
         "model_type": "resnet", "architectures": ["ResNetForImageClassification"], "depths": [3, 4, 6, 3],
@@ -235,6 +245,7 @@ def test_a_pooler_is_named_and_kept(vit: Path, tmp_path: Path, caplog: pytest.Lo
 
 PROCESSORS = {
     "vit": ("vit", "ViT", {"size": SIZE}),
+    "deit, two classifiers": ("deit", "DeiT", {"size": {"height": 36, "width": 34}, "crop_size": SIZE}),
     "resnet, version 1.5": ("convnext", "ConvNext", {"size": {"shortest_edge": 40}, "crop_pct": 0.8}),
 }
 

@@ -193,6 +193,31 @@ def test_a_new_head(imported: Path, tmp_path: Path) -> None:
         assert np.abs(plain(icenet.load(tmp_path / "mlx", backend, "cpu")(inputs)) - exact).max() <= 8 * noise
 
 
+def test_both_classifiers_of_a_distilled_model_are_new(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    options = {**MODELS["vit"][1], "num_labels": 3, "architectures": ["DeiTForImageClassificationWithTeacher"]}
+    model = transformers.AutoModelForImageClassification.from_config(transformers.DeiTConfig(**options))
+    model.save_pretrained(tmp_path / "imported")
+    processor_of("DeiT")(size={"height": 22, "width": 30}, crop_size=[20, 27]).save_pretrained(tmp_path / "imported")
+    source = pictures(tmp_path / "images", "ant", "bee")
+    config = config_of(tmp_path / "imported", source, vocab_size=2)
+    trainer = Trainer.start(config, tmp_path / "run", backend="torch", quiet=True)
+    new, found = icenet.build(config, "torch").weights(), trainer.engine.weights()
+    old = icenet.load(tmp_path / "imported", "torch").weights()
+    heads = [name for name in new if name.startswith(("output.", "distillation_output."))]
+    assert len(heads) == 4 and same_bits(found, {**old, **{name: new[name] for name in heads}})
+    trainer.fit()
+    icenet.convert(tmp_path / "run", tmp_path / "hf", "hf")
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+    assert type(again) is type(model) and again.config.id2label == {0: "ant", 1: "bee"}
+    file = source / "ant" / "1.png"
+    expected = again.eval()(
+        **processor_of("DeiT").from_pretrained(tmp_path / "hf")(Image.open(file), return_tensors="pt")
+    )
+    probabilities = expected.logits.double().softmax(-1).detach().numpy()
+    np.testing.assert_allclose(predict(tmp_path / "run", [file], "torch", "cpu").probabilities, probabilities, 1e-5)
+
+
 def test_a_head_is_replaced_on_request_only(tmp_path: Path) -> None:
     """Without it an error names the key; the command says what is done; and a text model has no such key."""
     imported = imported_folder(tmp_path / "imported", "vit")

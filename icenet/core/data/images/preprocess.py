@@ -52,7 +52,7 @@ PROCESSORS: Mapping[str, Mapping[str, Any]] = {
 }
 """The library's classes without their ending, and the values of keys that are absent."""
 
-DEFAULT_PROCESSORS: Mapping[str, str] = {"vit": "ViT", "resnet": "ConvNext"}
+DEFAULT_PROCESSORS: Mapping[str, str] = {"vit": "ViT", "deit": "DeiT", "resnet": "ConvNext"}
 """The processor of a `model_type`, for files that name none."""
 
 _ENDINGS = ("ImageProcessorPil", "ImageProcessorFast", "ImageProcessor", "FeatureExtractor")
