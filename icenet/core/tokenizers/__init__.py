@@ -8,10 +8,10 @@ from pathlib import Path
 
 from icenet.core.errors import DataError
 from icenet.core.files import path_hint
-from icenet.core.tokenizers import sentencepiece, wordpiece
+from icenet.core.tokenizers import llama, sentencepiece, wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.tokenizers.companions import read_files
+from icenet.core.tokenizers.companions import parse, read_files
 
 
 def get_tokenizer(name: str) -> Tokenizer:
@@ -80,4 +80,6 @@ def tokenizer_files(name: str) -> dict[str, bytes]:
         return {}
     if path.name == wordpiece.VOCABULARY or path.suffix == ".model":
         return dict(read_tokenizer(path).files)
-    return {TOKENIZER_FILE: path.read_bytes(), **read_files(path.parent)}
+    companions = read_files(path.parent)
+    content = llama.with_rules(path.read_bytes(), parse(companions, str(path)), path.parent)
+    return {TOKENIZER_FILE: content, **companions}

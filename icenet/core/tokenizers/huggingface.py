@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
 from icenet.core.files import LFS_POINTER, LFS_REMEDY
-from icenet.core.tokenizers import sentencepiece, wordpiece
+from icenet.core.tokenizers import llama, sentencepiece, wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
 from icenet.core.tokenizers.companions import (
     CONFIG,
@@ -131,7 +131,9 @@ class HFTokenizer:
         Raises:
             DataError: It cannot be read, or see `__init__`.
         """
-        return cls(_read_bytes(path), str(path), read_files(path.parent))
+        companions = read_files(path.parent)
+        content = llama.with_rules(_read_bytes(path), parse(companions, str(path)), path.parent)
+        return cls(content, str(path), companions)
 
     @classmethod
     def from_vocabulary(cls, path: Path) -> HFTokenizer:

@@ -144,6 +144,42 @@ def test_the_files_next_to_it_are_used(files: dict[str, bytes], tmp_path: Path) 
     assert again.name == found.name and again.encode(" a b</s>") == found.encode(" a b</s>")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"legacy": True, "tokenizer_class": "LlamaTokenizerFast"}),
+        ("gemma2", {"legacy": False, "add_prefix_space": False}),
+        ("mistral", {"legacy": False}),
+    ],
+)
+def test_a_llama_tokenizer_has_the_rules_of_transformers(
+    model_type: str, changes: dict[str, Any], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Also as a checkpoint stores it, whose folder has no config.json."""
+    transformers: Any = pytest.importorskip("transformers")
+    write(tmp_path / "source", "llama", files["llama"])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(tokenizer_files(str(tmp_path / "source"))["tokenizer.json"])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    config = {"tokenizer_class": "LlamaTokenizer", **named, **changes}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
+    assert isinstance(ours, HFTokenizer)
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    for name, content in tokenizer_files(str(folder)).items():
+        (copied / name).write_bytes(content)
+    again = get_tokenizer(str(copied))
+    for text in [*texts(60), "a</s> b</s>c", "<s>[x] a"]:
+        expected = theirs.encode(text)
+        assert ours.encode_prompt(text) == expected, repr(text)
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True), repr(text)
+        assert again.encode(text) == ours.encode(text)
+
+
 def message(number: int, data: bytes) -> bytes:
     """Returns a field with some bytes."""
     length, lengths = len(data), bytearray()
