@@ -541,6 +541,29 @@ def test_the_number_of_processes_changes(tmp_path: Path, backend: str, sharded: 
 
 @pytest.mark.slow
 @both_backends
+@pytest.mark.parametrize("sharded", [False, True])
+def test_experts_in_several_processes(tmp_path: Path, backend: str, sharded: bool) -> None:
+    """Two processes of two micro-batches are one of four, because each micro-batch has its loss of balance."""
+    config = training_config(
+        tmp_path,
+        *("model.num_experts=4", "model.expert_size=16", "training.ema_decay=0.9"),
+        *("model.router_aux_loss_coef=0.5", "training.gradient_checkpointing=true"),
+        f"training.sharded={str(sharded).lower()}",
+        steps=20,
+    )
+    run, one = tmp_path / "run", config.with_overrides("training.gradient_accumulation=4", "training.sharded=false")
+    train(tmp_path, config, run, backend, until=20)
+    judge(one, run)
+    Trainer.start(one, tmp_path / "alone", backend=backend, quiet=True).fit(20)
+    pairs = zip(metrics(run), metrics(tmp_path / "alone"), strict=True)
+    evaluated = [
+        (own["validation_loss"], alone["validation_loss"]) for own, alone in pairs if "validation_loss" in own
+    ]
+    assert len(evaluated) == 2 and all(own == pytest.approx(alone, rel=1e-4) for own, alone in evaluated)
+
+
+@pytest.mark.slow
+@both_backends
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
 def test_sharded_training_equals_data_parallel_training(tmp_path: Path, backend: str, optimizer: str) -> None:
     """With gradient checkpointing, both kinds of clipping, and tied embeddings, which the model reads twice.

@@ -118,6 +118,24 @@ def test_layers_without_experts() -> None:
         FAMILIES["qwen3_moe"].read({**values, "mlp_only_layers": "all"})
 
 
+@by_family
+def test_the_loss_that_balances_experts_is_read_and_written(model_type: str) -> None:
+    """The library uses the factor if `output_router_logits` is true. Its presence changes no family."""
+    family, key = FAMILIES[model_type], "router_aux_loss_coef"
+    assert family.read({**VALUES[model_type], key: 0.2})[key] == 0.0
+    for given, expected in (({key: 0.2}, 0.2), ({}, 0.001)):
+        fields = family.read({**VALUES[model_type], **given, "output_router_logits": True})
+        config = ModelConfig(**fields)
+        written = family.write(config)
+        assert fields[key] == written[key] == expected and written["output_router_logits"] is True
+        assert family.read(written)[key] == expected and family_of(config).model_type == model_type
+    assert key not in family.write(config_of(model_type).model)
+    dense = {**VALUES["qwen3_moe"], "mlp_only_layers": [0, 1], "output_router_logits": True}
+    assert not ModelConfig(**FAMILIES["qwen3_moe"].read(dense)).router_aux_loss_coef  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=f"{key} needs num_experts"):
+        Config.from_dict({"model": {"type": "transformer", key: 0.1}})
+
+
 def test_the_family_of_a_mixture() -> None:
     """Weights that do not add up to 1 are Qwen3-MoE's only, and experts in some layers too."""
     mixtral = config_of("mixtral").model
