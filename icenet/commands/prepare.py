@@ -29,7 +29,7 @@ MIN_VOCAB_SIZE = 257
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
     """Creates the token file of a configuration and returns a summary.
 
-    Does nothing if the cache has the file. Continues an interrupted call, but for conversations.
+    If the cache has the file, checks that it is intact. Continues an interrupted call, but for conversations.
 
     Args:
         config: The configuration.
@@ -46,24 +46,34 @@ def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> 
         )
     started = time.time()
     try:
-        dataset = dataset_for(config, workers=workers, quiet=quiet)
+        dataset, path = _open(config, workers, quiet)
+        is_new, notes = path.stat().st_mtime >= started - 0.05, list(dataset.notes)
+        if not is_new and not dataset.is_intact():
+            path.unlink()
+            dataset, path = _open(config, workers, quiet)
+            is_new, notes = True, [*dataset.notes, f"{path}: was damaged and is encoded again; check the disk"]
     except (KeyboardInterrupt, Stopped) as stop:
         reason = str(stop) or "Ctrl-C"
         kept = "the work done so far is kept: the same command continues it"
         if isinstance(config.data, ChatDataConfig):
             kept = "conversations that are not all encoded are not kept"
         raise IceNetError(f"stopped by {reason}; {kept}") from None
-    assert isinstance(dataset, (TextDataset, ConversationDataset)) and dataset.path is not None
-    status = dataset.path.stat()
-    existing = "" if status.st_mtime >= started - 0.05 else "already prepared: "
+    existing = "" if is_new else "already prepared: "
     if isinstance(dataset, ConversationDataset):
         tokens, count, noun = dataset.num_tokens, dataset.num_conversations, "conversation"
     else:
         tokens = dataset.num_train_tokens + dataset.num_validation_tokens
         count, noun = dataset.num_documents, "document"
     documents = f"{count:,} {noun}{'s' if count != 1 else ''}"
-    summary = f"{existing}{tokens:,} tokens of {documents} ({status.st_size / 1e6:,.1f} MB) in {dataset.path}"
-    return "\n".join([summary, *dataset.notes])
+    summary = f"{existing}{tokens:,} tokens of {documents} ({path.stat().st_size / 1e6:,.1f} MB) in {path}"
+    return "\n".join([summary, *notes])
+
+
+def _open(config: Config, workers: int | None, quiet: bool) -> tuple[TextDataset | ConversationDataset, Path]:
+    """Returns the data of a configuration and their token file."""
+    dataset = dataset_for(config, workers=workers, quiet=quiet)
+    assert isinstance(dataset, (TextDataset, ConversationDataset)) and dataset.path is not None
+    return dataset, dataset.path
 
 
 def read_config(target: str, overrides: Sequence[str], options: Collection[str]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -279,8 +280,17 @@ def test_processes_that_start_at_once_encode_once(tmp_path: Path, monkeypatch: p
 def test_prepare_encodes_conversations(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *({"prompt": "a", "completion": c} for c in "bcd"))
     config = tiny(tmp_path, f"data={{kind: chat, source: {path}, validation_fraction: 0}}", "training.batch_size=2")
-    assert is_one_line(summary := prepare(config, quiet=True), "9 tokens of 3 conversations")
-    assert summary.removeprefix("already prepared: ") in prepare(config, quiet=True)
+    summary = prepare(config, quiet=True)
+    assert is_one_line(summary, "9 tokens of 3 conversations")
+    path = Path(summary.rpartition(" in ")[2])
+    os.utime(path, (0, 0))
+    assert prepare(config, quiet=True) == f"already prepared: {summary}"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+    again = prepare(config, quiet=True)
+    assert summary in again and "damaged" in again and bytes(content) != path.read_bytes()
 
 
 def test_a_line_that_was_left_out_is_an_error_again(tmp_path: Path) -> None:

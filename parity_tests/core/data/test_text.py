@@ -1018,6 +1018,12 @@ def test_prepare_makes_what_train_reads(bpe: Path, here: Path, capsys: Any, no_p
     named = run("prepare", "conf/my.yaml", "--set", "data.tokenizer=tokenizer.json")
     assert named == again  # in the working folder; its content decides
     assert left_over(here / "cache") == files
+    file = next((here / "cache").glob("*.tokens"))
+    content = file.read_bytes()
+    file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    os.utime(file, (0, 0))
+    repaired = run("prepare", "conf/my.yaml")
+    assert repaired.startswith(first) and "damaged" in repaired and file.read_bytes() == content
 
 
 @pytest.mark.parametrize(

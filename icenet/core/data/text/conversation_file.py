@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,14 @@ class ConversationFile:
         """Returns a conversation."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return Row(self.tokens[part].astype(np.int32), np.asarray(self.trained[part]))
+
+
+def compute_fingerprint(rows: Iterable[Row], tokenizer: Tokenizer) -> str:
+    """Returns what `ConversationFile.fingerprint` is for rows."""
+    digest = hashlib.sha256(tokenizer.name.encode())
+    for row in rows:
+        digest.update(row.tokens.tobytes() + row.trained.tobytes())
+    return digest.hexdigest()
 
 
 def open_file(path: Path) -> ConversationFile | None:

@@ -110,6 +110,11 @@ class ConversationDataset:
         labels = int((self._file.starts[self._train + 1] - self._file.starts[self._train] - 1).sum())
         return max(1, round(labels / max(1, len(self._train))))
 
+    def is_intact(self) -> bool:
+        """Returns whether the tokens are those that were encoded. Reads all of them."""
+        rows = (self._file.row(index) for index in range(self.num_conversations))
+        return conversation_file.compute_fingerprint(rows, self.tokenizer) == self.fingerprint
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the number of full batches in one pass. The remainder is dropped.
 

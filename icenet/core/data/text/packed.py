@@ -16,7 +16,7 @@ from icenet.core.data.text.cache import load_tokens
 from icenet.core.data.text.left_out import EMPTY
 from icenet.core.data.text.prepare import Progress
 from icenet.core.data.text.sources import LINES, Source, find_source
-from icenet.core.data.text.token_file import TokenFile
+from icenet.core.data.text.token_file import PIECE_TOKENS, TokenFile, compute_fingerprint
 from icenet.core.errors import DataError
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import Tokenizer
@@ -163,6 +163,11 @@ class TextDataset:
     def facts(self) -> dict[str, Any]:
         """Empty: a text model needs nothing besides its configuration and tokenizer."""
         return {}
+
+    def is_intact(self) -> bool:
+        """Returns whether the tokens are those that were encoded. Reads all of them, about 1 s per GB."""
+        pieces = (self._tokens[first : first + PIECE_TOKENS] for first in range(0, len(self._tokens), PIECE_TOKENS))
+        return compute_fingerprint(pieces, self.tokenizer) == self.fingerprint
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the number of full batches in one pass over the training part. The remainder is dropped.

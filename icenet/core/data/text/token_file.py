@@ -88,6 +88,14 @@ def open_file(path: Path, tokenizer: Tokenizer) -> TokenFile | None:
         return None
 
 
+def compute_fingerprint(pieces: Iterable[NDArray[np.integer]], tokenizer: Tokenizer) -> str:
+    """Returns what `TokenFile.fingerprint` is for tokens, given in pieces."""
+    digest = hashlib.sha256(f"{tokenizer.name}\n".encode())
+    for piece in pieces:
+        digest.update(piece.astype(token_dtype(tokenizer), copy=False).tobytes())
+    return digest.hexdigest()
+
+
 def write_file(
     file: BinaryIO,
     pieces: Iterable[NDArray[np.integer]],
