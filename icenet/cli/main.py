@@ -463,7 +463,7 @@ def predict_command(
 ) -> None:
     """Classify images with a trained model.
 
-    MODEL is a run, a checkpoint or a Hugging Face folder. IMAGES are files or folders.
+    MODEL is a run, a checkpoint, a saved model or a Hugging Face folder. IMAGES are files or folders.
     """
     from icenet.commands import predict
 

@@ -30,6 +30,8 @@ def notes(before: Config, after: Config, step: int, dataset: Dataset, *, same_da
         found.append(
             f"training.init_from has no effect from step {step + 1} on: a new run begins with weights of a model"
         )
+    if after.training.new_head != before.training.new_head:
+        found.append(f"training.new_head has no effect from step {step + 1} on: it is about initial values")
     unit = "images" if dataset.unit == "img" else "text"
     meanings = [(of_model(before, after), "the weights compute something else than they were trained to compute")]
     if same_data:

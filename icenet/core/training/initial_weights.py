@@ -11,7 +11,9 @@ import numpy as np
 
 from icenet.core.config import Config, ImageDataConfig, ImageModelConfig
 from icenet.core.config.section import shown
+from icenet.core.data.datasets import Dataset
 from icenet.core.data.images.facts import ImageFacts, describe_statistics
+from icenet.core.data.user import UserDataset
 from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.models.inference import lacks_tokenizer
@@ -97,12 +99,16 @@ def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
 
     Args:
         config: The configuration.
-        facts: `ImageFacts` of the run, as a dict.
+        facts: `Dataset.facts` of the run: `ImageFacts` as a dict, unless the data are given in Python.
     """
     given = config.training.init_from
     if given is None or not isinstance(config.data, ImageDataConfig):
         return []
-    ours, theirs = ImageFacts(**facts), image_facts(Path(given))
+    try:
+        ours = ImageFacts(**facts)
+    except (ConfigError, TypeError):  # those of the user's data
+        return []
+    theirs = image_facts(Path(given))
     if theirs is None:
         return []
     notes = []
@@ -124,6 +130,19 @@ def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
     if changed:
         notes.append(f"{'; '.join(changed)}: the pixels have other values than the model was trained with")
     return notes
+
+
+def facts_for(config: Config, dataset: Dataset) -> list[str]:
+    """Gives the user's own data without facts those of the model that a run begins with. Returns notes for the user."""
+    given = config.training.init_from
+    is_about_images = isinstance(config.model, ImageModelConfig) and not config.training.new_head
+    if given is None or not isinstance(dataset, UserDataset) or dataset.facts or not is_about_images:
+        return []
+    facts = image_facts(Path(given))
+    if facts is None or len(facts.classes) != config.model.vocab_size:
+        return []
+    dataset.facts = facts.model_dump(exclude_none=True)
+    return [f"the names of the classes, and how icenet predict reads images, are those of {given}"]
 
 
 def _first_names(names: Sequence[str]) -> str:

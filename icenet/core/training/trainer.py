@@ -211,6 +211,7 @@ class Trainer:
         notes = initial_weights.apply(config, engine)
         trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet, given)
         trainer.notes += [*notes, *initial_weights.image_notes(config, trainer.dataset.facts)]
+        trainer.notes += initial_weights.facts_for(config, trainer.dataset)
         return trainer
 
     @classmethod
@@ -280,6 +281,8 @@ class Trainer:
                 f"TF32 is {engine.tf32} from step {found.step + 1} ({place}), and was {before} before: the losses "
                 "change by more than rounding"
             )
+        if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.facts:
+            trainer.dataset.facts = dict(found.state.get("facts") or {})  # of the model that the run began with
         trainer._branched_from = plan.branched_from
         trainer._is_new = plan.branched_from is not None
         if plan.branched_from is not None:
@@ -300,6 +303,14 @@ class Trainer:
                 content, verb = ("images", "are") if trainer.dataset.unit == "img" else ("text", "is")
                 source = f"{content} of data.source {config.data.source} {verb}"
             trainer.notes.append(f"the {source} not what the checkpoint was trained on")
+        elif isinstance(trainer.dataset, UserDataset) and not trainer.dataset.is_repeated(
+            last := found.state.get("last_batch")
+        ):
+            trainer.notes.append(
+                f"the batch of step {last['step'] + 1} is not the one that the checkpoint was trained with: "
+                f"{trainer.dataset.description} reads other data than before, or its train_batch depends on more than "
+                "seed and step"
+            )
         return trainer
 
     def fit(self, until: int | None = None) -> Result:

@@ -136,6 +136,24 @@ def test_a_run_reads_images_as_the_model_that_it_begins_with(imported: Path, tmp
     assert again.data == config.data and not again.training.new_head
 
 
+def test_data_of_the_user_keep_the_labels_of_the_model(tmp_path: Path) -> None:
+    """The run and its continuation, whose data are arrays of the user, without facts."""
+
+    class Arrays:
+        def train_batch(self, step: int, batch_size: int) -> dict[str, Any]:
+            inputs = np.random.default_rng(step).normal(size=(batch_size, 20, 27, 3)).astype(np.float32)
+            return {"inputs": inputs, "labels": np.arange(batch_size, dtype=np.int32) % 3}
+
+    imported = imported_folder(tmp_path / "imported", "vit")
+    config = config_of(imported, tmp_path).with_overrides("training.max_steps=2")
+    trainer = Trainer.start(config, tmp_path / "run", backend="torch", quiet=True, data=Arrays())
+    assert any(is_one_line(note, "names of the classes", str(imported)) for note in trainer.notes)
+    trainer.fit(until=1)
+    Trainer.resume(tmp_path / "run", quiet=True, data=Arrays()).fit()
+    icenet.convert(tmp_path / "run", tmp_path / "hf", "hf")
+    assert settings_of(tmp_path / "hf") == settings_of(imported)
+
+
 def test_keys_of_the_user_come_before_the_processor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     imported = imported_folder(tmp_path / "imported", "resnet")
     source = pictures(tmp_path / "images", *LABELS)
