@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from icenet.core.data.text.packed import Batch
 from icenet.core.errors import DataError, IceNetError
 
 REQUIRED = ("inputs", "labels")
+_LAST_BATCH = ("step", "batch_size", "checksum")
+_CHECKED_BYTES = 1 << 20
+"""Bytes of each array of which a checksum is taken, 0.4 ms."""
 
 
 class UserDataset:
@@ -39,6 +43,8 @@ class UserDataset:
         own = str(getattr(data, "fingerprint", ""))
         self.fingerprint = hashlib.sha256(f"{identity}\n{own}".encode()).hexdigest()
         self._name = name
+        self.last_batch: dict[str, int] | None = None
+        """Step, size and checksum of the training batch that was read last. Checkpoints store it."""
 
     @classmethod
     def open(cls, config: CustomDataConfig, seed: int) -> UserDataset:
@@ -83,9 +89,27 @@ class UserDataset:
         Raises:
             DataError: The object's method fails, or returns something else than a batch.
         """
-        return self._checked(
+        batch = self._checked(
             self._call("train_batch", step, batch_size), f"train_batch({step}, {batch_size})", batch_size
         )
+        self.last_batch = {"step": step, "batch_size": batch_size, "checksum": _checksum(batch)}
+        return batch
+
+    def changed_batch(self, earlier: Any) -> list[str]:
+        """Returns a note if a step has another batch than it had in an earlier process.
+
+        Args:
+            earlier: `last_batch` of that process. Anything else has no note.
+        """
+        if not isinstance(earlier, Mapping) or not all(type(earlier.get(key)) is int for key in _LAST_BATCH):
+            return []
+        self.train_batch(earlier["step"], earlier["batch_size"])
+        if self.last_batch == earlier:
+            return []
+        return [
+            f"the batch of step {earlier['step'] + 1} is not the one that the checkpoint was trained with: "
+            f"{self.description} reads other data than before, or its train_batch depends on more than seed and step"
+        ]
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """Yields at most `count` validation batches; none for data without the method."""
@@ -135,6 +159,15 @@ class UserDataset:
             given = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise wrong(f"has these numbers of rows: {given}; each array needs {expected or 'some'}")
         return checked
+
+
+def _checksum(batch: Batch) -> int:
+    """Returns a checksum of the names, the shapes and the beginnings of the arrays of a batch."""
+    found = 0
+    for name, array in sorted(batch.items()):
+        found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), found)
+        found = zlib.crc32(array.reshape(-1)[: _CHECKED_BYTES // array.itemsize].tobytes(), found)
+    return found
 
 
 def _narrow(array: NDArray[Any], wrong: Any) -> NDArray[Any]:

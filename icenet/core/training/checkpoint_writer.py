@@ -83,6 +83,9 @@ class CheckpointWriter:
                 "tf32": self.engine.tf32,
                 "versions": versions(),
             }
+            last_batch = getattr(self.dataset, "last_batch", None)  # of a user's data
+            if last_batch is not None and last_batch["step"] == step - 1:
+                state["last_batch"] = last_batch
             if self._given:
                 state["given"] = self._given
             if is_custom(self.config.model.type):

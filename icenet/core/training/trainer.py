@@ -303,14 +303,8 @@ class Trainer:
                 content, verb = ("images", "are") if trainer.dataset.unit == "img" else ("text", "is")
                 source = f"{content} of data.source {config.data.source} {verb}"
             trainer.notes.append(f"the {source} not what the checkpoint was trained on")
-        elif isinstance(trainer.dataset, UserDataset) and not trainer.dataset.is_repeated(
-            last := found.state.get("last_batch")
-        ):
-            trainer.notes.append(
-                f"the batch of step {last['step'] + 1} is not the one that the checkpoint was trained with: "
-                f"{trainer.dataset.description} reads other data than before, or its train_batch depends on more than "
-                "seed and step"
-            )
+        elif isinstance(trainer.dataset, UserDataset):
+            trainer.notes += trainer.dataset.changed_batch(found.state.get("last_batch"))
         return trainer
 
     def fit(self, until: int | None = None) -> Result:

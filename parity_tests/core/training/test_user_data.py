@@ -106,6 +106,24 @@ def test_both_backends_train_alike_and_resume_exactly(project: Path) -> None:
     assert same_bits(state(Path("cut")), state(Path("torch"))) and losses(Path("cut")) == theirs
 
 
+def test_a_batch_that_depends_on_earlier_ones_is_seen_when_a_run_continues(project: Path) -> None:
+    """A new run cannot see it: two calls for the first step agree. Data of seed and step have no such note."""
+    stateful = DATA.replace(
+        "def train_batch(self, step, batch_size):",
+        """last = None
+
+    def train_batch(self, step, batch_size):
+        if step != self.last:
+            self.last, self.draws = step, getattr(self, "draws", 0) + 1
+        step = self.draws""",
+    )
+    (project / "stateful.py").write_text(stateful)
+    for file, is_said in (("mine.py", False), ("stateful.py", True)):
+        trainer(file.removesuffix(".py"), "torch", f"data.kind={file}:Sums").fit(until=3)
+        notes = Trainer.resume(Path(file.removesuffix(".py")), quiet=True).notes
+        assert any("the batch of step 3 is not the one" in note for note in notes) is is_said
+
+
 def test_a_checkpoint_does_not_run_the_code_it_names(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer("run", "torch").fit(until=2)
     custom._trusted.clear()
