@@ -31,7 +31,7 @@ def bench() -> None:
     """Measure memory and speed on this machine.
 
     Measures every installed backend, or the one given with --backend, each in a separate process. decode, prefill,
-    batch, load and all also measure mlx-lm and transformers, if they are installed, on the same weights.
+    batch, load, start and all also measure mlx-lm and transformers, if they are installed, on the same weights.
     """
 
 
@@ -233,15 +233,36 @@ def load_command(**options: Any) -> None:
     _run_inference(["load"], **options)
 
 
+@bench.command("convert", epilog=examples("icenet bench convert gpt2-large", "icenet bench convert runs/mine"))
+@_inference_options
+def convert_command(**options: Any) -> None:
+    """Time the conversion of weights against copying the file.
+
+    TARGET is the same as in icenet bench decode.
+    """
+    _run_inference(["convert"], **options)
+
+
+@bench.command("start", epilog=examples("icenet bench start", "icenet bench start gpt2 --dtype bf16 --backend torch"))
+@_inference_options
+def start_command(**options: Any) -> None:
+    """Time new processes: the help, and a first token.
+
+    The limit of a first token is a process that imports the framework and reads the file. TARGET is the same as in
+    icenet bench decode.
+    """
+    _run_inference(["start"], **options)
+
+
 @bench.command("all", epilog=examples("icenet bench all", "icenet bench all llama-1.5b --json bench.json"))
 @_inference_options
 @_new_tokens_option
 def all_command(**options: Any) -> None:
-    """Run decode, prefill, batch and load.
+    """Run decode, prefill, batch, load, convert and start.
 
     TARGET is the same as in icenet bench decode.
     """
-    _run_inference(["decode", "prefill", "batch", "load"], **options)
+    _run_inference(["decode", "prefill", "batch", "load", "convert", "start"], **options)
 
 
 @bench.command(

@@ -19,6 +19,19 @@ from icenet.nn.arrays import DTYPES
 
 TEMPERATURE, TOP_K = 0.8, 50
 """The settings of sampled tokens, also those of IceNet's sides."""
+FRAMEWORK = "import mlx.core, mlx.nn"
+FIRST_TOKEN = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+mx.set_default_device(mx.cpu if sys.argv[2] == "cpu" else mx.gpu)
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+model, _ = load_model(Path(sys.argv[1]))
+model.set_dtype(getattr(mx, sys.argv[4]))
+next(generate_step(mx.array([1, 2, 3]), model, max_tokens=1))
+"""
+"""Programs that import the framework, and that generate a token. Arguments: folder, device, dtype, its long name."""
 
 
 class Peer:

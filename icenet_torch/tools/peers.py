@@ -15,6 +15,19 @@ from icenet_torch.nn.arrays import DTYPES
 
 TEMPERATURE, TOP_K = 0.8, 50
 """The settings of sampled tokens, also those of IceNet's sides."""
+FRAMEWORK = "import torch"
+FIRST_TOKEN = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+gpu = "mps" if torch.backends.mps.is_available() else "cuda"
+device = "cpu" if sys.argv[2] == "cpu" else gpu
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[4]), local_files_only=True)
+model = model.to(device).eval()
+ids = torch.tensor([[1, 2, 3]], device=device)
+model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+"""
+"""Programs that import the framework, and that generate a token. Arguments: folder, device, dtype, its long name."""
 
 
 class Peer:

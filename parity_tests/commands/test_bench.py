@@ -84,7 +84,8 @@ def test_the_peak_of_pytorch_is_the_memory_that_autograd_saves(deep: Config, mea
 
 def test_the_peak_of_mlx_is_the_growth_of_its_process(deep: Config) -> None:
     """Compares MLX's own count with the kernel's, in one process."""
-    pytest.importorskip("mlx.core")
+    if not backends.installed("mlx"):  # importorskip would import it without a fast BLAS
+        pytest.skip("MLX is not installed")
     config = deep.with_overrides("model.hidden_size=64")
     program = """
     import json, sys
@@ -394,6 +395,7 @@ def test_decoding_is_compared_with_peers_and_the_limit(
         ("prefill", ["--prompts", "2x24"], [24, 24]),
         ("batch", ["--prompts", "3,4,12", "--new-tokens", "4", "--sample"], [4, 8, 12]),
         ("load", [], []),
+        ("convert", [], []),
     ],
 )
 def test_rows_of_inference(
@@ -402,10 +404,15 @@ def test_rows_of_inference(
     """A peer that fails or is not installed costs a line, and the other sides are measured."""
     assert cli.main(bench(row, *arguments, "--side", "icenet mlx,icenet torch,mlx-lm", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
-    (result,) = report["results"]
-    assert result["row"] == row and sorted(result["case"]["lengths"]) == lengths
-    assert [entry["side"] for entry in result["sides"]][:2] == ["icenet mlx", "icenet torch"]
-    assert all(min(entry["value"], entry["of_limit"]) > 0 for entry in result["sides"])
+    for result in report["results"]:
+        assert result["row"] == row and sorted(result["case"]["lengths"]) == lengths
+        assert all(min(entry["value"], entry["of_limit"]) > 0 for entry in result["sides"])
+    names = [entry["side"] for entry in result["sides"]]
+    if row == "convert":
+        assert names == ["icenet mlx"]
+        assert [result["case"]["form"] for result in report["results"]] == ["canonical", "mlx", "mlx-lm"]
+        return
+    assert names[:2] == ["icenet mlx", "icenet torch"] and len(report["results"]) == 1
     if row == "load":
         assert result["unit"] == "s" and result["limit"]["nbytes"] > 4 * report["parameters"]
     installed = len(result["sides"]) == 3
@@ -449,6 +456,32 @@ def test_ctrl_c_shows_the_rounds_that_are_done(
     assert cli.main([*arguments, "--repeats", "5"]) == 1
     out, err = capsys.readouterr()
     assert "icenet torch / this" in out and "Ctrl-C" in error_line(err.splitlines(keepends=True)[-1])
+
+
+def test_the_start_of_processes(in_process: None, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Each process ends without an error; the two of a side are one that generates a token and one that reads."""
+    programs: list[tuple[str, ...]] = []
+
+    def time_process(*arguments: str) -> float:
+        programs.append(arguments)
+        return float(len(programs))
+
+    monkeypatch.setattr(sides, "_time_process", time_process)
+    assert cli.main([*bench("start", "--side", "icenet torch", "--json"), "--repeats", "1"]) == 0
+    help_, token = json.loads(capsys.readouterr().out)["results"]
+    assert (help_["sides"][0]["seconds"], token["sides"][0]["seconds"]) == ([5.0], [11.0])
+    assert token["sides"][0]["of_limit"] == pytest.approx(12 / 11)
+    assert programs[4] == ("-m", "icenet", "--help") and programs[5] == ("-c", "pass")
+    assert (
+        "generate" in programs[10][1] and "import torch" in programs[11][1] and programs[10][2:] == programs[11][2:]
+    )
+
+
+def test_a_process_that_fails_says_why() -> None:
+    assert 0 < sides._time_process("-c", "pass") < 60
+    with pytest.raises(IceNetError) as caught:
+        sides._time_process("-c", "raise ValueError('so it goes')")
+    assert is_one_line(caught.value, "ValueError: so it goes")
 
 
 def test_a_model_without_a_form_for_peers(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`icenet bench decode`, `prefill`, `batch` and `load`: IceNet, its peers and the physical limit, in one run.
+"""`icenet bench decode`, `prefill`, `batch`, `load`, `convert`, `start`: IceNet, its peers, the physical limit.
 
 Each side has its own process. In each round every side does the same work once, so that other load on the machine
 affects all of them equally.
@@ -96,7 +96,8 @@ class Row:
         unit: tok/s, or s: then less is better.
         cases: Returns the cases of the options: `lengths` of the prompts, `new_tokens`.
         tokens: Returns the number of tokens of a case that count; None for seconds.
-        work: Returns the least work of a case, for one repetition; None if the limit is that of `read_file`.
+        work: Returns the least work of a case. None: the limit is the second part of each measurement.
+        limit: What that second part is.
     """
 
     title: str
@@ -104,6 +105,7 @@ class Row:
     cases: Callable[[Options], list[dict[str, Any]]]
     tokens: Callable[[Mapping[str, Any]], int] | None
     work: Callable[[limits.ModelSize, Mapping[str, Any], int], limits.Work] | None
+    limit: str = ""
 
 
 def _decode_cases(options: Options) -> list[dict[str, Any]]:
@@ -141,6 +143,8 @@ def _batch_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: in
     return _prefill_work(size, case, value_bytes) + rest
 
 
+_NO_TEXT: dict[str, Any] = {"lengths": [], "new_tokens": 0}
+
 ROWS = {
     "decode": Row(
         "Decoding, {count} x {longest} prompt tokens, {new_tokens} new tokens, {dtype}",
@@ -163,12 +167,25 @@ ROWS = {
         lambda case: len(case["lengths"]) * case["new_tokens"],
         _batch_work,
     ),
-    "load": Row(
-        "Loading the weights, {dtype}",
+    "load": Row("Loading the weights, {dtype}", "s", lambda options: [_NO_TEXT], None, None, "reading the file"),
+    "convert": Row(
+        "Converting the weights to the form {form}",
         "s",
-        lambda options: [{"lengths": [], "new_tokens": 0}],
+        lambda options: [{**_NO_TEXT, "form": form, "once": True} for form in ("canonical", "mlx", "mlx-lm")],
         None,
         None,
+        "copying the file",
+    ),
+    "start": Row(
+        "A process: {program}",
+        "s",
+        lambda options: [
+            {**_NO_TEXT, "program": "help", "once": True},
+            {**_NO_TEXT, "program": "first token", "lengths": [3], "new_tokens": 1},
+        ],
+        None,
+        None,
+        "a process that imports the framework and reads the file (help: an empty one)",
     ),
 }
 """The rows by name. Another one adds its line here, its calls to `sides.Session.measure`, and a command."""
@@ -190,9 +207,9 @@ class Measured:
     tokens: list[int] = field(default_factory=list)
     peak: int | None = None
 
-    def seconds(self) -> list[float]:
+    def seconds(self, row: Row) -> list[float]:
         """Returns the seconds of the work that counts, by round: without the median of a first token before it."""
-        if len(self.rounds[0]) == 1:
+        if row.work is None or len(self.rounds[0]) == 1:
             return [parts[0] for parts in self.rounds]
         first = self.first_token()
         # a difference can vanish in noise; then the whole call is the closest estimate
@@ -202,10 +219,15 @@ class Measured:
         """Returns the median of the seconds of a call that generates one token."""
         return statistics.median(parts[0] for parts in self.rounds)
 
-    def cold_first_token(self) -> float:
+    def floor(self) -> float:
+        """Returns the median of the seconds of the second part."""
+        return statistics.median(parts[1] for parts in self.rounds)
+
+    def cold_first_token(self, row: Row) -> float:
         """Returns the seconds of the first token in a new process, with everything that only first calls do."""
-        last = statistics.median(parts[-1] for parts in self.rounds)
-        return self.cold[0] + (max(self.cold[1] - last, 0.0) if len(self.cold) > 1 else 0.0)
+        if row.work is None or len(self.cold) == 1:
+            return self.cold[0]
+        return self.cold[0] + max(self.cold[1] - self.floor(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +238,7 @@ class InferenceReport:
         target: What was measured, with the changes of its configuration.
         parameters: Number of its parameters.
         machine: The platform, and the framework and device of each side.
-        rates: By dtype, the measured rates of the machine: bytes and operations per second.
+        rates: By dtype, the measured rates of the machine, bytes and operations per second, if a limit needs them.
         results: One entry for each row and case.
         notes: What could not be measured, and why.
         interrupted: Whether Ctrl-C ended the measurement.
@@ -249,18 +271,19 @@ class InferenceReport:
                 console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
                 console.print(_limit_text(result), soft_wrap=True)
                 console.print()
-        rates = "; ".join(
+        measured = "; ".join(
             f"{dtype}: {_number(rate['bytes'] / 1e9)} GB/s, {_number(rate['operations'] / 1e12)} TFLOP/s"
             for dtype, rate in self.rates.items()
         )
-        console.print(f"{self.target}, {self.parameters:,} parameters. Measured rates of the machine: {rates}.")
+        rates = f" Measured rates of the machine: {measured}." if measured else ""
+        console.print(f"{self.target}, {self.parameters:,} parameters.{rates}", soft_wrap=True)
         for note in self.notes:
             console.print(note, soft_wrap=True)
 
 
 def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
     """Returns a line of the table."""
-    decodes = result["row"] == "decode"
+    decodes, uses_model = result["row"] == "decode", result["row"] in sides.USES_MODEL
     return {
         "side": entry["side"],
         result["unit"]: _number(entry["value"]),
@@ -268,18 +291,22 @@ def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str
         **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["ratios"].items()},
         "of the limit": f"{100 * entry['of_limit']:.1f}%",
         **({"first token, ms": _number(1e3 * entry["first_token_s"])} if decodes else {}),
-        "cold, s": f"{entry['cold_first_token_s']:.2f}",
-        "peak, MB": "" if entry["peak_bytes"] is None else _number(entry["peak_bytes"] / 1e6),
+        **({"cold, s": f"{entry['cold_first_token_s']:.2f}"} if uses_model else {}),
+        **({"peak, MB": _megabytes(entry["peak_bytes"])} if uses_model else {}),
     }
 
 
 def _limit_text(result: Mapping[str, Any]) -> str:
     limit = result["limit"]
     value = f"{_number(limit['value'])} {result['unit']}"
-    if limit["by"] == "file":
-        return f"limit {value}: reading the file of {limit['nbytes'] / 1e6:,.0f} MB"
+    if limit["by"] not in ("memory", "compute"):
+        return f"limit {value}: {limit['by']}; {limit['nbytes'] / 1e6:,.0f} MB"
     kind = f"{limit['nbytes'] / 1e9:.3g} GB" if limit["by"] == "memory" else f"{limit['operations'] / 1e12:.3g} TFLOP"
     return f"limit {value}, by {limit['by']}: {kind} at the measured rate"
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return "" if nbytes is None else _number(nbytes / 1e6)
 
 
 def _number(value: float) -> str:
@@ -315,7 +342,7 @@ class _Run:
         self._facts: dict[str, dict[str, Any]] = {}
         self._notes: list[str] = []
         self._rates: dict[str, dict[str, float]] = {}
-        self._results: list[dict[str, Any]] = []
+        self._done: list[tuple[str, dict[str, Any], str, dict[str, Measured]]] = []
         self._model: dict[str, Any] = {}
 
     def run(self) -> InferenceReport:
@@ -326,15 +353,14 @@ class _Run:
                 self._choose_sides()
                 self._measure(work)
             except KeyboardInterrupt:
-                if not self._results:
+                if not any(side.rounds for *_, measured in self._done for side in measured.values()):
                     raise
                 interrupted = True
         machine = {**system_facts(), "sides": self._facts}
         parameters = self._model["size"]["parameters"]
         target = " ".join([self._options.target, *self._options.overrides])
-        return InferenceReport(
-            target, parameters, machine, self._rates, self._results, self._notes, interrupted=interrupted
-        )
+        results = [result for done in self._done for result in self._summarize(*done)]
+        return InferenceReport(target, parameters, machine, self._rates, results, self._notes, interrupted)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
@@ -382,10 +408,13 @@ class _Run:
             for row in self._rows:
                 for case in cases[row]:
                     self._measure_case(row, {**case, "dtype": dtype}, options)
+            self._measure_rates(dtype)  # again: other load lowers them
 
     def _measure_rates(self, dtype: str) -> None:
         """Measures the rates of the machine: the best of all sides. On a CPU, fp32 replaces slower dtypes."""
-        best = {"bytes": 0.0, "operations": 0.0}
+        if all(ROWS[row].work is None for row in self._rows):
+            return
+        best = self._rates.get(dtype, {"bytes": 0.0, "operations": 0.0})
         for name in list(self._sessions):
             if sides.KINDS[name].package is not None:
                 continue  # its framework is that of a side of IceNet
@@ -400,26 +429,18 @@ class _Run:
         title = _title(row, case)
         case = {**case, "vocab_size": self._model["size"]["vocab_size"]}
         measured: dict[str, Measured] = {}
-        reading: list[float] = []
-        try:
-            self._rounds(row, case, options, title, measured, reading)
-        finally:  # after Ctrl-C: those that are done
-            self._results += self._summarize(row, case, title, measured, reading)
+        self._done.append((row, case, title, measured))  # also the rounds before Ctrl-C count
+        self._rounds(row, case, options, title, measured)
 
     def _rounds(
-        self,
-        row: str,
-        case: dict[str, Any],
-        options: Options,
-        title: str,
-        measured: dict[str, Measured],
-        reading: list[float],
+        self, row: str, case: dict[str, Any], options: Options, title: str, measured: dict[str, Measured]
     ) -> None:
         """Lets the sides do the work in turn. Two rounds that do not count load and compile code."""
         names = [name for name in self._sessions if row in sides.KINDS[name].rows]
+        names = names[:1] if case.get("once") else names
         for name in list(names):
             folder = self._model["peers" if sides.KINDS[name].package else "own"]
-            if self._attempt(name, "load", folder, case["dtype"], options.sample) is None:
+            if self._attempt(name, "load", row, folder, case["dtype"], options.sample) is None:
                 names.remove(name)
         for number in range(-2, options.repeats):
             if number != -1:
@@ -433,10 +454,7 @@ class _Run:
                     measured[name] = Measured(found["seconds"], tokens=found["tokens"])
                 elif number >= 0:
                     measured[name].rounds.append(found["seconds"])
-            if ROWS[row].work is None:
-                seconds = sides.read_file(self._model["own"])
-                reading += [seconds] if number >= 0 else []
-        for name in names:
+        for name in names if row in sides.USES_MODEL else ():
             measured[name].peak = self._attempt(name, "peak")
 
     def _attempt(self, name: str, method: str, *arguments: Any) -> Any:
@@ -447,37 +465,37 @@ class _Run:
         try:
             return self._sessions[name].call(method, *arguments)
         except isolated.IsolatedError as error:
-            what = f"{arguments[0]}: " if method == "measure" else ""
+            what = f"{arguments[0]}: " if method in ("load", "measure") else ""
             self._notes.append(f"{name}: {what}not measured: {error}")
             self._sessions[name].close()
             self._sessions[name] = start(name, self._options.device or "auto")
             return None
 
     def _summarize(
-        self, row: str, case: dict[str, Any], title: str, measured: dict[str, Measured], reading: list[float]
+        self, row: str, case: dict[str, Any], title: str, measured: dict[str, Measured]
     ) -> list[dict[str, Any]]:
         """Returns the entry of a case; none if no side finished a round."""
         kind = ROWS[row]
         done = min((len(side.rounds) for side in measured.values() if side.rounds), default=0)
         complete = {name: side for name, side in measured.items() if side.rounds}
-        if not done or (kind.work is None and not reading):
+        if not done:
             return []
         for side in complete.values():  # after Ctrl-C, some have one more
             side.rounds = side.rounds[:done]
         tokens = kind.tokens(case) if kind.tokens else None
         limit: dict[str, Any]
         if kind.work is None:
-            shortest = statistics.median(reading)
-            limit = {"by": "file", "nbytes": self._model["nbytes"]}
+            shortest = min(side.floor() for side in complete.values())
+            limit = {"by": kind.limit, "nbytes": self._model["nbytes"]}
         else:
             least = kind.work(limits.ModelSize(**self._model["size"]), case, BYTES[case["dtype"]])
             shortest, by = least.seconds(self._rates[case["dtype"]])
             limit = {"by": by, "nbytes": least.nbytes, "operations": least.operations}
         limit = {"value": tokens / shortest if tokens else shortest, **limit}
-        own = {name: side.seconds() for name, side in complete.items() if sides.KINDS[name].package is None}
+        own = {name: side.seconds(kind) for name, side in complete.items() if sides.KINDS[name].package is None}
         entries = []
         for name, side in complete.items():
-            seconds = side.seconds()
+            seconds = side.seconds(kind)
             values = sorted(tokens / one if tokens else one for one in seconds)
             low, value, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
             ours = complete.get(f"icenet {sides.KINDS[name].backend}")
@@ -489,14 +507,15 @@ class _Run:
                     "high": high,
                     "seconds": seconds,
                     "ratios": {other: common.ratio(seconds, times) for other, times in own.items()},
-                    "of_limit": shortest / statistics.median(seconds),
+                    "of_limit": (shortest if kind.work else side.floor()) / statistics.median(seconds),
                     "first_token_s": side.first_token(),
-                    "cold_first_token_s": side.cold_first_token(),
+                    "cold_first_token_s": side.cold_first_token(kind),
                     "peak_bytes": side.peak,
                     "same_tokens": _common(side.tokens, ours.tokens) if ours else None,
                 }
             )
-        shown = {key: case[key] for key in ("lengths", "new_tokens", "dtype")} | {"sample": self._options.sample}
+        shown = {key: value for key, value in case.items() if key not in ("vocab_size", "once")}
+        shown["sample"] = self._options.sample
         return [{"row": row, "title": title, "case": shown, "unit": kind.unit, "limit": limit, "sides": entries}]
 
 

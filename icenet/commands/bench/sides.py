@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +23,8 @@ import numpy as np
 
 import icenet
 from icenet.core import backends
-from icenet.core.errors import UsageError
+from icenet.core.dtypes import FLOAT_DTYPES
+from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import resident_memory
 from icenet.core.training.run_folder import versions
 
@@ -42,15 +48,31 @@ class Kind:
     gpu_only: bool = False
 
 
-ALL_ROWS = ("decode", "prefill", "batch", "load")
+_GENERATION = ("decode", "prefill", "batch")
+USES_MODEL = (*_GENERATION, "load")
+"""The rows of which the memory and the first call count."""
+_ALL = (*USES_MODEL, "start")
 KINDS: dict[str, Kind] = {
-    "icenet mlx": Kind("mlx", ALL_ROWS),
-    "icenet torch": Kind("torch", ALL_ROWS),
-    "mlx-lm": Kind("mlx", ALL_ROWS, "mlx_lm"),
-    "transformers": Kind("torch", ALL_ROWS, "transformers"),
+    "icenet mlx": Kind("mlx", (*_ALL, "convert")),
+    "icenet torch": Kind("torch", (*_ALL, "convert")),
+    "mlx-lm": Kind("mlx", _ALL, "mlx_lm"),
+    "transformers": Kind("torch", _ALL, "transformers"),
     "transformers compiled": Kind("torch", ("decode",), "transformers", ("static",), gpu_only=True),
 }
 """The sides by name. A compiled peer has a cache of fixed size, and `generate` compiles its model on CUDA."""
+
+_FIRST_TOKEN = """
+import sys, icenet
+model = icenet.load(sys.argv[1], {backend!r}, sys.argv[2], dtype=sys.argv[3])
+model.generate([[1, 2, 3]], max_new_tokens=1, temperature=0.0, ignore_eos=True)
+"""
+_READ = """
+import sys
+from pathlib import Path
+for file in Path(sys.argv[1]).iterdir():
+    if file.suffix in (".safetensors", ".gguf"):
+        file.read_bytes()
+"""
 
 
 def reason_missing(name: str) -> str:
@@ -145,13 +167,14 @@ class Session:
         )
         return {"bytes": fastest(copies), "operations": fastest(products)}
 
-    def load(self, folder: str, dtype: str, sample: bool) -> str:
-        """Loads the model, after freeing the one before. Returns its folder."""
+    def load(self, row: str, folder: str, dtype: str, sample: bool) -> str:
+        """Loads the model for a row that needs it, after freeing the one before. Returns its folder."""
         self._arguments = (folder, dtype, sample)
         self._free()
         self._memory.begin()
-        self._load()
         self._loads += 1
+        if row in _GENERATION:
+            self._load()
         return folder
 
     def _free(self) -> None:
@@ -172,11 +195,11 @@ class Session:
 
         Args:
             row: One of the kind's rows.
-            case: `prompts` (see `make_prompts`), `new_tokens`, `vocab_size`.
+            case: For `make_prompts`, and `new_tokens`, `form` (the result of a conversion), `program` (help, or
+                first token).
         """
-        if row == "load":
-            self._free()
-            return {"seconds": [self._timed(self._load)[0]], "tokens": []}
+        if row in ("load", "convert", "start"):
+            return {"seconds": getattr(self, f"_measure_{row}")(case), "tokens": []}
         prompts = make_prompts(case)
         side, new_tokens = self._side, case["new_tokens"]
         calls: dict[str, list[Callable[[], Any]]] = {
@@ -186,6 +209,32 @@ class Session:
         }
         done = [self._timed(call) for call in calls[row]]
         return {"seconds": [seconds for seconds, _ in done], "tokens": done[-1][1][0]}
+
+    def _measure_load(self, case: Mapping[str, Any]) -> list[float]:
+        """Returns the seconds of loading the weights, and of reading the file."""
+        self._free()
+        return [self._timed(self._load)[0], _read_files(self._arguments[0])]
+
+    def _measure_convert(self, case: Mapping[str, Any]) -> list[float]:
+        """Returns the seconds of a conversion, and of copying the files of weights."""
+        folder = self._arguments[0]
+        with tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
+            seconds = self._timed(lambda: icenet.convert(folder, Path(work) / case["form"], case["form"]))[0]
+        with tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
+            files = _weight_files(folder)
+            copy = self._timed(lambda: [shutil.copyfile(file, Path(work) / file.name) for file in files])[0]
+        return [seconds, copy]
+
+    def _measure_start(self, case: Mapping[str, Any]) -> list[float]:
+        """Returns the seconds of a whole process, and of one that does only what it cannot avoid."""
+        folder, dtype, _ = self._arguments
+        if case["program"] == "help":
+            return [_time_process("-m", "icenet", "--help"), _time_process("-c", "pass")]
+        peers = backends.module(self._kind.backend, "tools.peers")
+        own = _FIRST_TOKEN.format(backend=self._kind.backend)
+        program = own if self._kind.package is None else peers.FIRST_TOKEN
+        arguments = (folder, self.device, dtype, FLOAT_DTYPES[dtype])
+        return [_time_process("-c", program, *arguments), _time_process("-c", peers.FRAMEWORK + _READ, *arguments)]
 
     def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Returns the seconds of a call and its result. The device is idle before and after."""
@@ -197,9 +246,9 @@ class Session:
         return seconds, result
 
     def peak(self) -> int | None:
-        """Returns the peak of the memory since the model was loaded, with its weights, in bytes.
+        """Returns the peak of the memory since the model was loaded, with its weights, in bytes; None if unknown.
 
-        Resident memory does not grow where memory of the model before is used again, so it is known once: None later.
+        Resident memory does not grow where memory of the model before is used again, so it is known for the first.
         """
         is_known = self._memory.source != resident_memory.SOURCE or self._loads == 1
         return int(self._memory.growth()) if is_known else None
@@ -244,10 +293,32 @@ def fastest(cases: Any, enough: float = 0.02) -> float:
     return best
 
 
-def read_file(folder: str) -> float:
+def _weight_files(folder: str) -> list[Path]:
+    return [file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".gguf")]
+
+
+def _read_files(folder: str) -> float:
     """Returns the seconds of reading the weights of a folder, which are in the cache of the system."""
-    files = [file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".gguf")]
+    files = _weight_files(folder)
     begin = time.perf_counter()
     for file in files:
-        np.fromfile(file, np.uint8)
+        file.read_bytes()
     return time.perf_counter() - begin
+
+
+def _time_process(*arguments: str) -> float:
+    """Returns the seconds of a Python process.
+
+    Raises:
+        IceNetError: It failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=tempfile.gettempdir(), capture_output=True, check=False
+    )
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise IceNetError(lines[-1] if lines else f"the process exited with code {done.returncode}")
+    return seconds
