@@ -300,7 +300,7 @@ FAULTS: list[Fault] = [
     Fault(
         "an expanded buffer is written to",
         "icenet_torch/nn/tree.py",
-        "elif _is_expanded(tensors[path]):",
+        "elif _is_expanded(own):",
         "elif False:",
         ["models/test_custom.py::test_an_expanded_buffer"],
     ),
@@ -687,7 +687,7 @@ FAULTS: list[Fault] = [
     Fault(
         "initial values that are drawn in place leave the parameter's version",
         "icenet_torch/nn/tree.py",
-        "            torch.autograd.graph.increment_version(tensors[path])\n",
+        "            torch.autograd.graph.increment_version(own)\n",
         "            pass\n",
         ["core/test_rng.py::test_pytorchs_initial_values_are_drawn_into_its_parameters"],
     ),

@@ -213,7 +213,7 @@ def faulty(content: bytes) -> dict[str, bytes]:
         "fields": message(1, b"\x18\x01" * (1 << 21)),
         "numbers": message(2, b"\x20\x01" * (1 << 22)),
         "large": message(9, bytes(1 << 25)),
-        "long": unknown + bpe + message(1, message(1, b"a" * (1 << 21))),
+        "long": unknown + bpe + message(1, message(1, b"a" * (1 << 18))),
         "several": unknown + unknown + nested,
         "score": unknown + message(1, message(1, b"a") + b"\x15\0\0\xc0\x7f"),
         "words": unknown + message(2, b"\x18\x03"),
