@@ -84,14 +84,14 @@ def _new_head(config: Config, engine: Engine) -> dict[str, np.ndarray[Any, Any]]
 
 
 def _remedy(config: Config, source: Config, path: str) -> str:
-    fields = {*config.model.model_dump(), *source.model.model_dump()}
-    differ = {key for key in fields if getattr(config.model, key, None) != getattr(source.model, key, None)}
-    if isinstance(config.model, ImageModelConfig) and "vocab_size" in differ - {"dropout"}:
-        return (
-            f"model.vocab_size is {config.model.vocab_size}, and {source.model.vocab_size} there: "
-            "training.new_head=true gives the output layer new initial values"
-        )
-    return f"--set model.path={path} takes the model from there, too"
+    """Returns what the user can do about weights that do not fit the model."""
+    if not isinstance(config.model, ImageModelConfig) or not isinstance(source.model, type(config.model)):
+        return f"--set model.path={path} takes the model from there, too"
+    keys = [key for key in of_model(source, config) if value(config, key) != value(source, key)]
+    differ = ", ".join(f"{key} is {shown(value(config, key))}, and {shown(value(source, key))} there" for key in keys)
+    if "model.vocab_size" in keys and not config.training.new_head:
+        return f"{differ}; training.new_head=true gives the output layer new initial values"
+    return f"{differ}; --set model.path={path} takes the model from there, too"
 
 
 def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
@@ -133,7 +133,7 @@ def image_notes(config: Config, facts: Mapping[str, Any]) -> list[str]:
 
 
 def facts_for(config: Config, dataset: Dataset) -> list[str]:
-    """Gives the user's own data without facts those of the model that a run begins with. Returns notes for the user."""
+    """Gives data of the user without facts those of the model that a run begins with. Returns notes for the user."""
     given = config.training.init_from
     is_about_images = isinstance(config.model, ImageModelConfig) and not config.training.new_head
     if given is None or not isinstance(dataset, UserDataset) or dataset.facts or not is_about_images:

@@ -250,6 +250,11 @@ def test_a_head_is_replaced_on_request_only(tmp_path: Path) -> None:
         Trainer.start(other, tmp_path / "run", backend="torch", quiet=True)
     assert is_one_line(error.value, "output.weight", "training.new_head=true")
     Trainer.start(other.with_overrides("training.new_head=true"), tmp_path / "run", backend="torch", quiet=True)
+    with pytest.raises(ConfigError) as error:
+        larger = config_of(imported, source, vocab_size=2, image_size=[20, 35])
+        Trainer.start(larger.with_overrides("data.preprocessor.size.width=35"), tmp_path / "run", backend="torch")
+    assert is_one_line(error.value, "position_embedding.weight", "model.image_size is [20, 35], and [20, 27] there")
+    assert "new_head" not in str(error.value)
     with pytest.raises(IceNetError) as wrong:
         Config.from_yaml("transformer-tiny", ["training.new_head=true"])
     assert is_one_line(wrong.value, "training.new_head", "transformer")
