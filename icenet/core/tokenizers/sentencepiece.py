@@ -77,7 +77,7 @@ def read(content: bytes, where: str) -> Model:
         if unknown != 1 or len({piece for piece, _, _ in pieces}) != len(pieces):
             raise ValueError("not one unknown piece, or equal pieces")
         if not all(piece and -1e30 < score < 1e30 for piece, score, _ in pieces):
-            raise ValueError("an empty piece, or a score that is no number")
+            raise ValueError("an empty piece, or an invalid score")
         _bytes(parts[3].get(2, b""))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise DataError(
