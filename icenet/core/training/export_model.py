@@ -98,6 +98,8 @@ def export(
     metadata = {"format": "mlx"} if form == MLX_LM else None
     if family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
+    elif family.model_type in _WITHOUT_PREFIX and _is_tied(config) and next(iter(exported)).startswith(family.prefix):
+        remarks.append(f"mlx-lm does not read names that begin with {family.prefix}; use --to {MLX_LM} for it")
     written = weight_files.write(
         destination, exported, metadata, max_shard_bytes, progress, companions=files, durable=False
     )
@@ -121,8 +123,12 @@ def _loses_prefix(form: str, config: Config, kept: folder.Folder | None) -> bool
     """
     if form == MLX_LM:
         return True
-    is_tied = getattr(config.model, "tie_embeddings", False)  # the library adds the prefix to all names or none
-    return is_tied and (kept is None or kept.path.is_file())
+    # with a head the library adds the prefix to no name
+    return _is_tied(config) and (kept is None or kept.path.is_file())
+
+
+def _is_tied(config: Config) -> bool:
+    return bool(getattr(config.model, "tie_embeddings", False))
 
 
 def source_form(imported: folder.Folder | None) -> str:

@@ -203,7 +203,9 @@ def test_an_exported_folder_has_the_same_tensors_and_is_loaded(case: Case, tmp_p
     icenet.save(icenet.load(case.folder, "torch", "cpu"), tmp_path / "ours")
     icenet.convert(tmp_path / "ours", tmp_path / "hf", "hf")
     written = json.loads((case.folder / "config.json").read_text())
-    assert same_bits(dict(weight_files.read(tmp_path / "hf")), dict(original))
+    prefix = "transformer." if case.folder.name == "gpt2" else ""  # which mlx-lm does not read
+    expected = {name.removeprefix(prefix): array for name, array in original.items()}
+    assert same_bits(dict(weight_files.read(tmp_path / "hf")), expected)
     found = json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"]
     assert found == written["model_type"]
     np.testing.assert_array_equal(logits_of(tmp_path / "again", case.tokens), case.single)

@@ -77,10 +77,10 @@ def test_names_of_an_exported_gpt2(tied: bool, tmp_path: Path) -> None:
     """Those of published folders, which both programs load; with a head, which mlx-lm lacks, those of the library."""
     arrays = arrays_of("gpt2", tie_word_embeddings=tied)
     written(tmp_path / "in", "gpt2", arrays, tie_word_embeddings=tied)
-    icenet.convert(tmp_path / "in", tmp_path / "kept", "hf")
+    assert ("use --to mlx-lm" in icenet.convert(tmp_path / "in", tmp_path / "kept", "hf").note) is tied
     assert same_bits(dict(weight_files.read(tmp_path / "kept")), arrays)
     icenet.convert(tmp_path / "in", tmp_path / "own", "canonical")
-    icenet.convert(tmp_path / "own", tmp_path / "out", "hf")
+    assert "use --to mlx-lm" not in icenet.convert(tmp_path / "own", tmp_path / "out", "hf").note
     own = {name.removeprefix("transformer.") if tied else name: array for name, array in arrays.items()}
     assert same_bits(dict(weight_files.read(tmp_path / "out")), own)
     options = FAMILIES["gpt2"].options
