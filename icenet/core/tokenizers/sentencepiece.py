@@ -143,18 +143,24 @@ def tokenizer_files(
         found = {"normalized": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)}
         tokens |= {piece: {"id": ids[piece], "content": piece, **found} for piece in symbols}
         symbols = []
+    begin, end = (named[key] if named.get(key) in tokens else None for key in ("bos_token", "eos_token"))
+    if not is_xlm_roberta:
+        begin = None if settings.values.get("add_bos_token") is False else begin
+        end = end if settings.values.get("add_eos_token") is True else None
     values = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
         **_rules(model, symbols, settings.values.get("legacy") is not False),
-        "post_processor": _around(is_xlm_roberta, settings.values, named, tokens),
+        "post_processor": _around(begin, end, tokens, is_xlm_roberta),
         "model": _bpe(model, pieces, ids, unknown, bool(symbols), where)
         if model.trainer.get(3, _UNIGRAM) == _BPE
         else _unigram(model, pieces, unknown),
     }
     config = {**settings.values, **named, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if not is_xlm_roberta:
+        config |= {"add_bos_token": begin is not None, "add_eos_token": end is not None}
     return json.dumps(values, ensure_ascii=False).encode(), json.dumps(config, indent=2).encode()
 
 
@@ -238,17 +244,15 @@ def _replace(pattern: Mapping[str, str], content: str) -> dict[str, Any]:
 
 
 def _around(
-    is_xlm_roberta: bool, values: Mapping[str, Any], named: Mapping[str, str], tokens: Mapping[str, Mapping[str, Any]]
+    begin: str | None, end: str | None, tokens: Mapping[str, Mapping[str, Any]], is_xlm_roberta: bool
 ) -> dict[str, Any] | None:
-    """Returns the post-processor, which puts tokens around a text."""
-    begin, end = ([named[key]] if named.get(key) in tokens else [] for key in ("bos_token", "eos_token"))
-    if not is_xlm_roberta:
-        begin = [] if values.get("add_bos_token") is False else begin
-        end = end if values.get("add_eos_token") is True else []
-    if not begin and not end:
+    """Returns the post-processor, which puts a token before and after a text."""
+    ids = {text: tokens[text]["id"] for text in (begin, end) if text is not None}
+    if not ids:
         return None
-    ids = {text: tokens[text]["id"] for text in (*begin, *end)}
-    first, last = ([{"SpecialToken": {"id": text, "type_id": 0}} for text in part] for part in (begin, end))
+    first, last = (
+        [{"SpecialToken": {"id": text, "type_id": 0}}] if text is not None else [] for text in (begin, end)
+    )
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "type": "TemplateProcessing",

@@ -15,7 +15,9 @@ from icenet.core.families import Family, folder, gguf_export, mlx_lm
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
 from icenet.core.tokenizers import gguf as gguf_tokenizer
+from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE
+from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import image_facts, open_averaged, open_target
 from icenet.core.weights import files as weight_files
@@ -150,6 +152,8 @@ def _export_gguf(
     remarks = [f"the family is {family.model_type}"]
     tokenizer: dict[str, Any] = {}
     vocab_size = getattr(config.model, "vocab_size", 0)
+    if TOKENIZER_FILE not in files:  # a folder with other files of a tokenizer
+        files = {**files, **tokenizer_files(getattr(config.data, "tokenizer", ByteTokenizer.name))}
     if TOKENIZER_FILE not in files:
         remarks.append("the model has no tokenizer that llama.cpp's files can have")
     else:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from helpers import is_one_line, source_code
 
+import icenet
+from icenet.core.config import Config
 from icenet.core.errors import DataError
+from icenet.core.families import FAMILIES
 from icenet.core.tokenizers import find_file, get_tokenizer, tokenizer_files
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.tokenizers.protobuf import read_fields
@@ -142,6 +145,29 @@ def test_the_files_next_to_it_are_used(files: dict[str, bytes], tmp_path: Path) 
         (copied / name).write_bytes(content)
     again = get_tokenizer(str(copied))
     assert again.name == found.name and again.encode(" a b</s>") == found.encode(" a b</s>")
+
+
+def test_a_folder_is_loaded_saved_and_exported(files: dict[str, bytes], tmp_path: Path) -> None:
+    """To Hugging Face as it is, and to GGUF with its tokenizer."""
+    for name in ("torch", "gguf"):
+        pytest.importorskip(name)
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 32, "vocab_size": 700}  # fmt: skip
+    icenet.save(icenet.build(Config(model=FAMILIES["llama"].read(config)), "torch", "cpu"), tmp_path / "plain")
+    icenet.convert(tmp_path / "plain", tmp_path / "hf", "hf")
+    write(tmp_path / "hf", "llama", files["llama"])
+    loaded = icenet.load(tmp_path / "hf", "torch", "cpu")
+    assert loaded.generation.add_special_tokens
+    expected = icenet.generate(loaded, "the  town", max_new_tokens=6, details=True).tokens
+    icenet.save(loaded, tmp_path / "saved")
+    icenet.convert(tmp_path / "hf", tmp_path / "again", "hf")
+    icenet.convert(tmp_path / "hf", tmp_path / "model.gguf", "gguf")
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == files["llama"]
+    for name in ("saved", "again", "model.gguf"):
+        found = icenet.load(tmp_path / name, "torch", "cpu")
+        assert found.tokenizer.encode_prompt(" the  town🎿") == loaded.tokenizer.encode_prompt(" the  town🎿")
+        if name != "model.gguf":  # whose weights are rounded
+            assert icenet.generate(found, "the  town", max_new_tokens=6, details=True).tokens == expected
 
 
 @pytest.mark.parametrize(
