@@ -59,15 +59,15 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def from_numpy(array: np.ndarray) -> torch.Tensor:
+def from_numpy(array: np.ndarray, contiguous: bool = True) -> torch.Tensor:
     """Returns a tensor on the host; `ml_dtypes.bfloat16` becomes bfloat16.
 
-    The tensor shares memory with the array if possible and must not be written to.
+    The tensor shares memory with the array if possible and must not be written to. With `contiguous` it is.
     """
     if array.dtype == ml_dtypes.bfloat16:
-        return from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return from_numpy(array.view(np.int16), contiguous).view(torch.bfloat16)
     # PyTorch reads no negative strides, which an axis of length 1 may have in a contiguous array too
-    if not array.flags.c_contiguous or min(array.strides, default=0) < 0:
+    if (contiguous and not array.flags.c_contiguous) or min(array.strides, default=0) < 0:
         array = array.copy(order="C")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

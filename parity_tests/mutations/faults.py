@@ -1490,6 +1490,20 @@ FAULTS: list[Fault] = [
         ["core/weights/test_weights.py::test_a_full_disk_leaves_the_old_file"],
     ),
     Fault(
+        "the transpose of a weight is copied onto itself",
+        "icenet_torch/nn/tree.py",
+        "source.clone() if is_view else source",
+        "source",
+        ["core/weights/test_arrays.py::test_views_of_a_module_of_torch_are_its_new_weights"],
+    ),
+    Fault(
+        "each part of a transposed array is its first",
+        "icenet/core/weights/copying.py",
+        'np.copyto(targets[first:last], sources[first:last], casting="unsafe")',
+        'np.copyto(targets[first:last], sources[start : start + last - first], casting="unsafe")',
+        ["core/weights/test_copying.py::test_copies_have_the_bits_of_their_source"],
+    ),
+    Fault(
         "weights of a file stay in memory next to their copy",
         "icenet/core/models/base.py",
         "        release(array)\n",
@@ -2196,5 +2210,41 @@ FAULTS: list[Fault] = [
         "255 * (1 if self.scale is None else self.scale)",
         "255",
         ["core/training/test_initial_weights.py::test_other_images_than_those_of_the_model_are_said"],
+    ),
+    # ---- the bench of inference -----------------------------------------------------------------------------
+    Fault(
+        "the time of the prompt counts as that of the new tokens",
+        "icenet/commands/bench/inference.py",
+        "return [parts[1] - first if parts[1] > first else parts[1] for parts in self.rounds]",
+        "return [parts[1] for parts in self.rounds]",
+        ["commands/test_bench.py::test_the_seconds_of_new_tokens"],
+    ),
+    Fault(
+        "the limit leaves out the cache",
+        "icenet/commands/bench/limits.py",
+        " + attended * size.cache_width * cache_bytes",
+        "",
+        ["commands/test_bench.py::test_the_bytes_of_a_step"],
+    ),
+    Fault(
+        "the limit counts all pairs of tokens",
+        "icenet/commands/bench/limits.py",
+        "return inside * (inside + 1) // 2 +",
+        "return inside * inside +",
+        ["commands/test_bench.py::test_the_operations_of_a_prompt_are_those_that_pytorch_counts[None]"],
+    ),
+    Fault(
+        "a peer that fails ends the bench",
+        "icenet/commands/bench/inference.py",
+        "        except isolated.IsolatedError as error:\n            what",
+        "        except ZeroDivisionError as error:\n            what",
+        ["commands/test_bench.py::test_a_side_that_fails_costs_one_line"],
+    ),
+    Fault(
+        "the rounds before Ctrl-C are lost",
+        "icenet/commands/bench/inference.py",
+        "                interrupted = True\n",
+        "                raise\n",
+        ["commands/test_bench.py::test_ctrl_c_shows_the_rounds_that_are_done"],
     ),
 ]

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import WeightsError
+from icenet.core.weights.copying import contiguous
 from icenet.core.weights.safetensors import Spec, spec_of
 
 Array = npt.NDArray[Any]
@@ -138,25 +139,27 @@ def _permuted(array: Array, axes: tuple[int, ...] | None, kind: str, path: str) 
     return view
 
 
-def _contiguous(array: Array) -> Array:
-    # numpy.ascontiguousarray would turn a 0-d array into a 1-d one
-    return array if array.flags.c_contiguous else array.copy(order="C")
+def mlx_view(kind: str, name: str, array: Array) -> Array:
+    """Returns parameter `name` of a layer of kind `kind` in MLX's layout, as a view of one in PyTorch's.
+
+    Raises:
+        WeightsError: The kind or the name is unknown, or the array has another number of axes.
+    """
+    return _permuted(array, rule(kind, name).to_mlx, kind, name)
 
 
 def to_mlx(kind: str, name: str, array: Array) -> Array:
     """Converts parameter `name` of a layer of kind `kind` from PyTorch's layout to MLX's.
 
-    The bits of the values stay. The result is C-contiguous, and is `array` itself if the layouts are equal.
-
-    Raises:
-        WeightsError: The kind or the name is unknown, or the array has another number of axes.
+    The bits of the values stay. The result is C-contiguous, and is `array` itself if the layouts are equal. Raises
+    like `mlx_view`.
     """
-    return _contiguous(_permuted(array, rule(kind, name).to_mlx, kind, name))
+    return contiguous(mlx_view(kind, name, array))
 
 
 def to_torch(kind: str, name: str, array: Array) -> Array:
     """Converts a parameter from MLX's layout to PyTorch's, the canonical one. The inverse of `to_mlx`."""
-    return _contiguous(_permuted(array, rule(kind, name).to_torch, kind, name))
+    return contiguous(_permuted(array, rule(kind, name).to_torch, kind, name))
 
 
 def torch_shape(kind: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -239,9 +242,9 @@ class RenamedWeights(Mapping[str, Array]):
 
 def tree_to_mlx(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
     """Converts all of `weights` from PyTorch's layouts to MLX's; see `to_mlx` and `parameter_kind`."""
-    return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_mlx").items()}
+    return {path: contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_mlx").items()}
 
 
 def tree_to_torch(weights: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str, Array]:
     """Converts all of `weights` from MLX's layouts to PyTorch's; the inverse of `tree_to_mlx`."""
-    return {path: _contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_torch").items()}
+    return {path: contiguous(array) for path, array in PermutedWeights(weights, kinds, "to_torch").items()}

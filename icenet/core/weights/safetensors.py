@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
 from icenet.core.weights import formats
+from icenet.core.weights.copying import contiguous
 
 Array = npt.NDArray[Any]
 
@@ -310,6 +311,6 @@ def write_file(
         if (array.dtype, array.shape) != specs[name]:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
         if not _copy(array, file):
-            flat = np.ascontiguousarray(array).reshape(-1)
+            flat = contiguous(array).reshape(-1)
             file.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
         written(array.nbytes)

@@ -19,6 +19,7 @@ from icenet.core.weights.arrays import to_array
 mx: Any = pytest.importorskip("mlx.core")
 mlx_nn: Any = pytest.importorskip("mlx.nn")
 torch: Any = pytest.importorskip("torch")
+arrays: Any = pytest.importorskip("icenet.nn.arrays")
 
 WEIGHT = np.arange(24, dtype=np.float32).reshape(4, 3, 2) - 7.5  # of a Conv1d, whose axes MLX permutes
 BIAS = np.array([1.5, -2.0, 0.25, 8.0], np.float32)
@@ -109,6 +110,31 @@ def test_weights_that_are_no_mapping(backend: str) -> None:
         with pytest.raises(WeightsError) as error:
             modules.set_weights(layer(backend), values)  # type: ignore[arg-type]
         assert is_one_line(str(error.value), "name")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_large_arrays_of_mlx_are_those_of_numpy(dtype: str) -> None:
+    """Values that a dtype has without rounding are written by numpy, with the bits of MLX's own conversion."""
+    bits = np.random.default_rng(3).integers(0, 2**16, (40, 30), np.uint16)
+    given = [bits.view(np.float16), bits.view(ml_dtypes.bfloat16), bits.view(np.float16).astype(np.float32), bits]
+    with mx.stream(mx.cpu), np.errstate(invalid="ignore"):
+        for array in (np.where(abs(array) < 1000, array, array.dtype.type(1)) for array in given):
+            for source in (array, array.T, array[::-1], array[:0], array[0, 0]):
+                module: Any = mlx_nn.Module()
+                module.weight = mx.zeros(source.shape, getattr(mx, dtype))
+                modules.set_weights(module, {"weight": source})
+                expected = arrays.from_numpy(np.array(source)).astype(getattr(mx, dtype))
+                assert module.weight.dtype == expected.dtype and module.weight.shape == expected.shape
+                assert arrays.to_numpy(module.weight).tobytes() == arrays.to_numpy(expected).tobytes()
+
+
+def test_views_of_a_module_of_torch_are_its_new_weights() -> None:
+    for change in (lambda a: a, lambda a: a.T, lambda a: a[::-1], lambda a: np.broadcast_to(a[1], a.shape)):
+        module = torch.nn.Linear(6, 6, bias=False)
+        own = module.weight.detach().numpy()
+        expected = change(own.copy())
+        modules.set_weights(module, {"weight": change(own)})
+        assert np.array_equal(modules.get_weights(module)["weight"], expected)
 
 
 def test_float64_modules_of_mlx_keep_their_precision() -> None:
