@@ -17,8 +17,10 @@ from PIL import Image
 import icenet
 from icenet.core.config import Config
 from icenet.core.errors import ConfigError, IceNetError
+from icenet.core.families import FAMILIES
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
+from icenet.core.weights.origin import Origin
 from icenet.parity.yardstick import Samples, judge_curve, nearby
 
 pytest.importorskip("torch")
@@ -230,29 +232,45 @@ def test_a_model_goes_from_transformers_to_mlx_and_back(
     assert np.mean(exact[-3:]) < losses(tmp_path / "mlx")[0]
 
 
+def mistral(folder: Path, ids: dict[str, Any]) -> str:
+    """Writes a folder of Mistral with random weights and a tokenizer with a chat template, which is returned.
+
+    Args:
+        folder: The folder.
+        ids: The ids in generation_config.json. Those of config.json are 0, 1 and null.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    values = {**sizes, "model_type": "mistral", "vocab_size": 6, "max_position_embeddings": 32}
+    values |= {"num_key_value_heads": 1, "sliding_window": None}
+    model = icenet.build(Config.from_dict({"model": FAMILIES["mistral"].read(values, True)}), "torch")
+    model.origin = Origin("mistral")
+    icenet.save(model, folder.with_name("base"))
+    icenet.convert(folder.with_name("base"), folder, "hf")
+
+    words = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", "<end>", "x", "<unk>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(words)[:4])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    written = json.loads((folder / "config.json").read_text())
+    files = {
+        "config.json": {**written, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None},
+        "generation_config.json": {**ids, "do_sample": True, "top_p": 0.9, "suppress_tokens": [4]},
+        "tokenizer_config.json": {**names, "tokenizer_class": "PreTrainedTokenizerFast"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    (folder / "chat_template.jinja").write_text(template)
+    return template
+
+
 def test_a_trained_import_is_exported_as_what_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The family, the special tokens of both files, the settings and the chat template; each warning comes once."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", "<end>", "x", "<unk>"])}
-    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names).save_pretrained(
-        tmp_path / "folder"
-    )
-    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    source = transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            **sizes, intermediate_size=8, vocab_size=6, sliding_window=None, bos_token_id=0, eos_token_id=1
-        )
-    )
     ids = {"bos_token_id": 0, "eos_token_id": [1, 3], "pad_token_id": 2}
-    source.generation_config = transformers.GenerationConfig(**ids, do_sample=True, top_p=0.9, suppress_tokens=[4])
-    source.save_pretrained(tmp_path / "folder")
-
+    template = mistral(tmp_path / "folder", ids)
     options = [f"model.path={tmp_path / 'folder'}", "data.seq_length=8", "training.max_steps=1"]
     options += ["training.eval_every=null", "training.ema_decay=0.5"]
     trainer = Trainer.start(
