@@ -424,19 +424,23 @@ def test_rows_of_inference(
 def test_a_side_that_fails_costs_one_line(
     in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
-    peers = backends.module("torch", "tools.peers")
+    """It is measured again in the next case, in a new process."""
+    prefill, started = sides.OwnModel.prefill, []
 
-    def fail(self: Any, prompts: Any) -> None:
-        raise MemoryError("out of\nmemory")
+    def fail(self: sides.OwnModel, prompts: Any) -> Any:
+        if self._model.backend == "mlx":
+            raise MemoryError("out of\nmemory")
+        return prefill(self, prompts)
 
-    monkeypatch.setattr(peers.Peer, "prefill", fail)
-    sides_ = ["--side", "icenet torch,transformers"]
-    assert cli.main(bench("prefill", "--prompts", "1x8", *sides_)) == 0
+    monkeypatch.setattr(sides.OwnModel, "prefill", fail)
+    monkeypatch.setattr(inference, "start", lambda name, device: started.append(name) or InProcess(name, device))
+    arguments = bench("prefill", "--prompts", "1x8", "--side", "icenet mlx,icenet torch", "--dtype", "fp32,bf16")
+    assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "icenet torch / this" in out
-    (line,) = [line for line in out.splitlines() if line.startswith("transformers:")]
-    assert "prefill" in line and "out of memory" in line
+    assert out.count("icenet torch / this") == 2 and "icenet mlx / this" not in out
+    lines = [line for line in out.splitlines() if line.startswith("icenet mlx:")]
+    assert len(lines) == 2 and all("prefill" in line and "out of memory" in line for line in lines)
+    assert started == ["icenet mlx", "icenet torch", "icenet mlx", "icenet mlx"]
 
 
 def test_ctrl_c_shows_the_rounds_that_are_done(
@@ -492,6 +496,16 @@ def test_a_model_without_a_form_for_peers(in_process: None, capsys: pytest.Captu
     report = json.loads(capsys.readouterr().out)
     assert [entry["side"] for entry in report["results"][0]["sides"]] == ["icenet torch"]
     assert is_one_line(report["notes"][0], "transformers", "model.positions")
+
+
+def test_the_seconds_of_new_tokens() -> None:
+    """The median call of one token is subtracted. A new process adds what only first calls do."""
+    measured = inference.Measured([5.0, 9.0], [[1.0, 3.0], [1.5, 4.0], [1.1, 5.0]])
+    assert measured.seconds(inference.ROWS["decode"]) == pytest.approx([1.9, 2.9, 3.9])
+    assert measured.first_token() == 1.1
+    assert measured.cold_first_token(inference.ROWS["decode"]) == 5 + 9 - 4
+    assert measured.seconds(inference.ROWS["load"]) == [1.0, 1.5, 1.1]
+    assert measured.cold_first_token(inference.ROWS["load"]) == 5
 
 
 @pytest.mark.parametrize("experts", [None, 4])
