@@ -262,6 +262,8 @@ def _no_checkpoint(path: Path) -> CheckpointError:
         return CheckpointError(f"{path}: contains the checkpoints of a run; give its folder, {path.parent}")
     if path.is_file() and (path.parent / MANIFEST).is_file():
         return CheckpointError(f"{path}: is a file of a checkpoint; give its folder, {path.parent}")
+    if path.is_dir() and (files := sorted(file.name for file in path.glob("*.gguf"))):
+        return CheckpointError(f"{path}: contains no checkpoint; give the GGUF file, such as {path / files[0]}")
     return CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
 
 

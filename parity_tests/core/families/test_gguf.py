@@ -394,6 +394,8 @@ def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
         assert found.family.options(found.config.model) == expected.family.options(expected.config.model)
         assert same_bits(dict(found.weights), dict(expected.weights))
     assert model_report(str(parts[1])).num_params == sum(array.size for array in arrays.values())
+    with pytest.raises(IceNetError, match=r"give the GGUF file, such as .*model-00001-of-00003\.gguf"):
+        icenet.load(tmp_path)
     icenet.convert(parts[0], tmp_path / "again", "hf")
     assert same_bits(dict(weight_files.read(tmp_path / "again")), arrays)
 
