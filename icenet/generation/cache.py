@@ -8,8 +8,10 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
+from icenet.core.config.transformer_plan import AttentionPlan
 from icenet.core.generation.cache import Cache
-from icenet.nn.attention import Mask, make_attention_mask
+from icenet.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
+from icenet.nn.cached_attention import cached_attention, has_cached_attention
 
 
 class KVCache(Cache):
@@ -24,18 +26,21 @@ class KVCache(Cache):
     Attributes:
         layers: The cache of each layer.
         capacity: Number of columns that the buffers can hold.
-        position: Number of columns stored, int32 `[]`: the place of the next one.
+        limit: Number of columns that will be needed at most; None if it is unknown.
+        position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
+            between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
         row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]`, while it is read in
             pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     step = 256
+    limit: int | None = None
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         self._prepare = prepare
         self.capacity = 0
-        self.position = mx.array(0, mx.int32)
+        self.position = mx.zeros((1,), mx.int32)
         self.padding: mx.array | None = None
         self.row_lengths: mx.array | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
@@ -55,11 +60,12 @@ class KVCache(Cache):
         self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
 
     def reserve(self, columns: int) -> None:
-        """Makes room for further columns, in steps of 256 and at least twice the present room."""
+        """Makes room for further columns: at least twice the present room, but not for more than `limit`."""
         assert self.length is not None
         needed = self.length + columns
         if needed > self.capacity:
-            self.capacity = max(-(-needed // self.step) * self.step, 2 * self.capacity)
+            doubled = 2 * self.capacity if self.limit is None else min(2 * self.capacity, self.limit)
+            self.capacity = -(-max(needed, doubled) // self.step) * self.step
             for layer in self.layers:
                 layer.grow(self.capacity)
             if self._prepare is not None:
@@ -86,7 +92,7 @@ class KVCache(Cache):
             self.padding = padding if self.padding is None else self.padding + padding
         if self.length is not None:
             self.reserve(length)
-        columns = self.position + mx.arange(length)
+        columns = self.position[:, None] + mx.arange(length)  # [1, T] or [B, T]
         positions = columns if self.padding is None else mx.maximum(columns - self.padding[:, None], 0)
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
@@ -129,6 +135,30 @@ class LayerCache:
         stop = length + keys.shape[2]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, angles: mx.array | None, plan: AttentionPlan
+    ) -> mx.array:
+        """Rotates queries and keys of T columns, stores keys and values, and attends to all columns.
+
+        Args:
+            q: Queries, `[B, H, T, E]`.
+            k, v: Keys and values, `[B, K, T, E]`.
+            mask: See `scaled_dot_product_attention`.
+            angles: See `rotate`; None without rotary positions.
+            plan: The options of the layer.
+
+        Returns:
+            `[B, H, T, E]`.
+        """
+        cache = self._cache
+        if cache.length is None and has_cached_attention(q, k, v):
+            assert self.keys is not None and self.values is not None
+            return cached_attention(q, k, v, self.keys, self.values, cache.position, cache.padding, angles, plan)
+        if angles is not None:
+            q, k = rotate(q, angles, plan.rotary_pairs), rotate(k, angles, plan.rotary_pairs)
+        keys, values = self.append(k, v)
+        return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
+
     def grow(self, capacity: int) -> None:
         """Moves the columns to buffers with room for `capacity` columns."""
         if self.keys is not None and self.values is not None:
@@ -136,6 +166,7 @@ class LayerCache:
                 mx.concatenate([array, _empty(array, capacity - array.shape[2])], axis=2)
                 for array in (self.keys, self.values)
             )
+            mx.eval(self.keys, self.values)  # frees the smaller buffers
 
 
 def _empty(like: mx.array, columns: int) -> mx.array:
@@ -146,4 +177,6 @@ def _empty(like: mx.array, columns: int) -> mx.array:
 
 def _write(buffer: mx.array, new: mx.array, position: mx.array) -> mx.array:
     """Returns the buffer with new columns from `position` on. MLX writes in place if nothing else refers to it."""
-    return mx.slice_update(buffer, new, position.reshape(1), axes=(2,))
+    if new.shape[2] > 1:
+        return mx.slice_update(buffer, new, position, axes=(2,))
+    return mx.put_along_axis(buffer, mx.broadcast_to(position.reshape(-1, 1, 1, 1), new.shape), new, axis=2)

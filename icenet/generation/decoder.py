@@ -10,10 +10,13 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.generation.decoder import DecoderBase
+from icenet.core.generation.cache import Cache
+from icenet.core.generation.decoder import DecoderBase, State, Step
 from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet.generation import sampling
+from icenet.generation.capture import CapturedStep
+from icenet.nn.arrays import on_cpu
 
 
 class Decoder(DecoderBase):
@@ -23,6 +26,14 @@ class Decoder(DecoderBase):
 
     def to_device(self, array: NDArray[Any] | None) -> mx.array | None:
         return None if array is None else mx.array(array)
+
+    def capture(self, state: State, token: mx.array) -> Step:
+        if on_cpu() or not isinstance(self.cache, Cache):
+            return self.decode_step
+        return CapturedStep(self.decode_step, state, token)
+
+    def copy(self, array: mx.array) -> mx.array:
+        return array
 
     def concatenate(self, arrays: list[mx.array]) -> mx.array:
         return mx.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icenet.nn.activations import activation
+from icenet.nn.arrays import Dtype
 from icenet.nn.attention import (
     Mask,
     biased_mask,
@@ -15,7 +16,7 @@ from icenet.nn.checkpointing import checkpoint
 from icenet.nn.conv import Conv2d, flatten_pixels, global_average_pool, max_pool, mean_of_patches
 from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from icenet.nn.experts import Experts, Router, balance_loss, route
-from icenet.nn.linear import Bias, Embedding, Linear
+from icenet.nn.linear import Bias, Embedding, Linear, Projections, join
 from icenet.nn.loss import cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet.nn.recurrent import GRU, LSTM, RNN
@@ -29,6 +30,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "Dtype",
     "Embedding",
     "Experts",
     "GRU",
@@ -37,6 +39,7 @@ __all__ = [
     "Linear",
     "Mask",
     "PositionTable",
+    "Projections",
     "RMSNorm",
     "RNN",
     "RotaryPositions",
@@ -49,6 +52,7 @@ __all__ = [
     "cross_entropy",
     "flatten_pixels",
     "global_average_pool",
+    "join",
     "make_norm",
     "max_pool",
     "mean_of_patches",

@@ -15,6 +15,7 @@ import numpy as np
 from icenet.core.dtypes import FLOAT_DTYPES
 
 Array: TypeAlias = mx.array
+Dtype: TypeAlias = mx.Dtype
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, dtype) for name, dtype in FLOAT_DTYPES.items()}
 """Dtypes of parameters and of activations by their name in configs and commands."""

@@ -75,19 +75,22 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
 
     Args:
         x: `[B, H, T, D]`.
-        angles: Cosines and sines, fp32 `[T, 2, R / 2]` or `[B, 1, T, 2, R / 2]`. The first R of D values are rotated.
+        angles: Cosines, negative sines and sines, fp32 `[T, 3, R / 2]` or `[B, 1, T, 3, R / 2]`. The first R of D
+            values are rotated.
         pairs: "half" for the pairs i and i + R / 2, "interleaved" for 2i and 2i + 1.
     """
-    cos, sin = angles[..., 0, :], angles[..., 1, :]
-    size = 2 * cos.shape[-1]
+    size = 2 * angles.shape[-1]
     y = x[..., :size].astype(mx.float32)
-    first, second = (
-        (y[..., ::2], y[..., 1::2]) if pairs == "interleaved" else (y[..., : size // 2], y[..., size // 2 :])
-    )
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    joined = mx.stack(parts, axis=-1).reshape(y.shape) if pairs == "interleaved" else mx.concatenate(parts, axis=-1)
-    joined = joined.astype(x.dtype)
-    return joined if size == x.shape[-1] else mx.concatenate([joined, x[..., size:]], axis=-1)
+    # x cos + other sin, where `other` is the other value of the pair; the flip is a view, so mx.compile makes one kernel
+    if pairs == "interleaved":
+        angles = angles.swapaxes(-1, -2)  # [..., R / 2, 3]
+        y = y.reshape(*y.shape[:-1], -1, 2)
+        rotated = y * angles[..., :1] + y[..., ::-1] * angles[..., 1:]
+    else:
+        y = y.reshape(*y.shape[:-1], 2, -1)
+        rotated = y * angles[..., :1, :] + y[..., ::-1, :] * angles[..., 1:, :]
+    rotated = rotated.reshape(*x.shape[:-1], size).astype(x.dtype)
+    return rotated if size == x.shape[-1] else mx.concatenate([rotated, x[..., size:]], axis=-1)
 
 
 def positions_and_masks(
@@ -124,18 +127,18 @@ def make_attention_mask(
 
     Args:
         attention_mask: bool `[B, S]`, False for padding, or None without padding.
-        queries: Columns of the queries, int `[T]`.
+        queries: Columns of the queries, int `[T]`, or `[B, T]` if they differ between the rows.
         causal: Whether a query attends to its own and earlier columns only.
         window: Number of columns that a query attends to, its own included; None for all.
     """
     if attention_mask is None:
-        if window is None or window >= queries.shape[0]:
+        if window is None or window >= queries.shape[-1]:
             return "causal" if causal else None
-        attention_mask = mx.ones((1, queries.shape[0]), mx.bool_)
+        attention_mask = mx.ones((1, queries.shape[-1]), mx.bool_)
     keys = mx.arange(attention_mask.shape[1])
-    mask = attention_mask[:, None, None, :]
+    mask, queries = attention_mask[:, None, None, :], queries[..., None, :, None]
     if causal:
-        mask = mask & (keys <= queries[:, None])
+        mask = mask & (keys <= queries)
     if window is not None:
-        mask = mask & (keys > queries[:, None] - window)
-    return mask | (keys == queries[:, None])
+        mask = mask & (keys > queries - window)
+    return mask | (keys == queries)

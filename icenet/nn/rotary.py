@@ -50,7 +50,7 @@ class RotaryPositions:
             self.tables[kind].reserve(rows.count(length))
 
     def angles(self, positions: Array, lengths: Array) -> dict[LayerType | None, Array | None]:
-        """Returns the cosines and sines for `rotate`, for each type of layers; None for layers without rotation.
+        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers; None for layers without rotation.
 
         Args:
             positions: Position of each token, int `[T]` or `[B, T]`.
@@ -61,6 +61,7 @@ class RotaryPositions:
             angles = self.tables[kind][rows.index(positions, lengths)]
             if rows.is_dynamic:  # [..., R / 2] frequencies
                 turned = positions[..., None].astype(mx.float32) * angles
-                angles = mx.stack([mx.cos(turned), mx.sin(turned)], axis=-2)
-            found[kind] = angles if angles.ndim == 3 else angles[:, None]  # [T, 2, R / 2] or [B, 1, T, 2, R / 2]
+                cos, sin = mx.cos(turned), mx.sin(turned)
+                angles = mx.stack([cos, -sin, sin], axis=-2)
+            found[kind] = angles if angles.ndim == 3 else angles[:, None]  # [T, 3, R / 2] or [B, 1, T, 3, R / 2]
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -22,6 +22,8 @@ from icenet.core.weights.copying import contiguous, copy_to
 from icenet.core.weights.sharing import find_shared
 from icenet.nn.arrays import from_numpy, on_cpu, to_numpy
 from icenet.nn.kinds import kind_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -258,3 +260,36 @@ def _nodes(model: nn.Module) -> Iterator[_Node]:
 
 def _join(path: str, name: Any) -> str:
     return f"{path}.{name}" if path else str(name)
+
+
+def copy_modules(model: M) -> M:
+    """Returns a copy of a model with the same arrays. A module, list or dict that is used twice stays one."""
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(map(copied, value))
+        if not isinstance(value, (nn.Module, list, dict)):
+            return value
+        if id(value) not in copies:
+            new = copies[id(value)] = value.__class__.__new__(value.__class__)
+            if isinstance(value, nn.Module):
+                new.__dict__.update(value.__dict__)
+            if isinstance(value, list):
+                new.extend(map(copied, value))
+            else:
+                dict.update(new, {name: copied(item) for name, item in value.items()})
+        return copies[id(value)]
+
+    return copied(model)  # type: ignore[no-any-return]
+
+
+def addresses(model: nn.Module) -> list[int] | None:
+    """Returns the addresses of the arrays of a model; None on CUDA, where reading one would move the array."""
+    if not on_cpu() and mx.cuda.is_available():
+        return None
+    return [_address(array) for _, array, _ in named_arrays(model)]
+
+
+def _address(array: mx.array) -> int:
+    return int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from icenet.core.config.transformer_plan import AttentionPlan
 from icenet.core.generation.cache import Cache
-from icenet_torch.nn.attention import Mask, make_attention_mask
+from icenet_torch.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
+from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention
 
 
 class KVCache(Cache):
@@ -22,18 +24,23 @@ class KVCache(Cache):
     Attributes:
         layers: The cache of each layer.
         capacity: Number of columns that the buffers can hold.
-        position: Number of columns stored, int32 `[]`: the place of the next one.
+        limit: Number of columns that will be needed at most; None if it is unknown.
+        columns: Places of the tokens that are read, int64 `[1, T]` or `[B, T]`.
+        position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
+            between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
         row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]`, while it is read in
             pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     step = 256
+    limit: int | None = None
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         self._prepare = prepare
         self.capacity = 0
-        self.position = torch.zeros((), dtype=torch.int32, device="cpu")
+        self.position = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self.columns: torch.Tensor | None = None
         self.padding: torch.Tensor | None = None
         self.row_lengths: torch.Tensor | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
@@ -53,11 +60,12 @@ class KVCache(Cache):
         self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
 
     def reserve(self, columns: int) -> None:
-        """Makes room for further columns, in steps of 256 and at least twice the present room."""
+        """Makes room for further columns: at least twice the present room, but not for more than `limit`."""
         assert self.length is not None
         needed = self.length + columns
         if needed > self.capacity:
-            self.capacity = max(-(-needed // self.step) * self.step, 2 * self.capacity)
+            doubled = 2 * self.capacity if self.limit is None else min(2 * self.capacity, self.limit)
+            self.capacity = -(-max(needed, doubled) // self.step) * self.step
             for layer in self.layers:
                 layer.grow(self.capacity)
             if self._prepare is not None:
@@ -85,7 +93,8 @@ class KVCache(Cache):
             self.padding = padding if self.padding is None else self.padding + padding
         if self.length is not None:
             self.reserve(length)
-        columns = self.position + torch.arange(length, device=device)
+        columns = self.position[:, None] + torch.arange(length, device=device)  # [1, T] or [B, T]
+        self.columns = columns.long()
         positions = columns if self.padding is None else torch.clamp(columns - self.padding[:, None], min=0)
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
@@ -94,7 +103,10 @@ class KVCache(Cache):
             is_token = torch.arange(count, device=device) >= self.padding[:, None]
         elif self.length is None or any(window is not None and window < count for window in windows):
             is_token = torch.ones((1, count), dtype=torch.bool, device=device)
-        return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
+        masks = {window: make_attention_mask(is_token, columns, True, window) for window in windows}
+        if self.length is None:  # the fused kernels would convert a bool mask in each layer
+            masks = {window: _additive(mask, self.layers[0].keys) for window, mask in masks.items()}
+        return positions, masks
 
     def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""
@@ -118,15 +130,44 @@ class LayerCache:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
-        length, capacity, position = self._cache.length, self._cache.capacity, self._cache.position
+        length, capacity, columns = self._cache.length, self._cache.capacity, self._cache.columns
         if self.keys is None or self.values is None:
             self.keys, self.values = (_empty(array, capacity) for array in (keys, values))
-        self.keys = _write(self.keys, keys, position)
-        self.values = _write(self.values, values, position)
+        assert columns is not None
+        self.keys = _write(self.keys, keys, columns)
+        self.values = _write(self.values, values, columns)
         if length is None:
             return self.keys, self.values
         stop = length + keys.shape[2]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Mask,
+        angles: torch.Tensor | None,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Rotates queries and keys of T columns, stores keys and values, and attends to all columns.
+
+        Args:
+            q: Queries, `[B, H, T, E]`.
+            k, v: Keys and values, `[B, K, T, E]`.
+            mask: See `scaled_dot_product_attention`.
+            angles: See `rotate`; None without rotary positions.
+            plan: The options of the layer.
+
+        Returns:
+            `[B, H, T, E]`.
+        """
+        if angles is not None:
+            q, k = rotate(q, angles, plan.rotary_pairs), rotate(k, angles, plan.rotary_pairs)
+        keys, values = self.append(k, v)
+        if plan.softcap is None and has_cached_attention(q, k, v):
+            return cached_attention(q, keys, values, mask, plan.scale)
+        return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
 
     def grow(self, capacity: int) -> None:
         """Moves the columns to buffers with room for `capacity` columns."""
@@ -143,7 +184,14 @@ def _empty(like: torch.Tensor, columns: int) -> torch.Tensor:
     return like.new_zeros((batch, heads, columns, size))
 
 
-def _write(buffer: torch.Tensor, new: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Writes new columns into the buffer from `position` on, and returns it."""
-    columns = position + torch.arange(new.shape[2], device=position.device)
-    return buffer.index_copy_(2, columns.long(), new)
+def _write(buffer: torch.Tensor, new: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Writes new columns into the buffer, at int64 `[1, T]` or `[B, T]`, and returns it."""
+    if len(columns) == 1:
+        return buffer.index_copy_(2, columns[0], new)
+    return buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
+
+
+def _additive(mask: Mask, like: torch.Tensor | None) -> Mask:
+    """Returns a bool mask as one that is added to the scores, 0 or -inf in the dtype of `like`."""
+    assert isinstance(mask, torch.Tensor) and like is not None
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, -torch.inf)

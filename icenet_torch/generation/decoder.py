@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icenet.core.generation.decoder import DecoderBase
+from icenet.core.generation.decoder import DecoderBase, State, Step
 from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet_torch.generation import sampling
+from icenet_torch.generation.cache import KVCache
+from icenet_torch.generation.capture import CapturedStep
 
 Handle = tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]
 """Tokens and their scores on the host, and the event after which they are valid; None if they already are."""
@@ -35,6 +37,14 @@ class Decoder(DecoderBase):
         # PyTorch has no arithmetic on unsigned words: keys are int32 with the same bits
         array = array.view(np.int32) if array.dtype == np.uint32 else array
         return torch.from_numpy(array).to(self.model.device)
+
+    def capture(self, state: State, token: torch.Tensor) -> Step:
+        if token.device.type != "cuda" or not isinstance(self.cache, KVCache):
+            return self.decode_step
+        return CapturedStep(self.decode_step, state, token)
+
+    def copy(self, array: torch.Tensor) -> torch.Tensor:
+        return array.clone() if isinstance(self.step, CapturedStep) else array
 
     def concatenate(self, arrays: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(arrays, dim=1) if len(arrays) > 1 else arrays[0]

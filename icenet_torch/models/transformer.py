@@ -35,6 +35,7 @@ class Attention(nn.Module):
         self.q_proj = ops.Linear(plan.width, queries, plan.bias)
         self.k_proj = ops.Linear(plan.width, keys, plan.bias)
         self.v_proj = ops.Linear(plan.width, keys, plan.bias)
+        self._joined: ops.Projections | None = None  # these three in one, for generation
         self.out_proj = ops.Linear(queries, plan.width, plan.output_bias, plan.init_scale)
         if plan.query_key_norm != "none":
             per_head = plan.query_key_norm == "head"
@@ -49,18 +50,33 @@ class Attention(nn.Module):
         angles: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.project(x)
         if self.plan.query_key_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         if self.plan.query_key_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = ops.rotate(q, angles, self.plan.rotary_pairs), ops.rotate(k, angles, self.plan.rotary_pairs)
+        plan = self.plan
         if cache is not None:
-            k, v = cache.append(k, v)  # [B, K, S, E]
-        mixed = ops.scaled_dot_product_attention(q, k, v, mask, self.plan.scale, self.plan.softcap)
+            mixed = cache.attend(q, k, v, mask, angles, plan)  # [B, H, T, E]
+        else:
+            if angles is not None:
+                q, k = ops.rotate(q, angles, plan.rotary_pairs), ops.rotate(k, angles, plan.rotary_pairs)
+            mixed = ops.scaled_dot_product_attention(q, k, v, mask, plan.scale, plan.softcap)
         return self.dropout(self.out_proj(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns queries, keys and values, `[B, T, H * E]` and twice `[B, T, K * E]`."""
+        if self._joined is not None:
+            q, k, v = self._joined(x)
+            return q, k, v
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def prepare_generation(self, original: Attention, dtype: ops.Dtype) -> None:
+        """See `icenet.core.generation.copies`."""
+        self._joined = ops.join([original.q_proj, original.k_proj, original.v_proj], dtype)
+        if self._joined is not None:
+            self.q_proj = self.k_proj = self.v_proj = None  # type: ignore[assignment]
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `[B, T, H * E]` as `[B, H, T, E]`."""
@@ -77,15 +93,30 @@ class FeedForward(nn.Module):
             self.gate_proj = ops.Linear(plan.width, plan.inner, plan.bias)
         self.up_proj = ops.Linear(plan.width, plan.inner, plan.bias)
         self.down_proj = ops.Linear(plan.inner, plan.width, plan.bias, plan.init_scale)
+        self._joined: ops.Projections | None = None  # gate and up in one, for generation
         self.is_gated = plan.is_gated
         self.dropout = ops.Dropout(plan.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_gated:
-            inner = ops.activation(self.activation, self.gate_proj(x)) * self.up_proj(x)
+            gate, up = self.project(x)
+            inner = ops.activation(self.activation, gate) * up
         else:
             inner = ops.activation(self.activation, self.up_proj(x))
         return self.dropout(self.down_proj(inner))
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the gate and what it multiplies, `[B, T, F]` each."""
+        if self._joined is not None:
+            gate, up = self._joined(x)
+            return gate, up
+        return self.gate_proj(x), self.up_proj(x)
+
+    def prepare_generation(self, original: FeedForward, dtype: ops.Dtype) -> None:
+        """See `icenet.core.generation.copies`."""
+        self._joined = ops.join([original.gate_proj, original.up_proj], dtype) if self.is_gated else None
+        if self._joined is not None:
+            self.gate_proj = self.up_proj = None  # type: ignore[assignment]
 
 
 class MixtureOfExperts(nn.Module):

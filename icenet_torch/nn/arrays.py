@@ -13,6 +13,7 @@ from torch import Tensor
 from icenet.core.dtypes import FLOAT_DTYPES
 
 Array: TypeAlias = Tensor
+Dtype: TypeAlias = torch.dtype
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 """Dtypes of parameters and of activations by their name in configs and commands."""

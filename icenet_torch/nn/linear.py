@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from icenet_torch.nn.arrays import Array, cast_weight, product_dtype
+from icenet_torch.nn.arrays import Array, Dtype, cast_weight, on_cpu, product_dtype
 from icenet_torch.nn.embedding import CheckedEmbedding
 
 
@@ -20,6 +22,9 @@ class Linear(nn.Linear):
         init_scale: Factor of the weight's initial values (see `icenet.core.models.init`).
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
         self.init_scale = init_scale
@@ -30,6 +35,19 @@ class Linear(nn.Linear):
     def forward(self, x: Array) -> Array:
         return linear(x, self.weight, self.bias)
 
+    def prepare_generation(self, original: Linear, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: casts the weight once and not at each token."""
+        self.weight = cast_for_products(original.weight, dtype)
+        if original.bias is not None:
+            self.bias = cast_for_products(original.bias, dtype)
+
+
+def cast_for_products(weight: nn.Parameter, dtype: Dtype) -> nn.Parameter:
+    """Returns a weight in the dtype of the activations if products have that dtype, otherwise as it is."""
+    if on_cpu(weight) or weight.dtype == dtype:
+        return weight
+    return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Computes x W^T + b: x `[..., in]`, weight `[out, in]`, bias `[out]` to `[..., out]` in the dtype of x."""
@@ -37,8 +55,49 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return F.linear(y, w, None if bias is None else cast_weight(bias, x)).to(x.dtype)
 
 
+class Projections(nn.Module):
+    """Several linear layers of the same input, computed as one product.
+
+    For one token, the time of a product is that of reading its weights and of starting it.
+
+    Args:
+        layers: The layers. If the products have the dtype of their weights, the weights become parts of the joined
+            one, so that they are in memory once.
+        dtype: Dtype of the activations.
+    """
+
+    def __init__(self, layers: Sequence[Linear], dtype: Dtype) -> None:
+        super().__init__()
+        self.sizes = [layer.weight.shape[0] for layer in layers]
+        self.weight = self._join(layers, "weight", dtype)
+        self.bias = self._join(layers, "bias", dtype) if layers[0].bias is not None else None
+
+    def _join(self, layers: Sequence[Linear], name: str, dtype: Dtype) -> nn.Parameter:
+        arrays = [getattr(layer, name) for layer in layers]
+        joined = nn.Parameter(torch.cat([array.detach() for array in arrays]), requires_grad=False)
+        cast = cast_for_products(joined, dtype)
+        if cast is joined:
+            for array, part in zip(arrays, joined.detach().split(self.sizes), strict=True):
+                array.data = part
+        return cast
+
+    def forward(self, x: Array) -> tuple[Array, ...]:
+        return linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+
+
+def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | None:
+    """Returns several linear layers of the same input as one; None if a layer is of another class or dtype."""
+    kinds = {(type(layer), layer.weight.dtype, layer.bias is None) for layer in layers if isinstance(layer, Linear)}
+    same = len(kinds) == 1 and all(type(layer) is Linear for layer in layers)
+    return Projections(layers, dtype) if same else None  # type: ignore[arg-type]
+
+
 class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
+
+    def __init__(self, num_embeddings: int, dims: int) -> None:
+        super().__init__(num_embeddings, dims)
+        self._output_weight: nn.Parameter | None = None  # that of `as_linear`, for generation
 
     def reset_parameters(self) -> None:
         """Does nothing: initial values come from `icenet.core.models.init`."""
@@ -49,7 +108,11 @@ class Embedding(CheckedEmbedding):
 
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
-        return linear(x, self.weight)
+        return linear(x, self.weight if self._output_weight is None else self._output_weight)
+
+    def prepare_generation(self, original: Embedding, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: casts the weight of `as_linear` once and not at each token."""
+        self._output_weight = cast_for_products(original.weight, dtype)
 
 
 class Bias(nn.Module):

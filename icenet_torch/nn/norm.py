@@ -12,7 +12,7 @@ from torch import nn
 from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import LEFT_OUT, STATISTICS
-from icenet_torch.nn.arrays import Array, is_half
+from icenet_torch.nn.arrays import Array, is_half, on_cpu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -41,6 +41,8 @@ class RMSNorm(nn.RMSNorm):
         self.init_scale = 0.0 if offset else 1.0
 
     def forward(self, x: Array) -> Array:
+        if x.dtype == self.weight.dtype and not self.offset and not on_cpu(x):
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)  # its statistics are in fp32
         y = x.float() if is_half(x) else x
         weight = self.weight.to(y.dtype)
         return F.rms_norm(y, self.normalized_shape, 1 + weight if self.offset else weight, self.eps).to(x.dtype)

@@ -65,7 +65,7 @@ class RotaryPositions:
             self.tables[kind].reserve(rows.count(length))
 
     def angles(self, positions: Array, lengths: Array) -> dict[LayerType | None, Array | None]:
-        """Returns the cosines and sines for `rotate`, for each type of layers; None for layers without rotation.
+        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers; None for layers without rotation.
 
         Args:
             positions: Position of each token, int `[T]` or `[B, T]`.
@@ -76,6 +76,7 @@ class RotaryPositions:
             angles = self.tables[kind][rows.index(positions, lengths)]
             if rows.is_dynamic:  # [..., R / 2] frequencies
                 turned = positions[..., None].to(torch.float32) * angles
-                angles = torch.stack([torch.cos(turned), torch.sin(turned)], dim=-2)
-            found[kind] = angles if angles.ndim == 3 else angles[:, None]  # [T, 2, R / 2] or [B, 1, T, 2, R / 2]
+                cos, sin = torch.cos(turned), torch.sin(turned)
+                angles = torch.stack([cos, -sin, sin], dim=-2)
+            found[kind] = angles if angles.ndim == 3 else angles[:, None]  # [T, 3, R / 2] or [B, 1, T, 3, R / 2]
         return found

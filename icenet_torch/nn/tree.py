@@ -6,7 +6,7 @@ Canonical paths are PyTorch's names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from icenet.core.errors import WeightsError
 from icenet.core.weights import layout
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.kinds import kind_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class NamedArray(NamedTuple):
@@ -156,3 +158,26 @@ def unregistered(model: nn.Module) -> list[str]:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def copy_modules(model: M) -> M:
+    """Returns a copy of a model with the same parameters and buffers. A module that is used twice stays one."""
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in copies:
+            new = copies[id(module)] = module.__class__.__new__(module.__class__)
+            new.__dict__.update(module.__dict__)
+            for name in ("_parameters", "_buffers"):
+                new.__dict__[name] = dict(module.__dict__[name])
+            new.__dict__["_modules"] = {
+                name: None if child is None else copied(child) for name, child in module._modules.items()
+            }
+        return copies[id(module)]
+
+    return copied(model)  # type: ignore[return-value]
+
+
+def addresses(model: nn.Module) -> list[int]:
+    """Returns the addresses of the parameters and buffers of a model."""
+    return [array.data_ptr() for array in (*model.parameters(), *model.buffers())]

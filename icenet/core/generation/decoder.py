@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,6 +64,10 @@ class Choice(NamedTuple):
     scores: Any
 
 
+Step = Callable[[State, Any], tuple[State, Choice]]
+"""Reads a token of each row and chooses the next one: `DecoderBase.decode_step`."""
+
+
 class DecoderBase(ABC):
     """Generates the tokens of one request. Used as a context manager.
 
@@ -71,7 +75,8 @@ class DecoderBase(ABC):
     the whole context again for each token.
 
     The host decides what depends on the number of tokens: it makes room in the cache, reads the context again if the
-    window of a row is full, and makes the keys of the next draws. `decode_step` does the rest.
+    window of a row is full, and makes the keys of the next draws. `decode_step` does the rest. It is captured on a
+    GPU.
     """
 
     ops: ClassVar[SamplingOps]
@@ -81,12 +86,15 @@ class DecoderBase(ABC):
         self.model = model
         self.request = request
         self.cached = hasattr(model, "make_cache")
+        self.step: Step | None = None
+        self.step_size: Any = None
         self.cache: Any = None
         self.state: Any = None
         self.choice: Any = None
 
     def __enter__(self) -> DecoderBase:
         """Moves the request to the device and prefills the prompts."""
+        self.model = self.model.for_generation()
         with self.inference_mode():
             self._start(self.request)
         return self
@@ -102,10 +110,15 @@ class DecoderBase(ABC):
         seen = self.to_device(request.seen(self.model.config.vocab_size))
         self.state = State([], self.to_device(np.zeros((), np.int32)), None, seen)
         longest = request.context_length
+        self.rereads = bool(
+            not self.cached
+            or (longest is not None and self.lengths.max() + request.new_tokens > longest)
+            or getattr(self.model, "rereads_above", None)
+        )
         self.logits = self.prefill(self.lengths if longest is None else np.minimum(self.lengths, longest))
 
     def __exit__(self, *exception: object) -> None:
-        self.logits = self.choice = self.state = self.cache = None
+        self.logits = self.choice = self.state = self.cache = self.step = None
 
     # ---- the steps ---------------------------------------------------------------------------------------
 
@@ -124,6 +137,7 @@ class DecoderBase(ABC):
         if not self.cached:
             return self._last_logits()
         self.cache = self.model.make_cache()
+        self.cache.limit = longest + self.request.new_tokens
         if hasattr(self.cache, "row_lengths"):
             self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
         chunk = self.request.settings.prefill_chunk
@@ -175,19 +189,30 @@ class DecoderBase(ABC):
         """Queues the choice of new token `index` (0, 1, ...) of each row. Returns a handle for `fetch`."""
         with self.inference_mode():
             if index % KEY_BLOCK == 0:
-                keys = self.request.keys(index, min(KEY_BLOCK, self.request.new_tokens - index))
+                keys = self.request.keys(index, KEY_BLOCK)
                 self.state = replace(self.state, keys=self.to_device(keys))
             logits = self.logits if index == 0 else self._read(self.choice.token)
             self.logits = None
             if logits is None:
-                self.cache.reserve(1)
-                state = replace(self.state, cache=self.cache.state)
-                self.state, self.choice = self.decode_step(state, self.choice.token)
-                self.cache.state = self.state.cache
-                self.cache.length += 1
+                self._decode()
             else:
                 self.state, self.choice = self.choose_token(self.state, logits)
             return self.start_copy(self.choice.token, self.choice.best, self.state.arrays)
+
+    def _decode(self) -> None:
+        """Reads the chosen token of each row and chooses the next one.
+
+        When it returns, nothing refers to the arrays of the step before: MLX then writes into the buffers of the
+        cache, and otherwise copies them.
+        """
+        self.cache.reserve(1)
+        state, token = replace(self.state, cache=self.cache.state), self.choice.token
+        size = getattr(self.cache, "capacity", None), len(state.arrays)
+        if self.step is None or self.step_size != size:
+            self.step, self.step_size = self.capture(state, token), size
+        self.state, self.choice = self.step(state, token)
+        self.cache.state = self.state.cache
+        self.cache.length += 1
 
     def _read(self, token: Any) -> Any:
         """Reads one token of each row, int `[B]`, where `decode_step` cannot.
@@ -200,8 +225,8 @@ class DecoderBase(ABC):
         """
         self.lengths = self.lengths + 1
         longest = self.request.context_length
-        if not self.cached or longest is not None:  # only then earlier tokens are read again
-            self.new_tokens.append(token)
+        if self.rereads:
+            self.new_tokens.append(self.copy(token))
         if longest is not None and self.lengths.max() > longest:
             return self.prefill(np.where(self.lengths > longest, max(longest // 2, 1), self.lengths))
         if not self.cached:
@@ -229,6 +254,14 @@ class DecoderBase(ABC):
     @abstractmethod
     def to_device(self, array: NDArray[Any] | None) -> Any:
         """Returns a numpy array as an array on the model's device; None for None."""
+
+    @abstractmethod
+    def capture(self, state: State, token: Any) -> Step:
+        """Returns `decode_step` for arrays of these sizes, captured if that is faster on this device."""
+
+    @abstractmethod
+    def copy(self, array: Any) -> Any:
+        """Returns an array that the next step does not write to."""
 
     @abstractmethod
     def concatenate(self, arrays: list[Any]) -> Any:

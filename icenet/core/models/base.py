@@ -13,6 +13,7 @@ import numpy as np
 from icenet.core import backends
 from icenet.core.config import EmbeddingConfig, GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
+from icenet.core.generation.copies import GenerationCopy
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import check_mask, check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
@@ -65,6 +66,7 @@ class ModelBase:
     training: Any
     eval: Any
     checks_ids: bool = True
+    _generation_copy: GenerationCopy | None = None
 
     # ---- size --------------------------------------------------------------------------------------------
 
@@ -390,6 +392,13 @@ class ModelBase:
             return loss.item(), int(count.item())
 
     # ---- generation --------------------------------------------------------------------------------------
+
+    def for_generation(self) -> Any:
+        """Returns a copy of the model, in evaluation mode, whose layers are prepared for single tokens."""
+        if self._generation_copy is None:
+            self._generation_copy = GenerationCopy()
+        with self.arithmetic():
+            return self._generation_copy.of(self, backends.module(self.backend, "nn.tree"))
 
     def generate(
         self,

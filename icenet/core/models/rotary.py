@@ -91,12 +91,13 @@ class RotaryRows:
         return np.concatenate(parts)
 
     def _angles(self, start: int, stop: int, chosen: Floats) -> Floats:
-        """Returns cosines and sines of positions, `[stop - start, 2, R / 2]`.
+        """Returns cosines, negative sines and sines of positions, `[stop - start, 3, R / 2]`, for `rotate`.
 
         They are computed in float64 from angles in float32, because the frameworks' sines of large angles differ.
         """
         exact = (np.arange(start, stop, dtype=np.float32)[:, None] * chosen).astype(np.float64)
-        return np.stack([np.cos(exact), np.sin(exact)], axis=1).astype(np.float32) * self.factor
+        cos, sin = np.cos(exact), np.sin(exact)
+        return np.stack([cos, -sin, sin], axis=1).astype(np.float32) * self.factor
 
 
 def frequencies(size: int, theta: float, scaling: RotaryScaling | None = None, length: int = 1) -> Floats:

@@ -1,0 +1,43 @@
+"""The captured step of a decoder, MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.core.generation.decoder import Choice, State, Step
+
+
+class CapturedStep:
+    """A step that `mx.compile` traces once and runs again with other arrays.
+
+    Tracing merges elementwise operations to one kernel. Running it again costs about 0.3 ms for 12 layers, where the
+    operations of Python would cost three times as much.
+
+    Args:
+        step: `DecoderBase.decode_step`, which depends on its arrays only.
+        state, token: The arguments of the first call.
+    """
+
+    def __init__(self, step: Step, state: State, token: mx.array) -> None:
+        self.size = len(state.cache)
+        self.has_keys, self.has_seen = state.keys is not None, state.seen is not None
+
+        def run(token: mx.array, *arrays: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+            after, choice = step(self._join(arrays), token)
+            return after.arrays, list(choice)
+
+        self._run = mx.compile(run)
+
+    def _join(self, arrays: Sequence[mx.array]) -> State:
+        others = iter(arrays[self.size :])
+        index = next(others)
+        keys = next(others) if self.has_keys else None
+        return State(list(arrays[: self.size]), index, keys, next(others) if self.has_seen else None)
+
+    def __call__(self, state: State, token: mx.array) -> tuple[State, Choice]:
+        arrays, choice = self._run(token, *state.arrays)
+        return self._join(arrays), Choice(*choice)
