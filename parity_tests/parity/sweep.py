@@ -126,6 +126,7 @@ def transformer_options(draw: Draw, model: dict[str, Any]) -> dict[str, Any]:
         options["expert_size"] = draw.cycle("expert_size", [None, 3])
         options["expert_layers"] = draw.cycle("expert_layers", [None, [layers - 1]])
         options["normalize_expert_weights"] = draw.cycle("normalize_expert_weights", YES_NO)
+        options["router_aux_loss_coef"] = draw.cycle("router_aux_loss_coef", [0.0, 0.5])
     if sliding := draw.cycle("sliding_window", ["all", "some", None, None]):
         options |= {"sliding_window": draw.randint(1, 6), "causal": True}
         options["layer_types"] = None if sliding == "all" else ["sliding", "full"][:layers]
