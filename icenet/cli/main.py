@@ -643,6 +643,10 @@ def main(arguments: list[str] | None = None) -> int:
     Errors are printed to standard error as one line. With ICENET_DEBUG=1 they are raised. Output that cannot be
     written is a failure, except if its reader, such as head, has exited: then the command ends without a message.
     """
+    if arguments is None and sys.argv[1:2] == ["convert"]:  # the whole process converts
+        from icenet.core import blas
+
+        blas.skip()
     show_warning = warnings.showwarning
     with streams.prepared():
         warnings.showwarning = _show_warning  # type: ignore[assignment]

@@ -44,7 +44,7 @@ class Status:
 
     Attributes:
         name: `torch`, `openblas`, `path` (any other library), `reference` (MLX's own) or `not needed` (another
-            platform, or MLX's CUDA build).
+            platform, MLX's CUDA build, or a program without products).
         path: File of the library, if one was loaded.
         note: Reason for the choice.
     """
@@ -94,6 +94,16 @@ def _is_choice(status: Status, choice: str) -> bool:
         or (choice == "none" and status.name == "reference")
         or status.path == os.path.expanduser(choice)
     )
+
+
+def skip() -> None:
+    """Leaves MLX its own BLAS in this process, unless ICENET_BLAS is set: for a program that computes no products.
+
+    Loading the library of torch takes 0.25 s.
+    """
+    global _status
+    if _status is None and not os.environ.get(VARIABLE, "").strip():
+        _status = Status("not needed", None, "this program computes no products")
 
 
 def choose(value: str) -> Status:

@@ -14,10 +14,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from helpers import is_one_line
+
+from icenet.cli.main import main
+from icenet.core import blas
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
@@ -400,3 +404,24 @@ def test_the_check_above_can_fail() -> None:
     assert unguarded("import mlx.core as mx\nimport icenet.blas\n") == [1]
     assert unguarded("def f():\n    from mlx import nn\n") == [2]
     assert unguarded("from icenet import blas\nfrom mlx.utils import tree_map\n") == []
+
+
+def test_a_program_without_products_loads_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`icenet convert` as a process of its own. A library that the user names is loaded."""
+    skipped: list[bool] = []
+    monkeypatch.setattr(blas, "skip", lambda: skipped.append(True))
+    for command in ("convert", "info"):
+        monkeypatch.setattr(sys, "argv", ["icenet", command, "--help"])
+        assert main() == main([command, "--help"]) == 0
+    assert skipped == [True]
+    monkeypatch.undo()
+    monkeypatch.delenv(blas.VARIABLE, raising=False)
+    monkeypatch.setattr(blas, "_status", None)
+    blas.skip()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert blas.load().name == blas.load("openblas").name == "not needed"
+    monkeypatch.setattr(blas, "_status", None)
+    monkeypatch.setenv(blas.VARIABLE, "torch")
+    blas.skip()
+    assert blas._status is None
