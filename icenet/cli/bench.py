@@ -111,8 +111,8 @@ def _run_inference(rows: list[str], json_file: str | None, overwrite: bool, **op
     if path is not None:
         files.write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
         streams.write(f"json  {path}")
-    if report.interrupted:
-        raise KeyboardInterrupt
+    if report.interruption is not None:
+        raise report.interruption
 
 
 def _layer_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:

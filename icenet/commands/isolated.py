@@ -52,8 +52,9 @@ class IsolatedError(Exception):
 class Worker:
     """A Python process that runs functions of a module, or methods of an object, one after another.
 
-    Ctrl-C in the terminal does not reach the process. It is ended by `close`, by the end of the caller, and by any
-    exception in `call` other than an error of the function itself.
+    The object is made while the caller continues, and the first call waits for it. Ctrl-C in the terminal does not
+    reach the process. It ends with `close`, with the caller, if the factory fails, and after any exception in `call`
+    other than an error of the function itself.
 
     Args:
         module: Dotted name of the module; it is imported in the new process only.
@@ -61,9 +62,6 @@ class Worker:
             functions of the module are called.
         arguments: Arguments of the factory, in JSON types.
         environment: Environment variables to set in addition to the current ones.
-
-    Raises:
-        IsolatedError: The factory failed.
     """
 
     def __init__(
@@ -79,8 +77,9 @@ class Worker:
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
+        self._is_ready = factory is None
         if factory is not None:
-            self.call(factory, *arguments)
+            self._send(factory, arguments)
 
     def call(self, name: str, *arguments: Any, timeout: float | None = None) -> Any:
         """Returns the result of a function or method, in JSON types.
@@ -91,20 +90,34 @@ class Worker:
             timeout: Seconds after which the process is killed.
 
         Raises:
-            IsolatedError: There is no result; the message has the reason.
+            IsolatedError: There is no result; the message has the reason. The factory may have failed.
         """
         try:
-            return self._call(name, arguments, timeout)
+            if not self._is_ready:
+                self._is_ready = True
+                self._make(timeout)
+            self._send(name, arguments)
+            return self._receive(timeout)
         except BaseException as error:
             if not (isinstance(error, IsolatedError) and self._process.poll() is None):
                 self.close()
             raise
 
-    def _call(self, name: str, arguments: tuple[Any, ...], timeout: float | None) -> Any:
+    def _make(self, timeout: float | None) -> None:
+        """Waits for the object; without it the process ends."""
+        try:
+            self._receive(timeout)
+        except IsolatedError:
+            self.close()
+            raise
+
+    def _send(self, name: str, arguments: tuple[Any, ...]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # the process has ended; the reason is read below
             self._process.stdin.write(json.dumps([name, arguments]).encode() + b"\n")
             self._process.stdin.flush()
+
+    def _receive(self, timeout: float | None) -> Any:
         line = self._read_line(timeout)
         if line is None:
             raise IsolatedError(self._reason())

@@ -554,6 +554,10 @@ def test_a_worker_answers_after_an_error() -> None:
             worker.call("count", 3)
         assert is_one_line(caught.value, "TypeError")
         assert worker.call("upper") == "A\\TB"
+    with isolated.Worker("icenet.core.report.streams", "printable", 3) as worker:
+        with pytest.raises(isolated.IsolatedError) as caught:
+            worker.call("upper")
+        assert is_one_line(caught.value, "TypeError")
     assert isolated.call("builtins", "print", "on standard output") is None
 
 

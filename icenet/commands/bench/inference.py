@@ -18,6 +18,7 @@ from icenet.commands import isolated
 from icenet.commands.bench import common, limits, sides
 from icenet.commands.doctor import system_facts
 from icenet.core.errors import IceNetError
+from icenet.core.training.signals import Stopped
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
@@ -241,7 +242,7 @@ class InferenceReport:
         rates: By dtype, the measured rates of the machine, bytes and operations per second, if a limit needs them.
         results: One entry for each row and case.
         notes: What could not be measured, and why.
-        interrupted: Whether Ctrl-C ended the measurement.
+        interruption: Ctrl-C or the signal that ended the measurement.
     """
 
     target: str
@@ -250,7 +251,7 @@ class InferenceReport:
     rates: dict[str, dict[str, float]]
     results: list[dict[str, Any]]
     notes: list[str]
-    interrupted: bool = False
+    interruption: BaseException | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -260,7 +261,7 @@ class InferenceReport:
             "rates": self.rates,
             "results": self.results,
             "notes": self.notes,
-            "interrupted": self.interrupted,
+            "interrupted": self.interruption is not None,
         }
 
     def render(self) -> None:
@@ -315,7 +316,7 @@ def _number(value: float) -> str:
 
 
 def run(rows: Sequence[str], options: Options, notify: common.Notify = common.ignore) -> InferenceReport:
-    """Measures rows. A side that fails is left out with a note; Ctrl-C ends the run with the rounds that are done.
+    """Measures rows. A side that fails is left out with a note. Ctrl-C and signals end the run with the rounds done.
 
     Args:
         rows: Names in `ROWS`.
@@ -346,21 +347,21 @@ class _Run:
         self._model: dict[str, Any] = {}
 
     def run(self) -> InferenceReport:
-        interrupted = False
+        interruption: BaseException | None = None
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
             stack.callback(self._close)
             try:
                 self._choose_sides()
                 self._measure(work)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Stopped) as error:
                 if not any(side.rounds for *_, measured in self._done for side in measured.values()):
                     raise
-                interrupted = True
+                interruption = error
         machine = {**system_facts(), "sides": self._facts}
         parameters = self._model["size"]["parameters"]
         target = " ".join([self._options.target, *self._options.overrides])
         results = [result for done in self._done for result in self._summarize(*done)]
-        return InferenceReport(target, parameters, machine, self._rates, results, self._notes, interrupted)
+        return InferenceReport(target, parameters, machine, self._rates, results, self._notes, interruption)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
@@ -373,14 +374,14 @@ class _Run:
             if reason := sides.reason_missing(name):
                 self._notes.append(f"{name}: not measured: {reason}")
                 continue
+            self._sessions[name] = start(name, self._options.device or "auto")  # all of them at the same time
+        for name, session in list(self._sessions.items()):
             self._notify(f"{name}: starts")
             try:
-                session = start(name, self._options.device or "auto")
                 self._facts[name] = session.call("facts")
             except isolated.IsolatedError as error:
                 self._notes.append(f"{name}: not measured: {error}")
-            else:
-                self._sessions[name] = session
+                self._sessions.pop(name).close()
         if not any(sides.KINDS[name].package is None for name in self._sessions):
             raise IceNetError(f"bench: no side of IceNet runs here: {'; '.join(self._notes) or 'none is chosen'}")
 

@@ -38,14 +38,14 @@ class Kind:
         rows: The rows that it can measure.
         package: The package that it needs; None for IceNet.
         options: Further arguments of the peer.
-        gpu_only: Whether it is measured on CUDA only.
+        cuda_only: Whether it is measured on CUDA only.
     """
 
     backend: str
     rows: tuple[str, ...]
     package: str | None = None
     options: tuple[Any, ...] = ()
-    gpu_only: bool = False
+    cuda_only: bool = False
 
 
 _GENERATION = ("decode", "prefill", "batch")
@@ -57,7 +57,7 @@ KINDS: dict[str, Kind] = {
     "icenet torch": Kind("torch", (*_ALL, "convert")),
     "mlx-lm": Kind("mlx", _ALL, "mlx_lm"),
     "transformers": Kind("torch", _ALL, "transformers"),
-    "transformers compiled": Kind("torch", ("decode",), "transformers", ("static",), gpu_only=True),
+    "transformers compiled": Kind("torch", ("decode",), "transformers", ("static",), cuda_only=True),
 }
 """The sides by name. A compiled peer has a cache of fixed size, and `generate` compiles its model on CUDA."""
 
@@ -134,8 +134,8 @@ class Session:
         self._tools = backends.module(kind.backend, "tools.bench")
         self._device_name = device
         self._device = backends.module(kind.backend, "engine.build").choose_device(device)
-        if kind.gpu_only and self.device == "cpu":
-            raise UsageError("needs CUDA: transformers compiles there only")
+        if kind.cuda_only and "cuda" not in str(self._device):
+            raise UsageError("transformers compiles on CUDA only")
         self._memory = self._tools.PeakMemory(self._device)
         self._side: Any = None
         self._arguments: tuple[Any, ...] = ()
@@ -313,11 +313,12 @@ def _time_process(*arguments: str) -> float:
         IceNetError: It failed.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
-    begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=tempfile.gettempdir(), capture_output=True, check=False
-    )
-    seconds = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as empty:  # Python imports from the current folder
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=empty, capture_output=True, check=False
+        )
+        seconds = time.perf_counter() - begin
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise IceNetError(lines[-1] if lines else f"the process exited with code {done.returncode}")
