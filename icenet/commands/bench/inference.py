@@ -209,11 +209,10 @@ class Measured:
     peak: int | None = None
 
     def seconds(self, row: Row) -> list[float]:
-        """Returns the seconds of the work that counts, by round: without the median of a first token before it."""
+        """Returns the seconds of the work that counts, by round: without the shortest call for the first token."""
         if row.work is None or len(self.rounds[0]) == 1:
             return [parts[0] for parts in self.rounds]
-        first = self.first_token()
-        # a difference can vanish in noise; then the whole call is the closest estimate
+        first = min(parts[0] for parts in self.rounds)  # other load only adds, so the difference is not too small
         return [parts[1] - first if parts[1] > first else parts[1] for parts in self.rounds]
 
     def first_token(self) -> float:
