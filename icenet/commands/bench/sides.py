@@ -198,8 +198,9 @@ class Session:
             case: For `make_prompts`, and `new_tokens`, `form` (the result of a conversion), `program` (help, or
                 first token).
         """
-        if row in ("load", "convert", "start"):
-            return {"seconds": getattr(self, f"_measure_{row}")(case), "tokens": []}
+        others = {"load": self._measure_load, "convert": self._measure_convert, "start": self._measure_start}
+        if row in others:
+            return {"seconds": others[row](case), "tokens": []}
         prompts = make_prompts(case)
         side, new_tokens = self._side, case["new_tokens"]
         calls: dict[str, list[Callable[[], Any]]] = {
