@@ -19,6 +19,7 @@ import numpy as np
 from icenet.core.errors import UsageError
 from icenet.core.weights import layout
 from icenet.core.weights.copying import contiguous, copy_to
+from icenet.core.weights.safetensors import read_ahead, read_into
 from icenet.core.weights.sharing import find_shared
 from icenet.nn.arrays import from_numpy, on_cpu, to_numpy
 from icenet.nn.kinds import kind_of
@@ -138,11 +139,15 @@ def _from_large_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
     MLX copies and casts in one thread. (6 GB of fp32 weights of a bf16 file: 5 s of processor time instead of 14.)
     """
     if not on_cpu() or str(array.dtype) not in _EXACT.get(dtype, ()):
+        read_ahead(array)
         return from_numpy(array).astype(dtype)
     bits = mx.uint16 if dtype == mx.bfloat16 else dtype  # MLX shares no bfloat16 with numpy
     new = mx.empty(array.shape, bits)
     mx.eval(new)
-    copy_to(np.array(new, copy=False), array.view(np.uint16) if dtype == mx.bfloat16 else array)
+    target, source = np.array(new, copy=False), array.view(np.uint16) if dtype == mx.bfloat16 else array
+    if not read_into(target, source):
+        read_ahead(source)
+        copy_to(target, source)
     return new.view(dtype)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from icenet.core.errors import WeightsError
 from icenet.core.weights import layout
+from icenet.core.weights.safetensors import read_ahead, read_into
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 from icenet_torch.nn.kinds import kind_of
 
@@ -106,7 +107,10 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
         # PyTorch transposes 5 times as fast as numpy; on MPS some copies of strided tensors are wrong
         source = from_numpy(array, contiguous=own.device.type == "mps")
         is_view = 0 <= source.data_ptr() - own.data_ptr() < own.nbytes
-        if is_view and source.data_ptr() == own.data_ptr() and source.stride() == own.stride():
+        is_written = is_view and source.data_ptr() == own.data_ptr() and source.stride() == own.stride()
+        if not is_written and own.device.type == "cpu" and own.is_contiguous():
+            is_written = read_into(to_numpy(own), array)
+        if is_written:
             torch.autograd.graph.increment_version(own)
         elif _is_expanded(own):  # a constant; PyTorch cannot write to it
             if not torch.equal(own, source.to(own)):
@@ -115,6 +119,7 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
                     "a copy, buffer.clone(), or leave it out of the weights with persistent=False"
                 )
         else:
+            read_ahead(array)
             own.copy_(source.clone() if is_view else source)  # a view in another order: the transpose, for example
 
 

@@ -12,9 +12,9 @@ from icenet.core.threads import for_ranges
 Array = npt.NDArray[Any]
 
 _CACHE_LINE = 64
-_PART = 1 << 22
+PART = 1 << 22
 """Bytes of the smallest part for a thread of its own."""
-_MOST_THREADS = 4
+MOST_THREADS = 4
 """More do not read memory faster."""
 
 
@@ -41,7 +41,7 @@ def copy_to(target: Array, source: Array) -> None:
             np.copyto(targets[first:last], sources[first:last], casting="unsafe")
 
     rows = len(targets)
-    for_ranges(copy, rows, max(1, rows * _PART // max(1, target.nbytes)), _MOST_THREADS)
+    for_ranges(copy, rows, max(1, rows * PART // max(1, target.nbytes)), MOST_THREADS)
 
 
 def contiguous(array: Array) -> Array:

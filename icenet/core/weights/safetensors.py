@@ -31,8 +31,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
+from icenet.core.threads import for_ranges
 from icenet.core.weights import formats
-from icenet.core.weights.copying import contiguous
+from icenet.core.weights.copying import MOST_THREADS, PART, contiguous
 
 Array = npt.NDArray[Any]
 
@@ -218,6 +219,33 @@ def read_ahead(array: Array) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # Linux before 5.14; a damaged disk, which the reader of the array meets
             _advise(array, _MADV_POPULATE_READ)
+
+
+def read_into(target: Array, array: Array) -> bool:
+    """Reads an array of `view` from its file into memory of the same dtype and shape, in several threads.
+
+    Returns whether that is possible. The system then copies once, and maps no pages of the file.
+    """
+    data = _map_of(array)
+    are_contiguous = array.flags.c_contiguous and target.flags.c_contiguous
+    if (
+        not isinstance(data, FileMap)
+        or not are_contiguous
+        or array.dtype != target.dtype
+        or not hasattr(os, "preadv")
+    ):
+        return False
+    file, start, content = data.file.fileno(), _offset(array, data), target.reshape(-1).view(np.uint8).data
+
+    def read(first: int, stop: int) -> None:
+        while first < stop:
+            count = os.preadv(file, [content[first:stop]], start + first)
+            if count == 0:
+                raise OSError(errno.EIO, "the file became shorter while it was read")
+            first += count
+
+    for_ranges(read, target.nbytes, PART, MOST_THREADS)
+    return True
 
 
 def release(array: Array) -> None:

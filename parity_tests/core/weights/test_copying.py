@@ -18,7 +18,7 @@ SHAPES = [(), (0, 3), (3, 0), (1, 5), (7,), (5, 33), (70, 9), (2, 3, 4), (3, 1, 
 @pytest.mark.parametrize("cores", [1, 3])
 def test_copies_have_the_bits_of_their_source(cores: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
-    monkeypatch.setattr(copying, "_PART", 64)
+    monkeypatch.setattr(copying, "PART", 64)
     for shape in SHAPES:
         array = np.random.default_rng(1).integers(-100, 100, shape).astype(dtype)
         for source in (array, array.T, np.flip(array), array[..., ::2] if shape else array):

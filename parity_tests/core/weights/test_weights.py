@@ -548,3 +548,19 @@ def test_the_index_of_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert list(weights.read(tmp_path)) == ["a"] and not caplog.messages
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     assert list(weights.read(tmp_path)) == ["a"] and "index" in caplog.text
+
+
+def test_arrays_are_read_into_memory_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "PART", 8)
+    arrays = {"a": np.arange(30, dtype=np.float32).reshape(5, 6), "b": np.array(2.5), "c": np.empty((0, 3))}
+    weights.write(tmp_path, arrays)
+    found = weights.read(tmp_path)
+    for name, array in {**arrays, "part": arrays["a"][1:3]}.items():
+        source = found["a"][1:3] if name == "part" else found[name]
+        target = np.full_like(array, -1)
+        is_read = tensor_file.read_into(target, source)
+        assert is_read == (hasattr(os, "preadv") and array.size > 0)
+        assert not is_read or np.array_equal(target, array)
+    assert not tensor_file.read_into(np.empty((6, 5), np.float32), found["a"].T)
+    assert not tensor_file.read_into(np.empty((5, 6), np.int32), found["a"])
+    assert not tensor_file.read_into(np.empty((5, 6), np.float32), arrays["a"])
