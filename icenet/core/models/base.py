@@ -24,7 +24,7 @@ from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.origin import Origin
-from icenet.core.weights.safetensors import read_ahead, release
+from icenet.core.weights.safetensors import release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -553,6 +553,5 @@ class ModelBase:
 def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields weights; a view of a file that the caller has copied does not stay in memory next to the copy."""
     for path, array in values:
-        read_ahead(array)
         yield path, array
         release(array)
