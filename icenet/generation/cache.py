@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
+import numpy as np
 
 from icenet.core.config.transformer_plan import AttentionPlan
 from icenet.core.generation.cache import Cache
@@ -104,6 +105,27 @@ class KVCache(Cache):
         return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
     def end(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` columns of each row. The following ones are written over."""
+        self.position = mx.array(np.full(self.position.shape, length, np.int32))  # not lazy
+        self.length = length
+
+    def place(self, positions: mx.array, longest: int) -> None:
+        self.position, self.length = positions, longest
+
+    def arrange(self, rows: Sequence[int], pick: Pick, other: KVCache | None = None) -> None:
+        assert self.padding is None and self.length is not None
+        if other is None:
+            for layer in self.layers:
+                layer.arrange(rows, pick)
+            return
+        assert other.padding is None and other.length is not None
+        self.length = max(self.length, other.length)
+        self.reserve(0)
+        replaced = [row for row, source in enumerate(rows) if source != row]
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.replace(replaced, new, other.length)
+
         """Counts the columns that all layers have stored."""
         self.position = self.position + length
         if self.length is not None:

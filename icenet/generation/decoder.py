@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -27,16 +28,20 @@ class Decoder(DecoderBase):
     def to_device(self, array: NDArray[Any] | None) -> mx.array | None:
         return None if array is None else mx.array(array)
 
-    def capture(self, state: State, token: mx.array) -> Step:
+    def capture(self, state: State, token: mx.array, step: Step | None = None) -> Step:
         if on_cpu() or not isinstance(self.cache, Cache):
-            return self.decode_step
-        return CapturedStep(self.decode_step, state, token)
+            return step or self.decode_step
+        return CapturedStep(step or self.decode_step, state, token)
 
     def copy(self, array: mx.array) -> mx.array:
         return array
 
     def concatenate(self, arrays: list[mx.array]) -> mx.array:
         return mx.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]
+
+    def pick(self, arrays: list[mx.array], rows: Sequence[int]) -> mx.array:
+        array = mx.concatenate(arrays, axis=0) if len(arrays) > 1 else arrays[0]
+        return array[mx.array(list(rows))]
 
     def take(self, array: mx.array, index: mx.array) -> mx.array:
         return array[index]

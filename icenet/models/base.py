@@ -117,5 +117,8 @@ class BaseModel(ModelBase, nn.Module):
     def _to_float_host(self, array: mx.array) -> np.ndarray:
         return to_numpy(array.astype(mx.float32) if is_half(array) else array)
 
+    def _to_native_floats(self, array: np.ndarray) -> mx.array:
+        return mx.array(array).astype(self.compute_dtype)
+
     def _to_native_tokens(self, tokens: Tokens) -> mx.array:
         return mx.array(tokens)

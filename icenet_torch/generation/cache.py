@@ -109,6 +109,27 @@ class KVCache(Cache):
         return positions, masks
 
     def end(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` columns of each row. The following ones are written over."""
+        self.position = torch.full_like(self.position, length)
+        self.length = length
+
+    def place(self, positions: torch.Tensor, longest: int) -> None:
+        self.position, self.length = positions, longest
+
+    def arrange(self, rows: Sequence[int], pick: Pick, other: KVCache | None = None) -> None:
+        assert self.padding is None and self.length is not None
+        if other is None:
+            for layer in self.layers:
+                layer.arrange(rows, pick)
+            return
+        assert other.padding is None and other.length is not None
+        self.length = max(self.length, other.length)
+        self.reserve(0)
+        replaced = [row for row, source in enumerate(rows) if source != row]
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.replace(replaced, new, other.length)
+
         """Counts the columns that all layers have stored."""
         self.position = self.position + length
         if self.length is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,16 +38,20 @@ class Decoder(DecoderBase):
         array = array.view(np.int32) if array.dtype == np.uint32 else array
         return torch.from_numpy(array).to(self.model.device)
 
-    def capture(self, state: State, token: torch.Tensor) -> Step:
+    def capture(self, state: State, token: torch.Tensor, step: Step | None = None) -> Step:
         if token.device.type != "cuda" or not isinstance(self.cache, KVCache):
-            return self.decode_step
-        return CapturedStep(self.decode_step, state, token)
+            return step or self.decode_step
+        return CapturedStep(step or self.decode_step, state, token)
 
     def copy(self, array: torch.Tensor) -> torch.Tensor:
         return array.clone() if isinstance(self.step, CapturedStep) else array
 
     def concatenate(self, arrays: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(arrays, dim=1) if len(arrays) > 1 else arrays[0]
+
+    def pick(self, arrays: list[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+        array = torch.cat(arrays, dim=0) if len(arrays) > 1 else arrays[0]
+        return array.index_select(0, torch.tensor(rows, device=array.device))
 
     def take(self, array: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return array.index_select(0, index.reshape(1))[0]  # array[index] would copy the index to the host

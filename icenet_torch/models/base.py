@@ -111,5 +111,8 @@ class BaseModel(ModelBase, nn.Module):
     def _to_float_host(self, array: torch.Tensor) -> np.ndarray:
         return to_numpy(array.float() if is_half(array) else array)
 
+    def _to_native_floats(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, self.compute_dtype)
+
     def _to_native_tokens(self, tokens: Tokens) -> torch.Tensor:
         return torch.from_numpy(tokens).long().to(self.device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from icenet.core.errors import UsageError
 from icenet.core.generation.request import Request, check_reads_tokens, make_request, settings_of
+from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import generate_tokens, stream_text
 from icenet.core.tokenizers.base import end_ids
 from icenet.core.tokenizers.chat import render
@@ -22,6 +24,7 @@ def chat_text(
     details: bool,
     template_options: Mapping[str, Any] | None,
     options: dict[str, Any],
+    speedups: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Answers messages. Returns what `icenet.chat` describes.
 
@@ -32,11 +35,12 @@ def chat_text(
         details: Whether to return tokens and the finish reason too.
         template_options: Variables of the chat template.
         options: Keys of `GenerationConfig`.
+        speedups: Arguments of `make_decoder`: cache, draft, num_draft_tokens.
     """
     if stream and details:
         raise UsageError("chat: details=True needs stream=False; a stream returns the finish reason at its end")
     request = chat_request(model, messages, template_options, options)
-    decoder = model.decoder_type(model, request)
+    decoder = make_decoder(model, request, **speedups)
     if stream:
         return stream_text(decoder, request)
     found = generate_tokens(decoder, request)[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from icenet.core.config import user_code
 from icenet.core.generation.cache import Cache
+from icenet.core.generation.prompt_cache import PromptCache
 from icenet.core.generation.request import Request, Tokens
 from icenet.core.generation.sampling import SamplingOps, compute_scores
 
@@ -82,9 +83,11 @@ class DecoderBase(ABC):
     ops: ClassVar[SamplingOps]
     """The backend's sampling steps."""
 
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, request: Request, prompt_cache: PromptCache | None = None) -> None:
         self.model = model
         self.request = request
+        self.prompt_cache = prompt_cache
+        self.chosen: list[int] = []  # the new tokens of the first row, for the prompt cache
         self.cached = hasattr(model, "make_cache")
         self.step: Step | None = None
         self.step_size: Any = None
@@ -118,6 +121,8 @@ class DecoderBase(ABC):
         self.logits = self.prefill(self.lengths if longest is None else np.minimum(self.lengths, longest))
 
     def __exit__(self, *exception: object) -> None:
+        if self.prompt_cache is not None and exception[0] in (None, GeneratorExit, KeyboardInterrupt):
+            self.prompt_cache.put(self.cache, [*self.request.rows()[0].tolist(), *self.chosen])
         self.logits = self.choice = self.state = self.cache = self.step = None
 
     # ---- the steps ---------------------------------------------------------------------------------------
@@ -136,12 +141,16 @@ class DecoderBase(ABC):
         self.attention_mask = self.to_device(np.arange(longest) >= padding) if padding.any() else None
         if not self.cached:
             return self._last_logits()
-        self.cache = self.model.make_cache()
+        self.cache, first = None, 0
+        if self.prompt_cache is not None:
+            self.cache, first = self.prompt_cache.take(self.request.rows()[0].tolist())
+        if self.cache is None:
+            self.cache = self.model.make_cache()
         self.cache.limit = longest + self.request.new_tokens
         if hasattr(self.cache, "row_lengths"):
             self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
         chunk = self.request.settings.prefill_chunk
-        for start in range(0, longest, chunk):
+        for start in range(first, longest, chunk):
             stop = min(start + chunk, longest)
             mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
             hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
@@ -194,25 +203,26 @@ class DecoderBase(ABC):
             logits = self.logits if index == 0 else self._read(self.choice.token)
             self.logits = None
             if logits is None:
-                self._decode()
+                self.decode(self.choice.token)
             else:
                 self.state, self.choice = self.choose_token(self.state, logits)
             return self.start_copy(self.choice.token, self.choice.best, self.state.arrays)
 
-    def _decode(self) -> None:
-        """Reads the chosen token of each row and chooses the next one.
+    def decode(self, token: Any) -> Choice:
+        """Reads one token of each row, int `[B]`, and chooses the next one.
 
         When it returns, nothing refers to the arrays of the step before: MLX then writes into the buffers of the
         cache, and otherwise copies them.
         """
         self.cache.reserve(1)
-        state, token = replace(self.state, cache=self.cache.state), self.choice.token
+        state = replace(self.state, cache=self.cache.state)
         size = getattr(self.cache, "capacity", None), len(state.arrays)
         if self.step is None or self.step_size != size:
             self.step, self.step_size = self.capture(state, token), size
         self.state, self.choice = self.step(state, token)
         self.cache.state = self.state.cache
         self.cache.length += 1
+        return self.choice
 
     def _read(self, token: Any) -> Any:
         """Reads one token of each row, int `[B]`, where `decode_step` cannot.
@@ -240,6 +250,12 @@ class DecoderBase(ABC):
             self.attention_mask = self.concatenate([self.attention_mask, new])
         return self.model.project(self.model.hidden_states(token[:, None], self.attention_mask, self.cache)[:, -1])
 
+    def receive(self, handle: Any) -> Tokens:
+        """Returns the tokens that `submit` has queued: what `fetch` returns."""
+        tokens = self.fetch(handle)
+        self.chosen.append(int(tokens[0]))
+        return tokens
+
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
         """Sets the model to evaluation mode, and opens its arithmetic, for one step.
@@ -256,8 +272,13 @@ class DecoderBase(ABC):
         """Returns a numpy array as an array on the model's device; None for None."""
 
     @abstractmethod
-    def capture(self, state: State, token: Any) -> Step:
-        """Returns `decode_step` for arrays of these sizes, captured if that is faster on this device."""
+    def capture(self, state: State, token: Any, step: Step | None = None) -> Step:
+        """Returns a step for arrays of these sizes, captured if that is faster on this device.
+
+        Args:
+            state, token: Arguments of the step.
+            step: The step; `decode_step` by default.
+        """
 
     @abstractmethod
     def copy(self, array: Any) -> Any:
@@ -266,6 +287,10 @@ class DecoderBase(ABC):
     @abstractmethod
     def concatenate(self, arrays: list[Any]) -> Any:
         """Returns arrays `[B, S]`, `[B, T]`, ... side by side."""
+
+    @abstractmethod
+    def pick(self, arrays: list[Any], rows: Sequence[int]) -> Any:
+        """Returns rows of arrays `[B, ...]`, by their places in the arrays one below the other."""
 
     @abstractmethod
     def take(self, array: Any, index: Any) -> Any:

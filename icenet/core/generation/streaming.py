@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import encode_prompts
 from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request, settings_of
 from icenet.core.generation.stopping import FinishReason, StoppingCriteria
+from icenet.core.generation.speculative import DraftReport, make_decoder
 from icenet.core.tokenizers.base import Tokenizer, decode_continuation, unstable_characters
 
 
@@ -25,11 +27,13 @@ class Continuation:
         finish_reason: "stop" for a stop token or text, "end" for the end of the text, "length" for the limit.
         text: The new text, without stops; None without a tokenizer.
     """
+        draft: How many tokens of a draft were accepted; None without a draft.
 
     tokens: list[int]
     finish_reason: FinishReason
     text: str | None = None
 
+    draft: DraftReport | None = None
 
 def stream_tokens(
     decoder: DecoderBase, request: Request, stopping: StoppingCriteria | None = None
@@ -52,7 +56,7 @@ def stream_tokens(
             # the next step is queued before the last token is read, so the device does not wait for the host
             upcoming = decoder.submit(index + 1) if index + 1 < request.new_tokens else None
             try:
-                chosen = stopping.update(decoder.fetch(pending))
+                chosen = stopping.update(decoder.receive(pending))
             except NonFiniteError as error:
                 for row, tokens in zip(request.rows(), stopping.tokens, strict=True):
                     decoder.model.check_embeddings([*row.tolist(), *tokens])
@@ -92,7 +96,12 @@ def append_to_prompts(rows: Sequence[Sequence[int]], request: Request) -> Tokens
 
 
 def generate_text(
-    model: Any, prompt: str | Sequence[str], stream: bool, details: bool, options: dict[str, Any]
+    model: Any,
+    prompt: str | Sequence[str],
+    stream: bool,
+    details: bool,
+    options: dict[str, Any],
+    speedups: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Continues one text or several. Returns what `icenet.generate` describes.
 
@@ -119,8 +128,9 @@ def generate_text(
     if not prompts:
         return []
     ids = encode_prompts(model.tokenizer, prompts, settings.add_special_tokens)
+        speedups: Arguments of `make_decoder`: cache, draft, num_draft_tokens.
     request = make_request(model, ids, None, 0, options)
-    decoder = model.decoder_type(model, request)
+    decoder = make_decoder(model, request, **speedups)
     if stream:
         return stream_text(decoder, request)
     found = generate_tokens(decoder, request)

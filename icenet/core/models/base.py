@@ -15,8 +15,10 @@ from icenet.core.config import EmbeddingConfig, GenerationConfig, ImageModelConf
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.copies import GenerationCopy
 from icenet.core.generation.decoder import DecoderBase
+from icenet.core.generation.prompt_cache import PromptCache
 from icenet.core.generation.prompts import check_mask, check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
+from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs
 from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
@@ -449,6 +451,9 @@ class ModelBase:
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
+        draft: Any = None,
+        num_draft_tokens: int | None = None,
+        cache: PromptCache | None = None,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
@@ -460,7 +465,8 @@ class ModelBase:
         if stream and details:
             raise UsageError("generate: details=True needs stream=False; a stream returns the reasons at its end")
         request = make_request(self, input_ids, attention_mask, pad_token_id, options)
-        decoder = self.decoder_type(self, request)
+            draft, num_draft_tokens, cache: See `icenet.generate`.
+        decoder = make_decoder(self, request, cache, draft, num_draft_tokens)
         if stream:
             return stream_tokens(decoder, request)
         found = generate_tokens(decoder, request)
@@ -555,3 +561,7 @@ def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
     for path, array in values:
         yield path, array
         release(array)
+    def _to_native_floats(self, array: np.ndarray) -> Any:
+        """Returns float32 values as an array of the framework in `compute_dtype` on the model's device."""
+        raise NotImplementedError
+
