@@ -104,7 +104,6 @@ class KVCache(Cache):
             is_token = mx.ones((1, count), mx.bool_)
         return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
-    def end(self, length: int) -> None:
     def truncate(self, length: int) -> None:
         """Keeps the first `length` columns of each row. The following ones are written over."""
         self.position = mx.array(np.full(self.position.shape, length, np.int32))  # not lazy
@@ -126,6 +125,7 @@ class KVCache(Cache):
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(replaced, new, other.length)
 
+    def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""
         self.position = self.position + length
         if self.length is not None:

@@ -108,7 +108,6 @@ class KVCache(Cache):
             masks = {window: _additive(mask, self.layers[0].keys) for window, mask in masks.items()}
         return positions, masks
 
-    def end(self, length: int) -> None:
     def truncate(self, length: int) -> None:
         """Keeps the first `length` columns of each row. The following ones are written over."""
         self.position = torch.full_like(self.position, length)
@@ -130,6 +129,7 @@ class KVCache(Cache):
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(replaced, new, other.length)
 
+    def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""
         self.position = self.position + length
         if self.length is not None:

@@ -13,8 +13,8 @@ from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import encode_prompts
 from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request, settings_of
-from icenet.core.generation.stopping import FinishReason, StoppingCriteria
 from icenet.core.generation.speculative import DraftReport, make_decoder
+from icenet.core.generation.stopping import FinishReason, StoppingCriteria
 from icenet.core.tokenizers.base import Tokenizer, decode_continuation, unstable_characters
 
 
@@ -26,14 +26,14 @@ class Continuation:
         tokens: The new tokens, without stops.
         finish_reason: "stop" for a stop token or text, "end" for the end of the text, "length" for the limit.
         text: The new text, without stops; None without a tokenizer.
-    """
         draft: How many tokens of a draft were accepted; None without a draft.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason
     text: str | None = None
-
     draft: DraftReport | None = None
+
 
 def stream_tokens(
     decoder: DecoderBase, request: Request, stopping: StoppingCriteria | None = None
@@ -111,6 +111,7 @@ def generate_text(
         stream: Whether to return an iterator over pieces of text.
         details: Whether to return tokens and finish reasons too.
         options: Keys of `GenerationConfig`.
+        speedups: Arguments of `make_decoder`: cache, draft, num_draft_tokens.
     """
     check_reads_tokens(model)
     if model.tokenizer is None:
@@ -128,7 +129,6 @@ def generate_text(
     if not prompts:
         return []
     ids = encode_prompts(model.tokenizer, prompts, settings.add_special_tokens)
-        speedups: Arguments of `make_decoder`: cache, draft, num_draft_tokens.
     request = make_request(model, ids, None, 0, options)
     decoder = make_decoder(model, request, **speedups)
     if stream:

@@ -423,6 +423,9 @@ class ModelBase:
         pad_token_id: int = 0,
         stream: bool = False,
         details: bool = False,
+        draft: Any = None,
+        num_draft_tokens: int | None = None,
+        cache: PromptCache | None = None,
     ) -> Any:
         """Continues prompts. The other options are those of `icenet.core.config.GenerationConfig`.
 
@@ -434,6 +437,7 @@ class ModelBase:
             pad_token_id: Token that pads prompts on the left and ended rows on the right.
             stream: Whether to return an iterator.
             details: Whether to return the new tokens, the text and the finish reason of each row instead.
+            draft, num_draft_tokens, cache: See `icenet.generate`.
 
         Returns:
             Prompts and new tokens, `[B, L]`, a native array (int32 on MLX, int64 on PyTorch). With `stream`, an
@@ -451,9 +455,6 @@ class ModelBase:
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-        draft: Any = None,
-        num_draft_tokens: int | None = None,
-        cache: PromptCache | None = None,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
@@ -465,7 +466,6 @@ class ModelBase:
         if stream and details:
             raise UsageError("generate: details=True needs stream=False; a stream returns the reasons at its end")
         request = make_request(self, input_ids, attention_mask, pad_token_id, options)
-            draft, num_draft_tokens, cache: See `icenet.generate`.
         decoder = make_decoder(self, request, cache, draft, num_draft_tokens)
         if stream:
             return stream_tokens(decoder, request)
@@ -551,6 +551,10 @@ class ModelBase:
         """Returns an output of the model as numpy; half precision as float32."""
         raise NotImplementedError
 
+    def _to_native_floats(self, array: np.ndarray) -> Any:
+        """Returns float32 values as an array of the framework in `compute_dtype` on the model's device."""
+        raise NotImplementedError
+
     def _to_native_tokens(self, tokens: Tokens) -> Any:
         """Returns tokens, int32 `[B, L]`, as an array of the framework on the model's device."""
         raise NotImplementedError
@@ -561,7 +565,3 @@ def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
     for path, array in values:
         yield path, array
         release(array)
-    def _to_native_floats(self, array: np.ndarray) -> Any:
-        """Returns float32 values as an array of the framework in `compute_dtype` on the model's device."""
-        raise NotImplementedError
-
