@@ -96,6 +96,8 @@ def load(
         averaged: Whether to load the moving average of the weights (`training.ema_decay`).
         trust_code: Whether to run the user's Python file that defines the model.
 
+    quantize: int | None = None,
+    group_size: int = 64,
     Returns:
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
 
@@ -106,15 +108,19 @@ def load(
     from icenet.core import backends, files
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
-    from icenet.core.models.inference import build_for_inference
+    from icenet.core.models.inference import build_for_inference, quantized
     from icenet.core.training.open_model import image_facts, open_averaged, open_target
     from icenet.core.weights.hub import is_repository_id
+        quantize: Number of bits to which the weights of linear layers and embeddings are quantized: 2, 3, 4, 5, 6 or
+            8. None keeps them as they are (see docs/conversion.md).
+        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
 
     path = files.user_path(path, "load")
     if backend is not None:
         backends.check_name(backend)
     config, weights = None, None
     if path.exists() or is_repository_id(path):
+        UsageError: The weights cannot be quantized like this.
         chosen = [f"backend={backend}"] if backend else []
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
@@ -136,6 +142,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
 
     Args:
         model: A `BaseModel` of either backend.
+    if quantize is not None:
+        weights = quantized(config, weights, quantize, group_size)
         path: The folder, created if absent. A model that `save` wrote there before is replaced.
         overwrite: Whether to replace other files of the same names: model.safetensors, config.yaml, tokenizer.json.
 
@@ -168,7 +176,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     companions |= saved_model.image_file(model.image_facts, model.config)
     companions["config.yaml"] = yaml_file.dump(config).encode()
     code = user_code.hashes(type(model).__module__)
-    saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin)
+    quantized = model.quantized_layers()
+    saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin, quantized)
     return folder
 
 

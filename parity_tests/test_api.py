@@ -117,11 +117,7 @@ def test_a_model_that_its_config_does_not_describe_is_not_saved(backend: str, tm
     assert is_one_line(str(error.value), "adapter.", "absent")
 
 
-def test_quantized_and_parametrized_layers_are_not_saved(tmp_path: Path) -> None:
-    model = build("mlx", {**TINY_MODELS["transformer"], "num_layers": 1})
-    importlib.import_module("mlx.nn").quantize(model, group_size=32, bits=4)
-    with pytest.raises(UsageError, match="by the config"):
-        icenet.save(model, tmp_path / "quantized")
+def test_parametrized_layers_are_not_saved(tmp_path: Path) -> None:
     model = build("torch")
     importlib.import_module("torch.nn.utils.parametrizations").weight_norm(model.output)
     with pytest.raises(UsageError, match="by the config"):

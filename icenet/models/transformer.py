@@ -215,6 +215,7 @@ class TransformerModel(BaseModel):
         self.embedding_dropout = ops.Dropout(config.dropout)
         if config.relative_buckets is not None:
             self.relative_bias = ops.Embedding(config.relative_buckets, config.num_heads)
+            self.relative_bias.can_quantize = False
             buckets = distance_buckets(config.max_seq_length, config.relative_buckets, config.relative_max_distance)
             self._distance_buckets = mx.array(buckets)
         self.blocks = [TransformerBlock(plan) for plan in transformer_plan.blocks(config)]

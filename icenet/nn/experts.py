@@ -12,10 +12,13 @@ from icenet.nn import exact
 from icenet.nn.activations import activation
 from icenet.nn.arrays import Array, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.linear import Linear
+from icenet.nn.quantized import QuantizedLayer, to_quantized
 
 
 class Router(Linear):
     """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal."""
+
+    can_quantize = False  # it is small, and its scores decide which weights are read
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count, bias=False)
@@ -74,6 +77,9 @@ class StackedLinear(nn.Module):
     """The parameters of E linear layers of equal size: weight `[E, out, in]` and bias `[E, out]`."""
 
     layer_kind = "stacked_linear"
+    can_quantize = True
+    quantized_type: type[QuantizedLayer]
+    to_quantized = to_quantized
 
     def __init__(
         self, count: int, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0
@@ -83,6 +89,15 @@ class StackedLinear(nn.Module):
         if bias:
             self.bias = mx.zeros((count, out_features))
         self.init_scale = init_scale
+
+
+class QuantizedStackedLinear(QuantizedLayer):
+    """The parameters of a `StackedLinear` with quantized weights."""
+
+    layer_kind = "stacked_linear"
+
+
+StackedLinear.quantized_type = QuantizedStackedLinear
 
 
 class Experts(nn.Module):
@@ -143,11 +158,22 @@ class _Products:
             self._inverse = mx.argsort(order)
             self._experts, self.inputs = self._experts[order], self.inputs[order]
 
-    def __call__(self, layer: StackedLinear, rows: Array) -> Array:
+    def __call__(self, layer: StackedLinear | QuantizedStackedLinear, rows: Array) -> Array:
         """Returns the products of rows `[..., in]` with the weights of their experts, `[..., out]`."""
         # not rows[:, None], whose strides MLX's CUDA build (0.32.4) misreads for sorted indices
         x = rows.astype(product_dtype(rows)).reshape(-1, 1, rows.shape[-1])
-        if on_cpu() and is_half(rows) and not self._is_sorted:  # all weights would be cast
+        if isinstance(layer, QuantizedStackedLinear):
+            y = mx.gather_qmm(
+                x,
+                layer.weight,
+                layer.scales.astype(x.dtype),
+                layer.biases.astype(x.dtype),
+                rhs_indices=self._experts,
+                group_size=layer.group_size,
+                bits=layer.bits,
+                sorted_indices=self._is_sorted,
+            )
+        elif on_cpu() and is_half(rows) and not self._is_sorted:  # all weights would be cast
             y = x @ cast_weight(layer.weight[self._experts], rows).swapaxes(1, 2)
         else:
             weight = cast_weight(layer.weight, rows).swapaxes(1, 2)

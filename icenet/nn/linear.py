@@ -12,6 +12,7 @@ import mlx.nn as nn
 from icenet.nn import exact
 from icenet.nn.arrays import Array, Dtype, cast_weight, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
+from icenet.nn.quantized import QuantizedLayer, quantization_of, quantized_product, to_quantized
 
 
 class Linear(nn.Linear):
@@ -26,6 +27,9 @@ class Linear(nn.Linear):
 
     weight: Array
     bias: Array
+    can_quantize = True
+    quantized_type: type[QuantizedLayer]
+    to_quantized = to_quantized
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
@@ -39,6 +43,24 @@ class Linear(nn.Linear):
         self.weight = cast_for_products(original.weight, dtype)
         if "bias" in original:
             self.bias = cast_for_products(original.bias, dtype)
+
+
+class QuantizedLinear(QuantizedLayer, nn.QuantizedLinear):
+    """A linear layer with a quantized weight, x W^T + b, in the dtype of x. It is made from a `Linear`."""
+
+    layer_kind = "linear"
+    bias: Array
+
+    def __call__(self, x: Array) -> Array:
+        return _add_bias(quantized_product(x, self), self.get("bias"))
+
+    def prepare_generation(self, original: QuantizedLinear, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: casts scales and biases once and not at each token."""
+        for name in ("scales", "biases", *(["bias"] if "bias" in original else [])):
+            self[name] = cast_for_products(original[name], dtype)
+
+
+Linear.quantized_type = QuantizedLinear
 
 
 def cast_for_products(weight: Array, dtype: Dtype) -> Array:
@@ -78,9 +100,9 @@ class Projections(nn.Module):
         self.weight = self._join(layers, "weight", dtype)
         self.bias = self._join(layers, "bias", dtype) if "bias" in layers[0] else None
 
-    def _join(self, layers: Sequence[Linear], name: str, dtype: Dtype) -> Array:
+    def _join(self, layers: Sequence[nn.Module], name: str, dtype: Dtype) -> Array:
         joined = mx.concatenate([layer[name] for layer in layers])
-        cast = cast_for_products(joined, dtype)
+        cast = cast_for_products(joined, dtype) if mx.issubdtype(joined.dtype, mx.floating) else joined
         if cast is joined:
             parts = [joined[start:end] for start, end in zip(self.ends, self.ends[1:], strict=False)]
             mx.eval(parts)
@@ -93,15 +115,45 @@ class Projections(nn.Module):
         return list(mx.split(linear(x, self.weight, self.bias), self.ends[1:-1], axis=-1))
 
 
+class QuantizedProjections(Projections, QuantizedLayer):
+    """`Projections` of layers with quantized weights: the joined one has their packed rows after one another."""
+
+    def __init__(self, layers: Sequence[QuantizedLinear], dtype: Dtype) -> None:
+        super().__init__(layers, dtype)
+        self.bits, self.group_size = layers[0].bits, layers[0].group_size
+        self.scales, self.biases = (self._join(layers, name, dtype) for name in ("scales", "biases"))
+
+    def __call__(self, x: Array) -> list[Array]:
+        return list(mx.split(_add_bias(quantized_product(x, self), self.bias), self.ends[1:-1], axis=-1))
+
+
+_JOINED: dict[type, type[Projections]] = {Linear: Projections, QuantizedLinear: QuantizedProjections}
+
+
 def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | None:
-    """Returns several linear layers of the same input as one; None if a layer is of another class or dtype."""
-    kinds = {(type(layer), layer.weight.dtype, "bias" in layer) for layer in layers if isinstance(layer, Linear)}
-    same = len(kinds) == 1 and all(type(layer) is Linear for layer in layers)
-    return Projections(layers, dtype) if same else None  # type: ignore[arg-type]
+    """Returns several linear layers of the same input as one; None if they are not of one class and dtype."""
+    joined = _JOINED.get(type(layers[0]))
+    if joined is None or any(type(layer) is not type(layers[0]) for layer in layers):
+        return None
+    values = "scales" if joined is QuantizedProjections else "weight"
+    kinds = {(layer[values].dtype, "bias" in layer, quantization_of(layer)) for layer in layers}
+    return joined(layers, dtype) if len(kinds) == 1 else None
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    """Returns y `[..., out]` with a bias `[out]`, if there is one, in the dtype of y."""
+    if bias is None:
+        return y
+    b = cast_weight(bias, y)
+    return (exact.add_bias(y, b) if on_cpu() else y + b).astype(y.dtype)
 
 
 class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
+
+    can_quantize = True
+    quantized_type: type[QuantizedLayer]
+    to_quantized = to_quantized
 
     def __init__(self, num_embeddings: int, dims: int) -> None:
         super().__init__(num_embeddings, dims)
@@ -116,6 +168,23 @@ class Embedding(CheckedEmbedding):
         self._output_weight = cast_for_products(original.weight, dtype)
 
 
+class QuantizedEmbedding(QuantizedLayer, nn.QuantizedEmbedding):
+    """A table of quantized vectors: ids int `[...]` to `[..., D]`. It is made from an `Embedding`."""
+
+    layer_kind = "embedding"
+
+    def __call__(self, ids: Array) -> Array:
+        weight, scales, biases = self.weight[ids], self.scales[ids], self.biases[ids]
+        return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=self.bits)
+
+    def as_linear(self, x: Array) -> Array:
+        """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
+        return quantized_product(x, self)
+
+
+Embedding.quantized_type = QuantizedEmbedding
+
+
 class Bias(nn.Module):
     """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer."""
 
@@ -126,5 +195,4 @@ class Bias(nn.Module):
         self.bias = mx.zeros((features,))
 
     def __call__(self, x: Array) -> Array:
-        b = cast_weight(self.bias, x)
-        return (exact.add_bias(x, b) if on_cpu() else x + b).astype(x.dtype)
+        return _add_bias(x, self.bias)

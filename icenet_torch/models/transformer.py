@@ -213,6 +213,7 @@ class TransformerModel(BaseModel):
         self.embedding_dropout = ops.Dropout(config.dropout)
         if config.relative_buckets is not None:
             self.relative_bias = ops.Embedding(config.relative_buckets, config.num_heads)
+            self.relative_bias.can_quantize = False
             buckets = distance_buckets(config.max_seq_length, config.relative_buckets, config.relative_max_distance)
             self.register_buffer("_distance_buckets", torch.from_numpy(buckets), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(plan) for plan in transformer_plan.blocks(config))

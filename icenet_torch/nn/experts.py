@@ -18,6 +18,8 @@ from icenet_torch.nn.linear import Linear, linear
 class Router(Linear):
     """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal."""
 
+    can_quantize = False  # it is small, and its scores decide which weights are read
+
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count, bias=False)
 
@@ -75,6 +77,7 @@ class StackedLinear(nn.Module):
     """The parameters of E linear layers of equal size: weight `[E, out, in]` and bias `[E, out]`."""
 
     layer_kind = "stacked_linear"
+    can_quantize = True
 
     def __init__(
         self, count: int, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0

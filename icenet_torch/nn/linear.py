@@ -24,6 +24,7 @@ class Linear(nn.Linear):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    can_quantize = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
@@ -94,6 +95,8 @@ def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | None:
 
 class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
+
+    can_quantize = True
 
     def __init__(self, num_embeddings: int, dims: int) -> None:
         super().__init__(num_embeddings, dims)

@@ -23,8 +23,6 @@ TORCH_FILES = {
 
 ONE_SIDED = {
     "nn.tree": {"Arrays", "Arrays.get", "Arrays.set"},  # MLX has no objects for places of arrays
-    # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does
-    "nn.linear": {"Linear.reset_parameters", "Embedding.reset_parameters", "Embedding.forward"},
     # the device is an attribute on MLX, whose arrays have none
     "models.base": {"BaseModel.device", "BaseModel.match_gradients_at_zero"},
     "nn.activations": {  # MLX's layers with PyTorch's gradients
@@ -39,6 +37,16 @@ ONE_SIDED = {
     "nn.exact": {"add_bias", "channel_sums", "logsumexp", "moments", "normalize", "scale", "scale_and_shift"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
+    # on PyTorch, quantized weights are dequantized when they are loaded
+    "nn.experts": {"QuantizedStackedLinear"},
+    "nn.linear": {
+        # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does
+        *("Linear.reset_parameters", "Embedding.reset_parameters", "Embedding.forward"),
+        *("QuantizedLinear", "QuantizedLinear.forward", "QuantizedLinear.prepare_generation", "QuantizedProjections"),
+        *("QuantizedProjections.forward", "QuantizedEmbedding", "QuantizedEmbedding.forward"),
+        "QuantizedEmbedding.as_linear",
+    },
+    "nn.quantized": {"QuantizedLayer", "to_quantized", "quantized_product"},
     "nn.random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits_at_least"},
 }
 """Public names that only one backend has, and why."""

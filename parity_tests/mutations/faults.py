@@ -114,7 +114,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "MLX's product is not rounded before the bias is added",
-        "icenet/core/weights/quantized.py",
+        "icenet/core/weights/packed.py",
         "groups = groups.astype(rows.dtype).astype(np.float32)",
         "groups = groups.astype(np.float32)",
         ["core/weights/test_quantized.py::test_mlx_folders_have_the_bits_of_mlx"],
@@ -1976,7 +1976,7 @@ FAULTS: list[Fault] = [
         "icenet/__init__.py",
         "    check_config(model)\n",
         "",
-        ["test_api.py::test_quantized_and_parametrized_layers_are_not_saved"],
+        ["test_api.py::test_parametrized_layers_are_not_saved"],
     ),
     Fault(
         "the dtype of a user's logits is not checked",

@@ -230,7 +230,7 @@ def _gguf_files(model: gguf.Model) -> Path:
             _log.warning(f"{model.path}: its tokenizer is not used: {error}")
     special = {key: model.values.get(key) for key in ("bos_token_id", "pad_token_id")}
     ends = gguf_tokenizer.end_tokens(model.metadata)
-    files[GENERATION] = _json({**special, "eos_token_id": ends[0] if len(ends) == 1 else ends or None})
+    files[GENERATION] = to_json({**special, "eos_token_id": ends[0] if len(ends) == 1 else ends or None})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_system.staged_folder(folder) as partial:
@@ -285,8 +285,8 @@ def files_for(
             remarks.append("the files of sentence-transformers are left out, because they have other steps")
         files |= sentence_transformers.files_for(config.embedding, config.model.hidden_size, folder, _read_json_value)
     if reads_text and getattr(config.model, "causal", True) and GENERATION not in files:
-        files[GENERATION] = _json({**special[GENERATION], **_written_generation(config)})
-    files[CONFIG] = _json(dict(sorted(written.items())))
+        files[GENERATION] = to_json({**special[GENERATION], **_written_generation(config)})
+    files[CONFIG] = to_json(dict(sorted(written.items())))
     return family, files, remarks
 
 
@@ -322,7 +322,7 @@ def _tokenizer(
         texts = {token: text for text, token in special_tokens(tokenizer).items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts.get(ends[0])}
         if companions.CONFIG not in files:
-            files[companions.CONFIG] = _json({key: value for key, value in settings.items() if value is not None})
+            files[companions.CONFIG] = to_json({key: value for key, value in settings.items() if value is not None})
         texts_of = companions.parse(files, name).named
         named = {f"{key}_id": special_tokens(tokenizer).get(text) for key, text in texts_of.items()}
     else:
@@ -344,7 +344,7 @@ def _image_files(
 ) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
     """Returns what `_tokenizer` returns, for a model of images."""
     if images is not None and images.preprocessor is not None:
-        return {PREPROCESSOR: _json(images.preprocessor)}, [], {}
+        return {PREPROCESSOR: to_json(images.preprocessor)}, [], {}
     if source is None:
         names = "" if images is not None else ", and no names of classes"
         return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read{names}"], {}
@@ -441,5 +441,6 @@ def _read_json_value(path: Path) -> Any:
         raise ConfigError(f"{path}: not JSON: {reason}; copy or save it again") from None
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """Returns the content of a file of settings."""
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -75,7 +75,7 @@ class Tensor(NamedTuple):
             return array
         if self.row.is_per_head:
             parts = array.reshape(self.heads, len(self.paths), -1, *array.shape[1:])
-            return parts[:, index].reshape(self.shapes[index])
+            return parts[:, index].reshape(-1, *array.shape[1:])
         start = sum(shape[self.axis] for shape in self.shapes[:index])
         rows = slice(start, start + self.shapes[index][self.axis])
         return array[:, rows] if self.row.is_fused else array[rows]

@@ -13,6 +13,8 @@ from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row, Shape, Tensor, tensors
 from icenet.core.weights.files import FAMILY, Array, StoredWeights
+from icenet.core.weights.packed import KINDS, PackedView, Quantization, StoredPacked
+from icenet.core.weights.quantized import MlxWeights
 from icenet.core.weights.safetensors import Spec, release, spec_of
 
 _STATISTIC, _COUNTER = ".running_var", ".num_batches_tracked"
@@ -83,16 +85,15 @@ class ImportedWeights(Mapping[str, Array]):
                 raise WeightsError(f"{weights.path}: experts of one layer must have the same dtype: {listed}")
 
     def __getitem__(self, path: str) -> Array:
-        places = self._places[path]
-        (name, tensor, index), count = places[0], len(places)
-        if tensor.expert is None:
-            return tensor.split(self.stored[name], index)
-        stacked = np.empty((count, *tensor.shapes[index]), self.stored.spec(name).dtype)
-        for name, tensor, index in places:
-            array = self.stored[name]
-            stacked[tensor.expert] = tensor.split(array, index)
-            release(array)  # otherwise the file would be in memory next to the copy
-        return stacked
+        return _split(self.stored, self._places[path], self.spec(path))
+
+    @property
+    def packed(self) -> PackedImport | None:
+        """The same weights with the quantized layers of an mlx-lm folder packed; None if there are none."""
+        if not isinstance(self.stored, MlxWeights):
+            return None
+        found = PackedImport(self, self.stored.packed_weights, self._places)
+        return found if found.layers else None
 
     def spec(self, path: str) -> Spec:
         """Returns the dtype and the shape of an array."""
@@ -109,6 +110,52 @@ class ImportedWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class PackedImport(PackedView):
+    """Imported weights with the quantized layers packed, except for layers whose axes the family exchanges.
+
+    Args:
+        weights: The weights.
+        stored: The tensors of the files.
+        places: The name, the tensor and the part of it for each of our paths.
+    """
+
+    def __init__(
+        self,
+        weights: ImportedWeights,
+        stored: StoredPacked,
+        places: Mapping[str, Sequence[tuple[str, Tensor, int]]],
+    ) -> None:
+        layers: dict[str, Quantization] = {}
+        for path, parts in places.items():
+            names = [name.rpartition(".") for name, _, _ in parts]
+            found = {stored.layers.get(layer) if kind == "weight" else None for layer, _, kind in names}
+            moves = any(tensor.row.is_transposed or tensor.row.is_array for _, tensor, _ in parts)
+            if len(found) == 1 and (quantization := found.pop()) is not None and not moves:
+                layers[path.removesuffix(".weight")] = quantization
+        super().__init__(weights, layers)
+        self._stored, self._places = stored, places
+
+    def parts(self, layer: str, kind: str) -> Array:
+        places = [
+            (f"{name.removesuffix('weight')}{kind}", tensor, index)
+            for name, tensor, index in self._places[f"{layer}.weight"]
+        ]
+        return _split(self._stored, places, self.spec(f"{layer}.{kind}"))
+
+
+def _split(stored: Mapping[str, Array], places: Sequence[tuple[str, Tensor, int]], spec: Spec) -> Array:
+    """Returns one of our arrays from the tensors that contain its parts: one, or one of each expert."""
+    name, tensor, index = places[0]
+    if tensor.expert is None:
+        return tensor.split(stored[name], index)
+    stacked = np.empty(spec.shape, spec.dtype)
+    for name, tensor, index in places:
+        array = stored[name]
+        stacked[tensor.expert] = tensor.split(array, index)
+        release(array)  # otherwise the file would be in memory next to the copy
+    return stacked
 
 
 class OriginalWeights(Mapping[str, Array]):
@@ -151,11 +198,33 @@ class ExportedWeights(Mapping[str, Array]):
         self, family: Family, config: Config, weights: Mapping[str, Array], alternative: Sequence[Row] = ()
     ) -> None:
         self._weights = weights
-        self._tensors = family_tensors(family, config, alternative)
+        shapes = backends.meta_model(config).weight_shapes()
+        for layer in getattr(weights, "layers", ()):  # quantized ones
+            shapes |= {f"{layer}.{kind}": spec_of(weights, f"{layer}.{kind}").shape for kind in KINDS}
+        self._tensors = _tensors(family, config, alternative, shapes)
         if getattr(config.model, "output", None) == "none":  # as the library writes a model without its head
             self._tensors = {name.removeprefix(family.prefix): tensor for name, tensor in self._tensors.items()}
         norms = [name.removesuffix(_STATISTIC) for name in self._tensors if name.endswith(_STATISTIC)]
         self._counters = [f"{name}{_COUNTER}" for name in norms if family.has_counters]
+
+    def quantized_layers(self, layers: Mapping[str, Quantization]) -> dict[str, Quantization]:
+        """Returns the settings of quantized layers by the family's names of the layers.
+
+        Raises:
+            WeightsError: Layers that the family joins to one have different settings.
+        """
+        found: dict[str, Quantization] = {}
+        for name, tensor in self._tensors.items():
+            layer, _, kind = name.rpartition(".")
+            if kind != "weight":
+                continue
+            own = {layers.get(path.removesuffix(".weight")) for path in tensor.paths}
+            if len(own) > 1:
+                paths = ", ".join(tensor.paths)
+                raise WeightsError(f"{paths}: are one layer in {layer}, and must be quantized in the same way")
+            if (quantization := own.pop()) is not None:
+                found[layer] = quantization
+        return found
 
     def __getitem__(self, name: str) -> Array:
         if name in self._counters:

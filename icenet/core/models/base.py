@@ -23,9 +23,10 @@ from icenet.core.generation.streaming import append_to_prompts, generate_tokens,
 from icenet.core.models import init, inputs
 from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
-from icenet.core.weights import arrays, layout, sharing
+from icenet.core.weights import arrays, layout, packed, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.origin import Origin
+from icenet.core.weights.packed import KINDS, Quantization
 from icenet.core.weights.safetensors import release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -98,7 +99,10 @@ class ModelBase:
             repeat = f" x {counts[part]}" if counts[part] > 1 else ""
             lines.append(f"  {part + repeat:<24}{size:>14,}")
         fp32, fp16 = self.memory("fp32") / 1e6, self.memory("fp16") / 1e6
-        lines.append(f"  {'parameters':<24}{self.num_params:>14,}   {fp32:,.1f} MB fp32, {fp16:,.1f} MB fp16")
+        if quantized := self.quantized_layers():
+            lines.append(f"  {'values':<24}{sum(sizes.values()):>14,}   {packed.describe(quantized)}")
+        else:
+            lines.append(f"  {'parameters':<24}{self.num_params:>14,}   {fp32:,.1f} MB fp32, {fp16:,.1f} MB fp16")
         return "\n".join(lines)
 
     def part_sizes(self) -> dict[str, int]:
@@ -107,9 +111,11 @@ class ModelBase:
         A shared array is counted where it is first.
         """
         sizes: dict[str, int] = {}
-        shared = self.shared_arrays()
+        shared, quantized = self.shared_arrays(), self.quantized_layers()
         for path, shape in self.weight_shapes().items():
-            part, leaf = path.split(".")[0], path.rpartition(".")[2]
+            part, (layer, _, leaf) = path.split(".")[0], path.rpartition(".")
+            if layer in quantized and leaf in KINDS:
+                shape = quantized[layer].shape(shape) if leaf == "weight" else (0,)
             if leaf not in layout.STATISTICS and path not in shared:
                 sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
         return sizes
@@ -184,6 +190,27 @@ class ModelBase:
                 f"{len(changed)} names of weights are MLX's own, such as {old}, which is read as {new}"
             )
         return found
+
+    def quantized_layers(self) -> dict[str, Quantization]:
+        """Returns how each quantized layer is quantized, by module path."""
+        of = backends.module(self.backend, "nn.quantized").quantization_of
+        return {path: found for path, module in self._named_layers() if (found := of(module)) is not None}
+
+    def quantizable_layers(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the weight of each layer that can be quantized, by module path."""
+        shapes, can_quantize = self.weight_shapes(), backends.module(self.backend, "nn.quantized").is_quantizable
+        return {path: shapes[f"{path}.weight"] for path, module in self._named_layers() if can_quantize(module)}
+
+    def quantize_layers(self, layers: Mapping[str, Quantization]) -> set[str]:
+        """Makes layers quantized ones, in place, whose values are undefined until `set_weights` sets them.
+
+        Args:
+            layers: The settings of each layer, by module path.
+
+        Returns:
+            The paths of the layers that the backend computes with quantized weights; the others stay as they are.
+        """
+        return set(backends.module(self.backend, "nn.quantized").quantize_layers(self._named_layers(), layers))
 
     def shared_arrays(self) -> dict[str, str]:
         """Returns the owner's path of each further path of an array that the model shares, in the model's order."""

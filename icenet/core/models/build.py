@@ -14,7 +14,8 @@ from icenet.core.models.base import ModelBase
 def check_config(model: Any) -> None:
     """Checks that a model has the arrays of its config. A saved model is built from it, and so are checkpoints.
 
-    A model that was changed after it was built has others: a new head, quantized or parametrized layers. The class of
+    A model that was changed after it was built has others: a new head, or parametrized layers. Quantized layers are not
+    in the config, but in the file of the weights. The class of
     a custom model is not built again here.
 
     Raises:
@@ -24,7 +25,9 @@ def check_config(model: Any) -> None:
     if custom.is_custom(config.type):
         return
     found = model.weight_shapes()
-    expected = backends.module(model.backend, "engine.build").meta_model(Config(model=config)).weight_shapes()
+    built = backends.module(model.backend, "engine.build").meta_model(Config(model=config))
+    built.quantize_layers(model.quantized_layers())
+    expected = built.weight_shapes()
     names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if names:
         ours, theirs = (

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from icenet.core import backends
 from icenet.core.config import Config, check_device
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
+from icenet.core.models.base import BYTES
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
 from icenet.core.weights.origin import Origin
+from icenet.core.weights.packed import (
+    KINDS,
+    DequantizedWeights,
+    PackedWeights,
+    QuantizedWeights,
+    check,
+    describe,
+    layers_to_quantize,
+    packed_of,
+)
 
 
 def build_for_inference(
@@ -58,9 +72,11 @@ def build_for_inference(
     if weights is not None:
         if dtype is None and not model.is_on_cpu:
             dtype = float_dtype(weights)
+        found = packed_of(weights)
+        values = weights if found is None else _quantize_layers(model, found, dtype or "fp32")
         if dtype is not None:
             model.set_weight_dtype(dtype)
-        model.set_weights(weights)
+        model.set_weights(values)
         model.origin = Origin.of(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):
         tokenizer = get_tokenizer(getattr(config.data, "tokenizer", "bytes"))
@@ -79,6 +95,47 @@ def build_for_inference(
     draws = config.generation.seed if config.generation.seed is not None else config.seed
     model.generation = config.generation.model_copy(update={"seed": draws})
     return model
+
+
+def quantized(config: Config, weights: Mapping[str, Array], bits: int, group_size: int) -> DequantizedWeights:
+    """Returns weights whose layers are quantized; a layer that is, is quantized again.
+
+    Args:
+        config: The configuration of the model.
+        weights: Canonical weights.
+        bits, group_size: See `icenet.core.weights.packed.check`.
+
+    Raises:
+        UsageError: The settings are not supported, or fit no layer.
+    """
+    settings = check(bits, group_size)
+    layers, others = layers_to_quantize(backends.meta_model(config).quantizable_layers(), settings)
+    if others:
+        logging.getLogger("icenet").warning(
+            f"not quantized, because the width is no multiple of group_size {group_size}: {', '.join(others[:8])}"
+            f"{f' and {len(others) - 8} more' if len(others) > 8 else ''}"
+        )
+    if (found := packed_of(weights)) is not None:
+        logging.getLogger("icenet").warning(
+            f"the weights are quantized already ({describe(found.layers)}) and are rounded a second time"
+        )
+    return DequantizedWeights(QuantizedWeights(weights, layers), getattr(weights, "metadata", {}))
+
+
+def _quantize_layers(model: Any, weights: PackedWeights, dtype: str) -> Mapping[str, Array]:
+    """Makes layers of a model quantized ones, if its backend has them. Returns the weights to set.
+
+    The other layers get their values as s * q + b of fp32, so that the backends differ by rounding only.
+    """
+    kept = model.quantize_layers(weights.layers)
+    if others := [layer for layer in weights.layers if layer not in kept]:
+        size = sum(math.prod(weights.layers[layer].shape(weights.spec(f"{layer}.weight").shape)) for layer in others)
+        packed = sum(weights.spec(f"{layer}.{kind}").nbytes for layer in others for kind in KINDS)
+        logging.getLogger("icenet").warning(
+            f"{describe({layer: weights.layers[layer] for layer in others})}: {model.backend} computes with "
+            f"dequantized weights, {size * BYTES[dtype] / 1e6:,.1f} MB in {dtype} instead of {packed / 1e6:,.1f} MB"
+        )
+    return DequantizedWeights(weights, dtype=np.float32, kept=kept)
 
 
 def lacks_tokenizer(config: Config, weights: Any) -> bool:

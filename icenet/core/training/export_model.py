@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from icenet.core.config import Config, TransformerConfig
 from icenet.core.errors import CheckpointError, DataError, UsageError
 from icenet.core.families import Family, folder, gguf_export, mlx_lm
+from icenet.core.families.tensors import Row
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
+from icenet.core.models.inference import quantized
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE
@@ -26,6 +29,8 @@ from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
 from icenet.core.weights.layout import RenamedWeights
+from icenet.core.weights.packed import DEFAULT_GROUP_SIZE, PackedWeights, describe, packed_of, settings_of
+from icenet.core.weights.quantized import KEYS as QUANTIZATION_KEYS
 
 FORM, MLX_LM = "hf", "mlx-lm"
 FORMS = (FORM, MLX_LM, *gguf_export.KINDS)
@@ -45,11 +50,13 @@ def export(
     averaged: bool = False,
     max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    quantize: int | None = None,
+    group_size: int = DEFAULT_GROUP_SIZE,
 ) -> Conversion:
     """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads, or a file for llama.cpp.
 
     The dtype of the weights is kept, but for the file. A folder of Hugging Face that is exported again has the same
-    tensors, bit for bit.
+    tensors, bit for bit. Quantized layers stay quantized in a folder of mlx-lm, and are dequantized in others.
 
     Args:
         source: A run, a checkpoint, a saved model, a folder of Hugging Face, a GGUF file or the id of a repository.
@@ -59,13 +66,18 @@ def export(
         averaged: Whether to export the moving average of a run's weights.
         max_shard_bytes: Size above which the weights are split.
         progress: Called with (bytes done, bytes in total) after each array.
+        quantize: Number of bits to which linear layers and embeddings are quantized, for a folder of mlx-lm.
+        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
 
     Raises:
-        UsageError: The destination is not a folder of its own, or a file would be replaced.
+        UsageError: The destination is not a folder of its own, a file would be replaced, or the settings of the
+            quantization fit no layer.
         ConfigError: No family has the options of the model.
         CheckpointError: The source has no weights.
         FileError: A file cannot be written.
     """
+    if quantize is not None and form != MLX_LM:
+        raise UsageError(f"--quantize: is for --to {MLX_LM}, and has no effect with --to {form}")
     source = hub.local_path(source)
     _check_destination(source, destination, form)
     imported = folder.read(source) if folder.is_importable(source) and not averaged else None
@@ -83,6 +95,10 @@ def export(
         )
     if form == MLX_LM and not getattr(config.model, "causal", True):
         raise UsageError(f"--to {form}: mlx-lm has no encoders (model.causal is false); use --to {FORM}")
+    stored: Any = packed_of(weights) or weights
+    if quantize is not None:
+        weights = quantized(config, weights, quantize, group_size)
+    packed = packed_of(weights)
     images = _image_files(source, config) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
     if form in gguf_export.KINDS:
@@ -93,12 +109,21 @@ def export(
     is_kept = imported is not None and not any(_OF_MLX_LM.fullmatch(name) for name in imported.weights.stored)
     if imported is not None and (is_kept or form == MLX_LM):
         exported = OriginalWeights(imported.weights)
+    quantization: dict[str, Any] = {}
+    if packed is not None and form == MLX_LM:
+        exported, quantization = _packed(family, config, packed)
+        values = json.loads(files[folder.CONFIG])
+        files[folder.CONFIG] = folder.to_json(values | dict.fromkeys(QUANTIZATION_KEYS, quantization))
+    elif packed is not None:
+        remarks.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if form in gguf_export.KINDS:
         return _export_gguf(source, source_form(imported), destination, form, config, family, weights, files)
     if form == MLX_LM and isinstance(config.model, TransformerConfig):
         remarks += mlx_lm.differences(family, config.model)
     metadata = {"format": "mlx"} if form == MLX_LM else None
-    if family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
+    if packed is not None and form == MLX_LM:
+        remarks.append(f"quantized: {describe(packed.layers)}")
+    elif family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
         exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
     elif family.model_type in _WITHOUT_PREFIX and _is_tied(config) and next(iter(exported)).startswith(family.prefix):
         remarks.append(f"mlx-lm does not read names that begin with {family.prefix}; use --to {MLX_LM} for it")
@@ -107,12 +132,27 @@ def export(
     )
     left_out = imported.weights.left_out if imported is not None else []
     return Conversion(
-        summary(source, source_form(imported), weights),
+        summary(source, source_form(imported), stored),
         summary(destination, form, exported),
         written,
         left_out,
         "; ".join([f"the family is {family.model_type}", *remarks]),
     )
+
+
+def _packed(family: Family, config: Config, weights: PackedWeights) -> tuple[ExportedWeights, dict[str, Any]]:
+    """Returns packed weights under the names that the classes of mlx-lm have, and the settings for config.json.
+
+    mlx-lm changes the names and axes of floating weights when it loads a folder, but not those of packed ones.
+    """
+    alternative = next((rows for rows in family.alternatives if _is_of_mlx_lm(rows)), ())
+    exported = ExportedWeights(family, config, weights, alternative)
+    return exported, settings_of(exported.quantized_layers(weights.layers))
+
+
+def _is_of_mlx_lm(rows: Sequence[Row]) -> bool:
+    names = [row.name_of("0", "weight") for row in rows]
+    return any(_OF_MLX_LM.fullmatch(name) for name in names)
 
 
 def _loses_prefix(form: str, config: Config, kept: folder.Folder | None) -> bool:

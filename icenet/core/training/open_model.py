@@ -28,6 +28,7 @@ from icenet.core.weights import formats, hub
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
 from icenet.core.weights.gguf import is_gguf
 from icenet.core.weights.origin import Origin
+from icenet.core.weights.quantized import read_saved
 
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
@@ -78,7 +79,7 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
         return found.config.with_overrides(*overrides), found.weights
     config, weights = Config.from_yaml(path / "config.yaml", overrides, trust_code=False), weight_files.read(path)
     _warn(twins.changed_code(saved_model.code_of(weights.metadata), config.model.type, str(path), "saved"))
-    return config, weights
+    return config, read_saved(weights)
 
 
 def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mapping[str, np.ndarray]]:

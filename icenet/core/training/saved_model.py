@@ -27,6 +27,7 @@ from icenet.core.training import run_folder
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.convert import PICKLED
 from icenet.core.weights.origin import Origin
+from icenet.core.weights.packed import Quantization, metadata_of
 
 RECORD = "icenet_files"
 """Key of the metadata that marks the weights of a saved model."""
@@ -42,6 +43,7 @@ def save(
     overwrite: bool = False,
     code: Mapping[str, str] = {},
     origin: Origin | None = None,
+    quantized: Mapping[str, Quantization] = {},
 ) -> None:
     """Writes a saved model. An earlier one in the folder is replaced, other files only with `overwrite`.
 
@@ -54,6 +56,7 @@ def save(
         overwrite: Whether to replace files of the same names that are not those of an earlier saved model.
         code: SHA-256 of each Python file of a custom model (see `user_code.hashes`).
         origin: Where the weights were imported from, which an export writes again.
+        quantized: The settings of each quantized layer by path.
 
     Raises:
         UsageError: It is a file, a run or a checkpoint, or a file would be replaced.
@@ -73,7 +76,7 @@ def save(
     if not overwrite:
         refuse_replacing(folder, [weight_files.DEFAULT_NAME, *companions], earlier)
     described = {RECORD: json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in companions.items()})}
-    described |= {**code_metadata(code), **(origin.metadata() if origin else {})}
+    described |= {**code_metadata(code), **(origin.metadata() if origin else {}), **metadata_of(quantized)}
     weight_files.write(folder, weights, described, companions=companions)
     for name in earlier - companions.keys() - {weight_files.DEFAULT_NAME, weight_files.DEFAULT_INDEX}:
         (folder / name).unlink(missing_ok=True)  # the tokenizer of the earlier model

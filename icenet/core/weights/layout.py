@@ -48,11 +48,12 @@ def _axes(*to_mlx: int) -> Rule:
 SAME = Rule()
 ANY = "*"  # any name of a parameter
 _AFFINE = {"weight": SAME, "bias": SAME}
+_PACKED = {"scales": SAME, "biases": SAME}  # of a layer that is quantized (see `icenet.core.weights.packed`)
 
 RULES: dict[str, dict[str, Rule]] = {
-    "linear": _AFFINE,  # [out, in]
-    "stacked_linear": _AFFINE,  # [count, out, in], biases [count, out]
-    "embedding": {"weight": SAME},  # [count, size]
+    "linear": _AFFINE | _PACKED,  # [out, in]
+    "stacked_linear": _AFFINE | _PACKED,  # [count, out, in], biases [count, out]
+    "embedding": {"weight": SAME, **_PACKED},  # [count, size]
     "layer_norm": _AFFINE,
     "rms_norm": {"weight": SAME},
     "group_norm": _AFFINE,

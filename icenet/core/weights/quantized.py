@@ -20,12 +20,23 @@ from typing import Any
 import numpy as np
 
 from icenet.core.errors import ConfigError, WeightsError
+from icenet.core.weights import files as weight_files
 from icenet.core.weights.files import Array, StoredWeights
+from icenet.core.weights.packed import (
+    BITS,
+    KINDS,
+    DequantizedWeights,
+    Quantization,
+    StoredPacked,
+    dequantize,
+    stated_settings,
+    unpack,
+)
 from icenet.core.weights.safetensors import Spec
 
 KEYS = ("quantization", "quantization_config")
 """Keys of config.json: that of mlx-lm, and that of `transformers`."""
-MLX_BITS, GPTQ_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 8)
+GPTQ_BITS = (2, 3, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The place of each of 8 values in a word."""
 _CHUNK_VALUES = 1 << 22
@@ -52,7 +63,7 @@ def dequantized(values: Mapping[str, Any], weights: StoredWeights) -> tuple[dict
         raise ConfigError(f"{key}: {str(settings)[:40]!r} is not an object")
     method = settings.get("quant_method")
     if method is None:
-        found = _MlxWeights(weights, settings)
+        found = MlxWeights(weights, settings)
     elif method == "awq":
         found = _AwqWeights(weights, settings)
     elif method == "gptq":
@@ -67,32 +78,19 @@ def dequantized(values: Mapping[str, Any], weights: StoredWeights) -> tuple[dict
     return {name: value for name, value in values.items() if name not in KEYS}, found
 
 
-def unpack(words: Array, bits: int) -> Array:
-    """Returns the unsigned numbers of `bits` bits in 32-bit words, the lowest bits first.
+def read_saved(weights: weight_files.Weights) -> Mapping[str, Array]:
+    """Returns the weights of a saved model; those that are quantized as a view of dequantized ones.
 
-    Args:
-        words: 32-bit integers `[..., N]`.
-        bits: 2, 3, 4, 5, 6 or 8.
-
-    Returns:
-        uint8 `[..., N * 32 // bits]`.
+    Raises:
+        WeightsError, ConfigError: The settings in their metadata are damaged, or do not fit.
     """
-    data = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return data
-    mask = np.uint8(2**bits - 1)
-    if 8 % bits == 0:
-        parts = [(data >> np.uint8(shift)) & mask for shift in range(0, 8, bits)]
-        return np.stack(parts, -1).reshape(*data.shape[:-1], -1)
-    groups = data.reshape(*data.shape[:-1], -1, bits).astype(np.uint16)  # 8 numbers in `bits` bytes
-    found = np.empty((*groups.shape[:-1], 8), np.uint8)
-    for index in range(8):
-        byte, shift = divmod(index * bits, 8)
-        value = groups[..., byte] >> shift
-        if shift + bits > 8:
-            value = value | (groups[..., byte + 1] << (8 - shift))
-        found[..., index] = value & mask
-    return found.reshape(*data.shape[:-1], -1)
+    settings = stated_settings(weights.metadata, weights.path)
+    if settings is None:
+        return weights
+    found = MlxWeights(weights, settings)
+    if not found.layers:
+        raise WeightsError(f"{weights.path}: none of the tensors is quantized as its metadata say; save it again")
+    return DequantizedWeights(found.packed_weights, weights.metadata)
 
 
 class _Quantized(StoredWeights):
@@ -170,18 +168,27 @@ class _Quantized(StoredWeights):
         return value
 
 
-class _MlxWeights(_Quantized):
-    """What mlx-lm writes: `weight` with packed values, `scales` and `biases` with one value per group of inputs."""
+class MlxWeights(_Quantized):
+    """What mlx-lm writes: `weight` with packed values, `scales` and `biases` with one value per group of inputs.
+
+    Attributes:
+        packed_weights: The same weights, packed.
+    """
 
     packed, parts = "weight", ("scales", "biases")
 
-    def _of_layer(self, layer: str) -> tuple[int, int]:
-        """Returns bits and group size of a layer, which may have its own settings."""
+    def __init__(self, weights: StoredWeights, settings: Mapping[str, Any]) -> None:
+        super().__init__(weights, settings)
+        layers = {layer: self._of_layer(layer) for layer in sorted(self.layers)}
+        self.packed_weights = StoredPacked(weights, layers)
+
+    def _of_layer(self, layer: str) -> Quantization:
+        """Returns the settings of a layer, which may have its own."""
         own = self._settings.get(layer)
         settings = {**self._settings, **own} if isinstance(own, dict) else self._settings
         if (mode := settings.get("mode", "affine")) != "affine":
             raise ConfigError(f"{self.path}: quantization: mode {str(mode)[:40]!r} is not supported, only 'affine'")
-        return self._whole(settings, "bits", MLX_BITS), self._whole(settings, "group_size")
+        return Quantization(self._whole(settings, "bits", BITS), self._whole(settings, "group_size"))
 
     def _check(self, layer: str) -> Spec:
         bits, size = self._of_layer(layer)
@@ -195,18 +202,8 @@ class _MlxWeights(_Quantized):
         return Spec(scales.dtype, (*packed.shape[:-1], inputs))
 
     def _fill(self, layer: str, rows: Array, step: int) -> None:
-        bits, size = self._of_layer(layer)
-        names = (f"{layer}.{kind}" for kind in (self.packed, *self.parts))
-        packed, scales, biases = (array.reshape(-1, array.shape[-1]) for array in (self._weights[n] for n in names))
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            values = unpack(packed[part], bits)
-            groups = values.reshape(len(values), -1, size).astype(np.float32)
-            groups *= scales[part, :, None].astype(np.float32)
-            if rows.dtype != np.float32:  # as MLX computes
-                groups = groups.astype(rows.dtype).astype(np.float32)
-            groups += biases[part, :, None].astype(np.float32)
-            rows[part] = groups.reshape(len(values), -1)
+        weight, scales, biases = (self._weights[f"{layer}.{kind}"] for kind in KINDS)
+        dequantize((weight, scales, biases), self._of_layer(layer), rows)
 
 
 class _AwqWeights(_Quantized):
