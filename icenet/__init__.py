@@ -6,6 +6,8 @@
     model = icenet.load("runs/quickstart/mlx", backend="torch")
     text = icenet.generate(model, "def main(", max_new_tokens=100, temperature=0.8, seed=1)
     text = icenet.chat("SmolLM2-135M-Instruct", "What is the capital of France?")
+    cache = icenet.prompt_cache(model, long_text)            # later prompts that begin with it read the rest only
+    text = icenet.generate(model, long_text + "def", cache=cache, draft=small_model)
     vectors = icenet.embed("all-MiniLM-L6-v2", ["a text", "another"])
     icenet.save(model, "my-model")
 
@@ -22,9 +24,21 @@ import icenet._deprecated  # noqa: F401  (old module names)
 
 if TYPE_CHECKING:
     from icenet.core.config import Config
+    from icenet.core.generation.prompt_cache import PromptCache
     from icenet.core.weights.convert import Conversion
 
-__all__ = ["__version__", "build", "chat", "convert", "embed", "generate", "load", "save"]
+__all__ = [
+    "__version__",
+    "build",
+    "chat",
+    "convert",
+    "embed",
+    "generate",
+    "load",
+    "load_prompt_cache",
+    "prompt_cache",
+    "save",
+]
 __version__: str
 
 
@@ -182,7 +196,15 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def generate(
-    model: Any, prompt: str | Sequence[str], *, stream: bool = False, details: bool = False, **options: Any
+    model: Any,
+    prompt: str | Sequence[str],
+    *,
+    stream: bool = False,
+    details: bool = False,
+    draft: Any = None,
+    num_draft_tokens: int | None = None,
+    cache: PromptCache | None = None,
+    **options: Any,
 ) -> Any:
     """Continues text.
 
@@ -191,6 +213,11 @@ def generate(
         prompt: One text, or a list of texts.
         stream: Whether to return an iterator over pieces of text, for one prompt.
         details: Whether to return text, tokens and finish reason.
+        draft: A smaller model with the same tokenizer, or a path that `load` accepts, which proposes tokens
+            (speculative decoding). The text of one prompt is the same, and takes less time. With `details` the result
+            has the number of accepted tokens.
+        num_draft_tokens: Number of tokens that the draft proposes at a time; 3 by default.
+        cache: What `prompt_cache` returns. Tokens of the prompt that the cache has are not read again.
         options: Keys of `icenet.core.config.GenerationConfig`: max_new_tokens, temperature, top_k, top_p, min_p,
             repetition_penalty, seed, stop, eos_token_id, ignore_eos, overflow.
 
@@ -206,7 +233,8 @@ def generate(
 
     model = load(model) if isinstance(model, (str, Path)) else model
     _check_model(model, "generate")
-    return generate_text(model, prompt, stream, details, options)
+    speedups = {"cache": cache, "draft": _draft(model, draft), "num_draft_tokens": num_draft_tokens}
+    return generate_text(model, prompt, stream, details, options, speedups)
 
 
 def chat(
@@ -216,6 +244,9 @@ def chat(
     *,
     details: bool = False,
     template_options: Mapping[str, Any] | None = None,
+    draft: Any = None,
+    num_draft_tokens: int | None = None,
+    cache: PromptCache | None = None,
     **options: Any,
 ) -> Any:
     """Answers messages, by the chat template of the model's tokenizer.
@@ -227,6 +258,9 @@ def chat(
         stream: Whether to return an iterator over pieces of text.
         details: Whether to return text, tokens and finish reason.
         template_options: Variables of the chat template, such as `{"enable_thinking": False}`.
+        draft, num_draft_tokens: See `generate`.
+        cache: What `prompt_cache(model)` returns. Given for each answer of a conversation, only the new messages are
+            read. The answers are the same.
         options: Keys of `icenet.core.config.GenerationConfig`, as for `generate`. Without `max_new_tokens` an answer
             has at most 1,024 tokens, or those that fit into the context.
 
@@ -247,7 +281,52 @@ def chat(
         check_chat_template(files.user_path(model, "chat"), messages, template_options)
         model = load(model)
     _check_model(model, "chat")
-    return chat_text(model, messages, stream, details, template_options, options)
+    speedups = {"cache": cache, "draft": _draft(model, draft), "num_draft_tokens": num_draft_tokens}
+    return chat_text(model, messages, stream, details, template_options, options, speedups)
+
+
+def prompt_cache(
+    model: Any, prompt: str | Sequence[int] | None = None, *, add_special_tokens: bool = False
+) -> PromptCache:
+    """Reads a prompt, so that later prompts that begin with it take less time.
+
+    Args:
+        model: A transformer, or a path that `load` accepts.
+        prompt: A text or token ids, with which the prompts of all requests with this cache must begin. None makes an
+            empty cache, for any prompts and for chats.
+        add_special_tokens: See `icenet.core.config.GenerationConfig`, for a text.
+
+    Returns:
+        A `PromptCache` for the argument `cache` of `generate`, `chat` and `model.generate`. Its method `save(path)`
+        writes a file.
+
+    Raises:
+        UsageError: The model is no transformer, or the prompt is invalid.
+    """
+    from icenet.core.generation.prompt_cache import PromptCache
+
+    model = load(model) if isinstance(model, (str, Path)) else model
+    _check_model(model, "prompt_cache")
+    cache = PromptCache(model)
+    if prompt is not None:
+        cache.read(prompt, add_special_tokens)
+    return cache
+
+
+def load_prompt_cache(path: str | Path, model: Any) -> PromptCache:
+    """Loads a prompt cache that `PromptCache.save` or `icenet generate --save-prompt-cache` wrote, on any backend.
+
+    Args:
+        path: The file (safetensors).
+        model: A model with the same weights as the one of which the cache was made.
+
+    Raises:
+        WeightsError: The file is damaged, is none of a prompt cache, or is one of another model.
+    """
+    from icenet.core.generation import prompt_cache
+
+    _check_model(model, "load_prompt_cache")
+    return prompt_cache.load(path, model)
 
 
 def embed(
@@ -325,6 +404,16 @@ def _check_config(config: Any) -> None:
             "build: takes a Config, the path of a YAML file or the name of a preset, not a dict; "
             "pass Config.from_dict(values)"
         )
+
+
+def _draft(model: Any, draft: Any) -> Any:
+    """Returns a draft model. One that is a path is loaded on the backend and the device of the model."""
+    if isinstance(draft, (str, Path)):
+        device = "cpu" if model.is_on_cpu else "gpu" if model.backend == "mlx" else str(model.device)
+        draft = load(draft, model.backend, device)
+    if draft is not None:
+        _check_model(draft, "generate")
+    return draft
 
 
 def _check_model(model: Any, function: str) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "icenet.prompt_cache", "1"
 _ENDING = 4
 """Number of tokens at the end of a cached text that may differ, because tokens depend on the text that follows."""
+_SAMPLED = 8
+"""Number of arrays by which a change of the weights in memory is noticed."""
 _FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -61,7 +63,7 @@ class PromptCache:
         self.prompt_length = 0
         self._prompt: list[int] = []
         self._cache: Any = None
-        self._model = model
+        self._model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         self._identity = _identity(model)
         self._draft: PromptCache | None = None
 
@@ -70,7 +72,11 @@ class PromptCache:
 
     def of_draft(self, draft: Any) -> PromptCache:
         """Returns the cache of the same conversation for a draft model."""
-        if self._draft is None or self._draft._model is not draft or self._draft._identity != _identity(draft):
+        if (
+            self._draft is None
+            or self._draft._model is not getattr(draft, "_orig_mod", draft)
+            or self._draft._identity != _identity(draft)
+        ):
             self._draft = PromptCache(draft)
         return self._draft
 
@@ -83,7 +89,7 @@ class PromptCache:
             UsageError: It cannot, and why.
         """
         check_request(model, request, "a prompt cache")
-        if self._model is not model:
+        if self._model is not getattr(model, "_orig_mod", model):
             raise UsageError(
                 "generate: the prompt cache is of another model; make one with icenet.prompt_cache(model), or load "
                 "its file for this model"
@@ -320,9 +326,15 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _identity(model: Any) -> Any:
-    """Returns what changes when the weights of a model in memory do: the arrays, and PyTorch's counts of changes."""
-    arrays = ((id(array), getattr(array, "_version", 0)) for _, array, _ in model._named_arrays())
-    return str(model.compute_dtype), str(model.device), tuple(arrays)
+    """Returns what changes when a model is trained, moved, or gets other weights: values of some of its arrays.
+
+    All values would take as long to read as one token does; `fingerprint`, for files, reads them.
+    """
+    arrays = [array for _, array, _ in model._named_arrays()]
+    chosen = sorted({round(place * (len(arrays) - 1) / (_SAMPLED - 1)) for place in range(_SAMPLED)})
+    with model.arithmetic(), model.without_gradients():
+        values = [model._to_float_host(arrays[index].reshape(-1)[:1024]).tobytes() for index in chosen]
+    return str(model.compute_dtype), str(model.device), values
 
 
 def fingerprint(model: Any) -> str:
