@@ -96,6 +96,8 @@ def load(
     dtype: str | None = None,
     averaged: bool = False,
     trust_code: bool = False,
+    quantize: int | None = None,
+    group_size: int = 64,
 ) -> Any:
     """Loads a model, on any backend.
 
@@ -109,14 +111,16 @@ def load(
             the dtype of most weights of the file.
         averaged: Whether to load the moving average of the weights (`training.ema_decay`).
         trust_code: Whether to run the user's Python file that defines the model.
+        quantize: Number of bits to which the weights of linear layers and embeddings are quantized: 2, 3, 4, 5, 6 or
+            8. None keeps them as they are (see docs/conversion.md).
+        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
 
-    quantize: int | None = None,
-    group_size: int = 64,
     Returns:
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
 
     Raises:
         CheckpointError: The path contains no weights.
+        UsageError: The weights cannot be quantized like this.
         BackendError: As in `build`.
     """
     from icenet.core import backends, files
@@ -125,16 +129,12 @@ def load(
     from icenet.core.models.inference import build_for_inference, quantized
     from icenet.core.training.open_model import image_facts, open_averaged, open_target
     from icenet.core.weights.hub import is_repository_id
-        quantize: Number of bits to which the weights of linear layers and embeddings are quantized: 2, 3, 4, 5, 6 or
-            8. None keeps them as they are (see docs/conversion.md).
-        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
 
     path = files.user_path(path, "load")
     if backend is not None:
         backends.check_name(backend)
     config, weights = None, None
     if path.exists() or is_repository_id(path):
-        UsageError: The weights cannot be quantized like this.
         chosen = [f"backend={backend}"] if backend else []
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
@@ -142,6 +142,8 @@ def load(
         raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
     if trust_code:
         custom.trust(config.model.type)
+    if quantize is not None:
+        weights = quantized(config, weights, quantize, group_size)
     model = build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
     if config.model.input_kind in ("images", "anything"):
         model.image_facts = image_facts(path)
@@ -156,8 +158,6 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
 
     Args:
         model: A `BaseModel` of either backend.
-    if quantize is not None:
-        weights = quantized(config, weights, quantize, group_size)
         path: The folder, created if absent. A model that `save` wrote there before is replaced.
         overwrite: Whether to replace other files of the same names: model.safetensors, config.yaml, tokenizer.json.
 
