@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.generation.cache import Cache
+from icenet.core.generation.cache import RecurrentCache
 from icenet.core.generation.decoder import DecoderBase, State, Step
 from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet.generation import sampling
+from icenet.generation.cache import KVCache
 from icenet.generation.capture import CapturedStep
 from icenet.nn.arrays import on_cpu
 
@@ -29,7 +30,7 @@ class Decoder(DecoderBase):
         return None if array is None else mx.array(array)
 
     def capture(self, state: State, token: mx.array, step: Step | None = None) -> Step:
-        if on_cpu() or not isinstance(self.cache, Cache):
+        if on_cpu() or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.decode_step
         return CapturedStep(step or self.decode_step, state, token)
 

@@ -144,9 +144,14 @@ _JOIN = """
 """
 
 
-def has_cached_attention(q: Array, k: Array, v: Array) -> bool:
-    """Returns whether `cached_attention` computes these queries: one for each row, on CUDA."""
-    return not on_cpu() and mx.cuda.is_available() and q.shape[2] == 1 and q.shape[3] <= LARGEST_HEAD
+def has_cached_attention(buffer: Array, columns: int) -> bool:
+    """Returns whether `cached_attention` can read a buffer: for one query of each row, on CUDA.
+
+    Args:
+        buffer: Keys, `[B, K, S, E]`.
+        columns: Number of queries of each row.
+    """
+    return columns == 1 and buffer.shape[-1] <= LARGEST_HEAD and not on_cpu() and mx.cuda.is_available()
 
 
 def cached_attention(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from icenet.core.config.transformer_plan import AttentionPlan
-from icenet.core.generation.cache import Cache
+from icenet.core.generation.cache import Pick, RowCache
 from icenet_torch.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
 from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention
 
 
-class KVCache(Cache):
+class KVCache(RowCache):
     """Keys and values of the attention layers of a model.
 
     The buffers have room for `capacity` columns. They double when they are full, and `reserve` can make room before.
@@ -33,6 +33,7 @@ class KVCache(Cache):
             pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
+    reads_padding = False  # a token attends to earlier columns only, and later ones are written over
     step = 256
     limit: int | None = None
 
@@ -96,17 +97,21 @@ class KVCache(Cache):
         columns = self.position[:, None] + torch.arange(length, device=device)  # [1, T] or [B, T]
         self.columns = columns.long()
         positions = columns if self.padding is None else torch.clamp(columns - self.padding[:, None], min=0)
+        if self.reads_in_place(length):
+            return positions, dict.fromkeys(windows)
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
         is_token = None
         if self.padding is not None:
             is_token = torch.arange(count, device=device) >= self.padding[:, None]
-        elif self.length is None or any(window is not None and window < count for window in windows):
+        elif self.length is None or len(self.position) > 1 or any(w is not None and w < count for w in windows):
             is_token = torch.ones((1, count), dtype=torch.bool, device=device)
-        masks = {window: make_attention_mask(is_token, columns, True, window) for window in windows}
-        if self.length is None:  # the fused kernels would convert a bool mask in each layer
-            masks = {window: _additive(mask, self.layers[0].keys) for window, mask in masks.items()}
-        return positions, masks
+        return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
+
+    def reads_in_place(self, length: int) -> bool:
+        """Returns whether a captured step attends to the buffers themselves, without a mask."""
+        buffer = self.layers[0].keys
+        return self.length is None and buffer is not None and has_cached_attention(buffer, length)
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` columns of each row. The following ones are written over."""
@@ -183,11 +188,13 @@ class LayerCache:
         Returns:
             `[B, H, T, E]`.
         """
+        cache = self._cache
+        if cache.reads_in_place(q.shape[2]):
+            assert self.keys is not None and self.values is not None
+            return cached_attention(q, k, v, self.keys, self.values, cache.position, cache.padding, angles, plan)
         if angles is not None:
             q, k = rotate(q, angles, plan.rotary_pairs), rotate(k, angles, plan.rotary_pairs)
         keys, values = self.append(k, v)
-        if plan.softcap is None and has_cached_attention(q, k, v):
-            return cached_attention(q, keys, values, mask, plan.scale)
         return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
 
     def grow(self, capacity: int) -> None:
@@ -197,6 +204,16 @@ class LayerCache:
                 torch.cat([array, _empty(array, capacity - array.shape[2])], dim=2)
                 for array in (self.keys, self.values)
             )
+
+    def arrange(self, rows: Sequence[int], pick: Pick) -> None:
+        """Keeps rows, in their new order."""
+        self.keys, self.values = pick([self.keys], rows), pick([self.values], rows)
+
+    def replace(self, rows: Sequence[int], new: LayerCache, columns: int) -> None:
+        """Replaces the first columns of rows by those of the rows of another cache."""
+        assert self.keys is not None and self.values is not None and new.keys is not None and new.values is not None
+        self.keys = _replace(self.keys, new.keys[:, :, :columns], rows)
+        self.values = _replace(self.values, new.values[:, :, :columns], rows)
 
 
 def _empty(like: torch.Tensor, columns: int) -> torch.Tensor:
@@ -212,7 +229,7 @@ def _write(buffer: torch.Tensor, new: torch.Tensor, columns: torch.Tensor) -> to
     return buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
 
 
-def _additive(mask: Mask, like: torch.Tensor | None) -> Mask:
-    """Returns a bool mask as one that is added to the scores, 0 or -inf in the dtype of `like`."""
-    assert isinstance(mask, torch.Tensor) and like is not None
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, -torch.inf)
+def _replace(buffer: torch.Tensor, new: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Writes `new` to the first columns of rows of the buffer, and returns it."""
+    buffer[:, :, : new.shape[2]].index_copy_(0, torch.tensor(rows, device=buffer.device), new)
+    return buffer

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from icenet.core.generation.cache import RecurrentCache
 from icenet.core.generation.decoder import DecoderBase, State, Step
 from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
@@ -39,7 +40,7 @@ class Decoder(DecoderBase):
         return torch.from_numpy(array).to(self.model.device)
 
     def capture(self, state: State, token: torch.Tensor, step: Step | None = None) -> Step:
-        if token.device.type != "cuda" or not isinstance(self.cache, KVCache):
+        if token.device.type != "cuda" or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.decode_step
         return CapturedStep(step or self.decode_step, state, token)
 

@@ -1,39 +1,63 @@
-"""Attention of one new token to a cache of fixed size, PyTorch."""
+"""Attention of one new token to a cache of fixed size, PyTorch.
+
+PyTorch's fused kernels read the whole buffer with a mask, need their own kernels to store keys and values and to
+rotate, and repeat the keys for the queries that share them. The Triton kernel does all this at once, and reads only the
+columns that have tokens.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import importlib.util
+from functools import lru_cache
 
-from icenet_torch.nn.arrays import Array, on_cpu
-from icenet_torch.nn.attention import Mask
+from icenet.core.config.transformer_plan import AttentionPlan
+from icenet_torch.nn.arrays import Array
 
-
-def has_cached_attention(q: Array, k: Array, v: Array) -> bool:
-    """Returns whether `cached_attention` computes these queries: one for each row, not on the CPU."""
-    return not on_cpu(q) and q.shape[2] == 1
+LARGEST_HEAD = 256
 
 
-def cached_attention(q: Array, keys: Array, values: Array, mask: Mask, scale: float | None = None) -> Array:
-    """Attends to all tokens of a row.
+def has_cached_attention(buffer: Array, columns: int) -> bool:
+    """Returns whether `cached_attention` can read a buffer: for one query of each row, on CUDA and with Triton.
 
-    The heads of queries that share a head of keys are the queries of that head, so the keys and values are not
-    repeated for them. PyTorch's fused kernels with a mask would do that.
+    Args:
+        buffer: Keys, `[B, K, S, E]`.
+        columns: Number of queries of each row.
+    """
+    return columns == 1 and buffer.shape[-1] <= LARGEST_HEAD and buffer.is_cuda and _has_triton()
+
+
+def cached_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: Array,
+    values: Array,
+    position: Array,
+    padding: Array | None,
+    angles: Array | None,
+    plan: AttentionPlan,
+) -> Array:
+    """Stores the keys and values of one token of each row in the buffers, and attends to all tokens of the row.
+
+    Queries and keys are rotated before.
 
     Args:
         q: Queries, `[B, H, 1, E]`.
-        keys, values: `[B, K, S, E]`.
-        mask: See `scaled_dot_product_attention`. It is the same for all heads.
-        scale: Factor of the scores; None is 1 / sqrt(E).
+        k, v: Keys and values of the tokens, `[B, K, 1, E]`.
+        keys, values: Buffers, `[B, K, S, E]`, contiguous. They are written to.
+        position: Column of the new token, int32 `[1]` or `[B]`.
+        padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
+        angles: See `rotate`; None without rotary positions.
+        plan: Its scale, softcap, window and pairs of rotary positions are used.
 
     Returns:
         `[B, H, 1, E]` in the dtype of q.
     """
-    batch, heads, _, size = q.shape
-    groups = q.reshape(batch, keys.shape[1], -1, size)
-    if isinstance(mask, torch.Tensor):
-        mask = mask.expand(batch, 1, 1, -1).expand(batch, keys.shape[1], groups.shape[2], -1)
-    out = F.scaled_dot_product_attention(
-        groups, keys, values, attn_mask=None if isinstance(mask, str) else mask, scale=scale
-    )
-    return out.reshape(batch, heads, 1, size)
+    from icenet_torch.nn import kernels
+
+    return kernels.attend(q, k, v, keys, values, position, padding, angles, plan)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,16 +1,26 @@
-"""Triton kernels for NVIDIA GPUs: dropout masks. MLX needs none, because it draws threefry numbers itself.
+"""Triton kernels for NVIDIA GPUs: dropout masks, and attention to a cache.
+
+MLX draws threefry numbers itself, and has its kernel for attention in `icenet/nn/cached_attention.py`.
 
 The module is imported only on a GPU and with Triton, which PyTorch's CUDA builds include.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from icenet.core.config.transformer_plan import AttentionPlan
+
 BLOCK = 1024
+COLUMNS = 64
+"""Number of columns of a cache that a program reads at a time."""
+COLUMNS_OF_A_PART = 1024
+"""Length of a buffer above which several programs share the columns of a head."""
 
 
 def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
@@ -39,6 +49,53 @@ def dropout(x: Tensor, keys: Tensor, threshold: int, scale: float) -> tuple[Tens
         with torch.cuda.device(x.device):
             _dropout[(triton.cdiv(half, BLOCK), rows)](x, out, keep, keys, n, half, threshold, scale, BLOCK)
     return out, keep
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    padding: Tensor | None,
+    angles: Tensor | None,
+    plan: AttentionPlan,
+) -> Tensor:
+    """Computes `icenet_torch.nn.cached_attention.cached_attention`, which has the same arguments."""
+    batch, heads, _, size = q.shape
+    columns = keys.shape[2]
+    parts = triton.cdiv(columns, COLUMNS_OF_A_PART)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty((batch, heads, 1, size), dtype=q.dtype, device=q.device)
+    partial = out if parts == 1 else torch.empty((batch, heads, parts, size + 2), device=q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        _attend[(heads, batch, parts)](
+            *(q, k, v, keys, values, position),
+            position if padding is None else padding,
+            position if angles is None else angles.contiguous(),
+            partial,
+            *(x.stride(axis) for x in (q, k, v) for axis in (0, 1)),
+            size**-0.5 if plan.scale is None else plan.scale,
+            plan.softcap or 1.0,
+            columns,
+            HEADS=heads,
+            KV_HEADS=keys.shape[1],
+            E=size,
+            WIDTH=triton.next_power_of_2(size),
+            SIZE=0 if angles is None else 2 * angles.shape[-1],
+            NEIGHBOURS=plan.rotary_pairs == "interleaved",
+            ANGLES_PER_ROW=angles is not None and angles.shape[0] > 1,
+            PER_ROW=position.shape[0] > 1,
+            PADDED=padding is not None,
+            WINDOW=plan.window or 0,
+            CAPPED=plan.softcap is not None,
+            PARTS=parts,
+            COLUMNS=COLUMNS,
+        )
+        if parts > 1:
+            _join_parts[(batch * heads,)](partial, out, E=size, WIDTH=triton.next_power_of_2(size), PARTS=parts)
+    return out
 
 
 @triton.jit
@@ -105,3 +162,139 @@ def _dropout(x, out, keep, keys, n, half, threshold, scale, BLOCK: tl.constexpr)
     kept = x1 >= threshold
     tl.store(keep + index, kept, mask=valid)
     tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)
+
+
+@triton.jit
+def _rotated(x, e, angle, E: tl.constexpr, SIZE: tl.constexpr, NEIGHBOURS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns a head rotated as `icenet_torch.nn.rotate` does, fp32. Its first SIZE values are rotated."""
+    value = tl.load(x + e, mask=e < E, other=0.0).to(tl.float32)
+    if SIZE > 0:
+        half: tl.constexpr = SIZE // 2
+        turns = e < SIZE
+        if NEIGHBOURS:
+            pair = e // 2
+            is_first = e % 2 == 0
+            other = e ^ 1
+        else:
+            pair = e % half
+            is_first = e < half
+            other = tl.where(is_first, e + half, e - half)
+        cosine = tl.load(angle + pair, mask=turns, other=1.0)
+        sine = tl.load(angle + tl.where(is_first, half, SIZE) + pair, mask=turns, other=0.0)
+        partner = tl.load(x + other, mask=turns, other=0.0).to(tl.float32)
+        rotated = (value * cosine + partner * sine).to(x.dtype.element_ty).to(tl.float32)
+        value = tl.where(turns, rotated, value)
+    return value
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    keys,
+    values,
+    position,
+    padding,
+    angles,
+    out,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    scale,
+    softcap,
+    columns,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    ANGLES_PER_ROW: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One head of queries of one row, over a part of the columns. The first program of a head stores the new column."""
+    head, part = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1).to(tl.int64)
+    kv_head = head // (HEADS // KV_HEADS)
+    e = tl.arange(0, WIDTH)
+    inside = e < E
+    last = tl.load(position + row) if PER_ROW else tl.load(position)
+    first = tl.load(padding + row) if PADDED else last * 0
+    if WINDOW > 0:
+        first = tl.maximum(first, last - WINDOW + 1)
+    share = tl.cdiv(tl.maximum(last - first, 0), PARTS)
+    begin = first + part * share
+    end = tl.minimum(begin + share, last)
+
+    angle = angles + row * 3 * (SIZE // 2) if ANGLES_PER_ROW else angles
+    query = _rotated(q + row * q_row + head * q_head, e, angle, E, SIZE, NEIGHBOURS) * scale
+    buffer = (row * KV_HEADS + kv_head) * columns * E
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    sums = tl.zeros((WIDTH,), tl.float32)
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        valid = column < end
+        at = buffer + column[:, None] * E + e[None, :]
+        both = valid[:, None] & inside[None, :]
+        score = tl.sum(query[None, :] * tl.load(keys + at, mask=both, other=0.0).to(tl.float32), axis=1)
+        if CAPPED:
+            score = softcap * (1 - 2 / (tl.exp(2 * score / softcap) + 1))  # tanh
+        score = tl.where(valid, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=0))
+        keep = tl.exp(top - higher)
+        weight = tl.exp(score - higher)
+        value = tl.load(values + at, mask=both, other=0.0).to(tl.float32)
+        sums = sums * keep + tl.sum(weight[:, None] * value, axis=0)
+        total = total * keep + tl.sum(weight, axis=0)
+        top = higher
+    if part == 0:
+        key = _rotated(k + row * k_row + kv_head * k_head, e, angle, E, SIZE, NEIGHBOURS)
+        value = tl.load(v + row * v_row + kv_head * v_head + e, mask=inside, other=0.0)
+        score = tl.sum(query * key, axis=0)
+        if CAPPED:
+            score = softcap * (1 - 2 / (tl.exp(2 * score / softcap) + 1))
+        higher = tl.maximum(top, score)
+        keep = tl.exp(top - higher)
+        weight = tl.exp(score - higher)
+        sums = sums * keep + weight * value.to(tl.float32)
+        total = total * keep + weight
+        top = higher
+        if head % (HEADS // KV_HEADS) == 0:
+            at = buffer + last.to(tl.int64) * E + e
+            tl.store(keys + at, key.to(keys.dtype.element_ty), mask=inside)
+            tl.store(values + at, value, mask=inside)
+    place = (row * HEADS + head) * PARTS + part
+    if PARTS == 1:
+        tl.store(out + place * E + e, (sums / total).to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + place * (E + 2) + e, sums, mask=inside)
+        tl.store(out + place * (E + 2) + E, total)
+        tl.store(out + place * (E + 2) + E + 1, top)
+
+
+@triton.jit
+def _join_parts(partial, out, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The parts of a head: sums `[E]`, their total weight and their highest score, fp32."""
+    place = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, WIDTH)
+    top = tl.full((), float("-inf"), tl.float32)
+    for part in range(PARTS):
+        top = tl.maximum(top, tl.load(partial + (place * PARTS + part) * (E + 2) + E + 1))
+    total = tl.full((), 0.0, tl.float32)
+    sums = tl.zeros((WIDTH,), tl.float32)
+    for part in range(PARTS):
+        at = partial + (place * PARTS + part) * (E + 2)
+        weight = tl.exp(tl.load(at + E + 1) - top)
+        total += tl.load(at + E) * weight
+        sums += tl.load(at + e, mask=e < E, other=0.0) * weight
+    tl.store(out + place * E + e, (sums / total).to(out.dtype.element_ty), mask=e < E)

@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "soft caps": {**LLAMA, "attention_softcap": 3.0, "logit_softcap": 4.0, "attention_scale": 0.4},
     "query-key norm": {**LLAMA, "query_key_norm": "head", "norm_position": "sandwich", "norm_offset": True},
     "dynamic": {**LLAMA, "rotary_scaling": {"type": "dynamic", "factor": 4.0, "original_length": 19}},
-    "experts": {**LLAMA, "experts": {"total": 4, "per_token": 2}},
+    "experts": {**LLAMA, "num_experts": 4, "experts_per_token": 2},
     "gru": {"type": "gru"},
     "lstm": {"type": "lstm"},
 }
@@ -57,7 +57,7 @@ def decode(model: Any, prompts: list[list[int]], count: int, **options: Any) -> 
     with decoder:
         for index in range(count):
             tokens.append(decoder.fetch(decoder.submit(index)))
-            scores.append(decoder.fetch_scores()[1])
+            scores.append(decoder.fetch_scores()[1].copy())
     return np.stack(tokens), np.stack(scores)
 
 
