@@ -29,6 +29,7 @@ from icenet.cli.options import (
     overwrite_option,
     precision_option,
     set_option,
+    quantize_options,
     show,
     show_json,
     template_option,
@@ -354,6 +355,7 @@ def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     token is predicted once, from those before it in its window.
     """
     from icenet.commands import eval as evaluation
+        "icenet eval model/ --text wiki.jsonl --quantize 4",
 
     show(evaluation.evaluate(model, quiet=quiet or as_json, **options), as_json)
 
@@ -372,6 +374,7 @@ def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--out", required=True, type=PATH, help="File to write: .npz (embeddings and texts) or .npy.")
 @click.option("--text-key", help="Key of the text in each object of a JSON Lines file. Default: text.")
 @click.option(
+@quantize_options
     "--batch-size",
     type=click.IntRange(1),
     default=32,
@@ -510,6 +513,7 @@ def predict_command(
 def convert_command(
     source: Path,
     destination: Path,
+        "icenet convert SmolLM2-1.7B folder/ --to mlx-lm --quantize 4",
     to: str,
     source_form: str | None,
     config: str | None,
@@ -527,7 +531,17 @@ def convert_command(
     from icenet.commands.convert import convert_model
 
     text = convert_model(
-        source, destination, to, source_form, config, overwrite, averaged, key=key, strip_prefix=strip_prefix
+        source,
+        destination,
+        to,
+        source_form,
+        config,
+        overwrite,
+        averaged,
+        key=key,
+        strip_prefix=strip_prefix,
+        quantize=quantize,
+        group_size=group_size,
     )
     streams.write(text)
 
@@ -536,6 +550,7 @@ def convert_command(
     "parity",
     epilog=examples(
         "icenet parity quickstart",
+@quantize_options
         "icenet parity runs/mine --steps 50",
         "icenet parity my.yaml --dtype bf16 --verbose",
     ),
@@ -547,6 +562,8 @@ def convert_command(
     default=0,
     show_default=True,
     help="Length of a training curve to compare as well.",
+    quantize: int | None,
+    group_size: int | None,
 )
 @precision_option
 @click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
@@ -555,6 +572,9 @@ def convert_command(
 @trust_option
 def parity_command(
     target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
+
+    --quantize writes a folder of mlx-lm with quantized layers. Quantized layers stay as they are in a folder of mlx-lm
+    and are dequantized in other formats.
 ) -> None:
     """Compare the backends layer by layer.
 

@@ -58,6 +58,12 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
+def _to_int(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if parameter.name == "group_size" and value is not None and ctx.params.get("quantize") is None:
+        raise click.UsageError("--group-size has no effect without --quantize", ctx)
+    return None if value is None else int(value)
+
+
 def to_list(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> list[Any] | None:
     """Returns the values of a repeatable option; None if it is not given."""
     return list(values) or None
@@ -93,6 +99,30 @@ dtype_option = click.option(
     type=click.Choice(list(FLOAT_DTYPES)),
     help="Dtype of weights and arithmetic. Default: fp32 on a CPU, that of the file on a GPU.",
 )
+_QUANTIZE_OPTIONS = (
+    click.option(
+        "--quantize",
+        type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+        callback=_to_int,
+        is_eager=True,  # --group-size needs it
+        help="Quantize linear layers and embeddings to this number of bits.",
+    ),
+    click.option(
+        "--group-size",
+        type=click.Choice(["32", "64", "128"]),
+        callback=_to_int,
+        help="Number of values that share a scale, with --quantize. Default: 64.",
+    ),
+)
+
+
+def quantize_options(command: Any) -> Any:
+    """Adds the options of quantized weights to a command."""
+    for option in reversed(_QUANTIZE_OPTIONS):
+        command = option(command)
+    return command
+
+
 precision_option = click.option(
     "--dtype",
     type=click.Choice(list(FLOAT_DTYPES)),

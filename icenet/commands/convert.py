@@ -19,12 +19,14 @@ def convert_model(
     *,
     key: str | None = None,
     strip_prefix: Sequence[str] = (),
+    quantize: int | None = None,
+    group_size: int | None = None,
 ) -> str:
     """Converts weights. Returns a summary in text.
 
     Args:
-        source, destination, to, source_form, config, overwrite, averaged, key, strip_prefix: See
-            `icenet.core.training.convert_model.convert_model`.
+        source, destination, to, source_form, config, overwrite, averaged, key, strip_prefix, quantize, group_size:
+            See `icenet.core.training.convert_model.convert_model`.
     """
     done = conversion.convert_model(
         source,
@@ -36,6 +38,8 @@ def convert_model(
         strip_prefix=strip_prefix,
         averaged=averaged,
         overwrite=overwrite,
+        quantize=quantize,
+        **({} if group_size is None else {"group_size": group_size}),
     )
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:

@@ -41,15 +41,19 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     averaged: bool = False,
+    quantize: int | None = None,
+    group_size: int | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> EvaluationReport:
     """Returns the perplexity of a text under a model.
 
     Args:
-        path, backend, device, dtype, averaged: See `icenet.load`.
+        path, backend, device, dtype, averaged, quantize: See `icenet.load`.
+        group_size: Size of the groups; None is that of `icenet.load`.
         source, options: See `icenet.core.training.perplexity.evaluate_text`.
         quiet: Show no progress.
     """
-    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged)
+    settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
+    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, **settings)
     return EvaluationReport(evaluate_text(model, source, quiet=quiet, **options), model.backend)

@@ -10,6 +10,7 @@ from icenet.core import backends
 from icenet.core.config import Config, presets
 from icenet.core.report.console import new_console
 from icenet.core.training import open_model, parameter_groups
+from icenet.core.weights.packed import Quantization, describe, packed_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ModelReport:
         parts: Number of values in each top-level part, trained or not, without running statistics.
         training_bytes: Bytes of the weights, gradients and optimizer state in fp32.
         shared: The owner's path of each further path of an array that the model shares; it is counted once.
+        quantized: The settings of each layer that is quantized in the file.
+        stored_bytes: Bytes of the weights in the file, if layers are quantized there.
     """
 
     name: str
@@ -31,6 +34,8 @@ class ModelReport:
     parts: dict[str, int]
     training_bytes: int
     shared: dict[str, str] = field(default_factory=dict)
+    quantized: dict[str, Quantization] = field(default_factory=dict)
+    stored_bytes: int | None = None
 
     @property
     def num_values(self) -> int:
@@ -46,6 +51,8 @@ class ModelReport:
             "training_bytes": self.training_bytes,
             "parts": self.parts,
             "shared": self.shared,
+            "quantized": {path: found._asdict() for path, found in self.quantized.items()},
+            "stored_bytes": self.stored_bytes,
         }
 
     def render(self) -> None:
@@ -65,6 +72,13 @@ class ModelReport:
             console.print(f"{self.num_params:,} are trained; the others are buffers or frozen", highlight=False)
         for path, owner in self.shared.items():
             console.print(f"{path} is tied to {owner}", highlight=False)
+        if self.quantized and self.stored_bytes is not None:
+            bits = 8 * self.stored_bytes / self.num_values
+            console.print(
+                f"quantized: {describe(self.quantized)}; {_megabytes(self.stored_bytes)} in the file, {bits:.1f} bits "
+                "per value",
+                highlight=False,
+            )
         settings = self.config.model.model_dump(exclude_defaults=False)
         console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
         console.print(
@@ -106,7 +120,7 @@ class PresetReport:
 
 def model_report(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     """Returns the size of a config, a preset, a run, a checkpoint or a saved model."""
-    config, _ = open_model.open_target(Path(name), overrides)
+    config, weights = open_model.open_target(Path(name), overrides)
     model = backends.meta_model(config)
     trained = model.trainable_paths()
     shapes = {path: shape for path, shape in model.weight_shapes().items() if path in trained}
@@ -115,7 +129,10 @@ def model_report(name: str, overrides: tuple[str, ...] = ()) -> ModelReport:
     state = parameter_groups.state_values(config.training, groups, shapes)
     parts = model.part_sizes()
     size = 4 * (sum(parts.values()) + model.num_params + state)  # weights, gradients, optimizer state
-    return ModelReport(name, config, model.num_params, parts, size, model.shared_arrays())
+    packed = packed_of(weights)
+    quantized = {} if packed is None else dict(packed.layers)
+    stored = None if packed is None else sum(packed.spec(path).nbytes for path in packed)
+    return ModelReport(name, config, model.num_params, parts, size, model.shared_arrays(), quantized, stored)
 
 
 def presets_report() -> PresetReport:

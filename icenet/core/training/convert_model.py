@@ -17,6 +17,7 @@ from icenet.core.training.open_model import image_facts, open_averaged
 from icenet.core.weights import hub
 from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
 from icenet.core.weights.files import DEFAULT_NAME
+from icenet.core.weights.packed import describe, packed_of
 
 _OF_A_MODEL = ("model", "kinds", "shapes", "names", "shared", "arrays", "companions")
 """Arguments of `convert` that determine a model in Python."""
@@ -33,6 +34,7 @@ def convert_model(
     strip_prefix: str | Sequence[str] = (),
     averaged: bool = False,
     overwrite: bool = False,
+    quantize: int | None = None,
     **options: Any,
 ) -> Conversion:
     """Converts weights with the layer kinds and shapes of their config.
@@ -51,6 +53,7 @@ def convert_model(
         strip_prefix: Prefixes to remove from the names of the weights.
         averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
         overwrite: Whether to replace existing files.
+        quantize: Number of bits of quantized layers; see `export_model.export`.
         options: Arguments of `icenet.core.weights.convert.convert`. With `model`, or its kinds of layers and shapes,
             no config is looked for, and the source is a file or folder of weights.
     """
@@ -59,7 +62,10 @@ def convert_model(
         given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}
         if unused := [option for option, value in given.items() if value]:
             raise UsageError(f"{', '.join(unused)}: has no effect with --to {to}; the source's own config is used")
-        return export_model.export(source, destination, to, overwrite=overwrite, averaged=averaged, **options)
+        options |= {"overwrite": overwrite, "averaged": averaged, "quantize": quantize}
+        return export_model.export(source, destination, to, **options)
+    if quantize is not None:
+        raise UsageError(f"--quantize: is for --to {export_model.MLX_LM}, and has no effect with --to {to}")
     common = {"source_form": source_form, "key": key, "strip_prefix": strip_prefix, "overwrite": overwrite, **options}
     if any(options.get(name) is not None for name in _OF_A_MODEL):
         own = getattr(options.get("model"), "config", None)
@@ -91,6 +97,8 @@ def convert_model(
     in_folder = destination.is_dir() or not destination.suffix
     translations = torchvision.translations(settings, source, destination, to)
     notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []
+    if imported is not None and (packed := packed_of(imported.weights)) is not None:
+        notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if to == torchvision.FORM:
         to, notes = translations["to"], [f"the names are those of {to}"]
     target = destination_file(destination, to)

@@ -21,6 +21,7 @@ from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training.changed_keys import of_model, value
 from icenet.core.training.open_model import image_facts, open_trained
 from icenet.core.weights.origin import Origin
+from icenet.core.weights.packed import describe, packed_of
 
 HEAD = ("output", "distillation_output")
 """Beginnings of the paths of a classifier's output layers."""
@@ -38,6 +39,8 @@ def apply(config: Config, engine: Engine) -> list[str]:
         return []
     source, weights = open_trained(Path(path), "training.init_from")
     notes = [f"the initial weights are those of {path}"]
+    if (packed := packed_of(weights)) is not None:
+        notes.append(f"{describe(packed.layers)} there; training is not quantized and begins with dequantized weights")
     used: Mapping[str, np.ndarray[Any, Any]] = weights
     if config.training.new_head:
         used = {**{name: weights[name] for name in weights if not _is_of_head(name)}, **_new_head(config, engine)}

@@ -28,6 +28,8 @@ from icenet.core.weights import files as weights
 from icenet.core.weights import formats, layout, prefixes, sharing
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import is_gguf
+from icenet.core.weights.packed import METADATA, Quantization, describe, packed_of
+from icenet.core.weights.quantized import read_saved
 from icenet.core.weights.safetensors import dtype_name, spec_of
 
 FORMS = ("canonical", "mlx", "torch")
@@ -179,6 +181,10 @@ def convert(
     if isinstance(found, weights.Weights):
         files.output_file(destination, overwrite=True, inputs=found.files)  # a shard
     destination = files.output_file(destination, overwrite=True)  # behind a symbolic link
+    layers: Mapping[str, Quantization] = {}
+    if arrays is None and isinstance(found, weights.Weights):
+        found = read_saved(found)
+        layers = packed.layers if (packed := packed_of(found)) else {}
     found = found if arrays is None else arrays
     others: list[str] = []
     if strip_prefix:
@@ -218,6 +224,8 @@ def convert(
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
     described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
+    if layers:
+        del described[METADATA]
     if destination.suffix in PICKLED:
         _state_dict_module().write_state_dict(destination, written)
         outputs = [destination]
@@ -234,6 +242,7 @@ def convert(
         outputs,
         [*(name for name in found if name not in result), *others],
         _contradiction(source, source_metadata, source_form)
+        or (f"the weights are dequantized: {describe(layers)} in the source" if layers else "")
         or ("the names of the source are those of another program" if translated is not None else "")
         or (_note(found) if shapes is None else ""),
     )
