@@ -13,6 +13,7 @@ from typing import Any
 import icenet
 from icenet.commands.generate import load_model, name_unused
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.generation.prompt_cache import CacheError, can_go_back
 from icenet.core.report import streams
 from icenet.core.tokenizers.chat import render
 from icenet.core.training.open_model import check_chat_template
@@ -39,6 +40,8 @@ def chat(
     dtype: str | None = None,
     averaged: bool = False,
     template_options: Mapping[str, Any] | None = None,
+    draft: Path | None = None,
+    num_draft_tokens: int | None = None,
     **options: Any,
 ) -> None:
     """Answers messages, and writes the answers to standard output.
@@ -49,6 +52,7 @@ def chat(
         system: The message before the conversation that describes the task.
         backend, device, dtype, averaged: See `icenet.commands.generate.stream`.
         template_options: Variables of the chat template.
+        draft, num_draft_tokens: See `icenet.generate`.
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
 
     Raises:
@@ -57,7 +61,11 @@ def chat(
     first = [{"role": "system", "content": system}] if system is not None else []
     check_chat_template(path, [*first, QUESTION], template_options)
     model = load_model(path, backend, device, dtype, averaged)
-    conversation = Conversation(model, system, template_options, options)
+    if draft is None and num_draft_tokens is not None:
+        raise UsageError("chat: --num-draft-tokens has no effect without --draft")
+    small = None if draft is None else icenet.load(draft, backend or model.backend, device, dtype=dtype)
+    speedups = {"draft": small, "num_draft_tokens": num_draft_tokens}
+    conversation = Conversation(model, system, template_options, {**options, **speedups})
     conversation.check()
     name_unused(model, options)
     if messages:
@@ -72,7 +80,7 @@ def chat(
 
 
 class Conversation:
-    """Messages of a user and the answers of a model.
+    """Messages of a user and the answers of a model. What the model has read stays in its cache.
 
     Attributes:
         messages: The messages so far, as `icenet.chat` takes them.
@@ -89,6 +97,7 @@ class Conversation:
         self._options = {"template_options": template_options, **(options or {})}
         self._first = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[dict[str, str]] = []
+        self._cache = icenet.prompt_cache(model) if can_go_back(model) else None
         self.reset()
 
     def reset(self) -> None:
@@ -117,7 +126,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            pieces = icenet.chat(self._model, self.messages, stream=True, **self._options)
+            pieces = self._answer()
             try:
                 while True:
                     answer += (piece := next(pieces))
@@ -139,6 +148,13 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": answer})
             else:
                 self.messages.pop()
+
+    def _answer(self) -> Any:
+        """Returns the pieces of the answer to the messages. The tokens in the cache are not read again."""
+        try:
+            return icenet.chat(self._model, self.messages, stream=True, cache=self._cache, **self._options)
+        except CacheError:  # a text that slides out of the context, for example, is read without the cache
+            return icenet.chat(self._model, self.messages, stream=True, **self._options)
 
 
 def _follow(conversation: Conversation, line: str) -> bool:

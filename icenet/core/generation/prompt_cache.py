@@ -39,6 +39,10 @@ _SAMPLED = 8
 _FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
+class CacheError(UsageError):
+    """A request that needs to go back to an earlier token, of a model or a text for which this is not possible."""
+
+
 class PromptCache:
     """The tokens that a transformer has read, with their keys and values.
 
@@ -217,6 +221,8 @@ def load(path: str | Path, model: Any) -> PromptCache:
     """Returns a prompt cache from a file. See `icenet.load_prompt_cache`."""
     path = files.user_path(path, "load_prompt_cache")
     cache = PromptCache(model)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file; icenet generate --save-prompt-cache FILE makes a prompt cache")
     metadata, entries, data = safetensors.open_file(path)
     if metadata.get("format") != FORMAT:
         raise WeightsError(
@@ -262,7 +268,7 @@ def _read_tokens(path: Path, entries: Any, data: Any, model: Any) -> list[int]:
 
 def _read_layers(path: Path, entries: Any, data: Any, model: Any, length: int) -> dict[str, Any]:
     """Returns the arrays of all layers."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, block in enumerate(transformer_plan.blocks(model.config)):
         plan = block.attention
         shape = (1, plan.num_kv_heads, length, plan.head_size)
@@ -285,25 +291,29 @@ def _read_layers(path: Path, entries: Any, data: Any, model: Any, length: int) -
 # ---- checks -------------------------------------------------------------------------------------------------
 
 
+def can_go_back(model: Any) -> bool:
+    """Returns whether the cache of a model can be set back to an earlier token. The state of an RNN cannot."""
+    return hasattr(model, "make_cache") and hasattr(model.make_cache(), "truncate")
+
+
 def check_model(model: Any, what: str) -> None:
-    """Raises UsageError if the state of a model cannot be set back to an earlier token. `what` needs that."""
-    cache = model.make_cache() if hasattr(model, "make_cache") else None
-    if not hasattr(cache, "truncate"):
-        raise UsageError(
+    """Raises CacheError if the state of a model cannot be set back to an earlier token. `what` needs that."""
+    if not can_go_back(model):
+        raise CacheError(
             f"generate: {what} needs a transformer; a model of type {model.config.type} cannot go back to an earlier "
             "token"
         )
 
 
 def check_request(model: Any, request: Request, what: str) -> None:
-    """Raises UsageError if a request has several prompts, or may have to read its context again."""
+    """Raises CacheError if a request has several prompts, or may have to read its context again."""
     check_model(model, what)
     rows = request.rows()
     if len(rows) != 1:
-        raise UsageError(f"generate: {what} takes one prompt, not {len(rows)}; call generate for each of them")
+        raise CacheError(f"generate: {what} takes one prompt, not {len(rows)}; call generate for each of them")
     length = len(rows[0]) + request.new_tokens
     if request.context_length is not None and length > request.context_length:
-        raise UsageError(
+        raise CacheError(
             f"generate: {what} needs the whole text in the context, and {length} tokens exceed model.max_seq_length "
             f"{request.context_length}; leave out overflow='slide'"
         )
@@ -312,7 +322,7 @@ def check_request(model: Any, request: Request, what: str) -> None:
         if plan.scaling is not None and plan.scaling.type in ("dynamic", "longrope"):
             original = plan.scaling.original_length
             if original is not None and length > original:
-                raise UsageError(
+                raise CacheError(
                     f"generate: {what} needs positions that do not change; with {plan.scaling.type} scaling they do "
                     f"above {original} tokens, and this text may have {length}"
                 )
