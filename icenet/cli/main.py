@@ -22,15 +22,14 @@ from icenet.cli.options import (
     averaged_option,
     backend_option,
     device_option,
-    draft_options,
     dtype_option,
     examples,
     generation_options,
     json_option,
     overwrite_option,
     precision_option,
-    set_option,
     quantize_options,
+    set_option,
     show,
     show_json,
     template_option,
@@ -213,9 +212,6 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
         'icenet generate runs/quickstart/mlx --prompt "def main("',
         "icenet generate runs/mine --prompt-file intro.txt --temperature 0.8 --top-k 50 --seed 1",
         "icenet generate runs/mine --backend torch --temperature 0",
-        "icenet generate SmolLM2-1.7B --draft SmolLM2-135M --prompt-file intro.txt",
-        "icenet generate MODEL --prompt-file book.txt --save-prompt-cache book.safetensors",
-        "icenet generate MODEL --prompt-file book-and-question.txt --prompt-cache book.safetensors",
     ),
 )
 @click.argument("model", type=PATH)
@@ -227,17 +223,6 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     help="Put tokens around the prompt as the tokenizer does, such as a beginning-of-text token.",
 )
 @generation_options
-@draft_options
-@click.option(
-    "--prompt-cache", type=PATH, metavar="FILE", help="Do not read again the beginning of the prompt in FILE."
-)
-@click.option(
-    "--save-prompt-cache",
-    type=PATH,
-    metavar="FILE",
-    help="Write what the model has read of the prompt to FILE, for --prompt-cache.",
-)
-@overwrite_option
 @averaged_option
 @backend_option
 @device_option
@@ -253,11 +238,6 @@ def generate_command(
     device: str | None,
     dtype: str | None,
     as_json: bool,
-    draft: Path | None,
-    num_draft_tokens: int | None,
-    prompt_cache: Path | None,
-    save_prompt_cache: Path | None,
-    overwrite: bool,
     **options: Any,
 ) -> None:
     """Continue a text with a trained model.
@@ -267,10 +247,6 @@ def generate_command(
     at the maximum number of tokens; --json also prints which of them it was.
 
     The text is continued as it is: icenet chat applies the chat template of a model.
-
-    With --draft, a smaller model with the same tokenizer proposes tokens, and MODEL reads several of them at a time.
-    The text is the same. --save-prompt-cache writes what MODEL has read of a prompt. With --prompt-cache, a prompt
-    that begins with the same text is read from there on, on either backend.
     """
     from icenet.commands import generate
     from icenet.core.generation.prompts import read_prompt
@@ -278,12 +254,10 @@ def generate_command(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
-    speedups = generate.Speedups(draft, num_draft_tokens, prompt_cache, save_prompt_cache, overwrite)
-    options |= {"averaged": averaged, "speedups": speedups}
     if as_json:
-        show_json(generate.generate(model, text, backend, device, dtype, **options))
+        show_json(generate.generate(model, text, backend, device, dtype, averaged=averaged, **options))
         return
-    for piece in generate.stream(model, text, backend, device, dtype, **options):
+    for piece in generate.stream(model, text, backend, device, dtype, averaged=averaged, **options):
         streams.write(piece, end="")
 
 
@@ -294,7 +268,6 @@ def generate_command(
         'icenet chat MODEL --message "What is the capital of France?"',
         'icenet chat MODEL --system "Answer in one word." --temperature 0.7 --seed 1',
         "icenet chat MODEL --backend torch --template-option enable_thinking=false",
-        "icenet chat SmolLM2-1.7B-Instruct --draft SmolLM2-135M-Instruct",
     ),
 )
 @click.argument("model", type=PATH)
@@ -303,7 +276,6 @@ def generate_command(
 )
 @click.option("--system", metavar="TEXT", help="Message before the conversation that describes the task.")
 @generation_options
-@draft_options
 @template_option
 @averaged_option
 @backend_option
@@ -319,8 +291,6 @@ def chat_command(
     backend: str | None,
     device: str | None,
     dtype: str | None,
-    draft: Path | None,
-    num_draft_tokens: int | None,
     **options: Any,
 ) -> None:
     """Chat with a model that has a chat template.
@@ -343,8 +313,6 @@ def chat_command(
         dtype=dtype,
         averaged=averaged,
         template_options=template_options,
-        draft=draft,
-        num_draft_tokens=num_draft_tokens,
         **options,
     )
 
@@ -355,6 +323,7 @@ def chat_command(
         "icenet eval runs/quickstart/mlx --text book.txt",
         "icenet eval SmolLM2-135M-Instruct/ --text stdlib --max-tokens 100000 --backend torch",
         "icenet eval model/ --text wiki.jsonl --length 2048 --stride 512 --json",
+        "icenet eval model/ --text wiki.jsonl --quantize 4",
     ),
 )
 @click.argument("model", type=PATH)
@@ -373,6 +342,7 @@ def chat_command(
     show_default=True,
     help="What to do with files and characters that cannot be used.",
 )
+@quantize_options
 @averaged_option
 @backend_option
 @device_option
@@ -387,7 +357,6 @@ def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     token is predicted once, from those before it in its window.
     """
     from icenet.commands import eval as evaluation
-        "icenet eval model/ --text wiki.jsonl --quantize 4",
 
     show(evaluation.evaluate(model, quiet=quiet or as_json, **options), as_json)
 
@@ -406,7 +375,6 @@ def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--out", required=True, type=PATH, help="File to write: .npz (embeddings and texts) or .npy.")
 @click.option("--text-key", help="Key of the text in each object of a JSON Lines file. Default: text.")
 @click.option(
-@quantize_options
     "--batch-size",
     type=click.IntRange(1),
     default=32,
@@ -513,6 +481,7 @@ def predict_command(
         "icenet convert weights.pt folder/ --to canonical --config my.yaml",
         "icenet convert runs/mine exported/ --to hf",
         "icenet convert model.gguf folder/ --to canonical",
+        "icenet convert SmolLM2-1.7B folder/ --to mlx-lm --quantize 4",
         "icenet convert resnet50.pth resnet/ --to canonical --config resnet-50",
         "icenet convert last.ckpt folder/ --to canonical --config my.yaml --key state_dict --strip-prefix model.",
     ),
@@ -539,18 +508,20 @@ def predict_command(
     metavar="PREFIX",
     help="Remove a prefix from the names of the weights, e.g. module. or _orig_mod. Repeatable.",
 )
+@quantize_options
 @overwrite_option
 @averaged_option
 @trust_option
 def convert_command(
     source: Path,
     destination: Path,
-        "icenet convert SmolLM2-1.7B folder/ --to mlx-lm --quantize 4",
     to: str,
     source_form: str | None,
     config: str | None,
     key: str | None,
     strip_prefix: tuple[str, ...],
+    quantize: int | None,
+    group_size: int | None,
     overwrite: bool,
     averaged: bool,
 ) -> None:
@@ -559,6 +530,9 @@ def convert_command(
     The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, gguf,
     gguf-q8_0 and gguf-f32 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets and
     vision transformers).
+
+    --quantize writes a folder of mlx-lm with quantized layers. Quantized layers stay as they are in a folder of mlx-lm
+    and are dequantized in other formats.
     """
     from icenet.commands.convert import convert_model
 
@@ -582,7 +556,6 @@ def convert_command(
     "parity",
     epilog=examples(
         "icenet parity quickstart",
-@quantize_options
         "icenet parity runs/mine --steps 50",
         "icenet parity my.yaml --dtype bf16 --verbose",
     ),
@@ -594,8 +567,6 @@ def convert_command(
     default=0,
     show_default=True,
     help="Length of a training curve to compare as well.",
-    quantize: int | None,
-    group_size: int | None,
 )
 @precision_option
 @click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
@@ -604,9 +575,6 @@ def convert_command(
 @trust_option
 def parity_command(
     target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
-
-    --quantize writes a folder of mlx-lm with quantized layers. Quantized layers stay as they are in a folder of mlx-lm
-    and are dequantized in other formats.
 ) -> None:
     """Compare the backends layer by layer.
 
