@@ -22,6 +22,7 @@ from icenet.cli.options import (
     averaged_option,
     backend_option,
     device_option,
+    draft_options,
     dtype_option,
     examples,
     generation_options,
@@ -212,6 +213,9 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
         'icenet generate runs/quickstart/mlx --prompt "def main("',
         "icenet generate runs/mine --prompt-file intro.txt --temperature 0.8 --top-k 50 --seed 1",
         "icenet generate runs/mine --backend torch --temperature 0",
+        "icenet generate SmolLM2-1.7B --draft SmolLM2-135M --prompt-file intro.txt",
+        "icenet generate MODEL --prompt-file book.txt --save-prompt-cache book.safetensors",
+        "icenet generate MODEL --prompt-file book-and-question.txt --prompt-cache book.safetensors",
     ),
 )
 @click.argument("model", type=PATH)
@@ -223,6 +227,17 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
     help="Put tokens around the prompt as the tokenizer does, such as a beginning-of-text token.",
 )
 @generation_options
+@draft_options
+@click.option(
+    "--prompt-cache", type=PATH, metavar="FILE", help="Do not read again the beginning of the prompt in FILE."
+)
+@click.option(
+    "--save-prompt-cache",
+    type=PATH,
+    metavar="FILE",
+    help="Write what the model has read of the prompt to FILE, for --prompt-cache.",
+)
+@overwrite_option
 @averaged_option
 @backend_option
 @device_option
@@ -238,6 +253,11 @@ def generate_command(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    draft: Path | None,
+    num_draft_tokens: int | None,
+    prompt_cache: Path | None,
+    save_prompt_cache: Path | None,
+    overwrite: bool,
     **options: Any,
 ) -> None:
     """Continue a text with a trained model.
@@ -247,6 +267,10 @@ def generate_command(
     at the maximum number of tokens; --json also prints which of them it was.
 
     The text is continued as it is: icenet chat applies the chat template of a model.
+
+    With --draft, a smaller model with the same tokenizer proposes tokens, and MODEL reads several of them at a time.
+    The text is the same. --save-prompt-cache writes what MODEL has read of a prompt. With --prompt-cache, a prompt
+    that begins with the same text is read from there on, on either backend.
     """
     from icenet.commands import generate
     from icenet.core.generation.prompts import read_prompt
@@ -254,10 +278,12 @@ def generate_command(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give either --prompt or --prompt-file")
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
+    speedups = generate.Speedups(draft, num_draft_tokens, prompt_cache, save_prompt_cache, overwrite)
+    options |= {"averaged": averaged, "speedups": speedups}
     if as_json:
-        show_json(generate.generate(model, text, backend, device, dtype, averaged=averaged, **options))
+        show_json(generate.generate(model, text, backend, device, dtype, **options))
         return
-    for piece in generate.stream(model, text, backend, device, dtype, averaged=averaged, **options):
+    for piece in generate.stream(model, text, backend, device, dtype, **options):
         streams.write(piece, end="")
 
 
@@ -268,6 +294,7 @@ def generate_command(
         'icenet chat MODEL --message "What is the capital of France?"',
         'icenet chat MODEL --system "Answer in one word." --temperature 0.7 --seed 1',
         "icenet chat MODEL --backend torch --template-option enable_thinking=false",
+        "icenet chat SmolLM2-1.7B-Instruct --draft SmolLM2-135M-Instruct",
     ),
 )
 @click.argument("model", type=PATH)
@@ -276,6 +303,7 @@ def generate_command(
 )
 @click.option("--system", metavar="TEXT", help="Message before the conversation that describes the task.")
 @generation_options
+@draft_options
 @template_option
 @averaged_option
 @backend_option
@@ -291,6 +319,8 @@ def chat_command(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    draft: Path | None,
+    num_draft_tokens: int | None,
     **options: Any,
 ) -> None:
     """Chat with a model that has a chat template.
@@ -313,6 +343,8 @@ def chat_command(
         dtype=dtype,
         averaged=averaged,
         template_options=template_options,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
         **options,
     )
 
