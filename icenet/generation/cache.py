@@ -231,6 +231,6 @@ def _replace(buffer: mx.array, new: mx.array, rows: Sequence[int]) -> mx.array:
     first = 0
     for last in range(len(rows)):
         if last + 1 == len(rows) or rows[last + 1] != rows[last] + 1:
-            buffer = mx.slice_update(buffer, new[first : last + 1], mx.array(rows[first : first + 1]), axes=(0,))
+            buffer = mx.slice_update(buffer, new[first : last + 1], mx.array([rows[first]]), axes=(0,))
             first = last + 1
     return buffer

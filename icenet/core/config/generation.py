@@ -54,3 +54,5 @@ class GenerationConfig(Section):
     """Beyond max_seq_length: an error before any work, or slide: drop the older half of the row's context."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens per forward pass."""
+    max_batch_size: Annotated[int, Field(ge=1)] = 64
+    """Number of prompts that are decoded together; as rows end, the others join. Memory of the cache grows with it."""

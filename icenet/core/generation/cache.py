@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 C = TypeVar("C", bound="Cache")
+
+Pick = Callable[[list[Any], Sequence[int]], Any]
+"""Returns rows of arrays `[B, ...]`, by their places in the arrays one below the other: `DecoderBase.pick`."""
 
 
 class Cache(ABC):
@@ -43,8 +47,33 @@ class Cache(ABC):
         return other
 
 
-class RecurrentCache(Cache):
-    """The state of each recurrent layer after the last token; None before the first one."""
+class RowCache(Cache):
+    """A cache whose rows can be moved, and replaced by those of another one (see `generation.batching`)."""
+
+    reads_padding: ClassVar[bool]
+    """Whether columns after the last token of a row change what is read later, so that they must be masked."""
+
+    @abstractmethod
+    def place(self, positions: Any, longest: int) -> None:
+        """Sets the number of columns of each row, int32 `[B]` on the device, and the largest of them."""
+
+    @abstractmethod
+    def arrange(self: C, rows: Sequence[int], pick: Pick, other: C | None = None) -> None:
+        """Keeps some rows, or replaces some. `place` must follow.
+
+        Args:
+            rows: Without `other`: the rows to keep, in their new order; a row can occur several times. With `other`:
+                the new rows by their places in the two caches, one below the other. Row r of this cache stays at r,
+                and the rows of the other cache keep their order.
+            pick: See `Pick`.
+            other: A cache with other rows.
+        """
+
+
+class RecurrentCache(RowCache):
+    """The state of each recurrent layer after the last token, arrays `[directions, B, H]`; None before the first one."""
+
+    reads_padding = True
 
     def __init__(self) -> None:
         self.states: list[tuple[Any, ...]] | None = None
@@ -60,3 +89,11 @@ class RecurrentCache(Cache):
 
     def reserve(self, columns: int) -> None:
         """Does nothing: the states have a fixed size."""
+
+    def place(self, positions: Any, longest: int) -> None:
+        """Does nothing: the states do not depend on positions."""
+
+    def arrange(self, rows: Sequence[int], pick: Pick, other: RecurrentCache | None = None) -> None:
+        parts = [self.state] if other is None else [self.state, other.state]
+        by_row = ([array.swapaxes(0, 1) for array in arrays] for arrays in zip(*parts, strict=True))  # [D, B, H]
+        self.state = [pick(arrays, rows).swapaxes(0, 1) for arrays in by_row]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import GenerationConfig, ModelConfig
-from icenet.core.errors import UsageError
+from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.prompts import batch_of
 from icenet.core.generation.sampling import draw_keys
 from icenet.core.generation.stopping import StoppingCriteria
@@ -45,6 +45,7 @@ class Request:
         pad_token_id: Token that fills rows that have ended.
         tokenizer: Tokenizer of the model, if any.
         end_ids: End-of-text tokens, which end a row.
+        numbers: Number of each row, on which its draws depend; None if they are 0, 1, ...
     """
 
     tokens: Tokens
@@ -56,6 +57,7 @@ class Request:
     pad_token_id: int
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...] = ()
+    numbers: tuple[int, ...] | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -67,11 +69,27 @@ class Request:
         masks = [None] * len(self.tokens) if self.attention_mask is None else self.attention_mask
         return [row if mask is None else row[mask] for row, mask in zip(self.tokens, masks, strict=True)]
 
-    def keys(self, first: int, count: int) -> NDArray[np.uint32] | None:
-        """Returns the keys of draws `first`, `first + 1`, ..., uint32 `[count, B, 2]`; None at temperature 0."""
+    def select(self, rows: Sequence[int]) -> Request:
+        """Returns the request for some of the rows. Their tokens are the same as in this one."""
+        index = np.array(rows)
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            attention_mask=None if self.attention_mask is None else self.attention_mask[index],
+            limits=tuple(self.limits[row] for row in rows),
+            numbers=tuple(rows if self.numbers is None else (self.numbers[row] for row in rows)),
+        )
+
+    def keys(self, first: int | Sequence[int], count: int) -> NDArray[np.uint32] | None:
+        """Returns the keys of draws `first`, `first + 1`, ..., uint32 `[count, B, 2]`; None at temperature 0.
+
+        Args:
+            first: Index of the first draw, or that of each row.
+            count: Number of draws of each row.
+        """
         if self.settings.temperature == 0:
             return None
-        return draw_keys(self.seed, len(self.tokens), count, first)
+        return draw_keys(self.seed, self.numbers or len(self.tokens), count, first)
 
     def seen(self, vocab_size: int) -> NDArray[np.bool_] | None:
         """Returns which tokens each prompt contains, bool `[B, V]`; None without a repetition penalty."""
@@ -82,6 +100,21 @@ class Request:
             seen[row, tokens] = True
         return seen
 
+    def explain(self, error: NonFiniteError, model: Any, tokens: Sequence[Sequence[int]]) -> NonFiniteError:
+        """Returns the error of a row whose logits are not finite, with its cause.
+
+        Args:
+            error: The error, which names the row.
+            model: A `ModelBase`.
+            tokens: New tokens of each row.
+
+        Raises:
+            NonFiniteError: The vector of a token of a row is not finite.
+        """
+        for row, new in zip(self.rows(), tokens, strict=True):
+            model.check_embeddings([*row.tolist(), *new])
+        return NonFiniteError(f"{error}: {model.explain_non_finite()}")
+
     def stopping_criteria(self) -> StoppingCriteria:
         """Returns new stopping criteria for the rows of this request."""
         return StoppingCriteria(
@@ -91,6 +124,7 @@ class Request:
             self.pad_token_id,
             end_ids=self.end_ids,
             limits=self.limits,
+            numbers=self.numbers,
         )
 
 

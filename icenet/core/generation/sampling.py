@@ -20,6 +20,7 @@ Two backends choose the same token unless the two best scores are closer than th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,7 +74,16 @@ def compute_scores(ops: SamplingOps, logits: Any, settings: GenerationConfig, ke
     return ops.add_gumbel_noise(logits, keys)
 
 
-def draw_keys(seed: int, rows: int, tokens: int, first: int = 0) -> NDArray[np.uint32]:
-    """Returns the keys of the draws of new tokens `first`, `first + 1`, ..., uint32 `[tokens, rows, 2]`."""
-    by_row = rng.fold(rng.key(seed, "sample")[None, :], np.arange(rows))
-    return rng.fold(by_row[None, :, :], np.arange(first, first + tokens)[:, None])
+def draw_keys(
+    seed: int, rows: int | Sequence[int], tokens: int, first: int | Sequence[int] = 0
+) -> NDArray[np.uint32]:
+    """Returns the keys of the draws of new tokens `first`, `first + 1`, ..., uint32 `[tokens, rows, 2]`.
+
+    Args:
+        seed: Seed of the draws.
+        rows: Number of rows, or their indices.
+        tokens: Number of draws of each row.
+        first: Index of the first token, or that of each row.
+    """
+    by_row = rng.fold(rng.key(seed, "sample")[None, :], np.arange(rows) if isinstance(rows, int) else np.array(rows))
+    return rng.fold(by_row[None, :, :], np.arange(tokens)[:, None] + np.array(first))

@@ -40,6 +40,7 @@ class StoppingCriteria:
         *,
         end_ids: Collection[int] = (),
         limits: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Prepares the criteria.
 
@@ -50,11 +51,13 @@ class StoppingCriteria:
             pad_token_id: Token for rows that have ended.
             end_ids: End-of-text tokens.
             limits: Maximum number of new tokens of each row, or None.
+            numbers: Number of each row in messages; None if they are 0, 1, ...
         """
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.endings = [""] * rows
         self.finish_reasons: list[FinishReason | None] = [None] * rows
         self._limits = limits
+        self._numbers = range(rows) if numbers is None else numbers
         self._tokenizer = tokenizer
         self._pad_token_id = pad_token_id
         self._stop_ids = {item for item in stop if isinstance(item, int)}
@@ -101,16 +104,21 @@ class StoppingCriteria:
         """
         out = chosen.copy()
         for row, token in enumerate(chosen.tolist()):
-            if self.finish_reasons[row] is None and not self._add(row, token):
+            if self.finish_reasons[row] is None and not self.add(row, token):
                 continue
             out[row] = self._pad_token_id
         return out
 
-    def _add(self, row: int, token: int) -> bool:
-        """Adds a token to a row. Returns whether it is a stop, which is not part of the result."""
+    def add(self, row: int, token: int) -> bool:
+        """Adds a token to a row that has not ended. Returns whether it is a stop, which is not part of the result.
+
+        Raises:
+            NonFiniteError: The token is -1, because the logits were not finite.
+        """
         tokens = self.tokens[row]
         if token < 0:
-            raise NonFiniteError(f"generate: the logits are not finite at token {len(tokens)} of row {row}")
+            number = self._numbers[row]
+            raise NonFiniteError(f"generate: the logits are not finite at token {len(tokens)} of row {number}")
         reason: FinishReason | None = None
         if token in self._stop_ids:
             reason = "stop"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from icenet.core.errors import NonFiniteError, UsageError
+from icenet.core.generation.batching import generate_batch, rows_that_join
 from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompts import encode_prompts
 from icenet.core.generation.request import Request, Tokens, check_reads_tokens, make_request, settings_of
@@ -58,9 +59,7 @@ def stream_tokens(
             try:
                 chosen = stopping.update(decoder.receive(pending))
             except NonFiniteError as error:
-                for row, tokens in zip(request.rows(), stopping.tokens, strict=True):
-                    decoder.model.check_embeddings([*row.tolist(), *tokens])
-                raise NonFiniteError(f"{error}: {decoder.model.explain_non_finite()}") from None
+                raise request.explain(error, decoder.model, stopping.tokens) from None
             if not stopping.all_done:
                 yield chosen
                 pending = upcoming
@@ -72,14 +71,32 @@ def stream_tokens(
 
 
 def generate_tokens(decoder: DecoderBase, request: Request) -> list[Continuation]:
-    """Returns the continuation of each row, as tokens and, if the model has a tokenizer, as text."""
-    stopping = request.stopping_criteria()
-    for _ in stream_tokens(decoder, request, stopping):
-        pass
-    return [
-        Continuation(tokens, reason, None if request.tokenizer is None else _row_text(request, stopping, row))
-        for row, (tokens, reason) in enumerate(zip(stopping.tokens, stopping.reasons(), strict=True))
-    ]
+    """Returns the continuation of each row, as tokens and, if the model has a tokenizer, as text.
+
+    At most `max_batch_size` rows are decoded at a time. Those that can share slots do (`generation.batching`).
+    """
+    rows, size = range(len(request.tokens)), request.settings.max_batch_size
+    joining = rows_that_join(decoder.model, request) if len(rows) > 1 else []
+    others = [row for row in rows if row not in joining]
+    found: dict[int, Continuation] = {}
+    for part in [joining, *(others[first : first + size] for first in range(0, len(others), size))]:
+        if not part:
+            continue
+        own, its_request = decoder, request
+        if len(part) < len(rows):
+            its_request = request.select(part)
+            own = type(decoder)(decoder.model, its_request)
+        stopping = its_request.stopping_criteria()
+        if part is joining:
+            generate_batch(own, stopping)
+        else:
+            for _ in stream_tokens(own, its_request, stopping):
+                pass
+        for index, row in enumerate(part):
+            text = None if request.tokenizer is None else _row_text(its_request, stopping, index)
+            report = getattr(own, "report", None)
+            found[row] = Continuation(stopping.tokens[index], stopping.reasons()[index], text, report)
+    return [found[row] for row in rows]
 
 
 def append_to_prompts(rows: Sequence[Sequence[int]], request: Request) -> Tokens:

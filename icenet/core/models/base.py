@@ -446,6 +446,7 @@ class ModelBase:
         ignore_eos: bool | None = None,
         overflow: str | None = None,
         prefill_chunk: int | None = None,
+        max_batch_size: int | None = None,
         attention_mask: Any = None,
         pad_token_id: int = 0,
         stream: bool = False,
@@ -489,9 +490,14 @@ class ModelBase:
             "ignore_eos": ignore_eos,
             "overflow": overflow,
             "prefill_chunk": prefill_chunk,
+            "max_batch_size": max_batch_size,
         }
         if stream and details:
             raise UsageError("generate: details=True needs stream=False; a stream returns the reasons at its end")
+        if stream and max_batch_size is not None:
+            raise UsageError(
+                "generate: max_batch_size has no effect with stream=True, which decodes all rows together"
+            )
         request = make_request(self, input_ids, attention_mask, pad_token_id, options)
         decoder = make_decoder(self, request, cache, draft, num_draft_tokens)
         if stream:

@@ -314,6 +314,9 @@ def test_sampling_keys_are_made_in_blocks(backend: str, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(decoder, "KEY_BLOCK", 7)
     assert np.array_equal(plain(model.generate([[1], [2, 3]], **options)), expected)
+    assert made == [(0, 1), *(([first, first], 7) for first in (1, 8, 15, 22, 29))]
+    made.clear()
+    assert np.array_equal(plain(model.generate([[1]], **options))[0], expected[0, 1:])
     assert made == [(0, 7), (7, 7), (14, 7), (21, 7), (28, 7)]
     made.clear()
     stream = model.generate([[1], [2, 3]], max_new_tokens=10**12, seed=5, stream=True)
