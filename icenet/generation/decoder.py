@@ -60,7 +60,7 @@ class Decoder(DecoderBase):
         mx.async_eval(token, best, state)  # lazy arrays would need the thread and keep the graphs of all steps
         return token, best
 
-    def fetch(self, handle: tuple[mx.array, mx.array]) -> Tokens:
+    def finish_copy(self, handle: tuple[mx.array, mx.array]) -> Tokens:
         token, best = (np.array(array) for array in handle)
         return np.where(np.isfinite(best), token.astype(np.int32), np.int32(-1))
 

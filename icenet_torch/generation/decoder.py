@@ -76,7 +76,7 @@ class Decoder(DecoderBase):
         copied.record()
         return *host, copied
 
-    def fetch(self, handle: Handle) -> Tokens:
+    def finish_copy(self, handle: Handle) -> Tokens:
         token, best, copied = handle
         if copied is not None:
             copied.synchronize()

@@ -182,7 +182,7 @@ class Batch:
         if pending is None:
             return
         handle, rows = pending
-        for slot, (row, token) in enumerate(zip(rows, self.decoder.fetch(handle).tolist(), strict=True)):
+        for slot, (row, token) in enumerate(zip(rows, self.decoder.finish_copy(handle).tolist(), strict=True)):
             if row is None or self.stopping.finish_reasons[row] is not None:
                 continue
             self.stopping.add(row, token)
@@ -227,7 +227,7 @@ class Batch:
         cache, logits = self._prefill(group)
         seen = decoder.to_device(request.seen(decoder.model.config.vocab_size))
         state, choice = decoder.choose_token(self._state(request.keys(0, 1), seen), logits)
-        tokens = decoder.fetch(decoder.start_copy(choice.token, choice.best, [*cache.state, *state.arrays]))
+        tokens = decoder.finish_copy(decoder.start_copy(choice.token, choice.best, [*cache.state, *state.arrays]))
         for row, token in sorted(zip(group, tokens.tolist(), strict=True)):  # an error names the first row
             self.chosen[row] = 1
             self.stopping.add(row, token)

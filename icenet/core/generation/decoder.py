@@ -250,9 +250,9 @@ class DecoderBase(ABC):
             self.attention_mask = self.concatenate([self.attention_mask, new])
         return self.model.project(self.model.hidden_states(token[:, None], self.attention_mask, self.cache)[:, -1])
 
-    def receive(self, handle: Any) -> Tokens:
-        """Returns the tokens that `submit` has queued: what `fetch` returns."""
-        tokens = self.fetch(handle)
+    def fetch(self, handle: Any) -> Tokens:
+        """Waits for the tokens that `submit` has queued. Returns int32 `[B]`, -1 where the score is not finite."""
+        tokens = self.finish_copy(handle)
         self.chosen.append(int(tokens[0]))
         return tokens
 
@@ -316,11 +316,11 @@ class DecoderBase(ABC):
         """Starts to compute tokens, their scores and the arrays of the state, and to copy the first two to the host.
 
         Returns:
-            A handle for `fetch`.
+            A handle for `finish_copy`.
         """
 
     @abstractmethod
-    def fetch(self, handle: Any) -> Tokens:
+    def finish_copy(self, handle: Any) -> Tokens:
         """Waits for the tokens of a handle. Returns int32 `[B]` on the host, -1 where the score is not finite."""
 
     @abstractmethod

@@ -175,7 +175,7 @@ class PromptCache:
         self._prompt, self.prompt_length = [], 0
         self.check(model, request)
         with model.decoder_type(model, request, self) as decoder:
-            decoder.receive(decoder.submit(0))
+            decoder.fetch(decoder.submit(0))
         self.fix(tokens)
 
     def fix(self, tokens: Sequence[int]) -> None:
@@ -271,8 +271,8 @@ def _read_layers(path: Path, entries: Any, data: Any, model: Any, length: int) -
     shapes: dict[str, tuple[int, ...]] = {}
     for index, block in enumerate(transformer_plan.blocks(model.config)):
         plan = block.attention
-        shape = (1, plan.num_kv_heads, length, plan.head_size)
-        shapes |= {f"layers.{index}.{name}": shape for name in ("keys", "values")}
+        for name in ("keys", "values"):
+            shapes[f"layers.{index}.{name}"] = (1, plan.num_kv_heads, length, plan.head_size)
     if set(entries) != {*shapes, "tokens"}:
         raise WeightsError(f"{path}: damaged prompt cache: its arrays are not those of {len(shapes) // 2} layers")
     arrays = {}

@@ -165,14 +165,14 @@ class SpeculativeDecoder:
         self._contexts.__exit__(*exception)
 
     def submit(self, index: int) -> int:
-        """Returns a handle of new token `index` for `receive`."""
+        """Returns a handle of new token `index` for `fetch`."""
         return index
 
-    def receive(self, handle: int) -> Tokens:
+    def fetch(self, handle: int) -> Tokens:
         """Returns new token `handle` of the row, int32 `[1]`; -1 if its logits are not finite."""
         chosen = self.target.chosen
         if not chosen:
-            self.target.receive(self.target.submit(0))
+            self.target.fetch(self.target.submit(0))
             self._keep(chosen)
         while len(chosen) <= handle:
             self._round()
@@ -210,7 +210,7 @@ class SpeculativeDecoder:
             choice = self._verify(joined)
             proposals = target.start_copy(joined, joined, [])
             handle = target.start_copy(choice.token, choice.best, target.state.arrays)
-            found, proposed = target.fetch(handle), target.fetch(proposals)
+            found, proposed = target.finish_copy(handle), target.finish_copy(proposals)
         accepted = int(np.cumprod(found[:-1] == proposed[1:]).sum())
         new = found[: accepted + 1].tolist()
         chosen.extend(new)

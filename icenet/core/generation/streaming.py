@@ -57,7 +57,7 @@ def stream_tokens(
             # the next step is queued before the last token is read, so the device does not wait for the host
             upcoming = decoder.submit(index + 1) if index + 1 < request.new_tokens else None
             try:
-                chosen = stopping.update(decoder.receive(pending))
+                chosen = stopping.update(decoder.fetch(pending))
             except NonFiniteError as error:
                 raise request.explain(error, decoder.model, stopping.tokens) from None
             if not stopping.all_done:
