@@ -1,0 +1,122 @@
+"""The copy of a model that generates: joined projections, in memory once, with the weights of the model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from helpers import both_backends, build_model, native, plain, token_ids
+
+from icenet.core import backends
+from icenet.core.config import ModelConfig
+
+LLAMA: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms_norm",
+    "feed_forward": "gated",
+    "activation": "silu",
+    "num_kv_heads": 2,
+    "attention_bias": False,
+}
+OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "llama": LLAMA, "tied": {**LLAMA, "tie_embeddings": True}}
+
+
+def build(backend: str, name: str = "llama") -> Any:
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
+    model = build_model(backend, ModelConfig(**{"type": "transformer", "dropout": 0.0, **sizes, **OPTIONS[name]}))
+    model.eval()
+    return model
+
+
+def logits(model: Any, backend: str) -> np.ndarray:
+    return plain(model(native(backend, token_ids(2, 9, vocab_size=61))))
+
+
+@both_backends
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_copy_computes_what_the_model_does(backend: str, name: str) -> None:
+    model = build(backend, name)
+    before, names = logits(model, backend), list(model.weight_shapes())
+    found = logits(model.for_generation(), backend)
+    assert np.abs(found - before).max() <= 8 * 2.0**-24 * np.abs(before).max()
+    # the model itself keeps its layers, its values and its names
+    assert list(model.weight_shapes()) == names
+    assert np.array_equal(logits(model, backend), before)
+    attention = model.for_generation().blocks[0].attention
+    assert attention.q_proj is None and attention._joined.weight.shape == (
+        24 + 2 * (24 if name == "default" else 12),
+        24,
+    )
+
+
+@both_backends
+def test_a_copy_is_kept_and_joined_weights_are_in_memory_once(backend: str) -> None:
+    model = build(backend)
+    copied = model.for_generation()
+    assert model.for_generation() is copied
+    tree = backends.module(backend, "nn.tree")
+    joined = copied.blocks[1].attention._joined.weight
+    start = joined.data_ptr() if backend == "torch" else tree._address(joined)
+    ends = start + 4 * 24 * np.array([0, 24, 36])
+    own = model.blocks[1].attention
+    for layer, address in zip((own.q_proj, own.k_proj, own.v_proj), ends, strict=True):
+        assert (layer.weight.data_ptr() if backend == "torch" else tree._address(layer.weight)) == address
+
+
+def add_one(backend: str, layer: Any, how: str) -> None:
+    """Adds 1 to the weight of a layer, as users do."""
+    if backend == "mlx":
+        if how == "in place":
+            layer.weight += 1
+        elif how == "item":
+            layer.weight[...] = layer.weight + 1
+        else:
+            layer.weight = layer.weight + 1
+        mx.eval(layer.weight)
+    elif how == "in place":
+        with torch.no_grad():
+            layer.weight += 1
+    elif how == "item":
+        layer.weight.data[...] += 1
+    else:
+        layer.weight = torch.nn.Parameter(layer.weight.detach() + 1)
+
+
+@both_backends
+@pytest.mark.parametrize("how", ["in place", "item", "another"])
+@pytest.mark.parametrize("name", ["v_proj", "out_proj"])
+def test_a_changed_weight_changes_what_is_generated(backend: str, how: str, name: str) -> None:
+    model, prompts = build(backend), [[5, 6, 7]]
+    first = model.generate(prompts, max_new_tokens=9, temperature=0.0, details=True)[0].tokens
+    add_one(backend, getattr(model.blocks[0].attention, name), how)
+    second = model.generate(prompts, max_new_tokens=9, temperature=0.0, details=True)[0].tokens
+    expected = list(prompts[0])
+    for _ in range(9):
+        expected.append(int(plain(model(native(backend, np.array([expected], np.int32))))[0, -1].argmax()))
+    assert second == expected[3:] and second != first
+
+
+@both_backends
+def test_a_model_in_training_keeps_no_copy(backend: str) -> None:
+    model = build(backend)
+    model.train()
+    assert model.for_generation() is not model.for_generation()
+    assert not model.for_generation().training and model.training
+
+
+@both_backends
+def test_copies_of_a_model_have_their_own(backend: str) -> None:
+    model = build(backend)
+    kept = model.for_generation()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert other.for_generation() is not kept
+        add_one(backend, other.blocks[0].attention.q_proj, "in place")
+    assert model.for_generation() is kept
+    assert np.array_equal(logits(model, backend), logits(build(backend), backend))
