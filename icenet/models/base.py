@@ -18,7 +18,7 @@ from icenet.core.models.base import ModelBase
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
 from icenet.nn.activations import match_gradients_at_zero
-from icenet.nn.arrays import DTYPES, is_half, to_numpy
+from icenet.nn.arrays import DTYPES, is_half, on_cpu, to_numpy
 from icenet.nn.dropout import key_dropouts
 from icenet.nn.embedding import guard_embeddings, reading_ids, to_host
 
@@ -52,6 +52,11 @@ class BaseModel(ModelBase, nn.Module):
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.device is None else mx.stream(self.device)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        with self.arithmetic():
+            return on_cpu()
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Returns the model's output; defined by each model."""
