@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -149,7 +150,8 @@ class LayerCache:
     """
 
     def __init__(self, cache: KVCache, keys: mx.array | None = None, values: mx.array | None = None) -> None:
-        self._cache = cache
+        # a reference would make a cycle, and the buffers of each step would wait for the garbage collector
+        self._cache: KVCache = weakref.proxy(cache)
         self.keys = keys
         self.values = values
 

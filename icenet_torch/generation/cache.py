@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -150,7 +151,8 @@ class LayerCache:
     """
 
     def __init__(self, cache: KVCache, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        self._cache = cache
+        # a reference would make a cycle, and the buffers of each step would wait for the garbage collector
+        self._cache: KVCache = weakref.proxy(cache)
         self.keys = keys
         self.values = values
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -120,3 +122,26 @@ def test_copies_of_a_model_have_their_own(backend: str) -> None:
         add_one(backend, other.blocks[0].attention.q_proj, "in place")
     assert model.for_generation() is kept
     assert np.array_equal(logits(model, backend), logits(build(backend), backend))
+
+
+@both_backends
+def test_caches_are_freed_at_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step has a cache of its own. Without a cycle of references, none waits for the garbage collector."""
+    model = build(backend)
+    caches: list[weakref.ref[Any]] = []
+    cache_type = type(model.make_cache())
+    captured = cache_type.captured
+
+    def recording(self: Any, state: Any) -> Any:
+        other = captured(self, state)
+        caches.extend([weakref.ref(self), weakref.ref(other)])
+        return other
+
+    monkeypatch.setattr(cache_type, "captured", recording)
+    gc.disable()
+    try:
+        for _ in model.generate([[5, 6, 7]], max_new_tokens=9, temperature=0.0, stream=True):
+            assert sum(cache() is not None for cache in set(caches)) <= 2
+    finally:
+        gc.enable()
+    assert len(caches) == 16 and not any(cache() for cache in caches)
