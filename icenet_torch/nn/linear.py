@@ -10,6 +10,7 @@ from torch import nn
 
 from icenet_torch.nn.arrays import Array, Dtype, cast_weight, on_cpu, product_dtype
 from icenet_torch.nn.embedding import CheckedEmbedding
+from icenet_torch.nn.quantized import QuantizedLayer, dequantized, quantization_of, quantized_product
 
 
 class Linear(nn.Linear):
@@ -25,6 +26,7 @@ class Linear(nn.Linear):
     weight: nn.Parameter
     bias: nn.Parameter
     can_quantize = True
+    quantized_type: type[QuantizedLayer]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
@@ -41,6 +43,23 @@ class Linear(nn.Linear):
         self.weight = cast_for_products(original.weight, dtype)
         if original.bias is not None:
             self.bias = cast_for_products(original.bias, dtype)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A linear layer with a quantized weight, x W^T + b, in the dtype of x. It is made from a `Linear`."""
+
+    layer_kind = "linear"
+    bias: nn.Parameter | None
+
+    def forward(self, x: Array) -> Array:
+        return _add_bias(quantized_product(x, self), self.bias)
+
+    def prepare_generation(self, original: QuantizedLinear, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: makes the weight in the layout of PyTorch's product."""
+        self.prepare_product()
+
+
+Linear.quantized_type = QuantizedLinear
 
 
 def cast_for_products(weight: nn.Parameter, dtype: Dtype) -> nn.Parameter:
@@ -86,17 +105,54 @@ class Projections(nn.Module):
         return linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
 
 
-def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | None:
-    """Returns several linear layers of the same input as one; None if a layer is of another class or dtype."""
-    kinds = {(type(layer), layer.weight.dtype, layer.bias is None) for layer in layers if isinstance(layer, Linear)}
-    same = len(kinds) == 1 and all(type(layer) is Linear for layer in layers)
-    return Projections(layers, dtype) if same else None  # type: ignore[arg-type]
+class QuantizedProjections(QuantizedLayer):
+    """`Projections` of layers with quantized weights: the joined one has their packed rows after one another."""
+
+    def __init__(self, layers: Sequence[QuantizedLinear], dtype: Dtype) -> None:
+        super().__init__()
+        self.bits, self.group_size = layers[0].bits, layers[0].group_size
+        self.sizes = [layer.weight.shape[0] for layer in layers]
+        self.weight, self.scales, self.biases = (self._join(layers, name) for name in ("weight", "scales", "biases"))
+        self.bias = self._join(layers, "bias") if layers[0].bias is not None else None
+        self.prepare_product()
+
+    def _join(self, layers: Sequence[QuantizedLinear], name: str) -> Array:
+        arrays = [getattr(layer, name).detach() for layer in layers]
+        if name == "weight":  # PyTorch has few operations for uint32
+            joined = torch.cat([array.view(torch.int32) for array in arrays]).view(torch.uint32)
+        else:
+            joined = torch.cat(arrays)
+        for layer, part in zip(layers, joined.split(self.sizes), strict=True):
+            getattr(layer, name).data = part
+        return joined
+
+    def forward(self, x: Array) -> tuple[Array, ...]:
+        return _add_bias(quantized_product(x, self), self.bias).split(self.sizes, dim=-1)
+
+
+_JOINED: dict[type, type] = {Linear: Projections, QuantizedLinear: QuantizedProjections}
+
+
+def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | QuantizedProjections | None:
+    """Returns several linear layers of the same input as one; None if they are not of one class and dtype."""
+    joined = _JOINED.get(type(layers[0]))
+    if joined is None or any(type(layer) is not type(layers[0]) for layer in layers):
+        return None
+    values = "scales" if joined is QuantizedProjections else "weight"
+    kinds = {(getattr(layer, values).dtype, layer.bias is None, quantization_of(layer)) for layer in layers}
+    return joined(layers, dtype) if len(kinds) == 1 else None  # type: ignore[no-any-return]
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    """Returns y `[..., out]` with a bias `[out]`, if there is one, in the dtype of y."""
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Embedding(CheckedEmbedding):
     """A table of vectors: ids int `[...]` to `[..., D]`."""
 
     can_quantize = True
+    quantized_type: type[QuantizedLayer]
 
     def __init__(self, num_embeddings: int, dims: int) -> None:
         super().__init__(num_embeddings, dims)
@@ -118,6 +174,26 @@ class Embedding(CheckedEmbedding):
         self._output_weight = cast_for_products(original.weight, dtype)
 
 
+class QuantizedEmbedding(QuantizedLayer):
+    """A table of quantized vectors: ids int `[...]` to `[..., D]`. It is made from an `Embedding`."""
+
+    layer_kind = "embedding"
+
+    def forward(self, ids: Array) -> Array:
+        return dequantized(self, self.scales.dtype, ids)
+
+    def as_linear(self, x: Array) -> Array:
+        """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
+        return quantized_product(x, self)
+
+    def prepare_generation(self, original: QuantizedEmbedding, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: makes the weight in the layout of PyTorch's product."""
+        self.prepare_product()
+
+
+Embedding.quantized_type = QuantizedEmbedding
+
+
 class Bias(nn.Module):
     """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer."""
 
@@ -128,4 +204,4 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features))
 
     def forward(self, x: Array) -> Array:
-        return x + self.bias.to(x.dtype)
+        return _add_bias(x, self.bias)

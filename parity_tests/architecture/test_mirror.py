@@ -37,16 +37,14 @@ ONE_SIDED = {
     "nn.exact": {"add_bias", "channel_sums", "logsumexp", "moments", "normalize", "scale", "scale_and_shift"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
-    # on PyTorch, quantized weights are dequantized when they are loaded
-    "nn.experts": {"QuantizedStackedLinear"},
     "nn.linear": {
         # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does
         *("Linear.reset_parameters", "Embedding.reset_parameters", "Embedding.forward"),
-        *("QuantizedLinear", "QuantizedLinear.forward", "QuantizedLinear.prepare_generation", "QuantizedProjections"),
-        *("QuantizedProjections.forward", "QuantizedEmbedding", "QuantizedEmbedding.forward"),
-        "QuantizedEmbedding.as_linear",
+        "QuantizedEmbedding.prepare_generation",  # PyTorch's product has another layout of the weight
     },
-    "nn.quantized": {"QuantizedLayer", "to_quantized", "quantized_product"},
+    "nn.experts": {"QuantizedStackedLinear"},  # PyTorch has no product with quantized weights of experts
+    # mlx.nn.quantize calls the first; MLX has a function for the second, and no other layout
+    "nn.quantized": {"to_quantized", "dequantized", "QuantizedLayer.prepare_product"},
     "nn.random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits_at_least"},
 }
 """Public names that only one backend has, and why."""

@@ -101,6 +101,51 @@ def test_backends_agree_in_fp32_on_scales_in_half_precision(tmp_path: Path) -> N
     assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "attention_bias": True}])
+def test_pytorch_has_a_product_with_four_bits(changes: dict[str, Any], tmp_path: Path) -> None:
+    """In bf16, in a prompt and in single tokens, and with the same arrays as MLX."""
+    path = save(tmp_path / "model", vocab_size=256, **changes)
+    ours, theirs = (load(path, name, quantize=4, group_size=32, dtype="bf16") for name in ("mlx", "torch"))
+    assert theirs.quantized_layers() == ours.quantized_layers() and len(ours.quantized_layers()) >= 15
+    assert same_bits(theirs.weights(), ours.weights())
+    whole = load(icenet.save(theirs, tmp_path / "saved"), "torch")  # fp32, which is dequantized
+    exact = build_model("exact", whole.config)
+    exact.set_weights({name: array.astype(np.float64) for name, array in whole.weights().items()})
+    tokens = token_ids(2, 7, vocab_size=256)
+    prepared = theirs.for_generation()
+    sizes = [prepared.blocks[0].attention._joined.weight.shape, prepared.blocks[0].feed_forward._joined.weight.shape]
+    assert [tuple(size) for size in sizes] == [(128, 8), (192, 8)]
+    for model in (theirs, prepared):
+        found = [
+            plain(
+                output.float()
+                if hasattr(output, "detach")
+                else output.astype(importlib.import_module("mlx.core").float32)
+            )
+            for output in (one(native(one.backend, tokens)) for one in (ours, model))
+        ]
+        verdict = judge(*found, logits(exact, tokens), "bf16")
+        assert verdict.passed, verdict
+        # and the other way round: PyTorch's error is as small as that of MLX
+        verdict = judge(*found[::-1], logits(exact, tokens), "bf16")
+        assert verdict.passed, verdict
+    assert same_bits(theirs.weights(), ours.weights())  # the layers have parts of the joined arrays
+    again = load(tmp_path / "saved", "torch", dtype="bf16")
+    assert same_bits(again.weights(), theirs.weights())
+    assert not load(path, "torch", quantize=8, group_size=32, dtype="bf16").quantized_layers()
+
+
+def test_large_weights_are_dequantized_in_parts_on_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = importlib.import_module("icenet_torch.nn.quantized")
+    model = load(save(tmp_path / "model", vocab_size=256), "torch", quantize=4, group_size=32, dtype="bf16")
+    whole = quantized.dequantized(model.output, importlib.import_module("torch").float32)
+    monkeypatch.setattr(quantized, "_CHUNK_VALUES", 200)
+    assert (quantized.dequantized(model.output, whole.dtype) == whole).all()
+    assert (quantized.dequantized(model.output, whole.dtype, native("torch", [3, 5])) == whole[[3, 5]]).all()
+    expected = load(icenet.save(model, tmp_path / "saved"), "torch").output.weight
+    assert (whole - expected).abs().max() <= 1e-6
+
+
 def test_the_values_are_those_of_the_formula(tmp_path: Path) -> None:
     """Weights on PyTorch are the dequantized ones; MLX holds the numbers of its own function."""
     mx = importlib.import_module("mlx.core")

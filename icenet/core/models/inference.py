@@ -72,10 +72,10 @@ def build_for_inference(
     if weights is not None:
         if dtype is None and not model.is_on_cpu:
             dtype = float_dtype(weights)
-        found = packed_of(weights)
-        values = weights if found is None else _quantize_layers(model, found, dtype or "fp32")
         if dtype is not None:
             model.set_weight_dtype(dtype)
+        found = packed_of(weights)
+        values = weights if found is None else _quantize_layers(model, found, dtype or "fp32")
         model.set_weights(values)
         model.origin = Origin.of(weights)
     if config.model.input_kind in ("tokens", "anything") and config.data.kind in ("text", "chat"):

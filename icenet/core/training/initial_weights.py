@@ -40,7 +40,9 @@ def apply(config: Config, engine: Engine) -> list[str]:
     source, weights = open_trained(Path(path), "training.init_from")
     notes = [f"the initial weights are those of {path}"]
     if (packed := packed_of(weights)) is not None:
-        notes.append(f"{describe(packed.layers)} there; training is not quantized and begins with dequantized weights")
+        notes.append(
+            f"{describe(packed.layers)} there; training is not quantized and begins with dequantized weights"
+        )
     used: Mapping[str, np.ndarray[Any, Any]] = weights
     if config.training.new_head:
         used = {**{name: weights[name] for name in weights if not _is_of_head(name)}, **_new_head(config, engine)}
