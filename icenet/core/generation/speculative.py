@@ -197,7 +197,9 @@ class SpeculativeDecoder:
             with draft.inference_mode():
                 for token in self.unread[:-1]:
                     self._set(draft, keys)
-                    draft.decode(token)
+                    choice = draft.decode(token)
+                    # nothing depends on its choice, but a kernel of this step may store its keys and values
+                    draft.start_copy(choice.token, choice.best, draft.state.arrays)
                 self._set(draft, keys)
                 read = draft.cache.length
                 for _ in range(count):
@@ -231,6 +233,8 @@ class SpeculativeDecoder:
 
     def _set(self, decoder: DecoderBase, keys: NDArray[np.uint32] | None) -> None:
         """Sets the keys of the draws of a round, and the tokens that the row contains."""
+        if keys is None and self.seen is None:
+            return
         decoder.state = replace(
             decoder.state,
             index=decoder.to_device(np.zeros((), np.int32)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -88,6 +89,52 @@ def test_proposals_are_counted_as_a_plain_loop_counts_them(backend: str) -> None
         found = continued(model, temperature=0.0, draft=draft, num_draft_tokens=size).draft
         assert found == expected
         assert found.agreement == expected.accepted / expected.compared
+
+
+class StaticStep:
+    """A step with the memory of a CUDA graph: each call reads and writes the arrays of the first one."""
+
+    def __init__(self, step: Any, state: Any, token: Any) -> None:
+        self.step, self.token = step, token.clone()
+        others = [a if a is None else a.clone() for a in (state.index, state.keys, state.seen)]
+        self.state = type(state)([state.cache[0].clone(), *state.cache[1:]], *others)
+        self.choice: Any = None
+
+    def _keep(self, state: Any, token: Any) -> None:
+        for own, new in zip([*self.state.arrays, self.token], [*state.arrays, token], strict=True):
+            if new is not own:
+                own.copy_(new)
+
+    def __call__(self, state: Any, token: Any) -> Any:
+        self._keep(state, token)
+        after, choice = self.step(self.state, self.token)
+        self._keep(after, choice.token)
+        if self.choice is None:
+            self.choice = choice
+        for own, new in zip(self.choice, choice, strict=True):
+            own.copy_(new)
+        return self.state, self.choice
+
+
+def test_steps_with_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the model's step, its step over proposals, and the draft's step are CUDA graphs."""
+    model = build("torch", **LLAMA)
+    draft = build_draft(model)
+    options: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"seed": 1, "repetition_penalty": 1.2})
+    expected = [continued(model, 30, **more).tokens for more in options]
+    decoder = importlib.import_module("icenet_torch.generation.decoder")
+    made = []
+
+    def capture(self: Any, state: Any, token: Any, step: Any = None) -> Any:
+        made.append(StaticStep(step or self.decode_step, state, token))
+        return made[-1]
+
+    monkeypatch.setattr(decoder, "CapturedStep", StaticStep)
+    monkeypatch.setattr(decoder.Decoder, "capture", capture)
+    for more, tokens in zip(options, expected, strict=True):
+        assert continued(model, 30, draft=draft, num_draft_tokens=3, **more).tokens == tokens
+        assert 2 <= len(made) <= 3
+        made.clear()
 
 
 @both_backends
