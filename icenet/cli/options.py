@@ -203,6 +203,28 @@ def _template_options(ctx: click.Context, parameter: click.Parameter, values: tu
     return found
 
 
+_DRAFT_OPTIONS = (
+    click.option(
+        "--draft",
+        type=PATH,
+        metavar="MODEL",
+        help="A smaller model with the same tokenizer, which proposes tokens: the same text in less time.",
+    ),
+    click.option(
+        "--num-draft-tokens",
+        type=click.IntRange(1, 64),
+        help="Number of tokens that the draft proposes at a time. Default: 3.",
+    ),
+)
+
+
+def draft_options(command: Any) -> Any:
+    """Adds the options of speculative decoding to a command."""
+    for option in reversed(_DRAFT_OPTIONS):
+        command = option(command)
+    return command
+
+
 template_option = click.option(
     "--template-option",
     "template_options",
