@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from gguf_files import gguf, write
 from helpers import is_one_line, same_bits
+from ml_dtypes import bfloat16
 
 import icenet
 from icenet.commands.convert import convert_model
 from icenet.commands.info import model_report
 from icenet.core.config import Config, transformer_plan
 from icenet.core.errors import IceNetError
-from icenet.core.families import FAMILIES, folder
+from icenet.core.families import FAMILIES, folder, gguf_export
 from icenet.core.families.weights import family_tensors
 from icenet.core.models import rotary
 from icenet.core.tokenizers import gguf as gguf_tokenizer
@@ -309,6 +310,49 @@ def test_values_that_float16_cannot_hold_are_said(tmp_path: Path) -> None:
         icenet.convert(source, tmp_path / "x.gguf", "gguf")
     assert is_one_line(error.value) and not (tmp_path / "x.gguf").exists()
     icenet.convert(source, tmp_path / "x.gguf", "gguf-f32")
+
+
+def test_scales_that_float16_cannot_hold_are_said(tmp_path: Path) -> None:
+    arrays = random_tensors(CASES["qwen2"])
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e7  # the scale is a 127th of it
+    source = hugging_face_folder(tmp_path / "in", CASES["qwen2"], arrays)
+    with pytest.raises(IceNetError, match=r"blk.1.ffn_up.weight: .*scales.*float16.*gguf-f32"):
+        icenet.convert(source, tmp_path / "x.gguf", "gguf-q8_0")
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2", "mixtral", "gemma2", "phi3"])
+def test_a_file_does_not_depend_on_the_parts_that_threads_convert(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permuted, transposed, stacked, changed and joined tensors."""
+    arrays = {path: array.astype(bfloat16) for path, array in random_tensors(CASES[name]).items()}
+    source = hugging_face_folder(tmp_path / "in", CASES[name], arrays)
+    monkeypatch.setattr("icenet.core.threads.usable_cores", lambda: 3)
+    contents = []
+    for values in (1 << 16, 100):
+        monkeypatch.setattr("icenet.core.families.gguf_export._VALUES", values)
+        icenet.convert(source, tmp_path / "x.gguf", "gguf-q8_0", overwrite=True)
+        contents.append((tmp_path / "x.gguf").read_bytes())
+    assert contents[0] == contents[1] and len(contents[0]) % 32 == 0
+
+
+def test_blocks_of_8_bits_are_those_of_the_package() -> None:
+    """With scales that round to zero or are subnormal, and values in the middle between two numbers."""
+    scales = np.float32(10) ** np.random.default_rng(1).uniform(-44, 6, (500, 1)).astype(np.float32)
+    blocks = np.random.default_rng(2).standard_normal((500, 32)).astype(np.float32) * scales
+    blocks[:100] = np.round(blocks[:100] / scales[:100] * 254) / 2  # 127 is the largest: a scale of 1
+    blocks[:100, 0], blocks[100, :], blocks[101, 1:] = -127, 0, 0
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.quantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(gguf_export._in_type("x", blocks, "Q8_0"), expected)
+
+
+def test_half_precision_of_bfloat16_is_that_of_its_float32() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(bfloat16)
+    exact = values.astype(np.float32)
+    kept = (np.abs(exact) < 65520) | np.isinf(exact)
+    found = gguf_export._in_type("x", values[kept], "F16")
+    np.testing.assert_array_equal(found.view(np.uint16), exact[kept].astype(np.float16).view(np.uint16))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
