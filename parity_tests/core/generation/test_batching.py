@@ -250,6 +250,19 @@ def test_an_error_names_the_row_of_the_call(backend: str, size: int) -> None:
 
 
 @both_backends
+def test_an_error_in_rows_apart(backend: str) -> None:
+    """Rows that slide are decoded apart from the others; the message has their number in the call."""
+    model = build(backend, "learned positions")
+    weights = {name: array.copy() for name, array in model.weights().items()}
+    weights["token_embedding.weight"][60] = np.nan
+    broken = type(model)(model.config, seed=None)
+    broken.set_weights(weights)
+    prompts = [[1, 2], [3], [5, 60, 1] * 20]
+    with pytest.raises(NonFiniteError, match="token 0 of row 2"):
+        broken.generate(prompts, temperature=0.0, max_new_tokens=9, overflow="slide")
+
+
+@both_backends
 def test_the_option(backend: str) -> None:
     model = build(backend, "learned positions")
     with pytest.raises(UsageError, match="max_batch_size has no effect with stream=True"):
