@@ -202,9 +202,15 @@ def test_timing_is_interleaved_and_ratios_are_pairwise() -> None:
     times = common.time_interleaved({"a": function("a", 0.002), "b": function("b", 0.006)}, 3)
     assert order == ["a", "b"] * 4 and {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     assert min(times["a"]) >= 0.002 and min(times["b"]) >= 0.006
-    ratio = common.ratio([2.0, 4.0, 60.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert ratio["median"] == 2.0 and ratio["low"] == 2.0 and ratio["high"] > 2.0
+    ratio = common.ratio([2.0, 4.0, 60.0, 8.0, 20.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert ratio["median"] == 2.0 and ratio["low"] == 2.0 and ratio["high"] == 4.0
     assert common.ratio([3.0], [2.0]) == {"median": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_quartiles_are_those_of_the_rounds() -> None:
+    """They are numpy's, and never outside the values: those of 10 and 400 tokens per second are not below 0."""
+    for values in ([400.0, 10.0], [3.0, 1.0, 2.0], [5.0, 1.0, 4.0, 2.0]):
+        assert common.quartiles(values) == pytest.approx(np.quantile(values, [0.25, 0.5, 0.75]))
 
 
 # ---- the minimal loop ----------------------------------------------------------------------------------------
@@ -479,6 +485,19 @@ def test_the_start_of_processes(in_process: None, capsys: pytest.CaptureFixture[
     assert (
         "generate" in programs[10][1] and "import torch" in programs[11][1] and programs[10][2:] == programs[11][2:]
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "target", "reason"),
+    [("decode", "nosuch", "no such file or preset"), ("load", "resnet-18", "generates no text")],
+)
+def test_a_target_is_checked_before_processes_start(
+    row: str, target: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inference, "start", lambda name, device: pytest.fail(f"{name} is started"))
+    assert cli.main(["bench", row, target, "--repeats", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and is_one_line(error_line(err), target, reason)
 
 
 def test_a_process_that_fails_says_why() -> None:

@@ -84,10 +84,19 @@ def time_interleaved(
     return times
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile of at least one value.
+
+    They are within the range of the values: the default of `statistics.quantiles` estimates those of a larger sample,
+    and gives negative speeds for two values that differ much.
+    """
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, middle, high
+
+
 def ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Returns the median (`median`) and the quartiles (`low`, `high`) of `values[i] / base[i]`."""
-    pairs = sorted(a / b for a, b in zip(values, base, strict=True))
-    low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    low, middle, high = quartiles([a / b for a, b in zip(values, base, strict=True)])
     return {"median": middle, "low": low, "high": high}
 
 

@@ -15,14 +15,14 @@ from itertools import product
 from typing import Any
 
 from icenet.commands import isolated
-from icenet.commands.bench import common, limits, sides
+from icenet.commands.bench import common, limits, sides, target
 from icenet.commands.doctor import system_facts
 from icenet.core.errors import IceNetError
 from icenet.core.training.signals import Stopped
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
-_TARGET = f"{__package__}.target"
+_TARGET = target.__name__
 _SIDES = f"{__package__}.sides"
 
 
@@ -346,6 +346,7 @@ class _Run:
         self._model: dict[str, Any] = {}
 
     def run(self) -> InferenceReport:
+        target.check(self._options.target, self._options.overrides)
         interruption: BaseException | None = None
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
             stack.callback(self._close)
@@ -358,9 +359,9 @@ class _Run:
                 interruption = error
         machine = {**system_facts(), "sides": self._facts}
         parameters = self._model["size"]["parameters"]
-        target = " ".join([self._options.target, *self._options.overrides])
+        name = " ".join([self._options.target, *self._options.overrides])
         results = [result for done in self._done for result in self._summarize(*done)]
-        return InferenceReport(target, parameters, machine, self._rates, results, self._notes, interruption)
+        return InferenceReport(name, parameters, machine, self._rates, results, self._notes, interruption)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
@@ -497,7 +498,7 @@ class _Run:
         for name, side in complete.items():
             seconds = side.seconds(kind)
             values = sorted(tokens / one if tokens else one for one in seconds)
-            low, value, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+            low, value, high = common.quartiles(values)
             ours = complete.get(f"icenet {sides.KINDS[name].backend}")
             entries.append(
                 {

@@ -123,6 +123,30 @@ def config_of(name: str, overrides: Sequence[str], tokens: int) -> Config | None
     return config
 
 
+def check(name: str, overrides: Sequence[str]) -> None:
+    """Checks a target before the processes of the sides start, which takes seconds.
+
+    Raises:
+        UsageError, CheckpointError: It does not exist, has no weights, or generates no text.
+    """
+    config = config_of(name, overrides, 1)
+    if config is None:
+        config, _ = _open(Path(name))
+    _check_generates(name, config)
+
+
+def _open(path: Path) -> tuple[Config, Any]:
+    config, weights = open_target(path)
+    if weights is None:
+        raise CheckpointError(f"{path}: contains no weights")
+    return config, weights
+
+
+def _check_generates(name: str, config: Config) -> None:
+    if config.model.input_kind != "tokens" or not getattr(config.model, "causal", True):
+        raise UsageError(f"{name}: a model that generates no text; the bench of inference needs one that does")
+
+
 def prepare(name: str, overrides: Sequence[str], tokens: int, dtype: str, work: str) -> dict[str, Any]:
     """Returns the folders of a model. Runs in a separate process.
 
@@ -149,12 +173,9 @@ def prepare(name: str, overrides: Sequence[str], tokens: int, dtype: str, work: 
         saved_model.save(own, RandomWeights(shapes, dtype), files)
     else:
         own = Path(name)
-        config, weights = open_target(own)
-        if weights is None:
-            raise CheckpointError(f"{name}: contains no weights")
+        config, _ = _open(own)
         model = backends.meta_model(config)
-    if config.model.input_kind != "tokens" or not getattr(config.model, "causal", True):
-        raise UsageError(f"{name}: a model that generates no text; the bench of inference needs one that does")
+    _check_generates(name, config)
     size = limits.size_of(config, model)
     if size.max_length is not None and size.max_length < tokens:
         raise UsageError(
