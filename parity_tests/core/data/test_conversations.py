@@ -207,6 +207,18 @@ def test_other_sources_are_one_line(tmp_path: Path) -> None:
         assert is_one_line(caught.value, name)
 
 
+def test_a_length_that_leaves_no_answer_is_named(tmp_path: Path) -> None:
+    """The file is not empty, and its lines have the right form: the length is what has to change."""
+    path = write(
+        tmp_path / "c.jsonl", {"prompt": "p" * 30, "completion": "c"}, {"prompt": "p" * 40, "completion": "c"}
+    )
+    for errors in ("stop", "skip"):
+        with pytest.raises(DataError) as caught:
+            opened(path, seq_length=10, errors=errors)
+        assert is_one_line(caught.value, "raise data.seq_length, which is 10", "left out: 2 (c.jsonl line 1")
+        assert "empty" not in str(caught.value) and "messages" not in str(caught.value)
+
+
 def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", chat("a", "b"))
     with pytest.raises(IceNetError, match=r"line 1: .*chat template"):

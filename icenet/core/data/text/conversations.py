@@ -197,10 +197,13 @@ def open_conversations(
         with PartialConversations(partial, tokenizer) as rows:
             left_out = _encode_source(found, tokenizer, seq_length, train_on, errors, rows, progress)
             if not len(rows):
+                way_out = "each line must be an object with messages, or with prompt and completion"
+                if NO_ANSWER in left_out.counts:
+                    way_out = f"raise data.seq_length, which is {seq_length}"
                 left_out = found.left_out.merged(left_out)
                 raise DataError(
-                    f"data.source: there are no conversations in {found.description}; each line must be an object "
-                    f"with messages, or with prompt and completion{'; ' if left_out else ''}{left_out.summary()}"
+                    f"data.source: there are no conversations to train on in {found.description}; {way_out}"
+                    f"{'; ' if left_out else ''}{left_out.summary()}"
                 )
             rows.write(path, left_out)
 
@@ -229,8 +232,9 @@ def _encode_source(
     left_out = LeftOut()
     total, done = sum(document.size for document in source.documents), 0
     for document in source.documents:
-        before, read = len(rows), 0
+        is_empty, read = True, 0
         for number, line in _lines(document):
+            is_empty = False
             try:
                 row = encode(_object(line), tokenizer, train_on)
             except IceNetError as error:
@@ -252,7 +256,7 @@ def _encode_source(
             read += len(line)
             if progress is not None:
                 progress(done + min(read, document.size), total)
-        if len(rows) == before:
+        if is_empty:
             left_out.add(EMPTY, document.name)
         done += document.size
         if progress is not None:
