@@ -149,13 +149,13 @@ def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
             continue
         if kind == "Pooling" and before == ["Transformer"]:
             path = _inside(folder, module.get("path"), file)
-            fields |= _read_pooling(path / "config.json", _object(path / "config.json", read_json))
+            fields |= _read_pooling(path / dense.CONFIG, _settings_of(path, read_json))
             continue
         if kind == "Dropout":  # for training only
             continue
         if kind == "Dense" and fields["pooling"] and not fields.get("normalize"):
             path = _inside(folder, module.get("path"), file)
-            values = _object(path / dense.CONFIG, read_json)
+            values = _settings_of(path, read_json)
             missing = dense.unsupported(values)
             if missing is None:
                 dense.Dense(path, dense.shape_of(path / dense.CONFIG, values))
@@ -209,6 +209,14 @@ def _inside(folder: Path, path: Any, file: Path) -> Path:
     ):
         raise ConfigError(f"{file}: path {shown(path)}: not the name of a folder in it")
     return folder / path
+
+
+def _settings_of(module: Path, read_json: Read) -> dict[str, Any]:
+    """Returns the config.json of a module, without which embeddings would be others than those of the model."""
+    file = module / dense.CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file, and {MODULES} lists this module; copy or download the whole folder")
+    return _object(file, read_json)
 
 
 def _object(file: Path, read_json: Read) -> dict[str, Any]:

@@ -382,6 +382,17 @@ def test_a_dense_layer_that_cannot_be_used_is_named(
         assert any(is_one_line(message, *names) for message in caplog.messages)
 
 
+@pytest.mark.parametrize("name", ["1_Pooling", "2_Dense"])
+def test_a_folder_that_was_copied_in_part_is_named(folder: Path, name: str) -> None:
+    """A model that pools by its first token would give other vectors with the mean."""
+    add_modules(folder, "Dense")
+    add_dense(folder, "2_Dense", 21, 11)
+    (folder / name / "config.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        icenet.load(folder, "torch", "cpu")
+    assert is_one_line(caught.value, f"{name}/config.json", "no such file", "modules.json")
+
+
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
