@@ -1443,7 +1443,7 @@ FAULTS: list[Fault] = [
         "icenet/core/generation/speculative.py",
         "seen = target.concatenate(rows).reshape(len(rows), -1)",
         "seen = target.concatenate([seen] * len(rows)).reshape(len(rows), -1)",
-        ["core/generation/test_speculative.py::test_tokens_are_those_without_a_draft"],
+        ["core/generation/test_speculative.py::test_a_penalty_counts_the_proposals_before_a_place"],
     ),
     Fault(
         "a draft reads beyond its context",

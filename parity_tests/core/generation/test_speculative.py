@@ -91,6 +91,18 @@ def test_proposals_are_counted_as_a_plain_loop_counts_them(backend: str) -> None
         assert found.agreement == expected.accepted / expected.compared
 
 
+@both_backends
+def test_a_penalty_counts_the_proposals_before_a_place(backend: str) -> None:
+    """With tied embeddings a model repeats its last token, which the penalty prevents."""
+    model = build(backend, tie_embeddings=True)
+    assert continued(model, 3, temperature=0.0).tokens == [PROMPT[-1]] * 3
+    options = {"temperature": 0.0, "repetition_penalty": 20.0}
+    expected = continued(model, 16, **options).tokens
+    assert len({*expected}) == 16
+    found = continued(model, 16, draft=build_draft(model, 0.0), num_draft_tokens=4, **options)
+    assert found.tokens == expected and found.draft.agreement == 1
+
+
 class StaticStep:
     """A step with the memory of a CUDA graph: each call reads and writes the arrays of the first one."""
 
