@@ -144,7 +144,7 @@ def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array])
         try:
             torch.save(tensors, file)
         except RuntimeError as error:
-            # PyTorch's zip writer raises its own error on top of a failed write
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
+            # PyTorch's zip writer raises its own error on top of a failed write, of Ctrl-C and of signals
+            if (cause := error.__context__) is not None and not isinstance(cause, RuntimeError):
+                raise cause from None
             raise WeightsError(f"{path}: PyTorch cannot write it ({str(error).splitlines()[0]})") from error

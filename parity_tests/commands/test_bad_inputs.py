@@ -166,6 +166,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("convert good.safetensors out.pt --to mlx --config tiny.yaml", USAGE, ["out.pt", "mlx", "safetensors"]),
     ("convert good.safetensors out.safetensors --to mlx --config transformer-tiny", FAILURE,
      ["good.safetensors", "config"]),
+    ("convert nothing.safetensors out.pth --to torchvision", FAILURE, ["nothing.safetensors", "no such file"]),
     ("convert nothing.safetensors out.safetensors --to canonical", FAILURE, ["nothing.safetensors", "no such file"]),
     ("convert folder out.safetensors --to canonical", FAILURE, ["folder", "model.safetensors"]),
     ("convert cut.safetensors out.safetensors --to canonical", FAILURE, ["cut.safetensors", "damaged"]),

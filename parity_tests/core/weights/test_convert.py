@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ from helpers import is_one_line, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icenet.core.errors import UsageError, WeightsError
+from icenet.core import files
+from icenet.core.errors import FileError, UsageError, WeightsError
 from icenet.core.models import modules
+from icenet.core.training.signals import Stopped
 from icenet.core.weights import convert, layout
 from icenet.core.weights import files as weights
 from icenet.core.weights import safetensors as tensor_file
@@ -305,6 +311,27 @@ def test_a_state_dict_of_torch_reaches_mlx_and_returns(tmp_path: Path, dtype: An
     other.load_state_dict(torch.load(tmp_path / "back.pt", weights_only=True), strict=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGTERM"), OSError(errno.ENOSPC, "full")])
+def test_a_stop_while_a_state_dict_is_written_stays_one(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's zip writer raises a RuntimeError of its own on top of it."""
+
+    class Stopping(io.RawIOBase):
+        def write(self, content: Any) -> int:
+            raise error
+
+    @contextlib.contextmanager
+    def opened(stage: files.Stage, path: Path) -> Iterator[Any]:
+        yield Stopping()
+
+    weights.write(tmp_path / "a.safetensors", {"a": np.zeros(300, np.float32)})
+    monkeypatch.setattr(files.Stage, "open", opened)
+    with pytest.raises(FileError if isinstance(error, OSError) else type(error)):
+        convert.convert(tmp_path / "a.safetensors", tmp_path / "a.pt", "torch")
+    assert not (tmp_path / "a.pt").exists()
 
 
 class Runs:
