@@ -370,3 +370,27 @@ def test_a_quantized_folder_opens_as_a_view(tmp_path: Path) -> None:
         f"{layer}.{kind}" for layer in packed.layers for kind in ("scales", "biases")
     }
     assert packed_of(folder.read(tmp_path / "hf").weights) is None
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The perplexity of quantized weights is that of the folder that convert writes, which info describes."""
+    main = importlib.import_module("icenet.cli.main").main
+    path = save(tmp_path / "model", max_seq_length=32, activation="silu", norm="rms_norm", attention_bias=False,
+                feed_forward_bias=False, output_bias=False, embedding_scale=1.0)  # fmt: skip
+    text = tmp_path / "text.txt"
+    text.write_text("the text " * 20)
+    options = ["--text", str(text), "--backend", "torch", "--device", "cpu", "--json"]
+    settings = ["--quantize", "3", "--group-size", "32"]
+    capsys.readouterr()
+    found = []
+    for model, more in ((path, []), (path, settings), (tmp_path / "out", [])):
+        if model != path:
+            assert main(["convert", str(path), str(model), "--to", "mlx-lm", *settings]) == 0
+            assert "3 bits in groups of 32" in capsys.readouterr().out
+        assert main(["eval", str(model), *options, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert found[1] == found[2] != found[0]
+    assert main(["info", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantized"]["output"] == {"bits": 3, "group_size": 32}
+    assert main(["convert", str(path), str(tmp_path / "no"), "--to", "mlx-lm", "--group-size", "32"]) == 2
+    assert is_one_line(capsys.readouterr().err, "--group-size", "--quantize")
