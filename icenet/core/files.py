@@ -64,7 +64,7 @@ class Stage:
 def staged(destination: Path, absent_meanwhile: Iterable[Path] = (), *, durable: bool = True) -> Iterator[Stage]:
     """Writes files under temporary names and renames them when all are complete and, if `durable`, on the disk.
 
-    On an error the temporary files are removed and the existing files stay.
+    On an error the temporary files and the new folders are removed, and the existing files stay.
 
     Args:
         destination: The path that error messages name. Its folder is created if absent.
@@ -79,6 +79,7 @@ def staged(destination: Path, absent_meanwhile: Iterable[Path] = (), *, durable:
     """
     stage = Stage(durable)
     renaming = False
+    absent = [folder for folder in destination.parents if not folder.exists()]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         yield stage
@@ -87,6 +88,7 @@ def staged(destination: Path, absent_meanwhile: Iterable[Path] = (), *, durable:
             path.unlink(missing_ok=True)
         for temporary, path in stage.files:
             os.replace(temporary, path)
+        absent.clear()
         if durable:
             _sync(destination.parent)
     except OSError as error:
@@ -96,6 +98,9 @@ def staged(destination: Path, absent_meanwhile: Iterable[Path] = (), *, durable:
         for temporary, _ in stage.files:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        for folder in absent:  # the innermost one first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -39,6 +39,16 @@ def test_a_file_is_replaced_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tree(tmp_path)) == ["folder/file.txt"] and path.read_bytes() == "größer".encode()
 
 
+def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for place in ("new/inner", "old/inner", "old"):
+        path = tmp_path / place / "a"
+        with pytest.raises(FileError, match="no space"), files.staged(path) as stage, stage.open(path) as file:
+            file.write(b"1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder"
     with pytest.raises(ZeroDivisionError), files.staged_folder(target) as partial:
