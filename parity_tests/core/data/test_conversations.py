@@ -219,6 +219,16 @@ def test_a_length_that_leaves_no_answer_is_named(tmp_path: Path) -> None:
         assert "empty" not in str(caught.value) and "messages" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("fraction", "change"), [(0.01, "raise it"), (0.99, "lower it")])
+def test_a_fraction_that_holds_out_none_or_all_says_how_to_change_it(
+    fraction: float, change: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.jsonl", *[{"prompt": "p", "completion": "c"}] * 4)
+    with pytest.raises(DataError) as caught:
+        opened(path, validation_fraction=fraction)
+    assert is_one_line(caught.value, "c.jsonl", "4 conversations", f"data.validation_fraction {fraction}", change)
+
+
 def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", chat("a", "b"))
     with pytest.raises(IceNetError, match=r"line 1: .*chat template"):

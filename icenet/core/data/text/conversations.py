@@ -79,9 +79,10 @@ class ConversationDataset:
         self._file = file
         held_out = round(self.num_conversations * validation_fraction)
         if validation_fraction and not 0 < held_out < self.num_conversations:
+            change = "lower it" if held_out else "raise it"
             raise DataError(
                 f"{description} has {self.num_conversations:,} conversations, too few to hold out "
-                f"data.validation_fraction {validation_fraction:g} of them; raise it, name a longer data.source, or "
+                f"data.validation_fraction {validation_fraction:g} of them; {change}, name a longer data.source, or "
                 "set it to 0"
             )
         order = rng.permutation(rng.key(0, "conversations held out"), self.num_conversations)
