@@ -271,7 +271,7 @@ def _common_size(paths: list[Path]) -> int:
         if not width == height == common:
             raise DataError(
                 f"{path} is {width}x{height} pixels, but images must be square and of one size; "
-                "set data.image_size to resize them"
+                "set data.image_size to resize them, or data.preprocessor for another height than width"
             )
     assert common is not None
     return common
