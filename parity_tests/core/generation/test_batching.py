@@ -52,8 +52,11 @@ def build(backend: str, name: str) -> Any:
         if values["type"] == "transformer":
             values["num_heads"] = 4
         model = build_model(backend, ModelConfig(**values), seed=7)  # type: ignore[arg-type]
-        weights = model.weights()  # larger logits than those of a new model, so that a choice depends on the context
-        weights["output.weight"] = weights["output.weight"] * np.float32(3)
+        # larger weights of the attention than those of a new model, so that a choice depends on the context
+        factors = {
+            name: 8 if "attention." in name else 3 if name == "output.weight" else 1 for name in model.weights()
+        }
+        weights = {name: array * np.float32(factors[name]) for name, array in model.weights().items()}
         model.set_weights(weights)
         _built[backend, name] = model
     return _built[backend, name]
@@ -259,7 +262,7 @@ def test_an_error_in_rows_apart(backend: str) -> None:
     broken.set_weights(weights)
     prompts = [[1, 2], [3], [5, 60, 1] * 20]
     with pytest.raises(NonFiniteError, match="token 0 of row 2"):
-        broken.generate(prompts, temperature=0.0, max_new_tokens=9, overflow="slide")
+        broken.generate(prompts, temperature=0.0, max_new_tokens=5, overflow="slide")
 
 
 @both_backends
@@ -300,3 +303,7 @@ def test_rows_of_a_cache_are_moved(backend: str) -> None:
     assert first.capacity == 512 and first.length == 300
     assert rows(first)[:, 0].tolist() == [20, 10, 21, 22, 12, 23]
     assert rows(first)[:, 299].tolist() == [20, 0, 21, 22, 0, 23]
+    first.place(native(backend, np.array([300, 4, 7, 0, 1, 2], np.int32)), 300)
+    positions, masks = first.begin(native(backend, np.zeros((6, 1), np.int32)), None)
+    assert plain(positions).tolist() == [[300], [4], [7], [0], [1], [2]]
+    assert plain(masks[None]).sum(axis=-1).ravel().tolist() == [301, 5, 8, 1, 2, 3]  # its own column and those before

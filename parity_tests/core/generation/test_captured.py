@@ -108,6 +108,22 @@ def test_half_precision(backend: str, dtype: str, plain_steps: Any) -> None:
 
 
 @both_backends
+@pytest.mark.parametrize("name", ["default", "windows"])
+@pytest.mark.parametrize("size", [3, 8, 64])
+def test_rows_that_join_a_captured_batch(backend: str, name: str, size: int, plain_steps: Any) -> None:
+    """Rows move while a step is captured: their tokens are those of plain steps, all in one block."""
+    rows = [token_ids(1, 3 + 17 * row % 60, vocab_size=97, seed=row)[0].tolist() for row in range(20)]
+    model = build(backend, MODELS[name])
+    for options in ({"temperature": 0.0, "repetition_penalty": 1.2}, {"seed": 5, "eos_token_id": list(range(9))}):
+        found = model.generate(rows, max_new_tokens=30, details=True, max_batch_size=size, **options)
+        with plain_steps():
+            expected = model.generate(rows, max_new_tokens=30, stream=True, **options)
+            block = np.stack(list(expected), axis=1)
+        for row, one in zip(block, found, strict=True):
+            assert one.tokens == row[: len(one.tokens)].tolist()
+
+
+@both_backends
 def test_each_call_has_its_own_state(backend: str) -> None:
     """Two streams of one model at the same time, and a call after a change of the weights in place."""
     model = build(backend, LLAMA)
