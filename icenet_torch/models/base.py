@@ -49,6 +49,10 @@ class BaseModel(ModelBase, nn.Module):
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.allow_tf32 is None else tf32(self.allow_tf32)
 
+    @property
+    def is_on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
     def without_gradients(self) -> contextlib.AbstractContextManager[None]:
         return torch.no_grad()
 

@@ -74,11 +74,6 @@ class ModelBase:
     # ---- size --------------------------------------------------------------------------------------------
 
     @property
-    def is_on_cpu(self) -> bool:
-        """Whether the device of the model is a CPU."""
-        return "cpu" in str(self.device)
-
-    @property
     def num_params(self) -> int:
         """Number of trainable values."""
         trainable = self.trainable_paths()
@@ -514,6 +509,11 @@ class ModelBase:
 
         A call of the model and `generate` open it. Open it around the whole step of your own training loop.
         """
+        raise NotImplementedError
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the device of the model is a CPU."""
         raise NotImplementedError
 
     def without_gradients(self) -> AbstractContextManager[None]:
