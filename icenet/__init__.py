@@ -219,7 +219,7 @@ def generate(
         num_draft_tokens: Number of tokens that the draft proposes at a time; 3 by default.
         cache: What `prompt_cache` returns. Tokens of the prompt that the cache has are not read again.
         options: Keys of `icenet.core.config.GenerationConfig`: max_new_tokens, temperature, top_k, top_p, min_p,
-            repetition_penalty, seed, stop, eos_token_id, ignore_eos, overflow.
+            repetition_penalty, seed, stop, eos_token_id, ignore_eos, overflow, max_batch_size.
 
     Returns:
         The new text without the prompt: a string for one prompt, a list for a list of prompts, an iterator of
