@@ -559,12 +559,12 @@ def convert_command(
 ) -> None:
     """Convert weights between file formats, bit for bit.
 
-    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm, gguf,
-    gguf-q8_0 and gguf-f32 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets and
-    vision transformers).
+    The formats are canonical (safetensors with PyTorch layouts), mlx, torch, hf (a Hugging Face folder), mlx-lm,
+    gguf, gguf-q8_0 and gguf-f32 (a file for llama.cpp), and torchvision (a state dict with the names of its ResNets
+    and vision transformers).
 
-    --quantize writes a folder of mlx-lm with quantized layers. Quantized layers stay as they are in a folder of mlx-lm
-    and are dequantized in other formats.
+    --quantize writes a folder of mlx-lm with quantized layers. Quantized layers stay as they are in a folder of
+    mlx-lm and are dequantized in other formats.
     """
     from icenet.commands.convert import convert_model
 

@@ -75,8 +75,8 @@ class ModelReport:
         if self.quantized and self.stored_bytes is not None:
             bits = 8 * self.stored_bytes / self.num_values
             console.print(
-                f"quantized: {describe(self.quantized)}; {_megabytes(self.stored_bytes)} in the file, {bits:.1f} bits "
-                "per value",
+                f"quantized: {describe(self.quantized)}; {_megabytes(self.stored_bytes)} in the file, "
+                f"{bits:.1f} bits per value",
                 highlight=False,
             )
         settings = self.config.model.model_dump(exclude_defaults=False)

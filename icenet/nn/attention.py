@@ -81,7 +81,7 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
     """
     size = 2 * angles.shape[-1]
     y = x[..., :size].astype(mx.float32)
-    # x cos + other sin, where `other` is the other value of the pair; the flip is a view, so mx.compile makes one kernel
+    # x cos + other sin, where `other` is the other value of the pair; a flip is a view: mx.compile makes one kernel
     if pairs == "interleaved":
         angles = angles.swapaxes(-1, -2)  # [..., R / 2, 3]
         y = y.reshape(*y.shape[:-1], -1, 2)

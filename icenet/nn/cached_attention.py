@@ -1,9 +1,9 @@
 """Attention of one new token to a cache of fixed size, MLX.
 
-MLX's fused kernel for one query takes no mask in its CUDA build, so a captured step would compute the scores, the mask,
-the softmax and the sum with about ten kernels, over the whole buffer. The time per token there is that of submitting
-kernels, 5 to 15 microseconds each. The kernel below needs one (two for long buffers), and reads only the columns that
-have tokens. On Metal the fused kernel takes masks.
+MLX's fused kernel for one query takes no mask in its CUDA build, so a captured step would compute the scores, the
+mask, the softmax and the sum with about ten kernels, over the whole buffer. The time per token there is that of
+submitting kernels, 5 to 15 microseconds each. The kernel below needs one (two for long buffers), and reads only the
+columns that have tokens. On Metal the fused kernel takes masks.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from icenet.nn.arrays import Array, on_cpu, product_dtype
 from icenet.nn.embedding import Embedding
 
 _FEW_ROWS = 8
-"""Rows up to which MLX's product on a CPU is faster than dequantizing the weight first. (4096 x 4096, 4 bits: 17 ms for
-one row and 1.1 s for 64, where dequantizing takes 0.1 s.)"""
+"""Rows up to which MLX's product on a CPU is faster than dequantizing the weight first. (4096 x 4096, 4 bits: 17 ms
+for one row and 1.1 s for 64, where dequantizing takes 0.1 s.)"""
 
 
 class QuantizedLayer(nn.Module):
@@ -53,7 +53,7 @@ def quantization_of(module: nn.Module) -> Quantization | None:
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Returns whether the weight of a layer can be quantized. Embeddings of a user's model check their ids instead."""
+    """Returns whether the weight of a layer can be quantized. Embeddings of users check their ids instead."""
     return getattr(module, "can_quantize", type(module) is nn.Linear)
 
 

@@ -1,8 +1,8 @@
 """Attention of one new token to a cache of fixed size, PyTorch.
 
 PyTorch's fused kernels read the whole buffer with a mask, need their own kernels to store keys and values and to
-rotate, and repeat the keys for the queries that share them. The Triton kernel does all this at once, and reads only the
-columns that have tokens.
+rotate, and repeat the keys for the queries that share them. The Triton kernel does all this at once, and reads only
+the columns that have tokens.
 """
 
 from __future__ import annotations

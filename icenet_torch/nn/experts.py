@@ -49,8 +49,8 @@ def route(scores: Array, plan: ExpertsPlan) -> tuple[Array, Array]:
 def balance_loss(scores: list[Array], plan: ExpertsPlan, attention_mask: Array | None = None) -> Array:
     """Returns the loss that is 1 if each expert gets the same number of tokens, and larger otherwise.
 
-    E * sum over experts of (number of tokens that use it) / N * (mean probability of it), where N counts the tokens of
-    all layers. Gradients are those of the probabilities only.
+    E * sum over experts of (number of tokens that use it) / N * (mean probability of it), where N counts the tokens
+    of all layers. Gradients are those of the probabilities only.
 
     Source: equations 4 to 6 of Fedus et al., "Switch Transformers", 2021, over all layers together, as
     `load_balancing_loss_func` of `transformers` computes it.

@@ -221,7 +221,7 @@ def _attend(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One head of queries of one row, over a part of the columns. The first program of a head stores the new column."""
+    """One head of queries of one row, over a part of the columns. The first part of a head stores the new one."""
     head, part = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)

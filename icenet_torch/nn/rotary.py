@@ -65,7 +65,9 @@ class RotaryPositions:
             self.tables[kind].reserve(rows.count(length))
 
     def angles(self, positions: Array, lengths: Array) -> dict[LayerType | None, Array | None]:
-        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers; None for layers without rotation.
+        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers.
+
+        It is None for layers without rotation.
 
         Args:
             positions: Position of each token, int `[T]` or `[B, T]`.

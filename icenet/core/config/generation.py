@@ -55,4 +55,4 @@ class GenerationConfig(Section):
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens per forward pass."""
     max_batch_size: Annotated[int, Field(ge=1)] = 64
-    """Number of prompts that are decoded together; as rows end, the others join. Memory of the cache grows with it."""
+    """Number of prompts that are decoded together; as rows end, others join. The cache grows with it."""

@@ -1,11 +1,11 @@
 """Continuous batching: the prompts of a request share a fixed number of slots.
 
-A row leaves its slot as soon as it ends, and a prompt that waits takes the slot. The slots have positions of their own in
-the cache, so prompts of any length are decoded together, by the same step as a single one. What a row generates does
-not depend on the others: its keys of sampling are those of its number in the request.
+A row leaves its slot as soon as it ends, and a prompt that waits takes the slot. The slots have positions of their
+own in the cache, so prompts of any length are decoded together, by the same step as a single one. What a row
+generates does not depend on the others: its keys of sampling are those of its number in the request.
 
-Prompts of similar lengths are read together, the longest first, padded on the right. Nothing attends to the padding, and
-the new tokens are written over it.
+Prompts of similar lengths are read together, the longest first, padded on the right. Nothing attends to the padding,
+and the new tokens are written over it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Costs:
 
 
 ON_GPU = Costs(padding=4096, joining=1 / 8, leaving=1 / 2)
-"""A pass of 12 layers takes about 5 ms to start and reads a million tokens per second. A smaller batch is hardly faster,
-and its step is captured again."""
+"""A pass of 12 layers takes about 5 ms to start and reads a million tokens per second. A smaller batch is hardly
+faster, and its step is captured again."""
 ON_CPU = Costs(padding=32, joining=0.0, leaving=1 / 8)
 """The time is that of the operations. Reading the weights takes as long as computing about 30 tokens."""
 
@@ -56,8 +56,8 @@ Pending = tuple[Any, list[int | None]]
 def rows_that_join(model: Any, request: Request) -> list[int]:
     """Returns the rows of a request that can share a batch; none if there is one row.
 
-    A row cannot if its context becomes full and slides, or if its tokens must be read again at some length. No row can
-    if the model has no cache, or one of a user's class.
+    A row cannot if its context becomes full and slides, or if its tokens must be read again at some length. No row
+    can if the model has no cache, or one of a user's class.
     """
     if len(request.tokens) < 2 or not hasattr(model, "make_cache"):
         return []
@@ -194,7 +194,7 @@ class Batch:
         self.moved = True
 
     def rearrange(self) -> None:
-        """Reads prompts that wait into free slots. If none waits, the batch is made smaller. All steps must be read."""
+        """Reads prompts that wait into free slots. If none waits, the batch shrinks. All steps must be read."""
         with self.decoder.inference_mode():
             size = min(self.request.settings.max_batch_size, len(self.waiting))
             if self.slots.count(None) == len(self.slots) > size or not self.slots:
@@ -252,7 +252,7 @@ class Batch:
             self._arrange(rows, joined)
 
     def _prefill(self, group: Sequence[int]) -> tuple[RowCache, Any]:
-        """Reads prompts, the shortest first, into a new cache. Returns it and the logits `[B, V]` of the next tokens."""
+        """Reads prompts, the shortest first, into a new cache. Returns it and the logits `[B, V]` after them."""
         decoder, model, lengths = self.decoder, self.decoder.model, self.lengths[list(group)]
         longest, chunk = int(lengths[-1]), self.request.settings.prefill_chunk
         # the padding repeats a token of the row: that of another token may have a vector that is not finite

@@ -71,7 +71,7 @@ class RowCache(Cache):
 
 
 class RecurrentCache(RowCache):
-    """The state of each recurrent layer after the last token, arrays `[directions, B, H]`; None before the first one."""
+    """The state of each recurrent layer after the last token, `[directions, B, H]`; None before the first one."""
 
     reads_padding = True
 

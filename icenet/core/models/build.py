@@ -14,9 +14,8 @@ from icenet.core.models.base import ModelBase
 def check_config(model: Any) -> None:
     """Checks that a model has the arrays of its config. A saved model is built from it, and so are checkpoints.
 
-    A model that was changed after it was built has others: a new head, or parametrized layers. Quantized layers are not
-    in the config, but in the file of the weights. The class of
-    a custom model is not built again here.
+    A model that was changed after it was built has others: a new head, or parametrized layers. Quantized layers are
+    not in the config, but in the file of the weights. The class of a custom model is not built again here.
 
     Raises:
         UsageError: An array is missing, is not one of the config's, or has another shape.
