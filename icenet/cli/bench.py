@@ -25,7 +25,7 @@ from icenet.core.report import streams
 
 @click.group(
     cls=CommandGroup,
-    epilog=examples("icenet bench decode", "icenet bench all gpt2 --json bench.json", "icenet bench memory"),
+    epilog=examples("icenet bench decode", "icenet bench all gpt2", "icenet bench memory"),
 )
 def bench() -> None:
     """Measure memory and speed on this machine.

@@ -209,11 +209,14 @@ def cnn(draw: Draw) -> dict[str, Any]:
 def vit(draw: Draw) -> dict[str, Any]:
     patch, heads, head_size = draw.randint(1, 5), draw.randint(1, 3), draw.randint(2, 8)
     has_head_size = draw.cycle("head_size", YES_NO)
+    poolings = [("token", "none"), ("mean", "none"), ("token", "token"), ("token", "classifier")]
+    pooling, distillation = draw.cycle("pooling", poolings)
     return {
         "image_size": patch * draw.randint(1, 3) + draw.randint(0, patch - 1),
         "patch_size": patch,
         "image_channels": draw.choice([1, 2, 3, 5]),
-        "pooling": draw.cycle("pooling", ["token", "mean"]),
+        "pooling": pooling,
+        "distillation": distillation,
         "hidden_size": draw.randint(3, 24) if has_head_size else heads * head_size,
         "num_layers": draw.randint(1, 2),
         "num_heads": heads,

@@ -78,6 +78,7 @@ IMAGES: dict[str, dict[str, Any]] = {
         "patch_size": 4, "num_labels": 3,
     },
 }  # fmt: skip
+IMAGES["deit"] = IMAGES["vit"]
 
 
 def tiny_config(model_type: str) -> ModelConfig:

@@ -67,7 +67,9 @@ def test_frequencies_for_a_number_of_tokens_equal_those_of_transformers(kind: st
     rows = RotaryRows(RotaryPlan(64, 1e4, scaling))
     row = rows.make(0, rows.count(length))[rows.index(np.array([3]), np.array([length]))[0]]
     np.testing.assert_allclose(
-        row, found if kind == "dynamic" else factor * np.stack([np.cos(3 * found), np.sin(3 * found)]), rtol=1e-6
+        row,
+        found if kind == "dynamic" else factor * np.stack([np.cos(3 * found), -np.sin(3 * found), np.sin(3 * found)]),
+        rtol=1e-6,
     )
 
 
@@ -99,7 +101,8 @@ def test_a_table_has_the_rows_that_are_needed() -> None:
 
 def test_the_table_has_the_length_of_the_attention_factor() -> None:
     scaling = RotaryScaling(type="yarn", factor=4.0, original_length=64)
-    cos, sin = RotaryRows(RotaryPlan(16, 1e4, scaling)).make(0, 50).swapaxes(0, 1)
+    cos, negative, sin = RotaryRows(RotaryPlan(16, 1e4, scaling)).make(0, 50).swapaxes(0, 1)
+    assert np.array_equal(negative, -sin)
     np.testing.assert_allclose(np.hypot(cos, sin), 0.1 * np.log(4) + 1, rtol=1e-6)
     plain = RotaryRows(RotaryPlan(16, 1e4)).make(0, 50)
     np.testing.assert_allclose(plain[7, 0], np.cos(7 * frequencies(16, 1e4)), rtol=1e-6)
