@@ -28,7 +28,6 @@ class KVCache(RowCache):
     Attributes:
         layers: The cache of each layer.
         capacity: Number of columns that the buffers can hold.
-        limit: Number of columns that will be needed at most; None if it is unknown.
         position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
             between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
@@ -38,7 +37,6 @@ class KVCache(RowCache):
 
     reads_padding = False  # a token attends to earlier columns only, and later ones are written over
     step = 256
-    limit: int | None = None
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         self._prepare = prepare

@@ -25,7 +25,6 @@ class KVCache(RowCache):
     Attributes:
         layers: The cache of each layer.
         capacity: Number of columns that the buffers can hold.
-        limit: Number of columns that will be needed at most; None if it is unknown.
         columns: Places of the tokens that are read, int64 `[1, T]` or `[B, T]`.
         position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
             between the rows.
@@ -36,7 +35,6 @@ class KVCache(RowCache):
 
     reads_padding = False  # a token attends to earlier columns only, and later ones are written over
     step = 256
-    limit: int | None = None
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         self._prepare = prepare

@@ -23,9 +23,11 @@ class Cache(ABC):
 
     Attributes:
         length: Number of columns read, padding included. None in a captured step, which must not depend on it.
+        limit: Number of columns that will be needed at most; None if it is unknown.
     """
 
     length: int | None = 0
+    limit: int | None = None
 
     @property
     @abstractmethod

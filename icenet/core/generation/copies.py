@@ -51,11 +51,13 @@ class GenerationCopy:
         is_cast = not model.is_on_cpu and any(
             array.dtype != model.compute_dtype for _, array, is_trainable in tree.named_arrays(model) if is_trainable
         )
-        if not model.training and not is_cast and tree.addresses(model) is not None:
-            self._copy, self._made_from = copy, _identity(model, tree)
+        # joining has changed the addresses
+        if not model.training and not is_cast and (identity := _identity(model, tree)) is not None:
+            self._copy, self._made_from = copy, identity
         return copy
 
 
 def _identity(model: Any, tree: Any) -> Any:
-    """Returns what determines the copy of a model."""
-    return model.compute_dtype, str(model.device), tree.addresses(model)
+    """Returns what determines the copy of a model; None if the addresses of its arrays are unknown."""
+    addresses = tree.addresses(model)
+    return None if addresses is None else (model.compute_dtype, str(model.device), addresses)

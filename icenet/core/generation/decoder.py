@@ -146,7 +146,8 @@ class DecoderBase(ABC):
             self.cache, first = self.prompt_cache.take(self.request.rows()[0].tolist())
         if self.cache is None:
             self.cache = self.model.make_cache()
-        self.cache.limit = longest + self.request.new_tokens
+        if isinstance(self.cache, Cache):  # a user's may be a list
+            self.cache.limit = longest + self.request.new_tokens
         if hasattr(self.cache, "row_lengths"):
             self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
         chunk = self.request.settings.prefill_chunk

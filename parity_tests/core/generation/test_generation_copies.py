@@ -145,3 +145,18 @@ def test_caches_are_freed_at_once(backend: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         gc.enable()
     assert len(caches) == 16 and not any(cache() for cache in caches)
+
+
+@both_backends
+def test_a_cache_of_the_user_can_be_a_list(backend: str) -> None:
+    model = build(backend)
+    expected = model.generate([[5, 6, 7]], max_new_tokens=5, temperature=0.0, details=True)[0].tokens
+    base = type(model)
+
+    def hidden_states(self: Any, input_ids: Any, mask: Any = None, cache: Any = None) -> Any:
+        cache.extend(plain(input_ids)[0].tolist())
+        return base.hidden_states(self, native(backend, np.array([cache], np.int32)))[:, -input_ids.shape[1] :]
+
+    own = type("Own", (base,), {"make_cache": lambda self: [], "hidden_states": hidden_states})
+    object.__setattr__(model, "__class__", own)
+    assert model.generate([[5, 6, 7]], max_new_tokens=5, temperature=0.0, details=True)[0].tokens == expected
