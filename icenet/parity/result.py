@@ -1,0 +1,332 @@
+"""The result of `icenet.parity.compare`: stages, rows, modules, the culprit and its cause.
+
+A report is data. `str(report)` is text for a terminal; `report.to_html` writes the page of `icenet.parity.html`.
+The two sides are called `a`, the module under test, and `b`, the reference. Paths of modules are those of `b`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
+"""Statuses of a stage. A stage is "not run" if an earlier one failed, "skipped" if the user left it out."""
+
+DIFFERS, CONTAINS, INHERITS, LESS_EXACT = "differs", "contains", "inherits", "less exact"
+"""Further statuses of a row or a module, next to "passed", "skipped" and "not run":
+
+differs      over the tolerance on the inputs of the reference: the difference begins here
+contains     a module within it differs
+inherits     over the tolerance only because its inputs already differ
+less exact   within the error of sums that are taken term by term in fp32 (floor 6 of the yardstick)
+"""
+
+ALL_STAGES = ("structure", "weights", "forward", "loss", "gradients", "optimizer", "training")
+"""The stages in order. Each is run only if those before it passed.
+
+structure    names and shapes: the modules, parameters and outputs of both sides
+weights      the parameters and buffers after conversion to the same axes
+forward      the outputs of every module, in the run and on the inputs of the reference
+loss         the loss
+gradients    the gradients of every parameter and activation
+optimizer    one optimizer step on equal gradients, with the running statistics
+training     the losses of free-running steps
+"""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the values of a differing tensor are distributed, on common edges.
+
+    Attributes:
+        edges: `bins + 1` edges, ascending.
+        a, b: Number of values of each side in each bin.
+    """
+
+    edges: tuple[float, ...]
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The comparison of one tensor or number.
+
+    Attributes:
+        path: Path of the module that has it, in `b`; empty for the model itself.
+        part: Which value of the module it is: `output`, `output[1]`, `input 0`, `gradient of output`,
+            `gradient of weight`, `weight`, `running_mean`, `loss`, `step 2`, ...
+        shape: Its shape in `b`.
+        status: "passed", "differs", "contains", "inherits", "less exact" or "skipped".
+        ratio: Largest error of `a` in units of the noise, over the run and the replay; 8 is allowed.
+        error: RMS of the error of `a` against the float64 reference, in the run.
+        noise: RMS of the error of `b` against the float64 reference, in the run.
+        scale: RMS of the reference.
+        own_ratio: The ratio on the inputs of the reference; None without a replay.
+        own_part: The value of `own_ratio`, such as `output`, `input of mlp` or `gradient of weight`.
+        where: Where in the module the difference begins, such as "between mlp and norm2"; else empty.
+        note: A remark, such as unequal shapes or axes.
+        call: Number of the call of the module, from 0.
+        depth: Position in the order of the computation, from 0; gradients are in reverse order.
+        histogram: The values of both sides, for rows that differ.
+    """
+
+    path: str
+    part: str
+    shape: tuple[int, ...] = ()
+    status: str = PASSED
+    ratio: float = 0.0
+    error: float = 0.0
+    noise: float = 0.0
+    scale: float = 0.0
+    own_ratio: float | None = None
+    own_part: str = ""
+    where: str = ""
+    note: str = ""
+    call: int = 0
+    depth: int = 0
+    histogram: Histogram | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value agrees."""
+        return self.status in (PASSED, SKIPPED, LESS_EXACT)
+
+    @property
+    def name(self) -> str:
+        """The path and the part, as in `blocks.2.mlp: output`."""
+        call = f" (call {self.call + 1})" if self.call else ""
+        return f"{self.path or '(model)'}: {self.part}{call}"
+
+
+@dataclass
+class Stage:
+    """One stage of the comparison.
+
+    Attributes:
+        name: One of ALL_STAGES.
+        status: "passed", "failed", "skipped" or "not run".
+        seconds: Wall time.
+        note: Why it failed or was skipped, or what was compared, in one line.
+        rows: The comparisons, in the order of the computation.
+    """
+
+    name: str
+    status: str = NOT_RUN
+    seconds: float = 0.0
+    note: str = ""
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the stage did not fail."""
+        return self.status != FAILED
+
+    @property
+    def worst(self) -> Row | None:
+        """The row with the largest ratio."""
+        return max(self.rows, key=lambda row: row.ratio, default=None)
+
+
+@dataclass
+class Module:
+    """A module of the pair.
+
+    Attributes:
+        path: Path in `b`, or in `a` if `b` lacks it; empty for the model itself.
+        path_a, path_b: Path on each side; None where it does not exist.
+        class_a, class_b: Name of its class on each side, such as `Linear`; empty where it does not exist.
+        status: "passed", "differs", "contains", "inherits", "less exact", "skipped" or "not run".
+        ratio: The largest ratio of its rows.
+        where: See `Row.where`.
+        notes: Remarks: how it was matched, why it was not compared, ties.
+        children: Paths of the modules within it, one level down.
+    """
+
+    path: str
+    path_a: str | None = None
+    path_b: str | None = None
+    class_a: str = ""
+    class_b: str = ""
+    status: str = NOT_RUN
+    ratio: float = 0.0
+    where: str = ""
+    notes: list[str] = field(default_factory=list)
+    children: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """The result of a comparison of two modules.
+
+    Attributes:
+        dtype: Compute dtype under test: fp32, bf16 or fp16.
+        names: Class names of `a` and `b`.
+        stages: The stages, in order.
+        modules: The modules in the order of `b`, parents first, then those that only `a` has.
+        culprit: Path of the module where the first difference begins; "" for the model itself, None if all passed.
+        where: Where in the culprit, such as "between mlp and norm2"; empty if it is a layer without others within.
+        cause: A suggested cause in one line, such as "eps is 1e-05 in a, 1e-06 in b"; empty without one.
+        notes: Remarks on how the comparison was done.
+        environment: By role ("a", "b", "reference"): `framework`, `version`, `device`, `tf32`, ...
+        seed: Seed of drawn inputs, cotangents and targets.
+        inputs: Description of each input by name: dtype and shape, such as `float32 [2, 3, 32, 32]`.
+        draws: Number of inputs that were compared, 1 for those of the user.
+        replay: Path of the file with the smallest input that differs; empty without one.
+        command: A command or program that repeats the comparison; empty if it is not known.
+        losses: The losses of the stage training by role; empty without it.
+    """
+
+    dtype: str = "fp32"
+    names: tuple[str, str] = ("", "")
+    stages: list[Stage] = field(default_factory=list)
+    modules: list[Module] = field(default_factory=list)
+    culprit: str | None = None
+    where: str = ""
+    cause: str = ""
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, dict[str, str]] = field(default_factory=dict)
+    seed: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+    draws: int = 1
+    replay: str = ""
+    command: str = ""
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no stage failed."""
+        return all(stage.passed for stage in self.stages)
+
+    @property
+    def failed_stage(self) -> Stage | None:
+        """The stage that failed."""
+        return next((stage for stage in self.stages if not stage.passed), None)
+
+    @property
+    def verdict(self) -> str:
+        """The first line of the report: that all agrees, or the culprit, the stage, the ratio and the cause."""
+        stage = self.failed_stage
+        if stage is None:
+            count = sum(len(stage.rows) for stage in self.stages)
+            worst = max((row for s in self.stages for row in s.rows), key=lambda row: row.ratio, default=None)
+            largest = f", largest ratio {number(worst.ratio)} ({worst.name})" if worst and worst.ratio else ""
+            return f"passed: {count} values agree in {self.dtype}{largest}"
+        row = self.culprit_row
+        parts = [self._place()]
+        if row is not None and math.isfinite(row.ratio) and row.ratio:
+            own = row.own_ratio if row.own_ratio is not None and row.own_ratio > 8 else row.ratio
+            part = row.own_part or row.part
+            parts.append(f"{part} is off by {number(own)} times the noise ({stage.name}, 8 are allowed)")
+        else:
+            note = (row.note if row is not None else "") or stage.note
+            parts.append(f"{note} ({stage.name})" if note else stage.name)
+        if self.cause:
+            parts.append(f"cause: {self.cause}")
+        return "; ".join(parts)
+
+    @property
+    def culprit_row(self) -> Row | None:
+        """The row of the failed stage at which the difference begins."""
+        stage = self.failed_stage
+        if stage is None:
+            return None
+        rows = [row for row in stage.rows if not row.passed]
+        return next(
+            (row for row in rows if row.path == self.culprit and row.status == DIFFERS),
+            next((row for row in rows if row.path == self.culprit), rows[0] if rows else None),
+        )
+
+    def _place(self) -> str:
+        """Returns `differs in blocks.2 itself, between mlp and norm2`, or `differs in blocks.2.mlp`."""
+        if self.culprit is None:
+            return "differs"
+        place = self.culprit or f"the model ({self.names[0]})"
+        return f"differs in {place} itself, {self.where}" if self.where else f"differs in {place}"
+
+    def module(self, path: str) -> Module | None:
+        """Returns the module at a path of `b`."""
+        return next((module for module in self.modules if module.path == path), None)
+
+    def rows(self) -> Iterator[tuple[Stage, Row]]:
+        """Yields all rows with their stages."""
+        return ((stage, row) for stage in self.stages for row in stage.rows)
+
+    def __str__(self) -> str:
+        """Returns the verdict, the stages and the tree of the modules, as plain text."""
+        return "\n".join([self.verdict, *self._lines()])
+
+    def _lines(self) -> Iterator[str]:
+        yield ""
+        for stage in self.stages:
+            note = f"  {stage.note}" if stage.note else ""
+            yield f"  {_MARKS.get(stage.status, ' ')} {stage.name:<10} {stage.status:<8}{note}"
+        yield ""
+        depth = {"": 0}
+        for module in self.modules:
+            for child in module.children:
+                depth[child] = depth.get(module.path, 0) + 1
+            same = module.class_a == module.class_b
+            classes = module.class_b if same else f"{module.class_a or '-'} | {module.class_b or '-'}"
+            name = module.path.rpartition(".")[2] or "(model)"
+            ratio = f"  {number(module.ratio)}" if module.ratio else ""
+            status = "" if module.status == PASSED else f"  {module.status}"
+            remarks = "; ".join(filter(None, (module.where, *module.notes)))
+            remark = f"  ({remarks})" if remarks else ""
+            indent = "  " * depth.get(module.path, 0)
+            yield f"  {_MARKS.get(module.status, ' ')} {indent}{name}: {classes}{ratio}{status}{remark}"
+        for note in self.notes:
+            yield f"  note: {note}"
+        if self.replay:
+            yield f"  the smallest input that differs: {self.replay}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report in JSON types. JSON has no infinities and NaNs, so they are strings."""
+        plain: dict[str, Any] = to_json(
+            {
+                "passed": self.passed,
+                "verdict": self.verdict,
+                **{name: value for name, value in asdict(self).items() if name not in ("stages", "modules")},
+                "stages": [
+                    {**asdict(stage), "rows": [{**asdict(row), "passed": row.passed} for row in stage.rows]}
+                    for stage in self.stages
+                ],
+                "modules": [asdict(module) for module in self.modules],
+            }
+        )
+        return plain
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the report as one HTML page that needs no other file; returns its path."""
+        # the page is not needed to compare
+        write: Any = importlib.import_module("icenet.parity.html").write
+        write(self, path)
+        return Path(path)
+
+
+_MARKS = {
+    PASSED: "✓", LESS_EXACT: "✓", FAILED: "✗", DIFFERS: "✗", CONTAINS: "·", INHERITS: "~", SKIPPED: "-", NOT_RUN: " "
+}  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Returns a number with two digits."""
+    if value == 0:
+        return "0"
+    return f"{value:.2g}" if math.isfinite(value) and value < 1e4 else ("∞" if math.isinf(value) else f"{value:.1e}")
+
+
+def to_json(item: Any) -> Any:
+    """Returns dicts, lists and numbers in JSON types."""
+    if isinstance(item, dict):
+        return {str(key): to_json(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [to_json(value) for value in item]
+    if isinstance(item, float) and not math.isfinite(item):
+        return "NaN" if math.isnan(item) else ("Infinity" if item > 0 else "-Infinity")
+    return item
