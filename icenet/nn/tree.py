@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
+import ml_dtypes
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -21,7 +22,7 @@ from icenet.core.weights import layout
 from icenet.core.weights.copying import contiguous, copy_to
 from icenet.core.weights.safetensors import read_ahead, read_into
 from icenet.core.weights.sharing import find_shared
-from icenet.nn.arrays import from_numpy, on_cpu, to_numpy
+from icenet.nn.arrays import filled, from_numpy, on_cpu, to_numpy
 from icenet.nn.kinds import kind_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -138,17 +139,16 @@ def _from_large_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
 
     MLX copies and casts in one thread. (6 GB of fp32 weights of a bf16 file: 5 s of processor time instead of 14.)
     """
-    if not on_cpu() or str(array.dtype) not in _EXACT.get(dtype, ()):
+    if not on_cpu() or str(array.dtype) not in _EXACT.get(dtype, ()) or array.nbytes < _LARGE:
         read_ahead(array)
         return from_numpy(array).astype(dtype)
-    bits = mx.uint16 if dtype == mx.bfloat16 else dtype  # MLX shares no bfloat16 with numpy
-    new = mx.empty(array.shape, bits)
-    mx.eval(new)
-    target, source = np.array(new, copy=False), array.view(np.uint16) if dtype == mx.bfloat16 else array
-    if not read_into(target, source):
-        read_ahead(source)
-        copy_to(target, source)
-    return new.view(dtype)
+
+    def fill(target: np.ndarray) -> None:
+        if not read_into(target, array):
+            read_ahead(array)
+            copy_to(target, array)
+
+    return filled(array.shape, _NUMPY[dtype], fill)
 
 
 _EXACT: dict[mx.Dtype, tuple[str, ...]] = {
@@ -157,6 +157,13 @@ _EXACT: dict[mx.Dtype, tuple[str, ...]] = {
     mx.bfloat16: ("bfloat16",),
 }
 """Dtypes of numpy whose values a dtype has without rounding."""
+_NUMPY = {
+    mx.float32: np.dtype(np.float32),
+    mx.float16: np.dtype(np.float16),
+    mx.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+_LARGE = 1 << 20
+"""Bytes from which an array takes longer to copy than a file object takes to make."""
 
 
 def host_memory(model: nn.Module) -> dict[str, np.ndarray]:

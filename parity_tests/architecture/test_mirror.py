@@ -31,7 +31,8 @@ ONE_SIDED = {
     },
     "nn.arithmetic": {"set_tf32", "chip", "tf32"},  # MLX reads its switch once; PyTorch's is open to change
     "nn.conv": {"Conv2d.reset_parameters"},
-    "nn.arrays": {"to_channels_first"},  # MLX images have channels last
+    # MLX images have channels last; PyTorch reads into tensors that it does not fill
+    "nn.arrays": {"to_channels_first", "filled"},
     "nn.dropout": {"masked_scale"},  # MLX draws threefry numbers itself
     # PyTorch is accurate there
     "nn.exact": {"add_bias", "channel_sums", "logsumexp", "moments", "normalize", "scale", "scale_and_shift"},
