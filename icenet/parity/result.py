@@ -303,10 +303,9 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as one HTML page that needs no other file; returns its path."""
-        # the page is not needed to compare
-        write: Any = importlib.import_module("icenet.parity.html").write
-        write(self, path)
-        return Path(path)
+        from icenet.parity.html import write  # the page is not needed to compare
+
+        return write(self, path)
 
 
 _MARKS = {
