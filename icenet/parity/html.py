@@ -96,7 +96,7 @@ def page(report: Report) -> str:
         f"{_GENERATOR}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f'<body>\n<main>\n{body}\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n'
+        f"<body>\n<main>\n{body}\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
@@ -107,7 +107,9 @@ def _header(report: Report) -> str:
     a, b = (escape(name or side) for name, side in zip(report.names, "ab", strict=True))
     state = "ok" if report.passed else "bad"
     frameworks = [_framework(report.environment.get(side, {})) for side in ("a", "b")]
-    pair = f"<b>{a}</b> {frameworks[0]} is compared with <b>{b}</b> {frameworks[1]}, the reference, in {report.dtype}."
+    pair = (
+        f"<b>{a}</b> {frameworks[0]} is compared with <b>{b}</b> {frameworks[1]}, the reference, in {report.dtype}."
+    )
     lines = [
         f'<header class="{state}"><p class="state">{"Agrees" if report.passed else "Differs"}</p>',
         f"<h1>{escape(report.verdict)}</h1></header>",
@@ -140,7 +142,9 @@ def _culprit(report: Report) -> str:
         facts.append(("module", report.culprit or "the model itself"))
         if module is not None:
             same = module.class_a == module.class_b
-            facts.append(("class", module.class_a if same else f"{module.class_a or '-'} and {module.class_b or '-'}"))
+            facts.append(
+                ("class", module.class_a if same else f"{module.class_a or '-'} and {module.class_b or '-'}")
+            )
     if report.where:
         facts.append(("where", report.where))
     if report.failed_stage is not None:
@@ -172,8 +176,8 @@ def _stages(stages: Sequence[Stage]) -> str:
         facts = " · ".join(filter(None, (stage.status, count, f"{stage.seconds:.1f} s" if stage.seconds else "")))
         lines.append(
             f'<li class="{colour}"><span class="mark">{mark}</span><div><b>{escape(stage.name)}</b> '
-            f'<small>{facts}</small><br>{_MEANING.get(stage.name, "")}'
-            f'{f"<br><small>{note}</small>" if note else ""}</div></li>'
+            f"<small>{facts}</small><br>{_MEANING.get(stage.name, '')}"
+            f"{f'<br><small>{note}</small>' if note else ''}</div></li>"
         )
     return (
         "<section><h2>Stages</h2><p>Each stage must pass before the next one is run.</p>"
@@ -214,6 +218,13 @@ def _tree(modules: Sequence[Module]) -> str:
     inner = {child for module in modules for child in module.children}
     # a path may appear once only, or a wrong report would never end
     shown: set[str] = set()
+    # what agrees throughout is folded below the top
+    unfolded = {
+        module.path[:end]
+        for module in modules
+        if module.status in (DIFFERS, CONTAINS)
+        for end in (i for i in range(len(module.path) + 1) if module.path[i : i + 1] in ("", "."))
+    }
 
     def draw(module: Module) -> str:
         shown.add(module.path)
@@ -221,9 +232,10 @@ def _tree(modules: Sequence[Module]) -> str:
         line = _module_line(module)
         if not children:
             return f"<li>{line}</li>"
-        # what agrees throughout is folded below the top
-        is_open = " open" if not module.path or module.status in (DIFFERS, CONTAINS) else ""
-        return f"<li><details{is_open}><summary>{line}</summary><ul>{''.join(map(draw, children))}</ul></details></li>"
+        is_open = " open" if not module.path or module.path in unfolded else ""
+        return (
+            f"<li><details{is_open}><summary>{line}</summary><ul>{''.join(map(draw, children))}</ul></details></li>"
+        )
 
     roots = [module for module in modules if module.path not in inner]
     legend = " ".join(
@@ -252,7 +264,7 @@ def _module_line(module: Module) -> str:
     return (
         f'<span class="module {colour}" title="{escape(meaning)}"><span class="mark">{mark}</span>'
         f"<code>{escape(name)}</code> <small>{escape(kind)}</small>{ratio}"
-        f'{f" <small>{escape(notes)}</small>" if notes else ""}</span>'
+        f"{f' <small>{escape(notes)}</small>' if notes else ''}</span>"
     )
 
 
@@ -324,7 +336,9 @@ def _repeat(report: Report) -> str:
             + "</tr>"
             for name in names
         )
-        environment = f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        environment = (
+            f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     remarks = f"<h2>Remarks</h2><ul>{notes}</ul>" if notes else ""
     return f"<section>{remarks}<h2>To repeat it</h2>{command}{_definitions(facts)}{environment}</section>"
@@ -352,7 +366,7 @@ def _legend(names: Sequence[str]) -> str:
     return f'<p class="legend">{keys}</p>'
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 56, 22
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 260, 56, 24, 22
 
 
 def _line_chart(
@@ -383,7 +397,7 @@ def _line_chart(
     def y(value: float) -> float:
         # zeros of a logarithmic axis are at the bottom, infinities at the top
         share = 0.0 if logarithmic and value <= 0 else (transform(value) - low) / (high - low)
-        return 8 + (_HEIGHT - _BOTTOM - 8) * (1 - min(max(share, 0.0), 1.0))
+        return _TOP + (_HEIGHT - _BOTTOM - _TOP) * (1 - min(max(share, 0.0), 1.0))
 
     drawn = []
     step = max(1, math.ceil((high - low) / 6)) if logarithmic else (high - low) / 4
@@ -397,9 +411,9 @@ def _line_chart(
     drawn.append(f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 4}" text-anchor="end">{escape(_short(labels[-1]))}</text>')
     if begins is not None:
         side = 'text-anchor="end" dx="-6"' if begins > columns / 2 else 'dx="6"'
-        drawn.append(f'<path class="begins" d="M{x(begins):.1f} 8V{_HEIGHT - _BOTTOM}"/>')
+        drawn.append(f'<path class="begins" d="M{x(begins):.1f} 4V{_HEIGHT - _BOTTOM}"/>')
         name = escape(_short(labels[begins]))
-        drawn.append(f'<text class="begins" x="{x(begins):.1f}" y="18" {side}>begins at {name}</text>')
+        drawn.append(f'<text class="begins" x="{x(begins):.1f}" y="15" {side}>begins at {name}</text>')
     for i, (name, values) in enumerate(curves):
         points = [(x(j), y(value)) for j, value in enumerate(values) if not math.isnan(value)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
@@ -458,7 +472,7 @@ header{border-left:.5rem solid;padding:.25rem 1rem;background:var(--panel);borde
 header.ok{border-color:var(--ok)}header.bad{border-color:var(--bad)}
 header .state{margin:0;font-weight:700}header.ok .state{color:var(--ok)}header.bad .state{color:var(--bad)}
 h1{font-size:1.2rem;margin:.2rem 0 .5rem;overflow-wrap:anywhere}
-h2{font-size:1.1rem;margin:1.5rem 0 .5rem}summary h2{display:inline}
+h2{font-size:1.1rem;margin:1.5rem 0 .5rem}summary h2{display:inline-block;margin:1rem 0 0}
 summary{cursor:pointer}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em;overflow-wrap:anywhere}
 pre{background:var(--panel);padding:.75rem;overflow-x:auto;border-radius:.25rem;white-space:pre-wrap}
