@@ -157,9 +157,12 @@ class LayerCache:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
         length, capacity, position = self._cache.length, self._cache.capacity, self._cache.position
         if self.keys is None or self.values is None:
-            self.keys, self.values = (_empty(array, capacity) for array in (keys, values))
-        self.keys = _write(self.keys, keys, position)
-        self.values = _write(self.values, values, position)
+            # attention to the new columns themselves does not wait for the buffers
+            self.keys, self.values = _buffer(keys, capacity), _buffer(values, capacity)
+            return keys, values
+        first = length if len(position) == 1 else None
+        self.keys = _write(self.keys, keys, position, first)
+        self.values = _write(self.values, values, position, first)
         if length is None:
             return self.keys, self.values
         stop = length + keys.shape[2]
@@ -192,10 +195,7 @@ class LayerCache:
     def grow(self, capacity: int) -> None:
         """Moves the columns to buffers with room for `capacity` columns."""
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (
-                mx.concatenate([array, _empty(array, capacity - array.shape[2])], axis=2)
-                for array in (self.keys, self.values)
-            )
+            self.keys, self.values = (_buffer(array, capacity) for array in (self.keys, self.values))
             mx.eval(self.keys, self.values)  # frees the smaller buffers
 
     def arrange(self, rows: Sequence[int], pick: Pick) -> None:
@@ -210,14 +210,27 @@ class LayerCache:
         self.values = _replace(self.values, new.values[:, :, :columns], rows)
 
 
-def _empty(like: mx.array, columns: int) -> mx.array:
-    """Returns a buffer of zeros for `columns` columns of keys or values."""
-    batch, heads, _, size = like.shape
-    return mx.zeros((batch, heads, columns, size), like.dtype)
+def _buffer(first: mx.array, capacity: int) -> mx.array:
+    """Returns a buffer for `capacity` columns of keys or values, which begins with the given ones."""
+    batch, heads, columns, size = first.shape
+    if columns == capacity:
+        return mx.contiguous(first)
+    return mx.concatenate([first, mx.zeros((batch, heads, capacity - columns, size), first.dtype)], axis=2)
 
 
-def _write(buffer: mx.array, new: mx.array, position: mx.array) -> mx.array:
-    """Returns the buffer with new columns from `position` on. MLX writes in place if nothing else refers to it."""
+def _write(buffer: mx.array, new: mx.array, position: mx.array, first: int | None) -> mx.array:
+    """Returns the buffer with new columns. MLX writes in place if nothing else refers to it.
+
+    Args:
+        buffer: `[B, H, capacity, D/H]`.
+        new: Keys or values, `[B, H, T, D/H]`.
+        position: Place of the first column, int32 `[1]` or `[B]`.
+        first: The same, if the host knows it and it is that of all rows: a slice needs fewer kernels.
+    """
+    if first is not None:
+        buffer = mx.array(buffer)  # the array that the state of an earlier step may have stays as it is
+        buffer[:, :, first : first + new.shape[2]] = new
+        return buffer
     if new.shape[2] > 1:
         return mx.slice_update(buffer, new, position, axes=(2,))
     return mx.put_along_axis(buffer, mx.broadcast_to(position.reshape(-1, 1, 1, 1), new.shape), new, axis=2)

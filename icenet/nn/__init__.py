@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icenet.nn.activations import activation
+from icenet.nn.activations import activation, gated_activation
 from icenet.nn.arrays import Dtype
 from icenet.nn.attention import (
     Mask,
@@ -17,10 +17,11 @@ from icenet.nn.conv import Conv2d, flatten_pixels, global_average_pool, max_pool
 from icenet.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from icenet.nn.experts import Experts, Router, balance_loss, route
 from icenet.nn.linear import Bias, Embedding, Linear, Projections, join
-from icenet.nn.loss import cross_entropy
+from icenet.nn.loss import cross_entropy, linear_cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet.nn.recurrent import GRU, LSTM, RNN
 from icenet.nn.rotary import PositionTable, RotaryPositions
+from icenet.nn.scheduling import start
 
 __all__ = [
     "BatchNorm2d",
@@ -51,8 +52,10 @@ __all__ = [
     "checkpoint",
     "cross_entropy",
     "flatten_pixels",
+    "gated_activation",
     "global_average_pool",
     "join",
+    "linear_cross_entropy",
     "make_norm",
     "max_pool",
     "mean_of_patches",
@@ -60,4 +63,5 @@ __all__ = [
     "rotate",
     "route",
     "scaled_dot_product_attention",
+    "start",
 ]

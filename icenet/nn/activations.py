@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -26,6 +27,17 @@ def activation(name: str, x: Array) -> Array:
     if name == "silu":
         return nn.silu(x)
     return nn.relu(x)
+
+
+def gated_activation(name: str, gate: Array, x: Array) -> Array:
+    """Returns activation(gate) * x, in one kernel on a GPU."""
+    return activation(name, gate) * x if on_cpu() else _compiled_gate(name)(gate, x)
+
+
+@lru_cache
+def _compiled_gate(name: str) -> Callable[[Array, Array], Array]:
+    compiled: Callable[[Array, Array], Array] = mx.compile(lambda gate, x: activation(name, gate) * x, shapeless=True)
+    return compiled
 
 
 def _on_cpu(name: str, x: Array) -> Array:

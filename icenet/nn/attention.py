@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.nn.arrays import Array, product_dtype
+from icenet.nn.arrays import Array, on_cpu, product_dtype
 
 Mask: TypeAlias = str | Array | None
 """None, "causal", bool (True where a query may attend), or float, which is added to the scores."""
@@ -79,18 +80,34 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
             values are rotated.
         pairs: "half" for the pairs i and i + R / 2, "interleaved" for 2i and 2i + 1.
     """
+    if on_cpu():
+        return _rotate(pairs, x, angles)
+    # one kernel instead of five, and heads of a token stay neighbours in memory: attention keeps the layout of the
+    # queries, and joining its heads then needs no copy
+    angles = angles[:, None] if angles.ndim == 3 else angles.swapaxes(1, 2)
+    return _compiled_rotate(pairs)(x.swapaxes(1, 2), angles).swapaxes(1, 2)
+
+
+def _rotate(pairs: str, x: Array, angles: Array) -> Array:
+    """Rotates x `[..., D]` by angles `[..., 3, R / 2]`."""
     size = 2 * angles.shape[-1]
-    y = x[..., :size].astype(mx.float32)
-    # x cos + other sin, where `other` is the other value of the pair; a flip is a view: mx.compile makes one kernel
+    # x cos + other sin, where `other` is the other value of the pair; a flip is a view
     if pairs == "interleaved":
         angles = angles.swapaxes(-1, -2)  # [..., R / 2, 3]
-        y = y.reshape(*y.shape[:-1], -1, 2)
-        rotated = y * angles[..., :1] + y[..., ::-1] * angles[..., 1:]
+        y = x[..., :size].reshape(*x.shape[:-1], -1, 2)
+        other, cosine, sines = y[..., ::-1], angles[..., :1], angles[..., 1:]
     else:
-        y = y.reshape(*y.shape[:-1], 2, -1)
-        rotated = y * angles[..., :1, :] + y[..., ::-1, :] * angles[..., 1:, :]
-    rotated = rotated.reshape(*x.shape[:-1], size).astype(x.dtype)
+        y = x[..., :size].reshape(*x.shape[:-1], 2, -1)
+        other, cosine, sines = y[..., ::-1, :], angles[..., :1, :], angles[..., 1:, :]
+    rotated = (y.astype(mx.float32) * cosine + other.astype(mx.float32) * sines).astype(x.dtype)
+    rotated = rotated.reshape(*x.shape[:-1], size)
     return rotated if size == x.shape[-1] else mx.concatenate([rotated, x[..., size:]], axis=-1)
+
+
+@lru_cache
+def _compiled_rotate(pairs: str) -> Callable[[Array, Array], Array]:
+    compiled: Callable[[Array, Array], Array] = mx.compile(partial(_rotate, pairs))
+    return compiled
 
 
 def positions_and_masks(

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
 from icenet.nn import exact
-from icenet.nn.activations import activation
+from icenet.nn.activations import activation, gated_activation
 from icenet.nn.arrays import Array, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.linear import Linear
 from icenet.nn.quantized import QuantizedLayer, to_quantized
@@ -129,7 +129,7 @@ class Experts(nn.Module):
         products = _Products(tokens, chosen, self.count, is_sorted=self.training or chosen.size > self.count)
         y = products.inputs
         if self.is_gated:
-            inner = activation(self.activation, products(self.gate_proj, y)) * products(self.up_proj, y)
+            inner = gated_activation(self.activation, products(self.gate_proj, y), products(self.up_proj, y))
         else:
             inner = activation(self.activation, products(self.up_proj, y))
         outputs = products.outputs(products(self.down_proj, inner))  # [B * T, N, D]

@@ -100,7 +100,7 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_gated:
             gate, up = self.project(x)
-            inner = ops.activation(self.activation, gate) * up
+            inner = ops.gated_activation(self.activation, gate, up)
         else:
             inner = ops.activation(self.activation, self.up_proj(x))
         return self.dropout(self.down_proj(inner))
@@ -288,6 +288,8 @@ class TransformerModel(BaseModel):
             if is_balanced:
                 x, found = x
                 scores.append(found)
+            if length > 1 and not self.training:
+                ops.start(x)
         self._router_scores.keep(scores)
         if cache is not None:
             cache.end(length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icenet_torch.nn.activations import activation
+from icenet_torch.nn.activations import activation, gated_activation
 from icenet_torch.nn.arrays import Dtype
 from icenet_torch.nn.attention import (
     Mask,
@@ -17,10 +17,11 @@ from icenet_torch.nn.conv import Conv2d, flatten_pixels, global_average_pool, ma
 from icenet_torch.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from icenet_torch.nn.experts import Experts, Router, balance_loss, route
 from icenet_torch.nn.linear import Bias, Embedding, Linear, Projections, join
-from icenet_torch.nn.loss import cross_entropy
+from icenet_torch.nn.loss import cross_entropy, linear_cross_entropy
 from icenet_torch.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN
 from icenet_torch.nn.rotary import PositionTable, RotaryPositions
+from icenet_torch.nn.scheduling import start
 
 __all__ = [
     "BatchNorm2d",
@@ -51,8 +52,10 @@ __all__ = [
     "checkpoint",
     "cross_entropy",
     "flatten_pixels",
+    "gated_activation",
     "global_average_pool",
     "join",
+    "linear_cross_entropy",
     "make_norm",
     "max_pool",
     "mean_of_patches",
@@ -60,4 +63,5 @@ __all__ = [
     "rotate",
     "route",
     "scaled_dot_product_attention",
+    "start",
 ]

@@ -16,3 +16,8 @@ def activation(name: str, x: Array) -> Array:
     if name == "silu":
         return F.silu(x)
     return F.relu(x)
+
+
+def gated_activation(name: str, gate: Array, x: Array) -> Array:
+    """Returns activation(gate) * x."""
+    return activation(name, gate) * x

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
-from icenet_torch.nn.activations import activation
+from icenet_torch.nn.activations import activation, gated_activation
 from icenet_torch.nn.arrays import Array, cast_weight, is_half, product_dtype
 from icenet_torch.nn.linear import Linear, linear
 
@@ -126,7 +126,7 @@ class Experts(nn.Module):
             products = (_Gathered if chosen.numel() <= self.count else _Dense)(tokens, chosen, self.count)
         y = products.inputs
         if self.is_gated:
-            inner = activation(self.activation, products(self.gate_proj, y)) * products(self.up_proj, y)
+            inner = gated_activation(self.activation, products(self.gate_proj, y), products(self.up_proj, y))
         else:
             inner = activation(self.activation, products(self.up_proj, y))
         outputs = products.outputs(products(self.down_proj, inner))  # [B * T, N, D]
