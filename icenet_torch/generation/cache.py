@@ -158,10 +158,12 @@ class LayerCache:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
         length, capacity, columns = self._cache.length, self._cache.capacity, self._cache.columns
         if self.keys is None or self.values is None:
-            self.keys, self.values = (_empty(array, capacity) for array in (keys, values))
+            self.keys, self.values = _buffer(keys, capacity), _buffer(values, capacity)
+            return keys, values
         assert columns is not None
-        self.keys = _write(self.keys, keys, columns)
-        self.values = _write(self.values, values, columns)
+        first = length if len(columns) == 1 else None
+        self.keys = _write(self.keys, keys, columns, first)
+        self.values = _write(self.values, values, columns, first)
         if length is None:
             return self.keys, self.values
         stop = length + keys.shape[2]
@@ -200,10 +202,7 @@ class LayerCache:
     def grow(self, capacity: int) -> None:
         """Moves the columns to buffers with room for `capacity` columns."""
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (
-                torch.cat([array, _empty(array, capacity - array.shape[2])], dim=2)
-                for array in (self.keys, self.values)
-            )
+            self.keys, self.values = (_buffer(array, capacity) for array in (self.keys, self.values))
 
     def arrange(self, rows: Sequence[int], pick: Pick) -> None:
         """Keeps rows, in their new order."""
@@ -216,14 +215,27 @@ class LayerCache:
         self.values = _replace(self.values, new.values[:, :, :columns], rows)
 
 
-def _empty(like: torch.Tensor, columns: int) -> torch.Tensor:
-    """Returns a buffer of zeros for `columns` columns of keys or values."""
-    batch, heads, _, size = like.shape
-    return like.new_zeros((batch, heads, columns, size))
+def _buffer(first: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Returns a buffer for `capacity` columns of keys or values, which begins with the given ones."""
+    batch, heads, columns, size = first.shape
+    buffer = first.new_empty((batch, heads, capacity, size))
+    buffer[:, :, :columns] = first
+    buffer[:, :, columns:] = 0  # a masked column that is not finite would make the sum NaN
+    return buffer
 
 
-def _write(buffer: torch.Tensor, new: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Writes new columns into the buffer, at int64 `[1, T]` or `[B, T]`, and returns it."""
+def _write(buffer: torch.Tensor, new: torch.Tensor, columns: torch.Tensor, first: int | None) -> torch.Tensor:
+    """Writes new columns into the buffer and returns it.
+
+    Args:
+        buffer: `[B, H, capacity, D/H]`.
+        new: Keys or values, `[B, H, T, D/H]`.
+        columns: Their places, int64 `[1, T]` or `[B, T]`.
+        first: The first place, if the host knows it and it is that of all rows: a copy is faster.
+    """
+    if first is not None:
+        buffer[:, :, first : first + new.shape[2]] = new
+        return buffer
     if len(columns) == 1:
         return buffer.index_copy_(2, columns[0], new)
     return buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
