@@ -41,6 +41,32 @@ _CALL_KINDS: dict[type, str] = {
     nn.RNN: "native_recurrent",
 }
 
+# Layers whose counterparts in PyTorch have other names, or that have none (see `icenet.core.weights.counterparts`).
+_COUNTERPARTS: dict[type, str] = {
+    nn.MultiHeadAttention: "attention",
+    nn.LSTM: "lstm",
+    nn.GRU: "gru",
+    nn.RNN: "rnn",
+    nn.TransformerEncoderLayer: "transformer_encoder_layer",
+    nn.TransformerDecoderLayer: "transformer_decoder_layer",
+    nn.TransformerEncoder: "transformer",
+    nn.TransformerDecoder: "transformer",
+}
+_WITHOUT_COUNTERPART = {
+    "quantized": ("QuantizedLinear", "QuantizedEmbedding", "QQLinear"),
+    "sharded": (
+        "AllToShardedLinear",
+        "ShardedToAllLinear",
+        "QuantizedAllToShardedLinear",
+        "QuantizedShardedToAllLinear",
+        "FullyShardedModule",
+    ),
+}
+# not every version of MLX has all of them
+_COUNTERPARTS |= {
+    getattr(nn, name): kind for kind, names in _WITHOUT_COUNTERPART.items() for name in names if hasattr(nn, name)
+}
+
 
 def kind_of(module: nn.Module) -> str | None:
     """Returns the kind of a layer with parameters (see `icenet.core.weights.layout`), or None without parameters.
@@ -65,6 +91,12 @@ def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
         if kind and owner.partition(".")[0] in ("mlx", "icenet"):
             found[path] = kind
     return found
+
+
+def counterpart_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Returns the kind of each module with other arrays in PyTorch, by path (`icenet.core.weights.counterparts`)."""
+    known = ((path, _known_kind(module, _COUNTERPARTS)) for path, module in modules)
+    return {path: kind for path, kind in known if kind}
 
 
 def _known_kind(module: nn.Module, kinds: dict[type, str]) -> str | None:

@@ -166,6 +166,21 @@ _LARGE = 1 << 20
 """Bytes from which an array takes longer to copy than a file object takes to make."""
 
 
+def set_biases(model: nn.Module, added: Iterable[str], removed: Iterable[str]) -> None:
+    """Gives linear and norm layers a bias of zeros, or takes it away, by path. They test whether they have one.
+
+    A new bias has the dtype of the weight, and is frozen if the weight is.
+    """
+    modules = dict(named_modules(model))
+    for path in added:
+        layer = modules[layout.split(path)[0]]
+        layer.bias = mx.zeros(layer.weight.shape[:1], layer.weight.dtype)
+        if "weight" in layer._no_grad:
+            layer.freeze(keys="bias", recurse=False)
+    for path in removed:
+        modules[layout.split(path)[0]].pop("bias", None)
+
+
 def host_memory(model: nn.Module) -> dict[str, np.ndarray]:
     """Returns no arrays: those of a new model are lazy, and a view would compute values that are then replaced."""
     return {}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from icenet.core.errors import WeightsError
 from icenet.core.weights import layout
@@ -59,8 +60,8 @@ def layer_kinds(model: nn.Module) -> dict[str, str]:
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Returns whether the parameters have no values."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    """Returns whether a parameter has no values: on the device meta, or in a lazy layer before its first call."""
+    return any(parameter.is_meta or is_lazy(parameter) for parameter in model.parameters())
 
 
 def mlx_names(model: nn.Module) -> dict[str, str]:
@@ -102,6 +103,9 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
         WeightsError: An expanded buffer, several of whose values have one place in memory, would get other values.
     """
     tensors = native_arrays(model)
+    if any(_is_expanded(own) for own in tensors.values()):
+        values = list(values)  # checked before anything is written
+        _check_expanded(tensors, values)
     for path, array in values:
         own = tensors[path]
         # PyTorch transposes 5 times as fast as numpy; on MPS some copies of strided tensors are wrong
@@ -112,15 +116,19 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
             is_written = read_into(to_numpy(own), array)
         if is_written:
             torch.autograd.graph.increment_version(own)
-        elif _is_expanded(own):  # a constant; PyTorch cannot write to it
-            if not torch.equal(own, source.to(own)):
-                raise WeightsError(
-                    f"{path}: the buffer is expanded, so it cannot be set to the other values of the file; register "
-                    "a copy, buffer.clone(), or leave it out of the weights with persistent=False"
-                )
-        else:
+        elif not _is_expanded(own):  # a constant, to which PyTorch cannot write, has its values
             read_ahead(array)
             own.copy_(source.clone() if is_view else source)  # a view in another order: the transpose, for example
+
+
+def _check_expanded(tensors: dict[str, torch.Tensor], values: Iterable[tuple[str, np.ndarray]]) -> None:
+    for path, array in values:
+        own = tensors[path]
+        if _is_expanded(own) and not torch.equal(own, from_numpy(array).to(own)):
+            raise WeightsError(
+                f"{path}: the buffer is expanded, so it cannot be set to the other values of the file; register "
+                "a copy, buffer.clone(), or leave it out of the weights with persistent=False"
+            )
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:

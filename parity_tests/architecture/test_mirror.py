@@ -22,7 +22,9 @@ TORCH_FILES = {
 """Modules of PyTorch without a counterpart, and why."""
 
 ONE_SIDED = {
-    "nn.tree": {"Arrays", "Arrays.get", "Arrays.set"},  # MLX has no objects for places of arrays
+    # MLX has no objects for places of arrays; the others are about layers with other parameters in PyTorch
+    "nn.tree": {"Arrays", "Arrays.get", "Arrays.set", "set_biases"},
+    "nn.kinds": {"counterpart_kinds"},
     # the device is an attribute on MLX, whose arrays have none
     "models.base": {"BaseModel.device", "BaseModel.match_gradients_at_zero"},
     "nn.activations": {  # MLX's layers with PyTorch's gradients

@@ -1,15 +1,24 @@
-"""Canonical weights of any `mlx.nn.Module` and `torch.nn.Module`, not only of IceNet's models."""
+"""The weights of any `mlx.nn.Module` and `torch.nn.Module`, not only of IceNet's models.
+
+`from_torch` and `to_torch` copy them between twins whose names may differ; `get_weights` and `set_weights` have the
+canonical weights of one module.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icenet.core import backends
-from icenet.core.weights import arrays, sharing
+from icenet.core.errors import UsageError, WeightsError
+from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
+from icenet.core.weights.pairing import MLXWeights, Pairing, TorchWeights
+from icenet.core.weights.rename import Rename
 
 
 def get_weights(module: Any) -> dict[str, np.ndarray]:
@@ -47,8 +56,85 @@ def set_weights(module: Any, values: Mapping[str, np.ndarray]) -> None:
 
 
 def copy_weights(source: Any, destination: Any) -> None:
-    """Copies the weights of a module to its twin, on the same backend or the other one; see `set_weights`."""
-    set_weights(destination, get_weights(source))
+    """Copies the weights of a module to its twin, on the same backend or the other one.
+
+    Between the frameworks it is `from_torch` or `to_torch`, otherwise `set_weights`.
+    """
+    backends_of = backends.backend_of(source), backends.backend_of(destination)
+    if backends_of == ("torch", "mlx"):
+        from_torch(source, destination)
+    elif backends_of == ("mlx", "torch"):
+        to_torch(source, destination)
+    else:
+        set_weights(destination, get_weights(source))
+
+
+def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any:
+    """Copies the weights of a PyTorch module to its MLX twin. `icenet.from_torch` has the whole description."""
+    _check_mlx("from_torch", "second", mlx_module, torch_module)
+    values, torch = _torch_weights(torch_module, mlx_module)
+    pairing = Pairing(mlx_weights(mlx_module), torch, rename)
+    pairing.check("from_torch")
+    tree = _tree(mlx_module)
+    shared = shared_arrays(mlx_module)
+    complete = sharing.complete(pairing.to_mlx(values), shared)
+    dtypes = {path: str(array.dtype) for path, array, _ in tree.named_arrays(mlx_module)}
+    dtypes |= {path: dtypes[layout.split(path)[0] + ".weight"] for path in pairing.added}
+    _check_dtypes("from_torch", dtypes, complete)
+    tree.set_biases(mlx_module, pairing.added, pairing.removed)
+    tree.assign_weights(mlx_module, ((path, array) for path, array in complete.items() if path not in shared))
+    return mlx_module
+
+
+def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
+    """Copies the weights of an MLX module to its PyTorch twin. `icenet.to_torch` has the whole description."""
+    _check_mlx("to_torch", "first", mlx_module, torch_module)
+    if isinstance(torch_module, Mapping):
+        raise UsageError("to_torch: the second argument is a dict; give the torch.nn.Module that has the weights")
+    _check_torch("to_torch", "second", torch_module)
+    torch_module = getattr(torch_module, "_orig_mod", torch_module)  # torch.compile wraps it
+    tree = _tree(torch_module)
+    _check_has_values("to_torch", torch_module)
+    shared = shared_arrays(torch_module)
+    pairing = Pairing(mlx_weights(mlx_module), _module_weights(torch_module, shared), rename)
+    if pairing.removed:
+        pairing.problems.append(f"there is no place in the PyTorch module for: {', '.join(pairing.removed)}")
+    pairing.check("to_torch")
+    complete = sharing.complete(pairing.to_torch(get_weights(mlx_module)), shared)
+    _check_dtypes(
+        "to_torch", {name: str(array.dtype) for name, array, _ in tree.named_arrays(torch_module)}, complete
+    )
+    tree.assign_weights(torch_module, ((name, array) for name, array in complete.items() if name not in shared))
+    return torch_module
+
+
+def pair(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Pairing:
+    """Returns which weights of a PyTorch module belong to which arrays of an MLX module.
+
+    Args:
+        mlx_module: An `mlx.nn.Module`.
+        torch_module: A `torch.nn.Module`.
+        rename: See `icenet.core.weights.rename`.
+
+    Raises:
+        UsageError: An argument is no module of its framework, or `rename` is invalid.
+    """
+    _check_mlx("pair", "first", mlx_module, torch_module)
+    _check_torch("pair", "second", torch_module)
+    return Pairing(mlx_weights(mlx_module), _module_weights(torch_module, shared_arrays(torch_module)), rename)
+
+
+def mlx_weights(module: Any) -> MLXWeights:
+    """Returns the names, shapes and layer kinds of the arrays of an MLX module."""
+    tree, kinds = _tree(module), backends.module("mlx", "nn.kinds")
+    counterparts = kinds.counterpart_kinds(tree.named_modules(module))
+    return MLXWeights(
+        tree.weight_shapes(module),
+        tree.layer_kinds(module),
+        counterparts,
+        tree.mlx_names(module),
+        shared_arrays(module),
+    )
 
 
 def shared_arrays(module: Any) -> dict[str, str]:
@@ -58,3 +144,122 @@ def shared_arrays(module: Any) -> dict[str, str]:
 
 def _tree(module: Any) -> Any:
     return backends.module(backends.backend_of(module), "nn.tree")
+
+
+# ---- the weights of PyTorch -----------------------------------------------------------------------------------
+
+
+def _torch_weights(source: Any, mlx_module: Any) -> tuple[Mapping[str, np.ndarray], TorchWeights]:
+    """Returns the weights of a PyTorch module or a state dict, and their names, shapes and layer kinds."""
+    if isinstance(source, Mapping):
+        return _state_dict(source)
+    if isinstance(source, (str, Path)):
+        raise UsageError(
+            f"from_torch: {str(source)!r} is a path; give a torch.nn.Module or a state dict, such as "
+            "torch.load(path, weights_only=True) or icenet.core.weights.read(path)"
+        )
+    _check_torch("from_torch", "first", source)
+    source = getattr(source, "_orig_mod", source)  # torch.compile wraps it
+    _check_has_values("from_torch", source)
+    torch = _module_weights(source, shared_arrays(source))
+    return arrays.NumpyWeights(_tree(source).native_arrays(source)), torch
+
+
+def _module_weights(module: Any, shared: Mapping[str, str]) -> TorchWeights:
+    tree = _tree(module)
+    return TorchWeights(tree.weight_shapes(module), tree.layer_kinds(module), shared)
+
+
+def _state_dict(state: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], TorchWeights]:
+    if not state:
+        raise UsageError("from_torch: the state dict is empty")
+    if getattr(state, "metadata", {}).get("format") == "mlx":
+        raise UsageError("from_torch: the file has MLX's layouts; mlx_module.load_weights(path) reads it")
+    for name, value in state.items():
+        if isinstance(value, (Mapping, list, tuple)) or not hasattr(value, "shape"):
+            inner = (
+                name if isinstance(value, Mapping) else next((n for n in ("state_dict", "model") if n in state), "")
+            )
+            hint = f"pass state_dict[{inner!r}]" if inner else "pass the names and tensors only"
+            raise UsageError(
+                f"from_torch: {name!r} in the state dict is a {type(value).__name__}, not a tensor; {hint}"
+            )
+        if any(base.__module__ == "mlx.core" for base in type(value).__mro__):
+            raise UsageError(
+                f"from_torch: {name!r} in the state dict is an array of MLX, whose axes may differ from PyTorch's; "
+                "give the state dict of a torch.nn.Module"
+            )
+    values = arrays.NumpyWeights(state)
+    places: dict[object, str] = {}
+    shared = {}
+    for name, value in state.items():
+        owner = places.setdefault(_memory(value) or name, name)
+        if owner != name:
+            shared[name] = owner
+    return values, TorchWeights({name: tuple(value.shape) for name, value in state.items()}, {}, shared)
+
+
+def _memory(value: Any) -> object:
+    """Returns what two tensors or arrays have in common if they are the same memory; None for an empty one."""
+    if not math.prod(value.shape):
+        return None
+    if hasattr(value, "data_ptr"):
+        return str(value.device), value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)
+    interface = value.__array_interface__
+    return interface["data"][0], tuple(value.shape), value.strides, str(value.dtype)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------
+
+
+def _check_mlx(function: str, position: str, module: Any, other: Any) -> None:
+    if _backend(module) == "torch" and _backend(other) == "mlx":
+        order = "the PyTorch module first" if function == "from_torch" else "the MLX module first"
+        raise UsageError(f"{function}: the arguments are swapped; give {order}")
+    if _backend(module) != "mlx":
+        raise UsageError(f"{function}: the {position} argument must be an mlx.nn.Module, not {_described(module)}")
+
+
+def _check_torch(function: str, position: str, module: Any) -> None:
+    if _backend(module) != "torch":
+        also = " or a state dict" if function == "from_torch" else ""
+        raise UsageError(
+            f"{function}: the {position} argument must be a torch.nn.Module{also}, not {_described(module)}"
+        )
+
+
+def _check_has_values(function: str, module: Any) -> None:
+    tree = _tree(module)
+    if tree.is_meta(module):
+        raise UsageError(
+            f"{function}: the parameters of the PyTorch module have no values (device meta, or lazy layers)"
+        )
+    sharded = [name for name, array, _ in tree.named_arrays(module) if hasattr(array, "to_local")]
+    if sharded:
+        raise UsageError(f"{function}: {sharded[0]} is sharded among processes; gather the weights first")
+
+
+def _check_dtypes(function: str, expected: Mapping[str, str], values: Mapping[str, np.ndarray]) -> None:
+    """Raises WeightsError with all arrays that lose more than digits in the dtype of the module."""
+    problems = []
+    for name, dtype in expected.items():
+        try:
+            arrays.check_dtypes({name: dtype}, values)
+        except WeightsError as error:
+            problems.append(str(error))
+    if problems:
+        raise WeightsError(f"{function}: nothing is copied; {'; '.join(problems)}")
+
+
+def _backend(module: Any) -> str | None:
+    try:
+        return backends.backend_of(module)
+    except UsageError:
+        return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}; give an instance"
+    names = {"mlx": "a module of MLX", "torch": "a module of PyTorch"}
+    return names.get(_backend(value) or "", f"a {type(value).__name__}")

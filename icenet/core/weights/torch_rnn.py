@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,12 +33,13 @@ _TORCH_NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)_l(\d+)(_reverse
 _OUR_NAME = re.compile(r"layers\.(\d+)\.(weight_ih|weight_hh|bias|bias_hn)(_reverse)?")
 
 
-def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
+def from_torch(weights: Mapping[str, Array], family: str, gradients: bool = False) -> dict[str, Array]:
     """Converts the state dict of PyTorch's module to the weights of IceNet's layers.
 
     Args:
         weights: The state dict, as floating-point numpy arrays. Missing biases (`bias=False`) become zeros.
         family: "lstm", "gru" or "rnn".
+        gradients: The arrays are gradients of the weights. The gradient of a sum is that of each of the two biases.
 
     Raises:
         WeightsError: A name does not belong to such a module, or a weight is missing or has another shape.
@@ -49,7 +51,7 @@ def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         if match is None:
             hint = "; projections (proj_size) have no counterpart" if name.startswith("weight_hr") else ""
             raise WeightsError(f"{name!r} is not a weight of torch.nn.{family.upper()}{hint}")
-        if not np.issubdtype(array.dtype, np.floating):
+        if not (np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16):
             raise WeightsError(f"{name!r} has dtype {array.dtype}; convert it to float16, float32 or float64")
         layers.setdefault((int(match[2]), match[3] or ""), {})[match[1]] = array
     result: dict[str, Array] = {}
@@ -66,7 +68,7 @@ def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
         zeros = np.zeros(rows, found["weight_hh"].dtype)
         first, second = found.get("bias_ih", zeros), found.get("bias_hh", zeros)
         n_gate = slice(2 * size, None) if family == "gru" else slice(rows, None)  # empty for other families
-        bias = first + second
+        bias = first.copy() if gradients else _sum(first, second)
         bias[n_gate] = first[n_gate]
         path = f"layers.{index}."
         result[f"{path}weight_ih{direction}"] = found["weight_ih"]
@@ -77,12 +79,13 @@ def from_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
     return result
 
 
-def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
+def to_torch(weights: Mapping[str, Array], family: str, gradients: bool = False) -> dict[str, Array]:
     """Converts the weights of IceNet's layers to a state dict for PyTorch's module. The inverse of `from_torch`.
 
     Args:
         weights: Weights of the layers or of a whole model, whose other parameters are ignored.
         family: "lstm", "gru" or "rnn".
+        gradients: The arrays are gradients of the weights.
 
     Raises:
         WeightsError: A name below `layers.` does not belong to a recurrent layer.
@@ -100,11 +103,18 @@ def to_torch(weights: Mapping[str, Array], family: str) -> dict[str, Array]:
             result[match[2] + suffix] = array
         elif match[2] == "bias":
             result["bias_ih" + suffix] = array
-            second = np.zeros_like(array)
+            second = array.copy() if gradients else np.zeros_like(array)
             if family == "gru":
                 second[2 * (len(array) // gates) :] = weights[f"layers.{match[1]}.bias_hn{match[3] or ''}"]
             result["bias_hh" + suffix] = second
     return result
+
+
+def _sum(first: Array, second: Array) -> Array:
+    """Returns the sum of two biases; of bf16 and fp16 in fp32, because the target may have fp32."""
+    wide = np.promote_types(first.dtype, np.float32) if first.dtype != ml_dtypes.bfloat16 else np.dtype(np.float32)
+    total: Array = np.where(second == 0, first.astype(wide), first.astype(wide) + second.astype(wide))  # keeps -0.0
+    return total
 
 
 def _gates(family: str) -> int:

@@ -1,0 +1,465 @@
+"""Which arrays of an MLX module are which weights of a PyTorch module, and the conversion of their values.
+
+The MLX module determines the layers. A weight of PyTorch belongs to the array with its name, or with the name that
+the counterpart of the layer has in PyTorch (`icenet.core.weights.counterparts`): `attn.in_proj_weight` belongs to the
+three matrices of the `mlx.nn.MultiHeadAttention` at `attn`. Everything that does not fit is collected, for one error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icenet.core.errors import WeightsError
+from icenet.core.weights import layout, prefixes
+from icenet.core.weights.counterparts import (
+    ATTENTION_OF,
+    CHILD_NAMES,
+    NOT_CONVERTED,
+    PROJECTIONS,
+    Counterpart,
+    counterpart,
+)
+from icenet.core.weights.rename import Rename, apply_rename
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+_MOST_NAMES = 200
+"""Names of one kind of problem in a message."""
+_MOST_GUESSES = 5
+_SECOND_LAYER = re.compile(r"(weight|bias)_(ih|hh)_l(\d+_reverse|[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class MLXWeights:
+    """What an MLX module holds.
+
+    Attributes:
+        shapes: Canonical shape (PyTorch's axes) of each array, by canonical path.
+        kinds: Layer kind by path (`icenet.core.weights.layout`).
+        counterparts: Kind of counterpart by path (`icenet.core.weights.counterparts`).
+        mlx_names: Canonical path by MLX's own path, where the two differ.
+        shared: Owner's path of each further path of a shared array.
+    """
+
+    shapes: Mapping[str, Shape]
+    kinds: Mapping[str, str]
+    counterparts: Mapping[str, str]
+    mlx_names: Mapping[str, str]
+    shared: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TorchWeights:
+    """What a PyTorch module or a state dict holds.
+
+    Attributes:
+        shapes: Shape by name.
+        kinds: Layer kind by path; empty for a state dict.
+        shared: Owner's name of each further name of a shared tensor.
+    """
+
+    shapes: Mapping[str, Shape]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Place(NamedTuple):
+    """An array of MLX, or an array that the counterpart of one of its layers has in PyTorch."""
+
+    layer: Counterpart | None
+    name: str
+
+
+class Pairing:
+    """The weights of a PyTorch module by the arrays of its MLX twin.
+
+    Attributes:
+        problems: What does not fit, one text for each kind of problem; empty if the weights can be converted.
+        added: Shape of each bias that the MLX module lacks because its class has no option for it, by path.
+        removed: Paths of biases that the PyTorch module lacks, in layers of MLX without an option for it.
+    """
+
+    def __init__(self, mlx: MLXWeights, torch: TorchWeights, rename: Rename = None) -> None:
+        """
+        Args:
+            mlx: What the MLX module holds.
+            torch: What the PyTorch module or the state dict holds.
+            rename: See `icenet.core.weights.rename`.
+
+        Raises:
+            UsageError: `rename` is invalid.
+        """
+        self._mlx, self._torch = mlx, torch
+        self._addable, self._removable = _optional_biases(mlx)
+        self._shapes = {**mlx.shapes, **self._addable}
+        self._paths = _Paths(mlx)
+        self._layers = self._find_layers()
+        self._places = self._find_places()
+        self._renamed = apply_rename(rename, torch.shapes)
+        self._hits: dict[_Place, str] = {}
+        self.problems: list[str] = []
+        self.added: dict[str, Shape] = {}
+        self.removed: list[str] = []
+        self._match()
+
+    # ---- matching ---------------------------------------------------------------------------------------------
+
+    def _find_layers(self) -> list[Counterpart]:
+        found = []
+        for path, kind in self._mlx.counterparts.items():
+            start = f"{path}." if path else ""
+            own = {name.removeprefix(start): shape for name, shape in self._shapes.items() if name.startswith(start)}
+            layer = counterpart(kind, path, own)
+            found += [layer] if layer else []
+        return found
+
+    def _find_places(self) -> dict[str, _Place]:
+        places = {path: _Place(None, path) for path in self._shapes}
+        own_names = [(theirs, _Place(None, path)) for path in self._shapes for theirs in self._paths.aliases(path)]
+        layer_names = [
+            (_join(alias, name), _Place(layer, name))
+            for layer in self._layers
+            for alias in (layer.path, *self._paths.aliases(layer.path))
+            for name in layer.theirs
+        ]
+        for name, place in (*own_names, *layer_names):
+            places.setdefault(name, place)
+        return places
+
+    def _match(self) -> None:
+        unknown, twice = [], []
+        for theirs, name in self._renamed.items():
+            if name is None or self._is_counter(name):
+                continue
+            place = self._places.get(name)
+            if place is None:
+                unknown.append(theirs)
+            elif place in self._hits and self._owner(self._hits[place]) != self._owner(theirs):
+                twice.append(f"{self._hits[place]} and {theirs}")
+            else:
+                self._hits[place] = theirs
+        owners = {self._owner(theirs) for theirs in self._hits.values()}
+        unknown = [theirs for theirs in unknown if self._owner(theirs) not in owners]  # a tied weight has its place
+        self._settle_biases()
+        blocked = self._blocked()
+        hidden = tuple(f"{path}." if path else "" for paths in blocked.values() for path in paths)
+        missing = [name for name in self._missing() if not name.startswith(hidden)]
+        twice += self._given_twice()
+        self._say("there is no place in the MLX module for", self._with_guesses(unknown, missing))
+        self._say("the PyTorch weights have no values for", [self._both_names(name) for name in missing])
+        self._say("two PyTorch weights have one place", twice)
+        self._say("the shapes differ", self._misshapen(hidden))
+        self._say("the kinds of the layers differ", self._other_kinds())
+        for kind, paths in blocked.items():
+            names = [path or "the module itself" for path in paths]
+            self._say(f"{kind} layers of MLX have no counterpart ({NOT_CONVERTED[kind]})", names)
+        if unknown and (hint := self._hint(unknown)):
+            self.problems.append(hint)
+
+    def _is_counter(self, name: str) -> bool:
+        """Returns whether a name is that of a counter of batches, which MLX lacks."""
+        path, _, last = name.rpartition(".")
+        kind = self._mlx.kinds.get(self._paths.module(path), "")
+        return last in layout.LEFT_OUT.get(kind, ())
+
+    def _owner(self, theirs: str) -> str:
+        return self._torch.shared.get(theirs, theirs)
+
+    def _settle_biases(self) -> None:
+        """Decides which biases of transformer layers are added to the MLX module or removed from it."""
+        hit = {path for place in self._hits for path in self._covered(place)}
+        self.added = {path: shape for path, shape in self._addable.items() if path in hit}
+        groups = {group for path, group in self._addable_groups().items() if path in hit}
+        self.added |= {path: self._addable[path] for path, group in self._addable_groups().items() if group in groups}
+        self.removed = [
+            path
+            for path, group in self._removable.items()
+            if not any(name.startswith(group) and name.endswith("bias") for name in hit)
+            and any(name.startswith(group) for name in hit)
+        ]
+
+    def _addable_groups(self) -> dict[str, str]:
+        """Returns the path of the attention of each bias that could be added."""
+        return {path: path.rpartition(".")[0].rpartition(".")[0] for path in self._addable}
+
+    def _covered(self, place: _Place) -> list[str]:
+        """Returns the canonical paths whose values an array of PyTorch contains."""
+        if place.layer is None:
+            return [place.name]
+        return [_join(place.layer.path, own) for own in place.layer.sources(place.name)]
+
+    def _missing(self) -> list[str]:
+        """Returns what has no value, by the names in PyTorch where a part of a layer has one."""
+        missing: list[str] = []
+        covered = {path for place in self._hits for path in self._covered(place)}
+        covered |= {self._mlx.shared.get(path, path) for path in covered}
+        in_layers: set[str] = set()
+        for layer in self._layers:
+            paths = {path for name in layer.theirs for path in self._covered(_Place(layer, name))}
+            needed = [
+                name
+                for name in layer.theirs
+                if self._is_needed(layer, name) and _Place(layer, name) not in self._hits
+            ]
+            is_used = any(_Place(layer, name) in self._hits for name in layer.theirs)
+            is_direct = any(_Place(None, path) in self._hits for path in paths)
+            if is_used or not is_direct:
+                missing += [_join(self._paths.torch(layer.path), name) for name in needed]
+                in_layers |= paths
+        needed_paths = [path for path in self._shapes if path not in self._addable or path in self.added]
+        missing += [
+            path
+            for path in needed_paths
+            if path not in in_layers
+            and path not in self.removed
+            and self._mlx.shared.get(path, path) not in covered
+            and path not in covered
+        ]
+        return missing
+
+    def _both_names(self, path: str) -> str:
+        theirs = self._paths.torch(path)
+        return path if theirs == path else f"{path} ({theirs} in PyTorch)"
+
+    def _given_twice(self) -> list[str]:
+        """Returns the weights of PyTorch that a layer has under the names of both frameworks."""
+        texts = []
+        for layer in self._layers:
+            for name in layer.theirs:
+                theirs = self._hits.get(_Place(layer, name))
+                paths = self._covered(_Place(layer, name)) if theirs else []
+                texts += [f"{theirs} and {hit}" for path in paths if (hit := self._hits.get(_Place(None, path)))]
+        return texts
+
+    def _is_needed(self, layer: Counterpart, name: str) -> bool:
+        paths = self._covered(_Place(layer, name))
+        return not all(path in self.removed or (path in self._addable and path not in self.added) for path in paths)
+
+    def _misshapen(self, hidden: tuple[str, ...]) -> list[str]:
+        texts = []
+        for place, theirs in self._hits.items():
+            shape = self._shapes[place.name] if place.layer is None else place.layer.theirs[place.name]
+            given = tuple(self._torch.shapes[theirs])
+            if given != tuple(shape) and not place.name.startswith(hidden):
+                reason = self._reason(place, given, shape)
+                texts.append(f"{theirs} is {list(given)} in PyTorch, and MLX needs {list(shape)}{reason}")
+        return texts
+
+    def _reason(self, place: _Place, given: Shape, shape: Shape) -> str:
+        module, name = layout.split(place.name)
+        kind = self._mlx.kinds.get(module, "") if place.layer is None else ""
+        is_weight = name == "weight" and len(given) == len(shape)
+        if kind.startswith("conv_transpose") and is_weight and given[0] == shape[0] and shape[1] % given[1] == 0:
+            return " (transposed convolutions of MLX have no groups)"
+        if kind == "plain" and sorted(given) == sorted(shape):
+            return (
+                " (an array that a module of yours holds has the same axes on both sides; for a convolution give its "
+                "class layer_kind = 'conv2d', for example)"
+            )
+        return ""
+
+    def _other_kinds(self) -> list[str]:
+        texts = []
+        for place, theirs in self._hits.items():
+            if place.layer is not None:
+                continue
+            (module, name), (their_module, their_name) = layout.split(place.name), layout.split(theirs)
+            own, other = self._mlx.kinds.get(module, "plain"), self._torch.kinds.get(their_module, "plain")
+            if other != "plain" and _axes(own, name) != _axes(other, their_name):
+                texts.append(f"{theirs} is of {_article(other)} layer in PyTorch and of {_article(own)} layer in MLX")
+        return texts
+
+    def _blocked(self) -> dict[str, list[str]]:
+        """Returns the layers without a counterpart, by kind, unless the PyTorch weights have their names."""
+        hit = {place.name for place in self._hits if place.layer is None}
+        found: dict[str, list[str]] = {}
+        for path, kind in self._mlx.counterparts.items():
+            arrays = [name for name in self._mlx.shapes if name.startswith(f"{path}." if path else "")]
+            is_equal = kind == "quantized" and _join(path, "scales") in hit
+            if kind in NOT_CONVERTED and not is_equal and (arrays or kind == "sharded"):
+                found.setdefault(kind, []).append(path)
+        return found
+
+    # ---- messages ---------------------------------------------------------------------------------------------
+
+    def _say(self, problem: str, names: Sequence[str]) -> None:
+        if names:
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            self.problems.append(f"{problem}: {', '.join(names[:_MOST_NAMES])}{more}")
+
+    def _with_guesses(self, unknown: list[str], missing: list[str]) -> list[str]:
+        texts = list(unknown)
+        for index, name in enumerate(unknown[:_MOST_GUESSES]):
+            near = difflib.get_close_matches(name, missing, n=1)
+            texts[index] += f" (nearest is {near[0]})" if near else ""
+        return texts
+
+    def _hint(self, unknown: Sequence[str]) -> str:
+        in_layers = {
+            path for layer in self._layers for name in layer.theirs for path in self._covered(_Place(layer, name))
+        }
+        expected = {self._paths.torch(path) for path in self._mlx.shapes if path not in in_layers}
+        expected |= {_join(self._paths.torch(layer.path), name) for layer in self._layers for name in layer.theirs}
+        if found := prefixes.suggest_prefixes(self._torch.shapes, expected):
+            value = found[0] if len(found) == 1 else found
+            call = f"icenet.core.weights.strip_prefix(state_dict, {value!r})"
+            by_rename = len(found) == 1 and not found[0].startswith("_")
+            way = f"rename={{{found[0][:-1]!r}: ''}}" if by_rename else call
+            return f"the names have the prefix {' and '.join(found)}, which {way} removes"
+        if any(".parametrizations." in f".{name}" for name in unknown):
+            return "torch.nn.utils.parametrize.remove_parametrizations gives a parametrized weight its name"
+        if any(_SECOND_LAYER.fullmatch(name.rpartition(".")[2]) for name in unknown):
+            return (
+                "the layers and directions of torch.nn.LSTM, GRU and RNN are modules of their own in MLX: "
+                "rename={'lstm.*_l1': 'layers.1.*_l0'} for the second layer, if layers[1] is that module"
+            )
+        if any(name.endswith("in_proj_bias") for name in unknown):
+            return "mlx.nn.MultiHeadAttention has biases with bias=True"
+        return "rename={name in PyTorch: name in MLX} pairs other names, and rename={name: None} leaves a weight out"
+
+    def check(self, where: str) -> None:
+        """Raises WeightsError with all problems in one line."""
+        if self.problems:
+            raise WeightsError(f"{where}: nothing is copied; {'; '.join(self.problems)}")
+
+    # ---- values -----------------------------------------------------------------------------------------------
+
+    def pairs(self) -> list[tuple[list[str], list[str]]]:
+        """Returns what belongs together: names in PyTorch, and canonical paths in MLX."""
+        found = []
+        for place, theirs in self._hits.items():
+            if place.layer is None:
+                found.append(([theirs], [place.name]))
+        for layer in self._layers:
+            names = [self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits]
+            if names:
+                paths = (path for name in layer.theirs for path in self._covered(_Place(layer, name)))
+                found.append((names, list(dict.fromkeys(paths))))
+        return found
+
+    def to_mlx(self, values: Mapping[str, Array], gradients: bool = False) -> dict[str, Array]:
+        """Returns the canonical weights of the MLX module.
+
+        Args:
+            values: Arrays by name in PyTorch.
+            gradients: The arrays are gradients of the weights.
+        """
+        found: dict[str, Array] = {}
+        for place, theirs in self._hits.items():
+            if place.layer is None:
+                found[place.name] = values[theirs]
+        for layer in self._layers:
+            given = {
+                name: values[self._hits[place]]
+                for name in layer.theirs
+                if (place := _Place(layer, name)) in self._hits
+            }
+            if given:
+                own = layer.to_mlx(given, gradients)
+                found |= {_join(layer.path, name): array for name, array in own.items()}
+        return found
+
+    def to_torch(self, values: Mapping[str, Array], gradients: bool = False) -> dict[str, Array]:
+        """Returns arrays by their names in PyTorch. Biases that the MLX module lacks are zeros.
+
+        Args:
+            values: Canonical weights of the MLX module, or gradients of them.
+            gradients: The arrays are gradients of the weights.
+        """
+        dtype = next((array.dtype for array in values.values()), np.dtype(np.float32))
+        values = {**{path: np.zeros(shape, dtype) for path, shape in self.added.items()}, **values}
+        found: dict[str, Array] = {}
+        for place, theirs in self._hits.items():
+            if place.layer is None:
+                found[theirs] = values[place.name]
+        for layer in self._layers:
+            hits = {name: self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits}
+            if hits:
+                own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
+                made = layer.to_torch(own, gradients)
+                found |= {theirs: made[name] for name, theirs in hits.items()}
+        return found
+
+
+class _Paths:
+    """The names that a layer or an array of an MLX module has in PyTorch, and in MLX."""
+
+    def __init__(self, mlx: MLXWeights) -> None:
+        self._children = {path: CHILD_NAMES.get(kind, {}) for path, kind in mlx.counterparts.items()}
+        self._own: dict[str, str] = {}
+        for own, path in mlx.mlx_names.items():  # of arrays; those of the layers follow
+            while path and path not in self._own and own != path:
+                self._own[path] = own
+                own, _, last = own.rpartition(".")
+                path, _, end = path.rpartition(".")
+                if last != end:
+                    break
+        self._modules = {name: path for path in mlx.kinds for name in (path, *self.aliases(path))}
+
+    def torch(self, path: str) -> str:
+        """Returns the path that the counterpart of a layer or an array has in PyTorch."""
+        parent, names = "", []
+        for part in path.split("."):
+            names.append(self._children.get(parent, {}).get(part, part))
+            parent = _join(parent, part)
+        return ".".join(names)
+
+    def aliases(self, path: str) -> list[str]:
+        """Returns other names of a canonical path: those of PyTorch and of MLX."""
+        own = self._own.get(path)
+        return [name for name in (self.torch(path), own) if name is not None and name != path]
+
+    def module(self, name: str) -> str:
+        """Returns the canonical path of a layer by any of its names."""
+        return self._modules.get(name, name)
+
+
+def _optional_biases(mlx: MLXWeights) -> tuple[dict[str, Shape], dict[str, str]]:
+    """Returns the biases of transformer layers for which MLX has no option.
+
+    Returns:
+        The shape of each bias that an attention lacks, by path; and the path of the layer, with a dot, of each other
+        bias.
+    """
+    addable: dict[str, Shape] = {}
+    removable: dict[str, str] = {}
+    for path, kind in mlx.counterparts.items():
+        start = f"{path}." if path else ""
+        for attention in ATTENTION_OF.get(kind, ()):
+            weights = {name: f"{start}{attention}.{name}" for name in (*PROJECTIONS, "out_proj")}
+            kinds = {mlx.kinds.get(layer) for layer in weights.values()}
+            if mlx.counterparts.get(f"{start}{attention}") == "attention" and kinds == {"linear"}:
+                for layer in weights.values():
+                    if f"{layer}.bias" not in mlx.shapes and f"{layer}.scales" not in mlx.shapes:
+                        addable[f"{layer}.bias"] = mlx.shapes[f"{layer}.weight"][:1]
+        if kind in CHILD_NAMES:
+            names = ("linear1", "linear2", *CHILD_NAMES[kind], *_attention_layers(kind))
+            removable |= {bias: start for name in names if (bias := f"{start}{name}.bias") in mlx.shapes}
+    return addable, removable
+
+
+def _attention_layers(kind: str) -> Iterable[str]:
+    return (f"{attention}.{name}" for attention in ATTENTION_OF.get(kind, ()) for name in (*PROJECTIONS, "out_proj"))
+
+
+def _axes(kind: str, name: str) -> object:
+    try:
+        return layout.rule(kind, name)
+    except WeightsError:  # the layer has no such weight, which is another problem
+        return layout.SAME
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
