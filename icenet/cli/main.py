@@ -37,6 +37,7 @@ from icenet.cli.options import (
     to_list,
     trust_option,
 )
+from icenet.cli.parity import parity
 from icenet.core.report import streams
 
 
@@ -584,44 +585,7 @@ def convert_command(
     streams.write(text)
 
 
-@cli.command(
-    "parity",
-    epilog=examples(
-        "icenet parity quickstart",
-        "icenet parity runs/mine --steps 50",
-        "icenet parity my.yaml --dtype bf16 --verbose",
-    ),
-)
-@click.argument("target")
-@click.option(
-    "--steps",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Length of a training curve to compare as well.",
-)
-@precision_option
-@click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
-@set_option
-@json_option
-@trust_option
-def parity_command(
-    target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
-) -> None:
-    """Compare the backends layer by layer.
-
-    TARGET is a config, a run, a checkpoint, a Hugging Face folder or a GGUF file.
-    """
-    from icenet.commands.parity import parity
-
-    report = parity(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
-    if as_json:
-        show_json(report.as_dict())
-    else:
-        from icenet.core.report.console import new_console
-
-        report.render(new_console(), verbose)
-    sys.exit(0 if report.passed else 1)
+cli.add_command(parity)
 
 
 @cli.command(

@@ -1,0 +1,184 @@
+"""`icenet parity`: its forms and their options."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from icenet.cli.options import (
+    PATH,
+    CommandGroup,
+    examples,
+    json_option,
+    precision_option,
+    set_option,
+    show_json,
+    trust_option,
+)
+from icenet.core.dtypes import FLOAT_DTYPES
+
+_CODE = re.compile(r"[^=]+\.py:[A-Za-z_][A-Za-z0-9_]*")
+"""An argument that names code in a file, such as `mine.py:Net`."""
+
+
+class _ParityGroup(CommandGroup):
+    """A group whose arguments select the command: `modules` if they name code, otherwise `config`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["modules" if any(map(_CODE.fullmatch, args)) else "config", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_ParityGroup,
+    epilog=examples(
+        "icenet parity quickstart",
+        "icenet parity runs/mine --steps 50",
+        "icenet parity mine.py:MlxNet ref.py:TorchNet --html parity.html",
+    ),
+)
+def parity() -> None:
+    """Find the first layer that differs, between the backends or two modules.
+
+    The name of the command can be left out: `icenet parity quickstart` is `icenet parity config quickstart`, and
+    `icenet parity mine.py:A ref.py:B` is `icenet parity modules mine.py:A ref.py:B`. The exit code is 0 if all values
+    agree, otherwise 1.
+    """
+
+
+@parity.command(
+    "config",
+    epilog=examples(
+        "icenet parity quickstart",
+        "icenet parity runs/mine --steps 50",
+        "icenet parity my.yaml --dtype bf16 --verbose",
+    ),
+)
+@click.argument("target")
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Length of a training curve to compare as well.",
+)
+@precision_option
+@click.option("--verbose", is_flag=True, help="List every layer, not only those that stand out.")
+@set_option
+@json_option
+@trust_option
+def config_command(
+    target: str, steps: int, dtype: str | None, verbose: bool, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Compare the backends layer by layer.
+
+    TARGET is a config, a run, a checkpoint, a Hugging Face folder or a GGUF file.
+    """
+    from icenet.commands.parity import parity
+
+    report = parity(target, overrides, steps=steps, dtype=dtype, quiet=as_json)
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        from icenet.core.report.console import new_console
+
+        report.render(new_console(), verbose)
+    sys.exit(0 if report.passed else 1)
+
+
+def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    found = {}
+    for value in values:
+        old, separator, new = value.partition("=")
+        if not separator or not old or not new:
+            raise click.BadParameter(f"{value!r} is not A=B, such as layers.0=blocks.0", ctx, parameter)
+        found[old] = new
+    return found or None
+
+
+def _stages(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    from icenet.parity.result import ALL_STAGES
+
+    names = [part.strip() for part in value.split(",")]
+    if unknown := [name for name in names if name not in ALL_STAGES]:
+        known = ", ".join(ALL_STAGES)
+        raise click.BadParameter(f"no stage {unknown[0]!r}; one or more of {known}, with commas", ctx, parameter)
+    return names
+
+
+_INPUT_OPTIONS = (
+    click.option("--input", "input_file", type=PATH, metavar="FILE", help="Arguments of the modules, a .npz file."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn inputs."),
+    click.option(
+        "--weights",
+        "weights_file",
+        type=PATH,
+        metavar="FILE",
+        help="Weights of both modules, a .safetensors file with the names and axes of PyTorch.",
+    ),
+    click.option(
+        "--dtype", type=click.Choice(list(FLOAT_DTYPES)), default="fp32", show_default=True, help="Compute dtype."
+    ),
+)
+_COMPARE_OPTIONS = (
+    click.option(
+        "--rename",
+        multiple=True,
+        callback=_pairs,
+        metavar="A=B",
+        help="Path of a module of the first and its path in the second, also of prefixes. Repeatable.",
+    ),
+    click.option(
+        "--stages", callback=_stages, metavar="LIST", help="Stages to run, with commas. Default: all, in order."
+    ),
+    click.option(
+        "--copy-weights", is_flag=True, help="Compare with the weights of the second in a copy of the first."
+    ),
+    click.option("--html", type=PATH, metavar="FILE", help="Write the page with all details."),
+    click.option(
+        "--replay", type=PATH, metavar="FILE", help="Search the smallest input that differs and save it (.npz)."
+    ),
+    json_option,
+)
+
+
+def _with(*options: Any) -> Any:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@parity.command(
+    "modules",
+    epilog=examples(
+        "icenet parity mine.py:MlxNet ref.py:TorchNet",
+        "icenet parity mine.py:MlxNet ref.py:TorchNet --input x.npz --html parity.html",
+        "icenet parity mine.py:net ref.py:net --weights model.safetensors --rename layers=blocks",
+    ),
+)
+@click.argument("module")
+@click.argument("reference")
+@_with(*_INPUT_OPTIONS, *_COMPARE_OPTIONS)
+def modules_command(module: str, reference: str, as_json: bool, html: Path | None, **options: Any) -> None:
+    """Compare two modules, MODULE with REFERENCE.
+
+    Each is FILE.py:NAME: a module, or a class or function without arguments that returns one. The files are run.
+    Without --input, the inputs are drawn for the signature and the first layer.
+    """
+    from icenet.commands.parity_modules import compare_files, show
+
+    report = compare_files(module, reference, **options)
+    if html is not None:
+        report.to_html(html)
+    show_json(report.as_dict()) if as_json else show(report, html)
+    sys.exit(0 if report.passed else 1)

@@ -1,0 +1,143 @@
+"""`icenet parity mine.py:Net ref.py:Net`: compares modules that files of the user define."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icenet.core import backends, weights
+from icenet.core.config import user_code
+from icenet.core.errors import DataError, UsageError
+from icenet.core.models import modules
+from icenet.core.report.console import new_console
+from icenet.parity import ALL_STAGES, Report, compare
+
+_STYLES = {"✓": "green", "✗": "bold red", "~": "yellow", "·": "yellow", "-": "dim"}
+"""Styles of the lines of a report, by their marks."""
+
+
+def compare_files(
+    module: str,
+    reference: str,
+    *,
+    input_file: Path | None = None,
+    weights_file: Path | None = None,
+    seed: int = 0,
+    dtype: str = "fp32",
+    rename: Mapping[str, str] | None = None,
+    stages: Sequence[str] | None = None,
+    copy_weights: bool = False,
+    replay: Path | None = None,
+) -> Report:
+    """Compares two modules that files define (see `icenet.parity.compare`). The files are run.
+
+    Args:
+        module, reference: `FILE.py:NAME` of a module, or of a class or function without arguments that returns one.
+        input_file: A .npz file with the arguments; None to draw them.
+        weights_file: A .safetensors file whose tensors both modules receive; None to keep the weights they have.
+        seed, dtype, rename, stages, copy_weights, replay: See `icenet.parity.compare`.
+
+    Raises:
+        UsageError: A file or a name in it is wrong, or the modules cannot be compared.
+        DataError: The inputs cannot be read.
+        WeightError: The weights do not fit.
+    """
+    a, b = load_module(module), load_module(reference)
+    if weights_file is not None:
+        for found in (a, b):
+            set_weights(found, weights_file, rename)
+    report = compare(
+        a,
+        b,
+        None if input_file is None else read_inputs(input_file),
+        rename=rename,
+        stages=ALL_STAGES if stages is None else tuple(stages),
+        dtype=dtype,
+        seed=seed,
+        copy_weights=copy_weights,
+        replay=None if replay is None else str(replay),
+    )
+    report.command = shlex.join(["icenet", *sys.argv[1:]])
+    return report
+
+
+def load_module(reference: str) -> Any:
+    """Returns the module that `FILE.py:NAME` names. This runs the file.
+
+    Raises:
+        UsageError: There is no such file or name, or calling it fails.
+    """
+    file, separator, name = reference.rpartition(":")
+    if not separator or not file.endswith(".py"):
+        raise UsageError(f"{reference}: is not FILE.py:NAME, such as mine.py:Net")
+    try:
+        found = getattr(user_code.run_file(Path(file), reference), name)
+    except ImportError as error:
+        raise UsageError(f"{reference}: {error}") from None
+    except AttributeError:
+        raise UsageError(f"{reference}: {file} has no {name!r}") from None
+    if not callable(found) or (hasattr(found, "parameters") and not isinstance(found, type)):
+        return found  # compare says what is no module
+    try:
+        return found()
+    except TypeError as error:
+        raise UsageError(
+            f"{reference}: cannot be called without arguments ({error}); add a function to {file} that returns the "
+            f"module, and name it"
+        ) from None
+
+
+def set_weights(module: Any, file: Path, rename: Mapping[str, str] | None = None) -> None:
+    """Sets the weights of a module to those of a .safetensors file with PyTorch's names and axes.
+
+    Args:
+        module: A module of MLX or PyTorch.
+        file: The file.
+        rename: The names of MLX, see `icenet.from_torch`.
+
+    Raises:
+        FileError: The file cannot be read.
+        UsageError: It is no module.
+        WeightsError: The weights do not fit.
+    """
+    values = weights.read(file)
+    if backends.backend_of(module) == "mlx":
+        modules.from_torch(values, module, rename)
+    else:
+        modules.set_weights(module, values)
+
+
+def read_inputs(file: Path) -> Any:
+    """Returns the arguments that a .npz file holds: keyword arguments, or a tuple if they are named arr_0, arr_1, ...
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or "it is no .npz file of arrays"
+        raise DataError(f"{file}: cannot be read ({reason}); write it with numpy.savez({str(file)!r}, x=x)") from None
+    if not found:
+        raise DataError(f"{file}: has no arrays")
+    positional = [f"arr_{i}" for i in range(len(found))]
+    return tuple(found[name] for name in positional) if set(found) == set(positional) else found
+
+
+def show(report: Report, html: Path | None = None) -> None:
+    """Prints a report, with colors in a terminal."""
+    from rich.text import Text
+
+    console = new_console()
+    first, *lines = str(report).splitlines()
+    console.print(Text(first, "bold green" if report.passed else "bold red"))
+    for line in lines:
+        console.print(Text(line, _STYLES.get(line.strip()[:1], "")), soft_wrap=True)
+    if html is not None:
+        console.print(Text(f"page: {html}"), soft_wrap=True)
