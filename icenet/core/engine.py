@@ -299,9 +299,15 @@ class Engine(ABC):
             _, gradients = self._accumulate({**batch, "labels": np.where(labels < 0, labels, labels.max())}, step)
         return bool(self._norms(gradients)[0].item() == 0)
 
-    def _training_loss(self, output: Array, arrays: Mapping[str, Array]) -> Array:
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether the model computes the loss, without keeping the logits; the class of a user need not."""
+        return self.loss is None and self.model.computes_loss and not custom.is_custom(self.config.model.type)
+
+    def _training_loss(self, arrays: Mapping[str, Array]) -> Array:
         """Returns the mean loss of a batch on the device, and what the model adds to it in training."""
-        loss = self._mean_loss(output, arrays)
+        output = self._outputs(arrays, self._has_own_loss)
+        loss = output if self._has_own_loss else self._mean_loss(output, arrays)
         more = self.model.auxiliary_loss(arrays.get("attention_mask"))
         return loss if more is None else loss + more
 
@@ -374,10 +380,11 @@ class Engine(ABC):
         self._set_mode(train=False)
         with self.average.applied() if self.average else contextlib.nullcontext():
             arrays = self.to_device(self._padded(batch))
-            output = self._predict(arrays)
+            output = self._predict(arrays, self._has_own_loss)
             # a process that has no rows may have labels for which a loss of the user is NaN
             counted = count_labels(batch["labels"])
-            loss = self._mean_loss(output, arrays).item() if counted else 0.0
+            mean = output if self._has_own_loss or not counted else self._mean_loss(output, arrays)
+            loss = mean.item() if counted else 0.0
             if not math.isfinite(loss):
                 self._check_embeddings(arrays)
             labels, correct = batch["labels"], None
@@ -522,28 +529,35 @@ class Engine(ABC):
         """Clips the gradients as `training` describes, and updates parameters, optimizer state and weight average."""
 
     @abstractmethod
-    def _predict(self, arrays: Mapping[str, Array]) -> Array:
-        """Returns the output of the model without gradients, compiled if `model.compile_model` is set."""
+    def _outputs(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
+        """Returns the output of the model for a batch on the device, or the mean loss that the model computes."""
+
+    @abstractmethod
+    def _predict(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
+        """Returns `_outputs` without gradients, compiled if `model.compile_model` is set."""
 
     def _submit(self, *results: Array) -> None:  # noqa: B027  (not abstract on purpose)
         """Starts the computation of results and new state on a lazy framework. Does nothing by default."""
 
 
-def call_model(model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int | None) -> Array:
+def call_model(
+    model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int | None, as_loss: bool = False
+) -> Array:
     """Returns the output of a model for a batch on the device.
 
     Args:
         model: The model.
         arrays: The batch.
         vocab_size: Number of logits for each label; None if the labels are not classes.
+        as_loss: Return the mean loss of the labels instead, which the model computes (`computes_loss`).
 
     Raises:
         UsageError: The code of a user's model fails, or its output does not fit the labels.
     """
-    mask = arrays.get("attention_mask")
+    options = {name: arrays[name] for name in ("attention_mask", *(["labels"] if as_loss else [])) if name in arrays}
     with user_code.explain_errors(arrays["inputs"]):
-        output = model(arrays["inputs"]) if mask is None else model(arrays["inputs"], attention_mask=mask)
-    if "labels" in arrays and vocab_size is not None:
+        output = model(arrays["inputs"], **options)
+    if "labels" in arrays and vocab_size is not None and not as_loss:
         _check_output(output, list(arrays["labels"].shape), vocab_size)
     return output
 

@@ -100,11 +100,11 @@ class Engine(engine.Engine):
         A parameter that the model shares is set at all of its places, so its gradient is the sum over them.
         """
         self._parameters.set(parameters)
-        loss = self._training_loss(self._outputs(arrays), arrays)
+        loss = self._training_loss(arrays)
         return loss * scale, loss
 
-    def _outputs(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        return call_model(self.model, arrays, self._num_classes)
+    def _outputs(self, arrays: Mapping[str, mx.array], as_loss: bool = False) -> mx.array:
+        return call_model(self.model, arrays, self._num_classes, as_loss)
 
     def _update(self, gradients: dict[str, mx.array], norm: mx.array, average_weight: float) -> None:
         self._compiled_update(gradients, norm, mx.array(average_weight, mx.float32))
@@ -131,8 +131,8 @@ class Engine(engine.Engine):
 
     # ---- evaluation and arrays ---------------------------------------------------------------------------
 
-    def _predict(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        return self._compiled_outputs(arrays)
+    def _predict(self, arrays: Mapping[str, mx.array], as_loss: bool = False) -> mx.array:
+        return self._compiled_outputs(arrays, as_loss)
 
     def _to_canonical(self, arrays: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
         return layout.tree_to_torch({path: to_numpy(a) for path, a in arrays.items()}, self.model.layer_kinds())

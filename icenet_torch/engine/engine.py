@@ -47,7 +47,10 @@ class Engine(engine.Engine):
         in_place = local is not self.model
         self.average = WeightAverage(local, training.ema_decay, in_place) if training.ema_decay else None
         parallel = self.process_group.parallel(self.model)
-        self._compiled_model: Any = torch.compile(parallel) if config.model.compile_model else parallel
+        self._compiled_model: Any = parallel
+        if config.model.compile_model:
+            ops.loss.register_for_compiler()
+            self._compiled_model = torch.compile(parallel)
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -65,14 +68,14 @@ class Engine(engine.Engine):
     def _backward(self, part: MicroBatch, loss_scale: float) -> Tensor:
         """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
         self._seed_dropouts(part.dropout_keys)
-        loss = self._training_loss(self._outputs(part.arrays), part.arrays)
+        loss = self._training_loss(part.arrays)
         if not loss.requires_grad:
             raise self._detached_logits()
         (loss * (part.share * loss_scale)).backward()
         return loss.detach() * part.share
 
-    def _outputs(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return call_model(self._compiled_model, arrays, self._num_classes)
+    def _outputs(self, arrays: Mapping[str, Tensor], as_loss: bool = False) -> Tensor:
+        return call_model(self._compiled_model, arrays, self._num_classes, as_loss)
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor, average_weight: float) -> None:
         training = self.config.training
@@ -93,8 +96,8 @@ class Engine(engine.Engine):
     # ---- evaluation and arrays ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _predict(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return self._outputs(arrays)
+    def _predict(self, arrays: Mapping[str, Tensor], as_loss: bool = False) -> Tensor:
+        return self._outputs(arrays, as_loss)
 
     def _to_canonical(self, arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         return {path: to_numpy(tensor).copy() for path, tensor in arrays.items()}

@@ -223,6 +223,7 @@ class TransformerModel(BaseModel):
         if config.output == "transform":
             self.output_dense = ops.Linear(width, width)
             self.output_norm = ops.make_norm(transformer_plan.norm(config), width)
+        self.computes_loss = config.output != "none"
         if config.output != "none" and not config.tie_embeddings:
             self.output = ops.Linear(width, config.vocab_size, bias=config.output_bias)
         elif config.output_bias:
@@ -236,8 +237,9 @@ class TransformerModel(BaseModel):
         attention_mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
         token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Computes logits of tokens, or with `output: none` their hidden states.
+        """Computes logits of tokens, or with `output: none` their hidden states, or the loss of labels.
 
         Args:
             input_ids: Tokens, int `[B, T]`.
@@ -245,13 +247,17 @@ class TransformerModel(BaseModel):
                 counted from the first token of each row that is not padding, so padding on the left has no effect.
             cache: Keys and values of earlier tokens, which is updated. Its rows have padding on the left only.
             token_type_ids: Types of the tokens, int `[B, T]`; None is type 0.
+            labels: int `[B, T]`; negative labels are ignored.
 
         Returns:
-            Logits `[B, T, V]`, or hidden states `[B, T, D]`.
+            Logits `[B, T, V]`, or hidden states `[B, T, D]`. With labels their mean cross-entropy, fp32: not all
+            logits are in memory together.
         """
         self.check_tokens(input_ids, attention_mask, 0 if cache is None else cache.length, cache is not None)
         self.check_token_types(token_type_ids, input_ids)
         hidden = self.hidden_states(input_ids, attention_mask, cache, token_type_ids)
+        if labels is not None:
+            return self.loss(hidden, labels)
         return hidden if self.config.output == "none" else self.project(hidden)
 
     def hidden_states(
@@ -354,8 +360,7 @@ class TransformerModel(BaseModel):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns logits `[..., V]` of hidden states `[..., D]`."""
-        if self.config.output == "transform":
-            hidden_states = self.output_norm(ops.activation(self.config.activation, self.output_dense(hidden_states)))
+        hidden_states = self.transform(hidden_states)
         if self.config.tie_embeddings:
             logits = self.token_embedding.as_linear(hidden_states)
             logits = self.output(logits) if self.config.output_bias else logits
@@ -363,6 +368,21 @@ class TransformerModel(BaseModel):
             logits = self.output(hidden_states)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the last linear layer, `[..., D]`."""
+        if self.config.output != "transform":
+            return hidden_states
+        return self.output_norm(ops.activation(self.config.activation, self.output_dense(hidden_states)))
+
+    def loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy of labels `[...]`, fp32, from hidden states `[..., D]`."""
+        layer = self.token_embedding if self.config.tie_embeddings else self.output
+        if type(layer) not in (ops.Linear, ops.Embedding):  # a layer that a user put there
+            return ops.cross_entropy(self.project(hidden_states), labels)[0]
+        bias = self.output.bias if self.config.output_bias else None
+        cap = self.config.logit_softcap
+        return ops.linear_cross_entropy(self.transform(hidden_states), layer.weight, bias, labels, cap)
 
     def make_cache(self) -> KVCache:
         """Returns an empty cache."""

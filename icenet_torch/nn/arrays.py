@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import warnings
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -73,3 +75,17 @@ def from_numpy(array: np.ndarray, contiguous: bool = True) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def triton_kernels(device: torch.device) -> Any:
+    """Returns `icenet_torch.nn.kernels` for eager code on CUDA with Triton, otherwise None."""
+    return _import_kernels() if device.type == "cuda" and not torch.compiler.is_compiling() else None
+
+
+@functools.cache
+def _import_kernels() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from icenet_torch.nn import kernels
+
+    return kernels

@@ -7,8 +7,6 @@ which is the first axis, has its own key. Without keys PyTorch's generator draws
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +20,7 @@ from icenet.core import rng
 from icenet.core.errors import UsageError
 from icenet.core.models.classes import change_classes
 from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
-from icenet_torch.nn.arrays import Array
+from icenet_torch.nn.arrays import Array, triton_kernels
 from icenet_torch.nn.random import random_bits_at_least
 
 
@@ -58,7 +56,7 @@ class Dropout(KeyedCalls, nn.Dropout):
                 f"{self._image_layers[x.ndim]}. If it has channels first, use icenet_torch.nn.Dropout({self.p:g}, "
                 "images=True), otherwise images=False: MLX has channels last, and the masks must be equal"
             )
-        if keys is not None and not images and not self.inplace and (kernels := _kernels(x.device)):
+        if keys is not None and not images and not self.inplace and (kernels := triton_kernels(x.device)):
             return _FusedDropout.apply(x, keys_for_rows(keys, x.shape), self.p, self.scale, kernels)
         last = (0, *range(2, x.ndim), 1) if images else range(x.ndim)  # channels last
         keep = dropout_mask(tuple(x.shape[axis] for axis in last), self.p, keys, x.device)
@@ -163,7 +161,7 @@ def dropout_mask(shape: tuple[int, ...], p: float, keys: Array | None, device: t
         return torch.rand(shape, device=device) >= p
     keys = keys_for_rows(keys, shape)
     n, threshold = math.prod(shape) // keys.shape[0], rng.dropout_threshold(p)
-    kernels = _kernels(device)
+    kernels = triton_kernels(device)
     keep = kernels.dropout_mask(keys, n, threshold) if kernels else random_bits_at_least(keys, n, threshold)
     return keep.reshape(shape)
 
@@ -211,17 +209,3 @@ def masked_scale(x: Array, keep: Array, scale: float) -> Array:
     if x.is_cuda:
         return torch.ops.aten.native_dropout_backward(x, keep, scale)  # the same product in one kernel
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device)).mul_(scale)
-
-
-def _kernels(device: torch.device) -> Any:
-    """Returns `icenet_torch.nn.kernels` for eager code on CUDA with Triton, otherwise None."""
-    return _import_kernels() if device.type == "cuda" and not torch.compiler.is_compiling() else None
-
-
-@functools.cache
-def _import_kernels() -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from icenet_torch.nn import kernels
-
-    return kernels

@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs: dropout masks, and attention to a cache.
+"""Triton kernels for NVIDIA GPUs: dropout masks, the loss and its gradient, and attention to a cache.
 
 MLX draws threefry numbers itself, and has its kernel for attention in `icenet/nn/cached_attention.py`.
 
@@ -49,6 +49,32 @@ def dropout(x: Tensor, keys: Tensor, threshold: int, scale: float) -> tuple[Tens
         with torch.cuda.device(x.device):
             _dropout[(triton.cdiv(half, BLOCK), rows)](x, out, keep, keys, n, half, threshold, scale, BLOCK)
     return out, keep
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, count: Tensor, softcap: float | None, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Computes `icenet_torch.nn.loss._chunk`. The gradient takes the place of the logits.
+
+    A program reads a row twice, the second time from the L2 cache.
+    """
+    rows, width = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        with torch.cuda.device(logits.device):
+            _cross_entropy[(rows,)](
+                logits,
+                labels,
+                count,
+                losses,
+                softcap or 1.0,
+                width,
+                CAPPED=softcap is not None,
+                GRADIENT=needs_gradient,
+                BLOCK=min(4096, triton.next_power_of_2(width)),
+                num_warps=8,
+            )
+    return losses, logits if needs_gradient else None
 
 
 def attend(
@@ -162,6 +188,47 @@ def _dropout(x, out, keep, keys, n, half, threshold, scale, BLOCK: tl.constexpr)
     kept = x1 >= threshold
     tl.store(keep + index, kept, mask=valid)
     tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)
+
+
+@triton.jit
+def _logits(row, column, width, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns a part of a row of logits, fp32, after the softcap; -inf outside of the row."""
+    x = tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+    if CAPPED:
+        x = cap * (1 - 2 / (tl.exp(2 * x / cap) + 1))  # tanh
+    return tl.where(column < width, x, float("-inf"))
+
+
+@triton.jit
+def _cross_entropy(  # type: ignore[no-untyped-def]
+    logits, labels, count, losses, cap, width, CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = logits + place * width
+    label = tl.load(labels + place)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        x = _logits(row, start + tl.arange(0, BLOCK), width, cap, CAPPED)
+        higher = tl.maximum(top, tl.max(x, axis=0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
+        top = higher
+    log_total = top + tl.log(total)
+    chosen = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
+    if CAPPED:
+        chosen = cap * (1 - 2 / (tl.exp(2 * chosen / cap) + 1))
+    tl.store(losses + place, tl.where(label >= 0, log_total - chosen, 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # the logit of the label was read before another thread replaces it
+        weight = 1.0 / tl.load(count).to(tl.float32)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = _logits(row, column, width, cap, CAPPED)
+            gradient = (tl.exp(x - log_total) - (column == label)) * weight
+            if CAPPED:
+                gradient *= 1 - x * x / (cap * cap)
+            gradient = tl.where(label >= 0, gradient, 0.0)
+            tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ class ModelBase:
             to the framework.
         compute_dtype: The framework's dtype of the activations.
         device: The framework's device of the weights; None is MLX's default device.
+        computes_loss: Whether `forward` takes `labels` and returns their mean loss without keeping the logits.
         checks_ids: Whether `check_tokens` also reads the ids and the mask. False where the caller has checked them on
             the host.
     """
@@ -69,6 +70,7 @@ class ModelBase:
     training: Any
     eval: Any
     checks_ids: bool = True
+    computes_loss: bool = False
     _generation_copy: GenerationCopy | None = None
 
     # ---- size --------------------------------------------------------------------------------------------
