@@ -31,8 +31,6 @@ class KVCache(RowCache):
         position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
             between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
-        row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]`, while it is read in
-            pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     reads_padding = False  # a token attends to earlier columns only, and later ones are written over
@@ -43,7 +41,6 @@ class KVCache(RowCache):
         self.capacity = 0
         self.position = mx.zeros((1,), mx.int32)
         self.padding: mx.array | None = None
-        self.row_lengths: mx.array | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
     @property

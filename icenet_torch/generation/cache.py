@@ -29,8 +29,6 @@ class KVCache(RowCache):
         position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
             between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
-        row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]`, while it is read in
-            pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     reads_padding = False  # a token attends to earlier columns only, and later ones are written over
@@ -42,7 +40,6 @@ class KVCache(RowCache):
         self.position = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.columns: torch.Tensor | None = None
         self.padding: torch.Tensor | None = None
-        self.row_lengths: torch.Tensor | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
     @property

@@ -52,7 +52,7 @@ class GenerationConfig(Section):
     """Continue after an end-of-text token."""
     overflow: Literal["error", "slide"] = "error"
     """Beyond max_seq_length: an error before any work, or slide: drop the older half of the row's context."""
-    prefill_chunk: Annotated[int, Field(ge=1)] = 512
-    """Prompt tokens per forward pass."""
+    prefill_chunk: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens of a row per forward pass; null: 512 on a CPU, and on a GPU up to 8192 of all rows together."""
     max_batch_size: Annotated[int, Field(ge=1)] = 64
     """Number of prompts that are decoded together; as rows end, others join. The cache grows with it."""

@@ -21,11 +21,8 @@ from icenet.core.errors import NonFiniteError
 from icenet.core.generation import decoder as decoding
 from icenet.core.generation.cache import RowCache
 from icenet.core.generation.decoder import Choice, DecoderBase, State
-from icenet.core.generation.request import Request
+from icenet.core.generation.request import PREFILL_TOKENS, Request
 from icenet.core.generation.stopping import StoppingCriteria
-
-PREFILL_TOKENS = 8192
-"""Number of tokens, padding included, of the prompts that are read together. It bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -254,13 +251,12 @@ class Batch:
     def _prefill(self, group: Sequence[int]) -> tuple[RowCache, Any]:
         """Reads prompts, the shortest first, into a new cache. Returns it and the logits `[B, V]` after them."""
         decoder, model, lengths = self.decoder, self.decoder.model, self.lengths[list(group)]
-        longest, chunk = int(lengths[-1]), self.request.settings.prefill_chunk
+        longest, chunk = int(lengths[-1]), self.request.prefill_columns(len(group), model.is_on_cpu)
         # the padding repeats a token of the row: that of another token may have a vector that is not finite
         tokens = np.stack([np.pad(self.prompts[row], (0, longest - self.lengths[row]), mode="edge") for row in group])
         cache = model.make_cache()
         cache.limit = int(max(self.lengths + self.request.limits))
-        if hasattr(cache, "row_lengths"):
-            cache.row_lengths = decoder.to_device(lengths.astype(np.int32)[:, None])
+        cache.row_lengths = decoder.to_device(lengths.astype(np.int32)[:, None])
         last = []  # the hidden states of the last token of each row, [1, rows, D] for each chunk
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)
@@ -273,8 +269,7 @@ class Batch:
             if len(ends):
                 last.append(hidden[decoder.to_device(ends), decoder.to_device(lengths[ends] - 1 - start)][None])
             decoder.evaluate([*last, *cache.state])
-        if hasattr(cache, "row_lengths"):
-            cache.row_lengths = None
+        cache.row_lengths = None
         return cache, model.project(decoder.concatenate(last)[0])
 
     def _arrange(self, rows: list[int], joined: Rows | None = None) -> None:

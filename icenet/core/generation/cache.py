@@ -24,10 +24,13 @@ class Cache(ABC):
     Attributes:
         length: Number of columns read, padding included. None in a captured step, which must not depend on it.
         limit: Number of columns that will be needed at most; None if it is unknown.
+        row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]` on the device, while
+            it is read in pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
 
     length: int | None = 0
     limit: int | None = None
+    row_lengths: Any = None
 
     @property
     @abstractmethod

@@ -130,7 +130,7 @@ class DecoderBase(ABC):
     def prefill(self, lengths: NDArray[np.int64]) -> Any:
         """Reads the last `lengths[r]` tokens of each row r of the context into a new cache.
 
-        The tokens are read in chunks of `prefill_chunk` columns.
+        The tokens are read in chunks of `Request.prefill_columns`.
 
         Returns:
             Logits `[B, V]` of the next token.
@@ -148,16 +148,15 @@ class DecoderBase(ABC):
             self.cache = self.model.make_cache()
         if isinstance(self.cache, Cache):  # a user's may be a list
             self.cache.limit = longest + self.request.new_tokens
-        if hasattr(self.cache, "row_lengths"):
             self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
-        chunk = self.request.settings.prefill_chunk
+        chunk = self.request.prefill_columns(len(lengths), self.model.is_on_cpu)
         for start in range(first, longest, chunk):
             stop = min(start + chunk, longest)
             mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
             hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
             # with the position, which no output depends on: another thread may read the next token
             self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])
-        if hasattr(self.cache, "row_lengths"):
+        if isinstance(self.cache, Cache):
             self.cache.row_lengths = None
         return self.model.project(hidden[:, -1])
 

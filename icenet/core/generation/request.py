@@ -18,6 +18,10 @@ from icenet.core.tokenizers.base import Tokenizer, end_ids
 
 Tokens = NDArray[np.int32]
 DEFAULT_NEW_TOKENS = 100
+PREFILL_TOKENS = 8192
+"""Number of tokens, padding included, of the prompts that are read together. It bounds the memory."""
+SMALLEST_PASS = 512
+"""Number of columns of the prompts that are read in one pass at least."""
 
 
 class LanguageModel(Protocol):
@@ -68,6 +72,19 @@ class Request:
         """Returns the prompts without padding, int32 `[T]` each."""
         masks = [None] * len(self.tokens) if self.attention_mask is None else self.attention_mask
         return [row if mask is None else row[mask] for row, mask in zip(self.tokens, masks, strict=True)]
+
+    def prefill_columns(self, rows: int, on_cpu: bool) -> int:
+        """Returns how many columns of prompts are read in one forward pass.
+
+        A GPU computes many tokens at a time. On a CPU, attention of MLX needs memory for the scores of all pairs.
+
+        Args:
+            rows: Number of prompts that are read together.
+            on_cpu: Whether the model is on a CPU.
+        """
+        if self.settings.prefill_chunk is not None:
+            return self.settings.prefill_chunk
+        return SMALLEST_PASS if on_cpu else max(SMALLEST_PASS, PREFILL_TOKENS // rows)
 
     def select(self, rows: Sequence[int]) -> Request:
         """Returns the request for some of the rows. Their tokens are the same as in this one."""
