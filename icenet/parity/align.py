@@ -71,10 +71,10 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
     fitting = [name for name in candidates if to_torch(name, ours).shape == theirs.shape]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    return _nearer(ours, theirs) or shapes.get(theirs.shape) or _default(ours.ndim)
+    return nearer(ours, theirs) or shapes.get(theirs.shape) or _default(ours.ndim)
 
 
-def _nearer(ours: Array, theirs: Array) -> str | None:
+def nearer(ours: Array, theirs: Array) -> str | None:
     """Returns the alignment that is much nearer in value; None if neither is."""
     moved, same = _distance(to_torch(MOVED, ours), theirs), _distance(ours, theirs)
     return MOVED if moved < same / 2 else SAME if same < moved / 2 else None
@@ -151,7 +151,7 @@ def known_shapes(mlx: Trace, torch: Trace) -> dict[tuple[int, ...], str]:
             ours, theirs = value.array, torch.values[name].array
             known = KINDS.get(_common_kind(mlx, torch, name) or "")
             if known is None and ours.shape == theirs.shape == to_torch(MOVED, ours).shape:
-                known = _nearer(ours, theirs)
+                known = nearer(ours, theirs)
             if known is not None:
                 found.setdefault(theirs.shape, known)
     return found

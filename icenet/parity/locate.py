@@ -276,21 +276,55 @@ def replay_layer(
             continue
         values = rng.normal(rng.key(0, "cotangent", name), output.array.shape)
         cotangents.append(Value(round_to(values, output.dtype), output.dtype))
+    found, has_ties = judge_layer(path, call, cotangents, replays, dtype, samples, is_leaf)
+    return *_worst(found), has_ties
+
+
+def judge_layer(
+    path: str,
+    call: Call,
+    cotangents: list[Value] | None,
+    replays: tuple[AlignedReplay, Replay, Replay],
+    dtype: str = "fp32",
+    samples: Samples[SampledReplay] | None = None,
+    is_leaf: bool = True,
+) -> tuple[dict[str, Judgement], bool]:
+    """Judges all results of one layer in its replay; see `replay_layer`.
+
+    Args:
+        path: Path of the layer.
+        call: The arguments of all replays.
+        cotangents: Of the outputs; None to replay the forward pass alone.
+        replays: Replays by MLX, PyTorch and the reference.
+        dtype: Compute dtype under test.
+        samples: Replays in a sample.
+        is_leaf: Whether no other layer is within it.
+
+    Returns:
+        The judgement of each result by name (`output`, `input 0`, `gradient:weight`, ...), and whether gradients are
+        within the tolerance only where the inputs were moved apart.
+    """
+    if cotangents is None:
+        return _judge_replay(path, call, None, replays, dtype, samples), False
     cotangents = replays[0].cotangents(path, cotangents)
     if dtype == "fp16":
         cotangents = _without_overflow(path, call, cotangents, replays)
     judge = partial(_judge_replay, path, cotangents=cotangents, replays=replays, dtype=dtype)
+    found = judge(call, samples=None)
+    if not any(judgement.is_over for judgement in found.values()):
+        return found, False
     # samples break exact ties at random, which would count as noise, so only outputs are sampled there
-    has_ties = _may_be_kink(reference.calls[path])
-    found = judge(call, samples=None if has_ties else samples)
+    has_ties = _may_be_kink(call)
+    if not has_ties and samples:
+        found = judge(call, samples=samples)
     if has_ties and any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):
         found.update({n: j for n, j in judge(call, samples=samples).items() if n.startswith("output")})
     worst, part = _worst(found)
-    if part.startswith("output") or not worst.is_over or not _may_be_kink(call):
-        return worst, part, False
+    if part.startswith("output") or not worst.is_over or not has_ties:
+        return found, False
     at_ties = _Replays(path, call, cotangents, replays)
     if at_ties.has_inputs and not at_ties.ties.are_kinks:
-        return *_worst(judge(call, samples=samples) if samples else found), False
+        return judge(call, samples=samples) if samples else found, False
     numbers = count()
 
     def apart(value: Value) -> Value:
@@ -301,13 +335,13 @@ def replay_layer(
 
     nearby = call.map(apart)
     moved = judge(nearby, samples=samples)
-    worst, part = _worst(moved)
+    passed = _worst(moved)[0].passed
     is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
-    if worst.passed and is_leaf and at_ties.has_inputs:
+    if passed and is_leaf and at_ties.has_inputs:
         judgement = at_ties.judge_sums(nearby, dtype, samples)
         if not judgement.passed:
-            return judgement, "input, at ties", False
-    return worst, part, worst.passed and is_larger
+            return {"input, at ties": judgement}, False
+    return moved, passed and is_larger
 
 
 class _Replays:
@@ -402,7 +436,7 @@ def _without_overflow(path: str, call: Call, cotangents: list[Value], replays: S
 def _judge_replay(
     path: str,
     call: Call,
-    cotangents: list[Value],
+    cotangents: list[Value] | None,
     replays: tuple[AlignedReplay, Replay, Replay],
     dtype: str,
     samples: Samples[SampledReplay] | None,

@@ -137,7 +137,7 @@ class _Perturb(torch.autograd.Function):
 
 def _perturbed(tensor: torch.Tensor, perturb: Any, what: str, path: str, number: int) -> torch.Tensor:
     array = perturb(Value(to_numpy(tensor), short_dtype(tensor.dtype)), what, path, number).array
-    return torch.empty_like(tensor).copy_(torch.from_numpy(np.ascontiguousarray(array)))
+    return torch.empty_like(tensor).copy_(torch.from_numpy(np.array(array, order="C")))  # a scalar keeps its shape
 
 
 def _map_tensors(outputs: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
