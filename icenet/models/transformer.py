@@ -52,20 +52,32 @@ class Attention(nn.Module):
         angles: mx.array | None = None,
         cache: LayerCache | None = None,
     ) -> mx.array:
-        q, k, v = self.project(x)
-        if self.plan.query_key_norm == "all":
+        mixed = self.mix(*self.project(x), mask, angles, cache)
+        return self.dropout(self.out_proj(mixed))
+
+    def mix(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        mask: ops.Mask,
+        angles: mx.array | None = None,
+        cache: LayerCache | None = None,
+    ) -> mx.array:
+        """Returns the values that the queries attend to, `[B, T, H * E]`."""
+        plan, shape = self.plan, q.shape
+        if plan.query_key_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
-        if self.plan.query_key_norm == "head":
+        if plan.query_key_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        plan = self.plan
         if cache is not None:
             mixed = cache.attend(q, k, v, mask, angles, plan)  # [B, H, T, E]
         else:
             if angles is not None:
                 q, k = ops.rotate(q, angles, plan.rotary_pairs), ops.rotate(k, angles, plan.rotary_pairs)
             mixed = ops.scaled_dot_product_attention(q, k, v, mask, plan.scale, plan.softcap)
-        return self.dropout(self.out_proj(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
+        return mixed.swapaxes(1, 2).reshape(shape)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Returns queries, keys and values, `[B, T, H * E]` and twice `[B, T, K * E]`."""

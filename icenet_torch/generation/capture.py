@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from icenet.core.generation.decoder import Choice, State, Step
+from icenet.core.models.classes import change_classes
+from icenet_torch.nn import tree
+
+CAPTURED_TYPES: dict[type, type] = {}
+"""Classes of modules, and the classes that compute the same in fewer kernels where a step is captured."""
+
+
+def merge_kernels(model: nn.Module) -> None:
+    """Gives the modules of a model that generates the classes for captured steps, in place; subclasses stay."""
+    change_classes(tree.named_modules(model), CAPTURED_TYPES)
 
 
 class CapturedStep:

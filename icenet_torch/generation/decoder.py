@@ -16,7 +16,7 @@ from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet_torch.generation import sampling
 from icenet_torch.generation.cache import KVCache
-from icenet_torch.generation.capture import CapturedStep
+from icenet_torch.generation.capture import CapturedStep, merge_kernels
 
 Handle = tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]
 """Tokens and their scores on the host, and the event after which they are valid; None if they already are."""
@@ -42,6 +42,7 @@ class Decoder(DecoderBase):
     def capture(self, state: State, token: torch.Tensor, step: Step | None = None) -> Step:
         if token.device.type != "cuda" or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.decode_step
+        merge_kernels(self.model)
         return CapturedStep(step or self.decode_step, state, token)
 
     def copy(self, array: torch.Tensor) -> torch.Tensor:

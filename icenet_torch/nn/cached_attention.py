@@ -23,7 +23,7 @@ def has_cached_attention(buffer: Array, columns: int) -> bool:
         buffer: Keys, `[B, K, S, E]`.
         columns: Number of queries of each row.
     """
-    return columns == 1 and buffer.shape[-1] <= LARGEST_HEAD and buffer.is_cuda and _has_triton()
+    return columns == 1 and buffer.shape[-1] <= LARGEST_HEAD and buffer.is_cuda and has_triton()
 
 
 def cached_attention(
@@ -59,5 +59,6 @@ def cached_attention(
 
 
 @lru_cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Returns whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

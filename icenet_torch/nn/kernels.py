@@ -8,11 +8,13 @@ The module is imported only on a GPU and with Triton, which PyTorch's CUDA build
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icenet.core.config.transformer_plan import AttentionPlan
 
@@ -21,6 +23,15 @@ COLUMNS = 64
 """Number of columns of a cache that a program reads at a time."""
 COLUMNS_OF_A_PART = 1024
 """Length of a buffer above which several programs share the columns of a head."""
+
+
+@lru_cache
+def can_overlap(device: torch.device) -> bool:
+    """Returns whether a kernel can start while the one before it runs (programmatic dependent launch): from Hopper.
+
+    Such a kernel begins with `gdc_wait`, after which it may read what other kernels of the step write.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
@@ -95,6 +106,8 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty((batch, heads, 1, size), dtype=q.dtype, device=q.device)
     partial = out if parts == 1 else torch.empty((batch, heads, parts, size + 2), device=q.device)
+    overlaps = can_overlap(q.device)
+    launch = {"launch_pdl": True} if overlaps else {}
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _attend[(heads, batch, parts)](
             *(q, k, v, keys, values, position),
@@ -118,9 +131,12 @@ def attend(
             CAPPED=plan.softcap is not None,
             PARTS=parts,
             COLUMNS=COLUMNS,
+            OVERLAPS=overlaps,
+            **launch,
         )
         if parts > 1:
-            _join_parts[(batch * heads,)](partial, out, E=size, WIDTH=triton.next_power_of_2(size), PARTS=parts)
+            width = triton.next_power_of_2(size)
+            _join_parts[(batch * heads,)](partial, out, E=size, WIDTH=width, PARTS=parts, OVERLAPS=overlaps, **launch)
     return out
 
 
@@ -287,8 +303,12 @@ def _attend(  # type: ignore[no-untyped-def]
     CAPPED: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One head of queries of one row, over a part of the columns. The first part of a head stores the new one."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     head, part = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
@@ -350,8 +370,13 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _join_parts(partial, out, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _join_parts(  # type: ignore[no-untyped-def]
+    partial, out, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr
+):
     """The parts of a head: sums `[E]`, their total weight and their highest score, fp32."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, WIDTH)
     top = tl.full((), float("-inf"), tl.float32)

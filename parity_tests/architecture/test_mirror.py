@@ -15,6 +15,9 @@ TORCH_FILES = {
     "",  # sets MKL's mode
     "core",  # the guide's name for icenet.core.config
     "core.config",
+    "models.merged",  # fewer kernels in a step of few rows; MLX merges operations with mx.compile
+    "nn.few_rows",
+    "nn.linear_kernels",
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     "tools.sums",  # the noise is measured in PyTorch
@@ -45,6 +48,9 @@ ONE_SIDED = {
     # PyTorch is accurate there
     "nn.exact": {"add_bias", "channel_sums", "logsumexp", "moments", "normalize", "scale", "scale_and_shift",
                  "softmax_terms"},  # fmt: skip
+    "generation.cache": {"LayerCache.is_captured"},  # for models.merged
+    "generation.capture": {"merge_kernels"},
+    "nn.cached_attention": {"has_triton"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
     "nn.linear": {

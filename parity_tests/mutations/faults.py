@@ -870,6 +870,20 @@ FAULTS: list[Fault] = [
         ["models/test_models.py::test_padding_changes_nothing_for_real_positions"],
     ),
     Fault(
+        "a merged block of parallel branches reads the sum",
+        "icenet_torch/models/merged.py",
+        "x if self.parallel else y, second, y)",
+        "y, second, y)",
+        ["models/test_merged.py::test_a_merged_block_computes_what_the_block_does"],
+    ),
+    Fault(
+        "a merged block does not call hooks",
+        "icenet_torch/models/merged.py",
+        "type(attention) is not Attention or _has_hooks(attention)",
+        "type(attention) is not Attention",
+        ["models/test_merged.py::test_layers_of_a_user_and_hooks_are_called"],
+    ),
+    Fault(
         "post-norm adds the residual after the norm",
         "icenet_torch/models/transformer.py",
         "x = normed = self.attention_norm(x + self.attention(x, mask, angles, cache))",

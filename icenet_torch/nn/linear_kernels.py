@@ -1,0 +1,341 @@
+"""Triton kernels for linear layers of a few rows: norm, product, bias, activation and residual in one.
+
+The module is imported only on a GPU and with Triton, as `icenet_torch.nn.kernels` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from icenet_torch.nn.kernels import can_overlap
+
+LARGEST_SUM_ROWS = 4
+"""Rows up to which products are sums of multiplications. For more, tensor cores multiply blocks of 16 rows."""
+DOT_ROWS = 16
+"""Rows of a block on tensor cores; those that are missing are zero."""
+TILE_BYTES = 32768
+"""Bytes of weights that a program of the sums reads at a time: enough to keep the memory busy."""
+LONGEST_BLOCK = 4096
+"""Number of inputs that a program of the sums reads at a time."""
+
+
+class Norm(NamedTuple):
+    """A normalization of the inputs: `kind` is "layer", "rms" or "rms_offset", which multiplies by 1 + weight."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Blocks(NamedTuple):
+    """The part of a product that a program computes."""
+
+    use_dot: bool
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    is_gated: bool = False,
+    residual: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Computes residual + activation(norm(x) W^T + b), rounded where the separate operations round.
+
+    Args:
+        x: `[rows, in]`, contiguous.
+        weight: `[out, in]`, contiguous, in the dtype of x. If it is gated, its first half is that of the gate, and
+            the result is activation(gate) * up, `[rows, out / 2]`.
+        bias: `[out]`.
+        norm: The norm of x; None: x is used as it is.
+        activation: See `icenet_torch.nn.activation`; None: none.
+        is_gated: See `weight`.
+        residual: Added to the result, with its shape, contiguous.
+        blocks: None: `choose_blocks`.
+
+    Returns:
+        `[rows, out]` in the dtype of x.
+    """
+    rows, size = x.shape
+    outputs = weight.shape[0] // (2 if is_gated else 1)
+    if blocks is None:
+        blocks = choose_blocks(rows, outputs, size, is_gated, x.element_size(), processors(x.device))
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    overlaps = can_overlap(x.device)
+    kernel = _dot_linear if blocks.use_dot else _sum_linear
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        kernel[(triton.cdiv(outputs, blocks.outputs),)](
+            *(x, weight, x if bias is None else bias),
+            *(x if norm is None else norm.weight, x if norm is None or norm.bias is None else norm.bias),
+            x if residual is None else residual,
+            out,
+            rows,
+            outputs,
+            0.0 if norm is None else norm.eps,
+            SIZE=size,
+            ROWS=blocks.rows,
+            BLOCK_N=blocks.outputs,
+            BLOCK_K=blocks.inputs,
+            NORM="none" if norm is None else norm.kind,
+            NORM_BIAS=norm is not None and norm.bias is not None,
+            BIAS=bias is not None,
+            ACTIVATION=activation or "none",
+            GATED=is_gated,
+            RESIDUAL=residual is not None,
+            OVERLAPS=overlaps,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            **({"launch_pdl": True} if overlaps else {}),
+        )
+    return out
+
+
+@lru_cache
+def choose_blocks(rows: int, outputs: int, size: int, is_gated: bool, itemsize: int, processors: int) -> Blocks:
+    """Returns the part of a product that a program computes.
+
+    It has as many outputs as `TILE_BYTES` allow, but not so many that a multiprocessor has no program.
+    """
+    most = 1 << max(0, (outputs // processors).bit_length() - 1)
+    if rows > LARGEST_SUM_ROWS:
+        return Blocks(True, DOT_ROWS, max(16, min(32, most)), 128, 4, 4)
+    padded = triton.next_power_of_2(rows)
+    inputs = min(triton.next_power_of_2(size), LONGEST_BLOCK)
+    tile = TILE_BYTES // (itemsize * (2 if is_gated else 1) * inputs)
+    return Blocks(False, padded, max(1, min(tile, most)), inputs, 4, 1)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ACTIVATION == "gelu":
+        x = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x * 0.5 * (2 - 2 / (tl.exp(2 * inner) + 1))
+    elif ACTIVATION == "silu":
+        x = x / (1 + tl.exp(-x))
+    elif ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    return x
+
+
+@triton.jit
+def _statistics(  # type: ignore[no-untyped-def]
+    x, row, rows, eps, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr
+):
+    """Returns the mean and the factor of each row, fp32 `[ROWS]`."""
+    k = tl.arange(0, BLOCK_K)
+    mean = tl.zeros((ROWS,), tl.float32)
+    if NORM == "layer":
+        sums = tl.zeros((ROWS, BLOCK_K), tl.float32)
+        for start in range(0, SIZE, BLOCK_K):
+            valid = (row < rows)[:, None] & (start + k < SIZE)[None, :]
+            sums += tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=valid, other=0.0).to(tl.float32)
+        mean = tl.sum(sums, axis=1) / SIZE
+    squares = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    for start in range(0, SIZE, BLOCK_K):
+        valid = (row < rows)[:, None] & (start + k < SIZE)[None, :]
+        value = tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=valid, other=0.0).to(tl.float32)
+        difference = tl.where(valid, value - mean[:, None], 0.0)
+        squares += difference * difference
+    return mean, 1 / tl.sqrt(tl.sum(squares, axis=1) / SIZE + eps)
+
+
+@triton.jit
+def _normalized(  # type: ignore[no-untyped-def]
+    value, mean, factor, norm_weight, norm_bias, k, inside, NORM: tl.constexpr, NORM_BIAS: tl.constexpr
+):
+    """Returns the norm of values, fp32. The arguments have shapes that broadcast."""
+    weight = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM == "rms_offset":
+        weight += 1
+    value = (value - mean) * factor * weight
+    if NORM_BIAS:
+        value += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    acc,
+    up,
+    row,
+    n,
+    rows,
+    N,
+    bias,
+    residual,
+    out,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Adds the bias, applies the activation, adds the residual. Each of them rounds, as the operations do."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    n = n[None, :]
+    row = row[:, None]
+    valid = (row < rows) & (n < N)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    value = acc.to(dtype).to(tl.float32)
+    if ACTIVATION != "none":
+        value = _activated(value, ACTIVATION).to(dtype).to(tl.float32)
+    if GATED:
+        if BIAS:
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        value = (value * up.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    if RESIDUAL:
+        value += tl.load(residual + row * N + n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + row * N + n, value.to(dtype), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "N", "eps"])
+def _sum_linear(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    residual,
+    out,
+    rows,
+    N,
+    eps,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Some outputs of all rows. The weights are read before the inputs, which the kernel before this one computes."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.arange(0, ROWS)
+    at = weight + n.to(tl.int64)[:, None] * SIZE + k[None, :]
+    ups = at + N.to(tl.int64) * SIZE
+    both = (n < N)[:, None] & (k < SIZE)[None, :]
+    tile = tl.load(at, mask=both, other=0.0)
+    up_tile = tile
+    if GATED:
+        up_tile = tl.load(ups, mask=both, other=0.0)
+    if OVERLAPS:
+        gdc_wait()
+    if NORM != "none":
+        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
+    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, SIZE, BLOCK_K):
+        w = tile.to(tl.float32)
+        w_up = up_tile.to(tl.float32)
+        if BLOCK_K < SIZE:  # the next weights are read meanwhile
+            both = (n < N)[:, None] & (start + BLOCK_K + k < SIZE)[None, :]
+            tile = tl.load(at + start + BLOCK_K, mask=both, other=0.0)
+            if GATED:
+                up_tile = tl.load(ups + start + BLOCK_K, mask=both, other=0.0)
+        inside = start + k < SIZE
+        for r in tl.static_range(ROWS):
+            value = tl.load(x + r * SIZE + start + k, mask=inside & (r < rows), other=0.0).to(tl.float32)
+            if NORM != "none":
+                own_mean = tl.sum(tl.where(row == r, mean, 0.0), axis=0)
+                own_factor = tl.sum(tl.where(row == r, factor, 0.0), axis=0)
+                value = _normalized(
+                    value, own_mean, own_factor, norm_weight, norm_bias, start + k, inside, NORM, NORM_BIAS
+                )
+                value = value.to(out.dtype.element_ty).to(tl.float32)
+            own = (row == r)[:, None]
+            acc += tl.where(own, tl.sum(w * value[None, :], axis=1)[None, :], 0.0)
+            if GATED:
+                up += tl.where(own, tl.sum(w_up * value[None, :], axis=1)[None, :], 0.0)
+    _store(acc, up, row, n, rows, N, bias, residual, out, BIAS, ACTIVATION, GATED, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["rows", "N", "eps"])
+def _dot_linear(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    residual,
+    out,
+    rows,
+    N,
+    eps,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Some outputs of all rows, on tensor cores."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.arange(0, ROWS)
+    at = weight + n.to(tl.int64)[None, :] * SIZE + k[:, None]
+    ups = at + N.to(tl.int64) * SIZE
+    if NORM != "none":
+        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
+    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, SIZE, BLOCK_K):
+        inside = start + k < SIZE
+        both = inside[:, None] & (n < N)[None, :]
+        valid = (row < rows)[:, None] & inside[None, :]
+        value = tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=valid, other=0.0)
+        if NORM != "none":
+            value = _normalized(
+                value.to(tl.float32),
+                mean[:, None],
+                factor[:, None],
+                norm_weight,
+                norm_bias,
+                (start + k)[None, :],
+                inside[None, :],
+                NORM,
+                NORM_BIAS,
+            ).to(out.dtype.element_ty)
+        acc = tl.dot(value, tl.load(at + start, mask=both, other=0.0), acc, input_precision="ieee")
+        if GATED:
+            up = tl.dot(value, tl.load(ups + start, mask=both, other=0.0), up, input_precision="ieee")
+    _store(acc, up, row, n, rows, N, bias, residual, out, BIAS, ACTIVATION, GATED, RESIDUAL)

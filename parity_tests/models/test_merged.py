@@ -1,0 +1,251 @@
+"""Blocks whose norms, activations and sums are computed by the kernels of their products, PyTorch on CUDA.
+
+Without Triton, the tests replace the kernel by separate operations and look at what it is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build_model, token_ids
+
+from icenet.core.config import ModelConfig
+from icenet.core.generation.request import make_request
+from icenet_torch.generation.capture import merge_kernels
+from icenet_torch.models import merged
+from icenet_torch.models.merged import MergedBlock
+from icenet_torch.models.transformer import FeedForward, TransformerBlock
+from icenet_torch.nn import activation, few_rows
+
+LLAMA: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms_norm",
+    "feed_forward": "gated",
+    "activation": "silu",
+    "num_kv_heads": 2,
+    "attention_bias": False,
+    "feed_forward_bias": False,
+}
+# kernels of a block: queries, keys and values; the output of attention; the first and the second of the network
+OPTIONS: dict[str, tuple[dict[str, Any], int]] = {
+    "default": ({}, 4),
+    "llama": (LLAMA, 4),
+    "gemma": ({**LLAMA, "norm_position": "sandwich", "norm_offset": True, "query_key_norm": "head"}, 4),
+    "post": ({"norm_position": "post", "activation": "relu"}, 4),
+    "branch": ({**LLAMA, "norm_position": "branch", "query_key_norm": "all"}, 4),
+    "parallel": ({**LLAMA, "parallel_residual": True, "feed_forward": "plain"}, 4),
+    "experts": ({**LLAMA, "num_experts": 4}, 2),
+}
+
+
+def build(name: str = "llama", device: str = "cpu", dtype: str = "fp32") -> Any:
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
+    values = {"type": "transformer", "dropout": 0.0, **sizes, **OPTIONS[name][0]}
+    model = build_model("torch", ModelConfig(**values))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # biases and weights of norms that have an effect
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.eval()
+    return model.to(device)
+
+
+def decode(model: Any, rows: int = 2, count: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the greedy tokens `[count, rows]` and their scores `[count, rows, V]`."""
+    prompts = [token_ids(1, 3 + row, vocab_size=61, seed=row)[0].tolist() for row in range(rows)]
+    request = make_request(model, prompts, None, 0, {"max_new_tokens": count, "temperature": 0.0})
+    tokens, scores = [], []
+    with model.decoder_type(model, request) as decoder:
+        for index in range(count):
+            tokens.append(decoder.fetch(decoder.submit(index)))
+            scores.append(decoder.fetch_scores()[1].copy())
+    return np.stack(tokens), np.stack(scores)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Makes captured steps run in Python with the blocks for them. Returns the layers of the calls of the kernel."""
+    found: list[Any] = []
+
+    def separate(layer: Any, x: Any, norm: Any, name: Any, is_gated: bool, residual: Any) -> torch.Tensor:
+        found.append(layer)
+        assert residual is None or residual.shape == (*x.shape[:-1], layer.weight.shape[0])
+        y = F.linear(x if norm is None else norm(x), layer.weight, layer.bias)
+        if is_gated:
+            gate, up = y.chunk(2, dim=-1)
+            return activation(name, gate) * up
+        y = y if name is None else activation(name, y)
+        return y if residual is None else y + residual
+
+    def capture(decoder: Any, state: Any, token: Any, step: Any = None) -> Any:
+        merge_kernels(decoder.model)
+        return step or decoder.decode_step
+
+    monkeypatch.setattr(few_rows, "_fused", separate)
+    monkeypatch.setattr(merged, "has_few_rows", lambda x: True)
+    monkeypatch.setattr("icenet_torch.generation.decoder.Decoder.capture", capture)
+    yield found
+
+
+def expected(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged, "has_few_rows", lambda x: False)
+        return decode(model)
+
+
+def check_equal(model: Any, calls: list[Any], count: int) -> None:
+    """The first of 4 tokens comes from the prompt, the other 3 from steps with `count` kernels each."""
+    tokens, scores = expected(model)
+    assert calls == []
+    found_tokens, found = decode(model)
+    assert np.array_equal(found_tokens, tokens) and len(calls) == 3 * count
+    assert np.abs(found - scores).max() <= 8 * 2.0**-24 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_merged_block_computes_what_the_block_does(name: str, calls: list[Any]) -> None:
+    model = build(name)
+    check_equal(model, calls, 2 * OPTIONS[name][1])
+    assert all(type(block) is TransformerBlock for block in model.blocks)
+    assert all(type(block) is MergedBlock for block in model.for_generation().blocks)
+
+
+class Twice(FeedForward):
+    """A user's network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class OwnBlock(TransformerBlock):
+    """A user's block."""
+
+    def forward(self, x: torch.Tensor, *others: Any) -> Any:
+        return super().forward(-x, *others)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (lambda block: setattr(block.feed_forward, "__class__", Twice), 6),
+        (lambda block: setattr(block, "__class__", OwnBlock), 4),
+        (lambda block: setattr(block.attention, "q_proj", torch.nn.Linear(24, 24)), 7),
+        (lambda block: setattr(block, "attention_norm", torch.nn.LayerNorm(24)), 7),
+        (lambda block: block.attention.register_forward_hook(lambda module, x, y: 2 * y), 6),
+        (lambda block: block.attention.out_proj.register_forward_hook(lambda module, x, y: 2 * y), 6),
+        (lambda block: block.feed_forward.down_proj.register_forward_pre_hook(lambda module, x: -x[0]), 6),
+    ],
+    ids=["network", "block", "projection", "norm", "hook of attention", "hook of its output", "hook before"],
+)
+def test_layers_of_a_user_and_hooks_are_called(change: Any, count: int, calls: list[Any]) -> None:
+    model = build()
+    before, _ = expected(model)
+    change(model.blocks[1])
+    model._generation_copy = None  # hooks are seen by a new copy
+    assert not np.array_equal(expected(model)[1], before)
+    check_equal(model, calls, count)
+
+
+def test_prompts_and_large_batches_have_separate_operations(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged, "has_few_rows", lambda x: x.shape[0] * x.shape[1] <= 2)
+    model = build()
+    decode(model, rows=3)
+    assert calls == []
+    prepared = model.for_generation()
+    assert type(prepared.blocks[0]) is MergedBlock
+    prepared(torch.tensor([[5, 6]]))  # without a cache
+    prepared(torch.tensor([[5, 6]]), cache=prepared.make_cache())  # a prompt
+    assert calls == []
+
+
+# ---- the kernel -------------------------------------------------------------------------------------------
+
+# rows, outputs, inputs, dtype, norm, bias, activation, gated, residual
+CASES = [
+    (1, 40, 24, torch.float32, "layer", True, "gelu", False, True),
+    (3, 33, 77, torch.float32, "layer without bias", False, "gelu_tanh", True, False),
+    (1, 3, 4100, torch.float32, "rms", False, "silu", True, True),
+    (4, 33, 100, torch.float16, "rms_offset", True, "relu", True, True),
+    (2, 7, 4100, torch.float16, None, True, None, False, True),
+    (7, 40, 200, torch.float16, "layer", True, "gelu", False, True),
+    (16, 37, 130, torch.float16, "rms_offset", False, "silu", True, False),
+]
+
+
+@pytest.fixture(
+    params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"], ids=["on a GPU", "in Triton's interpreter"]
+)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns the module of the kernel and the device."""
+    if request.param == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles for the GPU")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from icenet_torch.nn import linear_kernels
+
+    return linear_kernels, request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_kernel_rounds_as_separate_operations(case: Any, kernel: Any) -> None:
+    """Its error against float64 is that of the operations, each of which rounds its result."""
+    rows, outputs, size, dtype, kind, has_bias, name, is_gated, has_residual = case
+    kernels, device = kernel
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, weight = draw(rows, size) + 1.5, draw((2 if is_gated else 1) * outputs, size) / size**0.5
+    bias = draw(len(weight)) if has_bias else None
+    norm_weight, norm_bias = draw(size), draw(size) if kind == "layer" else None
+    residual = draw(rows, outputs) if has_residual else None
+
+    def separate(compute: torch.dtype, rounded: torch.dtype) -> torch.Tensor:
+        def cast(a: torch.Tensor | None) -> Any:
+            return None if a is None else a.to(rounded).to(compute)
+
+        y = cast(x)
+        if kind is not None and kind.startswith("layer"):
+            y = cast(F.layer_norm(y, (size,), cast(norm_weight), cast(norm_bias)))
+        elif kind is not None:
+            y = cast(F.rms_norm(y, (size,), cast(norm_weight) + (kind == "rms_offset"), 1e-5))
+        y = cast(F.linear(y, cast(weight), cast(bias)))
+        if is_gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = cast(cast(activation(name, gate)) * up)
+        elif name is not None:
+            y = cast(activation(name, y))
+        return y if residual is None else cast(y + cast(residual))
+
+    def move(a: torch.Tensor | None) -> Any:
+        return None if a is None else a.to(device)
+
+    norm = None
+    if kind is not None:
+        norm = kernels.Norm(kind.partition(" ")[0], move(norm_weight), move(norm_bias), 1e-5)
+    found = kernels.fused_linear(move(x), move(weight), move(bias), norm, name, is_gated, move(residual))
+    exact, plain = separate(torch.float64, torch.float64), separate(torch.float32, dtype)
+    error, noise = ((a.cpu().double() - exact).abs().max() for a in (found, plain))
+    assert error <= 2 * noise + 8 * 2.0**-24 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_captured_steps_with_merged_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name, "cuda")
+    found_tokens, found = decode(model, rows, 20)
+    assert all(type(block) is MergedBlock for block in model.for_generation().blocks)
+    monkeypatch.setattr(merged, "has_few_rows", lambda x: False)
+    tokens, scores = decode(model, rows, 20)
+    assert np.array_equal(found_tokens, tokens)
+    assert np.abs(found - scores).max() <= 2.0**-16 * np.abs(scores).max()
