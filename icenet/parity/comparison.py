@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from icenet.parity.result import ALL_STAGES, Report
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends, rng
+from icenet.core.errors import UsageError
+from icenet.parity import align
+from icenet.parity import inputs as drawing
+from icenet.parity import status as states
+from icenet.parity.events import Run, Store
+from icenet.parity.inputs import Inputs
+from icenet.parity.locate import judge_layer
+from icenet.parity.pairing import Rename, first_mismatch, match_modules, pair_calls, relative
+from icenet.parity.result import Histogram, Module, Report, Row, Stage
+from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
+
+from icenet.parity.status import ALL_STAGES
+from icenet.parity.trace import Call, Value
+from icenet.parity.yardstick import FACTOR, Judgement, Samples, judge, judge_curve, judge_values, rms
+
+Array = npt.NDArray[Any]
+Losses = tuple[Callable[..., Any], Callable[..., Any]]
+
+DTYPES = ("fp32", "bf16", "fp16")
+SMALL = 1_000_000
+"""Number of parameters up to which a comparison trains two steps by default, and one step above it."""
+_ROUNDED = 1e-6
+"""Largest relative difference of a buffer that both sides compute, such as a table of angles."""
+_SAME = 0.1
+"""Relative distance of a replay of the reference from its run at which the replay computes something else."""
 
 
 def compare(
@@ -13,11 +46,11 @@ def compare(
     b: Any,
     inputs: Any = None,
     *,
-    rename: Mapping[str, str] | Callable[[str], str | None] | None = None,
+    rename: Rename = None,
     stages: Sequence[str] = ALL_STAGES,
     dtype: str = "fp32",
     layout: str | Mapping[str, str] | None = None,
-    loss: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    loss: Losses | None = None,
     optimizer: tuple[Any, Any] | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -29,7 +62,7 @@ def compare(
 
     Args:
         a: The module under test: any `mlx.nn.Module` or `torch.nn.Module`.
-        b: The reference: any module of PyTorch or MLX, or a recorded `Recording`.
+        b: The reference: any module of PyTorch or MLX. If `a` is of PyTorch and `b` of MLX, they are exchanged.
         inputs: Arguments of `a`: an array, a tuple of arrays, or a dict of keyword arguments. Images `[B, H, W, C]`.
             None: drawn for the signature and the first layer, several times.
         rename: Path of a module of `a` to its path in `b`: a mapping, also of prefixes, or a function. Modules of
@@ -41,8 +74,8 @@ def compare(
             first layer of `b` that reads the input is a convolution, pooling or batch norm.
         loss: The loss of the outputs on each side, as functions of the output of the module; default: the mean
             squared distance from random targets.
-        optimizer: The optimizer of each side: for MLX an `mlx.optimizers.Optimizer`, for PyTorch a function of the
-            parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`; default: SGD.
+        optimizer: The optimizer of each side: an `mlx.optimizers.Optimizer`, a class of `torch.optim` or a `partial`
+            of it, or a function of the module; default: SGD with momentum.
         steps: Number of free-running training steps; default: 2, or 1 for more than a million parameters.
         seed: Seed of drawn inputs, cotangents and targets.
         draws: Number of random inputs, if none are given; default: 3.
@@ -53,6 +86,1052 @@ def compare(
         The report.
 
     Raises:
-        UsageError: An argument is not a module, an option is wrong, or a module fails on the inputs.
+        UsageError: An argument is not a module, an option is wrong, or `b` fails on the inputs.
     """
-    raise NotImplementedError
+    stages = _check(stages, dtype, inputs, draws, steps)
+    options = {"rename": rename, "layout": layout, "loss": loss, "optimizer": optimizer, "copy_weights": copy_weights}
+    with _host_generators_kept():
+        comparison = _Comparison(a, b, stages, dtype, seed, steps, options)
+        given = drawing.draw(comparison.a, a, seed, draws or 3) if inputs is None else [drawing.read(inputs, dtype)]
+        report = comparison.run(given)
+        if replay is not None and not report.passed:
+            comparison.shrink(replay)
+    return report
+
+
+def _check(stages: Sequence[str], dtype: str, inputs: Any, draws: int | None, steps: int | None) -> tuple[str, ...]:
+    chosen = (stages,) if isinstance(stages, str) else tuple(stages)
+    for name in chosen:
+        if name not in ALL_STAGES:
+            raise UsageError(f"compare: there is no stage {name!r}: the stages are {', '.join(ALL_STAGES)}")
+    if not chosen:
+        raise UsageError(f"compare: no stage is given: the stages are {', '.join(ALL_STAGES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"compare: dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
+    if draws is not None and (inputs is not None or draws < 1):
+        why = "inputs are given, so none are drawn" if inputs is not None else f"draws is {draws}"
+        raise UsageError(f"compare: {why}; draws is the number of random inputs, 1 or more, without inputs")
+    if steps is not None and steps < 0:
+        raise UsageError(f"compare: steps is {steps}; give 0 or more")
+    return tuple(name for name in ALL_STAGES if name in chosen)
+
+
+@contextlib.contextmanager
+def _host_generators_kept() -> Iterator[None]:
+    """Restores the generators of Python and numpy on exit."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class _Stop(Exception):
+    """A stage failed."""
+
+
+class _Comparison:
+    """The state of one comparison."""
+
+    def __init__(
+        self,
+        a: Any,
+        b: Any,
+        stages: Sequence[str],
+        dtype: str,
+        seed: int,
+        steps: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.report = Report(dtype=dtype, seed=seed)
+        self.stages = {name: Stage(name, states.NOT_RUN if name in stages else states.SKIPPED) for name in ALL_STAGES}
+        self.report.stages = list(self.stages.values())
+        self.dtype, self.seed, self.steps, self.options = dtype, seed, steps, options
+        kinds = backends.backend_of(a), backends.backend_of(b)
+        self.losses, self.optimizers = options["loss"], options["optimizer"]
+        if kinds == ("torch", "mlx"):
+            a, b = b, a
+            self.losses, self.optimizers = (pair and pair[::-1] for pair in (self.losses, self.optimizers))
+            self.report.notes.append(
+                "a and b are exchanged: PyTorch is the reference, because it computes in float64"
+            )
+        self.report.names = type(a).__name__, type(b).__name__
+        self.user_a, self.user_b = a, b
+        self.a = Side(a, dtype).as_test()
+        is_mlx = backends.backend_of(b) == "mlx"
+        self.b = Side(b, dtype, perturbed=is_mlx)
+        self.reference = Side(b, dtype, exact=True)
+        if is_mlx:
+            self.report.notes.append(
+                "the noise is that of b with its values moved by an ulp, because MLX has no float64"
+            )
+        self.matches = match_modules(self.a, self.b, options["rename"])
+        self.a.names = {match.a: match.b for match in self.matches if match.a is not None and match.b is not None}
+        for role, side in (("a", self.a), ("b", self.b), ("reference", self.reference)):
+            self.report.environment[role] = _describe(side)
+        self.store = Store()
+        self.factor = 1.0
+        """How much less exact the sums of `a` are than those of `b`, as far as it is known."""
+        self._modules: dict[str, Module] = {}
+        self._add_modules()
+
+    # ---- the run --------------------------------------------------------------------------------------------
+
+    def run(self, given: list[Inputs]) -> Report:
+        """Runs the stages on each of the inputs and returns the report."""
+        report = self.report
+        report.inputs, report.draws = given[0].describe(), len(given)
+        try:
+            for index, inputs in enumerate(given):
+                self._run_on(inputs, first=index == 0)
+            if self._wants("optimizer") or self._wants("training"):
+                self._train(given[0])
+        except _Stop:
+            pass
+        finally:
+            self.store.close()
+        for stage in report.stages:
+            if stage.rows and stage.status == states.NOT_RUN:
+                stage.status = states.PASSED
+        self._finish_modules()
+        return report
+
+    def _wants(self, name: str) -> bool:
+        return self.stages[name].status != states.SKIPPED
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[Stage]:
+        """Measures the time of a stage; if it failed, no other is run."""
+        stage = self.stages[name]
+        start = time.perf_counter()
+        try:
+            yield stage
+        finally:
+            stage.seconds += time.perf_counter() - start
+        if stage.status == states.FAILED:
+            raise _Stop
+        if stage.status != states.SKIPPED:
+            stage.status = states.PASSED
+
+    def _fail(self, stage: Stage, path: str, where: str = "", note: str = "") -> None:
+        stage.status, stage.note = states.FAILED, note
+        if self.report.culprit is None:
+            self.report.culprit, self.report.where = path, where
+
+    def _run_on(self, inputs: Inputs, first: bool) -> None:
+        with self._stage("structure") as stage:
+            if first:
+                self._compare_parameters(stage)
+            pairs = self._shapes(stage, inputs)
+        if first:
+            with self._stage("weights") as stage:
+                self._compare_weights(stage)
+        if not any(map(self._wants, ("forward", "loss", "gradients"))):
+            return
+        with self._stage("forward") as stage:
+            if self._depends_on_mode():
+                found = self._replay_all(pairs, gradients=False)
+                self._judge_forward(stage, pairs, found, "")
+                if stage.status == states.FAILED:
+                    raise _Stop
+            pairs, runs = self._run_training(inputs, pairs)
+            if first:
+                self.first_runs = [
+                    (float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in runs
+                ]
+                self.gradients = {name: np.asarray(item.array) for name, item in runs[2].gradients.items()}
+            found = self._replay_all(pairs, gradients=self._wants("gradients"))
+            self._judge_forward(stage, pairs, found, "in training mode" if self._depends_on_mode() else "")
+        with self._stage("loss") as stage:
+            self._judge_loss(stage, pairs, runs)
+        with self._stage("gradients") as stage:
+            self._judge_gradients(stage, pairs, runs, found)
+
+    # ---- structure and weights ------------------------------------------------------------------------------
+
+    def _add_modules(self) -> None:
+        parents: list[str] = []
+        for match in self.matches:
+            path = match.b if match.b is not None else match.a
+            assert path is not None
+            sides = ((self.a, match.a), (self.b, match.b))
+            if (match.a is None or match.b is None) and all(
+                p is None or _is_list(side.classes[p]) for side, p in sides
+            ):
+                continue  # a list of modules, which computes nothing
+            classes = [side.classes[p].rpartition(".")[2] if p is not None else "" for side, p in sides]
+            module = Module(path, match.a, match.b, classes[0], classes[1])
+            if match.note:
+                module.notes.append(match.note)
+            if match.a is None or match.b is None:
+                module.status = states.SKIPPED
+                module.notes.append(f"exists in {'b' if match.a is None else 'a'} only")
+            if path in self._modules:
+                continue
+            self._modules[path] = module
+            parents.append(path)
+        for path in parents:
+            if path:
+                parent = path.rpartition(".")[0]
+                while parent not in self._modules:
+                    parent = parent.rpartition(".")[0]
+                self._modules[parent].children.append(path)
+        order: list[Module] = []
+
+        def visit(path: str) -> None:
+            order.append(self._modules[path])
+            for child in self._modules[path].children:
+                visit(child)
+
+        visit("")
+        self.report.modules = order
+
+    def _parameters(self) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+        """Returns the names of the arrays that both sides have, `a` to `b`, and those that one of them lacks.
+
+        The latter are (path in `b`, name, side that has it).
+        """
+        shapes_a, shapes_b = self.a.shapes, self.b.shapes
+        different = {
+            match.b
+            for match in self.matches
+            if match.a is not None
+            and match.b is not None
+            and self.b.kinds.get(match.b) in align.DIFFERENT_CALLS
+            and self.a.kinds.get(match.a) == self.b.kinds.get(match.b)
+        }
+        to_b = self.a.names
+        to_a = set(to_b.values())
+        names: dict[str, str] = {}
+        one_sided: list[tuple[str, str, str]] = []
+        for name in shapes_a:
+            holder, rest = _split_at(name, self.a.modules)
+            if holder not in to_b or _within(to_b[holder], different):
+                continue
+            other = f"{to_b[holder]}.{rest}" if to_b[holder] else rest
+            if other in shapes_b:
+                names[name] = other
+            else:
+                one_sided.append((to_b[holder], rest, "a"))
+        taken = set(names.values())
+        for name in shapes_b:
+            holder, rest = _split_at(name, self.b.modules)
+            if name not in taken and holder in to_a and not _within(holder, different):
+                one_sided.append((holder, rest, "b"))
+        return names, one_sided
+
+    def _compare_parameters(self, stage: Stage) -> None:
+        self.parameter_names, one_sided = self._parameters()
+        trained = {"a": self.a.trainable_names, "b": self.b.trainable_names}
+        for path, name, side in one_sided:
+            whole = f"{path}.{name}" if path else name
+            own = whole
+            if side == "a":
+                back = {theirs: ours for ours, theirs in self.a.names.items()}
+                own = f"{back[path]}.{name}" if back[path] else name
+            if own not in trained[side]:
+                self.report.notes.append(f"{whole}: a buffer of {side} only")
+                continue
+            note = f"the parameter {name} exists in {side} only"
+            stage.rows.append(Row(path, name, status=states.DIFFERS, ratio=math.inf, note=note))
+            self._fail(stage, path, note=note)
+        for ours, theirs in self.parameter_names.items():
+            path, name = _split_at(theirs, self.b.modules)
+            shapes = self.a.shapes[ours], self.b.shapes[theirs]
+            status, note = states.PASSED, ""
+            if shapes[0] != shapes[1]:
+                status, note = states.DIFFERS, f"{name} is {list(shapes[0])} in a, {list(shapes[1])} in b"
+                self._fail(stage, path, note=note)
+            stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
+        if stage.status == states.FAILED:
+            raise _Stop
+        if self.options["copy_weights"]:
+            values = self.b.weights()
+            self.a.assign({ours: values[theirs] for ours, theirs in self.parameter_names.items()})
+            self.report.notes.append("the weights of b are copied into a")
+
+    def _compare_weights(self, stage: Stage) -> None:
+        ours, theirs = self.a.weights(), self.b.weights()
+        for name, other in self.parameter_names.items():
+            path, part = _split_at(other, self.b.modules)
+            x, y = (np.asarray(values[key], np.float64) for values, key in ((ours, name), (theirs, other)))
+            status, note, ratio = states.PASSED, "", 0.0
+            if not np.array_equal(x, y, equal_nan=True):
+                distance = rms(x - y) / (rms(y) or 1.0)
+                is_buffer = other not in self.b.trainable_names
+                if is_buffer and distance <= _ROUNDED:
+                    status, note = states.LESS_EXACT, "equal but for rounding"
+                else:
+                    how = align.permutation(x, y) or _halves(x, y)
+                    detail = (
+                        how.replace("PyTorch's", "that of b") if how else f"by {states.number(distance)} of its size"
+                    )
+                    status, note, ratio = states.DIFFERS, f"{part} differs {detail}", math.inf
+            histogram = _histogram(x, y) if status == states.DIFFERS else None
+            stage.rows.append(
+                Row(path, part, y.shape, status, ratio, rms(x - y), 0.0, rms(y), note=note, histogram=histogram)
+            )
+        bad = [row for row in stage.rows if not row.passed]
+        if bad:
+            note = bad[0].note
+            if len(bad) > max(1, len(stage.rows) // 2):
+                note = (
+                    f"{len(bad)} of {len(stage.rows)} arrays differ: copy them first, with icenet.from_torch, or pass "
+                    "copy_weights=True"
+                )
+            self._fail(stage, bad[0].path, note=note)
+
+    # ---- runs -----------------------------------------------------------------------------------------------
+
+    def _shapes(self, stage: Stage, inputs: Inputs) -> list[Pair]:
+        """Runs both sides in evaluation mode and compares the shapes of all arguments and outputs."""
+        self.inputs_a = inputs
+        for side in (self.a, self.b, self.reference):
+            side.set_mode(False)
+        try:
+            self.inputs_b, exact = self._reference_inputs(inputs)
+        except ModuleError as error:
+            raise UsageError(
+                f"compare: b ({self.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
+                f"{error.reason}; give inputs that it accepts, or layout="
+            ) from error
+        failure = None
+        try:
+            own = self.a.record(inputs.given, inputs.values, self.store)
+        except ModuleError as error:
+            failure, own = error, error.run
+        noise = self.b.record(inputs.given, self.inputs_b, self.store)
+        pairs, notes = pair_calls(self.a, self.b, (own, noise, exact), self.matches)
+        self.report.notes += [note for note in notes if note not in self.report.notes]
+        if mismatch := first_mismatch(pairs):
+            self._fail(stage, mismatch.path, mismatch.where, mismatch.note)
+            row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
+            stage.rows.append(replace(row, where=mismatch.where))
+            raise _Stop
+        if failure is not None:
+            path = self.a.names.get(failure.path, failure.path)
+            note = f"a raises an error: {failure.reason}"
+            stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
+            self._fail(stage, path, note=note)
+            raise _Stop
+        if not pairs[0].outputs:
+            raise UsageError(
+                f"compare: {self.report.names[1]} returns nothing that can be compared; return tensors, or tuples, "
+                "lists, dicts or dataclasses of them"
+            )
+        for pair in pairs:  # the masks of a dropout depend on the axes of its input
+            how = pair.arguments[0][2] if pair.arguments else align.SAME
+            for side in (self.b, self.reference):
+                side.set_channels(pair.path, how == align.MOVED)
+        return pairs
+
+    def _reference_inputs(self, inputs: Inputs) -> tuple[list[Value], Run]:
+        """Returns the inputs in the axes of `b`, and the run of the reference."""
+        same = self.a.backend == self.b.backend
+        candidates = [drawing.for_reference(inputs, self.b, self.options["layout"], same)]
+        if self.options["layout"] is None and not same:
+            for how in (align.SAME, align.MOVED):
+                other = drawing.moved(inputs, how)
+                if [v.array.shape for v in other] not in [[v.array.shape for v in known] for known in candidates]:
+                    candidates.append(other)
+        failures: list[ModuleError] = []
+        for values in candidates:
+            try:
+                return values, self.reference.record(inputs.given, values, self.store)
+            except ModuleError as error:
+                failures.append(error)
+        raise failures[0]
+
+    def _run_training(self, inputs: Inputs, pairs: list[Pair]) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+        """Runs all sides in training mode with the loss and its gradients."""
+        for side in (self.a, self.b, self.reference):
+            side.set_mode(True)
+        loss_a, loss_b = self.losses or (None, None)
+        outputs = [item for item in pairs[0].b.outputs if item.is_float]
+        targets = []
+        for index, item in enumerate(outputs):
+            drawn = rng.normal(rng.key(self.seed, "target", index), item.array.shape) * (rms(item.array) or 1.0)
+            targets.append(Value(np.asarray(drawn, np.float32), "fp32"))
+        self.targets_b = targets
+        self.targets_a = self._targets_of_a(pairs[0], targets)
+        wants = any(map(self._wants, ("loss", "gradients", "optimizer", "training")))
+        exact = self.reference.record(inputs.given, self.inputs_b, self.store, loss_b, targets, wants)
+        noise = self.b.record(inputs.given, self.inputs_b, self.store, loss_b, targets, wants)
+        own = self.a.record(inputs.given, inputs.values, self.store, loss_a, self.targets_a, wants)
+        found, _ = pair_calls(self.a, self.b, (own, noise, exact), self.matches)
+        return found, (own, noise, exact)
+
+    def _targets_of_a(self, root: Pair, targets: list[Value]) -> list[Value]:
+        hows = {j: (i, how) for i, j, how in root.outputs}
+        floats = [j for j, item in enumerate(root.b.outputs) if item.is_float]
+        found = {}
+        for j, target in zip(floats, targets, strict=True):
+            if j in hows:
+                found[hows[j][0]] = Value(align.to_mlx(hows[j][1], target.array), target.dtype)
+        own = [i for i, item in enumerate(root.a.outputs) if item.is_float]
+        return [found.get(i, Value(np.zeros(root.a.outputs[i].array.shape, np.float32), "fp32")) for i in own]
+
+    def _depends_on_mode(self) -> bool:
+        return self.a.depends_on_mode or self.b.depends_on_mode
+
+    # ---- replays --------------------------------------------------------------------------------------------
+
+    def _replay_all(self, pairs: list[Pair], gradients: bool) -> dict[int, dict[str, Judgement]]:
+        """Returns the judgements of the replay of each call by the number of its event in `b`."""
+        found = {}
+        self.ties: set[str] = set()
+        for pair in pairs:
+            if not pair.obstacle:
+                found[pair.b.number] = self._replay(pair, gradients)
+        return found
+
+    def _replay(self, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+        values = [
+            rounded(item, theirs.dtype) for item, theirs in zip(pair.inputs("b"), pair.inputs("noise"), strict=True)
+        ]
+        seeds = cotangents_of(pair, [item.dtype for item in pair.results("noise")], self.seed) if gradients else None
+        pair.parameters = self.reference.parameters_within(pair.path) if gradients else []
+        try:
+            exact = self.reference.replay(pair, values, seeds)
+            if pair.children and not _is_same(exact, pair.results("b")):
+                raise align.ReplayError("computes something else")
+        except align.ReplayError as error:
+            if not pair.children:
+                pair.obstacle = f"not replayed: b {error}"
+                return {}
+            pair.children = []  # its calls cannot be left out, because they have other effects
+            return self._replay(pair, gradients)
+        pair.parameters = [
+            name for name in pair.parameters if f"gradient {name}" in exact and self.a.has_parameter(pair, name)
+        ]
+        replays = _Replays(self, pair, (values, seeds, exact))
+        samples = replays.samples()
+        judgements, has_ties = judge_layer(
+            pair.key,
+            Call(tuple(values)),
+            seeds,
+            (replays, replays.noise, replays.exact),  # type: ignore[arg-type]
+            self.dtype,
+            samples,
+            pair.is_leaf,
+        )
+        if has_ties:
+            self.ties.add(pair.path)
+        for judgement in judgements.values():
+            if judgement.passed and judgement.plain_ratio:
+                self.factor = max(self.factor, judgement.plain_ratio / FACTOR)
+        return judgements
+
+    # ---- forward --------------------------------------------------------------------------------------------
+
+    def _judge_forward(
+        self, stage: Stage, pairs: list[Pair], found: dict[int, dict[str, Judgement]], note: str
+    ) -> None:
+        origins: list[tuple[float, Pair, str, str, Judgement]] = []
+        for pair in pairs:
+            over = self._first_output(pair, found.get(pair.b.number, {}))
+            if over is not None:
+                origins.append((over[0], pair, *over[1:]))
+        origins.sort(key=lambda item: item[0])
+        differing = {pair.path for _, pair, *_ in origins}
+        first = origins[0][0] if origins else math.inf
+        places = {id(item[1]): item for item in origins}
+        for pair in pairs:
+            own = {n: j for n, j in found.get(pair.b.number, {}).items() if n.startswith(("output", "statistic"))}
+            worst = max(own.values(), key=lambda judgement: judgement.ratio, default=None)
+            for i, j, how in pair.outputs:
+                if pair.b.outputs[j].is_float:
+                    stage.rows.append(self._output_row(pair, (i, j, how), worst, places, differing, first, note))
+            if pair.obstacle and pair.obstacle not in self._notes(pair.path):
+                self._notes(pair.path).append(pair.obstacle)
+        if origins:
+            _, pair, where, label, judgement = origins[0]
+            self._fail(stage, pair.path, where, judgement.note or note)
+            self._suggest(pair, found[pair.b.number])
+            return
+        # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
+        root = [row for row in stage.rows if row.path == "" and row.part.startswith("output")]
+        for row in root:
+            if row.ratio > FACTOR * self.factor and not row.note and not self._agrees_in_samples(pairs, row):
+                index = stage.rows.index(row)
+                stage.rows[index] = replace(row, status=states.DIFFERS)
+                self._fail(
+                    stage, "", "", "the run differs, although every module agrees on the inputs of the reference"
+                )
+
+    def _notes(self, path: str) -> list[str]:
+        module = self._modules.get(path)
+        return module.notes if module is not None else self.report.notes
+
+    def _output_row(
+        self,
+        pair: Pair,
+        arrays: tuple[int, int, str],
+        worst: Judgement | None,
+        places: dict[int, Any],
+        differing: set[str],
+        first: float,
+        note: str,
+    ) -> Row:
+        i, j, how = arrays
+        ours = align.to_torch(how, pair.a.outputs[i].array)
+        theirs, exact = pair.noise.outputs[j], pair.b.outputs[j]
+        judged = judge(ours, theirs.array, exact.array, self.dtype, stored=theirs.dtype)
+        is_over = not judged.passed
+        status, where, part = states.PASSED, "", "output" + (f"[{j}]" if j else "")
+        if id(pair) in places:
+            _, _, where, label, _ = places[id(pair)]
+            status = states.DIFFERS
+            own_part = label
+        elif any(path != pair.path and _is_in(path, pair.path) for path in differing):
+            status, own_part = states.CONTAINS, ""
+        elif is_over and pair.b.number > first:
+            status, own_part = states.INHERITS, ""
+        else:
+            own_part = ""
+            if is_over or (worst is not None and worst.plain_ratio):
+                status = states.LESS_EXACT
+        remarks = filter(None, (note, judged.note, worst.note if worst is not None else "", pair.obstacle))
+        ratio = judged.ratio if worst is None else max(judged.ratio, worst.ratio)
+        return Row(
+            pair.path,
+            part,
+            exact.array.shape,
+            status,
+            ratio,
+            judged.error if math.isfinite(judged.error) else math.inf,
+            rms(np.asarray(theirs.array, np.float64) - exact.array)
+            if theirs.array.shape == exact.array.shape
+            else 0.0,
+            rms(exact.array),
+            worst.ratio if worst is not None else None,
+            own_part,
+            where,
+            "; ".join(dict.fromkeys(remarks)),
+            pair.b.call,
+            pair.b.number,
+            _histogram(ours, exact.array) if status == states.DIFFERS else None,
+        )
+
+    def _first_output(
+        self, pair: Pair, judgements: Mapping[str, Judgement]
+    ) -> tuple[float, str, str, Judgement] | None:
+        """Returns when, where and in which result of a replay a difference begins, in the order of the computation."""
+        places = pair.places()
+        found = []
+        last = max((event.number for event in pair.b.walk()), default=pair.b.number)
+        for name, judgement in judgements.items():
+            if judgement.passed:
+                continue
+            if name.startswith("statistic "):
+                found.append((last + 0.6, "", name, judgement))
+            elif name.startswith("output"):
+                child, number = places[_index(name)]
+                if child is None:
+                    after = relative(pair.children[-1].path, pair.path) if pair.children else ""
+                    label = "output" + (f"[{number}]" if number else "")
+                    found.append((last + 0.5, f"after {after}" if after else "", label, judgement))
+                else:
+                    found.append(
+                        (
+                            child.b.number - 0.5,
+                            self._between(pair, child),
+                            f"input of {relative(child.path, pair.path)}",
+                            judgement,
+                        )
+                    )
+        return min(found, key=lambda item: item[0], default=None)
+
+    def _between(self, pair: Pair, child: Pair) -> str:
+        """Returns `between mlp and norm2`, given a call within a module."""
+        index = pair.children.index(child)
+        name = relative(child.path, pair.path)
+        if index == 0:
+            return f"before {name}"
+        return f"between {relative(pair.children[index - 1].path, pair.path)} and {name}"
+
+    # ---- loss and gradients ---------------------------------------------------------------------------------
+
+    def _judge_loss(self, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run]) -> None:
+        if stage.status == states.SKIPPED or runs[2].loss is None:
+            return
+        root = pairs[0]
+        values = [
+            rounded(item, theirs.dtype) for item, theirs in zip(root.b.outputs, root.noise.outputs, strict=True)
+        ]
+        losses = []
+        hows = {j: (i, how) for i, j, how in root.outputs}
+        for side, event in ((self.a, root.a), (self.b, root.noise), (self.reference, root.b)):
+            given = list(values)
+            if side is self.a:
+                given = list(event.outputs)
+                for j, (i, how) in hows.items():
+                    given[i] = Value(align.to_mlx(how, values[j].array), values[j].dtype)
+            function = (self.losses or (None, None))[0 if side is self.a else 1]
+            losses.append(side.loss_of(event, given, function, self.targets_a if side is self.a else self.targets_b))
+        ours, theirs, exact = losses
+        judged = {}
+        for name in exact:
+            if name in ours and name in theirs:
+                x, y = ours[name], theirs[name]
+                if name != "loss" and _index(name) in hows:
+                    x = Value(align.to_torch(hows[_index(name)][1], x.array), x.dtype)
+                floor = 2.0**-24 * abs(float(exact["loss"].array)) if name == "loss" else 0.0
+                judged[name] = judge(x.array, y.array, exact[name].array, "fp32", min_noise=floor)
+        worst = max(judged.items(), key=lambda item: item[1].ratio)
+        run = [float(np.asarray(run.loss.array)) if run.loss is not None else math.nan for run in runs]
+        is_over = not judged["loss"].passed or any(not j.passed for j in judged.values())
+        is_finite = math.isfinite(run[0]) == math.isfinite(run[2])
+        status = states.DIFFERS if is_over or not is_finite else states.PASSED
+        part = "loss" if worst[0] == "loss" else "gradient of the loss"
+        row = Row("", "loss", (), status, worst[1].ratio, abs(run[0] - run[2]), abs(run[1] - run[2]), abs(run[2]))
+        stage.rows.append(replace(row, own_ratio=worst[1].ratio, own_part=part))
+        if status == states.DIFFERS:
+            self._fail(stage, "", "in the loss", "" if is_finite else "the loss is finite on one side only")
+
+    def _judge_gradients(
+        self, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run], found: dict[int, dict[str, Judgement]]
+    ) -> None:
+        if stage.status == states.SKIPPED or not self._wants("gradients"):
+            return
+        depth = 0
+        origin: tuple[Pair, str, str, Judgement] | None = None
+        differing: dict[str, str] = {}
+        for pair in pairs:
+            over = self._first_gradient(pair, found.get(pair.b.number, {}))
+            if over is not None:
+                origin = origin or (pair, *over)
+                differing.setdefault(pair.path, over[0])
+        for pair in reversed(pairs):  # the order of the backward pass
+            own = {n: j for n, j in found.get(pair.b.number, {}).items() if not n.startswith(("output", "statistic"))}
+            worst_name = max(own, key=lambda name: own[name].ratio, default=None)
+            worst = own[worst_name] if worst_name is not None else None
+            status = states.DIFFERS if pair.path in differing else states.PASSED
+            if status == states.PASSED and worst is not None and worst.plain_ratio:
+                status = states.LESS_EXACT
+            note = "its gradient differs only at ties of its inputs" if pair.path in self.ties else ""
+            for i, j, how in pair.outputs[:1]:
+                grads = pair.a.gradients[i], pair.noise.gradients[j], pair.b.gradients[j]
+                row = Row(pair.path, "gradient of output", pair.b.outputs[j].array.shape, status)
+                if all(g is not None for g in grads):
+                    ours = align.to_torch(how, grads[0].array)
+                    judged = judge(ours, grads[1].array, grads[2].array, self.dtype, stored=grads[1].dtype)
+                    noise = rms(np.asarray(grads[1].array, np.float64) - grads[2].array)
+                    row = replace(row, ratio=judged.ratio, error=judged.error, noise=noise, scale=rms(grads[2].array))
+                    if status == states.PASSED and not judged.passed:
+                        row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
+                if worst is not None:
+                    label = self._gradient_label(pair, worst_name or "")
+                    row = replace(row, own_ratio=worst.ratio, own_part=label, ratio=max(row.ratio, worst.ratio))
+                where = differing.get(pair.path, "")
+                stage.rows.append(replace(row, note=note, where=where, call=pair.b.call, depth=depth))
+                depth += 1
+        self._parameter_rows(stage, runs, differing)
+        if origin is not None:
+            pair, where, _, judgement = origin
+            self._fail(stage, pair.path, where, "in the backward pass")
+            self._suggest(pair, found[pair.b.number])
+            return
+        bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
+        if bad:
+            self._fail(stage, bad[0].path, "", bad[0].note)
+
+    def _parameter_rows(self, stage: Stage, runs: tuple[Run, Run, Run], differing: dict[str, str]) -> None:
+        own, noise, exact = ({f"gradient:{n}": v for n, v in run.gradients.items()} for run in runs)
+        own = {
+            f"gradient:{self.parameter_names[name.partition(':')[2]]}": value
+            for name, value in own.items()
+            if name.partition(":")[2] in self.parameter_names
+        }
+        judged = judge_values(own, noise, exact, self.dtype)
+        over = [name for name, item in judged.items() if item.ratio > FACTOR * self.factor]
+        if over and not differing:
+            judged |= self._sampled_gradients(own, noise, exact)
+        for name, item in judged.items():
+            path, part = _split_at(name.partition(":")[2], self.b.modules)
+            is_over = item.ratio > FACTOR * self.factor
+            status = states.PASSED
+            if not item.passed:
+                status = states.INHERITS if differing else states.DIFFERS if is_over else states.LESS_EXACT
+            if path in differing and not item.passed:
+                status = states.DIFFERS
+            values = exact[name].array
+            error = np.asarray(noise[name].array, np.float64) - values
+            row = Row(
+                path, f"gradient of {part}", values.shape, status, item.ratio, item.error, rms(error), rms(values)
+            )
+            stage.rows.append(replace(row, note=item.note, depth=len(stage.rows)))
+
+    def _first_gradient(self, pair: Pair, judgements: Mapping[str, Judgement]) -> tuple[str, str, Judgement] | None:
+        """Returns where, and in which gradient of a replay, a difference begins, in the order of the backward pass."""
+        found = []
+        for name, judgement in judgements.items():
+            if judgement.passed or name.startswith(("output", "statistic")):
+                continue
+            order, where = -1.0, ""
+            if name.startswith("input ") and name[6:].isdigit():
+                child = self._input_place(pair, int(name[6:]))
+                if child is not None:
+                    index = pair.children.index(child)
+                    following = pair.children[index + 1 :]
+                    name_of = relative(child.path, pair.path)
+                    after = f"between {name_of} and {relative(following[0].path, pair.path)}"
+                    order, where = float(index), after if following else f"after {name_of}"
+                elif pair.children:
+                    where = f"before {relative(pair.children[0].path, pair.path)}"
+            found.append((order, where, self._gradient_label(pair, name), judgement))
+        if not found:
+            return None
+        worst = max(found, key=lambda item: (item[0], item[3].ratio))
+        return worst[1:]
+
+    def _input_place(self, pair: Pair, number: int) -> Pair | None:
+        floats = [place for place, item in zip(pair.input_places(), pair.inputs("b"), strict=True) if item.is_float]
+        return floats[number][0] if number < len(floats) else None
+
+    def _gradient_label(self, pair: Pair, name: str) -> str:
+        if name.startswith("gradient:"):
+            return f"gradient of {name.partition(':')[2]}"
+        if name.startswith("input ") and name[6:].isdigit():
+            child = self._input_place(pair, int(name[6:]))
+            if child is not None:
+                return f"gradient of the output of {relative(child.path, pair.path)}"
+            return "gradient of the input" + (f" {name[6:]}" if name[6:] != "0" else "")
+        return f"gradient of the {name}"
+
+    # ---- samples of whole runs ------------------------------------------------------------------------------
+
+    def _agrees_in_samples(self, pairs: list[Pair], row: Row) -> bool:
+        """Returns whether an output of the model is within the noise of nearby problems."""
+        j = _index(row.part)
+        i, how = next((i, how) for i, other, how in pairs[0].outputs if other == j)
+        name = f"output:{j}"
+        ours = Value(align.to_torch(how, pairs[0].a.outputs[i].array), pairs[0].a.outputs[i].dtype)
+        exact, noise = ({name: getattr(pairs[0], side).outputs[j]} for side in ("b", "noise"))
+        return judge_values({name: ours}, noise, exact, self.dtype, self._run_samples({j: (i, how)}))[name].passed
+
+    def _sampled_gradients(self, own: Any, noise: Any, exact: Any) -> dict[str, Judgement]:
+        """Returns the judgements of the gradients of the parameters, with the noise of nearby problems."""
+        return judge_values(own, noise, exact, self.dtype, self._run_samples({}))
+
+    def _run_samples(self, outputs: Mapping[int, tuple[int, str]]) -> Samples[Callable[[int], Any]]:
+        """Returns runs in nearby problems: the outputs with the given numbers, and the gradients."""
+        loss_a, loss_b = self.losses or (None, None)
+
+        def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[[int], Any]:
+            is_test = side is self.a
+            values = self.inputs_a.values if is_test else self.inputs_b
+            loss, targets = (loss_a, self.targets_a) if is_test else (loss_b, self.targets_b)
+
+            def sample(index: int) -> dict[str, Value]:
+                store = Store()
+                with side.nearby(index, values, rounds, in_order) as moved:
+                    run = side.record(self.inputs_a.given, moved, store, loss, targets, not outputs)
+                found = {}
+                for j, (i, how) in outputs.items():
+                    item = run.events[0].outputs[i if is_test else j]
+                    found[f"output:{j}"] = Value(align.to_torch(how, item.array), item.dtype) if is_test else item
+                for name, item in run.gradients.items():
+                    key = self.parameter_names.get(name) if is_test else name
+                    if key is not None:
+                        found[f"gradient:{key}"] = item
+                store.close()
+                return found
+
+            return sample
+
+        in_order = sampled(self.b, True, True) if self.b.backend == "torch" and self.a.has_foreign("") else None
+        return Samples(sampled(self.reference, False), sampled(self.b, True), sampled(self.a, False), in_order)
+
+    # ---- optimizer and training -----------------------------------------------------------------------------
+
+    def _train(self, inputs: Inputs) -> None:
+        """Compares an optimizer step on equal gradients, and the losses of free-running steps."""
+        sides = (self.a, self.b, self.reference)
+        gradients = self.gradients
+        if not gradients:
+            for name in ("optimizer", "training"):
+                if self._wants(name):
+                    self.stages[name].status = states.SKIPPED
+                    self.stages[name].note = "there are no trainable parameters"
+            return
+        back = {theirs: ours for ours, theirs in self.parameter_names.items()}
+        names = [name for name in gradients if name in back]
+        given_a, given_b = self.optimizers or (None, None)
+        if self._wants("optimizer"):
+            with self._stage("optimizer") as stage:
+                self._judge_updates(stage, names, back, gradients, (given_a, given_b))
+        if not self._wants("training"):
+            return
+        with self._stage("training") as stage:
+            size = sum(math.prod(shape) for shape in self.b.shapes.values())
+            steps = self.steps if self.steps is not None else 2 if size <= SMALL else 1
+            curves = []
+            loss_a, loss_b = self.losses or (None, None)
+            for side in sides:
+                is_test = side is self.a
+                values = inputs.values if is_test else self.inputs_b
+                loss, targets = (loss_a, self.targets_a) if is_test else (loss_b, self.targets_b)
+                curves.append(
+                    side.train_steps(
+                        inputs.given,
+                        values,
+                        loss,
+                        targets,
+                        given_a if is_test else given_b,
+                        steps,
+                        self.first_runs[sides.index(side)],
+                    )
+                )
+            self.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
+            judged = judge_curve(*curves)
+            allowed = FACTOR * self.factor
+            for step, ratio in enumerate(judged.ratios):
+                status = (
+                    states.PASSED if ratio <= FACTOR else states.LESS_EXACT if ratio <= allowed else states.DIFFERS
+                )
+                row = Row("", f"loss after {step} steps", (), status, float(ratio), float(judged.gap[step]))
+                stage.rows.append(
+                    replace(row, noise=float(judged.noise[step]), scale=abs(curves[2][step]), depth=step)
+                )
+            if judged.worst > allowed:
+                samples = self._curve_samples(inputs, steps, (given_a, given_b))
+                judged = judge_curve(*curves, samples)
+                if judged.passed:
+                    stage.rows = [
+                        replace(row, status=states.LESS_EXACT) if not row.passed else row for row in stage.rows
+                    ]
+                else:
+                    self._fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
+
+    def _curve_samples(self, inputs: Inputs, steps: int, given: tuple[Any, Any]) -> Samples[Callable[[int], Any]]:
+        loss_b = (self.losses or (None, None))[1]
+
+        def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[[int], Any]:
+            def sample(index: int) -> list[float]:
+                with side.nearby(index, self.inputs_b, rounds, in_order) as moved:
+                    return side.train_steps(inputs.given, moved, loss_b, self.targets_b, given[1], steps)
+
+            return sample
+
+        in_order = sampled(self.b, True, True) if self.b.backend == "torch" and self.a.has_foreign("") else None
+        return Samples(sampled(self.reference, False), sampled(self.b, True), None, in_order)
+
+    def _judge_updates(
+        self,
+        stage: Stage,
+        names: list[str],
+        back: Mapping[str, str],
+        gradients: Mapping[str, Array],
+        optimizers: tuple[Any, Any],
+    ) -> None:
+        """Compares the parameters after steps on equal gradients."""
+        frozen = [
+            name for name in self.b.trainable_names if back.get(name) and back[name] not in self.a.trainable_names
+        ]
+        extra = [
+            o
+            for o in self.a.trainable_names
+            if o in self.parameter_names and self.parameter_names[o] not in self.b.trainable_names
+        ]
+        for name, which in (*((n, "a") for n in frozen), *((self.parameter_names[o], "b") for o in extra)):
+            path, part = _split_at(name, self.b.modules)
+            note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
+            stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
+        sequence = [{name: np.asarray(gradients[name] * scale, np.float32) for name in names} for scale in _SCALES]
+        updated = []
+        for side in (self.a, self.b, self.reference):
+            is_test = side is self.a
+            given = [{back[n]: g for n, g in step.items()} for step in sequence] if is_test else sequence
+            found = side.updated(optimizers[0 if is_test else 1], given)
+            if is_test:
+                found = {self.parameter_names[n]: array for n, array in found.items() if n in self.parameter_names}
+            updated.append(found)
+        ours, theirs, exact = updated
+        for name in names:
+            if name not in ours or name not in theirs:
+                continue
+            path, part = _split_at(name, self.b.modules)
+            judged = judge(ours[name], theirs[name], exact[name], "fp32")
+            status = states.PASSED if judged.passed else states.DIFFERS
+            error = np.asarray(theirs[name], np.float64) - exact[name]
+            row = Row(
+                path, f"{part} after {len(_SCALES)} updates", exact[name].shape, status, judged.ratio, judged.error
+            )
+            stage.rows.append(replace(row, noise=rms(error), scale=rms(exact[name]), depth=len(stage.rows)))
+        bad = [row for row in stage.rows if not row.passed]
+        if bad:
+            note = (
+                bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
+            )
+            self._fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
+            self._suggest_update(sequence, updated, optimizers)
+
+    # ---- cause and culprit ----------------------------------------------------------------------------------
+
+    def _suggest(self, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
+        """Sets the cause of the report, if a known one removes the difference."""
+        from icenet.parity import causes
+
+        self.report.cause = causes.suggest(self, pair, judgements)
+
+    def _suggest_update(self, sequence: Any, updated: Any, optimizers: tuple[Any, Any]) -> None:
+        from icenet.parity import causes
+
+        self.report.cause = causes.suggest_update(self, sequence, updated, optimizers)
+
+    def shrink(self, path: str) -> None:
+        """Finds the smallest input that still differs and saves it."""
+        self.report.replay = str(drawing.shrink(self, path))
+
+    def _finish_modules(self) -> None:
+        """Sets the status of each module from the rows."""
+        order = [states.DIFFERS, states.CONTAINS, states.INHERITS, states.LESS_EXACT, states.PASSED]
+        for _, row in self.report.rows():
+            module = self._modules.get(row.path)
+            if module is None or module.status == states.SKIPPED:
+                continue
+            module.ratio = max(module.ratio, row.ratio)
+            module.where = module.where or row.where
+            if module.status == states.NOT_RUN or order.index(row.status) < order.index(module.status):
+                module.status = row.status
+        differing = [module.path for module in self.report.modules if module.status == states.DIFFERS]
+        for module in self.report.modules:
+            if module.status in (states.PASSED, states.LESS_EXACT, states.INHERITS, states.NOT_RUN):
+                if any(_is_in(path, module.path) and path != module.path for path in differing):
+                    module.status = states.CONTAINS
+
+
+class _Replays:
+    """The three replays of a call, in the form that `judge_layer` takes."""
+
+    def __init__(self, comparison: _Comparison, pair: Pair, known: tuple[Any, Any, dict[str, Value]]) -> None:
+        self._c, self._pair = comparison, pair
+        self._known = known
+
+    def __call__(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        return self._c.a.replay(self._pair, list(call.args), cotangents)
+
+    def noise(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        side = self._c.b
+        if side.perturbation is not None:
+            return side.sampled_replay(self._pair, 0, list(call.args), cotangents, rounds=True)
+        return side.replay(self._pair, list(call.args), cotangents)
+
+    def exact(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        values, seeds, found = self._known
+        is_known = (cotangents is None) == (seeds is None) and all(
+            x is y for x, y in zip(call.args, values, strict=True)
+        )
+        if is_known and (seeds is None or all(x is y for x, y in zip(cotangents, seeds, strict=True))):
+            return {name: v for name, v in found.items() if self._is_wanted(name)}
+        return {
+            name: v
+            for name, v in self._c.reference.replay(self._pair, list(call.args), cotangents).items()
+            if self._is_wanted(name)
+        }
+
+    def _is_wanted(self, name: str) -> bool:
+        return not name.startswith("gradient ") or name[9:] in self._pair.parameters
+
+    # ---- of an `AlignedReplay` ------------------------------------------------------------------------------
+
+    def by(self, replay: Callable[..., dict[str, Value]]) -> Callable[..., dict[str, Value]]:
+        return replay
+
+    def comparable(self, path: str, results: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the results that `a` has, too."""
+        statistics = self._c.a.statistics_of(self._pair)
+        return {n: v for n, v in results.items() if not n.startswith("statistic ") or n[10:] in statistics}
+
+    def cotangents(self, path: str, drawn: list[Value]) -> list[Value]:
+        return drawn
+
+    def samples(self) -> Samples[Any]:
+        """Returns the replays in nearby problems."""
+
+        def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[..., dict[str, Value]]:
+            def sample(index: int, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+                return side.sampled_replay(self._pair, index, list(call.args), cotangents, rounds, in_order)
+
+            return sample
+
+        c, path = self._c, self._pair.a.path
+        in_order = sampled(c.b, True, True) if c.b.backend == "torch" and c.a.has_foreign(path) else None
+        return Samples(sampled(c.reference, False), sampled(c.b, True), sampled(c.a, False), in_order)
+
+
+_SCALES = (1.0, 0.5, -1.0)
+"""Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
+
+
+def _describe(side: Side) -> dict[str, str]:
+    """Returns framework, version, device and TF32 of a side."""
+    device = backends.module(side.backend, "tools.probe").device_of(side.module)
+    name = str(getattr(device, "type", device)).rpartition(".")[2]
+    described = backends.module(side.backend, "tools.environment").describe(name)
+    uses = backends.module(side.backend, "nn.arithmetic").uses_tf32(device)
+    dtype = "fp64" if side.exact else side.dtype
+    return {**described, "dtype": dtype, "tf32": "on" if uses else "off"}
+
+
+def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
+    """Returns whether a replay of the reference computes what its run did, but for the rounding of its inputs."""
+    for index, item in enumerate(recorded):
+        other = found[f"output[{index}]" if index else "output"]
+        if other.array.shape != item.array.shape:
+            return False
+        if not item.is_float or item.array.size == 0:
+            continue
+        x, y = np.asarray(other.array, np.float64), np.asarray(item.array, np.float64)
+        finite = np.isfinite(x) & np.isfinite(y)
+        if not np.array_equal(np.isfinite(x), np.isfinite(y)) or rms((x - y)[finite]) > _SAME * rms(y[finite]):
+            return False
+    return True
+
+
+def _split_at(name: str, modules: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the path of the module that holds an array, and the name of the array in it."""
+    holder = name.rpartition(".")[0]
+    while holder and holder not in modules:
+        holder = holder.rpartition(".")[0]
+    return holder, name[len(holder) + 1 :] if holder else name
+
+
+def _within(path: str, roots: Any) -> bool:
+    return any(_is_in(path, root) for root in roots)
+
+
+def _is_in(path: str, root: str) -> bool:
+    return path == root or root == "" or path.startswith(f"{root}.")
+
+
+def _is_list(name: str) -> bool:
+    return name.endswith((".ModuleList", ".ModuleDict", ".ParameterList", ".ParameterDict"))
+
+
+def _index(name: str) -> int:
+    return int(name.partition("[")[2].rstrip("]") or 0)
+
+
+def _halves(x: Array, y: Array) -> str:
+    """Returns how the rows of one array are those of the other in another order; empty if they are not."""
+    for parts in (2, 3, 4):
+        if x.ndim and x.shape == y.shape and x.shape[0] % parts == 0 and x.shape[0] > parts:
+            blocks = [np.array_equal(p, q) for p, q in zip(np.split(x, parts), np.split(y, parts), strict=True)]
+            ours = sorted(p.tobytes() for p in np.split(x, parts))
+            if not all(blocks) and ours == sorted(q.tobytes() for q in np.split(y, parts)):
+                return f"only in the order of its {parts} blocks of rows, such as the gates of a recurrent layer"
+    return ""
+
+
+def _histogram(x: Array, y: Array, bins: int = 40) -> Histogram | None:
+    """Returns the histogram of the values of both sides; None without finite ones."""
+    x, y = (np.asarray(v, np.float64).reshape(-1) for v in (x, y))
+    x, y = x[np.isfinite(x)], y[np.isfinite(y)]
+    if not x.size or not y.size:
+        return None
+    edges = np.histogram_bin_edges(np.concatenate([x, y]), bins)
+    counts = [tuple(int(n) for n in np.histogram(v, edges)[0]) for v in (x, y)]
+    return Histogram(tuple(float(edge) for edge in edges), counts[0], counts[1])

@@ -1,0 +1,250 @@
+"""Events: the calls of all modules in one run, as a tree, with their arguments, outputs and gradients.
+
+A backend's `tools.calls` passes each call of a module to a `Recorder`. Arrays are numpy (`Value`) with the axes of
+their framework. Above a limit they are on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icenet.parity.trace import Value
+
+MEMORY_LIMIT = 2 << 30
+"""Bytes of the arrays of a comparison that are held in memory; the others are in files."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of an array in a structure."""
+
+    index: int
+
+
+@dataclass
+class Event:
+    """One call of a module.
+
+    Attributes:
+        path: Path of the module; empty for the model itself.
+        call: Number of the call of this module in the run, from 0.
+        number: Number of the event in the order in which calls begin.
+        parent: The call that contains it.
+        children: The calls that it contains, one level down, in order.
+        arguments: The arrays among the arguments, in order.
+        names: Their names: position or keyword, and the index within nested arguments.
+        given: `(args, kwargs)` with a `Slot` in place of each array.
+        outputs: The arrays of the result, in order.
+        result: The result with a `Slot` in place of each array.
+        gradients: The gradient of the loss by each output; None where there is none.
+    """
+
+    path: str
+    call: int
+    number: int
+    parent: Event | None = None
+    children: list[Event] = field(default_factory=list)
+    arguments: list[Any] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    given: Any = None
+    outputs: list[Any] = field(default_factory=list)
+    result: Any = None
+    gradients: list[Any] = field(default_factory=list)
+
+    @property
+    def is_storable(self) -> bool:
+        """Whether the arguments can be given again: they hold nothing that a call may change, such as a cache."""
+        return all(map(_is_constant, leaves(self.given)))
+
+    @property
+    def is_rebuildable(self) -> bool:
+        """Whether the result holds nothing but arrays and constants."""
+        return bool(self.outputs) and all(map(_is_constant, leaves(self.result)))
+
+    def walk(self) -> Iterator[Event]:
+        """Yields the event and all within it, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass
+class Run:
+    """The events of a run, and what a training step computes.
+
+    Attributes:
+        events: All calls in the order in which they begin; the first is that of the model.
+        loss: The loss; None in a run without gradients.
+        gradients: The gradient of each trainable parameter, by path, in PyTorch's axes.
+    """
+
+    events: list[Event]
+    loss: Value | None = None
+    gradients: dict[str, Value] = field(default_factory=dict)
+
+    def by_call(self) -> dict[tuple[str, int], Event]:
+        """Returns the events by path and number of the call."""
+        return {(event.path, event.call): event for event in self.events}
+
+
+class Store:
+    """Keeps arrays in memory, and above a limit in temporary files, which are deleted with the store."""
+
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._limit, self._used = limit, 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def keep(self, value: Value) -> Value:
+        """Returns the value, its array in memory or in a file."""
+        self._used += value.array.nbytes
+        if self._used <= self._limit or value.array.size == 0:
+            return value
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="icenet-parity-")
+        path = Path(self._folder.name) / f"{self._count}.npy"
+        self._count += 1
+        np.save(path, value.array)
+        return Value(np.load(path, mmap_mode="r"), value.dtype)
+
+    def close(self) -> None:
+        """Deletes the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class Recorder:
+    """A handler of `tools.calls.intercepting` that records events.
+
+    Args:
+        tools: The backend's `tools.calls`.
+        store: Keeps the arrays.
+        with_gradients: Whether to record the gradients of the outputs.
+    """
+
+    def __init__(self, tools: Any, store: Store, with_gradients: bool) -> None:
+        self.tools, self.store, self.with_gradients = tools, store, with_gradients
+        self.events: list[Event] = []
+        self.failed: str | None = None
+        """Path of the innermost module whose call raised."""
+        self._open: list[Event] = []
+        self._calls: dict[str, int] = {}
+
+    def __call__(self, path: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        number = self._calls.get(path, 0)
+        self._calls[path] = number + 1
+        event = Event(path, number, len(self.events), self._open[-1] if self._open else None)
+        event.given, arrays = take_apart((args, kwargs), self.tools.ARRAY)
+        event.names = argument_names(event.given)
+        # taken before the call, which may change its arguments in place
+        event.arguments = [self.tools.snapshot(array) for array in arrays]
+        self.events.append(event)
+        if event.parent is not None:
+            event.parent.children.append(event)
+        self._open.append(event)
+        try:
+            result = call(*args, **kwargs)
+        except Exception:
+            self.failed = path if self.failed is None else self.failed
+            raise
+        finally:
+            self._open.pop()
+        event.result, arrays = take_apart(result, self.tools.ARRAY)
+        event.outputs = [self.tools.snapshot(array) for array in arrays]
+        event.gradients = [None] * len(arrays)
+        if not self.with_gradients:
+            return result
+
+        def storing(index: int) -> Callable[[Any], None]:
+            def store(gradient: Any) -> None:
+                event.gradients[index] = gradient
+
+            return store
+
+        tapped = [
+            self.tools.tap(array, storing(index)) if "float" in str(array.dtype) else array
+            for index, array in enumerate(arrays)
+        ]
+        return result if all(a is b for a, b in zip(tapped, arrays, strict=True)) else rebuild(event.result, tapped)
+
+    def finish(self) -> list[Event]:
+        """Returns the events with numpy arrays, after the computation."""
+        for event in self.events:
+            for items in (event.arguments, event.outputs, event.gradients):
+                items[:] = [None if item is None else self.store.keep(self.tools.value(item)) for item in items]
+        return self.events
+
+
+# ---- structures of arrays -----------------------------------------------------------------------------------
+
+
+def map_leaves(item: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns nested tuples, lists, dicts and dataclasses with `function(leaf)` in place of each leaf."""
+    if callable(item):  # a module, which is a dict in MLX
+        return function(item)
+    if isinstance(item, dict):
+        new = copy.copy(item)
+        for key, value in item.items():
+            new[key] = map_leaves(value, function)
+        return new
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(map_leaves(value, function) for value in item))
+    if type(item) in (tuple, list):
+        return type(item)(map_leaves(value, function) for value in item)
+    if is_dataclass(item) and not isinstance(item, (type, Slot, Value)):
+        new = copy.copy(item)
+        for part in fields(item):
+            object.__setattr__(new, part.name, map_leaves(getattr(item, part.name), function))
+        return new
+    return function(item)
+
+
+def leaves(item: Any) -> list[Any]:
+    """Returns the leaves of a structure, in order."""
+    found: list[Any] = []
+    map_leaves(item, found.append)
+    return found
+
+
+def take_apart(item: Any, array_type: type) -> tuple[Any, list[Any]]:
+    """Returns a structure with a `Slot` in place of each array, and the arrays."""
+    arrays: list[Any] = []
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, array_type):
+            return leaf
+        arrays.append(leaf)
+        return Slot(len(arrays) - 1)
+
+    return map_leaves(item, take), arrays
+
+
+def rebuild(item: Any, arrays: list[Any]) -> Any:
+    """Returns a structure with arrays in place of its slots."""
+    return map_leaves(item, lambda leaf: arrays[leaf.index] if isinstance(leaf, Slot) else leaf)
+
+
+def argument_names(given: Any) -> list[str]:
+    """Returns the name of each array of `(args, kwargs)`: `0`, `mask`, or `0[1]` in a nested argument."""
+    found: list[str] = []
+    args, kwargs = given
+    for name, item in (*((str(index), item) for index, item in enumerate(args)), *kwargs.items()):
+        slots = [leaf for leaf in leaves(item) if isinstance(leaf, Slot)]
+        found += [name] if isinstance(item, Slot) else [f"{name}[{index}]" for index in range(len(slots))]
+    return found
+
+
+def _is_constant(leaf: Any) -> bool:
+    return (
+        leaf is None
+        or isinstance(leaf, (Slot, str, bytes, bool, int, float, complex, slice, np.ndarray, np.generic))
+        or type(leaf).__name__ in ("dtype", "Dtype", "device", "Device", "DtypeCategory", "layout", "memory_format")
+        or callable(leaf)
+    )

@@ -1,0 +1,309 @@
+"""Which module, call and array of one side corresponds to which of the other side."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icenet.core.errors import UsageError
+from icenet.parity import align
+from icenet.parity.events import Event, Run
+from icenet.parity.sides import Pair, Side
+from icenet.parity.trace import Value
+
+Rename = Mapping[str, str] | Callable[[str], "str | None"] | None
+
+
+# ---- modules ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """A module of `a`, one of `b`, or one of each that correspond.
+
+    Attributes:
+        a, b: Paths; None where it does not exist.
+        note: How it was matched, if not by its path.
+    """
+
+    a: str | None
+    b: str | None
+    note: str = ""
+
+
+def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
+    """Returns the modules of both sides in the order of `b`, then those that only `a` has.
+
+    They are matched by path, then by `rename`, then by order, kind and shapes.
+
+    Raises:
+        UsageError: `rename` names a module that does not exist.
+    """
+    names = _renamed(a, b, rename)
+    found: dict[str, tuple[str, str]] = {}  # path in b: path in a, note
+    for ours, theirs in names.items():
+        if theirs in b.modules and theirs not in found:
+            found[theirs] = ours, "" if ours == theirs else "renamed"
+    taken = {ours for ours, _ in found.values()}
+    rest_a = [path for path in a.modules if path not in taken]
+    rest_b = [path for path in b.modules if path not in found]
+    if rest_a and rest_b:
+        signs_a, signs_b = ([_signature(side, path) for path in rest] for side, rest in ((a, rest_a), (b, rest_b)))
+        for block in difflib.SequenceMatcher(None, signs_a, signs_b, autojunk=False).get_matching_blocks():
+            for ours, theirs in zip(
+                rest_a[block.a : block.a + block.size], rest_b[block.b : block.b + block.size], strict=True
+            ):
+                found[theirs] = ours, f"matched with {ours} by order and shape"
+    matches = [
+        Match(found[path][0], path, found[path][1]) if path in found else Match(None, path) for path in b.modules
+    ]
+    taken = {ours for ours, _ in found.values()}
+    return [*matches, *(Match(path, None) for path in a.modules if path not in taken)]
+
+
+def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
+    """Returns the path in `b` of each module of `a`, by `rename`; its own path otherwise."""
+    if rename is None:
+        return {path: path for path in a.modules}
+    if callable(rename):
+        named = {path: rename(path) for path in a.modules}
+        for path, other in named.items():
+            if not isinstance(other, str) and other is not None:
+                raise UsageError(f"compare: rename returned {other!r} for {path!r}; return a path of b, or None")
+        return {path: path if other is None else other for path, other in named.items()}
+    used = set()
+    found: dict[str, str | None] = {}
+    for path in a.modules:
+        prefix = max((key for key in rename if _is_at_or_in(path, key)), key=len, default=None)
+        if prefix is not None:
+            used.add(prefix)
+        found[path] = path if prefix is None else _joined(rename[prefix], path[len(prefix) :].lstrip("."))
+    for key, value in rename.items():
+        if key not in used:
+            near = difflib.get_close_matches(key, a.modules, n=1)
+            raise UsageError(
+                f"compare: rename: a has no module {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if value not in b.modules:
+            near = difflib.get_close_matches(value, b.modules, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"compare: rename: b has no module {value!r}{hint}")
+    return found
+
+
+def _is_at_or_in(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}.") or prefix == ""
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _signature(side: Side, path: str) -> tuple[Any, ...]:
+    """Returns the kind of a module and the shapes of its parameters, in PyTorch's axes."""
+    shapes = side.shapes
+    prefix = f"{path}." if path else ""
+    within = tuple(sorted(shape for name, shape in shapes.items() if name.startswith(prefix)))
+    is_leaf = not any(inner.startswith(prefix) and inner != path for inner in side.modules)
+    return (side.kinds.get(path) or plain_class(side.classes[path]) if is_leaf else "container"), within
+
+
+def plain_class(name: str) -> str:
+    """Returns a class name without what differs between the frameworks: `BatchNorm2d` is `batchnorm`."""
+    return re.sub(r"\d+d$", "", name.rpartition(".")[2].lower()).replace("_", "")
+
+
+# ---- calls --------------------------------------------------------------------------------------------------
+
+
+def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match]) -> tuple[list[Pair], list[str]]:
+    """Returns the calls that both sides make, in the order of `b`, and notes on those that only one makes.
+
+    Args:
+        a, b: The sides.
+        runs: The runs of `a`, of `b` in the dtype under test, and of the reference.
+        matches: The modules.
+    """
+    run_a, run_noise, run_b = runs
+    to_a = {match.b: match.a for match in matches if match.a is not None and match.b is not None}
+    ours, noise = run_a.by_call(), run_noise.by_call()
+    pairs: list[Pair] = []
+    by_event: dict[int, Pair] = {}
+    notes: list[str] = []
+    for event in run_b.events:
+        path = to_a.get(event.path)
+        own, other = ours.get((path, event.call)) if path is not None else None, noise.get((event.path, event.call))
+        if own is None or other is None:
+            continue
+        kind = b.kinds.get(event.path)
+        pair = Pair(own, event, other, kind if kind == a.kinds.get(own.path) else None)
+        pairs.append(pair)
+        by_event[id(event)] = by_event[id(own)] = pair
+    for theirs, path in to_a.items():
+        counts = [sum(event.path == name for event in run.events) for run, name in ((run_a, path), (run_b, theirs))]
+        if counts[0] != counts[1]:
+            what = [f"{count} times" if count > 1 else "once" if count else "not" for count in counts]
+            notes.append(f"{theirs or 'the model'} is called {what[0]} in a, {what[1]} in b")
+    shapes = {} if a.backend == b.backend else known_shapes(pairs)
+    same = a.backend == b.backend
+    for pair in pairs:
+        _align(pair, shapes, same)
+    for pair in pairs:
+        children_a = {id(child) for child in _nearest(pair.a, by_event)}
+        for child in _nearest(pair.b, by_event):
+            found = by_event[id(child)]
+            if id(found.a) in children_a and _is_separable(found):
+                pair.children.append(found)
+        if not (pair.a.is_storable and pair.b.is_storable):
+            pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
+    return pairs, notes
+
+
+def _nearest(event: Event, by_event: Mapping[int, Pair]) -> Iterator[Event]:
+    """Yields the calls within an event that have a counterpart, and are in no other such call."""
+    for child in event.children:
+        if id(child) in by_event:
+            yield child
+        else:
+            yield from _nearest(child, by_event)
+
+
+def _is_separable(pair: Pair) -> bool:
+    """Returns whether the results of a call can be given instead of computed."""
+    complete = len(pair.outputs) == len(pair.b.outputs) or pair.kind in align.DIFFERENT_CALLS
+    return complete and bool(pair.outputs) and all(e.is_rebuildable for e in (pair.a, pair.b, pair.noise))
+
+
+def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
+    """Returns the alignments that kinds of layers or values determine, by the shape of an output in `b`."""
+    found: dict[tuple[int, ...], str] = {}
+    for pair in pairs:
+        for ours, theirs in zip(pair.a.outputs, pair.b.outputs, strict=False):
+            if theirs.array.ndim < 3:
+                continue
+            known = align.KINDS.get(pair.kind or "")
+            if known is None and ours.array.shape == theirs.array.shape:
+                if align.to_torch(align.MOVED, ours.array).shape == theirs.array.shape:
+                    known = align.nearer(ours.array, theirs.array)
+            if known is not None:
+                found.setdefault(theirs.array.shape, known)
+    return found
+
+
+def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> None:
+    """Sets which arrays of a pair correspond, and their axes."""
+    ours, theirs = pair.a, pair.b
+
+    def how(a: Value, b: Value) -> str | None:
+        if same:
+            return align.SAME if a.array.shape == b.array.shape else None
+        return align.alignment(pair.kind, a.array, b.array, shapes)
+
+    if len(ours.names) == len(theirs.names):
+        by_name = set(ours.names) == set(theirs.names) and len(set(ours.names)) == len(ours.names)
+        indices = [(ours.names.index(name) if by_name else j, j) for j, name in enumerate(theirs.names)]
+        for i, j in indices:
+            found = how(ours.arguments[i], theirs.arguments[j])
+            # a mask may be booleans on one side and numbers on the other: then each side keeps its own
+            if found is not None and ours.arguments[i].is_float == theirs.arguments[j].is_float:
+                pair.arguments.append((i, j, found))
+            elif found is None and ours.arguments[i].is_float:
+                pair.obstacle = pair.obstacle or unequal(
+                    pair.kind, ours.arguments[i], theirs.arguments[j], "input of"
+                )
+    else:
+        start = 0
+        for j, theirs_value in enumerate(theirs.arguments):
+            for i in range(start, len(ours.arguments)):
+                found = how(ours.arguments[i], theirs_value)
+                if found is not None and ours.arguments[i].is_float == theirs_value.is_float:
+                    pair.arguments.append((i, j, found))
+                    start = i + 1
+                    break
+    count = 1 if pair.kind in align.DIFFERENT_CALLS else None
+    for index, (a, b) in enumerate(zip(ours.outputs[:count], theirs.outputs[:count], strict=False)):
+        found = how(a, b)
+        if found is not None:
+            pair.outputs.append((index, index, found))
+
+
+def unequal(kind: str | None, ours: Value, theirs: Value, what: str) -> str:
+    """Returns a phrase on two arrays whose shapes do not correspond."""
+    text = align.unequal_shapes(kind, ours.array, theirs.array)
+    return f"{what} {text}".replace("in MLX", "in a").replace("in PyTorch", "in b")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first array whose shape differs.
+
+    Attributes:
+        path: Path in `b` of the module that computed it.
+        where: Where in that module, between which of its calls.
+        note: The shapes.
+    """
+
+    path: str
+    where: str
+    note: str
+
+
+def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
+    """Returns the first array in the order of the computation that differs in shape between the sides."""
+    by_event = {id(pair.b): pair for pair in pairs}
+
+    def visit(event: Event, parent: Event | None, before: str) -> Mismatch | None:
+        pair = by_event.get(id(event))
+        if pair is not None:
+            note = _argument_mismatch(pair)
+            if note:
+                name = relative(event.path, parent.path) if parent is not None else ""
+                where = f"{f'between {before} and' if before else 'before'} {name}" if parent is not None else ""
+                return Mismatch(parent.path if parent is not None else "", where, note)
+        last = ""
+        for child in event.children:
+            found = visit(child, event if pair is not None else parent, last if pair is not None else before)
+            if found is not None:
+                return found
+            last = relative(child.path, event.path) if id(child) in by_event else last
+        if pair is not None and (note := _output_mismatch(pair)):
+            return Mismatch(event.path, f"after {last}" if last else "", note)
+        return None
+
+    root = next(iter(pairs), None)
+    return None if root is None else visit(root.b, None, "")
+
+
+def _argument_mismatch(pair: Pair) -> str:
+    matched = {j for _, j, _ in pair.arguments}
+    if len(pair.a.arguments) != len(pair.b.arguments):
+        return ""
+    for j, theirs in enumerate(pair.b.arguments):
+        if j in matched or not theirs.is_float:
+            continue
+        ours = pair.a.arguments[j]
+        if ours.is_float:
+            return unequal(pair.kind, ours, theirs, "input of")
+    return ""
+
+
+def _output_mismatch(pair: Pair) -> str:
+    if pair.kind in align.DIFFERENT_CALLS and pair.outputs:
+        return ""
+    if len(pair.a.outputs) != len(pair.b.outputs):
+        if pair.b.parent is not None and pair.outputs:
+            return ""  # further outputs that the caller may not use
+        return f"{len(pair.a.outputs)} outputs in a, {len(pair.b.outputs)} in b"
+    matched = {j for _, j, _ in pair.outputs}
+    for j, theirs in enumerate(pair.b.outputs):
+        if j not in matched:
+            return unequal(pair.kind, pair.a.outputs[j], theirs, "output of")
+    return ""
+
+
+def relative(path: str, parent: str) -> str:
+    """Returns a path without that of a module around it."""
+    return path[len(parent) + 1 :] if parent and path.startswith(f"{parent}.") else path

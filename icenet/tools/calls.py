@@ -1,0 +1,292 @@
+"""Calls of the modules within any MLX model: intercepts, computes and differentiates them.
+
+What is done with the calls is in `icenet.parity.sides`, which names no framework. The mirror is
+`icenet_torch/tools/calls.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx import optimizers
+
+from icenet.core.weights import layout
+from icenet.nn import tree
+from icenet.nn.arrays import DTYPES, from_numpy
+from icenet.parity.trace import Value, short_dtype
+from icenet.tools.probe import to_numpy
+
+ARRAY: type = mx.array
+
+Handler = Callable[[str, Callable[..., Any], Any, Any], Any]
+"""Called as `handle(path, call, args, kwargs)` in place of `call(*args, **kwargs)`; returns its result."""
+
+Cotangent = Callable[[int, tuple[int, ...]], Any]
+"""Returns the cotangent of the output with a number and a shape, as a numpy array; None for zero."""
+
+
+# ---- modules ------------------------------------------------------------------------------------------------
+
+
+def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) -> nn.Module:
+    """Returns a copy of a module whose calls, modes and buffers can be changed.
+
+    Args:
+        module: Any module.
+        dtype: fp32, bf16 or fp16, to which floating parameters and buffers are rounded. In fp32 the parameters are
+            those of `module`.
+        exact: Not possible in MLX, whose float64 is not exact: the copy computes in `dtype`.
+    """
+    copied = tree.copy_modules(module)
+    copied.set_dtype(DTYPES[dtype])
+    return copied
+
+
+def detached(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module whose parameters may be updated."""
+    return tree.copy_modules(module)
+
+
+def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all modules by canonical path, parents first; a shared one under its first path."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in tree.named_modules(model):
+        first.setdefault(id(module), (path, module))
+    return dict(first.values())
+
+
+def buffers(module: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the floating buffers of a module itself, not of those within it, by name."""
+    return {
+        name: to_numpy(item)
+        for name, item in module.items()
+        if isinstance(item, mx.array)
+        and not name.startswith("_")
+        and (name in module._no_grad or name in layout.STATISTICS)
+        and mx.issubdtype(item.dtype, mx.floating)
+    }
+
+
+@contextlib.contextmanager
+def assigned(module: nn.Module, values: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Sets parameters and buffers of a module to canonical values, by path, while the context is open."""
+    own, kinds = tree.Arrays(module, trainable=False), tree.layer_kinds(module)
+    before = {name: array for name, array in own.get().items() if name in values}
+    try:
+        own.set(
+            {
+                name: from_numpy(
+                    layout.mlx_view(layout.parameter_kind(kinds, name), layout.split(name)[1], values[name])
+                ).astype(array.dtype)
+                for name, array in before.items()
+            }
+        )
+        yield
+    finally:
+        own.set(before)
+
+
+@contextlib.contextmanager
+def intercepting(modules: Mapping[str, nn.Module], handle: Handler) -> Iterator[None]:
+    """Passes every call of the modules to a handler while the context is open.
+
+    MLX looks `__call__` up on the class, so the class of each module is replaced by a subclass meanwhile.
+    """
+    paths = {id(module): path for path, module in modules.items()}
+    classes: dict[type, type] = {}
+    changed: list[tuple[nn.Module, type]] = []
+
+    def intercepted(cls: type) -> type:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = paths.get(id(self))
+            if path is None:  # a module that was made meanwhile
+                return cls.__call__(self, *args, **kwargs)
+            return handle(path, lambda *a, **k: cls.__call__(self, *a, **k), args, kwargs)
+
+        return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+    try:
+        for module in modules.values():
+            cls = type(module)
+            if cls not in classes:
+                classes[cls] = intercepted(cls)
+            object.__setattr__(module, "__class__", classes[cls])
+            changed.append((module, cls))
+        yield
+    finally:
+        for module, cls in changed:
+            object.__setattr__(module, "__class__", cls)
+
+
+# ---- arrays -------------------------------------------------------------------------------------------------
+
+
+def snapshot(array: mx.array) -> mx.array:
+    """Returns what an array holds; the model may write to it later. `value` converts the result."""
+    return mx.stop_gradient(array)
+
+
+def value(taken: mx.array) -> Value:
+    """Returns a snapshot as a value, after the computation."""
+    return Value(to_numpy(taken), short_dtype(taken.dtype))
+
+
+def tap(array: mx.array, store: Callable[[mx.array], None]) -> mx.array:
+    """Returns the array; its gradient is given to `store` when it is computed."""
+
+    @mx.custom_function
+    def identity(x: mx.array) -> mx.array:
+        return mx.stop_gradient(x)
+
+    @identity.vjp
+    def backward(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        store(cotangent)
+        return cotangent
+
+    tapped: mx.array = identity(array)
+    return tapped
+
+
+def native(value: Value, exact: bool = False, like: nn.Module | None = None) -> mx.array:
+    """Returns a value as an array, floats in their dtype."""
+    array = from_numpy(value.array)
+    return array.astype(DTYPES.get(value.dtype, mx.float32)) if value.is_float else array
+
+
+# ---- computation --------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    function: Callable[..., Sequence[Any]],
+    inputs: Sequence[Value],
+    module: nn.Module,
+    parameters: Sequence[str] = (),
+    cotangent: Cotangent | None = None,
+    exact: bool = False,
+) -> tuple[list[Value], list[Value | None], dict[str, Value]]:
+    """Computes a function, and the gradient of sum(outputs * cotangents).
+
+    Args:
+        function: Takes arrays and returns a sequence of arrays.
+        inputs: Its arguments.
+        module: The module that it calls.
+        parameters: Paths of the trainable parameters of the module by which the gradient is computed.
+        cotangent: Returns the cotangents; None to compute no gradient.
+        exact: Has no effect.
+
+    Returns:
+        The outputs, the gradients by the floating inputs (None for others), and by the parameters in PyTorch's axes.
+    """
+    arrays = [native(item) for item in inputs]
+    if cotangent is None:
+        outputs = list(function(*arrays))
+        mx.eval(outputs)
+        return [value(output) for output in outputs], [None] * len(inputs), {}
+    own = tree.Arrays(module)
+    weights = {name: array for name, array in own.get().items() if name in set(parameters)} if parameters else {}
+    floats = [index for index, item in enumerate(inputs) if item.is_float]
+
+    def total(primals: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
+        own.set(dict(zip(weights, primals[len(floats) :], strict=True)))
+        given = list(arrays)
+        for index, primal in zip(floats, primals, strict=False):
+            given[index] = primal
+        outputs = list(function(*given))
+        scores = [mx.array(0.0)]
+        for index, output in enumerate(outputs):
+            seed = cotangent(index, tuple(output.shape))
+            if seed is not None and mx.issubdtype(output.dtype, mx.floating):
+                scores.append((output * from_numpy(seed).astype(output.dtype)).sum().astype(mx.float32))
+        return mx.stack(scores).sum(), outputs
+
+    primals = [*(arrays[index] for index in floats), *weights.values()]
+    try:
+        if primals:
+            (_, outputs), computed = mx.value_and_grad(total)(primals)
+        else:
+            (_, outputs), computed = total([]), []
+    finally:
+        own.set(weights)
+    mx.eval(outputs, computed)
+    gradients: list[Value | None] = [None] * len(inputs)
+    for index, gradient in zip(floats, computed, strict=False):
+        gradients[index] = value(gradient)
+    by_name = {name: value(g) for name, g in zip(weights, computed[len(floats) :], strict=True)}
+    moved = layout.tree_to_torch({name: item.array for name, item in by_name.items()}, tree.layer_kinds(module))
+    used = {name: Value(array, by_name[name].dtype) for name, array in moved.items()}
+    return [value(output) for output in outputs], gradients, used
+
+
+def mean_square(outputs: Sequence[mx.array], targets: Sequence[Value], exact: bool = False) -> mx.array:
+    """Returns the mean squared distance of the floating outputs from targets."""
+    terms = []
+    for output, target in zip(outputs, targets, strict=True):
+        expected = native(target)
+        terms.append(mx.square(output.astype(expected.dtype) - expected).mean())
+    return mx.stack(terms).sum()
+
+
+# ---- state of the process -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the state of MLX's generator on exit."""
+    state: Any = mx.random.state
+    high, low = (int(word) for word in np.array(state[0]))
+    try:
+        yield
+    finally:
+        mx.random.seed((high << 32) | low)  # whose words are the key
+
+
+# ---- optimizers ---------------------------------------------------------------------------------------------
+
+
+def make_optimizer(module: nn.Module, given: Any) -> Any:
+    """Returns a new optimizer of the trainable parameters of a module.
+
+    Args:
+        module: The module.
+        given: An optimizer of `mlx.optimizers`, of which a copy is used, or a function of the module; None for SGD
+            with momentum.
+    """
+    if given is None:
+        optimizer: Any = optimizers.SGD(learning_rate=0.1, momentum=0.9)
+    elif isinstance(given, optimizers.Optimizer):
+        optimizer = copy.deepcopy(given)
+    else:
+        optimizer = given() if isinstance(getattr(given, "func", given), type) else given(module)
+    optimizer.init(module.trainable_parameters())
+    return optimizer
+
+
+def apply_gradients(module: nn.Module, optimizer: Any, gradients: Mapping[str, np.ndarray]) -> None:
+    """Updates the parameters of a module in place, given canonical gradients by path."""
+    native_names = {canonical: own for own, canonical in tree.mlx_names(module).items()}
+    kinds = tree.layer_kinds(module)
+    flat = {}
+    for name, array in gradients.items():
+        view = layout.mlx_view(layout.parameter_kind(kinds, name), layout.split(name)[1], array)
+        flat[native_names.get(name, name)] = from_numpy(view)
+    optimizer.update(module, _nested(flat))
+    mx.eval(module.parameters(), optimizer.state)
+
+
+def _nested(flat: Mapping[str, mx.array]) -> Any:
+    from mlx.utils import tree_unflatten
+
+    return tree_unflatten(list(flat.items()))
+
+
+def trainable(module: nn.Module) -> list[str]:
+    """Returns the canonical paths of the trainable parameters; a shared one has one path."""
+    return list(tree.Arrays(module).get())

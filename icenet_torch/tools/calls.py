@@ -1,0 +1,291 @@
+"""Calls of the modules within any PyTorch model: intercepts, computes and differentiates them.
+
+What is done with the calls is in `icenet.parity.sides`, which names no framework. The mirror is
+`icenet/tools/calls.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from icenet.parity.trace import Value, short_dtype
+from icenet_torch.nn.arrays import DTYPES, from_numpy
+from icenet_torch.tools.probe import to_numpy
+
+ARRAY: type = torch.Tensor
+
+Handler = Callable[[str, Callable[..., Any], Any, Any], Any]
+"""Called as `handle(path, call, args, kwargs)` in place of `call(*args, **kwargs)`; returns its result."""
+
+Cotangent = Callable[[int, tuple[int, ...]], Any]
+"""Returns the cotangent of the output with a number and a shape, as a numpy array; None for zero."""
+
+
+# ---- modules ------------------------------------------------------------------------------------------------
+
+
+def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) -> nn.Module:
+    """Returns a copy of a module whose calls, modes and buffers can be changed.
+
+    Args:
+        module: Any module.
+        dtype: fp32, bf16 or fp16, to which floating parameters and buffers are rounded. In fp32 the parameters are
+            those of `module`.
+        exact: Whether the copy computes in float64 on the CPU.
+    """
+    shares = dtype == "fp32" and not exact and all(p.dtype == torch.float32 for p in module.parameters())
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()} if shares else {}
+    with torch.no_grad():
+        copied = copy.deepcopy(module, memo)
+    if not shares:
+        copied = copied.to(DTYPES[dtype])
+    if exact:
+        copied = copied.cpu().double()
+        for inner in copied.modules():
+            for name, item in vars(inner).items():
+                if not name.startswith("_") or not isinstance(item, (dict, nn.Module)):
+                    vars(inner)[name] = _doubled(item)
+    return copied
+
+
+def _doubled(item: Any) -> Any:
+    """Returns tensors that a module holds without registering them, in float64; parameters stay themselves."""
+    if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
+        wide = torch.complex128 if item.is_complex() else torch.float64 if item.is_floating_point() else item.dtype
+        return item.cpu().to(wide)
+    if type(item) in (list, tuple):
+        return type(item)(map(_doubled, item))
+    return {key: _doubled(value) for key, value in item.items()} if type(item) is dict else item
+
+
+def detached(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module with parameters of its own, which may be updated."""
+    with torch.no_grad():
+        return copy.deepcopy(module)
+
+
+def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all modules by path, parents first; a shared one under its first path."""
+    return dict(model.named_modules())
+
+
+def buffers(module: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the floating buffers of a module itself, not of those within it, by name."""
+    return {
+        name: to_numpy(b)
+        for name, b in module.named_buffers(recurse=False)
+        if b.is_floating_point() and name not in module._non_persistent_buffers_set
+    }
+
+
+@contextlib.contextmanager
+def assigned(module: nn.Module, values: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Sets parameters and buffers of a module to canonical values, by path, while the context is open."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {name: own[name].data for name in values}
+    try:
+        for name, array in values.items():
+            own[name].data = from_numpy(np.array(array, order="C")).to(before[name])
+        yield
+    finally:
+        for name, tensor in before.items():
+            own[name].data = tensor
+
+
+@contextlib.contextmanager
+def intercepting(modules: Mapping[str, nn.Module], handle: Handler) -> Iterator[None]:
+    """Passes every call of the modules to a handler while the context is open."""
+    before: list[tuple[nn.Module, bool, Any]] = []
+
+    def wrapped(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return handle(path, forward, args, kwargs)
+
+        return call
+
+    try:
+        for path, module in modules.items():
+            before.append((module, "forward" in vars(module), module.forward))
+            vars(module)["forward"] = wrapped(path, module.forward)
+        yield
+    finally:
+        for module, is_own, forward in before:
+            if is_own:
+                vars(module)["forward"] = forward
+            else:
+                del vars(module)["forward"]
+
+
+# ---- arrays -------------------------------------------------------------------------------------------------
+
+
+def snapshot(tensor: torch.Tensor) -> Value:
+    """Returns what a tensor holds; the model may write to it later. `value` converts the result."""
+    return Value(to_numpy(tensor), short_dtype(tensor.dtype))
+
+
+def value(taken: Value) -> Value:
+    """Returns a snapshot as a value, after the computation."""
+    return taken
+
+
+def tap(tensor: torch.Tensor, store: Callable[[Value], None]) -> torch.Tensor:
+    """Returns the tensor; its gradient is given to `store` when it is computed."""
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: store(snapshot(gradient)))
+    return tensor
+
+
+def native(value: Value, exact: bool = False, like: nn.Module | None = None) -> torch.Tensor:
+    """Returns a value as a tensor, floats in their dtype, or in float64 if `exact`, on the device of a module."""
+    tensor = from_numpy(value.array).clone()
+    if value.is_float:
+        tensor = tensor.to(torch.float64 if exact else {**DTYPES, "fp64": torch.float64}[value.dtype])
+    first = next(like.parameters(), None) if like is not None else None
+    return tensor if first is None else tensor.to(first.device)
+
+
+# ---- computation --------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    function: Callable[..., Sequence[Any]],
+    inputs: Sequence[Value],
+    module: nn.Module,
+    parameters: Sequence[str] = (),
+    cotangent: Cotangent | None = None,
+    exact: bool = False,
+) -> tuple[list[Value], list[Value | None], dict[str, Value]]:
+    """Computes a function, and the gradient of sum(outputs * cotangents).
+
+    Args:
+        function: Takes tensors and returns a sequence of tensors.
+        inputs: Its arguments.
+        module: The module that it calls.
+        parameters: Paths of the trainable parameters of the module by which the gradient is computed.
+        cotangent: Returns the cotangents; None to compute no gradient.
+        exact: Whether to compute in float64, also where the code of the module asks for fp32.
+
+    Returns:
+        The outputs, the gradients by the floating inputs (None for others), and by the parameters that are used.
+    """
+    own = dict(module.named_parameters()) if parameters else {}
+    by_name = {name: own[name] for name in parameters if own[name].requires_grad}
+    tensors = [native(item, exact, module) for item in inputs]
+    with torch.enable_grad(), exact_arithmetic() if exact else contextlib.nullcontext():
+        if cotangent is not None:
+            tensors = [t.requires_grad_() if item.is_float else t for t, item in zip(tensors, inputs, strict=True)]
+        # an operation in place is not possible on a leaf
+        outputs = list(function(*(t.clone() if t.requires_grad else t for t in tensors)))
+        if cotangent is None:
+            return [snapshot(output) for output in outputs], [None] * len(inputs), {}
+        pairs = []
+        for index, output in enumerate(outputs):
+            seed = cotangent(index, tuple(output.shape))
+            if seed is not None and output.requires_grad:
+                pairs.append((output, from_numpy(np.array(seed, order="C")).to(output)))
+        by = [t for t in tensors if t.requires_grad] + list(by_name.values())
+        computed: Sequence[Any] = [None] * len(by)
+        if by and pairs:
+            seeded, seeds = [output for output, _ in pairs], [seed for _, seed in pairs]
+            computed = torch.autograd.grad(seeded, by, seeds, allow_unused=True)
+    found = iter(computed)
+    gradients: list[Value | None] = []
+    for tensor in tensors:
+        gradient = next(found) if tensor.requires_grad else None
+        zeros = torch.zeros_like(tensor) if tensor.requires_grad and gradient is None else gradient
+        gradients.append(None if zeros is None else snapshot(zeros))
+    used = {name: snapshot(g) for name, g in zip(by_name, found, strict=True) if g is not None}
+    return [snapshot(output) for output in outputs], gradients, used
+
+
+def mean_square(outputs: Sequence[torch.Tensor], targets: Sequence[Value], exact: bool = False) -> torch.Tensor:
+    """Returns the mean squared distance of the floating outputs from targets."""
+    terms = []
+    for output, target in zip(outputs, targets, strict=True):
+        expected = native(target, exact).to(output.device)
+        terms.append((output.to(expected.dtype) - expected).square().mean())
+    return torch.stack(terms).sum()
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Computes in float64 where code asks for another floating dtype, such as `x.float()`, in the context."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Double(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            return args[0].to(torch.float64)
+        kwargs = {name: _wide(item) for name, item in (kwargs or {}).items()}
+        return func(*map(_wide, args), **kwargs)
+
+
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+_NARROW = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
+
+
+def _wide(item: Any) -> Any:
+    return _NARROW.get(item, item) if isinstance(item, torch.dtype) else item
+
+
+# ---- state of the process -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the states of PyTorch's generators on exit."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+# ---- optimizers ---------------------------------------------------------------------------------------------
+
+
+def make_optimizer(module: nn.Module, given: Any) -> Any:
+    """Returns a new optimizer of the trainable parameters of a module.
+
+    Args:
+        module: The module.
+        given: A function of the module, or a class of `torch.optim` or a `partial` of it, which gets the parameters;
+            None for SGD with momentum.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if given is None:
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+    cls = getattr(given, "func", given)  # of a partial
+    return given(trained if isinstance(cls, type) else module)
+
+
+def apply_gradients(module: nn.Module, optimizer: Any, gradients: Mapping[str, np.ndarray]) -> None:
+    """Updates the parameters of a module in place, given canonical gradients by path."""
+    for name, parameter in module.named_parameters():
+        gradient = gradients.get(name)
+        if parameter.requires_grad:
+            parameter.grad = None if gradient is None else from_numpy(np.array(gradient, order="C")).to(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trainable(module: nn.Module) -> list[str]:
+    """Returns the paths of the trainable parameters; a shared one has one path."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
