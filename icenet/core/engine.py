@@ -183,16 +183,15 @@ class Engine(ABC):
         loss = self.process_group.all_reduce_loss(loss)
         if may_skip and not math.isfinite((loss + norm).sum().item()):
             self.nn.norm.set_running_statistics(self.model, statistics)
-            return loss, norm, norms
+            return self._submit(loss, norm, norms)
         self.optimizer.prepare(step, learning_rate)
         self._update(gradients, norm, self.average.weight(step) if self.average else 0.0)
-        self._submit(loss, norm, norms)
-        return loss, norm, norms
+        return self._submit(loss, norm, norms)
 
     @in_arithmetic
     def read(self, handle: Any) -> StepResult:
         """Waits for the step of a handle and returns its result."""
-        loss, norm, norms = handle
+        loss, norm, norms = self._wait(handle)
         mean, stop = self.process_group.read_loss(loss)
         return step_result(mean, norm.item(), stop, lambda: dict(zip(self._trainable, norms.tolist(), strict=True)))
 
@@ -536,8 +535,14 @@ class Engine(ABC):
     def _predict(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
         """Returns `_outputs` without gradients, compiled if `model.compile_model` is set."""
 
-    def _submit(self, *results: Array) -> None:  # noqa: B027  (not abstract on purpose)
-        """Starts the computation of results and new state on a lazy framework. Does nothing by default."""
+    def _submit(self, *results: Array) -> Any:
+        """Starts the computation of results and new state on a lazy framework. Returns a handle for `_wait`."""
+        return results
+
+    def _wait(self, handle: Any) -> tuple[Array, Array, Array]:
+        """Returns loss, norm and norms that were passed to `_submit`, when they are computed."""
+        loss, norm, norms = handle
+        return loss, norm, norms
 
 
 def call_model(

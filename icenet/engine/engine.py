@@ -122,9 +122,10 @@ class Engine(engine.Engine):
         if self.average is not None:
             self.average.update(average_weight)
 
-    def _submit(self, *results: mx.array) -> None:
+    def _submit(self, *results: mx.array) -> Any:
         averages = self.average.arrays if self.average else {}
         mx.async_eval(*results, self.model.parameters(), self.optimizer.state, averages)
+        return results
 
     def _seed_generator(self, seed: int) -> None:
         mx.random.seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from icenet.core.config import Config
+from icenet.core.config.custom import is_custom
 from icenet.core.errors import BackendError
 from icenet.core.models.build import new_model
 from icenet_torch.models import MODELS, BaseModel
@@ -42,6 +43,9 @@ def build_model(config: Config, device: str = "auto", *, seed: int | None) -> Ba
     with torch.device("cpu"):  # not torch.set_default_device: the initial values are those of the CPU
         model: BaseModel = new_model(config.model, MODELS, "torch", seed)
     model = model.to(chosen)
+    if chosen.type == "cuda" and not is_custom(config.model.type):
+        # the format of the images (see `to_channels_first`): otherwise each convolution would copy its weight to it
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.allow_tf32 = config.allow_tf32
     return model
 

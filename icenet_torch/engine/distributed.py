@@ -161,6 +161,8 @@ class Shards(processes.Shards):
         parameters = dict(model.named_parameters())
         super().__init__(model, parameters, process_group)
         mesh = init_device_mesh(process_group.device.type, (process_group.size,))
+        for parameter in parameters.values():
+            parameter.data = parameter.data.contiguous()  # fully_shard takes no other memory format
         for path in reversed(processes.unit_paths(model, parameters)):
             unit = model.get_submodule(path)
             # by default the outermost unit keeps what an evaluation gathered, perhaps averaged weights, for training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from icenet.core import engine
 from icenet.core.config import Config
+from icenet.core.config.custom import is_custom
 from icenet.core.engine import Batch, MicroBatch, call_model
 from icenet_torch import nn as ops
 from icenet_torch.engine import distributed
 from icenet_torch.engine.build import build_model
+from icenet_torch.engine.capture import CapturedPasses
 from icenet_torch.engine.ema import WeightAverage
 from icenet_torch.engine.optimizers import Optimizer
 from icenet_torch.nn.arrays import DTYPES, from_numpy, is_half, to_channels_first, to_numpy
@@ -51,28 +53,56 @@ class Engine(engine.Engine):
         if config.model.compile_model:
             ops.loss.register_for_compiler()
             self._compiled_model = torch.compile(parallel)
+        passes = lambda parts, factors: self._passes(parts, 1.0, factors)  # noqa: E731
+        self._captured = CapturedPasses(passes, self.model) if self._can_capture() else None
 
     # ---- training ----------------------------------------------------------------------------------------
 
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), dtype=self.dtype, device=self.device)
-        for part in self._micro_batches(batch, step):
-            with self.process_group.accumulating(last=part.is_last):
-                loss = loss + self._backward(part, loss_scale)
+        parts: Iterable[MicroBatch] = self._micro_batches(batch, step)
+        if self._captured is None or self.loss is not None:
+            loss = self._passes(parts, loss_scale)
+        else:
+            parts = list(parts)
+            factors = np.array([[part.share, part.share * loss_scale] for part in parts], np.float32)
+            loss = self._captured(parts, self._to_device(factors))
         gradients = self.process_group.all_reduce_gradients(self.parameters)
         if self.config.training.mixed_precision == "fp16":
             torch._foreach_div_(list(gradients.values()), loss_scale)
         return loss, gradients
 
-    def _backward(self, part: MicroBatch, loss_scale: float) -> Tensor:
-        """Adds the gradients of a micro-batch to `grad` of the parameters; returns its loss times its share."""
-        self._seed_dropouts(part.dropout_keys)
-        loss = self._training_loss(part.arrays)
-        if not loss.requires_grad:
-            raise self._detached_logits()
-        (loss * (part.share * loss_scale)).backward()
-        return loss.detach() * part.share
+    def _passes(self, parts: Iterable[MicroBatch], loss_scale: float, factors: Tensor | None = None) -> Tensor:
+        """Sets `grad` of the parameters to the gradients of micro-batches; returns the sum of their losses.
+
+        Args:
+            parts: The micro-batches.
+            loss_scale: Factor of the losses in the backward pass.
+            factors: Share of each micro-batch and share times `loss_scale`, `[N, 2]`, for passes that are captured.
+        """
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for index, part in enumerate(parts):
+            with self.process_group.accumulating(last=part.is_last):
+                share, scale = (part.share, part.share * loss_scale) if factors is None else factors[index]
+                self._seed_dropouts(part.dropout_keys)
+                loss = self._training_loss(part.arrays)
+                if not loss.requires_grad:
+                    raise self._detached_logits()
+                (loss * scale).backward()
+                total = total + loss.detach() * share
+        return total
+
+    def _can_capture(self) -> bool:
+        """Returns whether the passes depend on nothing but the batch and the arrays of the model."""
+        training, model = self.config.training, self.config.model
+        return (
+            self.device.startswith("cuda")
+            and self.process_group.size == 1
+            and not is_custom(model.type)
+            and not getattr(model, "num_experts", None)
+            and training.rng == "keyed"
+            and not training.gradient_checkpointing
+        )
 
     def _outputs(self, arrays: Mapping[str, Tensor], as_loss: bool = False) -> Tensor:
         return call_model(self._compiled_model, arrays, self._num_classes, as_loss)
@@ -89,6 +119,26 @@ class Engine(engine.Engine):
         self.optimizer.update(gradients)
         if self.average is not None:
             self.average.update(average_weight)
+
+    def _submit(self, *results: Tensor) -> Any:
+        """Copies the results to the host without waiting: `item` would wait for all later steps as well."""
+        if not results or not self.device.startswith("cuda"):
+            return results
+        loss, norm, norms = results
+        parts = [loss.reshape(-1), norm.reshape(1), norms]
+        packed = torch.cat(parts)  # the memory of a captured loss is that of the next one
+        values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        values.copy_(packed, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return done, values.split([len(part) for part in parts]), loss.shape
+
+    def _wait(self, handle: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(handle[0], torch.cuda.Event):
+            return handle  # type: ignore[no-any-return]
+        done, (loss, norm, norms), shape = handle
+        done.synchronize()
+        return loss.reshape(shape), norm, norms
 
     def _seed_generator(self, seed: int) -> None:
         torch.manual_seed(seed)

@@ -70,19 +70,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Array) -> Array:
-        y = x.to(torch.float32 if is_half(self.weight) else self.weight.dtype)
-        weight, bias, mean, var = (
-            array.to(y.dtype) for array in (self.weight, self.bias, self.running_mean, self.running_var)
-        )
+        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if self.training:
-            check_batch_norm(y.numel() // y.shape[1])
-            # with momentum 1, PyTorch writes the batch's mean and unbiased variance into these buffers
-            mean, var = torch.zeros_like(mean), torch.zeros_like(var)
-        y = F.batch_norm(y, mean, var, weight, bias, self.training, 1.0, self.eps)
-        if self.training:
-            keep, m = 1 - self.momentum, self.momentum
-            self.running_mean.copy_(keep * self.running_mean + m * mean)
-            self.running_var.copy_(keep * self.running_var + m * var)
+            check_batch_norm(x.numel() // x.shape[1])
+        if x.is_cuda and (x.dtype == weight.dtype or (is_half(x) and weight.dtype == torch.float32)):
+            # PyTorch's kernels read and write half precision and compute in fp32, without copies of the images
+            return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        y = x.to(torch.float32 if is_half(weight) else weight.dtype)
+        weight, bias, mean, var = (array.to(y.dtype) for array in (weight, bias, mean, var))
+        y = F.batch_norm(y, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        if self.training and mean is not self.running_mean:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
         return y.to(x.dtype)
 
 

@@ -18,6 +18,7 @@ TORCH_FILES = {
     "models.merged",  # fewer kernels in a step of few rows; MLX merges operations with mx.compile
     "nn.few_rows",
     "nn.linear_kernels",
+    "engine.capture",  # MLX submits a step as one graph by itself
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     "tools.sums",  # the noise is measured in PyTorch
