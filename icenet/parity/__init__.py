@@ -7,6 +7,8 @@
 
 comparison  `compare`: any two modules, stage by stage
 result      its report: stages, rows, modules, culprit and cause
+status      the stages and statuses of a report
+html        its page
 yardstick   the criterion: error of MLX over noise of PyTorch, both relative to PyTorch in float64
 trace       the arrays that a run computes, in order
 align       which axes of MLX and PyTorch correspond
@@ -20,20 +22,28 @@ texts       comparison of generated texts
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import compare
-    from icenet.parity.result import ALL_STAGES, Report
+    from icenet.parity.result import Report
+    from icenet.parity.status import ALL_STAGES
 
 __all__ = ["ALL_STAGES", "Report", "compare"]
-
-_PLACES = {"compare": "comparison", "ALL_STAGES": "result", "Report": "result"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first read: this package is imported where only a part of it is needed."""
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    if name == "compare":
+        from icenet.parity.comparison import compare
+
+        return compare
+    if name == "Report":
+        from icenet.parity.result import Report
+
+        return Report
+    if name == "ALL_STAGES":
+        from icenet.parity.status import ALL_STAGES
+
+        return ALL_STAGES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,25 +12,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icenet.core import files
-from icenet.parity.result import (
-    CONTAINS,
-    DIFFERS,
-    FAILED,
-    INHERITS,
-    LESS_EXACT,
-    NOT_RUN,
-    PASSED,
-    SKIPPED,
-    Histogram,
-    Module,
-    Report,
-    Row,
-    Stage,
-    number,
-)
+from icenet.parity.status import CONTAINS, DIFFERS, FAILED, INHERITS, LESS_EXACT, NOT_RUN, PASSED, SKIPPED, number
 from icenet.parity.yardstick import FACTOR
+
+if TYPE_CHECKING:
+    from icenet.parity.result import Histogram, Module, Report, Row, Stage
 
 MAX_ROWS = 2000
 """Rows of the table of all values. More make a page that a phone cannot show; `as_dict` has all."""
@@ -65,7 +54,7 @@ def write(report: Report, path: str | os.PathLike[str]) -> Path:
     """Writes the page of a report, in place of an earlier page. Returns its path.
 
     Raises:
-        UsageError: There is a file that is no page of IceNet, or a folder.
+        UsageError: There is a folder, or a file of another kind.
         FileError: The file cannot be written. Nothing is changed then.
     """
     target = files.output_file(files.user_path(path, "to_html"), is_earlier_output=_is_page)

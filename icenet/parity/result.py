@@ -6,7 +6,6 @@ The two sides are called `a`, the module under test, and `b`, the reference. Pat
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Iterator
@@ -14,29 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
-"""Statuses of a stage. A stage is "not run" if an earlier one failed, "skipped" if the user left it out."""
-
-DIFFERS, CONTAINS, INHERITS, LESS_EXACT = "differs", "contains", "inherits", "less exact"
-"""Further statuses of a row or a module, next to "passed", "skipped" and "not run":
-
-differs      over the tolerance on the inputs of the reference: the difference begins here
-contains     a module within it differs
-inherits     over the tolerance only because its inputs already differ
-less exact   within the error of sums that are taken term by term in fp32 (floor 6 of the yardstick)
-"""
-
-ALL_STAGES = ("structure", "weights", "forward", "loss", "gradients", "optimizer", "training")
-"""The stages in order. Each is run only if those before it passed.
-
-structure    names and shapes: the modules, parameters and outputs of both sides
-weights      the parameters and buffers after conversion to the same axes
-forward      the outputs of every module, in the run and on the inputs of the reference
-loss         the loss
-gradients    the gradients of every parameter and activation
-optimizer    one optimizer step on equal gradients, with the running statistics
-training     the losses of free-running steps
-"""
+from icenet.parity.status import CONTAINS, DIFFERS, FAILED, INHERITS, LESS_EXACT, NOT_RUN, PASSED, SKIPPED, number
 
 
 @dataclass(frozen=True)
@@ -311,13 +288,6 @@ class Report:
 _MARKS = {
     PASSED: "✓", LESS_EXACT: "✓", FAILED: "✗", DIFFERS: "✗", CONTAINS: "·", INHERITS: "~", SKIPPED: "-", NOT_RUN: " "
 }  # fmt: skip
-
-
-def number(value: float) -> str:
-    """Returns a number with two digits."""
-    if value == 0:
-        return "0"
-    return f"{value:.2g}" if math.isfinite(value) and value < 1e4 else ("∞" if math.isinf(value) else f"{value:.1e}")
 
 
 def to_json(item: Any) -> Any:

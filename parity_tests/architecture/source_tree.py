@@ -74,10 +74,12 @@ def violations(files: Mapping[str, Path], is_allowed: Callable[[str], bool], typ
 
 
 def import_graph(files: Mapping[str, Path]) -> dict[str, set[str]]:
-    """Returns for each module the modules of `files` that it imports, early or late."""
+    """Returns for each module the modules of `files` that it imports when it runs, early or late."""
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
-        targets = (target if target in files else target.rpartition(".")[0] for _, target in imports(path))
+        targets = (
+            target if target in files else target.rpartition(".")[0] for _, target in imports(path, types=False)
+        )
         graph[name] = {target for target in targets if target in files and target != name}
     return graph
 
