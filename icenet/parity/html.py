@@ -107,11 +107,11 @@ def _header(report: Report) -> str:
     if not report.passed:
         lines.append(_culprit(report))
     lines.append(
-        "<details><summary>How to read this page</summary><p>Two frameworks never agree to the last bit. So each value "
-        "is compared with the same value of the reference in float64. The <b>noise</b> is the error of the reference "
-        f"itself in {report.dtype}, which is rounding. The <b>ratio</b> is the error of the other side in units of this "
-        f"noise: up to {FACTOR:g} is rounding too, more is a difference.</p><p>A difference spreads to everything that "
-        "is computed later. So each module is also called with the inputs of the reference. The module that is "
+        "<details><summary>How to read this page</summary><p>Two frameworks never agree to the last bit. So each "
+        "value is compared with the same value of the reference in float64. The <b>noise</b> is the error of the "
+        f"reference itself in {report.dtype}, which is rounding. The <b>ratio</b> is the error of the other side in "
+        f"units of this noise: up to {FACTOR:g} is rounding too, more is a difference.</p><p>A difference spreads to "
+        "everything that is computed later. So each module is also called with the inputs of the reference. The module that is "
         "over the tolerance there is where the difference begins.</p></details>"
     )
     return "\n".join(lines)
@@ -191,8 +191,8 @@ def _charts(report: Report) -> Iterator[str]:
         begins = next((i for i, row in enumerate(rows) if row.status == DIFFERS), None)
         what = "outputs" if stage.name == "forward" else "gradients"
         yield (
-            f"<section><h2>Error of the {what} by depth</h2><p>Relative error against the reference in float64, in the "
-            "order of the computation. Both lines rise together while both sides only round. Where they part, a "
+            f"<section><h2>Error of the {what} by depth</h2><p>Relative error against the reference in float64, in "
+            "the order of the computation. Both lines rise together while both sides only round. Where they part, a "
             f"difference begins.</p>{_line_chart(curves, [row.name for row in rows], begins)}</section>"
         )
     if report.losses and all(report.losses.values()):
@@ -299,9 +299,9 @@ def _values(stages: Sequence[Stage]) -> str:
     heads = ("", "stage", "value", "shape", "ratio", "replay", "error", "noise", "size", "remark")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return (
-        f"<section><details><summary><h2>All {len(rows)} values</h2></summary><p>replay: the ratio on the inputs of the "
-        "reference. error, noise, size: RMS of the error of the side under test, of the reference's own error, and of "
-        f'the value.</p>{cut}<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<section><details><summary><h2>All {len(rows)} values</h2></summary><p>replay: the ratio on the inputs of "
+        "the reference. error, noise, size: RMS of the error of the side under test, of the reference's own error, and "
+        f'of the value.</p>{cut}<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></details></section>"
     )
 
@@ -417,8 +417,8 @@ def _line_chart(
     names = [name for name, _ in curves]
     label = escape(f"lines of {', '.join(names)} over {len(labels)} points")
     return (
-        f'{_legend(names)}<div class="wide"><svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label='
-        f'"{label}">{"".join(drawn)}</svg></div>'
+        f'{_legend(names)}<div class="wide"><svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{label}">{"".join(drawn)}</svg></div>'
     )
 
 
@@ -438,8 +438,8 @@ def _histogram_chart(histogram: Histogram, report: Report) -> str:
             between = f"{histogram.edges[j]:.3g} to {histogram.edges[j + 1]:.3g}"
             name = report.names[i] or "ab"[i]
             drawn.append(
-                f'<rect class="s{i}" x="{j * bar + i * bar / 2:.1f}" y="{height - 16 - tall:.1f}" width="{bar / 2:.1f}" '
-                f'height="{tall:.1f}"><title>{escape(name)}: {count} values from {between}</title></rect>'
+                f'<rect class="s{i}" x="{j * bar + i * bar / 2:.1f}" y="{height - 16 - tall:.1f}" width="{bar / 2:.1f}'
+                f'" height="{tall:.1f}"><title>{escape(name)}: {count} values from {between}</title></rect>'
             )
     drawn.append(f'<path class="grid" d="M0 {height - 16}H{width}"/>')
     drawn.append(f'<text x="0" y="{height - 3}">{histogram.edges[0]:.3g}</text>')
@@ -472,7 +472,8 @@ small{color:var(--muted)}
 .culprit{border:1px solid var(--bad);border-radius:.25rem;padding:0 1rem .5rem;margin:1rem 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5rem 0}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
-.stages{list-style:none;padding:0;margin:0}.stages li{display:flex;gap:.25rem;padding:.3rem 0;border-top:1px solid var(--line)}
+.stages{list-style:none;padding:0;margin:0}
+.stages li{display:flex;gap:.25rem;padding:.3rem 0;border-top:1px solid var(--line)}
 .tree,.tree ul{list-style:none;padding-left:1.1rem;margin:0}.tree{padding-left:0}
 .tree ul{border-left:1px solid var(--line);margin-left:.35rem}
 .tree li{padding:.1rem 0}.tree summary{list-style-position:outside;margin-left:1rem}.tree li>.module{margin-left:1rem}

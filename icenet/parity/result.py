@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icenet.parity.status import CONTAINS, DIFFERS, FAILED, INHERITS, LESS_EXACT, NOT_RUN, PASSED, SKIPPED, number
+from icenet.parity.status import (  # noqa: F401
+    ALL_STAGES,
+    CONTAINS,
+    DIFFERS,
+    FAILED,
+    INHERITS,
+    LESS_EXACT,
+    NOT_RUN,
+    PASSED,
+    SKIPPED,
+    number,
+)
 
 
 @dataclass(frozen=True)
