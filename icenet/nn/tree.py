@@ -7,7 +7,6 @@ Canonical paths are PyTorch's names. A list is a `ModuleList` or `ParameterList`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -28,8 +27,7 @@ from icenet.nn.kinds import kind_of
 M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class _Node:
+class _Node(NamedTuple):
     """A module, list or dict in a model."""
 
     path: str
@@ -85,8 +83,10 @@ def native_arrays(model: nn.Module) -> dict[str, mx.array]:
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:
     """Returns the kind of everything that holds arrays, by path (see `icenet.core.weights.layout`)."""
-    kinds = {path: kind for path, module in named_modules(model) if (kind := kind_of(module))}
-    for node in _nodes(model):
+    nodes = _nodes(model)
+    modules = ((node.path, node.holder) for node in nodes if isinstance(node.holder, nn.Module))
+    kinds = {path: kind for path, module in modules if (kind := kind_of(module))}
+    for node in nodes:
         if not isinstance(node.holder, nn.Module) and any(isinstance(value, mx.array) for _, value in node.items):
             kinds.setdefault(node.path, "plain")
     return kinds
@@ -253,15 +253,16 @@ def _places(model: nn.Module) -> list[_Place]:
     return found
 
 
-def _nodes(model: nn.Module) -> Iterator[_Node]:
-    """Yields the modules and containers of a model, parents first."""
+def _nodes(model: nn.Module) -> list[_Node]:
+    """Returns the modules and containers of a model, parents first."""
+    found: list[_Node] = []
 
-    def walk(node: _Node, above: tuple[int, ...]) -> Iterator[_Node]:
+    def walk(node: _Node, above: tuple[int, ...]) -> None:
         if id(node.holder) in above:
             raise UsageError(
                 f"{node.path}: a module that contains itself; keep a reference to a parent in a function"
             )
-        yield node
+        found.append(node)
         is_module = isinstance(node.holder, nn.Module)
         for name, value in node.items:
             if not isinstance(value, (dict, list)):
@@ -269,7 +270,7 @@ def _nodes(model: nn.Module) -> Iterator[_Node]:
             key = node.key_of(name)
             inline = name == "layers" and isinstance(node.holder, nn.Sequential) and is_module
             child = isinstance(value, nn.Module)
-            yield from walk(
+            walk(
                 _Node(
                     path=node.path if inline else _join(node.path, name),
                     mlx_path=_join(node.mlx_path, name),
@@ -282,7 +283,8 @@ def _nodes(model: nn.Module) -> Iterator[_Node]:
                 (*above, id(node.holder)),
             )
 
-    return walk(_Node("", "", model, model, "", False, False), ())
+    walk(_Node("", "", model, model, "", False, False), ())
+    return found
 
 
 def _join(path: str, name: Any) -> str:

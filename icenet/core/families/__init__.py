@@ -41,13 +41,15 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
         families.insert(0, llama.PHI3)  # context again where the angles change
     if not families:
         raise ConfigError(f"no family of Hugging Face is a {config.type}; only those of docs/conversion.md")
-    found = [(different_options(family, config), family) for family in families]
+    found: list[tuple[list[str], Family]] = []
+    for family in families:
+        if not (different := different_options(family, config)):
+            return family
+        found.append((different, family))
     # the one entry of a family that refuses a value says nothing about how near it is
     lacking, nearest = min(found, key=lambda pair: (any(is_refusal(name) for name in pair[0]), len(pair[0])))
-    if lacking:
-        names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in lacking)
-        raise ConfigError(
-            f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
-            f"{names}; docs/conversion.md has the options of each family"
-        )
-    return nearest
+    names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in lacking)
+    raise ConfigError(
+        f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
+        f"{names}; docs/conversion.md has the options of each family"
+    )

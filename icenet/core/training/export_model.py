@@ -101,23 +101,26 @@ def export(
     packed = packed_of(weights)
     images = _image_files(source, config) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
+    notes: list[str] = []
+    if packed is not None and form != MLX_LM:
+        notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if form in gguf_export.KINDS:
         destination = output_file(destination, overwrite=overwrite, inputs=[source] if source.is_file() else [])
-    elif not overwrite:
+        return _export_gguf(source, source_form(imported), destination, form, config, family, weights, files, notes)
+    remarks += notes
+    if not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
-    exported: Mapping[str, Array] = ExportedWeights(family, config, weights)
     is_kept = imported is not None and not any(_OF_MLX_LM.fullmatch(name) for name in imported.weights.stored)
+    exported: Mapping[str, Array]
     if imported is not None and (is_kept or form == MLX_LM):
         exported = OriginalWeights(imported.weights)
+    else:
+        exported = ExportedWeights(family, config, weights)
     quantization: dict[str, Any] = {}
     if packed is not None and form == MLX_LM:
         exported, quantization = _packed(family, config, packed)
         values = json.loads(files[folder.CONFIG])
         files[folder.CONFIG] = folder.to_json(values | dict.fromkeys(QUANTIZATION_KEYS, quantization))
-    elif packed is not None:
-        remarks.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
-    if form in gguf_export.KINDS:
-        return _export_gguf(source, source_form(imported), destination, form, config, family, weights, files)
     if form == MLX_LM and isinstance(config.model, TransformerConfig):
         remarks += mlx_lm.differences(family, config.model)
     metadata = {"format": "mlx"} if form == MLX_LM else None
@@ -187,9 +190,10 @@ def _export_gguf(
     family: Family,
     weights: Mapping[str, Array],
     files: Mapping[str, bytes],
+    notes: Sequence[str],
 ) -> Conversion:
     """Writes a GGUF file, with the tokenizer and the chat template."""
-    remarks = [f"the family is {family.model_type}"]
+    remarks = [f"the family is {family.model_type}", *notes]
     tokenizer: dict[str, Any] = {}
     vocab_size = getattr(config.model, "vocab_size", 0)
     if TOKENIZER_FILE not in files:  # a folder with other files of a tokenizer
