@@ -165,52 +165,42 @@ def _statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normalized(  # type: ignore[no-untyped-def]
-    value, mean, factor, norm_weight, norm_bias, k, inside, NORM: tl.constexpr, NORM_BIAS: tl.constexpr
+def _norm_parameters(  # type: ignore[no-untyped-def]
+    norm_weight, norm_bias, k, inside, NORM: tl.constexpr, NORM_BIAS: tl.constexpr
 ):
-    """Returns the norm of values, fp32. The arguments have shapes that broadcast."""
+    """Returns what the values are multiplied by and what is added, fp32."""
     weight = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
     if NORM == "rms_offset":
         weight += 1
-    value = (value - mean) * factor * weight
+    bias = tl.zeros_like(weight)
     if NORM_BIAS:
-        value += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
-    return value
+        bias = tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
+    return weight, bias
 
 
 @triton.jit
-def _store(  # type: ignore[no-untyped-def]
-    acc,
-    up,
-    row,
-    n,
-    rows,
-    N,
-    bias,
-    residual,
-    out,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Adds the bias, applies the activation, adds the residual. Each of them rounds, as the operations do."""
-    dtype: tl.constexpr = out.dtype.element_ty
-    n = n[None, :]
-    row = row[:, None]
-    valid = (row < rows) & (n < N)
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    value = acc.to(dtype).to(tl.float32)
-    if ACTIVATION != "none":
-        value = _activated(value, ACTIVATION).to(dtype).to(tl.float32)
+def _biases(bias, n, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the biases of some outputs and of what they are multiplied by, fp32."""
+    value = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    up = value
     if GATED:
-        if BIAS:
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        value = (value * up.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        up = tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+    return value, up
+
+
+@triton.jit
+def _finished(  # type: ignore[no-untyped-def]
+    value, up, added, dtype: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """Applies the activation and adds the residual. Each operation rounds, as the separate ones do."""
+    value = value.to(dtype)
+    if ACTIVATION != "none":
+        value = _activated(value.to(tl.float32), ACTIVATION).to(dtype)
+    if GATED:
+        value = (value.to(tl.float32) * up.to(dtype).to(tl.float32)).to(dtype)
     if RESIDUAL:
-        value += tl.load(residual + row * N + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out + row * N + n, value.to(dtype), mask=valid)
+        value = (value.to(tl.float32) + added).to(dtype)
+    return value
 
 
 @triton.jit(do_not_specialize=["rows", "N", "eps"])
@@ -250,35 +240,49 @@ def _sum_linear(  # type: ignore[no-untyped-def]
     up_tile = tile
     if GATED:
         up_tile = tl.load(ups, mask=both, other=0.0)
+    if NORM != "none":
+        gamma, beta = _norm_parameters(norm_weight, norm_bias, k, k < SIZE, NORM, NORM_BIAS)
+    if BIAS:
+        offset, up_offset = _biases(bias, n, N, GATED)
     if OVERLAPS:
         gdc_wait()
-    if NORM != "none":
-        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
+    place = row[:, None] * N + n[None, :]
+    valid = (row < rows)[:, None] & (n < N)[None, :]
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    added = acc
+    if RESIDUAL:
+        added = tl.load(residual + place, mask=valid, other=0.0).to(tl.float32)
+    if NORM != "none":
+        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
     for start in range(0, SIZE, BLOCK_K):
         w = tile.to(tl.float32)
         w_up = up_tile.to(tl.float32)
+        inside = start + k < SIZE
+        if NORM != "none":
+            g, b = gamma, beta
         if BLOCK_K < SIZE:  # the next weights are read meanwhile
-            both = (n < N)[:, None] & (start + BLOCK_K + k < SIZE)[None, :]
+            after = start + BLOCK_K + k
+            both = (n < N)[:, None] & (after < SIZE)[None, :]
             tile = tl.load(at + start + BLOCK_K, mask=both, other=0.0)
             if GATED:
                 up_tile = tl.load(ups + start + BLOCK_K, mask=both, other=0.0)
-        inside = start + k < SIZE
+            if NORM != "none":
+                gamma, beta = _norm_parameters(norm_weight, norm_bias, after, after < SIZE, NORM, NORM_BIAS)
         for r in tl.static_range(ROWS):
             value = tl.load(x + r * SIZE + start + k, mask=inside & (r < rows), other=0.0).to(tl.float32)
             if NORM != "none":
                 own_mean = tl.sum(tl.where(row == r, mean, 0.0), axis=0)
                 own_factor = tl.sum(tl.where(row == r, factor, 0.0), axis=0)
-                value = _normalized(
-                    value, own_mean, own_factor, norm_weight, norm_bias, start + k, inside, NORM, NORM_BIAS
-                )
-                value = value.to(out.dtype.element_ty).to(tl.float32)
+                value = ((value - own_mean) * own_factor * g + b).to(out.dtype.element_ty).to(tl.float32)
             own = (row == r)[:, None]
             acc += tl.where(own, tl.sum(w * value[None, :], axis=1)[None, :], 0.0)
             if GATED:
                 up += tl.where(own, tl.sum(w_up * value[None, :], axis=1)[None, :], 0.0)
-    _store(acc, up, row, n, rows, N, bias, residual, out, BIAS, ACTIVATION, GATED, RESIDUAL)
+    if BIAS:
+        acc += offset[None, :]
+        up += up_offset[None, :]
+    tl.store(out + place, _finished(acc, up, added, out.dtype.element_ty, ACTIVATION, GATED, RESIDUAL), mask=valid)
 
 
 @triton.jit(do_not_specialize=["rows", "N", "eps"])
@@ -308,34 +312,37 @@ def _dot_linear(  # type: ignore[no-untyped-def]
     """Some outputs of all rows, on tensor cores."""
     if OVERLAPS:
         gdc_launch_dependents()
-        gdc_wait()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
     at = weight + n.to(tl.int64)[None, :] * SIZE + k[:, None]
     ups = at + N.to(tl.int64) * SIZE
-    if NORM != "none":
-        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
+    place = row[:, None] * N + n[None, :]
+    valid = (row < rows)[:, None] & (n < N)[None, :]
+    if BIAS:
+        offset, up_offset = _biases(bias, n, N, GATED)
+    if OVERLAPS:
+        gdc_wait()
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    added = acc
+    if RESIDUAL:
+        added = tl.load(residual + place, mask=valid, other=0.0).to(tl.float32)
+    if NORM != "none":
+        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
     for start in range(0, SIZE, BLOCK_K):
         inside = start + k < SIZE
         both = inside[:, None] & (n < N)[None, :]
-        valid = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=valid, other=0.0)
+        given = (row < rows)[:, None] & inside[None, :]
+        value = tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=given, other=0.0)
         if NORM != "none":
-            value = _normalized(
-                value.to(tl.float32),
-                mean[:, None],
-                factor[:, None],
-                norm_weight,
-                norm_bias,
-                (start + k)[None, :],
-                inside[None, :],
-                NORM,
-                NORM_BIAS,
-            ).to(out.dtype.element_ty)
+            gamma, beta = _norm_parameters(norm_weight, norm_bias, start + k, inside, NORM, NORM_BIAS)
+            value = (value.to(tl.float32) - mean[:, None]) * factor[:, None] * gamma[None, :] + beta[None, :]
+            value = value.to(out.dtype.element_ty)
         acc = tl.dot(value, tl.load(at + start, mask=both, other=0.0), acc, input_precision="ieee")
         if GATED:
             up = tl.dot(value, tl.load(ups + start, mask=both, other=0.0), up, input_precision="ieee")
-    _store(acc, up, row, n, rows, N, bias, residual, out, BIAS, ACTIVATION, GATED, RESIDUAL)
+    if BIAS:
+        acc += offset[None, :]
+        up += up_offset[None, :]
+    tl.store(out + place, _finished(acc, up, added, out.dtype.element_ty, ACTIVATION, GATED, RESIDUAL), mask=valid)
