@@ -40,13 +40,17 @@ def _reduce_dtype(dtype: mx.Dtype) -> tuple[Any, ...]:
 
 
 def _reduce_device(device: mx.Device) -> tuple[Any, ...]:
-    index = next(index for index in itertools.count() if mx.Device(device.type, index) == device)
-    return _device, (device.type.name, index)
+    return _device, (device.type.name, device_index(device))
 
 
 # MLX's arrays and modules can be copied and pickled, but not the dtypes and devices that a module may hold
 copyreg.pickle(mx.Dtype, _reduce_dtype)
 copyreg.pickle(mx.Device, _reduce_device)
+
+
+def device_index(device: mx.Device) -> int:
+    """Returns the number of a device among those of its type."""
+    return next(index for index in itertools.count() if mx.Device(device.type, index) == device)
 
 
 def on_cpu() -> bool:

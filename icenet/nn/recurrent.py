@@ -3,6 +3,9 @@
 One matrix product computes the contribution of the inputs to all gates at all steps. The loop over time only computes
 the product with the state and the gates: `lstm_scan`, `gru_scan`, `tanh_scan` and `relu_scan`.
 
+On CUDA, kernels run all steps in one launch (`icenet.nn.recurrent_kernels`). The loops serve a CPU and Metal, are the
+reference of the kernels, and compute gradients of gradients.
+
 The gradients of these loops are written out. Automatic differentiation would compute the gradient of the recurrent
 weights once per step and add the steps. Here it is one product over all steps, as in PyTorch's kernels, which takes
 half the time on a CPU and is more accurate. Factors that do not depend on the gradient of later steps are computed
@@ -15,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.nn import recurrent_kernels as kernels
 from icenet.nn.arrays import cast_weight
 from icenet.nn.linear import linear
 
@@ -163,12 +167,27 @@ class RNN(Recurrent):
 # h and c `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None.
 
 
-def with_gradient(forward: Callable[..., Any], backward: Callable[..., Arrays]) -> Callable[..., Any]:
+class Fused(NamedTuple):
+    """Kernels that compute a loop over time.
+
+    Args:
+        forward: Returns the results, and with `record=True` also the records, each joined over the steps.
+        backward: As that of the loop.
+    """
+
+    forward: Callable[..., Arrays]
+    backward: Callable[..., Arrays]
+
+
+def with_gradient(forward: Callable[..., Any], backward: Callable[..., Arrays], fused: Fused) -> Callable[..., Any]:
     """Combines a loop over time and its gradient into one differentiable function, called with `training=`.
 
     `forward(*inputs)` returns results and records. Records are lists with one array per step that
     `backward(inputs, cotangents, (*results, *records))` needs. They are kept in training only, because this costs up
-    to a quarter of the time. A gradient in evaluation mode runs the forward pass again.
+    to a quarter of the time. A gradient in evaluation mode runs the forward pass again. The last input is the mask.
+
+    `fused` computes the same with kernels, where `kernels.are_used` chooses them. Gradients of gradients are always those
+    of the loops.
     """
 
     def keep(*inputs: Any) -> Arrays:
@@ -176,12 +195,41 @@ def with_gradient(forward: Callable[..., Any], backward: Callable[..., Arrays]) 
         return *results, *(mx.stack(record) for record in records)
 
     def drop(*inputs: Any) -> Arrays:
-        return forward(*inputs)[0]
+        return tuple(forward(*inputs)[0])
 
-    kept, dropped = mx.custom_function(keep), mx.custom_function(drop)
-    kept.vjp(backward)
-    dropped.vjp(lambda inputs, cotangents, _: backward(inputs, cotangents, keep(*inputs)))
-    return lambda *inputs, training: (kept if training else dropped)(*inputs)
+    def second(primals: Any, cotangents: Any, _: Any) -> Arrays:
+        """The gradient of `gradient`. The records depend on the inputs, so the forward pass is part of it."""
+        inputs, given, outputs = primals
+        *floats, mask = inputs
+        count = len(floats)
+
+        def first(*arrays: mx.array) -> list[mx.array]:
+            inputs = *arrays[:count], mask
+            return list(backward(inputs, arrays[count:], keep(*inputs))[:-1])
+
+        found: Any = mx.vjp(first, [*floats, *given], list(cotangents))[1]
+        return (*found[:count], mask), (*found[count:],), tuple(mx.zeros_like(array) for array in outputs)
+
+    def pair(keep: Any, drop: Any, backward: Any) -> tuple[Any, Any]:
+        @mx.custom_function
+        def gradient(inputs: Arrays, given: Arrays, outputs: Arrays) -> Arrays:
+            return tuple(backward(inputs, given, outputs)[:-1])
+
+        gradient.vjp(second)
+        kept, dropped = mx.custom_function(keep), mx.custom_function(drop)
+        kept.vjp(lambda inputs, given, outputs: (*gradient(inputs, given, outputs), inputs[-1]))
+        dropped.vjp(lambda inputs, given, _: (*gradient(inputs, given, keep(*inputs)), inputs[-1]))
+        return kept, dropped
+
+    loops = pair(keep, drop, backward)
+    launches = pair(partial(fused.forward, record=True), partial(fused.forward, record=False), fused.backward)
+
+    def scan(*inputs: Any, training: bool) -> Arrays:
+        kept, dropped = launches if kernels.are_used(*inputs[:2]) else loops
+        results: Arrays = (kept if training else dropped)(*inputs)
+        return results
+
+    return scan
 
 
 def lstm_forward(projected: mx.array, weight: mx.array, h: mx.array, c: mx.array, mask: mx.array | None) -> Arrays:
@@ -226,7 +274,25 @@ def lstm_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays
     return d_projected, weight_gradient(d_projected, states_before(h0, hs), weight), dh, dc, mask
 
 
-lstm_scan = with_gradient(lstm_forward, lstm_backward)
+def lstm_fused(projected: mx.array, weight: mx.array, *state: Any, record: bool) -> Arrays:
+    """Computes `lstm_forward`, with the records joined, by kernels."""
+    h, c, mask = state
+    found = kernels.forward("lstm", projected, weight, (h, c), mask, record=record)
+    cs = found["cs"]
+    return (found["hs"], cs[-1], cs, found["tanh_cs"], found["gates"]) if record else (found["hs"], cs)
+
+
+def lstm_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, h0, c0, mask = inputs
+    records = dict(zip(("hs", "", "cs", "tanh_cs", "gates"), outputs, strict=True))
+    found = kernels.backward("lstm", weight, (h0, c0), mask, records, *cotangents[:2])
+    d_gates = found["d_gates"]
+    dh = add_matmul(None if mask is None else found["carried_h"], d_gates[0], weight)
+    d_weight = weight_gradient(d_gates, states_before(h0, records["hs"]), weight)
+    return d_gates, d_weight, dh, found["carried_c"], mask
+
+
+lstm_scan = with_gradient(lstm_forward, lstm_backward, Fused(lstm_fused, lstm_fused_backward))
 
 
 def gru_forward(
@@ -273,7 +339,25 @@ def gru_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     return d_projected, weight_gradient(d_all, states_before(h0, hs), weight), d_bias, dh, mask
 
 
-gru_scan = with_gradient(gru_forward, gru_backward)
+def gru_fused(projected: mx.array, weight: mx.array, *state: Any, record: bool) -> Arrays:
+    """Computes `gru_forward`, with the records joined, by kernels."""
+    bias, h, mask = state
+    found = kernels.forward("gru", projected, weight, (h,), mask, bias, record=record)
+    return tuple(found.values())
+
+
+def gru_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, _, h0, mask = inputs
+    records = dict(zip(("hs", "gates", "candidates", "recurrent"), outputs, strict=True))
+    found = kernels.backward("gru", weight, (h0,), mask, records, cotangents[0])
+    d_gates = found["d_gates"]  # of the recurrent products
+    d_bias = d_gates[..., 2 * h0.shape[-1] :].sum(axis=(0, 1))
+    dh = add_matmul(found["carried_h"], d_gates[0], weight)
+    d_weight = weight_gradient(d_gates, states_before(h0, records["hs"]), weight)
+    return found["d_projected"], d_weight, d_bias, dh, mask
+
+
+gru_scan = with_gradient(gru_forward, gru_backward, Fused(gru_fused, gru_fused_backward))
 
 
 def rnn_forward(
@@ -304,8 +388,31 @@ def rnn_backward(derivative: Activation, inputs: Arrays, cotangents: Arrays, out
     return d_projected, weight_gradient(d_projected, states_before(h0, hs), weight), dh, mask
 
 
-tanh_scan = with_gradient(partial(rnn_forward, mx.tanh), partial(rnn_backward, lambda h: 1 - h * h))
-relu_scan = with_gradient(partial(rnn_forward, nn.relu), partial(rnn_backward, lambda h: (h > 0).astype(h.dtype)))
+def rnn_fused(
+    relu: bool, projected: mx.array, weight: mx.array, h: mx.array, mask: mx.array | None, *, record: bool
+) -> Arrays:
+    """Computes `rnn_forward` by a kernel."""
+    return (kernels.forward("rnn", projected, weight, (h,), mask, record=record, relu=relu)["hs"],)
+
+
+def rnn_fused_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, h0, mask = inputs
+    found = kernels.backward("rnn", weight, (h0,), mask, {"hs": outputs[0]}, cotangents[0], relu=relu)
+    d_gates = found["d_gates"]
+    dh = add_matmul(None if mask is None else found["carried_h"], d_gates[0], weight)
+    return d_gates, weight_gradient(d_gates, states_before(h0, outputs[0]), weight), dh, mask
+
+
+tanh_scan = with_gradient(
+    partial(rnn_forward, mx.tanh),
+    partial(rnn_backward, lambda h: 1 - h * h),
+    Fused(partial(rnn_fused, False), partial(rnn_fused_backward, False)),
+)
+relu_scan = with_gradient(
+    partial(rnn_forward, nn.relu),
+    partial(rnn_backward, lambda h: (h > 0).astype(h.dtype)),
+    Fused(partial(rnn_fused, True), partial(rnn_fused_backward, True)),
+)
 
 
 def add_matmul(a: mx.array | None, h: mx.array, weight: mx.array) -> mx.array:

@@ -26,6 +26,7 @@ TORCH_FILES = {
 """Modules of PyTorch without a counterpart, and why."""
 
 MLX_FILES = {
+    "nn.recurrent_kernels",  # PyTorch has cuDNN's
     "nn.training_kernels",  # CUDA kernels of MLX; PyTorch's operations are these, or it has them in nn.kernels
 }
 """Modules of MLX without a counterpart, and why."""
