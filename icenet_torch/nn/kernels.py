@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icenet.core.config.transformer_plan import AttentionPlan
 
@@ -27,11 +26,12 @@ COLUMNS_OF_A_PART = 1024
 
 @lru_cache
 def can_overlap(device: torch.device) -> bool:
-    """Returns whether a kernel can start while the one before it runs (programmatic dependent launch): from Hopper.
+    """Returns whether a kernel can start while the one before it runs (programmatic dependent launch).
 
-    Such a kernel begins with `gdc_wait`, after which it may read what other kernels of the step write.
+    Such a kernel reads what other kernels write after `gdc_wait` only. It needs Hopper and Triton 3.4.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return is_hopper and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
@@ -307,8 +307,8 @@ def _attend(  # type: ignore[no-untyped-def]
 ):
     """One head of queries of one row, over a part of the columns. The first part of a head stores the new one."""
     if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head, part = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
@@ -375,8 +375,8 @@ def _join_parts(  # type: ignore[no-untyped-def]
 ):
     """The parts of a head: sums `[E]`, their total weight and their highest score, fp32."""
     if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, WIDTH)
     top = tl.full((), float("-inf"), tl.float32)

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icenet_torch.nn.kernels import can_overlap
 
@@ -229,7 +228,7 @@ def _sum_linear(  # type: ignore[no-untyped-def]
 ):
     """Some outputs of all rows. The weights are read before the inputs, which the kernel before this one computes."""
     if OVERLAPS:
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
@@ -245,7 +244,7 @@ def _sum_linear(  # type: ignore[no-untyped-def]
     if BIAS:
         offset, up_offset = _biases(bias, n, N, GATED)
     if OVERLAPS:
-        gdc_wait()
+        tl.extra.cuda.gdc_wait()
     place = row[:, None] * N + n[None, :]
     valid = (row < rows)[:, None] & (n < N)[None, :]
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -311,7 +310,7 @@ def _dot_linear(  # type: ignore[no-untyped-def]
 ):
     """Some outputs of all rows, on tensor cores."""
     if OVERLAPS:
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
@@ -322,7 +321,7 @@ def _dot_linear(  # type: ignore[no-untyped-def]
     if BIAS:
         offset, up_offset = _biases(bias, n, N, GATED)
     if OVERLAPS:
-        gdc_wait()
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     up = tl.zeros((ROWS, BLOCK_N), tl.float32)
     added = acc
