@@ -10,6 +10,7 @@
     text = icenet.generate(model, long_text + "def", cache=cache, draft=small_model)
     vectors = icenet.embed("all-MiniLM-L6-v2", ["a text", "another"])
     icenet.save(model, "my-model")
+    icenet.from_torch(torch_module, mlx_module)              # the weights of any two modules, and to_torch back
 
 Importing this package loads neither MLX nor PyTorch. Each function loads the framework that it needs.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.generation.prompt_cache import PromptCache
     from icenet.core.weights.convert import Conversion
+    from icenet.core.weights.rename import Rename
 
 __all__ = [
     "__version__",
@@ -33,11 +35,13 @@ __all__ = [
     "chat",
     "convert",
     "embed",
+    "from_torch",
     "generate",
     "load",
     "load_prompt_cache",
     "prompt_cache",
     "save",
+    "to_torch",
 ]
 __version__: str
 
@@ -391,6 +395,59 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     return convert_model(source, destination, to, **options)
 
 
+def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any:
+    """Copies the weights of a PyTorch module to its MLX twin. The modules may be of any classes.
+
+        net = icenet.from_torch(torch_net, MyNet())
+        icenet.from_torch(state_dict, net, rename={"ln_f": "norm", "h.*.attn": "blocks.*.attention"})
+
+    The layers of the MLX module determine the axes, and which weights of PyTorch are joined or divided:
+    docs/weights.md lists all layers. Running statistics and other buffers are weights, too; counters of batches
+    (`num_batches_tracked`) are left out.
+
+    Args:
+        torch_module: A `torch.nn.Module`, on any device, or a state dict: a mapping of names and tensors or numpy
+            arrays, such as `torch.load(path, weights_only=True)` or `icenet.core.weights.read(path)`.
+        mlx_module: The `mlx.nn.Module` to change. Each array keeps its dtype, to which the values are rounded.
+        rename: Other names, if the two modules differ in them: a mapping with names of PyTorch on the left and names
+            of the MLX module on the right, of layers or weights, with `*` for any text without a dot; or a function
+            of a name in PyTorch that returns the name in the MLX module. None in place of a name leaves a weight out.
+
+    Returns:
+        `mlx_module`.
+
+    Raises:
+        UsageError: An argument is of another type, or `rename` is invalid.
+        WeightsError: A weight has no place, an array gets no values, a shape or the kind of a layer differs, or a
+            value is too large for the dtype. The message names all of them, and `mlx_module` is unchanged.
+    """
+    from icenet.core.models import modules
+
+    return modules.from_torch(torch_module, mlx_module, rename)
+
+
+def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
+    """Copies the weights of an MLX module to its PyTorch twin; the inverse of `from_torch`.
+
+        icenet.to_torch(net, torch_net, rename={"ln_f": "norm", "h.*.attn": "blocks.*.attention"})
+
+    Args:
+        mlx_module: An `mlx.nn.Module`.
+        torch_module: The `torch.nn.Module` to change, on any device. Each tensor keeps its dtype and its device. The
+            second bias of a recurrent layer becomes zeros. Counters of batches keep their values.
+        rename: The same as for `from_torch`: names of PyTorch on the left, names of the MLX module on the right.
+
+    Returns:
+        `torch_module`.
+
+    Raises:
+        UsageError, WeightsError: As in `from_torch`; `torch_module` is unchanged.
+    """
+    from icenet.core.models import modules
+
+    return modules.to_torch(mlx_module, torch_module, rename)
+
+
 def _check_config(config: Any) -> None:
     """Raises UsageError for parts of a configuration in place of one."""
     from icenet.core.config import Config
@@ -424,5 +481,5 @@ def _check_model(model: Any, function: str) -> None:
     if isinstance(getattr(model, "_orig_mod", model), ModelBase):  # torch.compile wraps it
         return
     wrapped = isinstance(getattr(model, "module", None), ModelBase)
-    hint = "pass its .module" if wrapped else "see icenet.core.models.modules for the weights of any module"
+    hint = "pass its .module" if wrapped else "icenet.from_torch and icenet.to_torch copy the weights of any module"
     raise UsageError(f"{function}: needs a BaseModel of icenet or icenet_torch, not a {type(model).__name__}; {hint}")

@@ -39,7 +39,7 @@ def compare_modules(
 ) -> Report:
     """Compares an MLX module with its PyTorch twin in fp32: every layer in the run, and in a replay with gradients.
 
-    The weights must be equal before (see `icenet.core.models.modules.copy_weights`). Both modules stay unchanged.
+    The weights must be equal before (see `icenet.from_torch`). Both modules stay unchanged.
 
     Args:
         mlx: Any `mlx.nn.Module`.

@@ -72,7 +72,7 @@ def copy_weights(source: Any, destination: Any) -> None:
 def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any:
     """Copies the weights of a PyTorch module to its MLX twin. `icenet.from_torch` has the whole description."""
     _check_mlx("from_torch", "second", mlx_module, torch_module)
-    values, torch = _torch_weights(torch_module, mlx_module)
+    values, torch = _torch_weights(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), torch, rename)
     pairing.check("from_torch")
     tree = _tree(mlx_module)
@@ -89,7 +89,7 @@ def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any
 def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
     """Copies the weights of an MLX module to its PyTorch twin. `icenet.to_torch` has the whole description."""
     _check_mlx("to_torch", "first", mlx_module, torch_module)
-    if isinstance(torch_module, Mapping):
+    if isinstance(torch_module, Mapping) and _backend(torch_module) is None:
         raise UsageError("to_torch: the second argument is a dict; give the torch.nn.Module that has the weights")
     _check_torch("to_torch", "second", torch_module)
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # torch.compile wraps it
@@ -149,9 +149,9 @@ def _tree(module: Any) -> Any:
 # ---- the weights of PyTorch -----------------------------------------------------------------------------------
 
 
-def _torch_weights(source: Any, mlx_module: Any) -> tuple[Mapping[str, np.ndarray], TorchWeights]:
+def _torch_weights(source: Any) -> tuple[Mapping[str, np.ndarray], TorchWeights]:
     """Returns the weights of a PyTorch module or a state dict, and their names, shapes and layer kinds."""
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and _backend(source) is None:  # a module of MLX is a dict, too
         return _state_dict(source)
     if isinstance(source, (str, Path)):
         raise UsageError(

@@ -114,8 +114,12 @@ class _Attention(Counterpart):
         return found
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
-        parts = {name: [values[own] for own in self.sources(name) if own in values] for name in self.theirs}
-        return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+        sources = {name: self.sources(name) for name in self.theirs}
+        return {
+            name: np.concatenate([values[own] for own in names])
+            for name, names in sources.items()
+            if all(own in values for own in names)
+        }
 
 
 @dataclass(frozen=True, eq=False)

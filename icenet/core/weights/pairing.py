@@ -321,7 +321,8 @@ class Pairing:
                 "the layers and directions of torch.nn.LSTM, GRU and RNN are modules of their own in MLX: "
                 "rename={'lstm.*_l1': 'layers.1.*_l0'} for the second layer, if layers[1] is that module"
             )
-        if any(name.endswith("in_proj_bias") for name in unknown):
+        biases = [layout.split(self._renamed[name] or "")[0] for name in unknown if name.endswith("in_proj_bias")]
+        if any(self._mlx.counterparts.get(self._paths.module(path)) == "attention" for path in biases):
             return "mlx.nn.MultiHeadAttention has biases with bias=True"
         return "rename={name in PyTorch: name in MLX} pairs other names, and rename={name: None} leaves a weight out"
 
@@ -332,38 +333,25 @@ class Pairing:
 
     # ---- values -----------------------------------------------------------------------------------------------
 
-    def pairs(self) -> list[tuple[list[str], list[str]]]:
-        """Returns what belongs together: names in PyTorch, and canonical paths in MLX."""
-        found = []
-        for place, theirs in self._hits.items():
-            if place.layer is None:
-                found.append(([theirs], [place.name]))
-        for layer in self._layers:
-            names = [self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits]
-            if names:
-                paths = (path for name in layer.theirs for path in self._covered(_Place(layer, name)))
-                found.append((names, list(dict.fromkeys(paths))))
-        return found
+    def pairs(self) -> dict[str, list[str]]:
+        """Returns the canonical paths in MLX that belong to each name in PyTorch."""
+        return {theirs: self._covered(place) for place, theirs in self._hits.items()}
 
     def to_mlx(self, values: Mapping[str, Array], gradients: bool = False) -> dict[str, Array]:
         """Returns the canonical weights of the MLX module.
 
         Args:
             values: Arrays by name in PyTorch.
-            gradients: The arrays are gradients of the weights.
+            gradients: The arrays are gradients of the weights. Those of frozen weights may be missing.
         """
-        found: dict[str, Array] = {}
-        for place, theirs in self._hits.items():
-            if place.layer is None:
-                found[place.name] = values[theirs]
-        for layer in self._layers:
-            given = {
-                name: values[self._hits[place]]
-                for name in layer.theirs
-                if (place := _Place(layer, name)) in self._hits
-            }
-            if given:
-                own = layer.to_mlx(given, gradients)
+        found = {
+            place.name: values[theirs]
+            for place, theirs in self._hits.items()
+            if place.layer is None and (theirs in values or not gradients)
+        }
+        for layer, hits in self._hits_of_layers():
+            if not gradients or all(theirs in values for theirs in hits.values()):
+                own = layer.to_mlx({name: values[theirs] for name, theirs in hits.items()}, gradients)
                 found |= {_join(layer.path, name): array for name, array in own.items()}
         return found
 
@@ -371,21 +359,31 @@ class Pairing:
         """Returns arrays by their names in PyTorch. Biases that the MLX module lacks are zeros.
 
         Args:
-            values: Canonical weights of the MLX module, or gradients of them.
+            values: Canonical weights of the MLX module, or gradients of them. Those of frozen weights may be missing.
             gradients: The arrays are gradients of the weights.
         """
         dtype = next((array.dtype for array in values.values()), np.dtype(np.float32))
-        values = {**{path: np.zeros(shape, dtype) for path, shape in self.added.items()}, **values}
-        found: dict[str, Array] = {}
-        for place, theirs in self._hits.items():
-            if place.layer is None:
-                found[theirs] = values[place.name]
-        for layer in self._layers:
-            hits = {name: self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits}
-            if hits:
-                own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
+        if not gradients:
+            values = {**{path: np.zeros(shape, dtype) for path, shape in self.added.items()}, **values}
+        found = {
+            theirs: values[place.name]
+            for place, theirs in self._hits.items()
+            if place.layer is None and (place.name in values or not gradients)
+        }
+        for layer, hits in self._hits_of_layers():
+            needed = {own for name in hits for own in layer.sources(name)}
+            own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
+            if not gradients or needed <= own.keys():
                 made = layer.to_torch(own, gradients)
                 found |= {theirs: made[name] for name, theirs in hits.items()}
+        return found
+
+    def _hits_of_layers(self) -> list[tuple[Counterpart, dict[str, str]]]:
+        """Returns the layers that have their counterpart's arrays, and the names of these in PyTorch."""
+        found = []
+        for layer in self._layers:
+            hits = {name: self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits}
+            found += [(layer, hits)] if hits else []
         return found
 
 
@@ -402,7 +400,9 @@ class _Paths:
                 path, _, end = path.rpartition(".")
                 if last != end:
                     break
-        self._modules = {name: path for path in mlx.kinds for name in (path, *self.aliases(path))}
+        self._modules = {
+            name: path for path in {**mlx.kinds, **mlx.counterparts} for name in (path, *self.aliases(path))
+        }
 
     def torch(self, path: str) -> str:
         """Returns the path that the counterpart of a layer or an array has in PyTorch."""

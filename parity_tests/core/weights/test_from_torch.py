@@ -1,0 +1,788 @@
+"""`icenet.from_torch` and `icenet.to_torch`: every layer of mlx.nn against the one of torch.nn, names, and errors."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from helpers import ROOT, is_one_line, same_bits
+
+import icenet
+from icenet.core import weights
+from icenet.core.errors import IceNetError, UsageError, WeightsError
+from icenet.core.models import modules
+from icenet.core.weights import layout
+
+torch: Any = pytest.importorskip("torch")
+pytest.importorskip("mlx")
+importlib.import_module("icenet.blas")  # before mlx.core
+mx: Any = importlib.import_module("mlx.core")
+mnn: Any = importlib.import_module("mlx.nn")
+mlx_utils: Any = importlib.import_module("mlx.utils")
+inn: Any = importlib.import_module("icenet.nn")
+tree: Any = importlib.import_module("icenet.nn.tree")
+arrays: Any = importlib.import_module("icenet.nn.arrays")
+tnn: Any = torch.nn
+
+
+class Net(mnn.Module):  # type: ignore[misc]
+    """A module with one layer, or a list of layers."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class TorchNet(tnn.Module):  # type: ignore[misc]
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def same_call(layer: Any, *inputs: Any) -> Any:
+    return layer(*inputs)
+
+
+def channels_last(layer: Any, x: Any) -> Any:
+    return mx.moveaxis(layer(mx.moveaxis(x, 1, -1)), -1, 1)
+
+
+def first_output(layer: Any, *inputs: Any) -> Any:
+    return layer(*inputs)[0]
+
+
+def attention(layer: Any, *inputs: Any) -> Any:
+    q, k, v = inputs * 3 if len(inputs) == 1 else inputs
+    return layer(q, k, v) if isinstance(layer, mnn.Module) else layer(q, k, v, need_weights=False)[0]
+
+
+def no_mask(layer: Any, *inputs: Any) -> Any:
+    masks = {mnn.TransformerEncoderLayer: 1, mnn.TransformerEncoder: 1, mnn.Transformer: 3}
+    is_mlx = isinstance(layer, mnn.Module)
+    return layer(*inputs, *[None] * masks.get(type(layer), 2)) if is_mlx else layer(*inputs)
+
+
+def time_first(layer: Any, x: Any) -> Any:
+    if isinstance(layer, mnn.Module):
+        return layer(x.swapaxes(0, 1))[0].swapaxes(0, 1)
+    return layer(x)[0]
+
+
+class Case(NamedTuple):
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    inputs: tuple[tuple[int, ...], ...]
+    call: Callable[..., Any] = same_call
+    torch_call: Callable[..., Any] | None = None
+
+
+def conv(dims: int, **options: Any) -> Case:
+    """Returns a convolution; the axes have unequal lengths, so that a wrong permutation cannot fit."""
+    kernel, shape = (3, 2, 4)[:dims], (9, 8, 7)[:dims]
+    size = kernel if dims > 1 else kernel[0]
+    ours, theirs = (getattr(nn, f"Conv{dims}d") for nn in (mnn, tnn))
+    given = ((2, 4, *shape),)
+    return Case(
+        lambda: ours(4, 6, size, **options), lambda: theirs(4, 6, size, **options), given, channels_last, same_call
+    )
+
+
+def transposed(dims: int, **options: Any) -> Case:
+    kernel, shape = (3, 2, 4)[:dims], (5, 4, 3)[:dims]
+    size = kernel if dims > 1 else kernel[0]
+    ours, theirs = (getattr(nn, f"ConvTranspose{dims}d") for nn in (mnn, tnn))
+    given = ((2, 4, *shape),)
+    return Case(
+        lambda: ours(4, 6, size, **options), lambda: theirs(4, 6, size, **options), given, channels_last, same_call
+    )
+
+
+def recurrent(name: str, **options: Any) -> Case:
+    def ours() -> Any:
+        return getattr(mnn, name)(5, 6, **options)
+
+    def theirs() -> Any:
+        return getattr(tnn, name)(5, 6, batch_first=True, **options)
+
+    return Case(ours, theirs, ((2, 4, 5),), first_output if name == "LSTM" else same_call, first_output)
+
+
+def own_recurrent(name: str, bidirectional: bool) -> Case:
+    def theirs() -> Any:
+        return getattr(tnn, name)(5, 6, batch_first=True, bidirectional=bidirectional)
+
+    return Case(lambda: getattr(inn, name)(5, 6, bidirectional), theirs, ((2, 4, 5),), time_first)
+
+
+def normed(name: str, theirs: Callable[[], Any], *arguments: Any, **options: Any) -> Case:
+    def ours() -> Any:
+        return getattr(mnn, name)(*arguments, **options)
+
+    return Case(ours, theirs, ((4, 6, 3, 5),), channels_last, same_call)
+
+
+def transformer(name: str, *arguments: Any, norm_first: bool, bias: bool = True) -> Case:
+    """Returns `mlx.nn.TransformerEncoderLayer` or one of its relatives, with 8 features and 2 heads."""
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first, "bias": bias}
+
+    def theirs() -> Any:
+        if name == "Transformer":
+            return tnn.Transformer(8, 2, 1, 2, 12, **options)
+        kind = name.removesuffix("Layer")
+        layer = getattr(tnn, f"{kind}Layer")(8, 2, 12, **options)
+        extra = {"enable_nested_tensor": False} if kind == "TransformerEncoder" else {}
+        return layer if name.endswith("Layer") else getattr(tnn, kind)(layer, 2, tnn.LayerNorm(8, bias=bias), **extra)
+
+    def ours() -> Any:
+        return getattr(mnn, name)(
+            *arguments, 8, 2, *((1, 2) if name == "Transformer" else ()), 12, norm_first=norm_first
+        )
+
+    inputs = ((2, 4, 8),) if "Encoder" in name else ((2, 4, 8), (2, 5, 8))
+    return Case(ours, theirs, inputs, no_mask)
+
+
+CASES: dict[str, Case] = {
+    "Linear": Case(lambda: mnn.Linear(5, 7), lambda: tnn.Linear(5, 7), ((3, 5),)),
+    "Linear, no bias": Case(lambda: mnn.Linear(5, 7, bias=False), lambda: tnn.Linear(5, 7, bias=False), ((3, 5),)),
+    "Bilinear": Case(lambda: mnn.Bilinear(5, 4, 7), lambda: tnn.Bilinear(5, 4, 7), ((3, 5), (3, 4))),
+    "Bilinear, no bias": Case(
+        lambda: mnn.Bilinear(5, 4, 7, bias=False), lambda: tnn.Bilinear(5, 4, 7, bias=False), ((3, 5), (3, 4))
+    ),
+    "Embedding": Case(
+        lambda: mnn.Embedding(9, 5),
+        lambda: tnn.Embedding(9, 5),
+        ((3, 4),),
+        lambda layer, x: layer(mx.round(x * x).astype(mx.int32)),
+        lambda layer, x: layer(torch.round(x * x).int()),
+    ),
+    **{f"Conv{dims}d": conv(dims) for dims in (1, 2, 3)},
+    **{f"Conv{dims}d, stride": conv(dims, stride=2, padding=1, bias=False) for dims in (1, 2, 3)},
+    **{f"Conv{dims}d, groups": conv(dims, groups=2) for dims in (1, 2, 3) if dims < 3},
+    **{f"Conv{dims}d, dilation": conv(dims, dilation=2) for dims in (1, 2) if dims < 3},
+    "Conv1d, depthwise": Case(
+        lambda: mnn.Conv1d(4, 4, 3, groups=4),
+        lambda: tnn.Conv1d(4, 4, 3, groups=4),
+        ((2, 4, 9),),
+        channels_last,
+        same_call,
+    ),
+    **{f"ConvTranspose{dims}d": transposed(dims) for dims in (1, 2, 3)},
+    **{
+        f"ConvTranspose{dims}d, stride": transposed(dims, stride=2, padding=1, output_padding=1, bias=False)
+        for dims in (1, 2)
+    },
+    "ConvTranspose1d, dilation": transposed(1, dilation=2),
+    "LayerNorm": Case(lambda: mnn.LayerNorm(6), lambda: tnn.LayerNorm(6), ((4, 6),)),
+    "LayerNorm, no bias": Case(lambda: mnn.LayerNorm(6, bias=False), lambda: tnn.LayerNorm(6, bias=False), ((4, 6),)),
+    "LayerNorm, not affine": Case(
+        lambda: mnn.LayerNorm(6, affine=False), lambda: tnn.LayerNorm(6, elementwise_affine=False), ((4, 6),)
+    ),
+    "RMSNorm": Case(lambda: mnn.RMSNorm(6, eps=1e-5), lambda: tnn.RMSNorm(6, eps=1e-5), ((4, 6),)),
+    "GroupNorm": normed("GroupNorm", lambda: tnn.GroupNorm(2, 6), 2, 6, pytorch_compatible=True),
+    "GroupNorm, not affine": normed(
+        "GroupNorm", lambda: tnn.GroupNorm(2, 6, affine=False), 2, 6, affine=False, pytorch_compatible=True
+    ),
+    "InstanceNorm": normed("InstanceNorm", lambda: tnn.InstanceNorm2d(6, affine=True), 6, affine=True),
+    "InstanceNorm, not affine": normed("InstanceNorm", lambda: tnn.InstanceNorm2d(6), 6),
+    "BatchNorm": normed("BatchNorm", lambda: tnn.BatchNorm2d(6), 6),
+    "BatchNorm, not affine": normed("BatchNorm", lambda: tnn.BatchNorm2d(6, affine=False), 6, affine=False),
+    "BatchNorm, no statistics": normed(
+        "BatchNorm", lambda: tnn.BatchNorm2d(6, track_running_stats=False), 6, track_running_stats=False
+    ),
+    "PReLU": Case(mnn.PReLU, tnn.PReLU, ((4, 6),)),
+    "PReLU, channels": Case(lambda: mnn.PReLU(6), lambda: tnn.PReLU(6), ((4, 6),)),
+    **{name: recurrent(name) for name in ("LSTM", "GRU", "RNN")},
+    **{f"{name}, no bias": recurrent(name, bias=False) for name in ("LSTM", "GRU", "RNN")},
+    **{f"icenet.nn.{name}": own_recurrent(name, name == "GRU") for name in ("LSTM", "GRU", "RNN")},
+    "MultiHeadAttention": Case(
+        lambda: mnn.MultiHeadAttention(8, 2, bias=True),
+        lambda: tnn.MultiheadAttention(8, 2, batch_first=True),
+        ((2, 4, 8),),
+        attention,
+    ),
+    "MultiHeadAttention, no bias": Case(
+        lambda: mnn.MultiHeadAttention(8, 2),
+        lambda: tnn.MultiheadAttention(8, 2, bias=False, batch_first=True),
+        ((2, 4, 8),),
+        attention,
+    ),
+    "MultiHeadAttention, kdim and vdim": Case(
+        lambda: mnn.MultiHeadAttention(8, 2, key_input_dims=6, value_input_dims=5, bias=True),
+        lambda: tnn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True),
+        ((2, 4, 8), (2, 3, 6), (2, 3, 5)),
+        attention,
+    ),
+    **{
+        f"{name}, norm {'first' if norm_first else 'last'}": transformer(name, norm_first=norm_first)
+        for name in ("TransformerEncoderLayer", "TransformerDecoderLayer")
+        for norm_first in (True, False)
+    },
+    "TransformerEncoderLayer, no bias": transformer("TransformerEncoderLayer", norm_first=True, bias=False),
+    "TransformerDecoderLayer, no bias": transformer("TransformerDecoderLayer", norm_first=False, bias=False),
+    "TransformerEncoder": transformer("TransformerEncoder", 2, norm_first=True),
+    "TransformerEncoder, no bias": transformer("TransformerEncoder", 2, norm_first=True, bias=False),
+    "TransformerDecoder": transformer("TransformerDecoder", 2, norm_first=True),
+    "Transformer": transformer("Transformer", norm_first=True),
+}
+"""Layers with their options: of MLX, of PyTorch, the shapes of the inputs in PyTorch, and how they are called."""
+
+KINDS_OF_CASES = {name.partition(",")[0] for name in CASES}
+
+
+def randomize(module: Any, seed: int = 0) -> Any:
+    """Sets all parameters and statistics of a PyTorch module to random values; variances are positive."""
+    draw = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                values = draw.uniform(0.5, 1.5, tensor.shape) if "var" in name else draw.normal(0, 0.4, tensor.shape)
+                tensor.copy_(torch.from_numpy(values))
+    return module
+
+
+def pair_of(name: str) -> tuple[Any, Any, list[np.ndarray]]:
+    case = CASES[name]
+    draw = np.random.default_rng(1)
+    inputs = [draw.standard_normal(shape).astype(np.float32) for shape in case.inputs]
+    return Net(case.ours()).eval(), randomize(TorchNet(case.theirs())).eval(), inputs
+
+
+def close(ours: Any, theirs: Any, exact: Any) -> bool:
+    """Returns whether the error of ours is at most 8 times that of PyTorch, or 8 times the rounding of the values."""
+    exact = np.asarray(exact, np.float64)
+    noise = max(np.abs(np.asarray(theirs) - exact).max(), np.abs(exact).max() * 2.0**-24)
+    return bool(np.abs(np.asarray(ours) - exact).max() <= 8 * noise)
+
+
+def torch_results(module: Any, case: Case, inputs: list[np.ndarray], dtype: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Returns the output of a layer, and the gradients of its parameters for a fixed gradient of the output."""
+    module = copy.deepcopy(module).to(dtype)
+    output = (case.torch_call or case.call)(module.layer, *(torch.from_numpy(x).to(dtype) for x in inputs))
+    if output.requires_grad:
+        output.backward(torch.cos(torch.arange(output.numel(), dtype=torch.float64)).to(dtype).reshape(output.shape))
+    gradients = {n: p.grad.numpy() for n, p in module.named_parameters() if p.grad is not None}
+    return output.detach().numpy(), gradients
+
+
+def mlx_results(net: Any, case: Case, inputs: list[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    given = [mx.array(x) for x in inputs]
+
+    def loss(parameters: Any) -> Any:
+        net.update(parameters)
+        output = case.call(net.layer, *given)
+        cotangent = np.cos(np.arange(output.size, dtype=np.float64)).astype(np.float32).reshape(output.shape)
+        return (output * mx.array(cotangent)).sum(), output
+
+    parameters = net.trainable_parameters()
+    has_parameters = bool(mlx_utils.tree_flatten(parameters))
+    (_, output), gradients = mx.value_and_grad(loss)(parameters) if has_parameters else (loss(parameters), {})
+    native = {path: np.array(array) for path, array in mlx_utils.tree_flatten(gradients)}
+    names = tree.mlx_names(net)
+    canonical = {names.get(path, path): array for path, array in native.items()}
+    return np.array(output), layout.tree_to_torch(canonical, tree.layer_kinds(net))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_gradients_and_the_way_back(name: str) -> None:
+    case, (ours, theirs, inputs) = CASES[name], pair_of(name)
+    assert icenet.from_torch(theirs, ours) is ours
+    exact, exact_gradients = torch_results(theirs, case, inputs, torch.float64)
+    expected, gradients = torch_results(theirs, case, inputs, torch.float32)
+    output, native = mlx_results(ours, case, inputs)
+    assert close(output, expected, exact)
+
+    pairing = modules.pair(ours, theirs)
+    converted = pairing.to_torch(native, gradients=True)
+    assert converted.keys() == gradients.keys()
+    assert all(close(converted[path], gradients[path], exact_gradients[path]) for path in gradients)
+    assert not native or same_bits(pairing.to_mlx(converted, gradients=True), native)
+    assert {path for paths in pairing.pairs().values() for path in paths} == set(modules.get_weights(ours))
+
+    target = randomize(TorchNet(case.theirs()), seed=2).eval()
+    assert icenet.to_torch(ours, target) is target
+    assert close(torch_results(target, case, inputs, torch.float32)[0], expected, exact)
+    again = Net(case.ours()).eval()
+    icenet.from_torch(target.state_dict() or target, again)
+    assert pairing.pairs() == {} or same_bits(modules.get_weights(again), modules.get_weights(ours))
+    if "bias_ih" not in "".join(theirs.state_dict()):  # PyTorch has two biases, whose sum is kept
+        assert all(torch.equal(value, theirs.state_dict()[path]) for path, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_in_training(training: bool) -> None:
+    ours, theirs, [x] = pair_of("BatchNorm")
+    icenet.from_torch(theirs, ours)
+    ours.train(training), theirs.train(training)
+    channels_last(ours.layer, mx.array(x)), theirs.layer(torch.from_numpy(x))
+    for path, value in modules.get_weights(theirs).items():
+        np.testing.assert_allclose(modules.get_weights(ours)[path], value, rtol=1e-6, atol=1e-6)
+    assert theirs.layer.num_batches_tracked == training
+    icenet.to_torch(ours, theirs)
+    assert theirs.layer.num_batches_tracked == training
+
+
+# ---- the table of the documentation -----------------------------------------------------------------------
+
+WITHOUT_PARAMETERS = {
+    *("CELU", "ELU", "GELU", "GLU", "SELU", "HardShrink", "Hardswish", "HardTanh", "LeakyReLU", "LogSigmoid"),
+    *("LogSoftmax", "Mish", "ReLU", "ReLU2", "ReLU6", "Sigmoid", "SiLU", "Softmax", "Softmin", "Softplus"),
+    *("Softshrink", "Softsign", "Step", "Tanh", "Dropout", "Dropout2d", "Dropout3d", "Identity", "ALiBi", "RoPE"),
+    *("AvgPool1d", "AvgPool2d", "AvgPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d", "Upsample"),
+    *("SinusoidalPositionalEncoding", "Module", "Sequential"),
+}
+
+
+def table() -> list[list[str]]:
+    """Returns the cells of the first table of the section Layers of the page, without the head."""
+    text = (ROOT / "docs/weights.md").read_text(encoding="utf-8").partition("\n## Layers\n")[2].partition("\n#")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def made(name: str) -> Any:
+    """Returns a layer, with the first arguments that it accepts."""
+    for arguments in ((), (4,), (2, 4)):
+        try:
+            return getattr(mnn, name)(*arguments)
+        except TypeError:
+            continue
+    raise AssertionError(name)
+
+
+def test_every_layer_of_mlx_is_in_the_table() -> None:
+    classes = {name for name, value in vars(mnn).items() if isinstance(value, type) and issubclass(value, mnn.Module)}
+    listed = [name for row in table() for name in re.findall(r"`([\w.]+)`", row[0])]
+    assert len(listed) == len(set(listed))
+    own = {name for name in listed if name.startswith("icenet.nn.")}
+    assert set(listed) - own == classes - WITHOUT_PARAMETERS
+    assert all(not mlx_utils.tree_flatten(made(name).parameters()) for name in WITHOUT_PARAMETERS & classes)
+    unsupported = {row[0] for row in table() if row[1].startswith("none")}
+    not_converted = {name for cell in unsupported for name in re.findall(r"`([\w.]+)`", cell)}
+    assert set(listed) - not_converted == KINDS_OF_CASES
+
+
+@pytest.mark.parametrize(
+    "name", ["QuantizedLinear", "QuantizedEmbedding", "AllToShardedLinear", "ShardedToAllLinear"]
+)
+def test_layers_without_a_counterpart_are_named(name: str) -> None:
+    ours = Net(getattr(mnn, name)(64, 64))
+    theirs = TorchNet(tnn.Embedding(64, 64) if "Embedding" in name else tnn.Linear(64, 64))
+    for copied in (lambda: icenet.from_torch(theirs, ours), lambda: icenet.to_torch(ours, theirs)):
+        with pytest.raises(WeightsError) as raised:
+            copied()
+        assert is_one_line(raised.value, "layer", "before it is")
+
+
+# ---- names ------------------------------------------------------------------------------------------------
+
+
+class Mine(mnn.Module):  # type: ignore[misc]
+    """A network as users write it: a list, a dict, a Sequential, arrays of its own, a tied output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = mnn.Embedding(11, 8)
+        self.blocks = [Block() for _ in range(2)]
+        self.heads = {"a": mnn.Linear(8, 3), "b": mnn.Linear(8, 4)}
+        self.stem = mnn.Sequential(mnn.Conv2d(1, 4, 3), mnn.ReLU(), mnn.Sequential(mnn.Conv2d(4, 5, (2, 3))))
+        self.position = mx.zeros((6, 8))
+        self.table = mx.zeros((3,), mx.int32)
+        self.freeze(keys=["table"], recurse=False)
+        self._cache = mx.zeros((2,))
+
+
+class Block(mnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = mnn.MultiHeadAttention(8, 2, bias=True)
+        self.norm = mnn.LayerNorm(8)
+
+
+class Theirs(tnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = tnn.Embedding(11, 8)
+        self.h = tnn.ModuleList([TheirBlock() for _ in range(2)])
+        self.heads = tnn.ModuleDict({"a": tnn.Linear(8, 3), "b": tnn.Linear(8, 4)})
+        self.stem = tnn.Sequential(tnn.Conv2d(1, 4, 3), tnn.ReLU(), tnn.Sequential(tnn.Conv2d(4, 5, (2, 3))))
+        self.position = tnn.Parameter(torch.zeros(6, 8))
+        self.register_buffer("table", torch.tensor([3, 1, 2]))
+        self.register_buffer("mask", torch.ones(4))
+        self.lm_head = tnn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+class TheirBlock(tnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = tnn.MultiheadAttention(8, 2, batch_first=True)
+        self.ln = tnn.LayerNorm(8)
+
+
+MAPPING = {"wte": "embedding", "h.*.attn": "blocks.*.attention", "h.*.ln": "blocks.*.norm", "mask": None}
+
+
+def function(name: str) -> str | None:
+    if name == "mask":
+        return None
+    return (
+        name.replace("wte", "embedding").replace("h.", "blocks.").replace("attn", "attention").replace("ln", "norm")
+    )
+
+
+@pytest.mark.parametrize("rename", [MAPPING, function], ids=["mapping", "function"])
+@pytest.mark.parametrize("as_state_dict", [False, True], ids=["module", "state dict"])
+def test_a_network_with_other_names(rename: Any, as_state_dict: bool) -> None:
+    theirs, ours = randomize(Theirs()), Mine()
+    icenet.from_torch(theirs.state_dict() if as_state_dict else theirs, ours, rename)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    assert np.array_equal(np.array(ours.blocks[1].attention.key_proj.bias), state["h.1.attn.in_proj_bias"][8:16])
+    assert np.array_equal(
+        np.array(ours.stem.layers[2].layers[0].weight).transpose(0, 3, 1, 2), state["stem.2.0.weight"]
+    )
+    assert np.array_equal(np.array(ours.heads["b"].bias), state["heads.b.bias"])
+    assert ours.table.tolist() == [3, 1, 2] and ours.table.dtype == mx.int32
+    assert np.array_equal(np.array(ours.embedding.weight), state["lm_head.weight"])
+    back = randomize(Theirs(), seed=5)
+    mask = back.mask.clone()
+    icenet.to_torch(ours, back, rename)
+    assert torch.equal(back.mask, mask) and back.lm_head.weight is back.wte.weight
+    assert all(torch.equal(back.state_dict()[n], value) for n, value in theirs.state_dict().items() if n != "mask")
+
+
+def test_names_of_mlx_in_a_mapping() -> None:
+    """A right side may be the name in PyTorch of the layer at that place, or that of MLX."""
+    theirs = randomize(tnn.Sequential(tnn.Linear(2, 3), tnn.MultiheadAttention(4, 2, batch_first=True)))
+    ours = Net(mnn.Sequential(mnn.Linear(2, 3), mnn.MultiHeadAttention(4, 2, bias=True)))
+    for names in ({"": "layer"}, {"": "layer.layers"}, {"0": "layer.layers.0", "1": "layer.1"}):
+        icenet.from_torch(theirs, ours, names)
+        assert np.array_equal(np.array(ours.layer.layers[0].weight), theirs[0].weight.detach().numpy())
+        icenet.to_torch(ours, randomize(copy.deepcopy(theirs), 3), names)
+    state = {f"layer.1.{n}_proj.weight": np.full((4, 4), i, np.float32) for i, n in enumerate("qkvo")}
+    state |= {f"layer.1.{n}_proj.bias": np.zeros(4, np.float32) for n in "qkvo"}
+    state |= {f"layer.0.{n}": a.detach().numpy() for n, a in theirs[0].named_parameters()}
+    own = {"q": "query", "k": "key", "v": "value", "o": "out"}
+    icenet.from_torch(state, ours, {f"layer.1.{n}_proj": f"layer.1.{name}_proj" for n, name in own.items()})
+    assert ours.layer.layers[1].value_proj.weight[0, 0] == 2
+
+
+def test_an_lstm_of_several_layers_and_directions() -> None:
+    theirs = randomize(TorchNet(tnn.LSTM(5, 6, 2, batch_first=True, bidirectional=True)))
+    ours = mnn.Module()
+    ours.forward = [mnn.LSTM(5, 6), mnn.LSTM(12, 6)]
+    ours.backward = [mnn.LSTM(5, 6), mnn.LSTM(12, 6)]
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "layer.weight_ih_l1_reverse", "'lstm.*_l1': 'layers.1.*_l0'")
+    names = {f"layer.*_l{i}": f"forward.{i}.*_l0" for i in (0, 1)}
+    names |= {f"layer.*_l{i}_reverse": f"backward.{i}.*_l0" for i in (0, 1)}
+    icenet.from_torch(theirs, ours, names)
+    x = np.random.default_rng(0).standard_normal((2, 4, 5)).astype(np.float32)
+    y = mx.array(x)
+    for forward, backward in zip(ours.forward, ours.backward, strict=True):
+        y = mx.concatenate([forward(y)[0], backward(y[:, ::-1])[0][:, ::-1]], axis=-1)
+    exact = copy.deepcopy(theirs).double().layer(torch.from_numpy(x).double())[0].detach()
+    assert close(np.array(y), theirs.layer(torch.from_numpy(x))[0].detach(), exact)
+    back = randomize(copy.deepcopy(theirs), seed=3)
+    icenet.to_torch(ours, back, names)
+    np.testing.assert_allclose(
+        back.layer(torch.from_numpy(x))[0].detach(), theirs.layer(torch.from_numpy(x))[0].detach(), atol=1e-6
+    )
+
+
+def test_arrays_that_mlx_shares() -> None:
+    ours, theirs = mnn.Module(), tnn.Module()
+    ours.a, ours.b = mnn.Linear(3, 3, bias=False), mnn.Linear(3, 3, bias=False)
+    ours.b.weight = ours.a.weight
+    theirs.a, theirs.b = tnn.Linear(3, 3, bias=False), tnn.Linear(3, 3, bias=False)
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "a.weight", "b.weight")
+    theirs.b.weight = theirs.a.weight
+    icenet.from_torch(theirs, ours)
+    assert ours.b.weight is ours.a.weight
+    icenet.from_torch({"a.weight": theirs.a.weight.detach() + 1}, ours)  # one of its names is enough
+    assert ours.b.weight is ours.a.weight and np.array_equal(np.array(ours.a.weight), theirs.a.weight.detach() + 1)
+    icenet.to_torch(ours, theirs)
+    assert theirs.b.weight is theirs.a.weight and np.array_equal(np.array(ours.a.weight), theirs.a.weight.detach())
+
+
+def test_transformer_layers_with_biases_are_trained_like_pytorchs() -> None:
+    """MLX's layers have no option for the biases of the attention: they get them, and lose them again."""
+    ours, theirs = mnn.TransformerEncoderLayer(8, 2, 12), tnn.TransformerEncoderLayer(8, 2, 12)
+    ours.attention.freeze()
+    icenet.from_torch(theirs, ours)
+    assert ours.attention.query_proj.bias.shape == (8,) and ours.linear1.bias.shape == (12,)
+    assert "attention" not in dict(mlx_utils.tree_flatten(ours.trainable_parameters()))
+    assert not any("attention" in name for name, _ in mlx_utils.tree_flatten(ours.trainable_parameters()))
+    bare = tnn.TransformerEncoderLayer(8, 2, 12, bias=False)
+    with pytest.raises(WeightsError) as raised:
+        icenet.to_torch(ours, bare)
+    assert is_one_line(raised.value, "linear1.bias", "attention.query_proj.bias", "ln2.bias")
+    icenet.from_torch(bare, ours)
+    assert not any("bias" in name for name, _ in mlx_utils.tree_flatten(ours.parameters()))
+    icenet.to_torch(ours, bare)
+    plain = mnn.TransformerEncoderLayer(8, 2, 12)
+    icenet.to_torch(plain, randomize(theirs))
+    assert not theirs.self_attn.in_proj_bias.any() and not theirs.self_attn.out_proj.bias.any()
+    assert theirs.linear1.bias.any() and "bias" not in plain.attention.query_proj
+    state = theirs.state_dict()
+    del state["norm1.bias"]
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(state, plain)
+    assert is_one_line(raised.value, "norm1.bias") and "bias" not in plain.attention.query_proj
+
+
+# ---- dtypes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("own", ["float16", "bfloat16", "float32"])
+def test_each_side_keeps_its_dtype(dtype: str, own: str) -> None:
+    theirs = randomize(TorchNet(tnn.LSTM(3, 4))).to(getattr(torch, dtype))
+    ours = Net(mnn.LSTM(3, 4))
+    ours.set_dtype(getattr(mx, own))
+    icenet.from_torch(theirs, ours)
+    state = theirs.state_dict()
+    total = state["layer.bias_ih_l0"].double() + state["layer.bias_hh_l0"].double()
+    for found, value in ((ours.layer.Wx, state["layer.weight_ih_l0"]), (ours.layer.bias, total)):
+        assert found.dtype == getattr(mx, own)
+        rounded = value.to(getattr(torch, own)).float()
+        np.testing.assert_array_equal(np.array(found.astype(mx.float32)), rounded.numpy())
+    icenet.to_torch(ours, theirs)
+    assert theirs.layer.weight_ih_l0.dtype == getattr(torch, dtype)
+    expected = torch.tensor(np.array(ours.layer.Wx.astype(mx.float32))).to(getattr(torch, dtype))
+    assert torch.equal(theirs.layer.weight_ih_l0, expected)
+
+
+def test_special_values_keep_their_bits() -> None:
+    bits = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x00000001, 0x3F800000, 0x7F7FFFFF], np.uint32)
+    theirs, ours = TorchNet(tnn.LSTM(3, 2)), Net(mnn.LSTM(3, 2))
+    for name in ("weight_ih_l0", "bias_ih_l0", "weight_hh_l0"):
+        array = getattr(theirs.layer, name)
+        array.data = torch.from_numpy(np.resize(bits.view(np.float32), array.shape))
+    theirs.layer.bias_hh_l0.data.zero_()
+    state = copy.deepcopy(theirs.state_dict())
+    icenet.to_torch(icenet.from_torch(theirs, ours), randomize(theirs))
+    found = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    assert same_bits(found, {name: tensor.numpy() for name, tensor in state.items()})
+
+
+def test_a_value_that_does_not_fit_is_named_and_nothing_changes() -> None:
+    theirs, ours = TorchNet(tnn.Linear(2, 2)).double(), Net(mnn.Linear(2, 2))
+    theirs.layer.weight.data.fill_(1e300)
+    theirs.layer.bias.data.fill_(-1e39)
+    before = modules.get_weights(ours)
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "layer.weight", "1e+300", "layer.bias", "float32")
+    assert same_bits(modules.get_weights(ours), before)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------
+
+
+def test_everything_that_does_not_fit_is_named_at_once() -> None:
+    theirs, ours = Theirs(), Mine()
+    ours.heads["b"] = mnn.Linear(8, 5)
+    ours.stem.layers[0] = mnn.ConvTranspose2d(1, 4, 3)
+    ours.extra = mx.zeros((2,))
+    before = modules.get_weights(ours), {n: t.clone() for n, t in theirs.state_dict().items()}
+    names = ("wte.weight", "mask", "embedding.weight", "extra", "blocks.1.attention.in_proj_weight")
+    shapes = ("heads.b.weight", "[4, 8]", "[5, 8]", "heads.b.bias", "h.0.attn.in_proj_bias")
+    for copied in (lambda: icenet.from_torch(theirs, ours), lambda: icenet.to_torch(ours, theirs)):
+        with pytest.raises(WeightsError) as raised:
+            copied()
+        assert is_one_line(raised.value, *names, *shapes, "stem.0.weight", "conv2d", "conv_transpose2d", "rename")
+    assert same_bits(modules.get_weights(ours), before[0])
+    assert all(torch.equal(value, before[1][name]) for name, value in theirs.state_dict().items())
+
+
+def test_equal_shapes_of_other_kinds_are_refused() -> None:
+    """No axes are guessed: of [4, 4, 4, 4] every permutation fits."""
+    holder = Net(mnn.Module())
+    holder.layer.weight = mx.zeros((4, 4, 4, 4))
+    conv = TorchNet(tnn.Conv2d(4, 4, 4, bias=False))
+    for ours in (Net(mnn.ConvTranspose2d(4, 4, 4, bias=False)), holder):
+        with pytest.raises(WeightsError) as raised:
+            icenet.from_torch(conv, ours)
+        assert is_one_line(raised.value, "layer.weight", "conv2d")
+
+    class Patches(mnn.Module):  # type: ignore[misc]
+        layer_kind = "conv2d"
+
+    holder.layer = Patches()
+    holder.layer.weight = mx.zeros((4, 4, 4, 4))
+    icenet.from_torch(conv, holder)
+    assert np.array_equal(np.array(holder.layer.weight).transpose(0, 3, 1, 2), conv.layer.weight.detach())
+
+
+class Raw(mnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.zeros((4, 3, 2, 5))
+
+
+MLX_LINEAR, TORCH_LINEAR = mnn.Linear(2, 3), tnn.Linear(2, 3)
+MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "swapped": (lambda: icenet.from_torch(MLX_LINEAR, TORCH_LINEAR), ("swapped", "PyTorch module first")),
+    "swapped back": (lambda: icenet.to_torch(TORCH_LINEAR, MLX_LINEAR), ("swapped", "MLX module first")),
+    "two of MLX": (lambda: icenet.from_torch(MLX_LINEAR, MLX_LINEAR), ("first argument", "torch.nn.Module", "MLX")),
+    "two of PyTorch": (lambda: icenet.from_torch(TORCH_LINEAR, TORCH_LINEAR), ("second", "mlx.nn.Module", "PyTorch")),
+    "two of PyTorch back": (lambda: icenet.to_torch(TORCH_LINEAR, TORCH_LINEAR), ("first", "mlx.nn.Module")),
+    "two of MLX back": (lambda: icenet.to_torch(MLX_LINEAR, MLX_LINEAR), ("second", "torch.nn.Module")),
+    "a path": (lambda: icenet.from_torch("model.pt", MLX_LINEAR), ("model.pt", "torch.load")),
+    "a Path": (lambda: icenet.from_torch(Path("model.pt"), MLX_LINEAR), ("model.pt", "torch.load")),
+    "a path back": (lambda: icenet.to_torch(MLX_LINEAR, "model.pt"), ("second", "torch.nn.Module", "str")),
+    "a class": (lambda: icenet.from_torch(TORCH_LINEAR, mnn.Linear), ("class Linear", "instance")),
+    "nothing": (lambda: icenet.from_torch(None, MLX_LINEAR), ("first", "NoneType")),
+    "an empty state dict": (lambda: icenet.from_torch({}, MLX_LINEAR), ("empty",)),
+    "a checkpoint": (lambda: icenet.from_torch({"model": {"weight": 1}, "step": 3}, MLX_LINEAR), ("'model'", "dict")),
+    "a step": (lambda: icenet.from_torch({"weight": torch.ones(3, 2), "step": 3}, MLX_LINEAR), ("'step'", "int")),
+    "arrays of MLX": (lambda: icenet.from_torch(dict(MLX_LINEAR), MLX_LINEAR), ("'weight'", "array of MLX")),
+    "a state dict back": (lambda: icenet.to_torch(MLX_LINEAR, TORCH_LINEAR.state_dict()), ("second", "dict")),
+    "no values": (lambda: icenet.from_torch(tnn.Linear(2, 3, device="meta"), MLX_LINEAR), ("meta",)),
+    "lazy": (lambda: icenet.to_torch(MLX_LINEAR, tnn.LazyLinear(3)), ("lazy",)),
+    "no weights": (lambda: icenet.from_torch(tnn.ReLU(), MLX_LINEAR), ("weight", "bias")),
+    "two kinds of names": (
+        lambda: icenet.from_torch({**TORCH_LINEAR.state_dict(), "old.weight": torch.ones(3, 2)}, MLX_LINEAR),
+        ("old.weight", "None"),
+    ),
+    "a prefix": (lambda: icenet.from_torch(tnn.DataParallel(tnn.Linear(2, 3)), MLX_LINEAR), ("{'module': ''}",)),
+    "groups": (
+        lambda: icenet.from_torch(tnn.ConvTranspose1d(4, 4, 3, groups=2), mnn.ConvTranspose1d(4, 4, 3)),
+        ("weight", "[4, 2, 3]", "groups"),
+    ),
+    "an attention without biases": (
+        lambda: icenet.from_torch(tnn.MultiheadAttention(8, 2), mnn.MultiHeadAttention(8, 2)),
+        ("in_proj_bias", "out_proj.bias", "bias=True"),
+    ),
+    "more biases": (
+        lambda: icenet.from_torch(
+            tnn.MultiheadAttention(8, 2, add_bias_kv=True), mnn.MultiHeadAttention(8, 2, bias=True)
+        ),
+        ("bias_k", "bias_v"),
+    ),
+    "a projection": (lambda: icenet.from_torch(tnn.LSTM(3, 4, proj_size=2), mnn.LSTM(3, 4)), ("weight_hr_l0",)),
+    "no final norm": (
+        lambda: icenet.from_torch(
+            tnn.TransformerEncoder(tnn.TransformerEncoderLayer(8, 2, 12), 1, enable_nested_tensor=False),
+            mnn.TransformerEncoder(1, 8, 2, 12),
+        ),
+        ("ln.weight", "norm.weight"),
+    ),
+    "statistics": (
+        lambda: icenet.from_torch(tnn.BatchNorm1d(3), mnn.BatchNorm(3, track_running_stats=False)),
+        ("running_mean", "running_var"),
+    ),
+    "a parametrized weight": (
+        lambda: icenet.from_torch(tnn.utils.parametrizations.weight_norm(tnn.Linear(2, 3)), MLX_LINEAR),
+        ("parametrizations.weight.original0", "remove_parametrizations"),
+    ),
+    "an array of a convolution": (
+        lambda: icenet.from_torch({"weight": torch.ones(4, 5, 3, 2)}, Raw()),
+        ("weight", "layer_kind"),
+    ),
+    "twice": (
+        lambda: icenet.from_torch(
+            {"a": torch.ones(3, 2), "weight": torch.ones(3, 2), "bias": torch.ones(3)}, MLX_LINEAR, {"a": "weight"}
+        ),
+        ("a and weight",),
+    ),
+    "a rename of another type": (lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, 3), ("rename", "int")),
+    "an unused name": (
+        lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"wieght": "a"}),
+        ("'wieght'", "'weight'"),
+    ),
+    "swapped names": (
+        lambda: icenet.from_torch({"w": torch.ones(3, 2), "bias": torch.ones(3)}, MLX_LINEAR, {"weight": "w"}),
+        ("'weight'", "swap"),
+    ),
+    "wildcards": (lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"weight": "*"}), ("wildcard", "'weight'")),
+    "a number for a name": (lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"weight": 3}), ("rename", "3")),
+    "a function that fails": (
+        lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, lambda name: {}[name]),
+        ("rename", "KeyError", "'weight'"),
+    ),
+    "a function without text": (
+        lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, lambda name: 3),
+        ("rename", "int", "'weight'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_misuse_is_one_line(name: str) -> None:
+    copied, names = MISUSES[name]
+    before = modules.get_weights(MLX_LINEAR), modules.get_weights(TORCH_LINEAR)
+    with pytest.raises(IceNetError) as raised:
+        copied()
+    assert is_one_line(raised.value, *names)
+    assert same_bits(modules.get_weights(MLX_LINEAR), before[0])
+    assert same_bits(modules.get_weights(TORCH_LINEAR), before[1])
+
+
+def test_state_dicts_without_pytorch_tensors(tmp_path: Path) -> None:
+    theirs, ours = randomize(TorchNet(tnn.Conv2d(2, 3, (2, 4)))), Net(mnn.Conv2d(2, 3, (2, 4)))
+    weights.write(tmp_path / "w.safetensors", modules.get_weights(theirs))
+    icenet.from_torch(weights.read(tmp_path / "w.safetensors"), ours)
+    assert same_bits(modules.get_weights(ours), modules.get_weights(theirs))
+    ours.save_weights(str(tmp_path / "mlx.safetensors"))
+    icenet.core.weights.convert.convert(
+        tmp_path / "w.safetensors", tmp_path / "m.safetensors", "mlx", kinds={"layer": "conv2d"}
+    )
+    with pytest.raises(UsageError) as raised:
+        icenet.from_torch(weights.read(tmp_path / "m.safetensors"), ours)
+    assert is_one_line(raised.value, "load_weights")
+
+
+def test_an_expanded_buffer_is_checked_before_anything_is_written() -> None:
+    theirs, ours = TorchNet(tnn.Linear(2, 3)), Net(mnn.Linear(2, 3))
+    theirs.register_buffer("scale", torch.ones(1).expand(4))
+    ours.scale = mx.full((4,), 2.0)
+    before = theirs.layer.weight.clone()
+    with pytest.raises(WeightsError) as raised:
+        icenet.to_torch(ours, theirs)
+    assert is_one_line(raised.value, "scale", "expanded") and torch.equal(theirs.layer.weight, before)
+    ours.scale = mx.ones((4,))
+    icenet.to_torch(ours, theirs)
+    assert not torch.equal(theirs.layer.weight, before)
+
+
+@pytest.mark.slow  # torch.compile is imported in 5 s
+def test_compiled_modules() -> None:
+    theirs, ours = TorchNet(tnn.Linear(2, 3)), Net(mnn.Linear(2, 3))
+    icenet.from_torch(torch.compile(theirs), ours)
+    assert same_bits(modules.get_weights(ours), modules.get_weights(theirs))
+    ours.layer.weight = ours.layer.weight + 1
+    icenet.to_torch(ours, torch.compile(theirs))
+    assert same_bits(modules.get_weights(ours), modules.get_weights(theirs))
+
+
+def test_an_optimizer_keeps_its_parameters() -> None:
+    theirs, ours = TorchNet(tnn.Linear(2, 3)), Net(mnn.Linear(2, 3))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0)
+    ours.layer.weight = ours.layer.weight + 1
+    parameter = theirs.layer.weight
+    icenet.to_torch(ours, theirs)
+    assert theirs.layer.weight is parameter and parameter.requires_grad
+    theirs.layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert torch.equal(parameter, torch.tensor(np.array(ours.layer.weight)) - 1)
+
+
+def test_copies_between_modules_of_one_framework() -> None:
+    for first, second in (
+        (Net(mnn.LSTM(2, 3)), Net(mnn.LSTM(2, 3))),
+        (TorchNet(tnn.LSTM(2, 3)), TorchNet(tnn.LSTM(2, 3))),
+    ):
+        modules.copy_weights(first, second)
+        assert same_bits(modules.get_weights(first), modules.get_weights(second))
