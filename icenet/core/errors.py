@@ -51,5 +51,9 @@ class BackendError(IceNetError):
     """A backend or a device that is not available, or does not support an operation."""
 
 
+class PortError(IceNetError):
+    """A PyTorch module that cannot be ported, or a port that does not compute what the module computes."""
+
+
 class ArithmeticWarning(UserWarning):
     """A setting of TF32 that has no effect."""

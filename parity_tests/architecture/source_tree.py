@@ -35,6 +35,9 @@ def subfolders(package: str) -> set[str]:
 BACKEND_FOLDERS = sorted((subfolders("icenet") & subfolders("icenet_torch")) - {"core"})
 """A folder that is in both packages is a backend. `icenet_torch.core` only repeats names of `icenet.core`."""
 
+ONE_DIRECTION = "porting"
+"""A backend folder that is no mirror: PyTorch's side exports a module, MLX's side loads the port of it."""
+
 ALL = {**modules("icenet"), **modules("icenet_torch")}
 MLX = {name: path for name, path in ALL.items() if is_in(name, *(f"icenet.{folder}" for folder in BACKEND_FOLDERS))}
 TORCH = modules("icenet_torch")

@@ -25,9 +25,9 @@ from source_tree import (
 import icenet
 
 LAYERS = [
-    ["core.errors", "core.threads", "core.dtypes"],
+    ["core.errors", "core.collection", "core.threads", "core.dtypes"],
     ["core.rng", "core.files", "core.blas"],
-    ["core.config", "core.tokenizers"],
+    ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],
     ["core.backends"],
     ["core.weights"],
@@ -63,9 +63,11 @@ LATE_PACKAGES = (
 PUBLIC_API = {"icenet", *(f"icenet.{name}" for name in icenet.__all__)}
 TOP = ("icenet.blas", "icenet._deprecated")
 IMPORT_BY_NAME = {
-    *("icenet.core.backends", "icenet.core.config.user_code", "icenet.core.config.imported", "icenet._deprecated")
+    *("icenet.core.backends", "icenet.core.config.user_code", "icenet.core.config.imported", "icenet._deprecated"),
+    "icenet.porting.load",
 }
-"""They choose a backend, run the user's file, open the model of `model.path`, and redirect old names."""
+"""They choose a backend, run the user's file, open the model of `model.path`, redirect old names, and run the source of
+a port."""
 
 
 # ---- on the source ----------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""From the record of a graph to the source of its port."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from icenet.core.porting.calls import collapse_layers
+from icenet.core.porting.functional import make_functional
+from icenet.core.porting.layers import Layer
+from icenet.core.porting.layout import channels_last
+from icenet.core.porting.record import Graph
+from icenet.core.porting.table import TABLE
+from icenet.core.porting.writer import class_of, write
+
+
+@dataclass
+class Plan:
+    """The source of a port, and where its arrays come from."""
+
+    source: str
+    class_name: str
+    layers: dict[str, Layer]
+    graph: Graph
+    train: Graph | None
+
+    def native(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays that the port has, in MLX's axes, from PyTorch's by path."""
+        wanted = self.wanted()
+        found = {}
+        for path, name in wanted.items():
+            array = weights[path]
+            owner, _, leaf = path.rpartition(".")
+            layer = self.layers.get(owner)
+            if layer is not None and leaf in layer.permutations:
+                array = array.transpose(layer.permutations[leaf])
+            found[name] = array
+        return found
+
+    def wanted(self) -> dict[str, str]:
+        """Returns the path in the port of each array, by its path in PyTorch."""
+        paths: dict[str, str] = {}
+        for graph in (self.graph, self.train):
+            for array in graph.arrays.values() if graph is not None else ():
+                owner, _, leaf = array.path.rpartition(".")
+                layer = self.layers.get(owner)
+                if layer is not None and leaf in layer.left_out:
+                    continue
+                paths[array.path] = array.path.replace(".", "_") if array.kind == "constant" else array.path
+        return paths
+
+
+def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool = False) -> Plan:
+    """Returns the source of a port.
+
+    Args:
+        graph: The record in evaluation mode.
+        train: The record in training mode, if there is one.
+        nhwc: Whether images are given and returned with their channels last.
+        title: First line of the source's docstring.
+        trace: Whether the source records every value, to find an operation that differs.
+    """
+    prepared = []
+    layers: dict[str, Layer] | None = None
+    for item in (graph, train):
+        if item is None:
+            prepared.append(None)
+            continue
+        functional = make_functional(item)
+        if trace:
+            collapsed, found = functional, {}
+        else:
+            collapsed, found = collapse_layers(functional)
+        prepared.append((functional, found))
+        layers = (
+            found
+            if layers is None
+            else {path: layer for path, layer in layers.items() if path in found or not _is_called(item, path)}
+        )
+    assert layers is not None
+    written = []
+    for entry in prepared:
+        if entry is None:
+            written.append(None)
+            continue
+        functional, _ = entry
+        collapsed, _ = collapse_layers(functional, only=None if not trace else set(), allowed=set(layers))
+        last, order = channels_last(collapsed, layers, nhwc)
+        written.append(replace(last))
+    first = written[0]
+    assert first is not None
+    source = write(first, layers, written[1], title, trace)
+    return Plan(source, class_of(graph.modules[""]), layers, graph, train)
+
+
+def _is_called(graph: Graph, path: str) -> bool:
+    return any(node.op == "enter" and node.args["path"] == path for node in graph.nodes)
+
+
+def missing(graph: Graph) -> dict[str, list[str]]:
+    """Returns the operations that the table lacks, with the places where they are used."""
+    found: dict[str, list[str]] = {}
+    collapsed, _ = collapse_layers(make_functional(graph))
+    from icenet.core.porting.functional import used_values
+
+    used = used_values(collapsed)
+    for node in collapsed.nodes:
+        if node.op not in ("enter", "exit", "layer") and node.base not in TABLE and node.name in used:
+            found.setdefault(node.op, []).append(str(node.place or node.name))
+    return found
+
+
+_ = Any

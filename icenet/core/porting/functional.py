@@ -1,0 +1,203 @@
+"""Operations in place, and views of what they change, as operations without side effects.
+
+A value that an operation changes gets a new name. If the value is a view, its new value is written into a copy of the
+value that it views (`scatter_view`), and other views of that are computed again when they are read next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
+
+VIEWS = frozenset(
+    ["view", "reshape", "transpose", "permute", "t", "slice", "select", "unsqueeze", "squeeze", "expand", "flatten", "unflatten", "narrow", "chunk", "split", "split_with_sizes", "unbind", "diagonal", "unfold", "view_as", "expand_as", "alias", "detach", "contiguous", "movedim", "swapaxes", "swapdims", "moveaxis", "numpy_T", "mT", "mH", "tensor_split", "hsplit", "vsplit", "dsplit", "item", "_unsafe_view", "reshape_as", "real", "imag", "view_as_real", "view_as_complex", "to", "type_as", "squeeze_multiple", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d"]
+)
+"""Operations whose result may share the memory of their first argument."""
+
+FUNCTIONAL = {"fill_": "fill", "zero_": "zero", "copy_": "copy", "index_put_": "index_put"}
+
+
+def make_functional(graph: Graph) -> Graph:
+    """Returns the graph without operations in place; `updates` has the new values of parameters and buffers."""
+    return _Functional(graph).run()
+
+
+class _Functional:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.out: list[Node] = []
+        self.tensors = dict(graph.tensors) | {node.name: node.out for node in graph.nodes}
+        self.alias: dict[str, int | None] = {**graph.aliases, **{node.name: node.alias for node in graph.nodes}}
+        self.current: dict[str, str] = {}
+        self.version: dict[str, int] = {}
+        self.view_of: dict[str, tuple[str, Node, int]] = {}
+        """The value that a view shows, the node that makes it, and the version of that value."""
+        self.count: dict[str, int] = {}
+        self.place: Any = None
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            self.place = node.place
+            if node.mutates is not None:
+                self.mutate_by(node)
+                continue
+            new = replace(node, args=self.read_all(node.args))
+            self.out.append(new)
+            source = node.args.get("self", node.args.get("input", node.args.get("tensor")))
+            self.update_statistics(node, new)
+            if node.base in VIEWS and isinstance(source, Ref) and self.shares(node, source.name):
+                self.view_of[node.name] = (source.name, node, self.version.get(source.name, 0))
+        outputs = self.read_all(self.graph.output_tree)
+        updates = {}
+        for name, array in self.graph.arrays.items():
+            final = self.read(name)
+            if final != name:
+                updates[array.path] = Ref(final)
+        return replace(self.graph, nodes=self.out, output_tree=outputs, updates=updates)
+
+    def update_statistics(self, node: Node, new: Node) -> None:
+        """The running statistics that a batch norm changes, which its signature does not say."""
+        flag = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(node.base)
+        if flag is None or not node.args[flag]:
+            return
+        for which in ("mean", "var"):
+            running = node.args[f"running_{which}"]
+            if isinstance(running, Ref):
+                args = {
+                    "input": new.args["input"],
+                    "running": Ref(self.read(running.name)),
+                    "momentum": node.args["momentum"],
+                    "which": which,
+                }
+                self.mutate(
+                    running.name, self.emit("batch_norm_statistics", args, self.tensors[running.name], running.name)
+                )
+
+    def shares(self, node: Node, source: str) -> bool:
+        """Returns whether a result shares the memory of its source; the elements of a list take that of the list."""
+        if isinstance(node.out, list):
+            return True
+        mine, theirs = self.alias.get(node.name), self.alias.get(source)
+        if node.base == "item" and theirs is None:
+            source_of_list = self.view_of.get(source)
+            theirs = self.alias.get(source_of_list[0]) if source_of_list else None
+        return mine is not None and mine == theirs
+
+    def read_all(self, value: Any) -> Any:
+        return map_refs(value, lambda ref: Ref(self.read(ref.name)))
+
+    def read(self, name: str) -> str:
+        """Returns the present value of a name; a view of a changed value is computed again."""
+        if name in self.view_of:
+            parent, node, seen = self.view_of[name]
+            present = self.read(parent)
+            if self.version.get(parent, 0) != seen:
+                args = {**self.read_all({k: v for k, v in node.args.items() if k not in ("self", "input")})}
+                key = "self" if "self" in node.args else "input" if "input" in node.args else "tensor"
+                self.current[name] = self.emit(node.op, {key: Ref(present), **args}, node.out, name)
+                self.version[name] = self.version.get(name, 0) + 1
+                self.view_of[name] = (parent, node, self.version.get(parent, 0))
+        return self.current.get(name, name)
+
+    def emit(self, op: str, args: dict[str, Any], out: Any, like: str) -> str:
+        self.count[like] = self.count.get(like, 0) + 1
+        name = f"{like}_v{self.count[like]}"
+        self.out.append(Node(name, op, args, out, self.place))
+        return name
+
+    def mutate_by(self, node: Node) -> None:
+        target = node.args[node.mutates or ""]
+        args = self.read_all(node.args)
+        base, _, overload = node.op.partition(".")
+        if not isinstance(target, Ref):  # of several values, such as _foreach_add_: missing in the table
+            self.out.append(replace(node, args=args))
+            return
+        present = args[node.mutates or ""]
+        out = self.tensors[target.name]
+        if base == "copy_" and args.get("src") == present:
+            new = present.name
+        elif base.endswith("_"):
+            new = node.name
+            self.out.append(replace(node, op=f"{base[:-1]}.{overload}", args=args, out=out, mutates=None))
+        else:  # an operation with out=
+            new = node.name
+            kept = {key: value for key, value in args.items() if key != node.mutates}
+            self.out.append(replace(node, op=base, args=kept, mutates=None))
+        self.tensors[new] = out
+        self.mutate(target.name, new)
+        if node.name != target.name:
+            # the result of the operation is its target: both names show later changes of either
+            self.current[node.name] = new
+            self.view_of[node.name] = (
+                target.name,
+                Node(node.name, "alias", {"self": target}, out, node.place),
+                self.version.get(target.name, 0),
+            )
+
+    def mutate(self, name: str, new: str) -> None:
+        self.current[name] = new
+        self.version[name] = self.version.get(name, 0) + 1
+        if name not in self.view_of:
+            return
+        parent, node, _ = self.view_of[name]
+        if node.op == "alias" or (node.base in ("detach", "contiguous", "to", "type_as", "alias")):
+            written = new
+        elif node.base == "item":
+            listed, list_node, _ = self.view_of[parent]
+            present = self.read(listed)
+            args = {**self.read_all({k: v for k, v in list_node.args.items() if k not in ("self", "input")})}
+            written = self.emit(
+                "scatter_item",
+                {
+                    "self": Ref(present),
+                    "src": Ref(new),
+                    "view": list_node.op,
+                    "args": args,
+                    "index": node.args["index"],
+                },
+                self.tensors[listed],
+                listed,
+            )
+            self.mutate(listed, written)
+            self.version[parent] = self.version.get(parent, 0) + 1
+            self.current[parent] = self.emit(list_node.op, {"self": Ref(written), **args}, list_node.out, parent)
+            self.view_of[parent] = (listed, list_node, self.version[listed])
+            self.view_of[name] = (parent, node, self.version[parent])
+            return
+        else:
+            present = self.read(parent)
+            args = {**self.read_all({k: v for k, v in node.args.items() if k not in ("self", "input", "tensor")})}
+            written = self.emit(
+                "scatter_view",
+                {"self": Ref(present), "src": Ref(new), "view": node.op, "args": args},
+                self.tensors[parent],
+                parent,
+            )
+        self.tensors[written] = self.tensors[parent]
+        self.mutate(parent, written)
+        self.view_of[name] = (parent, node, self.version[parent])
+
+
+def used_values(graph: Graph) -> set[str]:
+    """Returns the names of the values that the outputs and updates depend on."""
+    needed: set[str] = set()
+    from icenet.core.porting.record import refs
+
+    pending = [*refs(graph.output_tree), *refs(graph.updates)]
+    by_name = {node.name: node for node in graph.nodes}
+    while pending:
+        name = pending.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        if name in by_name:
+            pending.extend(refs(by_name[name].args))
+    return needed
+
+
+def tensor_of(graph: Graph, name: str) -> Tensor | None:
+    """Returns shape and dtype of a value."""
+    found = graph.tensors.get(name)
+    return found if isinstance(found, Tensor) else None

@@ -1,0 +1,54 @@
+"""The source of the functions that operations need, from `icenet/porting/functions`. The files are read, not imported."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+_FOLDER = Path(__file__).parents[2] / "porting" / "functions"
+
+
+@functools.lru_cache(maxsize=1)
+def _functions() -> dict[str, tuple[str, frozenset[str], int]]:
+    """Returns the source of each function and constant, the names that it uses, and its place."""
+    found: dict[str, tuple[str, frozenset[str], int]] = {}
+    for path in sorted(_FOLDER.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+                start = min([node.lineno, *(item.lineno for item in node.decorator_list)])
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                names, start = [node.targets[0].id], node.lineno
+            else:
+                continue
+            source = "\n".join(lines[start - 1 : node.end_lineno])
+            used = frozenset(item.id for item in ast.walk(node) if isinstance(item, ast.Name)) | frozenset(
+                {"math"} if "math." in source else set()
+            )
+            for name in names:
+                found[name] = (source, used, len(found))
+    return found
+
+
+def sources(names: set[str]) -> list[str]:
+    """Returns the source of functions and of what they use, in the order of the files."""
+    known = _functions()
+    needed: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name in needed:
+            continue
+        if name not in known:
+            raise KeyError(name)
+        needed.add(name)
+        pending.extend(used for used in known[name][1] if used in known)
+    return [known[name][0] for name in sorted(needed, key=lambda item: known[item][2])]
+
+
+def exists(name: str) -> bool:
+    """Returns whether there is a function of a name."""
+    return name in _functions()

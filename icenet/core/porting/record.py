@@ -1,0 +1,170 @@
+"""The record of a module's graph: what a backend exports and the writer of the source reads. It knows no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+Dim: TypeAlias = "int | str"
+"""A size: a number, or an expression of symbols such as "s0" or "2*s0"."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the graph, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A dtype as an argument of an operation: float32, int64, bool, ..."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of a value."""
+
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype.startswith(("float", "bfloat"))
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The statement of the original that computed a value."""
+
+    file: str
+    line: int
+    """First line of the statement."""
+    code: str
+    targets: tuple[str, ...] = ()
+    """The variables to which the statement assigns."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" ({self.code})" if self.code else "")
+
+
+@dataclass
+class Node:
+    """One operation.
+
+    `op` is the name of an ATen operation with its overload, "add.Tensor"; "sym.NAME" for arithmetic of sizes; "item"
+    for an element of a result with several tensors; "enter" and "exit" around the call of a module; "layer" for a
+    module that is called as a whole.
+    """
+
+    name: str
+    op: str
+    args: dict[str, Any]
+    out: Any
+    """A Tensor, a list of Tensors and None, or the expression of a size."""
+    place: Place | None = None
+    mutates: str | None = None
+    """The name of the argument that the operation changes in place."""
+    alias: int | None = None
+    """A number that values with the same memory share."""
+
+    @property
+    def base(self) -> str:
+        """The name of the operation without its overload."""
+        return self.op.partition(".")[0] if not self.op.startswith("sym.") else self.op
+
+
+@dataclass
+class Module:
+    """A module of the original: its class, its settings and what it holds."""
+
+    path: str
+    kind: str
+    """The qualified name of its class, such as torch.nn.modules.linear.Linear."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its attributes that are numbers, strings, booleans, None or tuples of them."""
+    children: list[str] = field(default_factory=list)
+    """The names of its children in their order."""
+    arguments: list[str] = field(default_factory=list)
+    """The names of the arguments of `forward`."""
+
+    @property
+    def class_name(self) -> str:
+        return self.kind.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Array:
+    """A parameter, buffer or constant of the original."""
+
+    path: str
+    tensor: Tensor
+    kind: str
+    """parameter, buffer or constant."""
+    is_trainable: bool = True
+
+
+@dataclass
+class Graph:
+    """The graph of one mode of a module."""
+
+    nodes: list[Node]
+    inputs: list[Ref]
+    """The tensors of the example, in the order of the flattened arguments."""
+    input_tree: Any
+    """(args, kwargs) with a Ref in the place of each tensor, and constants."""
+    output_tree: Any
+    arrays: dict[str, Array]
+    """By the name of the value that reads it."""
+    modules: dict[str, Module]
+    shared: dict[str, str]
+    """The owner's path of each further path of an array."""
+    tensors: dict[str, Any]
+    """Shape and dtype of inputs and arrays by name."""
+    aliases: dict[str, int] = field(default_factory=dict)
+    updates: dict[str, Any] = field(default_factory=dict)
+    """The value after the call of each array that the module changes, by path."""
+    training: bool = False
+
+
+def map_refs(value: Any, function: Callable[[Ref], Any]) -> Any:
+    """Returns an argument with each reference replaced by the result of a function."""
+    if isinstance(value, Ref):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_refs(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: map_refs(item, function) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_refs(item, function) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def refs(value: Any) -> Iterator[str]:
+    """Yields the names of the values in an argument, in order."""
+    if isinstance(value, Ref):
+        yield value.name
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from refs(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from refs(item)
+    elif isinstance(value, slice):
+        yield from refs([value.start, value.stop, value.step])
+
+
+def with_args(node: Node, args: dict[str, Any]) -> Node:
+    """Returns a copy of a node with other arguments."""
+    return replace(node, args=args)

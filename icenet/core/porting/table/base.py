@@ -1,0 +1,183 @@
+"""The table of ATen operations: the MLX source of each. A module of this folder per subject adds its entries."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from icenet.core.porting.record import Dtype, Node, Ref, Tensor
+
+Entry = Callable[["Operation"], str]
+
+TABLE: dict[str, Entry] = {}
+"""The entries by the name of the operation without its overload."""
+
+MLX_DTYPES = {
+    "float64": "float32",  # MLX computes it on a CPU only
+    "complex128": "complex64",
+    "complex32": "complex64",
+    "bool": "bool_",
+}
+
+
+def mlx_dtype(name: str) -> str:
+    """Returns the name of a dtype in `mlx.core`."""
+    return MLX_DTYPES.get(name, name)
+
+
+def entry(*names: str) -> Callable[[Entry], Entry]:
+    """Adds a function to the table under the names of operations."""
+
+    def add(function: Entry) -> Entry:
+        for name in names:
+            assert name not in TABLE, name
+            TABLE[name] = function
+        return function
+
+    return add
+
+
+def templates(rows: dict[str, str]) -> None:
+    """Adds rows: the name of an operation, and its source with {argument} for raw text and {argument!a} for an operand."""
+    for name, text in rows.items():
+        assert name not in TABLE, name
+        TABLE[name] = functools.partial(_fill, text)
+
+
+def _fill(text: str, n: Operation) -> str:
+    import re
+
+    return re.sub(r"\{(\w+)(!a)?\}", lambda m: n.atom(m[1]) if m[2] else n[m[1]], text)
+
+
+@functools.lru_cache(maxsize=65536)
+def is_atom(text: str) -> bool:
+    """Returns whether an expression needs no parentheses as an operand."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return False
+    return isinstance(node, (ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.List, ast.Tuple)) or (
+        isinstance(node, ast.Constant) and not text.startswith("-") and not isinstance(node.value, (int, float))
+    )
+
+
+def atom(text: str) -> str:
+    """Returns an expression as an operand of an attribute or an operator."""
+    return text if is_atom(text) else f"({text})"
+
+
+_ORDER = ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
+
+def promoted(a: str, b: str) -> str:
+    """Returns the dtype of an MLX operation on arrays of two dtypes."""
+    if a == b:
+        return a
+    pair = {a, b}
+    for complex_name in ("complex64", "complex128"):
+        if complex_name in pair:
+            return "complex64"
+    floats = [name for name in (a, b) if name.startswith(("float", "bfloat"))]
+    if len(floats) == 2:
+        return "float32"
+    if floats:
+        return floats[0]
+    if "bool" in pair:
+        return a if b == "bool" else b
+    signed = [name for name in (a, b) if name.startswith("int")]
+    if len(signed) == 1:
+        other = b if a == signed[0] else a
+        bits = max(int(signed[0][3:]), 2 * int(other[4:]))
+        return f"int{bits}" if bits <= 64 else "float32"
+    return a if int(a.strip("uint")) > int(b.strip("uint")) else b
+
+
+class Operation:
+    """One operation as its entry sees it: the source of each argument, and what is known about its value."""
+
+    def __init__(
+        self, node: Node, source: Callable[[Any], str], tensors: Callable[[str], Any], uses: set[str]
+    ) -> None:
+        self.node, self.args, self._source, self._tensors, self._uses = node, node.args, source, tensors, uses
+
+    @property
+    def out(self) -> Tensor:
+        out = self.node.out
+        if isinstance(out, list):
+            out = next(item for item in out if isinstance(item, Tensor))
+        return out
+
+    def __getitem__(self, name: str) -> str:
+        return self.source(self.args[name])
+
+    def source(self, value: Any) -> str:
+        """Returns the source of an argument."""
+        if isinstance(value, Ref):
+            return self._source(value)
+        if isinstance(value, Dtype):
+            return f"mx.{mlx_dtype(value.name)}"
+        if isinstance(value, (list, tuple)):
+            inner = [self.source(item) for item in value]
+            return f"[{', '.join(inner)}]"
+        if isinstance(value, float):
+            if math.isinf(value) or math.isnan(value):
+                return f'float("{value}")'
+            return repr(value)
+        return repr(value)
+
+    def atom(self, name: str) -> str:
+        """Returns the source of an argument as an operand."""
+        return atom(self[name])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns an argument as it was recorded."""
+        value = self.args.get(name)
+        return default if value is None else value
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Returns shape and dtype of an argument, None for a number."""
+        return self.of(self.args.get(name))
+
+    def of(self, value: Any) -> Tensor | None:
+        found = self._tensors(value.name) if isinstance(value, Ref) else None
+        return found if isinstance(found, Tensor) else None
+
+    def cast(self, name: str, dtype: str) -> str:
+        """Returns the source of an argument in a dtype."""
+        tensor = self.tensor(name)
+        if tensor is None or mlx_dtype(tensor.dtype) == mlx_dtype(dtype):
+            return self[name]
+        return f"{self.atom(name)}.astype(mx.{mlx_dtype(dtype)})"
+
+    def dims(self, name: str = "dim", of: str = "self") -> str:
+        """Returns the source of axes: a number, a tuple, or None for all."""
+        value = self.args.get(name)
+        if value is None or value == []:
+            return "None"
+        if isinstance(value, (list, tuple)):
+            if len(value) == 1:
+                return self.source(value[0])
+            return f"({', '.join(map(self.source, value))})"
+        return self.source(value)
+
+    def call(self, name: str, *arguments: str, **keywords: Any) -> str:
+        """Returns the source of a call of a helper function, whose source the file will have."""
+        self._uses.add(name)
+        given = [
+            *arguments,
+            *(f"{key}={value if isinstance(value, str) else self.source(value)}" for key, value in keywords.items()),
+        ]
+        return f"{name}({', '.join(given)})"
+
+
+def flag(n: Operation, name: str) -> bool:
+    return bool(n.args.get(name))
+
+
+def shape_source(n: Operation, sizes: Any) -> str:
+    """Returns the source of sizes as arguments of `reshape`."""
+    return ", ".join(n.source(size) for size in sizes)

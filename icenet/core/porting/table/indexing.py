@@ -1,0 +1,126 @@
+"""Reading and writing at indices."""
+
+from __future__ import annotations
+
+from icenet.core.porting.table.base import Operation, entry, mlx_dtype
+
+
+@entry("embedding")
+def embedding(n: Operation) -> str:
+    if n.get("padding_idx", -1) >= 0:
+        return n.call("embedding", n["weight"], n["indices"], n["padding_idx"])
+    return f"{n.atom('weight')}[{n['indices']}]"
+
+
+@entry("embedding_bag", "_embedding_bag")
+def embedding_bag(n: Operation) -> str:
+    names = ("weight", "indices", "offsets", "mode", "per_sample_weights", "include_last_offset", "padding_idx")
+    return n.call("embedding_bag", *(n.source(n.args.get(name)) for name in names))
+
+
+@entry("index", "_unsafe_index")
+def index(n: Operation) -> str:
+    indices = n.args["indices"]
+    tensor = n.tensor("self")
+    assert tensor is not None
+    metas = [n.of(item) for item in indices]
+    if any(meta is not None and meta.dtype in ("bool", "uint8") for meta in metas):
+        return n.call("masked_index", n["self"], n.source(indices))
+    while indices and indices[-1] is None:
+        indices = indices[:-1]
+    return f"{n.atom('self')}[{', '.join(':' if item is None else n.source(item) for item in indices)}]"
+
+
+@entry("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(n: Operation) -> str:
+    return n.call(
+        "index_put", n["self"], n["indices"], n.cast("values", n.out.dtype), n.source(n.get("accumulate", False))
+    )
+
+
+@entry("index_select")
+def index_select(n: Operation) -> str:
+    if not n.out.ndim:
+        return n["self"]
+    return f"mx.take({n['self']}, {n['index']}, axis={n['dim']})"
+
+
+@entry("take")
+def take(n: Operation) -> str:
+    return f"mx.take({n.atom('self')}.flatten(), {n['index']})"
+
+
+@entry("take_along_dim")
+def take_along_dim(n: Operation) -> str:
+    if n.get("dim") is None:
+        return f"mx.take({n.atom('self')}.flatten(), {n.atom('indices')}.flatten())"
+    return n.call("take_along", n["self"], n["indices"], n["dim"])
+
+
+@entry("gather")
+def gather(n: Operation) -> str:
+    return n.call("gather", n["self"], n["dim"], n["index"])
+
+
+@entry("scatter", "scatter_add", "scatter_reduce")
+def scatter(n: Operation) -> str:
+    value = n.args.get("src", n.args.get("value"))
+    mode = n.args.get("reduce") or ("sum" if n.node.base == "scatter_add" else None)
+    mode = {"add": "sum", "multiply": "prod"}.get(mode, mode)
+    include = n.args.get("include_self", True)
+    text = n.cast("src", n.out.dtype) if n.tensor("src") else n.source(value)
+    return n.call("scatter", n["self"], n["dim"], n["index"], text, repr(mode), repr(include))
+
+
+@entry("index_add", "index_copy", "index_fill", "index_reduce")
+def index_add(n: Operation) -> str:
+    if n.node.base == "index_fill":
+        return n.call("index_fill", n["self"], n["dim"], n["index"], n["value"])
+    if n.node.base == "index_reduce":
+        return n.call("index_reduce", n["self"], n["dim"], n["index"], n["source"], n["reduce"], n["include_self"])
+    if n.node.base == "index_copy":
+        return n.call("index_copy", n["self"], n["dim"], n["index"], n["source"])
+    return n.call("index_add", n["self"], n["dim"], n["index"], n["source"], n["alpha"])
+
+
+@entry("put")
+def put(n: Operation) -> str:
+    return n.call("put_flat", n["self"], n["index"], n["source"], n["accumulate"])
+
+
+@entry("masked_scatter")
+def masked_scatter(n: Operation) -> str:
+    return n.call("masked_scatter", n["self"], n["mask"], n["source"])
+
+
+@entry("masked_select")
+def masked_select(n: Operation) -> str:
+    return n.call("masked_select", n["self"], n["mask"])
+
+
+@entry("nonzero", "argwhere")
+def nonzero(n: Operation) -> str:
+    return n.call("nonzero", n["self"])
+
+
+@entry("one_hot")
+def one_hot(n: Operation) -> str:
+    return n.call("one_hot", n["self"], n["num_classes"])
+
+
+@entry("searchsorted", "bucketize")
+def searchsorted(n: Operation) -> str:
+    table = "sorted_sequence" if n.node.base == "searchsorted" else "boundaries"
+    right = bool(n.args.get("right")) or n.args.get("side") == "right"
+    text = n.call("searchsorted", n[table], n["self"], repr(right))
+    return text + (".astype(mx.int32)" if n.out.dtype == "int32" else "")
+
+
+@entry("isin")
+def isin(n: Operation) -> str:
+    first = n.args.get("elements", n.args.get("element"))
+    second = n.args.get("test_elements", n.args.get("test_element"))
+    return n.call("isin", n.source(first), n.source(second), repr(bool(n.args.get("invert"))))
+
+
+_ = mlx_dtype

@@ -1,0 +1,101 @@
+"""Normalizations and losses."""
+
+from __future__ import annotations
+
+from icenet.core.porting.table.base import Operation, entry
+from icenet.core.porting.table.elementwise import training
+
+
+@entry("layer_norm")
+def layer_norm(n: Operation) -> str:
+    shape = n.args["normalized_shape"]
+    if len(shape) == 1:
+        return f"mx.fast.layer_norm({n['input']}, {n['weight']}, {n['bias']}, {n['eps']})"
+    return n.call("layer_norm", n["input"], repr(len(shape)), n["weight"], n["bias"], n["eps"])
+
+
+@entry("rms_norm", "_fused_rms_norm")
+def rms_norm(n: Operation) -> str:
+    eps = n.args.get("eps")
+    text = n.source(1.1920928955078125e-07 if eps is None else eps)
+    if len(n.args["normalized_shape"]) == 1:
+        return f"mx.fast.rms_norm({n['input']}, {n['weight']}, {text})"
+    return n.call("rms_norm", n["input"], repr(len(n.args["normalized_shape"])), n["weight"], text)
+
+
+@entry("group_norm")
+def group_norm(n: Operation) -> str:
+    return n.call("group_norm", n["input"], n["num_groups"], n["weight"], n["bias"], n["eps"])
+
+
+@entry("instance_norm")
+def instance_norm(n: Operation) -> str:
+    if not n.args["use_input_stats"]:
+        return n.call("batch_norm", n["input"], n["running_mean"], n["running_var"], n["weight"], n["bias"], n["eps"])
+    return n.call("instance_norm", n["input"], n["weight"], n["bias"], n["eps"])
+
+
+@entry("batch_norm")
+def batch_norm(n: Operation) -> str:
+    if n.args["training"] or n.args.get("running_mean") is None:
+        return n.call("batch_norm_of_batch", n["input"], n["weight"], n["bias"], n["eps"])
+    return n.call("batch_norm", n["input"], n["running_mean"], n["running_var"], n["weight"], n["bias"], n["eps"])
+
+
+@entry("batch_norm_statistics")
+def batch_norm_statistics(n: Operation) -> str:
+    return n.call("batch_norm_statistics", n["input"], n["running"], n["momentum"], n["which"])
+
+
+@entry("native_layer_norm")
+def native_layer_norm(n: Operation) -> str:
+    return n.call(
+        "native_layer_norm", n["input"], repr(len(n.args["normalized_shape"])), n["weight"], n["bias"], n["eps"]
+    )
+
+
+@entry("local_response_norm")
+def local_response_norm(n: Operation) -> str:
+    raise NotImplementedError
+
+
+@entry("weight_norm", "_weight_norm", "_weight_norm_interface")
+def weight_norm(n: Operation) -> str:
+    return n.call("weight_norm", n["v"], n["g"], n["dim"])
+
+
+# ---- losses ------------------------------------------------------------------------------------------------
+
+_REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
+
+
+def _loss(name: str, *arguments: str):  # type: ignore[no-untyped-def]
+    def write(n: Operation) -> str:
+        return n.call(
+            name, *(n.source(n.args.get(item)) for item in arguments), repr(_REDUCTIONS[n.get("reduction", 0)])
+        )
+
+    return write
+
+
+entry("mse_loss")(_loss("mse_loss", "self", "target"))
+entry("l1_loss")(_loss("l1_loss", "self", "target"))
+entry("smooth_l1_loss")(_loss("smooth_l1_loss", "self", "target", "beta"))
+entry("huber_loss")(_loss("huber_loss", "self", "target", "delta"))
+entry("soft_margin_loss")(_loss("soft_margin_loss", "self", "target"))
+entry("binary_cross_entropy")(_loss("binary_cross_entropy", "self", "target", "weight"))
+entry("binary_cross_entropy_with_logits")(
+    _loss("binary_cross_entropy_with_logits", "self", "target", "weight", "pos_weight")
+)
+entry("kl_div")(_loss("kl_div", "self", "target", "log_target"))
+entry("hinge_embedding_loss")(_loss("hinge_embedding_loss", "self", "target", "margin"))
+entry("margin_ranking_loss")(_loss("margin_ranking_loss", "input1", "input2", "target", "margin"))
+entry("cosine_embedding_loss")(_loss("cosine_embedding_loss", "input1", "input2", "target", "margin"))
+entry("triplet_margin_loss")(
+    _loss("triplet_margin_loss", "anchor", "positive", "negative", "margin", "p", "eps", "swap")
+)
+entry("poisson_nll_loss")(_loss("poisson_nll_loss", "input", "target", "log_input", "full", "eps"))
+entry("nll_loss", "nll_loss_nd", "nll_loss2d")(_loss("nll_loss", "self", "target", "weight", "ignore_index"))
+entry("cross_entropy_loss")(_loss("cross_entropy", "self", "target", "weight", "ignore_index", "label_smoothing"))
+entry("multi_margin_loss")(_loss("multi_margin_loss", "self", "target", "p", "margin", "weight"))
+_ = training

@@ -1,0 +1,83 @@
+"""Random numbers, from MLX's own generator."""
+
+from __future__ import annotations
+
+from icenet.core.porting.table.base import Operation, entry, mlx_dtype
+from icenet.core.porting.table.elementwise import training
+from icenet.core.porting.table.shapes import _shape
+
+
+@entry("dropout", "native_dropout")
+def dropout(n: Operation) -> str:
+    if n.args.get("train") is False and not getattr(n, "follows", True):
+        return n["input"]
+    return n.call("dropout", n["input"], n["p"], training(n, "train"))
+
+
+@entry("feature_dropout")
+def feature_dropout(n: Operation) -> str:
+    return n.call("feature_dropout", n["input"], n["p"], training(n, "train"))
+
+
+@entry("alpha_dropout", "feature_alpha_dropout")
+def alpha_dropout(n: Operation) -> str:
+    return n.call("alpha_dropout", n["input"], n["p"], training(n, "train"), repr(n.node.base.startswith("feature")))
+
+
+def _dtype(n: Operation) -> str:
+    dtype = mlx_dtype(n.out.dtype)
+    return "" if dtype == "float32" else f", dtype=mx.{dtype}"
+
+
+@entry("rand", "randn")
+def rand(n: Operation) -> str:
+    return f"mx.random.{'uniform' if n.node.base == 'rand' else 'normal'}(shape={_shape(n)}{_dtype(n)})"
+
+
+@entry("rand_like", "randn_like")
+def rand_like(n: Operation) -> str:
+    return (
+        f"mx.random.{'uniform' if n.node.base == 'rand_like' else 'normal'}(shape={n.atom('self')}.shape{_dtype(n)})"
+    )
+
+
+@entry("randint", "randint_like")
+def randint(n: Operation) -> str:
+    shape = f"{n.atom('self')}.shape" if "self" in n.args else _shape(n)
+    return f"mx.random.randint({n.source(n.args.get('low', 0))}, {n['high']}, {shape}).astype(mx.{mlx_dtype(n.out.dtype)})"
+
+
+@entry("randperm")
+def randperm(n: Operation) -> str:
+    return f"mx.random.permutation({n['n']}).astype(mx.{mlx_dtype(n.out.dtype)})"
+
+
+@entry("bernoulli")
+def bernoulli(n: Operation) -> str:
+    p = n.args.get("p")
+    text = n["self"] if p is None else n.source(p)
+    return f"mx.random.bernoulli({text}, {n.atom('self')}.shape).astype(mx.{mlx_dtype(n.out.dtype)})"
+
+
+@entry("normal", "normal_functional")
+def normal(n: Operation) -> str:
+    if n.tensor("self") is not None:
+        return f"{n['mean']} + {n['std']} * mx.random.normal({n.atom('self')}.shape)"
+    return n.call(
+        "normal", n.source(n.args.get("mean", 0.0)), n.source(n.args.get("std", 1.0)), n.source(n.args.get("size"))
+    )
+
+
+@entry("uniform")
+def uniform(n: Operation) -> str:
+    return f"mx.random.uniform({n.source(n.args.get('from', 0.0))}, {n.source(n.args.get('to', 1.0))}, {n.atom('self')}.shape)"
+
+
+@entry("exponential")
+def exponential(n: Operation) -> str:
+    return f"-mx.log1p(-mx.random.uniform(shape={n.atom('self')}.shape)) / {n['lambd']}"
+
+
+@entry("multinomial")
+def multinomial(n: Operation) -> str:
+    return n.call("multinomial", n["self"], n["num_samples"], n["replacement"])

@@ -1,0 +1,1 @@
+"""Loads ported modules, and holds the MLX functions whose source the ports copy."""

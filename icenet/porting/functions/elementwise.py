@@ -1,0 +1,415 @@
+"""Element by element. Gradients at ties and edges are PyTorch's."""
+
+from __future__ import annotations
+
+import math
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from icenet.porting.functions.indexing import nonzero
+
+
+def divide_floor(a, b):
+    """Returns the quotient rounded down."""
+    a, b = mx.array(a), mx.array(b)
+    if mx.issubdtype(mx.result_type(a, b), mx.integer):
+        quotient = a // b
+        return quotient - (((a - quotient * b) != 0) & ((a < 0) != (b < 0)) & (quotient * b > a)).astype(
+            quotient.dtype
+        )
+    return mx.floor(a / b)
+
+
+def divide_trunc(a, b):
+    """Returns the quotient rounded to zero."""
+    a, b = mx.array(a), mx.array(b)
+    if mx.issubdtype(mx.result_type(a, b), mx.integer):
+        quotient = mx.abs(a) // mx.abs(b)
+        return mx.where((a < 0) != (b < 0), -quotient, quotient)
+    return trunc(a / b)
+
+
+def remainder(a, b):
+    """Returns the remainder with the sign of the divisor."""
+    a, b = mx.array(a), mx.array(b)
+    result = a - divide_trunc(a, b) * b if mx.issubdtype(mx.result_type(a, b), mx.integer) else fmod(a, b)
+    return mx.where((result != 0) & ((result < 0) != (b < 0)), result + b, result)
+
+
+def fmod(a, b):
+    """Returns the remainder with the sign of the dividend."""
+    a, b = mx.array(a), mx.array(b)
+    if mx.issubdtype(mx.result_type(a, b), mx.integer):
+        return a - divide_trunc(a, b) * b
+    result = mx.remainder(mx.abs(a), mx.abs(b))
+    return mx.where(a < 0, -result, result)
+
+
+def integer_power(a, b):
+    """Returns the power of integers."""
+    a, b = mx.array(a), mx.array(b)
+    power = mx.power(a, mx.maximum(b, 0))
+    reciprocal = mx.where(a == 1, 1, mx.where(a == -1, mx.where(b % 2 == 0, 1, -1), 0))
+    return mx.where(b < 0, reciprocal, power).astype(mx.result_type(a, b))
+
+
+def maximum(a, b):
+    """Returns the larger value; at ties each gets half of the gradient."""
+    a, b = mx.array(a), mx.array(b)
+    greater = mx.where(a > b, a, b)
+    return (
+        mx.where(a == b, (a + b) / 2, mx.where(mx.isnan(a), a, greater))
+        if mx.issubdtype(a.dtype, mx.floating)
+        else mx.maximum(a, b)
+    )
+
+
+def minimum(a, b):
+    """Returns the smaller value; at ties each gets half of the gradient."""
+    a, b = mx.array(a), mx.array(b)
+    less = mx.where(a < b, a, b)
+    return (
+        mx.where(a == b, (a + b) / 2, mx.where(mx.isnan(a), a, less))
+        if mx.issubdtype(a.dtype, mx.floating)
+        else mx.minimum(a, b)
+    )
+
+
+def fmax(a, b):
+    """Returns the larger value, and the other one of a NaN."""
+    a, b = mx.array(a), mx.array(b)
+    return mx.where(mx.isnan(b) | (a >= b), a, b)
+
+
+def fmin(a, b):
+    """Returns the smaller value, and the other one of a NaN."""
+    a, b = mx.array(a), mx.array(b)
+    return mx.where(mx.isnan(b) | (a <= b), a, b)
+
+
+def logaddexp2(a, b):
+    """Returns log2(2**a + 2**b)."""
+    return mx.logaddexp(a * math.log(2), b * math.log(2)) / math.log(2)
+
+
+def hypot(a, b):
+    """Returns the length of (a, b)."""
+    large, small = mx.maximum(mx.abs(a), mx.abs(b)), mx.minimum(mx.abs(a), mx.abs(b))
+    ratio = small / mx.where(large == 0, 1, large)
+    return large * mx.sqrt(1 + ratio * ratio)
+
+
+def copysign(a, b):
+    """Returns |a| with the sign of b."""
+    a, b = mx.array(a, mx.float32), mx.array(b, mx.float32)
+    return mx.where(signbit(b), -mx.abs(a), mx.abs(a))
+
+
+def signbit(x):
+    """Returns whether the sign is negative, that of a zero included."""
+    if mx.issubdtype(x.dtype, mx.floating):
+        return mx.view(x.astype(mx.float32), mx.int32) < 0
+    return x < 0
+
+
+def xlogy(a, b):
+    """Returns a * log(b), and 0 where a is 0."""
+    a, b = mx.array(a), mx.array(b)
+    zero = (a == 0) & ~mx.isnan(b)
+    return mx.where(zero, 0, a * mx.log(mx.where(zero, 1, b)))
+
+
+def special_xlog1py(a, b):
+    """Returns a * log1p(b), and 0 where a is 0."""
+    a, b = mx.array(a), mx.array(b)
+    zero = (a == 0) & ~mx.isnan(b)
+    return mx.where(zero, 0, a * mx.log1p(mx.where(zero, 0, b)))
+
+
+def heaviside(x, value):
+    """Returns 0 below 0, 1 above, and a value at 0."""
+    return mx.where(x == 0, value, (x > 0).astype(x.dtype))
+
+
+def ldexp(x, exponent):
+    """Returns x * 2**exponent."""
+    return x * mx.power(mx.array(2.0), exponent)
+
+
+def exp2(x):
+    """Returns 2**x."""
+    return mx.power(mx.array(2.0, x.dtype), x)
+
+
+def erfc(x):
+    """Returns 1 - erf(x), accurate for large x (Numerical Recipes, erfcc, with a Chebyshev fit)."""
+    t = 1 / (1 + 0.5 * mx.abs(x))
+    poly = -1.26551223 + t * (
+        1.00002368
+        + t
+        * (
+            0.37409196
+            + t
+            * (
+                0.09678418
+                + t
+                * (
+                    -0.18628806
+                    + t * (0.27886807 + t * (-1.13520398 + t * (1.48851587 + t * (-0.82215223 + t * 0.17087277))))
+                )
+            )
+        )
+    )
+    large = t * mx.exp(-x * x + poly)
+    return mx.where(mx.abs(x) < 2, 1 - mx.erf(x), mx.where(x >= 0, large, 2 - large))
+
+
+def sinc(x):
+    """Returns sin(pi x) / (pi x)."""
+    scaled = math.pi * mx.where(x == 0, 1, x)
+    return mx.where(x == 0, 1, mx.sin(scaled) / scaled)
+
+
+def lgamma(x):
+    """Returns log |gamma(x)| (Lanczos, g = 7)."""
+    reflected = x < 0.5
+    z = mx.where(reflected, 1 - x, x) - 1
+    total = mx.full(z.shape, 0.99999999999980993, z.dtype)
+    for index, value in enumerate(
+        (
+            676.5203681218851,
+            -1259.1392167224028,
+            771.32342877765313,
+            -176.61502916214059,
+            12.507343278686905,
+            -0.13857109526572012,
+            9.9843695780195716e-6,
+            1.5056327351493116e-7,
+        )
+    ):
+        total = total + value / (z + index + 1)
+    t = z + 7.5
+    value = 0.5 * math.log(2 * math.pi) + (z + 0.5) * mx.log(t) - t + mx.log(total)
+    return mx.where(reflected, math.log(math.pi) - mx.log(mx.abs(mx.sin(math.pi * x))) - value, value)
+
+
+def digamma(x):
+    """Returns the derivative of log gamma(x)."""
+    reflected = x < 0.5
+    z = mx.where(reflected, 1 - x, x)
+    total = mx.zeros_like(z)
+    for _ in range(8):
+        total = total - mx.where(z < 8, 1 / z, 0)
+        z = mx.where(z < 8, z + 1, z)
+    reciprocal = 1 / (z * z)
+    value = (
+        total
+        + mx.log(z)
+        - 0.5 / z
+        - reciprocal * (1 / 12 - reciprocal * (1 / 120 - reciprocal * (1 / 252 - reciprocal * (1 / 240 - reciprocal / 132))))
+    )
+    return mx.where(reflected, value - math.pi / mx.tan(math.pi * x), value)
+
+
+def trunc(x):
+    """Returns x rounded to zero."""
+    if not mx.issubdtype(x.dtype, mx.floating):
+        return x
+    return mx.where(x < 0, mx.ceil(x), mx.floor(x))
+
+
+def frac(x):
+    """Returns the part after the point."""
+    return x - trunc(x)
+
+
+def sign(x):
+    """Returns -1, 0 or 1."""
+    return mx.sign(x) if x.dtype != mx.bool_ else x
+
+
+def sgn(x):
+    """Returns -1, 0 or 1, and z / |z| of complex numbers."""
+    if not mx.issubdtype(x.dtype, mx.complexfloating):
+        return sign(x)
+    size = mx.abs(x)
+    return mx.where(size == 0, 0, x / mx.where(size == 0, 1, size))
+
+
+def angle(x):
+    """Returns the argument of a number."""
+    if mx.issubdtype(x.dtype, mx.complexfloating):
+        return mx.arctan2(mx.imag(x), mx.real(x))
+    return mx.where(mx.isnan(x), x, mx.where(x < 0, math.pi, 0.0))
+
+
+def entr(x):
+    """Returns -x log(x)."""
+    positive = x > 0
+    return mx.where(
+        positive, -x * mx.log(mx.where(positive, x, 1)), mx.where(x == 0, 0.0, mx.where(mx.isnan(x), x, -math.inf))
+    )
+
+
+def ndtr(x):
+    """Returns the distribution function of the standard normal distribution."""
+    return 0.5 * erfc(-x * math.sqrt(0.5))
+
+
+def log_ndtr(x):
+    """Returns the logarithm of `ndtr`."""
+    return mx.where(
+        x < -1,
+        mx.log(0.5 * erfc(-mx.minimum(x, -1) * math.sqrt(0.5))),
+        mx.log1p(-0.5 * erfc(mx.maximum(x, -1) * math.sqrt(0.5))),
+    )
+
+
+def logit(x, eps=None):
+    """Returns log(x / (1 - x))."""
+    if eps is not None:
+        x = clip(x, eps, 1 - eps)
+    return mx.log(x / (1 - x))
+
+
+def log_sigmoid_forward(x):
+    """Returns log(sigmoid(x)), and an empty buffer."""
+    return nn.log_sigmoid(x), mx.zeros((0,))
+
+
+def clip(x, low=None, high=None):
+    """Returns x within bounds. At a bound x gets the gradient."""
+    if low is not None:
+        x = mx.where(x < low, low, x)
+    if high is not None:
+        x = mx.where(x > high, high, x)
+    return x
+
+
+def softsign(x):
+    """Returns x / (1 + |x|)."""
+    return x / (1 + mx.abs(x))
+
+
+def tanhshrink(x):
+    """Returns x - tanh(x)."""
+    return x - mx.tanh(x)
+
+
+def hardswish(x):
+    """Returns x * relu6(x + 3) / 6 (Howard et al., 2019)."""
+    return mx.where(x <= -3, 0, mx.where(x < 3, x * (x + 3) / 6, x))
+
+
+def hardsigmoid(x):
+    """Returns relu6(x + 3) / 6."""
+    return mx.where(x <= -3, 0.0, mx.where(x >= 3, 1.0, x / 6 + 0.5))
+
+
+def relu6(x):
+    """Returns min(max(x, 0), 6)."""
+    return hardtanh(x, 0, 6)
+
+
+def hardtanh(x, low, high):
+    """Returns x within bounds, without a gradient at a bound."""
+    return mx.where(x <= low, low, mx.where(x >= high, high, x))
+
+
+def selu(x):
+    """Returns the scaled exponential linear unit (Klambauer et al., 2017)."""
+    return elu(x, 1.6732632423543772, 1.0507009873554805, 1.0)
+
+
+def elu(x, alpha, scale=1.0, input_scale=1.0):
+    """Returns the exponential linear unit."""
+    negative = x <= 0
+    return mx.where(negative, scale * alpha * mx.expm1(mx.where(negative, x * input_scale, 0)), scale * x)
+
+
+def celu(x, alpha):
+    """Returns the continuous exponential linear unit."""
+    return elu(x, alpha, 1.0, 1.0 / alpha)
+
+
+def leaky_relu(x, slope):
+    """Returns x above 0, and slope * x otherwise."""
+    return mx.where(x > 0, x, slope * x)
+
+
+def hardshrink(x, size):
+    """Returns 0 within [-size, size]."""
+    return mx.where((x >= -size) & (x <= size), 0, x)
+
+
+def softshrink(x, size):
+    """Returns x moved by size to 0."""
+    return mx.where(x > size, x - size, mx.where(x < -size, x + size, x * 0))
+
+
+def threshold(x, size, value):
+    """Returns a value where x is not above a size."""
+    return mx.where(x <= size, value, x)
+
+
+def softplus(x, beta=1, threshold=20):
+    """Returns log(1 + exp(beta x)) / beta."""
+    linear = x * beta > threshold
+    return mx.where(linear, x, mx.logaddexp(mx.where(linear, 0, x * beta), 0) / beta)
+
+
+def rrelu(x, lower, upper, training):
+    """Returns the randomized leaky ReLU."""
+    if not training:
+        return leaky_relu(x, (lower + upper) / 2)
+    return mx.where(x < 0, mx.random.uniform(lower, upper, x.shape) * x, x)
+
+
+def glu(x, axis):
+    """Returns a * sigmoid(b) of the halves a and b."""
+    a, b = mx.split(x, 2, axis=axis)
+    return a * mx.sigmoid(b)
+
+
+def nan_to_num(x, nan=0.0, posinf=None, neginf=None):
+    """Returns finite numbers in the place of NaN and infinities."""
+    limit = mx.finfo(x.dtype).max
+    x = mx.where(mx.isnan(x), nan, x)
+    x = mx.where(x == math.inf, limit if posinf is None else posinf, x)
+    return mx.where(x == -math.inf, -limit if neginf is None else neginf, x)
+
+
+def broadcast_like(x, other):
+    """Returns x in the shape of another array."""
+    return mx.broadcast_to(x, other.shape)
+
+
+def nonzero_where(condition):
+    """Returns the indices of the true elements along each axis. The shape depends on the values."""
+    return tuple(mx.moveaxis(nonzero(condition), -1, 0))
+
+
+def i0(x):
+    """Returns the modified Bessel function of order 0 (Abramowitz and Stegun, 9.8.1 and 9.8.2)."""
+    size = mx.abs(x)
+    t = (size / 3.75) ** 2
+    small = 1 + t * (
+        3.5156229 + t * (3.0899424 + t * (1.2067492 + t * (0.2659732 + t * (0.0360768 + t * 0.0045813))))
+    )
+    u = 3.75 / mx.maximum(size, 1e-30)
+    large = 0.39894228 + u * (
+        0.01328592
+        + u
+        * (
+            0.00225319
+            + u
+            * (
+                -0.00157565
+                + u * (0.00916281 + u * (-0.02057706 + u * (0.02635537 + u * (-0.01647633 + u * 0.00392377))))
+            )
+        )
+    )
+    return mx.where(size < 3.75, small, mx.exp(size) / mx.sqrt(mx.maximum(size, 1e-30)) * large)

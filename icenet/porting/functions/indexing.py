@@ -1,0 +1,230 @@
+"""Reading and writing at indices."""
+
+from __future__ import annotations
+
+import math
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.porting.functions.shapes import put
+
+
+def embedding(weight, ids, padding):
+    """Returns rows of a table; the row of the padding gets no gradient."""
+    keep = (mx.arange(weight.shape[0]) != padding)[:, None]
+    return mx.where(keep, weight, mx.stop_gradient(weight))[ids]
+
+
+def embedding_bag(weight, ids, offsets, mode, sample_weights=None, include_last=False, padding=None):
+    """Returns the sum, mean or maximum of the rows of each bag."""
+    if offsets is None:
+        count, size = ids.shape
+        offsets, ids = mx.arange(count) * size, ids.flatten()
+        if sample_weights is not None:
+            sample_weights = sample_weights.flatten()
+    elif include_last:
+        offsets = offsets[:-1]
+    bags = (mx.arange(ids.shape[0])[:, None] >= offsets[None]).sum(1) - 1
+    rows = weight[ids]
+    if sample_weights is not None:
+        rows = rows * sample_weights[:, None]
+    valid = mx.ones((ids.shape[0], 1), weight.dtype)
+    if padding is not None and padding >= 0:
+        valid = (ids != padding)[:, None].astype(weight.dtype)
+        rows = rows * valid
+    member = (bags[None] == mx.arange(offsets.shape[0])[:, None]).astype(weight.dtype)  # [bags, ids]
+    if mode == 2:
+        inside = (member[..., None] * valid[None]) != 0
+        largest = mx.where(inside, rows[None], -math.inf).max(1)
+        return (mx.where(inside.any(1), largest, 0),)
+    total = member @ rows
+    if mode == 1:
+        total = total / mx.maximum(member @ valid, 1)
+    return (total,)
+
+
+def masked_index(x, indices):
+    """Returns elements at indices some of which are masks. The shape depends on the values."""
+    whole = []
+    for index in indices:
+        if index is not None and index.dtype == mx.bool_:
+            whole.extend(mx.moveaxis(nonzero(index), -1, 0))
+        else:
+            whole.append(slice(None) if index is None else index)
+    return x[tuple(whole)]
+
+
+def nonzero(x):
+    """Returns the indices of the elements that are not 0, one row each. The shape depends on the values."""
+    if x.ndim == 0:
+        return mx.zeros((int(x != 0), 0), mx.int64)
+    flat = (x != 0).flatten()
+    count = int(flat.sum())
+    places = mx.argsort(mx.where(flat, 0, 1))[:count].astype(mx.int64)
+    parts = []
+    for size in reversed(x.shape):
+        parts.append(places % size)
+        places = places // size
+    return mx.stack(parts[::-1], axis=1) if parts else mx.zeros((count, 0), mx.int64)
+
+
+def masked_select(x, mask):
+    """Returns the elements under a mask. The shape depends on the values."""
+    x, mask = mx.broadcast_arrays(x, mask)
+    flat = mask.flatten()
+    count = int(flat.sum())
+    return x.flatten()[mx.argsort(mx.where(flat, 0, 1))[:count]]
+
+
+def masked_scatter(x, mask, source):
+    """Returns x with the elements of the source, in order, under a mask."""
+    mask = mx.broadcast_to(mask, x.shape).flatten()
+    index = mx.maximum(mx.cumsum(mask.astype(mx.int32)) - 1, 0)
+    values = mx.take(source.flatten(), mx.minimum(index, max(source.size - 1, 0)))
+    return mx.where(mask, values, x.flatten()).reshape(x.shape)
+
+
+def index_put(x, indices, values, accumulate=False):
+    """Returns a copy of x with other values at indices."""
+    index = []
+    if len(indices) == 1 and indices[0] is not None and indices[0].dtype == mx.bool_ and values.size == 1:
+        mask = indices[0].reshape(*indices[0].shape, *[1] * (x.ndim - indices[0].ndim))
+        return mx.where(mask, x + values.reshape(()) if accumulate else values.reshape(()).astype(x.dtype), x)
+    for item in indices:
+        if item is None:
+            index.append(slice(None))
+        elif item.dtype == mx.bool_:
+            index.extend(mx.moveaxis(nonzero(item), -1, 0))
+        else:
+            index.append(item)
+    if accumulate:
+        return x.at[tuple(index)].add(values)
+    return put(x, tuple(index), values)
+
+
+def take_along(x, index, axis):
+    """Returns elements along an axis; the other axes are broadcast."""
+    shape = [max(a, b) if axis % x.ndim != number else 0 for number, (a, b) in enumerate(zip(x.shape, index.shape))]
+    wide = [size or x.shape[number] for number, size in enumerate(shape)]
+    deep = [size or index.shape[number] for number, size in enumerate(shape)]
+    return mx.take_along_axis(mx.broadcast_to(x, wide), mx.broadcast_to(index, deep), axis=axis)
+
+
+def gather(x, axis, index):
+    """Returns elements along an axis; the index may be smaller along the others."""
+    if x.ndim == 0:
+        return mx.broadcast_to(x, index.shape)
+    if index.ndim == 0:
+        return x[index]
+    axis = axis % x.ndim
+    part = tuple(slice(None) if number == axis else slice(0, size) for number, size in enumerate(index.shape))
+    return mx.take_along_axis(x[part], index, axis=axis)
+
+
+def scatter(x, axis, index, source, mode=None, include_self=True):
+    """Returns x with values written or reduced at places along an axis."""
+    if x.ndim == 0:
+        x, index = x.reshape(1), mx.array(index).reshape(1)
+        source = source.reshape(1) if isinstance(source, mx.array) else source
+        return scatter(x, 0, index, source, mode, include_self).reshape(())
+    if index.size == 0:
+        return x
+    if index.ndim == 0:
+        index = index.reshape(1)
+    axis = axis % x.ndim
+    if not isinstance(source, mx.array):
+        source = mx.full(index.shape, source, x.dtype)
+    source = source.reshape(1) if source.ndim == 0 else source
+    source = source[tuple(slice(0, size) for size in index.shape)].astype(x.dtype)
+    places = [
+        index
+        if number == axis
+        else mx.arange(size).reshape([-1 if other == number else 1 for other in range(index.ndim)])
+        for number, size in enumerate(index.shape)
+    ]
+    places = tuple(mx.broadcast_arrays(*places))
+    if mode is None:
+        return put(x, places, source)
+    if not include_self:
+        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": -math.inf, "amin": math.inf}[mode]
+        written = mx.zeros(x.shape).at[places].add(mx.ones(source.shape)) > 0
+        start = mx.where(written, mx.array(neutral, x.dtype), x)
+    else:
+        start = x
+    if mode == "sum":
+        return start.at[places].add(source)
+    if mode == "prod":
+        return start.at[places].multiply(source)
+    if mode == "amax":
+        return start.at[places].maximum(source)
+    if mode == "amin":
+        return start.at[places].minimum(source)
+    count = mx.zeros(x.shape, mx.float32).at[places].add(mx.ones(source.shape, mx.float32))
+    count = mx.maximum(count + 1 if include_self else count, 1)
+    total = start.at[places].add(source)
+    return total / count if mx.issubdtype(x.dtype, mx.floating) else mx.floor(total / count).astype(x.dtype)
+
+
+def _along(x, axis, index):
+    if x.ndim == 0:
+        return ()
+    return (*[slice(None)] * (axis % x.ndim), index.reshape(-1))
+
+
+def index_add(x, axis, index, source, alpha=1):
+    """Returns x with slices added at indices."""
+    if x.ndim == 0:
+        return x + source.reshape(()) * alpha
+    return x.at[_along(x, axis, index)].add((source if source.ndim else source.reshape(1)) * alpha)
+
+
+def index_copy(x, axis, index, source):
+    """Returns x with other slices at indices."""
+    if x.ndim == 0:
+        return source.reshape(())
+    return put(x, _along(x, axis, index), source if source.ndim else source.reshape(1))
+
+
+def index_fill(x, axis, index, value):
+    """Returns x with a value at indices."""
+    if x.ndim == 0:
+        return mx.full((), value, x.dtype)
+    return put(x, _along(x, axis, index), mx.array(value, x.dtype))
+
+
+def index_reduce(x, axis, index, source, mode, include_self=True):
+    """Returns x with slices reduced at indices."""
+    places = index.reshape([-1 if number == axis % x.ndim else 1 for number in range(x.ndim)])
+    return scatter(x, axis, mx.broadcast_to(places, source.shape), source, mode, include_self)
+
+
+def put_flat(x, index, source, accumulate=False):
+    """Returns x with other values at places of the flattened array."""
+    flat, index, source = x.flatten(), index.flatten(), source.flatten()
+    new = flat.at[index].add(source) if accumulate else put(flat, index, source)
+    return new.reshape(x.shape)
+
+
+def one_hot(ids, classes=-1):
+    """Returns vectors with 1 at an id. Without a number of classes the shape depends on the values."""
+    classes = int(ids.max()) + 1 if classes < 0 else classes
+    return (ids[..., None] == mx.arange(classes)).astype(mx.int64)
+
+
+def searchsorted(table, x, right=False):
+    """Returns the places at which values would be inserted into sorted rows."""
+    x = mx.array(x)
+    if table.ndim == 1:
+        less = table <= x[..., None] if right else table < x[..., None]
+    else:
+        less = table[..., None, :] <= x[..., None] if right else table[..., None, :] < x[..., None]
+    return less.sum(-1).astype(mx.int64)
+
+
+def isin(x, values, invert=False):
+    """Returns whether elements are among some values."""
+    x, values = mx.array(x), mx.array(values)
+    found = (x[..., None] == values.flatten()).any(-1)
+    return ~found if invert else found

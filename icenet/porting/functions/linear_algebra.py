@@ -1,0 +1,212 @@
+"""Products, attention and Fourier transforms."""
+
+from __future__ import annotations
+
+import math
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.porting.functions.reductions import vector_norm
+from icenet.porting.functions.shapes import pad, pad_reflect, unfold
+
+
+def integer_matmul(a, b):
+    """Returns the product of integer matrices, which MLX multiplies in floating point only."""
+    if a.ndim == 1 and b.ndim == 1:
+        return (a * b).sum()
+    if b.ndim == 1:
+        return (a * b).sum(-1)
+    if a.ndim == 1:
+        return (a[:, None] * b).sum(-2)
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+def inner(a, b):
+    """Returns the products of the last axes."""
+    if a.ndim == 0 or b.ndim == 0:
+        return a * b
+    return mx.tensordot(a, b, ([-1], [-1]))
+
+
+def cross(a, b, axis=-1):
+    """Returns the cross product of vectors with 3 components."""
+    axis = next(index for index, size in enumerate(a.shape) if size == 3) if axis is None else axis
+    a, b = mx.broadcast_arrays(a, b)
+    a1, a2, a3 = (x.squeeze(axis) for x in mx.split(a, 3, axis=axis))
+    b1, b2, b3 = (x.squeeze(axis) for x in mx.split(b, 3, axis=axis))
+    return mx.stack([a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1], axis=axis)
+
+
+def bilinear(a, b, weight, bias=None):
+    """Returns a W b of each output."""
+    y = mx.einsum("...i,oij,...j->...o", a, weight, b)
+    return y if bias is None else y + bias
+
+
+def matrix_power(x, n):
+    """Returns the n-th power of matrices."""
+    if n < 0:
+        x, n = inverse(x), -n
+    result = mx.broadcast_to(mx.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    for _ in range(n):
+        result = result @ x
+    return result
+
+
+def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
+    """Returns the attention of queries [..., T, D] to keys and values [..., S, D]; a masked row is 0."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.ndim > 2 and k.shape[-3] != q.shape[-3] and k.shape[-3] != 1:  # heads that share keys
+        k = mx.repeat(k, q.shape[-3] // k.shape[-3], axis=-3)
+        v = mx.repeat(v, q.shape[-3] // v.shape[-3], axis=-3)
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    if causal:
+        mask = mx.tril(mx.ones(scores.shape[-2:], mx.int32)).astype(mx.bool_)
+    if mask is None:
+        weights = mx.softmax(scores, axis=-1, precise=True)
+    elif mask.dtype == mx.bool_:
+        empty = ~mask.any(-1, keepdims=True)
+        weights = mx.softmax(mx.where(mask | empty, scores, -math.inf), axis=-1, precise=True)
+        weights = mx.where(empty, 0, weights)
+    else:
+        scores = scores + mask
+        empty = (scores == -math.inf).all(-1, keepdims=True)
+        weights = mx.where(empty, 0, mx.softmax(mx.where(empty, 0, scores), axis=-1, precise=True))
+    if dropout:
+        weights = mx.where(mx.random.bernoulli(1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    return weights @ v
+
+
+def inverse(x):
+    """Returns the inverse of matrices."""
+    return mx.linalg.inv(x, stream=mx.cpu)
+
+
+def cholesky(x, upper=False):
+    """Returns the Cholesky factor of matrices."""
+    return mx.linalg.cholesky(x, upper, stream=mx.cpu)
+
+
+def solve(a, b):
+    """Returns x with a x = b."""
+    if b.ndim == a.ndim - 1 and b.shape == a.shape[:-1]:
+        return (inverse(a) @ b[..., None]).squeeze(-1)
+    return inverse(a) @ b
+
+
+def determinant(x):
+    """Returns the determinant of matrices, by Gaussian elimination with column pivots."""
+    size = x.shape[-1]
+    result = mx.ones(x.shape[:-2])
+    for step in range(size):
+        column = mx.abs(x[..., :, 0])
+        pivot = mx.argmax(column, axis=-1)
+        row = mx.take_along_axis(x, mx.broadcast_to(pivot[..., None, None], (*x.shape[:-2], 1, x.shape[-1])), axis=-2)
+        value = row[..., 0, 0]
+        result = result * value * mx.where(pivot == 0, 1, -1)
+        first = x[..., :1, :]
+        is_pivot = mx.arange(x.shape[-2])[:, None] == pivot[..., None, None]
+        x = mx.where(is_pivot, first, x)[..., 1:, :]
+        if step + 1 < size:
+            x = x[..., 1:] - x[..., :1] * (row[..., 1:] / mx.where(value == 0, 1, value)[..., None, None])
+    return result
+
+
+def matrix_norm(x, order=None, axes=None, keepdims=False):
+    """Returns the norm of matrices, or of all elements."""
+    if axes is None and order is None:
+        return vector_norm(x, 2, None, keepdims)
+    axes = list(range(x.ndim))[-2:] if axes is None else [axes] if isinstance(axes, int) else list(axes)
+    if len(axes) == 1 or x.ndim == 1:
+        return vector_norm(x, 2 if order is None else order, axes[0], keepdims)
+    order = "fro" if order is None else order
+    if order == "fro":
+        return vector_norm(x, 2, tuple(axes), keepdims)
+    rows, columns = (axis % x.ndim for axis in axes)
+    if order in (1, -1, math.inf, -math.inf):
+        along, over = (rows, columns) if order in (1, -1) else (columns, rows)
+        sums = mx.abs(x).sum(along, keepdims=True)
+        result = sums.max(over, keepdims=True) if order in (1, math.inf) else sums.min(over, keepdims=True)
+        return result if keepdims else result.squeeze((rows, columns))
+    moved = mx.moveaxis(mx.moveaxis(x, rows, -1), columns - (columns > rows), -1)
+    values = mx.linalg.svd(moved, compute_uv=False, stream=mx.cpu)
+    result = values.sum(-1) if order == "nuc" else values.max(-1) if order == 2 else values.min(-1)
+    return mx.expand_dims(result, sorted((rows, columns))) if keepdims else result
+
+
+def fft(name, x, size=None, axes=None, norm="backward"):
+    """Returns a Fourier transform with the scale of a norm."""
+    if name == "irfft" or name.startswith("irfft"):
+        x = x.astype(mx.complex64)
+    elif name.startswith("rfft"):
+        x = x.astype(mx.float32)
+    else:
+        x = x.astype(mx.complex64)
+    transform = getattr(mx.fft, name)
+    if name in ("fft", "ifft", "rfft", "irfft"):
+        axis = -1 if axes is None else axes
+        y = transform(x, size, axis)
+        count = (y.shape[axis] if name == "irfft" else x.shape[axis]) if size is None else size
+    else:
+        if axes is None:
+            axes = (
+                [-2, -1]
+                if name.endswith("2")
+                else list(range(x.ndim))
+                if size is None
+                else list(range(-len(size), 0))
+            )
+        full = list(x.shape[axis] for axis in axes) if size is None else list(size)
+        if size is None and name.startswith("irfft"):
+            full[-1] = 2 * (full[-1] - 1)
+        full = [x.shape[axis] if wanted == -1 else wanted for wanted, axis in zip(full, axes)]
+        y = getattr(mx.fft, name.replace("2", "n"))(x, full, axes)
+        count = math.prod(full)
+    forward = "i" not in name
+    if norm == "ortho":
+        return y * (count**-0.5 if forward else count**0.5)
+    if norm == "forward":
+        return y / count if forward else y * count
+    return y
+
+
+def fftfreq(n, d=1.0):
+    """Returns the frequencies of a Fourier transform."""
+    index = mx.arange(n)
+    return mx.where(index < (n + 1) // 2, index, index - n).astype(mx.float32) / (n * d)
+
+
+def rfftfreq(n, d=1.0):
+    """Returns the frequencies of a real Fourier transform."""
+    return mx.arange(n // 2 + 1).astype(mx.float32) / (n * d)
+
+
+def stft(
+    x,
+    n_fft,
+    hop=None,
+    length=None,
+    window=None,
+    normalized=False,
+    onesided=None,
+    return_complex=None,
+    center=False,
+    pad_mode="reflect",
+):
+    """Returns the short-time Fourier transform [..., frequencies, frames]."""
+    hop = n_fft // 4 if hop is None else hop
+    length = n_fft if length is None else length
+    window = mx.ones((length,)) if window is None else window
+    left = (n_fft - length) // 2
+    window = mx.pad(window, [(left, n_fft - length - left)])
+    if center:
+        widths = [n_fft // 2, n_fft // 2]
+        x = pad_reflect(x, widths) if pad_mode == "reflect" else pad(x, widths)
+    frames = unfold(x, -1, n_fft, hop) * window
+    onesided = not mx.issubdtype(x.dtype, mx.complexfloating) if onesided is None else onesided
+    y = mx.fft.rfft(frames) if onesided else mx.fft.fft(frames)
+    y = y.swapaxes(-1, -2)
+    y = y * n_fft**-0.5 if normalized else y
+    return y if return_complex else mx.stack([mx.real(y), mx.imag(y)], axis=-1)

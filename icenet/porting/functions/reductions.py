@@ -1,0 +1,252 @@
+"""Reductions, sorts and cumulative operations."""
+
+from __future__ import annotations
+
+import math
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.porting.functions.shapes import triu_indices
+
+
+def amax(x, axis=None, keepdims=False):
+    """Returns the maximum; equal maxima share the gradient."""
+    return x.max(axis, keepdims=keepdims)
+
+
+def amin(x, axis=None, keepdims=False):
+    """Returns the minimum; equal minima share the gradient."""
+    return x.min(axis, keepdims=keepdims)
+
+
+def argmax(x, axis=None, keepdims=False):
+    """Returns the index of the first maximum."""
+    if x.ndim == 0:
+        return mx.array(0, mx.int64)
+    return mx.argmax(x, axis=axis, keepdims=keepdims).astype(mx.int64)
+
+
+def argmin(x, axis=None, keepdims=False):
+    """Returns the index of the first minimum."""
+    if x.ndim == 0:
+        return mx.array(0, mx.int64)
+    return mx.argmin(x, axis=axis, keepdims=keepdims).astype(mx.int64)
+
+
+def _at_index(x, index, axis, keepdims):
+    values = mx.take_along_axis(x, index, axis=axis)
+    return (values, index) if keepdims else (values.squeeze(axis), index.squeeze(axis))
+
+
+def max_with_indices(x, axis, keepdims=False):
+    """Returns the maxima and the indices of the first ones, which get the gradient."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    return _at_index(x, argmax(x, axis, True), axis, keepdims)
+
+
+def min_with_indices(x, axis, keepdims=False):
+    """Returns the minima and the indices of the first ones, which get the gradient."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    return _at_index(x, argmin(x, axis, True), axis, keepdims)
+
+
+def _count(x, axis):
+    axes = range(x.ndim) if axis is None else [axis] if isinstance(axis, int) else axis
+    return math.prod(x.shape[index] for index in axes)
+
+
+def var(x, axis=None, correction=1, keepdims=False):
+    """Returns the variance."""
+    if x.ndim == 0:
+        axis = None
+    deviation = x - x.mean(axis, keepdims=True)
+    squares = mx.square(mx.abs(deviation)).sum(axis, keepdims=keepdims)
+    freedom = max(_count(x, axis) - correction, 0)
+    return squares / freedom if freedom else squares / mx.array(0.0)
+
+
+def std(x, axis=None, correction=1, keepdims=False):
+    """Returns the standard deviation."""
+    return mx.sqrt(var(x, axis, correction, keepdims))
+
+
+def var_mean(x, axis=None, correction=1, keepdims=False):
+    """Returns variance and mean."""
+    return var(x, axis, correction, keepdims), x.mean(axis if x.ndim else None, keepdims=keepdims)
+
+
+def std_mean(x, axis=None, correction=1, keepdims=False):
+    """Returns standard deviation and mean."""
+    return std(x, axis, correction, keepdims), x.mean(axis if x.ndim else None, keepdims=keepdims)
+
+
+def nanmean(x, axis=None, keepdims=False):
+    """Returns the mean of the elements that are not NaN."""
+    missing = mx.isnan(x)
+    return mx.where(missing, 0, x).sum(axis, keepdims=keepdims) / (~missing).sum(axis, keepdims=keepdims)
+
+
+def vector_norm(x, order=2, axis=None, keepdims=False):
+    """Returns the p-norm of the elements."""
+    if x.ndim == 0:
+        axis = None
+    size = mx.abs(x)
+    if order == math.inf:
+        return size.max(axis, keepdims=keepdims)
+    if order == -math.inf:
+        return size.min(axis, keepdims=keepdims)
+    if order == 0:
+        return (x != 0).astype(size.dtype).sum(axis, keepdims=keepdims)
+    if order == 1:
+        return size.sum(axis, keepdims=keepdims)
+    if order == 2:
+        squares = mx.square(size).sum(axis, keepdims=keepdims)
+        zero = squares == 0
+        return mx.where(zero, 0, mx.sqrt(mx.where(zero, 1, squares)))
+    powers = mx.power(size, order).sum(axis, keepdims=keepdims)
+    return mx.power(powers, 1 / order)
+
+
+def safe_softmax(x, axis):
+    """Returns the softmax, 0 where all are -inf."""
+    empty = (x == -math.inf).all(axis, keepdims=True)
+    return mx.where(empty, 0, mx.softmax(mx.where(empty, 0, x), axis=axis))
+
+
+def sort(x, axis=-1, descending=False):
+    """Returns the sorted values and their indices; equal values keep their order."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    if x.dtype == mx.bool_:
+        values, index = sort(x.astype(mx.int32), axis, descending)
+        return values.astype(mx.bool_), index
+    if descending:
+        turned = -x if x.dtype not in (mx.uint8, mx.uint16, mx.uint32, mx.uint64) else mx.max(x) - x
+        index = mx.argsort(turned, axis=axis)
+    else:
+        index = mx.argsort(x, axis=axis)
+    index = index.astype(mx.int64)
+    return mx.take_along_axis(x, index, axis=axis), index
+
+
+def topk(x, k, axis=-1, largest=True):
+    """Returns the k largest or smallest values in order, and their indices."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    values, index = sort(x, axis, largest)
+    part = mx.arange(k)
+    return mx.take(values, part, axis=axis), mx.take(index, part, axis=axis)
+
+
+def kthvalue(x, k, axis=-1, keepdims=False):
+    """Returns the k-th smallest value and its index."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    values, index = sort(x, axis)
+    part = mx.array([k - 1])
+    values, index = mx.take(values, part, axis=axis), mx.take(index, part, axis=axis)
+    return (values, index) if keepdims else (values.squeeze(axis), index.squeeze(axis))
+
+
+def median(x):
+    """Returns the lower median of all elements."""
+    flat = x.flatten()
+    return mx.sort(flat)[(flat.shape[0] - 1) // 2]
+
+
+def median_with_indices(x, axis=-1, keepdims=False):
+    """Returns the lower medians and their indices."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    return kthvalue(x, (x.shape[axis] - 1) // 2 + 1, axis, keepdims)
+
+
+def _cumulative(x, axis, function):
+    values = function(x, axis=axis)
+    position = mx.arange(x.shape[axis]).reshape([-1] + [1] * (x.ndim - 1 - axis % x.ndim))
+    index = mx.cummax(mx.where(x == values, mx.broadcast_to(position, x.shape), 0), axis=axis).astype(mx.int64)
+    return mx.take_along_axis(x, index, axis=axis), index
+
+
+def cummax(x, axis):
+    """Returns the running maxima and their last indices."""
+    return _cumulative(x, axis, mx.cummax) if x.ndim else (x, mx.array(0, mx.int64))
+
+
+def cummin(x, axis):
+    """Returns the running minima and their last indices."""
+    return _cumulative(x, axis, mx.cummin) if x.ndim else (x, mx.array(0, mx.int64))
+
+
+def bincount(x, weights=None, minlength=0):
+    """Returns how often each number occurs. The shape depends on the values."""
+    size = max(int(x.max()) + 1 if x.size else 0, minlength)
+    if weights is None:
+        return mx.zeros((size,), mx.int64).at[x].add(mx.ones(x.shape, mx.int64))
+    return mx.zeros((size,), weights.dtype).at[x].add(weights)
+
+
+def cdist(a, b, p=2.0):
+    """Returns the distances between all rows."""
+    return vector_norm(a[..., :, None, :] - b[..., None, :, :], p, -1)
+
+
+def pdist(x, p=2.0):
+    """Returns the distances between all pairs of rows."""
+    rows, columns = triu_indices(x.shape[0], x.shape[0], 1)
+    return vector_norm(x[rows] - x[columns], p, -1)
+
+
+def cosine_similarity(a, b, axis=1, eps=1e-8):
+    """Returns the cosine of the angle between vectors."""
+    size_a, size_b = vector_norm(a, 2, axis, True), vector_norm(b, 2, axis, True)
+    return ((a / mx.maximum(size_a, eps)) * (b / mx.maximum(size_b, eps))).sum(axis)
+
+
+def pairwise_distance(a, b, p=2.0, eps=1e-6, keepdims=False):
+    """Returns the distance of vectors."""
+    return vector_norm(a - b + eps, p, -1, keepdims)
+
+
+def trapezoid(y, x=None, dx=1, axis=-1):
+    """Returns the integral by the trapezoidal rule."""
+    return _trapezoids(y, x, dx, axis).sum(axis)
+
+
+def cumulative_trapezoid(y, x=None, dx=1, axis=-1):
+    """Returns the running integral by the trapezoidal rule."""
+    return mx.cumsum(_trapezoids(y, x, dx, axis), axis=axis)
+
+
+def _trapezoids(y, x, dx, axis):
+    size = y.shape[axis]
+    first, second = mx.take(y, mx.arange(size - 1), axis=axis), mx.take(y, mx.arange(1, size), axis=axis)
+    if x is not None:
+        if x.ndim < y.ndim and x.ndim == 1:
+            x = x.reshape([-1] + [1] * (y.ndim - 1 - axis % y.ndim))
+            dx = x[1:] - x[:-1]
+        else:
+            dx = diff(x, 1, axis)
+    return (first + second) * dx / 2
+
+
+def diff(x, n=1, axis=-1, prepend=None, append=None):
+    """Returns the differences of neighbours."""
+    parts = [part for part in (prepend, x, append) if part is not None]
+    x = mx.concatenate(parts, axis=axis) if len(parts) > 1 else x
+    for _ in range(min(n, x.shape[axis])):
+        size = x.shape[axis]
+        first, second = mx.take(x, mx.arange(size - 1), axis=axis), mx.take(x, mx.arange(1, size), axis=axis)
+        x = second != first if x.dtype == mx.bool_ else second - first
+    return x
+
+
+def renorm(x, p, axis, maxnorm):
+    """Returns x with the norm of each slice at most maxnorm."""
+    others = tuple(index for index in range(x.ndim) if index != axis % x.ndim)
+    size = vector_norm(x, p, others, True)
+    return x * mx.where(size > maxnorm, maxnorm / (size + 1e-7), 1.0)

@@ -1,0 +1,124 @@
+"""Makes the module of a port from its source, and sets its weights."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from icenet.core.errors import PortError
+
+_NUMBERS = itertools.count(1)
+
+
+def run_source(source: str, name: str = "ported") -> ModuleType:
+    """Runs the source of a port as a module. Its lines appear in tracebacks."""
+    number = next(_NUMBERS)
+    module = ModuleType(f"icenet_{name}_{number}")
+    file = f"<icenet.port {name} {number}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    sys.modules[module.__name__] = module
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module
+
+
+def make(source: str, class_name: str, weights: Mapping[str, np.ndarray]) -> nn.Module:
+    """Returns an instance of a class of a source with weights, which have MLX's axes and names of PyTorch."""
+    model: nn.Module = getattr(run_source(source, class_name), class_name)()
+    assign(model, weights)
+    return model.eval()
+
+
+def assign(model: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Sets the arrays of a model by path."""
+    missing = []
+    for path, value in weights.items():
+        holder: Any = model
+        *parents, leaf = path.split(".")
+        try:
+            for part in parents:
+                holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+            key: Any = int(leaf) if isinstance(holder, list) else leaf
+            present = holder[key]
+        except (KeyError, IndexError, AttributeError):
+            missing.append(path)
+            continue
+        if tuple(present.shape) != tuple(value.shape):
+            raise PortError(f"{path}: the port has the shape {list(present.shape)}, the weights {list(value.shape)}")
+        holder[key] = to_array(value)
+    if missing:
+        raise PortError(f"the port has no {', '.join(missing[:5])}")
+
+
+def to_array(value: np.ndarray) -> mx.array:
+    """Returns an array of numpy as one of MLX, with float64 as float32."""
+    if value.dtype == np.float64:
+        value = value.astype(np.float32)
+    if value.dtype == np.complex128:
+        value = value.astype(np.complex64)
+    if str(value.dtype) == "bfloat16":
+        return mx.array(value.astype(np.float32)).astype(mx.bfloat16)
+    return mx.array(np.ascontiguousarray(value).reshape(value.shape))
+
+
+def call(model: Callable[..., Any], arguments: list[Any]) -> Any:
+    """Calls a model with numpy arrays, and returns its output as numpy arrays."""
+    given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
+    result = model(*given)
+    return to_numpy(result)
+
+
+def to_numpy(value: Any) -> Any:
+    """Returns the arrays of a structure as numpy arrays."""
+    if isinstance(value, mx.array):
+        return np.array(value.astype(mx.float32) if value.dtype == mx.bfloat16 else value)
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_numpy(item) for item in value)
+    return value
+
+
+def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the gradients of the sum of outputs times cotangents, by path."""
+    from mlx.utils import tree_flatten
+
+    given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
+    factors = [to_array(item) for item in cotangents]
+
+    def loss(parameters: Any) -> mx.array:
+        model.update(parameters)
+        outputs = [item for item in flat(model(*given)) if mx.issubdtype(item.dtype, mx.floating)]
+        return sum((item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False))
+
+    before = model.trainable_parameters()
+    found = mx.grad(loss)(before)
+    model.update(before)
+    return {path: np.array(value) for path, value in tree_flatten(found)}
+
+
+def flat(value: Any) -> list[mx.array]:
+    """Returns the arrays of a structure in order."""
+    if isinstance(value, mx.array):
+        return [value]
+    if isinstance(value, dict):
+        return [item for inner in value.values() for item in flat(inner)]
+    if isinstance(value, (list, tuple)):
+        return [item for inner in value for item in flat(inner)]
+    return []
+
+
+def save_weights(path: str, model: nn.Module) -> None:
+    """Writes the arrays of a model in MLX's layout."""
+    from mlx.utils import tree_flatten
+
+    mx.save_safetensors(path, dict(tree_flatten(model.parameters())), {"format": "mlx"})

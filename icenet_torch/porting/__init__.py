@@ -1,0 +1,1 @@
+"""Exports a `torch.nn.Module` as a record of its graph (`icenet.core.porting`)."""

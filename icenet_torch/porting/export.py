@@ -1,0 +1,566 @@
+"""Exports a `torch.nn.Module` as a record of its graph, with `torch.export` at the level of ATen.
+
+Each call of a module is surrounded by two operations without an effect, `enter` and `exit`, which carry its arguments
+and results. So the writer of the source knows the tree of calls, the names of the arguments, and may take a whole
+module as one layer.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import json
+import linecache
+import operator
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from icenet.core.errors import PortError, UsageError
+from icenet.core.porting.record import Array, Dtype, Graph, Module, Node, Place, Ref, Tensor
+from icenet_torch.porting import recurrent
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+_library = torch.library.Library("icenet_port", "DEF")
+for _name in ("enter", "exit"):
+    _library.define(f"{_name}(Tensor[] values, str info) -> ()")
+    _library.impl(_name, lambda values, info: None, "CompositeExplicitAutograd")
+    torch.fx.node.has_side_effect(getattr(torch.ops.icenet_port, _name).default)
+
+_DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+_DROPPED += ("sym_constrain_range", "_functional_assert_async", "_assert_async.msg")
+
+
+def export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, training: bool
+) -> tuple[Graph, Any]:
+    """Exports a module in one mode.
+
+    Args:
+        module: The module; it is unchanged afterwards.
+        args, kwargs: Example arguments.
+        dynamic: What `torch.export.export` takes as `dynamic_shapes`; "auto" tries every dimension, then the first of
+            each tensor, then none.
+        training: Whether to export the training mode.
+
+    Returns:
+        The record, and the `ExportedProgram`.
+
+    Raises:
+        PortError: The graph breaks; the message names the line.
+    """
+    modes = {path: inner.training for path, inner in module.named_modules()}
+    module.train(training)
+    try:
+        program = _program(module, args, kwargs, dynamic)
+    finally:
+        for path, inner in module.named_modules():
+            inner.training = modes[path]
+    return _Reader(module, program, args, kwargs, training).read(), program
+
+
+def _program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
+    tries = (
+        [dynamic]
+        if dynamic != "auto"
+        else [_auto(module, args, kwargs, "all"), _auto(module, args, kwargs, "batch"), None]
+    )
+    first: Exception | None = None
+    for shapes in tries:
+        try:
+            with _marked(module), warnings.catch_warnings(), _quiet(), recurrent.whole_layers():
+                warnings.simplefilter("ignore")
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise _break(first) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import logging
+
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _auto(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], which: str) -> Any:
+    """Returns dynamic shapes that leave the choice to torch: of every dimension, or of the first ones."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            return None
+        return dict.fromkeys(range(leaf.ndim if which == "all" else 1), torch.export.Dim.AUTO)
+
+    return pytree.tree_map(of, dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+
+
+def _break(error: Exception) -> PortError:
+    """Returns the error that names the line of the user's code at which the graph breaks."""
+    import traceback
+
+    text = str(error)
+    places = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((_TORCH, _HERE)) and "/icenet" not in frame.filename:
+            places.append((frame.filename, frame.lineno or 0, frame.line or ""))
+    for match in _FRAME.finditer(text):  # the code of the user in a message of torch
+        if not match["file"].startswith((_TORCH, _HERE)) and match["file"].startswith("/"):
+            places.append((match["file"], int(match["line"]), ""))
+    kind = type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
+    first = re.sub(r"\s+", " ", first)[:300]
+    where = ""
+    if places:
+        file, line, code = places[-1]
+        code = code or linecache.getline(file, line).strip()
+        where = f"{file}:{line}: {code!r}: "
+    remedy = ""
+    if "data-dependent" in text.lower() or "GuardOnDataDependent" in kind:
+        first = "the control flow depends on the values of a tensor"
+        remedy = "; write it with torch.where, or compute the condition before the call"
+    elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
+        remedy = "; check the example inputs"
+    elif "Constraints violated" in text:
+        remedy = "; give `dynamic` only the dimensions that may change"
+    return PortError(f"{where}cannot be exported: {first}{remedy}")
+
+
+# ---- the calls of modules ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _marked(module: nn.Module) -> Iterator[None]:
+    """Surrounds each call of a module with `enter` and `exit` while the context is open."""
+    handles = []
+    for path, inner in module.named_modules():
+        signature = inspect.signature(inner.forward)
+
+        def before(called: nn.Module, args: Any, kwargs: Any, path: str = path, signature: Any = signature) -> None:
+            try:
+                given = dict(signature.bind(*args, **kwargs).arguments)
+            except TypeError:
+                return  # the call itself raises it
+            tensors: list[torch.Tensor] = []
+            info = json.dumps({"path": path, "values": _describe(given, tensors)})
+            torch.ops.icenet_port.enter(tensors, info)
+
+        def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
+            tensors: list[torch.Tensor] = []
+            info = json.dumps({"path": path, "values": _describe(result, tensors)})
+            torch.ops.icenet_port.exit(tensors, info)
+
+        handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(inner.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """Returns a JSON description of a value, whose tensors are appended to a list."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_describe(item, tensors) for item in value]
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _describe(item, tensors) for key, item in value.items()}}
+    return {"other": type(value).__name__}
+
+
+# ---- the record -------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads an exported program."""
+
+    def __init__(
+        self, module: nn.Module, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> None:
+        self.module, self.program, self.training = module, program, training
+        self.args, self.kwargs = args, kwargs
+        self.files = {path: _file_of(type(inner)) for path, inner in module.named_modules()}
+        self.stack: list[str] = []
+        self.storages: dict[int, int] = {}
+        self.nodes: list[Node] = []
+        self.count = 0
+        self.taken: set[str] = set()
+        self.results: dict[str, list[Any]] = {}
+        """The results of inlined regions by the name of their node."""
+
+    def read(self) -> Graph:
+        graph, signature = self.program.graph, self.program.graph_signature
+        tensors: dict[str, Any] = {}
+        aliases: dict[str, int] = {}
+        arrays: dict[str, Array] = {}
+        inputs: list[Any] = []
+        specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        trainable = {
+            path for path, value in self.module.named_parameters(remove_duplicate=False) if value.requires_grad
+        }
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                continue
+            value = node.meta.get("val")
+            tensors[node.name] = self.meta(value)
+            if isinstance(value, torch.Tensor):
+                aliases[node.name] = self.storage(value)
+            spec = specs.get(node.name)
+            kind = spec.kind.name if spec is not None else "USER_INPUT"
+            if kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
+                name = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[kind]
+                arrays[node.name] = Array(spec.target, tensors[node.name], name, spec.target in trainable)
+            elif kind == "USER_INPUT":
+                inputs.append(Ref(node.name))
+            # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
+        self.convert(graph, {})
+        output = next(node for node in graph.nodes if node.op == "output")
+        values = [
+            self.argument(item)
+            for item, spec in zip(output.args[0], signature.output_specs, strict=True)
+            if spec.kind.name == "USER_OUTPUT"
+        ]
+        output_tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        flat = iter(inputs)
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        input_tree = pytree.tree_unflatten([self.leaf(next(flat, None), leaf) for leaf in leaves], spec)
+        return Graph(
+            self.nodes,
+            [item for item in inputs if isinstance(tensors[item.name], Tensor)],
+            input_tree,
+            _plain(output_tree),
+            arrays,
+            {path: _module(path, inner) for path, inner in self.module.named_modules()},
+            _shared(self.module),
+            tensors,
+            aliases,
+            training=self.training,
+        )
+
+    @staticmethod
+    def leaf(ref: Any, leaf: Any) -> Any:
+        return ref if isinstance(leaf, torch.Tensor) else leaf
+
+    def convert(self, graph: Any, names: dict[str, Any], stopped: bool = False) -> None:
+        """Appends the nodes of a graph. `names` maps the placeholders of an inner graph to values of the outer one."""
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.call(node, names)
+
+    def call(self, node: Any, names: dict[str, Any]) -> None:
+        target = node.target
+        arguments = functools.partial(self.argument, names=names)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.higher(node, names)
+            return
+        if target is operator.getitem:
+            self.append(node, "item", {"self": arguments(node.args[0]), "index": node.args[1]}, names)
+            return
+        if isinstance(target, torch._ops.OpOverload):
+            namespace, _, rest = target.name().partition("::")
+            if namespace == "icenet_port" and rest in ("enter", "exit"):
+                self.marker(node, rest, arguments)
+                return
+            name = rest if namespace == "aten" else f"{namespace}::{rest}"
+            if name.partition(".")[0] in _DROPPED:
+                return
+            if name.startswith("sym_"):
+                args = {"self": arguments(node.args[0]), "dim": node.args[1] if len(node.args) > 1 else None}
+                self.append(node, f"sym.{name.partition('.')[0]}", args, names)
+                return
+            schema = target._schema
+            if namespace == "icenet_rnn":
+                name = rest
+            given: dict[str, Any] = {}
+            for index, item in enumerate(schema.arguments):
+                if index < len(node.args) and not item.kwarg_only:
+                    given[item.name] = arguments(node.args[index])
+                elif item.name in node.kwargs:
+                    given[item.name] = arguments(node.kwargs[item.name])
+                else:
+                    given[item.name] = arguments(item.default_value) if item.has_default_value() else None
+            mutates = next(
+                (item.name for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write),
+                None,
+            )
+            self.append(node, name, given, names, mutates)
+            return
+        args = {str(index): arguments(item) for index, item in enumerate(node.args)}
+        self.append(node, f"sym.{getattr(target, '__name__', target)}", args, names)
+
+    def append(
+        self, node: Any, op: str, args: dict[str, Any], names: dict[str, Any], mutates: str | None = None
+    ) -> None:
+        name = node.name
+        if names or name in self.taken:
+            name = self.fresh(node.name)
+            names[node.name] = Ref(name)
+        value = node.meta.get("val")
+        alias = self.storage(value) if isinstance(value, torch.Tensor) else None
+        self.nodes.append(Node(name, op, args, self.meta(value), self.place(node), mutates, alias))
+        self.taken.add(name)
+
+    def fresh(self, name: str) -> str:
+        self.count += 1
+        return f"{name}__{self.count}"
+
+    def higher(self, node: Any, names: dict[str, Any]) -> None:
+        """Inlines a region without gradients or with a cast policy."""
+        kind = node.target.name()
+        graph_arg = next(
+            (index for index, item in enumerate(node.args) if getattr(item, "op", "") == "get_attr"), None
+        )
+        if "wrap_with" not in kind or graph_arg is None:
+            raise PortError(
+                f"{self.place(node) or node.name}: {kind}: control flow within the graph cannot be ported"
+            )
+        inner = getattr(node.graph.owning_module, node.args[graph_arg].target)
+        given = node.args[graph_arg + 1 :]
+        outer = {
+            item.name: self.argument(value, names)
+            for item, value in zip((n for n in inner.graph.nodes if n.op == "placeholder"), given, strict=False)
+        }
+        stop = kind == "wrap_with_set_grad_enabled" and node.args[0] is False
+        inner_names = {**outer, "": None}
+        self.convert(inner.graph, inner_names)
+        output = next(item for item in inner.graph.nodes if item.op == "output")
+        results = self.argument(output.args[0], inner_names)
+        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        if stop:
+            stopped = []
+            for result in results:
+                out = self.out_of(result)
+                if isinstance(result, Ref) and isinstance(out, Tensor) and (out.is_floating or out.is_complex):
+                    name = self.fresh("stopped")
+                    self.nodes.append(Node(name, "detach", {"self": result}, out, None, None, None))
+                    result = Ref(name)
+                stopped.append(result)
+            results = stopped
+        self.results[node.name] = results
+
+    def out_of(self, value: Any) -> Any:
+        return next(
+            (item.out for item in reversed(self.nodes) if isinstance(value, Ref) and item.name == value.name), None
+        )
+
+    def marker(self, node: Any, op: str, arguments: Any) -> None:
+        info = json.loads(node.args[1])
+        values = [arguments(item) for item in node.args[0]]
+        place = self.place(node) if op == "enter" else None
+        if op == "enter":
+            self.stack.append(info["path"])
+        elif self.stack:
+            self.stack.pop()
+        self.nodes.append(
+            Node(node.name, op, {"path": info["path"], "values": _restore(info["values"], values)}, None, place)
+        )
+
+    def argument(self, value: Any, names: Mapping[str, Any] | None = None) -> Any:
+        if isinstance(value, torch.fx.Node):
+            if (
+                value.op == "call_function"
+                and value.target is operator.getitem
+                and value.args[0].name in self.results
+            ):
+                return self.results[value.args[0].name][value.args[1]]
+            return (names or {}).get(value.name, Ref(value.name))
+        if isinstance(value, torch.dtype):
+            return Dtype(str(value).removeprefix("torch."))
+        if isinstance(value, (list, tuple)):
+            return [self.argument(item, names) for item in value]
+        if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
+            return str(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return str(value)
+        if hasattr(value, "name") and type(value).__name__ in ("SymIntArgument", "TensorArgument"):
+            return Ref(value.name)
+        return value
+
+    def meta(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shape = tuple(size if type(size) is int else str(size.node.expr) for size in value.shape)
+            shape = tuple(int(size) if isinstance(size, str) and size.isdigit() else size for size in shape)
+            return Tensor(shape, str(value.dtype).removeprefix("torch."))
+        if isinstance(value, (tuple, list)):
+            return [self.meta(item) for item in value]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return str(value.node.expr)
+        return None if value is None else str(value)
+
+    def storage(self, value: torch.Tensor) -> int | None:
+        try:
+            return self.storages.setdefault(value.untyped_storage()._cdata, len(self.storages))
+        except (RuntimeError, NotImplementedError):
+            return None
+
+    def place(self, node: Any) -> Place | None:
+        """Returns the innermost statement of the user's code, or of the module's own file."""
+        own = self.files.get(self.stack[-1] if self.stack else "")
+        found = None
+        for match in _FRAME.finditer(node.meta.get("stack_trace") or ""):
+            file = match["file"]
+            if file.startswith(_HERE) or "/icenet_torch/" in file:
+                continue
+            if not file.startswith(_TORCH) or file == own:
+                found = (file, int(match["line"]))
+        return _statement(*found) if found else None
+
+
+def _file_of(kind: type) -> str:
+    try:
+        return inspect.getsourcefile(kind) or ""
+    except TypeError:
+        return ""
+
+
+def _restore(value: Any, tensors: Sequence[Any]) -> Any:
+    """The inverse of `_describe`, with references in the place of tensors."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "dict" in value:
+            return {key: _restore(item, tensors) for key, item in value["dict"].items()}
+        return value
+    if isinstance(value, list):
+        return [_restore(item, tensors) for item in value]
+    return value
+
+
+def _plain(tree: Any) -> Any:
+    """Returns an output with dicts in the place of data classes such as those of transformers."""
+    if isinstance(tree, (Ref, str, int, float, type(None))):
+        return tree
+    if isinstance(tree, Mapping):
+        return {key: _plain(item) for key, item in tree.items() if item is not None}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return {name: _plain(getattr(tree, name)) for name in tree._fields}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_plain(item) for item in tree) if type(tree) in (list, tuple) else [*map(_plain, tree)]
+    leaves, _ = pytree.tree_flatten(tree)
+    return [_plain(item) for item in leaves] if leaves and leaves[0] is not tree else tree
+
+
+@functools.cache
+def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...]]]:
+    """Returns the first line and the targets of the innermost statement at each line of a file."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return {}
+    found: dict[int, tuple[int, tuple[str, ...]]] = {}
+    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
+    for statement in ast.walk(tree):
+        if isinstance(statement, simple):
+            targets: tuple[str, ...] = ()
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                targets = _targets(statement.targets[0])
+            elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+                targets = _targets(statement.target)
+            for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
+                found[line] = (statement.lineno, targets)
+    return found
+
+
+def _targets(node: ast.expr) -> tuple[str, ...]:
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        inner = [_targets(item) for item in node.elts]
+        return tuple(item[0] if len(item) == 1 else "_" for item in inner)
+    if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
+        return _targets(node.value) if not isinstance(node, ast.Attribute) else (node.attr,)
+    return ()
+
+
+def _statement(file: str, line: int) -> Place:
+    first, targets = _statements(file).get(line, (line, ()))
+    return Place(file, first, linecache.getline(file, first).strip(), targets)
+
+
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def _module(path: str, module: nn.Module) -> Module:
+    settings = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training":
+            continue
+        if isinstance(value, _SIMPLE) or (
+            isinstance(value, (tuple, list)) and all(isinstance(item, _SIMPLE) for item in value)
+        ):
+            settings[name] = tuple(value) if isinstance(value, list) else value
+    for name in ("weight", "bias"):
+        if name in module._parameters:
+            settings[f"has_{name}"] = module._parameters[name] is not None
+    settings["is_plain_call"] = type(module).forward is getattr(_base(type(module)), "forward", None)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    base = _base(type(module))
+    if base is not type(module) and settings["is_plain_call"] and base is not None:
+        kind = f"{base.__module__}.{base.__qualname__}"  # a subclass that computes what its base does
+    children = [name for name, child in module._modules.items() if child is not None]
+    try:
+        arguments = [
+            name
+            for name, item in inspect.signature(module.forward).parameters.items()
+            if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+        ]
+    except (TypeError, ValueError):
+        arguments = []
+    return Module(path, kind, settings, children, arguments)
+
+
+def _base(kind: type) -> type | None:
+    """Returns the class of torch.nn from which a class is derived."""
+    return next(
+        (base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module),
+        None,
+    )
+
+
+def _shared(module: nn.Module) -> dict[str, str]:
+    owners: dict[int, str] = {}
+    shared = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for path, value in named:
+        owner = owners.setdefault(id(value), path)
+        if owner != path:
+            shared[path] = owner
+    return shared
+
+
+def arrays(module: nn.Module, program: Any) -> dict[str, torch.Tensor]:
+    """Returns parameters, buffers and constants by path."""
+    found = {path: value.detach() for path, value in module.named_parameters(remove_duplicate=False)}
+    found.update({path: value.detach() for path, value in module.named_buffers(remove_duplicate=False)})
+    found.update(
+        {path: value.detach() for path, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    )
+    return found
+
+
+def check_module(module: Any) -> None:
+    """Raises UsageError if an object is not a torch module."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"icenet.port takes a torch.nn.Module, not a {type(module).__name__}")
