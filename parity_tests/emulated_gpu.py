@@ -25,6 +25,7 @@ from icenet.nn.arrays import from_numpy, to_numpy
 
 COMPILER = shutil.which("g++")
 C_TYPES = {"float32": "float", "float16": "_Float16", "bfloat16": "bfloat16", "bool": "bool", "uint32": "unsigned"}
+C_TYPES |= {"int32": "int", "uint8": "unsigned char"}
 
 _MACHINE = r"""
 #include <cmath>

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
-from icenet.nn import exact
+from icenet.nn import exact, training_kernels
 from icenet.nn.arrays import Array, is_half, on_cpu
 
 
@@ -70,6 +70,13 @@ class BatchNorm2d(nn.BatchNorm):
         super().__init__(channels)
 
     def __call__(self, x: Array) -> Array:
+        if self.training and training_kernels.has_kernels() and self.weight.dtype == mx.float32:
+            check_batch_norm(x.size // x.shape[-1])
+            statistics = self.running_mean, self.running_var
+            y, self.running_mean, self.running_var = training_kernels.batch_norm(
+                x, self.weight, self.bias, *statistics, self.eps, self.momentum
+            )
+            return y
         y = x.astype(mx.float32 if is_half(self.weight) else self.weight.dtype)
         if not self.training:
             weight, bias, mean, var = (
