@@ -74,7 +74,7 @@ def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any
     _check_mlx("from_torch", "second", mlx_module, torch_module)
     values, torch = _torch_weights(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), torch, rename)
-    pairing.check("from_torch")
+    _check_pairing("from_torch", pairing, torch_module, mlx_module)
     tree = _tree(mlx_module)
     shared = shared_arrays(mlx_module)
     complete = sharing.complete(pairing.to_mlx(values), shared)
@@ -99,7 +99,7 @@ def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
     pairing = Pairing(mlx_weights(mlx_module), _module_weights(torch_module, shared), rename)
     if pairing.removed:
         pairing.problems.append(f"there is no place in the PyTorch module for: {', '.join(pairing.removed)}")
-    pairing.check("to_torch")
+    _check_pairing("to_torch", pairing, torch_module, mlx_module)
     complete = sharing.complete(pairing.to_torch(get_weights(mlx_module)), shared)
     _check_dtypes(
         "to_torch", {name: str(array.dtype) for name, array, _ in tree.named_arrays(torch_module)}, complete
@@ -237,6 +237,19 @@ def _check_has_values(function: str, module: Any) -> None:
     sharded = [name for name, array, _ in tree.named_arrays(module) if hasattr(array, "to_local")]
     if sharded:
         raise UsageError(f"{function}: {sharded[0]} is sharded among processes; gather the weights first")
+
+
+def _check_pairing(function: str, pairing: Pairing, *twins: Any) -> None:
+    if pairing.problems:
+        for module in twins:
+            paths = _tree(module).unregistered(module) if _backend(module) else []
+            if paths:
+                framework = {"mlx": "MLX", "torch": "PyTorch"}[backends.backend_of(module)]
+                containers = "lists" if framework == "MLX" else "torch.nn.ModuleList and ModuleDict"
+                pairing.problems.append(
+                    f"{framework} does not see the layers in {', '.join(paths)}: use {containers}"
+                )
+    pairing.check(function)
 
 
 def _check_dtypes(function: str, expected: Mapping[str, str], values: Mapping[str, np.ndarray]) -> None:

@@ -121,8 +121,16 @@ def check_dtypes(expected: Mapping[str, str], values: Mapping[str, Array]) -> No
             given, own = str(spec_of(values, name).dtype), dtype.rpartition(".")[2]
             if _rank(given) > max(_rank(own), 1):
                 raise WeightsError(f"{name}: is {given}, and the model's array is {own}; cast it first")
+            if {_rank(given), _rank(own)} == {1} and not np.can_cast(given, own):
+                _check_integers(name, values[name], own)
             if {given, own} <= set(_RANGES) and _RANGES.index(given) > _RANGES.index(own):
                 _check_range(name, values[name], own)
+
+
+def _check_integers(name: str, array: Array, dtype: str) -> None:
+    if array.size and not np.array_equal(array, array.astype(dtype)):
+        raise WeightsError(f"{name}: values from {array.min()} to {array.max()} do not fit into the model's {dtype}")
+    release(array)
 
 
 def _check_range(name: str, array: Array, dtype: str) -> None:

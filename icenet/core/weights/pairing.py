@@ -103,6 +103,7 @@ class Pairing:
         self._paths = _Paths(mlx)
         self._layers = self._find_layers()
         self._places = self._find_places()
+        self._is_renamed = rename is not None
         self._renamed = apply_rename(rename, torch.shapes)
         self._hits: dict[_Place, str] = {}
         self.problems: list[str] = []
@@ -161,7 +162,7 @@ class Pairing:
         for kind, paths in blocked.items():
             names = [path or "the module itself" for path in paths]
             self._say(f"{kind} layers of MLX have no counterpart ({NOT_CONVERTED[kind]})", names)
-        if unknown and (hint := self._hint(unknown)):
+        if hint := self._hint(unknown, missing):
             self.problems.append(hint)
 
     def _is_counter(self, name: str) -> bool:
@@ -211,7 +212,8 @@ class Pairing:
             ]
             is_used = any(_Place(layer, name) in self._hits for name in layer.theirs)
             is_direct = any(_Place(None, path) in self._hits for path in paths)
-            if is_used or not is_direct:
+            is_shared = all(self._mlx.shared.get(path, path) in covered for path in paths if path in self._mlx.shapes)
+            if is_used or not (is_direct or is_shared):
                 missing += [_join(self._paths.torch(layer.path), name) for name in needed]
                 in_layers |= paths
         needed_paths = [path for path in self._shapes if path not in self._addable or path in self.added]
@@ -302,13 +304,21 @@ class Pairing:
             texts[index] += f" (nearest is {near[0]})" if near else ""
         return texts
 
-    def _hint(self, unknown: Sequence[str]) -> str:
+    def _hint(self, unknown: Sequence[str], missing: Sequence[str]) -> str:
+        """Returns the way out for names that do not fit; empty if there is none to name."""
+        if not unknown:
+            direct = [
+                path
+                for path in missing
+                if path in self._mlx.shapes and self._mlx.kinds.get(layout.split(path)[0]) == "plain"
+            ]
+            return "MLX takes no array whose name begins with _ for a weight" if direct else ""
         in_layers = {
             path for layer in self._layers for name in layer.theirs for path in self._covered(_Place(layer, name))
         }
         expected = {self._paths.torch(path) for path in self._mlx.shapes if path not in in_layers}
         expected |= {_join(self._paths.torch(layer.path), name) for layer in self._layers for name in layer.theirs}
-        if found := prefixes.suggest_prefixes(self._torch.shapes, expected):
+        if not self._is_renamed and (found := prefixes.suggest_prefixes(self._torch.shapes, expected)):
             value = found[0] if len(found) == 1 else found
             call = f"icenet.core.weights.strip_prefix(state_dict, {value!r})"
             by_rename = len(found) == 1 and not found[0].startswith("_")

@@ -18,6 +18,7 @@ from icenet.core import weights
 from icenet.core.errors import IceNetError, UsageError, WeightsError
 from icenet.core.models import modules
 from icenet.core.weights import layout
+from icenet.core.weights.rename import apply_rename
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("mlx")
@@ -29,6 +30,8 @@ inn: Any = importlib.import_module("icenet.nn")
 tree: Any = importlib.import_module("icenet.nn.tree")
 arrays: Any = importlib.import_module("icenet.nn.arrays")
 tnn: Any = torch.nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 
 
 class Net(mnn.Module):  # type: ignore[misc]
@@ -290,7 +293,7 @@ def mlx_results(net: Any, case: Case, inputs: list[np.ndarray]) -> tuple[np.ndar
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_gradients_and_the_way_back(name: str) -> None:
+def test_outputs_and_gradients(name: str) -> None:
     case, (ours, theirs, inputs) = CASES[name], pair_of(name)
     assert icenet.from_torch(theirs, ours) is ours
     exact, exact_gradients = torch_results(theirs, case, inputs, torch.float64)
@@ -455,6 +458,33 @@ def test_a_network_with_other_names(rename: Any, as_state_dict: bool) -> None:
     icenet.to_torch(ours, back, rename)
     assert torch.equal(back.mask, mask) and back.lm_head.weight is back.wte.weight
     assert all(torch.equal(back.state_dict()[n], value) for n, value in theirs.state_dict().items() if n != "mask")
+
+
+def test_the_most_specific_entry_of_a_mapping_applies() -> None:
+    names = [
+        "h.0.attn.weight",
+        "h.0.attn.bias",
+        "h.1.attn.weight",
+        "head.weight",
+        "x.weight_ih_l0",
+        "x.weight_ih_l0_reverse",
+    ]
+    mapping = {
+        "h.*.attn": "blocks.*.attention",
+        "h.0.attn.bias": "first",
+        "h.1": None,
+        "": "net",
+        "x.*_l0": "forward.*",
+    }
+    for entries in (mapping, dict(reversed(mapping.items()))):
+        assert list(apply_rename(entries, names).values()) == [
+            *("blocks.0.attention.weight", "first", "blocks.1.attention.weight"),
+            *("net.head.weight", "forward.weight_ih", "net.x.weight_ih_l0_reverse"),
+        ]
+    assert apply_rename({"module.": ""}, ["module.a.b", "modules.c"]) == {
+        "module.a.b": "a.b",
+        "modules.c": "modules.c",
+    }
 
 
 def test_names_of_mlx_in_a_mapping() -> None:
@@ -777,6 +807,55 @@ def test_an_optimizer_keeps_its_parameters() -> None:
     theirs.layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert torch.equal(parameter, torch.tensor(np.array(ours.layer.weight)) - 1)
+
+
+def test_integers_keep_their_values() -> None:
+    theirs, ours = tnn.Module(), mnn.Module()
+    theirs.register_buffer("table", torch.tensor([1, 2**40]))
+    ours.table = mx.zeros((2,), mx.int32)
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "table", "1099511627776", "int32")
+    theirs.table[1] = -7
+    icenet.from_torch(theirs, ours)
+    assert ours.table.tolist() == [1, -7]
+    ours.table = mx.zeros((2,), mx.uint32)
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "table", "-7", "uint32")
+
+
+def test_layers_that_a_framework_does_not_see() -> None:
+    theirs, ours = tnn.Module(), mnn.Module()
+    ours.blocks = (mnn.Linear(2, 2),)
+    theirs.blocks = tnn.ModuleList([tnn.Linear(2, 2)])
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "blocks.0.weight", "MLX does not see", "lists")
+    ours.blocks, theirs.blocks = list(ours.blocks), None
+    theirs.__dict__["blocks"] = [tnn.Linear(2, 2)]
+    with pytest.raises(WeightsError) as raised:
+        icenet.to_torch(ours, theirs)
+    assert is_one_line(raised.value, "blocks.0.weight", "PyTorch does not see", "ModuleList")
+
+
+def test_an_attention_that_is_used_twice() -> None:
+    ours, theirs = mnn.Module(), tnn.Module()
+    ours.a, theirs.a = mnn.MultiHeadAttention(8, 2, bias=True), tnn.MultiheadAttention(8, 2)
+    ours.b, theirs.b = ours.a, theirs.a
+    for source in (randomize(theirs), {n: t for n, t in theirs.state_dict().items() if n[0] == "b"}):
+        icenet.from_torch(source, ours)
+        assert np.array_equal(np.array(ours.b.value_proj.weight), theirs.a.in_proj_weight[16:].detach())
+    icenet.to_torch(ours, theirs)
+    assert theirs.a is theirs.b
+
+
+def test_an_array_that_is_no_weight() -> None:
+    ours = Net(mnn.Linear(2, 3))
+    ours.angles = mx.zeros((3,))
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(TorchNet(tnn.Linear(2, 3)), ours)
+    assert is_one_line(raised.value, "angles", "begins with _")
 
 
 def test_copies_between_modules_of_one_framework() -> None:
