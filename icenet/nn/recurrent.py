@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -167,27 +167,17 @@ class RNN(Recurrent):
 # h and c `[B, H]` are the state before the first step; mask is bool `[T, B, 1]` or None.
 
 
-class Fused(NamedTuple):
-    """Kernels that compute a loop over time.
-
-    Args:
-        forward: Returns the results, and with `record=True` also the records, each joined over the steps.
-        backward: As that of the loop.
-    """
-
-    forward: Callable[..., Arrays]
-    backward: Callable[..., Arrays]
-
-
-def with_gradient(forward: Callable[..., Any], backward: Callable[..., Arrays], fused: Fused) -> Callable[..., Any]:
+def with_gradient(
+    forward: Callable[..., Any], backward: Callable[..., Arrays], fused: kernels.Fused
+) -> Callable[..., Any]:
     """Combines a loop over time and its gradient into one differentiable function, called with `training=`.
 
     `forward(*inputs)` returns results and records. Records are lists with one array per step that
     `backward(inputs, cotangents, (*results, *records))` needs. They are kept in training only, because this costs up
     to a quarter of the time. A gradient in evaluation mode runs the forward pass again. The last input is the mask.
 
-    `fused` computes the same with kernels, where `kernels.are_used` chooses them. Gradients of gradients are always those
-    of the loops.
+    `fused` computes the same with kernels, where `kernels.are_used` chooses them. Gradients of gradients are always
+    those of the loops.
     """
 
     def keep(*inputs: Any) -> Arrays:
@@ -211,10 +201,10 @@ def with_gradient(forward: Callable[..., Any], backward: Callable[..., Arrays], 
         return (*found[:count], mask), (*found[count:],), tuple(mx.zeros_like(array) for array in outputs)
 
     def pair(keep: Any, drop: Any, backward: Any) -> tuple[Any, Any]:
-        @mx.custom_function
-        def gradient(inputs: Arrays, given: Arrays, outputs: Arrays) -> Arrays:
-            return tuple(backward(inputs, given, outputs)[:-1])
+        def floats(inputs: Arrays, given: Arrays, outputs: Arrays) -> Arrays:
+            return tuple(backward(inputs, given, outputs)[:-1])  # without the mask
 
+        gradient: Any = mx.custom_function(floats)
         gradient.vjp(second)
         kept, dropped = mx.custom_function(keep), mx.custom_function(drop)
         kept.vjp(lambda inputs, given, outputs: (*gradient(inputs, given, outputs), inputs[-1]))
@@ -292,7 +282,7 @@ def lstm_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> 
     return d_gates, d_weight, dh, found["carried_c"], mask
 
 
-lstm_scan = with_gradient(lstm_forward, lstm_backward, Fused(lstm_fused, lstm_fused_backward))
+lstm_scan = with_gradient(lstm_forward, lstm_backward, kernels.Fused(lstm_fused, lstm_fused_backward))
 
 
 def gru_forward(
@@ -357,7 +347,7 @@ def gru_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> A
     return found["d_projected"], d_weight, d_bias, dh, mask
 
 
-gru_scan = with_gradient(gru_forward, gru_backward, Fused(gru_fused, gru_fused_backward))
+gru_scan = with_gradient(gru_forward, gru_backward, kernels.Fused(gru_fused, gru_fused_backward))
 
 
 def rnn_forward(
@@ -406,12 +396,12 @@ def rnn_fused_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: 
 tanh_scan = with_gradient(
     partial(rnn_forward, mx.tanh),
     partial(rnn_backward, lambda h: 1 - h * h),
-    Fused(partial(rnn_fused, False), partial(rnn_fused_backward, False)),
+    kernels.Fused(partial(rnn_fused, False), partial(rnn_fused_backward, False)),
 )
 relu_scan = with_gradient(
     partial(rnn_forward, nn.relu),
     partial(rnn_backward, lambda h: (h > 0).astype(h.dtype)),
-    Fused(partial(rnn_fused, True), partial(rnn_fused_backward, True)),
+    kernels.Fused(partial(rnn_fused, True), partial(rnn_fused_backward, True)),
 )
 
 

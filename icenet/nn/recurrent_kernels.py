@@ -19,10 +19,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -426,11 +427,13 @@ class Limits:
         shared_memory: Bytes of shared memory for weights, of each block; 0 to read the weights from the device's
             memory at each step.
         rows: Largest number of rows of the batch of a warp: its sums, eight per row, must fit in registers.
+        vector: Largest number of values that a thread loads at once.
     """
 
     multiprocessors: int
     shared_memory: int
     rows: int = 16
+    vector: int = 4
 
 
 @dataclass(frozen=True)
@@ -455,11 +458,17 @@ class Tiles:
 
 @lru_cache(maxsize=256)
 def choose_tiles(gates: int, hidden: int, terms: int, batch: int, item_size: int, limits: Limits) -> Tiles:
-    """Returns the division with the shortest step, by an estimate in clock cycles of a multiprocessor.
+    """Returns the division with the shortest step by the estimate of `divisions`, with the same arguments."""
+    return min(divisions(gates, hidden, terms, batch, item_size, limits), key=lambda found: found[0])[1]
+
+
+def divisions(
+    gates: int, hidden: int, terms: int, batch: int, item_size: int, limits: Limits
+) -> list[tuple[float, Tiles]]:
+    """Returns all divisions, each with an estimate of the time of a step, in clock cycles.
 
     A multiprocessor multiplies 128 pairs of numbers per cycle and reads 128 bytes from shared memory or its cache.
-    From the second-level cache it reads about 48 bytes, and the waits grow with the number
-    of blocks.
+    From the second-level cache it reads about 48 bytes, and the waits grow with the number of blocks.
 
     Args:
         gates: Rows of the weights per unit: G in the forward pass, 1 in the backward pass.
@@ -471,7 +480,7 @@ def choose_tiles(gates: int, hidden: int, terms: int, batch: int, item_size: int
     """
     units = 2 if gates > 1 else 8  # of a warp
     rows = gates * units
-    vector = next(size for size in (4, 2, 1) if hidden % size == 0) if limits.shared_memory else 1
+    vector = next(size for size in (4, 2, 1) if hidden % size == 0 and size <= limits.vector)
     span = LANES * vector  # terms that a warp reads at once
     candidates: list[tuple[float, Tiles]] = []
     for m, (wb, wu) in itertools.product(
@@ -495,7 +504,7 @@ def choose_tiles(gates: int, hidden: int, terms: int, batch: int, item_size: int
         reduce = 4 * m * rows * WARPS / 4
         cycles = -(-tiles // parts) * groups * (max(multiply, read) + first_read + reduce + 500) + 4 * unit_blocks
         candidates.append((cycles, Tiles(m, units, wb, wu, splits, groups, vector, kept, unit_blocks, parts)))
-    return min(candidates, key=lambda candidate: candidate[0])[1]
+    return candidates
 
 
 def _device_attribute(attribute: int, index: int) -> int:
@@ -521,7 +530,7 @@ def on_metal() -> bool:
 def device_limits(index: int = 0) -> Limits | None:
     """Returns what a kernel may use on a GPU, or None where there are no kernels."""
     if on_metal():
-        return Limits(multiprocessors=64, shared_memory=0, rows=8)
+        return Limits(multiprocessors=64, shared_memory=0, rows=8, vector=1)
     try:
         multiprocessors = _device_attribute(16, index)  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
         shared_memory = _device_attribute(97, index)  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -532,6 +541,18 @@ def device_limits(index: int = 0) -> Limits | None:
 
 _BYTES_OF_SUMS = 8 * 1024
 """Shared memory that a kernel needs in addition to the weights, with a margin."""
+
+
+class Fused(NamedTuple):
+    """Kernels that compute a loop over time.
+
+    Args:
+        forward: Returns the results, and with `record=True` also the records, each joined over the steps.
+        backward: As that of the loop.
+    """
+
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., tuple[Any, ...]]
 
 
 def are_used(projected: Array, weight: Array) -> bool:

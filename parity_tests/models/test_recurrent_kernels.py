@@ -1,4 +1,4 @@
-"""The kernels of MLX's recurrent layers: emulated on the CPU against PyTorch in float64, and on a GPU against loops."""
+"""The kernels of MLX's recurrent layers against PyTorch in float64: emulated on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def run(layer: Any, framework: str, given: tuple[Any, list[Any], Any, Any], dtyp
 
 
 def check(kind: str, size: tuple[int, int, int], padded: bool = False, dtype: str = "float32") -> None:
-    """Compares a layer with PyTorch's in float64 by the yardstick: the error of PyTorch's in the dtype is the noise."""
+    """Compares a layer with PyTorch's in float64 by the yardstick."""
     steps, batch, hidden = size
     options = {"activation": "relu"} if kind == "relu" else {}
     layer = KINDS[kind](INPUTS, hidden, **options)
@@ -160,7 +160,7 @@ SMALL = Limits(multiprocessors=3, shared_memory=3000)
     ("kind", "size", "limits", "options"),
     [
         ("lstm", (3, 5, 9), Limits(4, 100_000), {}),
-        pytest.param("gru", (3, 3, 12), SMALL, {"metal": True, "padded": True}, marks=pytest.mark.slow),
+        pytest.param("gru", (3, 3, 12), Limits(3, 0, 16, 1), {"metal": True, "padded": True}, marks=pytest.mark.slow),
         *(
             pytest.param(kind, size, limits, options, marks=pytest.mark.slow)
             for kind in KINDS
@@ -169,8 +169,8 @@ SMALL = Limits(multiprocessors=3, shared_memory=3000)
                 ((3, 18, 24), SMALL, {"reversed_order": True}),
                 ((4, 7, 13), Limits(8, 100_000), {"padded": True, "dtype": "bfloat16"}),
                 ((1, 3, 10), Limits(8, 100_000), {"dtype": "float16"}),
-                ((3, 9, 14), Limits(16, 0, 8), {"metal": True, "padded": True}),
-                ((2, 1, 8), Limits(16, 0, 8), {"metal": True, "dtype": "float16"}),
+                ((3, 9, 14), Limits(16, 0, 8, 1), {"metal": True, "padded": True}),
+                ((2, 1, 8), Limits(16, 0, 8, 1), {"metal": True, "dtype": "float16"}),
             ]
         ),
     ],
