@@ -201,7 +201,10 @@ class _Reader:
     ) -> None:
         self.module, self.program, self.training = module, program, training
         self.args, self.kwargs = args, kwargs
-        self.files = {path: _file_of(type(inner)) for path, inner in module.named_modules()}
+        self.files = {
+            path: "" if isinstance(inner, (nn.Sequential, nn.ModuleList)) else _file_of(type(inner))
+            for path, inner in module.named_modules()
+        }
         self.stack: list[str] = []
         self.storages: dict[int, int] = {}
         self.nodes: list[Node] = []
@@ -216,6 +219,7 @@ class _Reader:
         aliases: dict[str, int] = {}
         arrays: dict[str, Array] = {}
         inputs: list[Any] = []
+        shared = _shared(self.module)
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
         trainable = {
             path for path, value in self.module.named_parameters(remove_duplicate=False) if value.requires_grad
@@ -231,7 +235,11 @@ class _Reader:
             kind = spec.kind.name if spec is not None else "USER_INPUT"
             if kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 name = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[kind]
-                arrays[node.name] = Array(spec.target, tensors[node.name], name, spec.target in trainable)
+                path = shared.get(spec.target, spec.target)
+                constant = self.program.constants.get(spec.target) if name == "constant" else None
+                small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
+                number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
+                arrays[node.name] = Array(path, tensors[node.name], name, spec.target in trainable, number)
             elif kind == "USER_INPUT":
                 inputs.append(Ref(node.name))
             # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
@@ -253,7 +261,7 @@ class _Reader:
             _plain(output_tree),
             arrays,
             {path: _module(path, inner) for path, inner in self.module.named_modules()},
-            _shared(self.module),
+            shared,
             tensors,
             aliases,
             training=self.training,

@@ -46,7 +46,7 @@ class Plan:
             for array in graph.arrays.values() if graph is not None else ():
                 owner, _, leaf = array.path.rpartition(".")
                 layer = self.layers.get(owner)
-                if layer is not None and leaf in layer.left_out:
+                if (layer is not None and leaf in layer.left_out) or array.value is not None:
                     continue
                 paths[array.path] = array.path.replace(".", "_") if array.kind == "constant" else array.path
         return paths

@@ -84,7 +84,7 @@ def collapse_layers(
     foreign = {path.rpartition(".")[0] for path in graph.shared}
     for path, module in graph.modules.items():
         layer = layer_of(module)
-        if layer is not None and path not in foreign and (only is None or path in only):
+        if layer is not None and path and path not in foreign and (only is None or path in only):
             if allowed is not None and path not in allowed:
                 continue
             candidates[path] = layer

@@ -36,6 +36,7 @@ class _Functional:
         """The value that a view shows, the node that makes it, and the version of that value."""
         self.count: dict[str, int] = {}
         self.place: Any = None
+        self.scatters: dict[str, Node] = {}
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
@@ -44,9 +45,15 @@ class _Functional:
                 self.mutate_by(node)
                 continue
             new = replace(node, args=self.read_all(node.args))
-            self.out.append(new)
+            written = self.just_written(node, new)
+            if written is None:
+                self.out.append(new)
+            else:
+                self.current[node.name] = written
             source = node.args.get("self", node.args.get("input", node.args.get("tensor")))
             self.update_statistics(node, new)
+            if is_whole(node, self.tensors):
+                node = replace(node, op="alias", args={"self": source})
             if node.base in VIEWS and isinstance(source, Ref) and self.shares(node, source.name):
                 self.view_of[node.name] = (source.name, node, self.version.get(source.name, 0))
         outputs = self.read_all(self.graph.output_tree)
@@ -56,6 +63,16 @@ class _Functional:
             if final != name:
                 updates[array.path] = Ref(final)
         return replace(self.graph, nodes=self.out, output_tree=outputs, updates=updates)
+
+    def just_written(self, node: Node, new: Node) -> str | None:
+        """Returns the values that were written into an array at the place of the view that is read now."""
+        source = new.args.get("self")
+        if not isinstance(source, Ref) or source.name not in self.scatters:
+            return None
+        scatter = self.scatters[source.name]
+        if scatter.args["view"] != new.op or scatter.args["args"] != {k: v for k, v in new.args.items() if k != "self"}:
+            return None
+        return scatter.args["src"].name
 
     def update_statistics(self, node: Node, new: Node) -> None:
         """The running statistics that a batch norm changes, which its signature does not say."""
@@ -175,9 +192,21 @@ class _Functional:
                 self.tensors[parent],
                 parent,
             )
+        if self.out and self.out[-1].name == written and self.out[-1].op == "scatter_view":
+            self.scatters[written] = self.out[-1]
         self.tensors[written] = self.tensors[parent]
         self.mutate(parent, written)
         self.view_of[name] = (parent, node, self.version[parent])
+
+
+def is_whole(node: Node, tensors: dict[str, Any]) -> bool:
+    """Returns whether a slice is all of its source."""
+    if node.base != "slice":
+        return False
+    end = node.args.get("end")
+    return node.args.get("start") in (None, 0) and node.args.get("step") in (None, 1) and (
+        end is None or (isinstance(end, int) and end > 2**40)
+    )
 
 
 def used_values(graph: Graph) -> set[str]:

@@ -113,6 +113,8 @@ class Array:
     kind: str
     """parameter, buffer or constant."""
     is_trainable: bool = True
+    value: Any = None
+    """The value of a small constant: a number, or a list."""
 
 
 @dataclass

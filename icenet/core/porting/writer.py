@@ -6,13 +6,13 @@ import keyword
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from icenet.core.errors import PortError
 from icenet.core.porting import helpers
 from icenet.core.porting.calls import Call, Item, tree
-from icenet.core.porting.layers import NAMES, Layer
+from icenet.core.porting.layers import DEFAULTS, NAMES, Layer
 from icenet.core.porting.record import Array, Graph, Module, Node, Ref, Tensor, refs
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation, atom, mlx_dtype
@@ -148,7 +148,9 @@ class Frame:
         """The value that each variable holds."""
         self.last_use: dict[str, int] = {}
         self.position = 0
-        self.taken: set[str] = set()
+        self.sizes: dict[str, str] = {}
+        self.unpacked: set[str] = set()
+        self.scope: set[str] = set()
 
     # ---- which values
 
@@ -181,17 +183,20 @@ class Frame:
             self.last_use[name] = len(self.items)
         self.uses = Counter(name for item in self.items for name in self.used_by(item))
         self.uses.update(outputs)
-        self.uses.update(final)
+        self.uses.update(final.keys())
         self.consumer: dict[str, int] = {}
+        self.users: dict[str, list[Item]] = {}
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.consumer[name] = index
+                self.users.setdefault(name, []).append(item)
         signature = []
         for hint, name in parameters:
             variable = self.variable(hint, name)
             self.text[name] = variable
             signature.append(variable)
         self.scope = {name for _, name in parameters}
+        self.open_sizes(parameters)
         for index, item in enumerate(self.items):
             self.position = index
             if isinstance(item, Node):
@@ -211,6 +216,37 @@ class Frame:
         for line in lines:
             line.code = _RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
+
+    def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
+        """Names the open sizes of the arguments that are used more than once."""
+        used = Counter(
+            str(self.graph.size(name)) for item in self.items if isinstance(item, Node) for name in refs(item.args)
+            if self.graph.size(name) is not None and item.base != "sym.sym_size"
+        )
+        for _, value in parameters:
+            tensor = self.graph.tensors.get(value)
+            if not isinstance(tensor, Tensor):
+                continue
+            found = {
+                axis: str(size) for axis, size in enumerate(tensor.shape)
+                if isinstance(size, str) and size in self.writer.symbols and used[size] > 1 and size not in self.sizes
+            }
+            if not found:
+                continue
+            names = []
+            for axis in range(max(tensor.ndim, 1)):
+                name = self.writer.symbols[found[axis]] if axis in found else "_"
+                if name != "_":
+                    self.sizes[found[axis]] = name
+                    self.names[name] = f"size {name}"
+                    self.last_use[f"size {name}"] = len(self.items) + 1
+                names.append(name)
+            text = self.text[value]
+            if tensor.ndim == 1 or len(names) - names.count("_") == 1:
+                axis = next(axis for axis, name in enumerate(names) if name != "_")
+                self.lines.append(Line(f"{names[axis]} = {text}.shape[{axis}]"))
+            else:
+                self.lines.append(Line(f"{', '.join(names)} = {text}.shape"))
 
     def elements(self, match: re.Match[str]) -> str:
         """Returns a list, or the part of it over which a loop runs."""
@@ -240,9 +276,33 @@ class Frame:
     def is_live(self, value: str) -> bool:
         return self.last_use.get(value, -1) > self.position
 
+    def is_final(self, item: Item, name: str) -> bool:
+        """Returns whether a value is the result of its statement: no later operation of the statement uses it."""
+        users = self.users.get(name, ())
+        return all(user.place != item.place for user in users if user is not item)
+
+    def is_element(self, item: Item) -> bool:
+        """Returns whether this is a call of an element of a list."""
+        path = item.args["path"] if isinstance(item, Node) and item.op == "layer" else "" if isinstance(item, Node) else item.path
+        parent = path.rpartition(".")[0]
+        return bool(parent) and self.writer.is_container(parent) and self.writer.is_dense(parent) and (
+            len(self.writer.modules[parent].children) > 1
+        )
+
+    def element_name(self, item: Item, name: str, given: str) -> str | None:
+        """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
+        text = self.text.get(given, "")
+        if self.is_element(item) and self.names.get(text) == given and not self.is_live(given) and given not in self.scope:
+            return re.sub(r"_\d+$", "", text)
+        return None
+
     def hint(self, item: Item, name: str) -> str:
         place = item.place
-        if place is not None and place.targets:
+        if isinstance(item, Node) and item.op == "layer":
+            found = self.element_name(item, name, item.args["self"].name)
+            if found:
+                return found
+        if place is not None and place.targets and self.is_final(item, name):
             if len(place.targets) == 1:
                 return place.targets[0]
             if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
@@ -270,7 +330,7 @@ class Frame:
                 return re.sub(r"_\d+$", "", source)
         if isinstance(item, Node) and item.op == "layer":
             base = item.args["path"].rpartition(".")[2]
-        if base.isdigit() or not base:
+        if base.isdigit() or not base or (isinstance(item, Node) and self.is_element(item)):
             base = "y"
         return words.get(base, base)
 
@@ -291,6 +351,8 @@ class Frame:
 
     def size_expression(self, name: str, expression: str) -> str:
         """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
+        if expression in self.sizes:
+            return self.sizes[expression]
         for value in self.text:
             tensor = self.graph.tensors.get(value)
             if (
@@ -342,6 +404,8 @@ class Frame:
     def node(self, node: Node, index: int) -> None:
         if self.uses[node.name] == 0 and node.name in self.graph.removable:
             return
+        if node.name in self.unpacked:
+            return
         if self.graph.size(node.name) is not None:
             return  # written where it is used
         text = self.operation(node)
@@ -353,22 +417,53 @@ class Frame:
                 held = self.names[text]
                 self.last_use[held] = max(self.last_use.get(held, -1), self.last_use.get(node.name, -1))
             return
+        if isinstance(node.out, list) and not trace and self.unpack(node, text):
+            return
         variable = self.variable(self.hint(node, node.name), node.name)
         self.assign(variable, text, node.out)
         self.text[node.name] = variable
         if trace:
             self.lines.append(Line(f"_record({node.name!r}, {variable})"))
 
+    def unpack(self, node: Node, text: str) -> bool:
+        """Assigns the parts of a result to variables, if nothing else uses it."""
+        users = self.users.get(node.name, [])
+        if not users or any(not isinstance(user, Node) or user.op != "item" for user in users) or len(node.out) < 2:
+            return False
+        if self.uses[node.name] != len(users) or len(node.out) > 8:
+            return False
+        position = self.position
+        items = {user.args["index"]: user for user in users if isinstance(user, Node)}
+        if len(items) != len(users):
+            return False
+        self.position = max(self.items.index(user) for user in users)
+        variables = []
+        for index in range(len(node.out)):
+            if index not in items:
+                variables.append("_")
+                continue
+            user = items[index]
+            variable = self.variable(self.hint(user, user.name), user.name)
+            variables.append(variable)
+            self.text[user.name] = variable
+            self.unpacked.add(user.name)
+        self.position = position
+        out = next((item for item in node.out if isinstance(item, Tensor)), None)
+        self.assign(", ".join(variables), text, out)
+        return True
+
     def is_inlined(self, node: Node, index: int, text: str) -> bool:
         """Returns whether an expression is written within the statement that uses it."""
         consumer = self.consumer.get(node.name)
+        if _ELEMENT.match(text):
+            return False  # a loop may run over the list
         if consumer is None:
             return len(text) < INLINE and (node.place is None or not node.place.targets or len(text) < 60)
         user = self.items[consumer]
+        if self.is_element(user):
+            return False  # the loop reads a variable
         if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)):
             return False
-        if _ELEMENT.match(text):
-            return False  # a loop may run over the list
         same = node.place is not None and user.place == node.place
         if not same and node.place is not None and node.place.targets and not self.is_plain(node):
             return False
@@ -407,7 +502,11 @@ class Frame:
                 if len(targets) == 1 and position == 0
                 else ""
             )
-            if not hint or hint == "_":
+            first = self.graph.parameters(call)[:1]
+            reused = self.element_name(call, name, first[0][1]) if first and position == 0 else None
+            if reused:
+                hint = reused
+            elif not hint or hint == "_" or not self.is_final(call, name):
                 leaf = [part for part in call.path.split(".") if not part.isdigit()]
                 hint = (leaf[-1] if leaf else "y") if position == 0 else "extra"
                 first = self.graph.parameters(call)[:1]
@@ -512,7 +611,7 @@ class _Graph:
             if self.size(name) is not None:
                 return
             array = self.graph.arrays.get(name)
-            if array is not None and self.writer.can_reach(call.path, array.path):
+            if array is not None and (array.value is not None or self.writer.can_reach(call.path, array.path)):
                 return
             used.append(name)
 
@@ -648,6 +747,29 @@ class _Writer:
         self.graph = _Graph(self, graph)
         self.train = _Graph(self, train) if train is not None else None
         self.symbols = self.name_symbols(graph)
+        self.keywords = self.all_keywords()
+
+    def sort_of(self, path: str) -> tuple[str, str, str]:
+        """Returns what layers of equal role in equal classes have in common."""
+        parent = path.rpartition(".")[0]
+        inner = path.rpartition(".")[2]
+        while parent and self.is_container(parent):
+            inner = f"{parent.rpartition('.')[2]}.{inner}"
+            parent = parent.rpartition(".")[0]
+        return self.modules[parent].kind, inner, self.layers[path].constructor
+
+    def all_keywords(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Returns the keywords that the layers of equal role have, with their default values."""
+        found: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for path, layer in self.layers.items():
+            known = found.setdefault(self.sort_of(path), {})
+            for key in layer.keywords:
+                known[key] = DEFAULTS.get(key, layer.keywords[key])
+        for path, layer in self.layers.items():
+            known = found[self.sort_of(path)]
+            if any(key not in layer.keywords and key not in DEFAULTS for key in known):
+                found[self.sort_of(path)] = {}  # without a known default they differ
+        return found
 
     # ---- what each module becomes
 
@@ -741,6 +863,8 @@ class _Writer:
         return self.child(path, array)
 
     def read_array(self, path: str, array: Array, graph: _Graph) -> str:
+        if array.value is not None:
+            return f"mx.array({array.value!r}, mx.{mlx_dtype(array.tensor.dtype)})"
         return self.attribute(path, array.path, graph)
 
     def method(self, call: Call) -> str:
@@ -760,11 +884,13 @@ class _Writer:
 
     def shape_comment(self, tensor: Tensor) -> str:
         sizes = []
-        for size in tensor.shape:
+        for axis, size in enumerate(tensor.shape):
             text = str(size)
             for symbol, name in self.symbols.items():
                 text = re.sub(rf"\b{symbol}\b", name, text)
-            sizes.append(text if len(text) < 14 else "?")
+            text = text[1:-1] if re.fullmatch(r"\([^()]*\)", text) else text
+            letters = {3: "BTC", 4: "BHWC", 5: "BDHWC"}.get(tensor.ndim, "?" * tensor.ndim)
+            sizes.append(text if len(text) < 14 else letters[axis])
         return f"[{', '.join(sizes)}]"
 
     # ---- classes
@@ -825,7 +951,10 @@ class _Writer:
     def build(self, path: str, bodies: dict[str, list[Body]]) -> str:
         """Makes the class of a module and returns the source of a new instance of it."""
         if path in self.layers:
-            return self.layers[path].source()
+            layer = self.layers[path]
+            known = self.keywords.get(self.sort_of(path), {})
+            given = {key: layer.keywords.get(key, value) for key, value in known.items()}
+            return replace(layer, keywords=given if layer.keywords.keys() <= given.keys() else layer.keywords).source()
         module = self.modules[path]
         if self.is_container(path):
             return self.container(path, module, bodies)
@@ -945,7 +1074,7 @@ class _Writer:
 
 
 _MARK = re.compile(r"@(\d+)@")
-_NUMBER = re.compile(r"(?<![\w.\]])(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|False)(?![\w])")
 
 
 @dataclass
@@ -1139,12 +1268,39 @@ def _list_source(parts: list[str]) -> str:
 
 
 def _either(train: Body, evaluation: Body) -> Body:
-    """Returns a body with both modes."""
+    """Returns a body with both modes: statements that differ are in branches."""
+    import difflib
+
     parameters = list(dict.fromkeys([*evaluation.parameters, *train.parameters]))
-    lines = [Line("if self.training:")]
-    lines += [Line(line.code, line.comment, line.depth + 1) for line in train.lines] or [Line("pass", "", 1)]
-    lines += [Line(line.code, line.comment, line.depth) for line in evaluation.lines]
+    ours, theirs = _statements(train.lines), _statements(evaluation.lines)
+    keys = [[tuple((line.depth, line.code) for line in part) for part in side] for side in (ours, theirs)]
+    lines: list[Line] = []
+
+    def indented(parts: list[list[Line]]) -> list[Line]:
+        return [Line(line.code, line.comment, line.depth + 1) for part in parts for line in part]
+
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
+        if kind == "equal":
+            lines += [line for part in theirs[c:d] for line in part]
+            continue
+        if b > a:
+            lines += [Line("if self.training:"), *indented(ours[a:b])]
+        if d > c and b > a:
+            lines += [Line("else:"), *indented(theirs[c:d])]
+        elif d > c:
+            lines += [Line("if not self.training:"), *indented(theirs[c:d])]
     return Body(parameters, lines, evaluation.returns)
+
+
+def _statements(lines: list[Line]) -> list[list[Line]]:
+    """Returns the statements of a body with their inner lines."""
+    found: list[list[Line]] = []
+    for line in lines:
+        if line.depth == 0 or not found:
+            found.append([line])
+        else:
+            found[-1].append(line)
+    return found
 
 
 _ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")

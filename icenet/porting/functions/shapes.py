@@ -16,6 +16,12 @@ def put(x, index, values):
     return new
 
 
+def expand(x, sizes):
+    """Returns x repeated along axes of size 1; -1 keeps a size."""
+    added = len(sizes) - x.ndim
+    return mx.broadcast_to(x, [x.shape[axis - added] if size == -1 else size for axis, size in enumerate(sizes)])
+
+
 def movedim(x, source, destination):
     """Returns x with some axes at other places."""
     source = [axis % x.ndim for axis in source]

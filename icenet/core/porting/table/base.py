@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,6 @@ def templates(rows: dict[str, str]) -> None:
 
 
 def _fill(text: str, n: Operation) -> str:
-    import re
-
     return re.sub(r"\{(\w+)(!a)?\}", lambda m: n.atom(m[1]) if m[2] else n[m[1]], text)
 
 
@@ -60,9 +59,7 @@ def is_atom(text: str) -> bool:
         node = ast.parse(text, mode="eval").body
     except SyntaxError:
         return False
-    return isinstance(node, (ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.List, ast.Tuple)) or (
-        isinstance(node, ast.Constant) and not text.startswith("-") and not isinstance(node.value, (int, float))
-    )
+    return isinstance(node, (ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.Constant))
 
 
 def atom(text: str) -> str:
@@ -113,6 +110,17 @@ class Operation:
 
     def __getitem__(self, name: str) -> str:
         return self.source(self.args[name])
+
+    def indexed(self, name: str, ndim: int, dim: int, text: str) -> str:
+        """Returns the source of an index at one axis of an argument; joined with the slices of earlier axes."""
+        base = self.atom(name)
+        match = re.fullmatch(r"(.+)\[([^\[\]]*(?:\.shape\[\d\][^\[\]]*)*)\]", base)
+        parts = [part.strip() for part in match[2].split(",")] if match else []
+        if match and len(parts) <= dim and all(":" in part for part in parts):
+            return f"{match[1]}[{', '.join([*parts, *[':'] * (dim - len(parts)), text])}]"
+        if dim == ndim - 1 and dim > 1:
+            return f"{base}[..., {text}]"
+        return f"{base}[{', '.join([':'] * dim + [text])}]"
 
     def source(self, value: Any) -> str:
         """Returns the source of an argument."""

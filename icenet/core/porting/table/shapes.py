@@ -106,6 +106,8 @@ def expand(n: Operation) -> str:
     if tuple(sizes) == tensor.shape or all(size == -1 for size in sizes):
         return n["self"]
     added = len(sizes) - tensor.ndim
+    if -1 in sizes and not n["self"].isidentifier():
+        return n.call("expand", n["self"], n["size"])
     given = [
         f"{n.atom('self')}.shape[{index - added}]" if size == -1 else n.source(size)
         for index, size in enumerate(sizes)
@@ -248,14 +250,7 @@ def select(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
     dim = n.args["dim"] % tensor.ndim
-    return f"{n.atom('self')}[{_at(tensor.ndim, dim, n['index'])}]"
-
-
-def _at(ndim: int, dim: int, text: str) -> str:
-    """Returns the source of an index at one axis."""
-    if dim == ndim - 1 and dim > 1:
-        return f"..., {text}"
-    return ", ".join([":"] * dim + [text])
+    return n.indexed("self", tensor.ndim, dim, n["index"])
 
 
 @entry("slice")
@@ -263,7 +258,7 @@ def slice_(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
     dim = n.args["dim"] % tensor.ndim
-    return f"{n.atom('self')}[{_at(tensor.ndim, dim, slice_text(n))}]" if slice_text(n) != ":" else n["self"]
+    return n.indexed("self", tensor.ndim, dim, slice_text(n)) if slice_text(n) != ":" else n["self"]
 
 
 def slice_text(n: Operation) -> str:
@@ -280,7 +275,7 @@ def narrow(n: Operation) -> str:
     dim = n.args["dim"] % tensor.ndim
     start, length = n.args["start"], n.args["length"]
     if isinstance(start, int) and isinstance(length, int) and start >= 0:
-        return f"{n.atom('self')}[{_at(tensor.ndim, dim, f'{start}:{start + length}')}]"
+        return n.indexed("self", tensor.ndim, dim, f"{start}:{start + length}")
     return n.call("narrow", n["self"], repr(dim), n["start"], n["length"])
 
 
