@@ -16,14 +16,10 @@ from torch import Tensor
 
 from icenet_torch.nn.kernels import can_overlap
 
-LARGEST_SUM_ROWS = 4
-"""Rows up to which products are sums of multiplications. For more, tensor cores multiply blocks of 16 rows."""
-DOT_ROWS = 16
-"""Rows of a block on tensor cores; those that are missing are zero."""
 TILE_BYTES = 32768
-"""Bytes of weights that a program of the sums reads at a time: enough to keep the memory busy."""
+"""Bytes of weights that a program reads at a time: enough to keep the memory busy."""
 LONGEST_BLOCK = 4096
-"""Number of inputs that a program of the sums reads at a time."""
+"""Number of inputs that a program reads at a time."""
 
 
 class Norm(NamedTuple):
@@ -38,12 +34,10 @@ class Norm(NamedTuple):
 class Blocks(NamedTuple):
     """The part of a product that a program computes."""
 
-    use_dot: bool
     rows: int
     outputs: int
     inputs: int
     warps: int
-    stages: int
 
 
 def fused_linear(
@@ -78,9 +72,8 @@ def fused_linear(
         blocks = choose_blocks(rows, outputs, size, is_gated, x.element_size(), processors(x.device))
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     overlaps = can_overlap(x.device)
-    kernel = _dot_linear if blocks.use_dot else _sum_linear
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(triton.cdiv(outputs, blocks.outputs),)](
+        _linear[(triton.cdiv(outputs, blocks.outputs),)](
             *(x, weight, x if bias is None else bias),
             *(x if norm is None else norm.weight, x if norm is None or norm.bias is None else norm.bias),
             x if residual is None else residual,
@@ -100,7 +93,6 @@ def fused_linear(
             RESIDUAL=residual is not None,
             OVERLAPS=overlaps,
             num_warps=blocks.warps,
-            num_stages=blocks.stages,
             **({"launch_pdl": True} if overlaps else {}),
         )
     return out
@@ -113,12 +105,10 @@ def choose_blocks(rows: int, outputs: int, size: int, is_gated: bool, itemsize: 
     It has as many outputs as `TILE_BYTES` allow, but not so many that a multiprocessor has no program.
     """
     most = 1 << max(0, (outputs // processors).bit_length() - 1)
-    if rows > LARGEST_SUM_ROWS:
-        return Blocks(True, DOT_ROWS, max(16, min(32, most)), 128, 4, 4)
     padded = triton.next_power_of_2(rows)
     inputs = min(triton.next_power_of_2(size), LONGEST_BLOCK)
     tile = TILE_BYTES // (itemsize * (2 if is_gated else 1) * inputs)
-    return Blocks(False, padded, max(1, min(tile, most)), inputs, 4, 1)
+    return Blocks(padded, max(1, min(tile, most)), inputs, 4)
 
 
 @lru_cache
@@ -203,7 +193,7 @@ def _finished(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows", "N", "eps"])
-def _sum_linear(  # type: ignore[no-untyped-def]
+def _linear(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
@@ -278,69 +268,6 @@ def _sum_linear(  # type: ignore[no-untyped-def]
             acc += tl.where(own, tl.sum(w * value[None, :], axis=1)[None, :], 0.0)
             if GATED:
                 up += tl.where(own, tl.sum(w_up * value[None, :], axis=1)[None, :], 0.0)
-    if BIAS:
-        acc += offset[None, :]
-        up += up_offset[None, :]
-    tl.store(out + place, _finished(acc, up, added, out.dtype.element_ty, ACTIVATION, GATED, RESIDUAL), mask=valid)
-
-
-@triton.jit(do_not_specialize=["rows", "N", "eps"])
-def _dot_linear(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    residual,
-    out,
-    rows,
-    N,
-    eps,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
-    NORM_BIAS: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Some outputs of all rows, on tensor cores."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row = tl.arange(0, ROWS)
-    at = weight + n.to(tl.int64)[None, :] * SIZE + k[:, None]
-    ups = at + N.to(tl.int64) * SIZE
-    place = row[:, None] * N + n[None, :]
-    valid = (row < rows)[:, None] & (n < N)[None, :]
-    if BIAS:
-        offset, up_offset = _biases(bias, n, N, GATED)
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    added = acc
-    if RESIDUAL:
-        added = tl.load(residual + place, mask=valid, other=0.0).to(tl.float32)
-    if NORM != "none":
-        mean, factor = _statistics(x, row, rows, eps, SIZE, ROWS, BLOCK_K, NORM)
-    for start in range(0, SIZE, BLOCK_K):
-        inside = start + k < SIZE
-        both = inside[:, None] & (n < N)[None, :]
-        given = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(x + row[:, None] * SIZE + start + k[None, :], mask=given, other=0.0)
-        if NORM != "none":
-            gamma, beta = _norm_parameters(norm_weight, norm_bias, start + k, inside, NORM, NORM_BIAS)
-            value = (value.to(tl.float32) - mean[:, None]) * factor[:, None] * gamma[None, :] + beta[None, :]
-            value = value.to(out.dtype.element_ty)
-        acc = tl.dot(value, tl.load(at + start, mask=both, other=0.0), acc, input_precision="ieee")
-        if GATED:
-            up = tl.dot(value, tl.load(ups + start, mask=both, other=0.0), up, input_precision="ieee")
     if BIAS:
         acc += offset[None, :]
         up += up_offset[None, :]

@@ -174,8 +174,7 @@ CASES = [
     (1, 3, 4100, torch.float32, "rms", False, "silu", True, True),
     (4, 33, 100, torch.float16, "rms_offset", True, "relu", True, True),
     (2, 7, 4100, torch.float16, None, True, None, False, True),
-    (7, 40, 200, torch.float16, "layer", True, "gelu", False, True),
-    (16, 37, 130, torch.float16, "rms_offset", False, "silu", True, False),
+    (2, 200, 100, torch.float32, "rms", False, "relu", True, False),
 ]
 
 
@@ -240,7 +239,7 @@ def test_one_kernel_rounds_as_separate_operations(case: Any, kernel: Any) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_captured_steps_with_merged_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name, "cuda")
     found_tokens, found = decode(model, rows, 20)
