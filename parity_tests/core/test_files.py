@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,32 @@ def test_a_file_system_that_cannot_flush_a_folder(tmp_path: Path, monkeypatch: p
     of_folders(errno.EIO)
     with pytest.raises(FileError, match="Input/output error"):
         files.write_text(tmp_path / "a" / "file.txt", "new")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves space")
+def test_space_is_reserved_or_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot reserve space is used as it is."""
+    with (tmp_path / "a").open("wb") as file:
+        files.reserve(file, 2**20)
+        status = os.fstat(file.fileno())
+        assert status.st_size == 0  # also after a crash, a file is as long as what was written
+        assert status.st_blocks * 512 >= 2**20
+
+        def refuse(number: int) -> Any:
+            class Library:
+                @staticmethod
+                def fallocate(*arguments: object) -> int:
+                    ctypes.set_errno(number)
+                    return -1
+
+            return lambda *arguments, **options: Library
+
+        monkeypatch.setattr(ctypes, "CDLL", refuse(errno.EOPNOTSUPP))
+        files.reserve(file, 2**20)
+        monkeypatch.setattr(ctypes, "CDLL", refuse(errno.ENOSPC))
+        files.reserve(file, 2**10)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            files.reserve(file, 2**20)
 
 
 def test_a_link_is_replaced(tmp_path: Path) -> None:

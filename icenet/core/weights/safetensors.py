@@ -31,6 +31,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
+from icenet.core.files import reserve
 from icenet.core.threads import for_ranges
 from icenet.core.weights import formats
 from icenet.core.weights.copying import MOST_THREADS, PART, contiguous
@@ -333,6 +334,7 @@ def write_file(
         start = stop
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
+    reserve(file, 8 + len(header) + start)
     file.write(len(header).to_bytes(8, "little") + header)
     for name in names:
         array = arrays[name]
