@@ -111,8 +111,8 @@ def _header(report: Report) -> str:
         "value is compared with the same value of the reference in float64. The <b>noise</b> is the error of the "
         f"reference itself in {report.dtype}, which is rounding. The <b>ratio</b> is the error of the other side in "
         f"units of this noise: up to {FACTOR:g} is rounding too, more is a difference.</p><p>A difference spreads to "
-        "everything that is computed later. So each module is also called with the inputs of the reference. The module that is "
-        "over the tolerance there is where the difference begins.</p></details>"
+        "everything that is computed later. So each module is also called with the inputs of the reference. The "
+        "module that is over the tolerance there is where the difference begins.</p></details>"
     )
     return "\n".join(lines)
 
@@ -300,8 +300,8 @@ def _values(stages: Sequence[Stage]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
     return (
         f"<section><details><summary><h2>All {len(rows)} values</h2></summary><p>replay: the ratio on the inputs of "
-        "the reference. error, noise, size: RMS of the error of the side under test, of the reference's own error, and "
-        f'of the value.</p>{cut}<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        "the reference. error, noise, size: RMS of the error of the side under test, of the reference's own error, "
+        f'and of the value.</p>{cut}<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></details></section>"
     )
 
@@ -429,28 +429,30 @@ def _short(name: str, limit: int = 44) -> str:
 def _histogram_chart(histogram: Histogram, report: Report) -> str:
     bins = len(histogram.a)
     top = max((*histogram.a, *histogram.b, 1))
-    width, height = 300, 110
-    bar = width / max(bins, 1)
+    full, height = 300, 110
+    bottom, bar = height - 16, full / max(bins, 1)
     drawn = []
     for i, counts in enumerate((histogram.a, histogram.b)):
         for j, count in enumerate(counts):
-            tall = (height - 22) * count / top
+            tall = (bottom - 6) * count / top
             between = f"{histogram.edges[j]:.3g} to {histogram.edges[j + 1]:.3g}"
             name = report.names[i] or "ab"[i]
+            x, width = j * bar + i * bar / 2, bar / 2
             drawn.append(
-                f'<rect class="s{i}" x="{j * bar + i * bar / 2:.1f}" y="{height - 16 - tall:.1f}" width="{bar / 2:.1f}'
-                f'" height="{tall:.1f}"><title>{escape(name)}: {count} values from {between}</title></rect>'
+                f'<rect class="s{i}" x="{x:.1f}" y="{bottom - tall:.1f}" width="{width:.1f}" height="{tall:.1f}">'
+                f"<title>{escape(name)}: {count} values from {between}</title></rect>"
             )
-    drawn.append(f'<path class="grid" d="M0 {height - 16}H{width}"/>')
+    drawn.append(f'<path class="grid" d="M0 {bottom}H{full}"/>')
     drawn.append(f'<text x="0" y="{height - 3}">{histogram.edges[0]:.3g}</text>')
-    drawn.append(f'<text x="{width}" y="{height - 3}" text-anchor="end">{histogram.edges[-1]:.3g}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="histogram">{"".join(drawn)}</svg>'
+    drawn.append(f'<text x="{full}" y="{height - 3}" text-anchor="end">{histogram.edges[-1]:.3g}</text>')
+    return f'<svg viewBox="0 0 {full} {height}" role="img" aria-label="histogram">{"".join(drawn)}</svg>'
 
 
 _SCRIPT = "addEventListener('beforeprint',()=>document.querySelectorAll('details').forEach(d=>d.open=true))"
 
 _STYLE = """
-:root{--text:#1c2126;--muted:#5b6670;--back:#fff;--panel:#f4f6f8;--line:#d5dbe1;--ok:#1a7f4b;--bad:#c0312b;--warn:#96680a;
+:root{--text:#1c2126;--muted:#5b6670;--back:#fff;--panel:#f4f6f8;--line:#d5dbe1;
+--ok:#1a7f4b;--bad:#c0312b;--warn:#96680a;
 --s0:#c2410c;--s1:#2563a8;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--text:#e5e9ed;--muted:#9aa5af;--back:#14181c;--panel:#1e242a;--line:#38424c;
 --ok:#4cc38a;--bad:#ff7a70;--warn:#e0ae45;--s0:#fb923c;--s1:#6cb2ff}}
@@ -478,8 +480,8 @@ dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 .tree ul{border-left:1px solid var(--line);margin-left:.35rem}
 .tree li{padding:.1rem 0}.tree summary{list-style-position:outside;margin-left:1rem}.tree li>.module{margin-left:1rem}
 .module.bad code{color:var(--bad);font-weight:700}
-.ratio{display:inline-block;position:relative;width:6rem;background:var(--panel);border-radius:.2rem;margin-left:.5rem;
-padding:0 .3rem;font-size:.8em;vertical-align:middle}
+.ratio{display:inline-block;position:relative;width:6rem;background:var(--panel);border-radius:.2rem;
+margin-left:.5rem;padding:0 .3rem;font-size:.8em;vertical-align:middle}
 .ratio .bar{position:absolute;inset:0 auto 0 0;background:var(--line);border-radius:.2rem}
 .bad .ratio .bar{background:var(--bad);opacity:.5}.ratio span:last-child{position:relative}
 .wide{overflow-x:auto}
