@@ -100,6 +100,7 @@ class Pairing:
         self._mlx, self._torch = mlx, torch
         self._addable, self._removable = _optional_biases(mlx)
         self._shapes = {**mlx.shapes, **self._addable}
+        self._below = _below(self._shapes)
         self._paths = _Paths(mlx)
         self._layers = self._find_layers()
         self._places = self._find_places()
@@ -117,7 +118,7 @@ class Pairing:
         found = []
         for path, kind in self._mlx.counterparts.items():
             start = f"{path}." if path else ""
-            own = {name.removeprefix(start): shape for name, shape in self._shapes.items() if name.startswith(start)}
+            own = {name.removeprefix(start): self._shapes[name] for name in self._below.get(path, ())}
             layer = counterpart(kind, path, own)
             found += [layer] if layer else []
         return found
@@ -284,9 +285,8 @@ class Pairing:
         hit = {place.name for place in self._hits if place.layer is None}
         found: dict[str, list[str]] = {}
         for path, kind in self._mlx.counterparts.items():
-            arrays = [name for name in self._mlx.shapes if name.startswith(f"{path}." if path else "")]
             is_equal = kind == "quantized" and _join(path, "scales") in hit
-            if kind in NOT_CONVERTED and not is_equal and (arrays or kind == "sharded"):
+            if kind in NOT_CONVERTED and not is_equal and path in self._below:
                 found.setdefault(kind, []).append(path)
         return found
 
@@ -324,6 +324,10 @@ class Pairing:
             by_rename = len(found) == 1 and not found[0].startswith("_")
             way = f"rename={{{found[0][:-1]!r}: ''}}" if by_rename else call
             return f"the names have the prefix {' and '.join(found)}, which {way} removes"
+        ends = [path.removesuffix(f".{unknown[0]}") for path in expected if path.endswith(f".{unknown[0]}")]
+        for prefix in ends if not self._is_renamed else ():
+            if all(_join(prefix, name) in expected for name in unknown):
+                return f"rename={{'': {prefix!r}}} adds the first part of the names"
         if any(".parametrizations." in f".{name}" for name in unknown):
             return "torch.nn.utils.parametrize.remove_parametrizations gives a parametrized weight its name"
         if any(_SECOND_LAYER.fullmatch(name.rpartition(".")[2]) for name in unknown):
@@ -430,6 +434,16 @@ class _Paths:
     def module(self, name: str) -> str:
         """Returns the canonical path of a layer by any of its names."""
         return self._modules.get(name, name)
+
+
+def _below(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the arrays in and below each layer, by its path."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")[:-1]
+        for length in range(len(parts) + 1):
+            found.setdefault(".".join(parts[:length]), []).append(path)
+    return found
 
 
 def _optional_biases(mlx: MLXWeights) -> tuple[dict[str, Shape], dict[str, str]]:

@@ -686,6 +686,7 @@ MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("old.weight", "None"),
     ),
     "a prefix": (lambda: icenet.from_torch(tnn.DataParallel(tnn.Linear(2, 3)), MLX_LINEAR), ("{'module': ''}",)),
+    "a missing prefix": (lambda: icenet.from_torch(tnn.Linear(2, 3), Net(mnn.Linear(2, 3))), ("{'': 'layer'}",)),
     "groups": (
         lambda: icenet.from_torch(tnn.ConvTranspose1d(4, 4, 3, groups=2), mnn.ConvTranspose1d(4, 4, 3)),
         ("weight", "[4, 2, 3]", "groups"),
