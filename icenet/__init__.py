@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.generation.prompt_cache import PromptCache
     from icenet.core.weights.convert import Conversion
+    from icenet.parity.port import Port
     from icenet.core.weights.rename import Rename
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "generate",
     "load",
     "load_prompt_cache",
+    "port",
     "prompt_cache",
     "save",
     "to_torch",
@@ -287,6 +289,42 @@ def chat(
     _check_model(model, "chat")
     speedups = {"cache": cache, "draft": _draft(model, draft), "num_draft_tokens": num_draft_tokens}
     return chat_text(model, messages, stream, details, template_options, options, speedups)
+
+
+def port(
+    torch_module: Any,
+    example_inputs: Any,
+    *,
+    dynamic: Any = None,
+    dtype: str = "fp32",
+    layout: str = "nchw",
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Port:
+    """Ports a PyTorch module to MLX, as source and as a module, and proves that both compute the same.
+
+    Args:
+        torch_module: A `torch.nn.Module` on the CPU. It stays unchanged.
+        example_inputs: The arguments of one call: a tensor, or a tuple of tensors.
+        dynamic: What `torch.export.export` takes as `dynamic_shapes`. By default every dimension is open that the
+            module allows.
+        dtype: Dtype of the weights of the result: fp32, bf16 or fp16. The comparison is in fp32.
+        layout: nchw if the port takes and returns images as the original, nhwc if their channels are last.
+        example_kwargs: Keyword arguments of the call.
+
+    Returns:
+        A `Port` with `module`, an `mlx.nn.Module` with the names of the original's parameters, `source`, the text of
+        a Python file that depends on mlx only, `report`, the comparison, and the method `save(folder)`. The module
+        takes the arrays of the example in their order.
+
+    Raises:
+        PortError: The graph of the module cannot be exported, an operation has no counterpart, or the port differs.
+        UsageError: An argument is wrong.
+        BackendError: MLX or PyTorch is not installed.
+    """
+    from icenet.parity.port import port as port_module
+
+    kwargs = dict(example_kwargs or {})
+    return port_module(torch_module, example_inputs, dynamic=dynamic, dtype=dtype, layout=layout, example_kwargs=kwargs)
 
 
 def prompt_cache(

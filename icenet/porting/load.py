@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import linecache
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -88,6 +89,53 @@ def to_numpy(value: Any) -> Any:
     return value
 
 
+_RANDOM = ("dropout", "feature_dropout", "alpha_dropout")
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Sets the mode of a model while the context is open, without dropout; its buffers stay unchanged."""
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    before = [(path, value) for path, value in tree_flatten(model.parameters())]
+    namespace = sys.modules[type(model).__module__].__dict__
+    functions = {name: namespace[name] for name in (*_RANDOM, "attention") if name in namespace}
+    model.train(training)
+    for _, inner in model.named_modules():
+        if isinstance(inner, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
+            inner._training = False
+    for name in functions:
+        namespace[name] = _without_dropout(functions[name]) if name == "attention" else lambda x, *rest: x
+    try:
+        yield
+    finally:
+        namespace.update(functions)
+        model.update(tree_unflatten(before))
+        model.eval()
+
+
+def _without_dropout(attention: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, dropout=0.0, **options: attention(*args, **options)
+
+
+def trace(
+    source: str, class_name: str, weights: Mapping[str, np.ndarray], arguments: list[Any]
+) -> dict[str, np.ndarray]:
+    """Runs a source that records its values. Returns them by name."""
+    found: dict[str, np.ndarray] = {}
+    module = run_source(source, class_name)
+
+    def record(name: str, value: Any) -> None:
+        if isinstance(value, mx.array):
+            found.setdefault(name, to_numpy(value))
+
+    module.__dict__["_record"] = record
+    model = getattr(module, class_name)()
+    assign(model, weights)
+    model.eval()(*[to_array(item) for item in arguments])
+    return found
+
+
 def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the gradients of the sum of outputs times cotangents, by path."""
     from mlx.utils import tree_flatten
@@ -108,7 +156,7 @@ def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarra
 
 def flat(value: Any) -> list[mx.array]:
     """Returns the arrays of a structure in order."""
-    if isinstance(value, mx.array):
+    if isinstance(value, (mx.array, np.ndarray)):
         return [value]
     if isinstance(value, dict):
         return [item for inner in value.values() for item in flat(inner)]
@@ -122,3 +170,8 @@ def save_weights(path: str, model: nn.Module) -> None:
     from mlx.utils import tree_flatten
 
     mx.save_safetensors(path, dict(tree_flatten(model.parameters())), {"format": "mlx"})
+
+
+def set_dtype(model: nn.Module, dtype: str) -> None:
+    """Converts the floating-point arrays of a model."""
+    model.set_dtype(getattr(mx, dtype))

@@ -572,3 +572,26 @@ def check_module(module: Any) -> None:
     """Raises UsageError if an object is not a torch module."""
     if not isinstance(module, nn.Module):
         raise UsageError(f"icenet.port takes a torch.nn.Module, not a {type(module).__name__}")
+
+
+def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Returns example arguments with a batch of 2 in the place of 1, which an export takes for a fixed size."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    if not leaves or any(leaf.shape[0] != 1 for leaf in leaves):
+        return args, kwargs
+
+    def wide(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+
+    wide_args, wide_kwargs = pytree.tree_map(wide, (args, kwargs))
+    return wide_args, wide_kwargs
+
+
+def tensors(tree: Any) -> Any:
+    """Returns arguments with tensors in the place of arrays."""
+    return pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if type(leaf).__name__ == "ndarray" else leaf, tree)
+
+
+def to_numpy(tree: Any) -> Any:
+    """Returns arguments with numpy arrays in the place of tensors."""
+    return pytree.tree_map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,7 +60,7 @@ class Reference:
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Returns the outputs, and the gradients of their sum times cotangents."""
         module = self.module
-        state = {key: value.clone() for key, value in module.state_dict().items()}
+        state = [(value, value.detach().clone()) for value in (*module.parameters(), *module.buffers())]
         module.train(training)
         module.zero_grad()
         default = torch.get_default_dtype()
@@ -87,14 +89,29 @@ class Reference:
         finally:
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
-            module.load_state_dict(state)
+            with torch.no_grad():
+                for value, before in state:
+                    value.copy_(before)
+
+    def perturbed(self, sample: int) -> Reference:
+        """Returns a copy in float64 whose parameters are moved by one ulp of fp32."""
+        moved = Reference(self.module, True)
+        generator = torch.Generator().manual_seed(sample)
+        with torch.no_grad():
+            for value in moved.module.parameters():
+                if value.is_floating_point():
+                    signs = torch.randint(-1, 2, value.shape, generator=generator).to(value.dtype)
+                    value.mul_(1 + signs * 2.0**-24)
+        return moved
 
     def given(self, leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = to_torch(leaf)
         if isinstance(leaf, torch.Tensor):
             leaf = leaf.detach().clone()
-            return leaf.double() if self.double and leaf.is_floating_point() else leaf
+            if leaf.is_floating_point():
+                return leaf.double() if self.double else leaf.float() if leaf.dtype == torch.float64 else leaf
+            return leaf
         return leaf
 
 
@@ -128,3 +145,52 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     with torch.no_grad():
         Recorder(program.graph_module).run(*flat)
     return values
+
+
+@contextlib.contextmanager
+def without_dropout() -> Iterator[None]:
+    """Switches dropout off while the context is open: other random numbers are drawn on each side."""
+    functional = torch.nn.functional
+    names = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    before = {name: getattr(functional, name) for name in names}
+    attention, plain = functional.scaled_dot_product_attention, torch.dropout
+
+    def same(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return input
+
+    def whole(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+    ) -> Any:
+        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+    for name in names:
+        setattr(functional, name, same)
+    functional.scaled_dot_product_attention, torch.dropout = whole, same
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(functional, name, function)
+        functional.scaled_dot_product_attention, torch.dropout = attention, plain
+
+
+def perturbed(tree: Any, sample: int) -> Any:
+    """Returns arguments whose floating-point arrays are moved by one ulp of fp32."""
+    rng = np.random.default_rng(100 + sample)
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
+            return leaf.astype(np.float64) * (1 + rng.choice([-1.0, 0.0, 1.0], leaf.shape) * 2.0**-24)
+        return leaf
+
+    return pytree.tree_map(moved, tree)
+
+
+def accepts(program: Any, args: Any, kwargs: Any) -> bool:
+    """Returns whether the guards of an exported program allow the sizes of some arguments."""
+    try:
+        with torch.no_grad():
+            program.module()(*to_torch(args), **to_torch(kwargs))
+    except Exception:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,16 @@ class Plan:
     layers: dict[str, Layer]
     graph: Graph
     train: Graph | None
+    orders: dict[str, tuple[int, ...]]
+    """The order of the axes in memory of each value that has another one than PyTorch's."""
+
+    def to_torch(self, path: str, array: np.ndarray) -> np.ndarray:
+        """Returns an array of the port, such as a gradient, in PyTorch's axes."""
+        owner, _, leaf = path.rpartition(".")
+        layer = self.layers.get(owner)
+        if layer is not None and leaf in layer.permutations:
+            return array.transpose(np.argsort(layer.permutations[leaf]))
+        return array
 
     def native(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the arrays that the port has, in MLX's axes, from PyTorch's by path."""
@@ -80,7 +90,8 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
             else {path: layer for path, layer in layers.items() if path in found or not _is_called(item, path)}
         )
     assert layers is not None
-    written = []
+    written: list[Graph | None] = []
+    orders: dict[str, tuple[int, ...]] = {}
     for entry in prepared:
         if entry is None:
             written.append(None)
@@ -88,11 +99,12 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
         functional, _ = entry
         collapsed, _ = collapse_layers(functional, only=None if not trace else set(), allowed=set(layers))
         last, order = channels_last(collapsed, layers, nhwc)
-        written.append(replace(last))
+        written.append(last)
+        orders = {**order, **orders}
     first = written[0]
     assert first is not None
     source = write(first, layers, written[1], title, trace)
-    return Plan(source, class_of(graph.modules[""]), layers, graph, train)
+    return Plan(source, class_of(graph.modules[""]), layers, graph, train, orders)
 
 
 def _is_called(graph: Graph, path: str) -> bool:

@@ -12,7 +12,57 @@ from typing import Any
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
 
 VIEWS = frozenset(
-    ["view", "reshape", "transpose", "permute", "t", "slice", "select", "unsqueeze", "squeeze", "expand", "flatten", "unflatten", "narrow", "chunk", "split", "split_with_sizes", "unbind", "diagonal", "unfold", "view_as", "expand_as", "alias", "detach", "contiguous", "movedim", "swapaxes", "swapdims", "moveaxis", "numpy_T", "mT", "mH", "tensor_split", "hsplit", "vsplit", "dsplit", "item", "_unsafe_view", "reshape_as", "real", "imag", "view_as_real", "view_as_complex", "to", "type_as", "squeeze_multiple", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d"]
+    [
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "t",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "flatten",
+        "unflatten",
+        "narrow",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "diagonal",
+        "unfold",
+        "view_as",
+        "expand_as",
+        "alias",
+        "detach",
+        "contiguous",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "moveaxis",
+        "numpy_T",
+        "mT",
+        "mH",
+        "tensor_split",
+        "hsplit",
+        "vsplit",
+        "dsplit",
+        "item",
+        "_unsafe_view",
+        "reshape_as",
+        "real",
+        "imag",
+        "view_as_real",
+        "view_as_complex",
+        "to",
+        "type_as",
+        "squeeze_multiple",
+        "adjoint",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+    ]
 )
 """Operations whose result may share the memory of their first argument."""
 
@@ -70,7 +120,9 @@ class _Functional:
         if not isinstance(source, Ref) or source.name not in self.scatters:
             return None
         scatter = self.scatters[source.name]
-        if scatter.args["view"] != new.op or scatter.args["args"] != {k: v for k, v in new.args.items() if k != "self"}:
+        if scatter.args["view"] != new.op or scatter.args["args"] != {
+            k: v for k, v in new.args.items() if k != "self"
+        }:
             return None
         return scatter.args["src"].name
 
@@ -204,8 +256,10 @@ def is_whole(node: Node, tensors: dict[str, Any]) -> bool:
     if node.base != "slice":
         return False
     end = node.args.get("end")
-    return node.args.get("start") in (None, 0) and node.args.get("step") in (None, 1) and (
-        end is None or (isinstance(end, int) and end > 2**40)
+    return (
+        node.args.get("start") in (None, 0)
+        and node.args.get("step") in (None, 1)
+        and (end is None or (isinstance(end, int) and end > 2**40))
     )
 
 

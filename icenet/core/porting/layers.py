@@ -52,7 +52,16 @@ NAMES = {
     },
     **{f"nn.{kind}Pool{n}d": ["kernel_size", "stride", "padding"] for kind in ("Max", "Avg") for n in (1, 2, 3)},
 }
-DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "bias": True, "output_padding": 0, "eps": 1e-5, "momentum": 0.1}
+DEFAULTS = {
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "bias": True,
+    "output_padding": 0,
+    "eps": 1e-5,
+    "momentum": 0.1,
+}
 """The defaults of keywords. A pool has another stride."""
 """The names of positional arguments, for the arguments of the classes that hold such layers."""
 

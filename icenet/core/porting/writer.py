@@ -220,7 +220,10 @@ class Frame:
     def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
         """Names the open sizes of the arguments that are used more than once."""
         used = Counter(
-            str(self.graph.size(name)) for item in self.items if isinstance(item, Node) for name in refs(item.args)
+            str(self.graph.size(name))
+            for item in self.items
+            if isinstance(item, Node)
+            for name in refs(item.args)
             if self.graph.size(name) is not None and item.base != "sym.sym_size"
         )
         for _, value in parameters:
@@ -228,7 +231,8 @@ class Frame:
             if not isinstance(tensor, Tensor):
                 continue
             found = {
-                axis: str(size) for axis, size in enumerate(tensor.shape)
+                axis: str(size)
+                for axis, size in enumerate(tensor.shape)
                 if isinstance(size, str) and size in self.writer.symbols and used[size] > 1 and size not in self.sizes
             }
             if not found:
@@ -283,16 +287,30 @@ class Frame:
 
     def is_element(self, item: Item) -> bool:
         """Returns whether this is a call of an element of a list."""
-        path = item.args["path"] if isinstance(item, Node) and item.op == "layer" else "" if isinstance(item, Node) else item.path
+        path = (
+            item.args["path"]
+            if isinstance(item, Node) and item.op == "layer"
+            else ""
+            if isinstance(item, Node)
+            else item.path
+        )
         parent = path.rpartition(".")[0]
-        return bool(parent) and self.writer.is_container(parent) and self.writer.is_dense(parent) and (
-            len(self.writer.modules[parent].children) > 1
+        return (
+            bool(parent)
+            and self.writer.is_container(parent)
+            and self.writer.is_dense(parent)
+            and (len(self.writer.modules[parent].children) > 1)
         )
 
     def element_name(self, item: Item, name: str, given: str) -> str | None:
         """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
         text = self.text.get(given, "")
-        if self.is_element(item) and self.names.get(text) == given and not self.is_live(given) and given not in self.scope:
+        if (
+            self.is_element(item)
+            and self.names.get(text) == given
+            and not self.is_live(given)
+            and given not in self.scope
+        ):
             return re.sub(r"_\d+$", "", text)
         return None
 
@@ -954,7 +972,9 @@ class _Writer:
             layer = self.layers[path]
             known = self.keywords.get(self.sort_of(path), {})
             given = {key: layer.keywords.get(key, value) for key, value in known.items()}
-            return replace(layer, keywords=given if layer.keywords.keys() <= given.keys() else layer.keywords).source()
+            return replace(
+                layer, keywords=given if layer.keywords.keys() <= given.keys() else layer.keywords
+            ).source()
         module = self.modules[path]
         if self.is_container(path):
             return self.container(path, module, bodies)

@@ -209,7 +209,8 @@ def digamma(x):
         total
         + mx.log(z)
         - 0.5 / z
-        - reciprocal * (1 / 12 - reciprocal * (1 / 120 - reciprocal * (1 / 252 - reciprocal * (1 / 240 - reciprocal / 132))))
+        - reciprocal
+        * (1 / 12 - reciprocal * (1 / 120 - reciprocal * (1 / 252 - reciprocal * (1 / 240 - reciprocal / 132))))
     )
     return mx.where(reflected, value - math.pi / mx.tan(math.pi * x), value)
 

@@ -191,9 +191,26 @@ def _unary(function: str):  # type: ignore[no-untyped-def]
     return write
 
 
-for (
-    _name
-) in ["exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "sigmoid", "erf", "erfinv", "reciprocal"]:
+for _name in [
+    "exp",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sigmoid",
+    "erf",
+    "erfinv",
+    "reciprocal",
+]:
     entry(_name)(_unary(_name))
 for _name in ("asin", "acos", "atan", "asinh", "acosh", "atanh"):
     entry(_name, f"arc{_name[1:]}")(_unary(f"arc{_name[1:]}"))

@@ -1,0 +1,237 @@
+"""Ports a PyTorch module to MLX: export, source, module, proof."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icenet.core import backends, files
+from icenet.core.errors import PortError, UsageError
+from icenet.core.porting import build
+from icenet.core.porting.build import Plan
+from icenet.core.porting.record import Graph
+from icenet.parity.proof import PortReport, arrays_of, locate, prove
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass
+class Port:
+    """A port of a PyTorch module.
+
+    Attributes:
+        module: The `mlx.nn.Module`, with the names of the original's parameters, in evaluation mode.
+        source: The Python file of the module, which depends on mlx only.
+        report: The comparison with the original.
+    """
+
+    module: Any
+    source: str
+    report: PortReport
+    plan: Plan
+    inputs: list[np.ndarray]
+    layout: str
+    original: Any = None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes model.py, weights.safetensors, config.json and parity.html to a folder. Returns the folder.
+
+        `python folder/model.py` loads the weights and runs the module on zeros.
+
+        Args:
+            folder: The folder, created if absent.
+            overwrite: Whether to replace files of these names.
+
+        Raises:
+            UsageError: A file would be replaced.
+            FileError: A file cannot be written.
+        """
+        folder = files.user_path(folder, "save")
+        names = ("model.py", "weights.safetensors", "config.json", "parity.html")
+        present = [name for name in names if (folder / name).exists()]
+        if present and not overwrite:
+            raise UsageError(f"{folder}: {present[0]} exists; give another folder, or overwrite=True (--overwrite)")
+        folder.mkdir(parents=True, exist_ok=True)
+        load = backends.module("mlx", "porting.load")
+        load.save_weights(str(folder / "weights.safetensors"), self.module)
+        (folder / "model.py").write_text(self.source + _main(self), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+        (folder / "parity.html").write_text(self.page(), encoding="utf-8")
+        return folder
+
+    def config(self) -> dict[str, Any]:
+        """Returns what config.json holds: the class, the inputs, and the result of the comparison."""
+        inputs = [
+            {
+                "name": ref.name,
+                "shape": list(map(str, self.plan.graph.tensors[ref.name].shape)),
+                "dtype": str(array.dtype),
+            }
+            for ref, array in zip(self.plan.graph.inputs, self.inputs, strict=True)
+        ]
+        return {
+            "class": self.plan.class_name,
+            "original": self.plan.graph.modules[""].kind,
+            "layout": self.layout,
+            "inputs": inputs,
+            "report": self.report.as_dict(),
+        }
+
+    def page(self) -> str:
+        """Returns the comparison as a self-contained HTML page."""
+        import html
+
+        rows = "".join(
+            f"<tr><td>{html.escape(c.mode)}</td><td>{html.escape(c.what)}</td><td>{html.escape(c.sizes)}</td>"
+            f"<td>{c.ratio:.2g}</td><td>{c.difference:.1e}</td><td>{html.escape(c.name)}</td></tr>"
+            for c in self.report.checks
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.report.notes)
+        first = html.escape(str(self.report).splitlines()[0])
+        return (
+            "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(self.plan.class_name)}: parity</title>"
+            "<style>body{font:16px system-ui;margin:2em auto;max-width:60em;padding:0 1em}td,th{padding:.2em .8em;"
+            "text-align:left;border-bottom:1px solid #ccc}</style>"
+            f"<h1>{html.escape(self.plan.class_name)}</h1><p>{first}</p><table><tr><th>mode<th>compared<th>sizes"
+            f"<th>ratio<th>difference<th>largest at</tr>{rows}</table><ul>{notes}</ul></html>\n"
+        )
+
+
+def _main(port: Port) -> str:
+    given = ", ".join(f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs)
+    return f'''
+
+def load(folder=None):
+    """Returns the model with the weights of a folder, by default the one of this file."""
+    folder = Path(__file__).parent if folder is None else Path(folder)
+    model = {port.plan.class_name}()
+    model.load_weights(str(folder / "weights.safetensors"))
+    return model.eval()
+
+
+if __name__ == "__main__":
+    model = load()
+    print(tree_map(lambda x: (x.shape, x.dtype), model({given})))
+'''.replace(
+        "\n\ndef load",
+        "\n\nfrom pathlib import Path  # noqa: E402\n\nfrom mlx.utils import tree_map  # noqa: E402\n\n\ndef load",
+        1,
+    )
+
+
+def _mlx(array: np.ndarray) -> str:
+    return {"float64": "float32", "bool": "bool_", "complex128": "complex64"}.get(str(array.dtype), str(array.dtype))
+
+
+def port(
+    module: Any,
+    example_inputs: Any,
+    *,
+    dynamic: Any = None,
+    dtype: str = "fp32",
+    layout: str = "nchw",
+    example_kwargs: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Port:
+    """Ports a module and proves the port; see `icenet.port`."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if layout not in ("nchw", "nhwc"):
+        raise UsageError(f"layout {layout!r}: give nchw or nhwc")
+    exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
+    exporter.check_module(module)
+    args = (
+        example_inputs
+        if isinstance(example_inputs, tuple)
+        else tuple(example_inputs)
+        if isinstance(example_inputs, list)
+        else (example_inputs,)
+    )
+    kwargs = dict(example_kwargs or {})
+    progress("exporting")
+    graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
+    _check_table(graph, train)
+    progress("writing the source")
+    title = f"{graph.modules[''].class_name} in MLX, ported from PyTorch."
+    plan = build.plan(graph, train, layout == "nhwc", title)
+    load = backends.module("mlx", "porting.load")
+    model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
+    arrays, named = exporter.to_numpy((args, kwargs))
+    checked = plan
+    if layout == "nhwc":  # the proof gives images with PyTorch's axes
+        checked = build.plan(graph, train, False, title)
+        proven = load.make(checked.source, checked.class_name, checked.native(run.weights(module, program)))
+    else:
+        proven = model
+    report = prove(checked, proven, module, program, arrays, named, progress)
+    report.notes += notes
+    if not report.passed:
+        report.culprit = locate(plan, model, program, module, *exporter.tensors((args, kwargs)))
+        raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
+    if dtype != "fp32":
+        load.set_dtype(model, DTYPES[dtype])
+        report.notes.append(f"compared in fp32; the weights are {dtype}")
+    return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, module)
+
+
+def check(module: Any, example_inputs: Any, *, dynamic: Any = None) -> dict[str, list[str]]:
+    """Returns the operations that the table lacks, with the places where the module uses them."""
+    exporter = backends.module("torch", "porting.export")
+    exporter.check_module(module)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    graph, train, _, _ = _export(exporter, module, args, {}, dynamic)
+    return _missing(graph, train)
+
+
+def _export(
+    exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any
+) -> tuple[Graph, Graph | None, Any, list[str]]:
+    wide_args, wide_kwargs = exporter.widened(args, kwargs) if dynamic is None else (args, kwargs)
+    shapes = "auto" if dynamic is None else dynamic
+    try:
+        graph, program = exporter.export(module, wide_args, wide_kwargs, shapes, False)
+    except PortError:
+        if wide_args is args:
+            raise
+        wide_args, wide_kwargs = args, kwargs
+        graph, program = exporter.export(module, args, kwargs, shapes, False)
+    notes: list[str] = []
+    try:
+        train, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True)
+    except PortError as error:
+        train = None
+        notes.append(f"training mode: {error}")
+    if train is not None and _outputs(train) != _outputs(graph):
+        notes.append("the module returns another structure in training mode; the port has the evaluation mode only")
+        train = None
+    return graph, train, program, notes
+
+
+def _outputs(graph: Graph) -> str:
+    import re
+
+    return re.sub(r"name='\w+'", "", repr(graph.output_tree))
+
+
+def _missing(graph: Graph, train: Graph | None) -> dict[str, list[str]]:
+    found = build.missing(graph)
+    for op, places in (build.missing(train) if train is not None else {}).items():
+        found.setdefault(op, places)
+    return found
+
+
+def _check_table(graph: Graph, train: Graph | None) -> None:
+    found = _missing(graph, train)
+    if found:
+        raise PortError(f"{len(found)} operations have no counterpart: {describe_missing(found)}")
+
+
+def describe_missing(found: dict[str, list[str]]) -> str:
+    """Returns missing operations with their counts and first places, in one line."""
+    return "; ".join(f"aten.{op} ({len(places)} times, first at {places[0]})" for op, places in sorted(found.items()))
