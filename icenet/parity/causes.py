@@ -1,15 +1,606 @@
-"""Known causes of differences, tried on the reference in memory."""
+"""Known causes of differences. Each is tried on the reference in memory; the one that removes the difference is named.
+
+What is tried, in this order:
+
+    calls           a dropout or another module that only one side calls; modes that differ
+    numbers         attributes of both modules with the same meaning: eps, momentum, rates, strides, align_corners
+    order           axes, halves, a direction or a shift of the array that differs
+    sums            an array that is added, left out or multiplied by a number
+    functions       variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks,
+                    scales, rotary positions, padding, variance, pooling, TF32, eps and theta as numbers in the code
+    weights         the order of gates and projections, a bias that is not used
+    casts           in half precision, a cast to fp32 that is left out
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends
+from icenet.parity import align
+from icenet.parity.pairing import relative
+from icenet.parity.sides import Pair
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import FACTOR, Judgement, judge
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+_ACCEPTED = 4 * FACTOR
+"""Largest ratio with which a cause explains a difference. The noise is one run of the reference, without samples."""
+_MOST = 400
+"""Number of replays that are tried for one difference."""
+
+_MEANING = {
+    "variance_epsilon": "eps",
+    "epsilon": "eps",
+    "layer_norm_eps": "eps",
+    "rms_norm_eps": "eps",
+    "norm_eps": "eps",
+    "dropout_rate": "p",
+    "drop_prob": "p",
+    "n_heads": "num_heads",
+    "n_head": "num_heads",
+    "rope_theta": "theta",
+    "base": "theta",
+    "negative_slope": "slope",
+    "_negative_slope": "slope",
+    "softmax_scale": "scale",
+    "scaling": "scale",
+}
+"""Names of attributes that mean the same."""
+_SHOWN = {"p": "the rate p of the dropout", "training": "the mode"}
 
 
-def suggest(comparison: Any, pair: Any, judgements: Any) -> str:
+def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgement]) -> str:
     """Returns the cause that removes the difference of a call; empty if none does."""
+    if cause := _mode(comparison, pair) or _dropout(comparison, pair):
+        return cause
+    with contextlib.suppress(align.ReplayError, IndexError, KeyError):
+        trial = _Trial(comparison, pair, judgements)
+        for search in (_numbers, _order, _sums, _statistics, _functions, _weights, _casts):
+            if cause := search(trial):
+                return cause
+    return _calls(comparison, pair)
+
+
+class _Trial:
+    """A difference, and what replays of the reference must compute to explain it.
+
+    Args:
+        comparison, pair, judgements: See `suggest`.
+    """
+
+    def __init__(self, comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
+        self.c, self.pair = comparison, pair
+        failing = [name for name, judgement in judgements.items() if not judgement.passed]
+        outputs = [name for name in failing if name.startswith("output")]
+        statistics = [name for name in failing if name.startswith("statistic ")]
+        first = comparison.first_name(pair, judgements)
+        self.name = first if first in outputs or not outputs else outputs[0]
+        self.is_forward = bool(outputs or statistics)
+        if not outputs and statistics:
+            self.name = statistics[0]
+        self.values, seeds = comparison.replay_inputs(pair, gradients=not self.is_forward)
+        self.seeds = seeds
+        self.ours = self._named(comparison.a.replay(pair, self.values, seeds))
+        self.theirs = self._named(comparison.b_replay(pair, self.values, seeds))
+        self.exact = self._named(comparison.reference.replay(pair, self.values, seeds))
+        passing = [n for n in judgements if judgements[n].passed and n in self.exact and n in self.ours]
+        kinds = ("output", "statistic") if self.is_forward else ("input", "gradient")
+        self.checked = [self.name, *(n for n in passing if n.startswith(kinds))]
+        self.before = self.ratio(self.exact)
+        self.left = _MOST
+
+    def _named(self, results: Mapping[str, Value]) -> dict[str, Value]:
+        return {name.replace("gradient ", "gradient:", 1): value for name, value in results.items()}
+
+    def ratio(self, new: Mapping[str, Value]) -> float:
+        """Returns the largest ratio of the error of `a` to the noise, if the reference computes `new`."""
+        worst = 0.0
+        for name in self.checked:
+            if name not in new:
+                return math.inf
+            exact, found = self.exact[name].array, np.asarray(new[name].array, np.float64)
+            if found.shape != exact.shape:
+                return math.inf
+            noise = np.asarray(self.theirs[name].array, np.float64) - exact
+            ours, stored = self.ours[name], self.theirs[name].dtype
+            if ours.array.shape != found.shape:
+                return math.inf
+            worst = max(worst, judge(ours.array, found + noise, found, self.c.dtype, stored=stored).ratio)
+            if worst > _ACCEPTED:
+                break
+        return worst
+
+    def explains(self, new: Mapping[str, Value]) -> bool:
+        """Returns whether the difference is gone if the reference computes `new`."""
+        found = self.ratio(new)
+        return found <= _ACCEPTED and found < self.before / 4
+
+    def explains_array(self, array: Array) -> bool:
+        """Returns whether the difference is gone if the reference has this value."""
+        if array.shape != self.exact[self.name].array.shape:
+            return False
+        return self.explains({**self.exact, self.name: Value(array, "fp64")})
+
+    def replay(self, weights: Mapping[str, Array] | None = None) -> dict[str, Value]:
+        """Returns what the reference computes, which may be changed meanwhile; empty if it fails."""
+        self.left -= 1
+        if self.left < 0:
+            return {}
+        try:
+            return self._named(self.c.reference.replay(self.pair, self.values, self.seeds, weights))
+        except align.ReplayError:
+            return {}
+
+    @property
+    def modules(self) -> tuple[Any, Any]:
+        """The module of `a`, and that of the reference."""
+        return self.c.a.modules[self.pair.a.path], self.c.reference.modules[self.pair.path]
+
+
+# ---- calls and modes ------------------------------------------------------------------------------------------
+
+
+def _mode(c: Comparison, pair: Pair) -> str:
+    """Returns which norm or dropout is in another mode."""
+    inner = {child.path for child in pair.children}
+    for path, side in ((event.path, event) for event in pair.b.walk()):
+        ours = c.a.own_path(path)
+        if ours is None or (path in inner and path != pair.path) or side.path not in c.b.modules:
+            continue
+        flags = c.a.mode(ours), c.b.mode(path)
+        if flags[0] != flags[1] and c.b.depends_on_mode_at(path):
+            names = ["training" if flag else "evaluation" for flag in flags]
+            return f"{path or 'the model'} is in {names[0]} mode in a, in {names[1]} mode in b"
     return ""
 
 
-def suggest_update(comparison: Any, sequence: Any, updated: Any, optimizers: Any) -> str:
-    """Returns the cause that removes the difference of the updates of an optimizer; empty if none does."""
+def _dropout(c: Comparison, pair: Pair) -> str:
+    """Returns which dropout only one side calls, if that is in training mode."""
+    if not c.a.train:
+        return ""
+    for one, other, sides in ((pair.b, pair.a, (c.b, c.a)), (pair.a, pair.b, (c.a, c.b))):
+        is_b = one is pair.b
+        called = {c.a.names.get(event.path, event.path) if is_b else event.path for event in other.walk()}
+        for event in one.walk():
+            path = event.path if is_b else c.a.names.get(event.path, event.path)
+            rate = sides[0].dropout_rate(event.path)
+            if rate and path not in called:
+                which = ("a", "b") if is_b else ("b", "a")
+                return f"{path} (dropout {rate:g}) is not called in {which[0]}, but in {which[1]}"
     return ""
+
+
+def _calls(c: Comparison, pair: Pair) -> str:
+    """Returns which modules within a call only one side calls, as a hint."""
+    ours = {c.a.names.get(event.path) for event in pair.a.walk()}
+    theirs = {event.path for event in pair.b.walk()}
+    matched = set(c.a.names.values())
+    only_b = [relative(path, pair.path) for path in theirs if path in matched and path not in ours]
+    only_a = [relative(path, pair.path) for path in ours if path is not None and path not in theirs]
+    if only_b:
+        return f"{sorted(only_b)[0]} is called in b, but not in a"
+    return f"{sorted(only_a)[0]} is called in a, but not in b" if only_a else ""
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------
+
+
+def _numbers(trial: _Trial) -> str:
+    """Returns which attribute of the module has another value, if that explains the difference."""
+    ours, theirs = trial.modules
+    own, other = attributes(ours), attributes(theirs)
+    for name, (attribute, old) in other.items():
+        if name not in own or own[name][1] == old:
+            continue
+        new = own[name][1]
+        if isinstance(old, tuple) and not isinstance(new, tuple):
+            new = (new,) * len(old)
+        if type(new) is not type(old) and not (isinstance(new, (int, float)) and isinstance(old, (int, float))):
+            continue
+        with _set(theirs, attribute, new):
+            if trial.explains(trial.replay()):
+                return f"{_SHOWN.get(name, name)} is {_text(own[name][1])} in a, {_text(old)} in b"
+    return ""
+
+
+def attributes(module: Any) -> dict[str, tuple[str, Any]]:
+    """Returns the name and value of each number, flag and tuple of numbers that a module holds, by its meaning."""
+    items = {**(dict(module) if isinstance(module, dict) else {}), **vars(module)}
+    found = {}
+    for name, value in items.items():
+        is_number = isinstance(value, (bool, int, float))
+        is_tuple = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
+        if (is_number or is_tuple) and name not in ("training", "_training", "call_super_init", "dump_patches"):
+            found[_MEANING.get(name, name)] = name, value
+    return found
+
+
+@contextlib.contextmanager
+def _set(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(module)[name]
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        vars(module)[name] = before
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---- order ----------------------------------------------------------------------------------------------------
+
+
+def _order(trial: _Trial) -> str:
+    """Returns how the elements of the array are ordered otherwise, if that explains the difference."""
+    ours, exact = (np.asarray(values[trial.name].array) for values in (trial.ours, trial.exact))
+    if ours.ndim < 1 or ours.shape != exact.shape or ours.size < 2:
+        return ""
+    if found := align.permutation(ours, exact):
+        return f"swapped axes: {found.replace('PyTorch', 'b')}"
+    for axis in range(1 if ours.ndim > 1 else 0, ours.ndim):
+        size = ours.shape[axis]
+        if size > 1 and trial.explains_array(np.flip(exact, axis)):
+            return f"the order along axis {axis} is reversed in a"
+        for shift in (1, -1):
+            if size > 2 and _is_shifted(trial, ours, exact, axis, shift):
+                return f"shifted by one along axis {axis} in a"
+        for parts in (2, 3, 4):
+            if size % parts == 0 and size > parts:
+                blocks = np.split(exact, parts, axis)
+                for order in itertools.permutations(range(parts)):
+                    if order != tuple(range(parts)):
+                        if trial.explains_array(np.concatenate([blocks[i] for i in order], axis)):
+                            return f"the {parts} parts along axis {axis} are in another order in a: {list(order)}"
+    if ours.ndim == 3:
+        batch, length, width = ours.shape
+        for heads in range(2, width):
+            if width % heads == 0:
+                split = exact.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+                if trial.explains_array(split.reshape(exact.shape)):
+                    return "swapped axes: heads and positions are not exchanged before the heads are merged in a"
+                if width % heads == 0:
+                    back = exact.reshape(batch, heads, length, width // heads).transpose(0, 2, 1, 3)
+                    if trial.explains_array(back.reshape(exact.shape)):
+                        return "swapped axes: heads and positions are exchanged once more in a"
+    if ours.ndim == 2:
+        for value in trial.values:
+            shape = value.array.shape
+            if len(shape) > 2 and shape[0] == len(ours) and math.prod(shape) == ours.size:
+                if trial.explains_array(align.to_mlx(align.MOVED, exact.reshape(shape)).reshape(exact.shape)):
+                    return "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX"
+    return ""
+
+
+def _is_shifted(trial: _Trial, ours: Array, exact: Array, axis: int, shift: int) -> bool:
+    inner = [slice(None)] * ours.ndim
+    shifted = np.roll(exact, shift, axis)
+    inner[axis] = slice(1, None) if shift > 0 else slice(0, -1)
+    new = ours.astype(np.float64).copy()
+    new[tuple(inner)] = shifted[tuple(inner)]
+    return bool(np.ptp(exact[tuple(inner)], axis=axis).max() > 0) and trial.explains_array(new)
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------
+
+
+def _sums(trial: _Trial) -> str:
+    """Returns which array is added, left out or multiplied, if that explains the difference."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or not np.isfinite(ours).all():
+        return ""
+    if not ours.any() and exact.any():
+        return "it is zero in a" + (
+            "" if trial.is_forward else ": stop_gradient, or a value that does not depend on it"
+        )
+    size = float(np.square(exact).sum())
+    factor = float((ours * exact).sum()) / size if size else 0.0
+    if factor and exact.size > 2 and trial.explains_array(factor * exact):
+        square = factor * factor
+        known = (
+            f" (the square root of {round(square)})" if square > 1.5 and abs(square - round(square)) < 1e-4 else ""
+        )
+        return f"it is multiplied by {factor:.6g}{known} in a"
+    terms = _terms(trial, exact.shape)
+    difference = ours - exact
+    for label, array in terms:
+        size = float(np.square(array).sum())
+        factor = float((difference * array).sum()) / size if size else 0.0
+        if not factor or exact.size <= 2 or not trial.explains_array(exact + factor * array):
+            continue
+        if abs(factor + 1) < 1e-4:
+            return (
+                f"{label} is not added in a" if trial.is_forward else f"{label} is not passed on in a: stop_gradient?"
+            )
+        return (
+            f"{label} is added once more in a"
+            if abs(factor - 1) < 1e-4
+            else f"{factor:.6g} times {label} is added in a"
+        )
+    for (label, array), (other, taken) in itertools.permutations(terms, 2):
+        if trial.explains_array(exact + array - taken):
+            return f"a adds {label} where b adds {other}"
+    for label, array in terms:
+        if trial.explains_array(array):
+            return f"it is {label} in a"
+    return ""
+
+
+def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
+    """Returns the arrays of a shape that a call receives, with what to call them."""
+    found: list[tuple[str, Array]] = []
+    if trial.is_forward:
+        for (child, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
+            label = "the input" if child is None else f"the output of {relative(child.path, trial.pair.path)}"
+            found.append((label, np.asarray(value.array, np.float64)))
+    elif trial.seeds is not None:
+        for (child, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
+            what = "the output" if child is None else f"the input of {relative(child.path, trial.pair.path)}"
+            found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
+    kept: dict[str, Array] = {}
+    for label, array in found:
+        if array.shape == shape and len(kept) < 6:
+            kept.setdefault(label, array)
+    return list(kept.items())
+
+
+def _statistics(trial: _Trial) -> str:
+    """Returns what differs in the running statistics of a batch norm."""
+    if not trial.name.startswith("statistic "):
+        return ""
+    momentum = getattr(trial.modules[1], "momentum", None)
+    if trial.name != "statistic running_var":
+        other = attributes(trial.modules[0]).get("momentum", ("", None))[1]
+        is_reversed = momentum is not None and other is not None and abs(momentum + other - 1) < 1e-6
+        return (
+            "the momentum of the running statistics has the other meaning, 1 - momentum, in a" if is_reversed else ""
+        )
+    if momentum is None or not trial.values:
+        return ""
+    shape = trial.values[0].array.shape
+    count = math.prod(shape) // shape[1]
+    before = trial.c.reference.tools.buffers(trial.modules[1])["running_var"]
+    kept = (1 - momentum) * np.asarray(before, np.float64)
+    exact = trial.exact[trial.name].array
+    for factor, text in ((count - 1) / count, "biased"), (count / (count - 1), "unbiased twice"):
+        if count > 1 and trial.explains_array(kept + (exact - kept) * factor):
+            return f"the running variance is {text} in a, unbiased in b"
+    return ""
+
+
+# ---- functions ------------------------------------------------------------------------------------------------
+
+
+def _functions(trial: _Trial) -> str:
+    """Returns the variant of the functions of the reference that explains the difference."""
+    if trial.c.reference.backend != "torch":
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    with variants.spying() as calls:
+        trial.replay()
+    counts: dict[str, int] = {}
+    for name, _, _ in calls:
+        counts[name] = counts.get(name, 0) + 1
+    own = [v for _, v in attributes(trial.modules[0]).values() if isinstance(v, float)]
+    table = [*variants.TABLE, *variants.number_variants(calls, own)]
+    accepted: list[tuple[float, int, str]] = []
+    for index, variant in enumerate(table):
+        total = sum(counts.get(name, 0) for name in variant.names)
+        if not total:
+            continue
+        for only in (None, *(range(total) if 1 < total <= 6 else ())):
+            with variants.applied(variant, only):
+                new = trial.replay()
+            if new and trial.explains(new):
+                ratio = trial.ratio(new)
+                accepted.append((ratio, index, variant.text))
+                break
+        if accepted and accepted[-1][0] <= 2:
+            break
+    if not accepted:
+        return ""
+    text = min(accepted)[2]
+    if "{0}" in text:
+        used = [variants.activation_name(n, k, a) for n, a, k in calls if n in variants.ACTIVATION_NAMES]
+        text = text.replace("{0}", next(iter(used), "another activation"))
+    return text
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+_GATES = {
+    "LSTM": ("i", "f", "g", "o"),
+    "LSTMCell": ("i", "f", "g", "o"),
+    "GRU": ("r", "z", "n"),
+    "GRUCell": ("r", "z", "n"),
+}
+
+
+def _weights(trial: _Trial) -> str:
+    """Returns which parameters of a layer are in another order or not used, if that explains the difference."""
+    if trial.pair.children or trial.c.reference.backend != "torch":
+        return ""
+    side, pair = trial.c.reference, trial.pair
+    names = side.parameters_within(pair.path)
+    before, pair.parameters = pair.parameters, names
+    try:
+        weights = side.weights_within(pair.path)
+        kind = type(trial.modules[1]).__name__
+        gates = _GATES.get(kind)
+        if gates is not None:
+            for order in itertools.permutations(range(len(gates))):
+                new = {name: _reordered(weights[name], order) for name in names}
+                if order != tuple(range(len(gates))) and trial.explains(trial.replay(new)):
+                    listed = [" ".join(gates[i] for i in o) for o in (order, range(len(gates)))]
+                    return f"gate order: the gates of the weights of a are those of b in the order {listed[0]}"
+        packed = [name for name in names if name.startswith("in_proj")]
+        for order in itertools.permutations(range(3)) if packed else ():
+            new = {name: _reordered(weights[name], order) for name in packed}
+            if order != (0, 1, 2) and trial.explains(trial.replay(new)):
+                listed = " ".join("qkv"[i] for i in order)
+                return f"the projections q k v of a are those of b in the order {listed}"
+        for name in names:
+            if trial.explains(trial.replay({name: np.zeros_like(weights[name])})):
+                return f"{name} is not used in a"
+            square = weights[name]
+            if square.ndim == 2 and square.shape[0] == square.shape[1]:
+                if trial.explains(trial.replay({name: np.ascontiguousarray(square.T)})):
+                    return f"{name} is transposed in a"
+    finally:
+        pair.parameters = before
+    return ""
+
+
+def _reordered(array: Array, order: Sequence[int]) -> Array:
+    blocks = np.split(array, len(order))
+    return np.concatenate([blocks[index] for index in order])
+
+
+# ---- casts ----------------------------------------------------------------------------------------------------
+
+
+def _casts(trial: _Trial) -> str:
+    """Returns whether a cast to fp32 is missing in half precision: then the reference without it is as far off."""
+    c = trial.c
+    if c.dtype == "fp32" or c.b.backend != "torch":
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    exact = np.asarray(trial.exact[trial.name].array, np.float64)
+    ours = np.asarray(trial.ours[trial.name].array, np.float64)
+    for variant in variants.CASTS:
+        try:
+            with variants.applied(variant):
+                found = trial._named(c.b.replay(trial.pair, trial.values, trial.seeds))
+        except align.ReplayError:
+            continue
+        if trial.name not in found:
+            continue
+        uncast = np.asarray(found[trial.name].array, np.float64)
+        if uncast.shape == exact.shape and judge(ours, uncast, exact, c.dtype).passed:
+            return f"{variant.text.format(c.dtype)}"
+    return ""
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------
+
+Change = Callable[[Any, int], None]
+"""Changes the options of an optimizer before a step, given its number from 0."""
+
+
+def suggest_update(
+    c: Comparison,
+    names: Mapping[str, str],
+    sequence: Sequence[Mapping[str, Array]],
+    updated: Sequence[Mapping[str, Array]],
+    optimizer: Any,
+) -> str:
+    """Returns the cause that removes the difference of the updates of an optimizer; empty if none does.
+
+    Args:
+        c: The comparison.
+        names: Path in `a` of each parameter by its path in `b`.
+        sequence: The gradients of successive steps, by path in `b`.
+        updated: The weights of `a`, of `b` and of the reference after the steps, by path in `b`.
+        optimizer: The optimizer of `b` that the user gave.
+    """
+    if c.reference.backend != "torch":
+        return ""
+    ours, theirs, exact = updated
+
+    def explains(new: Mapping[str, Array]) -> bool:
+        for name in names:
+            if name in ours and name in exact:
+                noise = np.asarray(theirs[name], np.float64) - exact[name]
+                if judge(ours[name], new[name] + noise, new[name]).ratio > _ACCEPTED:
+                    return False
+        return True
+
+    for text, change in _optimizer_changes():
+        try:
+            found = c.reference.updated(optimizer, sequence, change)
+        except (KeyError, TypeError, ValueError, AttributeError):  # an option that this optimizer lacks
+            continue
+        if explains(found):
+            return text
+    return ""
+
+
+def _optimizer_changes() -> Iterator[tuple[str, Change]]:
+    def setting(name: str, value: Any) -> Change:
+        def change(optimizer: Any, step: int) -> None:
+            for group in optimizer.param_groups:
+                if name not in group:
+                    raise KeyError(name)
+                group[name] = value(group) if callable(value) else value
+
+        return change
+
+    def uncorrected(optimizer: Any, step: int) -> None:
+        for group in optimizer.param_groups:
+            if step == 0:
+                group["icenet_lr"], group["icenet_eps"] = group["lr"], group["eps"]
+            one, two = (1 - beta ** (step + 1) for beta in group["betas"])
+            group["lr"], group["eps"] = (
+                group["icenet_lr"] * one / math.sqrt(two),
+                group["icenet_eps"] / math.sqrt(two),
+            )
+            if group.get("weight_decay") and group.get("decoupled_weight_decay"):
+                if step == 0:
+                    group["icenet_decay"] = group["weight_decay"]
+                group["weight_decay"] = group["icenet_decay"] * group["icenet_lr"] / group["lr"]
+
+    def decayed(chosen: Callable[[Any], bool], decays: bool) -> Change:
+        def change(optimizer: Any, step: int) -> None:
+            if step:
+                return
+            groups = [dict(group) for group in optimizer.param_groups]
+            largest = max(group["weight_decay"] for group in groups)
+            optimizer.param_groups.clear()
+            for group in groups:
+                for flag in (True, False):
+                    parameters = [p for p in group["params"] if chosen(p) is flag]
+                    if parameters:
+                        decay = (largest if decays else 0.0) if flag else group["weight_decay"]
+                        optimizer.param_groups.append({**group, "params": parameters, "weight_decay": decay})
+
+        return change
+
+    yield "no bias correction in a: pass bias_correction=True", uncorrected
+    yield "weight decay on biases and norms in a, not in b", decayed(lambda p: p.ndim < 2, True)
+    yield "no weight decay on biases and norms in a", decayed(lambda p: p.ndim < 2, False)
+    yield "no weight decay in a", setting("weight_decay", 0.0)
+    for decay in (0.01, 0.1, 0.05, 1e-3, 1e-4):
+        yield f"weight decay is {decay:g} in a", setting("weight_decay", decay)
+    yield "weight decay in the gradient in a, decoupled in b", setting("decoupled_weight_decay", False)
+    yield "decoupled weight decay in a, in the gradient in b", setting("decoupled_weight_decay", True)
+    for eps in (1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3):
+        yield f"eps of the optimizer is {eps:g} in a", setting("eps", eps)
+    for betas in ((0.9, 0.999), (0.9, 0.95), (0.9, 0.99), (0.9, 0.98), (0.95, 0.999), (0.5, 0.999)):
+        yield f"betas are {list(betas)} in a", setting("betas", betas)
+    for momentum in (0.0, 0.9, 0.95, 0.99):
+        yield f"momentum of the optimizer is {momentum:g} in a", setting("momentum", momentum)
+    yield "Nesterov momentum in a, not in b", setting("nesterov", True)
+    yield "no Nesterov momentum in a", setting("nesterov", False)
+    yield "dampening as large as the momentum in a", setting("dampening", lambda group: group["momentum"])
+    yield "the learning rate is ten times as large in a", setting("lr", lambda group: _base(group) * 10)
+    yield "the learning rate is a tenth in a", setting("lr", lambda group: _base(group) / 10)
+    yield "AMSGrad in a, not in b", setting("amsgrad", True)
+    yield "the other direction: gradients are added in a", setting("maximize", True)
+
+
+def _base(group: dict[str, Any]) -> float:
+    """Returns the learning rate of a group before it was changed."""
+    return float(group.setdefault("icenet_lr", group["lr"]))

@@ -8,14 +8,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends, rng
 from icenet.core.errors import UsageError
-from icenet.parity import align
+from icenet.parity import align, causes
 from icenet.parity import inputs as drawing
 from icenet.parity import status as states
 from icenet.parity.events import Run, Store
@@ -24,7 +24,6 @@ from icenet.parity.locate import judge_layer
 from icenet.parity.pairing import Rename, first_mismatch, match_modules, pair_calls, relative
 from icenet.parity.result import Histogram, Module, Report, Row, Stage
 from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
-
 from icenet.parity.status import ALL_STAGES
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, Judgement, Samples, judge, judge_curve, judge_values, rms
@@ -91,7 +90,7 @@ def compare(
     stages = _check(stages, dtype, inputs, draws, steps)
     options = {"rename": rename, "layout": layout, "loss": loss, "optimizer": optimizer, "copy_weights": copy_weights}
     with _host_generators_kept():
-        comparison = _Comparison(a, b, stages, dtype, seed, steps, options)
+        comparison = Comparison(a, b, stages, dtype, seed, steps, options)
         given = drawing.draw(comparison.a, a, seed, draws or 3) if inputs is None else [drawing.read(inputs, dtype)]
         report = comparison.run(given)
         if replay is not None and not report.passed:
@@ -127,11 +126,29 @@ def _host_generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+class _Origin(NamedTuple):
+    """Where a difference begins in a replay.
+
+    Attributes:
+        order: Position in the order of the computation.
+        where: Where in the module, such as "between mlp and norm2"; empty for a layer without others within.
+        label: What to call the result that differs.
+        name: Its name in the replay.
+        judgement: Its judgement.
+    """
+
+    order: float
+    where: str
+    label: str
+    name: str
+    judgement: Judgement
+
+
 class _Stop(Exception):
     """A stage failed."""
 
 
-class _Comparison:
+class Comparison:
     """The state of one comparison."""
 
     def __init__(
@@ -150,6 +167,7 @@ class _Comparison:
         self.dtype, self.seed, self.steps, self.options = dtype, seed, steps, options
         kinds = backends.backend_of(a), backends.backend_of(b)
         self.losses, self.optimizers = options["loss"], options["optimizer"]
+        self.gradients: dict[str, Array] = {}
         if kinds == ("torch", "mlx"):
             a, b = b, a
             self.losses, self.optimizers = (pair and pair[::-1] for pair in (self.losses, self.optimizers))
@@ -170,6 +188,7 @@ class _Comparison:
         self.a.names = {match.a: match.b for match in self.matches if match.a is not None and match.b is not None}
         for role, side in (("a", self.a), ("b", self.b), ("reference", self.reference)):
             self.report.environment[role] = _describe(side)
+            side.has_one_bias = self.a.backend != self.b.backend
         self.store = Store()
         self.factor = 1.0
         """How much less exact the sums of `a` are than those of `b`, as far as it is known."""
@@ -183,10 +202,11 @@ class _Comparison:
         report = self.report
         report.inputs, report.draws = given[0].describe(), len(given)
         try:
-            for index, inputs in enumerate(given):
-                self._run_on(inputs, first=index == 0)
-            if self._wants("optimizer") or self._wants("training"):
-                self._train(given[0])
+            with self.a.eager(), self.b.eager():
+                for index, inputs in enumerate(given):
+                    self._run_on(inputs, first=index == 0)
+                if self._wants("optimizer") or self._wants("training"):
+                    self._train(given[0])
         except _Stop:
             pass
         finally:
@@ -486,11 +506,22 @@ class _Comparison:
                 found[pair.b.number] = self._replay(pair, gradients)
         return found
 
-    def _replay(self, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+    def replay_inputs(self, pair: Pair, gradients: bool) -> tuple[list[Value], list[Value] | None]:
+        """Returns the inputs of a replay: those of the reference, rounded, and random cotangents."""
         values = [
             rounded(item, theirs.dtype) for item, theirs in zip(pair.inputs("b"), pair.inputs("noise"), strict=True)
         ]
-        seeds = cotangents_of(pair, [item.dtype for item in pair.results("noise")], self.seed) if gradients else None
+        dtypes = [item.dtype for item in pair.results("noise")]
+        return values, cotangents_of(pair, dtypes, self.seed) if gradients else None
+
+    def b_replay(self, pair: Pair, values: Sequence[Value], seeds: Sequence[Value] | None) -> dict[str, Value]:
+        """Returns a replay of `b` in the dtype under test."""
+        if self.b.perturbation is not None:
+            return self.b.sampled_replay(pair, 0, values, seeds, rounds=True)
+        return self.b.replay(pair, values, seeds)
+
+    def _replay(self, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+        values, seeds = self.replay_inputs(pair, gradients)
         pair.parameters = self.reference.parameters_within(pair.path) if gradients else []
         try:
             exact = self.reference.replay(pair, values, seeds)
@@ -528,15 +559,13 @@ class _Comparison:
     def _judge_forward(
         self, stage: Stage, pairs: list[Pair], found: dict[int, dict[str, Judgement]], note: str
     ) -> None:
-        origins: list[tuple[float, Pair, str, str, Judgement]] = []
-        for pair in pairs:
-            over = self._first_output(pair, found.get(pair.b.number, {}))
-            if over is not None:
-                origins.append((over[0], pair, *over[1:]))
-        origins.sort(key=lambda item: item[0])
-        differing = {pair.path for _, pair, *_ in origins}
-        first = origins[0][0] if origins else math.inf
-        places = {id(item[1]): item for item in origins}
+        candidates = ((pair, self._first_output(pair, found.get(pair.b.number, {}))) for pair in pairs)
+        origins = sorted(
+            ((pair, origin) for pair, origin in candidates if origin is not None), key=lambda item: item[1].order
+        )
+        differing = {pair.path for pair, _ in origins}
+        first = origins[0][1].order if origins else math.inf
+        places = {id(pair): origin for pair, origin in origins}
         for pair in pairs:
             own = {n: j for n, j in found.get(pair.b.number, {}).items() if n.startswith(("output", "statistic"))}
             worst = max(own.values(), key=lambda judgement: judgement.ratio, default=None)
@@ -546,8 +575,8 @@ class _Comparison:
             if pair.obstacle and pair.obstacle not in self._notes(pair.path):
                 self._notes(pair.path).append(pair.obstacle)
         if origins:
-            _, pair, where, label, judgement = origins[0]
-            self._fail(stage, pair.path, where, judgement.note or note)
+            pair, origin = origins[0]
+            self._fail(stage, pair.path, origin.where, origin.judgement.note or note)
             self._suggest(pair, found[pair.b.number])
             return
         # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
@@ -569,7 +598,7 @@ class _Comparison:
         pair: Pair,
         arrays: tuple[int, int, str],
         worst: Judgement | None,
-        places: dict[int, Any],
+        places: Mapping[int, _Origin],
         differing: set[str],
         first: float,
         note: str,
@@ -581,9 +610,7 @@ class _Comparison:
         is_over = not judged.passed
         status, where, part = states.PASSED, "", "output" + (f"[{j}]" if j else "")
         if id(pair) in places:
-            _, _, where, label, _ = places[id(pair)]
-            status = states.DIFFERS
-            own_part = label
+            status, where, own_part = states.DIFFERS, places[id(pair)].where, places[id(pair)].label
         elif any(path != pair.path and _is_in(path, pair.path) for path in differing):
             status, own_part = states.CONTAINS, ""
         elif is_over and pair.b.number > first:
@@ -614,10 +641,8 @@ class _Comparison:
             _histogram(ours, exact.array) if status == states.DIFFERS else None,
         )
 
-    def _first_output(
-        self, pair: Pair, judgements: Mapping[str, Judgement]
-    ) -> tuple[float, str, str, Judgement] | None:
-        """Returns when, where and in which result of a replay a difference begins, in the order of the computation."""
+    def _first_output(self, pair: Pair, judgements: Mapping[str, Judgement]) -> _Origin | None:
+        """Returns where in a replay a difference begins, in the order of the computation."""
         places = pair.places()
         found = []
         last = max((event.number for event in pair.b.walk()), default=pair.b.number)
@@ -625,23 +650,22 @@ class _Comparison:
             if judgement.passed:
                 continue
             if name.startswith("statistic "):
-                found.append((last + 0.6, "", name, judgement))
+                found.append(_Origin(last + 0.6, "", name, name, judgement))
             elif name.startswith("output"):
                 child, number = places[_index(name)]
                 if child is None:
-                    after = relative(pair.children[-1].path, pair.path) if pair.children else ""
+                    where = f"after {relative(pair.children[-1].path, pair.path)}" if pair.children else ""
                     label = "output" + (f"[{number}]" if number else "")
-                    found.append((last + 0.5, f"after {after}" if after else "", label, judgement))
+                    found.append(_Origin(last + 0.5, where, label, name, judgement))
                 else:
-                    found.append(
-                        (
-                            child.b.number - 0.5,
-                            self._between(pair, child),
-                            f"input of {relative(child.path, pair.path)}",
-                            judgement,
-                        )
-                    )
-        return min(found, key=lambda item: item[0], default=None)
+                    label = f"input of {relative(child.path, pair.path)}"
+                    found.append(_Origin(child.b.number - 0.5, self._between(pair, child), label, name, judgement))
+        return min(found, key=lambda origin: origin.order, default=None)
+
+    def first_name(self, pair: Pair, judgements: Mapping[str, Judgement]) -> str:
+        """Returns the name of the result of a replay in which a difference begins."""
+        origin = self._first_output(pair, judgements) or self._first_gradient(pair, judgements)
+        return origin.name if origin is not None else "output"
 
     def _between(self, pair: Pair, child: Pair) -> str:
         """Returns `between mlp and norm2`, given a call within a module."""
@@ -696,13 +720,13 @@ class _Comparison:
         if stage.status == states.SKIPPED or not self._wants("gradients"):
             return
         depth = 0
-        origin: tuple[Pair, str, str, Judgement] | None = None
+        first: tuple[Pair, _Origin] | None = None
         differing: dict[str, str] = {}
         for pair in pairs:
-            over = self._first_gradient(pair, found.get(pair.b.number, {}))
-            if over is not None:
-                origin = origin or (pair, *over)
-                differing.setdefault(pair.path, over[0])
+            origin = self._first_gradient(pair, found.get(pair.b.number, {}))
+            if origin is not None:
+                first = first or (pair, origin)
+                differing.setdefault(pair.path, origin.where)
         for pair in reversed(pairs):  # the order of the backward pass
             own = {n: j for n, j in found.get(pair.b.number, {}).items() if not n.startswith(("output", "statistic"))}
             worst_name = max(own, key=lambda name: own[name].ratio, default=None)
@@ -728,9 +752,9 @@ class _Comparison:
                 stage.rows.append(replace(row, note=note, where=where, call=pair.b.call, depth=depth))
                 depth += 1
         self._parameter_rows(stage, runs, differing)
-        if origin is not None:
-            pair, where, _, judgement = origin
-            self._fail(stage, pair.path, where, "in the backward pass")
+        if first is not None:
+            pair, origin = first
+            self._fail(stage, pair.path, origin.where, "in the backward pass")
             self._suggest(pair, found[pair.b.number])
             return
         bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
@@ -763,8 +787,8 @@ class _Comparison:
             )
             stage.rows.append(replace(row, note=item.note, depth=len(stage.rows)))
 
-    def _first_gradient(self, pair: Pair, judgements: Mapping[str, Judgement]) -> tuple[str, str, Judgement] | None:
-        """Returns where, and in which gradient of a replay, a difference begins, in the order of the backward pass."""
+    def _first_gradient(self, pair: Pair, judgements: Mapping[str, Judgement]) -> _Origin | None:
+        """Returns where in a replay a difference begins, in the order of the backward pass."""
         found = []
         for name, judgement in judgements.items():
             if judgement.passed or name.startswith(("output", "statistic")):
@@ -773,18 +797,14 @@ class _Comparison:
             if name.startswith("input ") and name[6:].isdigit():
                 child = self._input_place(pair, int(name[6:]))
                 if child is not None:
-                    index = pair.children.index(child)
-                    following = pair.children[index + 1 :]
-                    name_of = relative(child.path, pair.path)
-                    after = f"between {name_of} and {relative(following[0].path, pair.path)}"
-                    order, where = float(index), after if following else f"after {name_of}"
+                    order = float(pair.children.index(child))
+                    rest = pair.children[pair.children.index(child) + 1 :]
+                    own = relative(child.path, pair.path)
+                    where = f"between {own} and {relative(rest[0].path, pair.path)}" if rest else f"after {own}"
                 elif pair.children:
                     where = f"before {relative(pair.children[0].path, pair.path)}"
-            found.append((order, where, self._gradient_label(pair, name), judgement))
-        if not found:
-            return None
-        worst = max(found, key=lambda item: (item[0], item[3].ratio))
-        return worst[1:]
+            found.append(_Origin(order, where, self._gradient_label(pair, name), name, judgement))
+        return max(found, key=lambda origin: (origin.order, origin.judgement.ratio), default=None)
 
     def _input_place(self, pair: Pair, number: int) -> Pair | None:
         floats = [place for place, item in zip(pair.input_places(), pair.inputs("b"), strict=True) if item.is_float]
@@ -966,20 +986,13 @@ class _Comparison:
                 bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
             )
             self._fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
-            self._suggest_update(sequence, updated, optimizers)
+            self.report.cause = causes.suggest_update(self, back, sequence, updated, optimizers[1])
 
     # ---- cause and culprit ----------------------------------------------------------------------------------
 
     def _suggest(self, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
         """Sets the cause of the report, if a known one removes the difference."""
-        from icenet.parity import causes
-
         self.report.cause = causes.suggest(self, pair, judgements)
-
-    def _suggest_update(self, sequence: Any, updated: Any, optimizers: tuple[Any, Any]) -> None:
-        from icenet.parity import causes
-
-        self.report.cause = causes.suggest_update(self, sequence, updated, optimizers)
 
     def shrink(self, path: str) -> None:
         """Finds the smallest input that still differs and saves it."""
@@ -1006,7 +1019,7 @@ class _Comparison:
 class _Replays:
     """The three replays of a call, in the form that `judge_layer` takes."""
 
-    def __init__(self, comparison: _Comparison, pair: Pair, known: tuple[Any, Any, dict[str, Value]]) -> None:
+    def __init__(self, comparison: Comparison, pair: Pair, known: tuple[Any, Any, dict[str, Value]]) -> None:
         self._c, self._pair = comparison, pair
         self._known = known
 
@@ -1014,10 +1027,7 @@ class _Replays:
         return self._c.a.replay(self._pair, list(call.args), cotangents)
 
     def noise(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
-        side = self._c.b
-        if side.perturbation is not None:
-            return side.sampled_replay(self._pair, 0, list(call.args), cotangents, rounds=True)
-        return side.replay(self._pair, list(call.args), cotangents)
+        return self._c.b_replay(self._pair, list(call.args), cotangents)
 
     def exact(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
         values, seeds, found = self._known

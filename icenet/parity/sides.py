@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,6 +170,28 @@ class Side:
         """Whether the module may compute something else in training mode than in evaluation mode."""
         return any(map(_depends_on_mode, self.modules.values()))
 
+    def depends_on_mode_at(self, path: str) -> bool:
+        """Returns whether the module at a path itself may compute something else in training mode."""
+        return _depends_on_mode(self.modules[path])
+
+    def mode(self, path: str) -> bool:
+        """Returns whether the user's module at a path is in training mode."""
+        return self._modes[path]
+
+    def own_path(self, path: str) -> str | None:
+        """Returns the path of a module of this side, by its path in the reference; None if it has none."""
+        return self._back.get(path)
+
+    def dropout_rate(self, path: str) -> float:
+        """Returns the rate of a dropout layer; 0 for other modules."""
+        layer = self._dropouts.get(path)
+        return float(layer.p) if layer is not None else 0.0
+
+    def weights_within(self, path: str) -> dict[str, Array]:
+        """Returns the canonical weights of the module at a path, by path within it."""
+        found: dict[str, Array] = self._tree.weights(self.modules[path])
+        return found
+
     def weights(self) -> dict[str, Array]:
         """Returns the canonical weights."""
         found: dict[str, Array] = self._tree.weights(self.module)
@@ -184,6 +206,11 @@ class Side:
     @property
     def _tree(self) -> Any:
         return backends.module(self.backend, "nn.tree")
+
+    def eager(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which nothing is compiled: each replay is another function, called once."""
+        context: contextlib.AbstractContextManager[None] = self.tools.eager()
+        return context
 
     # ---- modes ----------------------------------------------------------------------------------------------
 
@@ -295,11 +322,24 @@ class Side:
         named = {f"gradient[{index}]": item for index, item in enumerate(gradients) if item is not None}
         return {"loss": found[0], **named}
 
-    def updated(self, optimizer: Any, gradients: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-        """Returns the canonical weights after a step of an optimizer on each of the gradients."""
+    def updated(
+        self,
+        optimizer: Any,
+        gradients: Sequence[Mapping[str, Array]],
+        change: Callable[[Any, int], None] | None = None,
+    ) -> dict[str, Array]:
+        """Returns the canonical weights after a step of an optimizer on each of the gradients.
+
+        Args:
+            optimizer: The optimizer of the user; None for SGD.
+            gradients: Of each step, by path.
+            change: Changes the options of the optimizer before a step, given its number.
+        """
         module = self.tools.detached(self.module)
         made = self.tools.make_optimizer(module, optimizer)
-        for step in gradients:
+        for number, step in enumerate(gradients):
+            if change is not None:
+                change(made, number)
             self.tools.apply_gradients(module, made, step)
         found: dict[str, Array] = self._tree.weights(module)
         return found
@@ -335,10 +375,27 @@ class Side:
                 losses.append(value)
                 if step < steps:
                     arrays = {name: np.asarray(item.array, np.float64) for name, item in gradients.items()}
+                    self._merge_biases(arrays)
                     self.tools.apply_gradients(module, made, arrays)
         finally:
             self._use(own)
         return losses
+
+    def _merge_biases(self, gradients: dict[str, Array]) -> None:
+        """Sets the gradients of the second biases of PyTorch's recurrent layers to zero, in place.
+
+        MLX has the sum of both, of which one step changes the sum of PyTorch's biases by twice as much.
+        """
+        if self.backend != "torch" or not self.has_one_bias:
+            return
+        for name in gradients:
+            holder, _, leaf = name.rpartition(".")
+            if self.kinds.get(holder) == "native_recurrent" and leaf.startswith("bias_hh"):
+                count = len(gradients[name]) if "GRU" not in self.classes[holder] else 2 * len(gradients[name]) // 3
+                gradients[name] = np.concatenate([np.zeros(count), gradients[name][count:]])
+
+    has_one_bias = False
+    """Whether the other side has one bias per gate in its recurrent layers."""
 
     def _use(self, module: Any) -> None:
         self.module = module

@@ -20,7 +20,7 @@ from mlx import optimizers
 
 from icenet.core.weights import layout
 from icenet.nn import tree
-from icenet.nn.arrays import DTYPES, from_numpy
+from icenet.nn.arrays import DTYPES, from_numpy, on_cpu
 from icenet.parity.trace import Value, short_dtype
 from icenet.tools.probe import to_numpy
 
@@ -232,6 +232,33 @@ def mean_square(outputs: Sequence[mx.array], targets: Sequence[Value], exact: bo
         expected = native(target)
         terms.append(mx.square(output.astype(expected.dtype) - expected).mean())
     return mx.stack(terms).sum()
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Compiles nothing on a CPU in the context: a compilation takes seconds there, and gains nothing."""
+    if not on_cpu() or not _compiles():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _compiles() -> bool:
+    """Returns whether MLX compiles functions: then it traces one once."""
+    traces = []
+
+    def probe(x: mx.array) -> mx.array:
+        traces.append(None)
+        return x + 1
+
+    compiled = mx.compile(probe)
+    for _ in range(2):
+        compiled(mx.array(0.0))
+    return len(traces) == 1
 
 
 # ---- state of the process -----------------------------------------------------------------------------------

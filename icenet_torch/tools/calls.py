@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -245,6 +246,16 @@ _NARROW = {
 
 def _wide(item: Any) -> Any:
     return _NARROW.get(item, item) if isinstance(item, torch.dtype) else item
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Compiles nothing in the context: hooks and modes have no effect on compiled code."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # ---- state of the process -----------------------------------------------------------------------------------
