@@ -7,8 +7,10 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from icenet_torch.nn.arrays import Array, product_dtype
+from icenet_torch.nn.cached_attention import has_triton
 
 Mask: TypeAlias = str | Array | None
 """None, "causal", bool (True where a query may attend), or float, which is added to the scores."""
@@ -38,6 +40,10 @@ def scaled_dot_product_attention(
     is_causal = isinstance(mask, str)
     if isinstance(mask, str):
         mask = None
+        if softcap is None and _has_aligned_kernel(queries, keys, values):
+            return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, scale=scale)[
+                0
+            ]
         if q.shape[2] != k.shape[2] or softcap is not None:  # PyTorch aligns is_causal to the start
             is_causal = False
             columns = torch.arange(k.shape[2], device=q.device)
@@ -57,6 +63,17 @@ def scaled_dot_product_attention(
     if isinstance(mask, torch.Tensor):
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1).to(dtype) @ values).to(q.dtype)
+
+
+def _has_aligned_kernel(q: Array, k: Array, v: Array) -> bool:
+    """Returns whether the flash kernel, whose causal mask is aligned to the end, can read some queries and more keys.
+
+    With a mask as an array, PyTorch takes a slower kernel. `torch.nn.attention.bias.causal_lower_right` calls the same
+    kernel; importing it takes a second.
+    """
+    if not q.is_cuda or not 1 < q.shape[2] < k.shape[2] or q.shape[3] % 8 or torch.compiler.is_compiling():
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1]))
 
 
 def biased_mask(mask: Mask, bias: Array) -> Array:
@@ -85,6 +102,10 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
             values are rotated.
         pairs: "half" for the pairs i and i + R / 2, "interleaved" for 2i and 2i + 1.
     """
+    if _has_kernel(x):
+        from icenet_torch.nn import kernels
+
+        return kernels.rotate(x, angles, pairs)
     size = 2 * angles.shape[-1]
     y = x[..., :size].to(torch.promote_types(x.dtype, torch.float32))
     # x cos + other sin, where `other` is the other value of the pair
@@ -97,6 +118,12 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
         rotated = y * angles[..., :1, :] + y.flip(-2) * angles[..., 1:, :]
     rotated = rotated.reshape(*x.shape[:-1], size).to(x.dtype)
     return rotated if size == x.shape[-1] else torch.cat([rotated, x[..., size:]], dim=-1)
+
+
+def _has_kernel(x: Array) -> bool:
+    """Returns whether a kernel without gradients can rotate x: on CUDA, in inference."""
+    is_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is torch.Tensor
+    return is_inference and x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def positions_and_masks(

@@ -307,3 +307,6 @@ def test_rows_of_a_cache_are_moved(backend: str) -> None:
     positions, masks = first.begin(native(backend, np.zeros((6, 1), np.int32)), None)
     assert plain(positions).tolist() == [[300], [4], [7], [0], [1], [2]]
     assert plain(masks[None]).sum(axis=-1).ravel().tolist() == [301, 5, 8, 1, 2, 3]  # its own column and those before
+    new = np.full((6, 2, 1, 3), 50, np.float32)
+    first.layers[0].append(native(backend, new), native(backend, -new))
+    assert [np.flatnonzero(row == 50).tolist() for row in rows(first)] == [[300], [4], [7], [0], [1], [2]]
