@@ -1,7 +1,8 @@
 """Runs kernels of `mx.fast.cuda_kernel` and `mx.fast.metal_kernel` on the CPU, compiled by g++.
 
-Each thread of the GPU is a coroutine. One processor runs all of them in turn, and switches at barriers, shuffles and
-waits, so a missing barrier shows as a wrong result for one of the orders, and a deadlock as an error.
+Each thread of the GPU is a coroutine that stops at barriers, shuffles and waits. A block runs until all of its threads
+wait for other blocks, then the next one: a block that should have waited reads values that were not written, which are
+NaN. If all blocks wait, the run is an error.
 """
 
 from __future__ import annotations
@@ -111,28 +112,35 @@ bool run(int number_of_blocks, int size, int dynamic, bool reversed, std::functi
   threads = std::vector<Thread>(number_of_blocks * size);
   constexpr int STACK = 1 << 16;
   std::vector<char> stacks((size_t)STACK * threads.size());
-  int left = threads.size();
-  while (left) {
-    moved = false;
-    for (size_t i = 0; i < threads.size(); i++) {
-      current = reversed ? threads.size() - 1 - i : i;
-      Thread& thread = threads[current];
-      if (thread.done) continue;
-      if (!_setjmp(scheduler)) {
-        if (thread.started) _longjmp(thread.point, 1);
-        thread.started = true;
-        thread.block = current / size;
-        thread.thread = current % size;
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = &stacks[(size_t)STACK * current];
-        thread.context.uc_stack.ss_size = STACK;
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, entry, 0);
-        setcontext(&thread.context);
-      }
-      left -= threads[current].done;
+  auto resume = [&](int index) {
+    current = index;
+    Thread& thread = threads[current];
+    if (thread.done || _setjmp(scheduler)) return;
+    if (thread.started) _longjmp(thread.point, 1);
+    thread.started = true;
+    thread.block = current / size;
+    thread.thread = current % size;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = &stacks[(size_t)STACK * current];
+    thread.context.uc_stack.ss_size = STACK;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, entry, 0);
+    setcontext(&thread.context);
+  };
+  bool any;
+  do {
+    any = false;
+    for (int i = 0; i < number_of_blocks; i++) {
+      const int block = reversed ? number_of_blocks - 1 - i : i;
+      do {  // until all threads of the block are done or wait for other blocks
+        moved = false;
+        for (int t = 0; t < size; t++) resume(block * size + (reversed ? size - 1 - t : t));
+        any |= moved;
+      } while (moved);
     }
-    if (!moved) return false;
+  } while (any);
+  for (Thread& thread : threads) {
+    if (!thread.done) return false;
   }
   for (Block& block : blocks) free(block.fixed), free(block.dynamic);
   return true;
