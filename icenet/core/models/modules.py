@@ -126,15 +126,19 @@ def pair(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Pairing:
 
 def mlx_weights(module: Any) -> MLXWeights:
     """Returns the names, shapes and layer kinds of the arrays of an MLX module."""
-    tree, kinds = _tree(module), backends.module("mlx", "nn.kinds")
-    counterparts = kinds.counterpart_kinds(tree.named_modules(module))
-    return MLXWeights(
-        tree.weight_shapes(module),
-        tree.layer_kinds(module),
-        counterparts,
-        tree.mlx_names(module),
-        shared_arrays(module),
-    )
+    tree = _tree(module)
+    kinds = tree.layer_kinds(module)
+    counterparts = backends.module("mlx", "nn.kinds").counterpart_kinds(tree.named_modules(module))
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for path, array in tree.native_arrays(module).items():
+        try:
+            shapes[path] = layout.torch_shape(layout.parameter_kind(kinds, path), layout.split(path)[1], array.shape)
+        except WeightsError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise WeightsError("; ".join(problems))
+    return MLXWeights(shapes, kinds, counterparts, tree.mlx_names(module), shared_arrays(module))
 
 
 def shared_arrays(module: Any) -> dict[str, str]:
@@ -162,7 +166,7 @@ def _torch_weights(source: Any) -> tuple[Mapping[str, np.ndarray], TorchWeights]
     source = getattr(source, "_orig_mod", source)  # torch.compile wraps it
     _check_has_values("from_torch", source)
     torch = _module_weights(source, shared_arrays(source))
-    return arrays.NumpyWeights(_tree(source).native_arrays(source)), torch
+    return _numpy(_tree(source).native_arrays(source)), torch
 
 
 def _module_weights(module: Any, shared: Mapping[str, str]) -> TorchWeights:
@@ -177,10 +181,8 @@ def _state_dict(state: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], Tor
         raise UsageError("from_torch: the file has MLX's layouts; mlx_module.load_weights(path) reads it")
     for name, value in state.items():
         if isinstance(value, (Mapping, list, tuple)) or not hasattr(value, "shape"):
-            inner = (
-                name if isinstance(value, Mapping) else next((n for n in ("state_dict", "model") if n in state), "")
-            )
-            hint = f"pass state_dict[{inner!r}]" if inner else "pass the names and tensors only"
+            inner = next((key for key, item in state.items() if _has_tensors(item)), None)
+            hint = "pass the names and tensors only" if inner is None else f"pass state_dict[{inner!r}]"
             raise UsageError(
                 f"from_torch: {name!r} in the state dict is a {type(value).__name__}, not a tensor; {hint}"
             )
@@ -189,7 +191,7 @@ def _state_dict(state: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], Tor
                 f"from_torch: {name!r} in the state dict is an array of MLX, whose axes may differ from PyTorch's; "
                 "give the state dict of a torch.nn.Module"
             )
-    values = arrays.NumpyWeights(state)
+    values = _numpy(state)
     places: dict[object, str] = {}
     shared = {}
     for name, value in state.items():
@@ -199,11 +201,29 @@ def _state_dict(state: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], Tor
     return values, TorchWeights({name: tuple(value.shape) for name, value in state.items()}, {}, shared)
 
 
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(hasattr(item, "shape") for item in value.values())
+
+
+def _numpy(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns tensors as numpy arrays, without a copy if they are on the CPU."""
+    found, problems = {}, []
+    given = arrays.NumpyWeights(values)
+    for name in given:
+        try:
+            found[name] = given[name]
+        except WeightsError as error:
+            problems.append(str(error))
+    if problems:
+        raise WeightsError(f"from_torch: nothing is copied; {'; '.join(problems)}")
+    return found
+
+
 def _memory(value: Any) -> object:
     """Returns what two tensors or arrays have in common if they are the same memory; None for an empty one."""
     if not math.prod(value.shape):
         return None
-    if hasattr(value, "data_ptr"):
+    if hasattr(value, "data_ptr"):  # a dense tensor: a sparse one is no numpy array
         return str(value.device), value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)
     interface = value.__array_interface__
     return interface["data"][0], tuple(value.shape), value.strides, str(value.dtype)

@@ -330,6 +330,10 @@ class Pairing:
                 return f"rename={{'': {prefix!r}}} adds the first part of the names"
         if any(".parametrizations." in f".{name}" for name in unknown):
             return "torch.nn.utils.parametrize.remove_parametrizations gives a parametrized weight its name"
+        if any(name.endswith(("weight_orig", "weight_g")) for name in unknown):
+            return (
+                "prune.remove, remove_spectral_norm and remove_weight_norm of torch.nn.utils give a weight its name"
+            )
         if any(_SECOND_LAYER.fullmatch(name.rpartition(".")[2]) for name in unknown):
             return (
                 "the layers and directions of torch.nn.LSTM, GRU and RNN are modules of their own in MLX: "
@@ -338,6 +342,8 @@ class Pairing:
         biases = [layout.split(self._renamed[name] or "")[0] for name in unknown if name.endswith("in_proj_bias")]
         if any(self._mlx.counterparts.get(self._paths.module(path)) == "attention" for path in biases):
             return "mlx.nn.MultiHeadAttention has biases with bias=True"
+        if all("bias" in name.rpartition(".")[2] for name in (*unknown, *missing)):
+            return "give the layers of both modules the same option bias"
         return "rename={name in PyTorch: name in MLX} pairs other names, and rename={name: None} leaves a weight out"
 
     def check(self, where: str) -> None:

@@ -660,6 +660,12 @@ class Raw(mnn.Module):  # type: ignore[misc]
         self.weight = mx.zeros((4, 3, 2, 5))
 
 
+class Gained(mnn.Linear):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.gain, self.shift = mx.ones((3,)), mx.ones((3,))
+
+
 MLX_LINEAR, TORCH_LINEAR = mnn.Linear(2, 3), tnn.Linear(2, 3)
 MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "swapped": (lambda: icenet.from_torch(MLX_LINEAR, TORCH_LINEAR), ("swapped", "PyTorch module first")),
@@ -674,7 +680,14 @@ MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "a class": (lambda: icenet.from_torch(TORCH_LINEAR, mnn.Linear), ("class Linear", "instance")),
     "nothing": (lambda: icenet.from_torch(None, MLX_LINEAR), ("first", "NoneType")),
     "an empty state dict": (lambda: icenet.from_torch({}, MLX_LINEAR), ("empty",)),
-    "a checkpoint": (lambda: icenet.from_torch({"model": {"weight": 1}, "step": 3}, MLX_LINEAR), ("'model'", "dict")),
+    "a checkpoint": (
+        lambda: icenet.from_torch({"model": {"weight": 1}, "step": 3}, MLX_LINEAR),
+        ("'model'", "dict", "only"),
+    ),
+    "a checkpoint with weights": (
+        lambda: icenet.from_torch({"step": 1, "model": TORCH_LINEAR.state_dict()}, MLX_LINEAR),
+        ("'step'", "pass state_dict['model']"),
+    ),
     "a step": (lambda: icenet.from_torch({"weight": torch.ones(3, 2), "step": 3}, MLX_LINEAR), ("'step'", "int")),
     "arrays of MLX": (lambda: icenet.from_torch(dict(MLX_LINEAR), MLX_LINEAR), ("'weight'", "array of MLX")),
     "a state dict back": (lambda: icenet.to_torch(MLX_LINEAR, TORCH_LINEAR.state_dict()), ("second", "dict")),
@@ -717,6 +730,30 @@ MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: icenet.from_torch(tnn.utils.parametrizations.weight_norm(tnn.Linear(2, 3)), MLX_LINEAR),
         ("parametrizations.weight.original0", "remove_parametrizations"),
     ),
+    "a spectral norm": (
+        lambda: icenet.from_torch(tnn.utils.spectral_norm(tnn.Linear(2, 3)), MLX_LINEAR),
+        ("weight_orig", "weight_u", "remove_spectral_norm"),
+    ),
+    "two dtypes": (
+        lambda: icenet.from_torch(
+            {"weight": torch.ones(3, 2).to(torch.float8_e4m3fn), "bias": torch.ones(3).to_sparse()}, MLX_LINEAR
+        ),
+        ("from_torch", "weight", "bias", "numpy"),
+    ),
+    "a number for a name in a state dict": (lambda: icenet.from_torch({0: torch.ones(3)}, MLX_LINEAR), ("text", "0")),
+    "an extra state": (
+        lambda: icenet.from_torch({**TORCH_LINEAR.state_dict(), "_extra_state": {"a": 1}}, MLX_LINEAR),
+        ("'_extra_state'", "tensors only"),
+    ),
+    "a layer with a bias": (
+        lambda: icenet.from_torch(TORCH_LINEAR, mnn.Linear(2, 3, bias=False)),
+        ("bias", "option"),
+    ),
+    "a layer without a bias": (
+        lambda: icenet.from_torch(tnn.LSTM(3, 4, bias=False), mnn.LSTM(3, 4)),
+        ("bias_ih_l0", "bias_hh_l0"),
+    ),
+    "arrays of a subclass": (lambda: icenet.to_torch(Gained(), TORCH_LINEAR), ("gain", "shift", "'linear'")),
     "an array of a convolution": (
         lambda: icenet.from_torch({"weight": torch.ones(4, 5, 3, 2)}, Raw()),
         ("weight", "layer_kind"),
