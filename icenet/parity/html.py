@@ -180,14 +180,11 @@ def _charts(report: Report) -> Iterator[str]:
         rows = [row for row in stage.rows if row.scale > 0 and math.isfinite(row.error) and math.isfinite(row.noise)]
         if stage.name not in ("forward", "gradients") or len(rows) < 2:
             continue
-        rows.sort(key=lambda row: row.depth)
-        named = zip(report.names, "ab", strict=True)
+        rows = _by_end(rows) if stage.name == "forward" else sorted(rows, key=lambda row: row.depth)
         curves = [
-            (name or side, [(row.error if side == "a" else row.noise) / row.scale for row in rows])
-            for name, side in named
+            (name, [(row.error if i == 0 else row.noise) / row.scale for row in rows])
+            for i, name in enumerate(_names(report))
         ]
-        if curves[0][0] == curves[1][0]:
-            curves = [(f"{name} ({side})", values) for (name, values), side in zip(curves, "ab", strict=True)]
         begins = next((i for i, row in enumerate(rows) if row.status == DIFFERS), None)
         what = "outputs" if stage.name == "forward" else "gradients"
         yield (
@@ -198,6 +195,25 @@ def _charts(report: Report) -> Iterator[str]:
     if report.losses and all(report.losses.values()):
         steps = [f"step {i}" for i in range(max(map(len, report.losses.values())))]
         yield f"<section><h2>Training</h2>{_line_chart(list(report.losses.items()), steps, None, False)}</section>"
+
+
+def _names(report: Report) -> list[str]:
+    """Returns how the two sides are called: by their classes, if those have other names."""
+    same = report.names[0] == report.names[1]
+    return [
+        f"{name} ({side})" if same and name else name or side for name, side in zip(report.names, "ab", strict=True)
+    ]
+
+
+def _by_end(rows: Sequence[Row]) -> list[Row]:
+    """Returns rows in the order in which their calls end: a module after those within it."""
+    rows = sorted(rows, key=lambda row: row.depth)
+    last: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        parts = row.path.split(".") if row.path else []
+        for end in range(len(parts) + 1):
+            last[".".join(parts[:end])] = i
+    return sorted(rows, key=lambda row: (last[row.path], -len(row.path)))
 
 
 def _tree(modules: Sequence[Module]) -> str:
@@ -268,7 +284,7 @@ def _histograms(report: Report) -> str:
         for row, histogram in rows[:MAX_HISTOGRAMS]
     ]
     more = f"<p>{len(rows) - MAX_HISTOGRAMS} further tensors differ.</p>" if len(rows) > MAX_HISTOGRAMS else ""
-    names = [name or side for name, side in zip(report.names, "ab", strict=True)]
+    names = _names(report)
     return (
         "<section><h2>Values of the tensors that differ</h2><p>How many values each side has, by size.</p>"
         f'{_legend(names)}<div class="figures">{"".join(figures)}</div>{more}</section>'
@@ -436,7 +452,7 @@ def _histogram_chart(histogram: Histogram, report: Report) -> str:
         for j, count in enumerate(counts):
             tall = (bottom - 6) * count / top
             between = f"{histogram.edges[j]:.3g} to {histogram.edges[j + 1]:.3g}"
-            name = report.names[i] or "ab"[i]
+            name = _names(report)[i]
             x, width = j * bar + i * bar / 2, bar / 2
             drawn.append(
                 f'<rect class="s{i}" x="{x:.1f}" y="{bottom - tall:.1f}" width="{width:.1f}" height="{tall:.1f}">'

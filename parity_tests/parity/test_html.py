@@ -128,6 +128,11 @@ def test_the_tree_shows_each_module_once_and_opens_the_way_to_the_difference() -
     assert tree.count("<details open>") == 3 and tree.count("<details>") == 1
 
 
+def test_a_module_is_drawn_after_those_within_it() -> None:
+    rows = [Row(path, "output", depth=i) for i, path in enumerate(["", "a", "a.b", "a.c", "d"])]
+    assert [row.path for row in html._by_end(rows)] == ["a.b", "a.c", "a", "d", ""]
+
+
 def test_numbers_without_a_logarithm_are_drawn() -> None:
     rows = [
         Row("a", "output", (1,), PASSED, 0.0, 0.0, 0.0, 1.0, depth=0),
