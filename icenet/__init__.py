@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from icenet.core.config import Config
     from icenet.core.generation.prompt_cache import PromptCache
     from icenet.core.weights.convert import Conversion
-    from icenet.parity.port import Port
     from icenet.core.weights.rename import Rename
+    from icenet.parity.port import Port
 
 __all__ = [
     "__version__",
@@ -324,7 +324,9 @@ def port(
     from icenet.parity.port import port as port_module
 
     kwargs = dict(example_kwargs or {})
-    return port_module(torch_module, example_inputs, dynamic=dynamic, dtype=dtype, layout=layout, example_kwargs=kwargs)
+    return port_module(
+        torch_module, example_inputs, dynamic=dynamic, dtype=dtype, layout=layout, example_kwargs=kwargs
+    )
 
 
 def prompt_cache(
@@ -450,6 +452,7 @@ def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any
         rename: Other names, if the two modules differ in them: a mapping with names of PyTorch on the left and names
             of the MLX module on the right, of layers or weights, with `*` for any text without a dot; or a function
             of a name in PyTorch that returns the name in the MLX module. None in place of a name leaves a weight out.
+            A mapping with the two sides swapped is recognized by its names.
 
     Returns:
         `mlx_module`.

@@ -26,7 +26,7 @@ from icenet.core.weights.counterparts import (
     Counterpart,
     counterpart,
 )
-from icenet.core.weights.rename import Rename, apply_rename
+from icenet.core.weights.rename import Rename, apply_rename, from_torch_names
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -105,7 +105,7 @@ class Pairing:
         self._layers = self._find_layers()
         self._places = self._find_places()
         self._is_renamed = rename is not None
-        self._renamed = apply_rename(rename, torch.shapes)
+        self._renamed = apply_rename(from_torch_names(rename, torch.shapes, self._places), torch.shapes)
         self._hits: dict[_Place, str] = {}
         self.problems: list[str] = []
         self.added: dict[str, Shape] = {}

@@ -8,7 +8,8 @@ A mapping has names of PyTorch on the left and names of the MLX module on the ri
     {"lstm.*_l1": "layers.1.*_l0"}               the second layer of torch.nn.LSTM
     {"head.counter": None}                       this weight is left out
 
-A function takes each name of PyTorch and returns the name of the MLX module, or None to leave the weight out.
+A mapping with names of the MLX module on the left is read from right to left, if its names leave no doubt. A function
+takes each name of PyTorch and returns the name of the MLX module, or None to leave the weight out.
 """
 
 from __future__ import annotations
@@ -45,6 +46,31 @@ def apply_rename(rename: Rename, names: Iterable[str]) -> dict[str, str | None]:
     raise UsageError(f"rename: must be a dict or a function of a name, not a {type(rename).__name__}")
 
 
+def from_torch_names(rename: Rename, torch_names: Iterable[str], mlx_names: Iterable[str]) -> Rename:
+    """Returns a mapping with the names of PyTorch on the left.
+
+    It is changed only if its left sides are not all names of PyTorch, but all are names of the MLX module, and its
+    right sides are names of PyTorch.
+
+    Args:
+        rename: As the user gives it.
+        torch_names: Names of PyTorch.
+        mlx_names: Names of the MLX module.
+    """
+    if not isinstance(rename, Mapping):
+        return rename
+    swapped = {value: key for key, value in rename.items() if isinstance(value, str) and isinstance(key, str)}
+    if len(swapped) < len(rename) or any(left.count("*") != right.count("*") for left, right in swapped.items()):
+        return rename
+    theirs, ours = list(torch_names), list(mlx_names)
+    is_swapped = not _all_match(rename, theirs) and _all_match(rename, ours) and _all_match(swapped, theirs)
+    return swapped if is_swapped else rename
+
+
+def _all_match(keys: Iterable[str], names: list[str]) -> bool:
+    return all(any(_pattern(key, None).match(name) for name in names) for key in keys)
+
+
 def _call(function: Callable[[str], str | None], name: str) -> str | None:
     try:
         new = function(name)
@@ -68,18 +94,8 @@ def _apply_mapping(rename: Mapping[str, str | None], names: list[str]) -> dict[s
             match, _, value = hits[0]
             found[name] = None if value is None else _replaced(match, value.strip("."))
     if unused := [key for key in rename if key not in matched]:
-        ends = [value for value in rename.values() if value]
-        is_swapped = all(any(name == end or name.startswith(f"{end}.") for name in names) for end in ends)
-        hint = (
-            "swap the two sides"
-            if ends and is_swapped
-            else f"the first name is {names[0]!r}"
-            if names
-            else "there are no names"
-        )
-        raise UsageError(
-            f"rename: {', '.join(map(repr, unused))}: matches no name of PyTorch, which are on the left; {hint}"
-        )
+        first = f"the first one is {names[0]!r}" if names else "there are none"
+        raise UsageError(f"rename: {', '.join(map(repr, unused))}: matches no name of PyTorch; {first}")
     return found
 
 

@@ -487,6 +487,19 @@ def test_the_most_specific_entry_of_a_mapping_applies() -> None:
     }
 
 
+def test_a_mapping_with_swapped_sides() -> None:
+    theirs, ours = randomize(Theirs()), Mine()
+    del theirs.mask
+    icenet.from_torch(theirs, ours, {"embedding": "wte", "blocks.*.attention": "h.*.attn", "blocks.*.norm": "h.*.ln"})
+    assert np.array_equal(np.array(ours.blocks[1].norm.bias), theirs.h[1].ln.bias.detach())
+    ours, theirs = mnn.Module(), tnn.Module()  # names of both: the left side is PyTorch's
+    for name in "ab":
+        setattr(ours, name, mnn.Linear(2, 3))
+        setattr(theirs, name, tnn.Linear(2, 3))
+    icenet.to_torch(ours, theirs, {"a": "b", "b": "a"})
+    assert np.array_equal(np.array(ours.a.weight), theirs.b.weight.detach())
+
+
 def test_names_of_mlx_in_a_mapping() -> None:
     """A right side may be the name in PyTorch of the layer at that place, or that of MLX."""
     theirs = randomize(tnn.Sequential(tnn.Linear(2, 3), tnn.MultiheadAttention(4, 2, batch_first=True)))
@@ -769,9 +782,11 @@ MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"wieght": "a"}),
         ("'wieght'", "'weight'"),
     ),
-    "swapped names": (
-        lambda: icenet.from_torch({"w": torch.ones(3, 2), "bias": torch.ones(3)}, MLX_LINEAR, {"weight": "w"}),
-        ("'weight'", "swap"),
+    "swapped names with a mistake": (
+        lambda: icenet.from_torch(
+            {"w": torch.ones(3, 2), "bias": torch.ones(3)}, MLX_LINEAR, {"weight": "w", "biass": "bias"}
+        ),
+        ("'weight', 'biass'", "'w'"),
     ),
     "wildcards": (lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"weight": "*"}), ("wildcard", "'weight'")),
     "a number for a name": (lambda: icenet.from_torch(TORCH_LINEAR, MLX_LINEAR, {"weight": 3}), ("rename", "3")),
