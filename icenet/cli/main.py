@@ -217,6 +217,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
         "icenet generate SmolLM2-1.7B --draft SmolLM2-135M --prompt-file intro.txt",
         "icenet generate MODEL --prompt-file book.txt --save-prompt-cache book.safetensors",
         "icenet generate MODEL --prompt-file book-and-question.txt --prompt-cache book.safetensors",
+        'icenet generate SmolLM2-1.7B --prompt "The sea" --quantize 4',
     ),
 )
 @click.argument("model", type=PATH)
@@ -243,6 +244,7 @@ def plot_command(runs: tuple[Path, ...], out: Path | None, smooth: int | None, x
 @backend_option
 @device_option
 @dtype_option
+@quantize_options
 @click.option("--json", "as_json", is_flag=True, help="Print text, tokens and finish reason as JSON.")
 @trust_option
 def generate_command(
@@ -296,6 +298,7 @@ def generate_command(
         'icenet chat MODEL --system "Answer in one word." --temperature 0.7 --seed 1',
         "icenet chat MODEL --backend torch --template-option enable_thinking=false",
         "icenet chat SmolLM2-1.7B-Instruct --draft SmolLM2-135M-Instruct",
+        "icenet chat SmolLM2-1.7B-Instruct --quantize 4",
     ),
 )
 @click.argument("model", type=PATH)
@@ -310,6 +313,7 @@ def generate_command(
 @backend_option
 @device_option
 @dtype_option
+@quantize_options
 @trust_option
 def chat_command(
     model: Path,
@@ -504,6 +508,66 @@ def predict_command(
     from icenet.commands import predict
 
     show(predict.predict(model, images, backend, device, top_k, averaged, dtype), as_json)
+
+
+@cli.command(
+    "port",
+    epilog=examples(
+        "icenet port mine.py:Net --shape 1x3x224x224 --out folder/",
+        "icenet port mine.py:Tagger --shape 2x16:int1000 --weights tagger.safetensors --out tagger/",
+        "icenet port torchvision:resnet50 --shape 1x3x224x224 --out resnet50/",
+        "icenet port transformers:bert-base-uncased --out bert/",
+        "icenet port mine.py:Net --shape 1x3x224x224 --check",
+    ),
+)
+@click.argument("target", metavar="FILE.py:CLASS|torchvision:NAME|timm:NAME|transformers:FOLDER")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="[NAME=]SIZES[:TYPE]",
+    help="Sizes of an input, such as 1x3x224x224, 2x16:int1000 (ids below 1000) or mask=2x16:bool. One for each input.",
+)
+@click.option("--out", type=PATH, help="Folder of the port: model.py, weights.safetensors, config.json, parity.html.")
+@click.option("--weights", type=PATH, help="Weights of the module: .safetensors, or .pt with tensors only.")
+@click.option("--check", is_flag=True, help="Only list the operations that have no counterpart in MLX.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Axes of images."
+)
+@overwrite_option
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def port_command(
+    target: str,
+    shapes: tuple[str, ...],
+    out: Path | None,
+    weights: Path | None,
+    check: bool,
+    dtype: str,
+    layout: str,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Port a PyTorch module to MLX, as source, with proof.
+
+    A Python file is run, because you name it. The exit code is 1 if the module cannot be ported or the port computes
+    something else.
+    """
+    from icenet.commands.port import port
+
+    text, passed = port(
+        target,
+        shapes,
+        out,
+        weights=weights,
+        only_check=check,
+        dtype=dtype,
+        layout=layout,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    show(text)
+    sys.exit(0 if passed else 1)
 
 
 @cli.command(

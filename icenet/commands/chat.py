@@ -39,6 +39,8 @@ def chat(
     device: str | None = None,
     dtype: str | None = None,
     averaged: bool = False,
+    quantize: int | None = None,
+    group_size: int | None = None,
     template_options: Mapping[str, Any] | None = None,
     draft: Path | None = None,
     num_draft_tokens: int | None = None,
@@ -50,7 +52,7 @@ def chat(
         path: A run, a checkpoint, a saved model or a folder of Hugging Face.
         messages: Messages of the user; without them, lines of standard input.
         system: The message before the conversation that describes the task.
-        backend, device, dtype, averaged: See `icenet.commands.generate.stream`.
+        backend, device, dtype, averaged, quantize, group_size: See `icenet.commands.generate.stream`.
         template_options: Variables of the chat template.
         draft, num_draft_tokens: See `icenet.generate`.
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
@@ -60,7 +62,7 @@ def chat(
     """
     first = [{"role": "system", "content": system}] if system is not None else []
     check_chat_template(path, [*first, QUESTION], template_options)
-    model = load_model(path, backend, device, dtype, averaged)
+    model = load_model(path, backend, device, dtype, averaged, quantize, group_size)
     if draft is None and num_draft_tokens is not None:
         raise UsageError("chat: --num-draft-tokens has no effect without --draft")
     small = None if draft is None else icenet.load(draft, backend or model.backend, device, dtype=dtype)

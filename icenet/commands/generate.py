@@ -28,15 +28,17 @@ def generate(
     dtype: str | None = None,
     *,
     averaged: bool = False,
+    quantize: int | None = None,
+    group_size: int | None = None,
     speedups: Speedups | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Returns the prompt, the text and the tokens of its continuation, and the finish reason.
 
     Args:
-        path, prompt, backend, device, dtype, averaged, speedups, options: See `stream`.
+        path, prompt, backend, device, dtype, averaged, quantize, group_size, speedups, options: See `stream`.
     """
-    model = load_model(path, backend, device, dtype, averaged)
+    model = load_model(path, backend, device, dtype, averaged, quantize, group_size)
     name_unused(model, options)
     arguments = (speedups or Speedups()).of(model, prompt, options)
     found = asdict(icenet.generate(model, prompt, details=True, **arguments, **options))
@@ -53,6 +55,8 @@ def stream(
     dtype: str | None = None,
     *,
     averaged: bool = False,
+    quantize: int | None = None,
+    group_size: int | None = None,
     speedups: Speedups | None = None,
     **options: Any,
 ) -> Generator[str, None, None]:
@@ -67,10 +71,11 @@ def stream(
         device: The device; the config's device if absent.
         dtype: fp32, bf16 or fp16; see `icenet.load`.
         averaged: Use the averaged weights of `training.ema_decay`.
+        quantize, group_size: See `load_model`.
         speedups: A draft and prompt caches.
         options: Keys of `GenerationConfig`; None keeps the model's own setting.
     """
-    model = load_model(path, backend, device, dtype, averaged)
+    model = load_model(path, backend, device, dtype, averaged, quantize, group_size)
     name_unused(model, options)
     arguments = (speedups or Speedups()).of(model, prompt, options)
     continuation = icenet.generate(model, prompt, stream=True, **arguments, **options)
@@ -124,9 +129,23 @@ def name_unused(model: Any, options: Mapping[str, Any]) -> None:
             _log.warning(f"no effect: --{name.replace('_', '-')}: {reason}")
 
 
-def load_model(path: Path, backend: str | None, device: str | None, dtype: str | None, averaged: bool) -> Any:
-    """Returns a model that is loaded as `icenet.load` does, with the number of threads that is best for decoding."""
-    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged)
+def load_model(
+    path: Path,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    averaged: bool,
+    quantize: int | None = None,
+    group_size: int | None = None,
+) -> Any:
+    """Returns a model that is loaded as `icenet.load` does, with the number of threads that is best for decoding.
+
+    Args:
+        path, backend, device, dtype, averaged, quantize: See `icenet.load`.
+        group_size: Size of the groups; None is that of `icenet.load`.
+    """
+    settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
+    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, **settings)
     if (width := getattr(model.config, "hidden_size", None)) and model.is_on_cpu:
         choose_num_threads(model.backend, SMALL_ROWS, width)
     return model

@@ -372,8 +372,8 @@ def test_a_quantized_folder_opens_as_a_view(tmp_path: Path) -> None:
     assert packed_of(folder.read(tmp_path / "hf").weights) is None
 
 
-def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The perplexity of quantized weights is that of the folder that convert writes, which info describes."""
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized weights have the perplexity and the text of the folder that convert writes, which info describes."""
     main = importlib.import_module("icenet.cli.main").main
     path = save(tmp_path / "model", max_seq_length=32, activation="silu", norm="rms_norm", attention_bias=False,
                 feed_forward_bias=False, output_bias=False, embedding_scale=1.0)  # fmt: skip
@@ -392,5 +392,17 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found[1] == found[2] != found[0]
     assert main(["info", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quantized"]["output"] == {"bits": 3, "group_size": 32}
+    asked = ["--prompt", "the", "--temperature", "0", "--max-new-tokens", "20", *options[2:]]
+    texts = []
+    for model, more in ((path, []), (path, settings), (tmp_path / "out", [])):
+        assert main(["generate", str(model), *asked, *more]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[1] == texts[2] != texts[0]
+    loaded: list[Any] = []
+    monkeypatch.setattr("icenet.commands.chat.check_chat_template", lambda *arguments: None)
+    monkeypatch.setattr("icenet.load", lambda *arguments, **options: loaded.append(options))
+    main(["chat", str(path), *settings])
+    assert (loaded[0]["quantize"], loaded[0]["group_size"]) == (3, 32)
+    capsys.readouterr()
     assert main(["convert", str(path), str(tmp_path / "no"), "--to", "mlx-lm", "--group-size", "32"]) == 2
     assert is_one_line(capsys.readouterr().err, "--group-size", "--quantize")

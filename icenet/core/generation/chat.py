@@ -63,6 +63,8 @@ def chat_request(
     if model.tokenizer is None:
         raise UsageError("chat: the model has no tokenizer; set model.tokenizer to one with a chat template")
     given = {name: value for name, value in options.items() if value is not None}
+    if "max_batch_size" in given:
+        raise UsageError("chat: max_batch_size has no effect, because one conversation is one prompt")
     if given.pop("add_special_tokens", False):
         raise UsageError("chat: add_special_tokens has no effect, because the chat template has the special tokens")
     prompt = render(model.tokenizer, messages, template_options=template_options)

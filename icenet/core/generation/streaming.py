@@ -142,6 +142,8 @@ def generate_text(
         raise UsageError(f"generate: stream=True takes one prompt, not {len(prompts)}")
     if stream and details:
         raise UsageError("generate: details=True needs stream=False; a stream returns the finish reason at its end")
+    if options.get("max_batch_size") is not None and (stream or isinstance(prompt, str)):
+        raise UsageError("generate: max_batch_size has no effect with one prompt; give a list of prompts")
     settings = settings_of(model, options)
     if not prompts:
         return []

@@ -18,7 +18,8 @@ from icenet.core.config import ModelConfig
 from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation import batching
 from icenet.core.generation.request import make_request
-from icenet.core.generation.streaming import stream_tokens
+from icenet.core.generation.streaming import generate_text, stream_tokens
+from icenet.core.tokenizers import get_tokenizer
 
 VOCAB = 61
 LENGTHS = [3, 17, 1, 9, 9, 30, 2, 12, 5, 21, 1]
@@ -266,12 +267,16 @@ def test_an_error_in_rows_apart(backend: str) -> None:
 
 
 @both_backends
-def test_the_option(backend: str) -> None:
+def test_the_option(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(backend, "learned positions")
     with pytest.raises(UsageError, match="max_batch_size has no effect with stream=True"):
         model.generate(PROMPTS, max_batch_size=4, stream=True)
     with pytest.raises(UsageError, match="max_batch_size"):
         model.generate(PROMPTS, max_batch_size=0)
+    monkeypatch.setattr(model, "tokenizer", get_tokenizer("bytes"))
+    for arguments in (["a text"], [["a text"], True]):
+        with pytest.raises(UsageError, match="max_batch_size has no effect with one prompt"):
+            generate_text(model, arguments[0], bool(arguments[1:]), False, {"max_batch_size": 2})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

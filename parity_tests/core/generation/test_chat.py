@@ -126,6 +126,7 @@ def test_requests_that_are_refused() -> None:
         ({"stream": True, "details": True}, ["details"]),
         ({"add_special_tokens": True}, ["add_special_tokens", "template"]),
         ({"temperature": -1}, ["temperature"]),
+        ({"max_batch_size": 2}, ["max_batch_size", "one"]),
     ):
         with pytest.raises(UsageError) as error:
             icenet.chat(model, "Hi", **options)
