@@ -60,9 +60,10 @@ __device__ inline void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
 }
 __device__ inline void wait_for(unsigned* counter, unsigned arrivals) {
-  unsigned arrived;
+  unsigned arrived, polls = 0;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    if (++polls > 1u << 27) __trap();  // after about a minute: an error, not a program that hangs
   } while (arrived < arrivals);
 }
 """
@@ -234,7 +235,8 @@ _LOAD_OWN_WEIGHTS = f"""
                 }}
 """
 # All blocks of a launch run at once, because there are at most as many as multiprocessors and each of these has room
-# for one block or more. Blocks with other rows compute nothing that this one reads.
+# for one block or more. Of two launches at the same time, such as the directions of a layer, the GPU starts all blocks
+# of one before those of the other. Blocks with other rows compute nothing that this one reads.
 _WAIT = """
       if (count + 1 < steps) {
         if (thread == 0) {
