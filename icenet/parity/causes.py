@@ -1,4 +1,4 @@
-"""Known causes of differences. Each is tried on the reference in memory; the one that removes the difference is named.
+"""Known causes of differences. Each is tried on the reference in memory; that which removes the difference is named.
 
 What is tried, in this order:
 
@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity import align
+from icenet.parity.events import Event
 from icenet.parity.pairing import relative
 from icenet.parity.sides import Pair
 from icenet.parity.trace import Value
@@ -65,11 +66,19 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
     """Returns the cause that removes the difference of a call; empty if none does."""
     if cause := _mode(comparison, pair) or _dropout(comparison, pair):
         return cause
-    with contextlib.suppress(align.ReplayError, IndexError, KeyError):
+    try:
         trial = _Trial(comparison, pair, judgements)
-        for search in (_numbers, _order, _sums, _statistics, _functions, _weights, _casts):
-            if cause := search(trial):
-                return cause
+    except (align.ReplayError, KeyError):  # a result that one side lacks
+        return _calls(comparison, pair)
+    if trial.exact[trial.name].is_float and trial.name in trial.ours:
+        forward = (_numbers, _order, _parts, _statistics, _functions, _scale, _sums, _weights, _options, _casts)
+        backward = (_numbers, _sums, _functions, _weights, _casts, _scale)
+        for search in forward if trial.is_forward else backward:
+            try:
+                if cause := search(trial):
+                    return cause
+            except align.ReplayError:  # of a variant
+                continue
     return _calls(comparison, pair)
 
 
@@ -97,7 +106,7 @@ class _Trial:
         self.exact = self._named(comparison.reference.replay(pair, self.values, seeds))
         passing = [n for n in judgements if judgements[n].passed and n in self.exact and n in self.ours]
         kinds = ("output", "statistic") if self.is_forward else ("input", "gradient")
-        self.checked = [self.name, *(n for n in passing if n.startswith(kinds))]
+        self.checked = [self.name, *(n for n in passing if n.startswith(kinds) and self.exact[n].is_float)]
         self.before = self.ratio(self.exact)
         self.left = _MOST
 
@@ -133,13 +142,16 @@ class _Trial:
             return False
         return self.explains({**self.exact, self.name: Value(array, "fp64")})
 
-    def replay(self, weights: Mapping[str, Array] | None = None) -> dict[str, Value]:
+    def replay(
+        self, weights: Mapping[str, Array] | None = None, values: Sequence[Value] | None = None
+    ) -> dict[str, Value]:
         """Returns what the reference computes, which may be changed meanwhile; empty if it fails."""
         self.left -= 1
         if self.left < 0:
             return {}
         try:
-            return self._named(self.c.reference.replay(self.pair, self.values, self.seeds, weights))
+            given = self.values if values is None else values
+            return self._named(self.c.reference.replay(self.pair, given, self.seeds, weights))
         except align.ReplayError:
             return {}
 
@@ -184,14 +196,23 @@ def _dropout(c: Comparison, pair: Pair) -> str:
 
 def _calls(c: Comparison, pair: Pair) -> str:
     """Returns which modules within a call only one side calls, as a hint."""
-    ours = {c.a.names.get(event.path) for event in pair.a.walk()}
-    theirs = {event.path for event in pair.b.walk()}
-    matched = set(c.a.names.values())
-    only_b = [relative(path, pair.path) for path in theirs if path in matched and path not in ours]
-    only_a = [relative(path, pair.path) for path in ours if path is not None and path not in theirs]
-    if only_b:
-        return f"{sorted(only_b)[0]} is called in b, but not in a"
-    return f"{sorted(only_a)[0]} is called in a, but not in b" if only_a else ""
+    if pair.kind in align.DIFFERENT_CALLS:
+        return ""
+    left_out = {id(event) for child in pair.children for event in (child.a, child.b)}
+
+    def called(event: Event) -> Iterator[str]:
+        for child in event.children:
+            yield child.path
+            if id(child) not in left_out:
+                yield from called(child)
+
+    ours = {c.a.names.get(path, f"{path} (of a)") for path in called(pair.a)}
+    theirs = set(called(pair.b))
+    for mine, others, text in ((theirs, ours, "is called in b, but not in a"), (ours, theirs, "in a, but not in b")):
+        extra = sorted(relative(path, pair.path) for path in mine if path not in others)
+        if extra:
+            return f"{extra[0]} {text if text.startswith('is') else f'is called {text}'}"
+    return ""
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------
@@ -306,14 +327,6 @@ def _sums(trial: _Trial) -> str:
         return "it is zero in a" + (
             "" if trial.is_forward else ": stop_gradient, or a value that does not depend on it"
         )
-    size = float(np.square(exact).sum())
-    factor = float((ours * exact).sum()) / size if size else 0.0
-    if factor and exact.size > 2 and trial.explains_array(factor * exact):
-        square = factor * factor
-        known = (
-            f" (the square root of {round(square)})" if square > 1.5 and abs(square - round(square)) < 1e-4 else ""
-        )
-        return f"it is multiplied by {factor:.6g}{known} in a"
     terms = _terms(trial, exact.shape)
     difference = ours - exact
     for label, array in terms:
@@ -339,6 +352,55 @@ def _sums(trial: _Trial) -> str:
     return ""
 
 
+def _scale(trial: _Trial) -> str:
+    """Returns by which number the array is multiplied, if that explains the difference."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    size = float(np.square(exact).sum())
+    factor = float((ours * exact).sum()) / size if size and ours.shape == exact.shape else 0.0
+    if not factor or exact.size <= 2 or not trial.explains_array(factor * exact):
+        return ""
+    square = factor * factor
+    known = f", the square root of {round(square)}," if square > 1.5 and abs(square - round(square)) < 1e-4 else ""
+    return f"it is multiplied by {factor:.6g}{known} in a"
+
+
+def _parts(trial: _Trial) -> str:
+    """Returns what else of a larger array is taken, or which two arrays are exchanged, if that explains it."""
+    if not trial.is_forward:
+        return ""
+    shape = trial.exact[trial.name].array.shape
+    places = trial.pair.input_places()
+    labels = ["the input" if c is None else f"the output of {relative(c.path, trial.pair.path)}" for c, _ in places]
+    floats = [(label, value) for label, value in zip(labels, trial.values, strict=True) if value.is_float]
+    for label, value in floats:
+        array = np.asarray(value.array, np.float64)
+        for axis in range(1 if array.ndim == len(shape) + 1 and shape else array.ndim, array.ndim):
+            if array.shape[:axis] + array.shape[axis + 1 :] != shape:
+                continue
+            for index in range(min(array.shape[axis], 64)):
+                if trial.explains_array(np.take(array, index, axis)):
+                    return f"position {index} of axis {axis} of {label} is taken in a"
+            for name in ("mean", "max", "sum", "min"):
+                if trial.explains_array(getattr(array, name)(axis=axis)):
+                    return f"the {name} over axis {axis} of {label} is taken in a"
+    indices = [index for index, value in enumerate(trial.values) if value.is_float]
+    for i, j in list(itertools.combinations(indices, 2))[:20]:
+        if trial.values[i].array.shape == trial.values[j].array.shape and labels[i] != labels[j]:
+            exchanged = list(trial.values)
+            exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
+            if trial.explains(trial.replay(values=exchanged)):
+                return f"{labels[i]} and {labels[j]} are exchanged in a"
+    return ""
+
+
+def _options(trial: _Trial) -> str:
+    """Returns an option of a layer of MLX that PyTorch does not have."""
+    own = attributes(trial.modules[0])
+    if trial.pair.kind == "group_norm" and own.get("pytorch_compatible", ("", True))[1] is False:
+        return "the groups are of other channels in a: pass pytorch_compatible=True to mlx.nn.GroupNorm"
+    return ""
+
+
 def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
     """Returns the arrays of a shape that a call receives, with what to call them."""
     found: list[tuple[str, Array]] = []
@@ -346,13 +408,20 @@ def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
         for (child, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
             label = "the input" if child is None else f"the output of {relative(child.path, trial.pair.path)}"
             found.append((label, np.asarray(value.array, np.float64)))
+        for child in trial.pair.children:
+            for name, array in trial.c.reference.own_arrays(child.path).items():
+                if shape and array.ndim == 1 and array.shape[0] in (shape[-1], shape[1] if len(shape) > 2 else -1):
+                    axes = [1] * len(shape)
+                    axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
+                    label = f"{relative(child.path, trial.pair.path)}.{name}"
+                    found.append((label, np.broadcast_to(array.reshape(axes), shape)))
     elif trial.seeds is not None:
         for (child, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
             what = "the output" if child is None else f"the input of {relative(child.path, trial.pair.path)}"
             found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
     kept: dict[str, Array] = {}
     for label, array in found:
-        if array.shape == shape and len(kept) < 6:
+        if array.shape == shape and len(kept) < 12:
             kept.setdefault(label, array)
     return list(kept.items())
 
@@ -410,6 +479,10 @@ def _functions(trial: _Trial) -> str:
                 break
         if accepted and accepted[-1][0] <= 2:
             break
+    if not accepted and trial.is_forward:
+        for name in variants.ACTIVATIONS:
+            if trial.explains_array(variants.activated(name, trial.exact[trial.name].array)):
+                return f"{name} in addition in a"
     if not accepted:
         return ""
     text = min(accepted)[2]
@@ -431,13 +504,13 @@ _GATES = {
 
 def _weights(trial: _Trial) -> str:
     """Returns which parameters of a layer are in another order or not used, if that explains the difference."""
-    if trial.pair.children or trial.c.reference.backend != "torch":
+    if trial.c.reference.backend != "torch":
         return ""
     side, pair = trial.c.reference, trial.pair
-    names = side.parameters_within(pair.path)
+    weights = side.own_arrays(pair.path)
+    names = [name for name in weights if name in side.parameters_within(pair.path)]
     before, pair.parameters = pair.parameters, names
     try:
-        weights = side.weights_within(pair.path)
         kind = type(trial.modules[1]).__name__
         gates = _GATES.get(kind)
         if gates is not None:
@@ -453,8 +526,9 @@ def _weights(trial: _Trial) -> str:
                 listed = " ".join("qkv"[i] for i in order)
                 return f"the projections q k v of a are those of b in the order {listed}"
         for name in names:
-            if trial.explains(trial.replay({name: np.zeros_like(weights[name])})):
-                return f"{name} is not used in a"
+            for value in (0, 1):
+                if trial.explains(trial.replay({name: np.full_like(weights[name], value)})):
+                    return f"{name} is not used in a"
             square = weights[name]
             if square.ndim == 2 and square.shape[0] == square.shape[1]:
                 if trial.explains(trial.replay({name: np.ascontiguousarray(square.T)})):

@@ -187,10 +187,11 @@ class Side:
         layer = self._dropouts.get(path)
         return float(layer.p) if layer is not None else 0.0
 
-    def weights_within(self, path: str) -> dict[str, Array]:
-        """Returns the canonical weights of the module at a path, by path within it."""
-        found: dict[str, Array] = self._tree.weights(self.modules[path])
-        return found
+    def own_arrays(self, path: str) -> dict[str, Array]:
+        """Returns the parameters and buffers of the module at a path itself, not of those within it, by name."""
+        prefix = f"{path}." if path else ""
+        names = [n for n in self.shapes if n.startswith(prefix) and "." not in n[len(prefix) :]]
+        return self._some_weights(names, prefix)
 
     def weights(self) -> dict[str, Array]:
         """Returns the canonical weights."""
@@ -588,7 +589,7 @@ class Side:
         return set(self.tools.buffers(self.modules[pair.a.path]))
 
     def _own_names(self, pair: Pair, own: Event) -> dict[str, str]:
-        """Returns the path in this side, from the root, of each parameter of a replay by its name in the reference."""
+        """Returns the path in this side of each parameter of a replay, by its name in the reference."""
         return {name: self._own_name(pair, own, name) for name in pair.parameters}
 
     def _own_name(self, pair: Pair, own: Event, name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -414,6 +415,32 @@ def _summed(kind: str) -> Run:
     return run
 
 
+def _left_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """Leaves out the second operand of an operation on two tensors."""
+    tensors = [item for item in args[:2] if isinstance(item, torch.Tensor) and item.is_floating_point()]
+    if len(tensors) < 2:
+        return NotImplemented
+    shape = torch.broadcast_shapes(tensors[0].shape, tensors[1].shape)
+    return tensors[0].expand(shape).clone() if tensors[0].shape == shape else NotImplemented
+
+
+def _left_out_first(func: Any, args: Any, kwargs: Any) -> Any:
+    return _left_out(func, args[1::-1], kwargs)
+
+
+def _over_queries(func: Any, args: Any, kwargs: Any) -> Any:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    query, key = given["query"], given["key"]
+    scores = query @ key.transpose(-1, -2) * (given.get("scale") or query.shape[-1] ** -0.5)
+    mask = given.get("attn_mask")
+    if given.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e9) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -2) @ given["value"]
+
+
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 _PRODUCTS = _CONVS | {"linear", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 _POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch", "fn"})
@@ -425,6 +452,7 @@ TABLE: list[Variant] = [
     Variant("attention without a scale in a, with 1 / sqrt(size) in b", _SDPA, _with_scale(0.0)),
     Variant("attention scale 1 / size^(1/4) in a, 1 / sqrt(size) in b", _SDPA, _with_scale(-0.25)),
     Variant("attention scale sqrt(size) in a, 1 / sqrt(size) in b", _SDPA, _with_scale(0.5)),
+    Variant("softmax of the attention over the queries in a, over the keys in b", _SDPA, _over_queries),
     Variant("no attention mask in a", _SDPA, _with_mask(None)),
     Variant("a causal attention mask in a, none in b", _SDPA, _with_mask(0)),
     Variant("attention mask off by one: a hides the position itself", _SDPA, _with_strict_mask()),
@@ -497,6 +525,12 @@ TABLE: list[Variant] = [
     Variant("sum in a, mean in b", frozenset({"mean"}), _summed("sum")),
     Variant("maximum in a, mean in b", frozenset({"mean"}), _summed("amax")),
     Variant("mean in a, sum in b", frozenset({"sum"}), _summed("mean")),
+    Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
+    *(
+        Variant(f"a {what} is left out in a", frozenset({name, f"i{name}"}), run)
+        for name, what in (("mul", "product"), ("add", "sum"))
+        for run in (_left_out, _left_out_first)
+    ),
     Variant("products in TF32 in a, whose precision is 10 bits: set MLX_ENABLE_TF32=0", _PRODUCTS, _in_tf32),
 ]
 
@@ -524,7 +558,8 @@ def number_variants(
 
     def add(name: str, old: float, new: float, what: str) -> None:
         if abs(old - new) > _SEEN * max(abs(old), 1e-12):
-            text = f"{what} is {new:.6g} in a, {old:.6g} in b"
+            shown = (math.exp(abs(new)), math.exp(abs(old))) if what == "theta" and abs(old) < 100 else (new, old)
+            text = f"{what} is {shown[0]:.6g} in a, {shown[1]:.6g} in b"
             found.setdefault((name, old, new), Variant(text, frozenset({name}), _replacing(old, new)))
 
     for name, args, kwargs in calls:
@@ -537,7 +572,7 @@ def number_variants(
             elif name in ("pow", "rpow") and old >= 100:
                 candidates, what = THETA, "theta"
             elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
-                candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "the logarithm of theta"
+                candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
             elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
                 candidates, what = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2), "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
@@ -569,6 +604,12 @@ def _replacing(old: float, new: float) -> Run:
         return func(*changed[0], **changed[1])
 
     return run
+
+
+def activated(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns the activation with a name of ACTIVATIONS of an array."""
+    found: np.ndarray = ACTIVATIONS[name](torch.from_numpy(np.array(array, np.float64))).numpy()
+    return found
 
 
 def activation_name(name: str, kwargs: dict[str, Any], args: tuple[Any, ...] = ()) -> str:
