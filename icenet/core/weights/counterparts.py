@@ -84,16 +84,23 @@ class Counterpart:
     theirs: dict[str, Shape]
 
     def to_mlx(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
-        """Returns the arrays `own` from the arrays `theirs`, which may be gradients of the weights."""
+        """Returns the arrays `own` from the arrays `theirs`, which may be gradients of the weights.
+
+        Arrays that are made of missing ones are left out.
+        """
         raise NotImplementedError
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
-        """Returns the arrays `theirs` from the arrays `own`."""
+        """Returns the arrays `theirs` from the arrays `own`. Arrays that are made of missing ones are left out."""
         raise NotImplementedError
 
     def sources(self, name: str) -> list[str]:
         """Returns the names of the arrays in MLX from which an array of PyTorch is made."""
         raise NotImplementedError
+
+    def complete(self, values: Mapping[str, Array]) -> list[str]:
+        """Returns the names of the arrays of PyTorch all of whose parts are given."""
+        return [name for name in self.theirs if all(own in values for own in self.sources(name))]
 
 
 class _Attention(Counterpart):
@@ -114,12 +121,7 @@ class _Attention(Counterpart):
         return found
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
-        sources = {name: self.sources(name) for name in self.theirs}
-        return {
-            name: np.concatenate([values[own] for own in names])
-            for name, names in sources.items()
-            if all(own in values for own in names)
-        }
+        return {name: np.concatenate([values[own] for own in self.sources(name)]) for name in self.complete(values)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +138,18 @@ class _Recurrent(Counterpart):
         return [own for own in self.own if self._standard(own) in standard]
 
     def to_mlx(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
+        if not values.keys() >= self.theirs.keys():
+            return {}
         found = torch_rnn.from_torch(values, self.family, gradients)
         return {name: found[f"layers.0.{self._standard(name)}"] for name in self.own}
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool) -> dict[str, Array]:
         named = {f"layers.0.{self._standard(name)}": array for name, array in values.items()}
-        return torch_rnn.to_torch(named, self.family, gradients)
+        for name in [name for name in named if name.endswith((".bias", ".bias_reverse"))]:
+            rows = len(named[name]) // torch_rnn.GATES[self.family]
+            named.setdefault(name.replace(".bias", ".bias_hn"), named[name][-rows:])  # of a result that is left out
+        found = torch_rnn.to_torch(named, self.family, gradients)
+        return {name: found[name] for name in self.complete(values)}
 
     def _standard(self, name: str) -> str:
         """Returns the name of an array in IceNet's recurrent layers."""

@@ -370,9 +370,9 @@ class Pairing:
             if place.layer is None and (theirs in values or not gradients)
         }
         for layer, hits in self._hits_of_layers():
-            if not gradients or all(theirs in values for theirs in hits.values()):
-                own = layer.to_mlx({name: values[theirs] for name, theirs in hits.items()}, gradients)
-                found |= {_join(layer.path, name): array for name, array in own.items()}
+            given = {name: values[theirs] for name, theirs in hits.items() if theirs in values or not gradients}
+            own = layer.to_mlx(given, gradients)
+            found |= {_join(layer.path, name): array for name, array in own.items()}
         return found
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool = False) -> dict[str, Array]:
@@ -391,11 +391,9 @@ class Pairing:
             if place.layer is None and (place.name in values or not gradients)
         }
         for layer, hits in self._hits_of_layers():
-            needed = {own for name in hits for own in layer.sources(name)}
             own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
-            if not gradients or needed <= own.keys():
-                made = layer.to_torch(own, gradients)
-                found |= {theirs: made[name] for name, theirs in hits.items()}
+            made = layer.to_torch(own, gradients)
+            found |= {theirs: made[name] for name, theirs in hits.items() if name in made}
         return found
 
     def _hits_of_layers(self) -> list[tuple[Counterpart, dict[str, str]]]:

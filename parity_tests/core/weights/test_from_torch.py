@@ -516,6 +516,40 @@ def test_names_of_mlx_in_a_mapping() -> None:
     assert ours.layer.layers[1].value_proj.weight[0, 0] == 2
 
 
+def test_packed_projections_of_a_linear_layer() -> None:
+    """The names of PyTorch's attention stand for the three projections, whatever the layer in PyTorch is."""
+    theirs, ours = randomize(TorchNet(tnn.Module())), Net(mnn.MultiHeadAttention(8, 2, bias=True))
+    theirs.layer.qkv, theirs.layer.out_proj = randomize(tnn.Linear(8, 24), 1), randomize(tnn.Linear(8, 8), 2)
+    names = {f"layer.qkv.{part}": f"layer.in_proj_{part}" for part in ("weight", "bias")}
+    icenet.from_torch(theirs, ours, names)
+    attention = tnn.MultiheadAttention(8, 2)
+    icenet.to_torch(ours, TorchNet(attention))
+    assert torch.equal(attention.in_proj_weight, theirs.layer.qkv.weight)
+    packed = Net(mnn.Module())
+    packed.layer.qkv, packed.layer.out_proj = mnn.Linear(8, 24), mnn.Linear(8, 8)
+    icenet.from_torch(TorchNet(attention), packed, {new: name for name, new in names.items()})
+    assert np.array_equal(np.array(packed.layer.qkv.bias), theirs.layer.qkv.bias.detach())
+
+
+def test_gradients_of_frozen_weights_may_be_missing() -> None:
+    ours, theirs = Net(mnn.MultiHeadAttention(4, 2, bias=True)), TorchNet(tnn.MultiheadAttention(4, 2))
+    pairing = modules.pair(ours, theirs)
+    all_of_them = modules.get_weights(ours)
+    some = {name: array for name, array in all_of_them.items() if name != "layer.key_proj.weight"}
+    assert set(pairing.to_torch(some, gradients=True)) == set(modules.get_weights(theirs)) - {"layer.in_proj_weight"}
+    assert same_bits(pairing.to_mlx(pairing.to_torch(all_of_them, gradients=True), gradients=True), all_of_them)
+    ours, theirs = Net(mnn.GRU(4, 2)), TorchNet(tnn.GRU(4, 2))
+    pairing = modules.pair(ours, theirs)
+    for frozen, left_out in {
+        "bhn": {"bias_hh_l0"},
+        "Wh": {"weight_hh_l0"},
+        "b": {"bias_ih_l0", "bias_hh_l0"},
+    }.items():
+        some = {name: array for name, array in modules.get_weights(ours).items() if name != f"layer.{frozen}"}
+        names = {f"layer.{name}" for name in left_out}
+        assert set(pairing.to_torch(some, gradients=True)) == set(modules.get_weights(theirs)) - names
+
+
 def test_an_lstm_of_several_layers_and_directions() -> None:
     theirs = randomize(TorchNet(tnn.LSTM(5, 6, 2, batch_first=True, bidirectional=True)))
     ours = mnn.Module()
@@ -587,7 +621,7 @@ def test_transformer_layers_with_biases_are_trained_like_pytorchs() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("own", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("own", ["float16", "bfloat16", "float32", "float64"])
 def test_each_side_keeps_its_dtype(dtype: str, own: str) -> None:
     theirs = randomize(TorchNet(tnn.LSTM(3, 4))).to(getattr(torch, dtype))
     ours = Net(mnn.LSTM(3, 4))
@@ -595,13 +629,16 @@ def test_each_side_keeps_its_dtype(dtype: str, own: str) -> None:
     icenet.from_torch(theirs, ours)
     state = theirs.state_dict()
     total = state["layer.bias_ih_l0"].double() + state["layer.bias_hh_l0"].double()
-    for found, value in ((ours.layer.Wx, state["layer.weight_ih_l0"]), (ours.layer.bias, total)):
-        assert found.dtype == getattr(mx, own)
-        rounded = value.to(getattr(torch, own)).float()
-        np.testing.assert_array_equal(np.array(found.astype(mx.float32)), rounded.numpy())
+    native = tree.native_arrays(ours)
+    if dtype != "float64":
+        total = total.float().double()  # the sum is computed in fp32
+    for name, value in (("layer.Wx", state["layer.weight_ih_l0"]), ("layer.bias", total)):
+        assert native[name].dtype == getattr(mx, own)
+        rounded = arrays.to_numpy(native[name]).astype(np.float64)
+        np.testing.assert_array_equal(rounded, value.to(getattr(torch, own)).double().numpy())
     icenet.to_torch(ours, theirs)
     assert theirs.layer.weight_ih_l0.dtype == getattr(torch, dtype)
-    expected = torch.tensor(np.array(ours.layer.Wx.astype(mx.float32))).to(getattr(torch, dtype))
+    expected = torch.tensor(arrays.to_numpy(native["layer.Wx"]).astype(np.float64)).to(getattr(torch, dtype))
     assert torch.equal(theirs.layer.weight_ih_l0, expected)
 
 
