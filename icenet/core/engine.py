@@ -121,6 +121,7 @@ class Engine(ABC):
         model: A `BaseModel` of the backend.
         optimizer: The optimizer of the trainable parameters.
         average: The moving average of the weights with `training.ema_decay`, otherwise None.
+        compiles: Whether the step is compiled.
     """
 
     backend: ClassVar[str]
@@ -130,6 +131,7 @@ class Engine(ABC):
     model: Any
     optimizer: Optimizer
     average: WeightAverage | None
+    compiles: bool
     _trainable: list[str]
     """Paths of the parameters that are trained, in the order of `_norms`."""
 
@@ -278,7 +280,7 @@ class Engine(ABC):
         if after != before and self.config.training.rng != "native":
             self.check_draws(batch, step)  # calls the model again, to find the module
             # Another thread may have used a generator of the host, and a compiler that of the framework.
-            if after[0] != before[0] and not self.config.model.compile_model:
+            if after[0] != before[0] and not self.compiles:
                 raise randomness.unkeyed_draw(self.backend, "", self.model)
         norm, _ = self._norms(gradients)  # collective, so each process calls it
         if norm.item() == 0 and self._is_detached(batch, step) and loss.item() > 0:
@@ -416,7 +418,7 @@ class Engine(ABC):
 
     def _padded(self, batch: Batch) -> Batch:
         """Returns the batch, padded to one of a few shapes if the model is compiled."""
-        return buckets.pad(batch, self.config.model) if self.config.model.compile_model else batch
+        return buckets.pad(batch, self.config.model) if self.compiles else batch
 
     # ---- state -------------------------------------------------------------------------------------------
 
@@ -533,7 +535,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _predict(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
-        """Returns `_outputs` without gradients, compiled if `model.compile_model` is set."""
+        """Returns `_outputs` without gradients, compiled if the step is."""
 
     def _submit(self, *results: Array) -> Any:
         """Starts the computation of results and new state on a lazy framework. Returns a handle for `_wait`."""

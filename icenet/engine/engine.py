@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from icenet import nn as ops
 from icenet.core import engine
 from icenet.core.config import Config
+from icenet.core.config.custom import is_custom
 from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
 from icenet.core.weights import layout
@@ -26,8 +27,33 @@ from icenet.nn import tree
 from icenet.nn.arrays import DTYPES, from_numpy, is_half, to_numpy
 
 
+MAX_SHAPES = 16
+"""Number of shapes of batches for which a function is compiled. Each is traced, which takes about a second."""
+
+
+class Compiled:
+    """A compiled function of batches. Batches of further shapes are computed without compilation.
+
+    Args:
+        function: Takes a dictionary of arrays first.
+        state: Arrays that the function reads (`inputs`) and replaces (`outputs`), for `mx.compile`.
+    """
+
+    def __init__(self, function: Any, **state: Any) -> None:
+        self._function = function
+        self._compiled = mx.compile(function, **state)
+        self._shapes: set[Any] = set()
+
+    def __call__(self, arrays: Mapping[str, mx.array], *arguments: Any) -> Any:
+        shape = tuple((name, tuple(array.shape)) for name, array in arrays.items())
+        if shape not in self._shapes and len(self._shapes) == MAX_SHAPES:
+            return self._function(arrays, *arguments)
+        self._shapes.add(shape)
+        return self._compiled(arrays, *arguments)
+
+
 class Engine(engine.Engine):
-    """See `icenet.core.engine.Engine`. With `model.compile_model` the passes and the update are compiled functions.
+    """See `icenet.core.engine.Engine`. If `compiles`, the passes and the update are compiled functions.
 
     A compiled function captures the arrays of model, optimizer and average as its inputs and outputs, so that these
     must keep their containers.
@@ -57,13 +83,19 @@ class Engine(engine.Engine):
         self._compiled_gradients: Any = self._gradients
         self._compiled_update: Any = self._update_arrays
         self._compiled_outputs: Any = self._outputs
-        if config.model.compile_model:
+        self.compiles = config.model.compile_model is True
+        if config.model.compile_model is None:  # custom models may compute what cannot be compiled
+            # on CUDA, compiling the kernels of a step takes a minute or more in a new installation
+            self.compiles = (
+                model.device.type == mx.gpu and not mx.cuda.is_available() and not is_custom(config.model.type)
+            )
+        if self.compiles:
             state = [self.model.state, self.optimizer.state, mx.random.state]
             state += [self.average.arrays] if self.average else []
             self.seed_dropouts(0, range(1))
-            self._compiled_gradients = partial(mx.compile, inputs=state, outputs=state)(self._gradients)
+            self._compiled_gradients = Compiled(self._gradients, inputs=state, outputs=state)
             self._compiled_update = partial(mx.compile, inputs=state, outputs=state)(self._update_arrays)
-            self._compiled_outputs = partial(mx.compile, inputs=[self.model.state])(self._outputs)
+            self._compiled_outputs = Compiled(self._outputs, inputs=[self.model.state])
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -115,10 +147,10 @@ class Engine(engine.Engine):
             limit = training.max_grad_value
             gradients = tree_map(lambda gradient: mx.clip(gradient, -limit, limit), gradients)
             norm, _ = self._norms(gradients)
+        factor = None
         if training.max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_
             factor = mx.minimum(training.max_grad_norm / (norm + 1e-6), 1.0)
-            gradients = tree_map(lambda gradient: gradient * factor, gradients)
-        self.optimizer.update(gradients)
+        self.optimizer.update(gradients, factor)
         if self.average is not None:
             self.average.update(average_weight)
 

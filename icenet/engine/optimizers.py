@@ -24,7 +24,7 @@ from icenet.core.training.parameter_groups import Group, momentum, muon_factor
 from icenet.core.training.schedule import adafactor_scalars, adam_corrections
 from icenet.core.weights import layout
 from icenet.models import BaseModel
-from icenet.nn import tree
+from icenet.nn import training_kernels, tree
 from icenet.nn.arrays import from_numpy, to_numpy
 
 State = dict[str, mx.array]
@@ -64,6 +64,24 @@ class Adam(optim.Adam):
         self.state["step_size"] = mx.array(learning_rate / first, mx.float32)
         self.state["root_correction"] = mx.array(second**0.5, mx.float32)
         self.state["shrink"] = mx.array(1 - learning_rate * self.weight_decay, mx.float32)
+        if training_kernels.has_kernels():
+            beta1, beta2 = self.betas
+            shrink, added = self.decays(learning_rate)
+            corrections = learning_rate / first, second**0.5, self.eps, shrink
+            scalars = [*corrections, beta1, 1 - beta1, beta2, 1 - beta2, added]
+            self.state["scalars"] = mx.array(scalars, mx.float32)
+
+    def decays(self, learning_rate: float) -> tuple[float, float]:
+        """Returns the factor of the parameter and the weight decay that is added to the gradient."""
+        return 1.0, self.weight_decay
+
+    def apply_scaled(self, gradient: mx.array, factor: mx.array, parameter: mx.array, state: State) -> mx.array:
+        """Computes `apply_single` of the gradient times a factor `[1]`, in one kernel on CUDA."""
+        scalars = self.state["scalars"]
+        parameter, state["m"], state["v"] = training_kernels.adam(
+            parameter, gradient, state["m"], state["v"], factor, scalars
+        )
+        return parameter
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         if self.weight_decay:
@@ -81,6 +99,9 @@ class Adam(optim.Adam):
 
 class AdamW(Adam):
     """Adam with decoupled weight decay."""
+
+    def decays(self, learning_rate: float) -> tuple[float, float]:
+        return 1 - learning_rate * self.weight_decay, 0.0
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         return self.adam_step(gradient, parameter * self.state["shrink"] if self.weight_decay else parameter, state)
@@ -203,11 +224,19 @@ class Optimizer(optimizer.Optimizer):
         self.state = [[group.optimizer.state, group.state] for group in self.groups]
         self.prepare(0, 0.0)  # a compiled step needs every array of the state when it is traced
 
-    def update(self, gradients: Mapping[str, mx.array]) -> None:
+    def update(self, gradients: Mapping[str, mx.array], factor: mx.array | None = None) -> None:
+        """Updates the parameters with their gradients times a factor `[]`."""
         arrays = self._parameters.get()
+        one = mx.ones((1,)) if factor is None else factor.reshape(1)
         for group in self.groups:
+            own = group.optimizer
             for path, state in group.state.items():
-                arrays[path] = group.optimizer.apply_single(gradients[path], arrays[path], state)
+                gradient, parameter = gradients[path], arrays[path]
+                if isinstance(own, Adam) and training_kernels.has_kernels():
+                    arrays[path] = own.apply_scaled(gradient, one, parameter, state)
+                else:
+                    gradient = gradient if factor is None else gradient * factor
+                    arrays[path] = own.apply_single(gradient, parameter, state)
         self._parameters.set(arrays)
 
     def _variant(self, path: str, group: Group) -> tuple[int, ...]:

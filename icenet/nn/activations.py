@@ -12,12 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.models.classes import change_classes
+from icenet.nn import training_kernels
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.exact import channel_sums
 
 
 def activation(name: str, x: Array) -> Array:
     """Applies an activation elementwise: gelu (exact), gelu_tanh (approximate), relu or silu."""
+    if name != "relu" and training_kernels.is_worthwhile(x):
+        return training_kernels.activation(name, x)
+    return _with_operations(name, x)
+
+
+def _with_operations(name: str, x: Array) -> Array:
     if on_cpu():
         return _on_cpu(name, x)
     if name == "gelu":
@@ -36,7 +43,9 @@ def gated_activation(name: str, gate: Array, x: Array) -> Array:
 
 @lru_cache
 def _compiled_gate(name: str) -> Callable[[Array, Array], Array]:
-    compiled: Callable[[Array, Array], Array] = mx.compile(lambda gate, x: activation(name, gate) * x, shapeless=True)
+    compiled: Callable[[Array, Array], Array] = mx.compile(
+        lambda gate, x: _with_operations(name, gate) * x, shapeless=True
+    )
     return compiled
 
 

@@ -9,8 +9,8 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.nn import exact
-from icenet.nn.arrays import Array, Dtype, cast_weight, on_cpu, product_dtype
+from icenet.nn import exact, training_kernels
+from icenet.nn.arrays import Array, Dtype, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
 from icenet.nn.quantized import QuantizedLayer, quantization_of, quantized_product, to_quantized
 
@@ -76,9 +76,28 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     b = cast_weight(bias, x)
     if on_cpu():
         return exact.add_bias(y @ w, b).astype(x.dtype)
+    if is_half(y) and training_kernels.is_worthwhile(y):
+        return _linear_with_exact_bias(y, w.T, b)
     if y.size == y.shape[-1] and mx.cuda.is_available():  # MLX has a kernel for one row; addmm calls cuBLAS, +15 us
         return y @ w + b
     return mx.addmm(b, y, w).astype(x.dtype)
+
+
+@mx.custom_function
+def _linear_with_exact_bias(x: Array, weight: Array, bias: Array) -> Array:
+    """Computes x W^T + b of half precision, with a gradient of the bias that is added up in fp32.
+
+    MLX's CUDA adds it up in half precision.
+    """
+    return mx.addmm(bias, x, weight.T)
+
+
+@_linear_with_exact_bias.vjp
+def _gradients_of_linear(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
+    x, weight, bias = inputs
+    rows, dy = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    d_bias = training_kernels.column_sums(dy).astype(bias.dtype)
+    return (dy @ weight).reshape(x.shape), dy.T @ rows, d_bias
 
 
 class Projections(nn.Module):

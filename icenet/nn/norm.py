@@ -24,6 +24,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dims, eps)
 
     def __call__(self, x: Array) -> Array:
+        if _uses_kernel(x, self.weight):
+            return training_kernels.layer_norm(x, self.weight, self.bias, self.eps)
         return mx.fast.layer_norm(x.astype(self.weight.dtype), self.weight, self.bias, self.eps).astype(x.dtype)
 
 
@@ -44,12 +46,20 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: Array) -> Array:
         if x.dtype == self.weight.dtype and not self.offset and not on_cpu():
             return mx.fast.rms_norm(x, self.weight, self.eps)  # its statistics are in fp32
+        if _uses_kernel(x, self.weight):
+            weight = 1 + self.weight if self.offset else self.weight
+            return training_kernels.layer_norm(x, weight, None, self.eps)
         y = x.astype(mx.float32) if is_half(x) else x
         weight = self.weight.astype(y.dtype)
         weight = 1 + weight if self.offset else weight
         if on_cpu():  # the fused operation sums the gradient of the weight term by term there
             return exact.scale(mx.fast.rms_norm(y, None, self.eps), weight).astype(x.dtype)
         return mx.fast.rms_norm(y, weight, self.eps).astype(x.dtype)
+
+
+def _uses_kernel(x: Array, weight: Array) -> bool:
+    """Returns whether a norm of half precision has the weight of training, fp32, and many values: on CUDA."""
+    return is_half(x) and weight.dtype == mx.float32 and training_kernels.is_worthwhile(x)
 
 
 def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:

@@ -6,6 +6,7 @@ On Metal and on a CPU the formulas of the modules that call them are used.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -93,9 +94,9 @@ _CROSS_ENTROPY = """
 """
 
 
-# The kernels of batch norm see images as rows of channels `[M, C]`. A thread reads N neighbouring channels (a lane) of
-# every few rows of a part of the images. `layout` is the number of lanes of a block, of blocks side by side (tiles),
-# and of parts. Sums are fp32, of few terms each. Differences to the first row keep them small.
+# These kernels see an array as rows of channels `[M, C]`. A thread reads N neighbouring channels (a lane) of every
+# few rows of a part of the array. `layout` is the number of lanes of a block, of blocks next to each other (tiles),
+# and of parts.
 _LAYOUT = """
     constexpr int N = VECTOR, THREADS = 512;
     struct alignas(sizeof(T) * N) Pack { T values[N]; };
@@ -104,29 +105,39 @@ _LAYOUT = """
     const int part = blockIdx.x / tiles, column = (blockIdx.x % tiles * lanes + lane) * N;
     const long long rows = x_shape[0], begin = (long long)part * height + y, step = (long long)parts * height;
 """
+
+# The sums of two values over the rows, for each channel and part. KIND decides what they are:
+# 0: x, without the second; 1: x - p and its square, where p is the first row, which keeps the sums small;
+# 2: dy and dy * (x - mean) * scale, with a mean and a scale for each channel; 3: the same with those of the row.
+# Sums are fp32, of few terms each. (MLX's own sums of half precision are in half precision.)
 _SUMS = (
     _LAYOUT
     + """
-    float first[N] = {}, second[N] = {}, center[N], scale[N];
+    float first[N] = {}, second[N] = {}, center[N] = {}, factor[N] = {};
     if (column < channels) {
       for (int i = 0; i < N; i++) {
-        center[i] = GRADIENT ? mean[column + i] : (float)x[column + i];
-        scale[i] = GRADIENT ? deviation[column + i] : 1.f;
+        if (KIND == 1) center[i] = (float)x[column + i];
+        if (KIND == 2) {
+          center[i] = mean[column + i];
+          factor[i] = scale[column + i];
+        }
       }
       for (long long row = begin; row < rows; row += step) {
         const Pack pack = *reinterpret_cast<const Pack*>(x + row * channels + column);
-        if constexpr (GRADIENT) {
-          const Pack other = *reinterpret_cast<const Pack*>(cotangent + row * channels + column);
-          for (int i = 0; i < N; i++) {
-            const float g = (float)other.values[i];
-            first[i] += g;
-            second[i] += g * ((float)pack.values[i] - center[i]) * scale[i];
-          }
-        } else {
+        if constexpr (KIND < 2) {
           for (int i = 0; i < N; i++) {
             const float difference = (float)pack.values[i] - center[i];
             first[i] += difference;
-            second[i] += difference * difference;
+            if (KIND == 1) second[i] += difference * difference;
+          }
+        } else {
+          const Pack other = *reinterpret_cast<const Pack*>(dy + row * channels + column);
+          const float row_mean = KIND == 3 ? mean[row] : 0.f, row_scale = KIND == 3 ? scale[row] : 0.f;
+          for (int i = 0; i < N; i++) {
+            const float g = (float)other.values[i];
+            const float difference = (float)pack.values[i] - (KIND == 3 ? row_mean : center[i]);
+            first[i] += g;
+            second[i] += g * difference * (KIND == 3 ? row_scale : factor[i]);
           }
         }
       }
@@ -173,7 +184,7 @@ _STATISTICS = """
       const float average = (float)x[c] + shift, variance = fmaxf(second / rows - shift * shift, 0.f);
       const float momentum = constants[1], keep = constants[2];
       mean[c] = average;
-      deviation[c] = 1.f / sqrtf(variance + constants[0]);
+      scale[c] = 1.f / sqrtf(variance + constants[0]);
       new_mean[c] = keep * running_mean[c] + momentum * average;
       new_var[c] = keep * running_var[c] + momentum * (variance * (rows / (rows - 1.f)));
     }
@@ -186,11 +197,11 @@ _NORMALIZE = (
     float center[N], a[N], b[N], c[N];
     for (int i = 0; i < N; i++) {
       center[i] = mean[column + i];
-      const float scale = deviation[column + i], factor = weight[column + i] * scale;
+      const float inverse = scale[column + i], factor = weight[column + i] * inverse;
       if (GRADIENT) {  // (dy - (sum dy + normal * sum dy normal) / rows) * weight / deviation
         a[i] = factor;
         b[i] = -factor * sums[column + i] / (float)rows;
-        c[i] = -factor * scale * sums[channels + column + i] / (float)rows;
+        c[i] = -factor * inverse * sums[channels + column + i] / (float)rows;
       } else {
         a[i] = factor;
         b[i] = sums[column + i];  // the bias
@@ -200,7 +211,7 @@ _NORMALIZE = (
     for (long long row = begin; row < rows; row += step) {
       Pack pack = *reinterpret_cast<const Pack*>(x + row * channels + column);
       if constexpr (GRADIENT) {
-        const Pack other = *reinterpret_cast<const Pack*>(cotangent + row * channels + column);
+        const Pack other = *reinterpret_cast<const Pack*>(dy + row * channels + column);
         for (int i = 0; i < N; i++) {
           const float difference = (float)pack.values[i] - center[i];
           pack.values[i] = (T)(a[i] * (float)other.values[i] + b[i] + c[i] * difference);
@@ -260,9 +271,154 @@ _MAX_POOL_GRADIENT = """
 """
 
 
+# A warp computes a row. It reads the row three times, the second and third time from the cache.
+_LAYER_NORM_ROW = """
+    constexpr int N = VECTOR, ROWS = 8;
+    struct alignas(sizeof(T) * N) Pack { T values[N]; };
+    const int channels = x_shape[1], lane = threadIdx.x % 32;
+    const long long row = blockIdx.x * (long long)ROWS + threadIdx.x / 32;
+    if (row >= x_shape[0]) return;
+    auto total = [](float value) -> float {
+      for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffff, value, offset);
+      return value;
+    };
+    auto load = [&](const T* array, int column) { return *reinterpret_cast<const Pack*>(array + row * channels + column); };
+"""
+_LAYER_NORM = (
+    _LAYER_NORM_ROW
+    + """
+    float sum = 0.f, squares = 0.f;
+    if (CENTERED) {
+      for (int column = lane * N; column < channels; column += 32 * N) {
+        const Pack pack = load(x, column);
+        for (int i = 0; i < N; i++) sum += (float)pack.values[i];
+      }
+    }
+    const float average = total(sum) / channels;
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      const Pack pack = load(x, column);
+      for (int i = 0; i < N; i++) {
+        const float difference = (float)pack.values[i] - average;
+        squares += difference * difference;
+      }
+    }
+    const float inverse = 1.f / sqrtf(total(squares) / channels + eps[0]);
+    if (lane == 0) {
+      mean[row] = average;
+      scale[row] = inverse;
+    }
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      Pack pack = load(x, column);
+      for (int i = 0; i < N; i++) {
+        const float normal = ((float)pack.values[i] - average) * inverse * weight[column + i];
+        pack.values[i] = (T)(CENTERED ? normal + bias[column + i] : normal);
+      }
+      *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
+    }
+"""
+)
+_LAYER_NORM_GRADIENT = (
+    _LAYER_NORM_ROW
+    + """
+    const float average = mean[row], inverse = scale[row];
+    float sum = 0.f, products = 0.f;
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      const Pack pack = load(x, column), other = load(dy, column);
+      for (int i = 0; i < N; i++) {
+        const float g = (float)other.values[i] * weight[column + i];
+        sum += g;
+        products += g * ((float)pack.values[i] - average) * inverse;
+      }
+    }
+    sum = CENTERED ? total(sum) / channels : 0.f;
+    products = total(products) / channels;
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      Pack pack = load(x, column);
+      const Pack other = load(dy, column);
+      for (int i = 0; i < N; i++) {
+        const float normal = ((float)pack.values[i] - average) * inverse;
+        pack.values[i] = (T)(inverse * ((float)other.values[i] * weight[column + i] - sum - normal * products));
+      }
+      *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
+    }
+"""
+)
+
+_ACTIVATION = """
+    constexpr int N = VECTOR;
+    struct alignas(sizeof(T) * N) Pack { T values[N]; };
+    const long long index = blockIdx.x * 512LL + threadIdx.x;
+    if (index * N >= x_shape[0]) return;
+    Pack pack = reinterpret_cast<const Pack*>(x)[index];
+    const Pack other = reinterpret_cast<const Pack*>(dy)[index];
+    for (int i = 0; i < N; i++) {
+      const float value = (float)pack.values[i];
+      float y, slope;
+      if (KIND == 0) {  // x * Phi(x)
+        const float probability = 0.5f * (1.f + erff(value * 0.70710678118654752f));
+        y = value * probability;
+        slope = probability + value * 0.39894228040143268f * expf(-0.5f * value * value);
+      } else if (KIND == 1) {
+        const float t = tanhf(0.79788456080286536f * (value + 0.044715f * value * value * value));
+        y = 0.5f * value * (1.f + t);
+        slope = 0.5f * (1.f + t)
+            + 0.5f * value * (1.f - t * t) * 0.79788456080286536f * (1.f + 0.134145f * value * value);
+      } else {
+        const float gate = 1.f / (1.f + expf(-value));
+        y = value * gate;
+        slope = gate * (1.f + value * (1.f - gate));
+      }
+      pack.values[i] = (T)(GRADIENT ? slope * (float)other.values[i] : y);
+    }
+    reinterpret_cast<Pack*>(out)[index] = pack;
+"""
+
+_SUM_OF_SQUARES = """
+    constexpr int THREADS = 512;
+    const long long size = x_shape[0], step = (long long)gridDim.x * THREADS;
+    float total = 0.f;
+    for (long long index = blockIdx.x * (long long)THREADS + threadIdx.x; index < size; index += step) {
+      const float value = (float)x[index];
+      total += value * value;
+    }
+    __shared__ float totals[THREADS];
+    totals[threadIdx.x] = total;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
+"""
+
+_ADAM = """
+    constexpr int N = VECTOR;
+    struct alignas(sizeof(float) * N) Pack { float values[N]; };
+    const long long index = blockIdx.x * 512LL + threadIdx.x;
+    if (index * N >= p_shape[0]) return;
+    Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
+    Pack c = reinterpret_cast<const Pack*>(v)[index];
+    const Pack d = reinterpret_cast<const Pack*>(g)[index];
+    for (int i = 0; i < N; i++) {
+      const float slope = d.values[i] * factor[0] + scalars[8] * a.values[i];
+      b.values[i] = scalars[4] * b.values[i] + scalars[5] * slope;
+      c.values[i] = scalars[6] * c.values[i] + scalars[7] * slope * slope;
+      const float denominator = sqrtf(c.values[i]) / scalars[1] + scalars[2];
+      a.values[i] = a.values[i] * scalars[3] - scalars[0] * (b.values[i] / denominator);
+    }
+    reinterpret_cast<Pack*>(new_p)[index] = a;
+    reinterpret_cast<Pack*>(new_m)[index] = b;
+    reinterpret_cast<Pack*>(new_v)[index] = c;
+"""
+
+
 def has_kernels() -> bool:
     """Returns whether the kernels of this module can be used: on CUDA."""
     return not on_cpu() and bool(mx.cuda.is_available())
+
+
+def is_worthwhile(x: Array) -> bool:
+    """Returns whether an array has many values, on CUDA. For one token, `mx.compile` merges the operations instead."""
+    return x.size >= 1 << 18 and has_kernels()
 
 
 def cross_entropy(logits: Array, labels: Array, count: Array, softcap: float | None) -> tuple[Array, Array]:
@@ -285,6 +441,50 @@ def _cross_entropy() -> Any:
     return mx.fast.cuda_kernel("icenet_cross_entropy", names, ["losses", "gradient"], _CROSS_ENTROPY)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """How a kernel divides an array `[M, C]`, see `_LAYOUT`."""
+
+    vector: int
+    layout: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, rows: Array) -> _Rows:
+        count, channels = rows.shape
+        packed = 16 // rows.itemsize
+        vector = packed if channels % packed == 0 else 1
+        lanes = min(32, 1 << (max(channels // vector, 1) - 1).bit_length())
+        tiles = -(-channels // (vector * lanes))
+        return cls(vector, (lanes, tiles, max(min(_BLOCKS // tiles, count // (THREADS // lanes)), 1)))
+
+    def run(
+        self, name: str, inputs: list[Array], option: tuple[str, Any], shape: tuple[int, ...], dtype: Any
+    ) -> Array:
+        """Returns the output of the kernel `sums` or `normalize`; the first input is the array."""
+        lanes, tiles, parts = self.layout
+        [out] = _rows_kernels()[name](
+            inputs=[*inputs, _integers(*self.layout)],
+            template=[("T", inputs[0].dtype), ("VECTOR", self.vector), option],
+            grid=(THREADS * tiles * parts, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[shape],
+            output_dtypes=[dtype],
+        )
+        return out
+
+    def sums(self, rows: Array, dy: Array, mean: Array, scale: Array, kind: int) -> Array:
+        """Returns the two sums of each part and channel, fp32 `[parts, 2, C]`; see `_SUMS`."""
+        shape = self.layout[2], 2, rows.shape[1]
+        return self.run("sums", [rows, dy, mean, scale], ("KIND", kind), shape, mx.float32)
+
+
+def column_sums(x: Array) -> Array:
+    """Returns sums over all axes but the last, fp32: `[..., C]` to `[C]`."""
+    rows = x.reshape(-1, x.shape[-1])
+    nothing = _floats(0.0)
+    return _Rows.of(rows).sums(rows, rows, nothing, nothing, 0).sum(axis=0)[0]
+
+
 def batch_norm(
     x: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array, eps: float, momentum: float
 ) -> tuple[Array, Array, Array]:
@@ -296,52 +496,165 @@ def batch_norm(
         The images in their own dtype, and the new running mean and variance.
     """
     channels = x.shape[-1]
-    vector = 16 // x.itemsize if channels % (16 // x.itemsize) == 0 else 1
-    template = [("T", x.dtype), ("VECTOR", vector)]
-    statistics = _floats(eps, momentum, 1 - momentum)
-    lanes = min(32, 1 << (max(channels // vector, 1) - 1).bit_length())
-    tiles = -(-channels // (vector * lanes))
-    positions = x.size // channels
-    parts = max(min(_BLOCKS // tiles, positions // (THREADS // lanes)), 1)
-    layout = _integers(lanes, tiles, parts)
-
-    def run(name: str, inputs: list[Array], gradient: bool, shape: tuple[int, ...], dtype: mx.Dtype) -> Array:
-        [out] = _batch_norm()[name](
-            inputs=[*inputs, layout],
-            template=[*template, ("GRADIENT", gradient)],
-            grid=(THREADS * tiles * parts, 1, 1),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=[shape],
-            output_dtypes=[dtype],
-        )
-        return out
+    division = _Rows.of(x.reshape(-1, channels))
 
     @mx.custom_function
     def normalize(x: Array, weight: Array, bias: Array) -> list[Array]:
         rows = x.reshape(-1, channels)
-        sums = run("sums", [rows, rows, weight, weight], False, (parts, 2, channels), mx.float32)
-        mean, deviation, new_mean, new_var = _batch_norm()["statistics"](
-            inputs=[sums, rows, running_mean, running_var, statistics],
-            template=template[:1],
+        sums = division.sums(rows, rows, weight, weight, 1)
+        mean, scale, new_mean, new_var = _rows_kernels()["statistics"](
+            inputs=[sums, rows, running_mean, running_var, _floats(eps, momentum, 1 - momentum)],
+            template=[("T", x.dtype)],
             grid=(-(-channels // 32) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(channels,)] * 4,
             output_dtypes=[mx.float32] * 4,
         )
-        y = run("normalize", [rows, rows, mean, deviation, weight, bias], False, rows.shape, x.dtype)
-        return [y.reshape(x.shape), new_mean, new_var, mean, deviation]
+        inputs = [rows, rows, mean, scale, weight, bias]
+        y = division.run("normalize", inputs, ("GRADIENT", False), rows.shape, x.dtype)
+        return [y.reshape(x.shape), new_mean, new_var, mean, scale]
 
     @normalize.vjp
     def gradient(inputs: tuple[Array, ...], cotangents: list[Array], outputs: list[Array]) -> list[Array]:
         x, weight, _ = inputs
-        mean, deviation = outputs[3:]
-        rows, cotangent = x.reshape(-1, channels), cotangents[0].reshape(-1, channels)
-        sums = run("sums", [rows, cotangent, mean, deviation], True, (parts, 2, channels), mx.float32).sum(axis=0)
-        dx = run("normalize", [rows, cotangent, mean, deviation, weight, sums], True, rows.shape, x.dtype)
+        mean, scale = outputs[3:]
+        rows, dy = x.reshape(-1, channels), cotangents[0].reshape(-1, channels)
+        sums = division.sums(rows, dy, mean, scale, 2).sum(axis=0)
+        arrays = [rows, dy, mean, scale, weight, sums]
+        dx = division.run("normalize", arrays, ("GRADIENT", True), rows.shape, x.dtype)
         return [dx.reshape(x.shape), sums[1], sums[0]]
 
     y, new_mean, new_var, _, _ = normalize(x, weight, bias)
     return y, mx.stop_gradient(new_mean), mx.stop_gradient(new_var)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+    """Returns x `[..., C]` with each row normalized, in the dtype of x. Without a bias, as RMSNorm, with no mean.
+
+    MLX's own functions take weights and x of the same dtype, so that bf16 would be copied to fp32 and back.
+
+    Args:
+        x: `[..., C]`.
+        weight: fp32 `[C]`.
+        bias: fp32 `[C]`, or None for RMSNorm.
+        eps: Added to the variance, or to the mean square.
+    """
+    channels, centered = x.shape[-1], bias is not None
+
+    def run(name: str, inputs: list[Array], shapes: list[tuple[int, ...]], dtypes: list[mx.Dtype]) -> Any:
+        rows = inputs[0]
+        packed = 16 // rows.itemsize
+        return _layer_norm()[name](
+            inputs=inputs,
+            template=[
+                ("T", rows.dtype),
+                ("VECTOR", packed if channels % packed == 0 else 1),
+                ("CENTERED", centered),
+            ],
+            grid=(-(-rows.shape[0] // _ROWS_OF_A_BLOCK) * 32 * _ROWS_OF_A_BLOCK, 1, 1),
+            threadgroup=(32 * _ROWS_OF_A_BLOCK, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=dtypes,
+        )
+
+    @mx.custom_function
+    def normalize(x: Array, weight: Array, *bias: Array) -> list[Array]:
+        rows = x.reshape(-1, channels)
+        count = rows.shape[0]
+        inputs = [rows, weight, bias[0] if bias else weight, _floats(eps)]
+        y, mean, scale = run("normalize", inputs, [rows.shape, (count,), (count,)], [x.dtype, mx.float32, mx.float32])
+        return [y.reshape(x.shape), mean, scale]
+
+    @normalize.vjp
+    def gradient(inputs: tuple[Array, ...], cotangents: list[Array], outputs: list[Array]) -> list[Array]:
+        x, weight = inputs[:2]
+        rows, dy = x.reshape(-1, channels), cotangents[0].reshape(-1, channels)
+        mean, scale = outputs[1:]
+        [dx] = run("gradient", [rows, dy, weight, mean, scale], [rows.shape], [x.dtype])
+        sums = _Rows.of(rows).sums(rows, dy, mean, scale, 3).sum(axis=0)
+        return [dx.reshape(x.shape), sums[1], *([sums[0]] if centered else [])]
+
+    y: Array = normalize(x, weight, *([] if bias is None else [bias]))[0]
+    return y
+
+
+_ROWS_OF_A_BLOCK = 8
+
+
+def activation(name: str, x: Array) -> Array:
+    """Computes `icenet.nn.activation` in fp32 and in one kernel, and its gradient in another."""
+
+    def run(arrays: list[Array], is_gradient: bool) -> Array:
+        packed = 16 // x.itemsize
+        vector = packed if x.size % packed == 0 else 1
+        [out] = _activation()(
+            inputs=[array.reshape(-1) for array in arrays],
+            template=[
+                ("T", x.dtype),
+                ("VECTOR", vector),
+                ("KIND", _ACTIVATIONS.index(name)),
+                ("GRADIENT", is_gradient),
+            ],
+            grid=(-(-x.size // vector), 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[x.shape],
+            output_dtypes=[x.dtype],
+        )
+        return out
+
+    @mx.custom_function
+    def compute(x: Array) -> Array:
+        return run([x, x], False)
+
+    @compute.vjp
+    def gradient(x: Array, cotangent: Array, _: Array) -> Array:
+        return run([x, cotangent], True)
+
+    y: Array = compute(x)
+    return y
+
+
+_ACTIVATIONS = ["gelu", "gelu_tanh", "silu"]
+
+
+def sum_of_squares(x: Array) -> Array:
+    """Returns the sum of the squares of an fp32 array, fp32 `[]`."""
+    blocks = max(min(_BLOCKS, x.size // (8 * THREADS)), 1)
+    [parts] = _sum_of_squares()(
+        inputs=[x.reshape(-1)],
+        template=[("T", x.dtype)],
+        grid=(blocks * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(blocks,)],
+        output_dtypes=[mx.float32],
+    )
+    return parts.sum()
+
+
+def adam(
+    parameter: Array, gradient: Array, m: Array, v: Array, factor: Array, scalars: Array
+) -> tuple[Array, Array, Array]:
+    """Computes a step of Adam in one pass over the arrays, which are fp32; MLX's own operations need 12.
+
+    Args:
+        parameter, gradient, m, v: Arrays of one shape.
+        factor: Factor of the gradient, `[1]`.
+        scalars: step_size, root_correction, eps, shrink, beta1, 1 - beta1, beta2, 1 - beta2, and the weight decay that
+            is added to the gradient, `[9]`.
+
+    Returns:
+        The new parameter, m and v.
+    """
+    shape = parameter.shape
+    new: tuple[Array, Array, Array] = _adam()(
+        inputs=[*(array.reshape(-1) for array in (parameter, gradient, m, v)), factor, scalars],
+        template=[("VECTOR", 4 if parameter.size % 4 == 0 else 1)],
+        grid=(-(-parameter.size // 4) if parameter.size % 4 == 0 else parameter.size, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[shape] * 3,
+        output_dtypes=[mx.float32] * 3,
+    )
+    return new
 
 
 _BLOCKS = 528
@@ -379,17 +692,42 @@ def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
 
 
 @lru_cache
-def _batch_norm() -> dict[str, Any]:
+def _rows_kernels() -> dict[str, Any]:
     def kernel(name: str, inputs: list[str], outputs: list[str], source: str) -> Any:
-        return mx.fast.cuda_kernel(f"icenet_batch_norm_{name}", inputs, outputs, source)
+        return mx.fast.cuda_kernel(f"icenet_rows_{name}", inputs, outputs, source)
 
-    images = ["x", "cotangent", "mean", "deviation"]
+    arrays = ["x", "dy", "mean", "scale"]
     statistics = ["parts", "x", "running_mean", "running_var", "constants"]
     return {
-        "sums": kernel("sums", [*images, "layout"], ["out"], _SUMS),
-        "statistics": kernel("statistics", statistics, ["mean", "deviation", "new_mean", "new_var"], _STATISTICS),
-        "normalize": kernel("normalize", [*images, "weight", "sums", "layout"], ["out"], _NORMALIZE),
+        "sums": kernel("sums", [*arrays, "layout"], ["out"], _SUMS),
+        "statistics": kernel("statistics", statistics, ["mean", "scale", "new_mean", "new_var"], _STATISTICS),
+        "normalize": kernel("normalize", [*arrays, "weight", "sums", "layout"], ["out"], _NORMALIZE),
     }
+
+
+@lru_cache
+def _layer_norm() -> dict[str, Any]:
+    forward, backward = ["x", "weight", "bias", "eps"], ["x", "dy", "weight", "mean", "scale"]
+    return {
+        "normalize": mx.fast.cuda_kernel("icenet_layer_norm", forward, ["out", "mean", "scale"], _LAYER_NORM),
+        "gradient": mx.fast.cuda_kernel("icenet_layer_norm_gradient", backward, ["out"], _LAYER_NORM_GRADIENT),
+    }
+
+
+@lru_cache
+def _activation() -> Any:
+    return mx.fast.cuda_kernel("icenet_activation", ["x", "dy"], ["out"], _ACTIVATION)
+
+
+@lru_cache
+def _sum_of_squares() -> Any:
+    return mx.fast.cuda_kernel("icenet_sum_of_squares", ["x"], ["out"], _SUM_OF_SQUARES)
+
+
+@lru_cache
+def _adam() -> Any:
+    inputs, outputs = ["p", "g", "m", "v", "factor", "scalars"], ["new_p", "new_m", "new_v"]
+    return mx.fast.cuda_kernel("icenet_adam", inputs, outputs, _ADAM)
 
 
 @lru_cache

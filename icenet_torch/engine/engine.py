@@ -25,7 +25,7 @@ from icenet_torch.nn.arrays import DTYPES, from_numpy, is_half, to_channels_firs
 class Engine(engine.Engine):
     """See `icenet.core.engine.Engine`. With `dtype` float64 it is a reference.
 
-    With `model.compile_model` the model is compiled by `torch.compile`.
+    With `model.compile_model` the model is compiled by `torch.compile`. On CUDA the passes are a CUDA graph.
     """
 
     backend: ClassVar = "torch"
@@ -50,7 +50,8 @@ class Engine(engine.Engine):
         self.average = WeightAverage(local, training.ema_decay, in_place) if training.ema_decay else None
         parallel = self.process_group.parallel(self.model)
         self._compiled_model: Any = parallel
-        if config.model.compile_model:
+        self.compiles = config.model.compile_model is True  # it starts slowly, and the graphs are fast without it
+        if self.compiles:
             ops.loss.register_for_compiler()
             self._compiled_model = torch.compile(parallel)
         passes = lambda parts, factors: self._passes(parts, 1.0, factors)  # noqa: E731

@@ -32,8 +32,8 @@ class ModelConfig(Section):
     """Probability of zeroing an activation in training."""
     vocab_size: Size = 50000
     """Number of tokens in the vocabulary, or of classes."""
-    compile_model: bool = False
-    """Compile the training step with mx.compile or torch.compile."""
+    compile_model: bool | None = None
+    """Compile the training step with mx.compile or torch.compile; null: with MLX on Metal."""
 
     def __new__(cls, **values: Any) -> Self:
         """Creates an instance of the class of the family `type`."""
