@@ -641,6 +641,14 @@ def build(kernel: Kernel, shared_memory: int) -> Any:
 
 
 @lru_cache
+def _no_counters() -> Array:
+    """Returns an array for a launch of one step, which needs no counters."""
+    counters = mx.zeros((1,), mx.uint32)
+    mx.eval(counters)  # not lazy: another thread may use it
+    return counters
+
+
+@lru_cache
 def _zeros_kernel() -> Any:
     source = "if (threadIdx.x < SIZE) counters[threadIdx.x] = 0;"
     return mx.fast.cuda_kernel("icenet_zeros", ["after"], ["counters"], source)
@@ -695,7 +703,7 @@ def launch(
     }
     given = {"mask": rows, "later": weight, "later_h": rows, **arrays}
     if not kernel.metal:
-        given["counters"] = new_counters(rows, tiles.parts)
+        given["counters"] = new_counters(rows, tiles.parts) if steps > 1 else _no_counters()
     return build(kernel, tiles.SHARED_K * gates * tiles.U * tiles.WU * tiles.GROUPS * weight.itemsize)(
         inputs=[given[name] for name in kernel.inputs],
         template=list(template.items()),

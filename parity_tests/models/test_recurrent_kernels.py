@@ -159,7 +159,7 @@ SMALL = Limits(multiprocessors=3, shared_memory=3000)
 @pytest.mark.parametrize(
     ("kind", "size", "limits", "options"),
     [
-        ("lstm", (3, 5, 33), SMALL, {}),
+        ("lstm", (2, 3, 20), SMALL, {}),
         pytest.param("gru", (3, 3, 12), Limits(3, 0, 16, 1), {"metal": True, "padded": True}, marks=pytest.mark.slow),
         *(
             pytest.param(kind, size, limits, options, marks=pytest.mark.slow)
