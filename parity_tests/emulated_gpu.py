@@ -1,8 +1,8 @@
 """Runs kernels of `mx.fast.cuda_kernel` and `mx.fast.metal_kernel` on the CPU, compiled by g++.
 
-Each thread of the GPU is a coroutine that stops at barriers, shuffles and waits. A block runs until all of its threads
-wait for other blocks, then the next one: a block that should have waited reads values that were not written, which are
-NaN. If all blocks wait, the run is an error.
+Each thread of the GPU is a coroutine that stops at barriers, shuffles and waits. A block runs until all of its
+threads wait for other blocks, then the next one: a block that should have waited reads values that were not written,
+which are NaN. If all blocks wait, the run is an error.
 """
 
 from __future__ import annotations
