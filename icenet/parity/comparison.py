@@ -26,7 +26,18 @@ from icenet.parity.result import Histogram, Module, Report, Row, Stage
 from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
 from icenet.parity.status import ALL_STAGES
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FACTOR, Judgement, Samples, judge, judge_curve, judge_values, rms
+from icenet.parity.yardstick import (
+    FACTOR,
+    LIMITS,
+    SAMPLES,
+    Judgement,
+    Samples,
+    judge,
+    judge_curve,
+    judge_values,
+    rms,
+    squared_distance,
+)
 
 Array = npt.NDArray[Any]
 Losses = tuple[Callable[..., Any], Callable[..., Any]]
@@ -36,6 +47,8 @@ SMALL = 1_000_000
 """Number of parameters up to which a comparison trains two steps by default, and one step above it."""
 _ROUNDED = 1e-6
 """Largest relative difference of a buffer that both sides compute, such as a table of angles."""
+_FEW = 4
+"""Number of samples of the sums of a loss."""
 _SAME = 0.1
 """Relative distance of a replay of the reference from its run at which the replay computes something else."""
 
@@ -168,6 +181,7 @@ class Comparison:
         kinds = backends.backend_of(a), backends.backend_of(b)
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
+        self.loss_noise = 0.0
         if kinds == ("torch", "mlx"):
             a, b = b, a
             self.losses, self.optimizers = (pair and pair[::-1] for pair in (self.losses, self.optimizers))
@@ -546,6 +560,7 @@ class Comparison:
             self.dtype,
             samples,
             pair.is_leaf,
+            quick=True,
         )
         if has_ties:
             self.ties.add(pair.path)
@@ -684,6 +699,7 @@ class Comparison:
         values = [
             rounded(item, theirs.dtype) for item, theirs in zip(root.b.outputs, root.noise.outputs, strict=True)
         ]
+        self.loss_noise = _loss_noise(root)
         losses = []
         hows = {j: (i, how) for i, j, how in root.outputs}
         for side, event in ((self.a, root.a), (self.b, root.noise), (self.reference, root.b)):
@@ -703,6 +719,8 @@ class Comparison:
                     x = Value(align.to_torch(hows[_index(name)][1], x.array), x.dtype)
                 floor = 2.0**-24 * abs(float(exact["loss"].array)) if name == "loss" else 0.0
                 judged[name] = judge(x.array, y.array, exact[name].array, "fp32", min_noise=floor)
+        if any(not item.passed for item in judged.values()):
+            judged |= self._loss_in_order(root, values, ours, exact, judged)
         worst = max(judged.items(), key=lambda item: item[1].ratio)
         run = [float(np.asarray(run.loss.array)) if run.loss is not None else math.nan for run in runs]
         is_over = not judged["loss"].passed or any(not j.passed for j in judged.values())
@@ -713,6 +731,32 @@ class Comparison:
         stage.rows.append(replace(row, own_ratio=worst[1].ratio, own_part=part))
         if status == states.DIFFERS:
             self._fail(stage, "", "in the loss", "" if is_finite else "the loss is finite on one side only")
+
+    def _loss_in_order(
+        self,
+        root: Pair,
+        values: list[Value],
+        ours: Mapping[str, Value],
+        exact: Mapping[str, Value],
+        judged: Mapping[str, Judgement],
+    ) -> dict[str, Judgement]:
+        """Returns the judgements of the loss with the noise of sums that are taken term by term."""
+        if self.b.backend != "torch":
+            return {}
+        function = (self.losses or (None, None))[1]
+        squares: dict[str, Array] = {}
+        for index in range(_FEW):
+            with backends.module("torch", "tools.sums").summing_in_order(index):
+                found = self.b.loss_of(root.noise, values, function, self.targets_b)
+            for name in judged:
+                distance = squared_distance(found[name].array, exact[name].array)
+                squares[name] = squares.get(name, np.zeros(distance.shape)) + distance / _FEW
+        again = {}
+        for name, item in judged.items():
+            if not item.passed and name == "loss":
+                noise = np.asarray(exact[name].array) + np.sqrt(squares[name])
+                again[name] = judge(ours[name].array, noise, exact[name].array, "fp32")
+        return again
 
     def _judge_gradients(
         self, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run], found: dict[int, dict[str, Judgement]]
@@ -907,7 +951,9 @@ class Comparison:
             self.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
             judged = judge_curve(*curves)
             allowed = FACTOR * self.factor
-            for step, ratio in enumerate(judged.ratios):
+            noise = np.maximum(judged.noise, self.loss_noise)
+            ratios = np.where(np.isfinite(judged.ratios), judged.gap / noise, judged.ratios)
+            for step, ratio in enumerate(ratios):
                 status = (
                     states.PASSED if ratio <= FACTOR else states.LESS_EXACT if ratio <= allowed else states.DIFFERS
                 )
@@ -915,13 +961,10 @@ class Comparison:
                 stage.rows.append(
                     replace(row, noise=float(judged.noise[step]), scale=abs(curves[2][step]), depth=step)
                 )
-            if judged.worst > allowed:
+            if float(ratios.max()) > allowed:
                 samples = self._curve_samples(inputs, steps, (given_a, given_b))
-                judged = judge_curve(*curves, samples)
-                if judged.passed:
-                    stage.rows = [
-                        replace(row, status=states.LESS_EXACT) if not row.passed else row for row in stage.rows
-                    ]
+                if _curve_passes(judged.gap, noise, samples):
+                    stage.rows = [replace(r, status=states.PASSED, ratio=min(r.ratio, FACTOR)) for r in stage.rows]
                 else:
                     self._fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
 
@@ -1084,6 +1127,35 @@ def _describe(side: Side) -> dict[str, str]:
     uses = backends.module(side.backend, "nn.arithmetic").uses_tf32(device)
     dtype = "fp64" if side.exact else side.dtype
     return {**described, "dtype": dtype, "tf32": "on" if uses else "off"}
+
+
+def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any]]) -> bool:
+    """Returns whether the distance of two training curves is within the noise of nearby runs.
+
+    Most are far within the noise of the first runs; then no more are trained.
+    """
+    squares = np.zeros(gap.shape)
+    runs = (samples.torch, samples.in_order) if samples.in_order is not None else (samples.torch,)
+    for run in runs:
+        squares[:] = 0.0
+        for index in range(SAMPLES):
+            squares += squared_distance(run(index), samples.reference(index))
+            worst = float((gap / np.maximum(np.sqrt(squares / (index + 1)), noise)).max())
+            if worst <= FACTOR / 2 or (worst <= FACTOR and index + 1 == SAMPLES):
+                return True
+            if worst > LIMITS.get(index + 1, math.inf):
+                break
+    return False
+
+
+def _loss_noise(root: Pair) -> float:
+    """Returns the noise of the loss if the errors of the outputs of `b` are independent of one another."""
+    total = 0.0
+    for item, theirs, gradient in zip(root.b.outputs, root.noise.outputs, root.b.gradients, strict=True):
+        if gradient is not None:
+            error = np.asarray(theirs.array, np.float64) - item.array
+            total += float(np.square(np.where(np.isfinite(error), error, 0.0) * gradient.array).sum())
+    return math.sqrt(total)
 
 
 def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:

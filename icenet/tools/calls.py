@@ -230,8 +230,16 @@ def mean_square(outputs: Sequence[mx.array], targets: Sequence[Value], exact: bo
     terms = []
     for output, target in zip(outputs, targets, strict=True):
         expected = native(target)
-        terms.append(mx.square(output.astype(expected.dtype) - expected).mean())
+        terms.append(_mean(mx.square(output.astype(expected.dtype) - expected)))
     return mx.stack(terms).sum()
+
+
+def _mean(x: mx.array) -> mx.array:
+    """Returns the mean. MLX sums term by term, so parts are summed first, as PyTorch does."""
+    size, x = x.size, x.reshape(-1)
+    while x.size > 1:
+        x = mx.pad(x, (0, -x.size % 64)).reshape(-1, 64).sum(axis=1)
+    return x.reshape(()) / size
 
 
 @contextlib.contextmanager
