@@ -150,6 +150,11 @@ class LayerCache:
         self.keys = keys
         self.values = values
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether it is that of a captured step."""
+        return self._cache.length is None
+
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
         length, capacity, position = self._cache.length, self._cache.capacity, self._cache.position

@@ -7,8 +7,19 @@ from collections.abc import Sequence
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from icenet.core.generation.decoder import Choice, State, Step
+from icenet.core.models.classes import change_classes
+from icenet.nn import tree
+
+CAPTURED_TYPES: dict[type, type] = {}
+"""Classes of modules, and the classes that compute the same in fewer kernels where a step is captured."""
+
+
+def merge_kernels(model: nn.Module) -> None:
+    """Gives the modules of a model that generates the classes for captured steps, in place; subclasses stay."""
+    change_classes(tree.named_modules(model), CAPTURED_TYPES)
 
 
 class CapturedStep:

@@ -17,7 +17,7 @@ from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet.generation import sampling
 from icenet.generation.cache import KVCache
-from icenet.generation.capture import CapturedStep
+from icenet.generation.capture import CapturedStep, merge_kernels
 from icenet.nn.arrays import on_cpu
 
 
@@ -32,6 +32,7 @@ class Decoder(DecoderBase):
     def capture(self, state: State, token: mx.array, step: Step | None = None) -> Step:
         if on_cpu() or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.decode_step
+        merge_kernels(self.model)
         return CapturedStep(step or self.decode_step, state, token)
 
     def copy(self, array: mx.array) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import icenet.models.merged  # noqa: F401  (the classes for captured steps)
 from icenet.models.base import BaseModel
 from icenet.models.cnn import CNNModel
 from icenet.models.rnn import GRUModel, LSTMModel, RNNModel

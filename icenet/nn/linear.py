@@ -30,16 +30,18 @@ class Linear(nn.Linear):
     can_quantize = True
     quantized_type: type[QuantizedLayer]
     to_quantized = to_quantized
+    _generates = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
         self.init_scale = init_scale
 
     def __call__(self, x: Array) -> Array:
-        return linear(x, self.weight, self.get("bias"))
+        return linear(x, self.weight, self.get("bias"), self._generates)
 
     def prepare_generation(self, original: Linear, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: casts the weight once and not at each token."""
+        self._generates = True
         self.weight = cast_for_products(original.weight, dtype)
         if "bias" in original:
             self.bias = cast_for_products(original.bias, dtype)
@@ -56,6 +58,7 @@ class QuantizedLinear(QuantizedLayer, nn.QuantizedLinear):
 
     def prepare_generation(self, original: QuantizedLinear, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: casts scales and biases once and not at each token."""
+        self._generates = True
         for name in ("scales", "biases", *(["bias"] if "bias" in original else [])):
             self[name] = cast_for_products(original[name], dtype)
 
@@ -68,8 +71,15 @@ def cast_for_products(weight: Array, dtype: Dtype) -> Array:
     return weight if on_cpu() or weight.dtype == dtype else weight.astype(dtype)
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Computes x W^T + b: x `[..., in]`, weight `[out, in]`, bias `[out]` to `[..., out]` in the dtype of x."""
+def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+    """Computes x W^T + b: x `[..., in]`, weight `[out, in]`, bias `[out]` to `[..., out]` in the dtype of x.
+
+    Args:
+        generates: Whether there is no backward pass: a kernel without one is faster for few rows on CUDA.
+    """
+    # one row without a bias is one operation of MLX, which is as fast
+    if generates and (bias is not None or x.size > x.shape[-1]) and linear_kernels.can_compute(x, weight):
+        return linear_kernels.fused_linear(x, weight, bias)
     y, w = x.astype(product_dtype(x)), cast_weight(weight, x).T
     if bias is None:
         return (y @ w).astype(x.dtype)
@@ -131,11 +141,13 @@ class Projections(nn.Module):
         return cast
 
     def __call__(self, x: Array) -> list[Array]:
-        return list(mx.split(linear(x, self.weight, self.bias), self.ends[1:-1], axis=-1))
+        return list(mx.split(linear(x, self.weight, self.bias, generates=True), self.ends[1:-1], axis=-1))
 
 
 class QuantizedProjections(Projections, QuantizedLayer):
     """`Projections` of layers with quantized weights: the joined one has their packed rows after one another."""
+
+    _generates = True
 
     def __init__(self, layers: Sequence[QuantizedLinear], dtype: Dtype) -> None:
         super().__init__(layers, dtype)
@@ -180,7 +192,9 @@ class Embedding(CheckedEmbedding):
 
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
-        return linear(x, self.weight if self._output_weight is None else self._output_weight)
+        if self._output_weight is None:
+            return linear(x, self.weight)
+        return linear(x, self._output_weight, generates=True)
 
     def prepare_generation(self, original: Embedding, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: casts the weight of `as_linear` once and not at each token."""
@@ -199,6 +213,10 @@ class QuantizedEmbedding(QuantizedLayer, nn.QuantizedEmbedding):
     def as_linear(self, x: Array) -> Array:
         """Returns logits `[..., V]` of x `[..., D]`, with the table as the weight of a linear layer."""
         return quantized_product(x, self)
+
+    def prepare_generation(self, original: QuantizedEmbedding, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: allows a product without a backward pass."""
+        self._generates = True
 
 
 Embedding.quantized_type = QuantizedEmbedding

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from icenet.core.errors import UsageError
 from icenet.core.weights.packed import BITS, DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
+from icenet.nn import linear_kernels
 from icenet.nn.arrays import Array, on_cpu, product_dtype
 from icenet.nn.embedding import Embedding
 
@@ -35,6 +36,7 @@ class QuantizedLayer(nn.Module):
     bits: int
     group_size: int
     mode: str
+    _generates = False  # whether there is no backward pass
 
 
 _NATIVE: dict[type, type] = {
@@ -122,6 +124,9 @@ def to_quantized(
 
 def quantized_product(x: Array, layer: QuantizedLayer) -> Array:
     """Computes x W^T: x `[..., in]` and the weight of a layer, `[out, in]`, to `[..., out]` in the dtype of x."""
+    packed = linear_kernels.packed_weight(layer) if layer._generates else None
+    if packed is not None and linear_kernels.can_compute(x, layer.weight, packed):
+        return linear_kernels.fused_linear(x, layer.weight, packed=packed)
     dtype = product_dtype(x)
     y, scales, biases = x.astype(dtype), layer.scales.astype(dtype), layer.biases.astype(dtype)
     settings: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits}

@@ -1,6 +1,6 @@
-"""Blocks whose norms, activations and sums are computed by the kernels of their products, PyTorch on CUDA.
+"""Blocks whose norms, activations and sums are computed by the kernels of their products, on CUDA.
 
-Without Triton, the tests replace the kernel by separate operations and look at what it is called with.
+Without a GPU, the tests replace the kernel by separate operations and look at what it is called with.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 import torch
@@ -16,6 +21,12 @@ from helpers import build_model, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import make_request
+from icenet.generation.capture import merge_kernels as mlx_merge_kernels
+from icenet.models.merged import MergedBlock as MLXMergedBlock
+from icenet.models.transformer import TransformerBlock as MLXBlock
+from icenet.nn import activation as mlx_activation
+from icenet.nn import linear_kernels as mlx_kernels
+from icenet.nn.recurrent_kernels import Limits
 from icenet_torch.generation.capture import merge_kernels
 from icenet_torch.models import merged
 from icenet_torch.models.merged import MergedBlock
@@ -43,10 +54,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def build(name: str = "llama", device: str = "cpu", dtype: str = "fp32") -> Any:
-    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
+def build(name: str = "llama", device: str = "cpu", backend: str = "torch", hidden_size: int = 24) -> Any:
+    sizes = {"hidden_size": hidden_size, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
     values = {"type": "transformer", "dropout": 0.0, **sizes, **OPTIONS[name][0]}
-    model = build_model("torch", ModelConfig(**values))
+    model = build_model(backend, ModelConfig(**values))
+    if backend == "mlx":
+        draw = np.random.default_rng(0).standard_normal
+        model.set_weights({path: w + 0.3 * draw(w.shape).astype(w.dtype) for path, w in model.weights().items()})
+        model.eval()
+        return model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # biases and weights of norms that have an effect
         for parameter in model.parameters():
@@ -165,7 +181,75 @@ def test_prompts_and_large_batches_have_separate_operations(
     assert calls == []
 
 
-# ---- the kernel -------------------------------------------------------------------------------------------
+# ---- MLX --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mlx_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Makes MLX's captured steps run on the CPU, with separate operations for the kernel.
+
+    Returns whether the weight is packed, for each call of the kernel.
+    """
+    found: list[bool] = []
+
+    def fused(
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        norm: Any = None,
+        name: Any = None,
+        is_gated: bool = False,
+        residual: Any = None,
+        packed: Any = None,
+    ) -> Any:
+        found.append(packed is not None)
+        if norm is not None and norm.kind == "layer":
+            x = mx.fast.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        elif norm is not None:
+            x = mx.fast.rms_norm(x, norm.weight + (norm.kind == "rms_offset"), norm.eps)
+        if packed is not None:
+            weight = mx.dequantize(weight, *packed[:2], group_size=packed.group_size, bits=packed.bits)
+        y = x @ weight.T if bias is None else x @ weight.T + bias
+        if is_gated:
+            gate, up = mx.split(y, 2, axis=-1)
+            return mlx_activation(name, gate) * up
+        y = y if name is None else mlx_activation(name, y)
+        assert residual is None or residual.shape == y.shape
+        return y if residual is None else y + residual
+
+    def capture(decoder: Any, state: Any, token: Any, step: Any = None) -> Any:
+        mlx_merge_kernels(decoder.model)
+        return step or decoder.decode_step
+
+    monkeypatch.setattr(mlx_kernels, "fused_linear", fused)
+    monkeypatch.setattr(mlx_kernels, "limits", lambda: Limits(4, 1 << 18))
+    monkeypatch.setattr("icenet.generation.decoder.Decoder.capture", capture)
+    return found
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_merged_block_of_mlx_computes_what_the_block_does(
+    name: str, bits: int, mlx_calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name, backend="mlx", hidden_size=64)
+    if bits:
+        mlx_nn.quantize(model, group_size=32, bits=bits)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlx_kernels, "limits", lambda: None)
+        tokens, scores = decode(model)
+    assert mlx_calls == []
+    found_tokens, found = decode(model)
+    routers = 3 * 2 * (name == "experts")  # of the steps; they are not quantized
+    products = 3 * 2 * OPTIONS[name][1] + 4  # with the logits after the prompt and after each step
+    assert len(mlx_calls) == products + routers and sum(mlx_calls) == (products if bits else 0)
+    assert np.array_equal(found_tokens, tokens)
+    assert np.abs(found - scores).max() <= 2.0**-18 * np.abs(scores).max()  # sums of another order
+    assert all(type(block) is MLXMergedBlock for block in model.for_generation().blocks)
+    assert all(type(block) is MLXBlock for block in model.blocks)
+
+
+# ---- the kernel of PyTorch -------------------------------------------------------------------------------------------
 
 # rows, outputs, inputs, dtype, norm, bias, activation, gated, residual
 CASES = [

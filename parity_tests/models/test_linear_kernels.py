@@ -1,0 +1,180 @@
+"""The kernel of MLX for linear layers of few rows: on CUDA, and on the CPU as C++."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+
+# isort: split
+import emulated_gpu
+import mlx.core as mx
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from icenet.nn import linear_kernels as kernels
+from icenet.nn.arrays import to_numpy
+from icenet.nn.recurrent_kernels import Limits
+
+# what a block of three dimensions needs beside `emulated_gpu`
+_THREADS = r"""
+struct Index3 { int x, y, z; };
+#define THREAD (machine::threads[machine::current].thread)
+#undef threadIdx
+#define threadIdx (Index3{THREAD % 32, THREAD / 32 % BLOCK_Y, THREAD / 32 / BLOCK_Y})
+#define blockDim (Index3{32, BLOCK_Y, BLOCK_Z})
+#define __syncwarp() machine::exchange(0.f, 0)
+inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+"""
+
+
+def emulated(folder: Path, reversed_order: bool) -> Callable[..., Any]:
+    def call(*, inputs: Any, template: Any, grid: Any, threadgroup: Any, **outputs: Any) -> list[mx.array]:
+        run = emulated_gpu.kernel(
+            folder,
+            name="linear",
+            input_names=kernels._INPUTS,
+            output_names=["out"],
+            source=kernels._SOURCE,
+            header=kernels._HEADER + _THREADS,
+            shared_memory=1 << 17,
+            reversed_order=reversed_order,
+        )
+        size = threadgroup[0] * threadgroup[1] * threadgroup[2]
+        assert size <= 32 * kernels.WARPS and grid[1:] == threadgroup[1:]
+        blocks = [("x_ndim", inputs[0].ndim), ("BLOCK_Y", threadgroup[1]), ("BLOCK_Z", threadgroup[2])]
+        grid = (grid[0] // 32 * size, 1, 1)
+        return run(inputs=inputs, template=[*template, *blocks], grid=grid, threadgroup=(size, 1, 1), **outputs)
+
+    return call
+
+
+needs_compiler = pytest.mark.skipif(emulated_gpu.COMPILER is None, reason="needs g++")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("gpu", marks=pytest.mark.gpu),
+        pytest.param("first thread first", marks=needs_compiler),
+        pytest.param("last thread first", marks=[needs_compiler, pytest.mark.slow]),
+    ]
+)
+def device(request: Any, tmp_path: Path, monkeypatch: Any) -> str:
+    if request.param == "gpu":
+        if not mx.cuda.is_available():
+            pytest.skip("needs CUDA")
+    else:
+        run = emulated(tmp_path, request.param.startswith("last"))
+        monkeypatch.setattr(kernels, "_kernel", lambda shared_memory: run)
+        monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18))
+    return request.param
+
+
+# rows, outputs, inputs, dtype, bits, group size, norm, bias, activation, gated, residual
+CASES: dict[str, tuple[Any, ...]] = {
+    "gpt": (1, 40, 776, mx.float32, 0, 0, "layer", True, "gelu", False, True),
+    "llama": (2, 33, 1536, mx.bfloat16, 0, 0, "rms", False, "silu", True, False),
+    "gemma": (3, 9, 24, mx.float16, 0, 0, "rms_offset", True, "gelu_tanh", True, False),
+    "head": (8, 701, 264, mx.bfloat16, 0, 0, None, False, None, False, False),
+    "4 bits": (1, 37, 1184, mx.bfloat16, 4, 32, "rms", False, "silu", True, True),
+    "8 bits": (5, 21, 384, mx.float16, 8, 128, "layer without bias", True, "relu", False, True),
+    "6 bits": (2, 21, 2112, mx.float32, 6, 64, None, True, None, False, True),
+    "5 bits": (1, 7, 96, mx.float32, 5, 32, None, False, None, False, False),
+    "3 bits": (4, 50, 320, mx.float16, 3, 64, "rms", True, None, False, True),
+    "2 bits": (1, 50, 2080, mx.float32, 2, 32, None, False, "gelu", False, False),
+}
+
+
+def reference(x: Any, weight: Any, bias: Any, norm: Any, name: Any, is_gated: bool, residual: Any, cast: Any) -> Any:
+    """The formulas in float64; `cast` rounds as an operation does."""
+    y = x
+    if norm is not None:
+        kind, gain, shift = norm
+        y = y - y.mean(-1, keepdims=True) if kind.startswith("layer") else y
+        y = y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-5) * (gain + (kind == "rms_offset"))
+        y = cast(y if shift is None else y + shift)
+    y = y @ weight.T
+    y = cast(y if bias is None else y + bias)
+    gate, up = np.split(y, 2, axis=-1) if is_gated else (y, None)
+    if name == "gelu":
+        gate = gate * (1 + erf(gate / 2**0.5)) / 2
+    elif name == "gelu_tanh":
+        gate = gate / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    elif name == "silu":
+        gate = gate / (1 + np.exp(-gate))
+    elif name == "relu":
+        gate = np.maximum(gate, 0)
+    y = cast(gate) if up is None else cast(cast(gate) * up)
+    return y if residual is None else cast(y + residual)
+
+
+# compiling a case takes 3 s
+@pytest.mark.parametrize(
+    "case", [c if c in ("gpt", "4 bits") else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+@pytest.mark.parametrize("is_aligned", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, device: str) -> None:
+    """Its error against float64 is that of the operations, each of which rounds its result."""
+    rows, outputs, size, dtype, bits, group_size, kind, has_bias, name, is_gated, has_residual = CASES[case]
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+    def exact(a: Any) -> Any:
+        return None if a is None else to_numpy(a).astype(np.float64)
+
+    x, weight = draw(rows, 1, size) + 1.5, draw((2 if is_gated else 1) * outputs, size) / size**0.5
+    bias = draw(weight.shape[0]) if has_bias else None
+    residual = draw(rows, 1, outputs) if has_residual else None
+    norm = None if kind is None else kernels.Norm(kind.partition(" ")[0], draw(size), None, 1e-5)
+    if kind == "layer":
+        norm = norm._replace(bias=draw(size))
+    packed, values = None, exact(weight)
+    if bits:
+        with mx.stream(mx.cpu):
+            weight, scales, biases = mx.quantize(weight.astype(mx.float32), group_size, bits)
+            values = exact(mx.dequantize(weight, scales, biases, group_size, bits))
+        packed = kernels.Packed(scales, biases, bits, group_size)
+    if not is_aligned:
+        weight = mx.concatenate([weight.reshape(-1)[:1], weight.reshape(-1)])[1:].reshape(weight.shape)
+        mx.eval(weight)
+    found = kernels.fused_linear(x, weight, bias, norm, name, is_gated, residual, packed)
+    assert found.shape == (rows, 1, outputs) and found.dtype == dtype
+    terms = exact(x), values, exact(bias), norm and (kind, exact(norm.weight), exact(norm.bias)), name, is_gated
+    truth = reference(*terms, exact(residual), lambda y: y)
+    plain = reference(*terms, exact(residual), lambda y: exact(mx.array(y.astype(np.float32)).astype(dtype)))
+    error, noise = np.abs(exact(found) - truth).max(), np.abs(plain - truth).max()
+    assert error <= 2 * noise + 16 * 2.0**-24 * np.abs(truth).max()
+
+
+def test_blocks_have_all_outputs_and_all_multiprocessors() -> None:
+    limits = Limits(132, 227 << 10)
+    for rows, outputs, size, is_gated, bits in [
+        (1, 768, 768, False, 0),
+        (1, 768, 3072, False, 4),
+        (8, 2048, 5632, False, 4),
+        (2, 5632, 2048, True, 4),
+        (4, 50257, 768, False, 0),
+        (1, 3, 8192, False, 0),
+    ]:
+        found = kernels.choose_blocks(rows, outputs, size, is_gated, 2, bits, limits)
+        assert found is not None
+        groups = outputs / (found.outputs // (2 if is_gated else 1))
+        assert found.number * found.teams >= min(groups, 132) and found.number <= 3 * 132
+        assert (found.teams * (found.number - 1)) < groups and found.parts * found.teams <= kernels.WARPS
+
+
+def test_products_that_the_kernel_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = mx.zeros((1, 64), mx.bfloat16), mx.zeros((16, 64), mx.bfloat16)
+    assert not kernels.can_compute(x, weight)  # on a CPU
+    monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18))
+    assert kernels.can_compute(x, weight)
+    assert not kernels.can_compute(mx.zeros((9, 64), mx.bfloat16), weight)
+    assert not kernels.can_compute(mx.zeros((5, 64)), weight.astype(mx.float32))
+    assert not kernels.can_compute(x, weight.astype(mx.float32))
+    assert not kernels.can_compute(mx.zeros((1, 63), mx.bfloat16), weight[:, :63])
+    assert not kernels.can_compute(mx.zeros((8, 40000), mx.bfloat16), mx.zeros((1, 40000), mx.bfloat16))
