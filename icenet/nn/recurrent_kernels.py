@@ -235,8 +235,8 @@ _LOAD_OWN_WEIGHTS = f"""
                 }}
 """
 # All blocks of a launch run at once: there are at most as many as multiprocessors, each of which has room for one. Of
-# two launches at the same time, such as the directions of a layer, the GPU starts all blocks of one before those of the
-# other. Blocks with other rows compute nothing that this one reads.
+# two launches at the same time, such as the directions of a layer, the GPU starts all blocks of one before those of
+# the other. Blocks with other rows compute nothing that this one reads.
 _WAIT = """
       if (count + 1 < steps) {
         if (thread == 0) {
