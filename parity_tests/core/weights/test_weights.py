@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import re
 import struct
@@ -513,10 +514,30 @@ def test_arrays_of_files_are_copied_from_file_to_file(
     assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
     assert sum(copied) == (0 if case == "not supported" else 127)
     # parts of arrays, and those that are no views in their order
-    changed = {"a": found["a"].T, "b": found["b"][2:5], "c": found["a"][1:3]}
+    changed = {"a": found["a"].T, "b": found["b"][2:5], "c": found["a"][1:3], "d": found["a"][3:5]}
     weights.write(tmp_path / "z.safetensors", changed)
     again = weights.read(tmp_path / "z.safetensors")
     assert all(np.array_equal(again[name], array) for name, array in changed.items())
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("at_once", [1, 4096 + 17, 1 << 20])
+def test_large_arrays_of_files_are_copied_at_the_same_place_of_a_page(
+    shift: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header may end in more spaces. Other arrays are copied through memory."""
+    monkeypatch.setattr(tensor_file, "_MOST_PENDING", at_once)
+    drawn = np.random.default_rng(1)
+    arrays = {name: drawn.integers(0, 99, 5000).astype(np.int8) for name in "abc"}
+    weights.write(tmp_path / "x.safetensors", arrays)
+    found = weights.read(tmp_path / "x.safetensors")
+    parts = {name: array[shift:] for name, array in found.items()}
+    weights.write(tmp_path / "y.safetensors", {**parts, "d": np.ones(3, np.int8)}, {"about": "x" * 99})
+    again = weights.read(tmp_path / "y.safetensors")
+    assert [again[name].tobytes() for name in "abc"] == [array[shift:].tobytes() for array in arrays.values()]
+    assert again["d"].tolist() == [1, 1, 1]
+    starts = [file.entries["a"].start for file in (found, again)]
+    assert starts[0] != starts[1] and ((starts[1] - starts[0] - shift) % mmap.PAGESIZE == 0) == (shift == 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
