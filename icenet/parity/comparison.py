@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icenet.core import backends, rng
+from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.parity import align, causes
 from icenet.parity import inputs as drawing
@@ -223,6 +223,12 @@ class Comparison:
                     self._train(given[0])
         except _Stop:
             pass
+        except ModuleError as error:  # in training mode only
+            stage = next(s for s in self.report.stages if s.status == states.NOT_RUN)
+            path = self.a.names.get(error.path, error.path) if error.side is self.a else error.path
+            note = f"{'a' if error.side is self.a else 'b'} raises an error in training mode: {error.reason}"
+            stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
+            self._fail(stage, path, note=note)
         finally:
             self.store.close()
         for stage in report.stages:
@@ -257,26 +263,29 @@ class Comparison:
         with self._stage("structure") as stage:
             if first:
                 self._compare_parameters(stage)
-            pairs = self._shapes(stage, inputs)
+            depends = self._depends_on_mode()
+            pairs, runs = self._shapes(stage, inputs, train=not depends)
         if first:
             with self._stage("weights") as stage:
                 self._compare_weights(stage)
         if not any(map(self._wants, ("forward", "loss", "gradients"))):
             return
         with self._stage("forward") as stage:
-            if self._depends_on_mode():
+            if depends:
                 found = self._replay_all(pairs, gradients=False)
                 self._judge_forward(stage, pairs, found, "")
                 if stage.status == states.FAILED:
                     raise _Stop
-            pairs, runs = self._run_training(inputs, pairs)
+                runs = self._run_training(inputs, pairs)
+                pairs, notes = pair_calls(self.a, self.b, runs, self.matches)
+                self._add_notes(notes)
             if first:
                 self.first_runs = [
                     (float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in runs
                 ]
                 self.gradients = {name: np.asarray(item.array) for name, item in runs[2].gradients.items()}
             found = self._replay_all(pairs, gradients=self._wants("gradients"))
-            self._judge_forward(stage, pairs, found, "in training mode" if self._depends_on_mode() else "")
+            self._judge_forward(stage, pairs, found, "in training mode" if depends else "")
         with self._stage("loss") as stage:
             self._judge_loss(stage, pairs, runs)
         with self._stage("gradients") as stage:
@@ -410,34 +419,53 @@ class Comparison:
         if bad:
             note = bad[0].note
             if len(bad) > max(1, len(stage.rows) // 2):
-                note = (
-                    f"{len(bad)} of {len(stage.rows)} arrays differ: copy them first, with icenet.from_torch, or pass "
-                    "copy_weights=True"
-                )
+                count = f"{len(bad)} of {len(stage.rows)} arrays differ"
+                note = f"{count}: copy them first, with icenet.from_torch, or pass copy_weights=True"
             self._fail(stage, bad[0].path, note=note)
 
     # ---- runs -----------------------------------------------------------------------------------------------
 
-    def _shapes(self, stage: Stage, inputs: Inputs) -> list[Pair]:
-        """Runs both sides in evaluation mode and compares the shapes of all arguments and outputs."""
+    def _shapes(self, stage: Stage, inputs: Inputs, train: bool) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+        """Runs all sides and compares the shapes of all arguments and outputs.
+
+        Args:
+            stage, inputs: The stage and the inputs.
+            train: Whether to compute the loss and its gradients at once: the module does the same in both modes.
+        """
         self.inputs_a = inputs
-        for side in (self.a, self.b, self.reference):
-            side.set_mode(False)
+        self._set_mode(False)
+        self.inputs_b: list[Value] = []
+        failure: ModuleError | None = None
         try:
-            self.inputs_b, exact = self._reference_inputs(inputs)
+            if train:
+                with contextlib.suppress(_AmbiguousAxes, ModuleError):
+                    runs = self._run_training(inputs, [])
+                    return self._paired(stage, runs, None)
+                self._set_mode(False)
+            exact = self._reference_run(inputs)
         except ModuleError as error:
             raise UsageError(
                 f"compare: b ({self.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
                 f"{error.reason}; give inputs that it accepts, or layout="
             ) from error
-        failure = None
         try:
             own = self.a.record(inputs.given, inputs.values, self.store)
         except ModuleError as error:
             failure, own = error, error.run
         noise = self.b.record(inputs.given, self.inputs_b, self.store)
-        pairs, notes = pair_calls(self.a, self.b, (own, noise, exact), self.matches)
-        self.report.notes += [note for note in notes if note not in self.report.notes]
+        pairs, runs = self._paired(stage, (own, noise, exact), failure)
+        return (pairs, self._run_training(inputs, pairs)) if train else (pairs, runs)
+
+    def _set_mode(self, train: bool) -> None:
+        for side in (self.a, self.b, self.reference):
+            side.set_mode(train)
+
+    def _paired(
+        self, stage: Stage, runs: tuple[Run, Run, Run], failure: ModuleError | None
+    ) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+        """Returns the calls of both sides, if the shapes of their arrays correspond and `a` did not fail."""
+        pairs, notes = pair_calls(self.a, self.b, runs, self.matches)
+        self._add_notes(notes)
         if mismatch := first_mismatch(pairs):
             self._fail(stage, mismatch.path, mismatch.where, mismatch.note)
             row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
@@ -458,10 +486,10 @@ class Comparison:
             how = pair.arguments[0][2] if pair.arguments else align.SAME
             for side in (self.b, self.reference):
                 side.set_channels(pair.path, how == align.MOVED)
-        return pairs
+        return pairs, runs
 
-    def _reference_inputs(self, inputs: Inputs) -> tuple[list[Value], Run]:
-        """Returns the inputs in the axes of `b`, and the run of the reference."""
+    def _reference_run(self, inputs: Inputs, *arguments: Any) -> Run:
+        """Returns the run of the reference, and sets the inputs in its axes."""
         same = self.a.backend == self.b.backend
         candidates = [drawing.for_reference(inputs, self.b, self.options["layout"], same)]
         if self.options["layout"] is None and not same:
@@ -472,39 +500,32 @@ class Comparison:
         failures: list[ModuleError] = []
         for values in candidates:
             try:
-                return values, self.reference.record(inputs.given, values, self.store)
+                run = self.reference.record(inputs.given, values, self.store, *arguments)
+                self.inputs_b = values
+                return run
             except ModuleError as error:
                 failures.append(error)
         raise failures[0]
 
-    def _run_training(self, inputs: Inputs, pairs: list[Pair]) -> tuple[list[Pair], tuple[Run, Run, Run]]:
-        """Runs all sides in training mode with the loss and its gradients."""
-        for side in (self.a, self.b, self.reference):
-            side.set_mode(True)
-        loss_a, loss_b = self.losses or (None, None)
-        outputs = [item for item in pairs[0].b.outputs if item.is_float]
-        targets = []
-        for index, item in enumerate(outputs):
-            drawn = rng.normal(rng.key(self.seed, "target", index), item.array.shape) * (rms(item.array) or 1.0)
-            targets.append(Value(np.asarray(drawn, np.float32), "fp32"))
-        self.targets_b = targets
-        self.targets_a = self._targets_of_a(pairs[0], targets)
-        wants = any(map(self._wants, ("loss", "gradients", "optimizer", "training")))
-        exact = self.reference.record(inputs.given, self.inputs_b, self.store, loss_b, targets, wants)
-        noise = self.b.record(inputs.given, self.inputs_b, self.store, loss_b, targets, wants)
-        own = self.a.record(inputs.given, inputs.values, self.store, loss_a, self.targets_a, wants)
-        found, _ = pair_calls(self.a, self.b, (own, noise, exact), self.matches)
-        return found, (own, noise, exact)
+    def _run_training(self, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
+        """Runs all sides in training mode with the loss and its gradients.
 
-    def _targets_of_a(self, root: Pair, targets: list[Value]) -> list[Value]:
-        hows = {j: (i, how) for i, j, how in root.outputs}
-        floats = [j for j, item in enumerate(root.b.outputs) if item.is_float]
-        found = {}
-        for j, target in zip(floats, targets, strict=True):
-            if j in hows:
-                found[hows[j][0]] = Value(align.to_mlx(hows[j][1], target.array), target.dtype)
-        own = [i for i, item in enumerate(root.a.outputs) if item.is_float]
-        return [found.get(i, Value(np.zeros(root.a.outputs[i].array.shape, np.float32), "fp32")) for i in own]
+        Raises:
+            _AmbiguousAxes: The axes of the outputs of `a` are not known, because there are no pairs.
+        """
+        self._set_mode(True)
+        loss_a, loss_b = self.losses or (None, None)
+        wants = any(map(self._wants, ("loss", "gradients", "optimizer", "training")))
+        self.targets_b = _Targets(self.seed, self.reference.tools)
+        exact = self._reference_run(inputs, loss_b, self.targets_b, wants)
+        noise = self.b.record(inputs.given, self.inputs_b, self.store, loss_b, self.targets_b, wants)
+        hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None
+        self.targets_a = self.targets_b.on(self.a.tools, hows, self.a.backend == self.b.backend)
+        own = self.a.record(inputs.given, inputs.values, self.store, loss_a, self.targets_a, wants)
+        return own, noise, exact
+
+    def _add_notes(self, notes: Sequence[str]) -> None:
+        self.report.notes += [note for note in notes if note not in self.report.notes]
 
     def _depends_on_mode(self) -> bool:
         return self.a.depends_on_mode or self.b.depends_on_mode
@@ -560,7 +581,7 @@ class Comparison:
             self.dtype,
             samples,
             pair.is_leaf,
-            quick=True,
+            quick=lambda name: _bias_noise(pair, name, seeds),
         )
         if has_ties:
             self.ties.add(pair.path)
@@ -642,10 +663,8 @@ class Comparison:
             exact.array.shape,
             status,
             ratio,
-            judged.error if math.isfinite(judged.error) else math.inf,
-            rms(np.asarray(theirs.array, np.float64) - exact.array)
-            if theirs.array.shape == exact.array.shape
-            else 0.0,
+            judged.error,
+            judged.noise,
             rms(exact.array),
             worst.ratio if worst is not None else None,
             own_part,
@@ -785,8 +804,8 @@ class Comparison:
                 if all(g is not None for g in grads):
                     ours = align.to_torch(how, grads[0].array)
                     judged = judge(ours, grads[1].array, grads[2].array, self.dtype, stored=grads[1].dtype)
-                    noise = rms(np.asarray(grads[1].array, np.float64) - grads[2].array)
-                    row = replace(row, ratio=judged.ratio, error=judged.error, noise=noise, scale=rms(grads[2].array))
+                    scale = rms(grads[2].array)
+                    row = replace(row, ratio=judged.ratio, error=judged.error, noise=judged.noise, scale=scale)
                     if status == states.PASSED and not judged.passed:
                         row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
                 if worst is not None:
@@ -1059,6 +1078,67 @@ class Comparison:
                     module.status = states.CONTAINS
 
 
+class _AmbiguousAxes(Exception):
+    """The shape of an output does not show which of its axes are which."""
+
+
+class _Targets:
+    """Random targets of the outputs of a module, as large as the outputs of the reference.
+
+    Args:
+        seed: Seed of the targets.
+        tools: The `tools.calls` of the side.
+        drawn: For `a`: the targets in the axes of the reference, by number of the output.
+        hows: The alignment of each output of `a` by its number; None if only shapes are known.
+        same: Whether both sides are of one framework.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        tools: Any,
+        drawn: dict[int, Value] | None = None,
+        hows: Mapping[int, str] | None = None,
+        same: bool = False,
+    ) -> None:
+        self._seed, self._tools, self._hows, self._same = seed, tools, hows, same
+        self._drawn = {} if drawn is None else drawn
+        self._is_a = drawn is not None
+
+    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> _Targets:
+        """Returns the same targets for `a`."""
+        return _Targets(self._seed, tools, self._drawn, hows, same)
+
+    def __call__(self, outputs: Sequence[Any]) -> list[Value]:
+        found = []
+        for index, output in enumerate(outputs):
+            if "float" not in str(output.dtype):
+                continue
+            shape = tuple(output.shape)
+            if not self._is_a and index not in self._drawn:
+                size = rms(self._tools.value(self._tools.snapshot(output)).array) or 1.0
+                values = np.random.Generator(np.random.SFC64(self._seed + index)).standard_normal(shape)
+                self._drawn[index] = Value(np.asarray(values * size, np.float32), "fp32")
+            target = self._drawn.get(index)
+            array = (
+                None if target is None else self._aligned(index, target.array, shape) if self._is_a else target.array
+            )
+            zeros = np.zeros(shape, np.float32)
+            found.append(Value(zeros if array is None or array.shape != shape else array, "fp32"))
+        return found
+
+    def _aligned(self, index: int, target: Array, shape: tuple[int, ...]) -> Array:
+        """Returns a target with the axes of `a`."""
+        if self._same:
+            return target
+        if self._hows is not None:
+            return align.to_mlx(self._hows.get(index, align.SAME), target)
+        moved = align.to_mlx(align.MOVED, target)
+        if target.ndim > 2 and moved.shape == target.shape == shape:
+            raise _AmbiguousAxes
+        return moved if moved.shape == shape else target
+
+
 class _Replays:
     """The three replays of a call, in the form that `judge_layer` takes."""
 
@@ -1146,6 +1226,27 @@ def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any
             if worst > LIMITS.get(index + 1, math.inf):
                 break
     return False
+
+
+def _bias_noise(pair: Pair, name: str, seeds: list[Value] | None) -> Array | None:
+    """Returns the noise of the gradient of a bias if it is summed term by term; None for anything else.
+
+    It is the sum of the cotangents, so no replay is needed.
+    """
+    kind = pair.kind or ""
+    is_sum = kind.startswith(("linear", "conv")) or kind in ("layer_norm", "group_norm", "batch_norm")
+    if name != "gradient:bias" or seeds is None or not is_sum or not pair.is_leaf:
+        return None
+    axis = 1 if align.KINDS.get(kind) == align.MOVED else -1
+    terms = np.moveaxis(seeds[0].array, axis, -1)
+    terms = np.ascontiguousarray(terms, np.float32).reshape(-1, terms.shape[-1])
+    exact = terms.sum(axis=0, dtype=np.float64)
+    squares = np.zeros(exact.shape)
+    for index in range(_FEW):
+        start = len(terms) * index // _FEW
+        squares += np.square(np.add.accumulate(np.roll(terms, start, axis=0), axis=0)[-1] - exact)
+    noise: Array = np.sqrt(squares / _FEW)
+    return noise
 
 
 def _loss_noise(root: Pair) -> float:

@@ -39,7 +39,7 @@ from icenet.parity.align import (
 )
 from icenet.parity.ties import Ties, may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values, round_to
+from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values, rms, round_to
 
 Array = npt.NDArray[Any]
 
@@ -288,7 +288,7 @@ def judge_layer(
     dtype: str = "fp32",
     samples: Samples[SampledReplay] | None = None,
     is_leaf: bool = True,
-    quick: bool = False,
+    quick: Callable[[str], Array | None] | None = None,
 ) -> tuple[dict[str, Judgement], bool]:
     """Judges all results of one layer in its replay; see `replay_layer`.
 
@@ -300,8 +300,9 @@ def judge_layer(
         dtype: Compute dtype under test.
         samples: Replays in a sample.
         is_leaf: Whether no other layer is within it.
-        quick: Whether a value passes if it is far within the noise of the first sample with sums term by term. Most
-            values over the tolerance are such sums, which all samples would show as well.
+        quick: Returns the noise of a result whose sums are taken term by term, if it is known without a replay. If it
+            is given, values pass that are far within that noise, or within that of the first sample: most values over
+            the tolerance are such sums, which all samples would show as well.
 
     Returns:
         The judgement of each result by name (`output`, `input 0`, `gradient:weight`, ...), and whether gradients are
@@ -312,7 +313,7 @@ def judge_layer(
         judge = partial(_judge_replay, path, cotangents=None, replays=replays, dtype=dtype)
         found = judge(call, samples=None)
         if samples and any(judgement.is_over for judgement in found.values()):
-            if quick and (passing := _judge_quickly(path, call, None, replays, dtype, samples, found)):
+            if quick and (passing := _judge_quickly(path, call, None, replays, dtype, samples, found, quick)):
                 return passing, False
             found = judge(call, samples=samples)
         return found, False
@@ -323,7 +324,11 @@ def judge_layer(
     found = judge(call, samples=None)
     if not any(judgement.is_over for judgement in found.values()):
         return found, False
-    if quick and samples and (passing := _judge_quickly(path, call, cotangents, replays, dtype, samples, found)):
+    if (
+        quick
+        and samples
+        and (passing := _judge_quickly(path, call, cotangents, replays, dtype, samples, found, quick))
+    ):
         return passing, False
     # samples break exact ties at random, which would count as noise, so only outputs are sampled there
     has_ties = _may_be_kink(call)
@@ -364,11 +369,20 @@ def _judge_quickly(
     dtype: str,
     samples: Samples[SampledReplay],
     found: Mapping[str, Judgement],
+    known: Callable[[str], Array | None],
 ) -> dict[str, Judgement] | None:
     """Returns the judgements if every value is far within the noise of the first sample, else None."""
     run = samples.in_order or samples.torch
     if not all(judgement.passed or judgement.is_over for judgement in found.values()):
         return None
+    over = {name: known(name) for name, judgement in found.items() if judgement.is_over}
+    if samples.in_order and all(
+        noise is not None and found[n].error <= FACTOR / 2 * rms(noise) for n, noise in over.items()
+    ):
+        return {
+            n: replace(j, rms_ratio=j.error / rms(over[n]), peak_ratio=0.0, plain_ratio=j.ratio) if n in over else j
+            for n, j in found.items()
+        }
     sampled, nearby_exact = (_named(r(0, path, call, cotangents)) for r in (run, samples.reference))
     ours, exact = (_named(replay(path, call, cotangents)) for replay in (replays[0], replays[2]))
     noises = {}

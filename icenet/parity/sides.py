@@ -27,6 +27,9 @@ from icenet.parity.trace import Value, class_name, is_foreign, output_name, shor
 
 Array = npt.NDArray[Any]
 
+Targets = Callable[[Sequence[Any]], Sequence[Value]]
+"""Returns the targets of the default loss, given the arrays that the module returns."""
+
 
 @dataclass
 class Pair:
@@ -251,7 +254,7 @@ class Side:
         inputs: Sequence[Value],
         store: Store,
         loss: Any = None,
-        targets: Sequence[Value] | None = None,
+        targets: Targets | None = None,
         cotangent: bool = False,
     ) -> Run:
         """Calls the module and records all events.
@@ -261,7 +264,7 @@ class Side:
             inputs: The arrays of the arguments.
             store: Keeps the arrays.
             loss: The user's loss of the output; None for the distance from `targets`.
-            targets: A target for each floating output, in the axes of this side.
+            targets: Returns the target of each floating output, in the axes of this side, given the outputs.
             cotangent: Whether to compute the loss and its gradients.
 
         Raises:
@@ -281,8 +284,10 @@ class Side:
                 return []
             if loss is not None:
                 return [loss(output)]
-            outputs = [o for o in _arrays_of(output, self.tools.ARRAY) if "float" in str(o.dtype)]
-            return [self.tools.mean_square(outputs, targets or [], self.exact)]
+            outputs = _arrays_of(output, self.tools.ARRAY)
+            floats = [o for o in outputs if "float" in str(o.dtype)]
+            assert targets is not None
+            return [self.tools.mean_square(floats, targets(outputs), self.exact)]
 
         names = self.tools.trainable(self.module) if cotangent else []
         with self._open(None), self.tools.intercepting(self.modules, recorder), self._moved_weights("", names):
@@ -299,23 +304,21 @@ class Side:
         self._run = Run(events, outputs[0] if cotangent else None, gradients)
         return self._run
 
-    def loss_of(
-        self, event: Event, outputs: Sequence[Value], loss: Any, targets: Sequence[Value]
-    ) -> dict[str, Value]:
+    def loss_of(self, event: Event, outputs: Sequence[Value], loss: Any, targets: Targets) -> dict[str, Value]:
         """Returns the loss of given outputs, and its gradient by each of them.
 
         Args:
             event: The call of the module, for the structure of its result.
             outputs: The outputs, in the axes of this side.
             loss: The loss of the user; None for the distance from the targets.
-            targets: A target for each floating output.
+            targets: See `record`.
         """
 
         def call(*arrays: Any) -> list[Any]:
             if loss is not None:
                 return [loss(rebuild(event.result, list(arrays)))]
             floats = [array for array in arrays if "float" in str(array.dtype)]
-            return [self.tools.mean_square(floats, targets, self.exact)]
+            return [self.tools.mean_square(floats, targets(arrays), self.exact)]
 
         found, gradients, _ = self.tools.evaluate(
             call, outputs, self.module, (), lambda index, shape: np.ones(shape), self.exact
@@ -350,7 +353,7 @@ class Side:
         given: Any,
         inputs: Sequence[Value],
         loss: Any,
-        targets: Sequence[Value],
+        targets: Targets,
         optimizer: Any,
         steps: int,
         first: tuple[float, Mapping[str, Value]] | None = None,
@@ -404,15 +407,16 @@ class Side:
         self._dropouts = dropout.dropout_layers(self.modules.items()) if self.train else {}
 
     def _step(
-        self, given: Any, inputs: Sequence[Value], loss: Any, targets: Sequence[Value], backward: bool
+        self, given: Any, inputs: Sequence[Value], loss: Any, targets: Targets, backward: bool
     ) -> tuple[float, Mapping[str, Value]]:
         def call(*arrays: Any) -> list[Any]:
             args, kwargs = rebuild(given, list(arrays))
             output = self.module(*args, **kwargs)
             if loss is not None:
                 return [loss(output)]
-            outputs = [o for o in _arrays_of(output, self.tools.ARRAY) if "float" in str(o.dtype)]
-            return [self.tools.mean_square(outputs, targets, self.exact)]
+            outputs = _arrays_of(output, self.tools.ARRAY)
+            floats = [o for o in outputs if "float" in str(o.dtype)]
+            return [self.tools.mean_square(floats, targets(outputs), self.exact)]
 
         names = self.tools.trainable(self.module) if backward else []
         cotangent = (lambda index, shape: np.ones(shape)) if backward else None
@@ -502,9 +506,8 @@ class Side:
                 captured[index] = _arrays_of((args, kwargs), self.tools.ARRAY)
                 return results[index]
 
-            natives = [self.tools.native(item, self.exact, self.module) for item in own.arguments]
-            for (i, j, _), array in zip(pair.arguments, arrays, strict=False):
-                natives[i if is_test else j] = array
+            given = {i if is_test else j: array for (i, j, _), array in zip(pair.arguments, arrays, strict=False)}
+            natives = self._filled(own.arguments, given)
             args, kwargs = rebuild(own.given, natives)
             with self.tools.intercepting(inner, handle):
                 result = module(*args, **kwargs)
@@ -633,12 +636,18 @@ class Side:
         found, start = [], 0
         for child in pair.children:
             event = child.a if is_test else child.b if self.is_reference else child.noise
-            natives = [self.tools.native(item, self.exact, self.module) for item in event.outputs]
-            for (i, j, _), array in zip(child.outputs, arrays[start:], strict=False):
-                natives[i if is_test else j] = array
+            results = zip(child.outputs, arrays[start:], strict=False)
+            given = {i if is_test else j: array for (i, j, _), array in results}
             start += len(child.outputs)
-            found.append(rebuild(event.result, natives))
+            found.append(rebuild(event.result, self._filled(event.outputs, given)))
         return found
+
+    def _filled(self, recorded: Sequence[Value], given: Mapping[int, Any]) -> list[Any]:
+        """Returns the given arrays by number, and those that were recorded for the others."""
+        return [
+            given[index] if index in given else self.tools.native(item, self.exact, self.module)
+            for index, item in enumerate(recorded)
+        ]
 
     # ---- samples of the noise -------------------------------------------------------------------------------
 
@@ -771,7 +780,7 @@ def rounded(item: Value, dtype: str) -> Value:
 def _depends_on_mode(module: Any) -> bool:
     """Returns whether a module may compute something else in training mode, by its class and its code."""
     name = type(module).__name__
-    if "BatchNorm" in name or "InstanceNorm" in name and getattr(module, "track_running_stats", False):
+    if "BatchNorm" in name or ("InstanceNorm" in name and getattr(module, "track_running_stats", False)):
         return True
     if "Dropout" in name:
         return bool(getattr(module, "p", 0.0) or getattr(module, "_p_1", 1.0) < 1.0)
@@ -780,7 +789,7 @@ def _depends_on_mode(module: Any) -> bool:
     return _reads_mode(type(module))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reads_mode(cls: type) -> bool:
     """Returns whether the code of a user's class reads its mode or drops values."""
     functions = (

@@ -147,11 +147,12 @@ def tap(tensor: torch.Tensor, store: Callable[[Value], None]) -> torch.Tensor:
 
 def native(value: Value, exact: bool = False, like: nn.Module | None = None) -> torch.Tensor:
     """Returns a value as a tensor, floats in their dtype, or in float64 if `exact`, on the device of a module."""
-    tensor = from_numpy(value.array).clone()
+    tensor = found = from_numpy(value.array)
     if value.is_float:
-        tensor = tensor.to(torch.float64 if exact else {**DTYPES, "fp64": torch.float64}[value.dtype])
+        found = found.to(torch.float64 if exact else {**DTYPES, "fp64": torch.float64}[value.dtype])
     first = next(like.parameters(), None) if like is not None else None
-    return tensor if first is None else tensor.to(first.device)
+    found = found if first is None else found.to(first.device)
+    return found.clone() if found is tensor else found  # the memory of numpy must not change
 
 
 # ---- computation --------------------------------------------------------------------------------------------
