@@ -392,7 +392,7 @@ class TransformerModel(BaseModel):
         layer = self.token_embedding if self.config.tie_embeddings else self.output
         if type(layer) not in (ops.Linear, ops.Embedding):  # a layer that a user put there
             return ops.cross_entropy(self.project(hidden_states), labels)[0]
-        bias = self.output.get("bias") if self.config.output_bias else None
+        bias = self.output.bias if self.config.output_bias else None
         cap = self.config.logit_softcap
         return ops.linear_cross_entropy(self.transform(hidden_states), layer.weight, bias, labels, cap)
 

@@ -22,7 +22,7 @@ THREADS = 512
 # One thread block computes the loss of one row and the gradient of its logits. The second reading of the row comes
 # from the L2 cache. MLX's own operations pass over the logits in fp32 about eight times.
 _CROSS_ENTROPY = """
-    constexpr int N = 16 / sizeof(T), THREADS = 512, WARPS = THREADS / 32;
+    constexpr int N = 16 / sizeof(T), THREADS = 1024, WARPS = THREADS / 32;
     constexpr bool ALIGNED = V % N == 0;
     struct alignas(16) Pack { T values[N]; };
     const size_t row = blockIdx.x;
@@ -427,8 +427,8 @@ def cross_entropy(logits: Array, labels: Array, count: Array, softcap: float | N
     losses, gradient = _cross_entropy()(
         inputs=[logits, labels.astype(mx.int32), count.astype(mx.int32).reshape(1), _floats(softcap or 1.0)],
         template=[("T", logits.dtype), ("V", width), ("CAPPED", softcap is not None)],
-        grid=(rows * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(rows * 2 * THREADS, 1, 1),
+        threadgroup=(2 * THREADS, 1, 1),  # so many that the rows in work fit in the L2 cache
         output_shapes=[(rows,), (rows, width)],
         output_dtypes=[mx.float32, logits.dtype],
     )

@@ -18,6 +18,8 @@ from torch import Tensor
 from icenet.core.config.transformer_plan import AttentionPlan
 
 BLOCK = 1024
+CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 8192, 32
+"""Logits that a program reads at a time, and its warps: so many that the rows in work fit in the L2 cache."""
 COLUMNS = 64
 """Number of columns of a cache that a program reads at a time."""
 COLUMNS_OF_A_PART = 1024
@@ -82,8 +84,8 @@ def cross_entropy(
                 width,
                 CAPPED=softcap is not None,
                 GRADIENT=needs_gradient,
-                BLOCK=min(4096, triton.next_power_of_2(width)),
-                num_warps=8,
+                BLOCK=min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(width)),
+                num_warps=CROSS_ENTROPY_WARPS,
             )
     return losses, logits if needs_gradient else None
 
@@ -246,13 +248,13 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     row = logits + place * width
     label = tl.load(labels + place)
     top = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         x = _logits(row, start + tl.arange(0, BLOCK), width, cap, CAPPED)
         higher = tl.maximum(top, tl.max(x, axis=0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
+        totals = totals * tl.exp(top - higher) + tl.exp(x - higher)
         top = higher
-    log_total = top + tl.log(total)
+    log_total = top + tl.log(tl.sum(totals, axis=0))
     chosen = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
     if CAPPED:
         chosen = cap * (1 - 2 / (tl.exp(2 * chosen / cap) + 1))

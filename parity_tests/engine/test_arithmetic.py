@@ -250,7 +250,7 @@ def test_each_use_of_an_mlx_model_is_on_its_device(tmp_path: Path, monkeypatch: 
         return call(*arguments, **options)
 
     monkeypatch.setattr(type(model), "hidden_states", observed)
-    monkeypatch.setattr(type(engine.optimizer), "update", lambda self, g: used.append(mx.default_stream(mx.cpu)))
+    monkeypatch.setattr(type(engine.optimizer), "update", lambda self, *g: used.append(mx.default_stream(mx.cpu)))
     tokens = token_ids(2, 8, vocab_size=257)
     batch = {"inputs": tokens, "labels": tokens}
     uses: dict[str, Callable[[], object]] = {
