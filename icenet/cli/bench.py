@@ -31,7 +31,8 @@ def bench() -> None:
     """Measure memory and speed on this machine.
 
     Measures every installed backend, or the one given with --backend, each in a separate process. decode, prefill,
-    batch, load, start and all also measure mlx-lm and transformers, if they are installed, on the same weights.
+    batch, load, start and all also measure mlx-lm and transformers, if they are installed, on the same weights, and
+    quantized measures mlx-lm.
     """
 
 
@@ -144,6 +145,14 @@ backend_option = click.option(
 )
 
 
+_batches_option = click.option(
+    "--batch", "batches", callback=_numbers, metavar="LIST", help="Numbers of prompts. Default: 1,32 or 1,8."
+)
+_lengths_option = click.option(
+    "--prompt", "prompts", callback=_numbers, metavar="LIST", help="Lengths of the prompts. Default: 64."
+)
+
+
 @bench.command(
     "decode",
     epilog=examples(
@@ -153,10 +162,8 @@ backend_option = click.option(
     ),
 )
 @_inference_options
-@click.option(
-    "--batch", "batches", callback=_numbers, metavar="LIST", help="Numbers of prompts. Default: 1,32 or 1,8."
-)
-@click.option("--prompt", "prompts", callback=_numbers, metavar="LIST", help="Lengths of the prompts. Default: 64.")
+@_batches_option
+@_lengths_option
 @_new_tokens_option
 def decode_command(**options: Any) -> None:
     """Measure the new tokens per second.
@@ -223,6 +230,69 @@ def batch_command(**options: Any) -> None:
     _run_inference(["batch"], **options)
 
 
+def _bits(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    from icenet.core.weights.packed import BITS
+
+    found = _numbers(ctx, parameter, value) or []
+    if not set(found) <= set(BITS):
+        known = ", ".join(map(str, BITS))
+        raise click.BadParameter(f"give one or more of {known}, separated by commas", ctx, parameter)
+    return list(dict.fromkeys(found))
+
+
+@bench.command(
+    "quantized",
+    epilog=examples(
+        "icenet bench quantized llama-1.5b", "icenet bench quantized llama-1b --bits 4 --group-size 32 --batch 1,8"
+    ),
+)
+@_inference_options
+@_batches_option
+@_lengths_option
+@_new_tokens_option
+@click.option("--bits", callback=_bits, default="8,4", show_default=True, metavar="LIST", help="Bits of a weight.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    callback=lambda ctx, parameter, value: int(value),
+    default="64",
+    show_default=True,
+    help="Number of weights that share a scale.",
+)
+def quantized_command(**options: Any) -> None:
+    """Measure decoding with quantized weights.
+
+    The new tokens per second with the weights as they are, and with the same weights quantized. TARGET is the same as
+    in icenet bench decode.
+    """
+    _run_inference(["quantized"], **options)
+
+
+@bench.command(
+    "speculative",
+    epilog=examples(
+        "icenet bench speculative", "icenet bench speculative llama-1.5b --agreement 0.8 --prompt 64,1024"
+    ),
+)
+@_inference_options
+@_lengths_option
+@_new_tokens_option
+@click.option(
+    "--agreement",
+    type=click.FloatRange(0, 1),
+    default=0.7,
+    show_default=True,
+    help="Probability that the draft proposes the token of the model.",
+)
+def speculative_command(**options: Any) -> None:
+    """Measure decoding with a draft model.
+
+    The new tokens per second of one prompt without a draft, and with one of a quarter of the layers and half the
+    width, whose proposals agree at a given rate. TARGET is the same as in icenet bench decode.
+    """
+    _run_inference(["speculative"], **options)
+
+
 @bench.command("load", epilog=examples("icenet bench load llama-1.5b", "icenet bench load SmolLM2-135M --dtype bf16"))
 @_inference_options
 def load_command(**options: Any) -> None:
@@ -258,11 +328,12 @@ def start_command(**options: Any) -> None:
 @_inference_options
 @_new_tokens_option
 def all_command(**options: Any) -> None:
-    """Run decode, prefill, batch, load, convert and start.
+    """Run decode, prefill, batch, quantized, speculative, load, convert and start.
 
     TARGET is the same as in icenet bench decode.
     """
-    _run_inference(["decode", "prefill", "batch", "load", "convert", "start"], **options)
+    rows = ["decode", "prefill", "batch", "quantized", "speculative", "load", "convert", "start"]
+    _run_inference(rows, **options)
 
 
 @bench.command(

@@ -427,6 +427,46 @@ def test_rows_of_inference(
     )
 
 
+def test_quantized_weights_next_to_those_as_they_are(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompt", "8", "--batch", "1", "--new-tokens", "3", "--bits", "4,8", "--group-size", "32"]
+    arguments = bench("quantized", *sizes, "--side", "icenet mlx,icenet torch")
+    assert cli.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    [result] = report["results"]
+    entries = {entry["side"]: entry for entry in result["sides"]}
+    names = ["icenet mlx", "icenet mlx, 4 bits", "icenet mlx, 8 bits"]
+    assert list(entries) == [*names, *(name.replace("mlx", "torch") for name in names)]
+    first, second = entries[names[0]], entries[names[1]]
+    assert first["speedup"]["median"] == 1
+    pairs = [plain / quantized for plain, quantized in zip(first["seconds"], second["seconds"], strict=True)]
+    assert second["speedup"]["median"] == pytest.approx(np.median(pairs))
+    config = target.config_of("gpt2", SMALL, 12)
+    assert config is not None
+    size, rates = limits.size_of(config, backends.meta_model(config)), report["rates"]["fp32"]
+    for name, nbytes in zip(names, (4, 0.5 + 8 / 32, 1 + 8 / 32), strict=True):  # 32 values share a scale and a bias
+        least, _ = limits.step(size, [10], nbytes, 4).seconds(rates)
+        assert entries[name]["of_limit"] == pytest.approx(3 * least / np.median(entries[name]["seconds"]))
+
+
+def test_a_draft_next_to_plain_decoding(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is the same; the part of accepted proposals is near the probability of agreement."""
+    sizes = ["--prompt", "8", "--new-tokens", "40", "--agreement", "0.5", "--sample"]
+    assert (
+        cli.main(bench("speculative", *sizes, "--side", "icenet mlx,icenet torch", "--repeats", "1", "--json")) == 0
+    )
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    assert [entry["side"] for entry in result["sides"]] == [
+        *("icenet mlx", "icenet mlx, draft", "icenet torch", "icenet torch, draft")
+    ]
+    for plain, drafted in (result["sides"][:2], result["sides"][2:]):
+        assert drafted["same_tokens"] == 41 and 0.3 < drafted["agreement"] < 0.7 and "agreement" not in plain
+        assert drafted["ratios"] != plain["ratios"]
+    assert cli.main(bench("speculative", *sizes[:4], "--agreement", "2")) == 2
+    assert is_one_line(error_line(capsys.readouterr().err), "--agreement")
+    assert cli.main(bench("quantized", "--bits", "7")) == 2
+    assert is_one_line(error_line(capsys.readouterr().err), "--bits", "8")
+
+
 def test_a_side_that_fails_costs_one_line(
     in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

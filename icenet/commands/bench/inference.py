@@ -21,6 +21,8 @@ from icenet.core.errors import IceNetError
 from icenet.core.training.signals import Stopped
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+Party = tuple[str, str]
+"""A side and a variant of its model; the first variant has no name."""
 _NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
 _TARGET = target.__name__
 _SIDES = f"{__package__}.sides"
@@ -43,6 +45,9 @@ class Options:
         mixed: Number, shortest and longest length of the prompts of `batch`.
         new_tokens: Number of new tokens of `decode`, and of `batch` if it is given.
         batch_tokens: Number of new tokens of `batch`.
+        bits: Numbers of bits of `quantized`.
+        group_size: Number of weights of `quantized` that share a scale.
+        agreement: Probability that the draft of `speculative` proposes the next token.
         repeats: Number of rounds that count.
         sample: Whether to sample tokens, instead of taking the most likely ones.
     """
@@ -59,6 +64,9 @@ class Options:
     mixed: tuple[int, int, int] | None = None
     new_tokens: int | None = None
     batch_tokens: int | None = None
+    bits: Sequence[int] = (8, 4)
+    group_size: int = 64
+    agreement: float = 0.7
     repeats: int = 5
     sample: bool = False
 
@@ -99,6 +107,8 @@ class Row:
         tokens: Returns the number of tokens of a case that count; None for seconds.
         work: Returns the least work of a case. None: the limit is the second part of each measurement.
         limit: What that second part is.
+        variants: Returns the variants of each side, which are measured in turn. The first one has no name.
+        first: What the first variant is.
     """
 
     title: str
@@ -107,6 +117,8 @@ class Row:
     tokens: Callable[[Mapping[str, Any]], int] | None
     work: Callable[[limits.ModelSize, Mapping[str, Any], int], limits.Work] | None
     limit: str = ""
+    variants: Callable[[Options], list[str]] = lambda options: [""]
+    first: str = ""
 
 
 def _decode_cases(options: Options) -> list[dict[str, Any]]:
@@ -127,10 +139,24 @@ def _batch_cases(options: Options) -> list[dict[str, Any]]:
     return [{"lengths": lengths, "new_tokens": options.batch_tokens}]
 
 
-def _decode_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: int) -> limits.Work:
+def _quantized_cases(options: Options) -> list[dict[str, Any]]:
+    return [{**case, "group_size": options.group_size} for case in _decode_cases(options)]
+
+
+def _speculative_cases(options: Options) -> list[dict[str, Any]]:
+    lengths = options.prompts or ()
+    return [
+        {"lengths": [length], "new_tokens": options.new_tokens, "agreement": options.agreement} for length in lengths
+    ]
+
+
+def _decode_work(size: limits.ModelSize, case: Mapping[str, Any], value_bytes: float) -> limits.Work:
     new_tokens = case["new_tokens"]
     held = [length + (new_tokens + 1) / 2 for length in case["lengths"]]  # in the mean
-    one = limits.step(size, held, value_bytes, value_bytes)
+    weight_bytes = value_bytes
+    if bits := case.get("bits"):  # each group has a scale and a bias
+        weight_bytes = bits / 8 + 2 * value_bytes / case["group_size"]
+    one = limits.step(size, held, weight_bytes, value_bytes)
     return limits.Work(one.nbytes * new_tokens, one.operations * new_tokens)
 
 
@@ -168,6 +194,25 @@ ROWS = {
         lambda case: len(case["lengths"]) * case["new_tokens"],
         _batch_work,
     ),
+    "quantized": Row(
+        "Decoding with quantized weights, {count} x {longest} prompt tokens, {new_tokens} new tokens, {dtype}",
+        "tok/s",
+        _quantized_cases,
+        lambda case: len(case["lengths"]) * case["new_tokens"],
+        _decode_work,
+        variants=lambda options: ["", *(f"{bits} bits" for bits in options.bits)],
+        first="unquantized",
+    ),
+    "speculative": Row(
+        "Decoding with a draft that agrees at {agreement:.0%}, {longest} prompt tokens, {new_tokens} new tokens, "
+        "{dtype}",
+        "tok/s",
+        _speculative_cases,
+        lambda case: case["new_tokens"],
+        _decode_work,
+        variants=lambda options: ["", "draft"],
+        first="no draft",
+    ),
     "load": Row("Loading the weights, {dtype}", "s", lambda options: [_NO_TEXT], None, None, "reading the file"),
     "convert": Row(
         "Converting the weights to the form {form}",
@@ -200,13 +245,15 @@ class Measured:
         cold: Seconds of each part in the first call, which loads and compiles code.
         rounds: Seconds of each part in each round that counts.
         tokens: New tokens of the first prompt.
-        peak: Peak of the memory in bytes.
+        peak: Peak of the memory in bytes; None if it is unknown.
+        agreement: Part of the compared proposals of a draft that were accepted; None without a draft.
     """
 
     cold: list[float]
     rounds: list[list[float]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     peak: int | None = None
+    agreement: float | None = None
 
     def seconds(self, row: Row) -> list[float]:
         """Returns the seconds of the work that counts, by round: without the shortest call for the first token."""
@@ -283,16 +330,19 @@ class InferenceReport:
 
 def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
     """Returns a line of the table."""
-    decodes, uses_model = result["row"] == "decode", result["row"] in sides.USES_MODEL
+    decodes = result["row"] in ("decode", "quantized", "speculative")
+    uses_model, has_draft = result["row"] in sides.USES_MODEL, result["row"] == "speculative"
     return {
         "side": entry["side"],
         result["unit"]: _number(entry["value"]),
         "quartiles": f"{_number(entry['low'])} to {_number(entry['high'])}",
         **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["ratios"].items()},
+        **({f"this / {result['first']}": f"{entry['speedup']['median']:.2f}"} if result["first"] else {}),
         "of the limit": f"{100 * entry['of_limit']:.1f}%",
         **({"first token, ms": _number(1e3 * entry["first_token_s"])} if decodes else {}),
         **({"cold, s": f"{entry['cold_first_token_s']:.2f}"} if uses_model else {}),
-        **({"peak, MB": _megabytes(entry["peak_bytes"])} if uses_model else {}),
+        **({"peak, MB": _megabytes(entry["peak_bytes"])} if uses_model and not result["first"] else {}),
+        **({"agreement": f"{entry['agreement']:.0%}" if "agreement" in entry else ""} if has_draft else {}),
     }
 
 
@@ -342,7 +392,7 @@ class _Run:
         self._facts: dict[str, dict[str, Any]] = {}
         self._notes: list[str] = []
         self._rates: dict[str, dict[str, float]] = {}
-        self._done: list[tuple[str, dict[str, Any], str, dict[str, Measured]]] = []
+        self._done: list[tuple[str, dict[str, Any], str, dict[Party, Measured]]] = []
         self._model: dict[str, Any] = {}
 
     def run(self) -> InferenceReport:
@@ -398,7 +448,8 @@ class _Run:
         )
         self._notify(f"{options.target}: the weights are prepared")
         dtypes = options.dtypes or ()
-        arguments = (options.target, list(options.overrides), tokens + 1, dtypes[0], work)
+        bits = list(options.bits) if "quantized" in self._rows else []
+        arguments = (options.target, list(options.overrides), tokens + 1, dtypes[0], work, bits, options.group_size)
         self._model = prepare(*arguments)
         if self._model["problem"]:
             for name in [name for name in self._sessions if sides.KINDS[name].package]:
@@ -429,34 +480,52 @@ class _Run:
     def _measure_case(self, row: str, case: dict[str, Any], options: Options) -> None:
         title = _title(row, case)
         case = {**case, "vocab_size": self._model["size"]["vocab_size"]}
-        measured: dict[str, Measured] = {}
+        measured: dict[Party, Measured] = {}
         self._done.append((row, case, title, measured))  # also the rounds before Ctrl-C count
         self._rounds(row, case, options, title, measured)
 
     def _rounds(
-        self, row: str, case: dict[str, Any], options: Options, title: str, measured: dict[str, Measured]
+        self, row: str, case: dict[str, Any], options: Options, title: str, measured: dict[Party, Measured]
     ) -> None:
         """Lets the sides do the work in turn. Two rounds that do not count load and compile code."""
         names = [name for name in self._sessions if row in sides.KINDS[name].rows]
         names = names[:1] if case.get("once") else names
-        for name in list(names):
-            folder = self._model["peers" if sides.KINDS[name].package else "own"]
-            if self._attempt(name, "load", row, folder, case["dtype"], options.sample) is None:
-                names.remove(name)
+        variants = ROWS[row].variants(options)
+        parties = [(name, variant) for name in names for variant in variants]
+
+        def attempt(party: Party, method: str, *arguments: Any) -> Any:
+            """A failure ends all variants of a side: they were in its process."""
+            found = self._attempt(party[0], method, *arguments, *([party[1]] if party[1] else []))
+            if found is None:
+                for other in [other for other in parties if other[0] == party[0]]:
+                    parties.remove(other)
+                    measured.pop(other, None)
+            return found
+
+        for party in list(parties):
+            if party in parties:
+                attempt(party, "load", row, self._folder(row, *party), case["dtype"], options.sample)
         for number in range(-2, options.repeats):
             if number != -1:
                 self._notify(f"{title}: {'warm-up' if number < 0 else f'round {number + 1} of {options.repeats}'}")
-            for name in list(names):
-                found = self._attempt(name, "measure", row, case)
+            for party in list(parties):
+                found = attempt(party, "measure", row, case) if party in parties else None
                 if found is None:
-                    names.remove(name)
-                    measured.pop(name, None)
-                elif number == -2:
-                    measured[name] = Measured(found["seconds"], tokens=found["tokens"])
+                    continue
+                if number == -2:
+                    measured[party] = Measured(found["seconds"], tokens=found["tokens"])
                 elif number >= 0:
-                    measured[name].rounds.append(found["seconds"])
-        for name in names if row in sides.USES_MODEL else ():
-            measured[name].peak = self._attempt(name, "peak")
+                    measured[party].rounds.append(found["seconds"])
+                    measured[party].agreement = found.get("agreement")
+        if row in sides.USES_MODEL and len(variants) == 1:  # otherwise several models are in the memory of a process
+            for party in parties:
+                measured[party].peak = self._attempt(party[0], "peak")
+
+    def _folder(self, row: str, name: str, variant: str) -> str:
+        """Returns the folder that a side loads."""
+        if row == "quantized" and variant:
+            return str(self._model["quantized"][variant.split()[0]])
+        return str(self._model["peers" if sides.KINDS[name].package else "own"])
 
     def _attempt(self, name: str, method: str, *arguments: Any) -> Any:
         """Returns the result of a method of a side. After a failure, a note has the reason and the result is None.
@@ -473,51 +542,64 @@ class _Run:
             return None
 
     def _summarize(
-        self, row: str, case: dict[str, Any], title: str, measured: dict[str, Measured]
+        self, row: str, case: dict[str, Any], title: str, measured: dict[Party, Measured]
     ) -> list[dict[str, Any]]:
         """Returns the entry of a case; none if no side finished a round."""
         kind = ROWS[row]
         done = min((len(side.rounds) for side in measured.values() if side.rounds), default=0)
-        complete = {name: side for name, side in measured.items() if side.rounds}
+        complete = {party: side for party, side in measured.items() if side.rounds}
         if not done:
             return []
         for side in complete.values():  # after Ctrl-C, some have one more
             side.rounds = side.rounds[:done]
         tokens = kind.tokens(case) if kind.tokens else None
-        limit: dict[str, Any]
-        if kind.work is None:
-            shortest = min(side.floor() for side in complete.values())
-            limit = {"by": kind.limit, "nbytes": self._model["nbytes"]}
-        else:
-            least = kind.work(limits.ModelSize(**self._model["size"]), case, BYTES[case["dtype"]])
-            shortest, by = least.seconds(self._rates[case["dtype"]])
-            limit = {"by": by, "nbytes": least.nbytes, "operations": least.operations}
-        limit = {"value": tokens / shortest if tokens else shortest, **limit}
-        own = {name: side.seconds(kind) for name, side in complete.items() if sides.KINDS[name].package is None}
+        least = {
+            variant: self._least(row, case, variant, complete) for variant in dict.fromkeys(v for _, v in complete)
+        }
+        own = {party: side.seconds(kind) for party, side in complete.items() if sides.KINDS[party[0]].package is None}
         entries = []
-        for name, side in complete.items():
+        for (name, variant), side in complete.items():
             seconds = side.seconds(kind)
             values = sorted(tokens / one if tokens else one for one in seconds)
             low, value, high = common.quartiles(values)
-            ours = complete.get(f"icenet {sides.KINDS[name].backend}")
-            entries.append(
-                {
-                    "side": name,
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "seconds": seconds,
-                    "ratios": {other: common.ratio(seconds, times) for other, times in own.items()},
-                    "of_limit": (shortest if kind.work else side.floor()) / statistics.median(seconds),
-                    "first_token_s": side.first_token(),
-                    "cold_first_token_s": side.cold_first_token(kind),
-                    "peak_bytes": side.peak,
-                    "same_tokens": _common(side.tokens, ours.tokens) if ours else None,
-                }
-            )
+            ours = complete.get((f"icenet {sides.KINDS[name].backend}", variant if sides.KINDS[name].package else ""))
+            entry = {
+                "side": f"{name}, {variant}" if variant else name,
+                "value": value,
+                "low": low,
+                "high": high,
+                "seconds": seconds,
+                "ratios": {one: common.ratio(seconds, times) for (one, kin), times in own.items() if kin == variant},
+                "of_limit": (least[variant][0] if kind.work else side.floor()) / statistics.median(seconds),
+                "first_token_s": side.first_token(),
+                "cold_first_token_s": side.cold_first_token(kind),
+                "peak_bytes": side.peak,
+                "same_tokens": _common(side.tokens, ours.tokens) if ours else None,
+            }
+            if kind.first:
+                entry["speedup"] = common.ratio(complete[name, ""].seconds(kind), seconds)
+            if side.agreement is not None:
+                entry["agreement"] = side.agreement
+            entries.append(entry)
+        shortest, limit = least[next(iter(least))]
+        limit = {"value": tokens / shortest if tokens else shortest, **limit}
         shown = {key: value for key, value in case.items() if key not in ("vocab_size", "once")}
         shown["sample"] = self._options.sample
-        return [{"row": row, "title": title, "case": shown, "unit": kind.unit, "limit": limit, "sides": entries}]
+        head = {"row": row, "title": title, "case": shown, "unit": kind.unit, "limit": limit, "first": kind.first}
+        return [{**head, "sides": entries}]
+
+    def _least(
+        self, row: str, case: Mapping[str, Any], variant: str, complete: Mapping[Party, Measured]
+    ) -> tuple[float, dict[str, Any]]:
+        """Returns the shortest possible seconds of a variant, and what they are made of."""
+        work = ROWS[row].work
+        if work is None:
+            shortest = min(side.floor() for side in complete.values())
+            return shortest, {"by": ROWS[row].limit, "nbytes": self._model["nbytes"]}
+        bits = int(variant.split()[0]) if row == "quantized" and variant else None
+        least = work(limits.ModelSize(**self._model["size"]), {**case, "bits": bits}, BYTES[case["dtype"]])
+        shortest, by = least.seconds(self._rates[case["dtype"]])
+        return shortest, {"by": by, "nbytes": least.nbytes, "operations": least.operations}
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

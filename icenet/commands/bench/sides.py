@@ -16,15 +16,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import icenet
+from icenet.commands.bench.target import RandomWeights
 from icenet.core import backends
+from icenet.core.config import Config, ModelConfig, TransformerConfig
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.generation.request import make_request
+from icenet.core.generation.speculative import make_decoder
+from icenet.core.generation.streaming import stream_tokens
+from icenet.core.models.inference import build_for_inference
 from icenet.core.report import resident_memory
 from icenet.core.training.run_folder import versions
 
@@ -48,15 +55,16 @@ class Kind:
     cuda_only: bool = False
 
 
-_GENERATION = ("decode", "prefill", "batch")
+_GENERATION = ("decode", "prefill", "batch", "quantized", "speculative")
 USES_MODEL = (*_GENERATION, "load")
 """The rows of which the memory and the first call count."""
-_ALL = (*USES_MODEL, "start")
+_OWN = (*USES_MODEL, "start", "convert")
+_PEERS = ("decode", "prefill", "batch", "load", "start")
 KINDS: dict[str, Kind] = {
-    "icenet mlx": Kind("mlx", (*_ALL, "convert")),
-    "icenet torch": Kind("torch", (*_ALL, "convert")),
-    "mlx-lm": Kind("mlx", _ALL, "mlx_lm"),
-    "transformers": Kind("torch", _ALL, "transformers"),
+    "icenet mlx": Kind("mlx", _OWN),
+    "icenet torch": Kind("torch", _OWN),
+    "mlx-lm": Kind("mlx", (*_PEERS, "quantized"), "mlx_lm"),
+    "transformers": Kind("torch", _PEERS, "transformers"),
     "transformers compiled": Kind("torch", ("decode",), "transformers", ("static",), cuda_only=True),
 }
 """The sides by name. A compiled peer has a cache of fixed size, and `generate` compiles its model on CUDA."""
@@ -98,6 +106,9 @@ class OwnModel:
     def __init__(self, backend: str, folder: str, device: str, dtype: str | None, sample: bool) -> None:
         peers = backends.module(backend, "tools.peers")
         self._model = icenet.load(folder, backend, device, dtype=dtype)
+        self._device, self._dtype = device, dtype
+        self._draft: Any = None
+        self._texts: dict[tuple[bytes, int], list[int]] = {}
         self._options: dict[str, Any] = {
             **({"temperature": peers.TEMPERATURE, "top_k": peers.TOP_K} if sample else {"temperature": 0.0}),
             "repetition_penalty": 1.0,
@@ -115,9 +126,68 @@ class OwnModel:
         """Reads prompts `[B, T]`, and chooses one token."""
         return self.generate(prompts, 1)
 
+    def text(self, prompts: Any, new_tokens: int) -> list[int]:
+        """Returns the new tokens of one prompt, `[1, T]`, which are generated once."""
+        key = prompts.tobytes(), new_tokens
+        if key not in self._texts:
+            self._texts[key] = self.generate(prompts, new_tokens)[0]
+        return self._texts[key]
+
+    def speculate(self, prompts: Any, new_tokens: int, agreement: float) -> tuple[Any, float]:
+        """Returns the new tokens of one prompt, `[1, T]`, and the part of the compared proposals that were accepted.
+
+        The draft is a model of `draft_config` with random weights, whose computation takes its time. Its proposals
+        are replaced: by the token of the text with the given probability, otherwise by another one.
+        """
+        if self._draft is None:
+            config = draft_config(self._model.config)
+            shapes = backends.meta_model(config).weight_shapes()
+            weights: Any = RandomWeights(shapes, self._dtype or "fp32")
+            backend = self._model.backend
+            self._draft = build_for_inference(config, backend, self._device, weights=weights, dtype=self._dtype)
+        text, length = self.text(prompts, new_tokens), prompts.shape[1]
+        options = {**self._options, "max_new_tokens": new_tokens}
+        request = make_request(self._model, prompts, None, 0, options)
+        decoder = make_decoder(self._model, request, draft=self._draft)
+        draft, vocab_size = decoder.draft, self._model.config.vocab_size
+        agrees = np.random.default_rng(0).random(new_tokens) < agreement
+        proposals = [token if ok else (token + 1) % vocab_size for token, ok in zip(text, agrees, strict=True)]
+        arrays = [draft.to_device(np.array([token], np.uint32)) for token in proposals]
+        decode = draft.decode
+
+        def replaced(token: Any) -> Any:
+            choice = decode(token)
+            place = draft.cache.length - length
+            return choice._replace(token=arrays[place]) if place < new_tokens else choice
+
+        draft.decode = replaced
+        found = [int(row[0]) for row in stream_tokens(decoder, request)]
+        return [found], decoder.report.agreement
+
     def continue_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
         """The same as `generate` for prompts of unequal lengths."""
         return self.generate([list(prompt) for prompt in prompts], new_tokens)
+
+
+def draft_config(model: ModelConfig) -> Config:
+    """Returns the configuration of a draft: a quarter of the layers of a transformer, half as wide.
+
+    Raises:
+        UsageError: The model is no transformer.
+    """
+    if not isinstance(model, TransformerConfig):
+        raise UsageError(f"speculative decoding needs a transformer, and this is a model of type {model.type}")
+    heads, layers = max(model.num_heads // 2, 1), max(model.num_layers // 4, 1)
+    groups = model.num_heads // (model.num_kv_heads or model.num_heads)
+    changes = {
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": heads // groups if heads % groups == 0 else heads,
+        "hidden_size": model.hidden_size // model.num_heads * heads,
+        "feed_forward_size": None if model.feed_forward_size is None else max(model.feed_forward_size // 2, 1),
+        "layer_types": None if model.layer_types is None else model.layer_types[:layers],
+    }
+    return Config.from_dict({"model": {**model.model_dump(mode="python"), **changes}})
 
 
 class Session:
@@ -137,7 +207,7 @@ class Session:
         if kind.cuda_only and "cuda" not in str(self._device):
             raise UsageError("transformers compiles on CUDA only")
         self._memory = self._tools.PeakMemory(self._device)
-        self._side: Any = None
+        self._sides: dict[str, Any] = {}
         self._arguments: tuple[Any, ...] = ()
         self._loads = 0
 
@@ -167,42 +237,54 @@ class Session:
         )
         return {"bytes": fastest(copies), "operations": fastest(products)}
 
-    def load(self, row: str, folder: str, dtype: str, sample: bool) -> str:
-        """Loads the model for a row that needs it, after freeing the one before. Returns its folder."""
+    def load(self, row: str, folder: str, dtype: str, sample: bool, variant: str = "") -> str:
+        """Loads the model for a row that needs it. Returns its folder.
+
+        The models before are freed, unless they are other variants of the same measurement.
+        """
         self._arguments = (folder, dtype, sample)
-        self._free()
-        self._memory.begin()
+        if not variant:
+            self._free()
+            self._memory.begin()
         self._loads += 1
-        if row in _GENERATION:
-            self._load()
+        if row == "speculative" and variant:
+            self._sides[variant] = self._sides[""]
+        elif row in _GENERATION:
+            self._load(variant)
         return folder
 
     def _free(self) -> None:
-        self._side = None
+        self._sides.clear()
         gc.collect()
 
-    def _load(self) -> None:
+    def _load(self, variant: str = "") -> None:
         folder, dtype, sample = self._arguments
         if self._kind.package is None:
-            self._side = OwnModel(self._kind.backend, folder, self._device_name, dtype, sample)
+            self._sides[variant] = OwnModel(self._kind.backend, folder, self._device_name, dtype, sample)
         else:
             peer = backends.module(self._kind.backend, "tools.peers").Peer
-            self._side = peer(folder, self._device, dtype, sample, *self._kind.options)
+            self._sides[variant] = peer(folder, self._device, dtype, sample, *self._kind.options)
         self._tools.synchronize(self._device)
 
-    def measure(self, row: str, case: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(self, row: str, case: Mapping[str, Any], variant: str = "") -> dict[str, Any]:
         """Returns the seconds of each part of a measurement (`seconds`), and `tokens` of the first prompt.
+
+        With a draft, `agreement` is the part of the compared proposals that were accepted.
 
         Args:
             row: One of the kind's rows.
             case: For `make_prompts`, and `new_tokens`, `form` (the result of a conversion), `program` (help, or
-                first token).
+                first token), `agreement` (that of a draft).
+            variant: The variant that was loaded.
         """
         others = {"load": self._measure_load, "convert": self._measure_convert, "start": self._measure_start}
         if row in others:
             return {"seconds": others[row](case), "tokens": []}
         prompts = make_prompts(case)
-        side, new_tokens = self._side, case["new_tokens"]
+        side, new_tokens = self._sides[variant], case["new_tokens"]
+        if row == "speculative" and variant:
+            return self._measure_draft(side, prompts, new_tokens, case["agreement"])
+        row = "decode" if row in ("quantized", "speculative") else row
         calls: dict[str, list[Callable[[], Any]]] = {
             "decode": [lambda: side.generate(prompts, 1), lambda: side.generate(prompts, 1 + new_tokens)],
             "prefill": [lambda: side.prefill(prompts)],
@@ -210,6 +292,15 @@ class Session:
         }
         done = [self._timed(call) for call in calls[row]]
         return {"seconds": [seconds for seconds, _ in done], "tokens": done[-1][1][0]}
+
+    def _measure_draft(self, side: OwnModel, prompts: Any, new_tokens: int, agreement: float) -> dict[str, Any]:
+        """Returns the seconds of generating one token and all of them with a draft."""
+        done = []
+        for count in (1, 1 + new_tokens):
+            side.text(prompts, count)  # that its proposals are made of
+            done.append(self._timed(partial(side.speculate, prompts, count, agreement)))
+        tokens, accepted = done[-1][1]
+        return {"seconds": [seconds for seconds, _ in done], "tokens": tokens[0], "agreement": accepted}
 
     def _measure_load(self, case: Mapping[str, Any]) -> list[float]:
         """Returns the seconds of loading the weights, and of reading the file."""

@@ -147,17 +147,28 @@ def _check_generates(name: str, config: Config) -> None:
         raise UsageError(f"{name}: a model that generates no text; the bench of inference needs one that does")
 
 
-def prepare(name: str, overrides: Sequence[str], tokens: int, dtype: str, work: str) -> dict[str, Any]:
+def prepare(
+    name: str,
+    overrides: Sequence[str],
+    tokens: int,
+    dtype: str,
+    work: str,
+    bits: Sequence[int] = (),
+    group_size: int = 64,
+) -> dict[str, Any]:
     """Returns the folders of a model. Runs in a separate process.
 
     Args:
         name, overrides, tokens: See `config_of`.
         dtype: The dtype of random weights.
         work: A folder for files that are written.
+        bits: Numbers of bits of the folders with quantized weights.
+        group_size: Size of their groups.
 
     Returns:
         `own`: what `icenet.load` reads; `peers`: the folder for the peers, which is the same if they can read it, or
-        None; `problem`: why there is none; `size`: see `limits.ModelSize`; `nbytes`: bytes of the weights.
+        None; `problem`: why there is none; `quantized`: the folder of each number of bits, which all sides read;
+        `size`: see `limits.ModelSize`; `nbytes`: bytes of the weights.
 
     Raises:
         UsageError: The model does not generate text, or cannot attend to so many tokens.
@@ -192,8 +203,13 @@ def prepare(name: str, overrides: Sequence[str], tokens: int, dtype: str, work: 
     if is_new and not problem:
         shutil.rmtree(own)
         own = peers
+    quantized = {}
+    for count in bits:
+        quantized[str(count)] = str(Path(work) / f"{count} bits")
+        icenet.convert(own, quantized[str(count)], "mlx-lm", quantize=count, group_size=group_size)
     return {
         "own": str(own),
+        "quantized": quantized,
         "peers": None if problem else str(peers),
         "problem": problem,
         "size": size.as_dict(),
