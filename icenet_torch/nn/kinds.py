@@ -75,6 +75,18 @@ def call_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     return found
 
 
+def transposed_weights(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """Returns the paths of the weights of linear layers with the axes (in, out): `Conv1D` of Transformers (GPT-2)."""
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, module in modules
+        if any((base.__module__, base.__name__) == _CONV1D for base in type(module).__mro__)
+    }
+
+
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+
+
 def _known_kind(module: nn.Module, kinds: dict[type, str]) -> str | None:
     """Returns the kind that the class names, or that of the first class of the table, or None."""
     own: str | None = getattr(module, "layer_kind", None)

@@ -159,6 +159,20 @@ FAULTS: list[Fault] = [
         ["core/weights/test_from_torch.py::test_a_misuse_is_one_line[arrays of MLX]"],
     ),
     Fault(
+        "linear layers of GPT-2 are not transposed",
+        "icenet/core/weights/pairing.py",
+        "return array.T if self._is_transposed(place, theirs) else array",
+        "return array",
+        ["core/weights/test_from_torch.py::test_linear_layers_of_gpt2_are_transposed"],
+    ),
+    Fault(
+        "raw weights of a module are transposed like those of a linear layer",
+        "icenet/core/weights/pairing.py",
+        'return kind == "linear" and theirs in self._torch.transposed',
+        "return theirs in self._torch.transposed",
+        ["core/weights/test_from_torch.py::test_linear_layers_of_gpt2_are_transposed"],
+    ),
+    Fault(
         "integers overflow",
         "icenet/core/weights/arrays.py",
         "if {_rank(given), _rank(own)} == {1} and",

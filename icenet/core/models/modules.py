@@ -170,8 +170,9 @@ def _torch_weights(source: Any) -> tuple[Mapping[str, np.ndarray], TorchWeights]
 
 
 def _module_weights(module: Any, shared: Mapping[str, str]) -> TorchWeights:
-    tree = _tree(module)
-    return TorchWeights(tree.weight_shapes(module), tree.layer_kinds(module), shared)
+    tree, kinds = _tree(module), backends.module("torch", "nn.kinds")
+    transposed = kinds.transposed_weights(tree.named_modules(module))
+    return TorchWeights(tree.weight_shapes(module), tree.layer_kinds(module), shared, transposed)
 
 
 def _state_dict(state: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], TorchWeights]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,11 +64,13 @@ class TorchWeights:
         shapes: Shape by name.
         kinds: Layer kind by path; empty for a state dict.
         shared: Owner's name of each further name of a shared tensor.
+        transposed: Names of the weights of linear layers that have the axes (in, out).
     """
 
     shapes: Mapping[str, Shape]
     kinds: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    transposed: Collection[str] = ()
 
 
 class _Place(NamedTuple):
@@ -250,7 +252,7 @@ class Pairing:
         texts = []
         for place, theirs in self._hits.items():
             shape = self._shapes[place.name] if place.layer is None else place.layer.theirs[place.name]
-            given = tuple(self._torch.shapes[theirs])
+            given = tuple(self._torch.shapes[theirs])[:: -1 if self._is_transposed(place, theirs) else 1]
             if given != tuple(shape) and not place.name.startswith(hidden):
                 reason = self._reason(place, given, shape)
                 texts.append(f"{theirs} is {list(given)} in PyTorch, and MLX needs {list(shape)}{reason}")
@@ -365,12 +367,16 @@ class Pairing:
             gradients: The arrays are gradients of the weights. Those of frozen weights may be missing.
         """
         found = {
-            place.name: values[theirs]
+            place.name: self._turned(place, theirs, values[theirs])
             for place, theirs in self._hits.items()
             if place.layer is None and (theirs in values or not gradients)
         }
         for layer, hits in self._hits_of_layers():
-            given = {name: values[theirs] for name, theirs in hits.items() if theirs in values or not gradients}
+            given = {
+                name: self._turned(_Place(layer, name), theirs, values[theirs])
+                for name, theirs in hits.items()
+                if theirs in values or not gradients
+            }
             own = layer.to_mlx(given, gradients)
             found |= {_join(layer.path, name): array for name, array in own.items()}
         return found
@@ -386,15 +392,27 @@ class Pairing:
         if not gradients:
             values = {**{path: np.zeros(shape, dtype) for path, shape in self.added.items()}, **values}
         found = {
-            theirs: values[place.name]
+            theirs: self._turned(place, theirs, values[place.name])
             for place, theirs in self._hits.items()
             if place.layer is None and (place.name in values or not gradients)
         }
         for layer, hits in self._hits_of_layers():
             own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
             made = layer.to_torch(own, gradients)
-            found |= {theirs: made[name] for name, theirs in hits.items() if name in made}
+            found |= {
+                theirs: self._turned(_Place(layer, name), theirs, made[name])
+                for name, theirs in hits.items()
+                if name in made
+            }
         return found
+
+    def _is_transposed(self, place: _Place, theirs: str) -> bool:
+        """Returns whether a weight of PyTorch has the axes (in, out), and the linear layer of MLX (out, in)."""
+        kind = "linear" if place.layer is not None else self._mlx.kinds.get(layout.split(place.name)[0])
+        return kind == "linear" and theirs in self._torch.transposed
+
+    def _turned(self, place: _Place, theirs: str, array: Array) -> Array:
+        return array.T if self._is_transposed(place, theirs) else array
 
     def _hits_of_layers(self) -> list[tuple[Counterpart, dict[str, str]]]:
         """Returns the layers that have their counterpart's arrays, and the names of these in PyTorch."""

@@ -531,6 +531,32 @@ def test_packed_projections_of_a_linear_layer() -> None:
     assert np.array_equal(np.array(packed.layer.qkv.bias), theirs.layer.qkv.bias.detach())
 
 
+def test_linear_layers_of_gpt2_are_transposed() -> None:
+    """`Conv1D` of Transformers has the axes (in, out); here one of each shape, a square one and a packed one."""
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    theirs, ours = tnn.Module(), mnn.Module()
+    theirs.a, theirs.b, theirs.c_attn = utils.Conv1D(5, 3), utils.Conv1D(3, 3), utils.Conv1D(24, 8)
+    theirs.c_proj, theirs.raw = utils.Conv1D(8, 8), utils.Conv1D(3, 3)
+    ours.a, ours.b, ours.attention = mnn.Linear(3, 5), mnn.Linear(3, 3), mnn.MultiHeadAttention(8, 2, bias=True)
+    ours.raw = mnn.Module()  # a module that computes x @ weight + bias
+    ours.raw.weight, ours.raw.bias = mx.zeros((3, 3)), mx.zeros((3,))
+    names = {f"c_attn.{part}": f"attention.in_proj_{part}" for part in ("weight", "bias")} | {
+        "c_proj": "attention.out_proj"
+    }
+    icenet.from_torch(randomize(theirs), ours, names)
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    for name in "ab":
+        exact = copy.deepcopy(getattr(theirs, name)).double()(torch.from_numpy(x).double()).detach()
+        assert close(
+            np.array(getattr(ours, name)(mx.array(x))), getattr(theirs, name)(torch.from_numpy(x)).detach(), exact
+        )
+    assert np.array_equal(np.array(ours.raw.weight), theirs.raw.weight.detach())
+    assert np.array_equal(np.array(ours.attention.key_proj.weight), theirs.c_attn.weight.detach().T[8:16])
+    back = randomize(copy.deepcopy(theirs), seed=4)
+    icenet.to_torch(ours, back, names)
+    assert same_bits(modules.get_weights(back), modules.get_weights(theirs))
+
+
 def test_gradients_of_frozen_weights_may_be_missing() -> None:
     ours, theirs = Net(mnn.MultiHeadAttention(4, 2, bias=True)), TorchNet(tnn.MultiheadAttention(4, 2))
     pairing = modules.pair(ours, theirs)
