@@ -16,8 +16,8 @@ import mlx.core as mx
 from icenet.nn.arrays import Array, is_half, on_cpu
 from icenet.nn.recurrent_kernels import Limits, device_limits
 
-STEP = 1024
-"""Inputs that a warp reads at a time, 32 by each thread."""
+STEP, PACKED_STEP = 512, 1024
+"""Inputs that a warp reads at a time: more need so many registers that fewer warps run at once."""
 WARPS = 8
 """Most warps of a thread block."""
 BLOCKS_OF_A_PROCESSOR = 3
@@ -34,7 +34,7 @@ _HEADER = """
 """
 
 # A warp computes R outputs (of gated layers R / 2 and what they multiply) for all rows; `blockDim.y` warps share the
-# inputs of these outputs, and `blockDim.z` such teams are in a block. Each thread multiplies four packs of 8 inputs
+# inputs of these outputs, and `blockDim.z` such teams are in a block. Each thread multiplies packs of 8 inputs
 # at a time, and reads the weights of the next ones before that, across groups of outputs, and the first ones before
 # the norm. The packs of inputs are in shared memory in the order in which the threads of a warp read them.
 #
@@ -42,13 +42,14 @@ _HEADER = """
 # give it exactly, which takes less than conversion of integers. With q minus the middle of its range, which the bias
 # makes up for, scale (sum q x) + bias (sum x) cancels less.
 _SOURCE = """
-constexpr int R = OUTPUTS, EACH = GATED ? R / 2 : R, WORDS = BITS ? BITS : 1, MIDDLE = 1 << (WORDS - 1);
+constexpr int R = OUTPUTS, EACH = GATED ? R / 2 : R, PACKS = BITS ? 4 : 2, STEP = PACKS * 256;
+constexpr int WORDS = BITS ? BITS : 1, MIDDLE = 1 << (WORDS - 1);
 struct alignas(16) Pack { T values[8]; };
 struct alignas(WORDS % 4 == 0 ? 16 : WORDS % 2 == 0 ? 8 : 4) Words { unsigned values[WORDS]; };
-struct Weights { Pack packs[BITS ? 1 : R][4]; Words words[BITS ? R : 1]; float scale[R], offset[R]; };
+struct Weights { Pack packs[BITS ? 1 : R][PACKS]; Words words[BITS ? R : 1]; float scale[R], offset[R]; };
 const int lane = threadIdx.x, part = threadIdx.y, own = threadIdx.z, parts = blockDim.y, teams = blockDim.z;
 const int warp = part + parts * own, thread = lane + 32 * warp, threads = 32 * parts * teams;
-const int size = x_shape[x_ndim - 1], steps = (size + 1023) / 1024, packs = steps * 128;
+const int size = x_shape[x_ndim - 1], steps = (size + STEP - 1) / STEP, packs = steps * PACKS * 32;
 const int outputs = weight_shape[0] / (GATED ? 2 : 1), total = (outputs + EACH - 1) / EACH;
 const bool aligned = ((size_t)x | (size_t)weight) % 16 == 0;
 int rows = 1;
@@ -67,12 +68,12 @@ auto read = [&](const T* from) {
 auto fetch = [&](Weights& w, int team, int step) {
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    const int n = team * EACH + r % EACH, k = step * 1024 + lane * 32;
+    const int n = team * EACH + r % EACH, k = step * STEP + lane * 32;
     const size_t row = n + (size_t)(r / EACH) * outputs;
     if (BITS == 0) {
 #pragma unroll
-      for (int s = 0; s < 4; s++) {
-        const int at = step * 1024 + s * 256 + lane * 8;
+      for (int s = 0; s < PACKS; s++) {
+        const int at = step * STEP + s * 256 + lane * 8;
         w.packs[r % (BITS ? 1 : R)][s] = n < outputs && at < size ? read((const T*)weight + row * size + at) : Pack{};
       }
     } else if (n < outputs && k < size) {
@@ -195,12 +196,12 @@ for (int base = first; base < total; base += gridDim.x * teams) {
     fetch(next, is_last ? team + gridDim.x * teams : team, is_last ? part : step + parts);
     float dots[R][ROWS] = {}, plain[ROWS] = {};
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      if (BITS == 0 && step * 1024 + s * 256 >= size) continue;
+    for (int s = 0; s < PACKS; s++) {
+      if (BITS == 0 && step * STEP + s * 256 >= size) continue;
       float values[ROWS][8];
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
-        const Pack pack = inputs[row * packs + step * 128 + s * 32 + lane];
+        const Pack pack = inputs[row * packs + (step * PACKS + s) * 32 + lane];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           values[row][i] = (float)pack.values[i];
@@ -273,7 +274,7 @@ class Norm(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The arrays and settings of a packed weight besides its numbers: `scales` and `biases` `[out, in / group_size]`."""
+    """What describes packed numbers: `scales` and `biases` `[out, in / group_size]`, and the settings."""
 
     scales: Array
     biases: Array
@@ -375,9 +376,10 @@ def choose_blocks(
     if limits is None or size % (32 if bits else 8):
         return None
     padded = 1 << (rows - 1).bit_length()
-    each = 4 if 0 < bits <= 4 and padded <= 4 else 2
-    steps = -(-size // STEP)
-    needed = 4 * (WARPS * each * padded + WARPS * padded) + padded * steps * STEP * itemsize
+    each = 4 if 0 < bits <= 4 and padded <= 2 else 2
+    step = PACKED_STEP if bits else STEP
+    steps = -(-size // step)
+    needed = 4 * (WARPS * each * padded + WARPS * padded) + padded * steps * step * itemsize
     shared_memory = next((most for most in SHARED_MEMORY if needed <= most), None)
     if shared_memory is None or shared_memory > limits.shared_memory:
         return None
