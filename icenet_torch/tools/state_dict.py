@@ -7,9 +7,9 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy.typing as npt
 import torch
@@ -17,6 +17,7 @@ import torch
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.files import staged
 from icenet.core.weights import formats
+from icenet.core.weights.safetensors import FileMap, file_maps
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 
 Array = npt.NDArray[Any]
@@ -130,6 +131,22 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
+class _CheckedFile:
+    """A file to write, before each part of which files that are read are checked.
+
+    PyTorch reads the memory maps of all arrays, and a file that becomes shorter meanwhile would end the process.
+    """
+
+    def __init__(self, file: BinaryIO, maps: Sequence[FileMap]) -> None:
+        self._file, self._maps = file, maps
+        self.flush = file.flush
+
+    def write(self, part: Any) -> int:
+        for data in self._maps:
+            data.check()
+        return self._file.write(part)
+
+
 def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:
     """Saves arrays as a state dict for `torch.load(path, weights_only=True)`.
 
@@ -139,10 +156,11 @@ def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array])
         FileError: The file cannot be written, for example because the disk is full.
     """
     path = Path(path)
-    tensors = {name: from_numpy(array) for name, array in sorted(weights.items())}
+    arrays = dict(sorted(weights.items()))
+    tensors = {name: from_numpy(array) for name, array in arrays.items()}
     with staged(path, durable=False) as stage, stage.open(path) as file:
         try:
-            torch.save(tensors, file)
+            torch.save(tensors, _CheckedFile(file, file_maps(arrays.values())))
         except RuntimeError as error:
             # PyTorch's zip writer raises its own error on top of a failed write, of Ctrl-C and of signals
             if (cause := error.__context__) is not None and not isinstance(cause, RuntimeError):

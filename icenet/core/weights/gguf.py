@@ -107,6 +107,7 @@ class GgufFile(StoredWeights):
 
     def __getitem__(self, name: str) -> Array:
         entry = self.entries[name]
+        self._data.check()
         if entry.kind in PLAIN:
             flat = np.frombuffer(self._data, entry.dtype, math.prod(entry.shape), entry.start)
             return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)

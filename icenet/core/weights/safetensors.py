@@ -20,7 +20,7 @@ import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -115,13 +115,30 @@ class FileMap(mmap.mmap):
     """A read-only memory map that keeps its file open, so that its arrays can be copied from file to file."""
 
     file: BinaryIO
+    path: Path
 
     @classmethod
     def of(cls, file: BinaryIO) -> FileMap:
         """Returns the map of an open file."""
         found = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
         found.file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        found.path = Path(file.name)
         return found
+
+    def check(self) -> None:
+        """Raises WeightsError if the file has become shorter: reading the map would end the process."""
+        if os.fstat(self.file.fileno()).st_size < len(self):
+            raise self.shorter()
+
+    def shorter(self) -> WeightsError:
+        """Returns the error of a file that has become shorter."""
+        return WeightsError(f"{self.path}: became shorter while it was read; copy or download it again")
+
+
+def file_maps(arrays: Iterable[Array]) -> list[FileMap]:
+    """Returns the memory maps of files that arrays are views of."""
+    found = {id(data): data for data in map(_map_of, arrays) if isinstance(data, FileMap)}
+    return list(found.values())
 
 
 def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], FileMap]:
@@ -211,6 +228,8 @@ def view(entry: Entry, data: mmap.mmap) -> Array:
     dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
     if count == 0:
         return np.empty(entry.shape, dtype)
+    if isinstance(data, FileMap):
+        data.check()
     flat = np.frombuffer(data, dtype, count, entry.start)
     return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
 
@@ -242,7 +261,7 @@ def read_into(target: Array, array: Array) -> bool:
         while first < stop:
             count = os.preadv(file, [content[first:stop]], start + first)
             if count == 0:
-                raise OSError(errno.EIO, _SHORTER)
+                raise data.shorter()
             first += count
 
     for_ranges(read, target.nbytes, PART, MOST_THREADS)
@@ -316,7 +335,7 @@ class _Copy:
         if self._source is None or count <= 0:
             return
         self._file.flush()
-        source, target, at = self._source.file.fileno(), self._file.fileno(), self._file.tell()
+        source, target, at = self._source, self._file.fileno(), self._file.tell()
         # the system copies pages, or shares them on some file systems; pages of the two files may be shifted
         is_aligned = (self._start - at) % mmap.PAGESIZE == 0 and hasattr(os, "copy_file_range")
         if not (is_aligned and _copy_range(source, self._start, target, at, count)):
@@ -325,37 +344,36 @@ class _Copy:
         self._file.seek(at + count)
 
 
-def _copy_range(source: int, start: int, target: int, at: int, count: int) -> bool:
+def _copy_range(source: FileMap, start: int, target: int, at: int, count: int) -> bool:
     """Copies bytes from file to file by the system. Returns whether the file systems support it."""
     left = count
     while left:
         try:
-            copied = os.copy_file_range(source, target, left, start, at)
+            copied = os.copy_file_range(source.file.fileno(), target, left, start, at)
         except OSError as error:
             if error.errno in _CANNOT_COPY and left == count:
                 return False
             raise
         if copied == 0:
-            raise OSError(errno.EIO, _SHORTER)
+            raise source.shorter()
         start, at, left = start + copied, at + copied, left - copied
     return True
 
 
-def _copy_through_memory(source: int, start: int, target: int, at: int, count: int) -> None:
+def _copy_through_memory(source: FileMap, start: int, target: int, at: int, count: int) -> None:
     """Copies bytes from file to file through memory that stays in the cache of a core."""
     memory = memoryview(bytearray(_COPIED))
     while count:
         part = memory[: min(_COPIED - at % _COPIED, count)]  # whole pages of the target
-        read = os.preadv(source, [part], start)
+        read = os.preadv(source.file.fileno(), [part], start)
         if read == 0:
-            raise OSError(errno.EIO, _SHORTER)
+            raise source.shorter()
         written = os.pwrite(target, part[:read], at)
         start, at, count = start + written, at + written, count - written
 
 
 _COPIED, _MOST_PENDING = 1 << 16, 1 << 26
 """Bytes that are copied through memory at a time, and bytes of adjacent arrays after which they are copied."""
-_SHORTER = "the file became shorter while it was read"
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 """Errors of `copy_file_range` for files or file systems that it does not support."""
 
@@ -383,8 +401,8 @@ def write_file(
 ) -> None:
     """Writes arrays to an open file, C-contiguous and little-endian.
 
-    The bytes are those of the safetensors package, except that the metadata are sorted, and that the header of what is
-    copied from a file may end in more spaces.
+    The bytes are those of the safetensors package, except that the metadata are sorted, and that the header of what
+    is copied from a file may end in more spaces.
 
     Args:
         file: The file.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -507,3 +508,23 @@ def test_files_of_any_module_are_converted(side: int, tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as raised:
         convert.convert(tmp_path / "t.pt", tmp_path / "n.safetensors", "mlx", model=mnn.Linear(2, 2))
     assert is_one_line(raised.value, "weight")
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="Windows locks a mapped file")
+def test_a_source_that_becomes_shorter_while_pytorch_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch reads the memory maps of all arrays at the end."""
+    source = tmp_path / "x.safetensors"
+    weights.write(source, {name: np.ones(5000) for name in "ab"})
+    save = torch.save
+
+    def save_later(*arguments: Any) -> None:
+        os.truncate(source, 50_000)
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", save_later)
+    with pytest.raises(WeightsError) as raised:
+        convert.convert(source, tmp_path / "y.pt", "torch")
+    assert is_one_line(raised.value, "x.safetensors", "became shorter")
+    assert os.listdir(tmp_path) == ["x.safetensors"]

@@ -540,6 +540,32 @@ def test_large_arrays_of_files_are_copied_at_the_same_place_of_a_page(
     assert starts[0] != starts[1] and ((starts[1] - starts[0] - shift) % mmap.PAGESIZE == 0) == (shift == 0)
 
 
+def test_adjacent_arrays_of_two_files(tmp_path: Path) -> None:
+    """They are at the same places of their files."""
+    arrays = {name: np.full(5000, value) for value, name in enumerate("ab")}
+    for file in "xy":
+        weights.write(tmp_path / f"{file}.safetensors", {"a": arrays["a"] + ord(file), "b": arrays["b"] + ord(file)})
+    found = {file: weights.read(tmp_path / f"{file}.safetensors") for file in "xy"}
+    weights.write(tmp_path / "z.safetensors", {"a": found["x"]["a"], "b": found["y"]["b"], "c": found["y"]["a"]})
+    again = weights.read(tmp_path / "z.safetensors")
+    assert [again[name][0] for name in "abc"] == [ord("x"), 1 + ord("y"), ord("y")]
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="arrays are read from the map")
+def test_a_source_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    """Reading its memory map would end the process."""
+    source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    weights.write(source, {name: np.ones(5000) for name in "ab"})
+    found = weights.read(source)
+    arrays = {name: found[name] for name in "ab"}
+    os.truncate(source, 50_000)
+    for read in (lambda: found["a"], lambda: weights.write(target, arrays)):
+        with pytest.raises(WeightsError) as raised:
+            read()
+        assert is_one_line(raised.value, "x.safetensors", "became shorter")
+    assert not target.exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_arrays_are_read_at_once_and_released(tmp_path: Path) -> None:
     weights.write(tmp_path, {"a": np.ones(2**20), "b": np.ones(2**20)})
