@@ -531,12 +531,32 @@ def test_packed_projections_of_a_linear_layer() -> None:
     assert np.array_equal(np.array(packed.layer.qkv.bias), theirs.layer.qkv.bias.detach())
 
 
+class Conv1D(tnn.Module):  # type: ignore[misc]
+    """The layer of GPT-2 in Transformers, by its name."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (tnn.Parameter(torch.zeros(size)) for size in ((inputs, outputs), (outputs,)))
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.weight + self.bias
+
+
+def test_the_layer_of_gpt2_has_this_name() -> None:
+    real = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    assert (real.__module__, real.__name__) == (Conv1D.__module__, Conv1D.__name__)
+    assert {n: p.shape for n, p in real(5, 3).named_parameters()} == {
+        n: p.shape for n, p in Conv1D(5, 3).named_parameters()
+    }
+
+
 def test_linear_layers_of_gpt2_are_transposed() -> None:
     """`Conv1D` of Transformers has the axes (in, out); here one of each shape, a square one and a packed one."""
-    utils = pytest.importorskip("transformers.pytorch_utils")
     theirs, ours = tnn.Module(), mnn.Module()
-    theirs.a, theirs.b, theirs.c_attn = utils.Conv1D(5, 3), utils.Conv1D(3, 3), utils.Conv1D(24, 8)
-    theirs.c_proj, theirs.raw = utils.Conv1D(8, 8), utils.Conv1D(3, 3)
+    theirs.a, theirs.b, theirs.c_attn = Conv1D(5, 3), Conv1D(3, 3), Conv1D(24, 8)
+    theirs.c_proj, theirs.raw = Conv1D(8, 8), Conv1D(3, 3)
     ours.a, ours.b, ours.attention = mnn.Linear(3, 5), mnn.Linear(3, 3), mnn.MultiHeadAttention(8, 2, bias=True)
     ours.raw = mnn.Module()  # a module that computes x @ weight + bias
     ours.raw.weight, ours.raw.bias = mx.zeros((3, 3)), mx.zeros((3,))
