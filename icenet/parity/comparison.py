@@ -104,7 +104,7 @@ def compare(
     options = {"rename": rename, "layout": layout, "loss": loss, "optimizer": optimizer, "copy_weights": copy_weights}
     with _host_generators_kept():
         comparison = Comparison(a, b, stages, dtype, seed, steps, options)
-        given = drawing.draw(comparison.a, a, seed, draws or 3) if inputs is None else [drawing.read(inputs, dtype)]
+        given = comparison.drawn(draws or 3) if inputs is None else [drawing.read(inputs, dtype)]
         report = comparison.run(given)
         if replay is not None and not report.passed:
             comparison.shrink(replay)
@@ -182,6 +182,7 @@ class Comparison:
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
         self.loss_noise = 0.0
+        self.targets_a = self.targets_b = _Targets(seed, None)
         if kinds == ("torch", "mlx"):
             a, b = b, a
             self.losses, self.optimizers = (pair and pair[::-1] for pair in (self.losses, self.optimizers))
@@ -219,6 +220,9 @@ class Comparison:
             with self.a.eager(), self.b.eager():
                 for index, inputs in enumerate(given):
                     self._run_on(inputs, first=index == 0)
+                    if index == 0:
+                        of_first = self.inputs_a, self.inputs_b, self.targets_a, self.targets_b
+                self.inputs_a, self.inputs_b, self.targets_a, self.targets_b = of_first
                 if self._wants("optimizer") or self._wants("training"):
                     self._train(given[0])
         except _Stop:
@@ -236,6 +240,30 @@ class Comparison:
                 stage.status = states.PASSED
         self._finish_modules()
         return report
+
+    def drawn(self, draws: int) -> list[Inputs]:
+        """Returns random inputs that the reference accepts.
+
+        Raises:
+            UsageError: The module does not show what it takes, or the reference accepts none of the inputs.
+        """
+        found = []
+        for number in range(draws):
+            failure: ModuleError | None = None
+            for inputs in drawing.draw(self.a, self.user_a, self.seed, number, self.dtype):
+                self._set_mode(False)
+                try:
+                    self._reference_run(inputs)
+                except ModuleError as error:
+                    failure = failure or error
+                    continue
+                found.append(inputs)
+                break
+            else:
+                assert failure is not None
+                name = self.report.names[1]
+                raise UsageError(f"compare: {name} fails on drawn inputs: {failure.reason}; pass inputs") from failure
+        return found
 
     def _wants(self, name: str) -> bool:
         return self.stages[name].status != states.SKIPPED
@@ -808,6 +836,11 @@ class Comparison:
                     row = replace(row, ratio=judged.ratio, error=judged.error, noise=judged.noise, scale=scale)
                     if status == states.PASSED and not judged.passed:
                         row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
+                        if self.ties and not differing:
+                            note = (
+                                note
+                                or f"in the run only, as gradients differ at ties of {', '.join(sorted(self.ties))}"
+                            )
                 if worst is not None:
                     label = self._gradient_label(pair, worst_name or "")
                     row = replace(row, own_ratio=worst.ratio, own_part=label, ratio=max(row.ratio, worst.ratio))
@@ -1054,11 +1087,33 @@ class Comparison:
 
     def _suggest(self, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
         """Sets the cause of the report, if a known one removes the difference."""
-        self.report.cause = causes.suggest(self, pair, judgements)
+        if self.options.get("suggest", True):
+            self.report.cause = causes.suggest(self, pair, judgements)
 
     def shrink(self, path: str) -> None:
-        """Finds the smallest input that still differs and saves it."""
-        self.report.replay = str(drawing.shrink(self, path))
+        """Finds the smallest input with which the same module differs, and saves it."""
+        failed = self.report.failed_stage
+        assert failed is not None
+        if failed.name in ("weights", "optimizer", "training") or not hasattr(self, "inputs_a"):
+            self.report.notes.append(
+                f"no smaller input is searched for: the stage {failed.name} does not depend on it"
+            )
+            return
+        stages = [stage.name for stage in self.report.stages if stage.status != states.SKIPPED]
+        stages = stages[: stages.index(failed.name) + 1]
+        options = {**self.options, "suggest": False, "loss": None if failed.name == "forward" else self.losses}
+
+        def differs(inputs: Inputs) -> bool:
+            other = Comparison(self.user_a, self.user_b, stages, self.dtype, self.seed, 0, options)
+            try:
+                report = other.run([inputs])
+            except UsageError:  # b fails on it
+                return False
+            stage = report.failed_stage
+            return stage is not None and (report.culprit, stage.name) == (self.report.culprit, failed.name)
+
+        smallest = drawing.shrink(self.inputs_a, differs)
+        self.report.replay = str(drawing.save(smallest, path))
 
     def _finish_modules(self) -> None:
         """Sets the status of each module from the rows."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
+from icenet.core.files import write_bytes
 from icenet.core.weights.arrays import to_array
 from icenet.parity import align
 from icenet.parity.events import Slot, argument_names, map_leaves, rebuild
@@ -136,3 +142,167 @@ def _axes(value: Value, b: Any) -> str:
         if value.array.ndim == 4 or kind != "pool":
             return align.KINDS.get(kind, align.SAME)
     return align.SAME
+
+
+# ---- random inputs ------------------------------------------------------------------------------------------
+
+SCALES = (1.0, 0.05, 8.0)
+"""Standard deviations of drawn floats, one for each draw."""
+LENGTHS = (9, 5, 13)
+"""Lengths of drawn sequences, one for each draw."""
+SIDES = (32, 24, 40)
+"""Sizes of drawn images, one for each draw."""
+OTHER_LENGTHS, OTHER_SIDES = (4, 16, 2, 32, 64, 1), (8, 16, 28, 64, 96, 128, 224)
+"""Sizes that are drawn if a module does not take the others, because it has learned positions, for example."""
+
+
+def draw(a: Any, module: Any, seed: int, number: int, dtype: str) -> Iterator[Inputs]:
+    """Yields random inputs for the signature and the first layer of a module, of several sizes.
+
+    Args:
+        a: The side of the module under test.
+        module: The module of the user, whose signature is read.
+        seed: Seed of the inputs.
+        number: Number of the draw, which determines the scale and the first size.
+        dtype: Dtype to which floats are rounded.
+
+    Raises:
+        UsageError: The signature or the first layer does not show what the module takes.
+    """
+    names = _parameters(module)
+    first = next(((path, kind) for path, kind in a.kinds.items() if kind != "plain"), None)
+    if first is None or not names:
+        what = "its signature has no argument" if not names else "none of its layers shows the shape of its input"
+        raise UsageError(f"compare: {type(module).__name__}: {what}; pass inputs")
+    if len(names) > 1:
+        raise UsageError(
+            f"compare: {type(module).__name__} takes {', '.join(names)}, of which only one can be drawn; pass inputs "
+            "as a dict or a tuple"
+        )
+    lengths = (LENGTHS[number % 3] + 4 * (number // 3), *OTHER_LENGTHS)
+    sides = (SIDES[number % 3], *OTHER_SIDES)
+    for length, side in itertools.zip_longest(lengths, sides, fillvalue=OTHER_LENGTHS[-1]):
+        generator = np.random.default_rng([seed, number])
+        yield read(_drawn(a, *first, generator, number, length, side), dtype)
+
+
+def _parameters(module: Any) -> list[str]:
+    """Returns the names of the arguments of a module that have no default."""
+    call = getattr(type(module), "forward", None) or type(module).__call__
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    parameters = list(inspect.signature(call).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+
+
+def _drawn(
+    a: Any, path: str, kind: str, generator: np.random.Generator, number: int, length: int, side: int
+) -> Array:
+    """Returns one array for the first layer, in the axes of MLX for MLX and of PyTorch for PyTorch."""
+    shapes = {name[len(path) :].lstrip("."): shape for name, shape in a.shapes.items() if name.startswith(path)}
+    batch = 2 + number % 2
+    if kind == "embedding":
+        return generator.integers(0, shapes["weight"][0], (batch, length)).astype(np.int32)
+    scale = SCALES[number % 3]
+    if kind.startswith("conv"):
+        weight = shapes["weight"]
+        groups = int(getattr(a.modules[path], "groups", 1))
+        channels = weight[0] if "transpose" in kind else weight[1] * groups
+        axes = int(kind[-2])
+        space = {1: (4 * length,), 2: (side, side), 3: (8, 8, 8 + 2 * number)}[axes]
+        shape = (batch, *space, channels) if a.backend == "mlx" else (batch, channels, *space)
+    elif kind == "linear":
+        shape = (batch, length, shapes["weight"][1])
+    elif kind in ("layer_norm", "rms_norm"):
+        shape = (batch, length, shapes["weight"][0])
+    elif kind == "batch_norm":
+        shape = (4 * batch, shapes["running_mean"][0])
+    elif kind == "native_recurrent":
+        width = shapes.get("weight_ih_l0") or shapes.get("Wx") or shapes["Wxh"]
+        shape = (batch, length, width[1])
+    else:
+        raise UsageError(f"compare: the first layer, {path} of kind {kind}, does not show the input; pass inputs")
+    return (scale * generator.standard_normal(shape)).astype(np.float32)
+
+
+# ---- the smallest input that differs ------------------------------------------------------------------------
+
+
+def shrink(inputs: Inputs, differs: Callable[[Inputs], bool], most: int = 60) -> Inputs:
+    """Returns the smallest inputs for which a function is true, by halving axes and setting values to zero.
+
+    Args:
+        inputs: Inputs for which it is true.
+        differs: Whether the sides differ on inputs; false if one of them fails.
+        most: The largest number of calls.
+    """
+    left = most
+    current = inputs
+
+    def attempt(candidate: Inputs | None) -> bool:
+        nonlocal left, current
+        if candidate is None or left <= 0:
+            return False
+        left -= 1
+        if not differs(candidate):
+            return False
+        current = candidate
+        return True
+
+    changed = True
+    while changed and left > 0:
+        changed = False
+        for axis in range(max(value.array.ndim for value in current.values)):
+            size = max((v.array.shape[axis] for v in current.values if v.array.ndim > axis), default=1)
+            for length in dict.fromkeys((1, size // 4, size // 2, size - size // 4, size - 1)):
+                if 0 < length < size and attempt(_shortened(current, axis, size, length)):
+                    changed = True
+                    break
+    for index, value in enumerate(current.values):
+        if not value.is_float:
+            attempt(_replaced(current, index, np.zeros_like(value.array)))
+            continue
+        for array in (np.ones_like(value.array), np.round(value.array), np.sign(value.array)):
+            if attempt(_replaced(current, index, array)):
+                break
+    return current
+
+
+def _shortened(inputs: Inputs, axis: int, size: int, length: int) -> Inputs | None:
+    """Returns inputs with fewer elements along an axis, in all arrays that have as many there."""
+    values = []
+    for value in inputs.values:
+        if value.array.ndim > axis and value.array.shape[axis] == size:
+            values.append(Value(np.ascontiguousarray(np.take(value.array, range(length), axis)), value.dtype))
+        else:
+            values.append(value)
+    return Inputs(inputs.given, values)
+
+
+def _replaced(inputs: Inputs, index: int, array: Array) -> Inputs:
+    values = list(inputs.values)
+    values[index] = Value(array.astype(values[index].array.dtype), values[index].dtype)
+    return Inputs(inputs.given, values)
+
+
+def save(inputs: Inputs, path: str | os.PathLike[str]) -> Path:
+    """Writes the arrays of inputs to an .npz file: keyword arguments by name, positional ones as arr_0, arr_1, ...
+
+    `icenet parity A B --input FILE` reads it.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    file = Path(path)
+    file = file if file.suffix == ".npz" else file.with_name(f"{file.name}.npz")
+    arrays = [value.array for value in inputs.values]
+    buffer = io.BytesIO()
+    if inputs.given[1]:
+        np.savez(buffer, **dict(zip(inputs.names, arrays, strict=True)))
+    else:
+        np.savez(buffer, *arrays)
+    write_bytes(file, buffer.getvalue())
+    return file

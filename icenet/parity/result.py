@@ -202,7 +202,8 @@ class Report:
         stage = self.failed_stage
         if stage is None:
             count = sum(len(stage.rows) for stage in self.stages)
-            worst = max((row for s in self.stages for row in s.rows), key=lambda row: row.ratio, default=None)
+            rows = [row for s in self.stages for row in s.rows if row.status == PASSED]
+            worst = max(rows, key=lambda row: row.ratio, default=None)
             largest = f", largest ratio {number(worst.ratio)} ({worst.name})" if worst and worst.ratio else ""
             return f"passed: {count} values agree in {self.dtype}{largest}"
         row = self.culprit_row
