@@ -896,6 +896,16 @@ def test_a_misuse_is_one_line(name: str) -> None:
     assert same_bits(modules.get_weights(TORCH_LINEAR), before[1])
 
 
+def test_a_subclass_with_arrays_of_its_own() -> None:
+    class Plain(Gained):
+        layer_kind = "plain"
+
+    theirs, ours = tnn.Linear(2, 3), Plain()
+    theirs.gain, theirs.shift = tnn.Parameter(torch.zeros(3)), tnn.Parameter(torch.zeros(3))
+    icenet.from_torch(randomize(theirs), ours)
+    assert same_bits(modules.get_weights(ours), modules.get_weights(theirs))
+
+
 def test_state_dicts_without_pytorch_tensors(tmp_path: Path) -> None:
     theirs, ours = randomize(TorchNet(tnn.Conv2d(2, 3, (2, 4)))), Net(mnn.Conv2d(2, 3, (2, 4)))
     weights.write(tmp_path / "w.safetensors", modules.get_weights(theirs))
