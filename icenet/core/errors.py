@@ -27,6 +27,10 @@ class DataError(UsageError):
     """A data source that is missing, empty, damaged or too small."""
 
 
+class ChatTemplateError(DataError):
+    """A chat template that renders no messages: its syntax is wrong, or jinja2 is missing."""
+
+
 class OutsideTableError(UsageError, IndexError):
     """An id outside the table of an embedding."""
 

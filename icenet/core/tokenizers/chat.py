@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icenet.core.errors import DataError, UsageError
+from icenet.core.errors import ChatTemplateError, DataError, UsageError
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.tokenizers.template_worker import CPU_SECONDS, MAX_BYTES
 
@@ -77,7 +77,8 @@ def render(
 
     Raises:
         UsageError: There is no template, or it refuses the messages.
-        DataError: The template is faulty, takes too long or needs too much memory, or jinja2 is not installed.
+        DataError: The template is faulty, takes too long or needs too much memory.
+        ChatTemplateError: It renders no messages: its syntax is wrong, or jinja2 is not installed.
     """
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
@@ -88,7 +89,7 @@ def render(
             f"or set model.tokenizer.chat_template, or add chat_template.jinja next to tokenizer.json{several}"
         )
     if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
-        raise DataError(f"chat: a chat template is a text of at most {MAX_TEMPLATE:,} characters")
+        raise ChatTemplateError(f"chat: a chat template is a text of at most {MAX_TEMPLATE:,} characters")
     values = {
         **getattr(tokenizer, "template_tokens", {}),
         "tools": None,
@@ -109,10 +110,11 @@ def render(
     if answer["kind"] == "refused":
         raise UsageError(f"chat: the chat template refuses the messages: {problem}")
     if answer["kind"] == "version":
-        raise DataError(
+        raise ChatTemplateError(
             f"chat: chat templates need jinja2 3.1.6 or later, and this is {problem}: pip install -U jinja2"
         )
-    raise DataError(f"chat: the chat template cannot be used: {problem}")
+    kind = ChatTemplateError if answer["kind"] == "syntax" else DataError
+    raise kind(f"chat: the chat template cannot be used: {problem}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,13 +170,15 @@ class _Renderer:
             )
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise DataError(f"chat: the process that renders chat templates cannot be started: {reason}") from None
+            raise ChatTemplateError(
+                f"chat: the process that renders chat templates cannot be started: {reason}"
+            ) from None
         self._owner = os.getpid()
         try:
             json.loads(self._read_line(_START_SECONDS))
         except ValueError:
             self._stop()
-            raise DataError(
+            raise ChatTemplateError(
                 "chat: the process that renders chat templates does not start: pip install --force-reinstall jinja2"
             ) from None
         except BaseException:
@@ -222,5 +226,5 @@ def _jinja_folders() -> Sequence[str]:
 def _folder(name: str) -> str:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise DataError(f"chat: chat templates need the package {name}: pip install 'icenet[text]'")
+        raise ChatTemplateError(f"chat: chat templates need the package {name}: pip install 'icenet[text]'")
     return str(Path(spec.origin).parent.parent)

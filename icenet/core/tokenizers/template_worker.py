@@ -92,7 +92,7 @@ def _renderer() -> Callable[[str, dict[str, Any], list[str]], dict[str, Any]]:
         except _Refused as error:
             return {"kind": "refused", "error": str(error)}
         except TemplateSyntaxError as error:
-            return {"kind": "fault", "error": f"{error.message} (line {error.lineno})"}
+            return {"kind": "syntax", "error": f"{error.message} (line {error.lineno})"}
         except SecurityError as error:
             return {"kind": "fault", "error": f"it uses what a template must not: {error}"}
         except MemoryError:

@@ -19,7 +19,7 @@ from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
 from icenet.core.data.text import conversations
 from icenet.core.data.text.conversations import ConversationDataset, encode, open_conversations
-from icenet.core.errors import DataError, IceNetError
+from icenet.core.errors import ChatTemplateError, DataError, IceNetError
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer
 
@@ -233,6 +233,18 @@ def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", chat("a", "b"))
     with pytest.raises(IceNetError, match=r"line 1: .*chat template"):
         open_conversations(str(path), ByteTokenizer(), seq_length=9, seed=0)
+
+
+@pytest.mark.parametrize("errors", ["stop", "skip"])
+def test_a_template_with_a_wrong_syntax_is_no_fault_of_the_data(tmp_path: Path, errors: str) -> None:
+    class Broken(Tokens):
+        chat_template = "{% for m in messages %}"
+
+    path = write(tmp_path / "c.jsonl", chat("a", "b"))
+    with pytest.raises(ChatTemplateError) as caught:
+        open_conversations(str(path), Broken(), seq_length=9, seed=0, errors=errors)
+    assert is_one_line(caught.value, "data.tokenizer", "bytes", "chat template", "line 1")
+    assert "c.jsonl" not in str(caught.value) and "data.errors" not in str(caught.value)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -31,7 +31,7 @@ from icenet.core.data.text.left_out import BAD_LINES, EMPTY, LeftOut
 from icenet.core.data.text.packed import Batch
 from icenet.core.data.text.reading import MAX_LINE_BYTES
 from icenet.core.data.text.sources import Document, Source, find_source, reason
-from icenet.core.errors import DataError, IceNetError
+from icenet.core.errors import ChatTemplateError, DataError, IceNetError
 from icenet.core.tokenizers import chat
 from icenet.core.tokenizers.base import Tokenizer, encode_prompt
 
@@ -185,6 +185,7 @@ def open_conversations(
     Raises:
         DataError: A file cannot be read, a line has no conversation, nothing is left, or the cache cannot be written.
         UsageError: The tokenizer has no chat template, or the template refuses the messages.
+        ChatTemplateError: The template renders no messages.
     """
     found = find_source(source, "stop" if errors == "replace" else errors)
     template = [getattr(tokenizer, name, None) for name in ("chat_template", "template_tokens")]
@@ -238,6 +239,8 @@ def _encode_source(
             is_empty = False
             try:
                 row = encode(_object(line), tokenizer, train_on)
+            except ChatTemplateError as error:
+                raise ChatTemplateError(f"data.tokenizer: {tokenizer.name}: {error}") from None
             except IceNetError as error:
                 if errors != "skip":
                     raise type(error)(
