@@ -262,8 +262,9 @@ class Pairing:
         module, name = layout.split(place.name)
         kind = self._mlx.kinds.get(module, "") if place.layer is None else ""
         is_weight = name == "weight" and len(given) == len(shape)
-        if kind.startswith("conv_transpose") and is_weight and given[0] == shape[0] and shape[1] % given[1] == 0:
-            return " (transposed convolutions of MLX have no groups)"
+        has_no_groups = kind == "conv3d" or kind.startswith("conv_transpose")
+        if has_no_groups and is_weight and given[0] == shape[0] and given[1] < shape[1] and shape[1] % given[1] == 0:
+            return " (Conv3d and transposed convolutions of MLX have no groups)"
         if kind == "plain" and sorted(given) == sorted(shape):
             return (
                 " (an array that a module of yours holds has the same axes on both sides; for a convolution give its "

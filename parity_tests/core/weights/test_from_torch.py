@@ -167,8 +167,8 @@ CASES: dict[str, Case] = {
     ),
     **{f"Conv{dims}d": conv(dims) for dims in (1, 2, 3)},
     **{f"Conv{dims}d, stride": conv(dims, stride=2, padding=1, bias=False) for dims in (1, 2, 3)},
-    **{f"Conv{dims}d, groups": conv(dims, groups=2) for dims in (1, 2, 3) if dims < 3},
-    **{f"Conv{dims}d, dilation": conv(dims, dilation=2) for dims in (1, 2) if dims < 3},
+    **{f"Conv{dims}d, groups": conv(dims, groups=2) for dims in (1, 2)},  # MLX's Conv3d has none
+    **{f"Conv{dims}d, dilation": conv(dims, dilation=2) for dims in (1, 2, 3)},
     "Conv1d, depthwise": Case(
         lambda: mnn.Conv1d(4, 4, 3, groups=4),
         lambda: tnn.Conv1d(4, 4, 3, groups=4),
@@ -179,9 +179,9 @@ CASES: dict[str, Case] = {
     **{f"ConvTranspose{dims}d": transposed(dims) for dims in (1, 2, 3)},
     **{
         f"ConvTranspose{dims}d, stride": transposed(dims, stride=2, padding=1, output_padding=1, bias=False)
-        for dims in (1, 2)
+        for dims in (1, 2, 3)
     },
-    "ConvTranspose1d, dilation": transposed(1, dilation=2),
+    **{f"ConvTranspose{dims}d, dilation": transposed(dims, dilation=2) for dims in (1, 2, 3)},
     "LayerNorm": Case(lambda: mnn.LayerNorm(6), lambda: tnn.LayerNorm(6), ((4, 6),)),
     "LayerNorm, no bias": Case(lambda: mnn.LayerNorm(6, bias=False), lambda: tnn.LayerNorm(6, bias=False), ((4, 6),)),
     "LayerNorm, not affine": Case(
@@ -799,6 +799,10 @@ MISUSES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "groups": (
         lambda: icenet.from_torch(tnn.ConvTranspose1d(4, 4, 3, groups=2), mnn.ConvTranspose1d(4, 4, 3)),
         ("weight", "[4, 2, 3]", "groups"),
+    ),
+    "groups of volumes": (
+        lambda: icenet.from_torch(tnn.Conv3d(4, 4, 3, groups=2), mnn.Conv3d(4, 4, 3)),
+        ("weight", "[4, 2, 3, 3, 3]", "groups"),
     ),
     "an attention without biases": (
         lambda: icenet.from_torch(tnn.MultiheadAttention(8, 2), mnn.MultiHeadAttention(8, 2)),
