@@ -90,7 +90,9 @@ class KVCache(RowCache):
             self.padding = padding if self.padding is None else self.padding + padding
         if self.length is not None:
             self.reserve(length)
-        columns = self.position[:, None] + mx.arange(length)  # [1, T] or [B, T]
+        columns = self.position[:, None]  # [1, T] or [B, T]
+        if length > 1:  # a step of one token has fewer kernels
+            columns = columns + mx.arange(length)
         positions = columns if self.padding is None else mx.maximum(columns - self.padding[:, None], 0)
         if self.reads_in_place(length):
             return positions, dict.fromkeys(windows)

@@ -1,8 +1,8 @@
 """Linear layers for steps of few rows, which are captured: fewer kernels, MLX.
 
 MLX's CUDA build submits an operation in 8 to 10 us, and a product of several rows in 23, so that the number of
-operations of a token decides. `icenet.nn.linear_kernels` computes a product with the operations around it in one. Its
-kernel also reads packed weights at the rate of the memory, where MLX's product is no faster than with bf16 weights.
+operations of a token decides. `icenet.nn.linear_kernels` computes a product with the operations around it in one. It
+also reads packed weights, with which MLX's product is no faster than with bf16 ones.
 """
 
 from __future__ import annotations

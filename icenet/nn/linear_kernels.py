@@ -420,4 +420,5 @@ def limits() -> Limits | None:
 @lru_cache
 def _kernel(shared_memory: int) -> Any:
     name = f"icenet_linear_{shared_memory}"
-    return mx.fast.cuda_kernel(name, _INPUTS, ["out"], _SOURCE, _HEADER, shared_memory=shared_memory)
+    source = "\n".join(line.strip() for line in _SOURCE.splitlines())  # MLX hashes it at each launch
+    return mx.fast.cuda_kernel(name, _INPUTS, ["out"], source, _HEADER, shared_memory=shared_memory)

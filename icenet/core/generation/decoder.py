@@ -32,7 +32,7 @@ class State:
 
     Attributes:
         cache: `Cache.state` of the model's cache; empty for a model without one.
-        index: Index of the next new token, int32 `[]`.
+        index: Index of the next new token, int32 `[]`. It stays as it is at temperature 0.
         keys: Keys of the draws of a block of new tokens, `[KEY_BLOCK, B, 2]`; None at temperature 0.
         seen: Tokens that each row contains, bool `[B, V]`; None without a repetition penalty.
     """
@@ -182,7 +182,8 @@ class DecoderBase(ABC):
         scores = compute_scores(self.ops, logits, self.request.settings, keys, state.seen)
         token, best = self.choose(scores)
         seen = None if state.seen is None else self.mark(state.seen, token)
-        return replace(state, index=state.index + 1, seen=seen), Choice(token, best, logits, scores)
+        index = state.index if keys is None else state.index + 1
+        return replace(state, index=index, seen=seen), Choice(token, best, logits, scores)
 
     def decode_step(self, state: State, token: Any) -> tuple[State, Choice]:
         """Reads one token of each row, int `[B]`, and chooses the next one.
