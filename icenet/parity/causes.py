@@ -126,6 +126,7 @@ class _Trial:
             ours, stored = self.ours[name], self.theirs[name].dtype
             if ours.array.shape != found.shape:
                 return math.inf
+            stored = self.c.dtype if stored == "fp64" else stored
             worst = max(worst, judge(ours.array, found + noise, found, self.c.dtype, stored=stored).ratio)
             if worst > _ACCEPTED:
                 break

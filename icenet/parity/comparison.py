@@ -74,7 +74,8 @@ def compare(
 
     Args:
         a: The module under test: any `mlx.nn.Module` or `torch.nn.Module`.
-        b: The reference: any module of PyTorch or MLX. If `a` is of PyTorch and `b` of MLX, they are exchanged.
+        b: The reference: any module of PyTorch or MLX, or a trace (`icenet.parity.read_trace`). If `a` is of PyTorch
+            and `b` a module of MLX, they are exchanged.
         inputs: Arguments of `a`: an array, a tuple of arrays, or a dict of keyword arguments. Images `[B, H, W, C]`.
             None: drawn for the signature and the first layer, several times.
         rename: Path of a module of `a` to its path in `b`: a mapping, also of prefixes, or a function. Modules of
@@ -102,6 +103,11 @@ def compare(
     """
     stages = _check(stages, dtype, inputs, draws, steps)
     options = {"rename": rename, "layout": layout, "loss": loss, "optimizer": optimizer, "copy_weights": copy_weights}
+    if hasattr(b, "judge"):  # a recorded trace
+        if inputs is not None or layout is not None or draws is not None or replay is not None:
+            raise UsageError("compare: a trace has its inputs; give no inputs, layout, draws or replay")
+        found: Report = b.judge(a, stages, dtype, steps, options)
+        return found
     with _host_generators_kept():
         comparison = Comparison(a, b, stages, dtype, seed, steps, options)
         given = comparison.drawn(draws or 3) if inputs is None else [drawing.read(inputs, dtype)]
@@ -178,7 +184,7 @@ class Comparison:
         self.stages = {name: Stage(name, states.NOT_RUN if name in stages else states.SKIPPED) for name in ALL_STAGES}
         self.report.stages = list(self.stages.values())
         self.dtype, self.seed, self.steps, self.options = dtype, seed, steps, options
-        kinds = backends.backend_of(a), backends.backend_of(b)
+        kinds = backends.backend_of(a), self.backend_of_reference(b)
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
         self.loss_noise = 0.0
@@ -192,9 +198,8 @@ class Comparison:
         self.report.names = type(a).__name__, type(b).__name__
         self.user_a, self.user_b = a, b
         self.a = Side(a, dtype).as_test()
-        is_mlx = backends.backend_of(b) == "mlx"
-        self.b = Side(b, dtype, perturbed=is_mlx)
-        self.reference = Side(b, dtype, exact=True)
+        is_mlx = kinds[1] == "mlx"
+        self.b, self.reference = self.sides_of_reference(b)
         if is_mlx:
             self.report.notes.append(
                 "the noise is that of b with its values moved by an ulp, because MLX has no float64"
@@ -202,13 +207,28 @@ class Comparison:
         self.matches = match_modules(self.a, self.b, options["rename"])
         self.a.names = {match.a: match.b for match in self.matches if match.a is not None and match.b is not None}
         for role, side in (("a", self.a), ("b", self.b), ("reference", self.reference)):
-            self.report.environment[role] = _describe(side)
+            self.report.environment[role] = self.describe(side)
             side.has_one_bias = self.a.backend != self.b.backend
         self.store = Store()
         self.factor = 1.0
         """How much less exact the sums of `a` are than those of `b`, as far as it is known."""
         self._modules: dict[str, Module] = {}
         self._add_modules()
+
+    judges_ties = True
+    """Whether layers are computed again with equal inputs moved apart."""
+
+    def backend_of_reference(self, b: Any) -> str:
+        """Returns "mlx" or "torch"."""
+        return backends.backend_of(b)
+
+    def sides_of_reference(self, b: Any) -> tuple[Side, Side]:
+        """Returns `b` in the dtype under test, and the reference."""
+        return Side(b, self.dtype, perturbed=backends.backend_of(b) == "mlx"), Side(b, self.dtype, exact=True)
+
+    def describe(self, side: Side) -> dict[str, str]:
+        """Returns framework, version, device and TF32 of a side."""
+        return describe(side)
 
     # ---- the run --------------------------------------------------------------------------------------------
 
@@ -610,6 +630,7 @@ class Comparison:
             samples,
             pair.is_leaf,
             quick=lambda name: _bias_noise(pair, name, seeds),
+            ties=self.judges_ties,
         )
         if has_ties:
             self.ties.add(pair.path)
@@ -793,8 +814,7 @@ class Comparison:
         function = (self.losses or (None, None))[1]
         squares: dict[str, Array] = {}
         for index in range(_FEW):
-            with backends.module("torch", "tools.sums").summing_in_order(index):
-                found = self.b.loss_of(root.noise, values, function, self.targets_b)
+            found = self.b.loss_of(root.noise, values, function, self.targets_b, in_order=index)
             for name in judged:
                 distance = squared_distance(found[name].array, exact[name].array)
                 squares[name] = squares.get(name, np.zeros(distance.shape)) + distance / _FEW
@@ -972,8 +992,21 @@ class Comparison:
                     self.stages[name].status = states.SKIPPED
                     self.stages[name].note = "there are no trainable parameters"
             return
+        if self.dtype != "fp32":
+            for name in ("optimizer", "training"):
+                if self._wants(name):
+                    self.stages[name].status = states.SKIPPED
+                    self.stages[name].note = "parameters are updated in fp32: compare with dtype='fp32'"
+            return
         back = {theirs: ours for ours, theirs in self.parameter_names.items()}
         names = [name for name in gradients if name in back]
+        weights = self.reference.weights()
+        sizes = [
+            math.sqrt(sum(rms(a) ** 2 * a.size for a in arrays))
+            for arrays in ((weights[n] for n in names), (gradients[n] for n in names))
+        ]
+        for side in sides:  # a step that changes the weights by about a hundredth
+            side.rate = float(np.float32(0.01 * sizes[0] / sizes[1])) if sizes[1] and math.isfinite(sizes[1]) else 0.1
         given_a, given_b = self.optimizers or (None, None)
         if self._wants("optimizer"):
             with self._stage("optimizer") as stage:
@@ -1001,6 +1034,12 @@ class Comparison:
                     )
                 )
             self.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
+            finite = [all(map(math.isfinite, losses)) for losses in zip(*curves, strict=True)]
+            if not any(all(map(math.isfinite, curve)) for curve in curves):
+                stage.note = f"all losses are infinite or NaN after {finite.index(False)} steps"
+                curves = [curve[: finite.index(False)] for curve in curves]
+            if not curves[0]:
+                return
             judged = judge_curve(*curves)
             allowed = FACTOR * self.factor
             noise = np.maximum(judged.noise, self.loss_noise)
@@ -1087,8 +1126,12 @@ class Comparison:
 
     def _suggest(self, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
         """Sets the cause of the report, if a known one removes the difference."""
-        if self.options.get("suggest", True):
+        if not self.options.get("suggest", True):
+            return
+        try:
             self.report.cause = causes.suggest(self, pair, judgements)
+        except Exception as error:  # the difference is found; only its cause is not
+            self.report.notes.append(f"the search for a cause stopped: {type(error).__name__}: {error}")
 
     def shrink(self, path: str) -> None:
         """Finds the smallest input with which the same module differs, and saves it."""
@@ -1254,7 +1297,7 @@ _SCALES = (1.0, 0.5, -1.0)
 """Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
 
 
-def _describe(side: Side) -> dict[str, str]:
+def describe(side: Side) -> dict[str, str]:
     """Returns framework, version, device and TF32 of a side."""
     device = backends.module(side.backend, "tools.probe").device_of(side.module)
     name = str(getattr(device, "type", device)).rpartition(".")[2]

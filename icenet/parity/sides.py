@@ -216,6 +216,9 @@ class Side:
         context: contextlib.AbstractContextManager[None] = self.tools.eager()
         return context
 
+    def arrange(self, a: Side, pairs: list[Pair]) -> None:
+        """Changes the calls that replays leave out to those that this side knows the results of: any, for a module."""
+
     # ---- modes ----------------------------------------------------------------------------------------------
 
     def set_mode(self, train: bool) -> None:
@@ -304,7 +307,9 @@ class Side:
         self._run = Run(events, outputs[0] if cotangent else None, gradients)
         return self._run
 
-    def loss_of(self, event: Event, outputs: Sequence[Value], loss: Any, targets: Targets) -> dict[str, Value]:
+    def loss_of(
+        self, event: Event, outputs: Sequence[Value], loss: Any, targets: Targets, in_order: int | None = None
+    ) -> dict[str, Value]:
         """Returns the loss of given outputs, and its gradient by each of them.
 
         Args:
@@ -312,7 +317,11 @@ class Side:
             outputs: The outputs, in the axes of this side.
             loss: The loss of the user; None for the distance from the targets.
             targets: See `record`.
+            in_order: Number of a sample in which PyTorch sums term by term; None for a usual run.
         """
+        if in_order is not None:
+            with backends.module("torch", "tools.sums").summing_in_order(in_order):
+                return self.loss_of(event, outputs, loss, targets)
 
         def call(*arrays: Any) -> list[Any]:
             if loss is not None:
@@ -340,7 +349,7 @@ class Side:
             change: Changes the options of the optimizer before a step, given its number.
         """
         module = self.tools.detached(self.module)
-        made = self.tools.make_optimizer(module, optimizer)
+        made = self.tools.make_optimizer(module, optimizer, self.rate)
         for number, step in enumerate(gradients):
             if change is not None:
                 change(made, number)
@@ -367,7 +376,7 @@ class Side:
             first: The loss and the gradients before the first step, if they are known.
         """
         module, own = self.tools.detached(self.module), self.module
-        made = self.tools.make_optimizer(module, optimizer)
+        made = self.tools.make_optimizer(module, optimizer, self.rate)
         losses = []
         try:
             self._use(module)
@@ -398,6 +407,8 @@ class Side:
                 count = len(gradients[name]) if "GRU" not in self.classes[holder] else 2 * len(gradients[name]) // 3
                 gradients[name] = np.concatenate([np.zeros(count), gradients[name][count:]])
 
+    rate = 0.1
+    """Learning rate of the default optimizer."""
     has_one_bias = False
     """Whether the other side has one bias per gate in its recurrent layers."""
 

@@ -313,8 +313,9 @@ def _judge_plainly(a: Floats, b: Floats, r: Floats, stored: str, min_noise: floa
 
     Returns None for other values, and if one is not finite.
     """
-    error, noise = (a - r).reshape(-1), (b - r).reshape(-1)
-    squares = float(error @ error), float(noise @ noise)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error, noise = (a - r).reshape(-1), (b - r).reshape(-1)
+        squares = float(error @ error), float(noise @ noise)
     largest = max(float(r.max()), -float(r.min()))
     if not all(map(math.isfinite, (*squares, largest))):
         return None

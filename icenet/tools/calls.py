@@ -286,16 +286,17 @@ def generators_kept() -> Iterator[None]:
 # ---- optimizers ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(module: nn.Module, given: Any) -> Any:
+def make_optimizer(module: nn.Module, given: Any, rate: float = 0.1) -> Any:
     """Returns a new optimizer of the trainable parameters of a module.
 
     Args:
         module: The module.
         given: An optimizer of `mlx.optimizers`, of which a copy is used, or a function of the module; None for SGD
             with momentum.
+        rate: Learning rate of SGD with momentum.
     """
     if given is None:
-        optimizer: Any = optimizers.SGD(learning_rate=0.1, momentum=0.9)
+        optimizer: Any = optimizers.SGD(learning_rate=rate, momentum=0.9)
     elif isinstance(given, optimizers.Optimizer):
         optimizer = copy.deepcopy(given)
     else:

@@ -273,17 +273,18 @@ def generators_kept() -> Iterator[None]:
 # ---- optimizers ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(module: nn.Module, given: Any) -> Any:
+def make_optimizer(module: nn.Module, given: Any, rate: float = 0.1) -> Any:
     """Returns a new optimizer of the trainable parameters of a module.
 
     Args:
         module: The module.
         given: A function of the module, or a class of `torch.optim` or a `partial` of it, which gets the parameters;
             None for SGD with momentum.
+        rate: Learning rate of SGD with momentum.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     if given is None:
-        return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+        return torch.optim.SGD(trained, lr=rate, momentum=0.9)
     cls = getattr(given, "func", given)  # of a partial
     return given(trained if isinstance(cls, type) else module)
 
