@@ -71,6 +71,9 @@ def convert_model(
         own = getattr(options.get("model"), "config", None)
         settings = Config(model=own) if isinstance(own, ImageModelConfig) else None
         return convert(source, destination, **torchvision.translations(settings, source, destination, to), **common)
+    in_folder = destination.is_dir() or not destination.suffix
+    if in_folder:
+        saved_model.check_apart(source, destination)
     imported: folder.Folder | None = None
     if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find(source).path
@@ -94,7 +97,6 @@ def convert_model(
         model = backends.meta_model(settings)
         common |= {"kinds": model.layer_kinds(), "shapes": model.weight_shapes(), "names": model.mlx_names()}
         common["shared"] = model.shared_arrays()
-    in_folder = destination.is_dir() or not destination.suffix
     translations = torchvision.translations(settings, source, destination, to)
     notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []
     if imported is not None and (packed := packed_of(imported.weights)) is not None:
@@ -112,6 +114,7 @@ def convert_model(
         if config is None and settings.model.input_kind in ("images", "anything"):
             images = saved_model.image_file(image_facts(source), settings.model)
             companions = {**images, **companions}  # config.yaml is the last
+            notes += [problem] if (problem := export_model.images_problem(source)) else []
         if not overwrite:
             saved_model.refuse_replacing(destination, list(companions), set())
         common["companions"] = companions

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.config import Config, TransformerConfig
-from icenet.core.errors import CheckpointError, DataError, UsageError
+from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.families import Family, folder, gguf_export, mlx_lm
 from icenet.core.families.tensors import Row
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
@@ -101,6 +101,8 @@ def export(
     packed = packed_of(weights)
     images = _image_files(source, config) if imported is None and config.model.input_kind == "images" else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
+    if config.model.input_kind == "images" and (problem := images_problem(source)):
+        remarks.append(problem)
     notes: list[str] = []
     if packed is not None and form != MLX_LM:
         notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
@@ -226,6 +228,18 @@ def _image_files(source: Path, config: Config) -> folder.ImageFiles | None:
     return facts.files() if facts is not None and len(facts.classes) == config.model.vocab_size else None
 
 
+def images_problem(source: Path) -> str:
+    """Returns why `icenet predict` will refuse a model of images at a path; empty if it will not."""
+    try:
+        facts = image_facts(source)
+        if facts is not None:
+            _ = facts.processor
+    except ConfigError as error:
+        where = "" if folder.PREPROCESSOR in str(error) else f"{folder.PREPROCESSOR}: "
+        return f"icenet predict does not read images for it: {where}{error}"
+    return ""
+
+
 def _check_destination(source: Path, destination: Path, form: str) -> None:
     if form in gguf_export.KINDS:
         if destination.suffix != GGUF_SUFFIX or destination.is_dir():
@@ -240,5 +254,6 @@ def _check_destination(source: Path, destination: Path, form: str) -> None:
     if source.resolve() == destination.resolve():
         raise UsageError(f"{destination}: source and destination are the same folder; name another destination")
     saved_model.check_not_a_run(destination)
+    saved_model.check_apart(source, destination)
     if (enclosing := checkpoint.enclosing(weight_files.target(destination))) is not None:
         raise UsageError(f"{destination}: is in the checkpoint {enclosing}; choose another place")

@@ -119,6 +119,18 @@ def check_not_a_run(folder: Path) -> None:
         raise UsageError(f"{folder}: is {found}, which must not contain another model; choose another folder")
 
 
+def check_apart(source: Path, folder: Path) -> None:
+    """Checks that a folder to write is neither within a folder that is read, nor around it.
+
+    Raises:
+        UsageError: It is, so its files would be mixed up with those of the source.
+    """
+    read, written = source.resolve(), folder.resolve()
+    if source.is_dir() and (read in written.parents or written in read.parents):
+        place = "in" if read in written.parents else "around"
+        raise UsageError(f"{folder}: is {place} the folder that is read, {source}; choose a folder next to it")
+
+
 def refuse_replacing(folder: Path, names: list[str], earlier: set[str]) -> None:
     """Checks that files may be written to a folder.
 

@@ -556,6 +556,16 @@ def test_options_that_no_family_has_are_named(tmp_path: Path, llama: Path) -> No
     assert is_one_line(refused.value, "exists", "overwrite")
 
 
+@pytest.mark.parametrize("form", ["hf", "canonical"])
+def test_an_output_in_the_source_or_around_it_is_refused(llama: Path, form: str) -> None:
+    before = sorted(llama.parent.rglob("*"))
+    for destination in (llama / "out", llama.parent, llama / "out" / ".." / "again"):
+        with pytest.raises(UsageError) as error:
+            icenet.convert(llama, destination, form, overwrite=True)
+        assert is_one_line(error.value, str(destination), str(llama), "next to it")
+    assert sorted(llama.parent.rglob("*")) == before
+
+
 def test_links_out_of_the_folder(llama: Path, tmp_path: Path) -> None:
     """They are refused: an export would copy what they lead to. Those of the hub's cache stay within the model."""
     secret = tmp_path / "secret.json"

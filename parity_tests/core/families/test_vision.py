@@ -293,6 +293,9 @@ def test_a_folder_that_cannot_predict_is_one_line(vit: Path, tmp_path: Path) -> 
     assert is_one_line(error(), "preprocessor_config.json")
     changed(vit, "preprocessor_config.json", do_flip_channel_order=True)
     assert is_one_line(error(), "preprocessor_config.json", "do_flip_channel_order")
+    for form in ("hf", "canonical"):  # which keep the file
+        done = icenet.convert(vit, tmp_path / form, form)
+        assert is_one_line(done.note, "icenet predict", "preprocessor_config.json", "do_flip_channel_order")
     (vit / "preprocessor_config.json").write_text('{"size": 24}')
     assert is_one_line(error(), "photo.png", "24x24", "30x30", "preprocessor_config.json")
     icenet.save(icenet.load(vit, "torch", "cpu"), tmp_path / "saved")
