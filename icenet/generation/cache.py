@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
@@ -232,7 +233,7 @@ def _write(buffer: mx.array, new: mx.array, position: mx.array, first: int | Non
         first: The same, if the host knows it and it is that of all rows: a slice needs fewer kernels.
     """
     if first is not None:
-        buffer = mx.array(buffer)  # the array that the state of an earlier step may have stays as it is
+        buffer = copy.copy(buffer)  # the array that the state of an earlier step may have stays as it is
         buffer[:, :, first : first + new.shape[2]] = new
         return buffer
     if new.shape[2] > 1:

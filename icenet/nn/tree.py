@@ -311,14 +311,3 @@ def copy_modules(model: M) -> M:
         return copies[id(value)]
 
     return copied(model)  # type: ignore[no-any-return]
-
-
-def addresses(model: nn.Module) -> list[int] | None:
-    """Returns the addresses of the arrays of a model; None on CUDA, where reading one would move the array."""
-    if not on_cpu() and mx.cuda.is_available():
-        return None
-    return [_address(array) for _, array, _ in named_arrays(model)]
-
-
-def _address(array: mx.array) -> int:
-    return int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ class BaseModel(ModelBase, nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the parameters; the CPU without any."""
-        return next((array.device for array in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        arrays = itertools.chain(self.parameters(), self.buffers())  # the walk over the modules ends at the first one
+        return next((array.device for array in arrays), torch.device("cpu"))
 
     def native_arrays(self) -> dict[str, torch.Tensor]:
         """Returns parameters and statistics by path, without those that MLX lacks (`num_batches_tracked`)."""

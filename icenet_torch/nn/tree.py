@@ -189,8 +189,3 @@ def copy_modules(model: M) -> M:
         return copies[id(module)]
 
     return copied(model)  # type: ignore[return-value]
-
-
-def addresses(model: nn.Module) -> list[int]:
-    """Returns the addresses of the parameters and buffers of a model."""
-    return [array.data_ptr() for array in (*model.parameters(), *model.buffers())]

@@ -22,7 +22,8 @@ class GenerationCopy:
 
     def __init__(self) -> None:
         self._copy: Any = None
-        self._made_from: Any = None
+        self._settings: Any = None
+        self._snapshot: Any = None
 
     def __deepcopy__(self, memo: Any) -> GenerationCopy:
         return GenerationCopy()
@@ -30,16 +31,18 @@ class GenerationCopy:
     def __reduce__(self) -> Any:
         return GenerationCopy, ()
 
-    def of(self, model: Any, tree: Any) -> Any:
+    def of(self, model: Any, tree: Any, snapshot_type: Any) -> Any:
         """Returns the copy of a model.
 
         Args:
             model: A `ModelBase`.
             tree: The module `nn.tree` of its backend.
+            snapshot_type: The class `nn.snapshot.Snapshot` of its backend.
         """
-        if self._copy is not None and self._made_from == _identity(model, tree):
+        settings = model.compute_dtype, str(model.device)
+        if self._copy is not None and self._settings == settings and self._snapshot.is_of(model):
             return self._copy
-        self._copy = self._made_from = None
+        self._copy = self._settings = self._snapshot = None
         copy = tree.copy_modules(model)
         pairs = zip(list(tree.named_modules(model)), list(tree.named_modules(copy)), strict=True)
         prepared = set()
@@ -51,13 +54,7 @@ class GenerationCopy:
         is_cast = not model.is_on_cpu and any(
             array.dtype != model.compute_dtype for _, array, is_trainable in tree.named_arrays(model) if is_trainable
         )
-        # joining has changed the addresses
-        if not model.training and not is_cast and (identity := _identity(model, tree)) is not None:
-            self._copy, self._made_from = copy, identity
+        if not model.training and not is_cast:
+            # joining has changed the addresses
+            self._copy, self._settings, self._snapshot = copy, settings, snapshot_type(model, copy)
         return copy
-
-
-def _identity(model: Any, tree: Any) -> Any:
-    """Returns what determines the copy of a model; None if the addresses of its arrays are unknown."""
-    addresses = tree.addresses(model)
-    return None if addresses is None else (model.compute_dtype, str(model.device), addresses)

@@ -424,7 +424,8 @@ class ModelBase:
         if self._generation_copy is None:
             self._generation_copy = GenerationCopy()
         with self.arithmetic():
-            return self._generation_copy.of(self, backends.module(self.backend, "nn.tree"))
+            tree = backends.module(self.backend, "nn.tree")
+            return self._generation_copy.of(self, tree, backends.module(self.backend, "nn.snapshot").Snapshot)
 
     def generate(
         self,

@@ -16,8 +16,8 @@ import pytest
 import torch
 from helpers import both_backends, build_model, native, plain, token_ids
 
-from icenet.core import backends
 from icenet.core.config import ModelConfig
+from icenet.nn import snapshot
 
 LLAMA: dict[str, Any] = {
     "positions": "rotary",
@@ -63,13 +63,14 @@ def test_a_copy_is_kept_and_joined_weights_are_in_memory_once(backend: str) -> N
     model = build(backend)
     copied = model.for_generation()
     assert model.for_generation() is copied
-    tree = backends.module(backend, "nn.tree")
-    joined = copied.blocks[1].attention._joined.weight
-    start = joined.data_ptr() if backend == "torch" else tree._address(joined)
-    ends = start + 4 * 24 * np.array([0, 24, 36])
+
+    def address(array: Any) -> int:
+        return array.data_ptr() if backend == "torch" else snapshot._addresses([array])[0]
+
+    ends = address(copied.blocks[1].attention._joined.weight) + 4 * 24 * np.array([0, 24, 36])
     own = model.blocks[1].attention
-    for layer, address in zip((own.q_proj, own.k_proj, own.v_proj), ends, strict=True):
-        assert (layer.weight.data_ptr() if backend == "torch" else tree._address(layer.weight)) == address
+    for layer, expected in zip((own.q_proj, own.k_proj, own.v_proj), ends, strict=True):
+        assert address(layer.weight) == expected
 
 
 def add_one(backend: str, layer: Any, how: str) -> None:
@@ -103,6 +104,35 @@ def test_a_changed_weight_changes_what_is_generated(backend: str, how: str, name
     for _ in range(9):
         expected.append(int(plain(model(native(backend, np.array([expected], np.int32))))[0, -1].argmax()))
     assert second == expected[3:] and second != first
+
+
+@pytest.mark.parametrize("how", ["in place", "item", "another"])
+@pytest.mark.parametrize("name", ["q_proj", "out_proj"])
+def test_a_change_is_noticed_on_cuda(how: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, a kernel writes the addresses. It is replaced; more arrays than it takes need several calls."""
+    model = build("mlx")
+    kept, addresses, sizes = model.for_generation(), snapshot._addresses, []
+
+    def kernel(inputs: list[Any], **options: Any) -> list[Any]:
+        sizes.append(len(inputs))
+        with monkeypatch.context() as on_host:
+            on_host.setattr(snapshot, "on_cpu", lambda: True)
+            return [mx.array(np.array(addresses(inputs), np.uint64))]
+
+    monkeypatch.setattr(snapshot, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(snapshot, "_kernel", lambda: kernel)
+    monkeypatch.setattr(snapshot, "INPUTS", 8)
+    assert model.for_generation() is kept
+    assert sizes == [8] * 4  # of queries, keys, values, gates and ups of two blocks, now and then
+    add_one("mlx", getattr(model.blocks[1].attention, name), how)
+    is_shared = name == "out_proj" and how != "another"  # the copy has the same object, which has changed
+    assert (model.for_generation() is kept) is is_shared
+    assert np.array_equal(model.for_generation().blocks[1].attention.out_proj.weight,
+                          model.blocks[1].attention.out_proj.weight)  # fmt: skip
+    if name == "q_proj":
+        joined = model.for_generation().blocks[1].attention._joined.weight
+        assert np.array_equal(joined[:24], model.blocks[1].attention.q_proj.weight)
 
 
 @both_backends

@@ -1,0 +1,79 @@
+"""Which arrays a model has, to notice later whether they have changed, MLX."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from icenet.nn.arrays import Array, on_cpu
+
+INPUTS = 64
+"""Number of arrays whose addresses one kernel writes."""
+
+
+class Snapshot:
+    """The arrays of a model from which a copy was made.
+
+    A module's new array is another object, which the copy does not have. A change in place, such as `weight *= 2`, is
+    seen in the copy if it has the same object. For an array that the copy has in another form, a change in place is a
+    new address: the old one is not used again, because the snapshot holds it.
+    """
+
+    def __init__(self, model: nn.Module, copy: nn.Module) -> None:
+        self._arrays = list(_arrays(model))
+        shared = {id(array) for array in _arrays(copy)}
+        self._others = [index for index, array in enumerate(self._arrays) if id(array) not in shared]
+        self._before = [copying.copy(self._arrays[index]) for index in self._others]  # with the same memory
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Returns whether the model still has these arrays, with the same values."""
+        arrays = list(_arrays(model))
+        if len(arrays) != len(self._arrays) or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
+            return False
+        return _addresses([arrays[index] for index in self._others]) == _addresses(self._before)
+
+
+def _arrays(value: Any) -> Iterator[Array]:
+    """Yields the arrays in a module, list, tuple or dict."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, dict):  # also modules
+        for part in value.values():
+            yield from _arrays(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _arrays(part)
+
+
+def _addresses(arrays: Sequence[Array]) -> list[int]:
+    if on_cpu() or not mx.cuda.is_available():
+        return [int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data) for array in arrays]
+    # reading an array on the host would move it out of the memory of the device
+    found = []
+    for start in range(0, len(arrays), INPUTS):
+        part = arrays[start : start + INPUTS]
+        [out] = _kernel()(
+            inputs=[*part, *[part[-1]] * (INPUTS - len(part))],
+            output_shapes=[(INPUTS,)],
+            output_dtypes=[mx.uint64],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+        )
+        found.append((out, len(part)))
+    mx.eval([out for out, _ in found])
+    return [int(address) for out, count in found for address in np.array(out)[:count]]
+
+
+@lru_cache
+def _kernel() -> Any:
+    names = [f"array{index}" for index in range(INPUTS)]
+    source = "\n".join(f"out[{index}] = (uint64_t){name};" for index, name in enumerate(names))
+    return mx.fast.cuda_kernel("icenet_addresses", names, ["out"], source, ensure_row_contiguous=False)
