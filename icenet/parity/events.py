@@ -144,7 +144,7 @@ class Recorder:
         event.given, arrays = take_apart((args, kwargs), self.tools.ARRAY)
         event.names = argument_names(event.given)
         # taken before the call, which may change its arguments in place
-        event.arguments = [self.tools.snapshot(array) for array in arrays]
+        event.arguments = [self._taken(array) for array in arrays]
         self.events.append(event)
         if event.parent is not None:
             event.parent.children.append(event)
@@ -157,14 +157,14 @@ class Recorder:
         finally:
             self._open.pop()
         event.result, arrays = take_apart(result, self.tools.ARRAY)
-        event.outputs = [self.tools.snapshot(array) for array in arrays]
+        event.outputs = [self._taken(array) for array in arrays]
         event.gradients = [None] * len(arrays)
         if not self.with_gradients:
             return result
 
         def storing(index: int) -> Callable[[Any], None]:
             def store(gradient: Any) -> None:
-                event.gradients[index] = gradient
+                event.gradients[index] = self.store.keep(gradient) if isinstance(gradient, Value) else gradient
 
             return store
 
@@ -174,11 +174,19 @@ class Recorder:
         ]
         return result if all(a is b for a, b in zip(tapped, arrays, strict=True)) else rebuild(event.result, tapped)
 
+    def _taken(self, array: Any) -> Any:
+        """Returns what an array holds: PyTorch's at once, MLX's is computed with the run."""
+        taken = self.tools.snapshot(array)
+        return self.store.keep(taken) if isinstance(taken, Value) else taken
+
     def finish(self) -> list[Event]:
         """Returns the events with numpy arrays, after the computation."""
         for event in self.events:
             for items in (event.arguments, event.outputs, event.gradients):
-                items[:] = [None if item is None else self.store.keep(self.tools.value(item)) for item in items]
+                items[:] = [
+                    item if item is None or isinstance(item, Value) else self.store.keep(self.tools.value(item))
+                    for item in items
+                ]
         return self.events
 
 

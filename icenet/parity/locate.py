@@ -289,6 +289,7 @@ def judge_layer(
     samples: Samples[SampledReplay] | None = None,
     is_leaf: bool = True,
     quick: Callable[[str], Array | None] | None = None,
+    ties: bool = True,
 ) -> tuple[dict[str, Judgement], bool]:
     """Judges all results of one layer in its replay; see `replay_layer`.
 
@@ -303,6 +304,7 @@ def judge_layer(
         quick: Returns the noise of a result whose sums are taken term by term, if it is known without a replay. If it
             is given, values pass that are far within that noise, or within that of the first sample: most values over
             the tolerance are such sums, which all samples would show as well.
+        ties: Whether inputs may be moved apart where they are equal.
 
     Returns:
         The judgement of each result by name (`output`, `input 0`, `gradient:weight`, ...), and whether gradients are
@@ -331,7 +333,7 @@ def judge_layer(
     ):
         return passing, False
     # samples break exact ties at random, which would count as noise, so only outputs are sampled there
-    has_ties = _may_be_kink(call)
+    has_ties = ties and _may_be_kink(call)
     if not has_ties and samples:
         found = judge(call, samples=samples)
     if has_ties and any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):

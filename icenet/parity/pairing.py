@@ -155,10 +155,11 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         children_a = {id(child) for child in _nearest(pair.a, by_event)}
         for child in _nearest(pair.b, by_event):
             found = by_event[id(child)]
-            if id(found.a) in children_a and _is_separable(found):
+            if id(found.a) in children_a and is_separable(found):
                 pair.children.append(found)
         if not (pair.a.is_storable and pair.b.is_storable):
             pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
+    b.arrange(a, pairs)
     return pairs, notes
 
 
@@ -171,7 +172,7 @@ def _nearest(event: Event, by_event: Mapping[int, Pair]) -> Iterator[Event]:
             yield from _nearest(child, by_event)
 
 
-def _is_separable(pair: Pair) -> bool:
+def is_separable(pair: Pair) -> bool:
     """Returns whether the results of a call can be given instead of computed."""
     complete = len(pair.outputs) == len(pair.b.outputs) or pair.kind in align.DIFFERENT_CALLS
     return complete and bool(pair.outputs) and all(e.is_rebuildable for e in (pair.a, pair.b, pair.noise))
