@@ -696,8 +696,8 @@ FAULTS: list[Fault] = [
     Fault(
         "unequal values of a shared array are accepted",
         "icenet/core/weights/sharing.py",
-        "            if not _is_equal(first, found[name]):\n",
-        "            if False:\n",
+        " if not _is_equal(first, found[name])]",
+        " if False]",
         ["models/test_twins.py::test_a_shared_array_is_stored_under_both_names_and_read_from_one"],
     ),
     Fault(
@@ -1065,6 +1065,27 @@ FAULTS: list[Fault] = [
         "x if self.parallel else y, second, y)",
         "y, second, y)",
         ["models/test_merged.py::test_a_merged_block_computes_what_the_block_does"],
+    ),
+    Fault(
+        "a merged block of parallel branches reads the sum, MLX",
+        "icenet/models/merged.py",
+        "x if self.parallel else y, second, y)",
+        "y, second, y)",
+        ["models/test_merged.py::test_a_merged_block_of_mlx_computes_what_the_block_does"],
+    ),
+    Fault(
+        "packed numbers are not centered",
+        "icenet/nn/linear_kernels.py",
+        " + w.scale[r] * MIDDLE;",
+        ";",
+        ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
+    ),
+    Fault(
+        "warps do not share the inputs",
+        "icenet/nn/linear_kernels.py",
+        "for (int step = part; step < steps; step += parts) {",
+        "for (int step = 0; step < steps; step += parts) {",
+        ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
     ),
     Fault(
         "a merged block does not call hooks",

@@ -137,7 +137,7 @@ def mlx_weights(module: Any) -> MLXWeights:
         except WeightsError as error:
             problems.append(f"{path}: {error}")
     if problems:
-        raise WeightsError("; ".join(problems))
+        raise WeightsError(f"the axes of arrays of the MLX module are not known: {'; '.join(problems)}")
     return MLXWeights(shapes, kinds, counterparts, tree.mlx_names(module), shared_arrays(module))
 
 

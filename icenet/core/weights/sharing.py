@@ -57,7 +57,7 @@ def complete(values: Mapping[str, Array], shared: Mapping[str, str]) -> Mapping[
         shared: Owner's path by alias.
 
     Raises:
-        WeightsError: Two names of one array have unequal values.
+        WeightsError: Two names of one array have unequal values. The message has all such pairs.
     """
     if not shared:
         return values
@@ -65,18 +65,20 @@ def complete(values: Mapping[str, Array], shared: Mapping[str, str]) -> Mapping[
     groups: dict[str, list[str]] = {}
     for alias, owner in shared.items():
         groups.setdefault(owner, [owner]).append(alias)
+    unequal = []
     for names in groups.values():
         present = [name for name in names if name in found]
         if not present:
             continue
         first = found[present[0]]
-        for name in present[1:]:
-            if not _is_equal(first, found[name]):
-                raise WeightsError(
-                    f"{present[0]} and {name} are one array in this model and have unequal values in the weights; "
-                    "use weights of a model that shares them, or remove one of the names"
-                )
+        unequal += [f"{present[0]} and {name}" for name in present[1:] if not _is_equal(first, found[name])]
         found |= dict.fromkeys(names, first)
+    if unequal:
+        are = "are one array" if len(unequal) == 1 else "are one array each"
+        raise WeightsError(
+            f"{', '.join(unequal)} {are} in this model and have unequal values in the weights; "
+            "use weights of a model that shares them, or remove one of the names"
+        )
     return found
 
 

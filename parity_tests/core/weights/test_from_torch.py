@@ -637,6 +637,17 @@ def test_arrays_that_mlx_shares() -> None:
     assert theirs.b.weight is theirs.a.weight and np.array_equal(np.array(ours.a.weight), theirs.a.weight.detach())
 
 
+def test_all_unequal_values_of_shared_arrays_are_named() -> None:
+    ours, theirs = mnn.Module(), tnn.Module()
+    ours.layers = [mnn.Linear(3, 3)] * 2
+    theirs.layers = tnn.ModuleList([tnn.Linear(3, 3), tnn.Linear(3, 3)])
+    before = modules.get_weights(ours)
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs, ours)
+    assert is_one_line(raised.value, "layers.0.weight and layers.1.weight", "layers.0.bias and layers.1.bias")
+    assert same_bits(modules.get_weights(ours), before)
+
+
 def test_transformer_layers_with_biases_are_trained_like_pytorchs() -> None:
     """MLX's layers have no option for the biases of the attention: they get them, and lose them again."""
     ours, theirs = mnn.TransformerEncoderLayer(8, 2, 12), tnn.TransformerEncoderLayer(8, 2, 12)
