@@ -2,7 +2,8 @@
 
 Each thread of the GPU is a coroutine that stops at barriers, shuffles and waits. A block runs until all of its
 threads wait for other blocks, then the next one: a block that should have waited reads values that were not written,
-which are NaN. If all blocks wait, the run is an error.
+which are NaN. If all blocks wait, the run is an error. Arrays declared `__shared__` are those of one block at a time:
+kernels whose blocks wait for each other use SHARED_ARRAY.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ bool run(int number_of_blocks, int size, int dynamic, bool reversed, std::functi
 
 _CUDA = r"""
 #define __device__
+#define __shared__ static
 #define __syncthreads machine::sync_block
 #define __shfl_xor_sync(all, value, mask) machine::exchange(value, mask)
 struct Index { int x; };

@@ -1,0 +1,269 @@
+"""The CUDA kernels of training against float64: emulated on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import icenet.blas  # noqa: F401  (first: it decides which BLAS MLX finds)
+
+# isort: split
+import emulated_gpu
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from icenet.nn import conv, training_kernels
+from icenet.nn.arrays import from_numpy, to_numpy
+from icenet.parity.yardstick import judge
+
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+CACHES = [value for value in vars(training_kernels).values() if isinstance(value, functools._lru_cache_wrapper)]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("gpu", marks=pytest.mark.gpu),
+        pytest.param("emulated", marks=pytest.mark.skipif(emulated_gpu.COMPILER is None, reason="needs g++")),
+    ]
+)
+def device(request: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "gpu":
+        if not mx.cuda.is_available():
+            pytest.skip("needs CUDA")
+        yield
+        return
+    for cached in CACHES:
+        cached.cache_clear()
+
+    def cuda_kernel(name: str, inputs: list[str], outputs: list[str], source: str) -> Callable[..., list[mx.array]]:
+        return emulated_gpu.kernel(compiled, name=name, input_names=inputs, output_names=outputs, source=source)
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    monkeypatch.setattr(training_kernels, "has_kernels", lambda: True)
+    yield
+    for cached in CACHES:
+        cached.cache_clear()
+
+
+def draw(dtype: str, *shape: int, offset: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Returns values that the dtype has."""
+    values = np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32) + np.float32(offset)
+    return torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+
+
+def run_mlx(f: Any, arrays: list[np.ndarray], cotangent: np.ndarray, dtypes: list[str]) -> list[np.ndarray]:
+    """Returns the output of a function and its gradients."""
+    inputs = [from_numpy(array).astype(getattr(mx, dtype)) for array, dtype in zip(arrays, dtypes, strict=True)]
+    outputs, gradients = mx.vjp(f, inputs, [from_numpy(cotangent).astype(inputs[0].dtype)])
+    return [to_numpy(array.astype(mx.float32)) for array in (*outputs, *gradients)]
+
+
+def run_torch(f: Any, arrays: list[np.ndarray], cotangent: np.ndarray, dtypes: list[str]) -> list[np.ndarray]:
+    inputs = [
+        torch.from_numpy(array).to(getattr(torch, dtype)).requires_grad_()
+        for array, dtype in zip(arrays, dtypes, strict=True)
+    ]
+    y = f(*inputs)
+    y.backward(torch.from_numpy(cotangent).to(y.dtype))
+    return [array.detach().double().numpy() for array in (y, *(x.grad for x in inputs))]  # type: ignore[union-attr]
+
+
+def check(ours: Any, theirs: Any, arrays: list[np.ndarray], dtype: str, shape: tuple[int, ...] | None = None) -> None:
+    """Compares an operation and its gradients with PyTorch's in the dtype and in float64.
+
+    Args:
+        ours, theirs: The operation in MLX and in PyTorch. The first argument has the dtype, others are fp32.
+        arrays: The arguments.
+        dtype: The dtype.
+        shape: The shape of the output; None is that of the first argument.
+    """
+    cotangent = draw(dtype, *(shape or arrays[0].shape), seed=1)
+    dtypes = [dtype] + ["float32"] * (len(arrays) - 1)
+    found = run_mlx(ours, arrays, cotangent, dtypes)
+    noisy = run_torch(theirs, arrays, cotangent, dtypes)
+    exact = run_torch(theirs, arrays, cotangent, ["float64"] * len(arrays))
+    for index, (a, b, r) in enumerate(zip(found, noisy, exact, strict=True)):
+        judgement = judge(a, b, r, SHORT[dtype], stored="fp32" if index > 1 else None)
+        assert not judgement.is_over, (index, judgement)
+
+
+# compiling the kernels of a case takes 1 to 5 s
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# ---- loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "softcap"),
+    [("bfloat16", 1003, 5.0), slow("bfloat16", 5000, None), slow("float32", 9001, None), slow("float16", 64, 3.0)],
+)
+def test_cross_entropy(dtype: str, width: int, softcap: float | None, device: str) -> None:
+    """Also rows with an ignored label, with a logit of minus infinity and with equal logits."""
+    rows = 5
+    logits = draw(dtype, rows, width) * 8
+    logits[1, 3], logits[2] = -np.inf, 1.0
+    labels = np.array([7, 3 + (softcap is None), 0, -100, width - 1])
+    exact = torch.from_numpy(logits).double().requires_grad_()
+    capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    losses = F.cross_entropy(capped, torch.from_numpy(labels), reduction="none")
+    (losses.sum() / 4).backward()
+    values = from_numpy(logits).astype(getattr(mx, dtype))
+    loss, gradient = training_kernels.cross_entropy(values, mx.array(labels), mx.array(4), softcap)
+    assert np.allclose(to_numpy(loss), losses.detach().numpy(), rtol=2e-6, atol=2e-6)
+    steps = {"float32": 2e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    truth = exact.grad.numpy()  # type: ignore[union-attr]
+    found = to_numpy(gradient.astype(mx.float32))
+    assert np.allclose(found, truth, rtol=steps, atol=1e-7 if dtype != "float16" else 6e-8)
+    assert not found[3].any()
+
+
+# ---- norms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("bfloat16", (3, 5, 6, 40)),
+        slow("bfloat16", (2, 9, 11, 7)),  # one channel per thread
+        slow("float16", (4, 8, 8, 520)),  # more than one tile
+        slow("float32", (8, 16, 16, 4)),
+    ],
+)
+def test_batch_norm(dtype: str, shape: tuple[int, ...], device: str) -> None:
+    """The images have a mean of ten deviations, which squares of the values alone would lose in fp32."""
+    x, weight, bias = (
+        draw(dtype, *shape, offset=10.0),
+        draw("float32", shape[-1], offset=1),
+        draw("float32", shape[-1]),
+    )
+    running = [np.zeros(shape[-1], np.float32), np.ones(shape[-1], np.float32)]
+    kept: dict[str, Any] = {}
+
+    def ours(x: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+        y, kept["mean"], kept["var"] = training_kernels.batch_norm(
+            x, weight, bias, *map(mx.array, running), 1e-5, 0.1
+        )
+        return [y]
+
+    def theirs(x: Any, weight: Any, bias: Any) -> Any:
+        kept["theirs"] = mean, var = [torch.tensor(array).to(weight.dtype) for array in running]
+        return F.batch_norm(x.movedim(-1, 1), mean, var, weight, bias, True).movedim(1, -1)
+
+    check(ours, theirs, [x, weight, bias], dtype)
+    for name, truth in zip(("mean", "var"), kept["theirs"], strict=True):  # the last call is the one in float64
+        assert np.allclose(to_numpy(kept[name]), truth.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_centered", [True, slow(False)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("bfloat16", (3, 7, 264)), slow("float16", (2, 301)), slow("float32", (40, 512))]
+)
+def test_layer_norm(dtype: str, shape: tuple[int, ...], is_centered: bool, device: str) -> None:
+    x, weight, bias = (
+        draw(dtype, *shape, offset=3.0),
+        draw("float32", shape[-1], offset=1),
+        draw("float32", shape[-1]),
+    )
+
+    def theirs(x: Any, weight: Any, *bias: Any) -> Any:
+        y = x.to(weight.dtype)
+        if bias:
+            return F.layer_norm(y, shape[-1:], weight, *bias, 1e-5).to(x.dtype)
+        return F.rms_norm(y, shape[-1:], weight, 1e-5).to(x.dtype)
+
+    def ours(x: mx.array, weight: mx.array, *bias: mx.array) -> list[mx.array]:
+        return [training_kernels.layer_norm(x, weight, bias[0] if bias else None, 1e-5)]
+
+    check(ours, theirs, [x, weight, bias] if is_centered else [x, weight], dtype)
+
+
+# ---- elementwise --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("bfloat16", "gelu"), slow("float16", "gelu_tanh"), slow("float32", "silu")]
+)
+def test_activation(dtype: str, name: str, device: str) -> None:
+    functions = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
+    x = np.append(draw(dtype, 600) * 3, np.array([0.0, 30, -30, 5], np.float32))
+    check(lambda x: [training_kernels.activation(name, x)], functions[name], [x], dtype)
+
+
+@pytest.mark.parametrize("size", [1000, slow(777)])
+@pytest.mark.parametrize(("is_decoupled", "decay"), [(True, 0.1), slow(False, 0.2)])
+def test_adam(size: int, is_decoupled: bool, decay: float, device: str) -> None:
+    """A step with a clipped gradient, by the formulas of Kingma and Ba and of Loshchilov and Hutter in float64."""
+    p, g, m = (draw("float32", size, seed=seed) for seed in range(3))
+    v, factor, rate, first, second, eps = np.square(draw("float32", size, seed=4)), 0.25, 1e-2, 0.271, 0.143, 1e-8
+    shrink, added = (1 - rate * decay, 0.0) if is_decoupled else (1.0, decay)
+    scalars = [rate / first, second**0.5, eps, shrink, 0.9, 0.1, 0.95, 0.05, added]
+    arrays = [from_numpy(array) for array in (p, g, m, v)]
+    found = training_kernels.adam(*arrays, mx.array([factor]), mx.array(scalars, mx.float32))
+    slope = g.astype(np.float64) * factor + added * p
+    new_m, new_v = 0.9 * m + 0.1 * slope, 0.95 * v + 0.05 * slope**2
+    new_p = p * (1 - rate * decay if is_decoupled else 1) - rate * (new_m / first) / (np.sqrt(new_v / second) + eps)
+    for array, truth in zip(found, (new_p, new_m, new_v), strict=True):
+        assert np.allclose(to_numpy(array), truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 100_001])
+def test_sum_of_squares(size: int, device: str) -> None:
+    x = draw("float32", size, offset=1.0)
+    found = training_kernels.sum_of_squares(from_numpy(x)).item()
+    assert found == pytest.approx(float(np.square(x.astype(np.float64)).sum()), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 50, 16), (3000, 5)])
+def test_column_sums(shape: tuple[int, ...], device: str) -> None:
+    x = draw("bfloat16", *shape, offset=1.0)
+    found = to_numpy(training_kernels.column_sums(from_numpy(x).astype(mx.bfloat16)))
+    assert np.allclose(found, x.astype(np.float64).reshape(-1, shape[-1]).sum(axis=0), rtol=1e-6)
+
+
+# ---- images -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "shape"),
+    [(3, 2, 1, (2, 7, 8, 5)), slow(2, 2, 0, (2, 9, 7, 3)), slow(3, 1, 1, (1, 5, 6, 4))],
+)
+def test_max_pool(size: int, stride: int, padding: int, shape: tuple[int, ...], device: str) -> None:
+    """Values are small integers, so that many windows have equal maxima; one is NaN."""
+    x = np.round(draw("float32", *shape))
+    x[0, 2, 3, 1] = np.nan
+
+    def theirs(x: Any) -> Any:
+        return F.max_pool2d(x.movedim(-1, 1), size, stride, padding).movedim(1, -1)
+
+    cotangent = np.round(draw("float32", *theirs(torch.from_numpy(x)).shape, seed=1) * 4)
+    found = run_mlx(lambda x: [training_kernels.max_pool(x, size, stride, padding)], [x], cotangent, ["bfloat16"])
+    for a, b in zip(found, run_torch(theirs, [x], cotangent, ["float32"]), strict=True):
+        assert np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (2, 0), (7, 3)])
+@pytest.mark.parametrize("length", [9, 12])
+def test_convolution_with_cudnns_gradient(kernel: int, padding: int, stride: int, length: int) -> None:
+    """Its gradients are written as other convolutions, which any device computes."""
+    x, weight = draw("float32", 2, length, length + 1, 3), draw("float32", 4, kernel, kernel, 3)
+
+    def theirs(x: Any, weight: Any) -> Any:
+        return F.conv2d(x.movedim(-1, 1), weight.movedim(-1, 1), None, stride, padding).movedim(1, -1)
+
+    shape = tuple(theirs(torch.from_numpy(x), torch.from_numpy(weight)).shape)
+    check(lambda x, w: [conv._conv2d_on_cuda(x, w, stride, padding)], theirs, [x, weight], "float32", shape)
