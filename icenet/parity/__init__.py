@@ -7,6 +7,8 @@
 
 comparison  `compare`: any two modules, stage by stage
 result      its report: stages, rows, modules, culprit and cause
+recording   `record` and `read_trace`: a reference that is on another machine
+trace_files the files of a recording
 status      the stages and statuses of a report
 html        its page
 yardstick   the criterion: error of MLX over noise of PyTorch, both relative to PyTorch in float64
@@ -26,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import compare
+    from icenet.parity.recording import read_trace, record
     from icenet.parity.result import Report
     from icenet.parity.status import ALL_STAGES
 
-__all__ = ["ALL_STAGES", "Report", "compare"]
+__all__ = ["ALL_STAGES", "Report", "compare", "read_trace", "record"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,6 +41,10 @@ def __getattr__(name: str) -> Any:
         from icenet.parity.comparison import compare
 
         return compare
+    if name in ("read_trace", "record"):
+        from icenet.parity import recording
+
+        return getattr(recording, name)
     if name == "Report":
         from icenet.parity.result import Report
 

@@ -74,6 +74,8 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
         forward = (_numbers, _order, _parts, _statistics, _functions, _scale, _sums, _weights, _options, _casts)
         backward = (_numbers, _sums, _functions, _weights, _casts, _scale)
         for search in forward if trial.is_forward else backward:
+            if search in (_statistics, _functions, _weights, _casts) and not comparison.computes_reference:
+                continue
             try:
                 if cause := search(trial):
                     return cause
@@ -336,14 +338,10 @@ def _sums(trial: _Trial) -> str:
         if not factor or exact.size <= 2 or not trial.explains_array(exact + factor * array):
             continue
         if abs(factor + 1) < 1e-4:
-            return (
-                f"{label} is not added in a" if trial.is_forward else f"{label} is not passed on in a: stop_gradient?"
-            )
-        return (
-            f"{label} is added once more in a"
-            if abs(factor - 1) < 1e-4
-            else f"{factor:.6g} times {label} is added in a"
-        )
+            return f"{label} is not {'added' if trial.is_forward else 'passed on, as by stop_gradient,'} in a"
+        if abs(factor - 1) < 1e-4:
+            return f"{label} is added once more in a"
+        return f"{label} is multiplied by {1 + factor:.6g} in a"
     for (label, array), (other, taken) in itertools.permutations(terms, 2):
         if trial.explains_array(exact + array - taken):
             return f"a adds {label} where b adds {other}"
@@ -406,9 +404,6 @@ def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
     """Returns the arrays of a shape that a call receives, with what to call them."""
     found: list[tuple[str, Array]] = []
     if trial.is_forward:
-        for (child, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
-            label = "the input" if child is None else f"the output of {relative(child.path, trial.pair.path)}"
-            found.append((label, np.asarray(value.array, np.float64)))
         for child in trial.pair.children:
             for name, array in trial.c.reference.own_arrays(child.path).items():
                 if shape and array.ndim == 1 and array.shape[0] in (shape[-1], shape[1] if len(shape) > 2 else -1):
@@ -416,12 +411,15 @@ def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
                     label = f"{relative(child.path, trial.pair.path)}.{name}"
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
+        for (child, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
+            label = "the input" if child is None else f"the output of {relative(child.path, trial.pair.path)}"
+            found.append((label, np.asarray(value.array, np.float64)))
     elif trial.seeds is not None:
         for (child, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
             what = "the output" if child is None else f"the input of {relative(child.path, trial.pair.path)}"
             found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
     kept: dict[str, Array] = {}
-    for label, array in found:
+    for label, array in reversed(found):  # an array may be passed on unchanged: then the last call that returns it
         if array.shape == shape and len(kept) < 12:
             kept.setdefault(label, array)
     return list(kept.items())

@@ -188,7 +188,7 @@ class Comparison:
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
         self.loss_noise = 0.0
-        self.targets_a = self.targets_b = _Targets(seed, None)
+        self.targets_a = self.targets_b = Targets(seed, None)
         if kinds == ("torch", "mlx"):
             a, b = b, a
             self.losses, self.optimizers = (pair and pair[::-1] for pair in (self.losses, self.optimizers))
@@ -215,6 +215,8 @@ class Comparison:
         self._modules: dict[str, Module] = {}
         self._add_modules()
 
+    computes_reference = True
+    """Whether the reference can compute something else, to find a cause."""
     judges_ties = True
     """Whether layers are computed again with equal inputs moved apart."""
 
@@ -564,7 +566,7 @@ class Comparison:
         self._set_mode(True)
         loss_a, loss_b = self.losses or (None, None)
         wants = any(map(self._wants, ("loss", "gradients", "optimizer", "training")))
-        self.targets_b = _Targets(self.seed, self.reference.tools)
+        self.targets_b = Targets(self.seed, self.reference.tools)
         exact = self._reference_run(inputs, loss_b, self.targets_b, wants)
         noise = self.b.record(inputs.given, self.inputs_b, self.store, loss_b, self.targets_b, wants)
         hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None
@@ -1093,7 +1095,7 @@ class Comparison:
             path, part = _split_at(name, self.b.modules)
             note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
             stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
-        sequence = [{name: np.asarray(gradients[name] * scale, np.float32) for name in names} for scale in _SCALES]
+        sequence = update_gradients(gradients, names)
         updated = []
         for side in (self.a, self.b, self.reference):
             is_test = side is self.a
@@ -1180,7 +1182,7 @@ class _AmbiguousAxes(Exception):
     """The shape of an output does not show which of its axes are which."""
 
 
-class _Targets:
+class Targets:
     """Random targets of the outputs of a module, as large as the outputs of the reference.
 
     Args:
@@ -1203,9 +1205,9 @@ class _Targets:
         self._drawn = {} if drawn is None else drawn
         self._is_a = drawn is not None
 
-    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> _Targets:
+    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
         """Returns the same targets for `a`."""
-        return _Targets(self._seed, tools, self._drawn, hows, same)
+        return Targets(self._seed, tools, self._drawn, hows, same)
 
     def __call__(self, outputs: Sequence[Any]) -> list[Value]:
         found = []
@@ -1295,6 +1297,11 @@ class _Replays:
 
 _SCALES = (1.0, 0.5, -1.0)
 """Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
+
+
+def update_gradients(gradients: Mapping[str, Array], names: Sequence[str]) -> list[dict[str, Array]]:
+    """Returns the gradients of successive updates of some parameters, given those of a run."""
+    return [{name: np.asarray(gradients[name] * scale, np.float32) for name in names} for scale in _SCALES]
 
 
 def describe(side: Side) -> dict[str, str]:

@@ -119,9 +119,15 @@ def for_reference(inputs: Inputs, b: Any, layout: Any, same: bool) -> list[Value
     found = []
     for name, value in zip(inputs.names, inputs.values, strict=True):
         chosen = by_name.get(name) if by_name else layout
-        how = LAYOUTS[chosen] if chosen is not None else align.SAME if same else _axes(value, b)
+        how = LAYOUTS[chosen] if chosen is not None else align.SAME if same else axes(value, b)
         found.append(Value(align.to_torch(how, value.array), value.dtype))
     return found
+
+
+def layout_of(name: str, layout: str | Mapping[str, str]) -> str | None:
+    """Returns the alignment that a user gave for an input; None if none is given."""
+    chosen = {str(key): how for key, how in layout.items()}.get(name) if isinstance(layout, Mapping) else layout
+    return None if chosen is None else LAYOUTS[chosen]
 
 
 def moved(inputs: Inputs, how: str) -> list[Value]:
@@ -129,7 +135,7 @@ def moved(inputs: Inputs, how: str) -> list[Value]:
     return [Value(align.to_torch(how, v.array) if v.is_float else v.array, v.dtype) for v in inputs.values]
 
 
-def _axes(value: Value, b: Any) -> str:
+def axes(value: Value, b: Any) -> str:
     """Returns the alignment of an input, by the first layer of `b` that defines one."""
     if not value.is_float or value.array.ndim < 3:
         return align.SAME

@@ -321,7 +321,7 @@ def judge_layer(
         return found, False
     cotangents = replays[0].cotangents(path, cotangents)
     if dtype == "fp16":
-        cotangents = _without_overflow(path, call, cotangents, replays)
+        cotangents = scaled_for_fp16(path, call, cotangents, replays)
     judge = partial(_judge_replay, path, cotangents=cotangents, replays=replays, dtype=dtype)
     found = judge(call, samples=None)
     if not any(judgement.is_over for judgement in found.values()):
@@ -475,7 +475,7 @@ def fits_fp16(reference: Mapping[str, Array], others: Sequence[Mapping[str, Arra
     return largest * scale < FP16_HEADROOM and all(finite)
 
 
-def _without_overflow(path: str, call: Call, cotangents: list[Value], replays: Sequence[Replay]) -> list[Value]:
+def scaled_for_fp16(path: str, call: Call, cotangents: list[Value], replays: Sequence[Replay]) -> list[Value]:
     """Returns cotangents, scaled so that no gradient overflows in fp16."""
     for scale in FP16_SCALES:
         scaled = [

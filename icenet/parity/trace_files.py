@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -269,8 +269,3 @@ def decode(item: Any) -> Any:
     if kind != "is" or isinstance(content, (dict, list)):
         raise ValueError
     return content
-
-
-def pairs_of(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the items of a mapping of the manifest."""
-    return iter(mapping.items())
