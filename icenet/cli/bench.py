@@ -290,6 +290,8 @@ def speculative_command(**options: Any) -> None:
     The new tokens per second of one prompt without a draft, and with one of a quarter of the layers and half the
     width, whose proposals agree at a given rate. TARGET is the same as in icenet bench decode.
     """
+    if options["sample"]:
+        raise click.UsageError("--sample has no effect on speculative: its tokens are drawn at temperature 100")
     _run_inference(["speculative"], **options)
 
 

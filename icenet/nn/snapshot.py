@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import operator
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -28,29 +29,31 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, copy: nn.Module) -> None:
-        self._arrays = list(_arrays(model))
-        shared = {id(array) for array in _arrays(copy)}
-        self._others = [index for index, array in enumerate(self._arrays) if id(array) not in shared]
-        self._before = [copying.copy(self._arrays[index]) for index in self._others]  # with the same memory
+        self._parts = [(holder, _values(holder)) for holder in _holders(model)]
+        shared = {id(value) for holder in _holders(copy) for value in _values(holder)}
+        arrays = [value for _, values in self._parts for value in values if isinstance(value, mx.array)]
+        self._others = [array for array in arrays if id(array) not in shared]
+        self._before = [copying.copy(array) for array in self._others]  # with the same memory
 
-    def is_of(self, model: nn.Module) -> bool:
+    def is_current(self) -> bool:
         """Returns whether the model still has these arrays, with the same values."""
-        arrays = list(_arrays(model))
-        if len(arrays) != len(self._arrays) or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
-            return False
-        return _addresses([arrays[index] for index in self._others]) == _addresses(self._before)
+        for holder, before in self._parts:
+            values = _values(holder)
+            if len(values) != len(before) or not all(map(operator.is_, values, before)):
+                return False
+        return _addresses(self._others) == _addresses(self._before)
 
 
-def _arrays(value: Any) -> Iterator[Array]:
-    """Yields the arrays in a module, list, tuple or dict."""
-    if isinstance(value, mx.array):
+def _holders(value: Any) -> Iterator[Any]:
+    """Yields the modules, dicts, lists and tuples of a model."""
+    if isinstance(value, (dict, list, tuple)):  # a module is a dict
         yield value
-    elif isinstance(value, dict):  # also modules
-        for part in value.values():
-            yield from _arrays(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _arrays(part)
+        for part in _values(value):
+            yield from _holders(part)
+
+
+def _values(holder: Any) -> list[Any]:
+    return list(holder.values()) if isinstance(holder, dict) else list(holder)
 
 
 def _addresses(arrays: Sequence[Array]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import nn
 
 
@@ -12,12 +14,16 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, copy: nn.Module) -> None:
-        self._addresses = _addresses(model)
+        holders = [
+            holder for module in model.modules() for holder in (module._modules, module._parameters, module._buffers)
+        ]
+        self._parts = [(holder, list(holder.values())) for holder in holders]
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
-    def is_of(self, model: nn.Module) -> bool:
+    def is_current(self) -> bool:
         """Returns whether the model still has these arrays."""
-        return self._addresses == _addresses(model)
-
-
-def _addresses(model: nn.Module) -> list[int]:
-    return [array.data_ptr() for array in (*model.parameters(), *model.buffers())]
+        for holder, before in self._parts:
+            if len(holder) != len(before) or not all(map(operator.is_, holder.values(), before)):
+                return False
+        return self._addresses == [tensor.data_ptr() for tensor in self._tensors]

@@ -450,7 +450,7 @@ def test_quantized_weights_next_to_those_as_they_are(in_process: None, capsys: p
 
 def test_a_draft_next_to_plain_decoding(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     """The text is the same; the part of accepted proposals is near the probability of agreement."""
-    sizes = ["--prompt", "8", "--new-tokens", "40", "--agreement", "0.5", "--sample"]
+    sizes = ["--prompt", "8", "--new-tokens", "40", "--agreement", "0.5"]
     assert (
         cli.main(bench("speculative", *sizes, "--side", "icenet mlx,icenet torch", "--repeats", "1", "--json")) == 0
     )
@@ -463,6 +463,8 @@ def test_a_draft_next_to_plain_decoding(in_process: None, capsys: pytest.Capture
         assert drafted["ratios"] != plain["ratios"]
     assert cli.main(bench("speculative", *sizes[:4], "--agreement", "2")) == 2
     assert is_one_line(error_line(capsys.readouterr().err), "--agreement")
+    assert cli.main(bench("speculative", "--sample")) == 2
+    assert is_one_line(error_line(capsys.readouterr().err), "--sample", "no effect")
     assert cli.main(bench("quantized", "--bits", "7")) == 2
     assert is_one_line(error_line(capsys.readouterr().err), "--bits", "8")
 

@@ -40,7 +40,7 @@ class GenerationCopy:
             snapshot_type: The class `nn.snapshot.Snapshot` of its backend.
         """
         settings = model.compute_dtype, str(model.device)
-        if self._copy is not None and self._settings == settings and self._snapshot.is_of(model):
+        if self._copy is not None and self._settings == settings and self._snapshot.is_current():
             return self._copy
         self._copy = self._settings = self._snapshot = None
         copy = tree.copy_modules(model)
