@@ -133,7 +133,7 @@ def load(
     from icenet.core.config import custom
     from icenet.core.errors import CheckpointError
     from icenet.core.models.inference import build_for_inference, quantized
-    from icenet.core.training.open_model import image_facts, open_averaged, open_target
+    from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
     from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
@@ -146,6 +146,7 @@ def load(
     if config is None or weights is None:
         problem = "contains no weights" if path.exists() else "no such file or folder"
         raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
+    config = with_tokenizer(config, weights)
     if trust_code:
         custom.trust(config.model.type)
     if quantize is not None:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.config import Config
+from icenet.core.config import Config, CustomDataConfig
 from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.files import set_aside as rename_aside
 from icenet.core.files import staged_folder, write_bytes, write_error, write_text
@@ -140,9 +140,10 @@ def _foreign_files(path: Path) -> list[str]:
 def config_files(config: Config, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns the content of config.yaml and of the files that belong to it, such as tokenizer.json, by name.
 
-    The config.yaml is the last one. It refers to the tokenizer.json next to it, so the folder can be moved.
+    The config.yaml is the last one. It refers to the tokenizer.json next to it, so the folder can be moved. Options
+    of a user's class of data stay as they are.
     """
-    if TOKENIZER_FILE in files:
+    if TOKENIZER_FILE in files and not isinstance(config.data, CustomDataConfig):
         config = config.with_overrides(f"data.tokenizer={TOKENIZER_FILE}")
     return {**files, "config.yaml": config.to_yaml().encode()}
 

@@ -22,7 +22,7 @@ from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training import checkpoint, saved_model
-from icenet.core.training.open_model import image_facts, open_averaged, open_target
+from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
@@ -89,6 +89,7 @@ def export(
         config, weights = open_averaged(source) if averaged else open_target(source)
     if weights is None:
         raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
+    config = with_tokenizer(config, weights)
     if form != FORM and config.model.input_kind == "images":
         raise UsageError(
             f"--to {form}: is for models of text, and a {config.model.type} classifies images; use --to {FORM}"

@@ -18,6 +18,7 @@ from icenet.core.engine import Engine
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.tokenizers import tokenizer_files
+from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training.changed_keys import of_model, value
 from icenet.core.training.open_model import image_facts, open_trained
 from icenet.core.weights.origin import Origin
@@ -148,6 +149,16 @@ def facts_for(config: Config, dataset: Dataset) -> list[str]:
         return []
     dataset.facts = facts.model_dump(exclude_none=True)
     return [f"the names of the classes, and how icenet predict reads images, are those of {given}"]
+
+
+def files_for(config: Config, dataset: Dataset) -> None:
+    """Gives data of the user without files those of the tokenizer of the model that a run begins with."""
+    given = config.training.init_from
+    if given is None or not isinstance(dataset, UserDataset) or dataset.files or config.model.input_kind == "images":
+        return
+    source, weights = open_trained(Path(given), "training.init_from", warn=False)
+    if not lacks_tokenizer(source, weights):
+        dataset.files = tokenizer_files(getattr(source.data, "tokenizer", ByteTokenizer.name))
 
 
 def _first_names(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.config import Config, ImageModelConfig
+from icenet.core.config import Config, CustomDataConfig, DataConfig, ImageModelConfig
 from icenet.core.data.images import facts as images
 from icenet.core.data.images.facts import ImageFacts
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
@@ -82,6 +82,23 @@ def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapp
     return config, read_saved(weights)
 
 
+def with_tokenizer(config: Config, weights: Any) -> Config:
+    """Returns the configuration to use a model with, and not to train it.
+
+    Data of a user's class have no tokenizer. The checkpoint of their run has that of the model that the run began
+    with.
+
+    Args:
+        config: The configuration of the weights.
+        weights: The weights.
+    """
+    place = getattr(weights, "path", None)
+    if not isinstance(config.data, CustomDataConfig) or place is None:
+        return config
+    file = (place if place.is_dir() else place.parent) / TOKENIZER_FILE
+    return config.model_copy(update={"data": DataConfig(tokenizer=str(file))}) if file.is_file() else config
+
+
 def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mapping[str, np.ndarray]]:
     """Returns the configuration and the weights at a path that a key of a configuration names.
 
@@ -104,7 +121,7 @@ def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mappi
         raise ConfigError(f"{key}: {path}: no such file or folder; {remedy}") from None
     if weights is None:
         raise ConfigError(f"{key}: {path} has no weights; {remedy}")
-    return config, weights
+    return with_tokenizer(config, weights), weights
 
 
 def check_chat_template(path: Path, messages: object, template_options: Mapping[str, Any] | None) -> None:
@@ -194,4 +211,5 @@ def open_averaged(path: Path) -> tuple[Config, Mapping[str, np.ndarray]]:
     shared = twins.stored_sharing(found.state)  # the averages have the first name of a shared array only
     averages |= {alias: averages[owner] for alias, owner in shared.items() if owner in averages}
     origin = Origin.of(found.weights)
-    return found.config, weight_files.Arrays({**found.weights, **averages}, origin.metadata() if origin else {})
+    metadata = origin.metadata() if origin else {}
+    return found.config, weight_files.Arrays({**found.weights, **averages}, metadata, found.path)

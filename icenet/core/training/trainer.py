@@ -26,6 +26,7 @@ from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
+from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import changed_keys, initial_weights, loss_twins, run_folder, unused_keys
 from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
@@ -212,6 +213,7 @@ class Trainer:
         trainer = cls(config, run, engine, 0, LossScale.for_precision(config.training.mixed_precision), quiet, given)
         trainer.notes += [*notes, *initial_weights.image_notes(config, trainer.dataset.facts)]
         trainer.notes += initial_weights.facts_for(config, trainer.dataset)
+        initial_weights.files_for(config, trainer.dataset)
         return trainer
 
     @classmethod
@@ -283,6 +285,8 @@ class Trainer:
             )
         if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.facts:
             trainer.dataset.facts = dict(found.state.get("facts") or {})  # of the model that the run began with
+        if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.files:
+            trainer.dataset.files = tokenizer_files(str(found.path))  # of that model, too
         trainer._branched_from = plan.branched_from
         trainer._is_new = plan.branched_from is not None
         if plan.branched_from is not None:

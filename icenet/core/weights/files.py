@@ -59,11 +59,12 @@ class Arrays(dict[str, Array]):
     Args:
         arrays: The weights.
         metadata: The metadata.
+        path: The file or folder that they are from, if there is one.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    def __init__(self, arrays: Mapping[str, Array], metadata: Mapping[str, str], path: Path | None = None) -> None:
         super().__init__(arrays)
-        self.metadata = dict(metadata)
+        self.metadata, self.path = dict(metadata), path
 
 
 class StoredWeights(Mapping[str, Array]):

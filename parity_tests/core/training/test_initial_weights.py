@@ -296,6 +296,31 @@ def test_a_trained_import_is_exported_as_what_it_was(tmp_path: Path, caplog: pyt
         assert (tmp_path / f"{name}-hf" / "chat_template.jinja").read_text() == template
 
 
+def test_a_run_with_data_of_a_user_keeps_the_tokenizer_of_its_model(tmp_path: Path) -> None:
+    """Also after it was continued, and without its options changing."""
+    template = mistral(tmp_path / "folder", {"eos_token_id": 1})
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n\nclass Ones:\n    def __init__(self, options, seed):\n"
+        "        assert not hasattr(options, 'tokenizer')\n\n    def train_batch(self, step, batch_size):\n"
+        "        ones = np.ones((batch_size, 4), int)\n        return {'inputs': ones, 'labels': ones}\n"
+    )
+    values = {"data": {"kind": f"{tmp_path / 'mine.py'}:Ones"}, "training": {"max_steps": 2, "ema_decay": 0.5}}
+    config = Config.from_dict(values | {"model": {"path": str(tmp_path / "folder")}})
+    run = train(config, tmp_path / "run", "torch", until=1).run
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    resumed = Trainer.resume(run, quiet=True)
+    assert not any("trained on" in note for note in resumed.notes)
+    resumed.fit()
+    expected = (tmp_path / "moved" / "tokenizer.json").read_bytes()
+    for averaged in (False, True):
+        tokenizer = icenet.load(run, "torch", averaged=averaged).tokenizer
+        assert tokenizer.files["tokenizer.json"] == expected and tokenizer.chat_template == template
+        icenet.convert(run, tmp_path / f"hf-{averaged}", "hf", averaged=averaged)
+        assert (tmp_path / f"hf-{averaged}" / "tokenizer.json").read_bytes() == expected
+    again = Config.from_dict({"model": {"path": str(run)}, "data": {"kind": "text"}})
+    assert Path(again.data.tokenizer).read_bytes() == expected
+
+
 @pytest.mark.parametrize("key", ["training.init_from", "model.path"])
 def test_a_path_without_a_model_is_named_with_its_key(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
