@@ -249,6 +249,26 @@ def test_a_merged_block_of_mlx_computes_what_the_block_does(
     assert all(type(block) is MLXBlock for block in model.blocks)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captured_steps_of_mlx_with_merged_blocks(
+    name: str, rows: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not mx.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model = build(name, backend="mlx", hidden_size=64)
+    if bits:
+        mlx_nn.quantize(model, group_size=32, bits=bits)
+    found_tokens, found = decode(model, rows, 20)
+    assert all(type(block) is MLXMergedBlock for block in model.for_generation().blocks)
+    monkeypatch.setattr(mlx_kernels, "limits", lambda: None)
+    tokens, scores = decode(model, rows, 20)
+    assert np.array_equal(found_tokens, tokens)
+    assert np.abs(found - scores).max() <= 2.0**-16 * np.abs(scores).max()
+
+
 # ---- the kernel of PyTorch -------------------------------------------------------------------------------------------
 
 # rows, outputs, inputs, dtype, norm, bias, activation, gated, residual
