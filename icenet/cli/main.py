@@ -566,7 +566,7 @@ def port_command(
         overwrite=overwrite,
         quiet=quiet,
     )
-    show(text)
+    click.echo(text)
     sys.exit(0 if passed else 1)
 
 

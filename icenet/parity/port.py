@@ -59,7 +59,7 @@ class Port:
         folder.mkdir(parents=True, exist_ok=True)
         load = backends.module("mlx", "porting.load")
         load.save_weights(str(folder / "weights.safetensors"), self.module)
-        (folder / "model.py").write_text(self.source + _main(self), encoding="utf-8")
+        (folder / "model.py").write_text(_file(self), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
         (folder / "parity.html").write_text(self.page(), encoding="utf-8")
         return folder
@@ -103,9 +103,19 @@ class Port:
         )
 
 
-def _main(port: Port) -> str:
+def _file(port: Port) -> str:
+    """Returns the text of model.py: the source, a function that loads the weights, and a call on zeros."""
     given = ", ".join(f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs)
-    return f'''
+    source = port.source.replace("import math\n\n", "", 1)
+    standard = (
+        "import math\nfrom pathlib import Path\n\n" if source != port.source else "from pathlib import Path\n\n"
+    )
+    at = source.index("import mlx.core as mx\n")
+    numpy = source.rfind("import numpy as np\n", 0, at)
+    at = numpy if numpy >= 0 else at
+    source = source[:at] + standard + source[at:]
+    source = source.replace("import mlx.nn as nn\n", "import mlx.nn as nn\nfrom mlx.utils import tree_map\n", 1)
+    return f'''{source}
 
 def load(folder=None):
     """Returns the model with the weights of a folder, by default the one of this file."""
@@ -118,11 +128,7 @@ def load(folder=None):
 if __name__ == "__main__":
     model = load()
     print(tree_map(lambda x: (x.shape, x.dtype), model({given})))
-'''.replace(
-        "\n\ndef load",
-        "\n\nfrom pathlib import Path  # noqa: E402\n\nfrom mlx.utils import tree_map  # noqa: E402\n\n\ndef load",
-        1,
-    )
+'''
 
 
 def _mlx(array: np.ndarray) -> str:
@@ -153,7 +159,7 @@ def port(
         if isinstance(example_inputs, list)
         else (example_inputs,)
     )
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = exporter.contiguous((args, dict(example_kwargs or {})))
     progress("exporting")
     graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
     _check_table(graph, train)
@@ -172,7 +178,7 @@ def port(
     report = prove(checked, proven, module, program, arrays, named, progress)
     report.notes += notes
     if not report.passed:
-        report.culprit = locate(plan, model, program, module, *exporter.tensors((args, kwargs)))
+        report.culprit = locate(plan, program, module, arrays, named)
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
@@ -180,12 +186,14 @@ def port(
     return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, module)
 
 
-def check(module: Any, example_inputs: Any, *, dynamic: Any = None) -> dict[str, list[str]]:
+def check(
+    module: Any, example_inputs: Any, *, dynamic: Any = None, example_kwargs: dict[str, Any] | None = None
+) -> dict[str, list[str]]:
     """Returns the operations that the table lacks, with the places where the module uses them."""
     exporter = backends.module("torch", "porting.export")
     exporter.check_module(module)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    graph, train, _, _ = _export(exporter, module, args, {}, dynamic)
+    graph, train, _, _ = _export(exporter, module, args, dict(example_kwargs or {}), dynamic)
     return _missing(graph, train)
 
 
@@ -195,15 +203,15 @@ def _export(
     wide_args, wide_kwargs = exporter.widened(args, kwargs) if dynamic is None else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic
     try:
-        graph, program = exporter.export(module, wide_args, wide_kwargs, shapes, False)
+        graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False)
     except PortError:
         if wide_args is args:
             raise
         wide_args, wide_kwargs = args, kwargs
-        graph, program = exporter.export(module, args, kwargs, shapes, False)
+        graph, program, shapes = exporter.export(module, args, kwargs, shapes, False)
     notes: list[str] = []
     try:
-        train, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True)
+        train, _, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True)
     except PortError as error:
         train = None
         notes.append(f"training mode: {error}")

@@ -1,8 +1,8 @@
 """The proof of a port: it computes what the PyTorch module computes, to rounding.
 
-Reference: the PyTorch module in float64. Noise: the largest difference from it of the module in fp32 and of the module
-in float64 whose weights and inputs are moved by one ulp of fp32. The port passes if it is at most FACTOR times as far
-away, as everywhere in IceNet (see `icenet.parity.yardstick`).
+Reference: the PyTorch module in float64. Noise: the largest difference from it of the module in fp32, and of the
+module in float64 whose weights and inputs are moved by one ulp of fp32. The port passes if it is at most FACTOR times
+as far away, as everywhere in IceNet (see `icenet.parity.yardstick`).
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def random_operations(plan: Plan) -> list[str]:
     return found
 
 
-def locate(plan: Plan, model: Any, program: Any, module: Any, args: Any, kwargs: Any) -> str:
+def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any) -> str:
     """Returns the first operation whose value differs, with the original's line."""
     from icenet.core.porting.build import plan as make_plan
 

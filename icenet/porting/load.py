@@ -146,7 +146,8 @@ def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarra
     def loss(parameters: Any) -> mx.array:
         model.update(parameters)
         outputs = [item for item in flat(model(*given)) if mx.issubdtype(item.dtype, mx.floating)]
-        return sum((item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False))
+        terms = [(item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False)]
+        return mx.stack(terms).sum()
 
     before = model.trainable_parameters()
     found = mx.grad(loss)(before)
@@ -154,7 +155,7 @@ def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarra
     return {path: np.array(value) for path, value in tree_flatten(found)}
 
 
-def flat(value: Any) -> list[mx.array]:
+def flat(value: Any) -> list[Any]:
     """Returns the arrays of a structure in order."""
     if isinstance(value, (mx.array, np.ndarray)):
         return [value]

@@ -15,6 +15,7 @@ import json
 import linecache
 import operator
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,24 +39,32 @@ for _name in ("enter", "exit"):
     _library.impl(_name, lambda values, info: None, "CompositeExplicitAutograd")
     torch.fx.node.has_side_effect(getattr(torch.ops.icenet_port, _name).default)
 
-_DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
-_DROPPED += ("sym_constrain_range", "_functional_assert_async", "_assert_async.msg")
+_DROPPED = (
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+    "_functional_assert_async",
+    "_assert_async.msg",
+)
+"""Checks of sizes and values, which a port leaves out."""
 
 
 def export(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, training: bool
-) -> tuple[Graph, Any]:
+) -> tuple[Graph, Any, Any]:
     """Exports a module in one mode.
 
     Args:
         module: The module; it is unchanged afterwards.
         args, kwargs: Example arguments.
-        dynamic: What `torch.export.export` takes as `dynamic_shapes`; "auto" tries every dimension, then the first of
+        dynamic: What `torch.export.export` takes as `dynamic_shapes`. "auto" tries every dimension, then the first of
             each tensor, then none.
         training: Whether to export the training mode.
 
     Returns:
-        The record, and the `ExportedProgram`.
+        The record, the `ExportedProgram`, and the dynamic shapes that it has.
 
     Raises:
         PortError: The graph breaks; the message names the line.
@@ -63,40 +72,61 @@ def export(
     modes = {path: inner.training for path, inner in module.named_modules()}
     module.train(training)
     try:
-        program = _program(module, args, kwargs, dynamic)
+        program, shapes = _program(module, args, kwargs, dynamic)
     finally:
         for path, inner in module.named_modules():
             inner.training = modes[path]
-    return _Reader(module, program, args, kwargs, training).read(), program
+    return _Reader(module, program, args, kwargs, training).read(), program, shapes
 
 
-def _program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
-    tries = (
-        [dynamic]
-        if dynamic != "auto"
-        else [_auto(module, args, kwargs, "all"), _auto(module, args, kwargs, "batch"), None]
-    )
+BUDGET = 30.0
+"""Seconds of processor time that an export with every dimension open may take; some models reason about sizes."""
+
+
+class _TooSlow(Exception):
+    """The export with every dimension open takes too long."""
+
+
+def _program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> tuple[Any, Any]:
+    tries: list[tuple[Any, float | None]] = [(dynamic, None)]
+    if dynamic == "auto":
+        tries = [
+            (_auto(module, args, kwargs, "all"), BUDGET),
+            (_auto(module, args, kwargs, "batch"), None),
+            (None, None),
+        ]
     first: Exception | None = None
-    for shapes in tries:
+    for shapes, budget in tries:
+        deadline = None if budget is None else time.process_time() + budget
         try:
-            with _marked(module), warnings.catch_warnings(), _quiet(), recurrent.whole_layers():
+            with _marked(module, deadline), warnings.catch_warnings(), _quiet(), recurrent.whole_layers():
                 warnings.simplefilter("ignore")
-                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            first = first or error
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False), shapes
+        except Exception as error:  # whatever a user's forward raises
+            if not isinstance(error, _TooSlow):
+                first = first or error
+            if _is_data_dependent(error):
+                break  # other sizes change nothing
     assert first is not None
     raise _break(first) from None
 
 
+def _is_data_dependent(error: Exception) -> bool:
+    return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """Keeps torch's logs and the graphs that it prints on an error from the streams while the context is open."""
+    import io
     import logging
 
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 
@@ -133,7 +163,7 @@ def _break(error: Exception) -> PortError:
         code = code or linecache.getline(file, line).strip()
         where = f"{file}:{line}: {code!r}: "
     remedy = ""
-    if "data-dependent" in text.lower() or "GuardOnDataDependent" in kind:
+    if _is_data_dependent(error):
         first = "the control flow depends on the values of a tensor"
         remedy = "; write it with torch.where, or compute the condition before the call"
     elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
@@ -147,13 +177,15 @@ def _break(error: Exception) -> PortError:
 
 
 @contextlib.contextmanager
-def _marked(module: nn.Module) -> Iterator[None]:
+def _marked(module: nn.Module, deadline: float | None = None) -> Iterator[None]:
     """Surrounds each call of a module with `enter` and `exit` while the context is open."""
     handles = []
     for path, inner in module.named_modules():
         signature = inspect.signature(inner.forward)
 
         def before(called: nn.Module, args: Any, kwargs: Any, path: str = path, signature: Any = signature) -> None:
+            if deadline is not None and time.process_time() > deadline:
+                raise _TooSlow
             try:
                 given = dict(signature.bind(*args, **kwargs).arguments)
             except TypeError:
@@ -230,12 +262,12 @@ class _Reader:
             value = node.meta.get("val")
             tensors[node.name] = self.meta(value)
             if isinstance(value, torch.Tensor):
-                aliases[node.name] = self.storage(value)
+                aliases[node.name] = self.storage(value)  # type: ignore[assignment]
             spec = specs.get(node.name)
             kind = spec.kind.name if spec is not None else "USER_INPUT"
-            if kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
+            if spec is not None and kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 name = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[kind]
-                path = shared.get(spec.target, spec.target)
+                path = shared.get(str(spec.target), str(spec.target))
                 constant = self.program.constants.get(spec.target) if name == "constant" else None
                 small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
                 number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
@@ -271,8 +303,8 @@ class _Reader:
     def leaf(ref: Any, leaf: Any) -> Any:
         return ref if isinstance(leaf, torch.Tensor) else leaf
 
-    def convert(self, graph: Any, names: dict[str, Any], stopped: bool = False) -> None:
-        """Appends the nodes of a graph. `names` maps the placeholders of an inner graph to values of the outer one."""
+    def convert(self, graph: Any, names: dict[str, Any]) -> None:
+        """Appends the nodes of a graph. `names` maps the placeholders of an inner graph to values outside."""
         for node in graph.nodes:
             if node.op == "call_function":
                 self.call(node, names)
@@ -585,6 +617,11 @@ def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
     wide_args, wide_kwargs = pytree.tree_map(wide, (args, kwargs))
     return wide_args, wide_kwargs
+
+
+def contiguous(tree: Any) -> Any:
+    """Returns arguments with contiguous tensors: an export guards the strides of others."""
+    return pytree.tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def tensors(tree: Any) -> Any:

@@ -137,9 +137,7 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
                 values[node.name] = to_numpy(result).copy()
             return result
 
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
-    )
+    args, kwargs = to_torch((args, kwargs))
     flat = program._graph_module_flat_inputs(args, kwargs)
     flat = [item.clone() if isinstance(item, torch.Tensor) else item for item in flat]
     with torch.no_grad():

@@ -64,10 +64,10 @@ PUBLIC_API = {"icenet", *(f"icenet.{name}" for name in icenet.__all__)}
 TOP = ("icenet.blas", "icenet._deprecated")
 IMPORT_BY_NAME = {
     *("icenet.core.backends", "icenet.core.config.user_code", "icenet.core.config.imported", "icenet._deprecated"),
-    *("icenet.porting.load", "icenet.cli.options"),
+    *("icenet.porting.load", "icenet_torch.porting.sources", "icenet.cli.options"),
 }
 """They choose a backend, run the user's file, open the model of `model.path`, redirect old names, run the source of a
-port, and import the work of a command."""
+port, import torchvision, timm and transformers, which are optional, and import the work of a command."""
 
 
 # ---- on the source ----------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def parse(path: Path) -> ast.Module:
 
 
 def test_every_file_has_its_counterpart() -> None:
-    assert set(PAIRS) - MLX_FILES == {inner(name) for name in TORCH} - TORCH_FILES
+    theirs = {inner(name) for name in TORCH if not is_in(inner(name), ONE_DIRECTION)}
+    assert set(PAIRS) - MLX_FILES == theirs - TORCH_FILES
     assert len(PAIRS) > 30
 
 

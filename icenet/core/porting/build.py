@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -72,18 +71,15 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
         title: First line of the source's docstring.
         trace: Whether the source records every value, to find an operation that differs.
     """
-    prepared = []
+    prepared: list[Graph | None] = []
     layers: dict[str, Layer] | None = None
     for item in (graph, train):
         if item is None:
             prepared.append(None)
             continue
         functional = make_functional(item)
-        if trace:
-            collapsed, found = functional, {}
-        else:
-            collapsed, found = collapse_layers(functional)
-        prepared.append((functional, found))
+        found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
+        prepared.append(functional)
         layers = (
             found
             if layers is None
@@ -92,12 +88,11 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
     assert layers is not None
     written: list[Graph | None] = []
     orders: dict[str, tuple[int, ...]] = {}
-    for entry in prepared:
-        if entry is None:
+    for functional_or_none in prepared:
+        if functional_or_none is None:
             written.append(None)
             continue
-        functional, _ = entry
-        collapsed, _ = collapse_layers(functional, only=None if not trace else set(), allowed=set(layers))
+        collapsed, _ = collapse_layers(functional_or_none, allowed=set(layers))
         last, order = channels_last(collapsed, layers, nhwc)
         written.append(last)
         orders = {**order, **orders}
@@ -122,6 +117,3 @@ def missing(graph: Graph) -> dict[str, list[str]]:
         if node.op not in ("enter", "exit", "layer") and node.base not in TABLE and node.name in used:
             found.setdefault(node.op, []).append(str(node.place or node.name))
     return found
-
-
-_ = Any

@@ -66,25 +66,22 @@ def tree(graph: Graph) -> Call:
     return root
 
 
-def collapse_layers(
-    graph: Graph, only: set[str] | None = None, allowed: set[str] | None = None
-) -> tuple[Graph, dict[str, Layer]]:
+def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Graph, dict[str, Layer]]:
     """Replaces each call of a module that is one layer of mlx.nn by a node.
 
     Args:
         graph: A graph without operations in place.
-        only: The paths of the modules that may become layers; None for all.
-        allowed: The paths that may become layers in the other mode, too.
+        allowed: The paths of the modules that may become layers; None for all.
 
-    Returns the graph, and the layers by path. A module whose arrays are shared with another one, or whose inner values
-    are used outside, stays a call.
+    Returns the graph, and the layers by path. A module whose arrays are shared with another one, or whose inner
+    values are used outside, stays a call.
     """
     root = tree(graph)
     candidates: dict[str, Layer] = {}
     foreign = {path.rpartition(".")[0] for path in graph.shared}
     for path, module in graph.modules.items():
         layer = layer_of(module)
-        if layer is not None and path and path not in foreign and (only is None or path in only):
+        if layer is not None and path and path not in foreign:
             if allowed is not None and path not in allowed:
                 continue
             candidates[path] = layer
@@ -159,13 +156,14 @@ def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]]
     source = _out(graph, given[0])
     if not isinstance(source, Tensor):
         return False
-    if layer.axes == "last" and layer.rank > 0 and source.ndim != layer.rank + 2:
-        if not (layer.constructor == "nn.BatchNorm" and source.ndim == 2):
-            return False
+    is_flat_norm = layer.constructor == "nn.BatchNorm" and source.ndim == 2
+    if layer.axes == "last" and layer.rank > 0 and source.ndim != layer.rank + 2 and not is_flat_norm:
+        return False
     if layer.constructor == "nn.GroupNorm" and source.ndim < 3:
         return False
     for node in call.nodes():
-        if node.name != results[0] and any(call.entered not in used.split("/") for used in uses.get(node.name, ())):
-            if not node.base.startswith("sym."):
-                return False
+        if node.name == results[0] or node.base.startswith("sym."):
+            continue
+        if any(call.entered not in used.split("/") for used in uses.get(node.name, ())):
+            return False
     return True

@@ -1,4 +1,4 @@
-"""The source of the functions that operations need, from `icenet/porting/functions`. The files are read, not imported."""
+"""The source of the functions that operations need, read from the files of `icenet/porting/functions`."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ IMAGE_OPS = {
     "pixel_unshuffle": 2,
     "grid_sampler": 0,
     "grid_sampler_2d": 2,
+    "grid_sampler_3d": 3,
     "lp_pool2d": 2,
     "channel_shuffle": 2,
 }
@@ -329,7 +330,11 @@ class _Pass:
         order = self.order.get(name)
         if node.op == "layer":
             self.layer(node, name)
-        elif base in IMAGE_OPS and self.ndim(name) >= 3:
+        elif (
+            base in IMAGE_OPS
+            and self.ndim(name) >= (IMAGE_OPS[base] + 1 or 3)
+            and self.ndim(name) > 1 + (not IMAGE_OPS[base])
+        ):
             self.image(node, name)
         elif base == "sym.sym_size":
             dim = node.args["dim"] % max(self.ndim(name), 1)
@@ -559,8 +564,8 @@ class _Pass:
         in_sequence = [order[position] for position in positions if order[position] in wide] == wide
         if not contiguous or not in_sequence or count == 0:
             return False
-        before = [axis for axis in order[: positions[0]]]
-        after = [axis for axis in order[positions[-1] + 1 :]]
+        before = list(order[: positions[0]])
+        after = list(order[positions[-1] + 1 :])
 
         def renumber(axis: int) -> int:
             return axis if axis < start else axis - count
@@ -572,7 +577,7 @@ class _Pass:
 
     def changed_rank(self, node: Node, name: str, order: Order) -> None:
         ndim = len(order)
-        dim = node.args.get("dim")
+        dim: Any = node.args.get("dim")
         if node.base == "unsqueeze":
             dim = dim % (ndim + 1)
             new = (

@@ -1,4 +1,4 @@
-"""The record of a module's graph: what a backend exports and the writer of the source reads. It knows no framework."""
+"""The record of a module's graph: what a backend exports and the writer of the source reads."""
 
 from __future__ import annotations
 

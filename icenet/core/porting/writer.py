@@ -178,6 +178,11 @@ class Frame:
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.last_use[name] = index
+        for index, item in enumerate(self.items):
+            for name in self.used_by(item) if isinstance(item, Node) else ():
+                source = self.source_of_size(graph.size(name), parameters)
+                if source is not None:
+                    self.last_use[source] = max(self.last_use.get(source, -1), index + 1)
         outputs = list(refs(graph.graph.output_tree)) if is_root else results
         for name in (*outputs, *final):
             self.last_use[name] = len(self.items)
@@ -233,9 +238,9 @@ class Frame:
             found = {
                 axis: str(size)
                 for axis, size in enumerate(tensor.shape)
-                if isinstance(size, str) and size in self.writer.symbols and used[size] > 1 and size not in self.sizes
+                if isinstance(size, str) and size in self.writer.symbols and used[size] > 0 and size not in self.sizes
             }
-            if not found:
+            if sum(used[size] for size in found.values()) < 2:
                 continue
             names = []
             for axis in range(max(tensor.ndim, 1)):
@@ -262,6 +267,17 @@ class Frame:
         if start == 0 and stop == size:
             return text
         return f"{text}[{start or ''}:{stop if stop != size else ''}]"
+
+    def source_of_size(self, size: str | None, parameters: list[tuple[str, str]]) -> str | None:
+        """Returns an argument whose axes tell a size."""
+        if size is None:
+            return None
+        symbols = set(re.findall(r"\b[su]\d+\b", size))
+        for _, value in parameters:
+            known = set(map(str, getattr(self.graph.tensors.get(value), "shape", ())))
+            if size in known or (symbols and symbols <= known):
+                return value
+        return None
 
     # ---- names
 
@@ -326,30 +342,17 @@ class Frame:
             if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
                 found = place.targets[item.args["index"]]
                 return found if found != "_" else "y"
-        base = (
-            item.base
-            if isinstance(item, Node)
-            else (item.path.rpartition(".")[2] if not isinstance(item, Node) else "")
-        )
-        words = {
-            "layer": "y",
-            "scaled_dot_product_attention": "attended",
-            "item": "part",
-            "view": "y",
-            "reshape": "y",
-        }
-        if (
-            isinstance(item, Node)
-            and item.op in ("layer", "alias", "dropout")
-            and item.args["self"].name in self.text
-        ):
-            source = self.text[item.args["self"].name]
-            if source.isidentifier():
+        if not isinstance(item, Node):
+            return item.path.rpartition(".")[2]
+        if item.base in ("alias", "dropout", "detach") or self.is_plain(item):
+            given = item.args.get("self", item.args.get("input"))
+            source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
+            if source.isidentifier():  # the same value in another form
                 return re.sub(r"_\d+$", "", source)
-        if isinstance(item, Node) and item.op == "layer":
-            base = item.args["path"].rpartition(".")[2]
-        if base.isdigit() or not base or (isinstance(item, Node) and self.is_element(item)):
+        base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
+        if not base or base.isdigit() or self.is_element(item):
             base = "y"
+        words = {"scaled_dot_product_attention": "attended", "item": "part", "view": "y", "reshape": "y"}
         return words.get(base, base)
 
     # ---- expressions
@@ -373,13 +376,11 @@ class Frame:
             return self.sizes[expression]
         for value in self.text:
             tensor = self.graph.tensors.get(value)
-            if (
-                isinstance(tensor, Tensor)
-                and self.text[value].isidentifier()
-                and expression in map(str, tensor.shape)
-            ):
-                if self.names.get(self.text[value]) == value:
-                    return f"{self.text[value]}.shape[{list(map(str, tensor.shape)).index(expression)}]"
+            variable = self.text[value]
+            if isinstance(tensor, Tensor) and self.names.get(variable) == value:
+                sizes = list(map(str, tensor.shape))
+                if expression in sizes:
+                    return f"{variable}.shape[{sizes.index(expression)}]"
         node = self.graph.by_name.get(name)
         if node is not None and node.op.startswith("sym.") and node.op != "sym.sym_size":
             return self.operation(node)
@@ -430,7 +431,7 @@ class Frame:
         trace = self.writer.trace
         inline = self.uses[node.name] == 1 and self.is_inlined(node, index, text) and not trace
         if inline or (text.isidentifier() and not trace):
-            self.text[node.name] = text if not text.isidentifier() else text
+            self.text[node.name] = text
             if text.isidentifier() and text in self.names:  # the same value under another name
                 held = self.names[text]
                 self.last_use[held] = max(self.last_use.get(held, -1), self.last_use.get(node.name, -1))
@@ -493,7 +494,8 @@ class Frame:
 
     @staticmethod
     def is_plain(node: Node) -> bool:
-        return node.base in ("alias", "detach", "contiguous", "permute") and node.name.rpartition("_p")[2].isdigit()
+        """Returns whether a node only changes the order of the axes in memory."""
+        return node.base == "permute" and node.name.rpartition("_p")[2].isdigit()
 
     def child(self, call: Call, index: int) -> None:
         results = self.graph.returns(call)
@@ -882,7 +884,8 @@ class _Writer:
 
     def read_array(self, path: str, array: Array, graph: _Graph) -> str:
         if array.value is not None:
-            return f"mx.array({array.value!r}, mx.{mlx_dtype(array.tensor.dtype)})"
+            text = re.sub(r"-?\b(inf|nan)\b", lambda m: f'float("{m[0]}")', repr(array.value))
+            return f"mx.array({text}, mx.{mlx_dtype(array.tensor.dtype)})"
         return self.attribute(path, array.path, graph)
 
     def method(self, call: Call) -> str:
@@ -1043,7 +1046,7 @@ class _Writer:
         return f"@{len(self.instances) - 1}@"
 
     def resolve(self) -> list[Class]:
-        """Makes the classes of all instances: those that differ in numbers only share one, which takes the numbers."""
+        """Makes the classes of all instances. Instances that differ in numbers only share one."""
         classes: list[Class] = []
         sources: dict[int, str] = {}
         names: Counter[str] = Counter()
@@ -1072,8 +1075,8 @@ class _Writer:
         if item.init or item.parameters:
             lines.append(f"    def __init__(self{''.join(', ' + name for name in item.parameters)}):")
             lines.append("        super().__init__()")
-            for line in item.init:
-                lines += _wrapped(line, 8)
+            for text in item.init:
+                lines += _wrapped(text, 8)
         for number, body in enumerate(item.bodies):
             if len(lines) > 1:
                 lines.append("")

@@ -1,5 +1,9 @@
 """Element by element. Gradients at ties and edges are PyTorch's."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905, RUF007
+
 from __future__ import annotations
 
 import math
@@ -111,7 +115,7 @@ def copysign(a, b):
 def signbit(x):
     """Returns whether the sign is negative, that of a zero included."""
     if mx.issubdtype(x.dtype, mx.floating):
-        return mx.view(x.astype(mx.float32), mx.int32) < 0
+        return mx.view(mx.stop_gradient(x.astype(mx.float32)), mx.int32) < 0
     return x < 0
 
 

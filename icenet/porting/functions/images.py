@@ -1,5 +1,9 @@
 """Images with their channels last: convolutions, pools, resizes."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905
+
 from __future__ import annotations
 
 import math
@@ -70,7 +74,7 @@ def max_pool_with_indices(x, rank, kernel, stride, padding=0, dilation=1, ceil_m
     values = _windows(x, rank, kernel, stride, padding, dilation, ceil_mode, -math.inf)
     places = _windows(place, rank, kernel, stride, padding, dilation, ceil_mode, 0)
     flat = values.reshape(*values.shape[: rank + 2], -1)
-    index = mx.argmax(flat, axis=-1, keepdims=True)
+    index = mx.argmax(mx.stop_gradient(flat), axis=-1, keepdims=True)
     places = mx.broadcast_to(places.reshape(*places.shape[: rank + 2], -1), flat.shape)
     return tuple(mx.take_along_axis(part, index, axis=-1).squeeze(-1) for part in (flat, places.astype(mx.int64)))
 
@@ -124,7 +128,7 @@ def adaptive_max_pool(x, sizes):
         for row in range(size):
             start, stop = row * length // size, -(-(row + 1) * length // size)
             part = mx.take(x, mx.arange(start, stop), axis=axis)
-            index = mx.argmax(part, axis=axis, keepdims=True)
+            index = mx.argmax(mx.stop_gradient(part), axis=axis, keepdims=True)
             values.append(mx.take_along_axis(part, index, axis=axis))
             places.append(mx.take_along_axis(mx.take(place, mx.arange(start, stop), axis=axis), index, axis=axis))
         x, place = mx.concatenate(values, axis=axis), mx.concatenate(places, axis=axis)
@@ -269,7 +273,7 @@ def grid_sample(x, grid, mode=0, padding=0, align_corners=False):
             if mode == 2:
                 index = _reflected(index, size, padding, align_corners)
             inside = inside & (index >= 0) & (index <= size - 1)
-            flat = flat * size + mx.minimum(mx.maximum(index, 0), size - 1).astype(mx.int32)
+            flat = flat * size + mx.minimum(mx.maximum(mx.stop_gradient(index), 0), size - 1).astype(mx.int32)
         images = x.reshape(x.shape[0], -1, x.shape[-1])
         rows = mx.arange(x.shape[0]).reshape([-1] + [1] * (flat.ndim - 1))
         return mx.where(inside[..., None], images[rows, flat], 0)

@@ -1,5 +1,9 @@
 """Reading and writing at indices."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905
+
 from __future__ import annotations
 
 import math
@@ -38,11 +42,11 @@ def embedding_bag(weight, ids, offsets, mode, sample_weights=None, include_last=
     if mode == 2:
         inside = (member[..., None] * valid[None]) != 0
         largest = mx.where(inside, rows[None], -math.inf).max(1)
-        return (mx.where(inside.any(1), largest, 0),)
+        return mx.where(inside.any(1), largest, 0), None, None, None
     total = member @ rows
     if mode == 1:
         total = total / mx.maximum(member @ valid, 1)
-    return (total,)
+    return total, None, None, None
 
 
 def masked_index(x, indices):
@@ -80,7 +84,8 @@ def masked_select(x, mask):
 
 def masked_scatter(x, mask, source):
     """Returns x with the elements of the source, in order, under a mask."""
-    mask = mx.broadcast_to(mask, x.shape).flatten()
+    x, mask = mx.broadcast_arrays(x, mask)
+    mask = mask.flatten()
     index = mx.maximum(mx.cumsum(mask.astype(mx.int32)) - 1, 0)
     values = mx.take(source.flatten(), mx.minimum(index, max(source.size - 1, 0)))
     return mx.where(mask, values, x.flatten()).reshape(x.shape)

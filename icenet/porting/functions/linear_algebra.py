@@ -1,5 +1,9 @@
 """Products, attention and Fourier transforms."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905
+
 from __future__ import annotations
 
 import math
@@ -81,12 +85,35 @@ def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
 
 def inverse(x):
     """Returns the inverse of matrices."""
-    return mx.linalg.inv(x, stream=mx.cpu)
+
+    @mx.custom_function
+    def invert(x):
+        return mx.linalg.inv(x, stream=mx.cpu)
+
+    @invert.vjp
+    def gradient(x, cotangent, y):
+        return -(y.swapaxes(-1, -2) @ cotangent @ y.swapaxes(-1, -2))
+
+    return invert(x)
 
 
 def cholesky(x, upper=False):
     """Returns the Cholesky factor of matrices."""
-    return mx.linalg.cholesky(x, upper, stream=mx.cpu)
+
+    @mx.custom_function
+    def factor(x):
+        return mx.linalg.cholesky(x, False, stream=mx.cpu)
+
+    @factor.vjp
+    def gradient(x, cotangent, y):
+        inner = mx.tril(y.swapaxes(-1, -2) @ cotangent)
+        inner = inner - mx.eye(x.shape[-1]) * inner / 2
+        inverted = mx.linalg.inv(y, stream=mx.cpu)
+        whole = inverted.swapaxes(-1, -2) @ inner @ inverted
+        return (whole + whole.swapaxes(-1, -2)) / 2
+
+    lower = factor(x)
+    return lower.swapaxes(-1, -2) if upper else lower
 
 
 def solve(a, b):
@@ -101,7 +128,7 @@ def determinant(x):
     size = x.shape[-1]
     result = mx.ones(x.shape[:-2])
     for step in range(size):
-        column = mx.abs(x[..., :, 0])
+        column = mx.abs(mx.stop_gradient(x[..., :, 0]))
         pivot = mx.argmax(column, axis=-1)
         row = mx.take_along_axis(x, mx.broadcast_to(pivot[..., None, None], (*x.shape[:-2], 1, x.shape[-1])), axis=-2)
         value = row[..., 0, 0]
@@ -158,7 +185,7 @@ def fft(name, x, size=None, axes=None, norm="backward"):
                 if size is None
                 else list(range(-len(size), 0))
             )
-        full = list(x.shape[axis] for axis in axes) if size is None else list(size)
+        full = [x.shape[axis] for axis in axes] if size is None else list(size)
         if size is None and name.startswith("irfft"):
             full[-1] = 2 * (full[-1] - 1)
         full = [x.shape[axis] if wanted == -1 else wanted for wanted, axis in zip(full, axes)]

@@ -1,5 +1,8 @@
 """Random numbers."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)

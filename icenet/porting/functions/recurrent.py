@@ -1,5 +1,9 @@
 """Recurrent layers with PyTorch's parameters."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905
+
 from __future__ import annotations
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)

@@ -1,5 +1,8 @@
 """Reductions, sorts and cumulative operations."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import math
@@ -25,14 +28,14 @@ def argmax(x, axis=None, keepdims=False):
     """Returns the index of the first maximum."""
     if x.ndim == 0:
         return mx.array(0, mx.int64)
-    return mx.argmax(x, axis=axis, keepdims=keepdims).astype(mx.int64)
+    return mx.argmax(mx.stop_gradient(x), axis=axis, keepdims=keepdims).astype(mx.int64)
 
 
 def argmin(x, axis=None, keepdims=False):
     """Returns the index of the first minimum."""
     if x.ndim == 0:
         return mx.array(0, mx.int64)
-    return mx.argmin(x, axis=axis, keepdims=keepdims).astype(mx.int64)
+    return mx.argmin(mx.stop_gradient(x), axis=axis, keepdims=keepdims).astype(mx.int64)
 
 
 def _at_index(x, index, axis, keepdims):
@@ -107,8 +110,9 @@ def vector_norm(x, order=2, axis=None, keepdims=False):
         squares = mx.square(size).sum(axis, keepdims=keepdims)
         zero = squares == 0
         return mx.where(zero, 0, mx.sqrt(mx.where(zero, 1, squares)))
-    powers = mx.power(size, order).sum(axis, keepdims=keepdims)
-    return mx.power(powers, 1 / order)
+    powers = mx.where(size == 0, 0, mx.power(mx.where(size == 0, 1, size), order)).sum(axis, keepdims=keepdims)
+    zero = powers == 0
+    return mx.where(zero, 0, mx.power(mx.where(zero, 1, powers), 1 / order))
 
 
 def safe_softmax(x, axis):
@@ -124,11 +128,12 @@ def sort(x, axis=-1, descending=False):
     if x.dtype == mx.bool_:
         values, index = sort(x.astype(mx.int32), axis, descending)
         return values.astype(mx.bool_), index
+    keys = mx.stop_gradient(x)
     if descending:
-        turned = -x if x.dtype not in (mx.uint8, mx.uint16, mx.uint32, mx.uint64) else mx.max(x) - x
+        turned = -keys if x.dtype not in (mx.uint8, mx.uint16, mx.uint32, mx.uint64) else mx.max(keys) - keys
         index = mx.argsort(turned, axis=axis)
     else:
-        index = mx.argsort(x, axis=axis)
+        index = mx.argsort(keys, axis=axis)
     index = index.astype(mx.int64)
     return mx.take_along_axis(x, index, axis=axis), index
 
@@ -166,9 +171,11 @@ def median_with_indices(x, axis=-1, keepdims=False):
 
 
 def _cumulative(x, axis, function):
-    values = function(x, axis=axis)
+    values = function(mx.stop_gradient(x), axis=axis)
     position = mx.arange(x.shape[axis]).reshape([-1] + [1] * (x.ndim - 1 - axis % x.ndim))
-    index = mx.cummax(mx.where(x == values, mx.broadcast_to(position, x.shape), 0), axis=axis).astype(mx.int64)
+    index = mx.cummax(
+        mx.where(mx.stop_gradient(x) == values, mx.broadcast_to(position, x.shape), 0), axis=axis
+    ).astype(mx.int64)
     return mx.take_along_axis(x, index, axis=axis), index
 
 
@@ -203,6 +210,8 @@ def pdist(x, p=2.0):
 
 def cosine_similarity(a, b, axis=1, eps=1e-8):
     """Returns the cosine of the angle between vectors."""
+    a, b = mx.broadcast_arrays(a, b)
+    axis = axis if a.ndim else None
     size_a, size_b = vector_norm(a, 2, axis, True), vector_norm(b, 2, axis, True)
     return ((a / mx.maximum(size_a, eps)) * (b / mx.maximum(size_b, eps))).sum(axis)
 

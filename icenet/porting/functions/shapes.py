@@ -1,5 +1,9 @@
 """Shapes and new arrays."""
 
+# The text of these functions is copied into ports, without types.
+# mypy: ignore-errors
+# ruff: noqa: B905, RUF007
+
 from __future__ import annotations
 
 import math
@@ -90,7 +94,7 @@ def tensor_split(x, sections, axis=0):
     else:
         ends = list(sections)
     bounds = [0, *ends, x.shape[axis]]
-    return [mx.moveaxis(mx.moveaxis(x, axis, 0)[a:b], 0, axis) for a, b in zip(bounds, bounds[1:])]
+    return [mx.moveaxis(mx.moveaxis(x, axis, 0)[a:b], 0, axis) for a, b in zip(bounds[:-1], bounds[1:])]
 
 
 def narrow(x, axis, start, length):
@@ -175,7 +179,7 @@ def diag_embed(x, offset=0, axis1=-2, axis2=-1):
     filled = mx.where(mask, mx.take(x, source, axis=-1)[..., None], mx.array(0, x.dtype))
     ndim = filled.ndim
     axis1, axis2 = axis1 % ndim, axis2 % ndim
-    order = [axis for axis in range(ndim - 2)]
+    order = list(range(ndim - 2))
     for axis, source_axis in sorted(((axis1, ndim - 2), (axis2, ndim - 1))):
         order.insert(axis, source_axis)
     return filled.transpose(order)
@@ -221,7 +225,9 @@ def im2col(x, kernel, dilation, padding, stride):
     down = mx.arange(kernel[0])[:, None] * dilation[0] + mx.arange(rows) * stride[0]
     across = mx.arange(kernel[1])[:, None] * dilation[1] + mx.arange(columns) * stride[1]
     patches = mx.take(mx.take(x, down, axis=2), across, axis=4)  # [B, C, kh, rows, kw, columns]
-    patches = patches.transpose(0, 1, 2, 4, 3, 5).reshape(x.shape[0], -1, rows * columns)
+    patches = patches.transpose(0, 1, 2, 4, 3, 5).reshape(
+        x.shape[0], x.shape[1] * kernel[0] * kernel[1], rows * columns
+    )
     return patches[0] if unbatched else patches
 
 

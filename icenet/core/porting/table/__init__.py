@@ -1,17 +1,17 @@
-"""The table of ATen operations, in modules by subject."""
+"""The table of ATen operations, in modules by subject. Importing it imports all of them; each adds its entries."""
 
-from icenet.core.porting.table import (  # noqa: F401  (each adds its entries)
-    convolution,
-    elementwise,
-    indexing,
-    linear_algebra,
-    normalization,
-    random,
-    recurrent,
-    reductions,
-    shapes,
-    sizes,
-)
+from __future__ import annotations
+
+import icenet.core.porting.table.convolution
+import icenet.core.porting.table.elementwise
+import icenet.core.porting.table.indexing
+import icenet.core.porting.table.linear_algebra
+import icenet.core.porting.table.normalization
+import icenet.core.porting.table.random
+import icenet.core.porting.table.recurrent
+import icenet.core.porting.table.reductions
+import icenet.core.porting.table.shapes
+import icenet.core.porting.table.sizes  # noqa: F401
 from icenet.core.porting.table.base import TABLE
 
 __all__ = ["TABLE"]

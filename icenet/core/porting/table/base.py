@@ -42,7 +42,7 @@ def entry(*names: str) -> Callable[[Entry], Entry]:
 
 
 def templates(rows: dict[str, str]) -> None:
-    """Adds rows: the name of an operation, and its source with {argument} for raw text and {argument!a} for an operand."""
+    """Adds rows: an operation, and its source with {argument} for raw text and {argument!a} for an operand."""
     for name, text in rows.items():
         assert name not in TABLE, name
         TABLE[name] = functools.partial(_fill, text)
@@ -143,7 +143,7 @@ class Operation:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns an argument as it was recorded."""
-        value = self.args.get(name)
+        value: Any = self.args.get(name)
         return default if value is None else value
 
     def tensor(self, name: str) -> Tensor | None:
@@ -164,7 +164,8 @@ class Operation:
     def dims(self, name: str = "dim", of: str = "self") -> str:
         """Returns the source of axes: a number, a tuple, or None for all."""
         value = self.args.get(name)
-        if value is None or value == []:
+        tensor = self.tensor(of)
+        if value is None or value == [] or (tensor is not None and tensor.ndim == 0):
             return "None"
         if isinstance(value, (list, tuple)):
             if len(value) == 1:

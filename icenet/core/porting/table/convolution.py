@@ -63,11 +63,6 @@ def conv(n: Operation) -> str:
     return f"{before}{text}{after}"
 
 
-@entry("convolution")
-def convolution(n: Operation) -> str:
-    raise NotImplementedError
-
-
 @entry("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_transpose(n: Operation) -> str:
     rank = int(n.node.base[14])
@@ -136,11 +131,6 @@ def avg_pool(n: Operation) -> str:
     if n.args.get("divisor_override"):
         keywords["divisor"] = repr(n.args["divisor_override"])
     return before + n.call("avg_pool", x, repr(rank), *given, **keywords) + after
-
-
-@entry("lp_pool1d", "lp_pool2d", "lp_pool3d")
-def lp_pool(n: Operation) -> str:
-    raise NotImplementedError
 
 
 @entry(
@@ -216,6 +206,8 @@ def upsample(n: Operation) -> str:
 def upsample_antialias(n: Operation) -> str:
     key = "input" if "input" in n.args else "self"
     size, scales = n.args.get("output_size"), n.args.get("scale_factors")
+    if scales is None and n.args.get("scales_h"):
+        scales = [n.args["scales_h"], n.args["scales_w"]]
     return n.call(
         "upsample_antialias",
         n[key],

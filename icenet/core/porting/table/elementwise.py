@@ -138,9 +138,7 @@ for _names, _symbol in (
     "hypot",
     "copysign",
     "xlogy",
-    "heaviside",
     "ldexp",
-    "nextafter",
     "special_xlog1py",
 )
 def pair(n: Operation) -> str:
@@ -153,6 +151,9 @@ def pair(n: Operation) -> str:
     if name in ("maximum", "minimum") and not n.out.is_floating:
         return f"mx.{name}({a}, {b})"
     return n.call(name, a, b)
+
+
+entry("heaviside")(lambda n: n.call("heaviside", n["self"], n["values"]))
 
 
 @entry("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__")
@@ -219,8 +220,14 @@ entry("special_erf")(_unary("erf"))
 entry("special_erfinv")(_unary("erfinv"))
 entry("special_expm1")(_unary("expm1"))
 entry("special_log1p")(_unary("log1p"))
+
+
+def _rounded(name: str):  # type: ignore[no-untyped-def]
+    return lambda n: f"mx.{name}({n['self']})" if n.out.is_floating else n["self"]
+
+
 for _name in ("ceil", "floor"):
-    entry(_name)(lambda n, f=_name: f"mx.{f}({n['self']})" if n.out.is_floating else n["self"])
+    entry(_name)(_rounded(_name))
 
 templates(
     {
@@ -299,7 +306,6 @@ _helper("celu", function="celu", arguments=("self", "alpha"))
 _helper("threshold", function="threshold", arguments=("self", "threshold", "value"))
 _helper("hardtanh", function="hardtanh", arguments=("self", "min_val", "max_val"))
 _helper("softplus", function="softplus", arguments=("self", "beta", "threshold"))
-_helper("polygamma_", function="polygamma")
 
 
 @entry("square")

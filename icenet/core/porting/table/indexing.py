@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from icenet.core.porting.table.base import Operation, entry, mlx_dtype
+from typing import Any
+
+from icenet.core.porting.table.base import Operation, entry
 
 
 @entry("embedding")
@@ -65,7 +67,7 @@ def gather(n: Operation) -> str:
 @entry("scatter", "scatter_add", "scatter_reduce")
 def scatter(n: Operation) -> str:
     value = n.args.get("src", n.args.get("value"))
-    mode = n.args.get("reduce") or ("sum" if n.node.base == "scatter_add" else None)
+    mode: Any = n.args.get("reduce") or ("sum" if n.node.base == "scatter_add" else None)
     mode = {"add": "sum", "multiply": "prod"}.get(mode, mode)
     include = n.args.get("include_self", True)
     text = n.cast("src", n.out.dtype) if n.tensor("src") else n.source(value)
@@ -121,6 +123,3 @@ def isin(n: Operation) -> str:
     first = n.args.get("elements", n.args.get("element"))
     second = n.args.get("test_elements", n.args.get("test_element"))
     return n.call("isin", n.source(first), n.source(second), repr(bool(n.args.get("invert"))))
-
-
-_ = mlx_dtype

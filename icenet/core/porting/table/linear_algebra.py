@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from icenet.core.porting.table.base import Operation, atom, entry
-from icenet.core.porting.table.elementwise import training
 
 
 @entry("mm", "bmm", "matmul", "mv", "linalg_matmul", "__matmul__")
@@ -88,7 +89,7 @@ def tensordot(n: Operation) -> str:
 
 @entry("chain_matmul", "linalg_multi_dot")
 def chain_matmul(n: Operation) -> str:
-    parts = n.args.get("matrices", n.args.get("tensors"))
+    parts: Any = n.args.get("matrices", n.args.get("tensors"))
     return " @ ".join(atom(n.source(part)) for part in parts)
 
 
@@ -183,6 +184,3 @@ def stft(n: Operation) -> str:
         repr(bool(center)),
         repr(n.get("pad_mode", "reflect")),
     )
-
-
-_ = training

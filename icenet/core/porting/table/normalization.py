@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from icenet.core.porting.table.base import Operation, entry
-from icenet.core.porting.table.elementwise import training
 
 
 @entry("layer_norm")
@@ -54,11 +53,6 @@ def native_layer_norm(n: Operation) -> str:
     )
 
 
-@entry("local_response_norm")
-def local_response_norm(n: Operation) -> str:
-    raise NotImplementedError
-
-
 @entry("weight_norm", "_weight_norm", "_weight_norm_interface")
 def weight_norm(n: Operation) -> str:
     return n.call("weight_norm", n["v"], n["g"], n["dim"])
@@ -98,4 +92,3 @@ entry("poisson_nll_loss")(_loss("poisson_nll_loss", "input", "target", "log_inpu
 entry("nll_loss", "nll_loss_nd", "nll_loss2d")(_loss("nll_loss", "self", "target", "weight", "ignore_index"))
 entry("cross_entropy_loss")(_loss("cross_entropy", "self", "target", "weight", "ignore_index", "label_smoothing"))
 entry("multi_margin_loss")(_loss("multi_margin_loss", "self", "target", "p", "margin", "weight"))
-_ = training

@@ -44,7 +44,8 @@ def rand_like(n: Operation) -> str:
 @entry("randint", "randint_like")
 def randint(n: Operation) -> str:
     shape = f"{n.atom('self')}.shape" if "self" in n.args else _shape(n)
-    return f"mx.random.randint({n.source(n.args.get('low', 0))}, {n['high']}, {shape}).astype(mx.{mlx_dtype(n.out.dtype)})"
+    drawn = f"mx.random.randint({n.source(n.args.get('low', 0))}, {n['high']}, {shape})"
+    return f"{drawn}.astype(mx.{mlx_dtype(n.out.dtype)})"
 
 
 @entry("randperm")
@@ -70,7 +71,8 @@ def normal(n: Operation) -> str:
 
 @entry("uniform")
 def uniform(n: Operation) -> str:
-    return f"mx.random.uniform({n.source(n.args.get('from', 0.0))}, {n.source(n.args.get('to', 1.0))}, {n.atom('self')}.shape)"
+    low, high = n.source(n.args.get("from", 0.0)), n.source(n.args.get("to", 1.0))
+    return f"mx.random.uniform({low}, {high}, {n.atom('self')}.shape)"
 
 
 @entry("exponential")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icenet.core.porting.table.base import Operation, atom, entry, flag, mlx_dtype
+from icenet.core.porting.table.base import Operation, atom, entry, flag
 from icenet.core.porting.table.elementwise import cast_result
 
 
@@ -48,7 +48,7 @@ def prod(n: Operation) -> str:
 
 @entry("amax", "amin")
 def amax(n: Operation) -> str:
-    return n.call(n.node.base, n["self"], n.dims(), repr(flag(n, "keepdim")))
+    return f"{n.atom('self')}.{n.node.base[1:]}({_over(n)})"
 
 
 @entry("max", "min")
@@ -56,7 +56,7 @@ def max_(n: Operation) -> str:
     if "other" in n.args:
         return n.call("maximum" if n.node.base == "max" else "minimum", n["self"], n["other"])
     if "dim" not in n.args:
-        return n.call("a" + n.node.base, n["self"], "None", "False")
+        return f"{n.atom('self')}.{n.node.base}()"
     return n.call(f"{n.node.base}_with_indices", n["self"], n["dim"], repr(flag(n, "keepdim")))
 
 
@@ -136,6 +136,8 @@ def norm(n: Operation) -> str:
 
 @entry("softmax", "_softmax", "special_softmax", "_safe_softmax")
 def softmax(n: Operation) -> str:
+    if not n.out.ndim:
+        return f"mx.ones_like({n.cast('self', n.out.dtype)})"
     if n.node.base == "_safe_softmax":
         return n.call("safe_softmax", n.cast("self", n.out.dtype), n["dim"])
     if n.out.dtype in ("float16", "bfloat16"):
@@ -145,11 +147,15 @@ def softmax(n: Operation) -> str:
 
 @entry("log_softmax", "_log_softmax", "special_log_softmax")
 def log_softmax(n: Operation) -> str:
+    if not n.out.ndim:
+        return f"mx.zeros_like({n.cast('self', n.out.dtype)})"
     return f"nn.log_softmax({n.cast('self', n.out.dtype)}, axis={n['dim']})"
 
 
 @entry("softmin")
 def softmin(n: Operation) -> str:
+    if not n.out.ndim:
+        return f"mx.ones_like({n['self']})"
     return f"mx.softmax(-{n.atom('self')}, axis={n['dim']})"
 
 
@@ -233,6 +239,3 @@ def diff(n: Operation) -> str:
 @entry("renorm")
 def renorm(n: Operation) -> str:
     return n.call("renorm", n["self"], n["p"], n["dim"], n["maxnorm"])
-
-
-_ = mlx_dtype

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from icenet.core.porting.record import Ref, Tensor
+from typing import Any
+
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, shape_source
 
 
@@ -13,7 +14,7 @@ def view(n: Operation) -> str:
         if tensor is not None and tensor.dtype == n.out.dtype:
             return n["self"]
         return f"mx.view({n['self']}, mx.{mlx_dtype(n.out.dtype)})"
-    sizes = n.args.get("size", n.args.get("shape"))
+    sizes: Any = n.args.get("size", n.args.get("shape"))
     source = n.tensor("self")
     if source is not None and len(sizes) == len(source.shape) and tuple(sizes) == tuple(source.shape):
         return n["self"]
@@ -37,7 +38,7 @@ def flatten(n: Operation) -> str:
 
 @entry("unflatten")
 def unflatten(n: Operation) -> str:
-    return f"mx.unflatten({n['self']}, {n['dim']}, ({shape_source(n, n.args['sizes'])}))"
+    return f"mx.unflatten({n['self']}, {n['dim']}, [{shape_source(n, n.args['sizes'])}])"
 
 
 @entry("permute", "permute_copy")
@@ -386,7 +387,7 @@ def pad(n: Operation) -> str:
         if "circular" in base
         else mode
     )
-    widths = n.args.get("pad", n.args.get("padding"))
+    widths: Any = n.args.get("pad", n.args.get("padding"))
     tensor = n.tensor("self")
     assert tensor is not None
     pairs = [(widths[index], widths[index + 1]) for index in range(0, len(widths), 2)][::-1]
@@ -559,7 +560,8 @@ def linspace(n: Operation) -> str:
 @entry("eye")
 def eye(n: Operation) -> str:
     columns = n.args.get("m")
-    return f"mx.eye({n['n']}{'' if columns is None else f', {n.source(columns)}'}{_dtype(n).replace(', mx', ', dtype=mx')})"
+    sizes = n["n"] if columns is None else f"{n['n']}, {n.source(columns)}"
+    return f"mx.eye({sizes}{_dtype(n).replace(', mx', ', dtype=mx')})"
 
 
 @entry("vander", "linalg_vander")
@@ -567,6 +569,3 @@ def vander(n: Operation) -> str:
     return n.call(
         "vander", n["x"], n.source(n.args.get("N")), repr(bool(n.get("increasing", n.node.base != "vander")))
     )
-
-
-_ = Ref, Tensor

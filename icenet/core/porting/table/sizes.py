@@ -15,6 +15,10 @@ def numel(n: Operation) -> str:
     return f"{n.atom('self')}.size"
 
 
+def _formatted(text: str):  # type: ignore[no-untyped-def]
+    return lambda n: text.format(*(atom(n[key]) for key in sorted(n.args)))
+
+
 def _binary(symbol: str):  # type: ignore[no-untyped-def]
     return lambda n: f"{atom(n['0'])} {symbol} {atom(n['1'])}"
 
@@ -55,7 +59,7 @@ for _name, _text in (
     ("sym_ite", "({1} if {0} else {2})"),
     ("sym_sum", "sum({0})"),
 ):
-    entry(f"sym.{_name}")(lambda n, text=_text: text.format(*(atom(n[key]) for key in sorted(n.args))))
+    entry(f"sym.{_name}")(_formatted(_text))
 
 
 @entry("_local_scalar_dense")

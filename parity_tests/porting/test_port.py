@@ -1,0 +1,256 @@
+"""`icenet.port`: modules that people write, ported, proved, saved and read."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import icenet.blas
+
+import mlx.core as mx
+import numpy as np
+import port_nets as nets
+import pytest
+import torch
+from helpers import is_one_line, python
+from mlx.utils import tree_flatten
+from torch import nn
+
+import icenet
+from icenet.cli.main import main
+from icenet.core.errors import PortError, UsageError
+from icenet.core.models import modules
+from icenet.core.porting import helpers
+from icenet.core.porting.table import TABLE
+from icenet.parity import proof
+
+FILE = Path(__file__).with_name("port_nets.py")
+
+
+def image(batch: int = 2, size: int = 10) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def ids(batch: int = 2, length: int = 7, below: int = 12) -> torch.Tensor:
+    return torch.randint(0, below, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind()
+
+
+def outputs(module: Any, *inputs: torch.Tensor) -> Any:
+    return module(*[mx.array(item.numpy()) for item in inputs])
+
+
+def close(ours: mx.array, theirs: torch.Tensor) -> None:
+    np.testing.assert_allclose(np.array(ours), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 3], [1, 0, 0, 2, 0]])
+CASES = {
+    "ConvNet": (nets.ConvNet, (image(),), (image(3, 12),)),
+    "GPT": (nets.GPT, (ids(),), (ids(3, 9),)),
+    "Tagger": (nets.Tagger, (ids(),), (ids(1, 5),)),
+    "UNet": (nets.UNet, (image(2, 9),), (image(1, 12),)),
+    "Branches": (nets.Branches, (torch.randn(3, 4),), (torch.randn(5, 4),)),
+    "Graph": (nets.Graph, (torch.randn(4, 3), EDGES), (torch.randn(6, 3), EDGES[:, :3])),
+}
+
+
+@pytest.fixture(scope="module")
+def ports() -> dict[str, Any]:
+    """Ports of the cases, made when they are first read."""
+    return {}
+
+
+def port_of(ports: dict[str, Any], name: str) -> tuple[Any, nn.Module]:
+    if name not in ports:
+        kind, example, _ = CASES[name]
+        module = made(kind)
+        ports[name] = icenet.port(module, example), module
+    return ports[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_module_is_ported_and_serves_other_sizes(name: str, ports: dict[str, Any]) -> None:
+    port, module = port_of(ports, name)
+    assert port.report.passed and len(port.report.checks) >= 3, str(port.report)
+    for inputs in CASES[name][1:]:
+        module.eval()
+        with torch.no_grad():
+            theirs = module(*inputs)
+        ours = outputs(port.module, *inputs)
+        for key in theirs if isinstance(theirs, dict) else [None]:
+            close(ours if key is None else ours[key], theirs if key is None else theirs[key])
+
+
+def test_parameters_have_the_original_names(ports: dict[str, Any]) -> None:
+    for name in ("ConvNet", "GPT", "Tagger"):
+        port, module = port_of(ports, name)
+        theirs = {path for path, _ in module.named_parameters()}
+        assert {path for path, _ in tree_flatten(port.module.trainable_parameters())} == theirs
+    moved = made(nets.ConvNet)
+    modules.copy_weights(port_of(ports, "ConvNet")[0].module, moved)
+    for (path, ours), theirs in zip(moved.named_parameters(), ports["ConvNet"][1].parameters(), strict=True):
+        assert torch.equal(ours, theirs), path
+
+
+def test_the_source_reads_as_a_person_would_write_it(ports: dict[str, Any]) -> None:
+    source = port_of(ports, "ConvNet")[0].source
+    assert "self.blocks = [Block() for _ in range(3)]" in source
+    assert "for block in self.blocks:\n            x = block(x)" in source
+    assert "out = nn.relu(self.bn1(self.conv1(x)))" in source or "out = self.relu(self.bn1(self.conv1(x)))" in source
+    assert source.count("transpose(") == 1  # of the images at the beginning
+    text = port_of(ports, "GPT")[0].source
+    assert "q, k, v = mx.split(self.qkv(x), 3, axis=-1)" in text and "self.mask[:T, :T]" in text
+    assert "@ self.tokens.weight.T" in text  # the tied head
+    for kept in ports.values():
+        imported = {line for line in kept[0].source.splitlines() if line.startswith(("import ", "from "))}
+        assert imported <= {"import mlx.core as mx", "import mlx.nn as nn", "import math"}
+
+
+def test_training_follows_the_original(ports: dict[str, Any]) -> None:
+    """Ten steps of SGD on both sides, with a batch norm and a module with two modes."""
+    import mlx.nn
+    import mlx.optimizers
+
+    for name in ("Branches", "UNet"):
+        kind, example, _ = CASES[name]
+        theirs = made(kind).train()
+        ours = icenet.port(theirs, example).module
+        ours.train()
+        optimizer, mlx_optimizer = torch.optim.SGD(theirs.parameters(), 0.05), mlx.optimizers.SGD(0.05)
+        given = mx.array(example[0].numpy())
+        step = mlx.nn.value_and_grad(ours, lambda x, model=ours: mx.square(model(x)).mean())
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = theirs(*example).square().mean()
+            loss.backward()
+            optimizer.step()
+            mlx_loss, gradients = step(given)
+            mlx_optimizer.update(ours, gradients)
+            assert abs(mlx_loss.item() - loss.item()) < 1e-5 * max(1, loss.item())
+    close(port_of(ports, "Branches")[0].module.mean, torch.zeros(4))  # the comparison left the buffers unchanged
+
+
+def test_channels_last_and_half_precision() -> None:
+    module = made(nets.Net)
+    port = icenet.port(module, image(), layout="nhwc", dtype="bf16")
+    ours = port.module(mx.array(image().numpy().transpose(0, 2, 3, 1)).astype(mx.bfloat16))
+    assert ours.dtype == mx.bfloat16 and "transpose" not in port.source
+    np.testing.assert_allclose(np.array(ours.astype(mx.float32)), module(image()).detach().numpy(), atol=0.05)
+
+
+def test_a_saved_port_runs_alone(tmp_path: Path, ports: dict[str, Any]) -> None:
+    port, module = port_of(ports, "ConvNet")
+    folder = port.save(tmp_path / "port")
+    assert {path.name for path in folder.iterdir()} == {
+        "model.py",
+        "weights.safetensors",
+        "config.json",
+        "parity.html",
+    }
+    model = runpy.run_path(str(folder / "model.py"))["load"]()
+    close(outputs(model, image()), module.eval()(image()))
+    with pytest.raises(UsageError, match="exists"):
+        port.save(folder)
+    assert "icenet" not in python(
+        f"import sys; sys.argv[0] = 'x'; import runpy; runpy.run_path({str(folder / 'model.py')!r})\n"
+        "print(*[name for name in sys.modules if name.split('.')[0] in ('icenet', 'torch')])"
+    )
+
+
+def test_what_cannot_be_ported_is_one_line() -> None:
+    with pytest.raises(PortError) as caught:
+        icenet.port(nets.Control(), torch.randn(3))
+    assert is_one_line(str(caught.value), "port_nets.py:", "x.sum() > 0", "torch.where")
+    with pytest.raises(PortError) as caught:
+        icenet.port(nets.Missing(), torch.randn(3))
+    assert is_one_line(
+        str(caught.value), "2 operations", "special_bessel_j0 (2 times", "special_airy_ai (1 times", "port_nets.py"
+    )
+    with pytest.raises(UsageError):
+        icenet.port("a name", torch.randn(3))
+
+
+def test_a_wrong_port_names_the_operation_and_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLE, "amax", lambda n: f"{n['self']}.mean(axis={n.dims()})")
+    with pytest.raises(PortError) as caught:
+        icenet.port(made(nets.Net), image())
+    first = str(caught.value).splitlines()[0]
+    assert "aten.amax" in first and "port_nets.py" in first and ".amax((2, 3))" in first
+
+
+def test_the_ratio_sees_a_small_error() -> None:
+    wanted = np.linspace(1, 2, 50)
+    assert proof._ratio(wanted * (1 + 1e-8), wanted, [wanted])[0] < 8
+    assert proof._ratio(wanted * (1 + 1e-4), wanted, [wanted])[0] > 8
+    assert proof._ratio(wanted[:9], wanted, [wanted])[0] == float("inf")
+
+
+def test_every_function_that_the_table_calls_exists() -> None:
+    import re
+
+    folder = Path(helpers.__file__).parent / "table"
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    names = {
+        name
+        for text in texts
+        for name in re.findall(r'n\.call\(\s*"(\w+)"|function="(\w+)"', text)
+        for name in name
+        if name
+    }
+    assert len(names) > 60
+    assert [name for name in sorted(names) if not helpers.exists(name)] == []
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> int:
+    return main(["port", *arguments])
+
+
+def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "w.pt"
+    module = made(nets.Net)
+    torch.save(module.state_dict(), weights)
+    out = tmp_path / "out"
+    assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(weights), "--out", str(out)) == 0
+    assert "computes what the module computes" in capsys.readouterr().out
+    model = runpy.run_path(str(out / "model.py"))["load"]()
+    close(outputs(model, image(1)), module(image(1)))
+
+
+def test_the_command_checks_the_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(f"{FILE}:Missing", "--shape", "3", "--check") == 1
+    assert "special_bessel_j0: 2 times" in capsys.readouterr().out
+    assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["nowhere.py:Net", "--shape", "3"], ["nowhere.py"]),
+        ([f"{FILE}:Nothing", "--shape", "3"], ["Nothing", "ConvNet"]),
+        ([f"{FILE}:Block", "--shape", "3"], ["Block", "channels"]),
+        ([f"{FILE}:Net"], ["--shape"]),
+        ([f"{FILE}:Net", "--shape", "3;4"], ["3;4"]),
+        (["resnet50"], ["torchvision:NAME"]),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*arguments) == 2
+    assert is_one_line(capsys.readouterr().err.strip(), *names)
+
+
+def test_a_pickle_of_other_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(made(nets.Net), path)
+    assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(path)) == 1
+    assert is_one_line(capsys.readouterr().err.strip(), "w.pt", "tensors only")
