@@ -269,7 +269,7 @@ def test_captured_steps_of_mlx_with_merged_blocks(
     assert np.abs(found - scores).max() <= 2.0**-16 * np.abs(scores).max()
 
 
-# ---- the kernel of PyTorch -------------------------------------------------------------------------------------------
+# ---- the kernel of PyTorch --------------------------------------------------------------------------------
 
 # rows, outputs, inputs, dtype, norm, bias, activation, gated, residual
 CASES = [
