@@ -44,6 +44,7 @@ class Event:
         outputs: The arrays of the result, in order.
         result: The result with a `Slot` in place of each array.
         gradients: The gradient of the loss by each output; None where there is none.
+        is_complete: Whether the call returned; it did not if a module within it raised an error.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Event:
     outputs: list[Any] = field(default_factory=list)
     result: Any = None
     gradients: list[Any] = field(default_factory=list)
+    is_complete: bool = False
 
     @property
     def is_storable(self) -> bool:
@@ -159,6 +161,7 @@ class Recorder:
         event.result, arrays = take_apart(result, self.tools.ARRAY)
         event.outputs = [self._taken(array) for array in arrays]
         event.gradients = [None] * len(arrays)
+        event.is_complete = True
         if not self.with_gradients:
             return result
 

@@ -292,7 +292,7 @@ def _argument_mismatch(pair: Pair) -> str:
 
 
 def _output_mismatch(pair: Pair) -> str:
-    if pair.kind in align.DIFFERENT_CALLS and pair.outputs:
+    if not pair.a.is_complete or (pair.kind in align.DIFFERENT_CALLS and pair.outputs):
         return ""
     if len(pair.a.outputs) != len(pair.b.outputs):
         if pair.b.parent is not None and pair.outputs:
