@@ -9,7 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.nn import exact, training_kernels
+from icenet.nn import exact, linear_kernels, training_kernels
 from icenet.nn.arrays import Array, Dtype, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
 from icenet.nn.quantized import QuantizedLayer, quantization_of, quantized_product, to_quantized
@@ -87,7 +87,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool =
     if on_cpu():
         return exact.add_bias(y @ w, b).astype(x.dtype)
     if is_half(y) and training_kernels.is_worthwhile(y):
-        return _linear_with_exact_bias(y, w.T, b)
+        return _linear_with_exact_bias(y, w.T, b)  # type: ignore[return-value]  # MLX types the result as an object
     if y.size == y.shape[-1] and mx.cuda.is_available():  # MLX has a kernel for one row; addmm calls cuBLAS, +15 us
         return y @ w + b
     return mx.addmm(b, y, w).astype(x.dtype)
