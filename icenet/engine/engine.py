@@ -62,9 +62,7 @@ class Engine(engine.Engine):
         self.compiles = config.model.compile_model is True
         if config.model.compile_model is None:  # custom models may compute what cannot be compiled
             # on CUDA, compiling the kernels of a step takes a minute or more in a new installation
-            self.compiles = (
-                model.device.type == mx.gpu and not mx.cuda.is_available() and not is_custom(config.model.type)
-            )
+            self.compiles = self.device == "gpu" and not mx.cuda.is_available() and not is_custom(config.model.type)
         if self.compiles:
             state = [self.model.state, self.optimizer.state, mx.random.state]
             state += [self.average.arrays] if self.average else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
@@ -51,8 +53,8 @@ def linear_cross_entropy(
         return [(gradient * cotangents[0]).astype(gradient.dtype) for gradient in outputs[1:]]
 
     rows = x.reshape(-1, x.shape[-1])
-    outputs: list[Array] = loss_and_gradients(rows, weight, *([] if bias is None else [bias]))
-    return outputs[0]
+    outputs: Any = loss_and_gradients(rows, weight, *([] if bias is None else [bias]))
+    return outputs[0]  # type: ignore[no-any-return]
 
 
 def count_correct(logits: Array, labels: Array) -> Array:
@@ -98,8 +100,11 @@ def _chunk(logits: Array, labels: Array, count: Array, softcap: float | None) ->
     if training_kernels.has_kernels():
         return training_kernels.cross_entropy(logits, labels, count, softcap)
     counted, chosen = labels >= 0, mx.maximum(labels, 0)[:, None]
-    bounded = None if softcap is None else mx.tanh(logits.astype(mx.float32) / softcap)
-    values = logits.astype(mx.float32) if bounded is None else bounded * softcap
+    values = logits.astype(mx.float32)
+    bounded = None
+    if softcap is not None:
+        bounded = mx.tanh(values / softcap)
+        values = bounded * softcap
     terms, total, largest = exact.softmax_terms(values)
     losses = mx.log(total) + largest - mx.take_along_axis(values, chosen, axis=-1)
     weight = (counted / count)[:, None]
