@@ -40,6 +40,8 @@ class _ParityGroup(CommandGroup):
         "icenet parity quickstart",
         "icenet parity runs/mine --steps 50",
         "icenet parity mine.py:MlxNet ref.py:TorchNet --html parity.html",
+        "icenet parity record ref.py:TorchNet --input x.npz --out trace/",
+        "icenet parity check mine.py:MlxNet trace/",
     ),
 )
 def parity() -> None:
@@ -47,7 +49,7 @@ def parity() -> None:
 
     The name of the command can be left out: `icenet parity quickstart` is `icenet parity config quickstart`, and
     `icenet parity mine.py:A ref.py:B` is `icenet parity modules mine.py:A ref.py:B`. The exit code is 0 if all values
-    agree, otherwise 1.
+    agree, otherwise 1. With `record` and `check`, the modules can be on two machines.
     """
 
 
@@ -127,7 +129,7 @@ _INPUT_OPTIONS = (
         "--dtype", type=click.Choice(list(FLOAT_DTYPES)), default="fp32", show_default=True, help="Compute dtype."
     ),
 )
-_COMPARE_OPTIONS = (
+_RENAME_OPTION = (
     click.option(
         "--rename",
         multiple=True,
@@ -135,6 +137,8 @@ _COMPARE_OPTIONS = (
         metavar="A=B",
         help="Path of a module of the first and its path in the second, also of prefixes. Repeatable.",
     ),
+)
+_REPORT_OPTIONS = (
     click.option(
         "--stages", callback=_stages, metavar="LIST", help="Stages to run, with commas. Default: all, in order."
     ),
@@ -142,10 +146,10 @@ _COMPARE_OPTIONS = (
         "--copy-weights", is_flag=True, help="Compare with the weights of the second in a copy of the first."
     ),
     click.option("--html", type=PATH, metavar="FILE", help="Write the page with all details."),
-    click.option(
-        "--replay", type=PATH, metavar="FILE", help="Search the smallest input that differs and save it (.npz)."
-    ),
     json_option,
+)
+_REPLAY_OPTION = click.option(
+    "--replay", type=PATH, metavar="FILE", help="Search the smallest input that differs and save it (.npz)."
 )
 
 
@@ -168,16 +172,64 @@ def _with(*options: Any) -> Any:
 )
 @click.argument("module")
 @click.argument("reference")
-@_with(*_INPUT_OPTIONS, *_COMPARE_OPTIONS)
+@_with(*_INPUT_OPTIONS, *_RENAME_OPTION, *_REPORT_OPTIONS, _REPLAY_OPTION)
 def modules_command(module: str, reference: str, as_json: bool, html: Path | None, **options: Any) -> None:
     """Compare two modules, MODULE with REFERENCE.
 
     Each is FILE.py:NAME: a module, or a class or function without arguments that returns one. The files are run.
     Without --input, the inputs are drawn for the signature and the first layer.
     """
-    from icenet.commands.parity_modules import compare_files, show
+    from icenet.commands.parity_modules import compare_files
 
-    report = compare_files(module, reference, **options)
+    _finish(compare_files(module, reference, **options), html, as_json)
+
+
+@parity.command(
+    "record",
+    epilog=examples(
+        "icenet parity record ref.py:TorchNet --input x.npz --out trace/",
+        "icenet parity record ref.py:net --weights model.safetensors --dtype bf16 --out trace/",
+    ),
+)
+@click.argument("module")
+@click.option("--out", "folder", type=PATH, required=True, metavar="DIR", help="Folder of the trace, new or empty.")
+@_with(*_INPUT_OPTIONS)
+def record_command(module: str, folder: Path, **options: Any) -> None:
+    """Record what MODULE computes, for `icenet parity check` on another machine.
+
+    MODULE is FILE.py:NAME, usually of PyTorch. The other framework need not be installed. The trace is a folder of two
+    files without code, which grow while the module runs.
+    """
+    from icenet.commands.parity_modules import record_file
+
+    click.echo(record_file(module, folder, **options))
+
+
+@parity.command(
+    "check",
+    epilog=examples(
+        "icenet parity check mine.py:MlxNet trace/",
+        "icenet parity check mine.py:net trace/ --weights model.safetensors --html parity.html",
+    ),
+)
+@click.argument("module")
+@click.argument("trace", type=PATH)
+@_with(_INPUT_OPTIONS[2], *_RENAME_OPTION, *_REPORT_OPTIONS)
+def check_command(module: str, trace: Path, as_json: bool, html: Path | None, **options: Any) -> None:
+    """Compare MODULE with a trace of `icenet parity record`.
+
+    MODULE is FILE.py:NAME. Inputs, dtype and seed are those of the trace. The framework of the reference need not be
+    installed.
+    """
+    from icenet.commands.parity_modules import check_file
+
+    _finish(check_file(module, trace, **options), html, as_json)
+
+
+def _finish(report: Any, html: Path | None, as_json: bool) -> None:
+    """Shows a report, writes its page, and ends with its exit code."""
+    from icenet.commands.parity_modules import show
+
     if html is not None:
         report.to_html(html)
     show_json(report.as_dict()) if as_json else show(report, html)

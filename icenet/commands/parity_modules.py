@@ -15,7 +15,7 @@ from icenet.core.config import user_code
 from icenet.core.errors import DataError, UsageError
 from icenet.core.models import modules
 from icenet.core.report.console import new_console
-from icenet.parity import ALL_STAGES, Report, compare
+from icenet.parity import ALL_STAGES, Report, compare, read_trace, record
 
 _STYLES = {"✓": "green", "✗": "bold red", "~": "yellow", "·": "yellow", "-": "dim"}
 """Styles of the lines of a report, by their marks."""
@@ -61,6 +61,71 @@ def compare_files(
         seed=seed,
         copy_weights=copy_weights,
         replay=None if replay is None else str(replay),
+    )
+    report.command = shlex.join(["icenet", *sys.argv[1:]])
+    return report
+
+
+def record_file(
+    module: str,
+    folder: Path,
+    *,
+    input_file: Path | None = None,
+    weights_file: Path | None = None,
+    seed: int = 0,
+    dtype: str = "fp32",
+) -> str:
+    """Records a module that a file defines (see `icenet.parity.record`), and returns one line on the trace.
+
+    Args:
+        module, input_file, weights_file, seed, dtype: See `compare_files`.
+        folder: Folder of the trace.
+
+    Raises:
+        UsageError: The file, a name in it or the folder is wrong, or the module fails.
+        DataError: The inputs cannot be read.
+        WeightsError: The weights do not fit.
+    """
+    found = load_module(module)
+    if weights_file is not None:
+        set_weights(found, weights_file)
+    inputs = None if input_file is None else read_inputs(input_file)
+    written = record(found, inputs, folder, dtype=dtype, seed=seed)
+    size = sum(file.stat().st_size for file in written.iterdir())
+    return f"recorded {module}: {written} ({size / 1e6:.1f} MB); check a module against it with icenet parity check"
+
+
+def check_file(
+    module: str,
+    trace: Path,
+    *,
+    weights_file: Path | None = None,
+    rename: Mapping[str, str] | None = None,
+    stages: Sequence[str] | None = None,
+    copy_weights: bool = False,
+) -> Report:
+    """Compares a module that a file defines with a trace.
+
+    Args:
+        module, weights_file, rename, stages, copy_weights: See `compare_files`.
+        trace: Folder of the trace.
+
+    Raises:
+        UsageError: The file or a name in it is wrong, or the module cannot be compared.
+        DataError: The trace cannot be read.
+        WeightsError: The weights do not fit.
+    """
+    recorded = read_trace(trace)
+    found = load_module(module)
+    if weights_file is not None:
+        set_weights(found, weights_file, rename)
+    report = compare(
+        found,
+        recorded,
+        rename=rename,
+        stages=ALL_STAGES if stages is None else tuple(stages),
+        dtype=recorded.dtype,
+        copy_weights=copy_weights,
     )
     report.command = shlex.join(["icenet", *sys.argv[1:]])
     return report

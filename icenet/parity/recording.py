@@ -31,7 +31,8 @@ from icenet.core.errors import UsageError
 from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
 from icenet.parity.causes import attributes
-from icenet.parity.comparison import DTYPES, SMALL, Comparison, Targets, describe, update_gradients
+from icenet.parity.comparison import DTYPES, SMALL, Comparison, Targets, default_rate, describe, update_gradients
+from icenet.parity.engines import Perturbation
 from icenet.parity.events import Event, Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import scaled_for_fp16
@@ -46,6 +47,9 @@ from icenet.parity.yardstick import FEW, round_to, squared_distance
 Array = npt.NDArray[Any]
 
 _EVALUATION, _TRAINING = "evaluation", "training"
+
+SAMPLES = 4
+"""Number of samples of the noise of a result. A comparison takes more only for values that are near the tolerance."""
 
 
 # ---- recording ----------------------------------------------------------------------------------------------
@@ -289,22 +293,23 @@ class _Recording:
         return self._noise(lambda k, rounds, order: sampled(self.b if rounds else self.reference, k, rounds, order))
 
     def _noise(
-        self, sample: Callable[[int, bool, bool], Mapping[str, Value]], count: int = 0
+        self, sample: Callable[[int, bool, bool], Mapping[str, Value]], count: int = 0, in_order: bool = True
     ) -> list[dict[str, int]]:
         """Returns the noise of each element of each result, by the samples of the yardstick.
 
         Args:
             sample: Returns the results, given the number of the sample, whether values are rounded, and whether sums
                 are taken in order.
-            count: Number of samples; 0 for those of the yardstick.
+            count: Number of samples; 0 for SAMPLES.
+            in_order: Whether to take samples whose sums are taken in order.
         """
-        kinds = (False,) if self.is_mlx else (False, True)
+        kinds = (False, True) if in_order and not self.is_mlx else (False,)
         squares: list[dict[str, Array]] = [{} for _ in kinds]
-        count = count or yardstick.SAMPLES
+        count = count or min(SAMPLES, yardstick.SAMPLES)
         for index in range(count):
             exact = sample(index, False, False)
-            for found, in_order in zip(squares, kinds, strict=True):
-                for name, value in sample(index, True, in_order).items():
+            for found, kind in zip(squares, kinds, strict=True):
+                for name, value in sample(index, True, kind).items():
                     if value.is_float and name in exact and value.array.shape == exact[name].array.shape:
                         distance = squared_distance(value.array, exact[name].array)
                         found[name] = found[name] + distance if name in found else distance
@@ -394,10 +399,20 @@ class _Recording:
     def _train(self, given: Inputs, steps: int | None) -> None:
         """Records updates on equal gradients, and the losses of training steps."""
         gradients = {name: np.asarray(item.array) for name, item in self.exact_run.gradients.items()}
-        if not gradients:
+        if not gradients or self.dtype != "fp32":  # parameters are updated in fp32
             self.manifest["training"] = None
             return
         sequence = update_gradients(gradients, list(gradients))
+        rate = default_rate(list(gradients), self.reference.weights(), gradients)
+        self.b.rate = self.reference.rate = rate
+
+        def sample(index: int, rounds: bool, in_order: bool) -> dict[str, Value]:
+            perturb = Perturbation("fp32", index, rounds)
+            side = self.b if rounds else self.reference
+            moved = [{n: perturb.array(g, "gradient", n, k) for n, g in s.items()} for k, s in enumerate(sequence)]
+            with side.nearby(index, [], rounds):
+                return {n: Value(array, "fp32") for n, array in side.updated(self.optimizer, moved).items()}
+
         size = sum(math.prod(shape) for shape in self.reference.shapes.values())
         steps = steps if steps is not None else 2 if size <= SMALL else 1
         updated = {
@@ -407,7 +422,14 @@ class _Recording:
         # MLX has one bias per gate, PyTorch two: their steps differ
         variants = {False, "native_recurrent" in self.reference.kinds.values() and not self.is_mlx}
         curves = {str(variant): self._curves(given, steps, variant) for variant in variants}
-        self.manifest["training"] = {"updated": updated, "steps": steps, "curves": curves}
+        noise = self._noise(sample, FEW, in_order=False)[0]
+        self.manifest["training"] = {
+            "rate": rate,
+            "updated": updated,
+            "noise": noise,
+            "steps": steps,
+            "curves": curves,
+        }
 
     def _curves(self, given: Inputs, steps: int, has_one_bias: bool) -> dict[str, Any]:
         runs = {"b": self.noise_run, "reference": self.exact_run}
@@ -548,7 +570,8 @@ class RecordedTrace:
         self.layer_kinds = dict(manifest["layer_kinds"])
         self.training = manifest["training"]
         if self.training is not None:
-            self.steps = int(self.training["steps"])
+            self.steps, self.rate = int(self.training["steps"]), float(self.training["rate"])
+            self.update_noise = {str(n): reader.array(i) for n, i in self.training["noise"].items()}
             self.updated = {
                 role: {name: reader.array(i) for name, i in self.training["updated"][role].items()}
                 for role in ("b", "reference")
@@ -699,6 +722,15 @@ class _TraceComparison(Comparison):
         assert isinstance(self.reference, RecordedSide)
         return self.reference.replay_inputs(pair, gradients)
 
+    def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
+        return self._trace.rate
+
+    def _propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
+        kind = "in_order" if self.b.backend == "torch" and self.a.has_foreign("") else "noise"
+        assert isinstance(self.b, RecordedSide)
+        noise = self._trace.samples[self.b.run_mode][kind]
+        return {name: noise[name] for name in exact if name in noise}
+
     def _suggest(self, pair: Pair, judgements: Mapping[str, Any]) -> None:
         super()._suggest(pair, judgements)
         if not self.report.cause and (hint := self._hint(pair)):
@@ -788,7 +820,8 @@ class RecordedSide(Side):
         """Does nothing: the masks of dropout are drawn."""
 
     @property
-    def _mode(self) -> str:
+    def run_mode(self) -> str:
+        """The mode of the run in the trace: a module that does the same in both is recorded once."""
         return _TRAINING if self.train or _EVALUATION not in self.trace.runs else _EVALUATION
 
     # ---- runs -----------------------------------------------------------------------------------------------
@@ -802,7 +835,7 @@ class RecordedSide(Side):
         targets: Any = None,
         cotangent: bool = False,
     ) -> Run:
-        run = self.trace.runs[self._mode][self._role]
+        run = self.trace.runs[self.run_mode][self._role]
         if targets is not None and cotangent:
             floats = [
                 SimpleNamespace(value=v, shape=v.array.shape, dtype="float" if v.is_float else v.dtype)
@@ -830,10 +863,10 @@ class RecordedSide(Side):
         """Returns a result of the run, of the exact one with the noise of the samples."""
         assert self._nearby is not None
         rounds, in_order = self._nearby
-        exact = self.trace.runs[self._mode]["reference"]
+        exact = self.trace.runs[self.run_mode]["reference"]
         kind, _, rest = name.partition(":")
         found = exact.events[0].outputs[int(rest)] if kind == "output" else exact.gradients[rest]
-        return _moved(found, self.trace.samples[self._mode], name, rounds, in_order, value.dtype)
+        return _moved(found, self.trace.samples[self.run_mode], name, rounds, in_order, value.dtype)
 
     def loss_of(
         self, event: Event, outputs: Sequence[Value], loss: Any, targets: Any, in_order: int | None = None
@@ -849,7 +882,13 @@ class RecordedSide(Side):
     def updated(self, optimizer: Any, gradients: Any, change: Any = None) -> dict[str, Array]:
         if change is not None:
             raise align.ReplayError("is not there to be changed")
-        return dict(self.trace.updated[self._role])
+        if self._nearby is None:
+            return dict(self.trace.updated[self._role])
+        noise = self.trace.update_noise if self._nearby[0] else {}
+        return {
+            name: np.asarray(a, np.float64) + noise.get(name, 0.0)
+            for name, a in self.trace.updated["reference"].items()
+        }
 
     def train_steps(
         self,
@@ -878,7 +917,7 @@ class RecordedSide(Side):
                 a.set_channels(pair.a.path, bool(self.trace.modules[pair.path]["moved"]))
             within = {id(event) for event in pair.a.walk()}
             found: list[Pair] = []
-            for item in self.trace.replays[self._mode].get(pair.b.number, []):
+            for item in self.trace.replays[self.run_mode].get(pair.b.number, []):
                 children = [separable.get(number) for number in item.calls]
                 if all(child is not None and id(child.a) in within for child in children):
                     found = [child for child in children if child is not None]
@@ -889,7 +928,7 @@ class RecordedSide(Side):
 
     def _entry(self, pair: Pair) -> _Replay | None:
         calls = [child.b.number for child in pair.children]
-        items = self.trace.replays[self._mode].get(pair.b.number, [])
+        items = self.trace.replays[self.run_mode].get(pair.b.number, [])
         return next((item for item in items if item.calls == calls), None)
 
     def _known(self, pair: Pair) -> _Replay:
