@@ -97,7 +97,10 @@ class HFTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         own_id = self._tokenizer.model.token_to_id
         only_added = {token.content for token in added.values() if own_id(token.content) is None}
-        self.text_vocab_size = max((id for name, id in vocabulary.items() if name not in only_added), default=0) + 1
+        of_text = {**vocabulary}
+        for name in only_added:
+            of_text.pop(name, None)
+        self.text_vocab_size = max(of_text.values(), default=0) + 1
         """The largest token id of ordinary text plus one. Added tokens may have larger ids, which models may lack."""
         self._bytes = _byte_tokens(vocabulary) if b'"ByteFallback"' in content else {}
         is_bpe = isinstance(self._tokenizer.model, library().models.BPE)  # for which transformers does not do it
@@ -118,10 +121,11 @@ class HFTokenizer:
         for prefix in ("a", "\n"):
             with contextlib.suppress(DataError):
                 self._prefixes[prefix] = self.encode(prefix)
-        ordinary = [id for name, id in vocabulary.items() if name not in self.special_tokens]
-        if not ordinary:
+        if vocabulary.keys() <= self.special_tokens.keys():
             raise DataError(f"data.tokenizer: {where}: has no tokens besides special ones")
-        self._letter = self._prefixes.get("a", [])[-1:] or [min(ordinary)]
+        self._letter = self._prefixes.get("a", [])[-1:] or [
+            min(id for name, id in vocabulary.items() if name not in self.special_tokens)
+        ]
         self._letter_text = self._text(self._letter)
 
     @classmethod
@@ -504,17 +508,13 @@ def _clean_up(text: str) -> str:
 
 def _read(content: bytes, where: str) -> tuple[Any, Any]:
     """Returns the tokenizer of the library, without what drops, adds or samples tokens, and its post-processor."""
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
-        if content.startswith(LFS_POINTER):
-            raise DataError(f"data.tokenizer: {where}: is a Git LFS pointer, not the file; {LFS_REMEDY}") from None
-        raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")
     tokenizers = library()
     with _one_line(f"data.tokenizer: {where}: this version of tokenizers cannot read it"), _silent():
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except BaseException:  # parsing it before takes as long again
+            _check_json(content, where)
+            raise
         tokenizer.no_truncation()
         tokenizer.no_padding()
         post_processor = tokenizer.post_processor
@@ -523,6 +523,18 @@ def _read(content: bytes, where: str) -> tuple[Any, Any]:
             tokenizer.model.dropout = None
         _try(tokenizer)
     return tokenizer, post_processor
+
+
+def _check_json(content: bytes, where: str) -> None:
+    """Raises DataError unless a file is JSON with a model."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
+        if content.startswith(LFS_POINTER):
+            raise DataError(f"data.tokenizer: {where}: is a Git LFS pointer, not the file; {LFS_REMEDY}") from None
+        raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")
 
 
 def _try(tokenizer: Any) -> None:
