@@ -701,7 +701,7 @@ def launch(
         **{"BACKWARD": kernel.backward, "RECORD": kernel.record, "MASKED": "mask" in arrays},
         **{"HAS_LATER": False, "RELU": False, **constants},
     }
-    given = {"mask": rows, "later": weight, "later_h": rows, **arrays}
+    given = {"mask": rows, "later": rows, "later_h": rows, **arrays}
     if not kernel.metal:
         given["counters"] = new_counters(rows, tiles.parts) if steps > 1 else _no_counters()
     return build(kernel, tiles.SHARED_K * gates * tiles.U * tiles.WU * tiles.GROUPS * weight.itemsize)(
