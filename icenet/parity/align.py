@@ -231,7 +231,7 @@ class AlignedReplay:
         self._replay, self._mlx, self._torch = replay, mlx, torch
         self._shapes = {} if mlx.backend == torch.backend else known_shapes(mlx, torch)
 
-    def __call__(self, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+    def __call__(self, path: str, call: Call, cotangents: list[Value] | None) -> dict[str, Value]:
         """Calls the layer at `path`, for which `obstacle` returned nothing.
 
         Args:
@@ -252,14 +252,16 @@ class AlignedReplay:
         filled = {
             ours: Value(to_mlx(how, values[theirs].array), values[theirs].dtype) for ours, theirs, how in inputs
         }
+        drawn = cotangents or []
         seeds = [
-            Value(to_mlx(outputs[index], cotangents[index].array), cotangents[index].dtype)
+            Value(to_mlx(outputs[index], drawn[index].array), drawn[index].dtype)
             if index in outputs
             else Value(np.zeros_like(value.array), value.dtype)
             for index, value in enumerate(self._mlx.outputs(path).values())
+            if cotangents is not None
         ]
         try:
-            replayed = self._replay(path, self._mlx.calls[path].fill(filled), seeds)
+            replayed = self._replay(path, self._mlx.calls[path].fill(filled), seeds or None)
         except Exception as error:  # whatever a user's layer raises is a result of the comparison
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ReplayError(f"fails in MLX on PyTorch's inputs: {reason}") from error

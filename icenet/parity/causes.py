@@ -286,9 +286,9 @@ def _order(trial: _Trial) -> str:
             if size % parts == 0 and size > parts:
                 blocks = np.split(exact, parts, axis)
                 for order in itertools.permutations(range(parts)):
-                    if order != tuple(range(parts)):
-                        if trial.explains_array(np.concatenate([blocks[i] for i in order], axis)):
-                            return f"the {parts} parts along axis {axis} are in another order in a: {list(order)}"
+                    reordered = np.concatenate([blocks[i] for i in order], axis)
+                    if order != tuple(range(parts)) and trial.explains_array(reordered):
+                        return f"the {parts} parts along axis {axis} are in another order in a: {list(order)}"
     if ours.ndim == 3:
         batch, length, width = ours.shape
         for heads in range(2, width):
@@ -296,16 +296,16 @@ def _order(trial: _Trial) -> str:
                 split = exact.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
                 if trial.explains_array(split.reshape(exact.shape)):
                     return "swapped axes: heads and positions are not exchanged before the heads are merged in a"
-                if width % heads == 0:
-                    back = exact.reshape(batch, heads, length, width // heads).transpose(0, 2, 1, 3)
-                    if trial.explains_array(back.reshape(exact.shape)):
-                        return "swapped axes: heads and positions are exchanged once more in a"
+                back = exact.reshape(batch, heads, length, width // heads).transpose(0, 2, 1, 3)
+                if trial.explains_array(back.reshape(exact.shape)):
+                    return "swapped axes: heads and positions are exchanged once more in a"
     if ours.ndim == 2:
         for value in trial.values:
             shape = value.array.shape
-            if len(shape) > 2 and shape[0] == len(ours) and math.prod(shape) == ours.size:
-                if trial.explains_array(align.to_mlx(align.MOVED, exact.reshape(shape)).reshape(exact.shape)):
-                    return "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX"
+            if len(shape) < 3 or shape[0] != len(ours) or math.prod(shape) != ours.size:
+                continue
+            if trial.explains_array(align.to_mlx(align.MOVED, exact.reshape(shape)).reshape(exact.shape)):
+                return "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX"
     return ""
 
 
@@ -411,12 +411,12 @@ def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
                     label = f"{relative(child.path, trial.pair.path)}.{name}"
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
-        for (child, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
-            label = "the input" if child is None else f"the output of {relative(child.path, trial.pair.path)}"
+        for (source, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
+            label = "the input" if source is None else f"the output of {relative(source.path, trial.pair.path)}"
             found.append((label, np.asarray(value.array, np.float64)))
     elif trial.seeds is not None:
-        for (child, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
-            what = "the output" if child is None else f"the input of {relative(child.path, trial.pair.path)}"
+        for (source, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
+            what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
             found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
     kept: dict[str, Array] = {}
     for label, array in reversed(found):  # an array may be passed on unchanged: then the last call that returns it
@@ -516,8 +516,8 @@ def _weights(trial: _Trial) -> str:
             for order in itertools.permutations(range(len(gates))):
                 new = {name: _reordered(weights[name], order) for name in names}
                 if order != tuple(range(len(gates))) and trial.explains(trial.replay(new)):
-                    listed = [" ".join(gates[i] for i in o) for o in (order, range(len(gates)))]
-                    return f"gate order: the gates of the weights of a are those of b in the order {listed[0]}"
+                    listed = " ".join(gates[i] for i in order)
+                    return f"gate order: the gates of the weights of a are those of b in the order {listed}"
         packed = [name for name in names if name.startswith("in_proj")]
         for order in itertools.permutations(range(3)) if packed else ():
             new = {name: _reordered(weights[name], order) for name in packed}
@@ -529,9 +529,9 @@ def _weights(trial: _Trial) -> str:
                 if trial.explains(trial.replay({name: np.full_like(weights[name], value)})):
                     return f"{name} is not used in a"
             square = weights[name]
-            if square.ndim == 2 and square.shape[0] == square.shape[1]:
-                if trial.explains(trial.replay({name: np.ascontiguousarray(square.T)})):
-                    return f"{name} is transposed in a"
+            is_square = square.ndim == 2 and square.shape[0] == square.shape[1]
+            if is_square and trial.explains(trial.replay({name: np.ascontiguousarray(square.T)})):
+                return f"{name} is transposed in a"
     finally:
         pair.parameters = before
     return ""

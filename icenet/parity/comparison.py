@@ -190,6 +190,8 @@ class Comparison:
         kinds = backends.backend_of(a), self.backend_of_reference(b)
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
+        self.inputs_a = Inputs(((), {}), [])
+        self.inputs_b: list[Value] = []
         self.loss_noise = 0.0
         self.own_errors: dict[str, dict[str, float]] = {}
         """The relative error of each module on equal inputs, by path: of its output, its gradient, its parameters."""
@@ -489,7 +491,6 @@ class Comparison:
         """
         self.inputs_a = inputs
         self._set_mode(False)
-        self.inputs_b: list[Value] = []
         failure: ModuleError | None = None
         try:
             if train:
@@ -674,7 +675,7 @@ class Comparison:
                 self._notes(pair.path).append(pair.obstacle)
         if origins:
             pair, origin = origins[0]
-            self._fail(stage, pair.path, origin.where, origin.judgement.note or note)
+            self._fail(stage, pair.path, origin.where, _neutral(origin.judgement.note) or note)
             self._suggest(pair, found[pair.b.number])
             return
         # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
@@ -731,7 +732,7 @@ class Comparison:
             worst.ratio if worst is not None else None,
             own_part,
             where,
-            "; ".join(dict.fromkeys(remarks)),
+            _neutral("; ".join(dict.fromkeys(remarks))),
             pair.b.call,
             pair.b.number,
             _histogram(ours, exact.array) if status == states.DIFFERS else None,
@@ -859,6 +860,7 @@ class Comparison:
             if status == states.PASSED and worst is not None and worst.plain_ratio:
                 status = states.LESS_EXACT
             note = "its gradient differs only at ties of its inputs" if pair.path in self.ties else ""
+            note = note or (_neutral(worst.note) if worst is not None else "")
             for i, j, how in pair.outputs[:1]:
                 grads = pair.a.gradients[i], pair.noise.gradients[j], pair.b.gradients[j]
                 row = Row(pair.path, "gradient of output", pair.b.outputs[j].array.shape, status)
@@ -883,7 +885,7 @@ class Comparison:
         self._parameter_rows(stage, runs, differing)
         if first is not None:
             pair, origin = first
-            self._fail(stage, pair.path, origin.where, "in the backward pass")
+            self._fail(stage, pair.path, origin.where, _neutral(origin.judgement.note) or "in the backward pass")
             self._suggest(pair, found[pair.b.number])
             return
         bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
@@ -983,8 +985,10 @@ class Comparison:
         for index in range(_FEW):
             generator = np.random.default_rng([self.seed, index])
 
-            def moved(value: Value, what: str, path: str, number: int) -> Value:
-                level = self.own_errors.get(path, {}).get(what, 0.0) * rms(value.array)  # noqa: B023
+            def moved(
+                value: Value, what: str, path: str, number: int, generator: np.random.Generator = generator
+            ) -> Value:
+                level = self.own_errors.get(path, {}).get(what, 0.0) * rms(value.array)
                 noise = _error(generator, value.array.shape) * level
                 return Value((value.array + noise).astype(value.array.dtype), value.dtype)
 
@@ -1057,7 +1061,7 @@ class Comparison:
                 curves = [curve[: finite.index(False)] for curve in curves]
             if not curves[0]:
                 return
-            judged = judge_curve(*curves)
+            judged = judge_curve(curves[0], curves[1], curves[2])
             allowed = FACTOR * self.factor
             noise = np.maximum(judged.noise, self.loss_noise)
             ratios = np.where(np.isfinite(judged.ratios), judged.gap / noise, judged.ratios)
@@ -1216,9 +1220,9 @@ class Comparison:
                 module.status = row.status
         differing = [module.path for module in self.report.modules if module.status == states.DIFFERS]
         for module in self.report.modules:
-            if module.status in (states.PASSED, states.LESS_EXACT, states.INHERITS, states.NOT_RUN):
-                if any(_is_in(path, module.path) and path != module.path for path in differing):
-                    module.status = states.CONTAINS
+            contains = any(_is_in(path, module.path) and path != module.path for path in differing)
+            if contains and module.status not in (states.DIFFERS, states.SKIPPED):
+                module.status = states.CONTAINS
 
 
 class _AmbiguousAxes(Exception):
@@ -1404,6 +1408,13 @@ def _bias_noise(pair: Pair, name: str, seeds: list[Value] | None) -> Array | Non
         squares += np.square(np.add.accumulate(np.roll(terms, start, axis=0), axis=0)[-1] - exact)
     noise: Array = np.sqrt(squares / _FEW)
     return noise
+
+
+def _neutral(note: str) -> str:
+    """Returns a remark of the yardstick with the names of the sides."""
+    for framework, side in (("MLX", "a"), ("PyTorch", "b"), ("one backend", "one side")):
+        note = note.replace(f"in {framework}", f"in {side}").replace(f"on {framework}", f"on {side}")
+    return note
 
 
 def _error(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:

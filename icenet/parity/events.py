@@ -43,7 +43,7 @@ class Event:
         given: `(args, kwargs)` with a `Slot` in place of each array.
         outputs: The arrays of the result, in order.
         result: The result with a `Slot` in place of each array.
-        gradients: The gradient of the loss by each output; None where there is none.
+        gradients: The gradient of the loss by each output; None if absent.
         is_complete: Whether the call returned; it did not if a module within it raised an error.
     """
 
@@ -210,10 +210,10 @@ def map_leaves(item: Any, function: Callable[[Any], Any]) -> Any:
     if type(item) in (tuple, list):
         return type(item)(map_leaves(value, function) for value in item)
     if is_dataclass(item) and not isinstance(item, (type, Slot, Value)):
-        new = copy.copy(item)
+        changed: Any = copy.copy(item)
         for part in fields(item):
-            object.__setattr__(new, part.name, map_leaves(getattr(item, part.name), function))
-        return new
+            object.__setattr__(changed, part.name, map_leaves(getattr(item, part.name), function))
+        return changed
     return function(item)
 
 

@@ -65,6 +65,7 @@ def read(inputs: Any, dtype: str = "fp32") -> Inputs:
     Raises:
         UsageError: There is no array, or one has no values.
     """
+    args: tuple[Any, ...]
     if isinstance(inputs, dict):
         args, kwargs = (), dict(inputs)
     elif isinstance(inputs, (tuple, list)):
@@ -307,7 +308,8 @@ def save(inputs: Inputs, path: str | os.PathLike[str]) -> Path:
     arrays = [value.array for value in inputs.values]
     buffer = io.BytesIO()
     if inputs.given[1]:
-        np.savez(buffer, **dict(zip(inputs.names, arrays, strict=True)))
+        named: dict[str, Any] = dict(zip(inputs.names, arrays, strict=True))
+        np.savez(buffer, **named)
     else:
         np.savez(buffer, *arrays)
     write_bytes(file, buffer.getvalue())

@@ -186,9 +186,9 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
             if theirs.array.ndim < 3:
                 continue
             known = align.KINDS.get(pair.kind or "")
-            if known is None and ours.array.shape == theirs.array.shape:
-                if align.to_torch(align.MOVED, ours.array).shape == theirs.array.shape:
-                    known = align.nearer(ours.array, theirs.array)
+            fits = align.to_torch(align.MOVED, ours.array).shape == theirs.array.shape
+            if known is None and fits and ours.array.shape == theirs.array.shape:
+                known = align.nearer(ours.array, theirs.array)
             if known is not None:
                 found.setdefault(theirs.array.shape, known)
     return found

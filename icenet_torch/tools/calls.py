@@ -220,7 +220,7 @@ def mean_square(outputs: Sequence[torch.Tensor], targets: Sequence[Value], exact
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Computes in float64 where code asks for another floating dtype, such as `x.float()`, in the context."""
+    """Computes in float64 where code names another floating dtype, such as `x.float()`, in the context."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

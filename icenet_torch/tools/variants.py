@@ -565,6 +565,7 @@ def number_variants(
     for name, args, kwargs in calls:
         numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
         for old in map(float, numbers):
+            candidates: tuple[float, ...]
             if name in ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "normalize"):
                 candidates, what = (EPS if 0 <= old <= 1e-2 else ()), "eps"
             elif name in ("add", "radd", "iadd", "sub", "clamp", "clamp_min", "maximum") and 0 <= old <= 1e-2:

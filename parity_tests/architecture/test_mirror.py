@@ -19,6 +19,7 @@ TORCH_FILES = {
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     "tools.sums",  # the noise is measured in PyTorch
+    "tools.variants",  # the causes of a difference are tried on PyTorch
 }
 """Modules of PyTorch without a counterpart, and why."""
 
@@ -58,6 +59,7 @@ ONE_SIDED = {
     },  # fmt: skip
     "nn.cached_attention": {"has_triton"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
+    "tools.calls": {"exact_arithmetic"},  # the reference is PyTorch
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
     "nn.linear": {
         # the first two keep PyTorch from drawing values; its embedding takes no small integers, as MLX's does

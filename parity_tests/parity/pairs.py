@@ -1,7 +1,7 @@
 """Pairs of models as users write them, of plain layers of MLX and PyTorch, and faults that can be planted in each.
 
-`PAIRS` holds a function per model: called with the name of a fault, or "", it returns the MLX model, the PyTorch model,
-and the inputs of the MLX model. Every fault has the path of the module in which it is, and words of its cause.
+`PAIRS` holds a function per model: called with the name of a fault, or "", it returns the MLX model, the PyTorch
+model, and the inputs of the MLX model. Every fault has the path of the module in which it is, and words of its cause.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def with_equal_weights(ours: M.Module, theirs: T.Module, seed: int = 0) -> tuple
     return ours, theirs
 
 
-# ---- U-Net ----------------------------------------------------------------------------------------------------
+# ---- U-Net --------------------------------------------------------------------------------------------------
 
 
 class DoubleConv(M.Module):
@@ -164,7 +164,7 @@ def unet(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(UNet(fault), TorchUNet()), draw(2, 8, 8, 3)
 
 
-# ---- ConvNeXt -------------------------------------------------------------------------------------------------
+# ---- ConvNeXt -----------------------------------------------------------------------------------------------
 
 
 class ConvNeXtBlock(M.Module):
@@ -241,7 +241,7 @@ def convnext(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(ConvNeXt(fault), TorchConvNeXt()), draw(2, 32, 32, 3)
 
 
-# ---- Llama ----------------------------------------------------------------------------------------------------
+# ---- Llama --------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(M.Module):
@@ -432,7 +432,7 @@ def llama(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(Llama(fault), TorchLlama()), tokens(2, 9, below=50)
 
 
-# ---- bidirectional LSTM tagger ----------------------------------------------------------------------------------
+# ---- bidirectional LSTM tagger ------------------------------------------------------------------------------
 
 
 class Tagger(M.Module):
@@ -489,7 +489,7 @@ def tagger(fault: str) -> tuple[Any, Any, Any]:
     return ours, theirs, tokens(3, 7, below=20)
 
 
-# ---- temporal convolutions ----------------------------------------------------------------------------------------
+# ---- temporal convolutions ----------------------------------------------------------------------------------
 
 
 class Temporal(M.Module):
@@ -558,7 +558,7 @@ def tcn(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(TCN(fault), TorchTCN()), draw(3, 10, 4)
 
 
-# ---- diffusion ------------------------------------------------------------------------------------------------------
+# ---- diffusion ----------------------------------------------------------------------------------------------
 
 
 class Diffusion(M.Module):
@@ -620,7 +620,7 @@ def diffusion(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(Diffusion(fault), TorchDiffusion()), {"x": draw(5, 6), "t": times}
 
 
-# ---- graph ----------------------------------------------------------------------------------------------------------
+# ---- graph --------------------------------------------------------------------------------------------------
 
 
 class GraphLayer(M.Module):
@@ -687,7 +687,7 @@ def graph(fault: str) -> tuple[Any, Any, Any]:
     return *with_equal_weights(Graph(fault), TorchGraph()), (draw(7, 5), edges)
 
 
-# ---- vision transformer ---------------------------------------------------------------------------------------------
+# ---- vision transformer -------------------------------------------------------------------------------------
 
 
 class Encoder(M.Module):

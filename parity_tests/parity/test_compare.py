@@ -1,4 +1,4 @@
-"""`icenet.parity.compare` on pairs of models as users write them: correct twins pass, each fault is found in its module."""
+"""`icenet.parity.compare` on models as users write them: correct twins pass, each fault is found in its module."""
 
 from __future__ import annotations
 
