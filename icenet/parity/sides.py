@@ -144,6 +144,7 @@ class Side:
         self.perturbation = Perturbation(dtype, 0) if perturbed else None
         self.train = False
         self._dropouts: dict[str, Any] = {}
+        self._channels: dict[str, bool] = {}
         self._rows = 1
         self._run: Run | None = None
 
@@ -235,9 +236,12 @@ class Side:
         if train:
             self.nn.dropout.key_dropouts(self.modules.items())
             self._dropouts = dropout.dropout_layers(self.modules.items())
+            for path, is_moved in self._channels.items():  # of layers that have keys in training mode only
+                self.set_channels(path, is_moved)
 
     def set_channels(self, path: str, is_moved: bool) -> None:
         """Tells a dropout layer whether its input has channels first in PyTorch and last in MLX."""
+        self._channels[path] = is_moved
         if hasattr(self.modules[path], "images"):
             self.modules[path].images = is_moved
 
@@ -797,7 +801,8 @@ def _depends_on_mode(module: Any) -> bool:
         return bool(getattr(module, "p", 0.0) or getattr(module, "_p_1", 1.0) < 1.0)
     if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
         return True
-    return _reads_mode(type(module))
+    found: bool = _reads_mode(type(module))  # type: ignore[arg-type]
+    return found
 
 
 @functools.cache
