@@ -197,8 +197,8 @@ def modules_command(module: str, reference: str, as_json: bool, html: Path | Non
 def record_command(module: str, folder: Path, **options: Any) -> None:
     """Record what MODULE computes, for `icenet parity check` on another machine.
 
-    MODULE is FILE.py:NAME, usually of PyTorch. The other framework need not be installed. The trace is a folder of two
-    files without code, which grow while the module runs.
+    MODULE is FILE.py:NAME, usually of PyTorch. The other framework need not be installed. The trace is a folder of
+    two files without code, written while the module runs.
     """
     from icenet.commands.parity_modules import record_file
 

@@ -75,8 +75,8 @@ def record(
 
     Args:
         module: Any `torch.nn.Module` or `mlx.nn.Module`.
-        inputs: Its arguments: an array, a tuple of arrays, or a dict of keyword arguments. Images `[B, H, W, C]` or in
-            the axes of the module. None: drawn for the signature and the first layer.
+        inputs: Its arguments: an array, a tuple of arrays, or a dict of keyword arguments. Images `[B, H, W, C]` or
+            in the axes of the module. None: drawn for the signature and the first layer.
         folder: A new or empty folder, or one with a trace, which is replaced.
         dtype: Compute dtype: fp32, bf16 or fp16.
         layout: See `compare`.
@@ -174,7 +174,7 @@ class _Recording:
     def _inputs(self, inputs: Any, layout: Any) -> Inputs:
         """Returns the inputs in the axes of the module, with which it runs."""
         if inputs is None:
-            given = drawing.draw(self.b, self.user, self.seed, 1, self.dtype)[0]
+            given = next(drawing.draw(self.b, self.user, self.seed, 1, self.dtype))
             candidates = [given.values]
         else:
             given = drawing.read(inputs, self.dtype)
@@ -232,8 +232,8 @@ class _Recording:
         pairs, _ = pair_calls(self.b, self.reference, (noise, noise, exact), matches)
         if not pairs or not pairs[0].outputs:
             raise UsageError(
-                f"record: {type(self.user).__name__} returns nothing that can be compared; return tensors, or tuples, "
-                "lists, dicts or dataclasses of them"
+                f"record: {type(self.user).__name__} returns nothing that can be compared; return tensors, or "
+                "tuples, lists, dicts or dataclasses of them"
             )
         self._find_moved(exact)
         self.manifest["replays"][mode] = {
@@ -576,7 +576,7 @@ class RecordedTrace:
                 role: {name: reader.array(i) for name, i in self.training["updated"][role].items()}
                 for role in ("b", "reference")
             }
-            self.curves = {
+            self.curves: dict[bool, dict[str, Any]] = {
                 variant == "True": {
                     **{role: [float(x) for x in curves[role]] for role in ("b", "reference")},
                     **{kind: None if curves[kind] is None else reader.array(curves[kind])
@@ -772,7 +772,8 @@ class RecordedSide(Side):
     def __init__(self, trace: RecordedTrace, exact: bool) -> None:
         self.trace, self.exact, self.is_reference = trace, exact and trace.backend == "torch", exact
         self._role = "reference" if exact else "b"
-        self.backend, self.tools, self.dtype = trace.backend, _Tools, trace.dtype
+        self.backend, self.dtype = trace.backend, trace.dtype
+        self.tools: Any = _Tools
         self.modules = {
             path: SimpleNamespace(**{str(name): value for name, value in item["attributes"].values()})
             for path, item in trace.modules.items()
@@ -902,7 +903,8 @@ class RecordedSide(Side):
     ) -> list[float]:
         curves = self.trace.curves[self.has_one_bias and True in self.trace.curves]
         if self._nearby is None:
-            return list(curves[self._role])[: steps + 1]
+            own: list[float] = curves[self._role]
+            return own[: steps + 1]
         rounds, in_order = self._nearby
         noise = curves["in_order" if in_order else "noise"] if rounds else None
         exact = np.asarray(curves["reference"])
@@ -1008,10 +1010,10 @@ class RecordedSide(Side):
         for index, place in enumerate(pair.places()):
             results[output_name(index)] = found[output_name(entry.results.index(_place(*place)))]
         if gradients:
-            floats = [place for place, value in entry.inputs.items() if value is not None and value.is_float]
-            wanted = [p for p in map(lambda item: _place(*item), pair.input_places()) if p in floats]
-            for number, place in enumerate(wanted):
-                results[f"input {number}"] = found[f"input {floats.index(place)}"]
+            floats = [where for where, value in entry.inputs.items() if value is not None and value.is_float]
+            places = [_place(*item) for item in pair.input_places()]
+            for number, where in enumerate(where for where in places if where in floats):
+                results[f"input {number}"] = found[f"input {floats.index(where)}"]
             results |= {name: value for name, value in found.items() if name.startswith("gradient ")}
         results |= {name: value for name, value in found.items() if name.startswith("statistic ")}
         return results
