@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import icenet._deprecated  # noqa: F401  (old module names)
+from icenet.core.collection import without_collection
 
 if TYPE_CHECKING:
     from icenet.core.config import Config
@@ -83,9 +84,10 @@ def build(
         BackendError: The backend or the device does not exist, or TF32 is not allowed and MLX already uses it in this
             process.
     """
-    from icenet.core import files
-    from icenet.core.config import Config, custom
-    from icenet.core.models.inference import build_for_inference
+    with without_collection():
+        from icenet.core import files
+        from icenet.core.config import Config, custom
+        from icenet.core.models.inference import build_for_inference
 
     _check_config(config)
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(files.user_path(config, "build"))
@@ -129,12 +131,13 @@ def load(
         UsageError: The weights cannot be quantized like this.
         BackendError: As in `build`.
     """
-    from icenet.core import backends, files
-    from icenet.core.config import custom
-    from icenet.core.errors import CheckpointError
-    from icenet.core.models.inference import build_for_inference, quantized
-    from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
-    from icenet.core.weights.hub import is_repository_id
+    with without_collection():
+        from icenet.core import backends, files
+        from icenet.core.config import custom
+        from icenet.core.errors import CheckpointError
+        from icenet.core.models.inference import build_for_inference, quantized
+        from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
+        from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
     if backend is not None:

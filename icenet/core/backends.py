@@ -108,7 +108,11 @@ def _import(name: str, blas: str = "auto") -> None:
 def module(name: str, part: str) -> ModuleType:
     """Imports a module of a backend: `module("torch", "engine.engine")` is `icenet_torch.engine.engine`."""
     _import(name)
-    return importlib.import_module(f"{PACKAGES[name]}.{part}")
+    found = f"{PACKAGES[name]}.{part}"
+    if found in sys.modules:
+        return sys.modules[found]
+    with without_collection():
+        return importlib.import_module(found)
 
 
 def backend_of(module: object) -> str:
