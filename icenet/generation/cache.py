@@ -58,6 +58,13 @@ class KVCache(RowCache):
             self.padding = next(remaining)
         self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
 
+    def without_arrays(self) -> KVCache:
+        """Returns a cache without buffers whose `captured` gives what that of this one gives."""
+        other = copy.copy(self)
+        other._prepare = None
+        other.layers = [LayerCache(other) for _ in self.layers]
+        return other
+
     def reserve(self, columns: int) -> None:
         """Makes room for further columns: at least twice the present room, but not for more than `limit`."""
         assert self.length is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -20,6 +21,19 @@ CAPTURED_TYPES: dict[type, type] = {}
 def merge_kernels(model: nn.Module) -> None:
     """Gives the modules of a model that generates the classes for captured steps, in place; subclasses stay."""
     change_classes(tree.named_modules(model), CAPTURED_TYPES)
+
+
+KEPT_STEPS = 8
+"""Number of captured steps that a model keeps for later requests."""
+
+
+def kept_steps(model: nn.Module) -> dict[Any, CapturedStep]:
+    """Returns the captured steps of a model that generates, by what they were captured for, the latest last."""
+    steps: dict[Any, CapturedStep] | None = getattr(model, "_captured_steps", None)
+    if steps is None:
+        steps = {}
+        object.__setattr__(model, "_captured_steps", steps)  # MLX would take a dict for a part of the module
+    return steps
 
 
 class CapturedStep:

@@ -24,16 +24,17 @@ class Snapshot:
     """The arrays of a model from which a copy was made.
 
     A module's new array is another object, which the copy does not have. A change in place, such as `weight *= 2`, is
-    seen in the copy if it has the same object. For an array that the copy has in another form, a change in place is a
-    new address: the old one is not used again, because the snapshot holds it.
+    a new address: the old one is not used again, because the snapshot holds it.
     """
 
     def __init__(self, model: nn.Module, copy: nn.Module) -> None:
         self._parts = [(holder, _values(holder)) for holder in _holders(model)]
-        shared = {id(value) for holder in _holders(copy) for value in _values(holder)}
+        # a captured step has the arrays themselves: a change in place is one of the object only
+        shared = {id(value) for holder in _holders(copy) for value in _values(holder)} if on_cpu() else set()
         arrays = [value for _, values in self._parts for value in values if isinstance(value, mx.array)]
         self._others = [array for array in arrays if id(array) not in shared]
         self._before = [copying.copy(array) for array in self._others]  # with the same memory
+        self._known = None if _on_cuda() else _addresses(self._before)
 
     def is_current(self) -> bool:
         """Returns whether the model still has these arrays, with the same values."""
@@ -41,7 +42,7 @@ class Snapshot:
             values = _values(holder)
             if len(values) != len(before) or not all(map(operator.is_, values, before)):
                 return False
-        return _addresses(self._others) == _addresses(self._before)
+        return _addresses(self._others) == (self._known or _addresses(self._before))
 
 
 def _holders(value: Any) -> Iterator[Any]:
@@ -56,8 +57,12 @@ def _values(holder: Any) -> list[Any]:
     return list(holder.values()) if isinstance(holder, dict) else list(holder)
 
 
+def _on_cuda() -> bool:
+    return not on_cpu() and bool(mx.cuda.is_available())
+
+
 def _addresses(arrays: Sequence[Array]) -> list[int]:
-    if on_cpu() or not mx.cuda.is_available():
+    if not _on_cuda():
         return [int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data) for array in arrays]
     # reading an array on the host would move it out of the memory of the device
     found = []

@@ -1992,6 +1992,27 @@ FAULTS: list[Fault] = [
         ["core/generation/test_generation_copies.py::test_a_changed_weight_changes_what_is_generated"],
     ),
     Fault(
+        "a captured step keeps a weight that has changed in place",
+        "icenet/nn/snapshot.py",
+        "for value in _values(holder)} if on_cpu() else set()",
+        "for value in _values(holder)}",
+        ["models/test_kept_steps.py::test_a_change_in_place_of_a_weight_is_seen"],
+    ),
+    Fault(
+        "captured steps of all temperatures are one",
+        "icenet/generation/decoder.py",
+        "draws = settings.temperature, settings.top_k",
+        "draws = settings.top_k, settings.top_k",
+        ["models/test_kept_steps.py::test_a_model_and_its_buffers_are_freed"],
+    ),
+    Fault(
+        "captured steps are not kept",
+        "icenet/generation/decoder.py",
+        "        if key not in steps:\n",
+        "        if True:\n",
+        ["models/test_kept_steps.py::test_requests_of_the_same_form_are_traced_once"],
+    ),
+    Fault(
         "a new array of a module is not noticed",
         "icenet/nn/snapshot.py",
         "or not all(map(operator.is_, values, before))",

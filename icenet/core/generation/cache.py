@@ -45,6 +45,10 @@ class Cache(ABC):
     def reserve(self, columns: int) -> None:
         """Makes room for further columns."""
 
+    def without_arrays(self: C) -> C:
+        """Returns a cache without large arrays whose `captured` gives what that of this one gives."""
+        return copy.copy(self)
+
     def captured(self: C, state: list[Any]) -> C:
         """Returns a cache with the arrays `state`, for a step that is captured: it knows no numbers of the host."""
         other = copy.copy(self)
