@@ -1,0 +1,70 @@
+"""The fixture `assert_parity` in tests of a user: its failure message, its pages, its option."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx")
+pytest.importorskip("torch")
+
+pytest_plugins = "pytester"
+
+PROGRAM = """
+import icenet.blas
+import mlx.nn
+import numpy as np
+import pytest
+import torch
+
+class Mine(mlx.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = mlx.nn.Linear(3, 2)
+
+    def __call__(self, x):
+        return mlx.nn.relu(self.layer(x))
+
+class Theirs(torch.nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.layer, self.activation = torch.nn.Linear(3, 2), activation
+
+    def forward(self, x):
+        return self.activation(self.layer(x))
+
+X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+OPTIONS = dict(copy_weights=True, stages=["forward"])
+
+def test_same(assert_parity):
+    assert assert_parity(Mine(), Theirs(torch.relu), X, **OPTIONS).passed
+
+@pytest.mark.parametrize("kind", ["a/b"])
+def test_other(assert_parity, kind):
+    assert_parity(Mine(), Theirs(torch.relu), X, **OPTIONS)
+    assert_parity(Mine(), Theirs(torch.tanh), X, **OPTIONS)
+"""
+
+
+def run(pytester: pytest.Pytester, *arguments: str) -> tuple[str, Path]:
+    """Runs the tests of the user and returns the message of the failure and the path of the page."""
+    pytester.makepyfile(PROGRAM)
+    loaded = any(point.name == "icenet" for point in metadata.entry_points(group="pytest11"))
+    plugin = () if loaded else ("-p", "icenet.parity.pytest_plugin")
+    result = pytester.runpytest_inprocess(*plugin, "-p", "no:xdist", "-p", "no:randomly", *arguments)
+    result.assert_outcomes(passed=1, failed=1)
+    lines = result.stdout.lines
+    place = next(index for index, line in enumerate(lines) if line.startswith("page: "))
+    return lines[place - 1], Path(lines[place][6:])
+
+
+@pytest.mark.parametrize("arguments", [(), ("-p", "no:cacheprovider"), ("--parity-reports", "pages")], ids=str)
+def test_a_failure_is_the_verdict_and_the_page(pytester: pytest.Pytester, arguments: tuple[str, ...]) -> None:
+    verdict, page = run(pytester, *arguments)
+    assert verdict.startswith("differs in the model (Mine) itself, after layer; output is off by ")
+    assert page.is_absolute() and "after layer" in page.read_text(encoding="utf-8")
+    assert "test_other-a-b" in page.name and page.name.endswith("-2.html")
+    if arguments[:1] == ("--parity-reports",):
+        assert page.parent == pytester.path / "pages"
