@@ -22,7 +22,7 @@ from icenet.parity.engines import Perturbation
 from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import judge_layer
-from icenet.parity.pairing import Rename, first_mismatch, match_modules, pair_calls, relative
+from icenet.parity.pairing import Rename, first_mismatch, match_modules, opaque_layers, pair_calls, relative
 from icenet.parity.result import Histogram, Module, Report, Row, Stage
 from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
 from icenet.parity.status import ALL_STAGES
@@ -166,6 +166,10 @@ class _Origin(NamedTuple):
     judgement: Judgement
 
 
+class _Draws(Exception):
+    """A module draws random numbers without a key, so that its runs cannot be compared."""
+
+
 class _Stop(Exception):
     """A stage failed."""
 
@@ -192,6 +196,7 @@ class Comparison:
         self.gradients: dict[str, Array] = {}
         self.inputs_a = Inputs(((), {}), [])
         self.inputs_b: list[Value] = []
+        self._trains = True
         self.loss_noise = 0.0
         self.own_errors: dict[str, dict[str, float]] = {}
         """The relative error of each module on equal inputs, by path: of its output, its gradient, its parameters."""
@@ -213,6 +218,13 @@ class Comparison:
             )
         self.matches = match_modules(self.a, self.b, options["rename"])
         self.a.names = {match.a: match.b for match in self.matches if match.a is not None and match.b is not None}
+        to_a = {match.b: match.a for match in self.matches if match.a is not None and match.b is not None}
+        self.opaque = set(opaque_layers(self.a, self.b, to_a))
+        for path in self.opaque | {p for p in to_a if self.b.kinds.get(p) in align.DIFFERENT_CALLS}:
+            sides = ((self.a, to_a[path]), (self.b, path), (self.reference, path))
+            changed = [side.silence(own) for side, own in sides]
+            if any(changed):
+                self.report.notes.append(f"the dropout within {path} is left out: its masks have no counterpart")
         for role, side in (("a", self.a), ("b", self.b), ("reference", self.reference)):
             self.report.environment[role] = self.describe(side)
             side.has_one_bias = self.a.backend != self.b.backend
@@ -333,7 +345,12 @@ class Comparison:
                 self._judge_forward(stage, pairs, found, "")
                 if stage.status == states.FAILED:
                     raise _Stop
-                runs = self._run_training(inputs, pairs)
+                try:
+                    runs = self._run_training(inputs, pairs)
+                except _Draws as error:
+                    self._add_notes([f"{error} in training mode: gradients are compared in evaluation mode"])
+                    self._trains = False
+                    runs = self._run_training(inputs, pairs)
                 pairs, notes = pair_calls(self.a, self.b, runs, self.matches)
                 self._add_notes(notes)
             if first:
@@ -352,10 +369,15 @@ class Comparison:
 
     def _add_modules(self) -> None:
         parents: list[str] = []
+        back = {theirs: ours for ours, theirs in self.a.names.items()}
+        inner_b = tuple(f"{path}." for path in self.opaque)
+        opaque = tuple(f"{back[path]}." for path in self.opaque), inner_b
         for match in self.matches:
             path = match.b if match.b is not None else match.a
             assert path is not None
             sides = ((self.a, match.a), (self.b, match.b))
+            if any(p is not None and p.startswith(inner) for (_, p), inner in zip(sides, opaque, strict=True)):
+                continue  # part of a layer that is compared as one
             if (match.a is None or match.b is None) and all(
                 p is None or _is_list(side.classes[p]) for side, p in sides
             ):
@@ -400,7 +422,7 @@ class Comparison:
             and match.b is not None
             and self.b.kinds.get(match.b) in align.DIFFERENT_CALLS
             and self.a.kinds.get(match.a) == self.b.kinds.get(match.b)
-        }
+        } | self.opaque
         to_b = self.a.names
         to_a = set(to_b.values())
         names: dict[str, str] = {}
@@ -494,7 +516,7 @@ class Comparison:
         failure: ModuleError | None = None
         try:
             if train:
-                with contextlib.suppress(_AmbiguousAxes, ModuleError):
+                with contextlib.suppress(_AmbiguousAxes, ModuleError, _Draws):
                     runs = self._run_training(inputs, [])
                     return self._paired(stage, runs, None)
                 self._set_mode(False)
@@ -509,6 +531,12 @@ class Comparison:
         except ModuleError as error:
             failure, own = error, error.run
         noise = self.b.record(inputs.given, self.inputs_b, self.store)
+        try:
+            self._check_draws(inputs)
+        except _Draws as error:
+            raise UsageError(
+                f"compare: {error} in evaluation mode, so no two runs are equal; give it a key"
+            ) from None
         pairs, runs = self._paired(stage, (own, noise, exact), failure)
         return (pairs, self._run_training(inputs, pairs)) if train else (pairs, runs)
 
@@ -569,7 +597,7 @@ class Comparison:
         Raises:
             _AmbiguousAxes: The axes of the outputs of `a` are not known, because there are no pairs.
         """
-        self._set_mode(True)
+        self._set_mode(self._trains)
         loss_a, loss_b = self.losses or (None, None)
         wants = any(map(self._wants, ("loss", "gradients", "optimizer", "training")))
         self.targets_b = Targets(self.seed, self.reference.tools)
@@ -578,7 +606,16 @@ class Comparison:
         hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None
         self.targets_a = self.targets_b.on(self.a.tools, hows, self.a.backend == self.b.backend)
         own = self.a.record(inputs.given, inputs.values, self.store, loss_a, self.targets_a, wants)
+        self._check_draws(inputs)
         return own, noise, exact
+
+    def _check_draws(self, inputs: Inputs) -> None:
+        """Raises _Draws if a module draws random numbers without a key in the last run."""
+        for side, values in ((self.a, inputs.values), (self.b, self.inputs_b)):
+            if side.drew:
+                path = side.drawing_module(inputs.given, values)
+                name = side.names.get(path, path) if path else "the model"
+                raise _Draws(f"{name} of {'a' if side is self.a else 'b'} draws random numbers without a key")
 
     def _add_notes(self, notes: Sequence[str]) -> None:
         self.report.notes += [note for note in notes if note not in self.report.notes]

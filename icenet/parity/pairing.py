@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from icenet.core.errors import UsageError
 from icenet.parity import align
 from icenet.parity.events import Event, Run
@@ -48,8 +50,10 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
         if theirs in b.modules and theirs not in found:
             found[theirs] = ours, "" if ours == theirs else "renamed"
     taken = {ours for ours, _ in found.values()}
-    rest_a = [path for path in a.modules if path not in taken]
-    rest_b = [path for path in b.modules if path not in found]
+    opaque = opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()})
+    within = tuple(f"{found[path][0]}." for path in opaque), tuple(f"{path}." for path in opaque)
+    rest_a = [path for path in a.modules if path not in taken and not path.startswith(within[0])]
+    rest_b = [path for path in b.modules if path not in found and not path.startswith(within[1])]
     if rest_a and rest_b:
         signs_a, signs_b = ([_signature(side, path) for path in rest] for side, rest in ((a, rest_a), (b, rest_b)))
         for block in difflib.SequenceMatcher(None, signs_a, signs_b, autojunk=False).get_matching_blocks():
@@ -57,11 +61,32 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
                 rest_a[block.a : block.a + block.size], rest_b[block.b : block.b + block.size], strict=True
             ):
                 found[theirs] = ours, f"matched with {ours} by order and shape"
+    for path in opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()}):
+        for theirs in [name for name in found if name.startswith(f"{path}.")]:
+            del found[theirs]
     matches = [
         Match(found[path][0], path, found[path][1]) if path in found else Match(None, path) for path in b.modules
     ]
     taken = {ours for ours, _ in found.values()}
     return [*matches, *(Match(path, None) for path in a.modules if path not in taken)]
+
+
+def opaque_layers(a: Side, b: Side, to_a: Mapping[str, str]) -> list[str]:
+    """Returns the paths in `b` of layers of both frameworks that have other layers within, which do not correspond.
+
+    Examples are multi-head attention and the layers of a transformer. They are compared as one layer.
+    """
+    if a.backend == b.backend:
+        return []
+    found: list[str] = []
+    for path, own in to_a.items():
+        classes = a.classes[own], b.classes[path]
+        native = classes[0].startswith("mlx.nn.") and classes[1].startswith("torch.nn.")
+        has_layers = any(inner.startswith(f"{path}.") for inner in b.modules) or b.kinds.get(path) == "attention"
+        is_list = ".containers." in classes[0] or ".container." in classes[1]
+        if path and native and has_layers and not is_list:
+            found.append(path)
+    return found
 
 
 def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
@@ -149,8 +174,12 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
             notes.append(f"{theirs or 'the model'} is called {what[0]} in a, {what[1]} in b")
     shapes = {} if a.backend == b.backend else known_shapes(pairs)
     same = a.backend == b.backend
+    opaque = set(opaque_layers(a, b, {theirs: ours for theirs, ours in to_a.items() if theirs is not None}))
     for pair in pairs:
+        pair.is_opaque = pair.path in opaque
         _align(pair, shapes, same)
+        if pair.kind in align.DIFFERENT_CALLS:
+            pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
     for pair in pairs:
         children_a = {id(child) for child in _nearest(pair.a, by_event)}
         for child in _nearest(pair.b, by_event):
@@ -161,6 +190,19 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
             pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
     b.arrange(a, pairs)
     return pairs, notes
+
+
+def _derived(event: Event) -> dict[int, tuple[int, Any]]:
+    """Returns the outputs of a recurrent layer that are parts of the first one, such as the last hidden state."""
+    found: dict[int, tuple[int, Any]] = {}
+    first = event.outputs[0].array if event.outputs else np.zeros(0)
+    for index, item in enumerate(event.outputs[1:], start=1):
+        for part in ((slice(None), -1), (-1,)):
+            fits = first.ndim == 3 and item.is_float and item.array.size == first[part].size
+            if fits and np.array_equal(item.array.reshape(first[part].shape), first[part]):
+                found[index] = 0, part
+                break
+    return found
 
 
 def _nearest(event: Event, by_event: Mapping[int, Pair]) -> Iterator[Event]:

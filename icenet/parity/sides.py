@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
-from icenet.core.models import dropout
+from icenet.core.models import dropout, randomness
 from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.engines import Perturbation
@@ -43,6 +43,8 @@ class Pair:
         arguments, outputs: Index in `a`, index in `b` and alignment of each array that both sides have.
         obstacle: Why it cannot be replayed; empty if it can.
         parameters: Paths in `b`, within the module, of the parameters that the replay has gradients of.
+        is_opaque: Whether it is a layer of both frameworks that has other layers within it on each side.
+        derived: For each side ("a", "b"), the outputs that are parts of others: number, and the index of the part.
     """
 
     a: Event
@@ -54,6 +56,8 @@ class Pair:
     outputs: list[tuple[int, int, str]] = field(default_factory=list)
     obstacle: str = ""
     parameters: list[str] = field(default_factory=list)
+    is_opaque: bool = False
+    derived: dict[str, dict[int, tuple[int, Any]]] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -245,6 +249,30 @@ class Side:
         if hasattr(self.modules[path], "images"):
             self.modules[path].images = is_moved
 
+    def silence(self, path: str) -> bool:
+        """Sets the rate of all dropouts within a layer to zero; returns whether one was above."""
+        changed = False
+        for inner, module in self.modules.items():
+            if inner != path and not inner.startswith(f"{path}."):
+                continue
+            for name, none in (("p", 0.0), ("_p_1", 1.0), ("dropout", 0.0)):
+                if isinstance(getattr(module, name, None), float) and getattr(module, name) != none:
+                    setattr(module, name, none)
+                    changed = True
+        return changed
+
+    def drawing_module(self, given: Any, inputs: Sequence[Value]) -> str | None:
+        """Returns the path of a module that draws random numbers without a key in a call; None without one."""
+        arrays = [self.tools.native(item, self.exact, self.module) for item in inputs]
+
+        def call() -> None:
+            args, kwargs = rebuild(given, arrays)
+            self.module(*args, **kwargs)
+
+        with self._open(None):
+            found = self.nn.random.find_draw(self.modules.items(), call, lambda: randomness.generator_states(self.nn))
+        return None if found is None else str(found[0])
+
     def _seed_dropouts(self, before: Event | None) -> None:
         """Sets the keys of the dropout layers, as they are when an event begins."""
         for path, layer in self._dropouts.items():
@@ -298,6 +326,7 @@ class Side:
 
         names = self.tools.trainable(self.module) if cotangent else []
         with self._open(None), self.tools.intercepting(self.modules, recorder), self._moved_weights("", names):
+            states = randomness.generator_states(self.nn)
             try:
                 outputs, _, gradients = self.tools.evaluate(
                     call, inputs, self.module, names, (lambda i, s: np.ones(s)) if cotangent else None, self.exact
@@ -308,6 +337,7 @@ class Side:
                     raise ModuleError(self, failed, error, Run([])) from error
                 raise ModuleError(self, failed, error, Run(recorder.finish())) from error
             events = recorder.finish()
+            self.drew = randomness.generator_states(self.nn) != states
         self._run = Run(events, outputs[0] if cotangent else None, gradients)
         return self._run
 
@@ -411,6 +441,8 @@ class Side:
                 count = len(gradients[name]) if "GRU" not in self.classes[holder] else 2 * len(gradients[name]) // 3
                 gradients[name] = np.concatenate([np.zeros(count), gradients[name][count:]])
 
+    drew = False
+    """Whether the last run drew random numbers without a key."""
     rate = 0.1
     """Learning rate of the default optimizer."""
     has_one_bias = False
@@ -592,7 +624,7 @@ class Side:
 
     def has_parameter(self, pair: Pair, name: str) -> bool:
         """Returns whether this side has a parameter, given its path in the reference within the module of a call."""
-        if pair.kind in align.DIFFERENT_CALLS:
+        if pair.is_opaque or pair.kind in align.DIFFERENT_CALLS:
             return False
         prefix = f"{pair.a.path}." if pair.a.path else ""
         whole = self._own_name(pair, pair.a, name)
@@ -654,7 +686,10 @@ class Side:
             results = zip(child.outputs, arrays[start:], strict=False)
             given = {i if is_test else j: array for (i, j, _), array in results}
             start += len(child.outputs)
-            found.append(rebuild(event.result, self._filled(event.outputs, given)))
+            natives = self._filled(event.outputs, given)
+            for index, (source, part) in child.derived.get("a" if is_test else "b", {}).items():
+                natives[index] = natives[source][part].reshape(event.outputs[index].array.shape)
+            found.append(rebuild(event.result, natives))
         return found
 
     def _filled(self, recorded: Sequence[Value], given: Mapping[int, Any]) -> list[Any]:

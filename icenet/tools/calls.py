@@ -46,7 +46,9 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
         exact: Not possible in MLX, whose float64 is not exact: the copy computes in `dtype`.
     """
     copied = tree.copy_modules(module)
-    copied.set_dtype(DTYPES[dtype])
+    own = tree.Arrays(copied, trainable=False)  # a shared array stays shared
+    floats = {name: array for name, array in own.get().items() if mx.issubdtype(array.dtype, mx.floating)}
+    own.set({name: array.astype(DTYPES[dtype]) for name, array in floats.items() if array.dtype != DTYPES[dtype]})
     return copied
 
 
@@ -313,7 +315,9 @@ def apply_gradients(module: nn.Module, optimizer: Any, gradients: Mapping[str, n
     for name, array in gradients.items():
         view = layout.mlx_view(layout.parameter_kind(kinds, name), layout.split(name)[1], array)
         flat[native_names.get(name, name)] = from_numpy(view)
+    own = tree.Arrays(module, trainable=False)
     optimizer.update(module, _nested(flat))
+    own.set({name: array for name, array in own.get().items() if name in gradients})  # at all places that share it
     mx.eval(module.parameters(), optimizer.state)
 
 
