@@ -338,6 +338,118 @@ def all_command(**options: Any) -> None:
     _run_inference(rows, **options)
 
 
+def _training_options(command: Any) -> Any:
+    """Adds the options of the measurements of training."""
+    parts = (
+        click.option("--batch", type=click.IntRange(1), help="Rows of a batch. Default: those of each row."),
+        click.option("--length", type=click.IntRange(1), help="Tokens of a row, or height and width of the images."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            help="training.mixed_precision. Default: bf16 on a GPU, fp32 on a CPU.",
+        ),
+        click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count."),
+        click.option(
+            "--seconds",
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Time of a side in a round; at least one step.",
+        ),
+        click.option(
+            "--side",
+            "only",
+            callback=_training_sides,
+            metavar="LIST",
+            help="Sides to measure, e.g. 'icenet mlx,torch loop'. Default: all that are installed.",
+        ),
+        backend_option,
+        device_option,
+        set_option,
+        json_option,
+    )
+    for part in reversed(parts):
+        command = part(command)
+    return command
+
+
+def _training_sides(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    from icenet.commands.bench.loops import KINDS
+
+    return _names(ctx, parameter, value, list(KINDS), "side")
+
+
+def _training_rows(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    from icenet.commands.bench import guide, training
+
+    rows = guide.ROWS if ctx.info_name == "guide" else training.ROWS
+    return _names(ctx, parameter, value, list(rows), "row") or list(rows)
+
+
+def _names(
+    ctx: click.Context, parameter: click.Parameter, value: str | None, known: list[str], kind: str
+) -> list[str]:
+    names = [part.strip() for part in value.split(",")] if value is not None else []
+    if unknown := [name for name in names if name not in known]:
+        raise click.BadParameter(
+            f"no {kind} {unknown[0]!r}; one or more of {', '.join(known)}, separated by commas", ctx, parameter
+        )
+    return names
+
+
+_rows_option = click.option(
+    "--row", "rows", callback=_training_rows, metavar="LIST", help="Rows to measure. Default: all."
+)
+
+
+def _run_training(known: Any, rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    from icenet.commands.bench import training
+
+    chosen = {name: known[name] for name in rows}
+    report = training.run(chosen, training.Options(overrides=overrides, **options), _notify(as_json))
+    show(report, as_json)
+    if report.interruption is not None:
+        raise report.interruption
+
+
+@bench.command(
+    "train",
+    epilog=examples(
+        "icenet bench train",
+        "icenet bench train --row gpt --batch 16 --length 1024 --set model.hidden_size=768",
+        "icenet bench train --row cnn,lstm --backend torch --precision fp32 --json",
+    ),
+)
+@_rows_option
+@_training_options
+def train_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure training next to loops written by hand.
+
+    Rows: gpt (a transformer, the guide's Small), lstm (4 x 512) and cnn (ResNet-50). The loops have the layers of
+    PyTorch, torchvision and mlx.nn. The sizes are smaller on a CPU.
+    """
+    from icenet.commands.bench import training
+
+    _run_training(training.ROWS, rows, overrides, as_json, **options)
+
+
+@bench.command(
+    "guide", epilog=examples("icenet bench guide", "icenet bench guide --row transformer-small,lstm --length 128")
+)
+@_rows_option
+@_training_options
+def guide_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure the rows of the guide's benchmark table.
+
+    They are shown next to the guide's figures on an Apple M4 Pro. Rows: transformer-small, transformer-medium,
+    transformer-large, cnn, lstm.
+    """
+    from icenet.commands.bench import guide
+
+    options["only"] = options["only"] or ["icenet mlx", "icenet torch"]
+    _run_training(guide.ROWS, rows, overrides, as_json, **options)
+
+
 @bench.command(
     "memory",
     epilog=examples(

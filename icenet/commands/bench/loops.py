@@ -1,0 +1,167 @@
+"""The sides of `icenet bench train`: IceNet's engines, and training loops that users would write instead.
+
+A `Session` runs one side in a process of its own (see `icenet.commands.isolated`).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from icenet.commands.bench.sides import fastest
+from icenet.core import backends
+from icenet.core.config import Config
+from icenet.core.engine import Batch
+from icenet.core.errors import UsageError
+from icenet.core.training.run_folder import versions
+
+BATCHES = 4
+"""Number of different batches, which are trained on in turn."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a side is.
+
+    Attributes:
+        backend: The backend whose framework it runs on.
+        is_peer: Whether it is a loop written by hand.
+        compiled: Whether the model or the step is compiled. Such sides are measured on a GPU only: on a CPU,
+            compiling takes up to minutes and gains little.
+    """
+
+    backend: str
+    is_peer: bool = False
+    compiled: bool = False
+
+
+KINDS = {
+    "icenet mlx": Kind("mlx"),
+    "icenet torch": Kind("torch"),
+    "icenet torch compiled": Kind("torch", compiled=True),
+    "torch loop": Kind("torch", is_peer=True),
+    "torch loop compiled": Kind("torch", is_peer=True, compiled=True),
+    "mlx.nn loop": Kind("mlx", is_peer=True),
+    "mlx.nn loop compiled": Kind("mlx", is_peer=True, compiled=True),
+}
+"""The sides by name. For images, the loop of PyTorch trains torchvision's ResNet."""
+
+
+class OwnLoop:
+    """IceNet's side: an engine, used as the training loop uses it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._step = 0
+
+    def run(self, batches: list[Batch]) -> float:
+        """Trains one step per batch. Each result is read while the device computes the next step."""
+        before: Any = None
+        for batch in batches:
+            handle = self._engine.train_step(batch, self._step, 1e-4)
+            self._step += 1
+            if before is not None:
+                self._engine.read(before)
+            before = handle
+        return float(self._engine.read(before).loss)
+
+
+class Session:
+    """One side. Arguments and results are JSON types.
+
+    Args:
+        name: One of `KINDS`.
+        device: auto, cpu, gpu, ...
+    """
+
+    def __init__(self, name: str, device: str) -> None:
+        self._kind = kind = KINDS[name]
+        backends.resolve(kind.backend)
+        self._tools = backends.module(kind.backend, "tools.bench")
+        self._device_name = device
+        self._device = backends.module(kind.backend, "engine.build").choose_device(device)
+        if kind.compiled and self.device == "cpu":
+            raise UsageError("compiled sides are measured on a GPU")
+        self._memory = self._tools.PeakMemory(self._device)
+        self._loop: Any = None
+        self._batches: list[Batch] = []
+        self._next = 0
+
+    @property
+    def device(self) -> str:
+        """The kind of the device: cpu, or gpu for any other."""
+        return "cpu" if "cpu" in str(self._device).lower() else "gpu"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the kind of the device, the version of the framework and the source of the memory's peak."""
+        framework = f"{self._kind.backend} {versions().get(self._kind.backend)}"
+        return {"device": self.device, "framework": framework, "memory_source": self._memory.source}
+
+    def rate(self, precision: str) -> float:
+        """Returns the operations per second of products of matrices, the best of several sizes."""
+        sizes = [256 << shift for shift in range(6)]
+        products = ((2.0 * n**3, self._tools.matrix_product(n, precision, self._device)) for n in sizes)
+        return fastest(products)
+
+    def prepare(self, config: Mapping[str, Any]) -> dict[str, float]:
+        """Makes the model of a configuration and trains a few steps.
+
+        Returns:
+            `cold_s`: seconds of the first step, which compiles code; `seconds`: those of a step after it.
+        """
+        self.free()
+        self._memory.begin()
+        chosen = Config.from_dict(config)
+        if self._kind.is_peer:
+            module = backends.module(self._kind.backend, "tools.loops")
+            self._loop = module.Loop(chosen, self._device, self._kind.compiled)
+        else:
+            if self._kind.compiled:
+                chosen = chosen.with_overrides("model.compile_model=true")
+            self._loop = OwnLoop(backends.engine(chosen, self._kind.backend, self._device_name))
+        self._batches = make_batches(chosen)
+        cold = self._timed(1)
+        if self.device == "gpu":
+            self._timed(3)  # a CUDA graph is captured in the third step
+        return {"cold_s": cold, "seconds": self._timed(1 if self.device == "cpu" else 3)}
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Returns the seconds of a step in the mean of some steps, and the peak of the memory."""
+        return {"seconds": self._timed(steps), "peak_bytes": int(self._memory.growth())}
+
+    def free(self) -> None:
+        """Frees the model."""
+        self._loop = None
+        gc.collect()
+
+    def _timed(self, steps: int) -> float:
+        batches = [self._batches[(self._next + index) % BATCHES] for index in range(steps)]
+        self._next += steps
+        self._tools.synchronize(self._device)
+        begin = time.perf_counter()
+        self._loop.run(batches)
+        self._tools.synchronize(self._device)
+        return (time.perf_counter() - begin) / steps
+
+
+def make_batches(config: Config) -> list[Batch]:
+    """Returns random batches: token ids, or images in fp32 and their labels."""
+    draws = np.random.default_rng(0)
+    rows, classes = config.training.batch_size, config.model.vocab_size
+    if config.model.input_kind == "images":
+        size = config.data.image_size
+        shape = (rows, size, size, config.model.image_channels)
+        return [
+            {
+                "inputs": draws.standard_normal(shape, np.float32),
+                "labels": draws.integers(0, classes, rows).astype(np.int32),
+            }
+            for _ in range(BATCHES)
+        ]
+    ids = [draws.integers(0, classes, (rows, config.data.seq_length + 1)).astype(np.int32) for _ in range(BATCHES)]
+    return [{"inputs": tokens[:, :-1].copy(), "labels": tokens[:, 1:].copy()} for tokens in ids]

@@ -1,0 +1,387 @@
+"""`icenet bench train`: training steps of IceNet next to loops that are written by hand, and `icenet bench guide`.
+
+Each side has its own process. In each round every side trains for about a second, so that other load on the machine
+affects all of them equally.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from icenet.commands import isolated
+from icenet.commands.bench import common, limits, loops
+from icenet.commands.doctor import system_facts
+from icenet.core import backends
+from icenet.core.config import Config, cnn_plan
+from icenet.core.errors import IceNetError, UsageError
+from icenet.core.training.signals import Stopped
+
+_NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
+MAX_STEPS = 50
+"""Steps of a side in a round, at most."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured. None selects a default, which is smaller on a CPU.
+
+    Attributes:
+        overrides: `KEY=VALUE` changes of all configurations.
+        backend: The only backend of IceNet and of its peers.
+        device: The device of all sides.
+        only: Names of the sides to measure; empty for all.
+        precision: fp32 or bf16.
+        batch: Number of rows of a batch.
+        length: Number of tokens of a row; for images, their height and width.
+        seconds: Seconds of a side in a round.
+        repeats: Number of rounds that count.
+    """
+
+    overrides: Sequence[str] = ()
+    backend: str | None = None
+    device: str | None = None
+    only: Sequence[str] = ()
+    precision: str | None = None
+    batch: int | None = None
+    length: int | None = None
+    seconds: float = 1.0
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of measurement.
+
+    Attributes:
+        title: What is trained.
+        config: A preset.
+        overrides: Changes of it.
+        gpu, cpu: Number of rows of a batch, and their length (`Options.length`).
+        reference: The figure of the guide, for `icenet bench guide`.
+    """
+
+    title: str
+    config: str
+    gpu: tuple[int, int]
+    cpu: tuple[int, int]
+    overrides: tuple[str, ...] = ()
+    reference: str = ""
+
+
+ROWS = {
+    "gpt": Row("a transformer, the guide's Small", "transformer-small", (32, 512), (2, 128), ("model.dropout=0",)),
+    "lstm": Row(
+        "an LSTM of 4 x 512", "lstm-medium", (64, 128), (16, 32), ("model.dropout=0", "model.vocab_size=256")
+    ),
+    "cnn": Row("ResNet-50", "resnet-50", (64, 224), (4, 64)),
+}
+"""The rows of `icenet bench train` by name."""
+
+
+@dataclass
+class Measured:
+    """The measurements of one side.
+
+    Attributes:
+        cold: Seconds of the first step.
+        steps: Number of steps of a round.
+        rounds: Seconds of a step in each round.
+        peak: Peak of the memory in bytes.
+    """
+
+    cold: float
+    steps: int = 1
+    rounds: list[float] = field(default_factory=list)
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """The results.
+
+    Attributes:
+        machine: The platform, and the framework and device of each side.
+        rates: By precision, the measured operations per second of the products of matrices.
+        results: One entry for each row.
+        notes: What could not be measured, and why.
+        interruption: Ctrl-C or the signal that ended the measurement.
+    """
+
+    machine: dict[str, Any]
+    rates: dict[str, float]
+    results: list[dict[str, Any]]
+    notes: list[str]
+    interruption: BaseException | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "rates": self.rates,
+            "results": self.results,
+            "notes": self.notes,
+            "interrupted": self.interruption is not None,
+        }
+
+    def render(self) -> None:
+        console = common.console()
+        for result in self.results:
+            rows = [_cells(result, entry) for entry in result["sides"]]
+            console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
+            work = f"{result['operations'] / 1e12:.3g} TFLOP of products in a step at the measured rate"
+            guide = f"; the guide: {result['reference']}" if result["reference"] else ""
+            console.print(f"limit {result['limit']:,.0f} {result['unit']}: {work}{guide}", soft_wrap=True)
+            console.print()
+        measured = "; ".join(f"{name}: {rate / 1e12:.3g} TFLOP/s" for name, rate in self.rates.items())
+        console.print(
+            "Each side trains on random batches of the host, in turn; the values are medians. Ratios are times of the "
+            "side by those of IceNet in the same round: above 1, IceNet is faster. "
+            f"Measured rate of the machine: {measured}.",
+            soft_wrap=True,
+        )
+        for note in self.notes:
+            console.print(note, soft_wrap=True, markup=False)
+
+
+def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "side": entry["side"],
+        result["unit"]: f"{entry['value']:,.0f}" if entry["value"] >= 100 else f"{entry['value']:.3g}",
+        "quartiles": f"{entry['low']:,.0f} to {entry['high']:,.0f}",
+        "step, ms": f"{1e3 * statistics.median(entry['seconds']):.4g}",
+        **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["speeds"].items()},
+        **({"/ the guide": f"{entry['of_reference']:,.1f}"} if result["reference"] else {}),
+        "of the limit": f"{100 * entry['of_limit']:.1f}%",
+        "first step, s": f"{entry['cold_s']:.2f}",
+        "peak, MB": "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}",
+    }
+
+
+def config_of(row: Row, options: Options, device: str) -> Config:
+    """Returns the configuration of a row, with its batch and length.
+
+    Args:
+        row: The row.
+        options: The options.
+        device: cpu or gpu.
+    """
+    batch, length = row.gpu if device == "gpu" else row.cpu
+    batch, length = options.batch or batch, options.length or length
+    config = Config.from_yaml(row.config, row.overrides)
+    key = "data.image_size" if config.model.input_kind == "images" else "data.seq_length"
+    if hasattr(config.model, "max_seq_length"):
+        config = config.with_overrides(f"model.max_seq_length={length}")
+    precision = options.precision or ("bf16" if device == "gpu" else "fp32")
+    own = [f"training.batch_size={batch}", f"training.mixed_precision={precision}", f"{key}={length}"]
+    return config.with_overrides(*own, *options.overrides)
+
+
+def operations(config: Config) -> float:
+    """Returns the operations of the products of a training step: three times those of the forward pass.
+
+    An addition and a multiplication are two. The gradients of a product are two more products.
+    """
+    model = backends.meta_model(config)
+    batch = config.training.batch_size
+    if config.model.input_kind == "images":
+        return 3 * batch * image_operations(config.model, model.weight_shapes(), config.data.image_size)
+    length = config.data.seq_length
+    size = limits.size_of(config, model)
+    pairs = sum(_pairs(length, window) for window in size.windows)
+    return 3.0 * batch * (2 * (size.dense + size.output) * length + 4 * size.query_width * pairs)
+
+
+def _pairs(length: int, window: int) -> int:
+    """Returns the number of pairs of a query and a key that it attends to."""
+    inside = min(length, window)
+    return inside * (inside + 1) // 2 + (length - inside) * window
+
+
+def image_operations(options: Any, shapes: Mapping[str, tuple[int, ...]], size: int) -> float:
+    """Returns the operations of the products of a forward pass of one image.
+
+    Args:
+        options: The configuration of a CNN.
+        shapes: The shapes of its weights by path, in PyTorch's layout.
+        size: Height and width of the image.
+    """
+
+    def work(path: str, side: int) -> float:
+        count = 2.0 * side * side
+        for length in shapes.get(f"{path}.weight", (0,)):
+            count *= length
+        return count
+
+    half = lambda side: (side - 1) // 2 + 1  # noqa: E731
+    side = half(size) if options.stem == "conv7" else size
+    total = work("stem.conv", side)
+    side = half(side) if options.stem == "conv7" else side
+    for index, block in enumerate(cnn_plan.blocks(options)):
+        before, side = side, (side - 1) // block.stride + 1
+        path = f"blocks.{index}"
+        late = block.kind == "bottleneck" and options.bottleneck_stride != "conv1"
+        total += work(f"{path}.conv", side) + work(f"{path}.shortcut.conv", side)
+        total += sum(work(f"{path}.branch.{part}.conv", before if late and part == 0 else side) for part in range(3))
+    return total + work("hidden", 1) + work("output", 1)
+
+
+def run(rows: Mapping[str, Row], options: Options, notify: common.Notify = common.ignore) -> TrainingReport:
+    """Measures rows. A side that fails is left out with a note. Ctrl-C and signals end the run with the rounds done.
+
+    Args:
+        rows: The rows by name.
+        options: What is measured.
+        notify: Receives a line of progress.
+
+    Raises:
+        IceNetError: A configuration is wrong, or no side can run.
+    """
+    if options.precision == "fp16":
+        raise UsageError("--precision: fp32 or bf16; the loops that are compared have no loss scale")
+    for row in rows.values():
+        config_of(row, options, "cpu")  # before the processes start
+    return _Run(rows, options, notify).run()
+
+
+class _Run:
+    """A run: the processes of the sides, and what they measured."""
+
+    def __init__(self, rows: Mapping[str, Row], options: Options, notify: Callable[[str], None]) -> None:
+        self._rows, self._options, self._notify = rows, options, notify
+        self._sessions: dict[str, isolated.Worker] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._notes: list[str] = []
+        self._rates: dict[str, float] = {}
+        self._done: list[tuple[str, Config, dict[str, Measured]]] = []
+
+    def run(self) -> TrainingReport:
+        interruption: BaseException | None = None
+        try:
+            self._start()
+            for name in self._rows:
+                self._measure(name)
+        except (KeyboardInterrupt, Stopped) as error:
+            if not any(side.rounds for *_, sides in self._done for side in sides.values()):
+                raise
+            interruption = error
+        finally:
+            for session in self._sessions.values():
+                session.close()
+        results = [self._summarize(*done) for done in self._done if any(side.rounds for side in done[2].values())]
+        if not results and interruption is None:
+            raise IceNetError(f"bench: nothing could be measured: {'; '.join(self._notes)}")
+        machine = {**system_facts(), "sides": self._facts}
+        return TrainingReport(machine, self._rates, results, self._notes, interruption)
+
+    def _new(self, name: str) -> isolated.Worker:
+        return isolated.Worker(
+            loops.__name__, loops.Session.__name__, name, self._options.device or "auto", environment=_NO_TF32
+        )
+
+    def _start(self) -> None:
+        for name, kind in loops.KINDS.items():
+            if name not in (self._options.only or loops.KINDS):
+                continue
+            if self._options.backend not in (None, "auto", kind.backend):
+                continue
+            if not backends.installed(kind.backend):
+                self._notes.append(f"{name}: not measured: {kind.backend} is not installed")
+                continue
+            self._sessions[name] = self._new(name)  # all of them at the same time
+        for name, session in list(self._sessions.items()):
+            self._notify(f"{name}: starts")
+            try:
+                self._facts[name] = session.call("facts")
+            except isolated.IsolatedError as error:
+                self._notes.append(f"{name}: not measured: {error}")
+                self._sessions.pop(name).close()
+        if not self._sessions:
+            raise IceNetError(f"bench: no side runs here: {'; '.join(self._notes) or 'none is chosen'}")
+
+    def _attempt(self, row: str, name: str, method: str, *arguments: Any) -> Any:
+        """Returns the result of a method of a side. After a failure, a note has the reason and the result is None."""
+        try:
+            return self._sessions[name].call(method, *arguments)
+        except isolated.IsolatedError as error:
+            self._notes.append(f"{name}: {row}: not measured: {error}")
+            self._sessions[name].close()
+            self._sessions[name] = self._new(name)
+            return None
+
+    def _measure(self, row: str) -> None:
+        device = "gpu" if any(facts["device"] == "gpu" for facts in self._facts.values()) else "cpu"
+        config = config_of(self._rows[row], self._options, device)
+        task = common.json_config(config)
+        self._measure_rate(row, config.training.mixed_precision)
+        sides: dict[str, Measured] = {}
+        self._done.append((row, config, sides))
+        for name in list(self._sessions):
+            self._notify(f"{row}: {name}: first steps")
+            found = self._attempt(row, name, "prepare", task)
+            if found is not None:
+                steps = int(self._options.seconds / max(found["seconds"], 1e-9))
+                sides[name] = Measured(found["cold_s"], min(max(steps, 1), MAX_STEPS))
+        for number in range(self._options.repeats):
+            self._notify(f"{row}: round {number + 1} of {self._options.repeats}")
+            for name, side in list(sides.items()):
+                found = self._attempt(row, name, "measure", side.steps)
+                if found is None:
+                    del sides[name]
+                    continue
+                side.rounds.append(found["seconds"])
+                side.peak = found["peak_bytes"]
+        for name in sides:  # frees the memory
+            self._attempt(row, name, "free")
+
+    def _measure_rate(self, row: str, precision: str) -> None:
+        """Measures the rate of the machine, the best of all sides; on a CPU, fp32 replaces slower dtypes."""
+        if precision in self._rates:
+            return
+        on_cpu = all(facts["device"] == "cpu" for facts in self._facts.values())
+        for name in list(self._sessions):
+            if loops.KINDS[name].is_peer or loops.KINDS[name].compiled:
+                continue  # its framework is that of another side
+            self._notify(f"{name}: rate of the machine, {precision}")
+            rate = self._attempt(row, name, "rate", "fp32" if on_cpu else precision)
+            self._rates[precision] = max(self._rates.get(precision, 0.0), rate or 0.0)
+
+    def _summarize(self, row: str, config: Config, sides: Mapping[str, Measured]) -> dict[str, Any]:
+        kind, training = self._rows[row], config.training
+        is_images = config.model.input_kind == "images"
+        length = config.data.image_size if is_images else config.data.seq_length
+        items = training.batch_size * (1 if is_images else length)
+        done = min(len(side.rounds) for side in sides.values() if side.rounds)
+        complete = {name: side.rounds[:done] for name, side in sides.items() if side.rounds}  # after Ctrl-C
+        work = operations(config)
+        limit = items * self._rates.get(training.mixed_precision, 0.0) / work
+        reference = float(kind.reference.split()[0]) if kind.reference else None
+        entries = []
+        for name, seconds in complete.items():
+            low, value, high = common.quartiles([items / one for one in seconds])
+            own = {ours: times for ours, times in complete.items() if not loops.KINDS[ours].is_peer}
+            entries.append(
+                {
+                    "side": name,
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                    "seconds": seconds,
+                    "speeds": {ours: common.ratio(seconds, times) for ours, times in own.items()},
+                    "of_limit": value / limit if limit else 0.0,
+                    "of_reference": value / reference if reference else None,
+                    "cold_s": sides[name].cold,
+                    "peak_bytes": sides[name].peak,
+                }
+            )
+        size = f"{training.batch_size} x {length}" + (f" x {length}" if is_images else " tokens")
+        return {
+            "row": row,
+            "title": f"Training {kind.title}, {size}, {training.mixed_precision}",
+            "unit": "img/s" if is_images else "tok/s",
+            "operations": work,
+            "limit": limit,
+            "reference": kind.reference,
+            "sides": entries,
+        }

@@ -1,0 +1,170 @@
+"""`icenet bench train` and `guide`: their sides in this process, on small models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import both_backends, is_one_line
+
+from icenet.cli import main as cli
+from icenet.commands import isolated
+from icenet.commands.bench import guide, loops, training
+from icenet.core import backends
+from icenet.core.config import Config
+from icenet.core.errors import UsageError
+
+torch: Any = pytest.importorskip("torch")
+pytest.importorskip("mlx")
+
+SMALL = ("model.hidden_size=16", "model.num_layers=2", "model.vocab_size=50")
+SETS = [part for change in SMALL for part in ("--set", change)]
+
+
+def config(row: str, *overrides: str, **options: Any) -> Config:
+    given = training.Options(overrides=overrides, batch=2, length=12, **options)
+    return training.config_of(training.ROWS[row], given, "cpu")
+
+
+class Here:
+    """A worker in this process. Sides in `failing` fail."""
+
+    failing: tuple[str, ...] = ()
+
+    def __init__(self, module: str, factory: str, name: str, device: str, environment: Any = None) -> None:
+        self._arguments = name, device
+        self._session: Any = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        if self._arguments[0] in self.failing:
+            raise isolated.IsolatedError("no memory")
+        try:
+            self._session = self._session or loops.Session(*self._arguments)
+            return json.loads(json.dumps(getattr(self._session, method)(*arguments)))
+        except UsageError as error:
+            raise isolated.IsolatedError(str(error)) from None
+
+    def close(self) -> None:
+        self._session = None
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "Worker", Here)
+    monkeypatch.setattr(Here, "failing", ())
+    monkeypatch.setattr(loops, "fastest", lambda cases: 1e11)
+
+
+# ---- the work of a step -------------------------------------------------------------------------------------
+
+
+def counted(chosen: Config, run: Any) -> float:
+    """Returns the operations of the products of a forward pass, as PyTorch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = backends.engine(chosen, "torch", "cpu").model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(model)
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("model.bottleneck_stride=conv1",), ("model.block=basic", "model.hidden_size=512")]
+)
+def test_the_operations_of_images_are_those_that_pytorch_counts(overrides: tuple[str, ...]) -> None:
+    small = ("model.stage_depths=[1,2]", "model.stage_widths=[8,16]", "model.num_layers=3", "model.hidden_size=64")
+    small = (*small, *overrides, *(["model.hidden_size=16"] if "model.block=basic" in overrides else []))
+    chosen = config("cnn", *small).with_overrides("data.image_size=33")
+    expected = counted(chosen, lambda model: model(torch.zeros(2, 3, 33, 33)))
+    assert training.operations(chosen) == 3 * expected
+
+
+def test_the_operations_of_texts_are_those_that_pytorch_counts() -> None:
+    chosen = config("gpt", *SMALL)
+    products = counted(chosen, lambda model: model(torch.zeros(2, 12, dtype=torch.int32)))
+    attention = 2 * 2 * 4 * 16 * 12 * 12  # PyTorch's counter counts all pairs, if at all
+    pairs = 2 * 2 * 4 * 16 * 12 * 13 // 2
+    assert training.operations(chosen) / 3 - pairs in (products, products - attention)
+
+
+# ---- the sides ----------------------------------------------------------------------------------------------
+
+
+@both_backends
+@pytest.mark.parametrize("row", ["gpt", "lstm"])
+def test_loops_learn(row: str, backend: str) -> None:
+    """All sides train: the loss of repeated batches falls from that of a random guess."""
+    for name in (f"icenet {backend}", "torch loop" if backend == "torch" else "mlx.nn loop"):
+        session = loops.Session(name, "cpu")
+        session.prepare(common_config(row))
+        batches = session._batches[:1]
+        first = session._loop.run(batches)
+        assert first == pytest.approx(np.log(50), rel=0.3)
+        assert session._loop.run(batches * 30) < first, name
+        measured = session.measure(2)
+        assert measured["seconds"] > 0 and measured["peak_bytes"] >= 0
+
+
+def common_config(row: str) -> dict[str, Any]:
+    return json.loads(json.dumps(config(row, *SMALL).to_dict()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--row", "gpt", "--batch", "2", "--length", "12", "--repeats", "2", "--seconds", "0.001", *SETS]
+    assert cli.main(["bench", "train", *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    [result] = report["results"]
+    sides = {entry["side"]: entry for entry in result["sides"]}
+    assert sides.keys() == {"icenet mlx", "icenet torch", "torch loop", "mlx.nn loop"}
+    for entry in sides.values():
+        assert len(entry["seconds"]) == 2
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert entry["speeds"].keys() == {"icenet mlx", "icenet torch"}
+        assert entry["of_limit"] == pytest.approx(entry["value"] * result["operations"] / 24 / 1e11)
+        own = sides["icenet torch"]["seconds"]
+        ratios = [a / b for a, b in zip(entry["seconds"], own, strict=True)]
+        assert entry["speeds"]["icenet torch"]["median"] == pytest.approx(np.median(ratios))
+    assert sum("compiled: not measured" in note for note in report["notes"]) == 3
+    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch,torch loop"]) == 0
+    assert "icenet torch / this" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_side_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Here, "failing", ("torch loop",))
+    options = training.Options(
+        overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=1
+    )
+    report = training.run({"gpt": training.ROWS["gpt"]}, options)
+    assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
+    assert any(is_one_line(note, "torch loop", "no memory") for note in report.notes)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_guides_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [(row.reference, row.gpu[0]) for row in guide.ROWS.values()] == [
+        ("500 tok/s", 32), ("300 tok/s", 16), ("150 tok/s", 8), ("1000 img/s", 64), ("800 tok/s", 64),
+    ]  # fmt: skip
+    arguments = ["--row", "lstm", "--batch", "2", "--length", "12", "--repeats", "1", "--seconds", "0.001", *SETS]
+    assert cli.main(["bench", "guide", *arguments, "--backend", "torch", "--json"]) == 0
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    [entry] = result["sides"]
+    assert result["reference"] == "800 tok/s"
+    assert entry["of_reference"] == pytest.approx(entry["value"] / 800)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["train", "--row", "gpt,cm"], ["'cm'", "gpt, lstm, cnn"]),
+        (["guide", "--row", "gpt"], ["'gpt'", "transformer-small"]),
+        (["train", "--side", "jax"], ["'jax'", "icenet mlx"]),
+        (["train", "--set", "model.hidden_sise=3"], ["hidden_sise", "hidden_size"]),
+    ],
+)
+def test_misuse_is_one_line(arguments: list[str], names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert is_one_line(capsys.readouterr().err.strip().splitlines()[-1], *names)
