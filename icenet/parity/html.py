@@ -231,16 +231,15 @@ def _tree(modules: Sequence[Module]) -> str:
         for end in (i for i in range(len(module.path) + 1) if module.path[i : i + 1] in ("", "."))
     }
 
-    def draw(module: Module) -> str:
+    def draw(module: Module, outer: str = "") -> str:
         shown.add(module.path)
         children = [by_path[path] for path in module.children if path in by_path and path not in shown]
-        line = _module_line(module)
+        line = _module_line(module, outer)
         if not children:
             return f"<li>{line}</li>"
         is_open = " open" if not module.path or module.path in unfolded else ""
-        return (
-            f"<li><details{is_open}><summary>{line}</summary><ul>{''.join(map(draw, children))}</ul></details></li>"
-        )
+        inside = "".join(draw(child, module.path) for child in children)
+        return f"<li><details{is_open}><summary>{line}</summary><ul>{inside}</ul></details></li>"
 
     roots = [module for module in modules if module.path not in inner]
     legend = " ".join(
@@ -252,9 +251,10 @@ def _tree(modules: Sequence[Module]) -> str:
     return f'<section><h2>Modules</h2><p class="legend">{legend}</p><ul class="tree">{tree}</ul></section>'
 
 
-def _module_line(module: Module) -> str:
+def _module_line(module: Module, outer: str) -> str:
     colour, mark, meaning = _STATUS.get(module.status, _STATUS[NOT_RUN])
-    name = module.path.rpartition(".")[2] or "(model)"
+    # with the list that holds it, which is no line
+    name = (module.path[len(outer) + 1 :] if outer else module.path) or "(model)"
     same = module.class_a == module.class_b
     kind = module.class_b if same else f"{module.class_a or 'missing'} | {module.class_b or 'missing'}"
     ratio = ""

@@ -256,13 +256,14 @@ class Report:
             note = f"  {stage.note}" if stage.note else ""
             yield f"  {_MARKS.get(stage.status, ' ')} {stage.name:<10} {stage.status:<8}{note}"
         yield ""
-        depth = {"": 0}
+        depth, names = {"": 0}, {"": "(model)"}
         for module in self.modules:
             for child in module.children:
                 depth[child] = depth.get(module.path, 0) + 1
+                names[child] = child[len(module.path) + 1 :] if module.path else child
             same = module.class_a == module.class_b
             classes = module.class_b if same else f"{module.class_a or '-'} | {module.class_b or '-'}"
-            name = module.path.rpartition(".")[2] or "(model)"
+            name = names.get(module.path, module.path)  # with the list that holds it, which is no line
             ratio = f"  {number(module.ratio)}" if module.ratio else ""
             status = "" if module.status == PASSED else f"  {module.status}"
             remarks = "; ".join(filter(None, (module.where, *module.notes)))
