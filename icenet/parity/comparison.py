@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.errors import UsageError
+from icenet.core.models import modules
 from icenet.parity import align, causes
 from icenet.parity import inputs as drawing
 from icenet.parity import status as states
@@ -423,6 +424,7 @@ class Comparison:
             and self.b.kinds.get(match.b) in align.DIFFERENT_CALLS
             and self.a.kinds.get(match.a) == self.b.kinds.get(match.b)
         } | self.opaque
+        self.different = {path for path in different if path is not None}
         to_b = self.a.names
         to_a = set(to_b.values())
         names: dict[str, str] = {}
@@ -468,6 +470,11 @@ class Comparison:
             stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
         if stage.status == states.FAILED:
             raise _Stop
+        if self.options["copy_weights"] and self.different and (self.a.backend, self.b.backend) == ("mlx", "torch"):
+            back = {theirs: ours for ours, theirs in self.a.names.items()}
+            self.a.unshare()
+            for path in self.different:
+                modules.from_torch(self.b.modules[path], self.a.modules[back[path]])
         if self.options["copy_weights"]:
             values = self.b.weights()
             self.a.assign({ours: values[theirs] for ours, theirs in self.parameter_names.items()})
@@ -475,9 +482,14 @@ class Comparison:
 
     def _compare_weights(self, stage: Stage) -> None:
         ours, theirs = self.a.weights(), self.b.weights()
-        for name, other in self.parameter_names.items():
-            path, part = _split_at(other, self.b.modules)
-            x, y = (np.asarray(values[key], np.float64) for values, key in ((ours, name), (theirs, other)))
+        pairs = [
+            (*_split_at(other, self.b.modules), ours[name], theirs[other])
+            for name, other in self.parameter_names.items()
+        ]
+        cause = ""
+        for path, part, own, reference in [*pairs, *self._converted_weights()]:
+            x, y = np.asarray(own, np.float64), np.asarray(reference, np.float64)
+            other = f"{path}.{part}" if path else part
             status, note, ratio = states.PASSED, "", 0.0
             if not np.array_equal(x, y, equal_nan=True):
                 distance = rms(x - y) / (rms(y) or 1.0)
@@ -490,6 +502,7 @@ class Comparison:
                         how.replace("PyTorch's", "that of b") if how else f"by {states.number(distance)} of its size"
                     )
                     status, note, ratio = states.DIFFERS, f"{part} differs {detail}", math.inf
+                    cause = cause or (f"{part} of a differs {detail}" if how else "")
             histogram = _histogram(x, y) if status == states.DIFFERS else None
             stage.rows.append(
                 Row(path, part, y.shape, status, ratio, rms(x - y), 0.0, rms(y), note=note, histogram=histogram)
@@ -497,10 +510,40 @@ class Comparison:
         bad = [row for row in stage.rows if not row.passed]
         if bad:
             note = bad[0].note
+            self.report.cause = cause
             if len(bad) > max(1, len(stage.rows) // 2):
                 count = f"{len(bad)} of {len(stage.rows)} arrays differ"
                 note = f"{count}: copy them first, with icenet.from_torch, or pass copy_weights=True"
             self._fail(stage, bad[0].path, note=note)
+
+    def _converted_weights(self) -> list[tuple[str, str, Array, Array]]:
+        """Returns the arrays of layers whose parameters differ between the frameworks: path, name, of `a`, of `b`.
+
+        The arrays of `a` are converted to PyTorch's. Biases that are added are compared as their sum.
+        """
+        found = []
+        module = getattr(self.b, "module", None)
+        if (self.a.backend, self.b.backend) != ("mlx", "torch") or module is None:
+            return []
+        back = {theirs: ours for ours, theirs in self.a.names.items()}
+        for path in sorted(self.different):
+            if any(path.startswith(f"{other}.") for other in self.different):
+                continue
+            layers = self.a.modules[back[path]], self.b.modules[path]
+            pairing = modules.pair(*layers)
+            if pairing.problems:
+                self._add_notes([f"{path}: its weights are not compared: {pairing.problems[0]}"])
+                continue
+            own, reference = pairing.to_torch(modules.get_weights(layers[0])), modules.get_weights(layers[1])
+            for name, array in reference.items():
+                summed = name.replace("bias_hh", "bias_ih")
+                if name not in own or (summed != name and summed in own):
+                    continue
+                ours, theirs = own[name], array
+                if (other := name.replace("bias_ih", "bias_hh")) != name and other in own:
+                    ours, theirs = ours + own[other], theirs + reference[other]
+                found.append((path, name, ours, theirs))
+        return found
 
     # ---- runs -----------------------------------------------------------------------------------------------
 
@@ -1519,7 +1562,7 @@ def _halves(x: Array, y: Array) -> str:
             blocks = [np.array_equal(p, q) for p, q in zip(np.split(x, parts), np.split(y, parts), strict=True)]
             ours = sorted(p.tobytes() for p in np.split(x, parts))
             if not all(blocks) and ours == sorted(q.tobytes() for q in np.split(y, parts)):
-                return f"only in the order of its {parts} blocks of rows, such as the gates of a recurrent layer"
+                return f"only in the order of its {parts} blocks of rows, as of gates or of projections q k v"
     return ""
 
 

@@ -206,6 +206,10 @@ class Side:
         found: dict[str, Array] = self._tree.weights(self.module)
         return found
 
+    def unshare(self) -> None:
+        """Gives the copy parameters of its own."""
+        self._use(self.tools.detached(self.module))
+
     def assign(self, values: Mapping[str, Array]) -> None:
         """Sets canonical weights of the copy."""
         with self.tools.assigned(self.module, values):
