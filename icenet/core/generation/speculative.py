@@ -196,10 +196,7 @@ class SpeculativeDecoder:
         if count > 0:
             with draft.inference_mode():
                 for token in self.unread[:-1]:
-                    self._set(draft, keys)
-                    choice = draft.decode(token)
-                    # nothing depends on its choice, but a kernel of this step may store its keys and values
-                    draft.start_copy(choice.token, choice.best, draft.state.arrays)
+                    self._catch_up(token, keys)
                 self._set(draft, keys)
                 read = draft.cache.length
                 for _ in range(count):
@@ -225,6 +222,18 @@ class SpeculativeDecoder:
             self.report.rounds += 1
         skipped = [tokens[-1]] if count > 0 and accepted == count else []
         self._keep(new, skipped if count > 0 else self.unread)
+
+    def _catch_up(self, token: Any, keys: NDArray[np.uint32] | None) -> None:
+        """Lets the draft read a token, int `[1]`, without a choice: its last proposal, if all were accepted."""
+        draft = self.draft
+        if draft.model.is_on_cpu:  # the logits of a small model take longer than its layers
+            draft.state = replace(draft.state, cache=[])  # MLX would copy the buffers if they are referred to
+            draft.model.hidden_states(token[:, None], None, draft.cache)
+            return
+        self._set(draft, keys)
+        choice = draft.decode(token)  # which is captured
+        # nothing depends on its choice, but a kernel of this step may store its keys and values
+        draft.start_copy(choice.token, choice.best, draft.state.arrays)
 
     def _room(self) -> int:
         """Returns how many tokens the draft can read."""

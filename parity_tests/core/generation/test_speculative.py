@@ -159,6 +159,23 @@ def test_a_draft_with_the_same_weights_proposes_the_text(backend: str) -> None:
 
 
 @both_backends
+def test_a_token_that_is_only_read_has_no_logits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If all proposals are accepted, the draft reads the last one, and the logits after it are not needed."""
+    model = build(backend, **LLAMA)
+    draft, rows = build_draft(model, 0.0), []
+    project = type(model).project
+
+    def record(self: Any, hidden: Any) -> Any:
+        rows.append(int(np.prod(hidden.shape[:-1])))
+        return project(self, hidden)
+
+    monkeypatch.setattr(type(model), "project", record)
+    report = continued(model, 25, temperature=0.0, draft=draft, num_draft_tokens=3).draft
+    assert report.accepted == report.proposed == 18 and report.rounds == 6
+    assert (rows.count(4), rows.count(1)) == (6, 18 + 2)  # each proposal, and the two prompts
+
+
+@both_backends
 def test_draws_are_those_of_the_seed(backend: str) -> None:
     """So the distribution is that of the model: each seed gives its token, whatever the draft proposes."""
     model = build(backend)
