@@ -225,6 +225,7 @@ def _numbers(trial: _Trial) -> str:
     """Returns which attribute of the module has another value, if that explains the difference."""
     ours, theirs = trial.modules
     own, other = attributes(ours), attributes(theirs)
+    found: list[tuple[str, Any, str]] = []
     for name, (attribute, old) in other.items():
         if name not in own or own[name][1] == old:
             continue
@@ -233,9 +234,18 @@ def _numbers(trial: _Trial) -> str:
             new = (new,) * len(old)
         if type(new) is not type(old) and not (isinstance(new, (int, float)) and isinstance(old, (int, float))):
             continue
+        text = f"{_SHOWN.get(name, name)} is {_text(own[name][1])} in a, {_text(old)} in b"
+        if new == old:
+            continue
+        found.append((attribute, new, text))
         with _set(theirs, attribute, new):
             if trial.explains(trial.replay()):
-                return f"{_SHOWN.get(name, name)} is {_text(own[name][1])} in a, {_text(old)} in b"
+                return text
+    with contextlib.ExitStack() as stack:
+        for attribute, new, _ in found:
+            stack.enter_context(_set(theirs, attribute, new))
+        if len(found) > 1 and trial.explains(trial.replay()):
+            return "; ".join(text for _, _, text in found)
     return ""
 
 

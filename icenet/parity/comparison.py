@@ -341,6 +341,8 @@ class Comparison:
         if not any(map(self._wants, ("forward", "loss", "gradients"))):
             return
         with self._stage("forward") as stage:
+            if first and self._modes_differ(stage):
+                return
             if depends:
                 found = self._replay_all(pairs, gradients=False)
                 self._judge_forward(stage, pairs, found, "")
@@ -665,6 +667,21 @@ class Comparison:
 
     def _depends_on_mode(self) -> bool:
         return self.a.depends_on_mode or self.b.depends_on_mode
+
+    def _modes_differ(self, stage: Stage) -> bool:
+        """Compares the modes of the modules that compute something else in training mode, as the user gave them."""
+        for ours, theirs in self.a.names.items():
+            flags = self.a.mode(ours), self.b.mode(theirs)
+            if flags[0] == flags[1] or not (self.a.depends_on_mode_at(ours) and self.b.depends_on_mode_at(theirs)):
+                continue
+            names = ["training" if flag else "evaluation" for flag in flags]
+            note = f"it is in {names[0]} mode in a, in {names[1]} mode in b"
+            stage.rows.append(Row(theirs, "mode", status=states.DIFFERS, ratio=math.inf, note=note))
+        if stage.rows:
+            row = stage.rows[0]
+            self.report.cause = "the mode: call train() or eval() of both modules"
+            self._fail(stage, row.path, note=row.note)
+        return bool(stage.rows)
 
     # ---- replays --------------------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def test_cotangents_are_scaled_until_no_gradient_overflows_in_fp16() -> None:
     half = partial(replay, dtype=np.float16)
     large, small = ([Value(np.full(3, value, np.float16), "fp16")] for value in (1, 2.0**-10))
     for mlx, given, scale in [(half, large, 2.0**-10), (half, small, 2.0**-10), (wrong, large, 2.0**-20)]:
-        (found,) = locate._without_overflow("", Call(()), given, (mlx, half, replay))
+        (found,) = locate.scaled_for_fp16("", Call(()), given, (mlx, half, replay))
         assert found.dtype == "fp16" and found.array.tolist() == [scale] * 3
 
 
