@@ -70,6 +70,8 @@ def layer_of(module: Module) -> Layer | None:
     """Returns the layer of mlx.nn that computes what a module computes, in forward and backward, or None."""
     if not module.kind.startswith("torch.nn.modules.") or not module.settings.get("is_plain_call", True):
         return None
+    if module.children or (module.class_name in _WEIGHTED and not module.settings.get("has_weight")):
+        return None  # a parametrization computes the weight
     make = _MAKERS.get(module.class_name)
     return make(module.settings) if make is not None else None
 
@@ -224,6 +226,8 @@ def _gelu(s: dict[str, Any]) -> Layer:
     keywords = {"approx": "tanh"} if s["approximate"] == "tanh" else {}
     return Layer("nn.GELU", [], keywords, "any", is_stateless=True)
 
+
+_WEIGHTED = {"Linear", "Embedding", *(f"Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))}
 
 _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
     "Linear": _linear,

@@ -150,6 +150,10 @@ class Frame:
         self.position = 0
         self.sizes: dict[str, str] = {}
         self.unpacked: set[str] = set()
+        self.pinned: set[str] = set()
+        self.runs: dict[int, int] = {}
+        self.number_runs()
+        """Tensors whose sizes are read later."""
         self.scope: set[str] = set()
 
     # ---- which values
@@ -178,11 +182,13 @@ class Frame:
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.last_use[name] = index
+        names, defined = [name for _, name in parameters], graph.definers(self.items)
         for index, item in enumerate(self.items):
-            for name in self.used_by(item) if isinstance(item, Node) else ():
-                source = self.source_of_size(graph.size(name), parameters)
-                if source is not None:
-                    self.last_use[source] = max(self.last_use.get(source, -1), index + 1)
+            for name in self.used_by(item):
+                if graph.size(name) is not None and not (isinstance(item, Node) and item.op.startswith("sym.")):
+                    for source in graph.sources_of_size(name, index, names, defined) or ():
+                        self.last_use[source] = max(self.last_use.get(source, -1), index + 1)
+                        self.pinned.add(source)
         outputs = list(refs(graph.graph.output_tree)) if is_root else results
         for name in (*outputs, *final):
             self.last_use[name] = len(self.items)
@@ -268,17 +274,6 @@ class Frame:
             return text
         return f"{text}[{start or ''}:{stop if stop != size else ''}]"
 
-    def source_of_size(self, size: str | None, parameters: list[tuple[str, str]]) -> str | None:
-        """Returns an argument whose axes tell a size."""
-        if size is None:
-            return None
-        symbols = set(re.findall(r"\b[su]\d+\b", size))
-        for _, value in parameters:
-            known = set(map(str, getattr(self.graph.tensors.get(value), "shape", ())))
-            if size in known or (symbols and symbols <= known):
-                return value
-        return None
-
     # ---- names
 
     def variable(self, hint: str, value: str) -> str:
@@ -299,7 +294,30 @@ class Frame:
     def is_final(self, item: Item, name: str) -> bool:
         """Returns whether a value is the result of its statement: no later operation of the statement uses it."""
         users = self.users.get(name, ())
-        return all(user.place != item.place for user in users if user is not item)
+        return not any(self.is_same_statement(user, item) for user in users if user is not item)
+
+    def is_same_statement(self, a: Item, b: Item) -> bool:
+        """Returns whether one execution of a statement of the original computes both."""
+        return a.place is not None and a.place == b.place and self.runs.get(id(a)) == self.runs.get(id(b))
+
+    def number_runs(self) -> None:
+        """Numbers the executions of statements: one in a loop is a sequence of operations that repeats."""
+        start = 0
+        while start < len(self.items):
+            end = start
+            while end < len(self.items) and self.items[end].place == self.items[start].place:
+                end += 1
+            end = max(end, start + 1)
+            kinds = [_kind(item) for item in self.items[start:end]]
+            size = next(
+                n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
+            )
+            place = self.items[start].place
+            if place is None or len(place.targets) != 1:
+                size = len(kinds)
+            for index in range(start, end):
+                self.runs[id(self.items[index])] = start + (index - start) // size * size
+            start = end
 
     def is_element(self, item: Item) -> bool:
         """Returns whether this is a call of an element of a list."""
@@ -474,6 +492,8 @@ class Frame:
     def is_inlined(self, node: Node, index: int, text: str) -> bool:
         """Returns whether an expression is written within the statement that uses it."""
         consumer = self.consumer.get(node.name)
+        if node.name in self.pinned:
+            return False
         if _ELEMENT.match(text):
             return False  # a loop may run over the list
         if consumer is None:
@@ -483,7 +503,7 @@ class Frame:
             return False  # the loop reads a variable
         if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)):
             return False
-        same = node.place is not None and user.place == node.place
+        same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
         if not same and node.place is not None and node.place.targets and not self.is_plain(node):
             return False
         # what it reads must still be held by its variable there
@@ -519,7 +539,7 @@ class Frame:
                 targets[position]
                 if len(targets) == len(results)
                 else targets[0]
-                if len(targets) == 1 and position == 0
+                if targets and position == 0 and len(results) == 1
                 else ""
             )
             first = self.graph.parameters(call)[:1]
@@ -606,7 +626,7 @@ class _Graph:
         for name, stack in order:
             by_value.setdefault(name, []).append(stack)
         self.by_value = by_value
-        for item in call.calls():
+        for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
             self.sort(item)
 
     def is_value(self, name: str) -> bool:
@@ -617,33 +637,89 @@ class _Graph:
         out = self.tensors.get(name)
         return out if isinstance(out, str) else None
 
+    def own_items(self, call: Call) -> list[Item]:
+        """Returns what the body of a call contains: operations, and calls that are not written inline."""
+        found: list[Item] = []
+        for item in call.items:
+            if isinstance(item, Call) and self.writer.is_inlined(item.path):
+                found += self.own_items(item)
+            else:
+                found.append(item)
+        return found
+
+    def definers(self, items: list[Item]) -> list[tuple[int, str]]:
+        """Returns the tensors that a body defines, with their positions."""
+        found = []
+        for position, item in enumerate(items):
+            for name in [item.name] if isinstance(item, Node) else self.returns(item):
+                if isinstance(self.tensors.get(name), Tensor):
+                    found.append((position, name))
+        return found
+
+    def sources_of_size(
+        self, name: str, position: int, given: list[str], defined: list[tuple[int, str]]
+    ) -> list[str] | None:
+        """Returns the tensors from whose axes a body can compute a size, None if it cannot."""
+        if name in given:
+            return []
+        expression = self.size(name) or ""
+        known = [*given, *(value for place, value in defined if place < position)]
+
+        def with_axis(size: str) -> str | None:
+            return next(
+                (value for value in known if size in map(str, getattr(self.tensors.get(value), "shape", ()))), None
+            )
+
+        if re.fullmatch(r"-?\d+", expression):
+            return []
+        direct = with_axis(expression)
+        if direct is not None:
+            return [direct]
+        node = self.by_name.get(name)
+        if node is not None and node.op.startswith("sym.") and node.op not in ("sym.sym_size", "sym.sym_numel"):
+            found: list[str] = []
+            for inner in refs(node.args):
+                sources = self.sources_of_size(inner, position, given, defined)
+                if sources is None:
+                    break
+                found += sources
+            else:
+                return found
+        if node is not None and node.op == "sym.sym_size" and node.args["self"].name in known:
+            return [node.args["self"].name]
+        symbols = [with_axis(symbol) for symbol in set(re.findall(r"[A-Za-z_]\w*", expression))]
+        if symbols and None not in symbols and re.fullmatch(r"[\w\s()+*/-]+", expression):
+            return [symbol for symbol in symbols if symbol is not None]
+        return None
+
     def sort(self, call: Call) -> None:
         inside = self.inside.get(call.entered, set())
+        items = self.own_items(call)
         used: list[str] = []
+        sizes: list[tuple[int, str]] = []
         seen: set[str] = set()
 
-        def need(name: str) -> None:
+        def need(name: str, position: int) -> None:
+            if self.size(name) is not None:
+                sizes.append((position, name))
+                return
             if name in seen:
                 return
             seen.add(name)
             if name in inside:
-                return
-            if self.size(name) is not None:
                 return
             array = self.graph.arrays.get(name)
             if array is not None and (array.value is not None or self.writer.can_reach(call.path, array.path)):
                 return
             used.append(name)
 
-        sizes: list[str] = []
-        for node in call.nodes():
-            for name in refs(node.args):
-                need(name)
-                if self.size(name) is not None:
-                    sizes.append(name)
+        for position, item in enumerate(items):
+            for name in refs(item.args) if isinstance(item, Node) else [name for _, name in self.parameters(item)]:
+                if not (isinstance(item, Node) and item.op.startswith("sym.")):
+                    need(name, position)
         if call is self.root:
             for name in refs(self.graph.output_tree):
-                need(name)
+                need(name, len(items))
         given: list[tuple[str, str]] = []
         declared: set[str] = set()
         for argument, value in call.given.items():
@@ -663,17 +739,14 @@ class _Graph:
             if name not in declared:
                 declared.add(name)
                 given.append((self.hint(name), name))
-        # a size whose symbol is not in any argument needs a value that has it
-        for name in sizes:
-            symbols = set(re.findall(r"\b[su]\d+\b", self.size(name) or ""))
-            known = {str(size) for _, value in given for size in getattr(self.tensors.get(value), "shape", ())}
-            inner = {str(size) for value in inside for size in getattr(self.tensors.get(value), "shape", ())}
-            if symbols and not symbols <= known and self.size(name) not in known | inner:
-                for ref in self.graph.inputs:
-                    tensor = self.tensors[ref.name]
-                    if ref.name not in declared and symbols & set(map(str, tensor.shape)):
-                        declared.add(ref.name)
-                        given.append((ref.name, ref.name))
+        defined = self.definers(items)
+        for position, name in sizes:
+            names = [value for _, value in given]
+            if name not in declared and self.sources_of_size(name, position, names, defined) is None:
+                if call is self.root:
+                    raise PortError(f"the size {self.size(name)} depends on values, not on the sizes of the inputs")
+                declared.add(name)
+                given.append((self.hint(name), name))
         self._parameters[call.entered] = given
         results = [name for name in refs(call.results) if name in inside and self.is_value(name)]
         updates = {value.name for value in self.graph.updates.values() if isinstance(value, Ref)}
@@ -691,6 +764,9 @@ class _Graph:
 
     def hint(self, name: str) -> str:
         node = self.by_name.get(name)
+        if self.size(name) is not None:
+            targets = node.place.targets if node is not None and node.place is not None else ()
+            return targets[0] if len(targets) == 1 else "size"
         array = self.graph.arrays.get(name)
         if array is not None:
             return array.path.rpartition(".")[2]
@@ -1329,6 +1405,13 @@ def _statements(lines: list[Line]) -> list[list[Line]]:
 _ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
 _RANGE = re.compile(r"(self[^@\s]*)@(\d+):(\d+)@")
 _INDEX = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[(\d+)\]")
+
+
+def _kind(item: Item) -> str:
+    """Returns what an operation has in common with that of another turn of a loop."""
+    if isinstance(item, Node) and item.op != "layer":
+        return item.op
+    return re.sub(r"\.\d+(?=\.|$)", ".#", item.args["path"] if isinstance(item, Node) else item.path)
 
 
 def roll(lines: list[Line]) -> list[Line]:
