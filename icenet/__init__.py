@@ -191,8 +191,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
         config["data"] = {"tokenizer": name}
     if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
-        names = [f"{index}_Dense" for index in range(2, 2 + len(model.embedding_options.dense))]
-        companions |= sentence_transformers.dense_files(model.embedding_options, names)
+        names = sentence_transformers.dense_names(model.embedding_options)
+        companions |= sentence_transformers.dense_files(model.embedding_options)
         config["embedding"] = {**embedding, **({"dense": names} if names else {})}
     if model.generation is not None:  # without the seed, which is that of this model
         settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}

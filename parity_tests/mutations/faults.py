@@ -624,6 +624,20 @@ FAULTS: list[Fault] = [
         ["models/test_twins.py::test_names_of_containers"],
     ),
     Fault(
+        "the layers of a continued run are read from an old checkpoint",
+        "icenet/core/training/trainer.py",
+        "self._layers = sentence_transformers.dense_files(config.embedding)",
+        "self._layers: Any = {}",
+        ["core/embedding/test_embed.py::test_a_run_has_the_dense_layers_of_its_model"],
+    ),
+    Fault(
+        "a run with data of a user's class loses the tokenizer of its model",
+        "icenet/core/training/trainer.py",
+        "        initial_weights.files_for(config, trainer.dataset)\n",
+        "",
+        ["core/training/test_initial_weights.py::test_a_run_with_data_of_a_user_keeps_the_tokenizer_of_its_model"],
+    ),
+    Fault(
         "an array of a file that became shorter is looked up",
         "icenet/core/weights/safetensors.py",
         "        data.check()\n    flat",
@@ -2907,8 +2921,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the kernel of Adam does not clip",
         "icenet/nn/training_kernels.py",
-        "d.values[i] * factor[0] +",
-        "d.values[i] +",
+        "d * factor[0] +",
+        "d +",
         ["models/test_training_kernels.py::test_adam"],
     ),
     Fault(

@@ -117,17 +117,23 @@ def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_
     return {**written, **dense_files(embedding, places[2 : 2 + len(embedding.dense)])}
 
 
-def dense_files(embedding: EmbeddingConfig, names: Sequence[str]) -> dict[str, bytes]:
+def dense_names(embedding: EmbeddingConfig) -> list[str]:
+    """Returns the names that the folders of the layers after the pooling have next to a config.yaml."""
+    return [f"{index}_Dense" for index in range(2, 2 + len(embedding.dense))]
+
+
+def dense_files(embedding: EmbeddingConfig, names: Sequence[str] | None = None) -> dict[str, bytes]:
     """Returns the content of the files of the layers after the pooling.
 
     Args:
         embedding: The settings.
-        names: The names of their folders.
+        names: The names of their folders; None: `dense_names`.
 
     Raises:
         ConfigError, WeightsError: One cannot be read.
     """
     found: dict[str, bytes] = {}
+    names = dense_names(embedding) if names is None else names
     for name, path in zip(names, map(Path, embedding.dense), strict=True):
         dense.read(path)
         found |= {f"{name}/{file}": (path / file).read_bytes() for file in (dense.CONFIG, DEFAULT_NAME)}

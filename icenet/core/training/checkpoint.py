@@ -6,6 +6,7 @@
         state.json               step, loss scale, fingerprint of the data, versions
         config.yaml              the configuration of the run
         tokenizer.json           the tokenizer, unless it is `bytes`
+    2_Dense/                 layers after the pooling of embeddings, if there are any
         manifest.json            size and SHA-256 of each of these files
 
 A checkpoint becomes complete with one rename. `save` writes it as `.step-00000100.partial`, flushes everything to the
@@ -33,6 +34,7 @@ import numpy as np
 
 from icenet.core.config import Config, CustomDataConfig
 from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.families import sentence_transformers
 from icenet.core.files import set_aside as rename_aside
 from icenet.core.files import staged_folder, write_bytes, write_error, write_text
 from icenet.core.tokenizers.base import TOKENIZER_FILE
@@ -109,8 +111,12 @@ def save(
             write_text(partial / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
             write_config(partial, config, files)
             listed = {
-                file.name: {"bytes": file.stat().st_size, "sha256": weight_files.checksum(file)}
-                for file in sorted(partial.iterdir())
+                file.relative_to(partial).as_posix(): {
+                    "bytes": file.stat().st_size,
+                    "sha256": weight_files.checksum(file),
+                }
+                for file in sorted(partial.rglob("*"))
+                if file.is_file()
             }
             write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": listed}, indent=1))
     except (OSError, IceNetError) as error:
@@ -132,19 +138,22 @@ def _foreign_files(path: Path) -> list[str]:
     try:
         listed = _read_json(path, MANIFEST).get("files")
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
-        return sorted(names - {MANIFEST, *(listed or ())})
-    except (OSError, TypeError, IceNetError):  # damaged: it may be all that is left of a run
+        return sorted(names - {MANIFEST, *(name.partition("/")[0] for name in listed or ())})
+    except (OSError, TypeError, AttributeError, IceNetError):  # damaged: it may be all that is left of a run
         return [MANIFEST]
 
 
 def config_files(config: Config, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns the content of config.yaml and of the files that belong to it, such as tokenizer.json, by name.
 
-    The config.yaml is the last one. It refers to the tokenizer.json next to it, so the folder can be moved. Options
-    of a user's class of data stay as they are.
+    The config.yaml is the last one. It refers to the tokenizer.json and to the layers of `dense_files` next to it, so
+    the folder can be moved. Options of a user's class of data stay as they are.
     """
     if TOKENIZER_FILE in files and not isinstance(config.data, CustomDataConfig):
         config = config.with_overrides(f"data.tokenizer={TOKENIZER_FILE}")
+    names = sentence_transformers.dense_names(config.embedding)
+    if names and all(any(file.startswith(f"{name}/") for file in files) for name in names):
+        config = config.with_overrides(f"embedding.dense={json.dumps(names)}")
     return {**files, "config.yaml": config.to_yaml().encode()}
 
 
@@ -218,7 +227,8 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path / MANIFEST}: damaged: it does not list the checkpoint's files")
     for name, entry in files.items():
         file = path / name
-        if not isinstance(entry, dict) or Path(name).name != name:
+        parts = name.split("/")
+        if not isinstance(entry, dict) or any(Path(part).name != part or part in ("", "..") for part in parts):
             raise CheckpointError(f"{path / MANIFEST}: damaged: invalid entry {name!r}")
         if not file.is_file():
             raise IncompleteError(f"{file}: missing; use another checkpoint of the run")

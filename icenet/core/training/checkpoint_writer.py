@@ -40,6 +40,7 @@ class CheckpointWriter:
         dataset: Dataset,
         saved_step: int | None,
         given: Sequence[str] = (),
+        layers: Mapping[str, bytes] = {},
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class CheckpointWriter:
             dataset: Source of the fingerprint and files of the data.
             saved_step: Step of the checkpoint that the run was resumed from, if it is in `run`.
             given: What a program has passed in place of keys of the configuration: data, loss.
+            layers: Content of the files of `embedding.dense` by name.
         """
         self.run = run
         self.config = config
@@ -57,6 +59,7 @@ class CheckpointWriter:
         self.saved_step = saved_step
         """Step of the last checkpoint that was started."""
         self._given = list(given)
+        self._layers = layers
         self._background = Background()
 
     def is_saved(self, step: int) -> bool:
@@ -143,7 +146,7 @@ class CheckpointWriter:
             state,
             training.keep_checkpoints,
             best,
-            self.dataset.files,
+            {**self.dataset.files, **self._layers},
             origin.metadata() if (origin := self.engine.model.origin) else {},
         )
         record_checkpoint(self.run, step)

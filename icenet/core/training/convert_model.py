@@ -10,7 +10,7 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.config import Config, ImageModelConfig
 from icenet.core.errors import UsageError
-from icenet.core.families import folder, torchvision
+from icenet.core.families import folder, sentence_transformers, torchvision
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import checkpoint, export_model, saved_model
 from icenet.core.training.open_model import image_facts, open_averaged
@@ -128,8 +128,9 @@ def convert_model(
 
 
 def _companions(settings: Config, stored: Path | None, destination: Path) -> dict[str, bytes]:
-    """Returns the files of the config and the tokenizer, unless they are there already."""
+    """Returns the files of the config, of the tokenizer and of `embedding.dense`, unless they are there already."""
     new = destination / "config.yaml"
     if stored is not None and new.exists() and stored.resolve() == new.resolve():
         return {}
-    return checkpoint.config_files(settings, tokenizer_files(getattr(settings.data, "tokenizer", "bytes")))
+    files = tokenizer_files(getattr(settings.data, "tokenizer", "bytes"))
+    return checkpoint.config_files(settings, {**files, **sentence_transformers.dense_files(settings.embedding)})

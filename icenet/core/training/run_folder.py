@@ -117,7 +117,9 @@ def other_files(run: Path) -> list[str]:
         return []
     names = (path.name for path in run.iterdir())
     return sorted(
-        name for name in names if name not in (*_NAMES, "schedule.png") and name[0] != "." and "-replaced" not in name
+        name
+        for name in names
+        if name not in (*_NAMES, "schedule.png") and name[0] != "." and not re.search(r"-replaced|^\d+_Dense$", name)
     )
 
 

@@ -24,6 +24,7 @@ from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.tokenizers import tokenizer_files
@@ -148,7 +149,9 @@ class Trainer:
             differences = [twins.compare_with_twin(config, engine.model)]
             differences.append(loss_twins.compare(config, engine, self.dataset) if given.loss is None else None)
             self.notes += [line for line in differences if line]
-        self._writer = CheckpointWriter(run, config, engine, self.dataset, step or None, given.names())
+        # read once: a continued run has them in a checkpoint, which is removed at some time
+        self._layers = sentence_transformers.dense_files(config.embedding)
+        self._writer = CheckpointWriter(run, config, engine, self.dataset, step or None, given.names(), self._layers)
         self._watchdog = watchdog.Watchdog(self.process_group, run)
         self._branched_from: Path | None = None
         self._is_new = False
@@ -542,7 +545,9 @@ class Trainer:
             self._branched_from = None
         if self.is_main_process:
             best = self.early_stopping.step if self.config.training.keep_best else None
-            self.notes += run_folder.prepare(self.run, self.config, self.dataset.files, self.step, best)
+            self.notes += run_folder.prepare(
+                self.run, self.config, {**self.dataset.files, **self._layers}, self.step, best
+            )
 
     def _check_agreement(self) -> None:
         """Checks that all processes have the same step, config and data, before the first one writes."""

@@ -14,9 +14,11 @@ import pytest
 from helpers import both_backends, is_one_line
 
 import icenet
+from icenet.core.config import Config
 from icenet.core.embedding import dense
 from icenet.core.embedding.pooling import normalize, pool
 from icenet.core.errors import ConfigError, UsageError, WeightsError
+from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
 
 for _name in ("torch", "mlx", "transformers", "tokenizers"):
@@ -339,6 +341,36 @@ def test_dense_layers_after_the_pooling(bert: Model, folder: Path, backend: str,
     for name in ("ours", "theirs", "again"):
         again = icenet.embed(tmp_path / name, TEXTS, batch_size=4, backend=backend, device="cpu")
         np.testing.assert_array_equal(again, found)
+
+
+def test_a_run_has_the_dense_layers_of_its_model(folder: Path, tmp_path: Path) -> None:
+    """In each checkpoint, next to a config.yaml that can be moved; also if it continues without the one before."""
+    add_modules(folder, "Dense", pooling={"pooling_mode_mean_tokens": True})
+    add_dense(folder, "2_Dense", 21, 11)
+    icenet.convert(folder, tmp_path / "canonical", "canonical")
+    code = "import numpy as np\n\nclass Ones:\n    def __init__(self, options, seed):\n        pass\n\n"
+    code += "    def train_batch(self, step, batch_size):\n        ones = np.ones((batch_size, 4), int)\n"
+    (tmp_path / "mine.py").write_text(code + "        return {'inputs': ones, 'labels': ones}\n")
+    (tmp_path / "loss.py").write_text("def first(output, batch):\n    return output.float().mean()\n")
+    training = {"max_steps": 2, "loss": f"{tmp_path / 'loss.py'}:first", "keep_checkpoints": 1, "eval_every": None}
+    config = Config.from_dict(
+        {
+            "model": {"path": str(folder)},
+            "data": {"kind": f"{tmp_path / 'mine.py'}:Ones"},
+            "training": {**training, "learning_rate": 1e-30},
+        }
+    )
+    Trainer.start(config, tmp_path / "run", backend="torch", quiet=True).fit(1)
+    expected = icenet.embed(folder, TEXTS, backend="torch", device="cpu")
+    shutil.rmtree(folder)
+    Trainer.resume(tmp_path / "run", quiet=True).fit()
+    [last] = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert last.name == "step-00000002"
+    last.rename(tmp_path / "moved")
+    for place in ("moved", "canonical"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        found = icenet.embed(tmp_path / place, TEXTS, backend="torch", device="cpu")
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"])

@@ -166,7 +166,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifest.json: damaged"),
     "manifest that names ../x": (
         lambda p: change_manifest(p, lambda m: listing(m, "../../outside", OUTSIDE)), "'../../outside'"),
-    "manifest that names ..": (lambda p: change_manifest(p, lambda m: listing(m, "..", OUTSIDE)), "..: missing"),
+    "manifest that names ..": (lambda p: change_manifest(p, lambda m: listing(m, "..", OUTSIDE)), "'..'"),
     "manifest that names /etc/passwd": (
         lambda p: change_manifest(p, lambda m: listing(m, "/etc/passwd", OUTSIDE)), "'/etc/passwd'"),
     "a later format": (lambda p: change_manifest(p, lambda m: {"format": 2, "content": "elsewhere"}), "format 2"),
