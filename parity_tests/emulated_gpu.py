@@ -112,7 +112,7 @@ bool run(int number_of_blocks, int size, int dynamic, bool reversed, std::functi
   }
   threads = std::vector<Thread>(number_of_blocks * size);
   constexpr int STACK = 1 << 16;
-  std::vector<char> stacks((size_t)STACK * threads.size());
+  char* stacks = (char*)malloc((size_t)STACK * threads.size());  // pages that are not used take no memory
   auto resume = [&](int index) {
     current = index;
     Thread& thread = threads[current];
@@ -140,6 +140,7 @@ bool run(int number_of_blocks, int size, int dynamic, bool reversed, std::functi
       } while (moved);
     }
   } while (any);
+  free(stacks);
   for (Thread& thread : threads) {
     if (!thread.done) return false;
   }

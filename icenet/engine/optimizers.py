@@ -8,7 +8,7 @@ that a Python number has when it is traced. docs/training.md has the formulas an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -75,13 +75,15 @@ class Adam(optim.Adam):
         """Returns the factor of the parameter and the weight decay that is added to the gradient."""
         return 1.0, self.weight_decay
 
-    def apply_scaled(self, gradient: mx.array, factor: mx.array, parameter: mx.array, state: State) -> mx.array:
-        """Computes `apply_single` of the gradient times a factor `[1]`, in one kernel on CUDA."""
-        scalars = self.state["scalars"]
-        parameter, state["m"], state["v"] = training_kernels.adam(
-            parameter, gradient, state["m"], state["v"], factor, scalars
-        )
-        return parameter
+    def apply_all(
+        self, gradients: Sequence[mx.array], factor: mx.array, parameters: Sequence[mx.array], states: Sequence[State]
+    ) -> list[mx.array]:
+        """Computes `apply_single` of gradients times a factor `[1]`, in few kernels on CUDA; all are fp32."""
+        first, second = ([state[slot] for state in states] for slot in ("m", "v"))
+        found = training_kernels.adam(parameters, gradients, first, second, factor, self.state["scalars"])
+        for state, (_, m, v) in zip(states, found, strict=True):
+            state["m"], state["v"] = m, v
+        return [parameter for parameter, _, _ in found]
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         if self.weight_decay:
@@ -229,14 +231,16 @@ class Optimizer(optimizer.Optimizer):
         arrays = self._parameters.get()
         one = mx.ones((1,)) if factor is None else factor.reshape(1)
         for group in self.groups:
-            own = group.optimizer
+            own, together = group.optimizer, []
+            if isinstance(own, Adam) and training_kernels.has_kernels():
+                together = [path for path in group.state if _is_plain(arrays[path]) and _is_plain(gradients[path])]
+                columns = ([values[path] for path in together] for values in (gradients, arrays, group.state))
+                mine, parameters, states = columns
+                arrays.update(zip(together, own.apply_all(mine, one, parameters, states), strict=True))
             for path, state in group.state.items():
-                gradient, parameter = gradients[path], arrays[path]
-                if isinstance(own, Adam) and training_kernels.has_kernels():
-                    arrays[path] = own.apply_scaled(gradient, one, parameter, state)
-                else:
-                    gradient = gradient if factor is None else gradient * factor
-                    arrays[path] = own.apply_single(gradient, parameter, state)
+                if not together or path not in together:
+                    gradient = gradients[path] if factor is None else gradients[path] * factor
+                    arrays[path] = own.apply_single(gradient, arrays[path], state)
         self._parameters.set(arrays)
 
     def _variant(self, path: str, group: Group) -> tuple[int, ...]:
@@ -260,6 +264,10 @@ class Optimizer(optimizer.Optimizer):
 
     def _set_slot(self, path: str, state: State, slot: str, values: np.ndarray) -> None:
         state[slot] = _transposed(from_numpy(values).astype(state[slot].dtype), self._rules[path].to_mlx)
+
+
+def _is_plain(array: mx.array) -> bool:
+    return array.dtype == mx.float32 and array.size > 0
 
 
 def _transposed(array: mx.array, axes: tuple[int, ...] | None) -> mx.array:

@@ -19,7 +19,7 @@ from icenet.nn.exact import channel_sums
 
 def activation(name: str, x: Array) -> Array:
     """Applies an activation elementwise: gelu (exact), gelu_tanh (approximate), relu or silu."""
-    if name != "relu" and training_kernels.is_worthwhile(x):
+    if training_kernels.is_worthwhile(x):
         return training_kernels.activation(name, x)
     return _with_operations(name, x)
 

@@ -131,7 +131,7 @@ def gradient_norms(gradients: list[Array]) -> tuple[Array, Array]:
     Squares are summed row by row first: one long fp32 sum in MLX has a relative error of 1e-5 for 1e7 values.
     """
     if training_kernels.has_kernels():
-        squares = mx.stack([training_kernels.sum_of_squares(gradient.astype(mx.float32)) for gradient in gradients])
+        squares = training_kernels.sums_of_squares(gradients)
         return mx.sqrt(squares.sum()), mx.sqrt(squares)
     rows = [mx.square(_with_axes(gradient).astype(mx.float32)).sum(axis=-1) for gradient in gradients]
     squares = mx.stack([row.sum() for row in rows])

@@ -6,6 +6,7 @@ On Metal and on a CPU the formulas of the modules that call them are used.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -282,7 +283,9 @@ _LAYER_NORM_ROW = """
       for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffff, value, offset);
       return value;
     };
-    auto load = [&](const T* array, int column) { return *reinterpret_cast<const Pack*>(array + row * channels + column); };
+    auto load = [&](const T* array, int column) {
+      return *reinterpret_cast<const Pack*>(array + row * channels + column);
+    };
 """
 _LAYER_NORM = (
     _LAYER_NORM_ROW
@@ -363,10 +366,13 @@ _ACTIVATION = """
         y = 0.5f * value * (1.f + t);
         slope = 0.5f * (1.f + t)
             + 0.5f * value * (1.f - t * t) * 0.79788456080286536f * (1.f + 0.134145f * value * value);
-      } else {
+      } else if (KIND == 2) {
         const float gate = 1.f / (1.f + expf(-value));
         y = value * gate;
         slope = gate * (1.f + value * (1.f - gate));
+      } else {
+        y = value < 0.f ? 0.f : value;
+        slope = value <= 0.f ? 0.f : 1.f;
       }
       pack.values[i] = (T)(GRADIENT ? slope * (float)other.values[i] : y);
     }
@@ -390,24 +396,69 @@ _SUM_OF_SQUARES = """
     if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
 """
 
-_ADAM = """
-    constexpr int N = VECTOR;
-    struct alignas(sizeof(float) * N) Pack { float values[N]; };
-    const long long index = blockIdx.x * 512LL + threadIdx.x;
-    if (index * N >= p_shape[0]) return;
-    Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
-    Pack c = reinterpret_cast<const Pack*>(v)[index];
-    const Pack d = reinterpret_cast<const Pack*>(g)[index];
-    for (int i = 0; i < N; i++) {
-      const float slope = d.values[i] * factor[0] + scalars[8] * a.values[i];
-      b.values[i] = scalars[4] * b.values[i] + scalars[5] * slope;
-      c.values[i] = scalars[6] * c.values[i] + scalars[7] * slope * slope;
-      const float denominator = sqrtf(c.values[i]) / scalars[1] + scalars[2];
-      a.values[i] = a.values[i] * scalars[3] - scalars[0] * (b.values[i] / denominator);
+# The squares of several small arrays: `PARTS` blocks for each.
+_SUMS_OF_SQUARES = """
+    constexpr int THREADS = 512;
+    const float* arrays[] = {ARRAYS};
+    const int sizes[] = {SIZES};
+    const int place = blockIdx.x / PARTS, size = sizes[place];
+    const float* x = arrays[place];
+    float total = 0.f;
+    for (int index = blockIdx.x % PARTS * THREADS + threadIdx.x; index < size; index += PARTS * THREADS) {
+      total += x[index] * x[index];
     }
-    reinterpret_cast<Pack*>(new_p)[index] = a;
-    reinterpret_cast<Pack*>(new_m)[index] = b;
-    reinterpret_cast<Pack*>(new_v)[index] = c;
+    __shared__ float totals[THREADS];
+    totals[threadIdx.x] = total;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
+"""
+
+# Several arrays. A block computes 2048 values, each thread four neighbours if the size allows it.
+_ADAM = """
+    constexpr int THREADS = 512, N = 4;
+    struct alignas(16) Pack { float values[N]; };
+    const int sizes[] = {SIZES};
+    int place = 0, block = blockIdx.x;
+    while (block >= (sizes[place] + THREADS * N - 1) / (THREADS * N)) {
+      block -= (sizes[place] + THREADS * N - 1) / (THREADS * N);
+      place++;
+    }
+    const float *ps[] = {P}, *gs[] = {G}, *ms[] = {M}, *vs[] = {V};
+    float *new_ps[] = {NEW_P}, *new_ms[] = {NEW_M}, *new_vs[] = {NEW_V};
+    const float *p = ps[place], *g = gs[place], *m = ms[place], *v = vs[place];
+    float *new_p = new_ps[place], *new_m = new_ms[place], *new_v = new_vs[place];
+    const int size = sizes[place];
+    auto update = [&](float& a, float& b, float& c, float d) {
+      const float slope = d * factor[0] + scalars[8] * a;
+      b = scalars[4] * b + scalars[5] * slope;
+      c = scalars[6] * c + scalars[7] * slope * slope;
+      const float denominator = sqrtf(c) / scalars[1] + scalars[2];
+      a = a * scalars[3] - scalars[0] * (b / denominator);
+    };
+    if (size % N == 0) {
+      const int index = block * THREADS + threadIdx.x;
+      if (index * N >= size) return;
+      Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
+      Pack c = reinterpret_cast<const Pack*>(v)[index];
+      const Pack d = reinterpret_cast<const Pack*>(g)[index];
+      for (int i = 0; i < N; i++) update(a.values[i], b.values[i], c.values[i], d.values[i]);
+      reinterpret_cast<Pack*>(new_p)[index] = a;
+      reinterpret_cast<Pack*>(new_m)[index] = b;
+      reinterpret_cast<Pack*>(new_v)[index] = c;
+    } else {
+      for (int i = 0; i < N; i++) {
+        const int index = (block * N + i) * THREADS + threadIdx.x;
+        if (index >= size) break;
+        float a = p[index], b = m[index], c = v[index];
+        update(a, b, c, g[index]);
+        new_p[index] = a;
+        new_m[index] = b;
+        new_v[index] = c;
+      }
+    }
 """
 
 
@@ -417,7 +468,7 @@ def has_kernels() -> bool:
 
 
 def is_worthwhile(x: Array) -> bool:
-    """Returns whether an array has many values, on CUDA. For one token, `mx.compile` merges the operations instead."""
+    """Returns whether an array has many values, on CUDA. For one token `mx.compile` merges the operations instead."""
     return x.size >= 1 << 18 and has_kernels()
 
 
@@ -461,7 +512,7 @@ class _Rows:
         self, name: str, inputs: list[Array], option: tuple[str, Any], shape: tuple[int, ...], dtype: Any
     ) -> Array:
         """Returns the output of the kernel `sums` or `normalize`; the first input is the array."""
-        lanes, tiles, parts = self.layout
+        _, tiles, parts = self.layout
         [out] = _rows_kernels()[name](
             inputs=[*inputs, _integers(*self.layout)],
             template=[("T", inputs[0].dtype), ("VECTOR", self.vector), option],
@@ -482,7 +533,7 @@ def column_sums(x: Array) -> Array:
     """Returns sums over all axes but the last, fp32: `[..., C]` to `[C]`."""
     rows = x.reshape(-1, x.shape[-1])
     nothing = _floats(0.0)
-    return _Rows.of(rows).sums(rows, rows, nothing, nothing, 0).sum(axis=0)[0]
+    return _Rows.of(rows).sums(rows, rows, nothing, nothing, 0).sum(axis=0)[:1].reshape(-1)
 
 
 def batch_norm(
@@ -522,7 +573,8 @@ def batch_norm(
         sums = division.sums(rows, dy, mean, scale, 2).sum(axis=0)
         arrays = [rows, dy, mean, scale, weight, sums]
         dx = division.run("normalize", arrays, ("GRADIENT", True), rows.shape, x.dtype)
-        return [dx.reshape(x.shape), sums[1], sums[0]]
+        # views; sums[1] would be a kernel
+        return [dx.reshape(x.shape), sums[1:].reshape(-1), sums[:1].reshape(-1)]
 
     y, new_mean, new_var, _, _ = normalize(x, weight, bias)
     return y, mx.stop_gradient(new_mean), mx.stop_gradient(new_var)
@@ -572,7 +624,7 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
         mean, scale = outputs[1:]
         [dx] = run("gradient", [rows, dy, weight, mean, scale], [rows.shape], [x.dtype])
         sums = _Rows.of(rows).sums(rows, dy, mean, scale, 3).sum(axis=0)
-        return [dx.reshape(x.shape), sums[1], *([sums[0]] if centered else [])]
+        return [dx.reshape(x.shape), sums[1:].reshape(-1), *([sums[:1].reshape(-1)] if centered else [])]
 
     y: Array = normalize(x, weight, *([] if bias is None else [bias]))[0]
     return y
@@ -614,47 +666,105 @@ def activation(name: str, x: Array) -> Array:
     return y
 
 
-_ACTIVATIONS = ["gelu", "gelu_tanh", "silu"]
+_ACTIVATIONS = ["gelu", "gelu_tanh", "silu", "relu"]
 
 
-def sum_of_squares(x: Array) -> Array:
-    """Returns the sum of the squares of an fp32 array, fp32 `[]`."""
+def sums_of_squares(arrays: Sequence[Array]) -> Array:
+    """Returns the sum of the squares of each array, fp32 `[N]`.
+
+    Starting a kernel takes longer than reading a small array: ResNet-50 has 161 arrays.
+    """
+    flat = [array.astype(mx.float32).reshape(-1) for array in arrays]
+    small = [index for index, array in enumerate(flat) if array.size < _LARGE]
+    sums: list[Array] = [_sum_of_squares_of_one(array) for array in flat if array.size >= _LARGE]
+    for chunk in _chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, _floats(0.0)):
+        [parts] = _sums_of_squares()(
+            inputs=chunk,
+            template=[("PARTS", _PARTS)],
+            grid=(ARRAYS_OF_A_SUM * _PARTS * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(ARRAYS_OF_A_SUM, _PARTS)],
+            output_dtypes=[mx.float32],
+        )
+        sums.append(parts.sum(axis=1))
+    order = [index for index, array in enumerate(flat) if array.size >= _LARGE] + small
+    places = tuple(order.index(index) for index in range(len(flat)))
+    return mx.concatenate(sums)[_integers(*places)]
+
+
+ARRAYS_OF_A_SUM = 16
+"""Number of arrays of a kernel. Fewer are filled up, so that there is one kernel to compile."""
+_PARTS = 64
+_LARGE = 1 << 22
+"""Arrays with so many values have a kernel of their own, with more blocks."""
+
+
+def _sum_of_squares_of_one(x: Array) -> Array:
+    """Returns the sum of the squares of an fp32 array `[N]`, fp32 `[1]`."""
     blocks = max(min(_BLOCKS, x.size // (8 * THREADS)), 1)
     [parts] = _sum_of_squares()(
-        inputs=[x.reshape(-1)],
+        inputs=[x],
         template=[("T", x.dtype)],
         grid=(blocks * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[(blocks,)],
         output_dtypes=[mx.float32],
     )
-    return parts.sum()
+    return parts.sum(axis=0, keepdims=True)
+
+
+def _chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[Array]]:
+    for start in range(0, len(arrays), size):
+        part = list(arrays[start : start + size])
+        yield part + [filler] * (size - len(part))
 
 
 def adam(
-    parameter: Array, gradient: Array, m: Array, v: Array, factor: Array, scalars: Array
-) -> tuple[Array, Array, Array]:
+    parameters: Sequence[Array],
+    gradients: Sequence[Array],
+    m: Sequence[Array],
+    v: Sequence[Array],
+    factor: Array,
+    scalars: Array,
+) -> list[tuple[Array, Array, Array]]:
     """Computes a step of Adam in one pass over the arrays, which are fp32; MLX's own operations need 12.
 
     Args:
-        parameter, gradient, m, v: Arrays of one shape.
-        factor: Factor of the gradient, `[1]`.
-        scalars: step_size, root_correction, eps, shrink, beta1, 1 - beta1, beta2, 1 - beta2, and the weight decay that
-            is added to the gradient, `[9]`.
+        parameters, gradients, m, v: The arrays of each parameter, of one shape.
+        factor: Factor of the gradients, `[1]`.
+        scalars: step_size, root_correction, eps, shrink, beta1, 1 - beta1, beta2, 1 - beta2, and the weight decay
+            that is added to the gradient, `[9]`.
 
     Returns:
-        The new parameter, m and v.
+        The new parameter, m and v of each.
     """
-    shape = parameter.shape
-    new: tuple[Array, Array, Array] = _adam()(
-        inputs=[*(array.reshape(-1) for array in (parameter, gradient, m, v)), factor, scalars],
-        template=[("VECTOR", 4 if parameter.size % 4 == 0 else 1)],
-        grid=(-(-parameter.size // 4) if parameter.size % 4 == 0 else parameter.size, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[shape] * 3,
-        output_dtypes=[mx.float32] * 3,
-    )
-    return new
+    found: list[tuple[Array, Array, Array]] = []
+    nothing = _floats(0.0)
+    while len(found) < len(parameters):
+        own = slice(len(found), len(found) + ARRAYS_OF_ADAM)
+        shapes = [parameter.shape for parameter in parameters[own]]
+        fill = ARRAYS_OF_ADAM - len(shapes)
+        inputs = [
+            array
+            for arrays in (parameters, gradients, m, v)
+            for array in [*(array.reshape(-1) for array in arrays[own]), *[nothing] * fill]
+        ]
+        outputs = [*shapes, *[(1,)] * fill]
+        blocks = sum(-(-math.prod(shape) // (4 * THREADS)) for shape in outputs)
+        new = _adam()(
+            inputs=[*inputs, factor, scalars],
+            template=[],
+            grid=(blocks * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=outputs * 3,
+            output_dtypes=[mx.float32] * (3 * ARRAYS_OF_ADAM),
+        )
+        found += [(new[i], new[i + ARRAYS_OF_ADAM], new[i + 2 * ARRAYS_OF_ADAM]) for i in range(len(shapes))]
+    return found
+
+
+ARRAYS_OF_ADAM = 8
+"""Number of parameters of a kernel; see `ARRAYS_OF_A_SUM`."""
 
 
 _BLOCKS = 528
@@ -725,9 +835,28 @@ def _sum_of_squares() -> Any:
 
 
 @lru_cache
+def _sums_of_squares() -> Any:
+    names = [f"x{index}" for index in range(ARRAYS_OF_A_SUM)]
+    source = _SUMS_OF_SQUARES.replace("ARRAYS", ", ".join(names)).replace("SIZES", _sizes(names))
+    return mx.fast.cuda_kernel("icenet_sums_of_squares", names, ["out"], source)
+
+
+@lru_cache
 def _adam() -> Any:
-    inputs, outputs = ["p", "g", "m", "v", "factor", "scalars"], ["new_p", "new_m", "new_v"]
-    return mx.fast.cuda_kernel("icenet_adam", inputs, outputs, _ADAM)
+    names = {
+        part: [f"{part}{index}" for index in range(ARRAYS_OF_ADAM)]
+        for part in ("p", "g", "m", "v", "new_p", "new_m", "new_v")
+    }
+    source = _ADAM.replace("{SIZES}", f"{{{_sizes(names['p'])}}}")
+    for part, own in names.items():
+        source = source.replace(f"{{{part.upper()}}}", f"{{{', '.join(own)}}}")
+    inputs = [name for part in ("p", "g", "m", "v") for name in names[part]]
+    outputs = [name for part in ("new_p", "new_m", "new_v") for name in names[part]]
+    return mx.fast.cuda_kernel("icenet_adam", [*inputs, "factor", "scalars"], outputs, source)
+
+
+def _sizes(names: Sequence[str]) -> str:
+    return ", ".join(f"{name}_shape[0]" for name in names)
 
 
 @lru_cache

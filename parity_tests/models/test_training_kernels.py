@@ -193,37 +193,60 @@ def test_layer_norm(dtype: str, shape: tuple[int, ...], is_centered: bool, devic
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [("bfloat16", "gelu"), slow("float16", "gelu_tanh"), slow("float32", "silu")]
+    ("dtype", "name"),
+    [("bfloat16", "gelu"), slow("float16", "gelu_tanh"), slow("float32", "silu"), slow("bfloat16", "relu")],
 )
 def test_activation(dtype: str, name: str, device: str) -> None:
-    functions = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
+    functions = {
+        "gelu": F.gelu,
+        "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+        "relu": F.relu,
+    }
     x = np.append(draw(dtype, 600) * 3, np.array([0.0, 30, -30, 5], np.float32))
     check(lambda x: [training_kernels.activation(name, x)], functions[name], [x], dtype)
 
 
-@pytest.mark.parametrize("size", [1000, slow(777)])
 @pytest.mark.parametrize(("is_decoupled", "decay"), [(True, 0.1), slow(False, 0.2)])
-def test_adam(size: int, is_decoupled: bool, decay: float, device: str) -> None:
-    """A step with a clipped gradient, by the formulas of Kingma and Ba and of Loshchilov and Hutter in float64."""
-    p, g, m = (draw("float32", size, seed=seed) for seed in range(3))
-    v, factor, rate, first, second, eps = np.square(draw("float32", size, seed=4)), 0.25, 1e-2, 0.271, 0.143, 1e-8
+def test_adam(is_decoupled: bool, decay: float, device: str) -> None:
+    """A step with a clipped gradient, by the formulas of Kingma and Ba and of Loshchilov and Hutter in float64.
+
+    The arrays have more than a block, sizes that four divides and others, and there are more than a kernel has.
+    """
+    factor, rate, first, second, eps = 0.25, 1e-2, 0.271, 0.143, 1e-8
     shrink, added = (1 - rate * decay, 0.0) if is_decoupled else (1.0, decay)
     scalars = [rate / first, second**0.5, eps, shrink, 0.9, 0.1, 0.95, 0.05, added]
-    arrays = [from_numpy(array) for array in (p, g, m, v)]
+    shapes = [(1000,), (3, 777), (1,), (4, 2, 600), (2048,), (5,), (2049,), (8,), (6, 3)]
+    p, g, m = ([draw("float32", *shape, seed=seed) for shape in shapes] for seed in range(3))
+    v = [np.square(draw("float32", *shape, seed=4)) + np.float32(0.1) for shape in shapes]
+    arrays = [[from_numpy(array) for array in group] for group in (p, g, m, v)]
     found = training_kernels.adam(*arrays, mx.array([factor]), mx.array(scalars, mx.float32))
-    slope = g.astype(np.float64) * factor + added * p
-    new_m, new_v = 0.9 * m + 0.1 * slope, 0.95 * v + 0.05 * slope**2
-    new_p = p * (1 - rate * decay if is_decoupled else 1) - rate * (new_m / first) / (np.sqrt(new_v / second) + eps)
-    for array, truth in zip(found, (new_p, new_m, new_v), strict=True):
-        assert np.allclose(to_numpy(array), truth, rtol=1e-6, atol=1e-7)
+    assert len(found) == len(shapes)
+    for index, result in enumerate(found):
+        slope = g[index].astype(np.float64) * factor + added * p[index]
+        new_m, new_v = 0.9 * m[index] + 0.1 * slope, 0.95 * v[index] + 0.05 * slope**2
+        new_p = p[index] * (1 - rate * decay if is_decoupled else 1)
+        new_p = new_p - rate * (new_m / first) / (np.sqrt(new_v / second) + eps)
+        for array, truth in zip(result, (new_p, new_m, new_v), strict=True):
+            assert array.shape == shapes[index]
+            assert np.allclose(to_numpy(array), truth, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 100_001])
-def test_sum_of_squares(size: int, device: str) -> None:
-    x = draw("float32", size, offset=1.0)
-    found = training_kernels.sum_of_squares(from_numpy(x)).item()
-    assert found == pytest.approx(float(np.square(x.astype(np.float64)).sum()), rel=1e-6)
+def test_sums_of_squares(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and large arrays, more than a kernel has, in their order."""
+    monkeypatch.setattr(training_kernels, "_LARGE", 50_000)
+    monkeypatch.setattr(training_kernels, "_PARTS", 3)
+    shapes = [
+        (3,),
+        (50_001,),
+        (2, 70),
+        *[(index + 1,) for index in range(training_kernels.ARRAYS_OF_A_SUM)],
+        (300, 200),
+    ]
+    arrays = [draw("float32", *shape, offset=1.0) for shape in shapes]
+    found = to_numpy(training_kernels.sums_of_squares([from_numpy(array) for array in arrays]))
+    expected = [np.square(array.astype(np.float64)).sum() for array in arrays]
+    assert np.allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
