@@ -15,7 +15,7 @@ from helpers import error_line, is_one_line
 from icenet.cli.main import main
 from icenet.parity import recording
 
-pytest.importorskip("mlx")
+pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
 torch: Any = pytest.importorskip("torch")
 
 USAGE, FAILURE = 2, 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mlx")
+pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
 pytest.importorskip("torch")
 
 pytest_plugins = "pytester"
