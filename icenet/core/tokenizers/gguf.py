@@ -15,6 +15,7 @@ from typing import Any
 from icenet.core.errors import DataError
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.merges import derived_merges
+from icenet.core.tokenizers.spaces import SPACE, decoder, replace
 
 VERSION = 1
 """Changes with the files that are made of the same metadata."""
@@ -189,15 +190,8 @@ def _sentence_piece(
         skipped = [kind in (CONTROL, UNKNOWN) for kind in types]
         merges = derived_merges(vocabulary, ranks, skipped)
     adds_space = not is_gemma and bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    before = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if adds_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    spaces = replace({"String": " "}, SPACE)
+    before = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -213,7 +207,7 @@ def _sentence_piece(
     settings = {
         "normalizer": before if adds_space else spaces,
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
+        "decoder": decoder(int(adds_space)),
         "model": model,
     }
     return settings, True

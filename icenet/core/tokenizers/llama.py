@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.tokenizers.companions import Settings
+from icenet.core.tokenizers.spaces import SPACE, decoder
 
 _KEEP = ("mistral", "mixtral", "phi3", "olmo2", "qwen2")
 """Values of `model_type` for which `transformers` uses tokenizer.json as it is."""
@@ -47,17 +48,10 @@ def _rules(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parts of tokenizer.json before and after the model, for a tokenizer_config.json."""
     adds_space = values.get("add_prefix_space") is not False
     scheme = "never" if not adds_space else "always" if values.get("legacy") else "first"
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if adds_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
-        "decoder": {"type": "Sequence", "decoders": decoders},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "decoder": decoder(int(adds_space)),
     }
 
 

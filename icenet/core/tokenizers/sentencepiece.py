@@ -17,6 +17,7 @@ from icenet.core.errors import DataError
 from icenet.core.tokenizers.companions import Settings
 from icenet.core.tokenizers.merges import derived_merges
 from icenet.core.tokenizers.protobuf import read_fields
+from icenet.core.tokenizers.spaces import SPACE, decoder, replace
 
 XLM_ROBERTA = "sentencepiece.bpe.model"
 NAMES = ("tokenizer.model", XLM_ROBERTA, "spiece.model")
@@ -188,7 +189,7 @@ def _added_tokens(
         found[text] = {"id": index, "content": text, **flags, "special": text in settings.named.values()}
     for index, fields in settings.added.items():
         # user-defined pieces with spaces are found in the text with "▁" for them
-        if not ("▁" in fields["content"] and ids.get(fields["content"]) == index):
+        if not (SPACE in fields["content"] and ids.get(fields["content"]) == index):
             found[fields["content"]] = {"id": index, **flags, **fields, "normalized": False}
     more = sorted(token["id"] for text, token in found.items() if text not in ids)
     if more != list(range(len(pieces), len(pieces) + len(more))) or any(
@@ -216,31 +217,23 @@ def _rules(model: Model, symbols: Sequence[str], is_legacy: bool) -> dict[str, A
     if charsmap:
         before.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if removes_spaces:
-        before += [_replace({"Regex": r"\A +|[ ▁]+\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
+        before += [replace({"Regex": r"\A +|[ ▁]+\z"}, ""), replace({"Regex": " {2,}"}, " ")]
     if adds_space and is_legacy:
-        before.append({"type": "Prepend", "prepend": "▁"})
-    before.append(_replace({"String": " "}, "▁"))
+        before.append({"type": "Prepend", "prepend": SPACE})
+    before.append(replace({"String": " "}, SPACE))
     splits: list[dict[str, Any]] = []
     if adds_space and not is_legacy:
-        splits.append({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False})
+        splits.append({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False})
     if symbols:
         pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
         splits.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-    after = [_replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if not model.trainer.get(35):
-        del after[1]
-    if adds_space:
-        # SentencePiece removes all spaces at the beginning if it would not read them
-        after.append({"type": "Strip", "content": " ", "start": 1 << 16 if removes_spaces else 1, "stop": 0})
+    # SentencePiece removes all spaces at the beginning if it would not read them
+    strips = 0 if not adds_space else 1 << 16 if removes_spaces else 1
     return {
         "normalizer": {"type": "Sequence", "normalizers": before},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
-        "decoder": {"type": "Sequence", "decoders": after},
+        "decoder": decoder(strips, has_bytes=bool(model.trainer.get(35))),
     }
-
-
-def _replace(pattern: Mapping[str, str], content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
 
 
 def _around(
