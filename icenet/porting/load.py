@@ -95,9 +95,7 @@ _RANDOM = ("dropout", "feature_dropout", "alpha_dropout")
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Sets the mode of a model while the context is open, without dropout; its buffers stay unchanged."""
-    from mlx.utils import tree_flatten, tree_unflatten
-
-    before = [(path, value) for path, value in tree_flatten(model.parameters())]
+    before = model.parameters()
     namespace = sys.modules[type(model).__module__].__dict__
     functions = {name: namespace[name] for name in (*_RANDOM, "attention") if name in namespace}
     model.train(training)
@@ -110,7 +108,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         namespace.update(functions)
-        model.update(tree_unflatten(before))
+        model.update(before)
         model.eval()
 
 

@@ -462,6 +462,13 @@ class Frame:
         if trace:
             self.lines.append(Line(f"_record({node.name!r}, {variable})"))
 
+    def keep(self, text: str, position: int) -> None:
+        """Keeps the variables of an expression until the statement that it is written in."""
+        for word in set(re.findall(r"[A-Za-z_]\w*", text)):
+            if word in self.names:
+                value = self.names[word]
+                self.last_use[value] = max(self.last_use.get(value, -1), position)
+
     def unpack(self, node: Node, text: str) -> bool:
         """Assigns the parts of a result to variables, if nothing else uses it."""
         users = self.users.get(node.name, [])
@@ -496,8 +503,11 @@ class Frame:
             return False
         if _ELEMENT.match(text):
             return False  # a loop may run over the list
-        if consumer is None:
-            return len(text) < INLINE and (node.place is None or not node.place.targets or len(text) < 60)
+        if consumer is None:  # the return reads it
+            if len(text) >= INLINE or (node.place is not None and node.place.targets and len(text) >= 60):
+                return False
+            self.keep(text, len(self.items))
+            return True
         user = self.items[consumer]
         if self.is_element(user):
             return False  # the loop reads a variable
@@ -506,10 +516,7 @@ class Frame:
         same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
         if not same and node.place is not None and node.place.targets and not self.is_plain(node):
             return False
-        # what it reads must still be held by its variable there
-        for word in set(re.findall(r"[A-Za-z_]\w*", text)):
-            if word in self.names and self.last_use.get(self.names[word], -1) < consumer:
-                self.last_use[self.names[word]] = consumer
+        self.keep(text, consumer)
         return True
 
     @staticmethod
