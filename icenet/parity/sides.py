@@ -226,7 +226,7 @@ class Side:
         return context
 
     def arrange(self, a: Side, pairs: list[Pair]) -> None:
-        """Changes the calls that replays leave out to those that this side knows the results of: any, for a module."""
+        """Changes the calls that replays leave out to those that this side has the results of: any, for a module."""
 
     # ---- modes ----------------------------------------------------------------------------------------------
 

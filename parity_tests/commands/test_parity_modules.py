@@ -129,7 +129,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "parity modules mine.py:Net ref.py:Net --input named.npz --copy-weights --stages forward,gradients",
         "parity mine.py:Net ref.py:Net --copy-weights --seed 3 --stages forward",
         "parity mine.py:Renamed ref.py:Net --rename enter=fc1 --rename leave=fc2 --copy-weights --stages forward",
-        "parity mine.py:Renamed ref.py:net --rename enter=fc1 --rename leave=fc2 --weights w.safetensors --stages loss",
+        "parity mine.py:Renamed ref.py:net --rename enter=fc1 --rename leave=fc2 --weights w.safetensors",
         "parity check mine.py:Net trace --weights w.safetensors",
         "parity check mine.py:Net trace --copy-weights --stages forward",
         "parity check mine.py:Renamed trace --rename enter=fc1 --rename leave=fc2 --copy-weights",
