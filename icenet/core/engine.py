@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 Batch = dict[str, NDArray[Any]]
 """`inputs` and `labels`, and `attention_mask` for padded sequences.
 
-Tokens: inputs and labels int32 `[B, T]`. Images: inputs float32 `[B, H, W, C]`, labels int32 `[B]`. A negative label
+Tokens: inputs and labels int32 `[B, T]`. Images: inputs float32 `[B, H, W, C]`, or uint8 with `Engine.pixel_scale`,
+labels int32 `[B]`. A negative label
 is ignored.
 """
 
@@ -140,6 +141,8 @@ class Engine(ABC):
         self.config = config
         self.process_group = process_group
         self._is_checked = False  # see _checked_gradients
+        self.pixel_scale: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        """Scale and shift `[C]` of images of bytes, whose values are byte * scale - shift; None: of values."""
         self.loss: Callable[..., Any] | None = None
         """The loss of the user, (output, batch) -> mean loss; None is the cross-entropy."""
         if custom.is_custom(config.training.loss):
@@ -476,8 +479,13 @@ class Engine(ABC):
         Raises:
             DataError: An id is outside the vocabulary.
         """
-        check_ids(batch, self.config.model.vocab_size, ("inputs", "labels") if self.loss is None else ("inputs",))
-        return {name: self._to_device(array) for name, array in batch.items()}
+        are_pixels = self.pixel_scale is not None and batch["inputs"].dtype == np.uint8
+        ids = ([] if are_pixels else ["inputs"]) + (["labels"] if self.loss is None else [])
+        check_ids(batch, self.config.model.vocab_size, ids)
+        arrays = {name: self._to_device(array) for name, array in batch.items()}
+        if are_pixels and self.pixel_scale is not None:
+            arrays["inputs"] = self._normalize(arrays["inputs"], *self.pixel_scale)
+        return arrays
 
     @in_arithmetic
     def seed_dropouts(self, step: int, rows: range) -> None:
@@ -493,6 +501,10 @@ class Engine(ABC):
         seed_dropouts(self._dropouts.values(), keys)
 
     # ---- implemented by each backend ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _normalize(self, pixels: Array, scale: NDArray[np.float32], shift: NDArray[np.float32]) -> Array:
+        """Returns value * scale - shift of images on the device; scale and shift are those of the channels."""
 
     @abstractmethod
     def _to_canonical(self, arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:

@@ -149,7 +149,19 @@ class Engine(engine.Engine):
         return {path: from_numpy(array) for path, array in own.items()}
 
     def _to_device(self, array: np.ndarray) -> mx.array:
-        return mx.array(array)
+        moved = mx.array(array)
+        is_image = array.ndim == 4 and array.dtype == np.float32
+        if is_image and self.device == "gpu" and self.loss is None and not is_custom(self.config.model.type):
+            moved = moved.astype(self.model.compute_dtype)  # as the model would do; see _normalize
+            mx.async_eval(moved)
+        return moved
+
+    def _normalize(self, pixels: mx.array, scale: np.ndarray, shift: np.ndarray) -> mx.array:
+        images = pixels.astype(mx.float32) * mx.array(scale) - mx.array(shift)
+        # On CUDA the first kernel that reads an array of the host copies its pages: here while Python describes the
+        # step. On an H200, 38 MB took 13 ms, bytes a fifth.
+        mx.async_eval(images)
+        return images
 
     def _to_full_precision(self, array: mx.array) -> mx.array:
         return array.astype(mx.float32) if is_half(array) else array

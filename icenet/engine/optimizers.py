@@ -234,9 +234,9 @@ class Optimizer(optimizer.Optimizer):
             own, together = group.optimizer, []
             if isinstance(own, Adam) and training_kernels.has_kernels():
                 together = [path for path in group.state if _is_plain(arrays[path]) and _is_plain(gradients[path])]
-                columns = ([values[path] for path in together] for values in (gradients, arrays, group.state))
-                mine, parameters, states = columns
-                arrays.update(zip(together, own.apply_all(mine, one, parameters, states), strict=True))
+                own_gradients, parameters = ([values[path] for path in together] for values in (gradients, arrays))
+                states = [group.state[path] for path in together]
+                arrays.update(zip(together, own.apply_all(own_gradients, one, parameters, states), strict=True))
             for path, state in group.state.items():
                 if not together or path not in together:
                     gradient = gradients[path] if factor is None else gradients[path] * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -54,7 +55,7 @@ def conv2d(x: Array, weight: Array, stride: int, padding: int, bias: Array | Non
     if weight.shape[1] == 1 and padding == 0:
         # a product of matrices; MLX would copy the images into the columns of one
         pixels = y[:, ::stride, ::stride]
-        rows: Array = _product(pixels.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
+        rows: Any = _product(pixels.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
         y = rows.reshape(*pixels.shape[:-1], -1)
     elif stride > 1 and on_cpu():
         # MLX's CPU computes the input gradient of a strided convolution in a slow loop: 895 ms for 32 images of

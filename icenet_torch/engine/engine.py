@@ -166,6 +166,10 @@ class Engine(engine.Engine):
         tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return to_channels_first(tensor) if tensor.ndim == 4 else tensor
 
+    def _normalize(self, pixels: Tensor, scale: np.ndarray, shift: np.ndarray) -> Tensor:
+        factor, offset = (torch.from_numpy(array)[:, None, None].to(self.device) for array in (scale, shift))
+        return (pixels.float() * factor - offset).to(self.dtype)
+
     def _to_full_precision(self, array: Tensor) -> Tensor:
         return array.float() if is_half(array) else array
 

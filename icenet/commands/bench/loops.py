@@ -163,5 +163,6 @@ def make_batches(config: Config) -> list[Batch]:
             }
             for _ in range(BATCHES)
         ]
-    ids = [draws.integers(0, classes, (rows, config.data.seq_length + 1)).astype(np.int32) for _ in range(BATCHES)]
+    length = int(getattr(config.data, "seq_length"))  # noqa: B009
+    ids = [draws.integers(0, classes, (rows, length + 1)).astype(np.int32) for _ in range(BATCHES)]
     return [{"inputs": tokens[:, :-1].copy(), "labels": tokens[:, 1:].copy()} for tokens in ids]

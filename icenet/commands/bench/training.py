@@ -132,11 +132,13 @@ class TrainingReport:
             console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
             work = f"{result['operations'] / 1e12:.3g} TFLOP of products in a step at the measured rate"
             guide = f"; the guide: {result['reference']}" if result["reference"] else ""
-            console.print(f"limit {result['limit']:,.0f} {result['unit']}: {work}{guide}", soft_wrap=True)
+            limit = f"limit {result['limit']:,.0f} {result['unit']}"
+            console.print(f"{limit}: {work}{guide}", soft_wrap=True)
             console.print()
-        measured = "; ".join(f"{name}: {rate / 1e12:.3g} TFLOP/s" for name, rate in self.rates.items())
+        rates = self.rates.items()
+        measured = "; ".join(f"{name}: {rate / 1e12:.3g} TFLOP/s" for name, rate in rates)
         console.print(
-            "Each side trains on random batches of the host, in turn; the values are medians. Ratios are times of the "
+            "Each side trains on random batches of the host, in turn; values are medians. Ratios are times of the "
             "side by those of IceNet in the same round: above 1, IceNet is faster. "
             f"Measured rate of the machine: {measured}.",
             soft_wrap=True,
@@ -186,11 +188,17 @@ def operations(config: Config) -> float:
     model = backends.meta_model(config)
     batch = config.training.batch_size
     if config.model.input_kind == "images":
-        return 3 * batch * image_operations(config.model, model.weight_shapes(), config.data.image_size)
-    length = config.data.seq_length
+        return 3 * batch * image_operations(config.model, model.weight_shapes(), length_of(config))
+    length = length_of(config)
     size = limits.size_of(config, model)
-    pairs = sum(_pairs(length, window) for window in size.windows)
+    pairs = sum(_pairs(length, window or length) for window in size.windows)
     return 3.0 * batch * (2 * (size.dense + size.output) * length + 4 * size.query_width * pairs)
+
+
+def length_of(config: Config) -> int:
+    """Returns the number of tokens of a row, or the height and width of the images."""
+    length = getattr(config.data, "image_size" if config.model.input_kind == "images" else "seq_length")
+    return int(length)
 
 
 def _pairs(length: int, window: int) -> int:
@@ -350,7 +358,7 @@ class _Run:
     def _summarize(self, row: str, config: Config, sides: Mapping[str, Measured]) -> dict[str, Any]:
         kind, training = self._rows[row], config.training
         is_images = config.model.input_kind == "images"
-        length = config.data.image_size if is_images else config.data.seq_length
+        length = length_of(config)
         items = training.batch_size * (1 if is_images else length)
         done = min(len(side.rounds) for side in sides.values() if side.rounds)
         complete = {name: side.rounds[:done] for name, side in sides.items() if side.rounds}  # after Ctrl-C

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from icenet.core import backends
 from icenet.core.config import Config, CustomDataConfig, custom
 from icenet.core.data.datasets import Dataset, dataset_for
+from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
-from icenet.core.engine import Engine, StepResult
+from icenet.core.engine import Batch, Engine, StepResult
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
@@ -33,6 +34,7 @@ from icenet.core.training import checkpoint as checkpoints
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
+from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import explain_change, learning_rate
 from icenet.core.training.signals import on_stop_signal
 from icenet.core.weights.origin import Origin
@@ -141,6 +143,10 @@ class Trainer:
             self.dataset = processes.main_process_first(
                 self.process_group, partial(dataset_for, config, quiet=self.quiet)
             )
+        read: Callable[[int, int], Batch] = self.dataset.train_batch
+        if isinstance(self.dataset, ImageDataset) and self.dataset.pixel_scale is not None:
+            engine.pixel_scale, read = self.dataset.pixel_scale, self.dataset.train_pixels
+        self._read_batch = read
         if given.loss is not None:
             engine.loss = given.loss
         self.notes = [*self.dataset.notes, *given.notes()]
@@ -358,7 +364,9 @@ class Trainer:
                     if self.notes:  # not again in a second call
                         reporter.record_notes(self.step, self.dataset.notes)
                     self.notes.clear()
-                    stopped_early = self._train(last_step, reporter)
+                    ahead = not isinstance(self.dataset, UserDataset)
+                    with Prefetch(lambda step: self._read_batch(step, training.batch_size), last_step, ahead) as data:
+                        stopped_early = self._train(last_step, reporter, data)
             finally:
                 if prepared:  # otherwise the next call must find the work of another process too
                     self._known_checkpoints = checkpoints.list_checkpoints(self.run)
@@ -376,7 +384,7 @@ class Trainer:
             stopped_early=stopped_early,
         )
 
-    def _train(self, last_step: int, reporter: Reporter) -> bool:
+    def _train(self, last_step: int, reporter: Reporter, data: Prefetch) -> bool:
         """Runs the training loop. Returns whether early stopping ended it."""
         training = self.config.training
         # The result of a step is read while the device computes the next one, unless the next one depends on it.
@@ -388,7 +396,7 @@ class Trainer:
             self._writer.check()
 
             rate = learning_rate(self.step, training)
-            batch = self.dataset.train_batch(self.step, training.batch_size)
+            batch = data.batch(self.step)
             submitted = PendingStep(self.step, rate, self.engine.train_step(batch, self.step, rate, self.scale.scale))
             self.step += 1  # immediately: an error from here on must not repeat the step
             if pending is not None:

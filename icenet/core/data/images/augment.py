@@ -48,6 +48,12 @@ def _crop(images: Pixels, words: rng.Words, padding: int) -> Pixels:
 
 def normalize(images: Pixels, mean: list[float], std: list[float]) -> NDArray[np.float32]:
     """Returns (value / 255 - mean) / std per channel, float32, for uint8 images `[..., C]`."""
+    scale, shift = pixel_scale(mean, std)
+    return images.astype(np.float32) * scale - shift
+
+
+def pixel_scale(mean: list[float], std: list[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns scale and shift, float32 `[C]`, with which `normalize` computes value * scale - shift."""
     scale = 1 / (255 * np.asarray(std, np.float64))
     shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
-    return images.astype(np.float32) * scale.astype(np.float32) - shift.astype(np.float32)
+    return scale.astype(np.float32), shift.astype(np.float32)

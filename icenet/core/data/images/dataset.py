@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from icenet.core import rng
 from icenet.core.config import ImageDataConfig
 from icenet.core.data.epochs import Epochs, validation_rows
-from icenet.core.data.images.augment import augment, normalize
+from icenet.core.data.images.augment import augment, normalize, pixel_scale
 from icenet.core.data.images.facts import ImageFacts, describe_statistics
 from icenet.core.data.images.files import ImageSource, find_images
 from icenet.core.data.images.preprocess import Preprocessor
@@ -123,6 +123,23 @@ class ImageDataset:
 
     def train_batch(self, step: int, batch_size: int) -> Batch:
         """Returns the training batch of a step, counted from 0."""
+        return self._batch(*self._train_images(step, batch_size))
+
+    @property
+    def pixel_scale(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Scale and shift of the bytes in `train_pixels`; None if a preprocessor computes other values."""
+        return pixel_scale(self.mean, self.std) if self.processor is None else None
+
+    def train_pixels(self, step: int, batch_size: int) -> Batch:
+        """Returns the training batch of a step with inputs uint8, which `Engine.pixel_scale` normalizes.
+
+        Bytes are a fourth of the values that the host would have to compute and to copy.
+        """
+        images, rows = self._train_images(step, batch_size)
+        return {"inputs": images, "labels": self.source.labels[rows]}
+
+    def _train_images(self, step: int, batch_size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Returns the images of a training batch after augmentation, and their indices."""
         epoch, indices = self._epochs.rows(step, batch_size)
         rows = self.train[indices]
         images = augment(
@@ -133,7 +150,7 @@ class ImageDataset:
             flip=self.settings.horizontal_flip,
             padding=self.settings.crop_padding,
         )
-        return self._batch(images, rows)
+        return images, rows
 
     def validation_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """Yields at most `count` batches of validation images, the same in every call; the last can be smaller.
