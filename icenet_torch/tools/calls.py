@@ -174,7 +174,7 @@ def evaluate(
         module: The module that it calls.
         parameters: Paths of the trainable parameters of the module by which the gradient is computed.
         cotangent: Returns the cotangents; None to compute no gradient.
-        exact: Whether to compute in float64, also where the code of the module asks for fp32.
+        exact: Whether to compute in float64, also where the code of the module names fp32.
 
     Returns:
         The outputs, the gradients by the floating inputs (None for others), and by the parameters that are used.
