@@ -131,6 +131,12 @@ def test_a_change_is_noticed_on_cuda(how: str, name: str, monkeypatch: pytest.Mo
     assert model.for_generation() is not kept
     assert np.array_equal(model.for_generation().blocks[1].attention.out_proj.weight,
                           model.blocks[1].attention.out_proj.weight)  # fmt: skip
+
+    def fail(inputs: list[Any], **options: Any) -> list[Any]:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(snapshot, "_kernel", lambda: fail)
+    assert model.for_generation() is not model.for_generation()
     if name == "q_proj":
         joined = model.for_generation().blocks[1].attention._joined.weight
         assert np.array_equal(joined[:24], model.blocks[1].attention.q_proj.weight)
