@@ -423,7 +423,7 @@ def _line_chart(
         points = [(x(j), y(value)) for j, value in enumerate(values) if not math.isnan(value)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         drawn.append(f'<polyline class="s{i}" points="{line}"/>')
-        if len(values) <= 200:  # further points make the page large and cannot be told apart
+        if len(values) <= 200:  # further points make the page large and cannot be distinguished
             drawn += [
                 f'<circle class="s{i}" cx="{x(j):.1f}" cy="{y(value):.1f}" r="3">'
                 f"<title>{escape(labels[j])}\n{escape(name)}: {_scientific(value)}</title></circle>"
