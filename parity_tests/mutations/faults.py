@@ -24,6 +24,56 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- comparison of two modules -----------------------------------------------------------------------------
+    Fault(
+        "a replay computes the calls within it",
+        "icenet/parity/sides.py",
+        "                return results[index]\n",
+        "                return original(*args, **kwargs)\n",
+        ["parity/test_compare_idioms.py::test_a_fault_in_a_layer_that_is_called_three_times"],
+    ),
+    Fault(
+        "the last difference of a replay is named",
+        "icenet/parity/comparison.py",
+        "return min(found, key=lambda origin: origin.order, default=None)",
+        "return max(found, key=lambda origin: origin.order, default=None)",
+        ["parity/test_compare.py::test_the_first_of_several_places_is_named"],
+    ),
+    Fault(
+        "a cause need not remove the difference",
+        "icenet/parity/causes.py",
+        "return found <= _ACCEPTED and found < self.before / 4",
+        "return True",
+        ["parity/test_compare.py::test_a_fault_is_found_in_its_module_with_its_cause[diffusion-normalize]"],
+    ),
+    Fault(
+        "the generator of MLX is not restored",
+        "icenet/tools/calls.py",
+        "mx.random.seed((high << 32) | low)",
+        "mx.random.seed(low)",
+        ["parity/test_compare.py::test_modules_and_generators_stay_unchanged"],
+    ),
+    Fault(
+        "the modes of the modules are not compared",
+        "icenet/parity/comparison.py",
+        "if first and self._modes_differ(stage):",
+        "if first and False:",
+        ["parity/test_compare_idioms.py::test_modes_that_differ_are_a_difference"],
+    ),
+    Fault(
+        "the reference casts to fp32",
+        "icenet_torch/tools/calls.py",
+        "            return args[0].to(torch.float64)\n",
+        "            return func(*args)\n",
+        ["parity/test_compare.py::test_the_reference_computes_in_float64_where_code_names_fp32"],
+    ),
+    Fault(
+        "weights of layers with other parameters are not compared",
+        "icenet/parity/comparison.py",
+        "in [*pairs, *self._converted_weights()]:",
+        "in pairs:",
+        ["parity/test_compare_idioms.py::test_weights_of_layers_with_other_parameters_are_compared"],
+    ),
     # ---- weights of two modules --------------------------------------------------------------------------------
     Fault(
         "keys and values of an attention are exchanged",
@@ -1018,8 +1068,8 @@ FAULTS: list[Fault] = [
     Fault(
         "batch norm uses the batch's statistics in evaluation",
         "icenet_torch/nn/norm.py",
-        "bias, self.training, 1.0, self.eps)",
-        "bias, True, 1.0, self.eps)",
+        "y = F.batch_norm(y, mean, var, weight, bias, self.training,",
+        "y = F.batch_norm(y, mean, var, weight, bias, True,",
         [
             "models/test_cnn.py::test_batch_norm_equals_pytorchs",
             "models/test_cnn.py::test_only_training_changes_the_running_statistics",
@@ -1185,8 +1235,8 @@ FAULTS: list[Fault] = [
     Fault(
         "a skipped step leaves its running statistics",
         "icenet/core/engine.py",
-        "            self.nn.norm.set_running_statistics(self.model, statistics)\n            return loss",
-        "            return loss",
+        "            self.nn.norm.set_running_statistics(self.model, statistics)\n            return self._submit",
+        "            return self._submit",
         ["models/test_cnn.py::test_a_skipped_step_changes_nothing"],
     ),
     Fault(
@@ -2793,8 +2843,8 @@ FAULTS: list[Fault] = [
     Fault(
         "a process without rows makes the validation loss NaN",
         "icenet/core/engine.py",
-        "self._mean_loss(output, arrays).item() if counted else 0.0",
-        "self._mean_loss(output, arrays).item()",
+        "loss = mean.item() if counted else 0.0",
+        "loss = mean.item()",
         ["core/training/test_user_data.py::test_rows_without_labels_do_not_make_the_loss_nan[torch]"],
     ),
     Fault(
@@ -2973,5 +3023,33 @@ FAULTS: list[Fault] = [
         "len(self._graphs) == MAX_GRAPHS or ",
         "",
         ["engine/test_capture.py::test_the_number_of_graphs_is_limited"],
+    ),
+    Fault(
+        "a batch that was read ahead is used for any step",
+        "icenet/core/training/prefetch.py",
+        " and planned[0] == step else",
+        " else",
+        ["engine/test_prefetch.py::test_each_step_has_its_batch"],
+    ),
+    Fault(
+        "bytes of images are scaled but not shifted on MLX",
+        "icenet/engine/engine.py",
+        " * mx.array(scale) - mx.array(shift)",
+        " * mx.array(scale)",
+        ["engine/test_prefetch.py::test_bytes_become_the_values_of_the_host"],
+    ),
+    Fault(
+        "the limit of training leaves out the backward pass",
+        "icenet/commands/bench/training.py",
+        "return 3.0 * batch * (2",
+        "return 1.0 * batch * (2",
+        ["commands/test_bench_train.py::test_the_operations_of_texts_are_those_that_pytorch_counts"],
+    ),
+    Fault(
+        "the first convolution of a bottleneck has the smaller images",
+        "icenet/commands/bench/training.py",
+        "before if late and part == 0 else side",
+        "side",
+        ["commands/test_bench_train.py::test_the_operations_of_images_are_those_that_pytorch_counts"],
     ),
 ]
