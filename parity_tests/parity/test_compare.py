@@ -22,6 +22,8 @@ from icenet.core.errors import UsageError
 from icenet.core.models.modules import get_weights
 from icenet.parity import Report, compare
 from icenet.parity.status import ALL_STAGES
+from icenet.parity.trace import Value
+from icenet_torch.tools.calls import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,15 @@ def test_a_difference_between_two_calls_names_the_place() -> None:
     assert "differs in the model (Block) itself, after drop" in str(report).splitlines()[0]
     assert "multiplied" in report.cause or "times more" in report.cause
     assert [stage.status for stage in report.stages] == ["passed"] * 2 + ["failed"] + ["not run"] * 4
+
+
+def test_the_first_of_several_places_is_named() -> None:
+    assert compare(*PAIRS["graph"]("slope")).where == "between layers.0 and layers.1"
+
+
+def test_the_reference_computes_in_float64_where_code_names_fp32() -> None:
+    third, _, _ = evaluate(lambda x: [x.float() / 3], [Value(np.ones(1), "fp64")], T.Linear(1, 1), exact=True)
+    assert third[0].dtype == "fp64" and third[0].array == 1 / 3
 
 
 def test_unequal_weights_are_a_finding_unless_they_are_copied() -> None:

@@ -222,6 +222,8 @@ def test_a_fault_in_a_layer_that_is_called_three_times() -> None:
     ours.norm.eps = 1e-3
     report = compare(ours, theirs, x)
     assert report.culprit == "norm" and "eps" in report.cause
+    statuses = {module.path: module.status for module in report.modules}
+    assert statuses == {"": "contains", "norm": "differs", "fc": "inherits"}
 
 
 def test_random_numbers_without_a_key_are_said() -> None:
