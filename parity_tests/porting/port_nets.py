@@ -164,6 +164,23 @@ class Graph(nn.Module):
         return total / count.clamp(min=1).unsqueeze(-1)
 
 
+class Pyramid(nn.Module):
+    """Results that are appended to a list in a loop, from variables of one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        results = []
+        for layer in self.layers:
+            y = layer(x)
+            y = y + x
+            results.append(self.act(y))
+        return results
+
+
 class Control(nn.Module):
     """A condition on the values of a tensor, which cannot be ported."""
 

@@ -56,6 +56,7 @@ CASES = {
     "Tagger": (nets.Tagger, (ids(),), (ids(1, 5),)),
     "UNet": (nets.UNet, (image(2, 9),), (image(1, 12),)),
     "Branches": (nets.Branches, (torch.randn(3, 4),), (torch.randn(5, 4),)),
+    "Pyramid": (nets.Pyramid, (torch.randn(3, 4),), (torch.randn(5, 4),)),
     "Graph": (nets.Graph, (torch.randn(4, 3), EDGES), (torch.randn(6, 3), EDGES[:, :3])),
 }
 
@@ -83,7 +84,7 @@ def test_a_module_is_ported_and_serves_other_sizes(name: str, ports: dict[str, A
         with torch.no_grad():
             theirs = module(*inputs)
         ours = outputs(port.module, *inputs)
-        for key in theirs if isinstance(theirs, dict) else [None]:
+        for key in theirs if isinstance(theirs, dict) else range(len(theirs)) if isinstance(theirs, list) else [None]:
             close(ours if key is None else ours[key], theirs if key is None else theirs[key])
 
 

@@ -2,7 +2,6 @@
 
 # The text of these functions is copied into ports, without types.
 # mypy: ignore-errors
-# ruff: noqa: B905, RUF007
 
 from __future__ import annotations
 
