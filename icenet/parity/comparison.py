@@ -615,6 +615,8 @@ class Comparison:
             how = pair.arguments[0][2] if pair.arguments else align.SAME
             for side in (self.b, self.reference):
                 side.set_channels(pair.path, how == align.MOVED)
+            if self.a.backend == self.b.backend and self.computes_reference:
+                self.a.set_channels(pair.a.path, how == align.MOVED)
         return pairs, runs
 
     def _reference_run(self, inputs: Inputs, *arguments: Any) -> Run:

@@ -166,6 +166,8 @@ main(["parity", "check", f"{folder}/mine.py:Net", f"{folder}/trace", "--copy-wei
 def test_two_modules_of_pytorch(trace: Path) -> None:
     report = compare(run(REFERENCE)["Net"](), read_trace(trace))
     assert report.passed, str(report)
+    images = np.load(trace.parent / "x.npz")["arr_0"].transpose(0, 3, 1, 2)
+    assert compare(run(REFERENCE)["Net"](), run(REFERENCE)["Net"](), images).passed
     changed = run(REFERENCE)["Net"]()
     changed.bn.momentum = 0.3
     assert compare(changed, read_trace(trace)).culprit == "bn"
