@@ -576,7 +576,8 @@ def batch_norm(
         # views; sums[1] would be a kernel
         return [dx.reshape(x.shape), sums[1:].reshape(-1), sums[:1].reshape(-1)]
 
-    y, new_mean, new_var, _, _ = normalize(x, weight, bias)
+    outputs: Any = normalize(x, weight, bias)  # MLX types the result as an object
+    y, new_mean, new_var, _, _ = outputs
     return y, mx.stop_gradient(new_mean), mx.stop_gradient(new_var)
 
 
@@ -626,8 +627,8 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
         sums = _Rows.of(rows).sums(rows, dy, mean, scale, 3).sum(axis=0)
         return [dx.reshape(x.shape), sums[1:].reshape(-1), *([sums[:1].reshape(-1)] if centered else [])]
 
-    y: Array = normalize(x, weight, *([] if bias is None else [bias]))[0]
-    return y
+    outputs: Any = normalize(x, weight, *([] if bias is None else [bias]))
+    return outputs[0]  # type: ignore[no-any-return]
 
 
 _ROWS_OF_A_BLOCK = 8
@@ -662,8 +663,8 @@ def activation(name: str, x: Array) -> Array:
     def gradient(x: Array, cotangent: Array, _: Array) -> Array:
         return run([x, cotangent], True)
 
-    y: Array = compute(x)
-    return y
+    y: Any = compute(x)
+    return y  # type: ignore[no-any-return]
 
 
 _ACTIVATIONS = ["gelu", "gelu_tanh", "silu", "relu"]
@@ -798,7 +799,8 @@ def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
         inputs = [x, cotangents[0], outputs[1]]
         return run("gradient", inputs, x.size, [x.shape], [x.dtype])[0]  # type: ignore[no-any-return]
 
-    return pool(x)[0]  # type: ignore[no-any-return]
+    outputs: Any = pool(x)
+    return outputs[0]  # type: ignore[no-any-return]
 
 
 @lru_cache

@@ -145,8 +145,11 @@ def _chunk(
     if kernels := triton_kernels(logits.device):
         return kernels.cross_entropy(logits, labels, count, softcap, needs_gradient)  # type: ignore[no-any-return]
     counted, chosen = labels >= 0, labels.clamp(min=0).long()[:, None]
-    bounded = None if softcap is None else torch.tanh(logits.float() / softcap)
-    values = logits.float() if softcap is None else bounded * softcap
+    values = logits.float()
+    bounded = None
+    if softcap is not None:
+        bounded = torch.tanh(values / softcap)
+        values = bounded * softcap
     log_probabilities = torch.log_softmax(values, dim=-1)
     losses = torch.where(counted, -log_probabilities.gather(1, chosen).squeeze(1), 0)
     if not needs_gradient:

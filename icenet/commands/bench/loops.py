@@ -152,10 +152,11 @@ class Session:
 def make_batches(config: Config) -> list[Batch]:
     """Returns random batches: token ids, or images in fp32 and their labels."""
     draws = np.random.default_rng(0)
-    rows, classes = config.training.batch_size, config.model.vocab_size
-    if config.model.input_kind == "images":
-        size = config.data.image_size
-        shape = (rows, size, size, config.model.image_channels)
+    data: Any = config.data
+    model: Any = config.model
+    rows, classes = config.training.batch_size, model.vocab_size
+    if model.input_kind == "images":
+        shape = (rows, data.image_size, data.image_size, model.image_channels)
         return [
             {
                 "inputs": draws.standard_normal(shape, np.float32),
@@ -163,6 +164,5 @@ def make_batches(config: Config) -> list[Batch]:
             }
             for _ in range(BATCHES)
         ]
-    length = int(getattr(config.data, "seq_length"))  # noqa: B009
-    ids = [draws.integers(0, classes, (rows, length + 1)).astype(np.int32) for _ in range(BATCHES)]
+    ids = [draws.integers(0, classes, (rows, data.seq_length + 1)).astype(np.int32) for _ in range(BATCHES)]
     return [{"inputs": tokens[:, :-1].copy(), "labels": tokens[:, 1:].copy()} for tokens in ids]
