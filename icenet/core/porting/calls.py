@@ -102,6 +102,7 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
             if result != given:
                 out = _out(graph, result)
                 nodes.append(Node(result, "layer", {"path": call.path, "self": Ref(given)}, out, call.place))
+            nodes.extend(_shared_sizes(call, uses))
             return
         nodes.append(Node(call.entered, "enter", {"path": call.path, "values": call.given}, None, call.place))
         for item in call.items:
@@ -146,6 +147,18 @@ def _outside_uses(graph: Graph, root: Call) -> dict[str, list[str]]:
     for name in (*refs(root.results), *refs(graph.output_tree)):
         uses.setdefault(name, []).append("")
     return uses
+
+
+def _shared_sizes(call: Call, uses: dict[str, list[str]]) -> list[Node]:
+    """Returns the arithmetic of sizes in a call whose results are used outside: an export computes a size once."""
+    found: list[Node] = []
+    needed: set[str] = set()
+    for node in reversed(list(call.nodes())):
+        used = any(call.entered not in stack.split("/") for stack in uses.get(node.name, ()))
+        if node.op.startswith("sym.") and (used or node.name in needed):
+            found.append(node)
+            needed.update(refs(node.args))
+    return found[::-1]
 
 
 def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]]) -> bool:

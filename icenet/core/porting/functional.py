@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
+from icenet.core.porting.record import Graph, Node, Ref, map_refs
 
 VIEWS = frozenset(
     [
@@ -65,8 +65,6 @@ VIEWS = frozenset(
     ]
 )
 """Operations whose result may share the memory of their first argument."""
-
-FUNCTIONAL = {"fill_": "fill", "zero_": "zero", "copy_": "copy", "index_put_": "index_put"}
 
 
 def make_functional(graph: Graph) -> Graph:
@@ -278,9 +276,3 @@ def used_values(graph: Graph) -> set[str]:
         if name in by_name:
             pending.extend(refs(by_name[name].args))
     return needed
-
-
-def tensor_of(graph: Graph, name: str) -> Tensor | None:
-    """Returns shape and dtype of a value."""
-    found = graph.tensors.get(name)
-    return found if isinstance(found, Tensor) else None

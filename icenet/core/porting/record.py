@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Dim: TypeAlias = "int | str"
@@ -165,8 +165,3 @@ def refs(value: Any) -> Iterator[str]:
             yield from refs(item)
     elif isinstance(value, slice):
         yield from refs([value.start, value.stop, value.step])
-
-
-def with_args(node: Node, args: dict[str, Any]) -> Node:
-    """Returns a copy of a node with other arguments."""
-    return replace(node, args=args)

@@ -170,9 +170,6 @@ class Frame:
             return list(refs(item.args))
         return [name for _, name in self.graph.parameters(item)]
 
-    def defined_by(self, item: Item) -> list[str]:
-        return [item.name] if isinstance(item, Node) else self.graph.returns(item)
-
     def body(self) -> Body:
         graph = self.graph
         parameters = graph.parameters(self.call)
@@ -611,7 +608,6 @@ class _Graph:
         walk(self.root)
 
     def analyse(self, call: Call) -> None:
-        self.used_after: dict[str, set[str]] = {}
         order: list[tuple[str, tuple[str, ...]]] = []
 
         def walk(item: Call, stack: tuple[str, ...]) -> None:
@@ -846,7 +842,6 @@ class _Writer:
         self.methods: dict[str, str] = {}
         self.classes: list[Class] = []
         self.instances: list[_Instance] = []
-        self.has_train = train is not None
         self.graph = _Graph(self, graph)
         self.train = _Graph(self, train) if train is not None else None
         self.symbols = self.name_symbols(graph)
@@ -875,9 +870,6 @@ class _Writer:
         return found
 
     # ---- what each module becomes
-
-    def is_layer(self, path: str) -> bool:
-        return path in self.layers
 
     def is_list(self, path: str) -> bool:
         module = self.modules[path]
