@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny
 
+from icenet.core import backends
 from icenet.nn import conv, training_kernels
 from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.parity.yardstick import judge
@@ -40,7 +42,7 @@ def device(request: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     if request.param == "gpu":
         if not mx.cuda.is_available():
             pytest.skip("needs CUDA")
-        yield
+        yield request.param
         return
     for cached in CACHES:
         cached.cache_clear()
@@ -50,7 +52,7 @@ def device(request: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     monkeypatch.setattr(training_kernels, "has_kernels", lambda: True)
-    yield
+    yield request.param
     for cached in CACHES:
         cached.cache_clear()
 
@@ -255,6 +257,27 @@ def test_column_sums(shape: tuple[int, ...], device: str) -> None:
     x = draw("bfloat16", *shape, offset=1.0)
     found = to_numpy(training_kernels.column_sums(from_numpy(x).astype(mx.bfloat16)))
     assert np.allclose(found, x.astype(np.float64).reshape(-1, shape[-1]).sum(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [slow("adam"), "adamw"])
+def test_an_update_with_the_kernels(
+    optimizer: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, clipping and Adam of a model, whose parameters are in two groups, equal those of MLX's operations."""
+    monkeypatch.setattr(training_kernels, "_PARTS", 2)
+    config = tiny(tmp_path, f"training.optimizer={optimizer}", "training.max_grad_norm=0.1", "model.vocab_size=50")
+    results = []
+    for has_kernels in (False, True):
+        monkeypatch.setattr(training_kernels, "has_kernels", lambda has_kernels=has_kernels: has_kernels)
+        engine = backends.engine(config, "mlx", "cpu" if device == "emulated" else "gpu")
+        for step in range(2):
+            gradients = {
+                path: draw("float32", *array.shape, seed=step) for path, array in engine.model.weights().items()
+            }
+            engine.apply_gradients(gradients, step, 1e-2, clip=True)
+        results.append({**engine.model.weights(), **engine.optimizer_state()})
+    for path, expected in results[0].items():
+        assert np.allclose(results[1][path], expected, rtol=1e-5, atol=1e-7), path
 
 
 # ---- images -------------------------------------------------------------------------------------------------
