@@ -123,10 +123,11 @@ def test_backends_import_the_core_and_their_own_framework() -> None:
     shared = ("numpy", "ml_dtypes", "icenet.core", "icenet.parity", "icenet._deprecated")
     ours = ("mlx", "icenet.blas", "icenet.nn", *MLX)
     theirs = ("torch", "triton", "icenet_torch")
-    for modules, own, peer in ((MLX, ours, "mlx_lm"), (TORCH, theirs, "transformers")):
-        peers = {name: path for name, path in modules.items() if name.endswith(".tools.peers")}  # of icenet bench
+    sides = (".tools.peers", ".tools.loops")  # of icenet bench
+    for modules, own, packages in ((MLX, ours, ("mlx_lm",)), (TORCH, theirs, ("transformers", "torchvision"))):
+        peers = {name: path for name, path in modules.items() if name.endswith(sides)}
         others = {name: path for name, path in modules.items() if name not in peers}
-        for found, names in ((others, own), (peers, (*own, peer))):
+        for found, names in ((others, own), (peers, (*own, *packages))):
             allowed = (*shared, *names)
             assert not violations(found, lambda n, allowed=allowed: is_standard(n) or is_in(n, *allowed))
 
