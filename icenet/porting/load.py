@@ -95,7 +95,9 @@ _RANDOM = ("dropout", "feature_dropout", "alpha_dropout")
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Sets the mode of a model while the context is open, without dropout; its buffers stay unchanged."""
-    before = model.parameters()
+    from mlx.utils import tree_map
+
+    before = tree_map(mx.array, model.parameters())  # an operation in place changes the array that is held
     namespace = sys.modules[type(model).__module__].__dict__
     functions = {name: namespace[name] for name in (*_RANDOM, "attention") if name in namespace}
     model.train(training)
@@ -135,22 +137,42 @@ def trace(
 
 
 def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the gradients of the sum of outputs times cotangents, by path."""
+    """Returns the gradients of the sum of outputs times cotangents, by path.
+
+    Those of a model without trainable parameters are of the inputs, "input 0" and so on.
+    """
     from mlx.utils import tree_flatten
 
     given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
     factors = [to_array(item) for item in cotangents]
 
-    def loss(parameters: Any) -> mx.array:
-        model.update(parameters)
-        outputs = [item for item in flat(model(*given)) if mx.issubdtype(item.dtype, mx.floating)]
+    def weighted(arguments: list[Any]) -> mx.array:
+        outputs = [item for item in flat(model(*arguments)) if mx.issubdtype(item.dtype, mx.floating)]
         terms = [(item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False)]
         return mx.stack(terms).sum()
 
     before = model.trainable_parameters()
+    if not tree_flatten(before):
+        variables = {
+            str(number): item
+            for number, item in enumerate(given)
+            if isinstance(item, mx.array) and mx.issubdtype(item.dtype, mx.floating)
+        }
+        if not variables:
+            return {}
+
+        def of_inputs(variables: dict[str, mx.array]) -> mx.array:
+            return weighted([variables.get(str(number), item) for number, item in enumerate(given)])
+
+        return {f"input {number}": to_numpy(value) for number, value in mx.grad(of_inputs)(variables).items()}
+
+    def loss(parameters: Any) -> mx.array:
+        model.update(parameters)
+        return weighted(given)
+
     found = mx.grad(loss)(before)
     model.update(before)
-    return {path: np.array(value) for path, value in tree_flatten(found)}
+    return {path: to_numpy(value) for path, value in tree_flatten(found)}
 
 
 def flat(value: Any) -> list[Any]:

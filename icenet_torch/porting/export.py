@@ -631,4 +631,15 @@ def tensors(tree: Any) -> Any:
 
 def to_numpy(tree: Any) -> Any:
     """Returns arguments with numpy arrays in the place of tensors."""
-    return pytree.tree_map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf.detach().resolve_conj().resolve_neg().cpu()
+        if leaf.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return leaf.float().numpy().astype(ml_dtypes.bfloat16)
+        return leaf.numpy()
+
+    return pytree.tree_map(of, tree)

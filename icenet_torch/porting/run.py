@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icenet_torch.porting import export
 
@@ -41,8 +42,61 @@ def outputs(result: Any) -> list[torch.Tensor]:
     return [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
 
 
+_DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+
+
+class _Precision(TorchDispatchMode):
+    """Gives operations other dtypes in the place of those that the code of a module names, as in `x.float()`."""
+
+    def __init__(self, dtypes: dict[torch.dtype, torch.dtype]) -> None:
+        super().__init__()
+        self.dtypes = dtypes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def other(item: Any) -> Any:
+            return self.dtypes.get(item, item) if isinstance(item, torch.dtype) else item
+
+        if func is not torch.ops.aten.view.dtype:  # it reads the bits
+            args, kwargs = tuple(map(other, args)), {name: other(item) for name, item in (kwargs or {}).items()}
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):  # torch.tensor(...)
+            result = result.to(other(result.dtype))
+        return result
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restores the values of tensors when the context is left: a call of a module may update its buffers."""
+    state = [(value, value.detach().clone()) for value in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, before in state:
+                value.copy_(before)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module, which may hold results of operations, as the old `weight_norm` does."""
+    memo: dict[int, Any] = {}
+    for inner in module.modules():
+        for value in vars(inner).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
 class Reference:
     """A copy of a module in fp32 or float64, which can be run without a change of the module.
+
+    The copy in float64 computes in float64 where the code names float32, bf16 or fp16; the copy in fp32 has
+    fp32 in the place of float64, as a port does, and keeps bf16 and fp16.
 
     Args:
         module: The module.
@@ -50,17 +104,29 @@ class Reference:
     """
 
     def __init__(self, module: nn.Module, double: bool) -> None:
-        self.module = copy.deepcopy(module)
+        self.module = _copied(module)
         self.double = double
-        if double:
-            self.module.double()
+        self.dtypes = _DOUBLE if double else _SINGLE
+        self.epsilons = {path: _epsilon(value.dtype) for path, value in module.named_parameters()}
+        self.module._apply(self.converted)
+        for inner in self.module.modules():
+            for name, value in vars(inner).items():
+                if isinstance(value, torch.Tensor):
+                    vars(inner)[name] = self.converted(value)
+
+    def converted(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor in the dtype of this copy."""
+        return value.to(self.dtypes.get(value.dtype, value.dtype))
 
     def run(
         self, args: Any, kwargs: Any, training: bool, cotangents: list[np.ndarray] | None = None
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """Returns the outputs, and the gradients of their sum times cotangents."""
+        """Returns the outputs, and the gradients of their sum times cotangents.
+
+        The gradients are those of the parameters by path; of a module without trainable parameters, those of the
+        inputs, "input 0" and so on.
+        """
         module = self.module
-        state = [(value, value.detach().clone()) for value in (*module.parameters(), *module.buffers())]
         module.train(training)
         module.zero_grad()
         default = torch.get_default_dtype()
@@ -69,50 +135,62 @@ class Reference:
         if self.double:
             torch.set_default_dtype(torch.float64)
         try:
-            args, kwargs = pytree.tree_map(self.given, (args, kwargs))
-            if cotangents is None:
-                with torch.no_grad():
-                    found = outputs(module(*args, **kwargs))
-                return [to_numpy(item) for item in found], {}
-            found = outputs(module(*args, **kwargs))
-            floats = [item for item in found if item.is_floating_point()]
-            loss = sum(
-                (item * torch.from_numpy(factor).to(item.dtype)).sum()
-                for item, factor in zip(floats, cotangents, strict=False)
-            )
-            if isinstance(loss, torch.Tensor) and loss.requires_grad:
-                loss.backward()
-            gradients = {
-                path: to_numpy(value.grad) for path, value in module.named_parameters() if value.grad is not None
-            }
-            return [to_numpy(item) for item in found], gradients
+            with unchanged([*module.parameters(), *module.buffers()]), _Precision(self.dtypes):
+                args, kwargs = pytree.tree_map(self.given, (args, kwargs))
+                if cotangents is None:
+                    with torch.no_grad():
+                        found = outputs(module(*args, **kwargs))
+                    return [to_numpy(item) for item in found], {}
+                variables = {path: value for path, value in module.named_parameters() if value.requires_grad}
+                if not variables:
+                    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                    variables = {
+                        f"input {number}": leaf.requires_grad_()
+                        for number, leaf in enumerate(given)
+                        if leaf.is_floating_point()
+                    }
+                    args, kwargs = pytree.tree_map(  # the module may change its inputs in place
+                        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
+                    )
+                found = outputs(module(*args, **kwargs))
+                floats = [item for item in found if item.is_floating_point()]
+                loss = sum(
+                    (item * torch.from_numpy(factor).to(item.dtype)).sum()
+                    for item, factor in zip(floats, cotangents, strict=False)
+                )
+                if isinstance(loss, torch.Tensor) and loss.requires_grad:
+                    loss.backward()
+                gradients = {
+                    path: to_numpy(value.grad) for path, value in variables.items() if value.grad is not None
+                }
+                return [to_numpy(item) for item in found], gradients
         finally:
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
-            with torch.no_grad():
-                for value, before in state:
-                    value.copy_(before)
 
     def perturbed(self, sample: int) -> Reference:
-        """Returns a copy in float64 whose parameters are moved by one ulp of fp32."""
+        """Returns a copy in float64 whose parameters are moved by one ulp of their dtype, float64 by one of fp32."""
         moved = Reference(self.module, True)
         generator = torch.Generator().manual_seed(sample)
         with torch.no_grad():
-            for value in moved.module.parameters():
-                if value.is_floating_point():
+            for path, value in moved.module.named_parameters():
+                if value.is_floating_point() or value.is_complex():
                     signs = torch.randint(-1, 2, value.shape, generator=generator).to(value.dtype)
-                    value.mul_(1 + signs * 2.0**-24)
+                    value.mul_(1 + signs * self.epsilons[path])
         return moved
 
     def given(self, leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = to_torch(leaf)
         if isinstance(leaf, torch.Tensor):
-            leaf = leaf.detach().clone()
-            if leaf.is_floating_point():
-                return leaf.double() if self.double else leaf.float() if leaf.dtype == torch.float64 else leaf
-            return leaf
+            return self.converted(leaf.detach().clone())
         return leaf
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    """Returns half the distance from 1 to the next larger number, in fp32 for float64."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return (torch.finfo(dtype).eps if half else torch.finfo(torch.float32).eps) / 2
 
 
 def weights(module: nn.Module, program: Any) -> dict[str, np.ndarray]:
@@ -140,7 +218,7 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     args, kwargs = to_torch((args, kwargs))
     flat = program._graph_module_flat_inputs(args, kwargs)
     flat = [item.clone() if isinstance(item, torch.Tensor) else item for item in flat]
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(_state(program)):
         Recorder(program.graph_module).run(*flat)
     return values
 
@@ -173,21 +251,28 @@ def without_dropout() -> Iterator[None]:
 
 
 def perturbed(tree: Any, sample: int) -> Any:
-    """Returns arguments whose floating-point arrays are moved by one ulp of fp32."""
+    """Returns arguments whose floating-point arrays are moved by one ulp of their dtype, float64 by one of fp32."""
     rng = np.random.default_rng(100 + sample)
 
     def moved(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
-            return leaf.astype(np.float64) * (1 + rng.choice([-1.0, 0.0, 1.0], leaf.shape) * 2.0**-24)
+        if isinstance(leaf, np.ndarray) and (leaf.dtype.kind == "f" or leaf.dtype.name == "bfloat16"):
+            epsilon = _epsilon(getattr(torch, leaf.dtype.name))
+            return leaf.astype(np.float64) * (1 + rng.choice([-1.0, 0.0, 1.0], leaf.shape) * epsilon)
         return leaf
 
     return pytree.tree_map(moved, tree)
 
 
+def _state(program: Any) -> list[torch.Tensor]:
+    """Returns the tensors of an exported program, which are the module's own."""
+    found = (*program.state_dict.values(), *program.constants.values())
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
 def accepts(program: Any, args: Any, kwargs: Any) -> bool:
     """Returns whether the guards of an exported program allow the sizes of some arguments."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(_state(program)):
             program.module()(*to_torch(args), **to_torch(kwargs))
     except Exception:
         return False
