@@ -12,7 +12,7 @@ import numpy as np
 
 from icenet.core import backends, files
 from icenet.core.errors import PortError, UsageError
-from icenet.core.porting import build
+from icenet.core.porting import build, weights
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import Graph
 from icenet.parity.proof import PortReport, arrays_of, locate, prove
@@ -168,6 +168,7 @@ def port(
     plan = build.plan(graph, train, layout == "nhwc", title)
     load = backends.module("mlx", "porting.load")
     model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
+    weights.mark(model, plan)
     arrays, named = exporter.to_numpy((args, kwargs))
     checked = plan
     if layout == "nhwc":  # the proof gives images with PyTorch's axes

@@ -15,6 +15,7 @@ import numpy as np
 
 from icenet.core import backends
 from icenet.core.errors import UsageError, WeightsError
+from icenet.core.porting import weights as port_weights
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.pairing import MLXWeights, Pairing, TorchWeights
@@ -72,6 +73,11 @@ def copy_weights(source: Any, destination: Any) -> None:
 def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any:
     """Copies the weights of a PyTorch module to its MLX twin. `icenet.from_torch` has the whole description."""
     _check_mlx("from_torch", "second", mlx_module, torch_module)
+    if rename is None and _backend(torch_module) == "torch":
+        plan = port_weights.plan_of(mlx_module, torch_module)
+        if plan is not None:
+            port_weights.from_torch(plan, torch_module, mlx_module)
+            return mlx_module
     values, torch = _torch_weights(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), torch, rename)
     _check_pairing("from_torch", pairing, torch_module, mlx_module)
@@ -95,6 +101,10 @@ def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # torch.compile wraps it
     tree = _tree(torch_module)
     _check_has_values("to_torch", torch_module)
+    plan = port_weights.plan_of(mlx_module, torch_module) if rename is None else None
+    if plan is not None:
+        port_weights.to_torch(plan, mlx_module, torch_module)
+        return torch_module
     shared = shared_arrays(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), _module_weights(torch_module, shared), rename)
     if pairing.removed:

@@ -35,11 +35,18 @@ class Plan:
             return array.transpose(np.argsort(layer.permutations[leaf]))
         return array
 
-    def native(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the arrays that the port has, in MLX's axes, from PyTorch's by path."""
+    def native(self, weights: dict[str, np.ndarray], partial: bool = False) -> dict[str, np.ndarray]:
+        """Returns the arrays that the port has, in MLX's axes, from PyTorch's by path.
+
+        Args:
+            weights: The arrays of the original.
+            partial: Whether some may be absent.
+        """
         wanted = self.wanted()
         found = {}
         for path, name in wanted.items():
+            if partial and path not in weights:
+                continue
             array = weights[path]
             owner, _, leaf = path.rpartition(".")
             layer = self.layers.get(owner)

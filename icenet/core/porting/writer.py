@@ -1065,6 +1065,8 @@ class _Writer:
                 frozen.append(name)
         if path == "":
             for constant in self.constants.values():
+                if constant.value is not None:
+                    continue  # written where it is used
                 name = constant.path.replace(".", "_")
                 init.append(f"self.{name} = {_zeros(constant)}")
                 frozen.append(name)
