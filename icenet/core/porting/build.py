@@ -10,6 +10,7 @@ from icenet.core.porting.calls import collapse_layers
 from icenet.core.porting.functional import make_functional
 from icenet.core.porting.layers import Layer
 from icenet.core.porting.layout import channels_last
+from icenet.core.porting.names import flat, native, new_names
 from icenet.core.porting.record import Graph
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.writer import class_of, write
@@ -58,13 +59,16 @@ class Plan:
     def wanted(self) -> dict[str, str]:
         """Returns the path in the port of each array, by its path in PyTorch."""
         paths: dict[str, str] = {}
+        names = new_names(self.graph, self.train)
         for graph in (self.graph, self.train):
             for array in graph.arrays.values() if graph is not None else ():
                 owner, _, leaf = array.path.rpartition(".")
                 layer = self.layers.get(owner)
                 if (layer is not None and leaf in layer.left_out) or array.value is not None:
                     continue
-                paths[array.path] = array.path.replace(".", "_") if array.kind == "constant" else array.path
+                is_constant = array.kind == "constant"
+                constant = names.get(array.path, flat(array.path))
+                paths[array.path] = constant if is_constant else native(array.path, names)
         return paths
 
 

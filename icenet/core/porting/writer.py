@@ -13,6 +13,7 @@ from icenet.core.errors import PortError
 from icenet.core.porting import helpers
 from icenet.core.porting.calls import Call, Item, tree
 from icenet.core.porting.layers import DEFAULTS, NAMES, Layer
+from icenet.core.porting.names import flat, new_names
 from icenet.core.porting.record import Array, Graph, Module, Node, Ref, Tensor, refs
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation, atom, mlx_dtype
@@ -264,8 +265,7 @@ class Frame:
         """Returns a list, or the part of it over which a loop runs."""
         text, start, stop = match[1], int(match[2]), int(match[3])
         inner = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text)[5:]
-        path = self.writer.outer(self.call.path)
-        path = f"{path}.{inner}" if path else inner
+        path = self.writer.original(self.writer.outer(self.call.path), inner)
         size = len(self.writer.modules[path].children) or len(self.writer.arrays_by_owner.get(path, ()))
         if start == 0 and stop == size:
             return text
@@ -822,6 +822,7 @@ class _Writer:
         self.layers, self.title = layers, title
         self.modules = graph.modules
         self.used_helpers: set[str] = set()
+        self.names = new_names(graph, train)
         self.trace = trace
         self.arrays_by_owner: dict[str, list[Array]] = {}
         seen: set[str] = set()
@@ -935,6 +936,7 @@ class _Writer:
         for part in (child[len(path) + 1 :] if path else child).split("."):
             holder = at
             at = f"{at}.{part}" if at else part
+            part = self.names.get(at, part)
             if holder != path and self.is_container(holder):
                 dense = self.is_dense(holder)
                 text += f"[{part}]" if dense else f"[{part!r}]"
@@ -946,6 +948,14 @@ class _Writer:
                 )
         return text
 
+    def original(self, path: str, inner: str) -> str:
+        """Returns the path in the original of attributes below a module."""
+        for part in inner.split("."):
+            names = self.modules[path].children if path in self.modules else []
+            children = {self.names.get(child, name): child for name in names for child in [_join(path, name)]}
+            path = children.get(part, _join(path, part))
+        return path
+
     def is_dense(self, path: str) -> bool:
         names = self.modules[path].children or [
             array.path.rpartition(".")[2] for array in self.arrays_by_owner.get(path, [])
@@ -954,7 +964,7 @@ class _Writer:
 
     def attribute(self, path: str, array: str, graph: _Graph) -> str:
         if array in self.constants:
-            return f"self.{array.replace('.', '_')}"
+            return f"self.{self.names.get(array, flat(array))}"
         return self.child(path, array)
 
     def read_array(self, path: str, array: Array, graph: _Graph) -> str:
@@ -1059,7 +1069,7 @@ class _Writer:
         init: list[str] = []
         frozen: list[str] = []
         for array in self.arrays_by_owner.get(path, []):
-            name = array.path.rpartition(".")[2]
+            name = self.names.get(array.path, array.path.rpartition(".")[2])
             init.append(f"{self.target(name)} = {_zeros(array)}")
             if array.kind != "parameter" or not array.is_trainable:
                 frozen.append(name)
@@ -1067,13 +1077,13 @@ class _Writer:
             for constant in self.constants.values():
                 if constant.value is not None:
                     continue  # written where it is used
-                name = constant.path.replace(".", "_")
+                name = self.names.get(constant.path, flat(constant.path))
                 init.append(f"self.{name} = {_zeros(constant)}")
                 frozen.append(name)
         for name in module.children:
             child = f"{path}.{name}" if path else name
             if self.is_needed(child):
-                init.append(f"{self.target(name)} = {self.build(child, bodies)}")
+                init.append(f"{self.target(self.names.get(child, name))} = {self.build(child, bodies)}")
         for name in module.children:
             child = f"{path}.{name}" if path else name
             if child in self.layers and self.is_needed(child):
@@ -1083,7 +1093,8 @@ class _Writer:
                     if array.kind == "parameter" and not array.is_trainable
                 ]
                 if locked:
-                    init.append(f"{self.target(name)}.freeze(keys={locked!r}, recurse=False)")
+                    attribute = self.target(self.names.get(child, name))
+                    init.append(f"{attribute}.freeze(keys={locked!r}, recurse=False)")
         if frozen:
             init.append(f"self.freeze(keys={frozen!r}, recurse=False)")
         return self.instance_of(module, init, bodies.get(path, []))
@@ -1171,6 +1182,10 @@ class _Writer:
         if len(lines) == 1:
             lines.append("    pass")
         return "\n".join(lines)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 _MARK = re.compile(r"@(\d+)@")

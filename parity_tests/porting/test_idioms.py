@@ -1,0 +1,139 @@
+"""Ports of what people write: heads in a dict, skips between modules of other sizes, names that begin with "_"."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import icenet.blas
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import is_one_line
+from mlx.utils import tree_flatten, tree_map
+from torch import nn
+
+import icenet
+from icenet.core import backends
+from icenet.core.errors import PortError, WeightsError
+from icenet.core.porting import build
+from icenet.parity import port as porting
+
+
+def ported(module: nn.Module, *args: Any) -> tuple[Any, str]:
+    """Returns a port without the proof, and its source."""
+    exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
+    load = backends.module("mlx", "porting.load")
+    graph, train, program, _ = porting._export(exporter, module, args, {}, None)
+    plan = build.plan(graph, train, False, "A port.")
+    return load.make(plan.source, plan.class_name, plan.native(run.weights(module, program))), plan.source
+
+
+def close(ours: mx.array, theirs: torch.Tensor) -> None:
+    np.testing.assert_allclose(np.array(ours), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+class Heads(nn.Module):
+    """The last head is a list, over which the port runs in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 8)
+        lists = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.heads = nn.ModuleDict({"a": nn.Linear(8, 8), "b": lists})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.trunk(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def test_a_loop_over_one_head_keeps_the_argument_of_another() -> None:
+    module, x = Heads().eval(), torch.randn(3, 5)
+    model, _ = ported(module, x)
+    ours, theirs = model(mx.array(x.numpy())), module(x)
+    assert list(ours) == ["a", "b"]
+    for name in ours:
+        close(ours[name], theirs[name])
+
+
+class Up(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
+        return F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2]) + skip
+
+
+class Skips(nn.Module):
+    """The size of a pooled image is computed in a layer and used in another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pool = nn.Conv2d(3, 2, 3, padding=1), nn.MaxPool2d(2)
+        self.down = nn.ModuleList([nn.Conv2d(2, 2, 1), nn.Conv2d(2, 4, 1)])
+        self.up1, self.up2, self.out = Up(), Up(), nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x1 = self.first(x)
+        x2 = self.down[0](self.pool(x1))
+        x3 = self.down[1](self.pool(x2))
+        return self.up2(self.out(self.up1(x3, x2)), x1)
+
+
+def test_a_size_of_one_module_is_known_in_another() -> None:
+    module = Skips().eval()
+    model, _ = ported(module, torch.randn(2, 3, 16, 16))
+    for shape in ((2, 3, 16, 16), (1, 3, 18, 21)):
+        x = torch.randn(shape)
+        close(model(mx.array(x.numpy())), module(x))
+
+
+class Names(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect")
+        self._blocks = nn.ModuleList([nn.Linear(5, 5) for _ in range(3)])
+        self.blocks = nn.Linear(5, 5)
+        self.register_buffer("_cos", torch.randn(5), persistent=False)
+        self._table = torch.randn(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self._conv(x) * self._cos + self._table
+        h[..., 0] = 0.0
+        for block in self._blocks:
+            h = block(h)
+        return self.blocks(h)
+
+
+def test_weights_below_an_underscore_are_trained_saved_and_moved_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Names(), torch.randn(2, 4, 5)
+    port = icenet.port(module, (x,))
+    paths = {path for path, _ in tree_flatten(port.module.trainable_parameters())}
+    assert len(paths) == len(list(module.parameters()))
+    assert {"conv.weight", "blocks_.0.weight", "blocks.weight"} <= paths
+    port.module.update(tree_map(lambda value: value + 0.125, port.module.trainable_parameters()))
+    twin = copy.deepcopy(module)
+    twin._cos.zero_()
+    icenet.to_torch(port.module, twin)
+    ours = port.module(mx.array(x.numpy()))
+    close(ours, twin(x))
+    spec = importlib.util.spec_from_file_location("saved_port", port.save(tmp_path / "port") / "model.py")
+    assert spec is not None and spec.loader is not None
+    saved = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(saved)
+    close(saved.load()(mx.array(x.numpy())), twin(x))
+    icenet.from_torch(module, port.module)
+    close(port.module(mx.array(x.numpy())), module(x))
+    twin.blocks = nn.Linear(5, 6)
+    with pytest.raises(WeightsError, match=r"nothing is copied; blocks\.weight has the shape \[6, 5\]") as error:
+        icenet.to_torch(port.module, twin)
+    assert is_one_line(error.value)
