@@ -526,7 +526,7 @@ def predict_command(
     "shapes",
     multiple=True,
     metavar="[NAME=]SIZES[:TYPE]",
-    help="Sizes of an input, such as 1x3x224x224, 2x16:int1000 (ids below 1000) or mask=2x16:bool. One for each input.",
+    help="Sizes of an input, such as 1x3x224x224, 2x16:int1000 (ids below 1000) or mask=2x16:bool. Repeatable.",
 )
 @click.option("--out", type=PATH, help="Folder of the port: model.py, weights.safetensors, config.json, parity.html.")
 @click.option("--weights", type=PATH, help="Weights of the module: .safetensors, or .pt with tensors only.")

@@ -94,9 +94,9 @@ def compare_modules(
         return sample
 
     def sampled_replay(role: str, in_order: bool) -> SampledReplay:
-        def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+        def replayed(index: int, path: str, call: Call, cotangents: list[Value] | None) -> dict[str, Value]:
             with _perturbed(twins[role], index, role, in_order, path) as perturb:
-                moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
+                moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents or ())]
                 return by_role[role](path, perturb.call(call), moved)
 
         return replayed

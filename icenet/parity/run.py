@@ -420,9 +420,9 @@ def _sampled_replay(engines: Engines, dtype: str, step: int, train: bool, role: 
     """Returns a replay by one engine in a sample."""
     engine = getattr(engines, role)
 
-    def replayed(index: int, path: str, call: Call, cotangents: list[Value]) -> dict[str, Value]:
+    def replayed(index: int, path: str, call: Call, cotangents: list[Value] | None) -> dict[str, Value]:
         with perturbed(engine, dtype, index, role, in_order, within=path) as perturb:
-            moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents)]
+            moved = [perturb(cotangent, "cotangent", number) for number, cotangent in enumerate(cotangents or ())]
             return replay(engine, path, perturb.call(call), moved, step=step, train=train)
 
     return replayed

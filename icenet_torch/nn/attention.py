@@ -68,8 +68,8 @@ def scaled_dot_product_attention(
 def _has_aligned_kernel(q: Array, k: Array, v: Array) -> bool:
     """Returns whether the flash kernel, whose causal mask is aligned to the end, can read some queries and more keys.
 
-    With a mask as an array, PyTorch takes a slower kernel. `torch.nn.attention.bias.causal_lower_right` calls the same
-    kernel; importing it takes a second.
+    With a mask as an array, PyTorch takes a slower kernel. `torch.nn.attention.bias.causal_lower_right` calls the
+    same kernel; importing it takes a second.
     """
     if not q.is_cuda or not 1 < q.shape[2] < k.shape[2] or q.shape[3] % 8 or torch.compiler.is_compiling():
         return False

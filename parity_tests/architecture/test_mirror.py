@@ -56,7 +56,7 @@ ONE_SIDED = {
         "scale",
         "scale_and_shift",
         "softmax_terms",
-    },  # fmt: skip
+    },
     "nn.cached_attention": {"has_triton"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     # a compiled step of MLX serves later requests; a CUDA graph has the addresses of one request
