@@ -529,7 +529,7 @@ class RecordedTrace:
 
     def __init__(self, reader: TraceReader) -> None:
         manifest = reader.manifest
-        self.folder, self._reader, self._manifest = reader.folder, reader, manifest
+        self.folder, self._reader = reader.folder, reader
         self.name, self.backend = str(manifest["name"]), str(manifest["backend"])
         self.dtype, self.seed = str(manifest["dtype"]), int(manifest["seed"])
         if self.backend not in backends.PACKAGES or self.dtype not in DTYPES:
@@ -1016,7 +1016,7 @@ class RecordedSide(Side):
                 results[f"input {number}"] = found[f"input {floats.index(where)}"]
             results |= {name: value for name, value in found.items() if name.startswith("gradient ")}
         results |= {name: value for name, value in found.items() if name.startswith("statistic ")}
-        return results
+        return pair.hidden(results)
 
 
 def _moved(
