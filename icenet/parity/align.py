@@ -46,6 +46,8 @@ DIFFERENT_CALLS = frozenset({"attention", "native_recurrent"})
 """Kinds whose first output is the same on both sides, but not the further outputs and the names of parameters."""
 
 _SAMPLES = 2000  # elements that `permutation` compares
+_MASKED = 1e3
+"""A negative value this many times as large as the others (and as one) masks: softmax gives it nothing."""
 _EQUAL = 1e-3  # arrays at a smaller relative distance are equal but for rounding errors, also in half precision
 
 
@@ -88,6 +90,40 @@ def to_torch(name: str, array: Array) -> Array:
 def to_mlx(name: str, array: Array) -> Array:
     """Returns a PyTorch array with MLX's axes."""
     return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if name == MOVED and array.ndim > 2 else array
+
+
+def masked(array: Array) -> npt.NDArray[np.bool_] | None:
+    """Returns where an array holds masked values: -inf, or negative and far larger than the rest; None if nowhere."""
+    if array.dtype.kind != "f" or not array.size or float(np.fmin.reduce(array, axis=None)) > -_MASKED:
+        return None
+    rest = array[np.isfinite(array) & (array > -_MASKED)].astype(np.float64)
+    scale = math.sqrt(float(rest @ rest) / rest.size) if rest.size else 0.0
+    found: npt.NDArray[np.bool_] = array <= -_MASKED * max(scale, 1.0)
+    return found if found.any() else None
+
+
+def masks_otherwise(ours: Array, theirs: Array) -> bool:
+    """Returns whether two aligned arrays mask the same elements by other numbers, such as -inf and -1e9."""
+    if ours.shape != theirs.shape:
+        return False
+    own = masked(ours)
+    other = masked(theirs) if own is not None else None
+    if own is None or other is None or not (own & other).any():
+        return False
+    x, y = (array[own & other].astype(np.float64) for array in (ours, theirs))
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        return True
+    return bool((np.abs(x[finite] - y[finite]) > _EQUAL * np.abs(y[finite])).any())
+
+
+def is_mask(array: Array) -> bool:
+    """Returns whether an array looks like a mask: all its values are the largest one or are masked by it."""
+    if array.dtype.kind in "bui":
+        return True
+    hidden = masked(array)
+    shown = array[~hidden] if hidden is not None else array
+    return hidden is not None and (not shown.size or bool((shown == shown[0]).all()))
 
 
 def remark(kind: str | None, name: str, ndim: int) -> str:

@@ -125,6 +125,7 @@ class _Trial:
             if found.shape != exact.shape:
                 return math.inf
             noise = np.asarray(self.theirs[name].array, np.float64) - exact
+            noise = np.where(np.isfinite(noise), noise, 0.0)  # masked values are -inf
             ours, stored = self.ours[name], self.theirs[name].dtype
             if ours.array.shape != found.shape:
                 return math.inf

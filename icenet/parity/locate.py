@@ -397,7 +397,7 @@ def _judge_quickly(
     for name, value in exact.items():
         if name in found and value.is_float and name in sampled and name in nearby_exact:
             distance = np.asarray(sampled[name].array, np.float64) - nearby_exact[name].array
-            noises[name] = Value(value.array + distance, sampled[name].dtype)
+            noises[name] = Value(value.array + np.where(np.isfinite(distance), distance, 0.0), sampled[name].dtype)
     judged = judge_values(ours, noises, {name: exact[name] for name in noises}, dtype)
     for name, judgement in found.items():
         if judgement.is_over:

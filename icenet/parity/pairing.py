@@ -189,6 +189,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         if not (pair.a.is_storable and pair.b.is_storable):
             pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
     b.arrange(a, pairs)
+    if any(pair.masked_arguments or pair.masked_outputs for pair in pairs):
+        notes.append("masked values are other numbers in a than in b, such as -inf and -1e9: they count as equal")
     return pairs, notes
 
 
@@ -253,6 +255,8 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
             # a mask may be booleans on one side and numbers on the other: then each side keeps its own
             if found is not None and ours.arguments[i].is_float == theirs.arguments[j].is_float:
                 pair.arguments.append((i, j, found))
+            elif found is None and _are_masks(ours.arguments[i], theirs.arguments[j]):
+                pair.own.add(j)
             elif found is None and ours.arguments[i].is_float:
                 pair.obstacle = pair.obstacle or unequal(
                     pair.kind, ours.arguments[i], theirs.arguments[j], "input of"
@@ -271,6 +275,24 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
         found = how(a, b)
         if found is not None:
             pair.outputs.append((index, index, found))
+    pair.masked_arguments = {
+        j for i, j, found in pair.arguments if _masks_otherwise(ours.arguments[i], theirs.arguments[j], found)
+    }
+    if theirs.parent is not None:
+        pair.masked_outputs = {
+            j for i, j, found in pair.outputs if _masks_otherwise(ours.outputs[i], theirs.outputs[j], found)
+        }
+
+
+def _masks_otherwise(ours: Value, theirs: Value, how: str) -> bool:
+    return ours.is_float and align.masks_otherwise(align.to_torch(how, ours.array), theirs.array)
+
+
+def _are_masks(ours: Value, theirs: Value) -> bool:
+    """Returns whether both are masks, of which at least one is of numbers: of any form."""
+    if ours.is_float and theirs.is_float:
+        return align.is_mask(ours.array) and align.is_mask(theirs.array)
+    return ours.is_float != theirs.is_float
 
 
 def unequal(kind: str | None, ours: Value, theirs: Value, what: str) -> str:
@@ -325,7 +347,7 @@ def _argument_mismatch(pair: Pair) -> str:
     if len(pair.a.arguments) != len(pair.b.arguments):
         return ""
     for j, theirs in enumerate(pair.b.arguments):
-        if j in matched or not theirs.is_float:
+        if j in matched or j in pair.own or not theirs.is_float:
             continue
         ours = pair.a.arguments[j]
         if ours.is_float:

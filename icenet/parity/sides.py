@@ -45,6 +45,9 @@ class Pair:
         parameters: Paths in `b`, within the module, of the parameters that the replay has gradients of.
         is_opaque: Whether it is a layer of both frameworks that has other layers within it on each side.
         derived: For each side ("a", "b"), the outputs that are parts of others: number, and the index of the part.
+        masked_arguments, masked_outputs: Numbers in `b` of the arrays that both sides mask, by other numbers. In the
+            results of a replay, masked values are -inf on all sides; as an input, each side receives its own.
+        own: Numbers in `b` of the arguments that have another form on each side. Each side keeps its own.
     """
 
     a: Event
@@ -58,6 +61,9 @@ class Pair:
     parameters: list[str] = field(default_factory=list)
     is_opaque: bool = False
     derived: dict[str, dict[int, tuple[int, Any]]] = field(default_factory=dict)
+    masked_arguments: set[int] = field(default_factory=set)
+    masked_outputs: set[int] = field(default_factory=set)
+    own: set[int] = field(default_factory=set)
 
     @property
     def path(self) -> str:
@@ -86,7 +92,30 @@ class Pair:
         found = [getattr(self, side).outputs[i if side == "a" else j] for i, j, _ in self.outputs]
         for child in self.children:
             found += [getattr(child, side).arguments[i if side == "a" else j] for i, j, _ in child.arguments]
+        return [hidden(item) if is_masked else item for item, is_masked in zip(found, self.hides, strict=True)]
+
+    @property
+    def hides(self) -> list[bool]:
+        """Whether each result is masked by other numbers on each side."""
+        found = [j in self.masked_outputs for _, j, _ in self.outputs]
+        for child in self.children:
+            found += [j in child.masked_arguments for _, j, _ in child.arguments]
         return found
+
+    @property
+    def masks(self) -> list[Value | None]:
+        """The array of `a` for each input that is masked by other numbers on each side, in the axes of `a`."""
+        found = [self.a.arguments[i] if j in self.masked_arguments else None for i, j, _ in self.arguments]
+        for child in self.children:
+            found += [child.a.outputs[i] if j in child.masked_outputs else None for i, j, _ in child.outputs]
+        return found
+
+    def hidden(self, results: dict[str, Value]) -> dict[str, Value]:
+        """Returns the results of a replay with -inf for masked values."""
+        for index, is_masked in enumerate(self.hides):
+            if is_masked and (name := output_name(index)) in results:
+                results[name] = hidden(results[name])
+        return results
 
     @property
     def input_hows(self) -> list[str]:
@@ -538,6 +567,8 @@ class Side:
         prefix = f"{own.path}." if own.path else ""
         hows = pair.input_hows if is_test else [align.SAME] * len(values)
         inputs = [Value(align.to_mlx(how, item.array), item.dtype) for how, item in zip(hows, values, strict=True)]
+        if is_test:
+            inputs = [_filled_in(item, mask) for item, mask in zip(inputs, pair.masks, strict=True)]
         count = len(pair.arguments)
         stubs = self._stubs(pair, own, is_test)
         inner = {path: self.modules[path] for path, _ in stubs}
@@ -612,7 +643,7 @@ class Side:
         for name, array in after.items():
             if not np.array_equal(array, before[name], equal_nan=True):
                 found[f"statistic {name}"] = Value(array, short_dtype(array.dtype))
-        return found
+        return pair.hidden(found)
 
     _is_a = False
 
@@ -813,13 +844,15 @@ def cotangents_of(pair: Pair, dtypes: Sequence[str], seed: int = 0) -> list[Valu
     """Returns random cotangents of the results of a replay, rounded to their dtypes."""
     from icenet.parity.yardstick import round_to
 
-    found = []
+    found, hides = [], pair.hides
     for index, (item, dtype) in enumerate(zip(pair.results("b"), dtypes, strict=True)):
         if not item.is_float:
             found.append(Value(np.zeros_like(item.array), item.dtype))
             continue
         key = zlib.crc32(f"{seed} {pair.key} {index}".encode())
         values = np.random.Generator(np.random.SFC64(key)).standard_normal(item.array.shape, np.float32)
+        if hides[index]:  # softmax passes nothing on to masked values
+            values[~np.isfinite(item.array)] = 0.0
         found.append(Value(round_to(values, dtype), dtype))
     return found
 
@@ -855,6 +888,23 @@ def _reads_mode(cls: type) -> bool:
     )
     codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
     return any(bool({"training", "dropout"} & {*code.co_names}) for code in codes if code is not None)
+
+
+def hidden(item: Value) -> Value:
+    """Returns a value with -inf where it is masked."""
+    where = align.masked(item.array)
+    return (
+        item if where is None else replace(item, array=np.where(where, -np.inf, item.array).astype(item.array.dtype))
+    )
+
+
+def _filled_in(item: Value, own: Value | None) -> Value:
+    """Returns an input with the numbers by which its own side masks."""
+    where = align.masked(item.array) if own is not None else None
+    if own is None or where is None:
+        return item
+    both = where if (hidden := align.masked(own.array)) is None else where & hidden
+    return replace(item, array=np.where(both, own.array, item.array))
 
 
 def _arrays_of(item: Any, array_type: type) -> list[Any]:

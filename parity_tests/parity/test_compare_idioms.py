@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from pairs import draw, tokens, with_equal_weights
 
 import icenet
-from icenet.parity import compare
+from icenet.parity import align, compare
 
 Twins = tuple[Any, Any, Any]
 
@@ -246,3 +248,81 @@ def test_modes_that_differ_are_a_difference() -> None:
     ours, theirs = M.Sequential(M.Linear(6, 6), M.Dropout(0.5)), T.Sequential(T.Linear(6, 6), T.Dropout(0.5))
     report = compare(ours.eval(), theirs, draw(4, 6), copy_weights=True)
     assert report.culprit == "1" and "evaluation mode in a" in report.verdict and "eval()" in report.cause
+
+
+def attention(where: Callable[..., Any], softmax: Callable[..., Any], hide: float) -> Callable[..., Any]:
+    def call(m: Any, x: Any, mask: Any) -> Any:
+        scores = m.q(x) @ m.k(x).swapaxes(1, 2)
+        return softmax(m, where(mask, scores, hide)) @ x
+
+    return call
+
+
+def masked(hide: float, inverted: bool = False) -> Twins:
+    """Both sides mask before a softmax module, by other numbers, in a layer that receives booleans."""
+    ours = Net(
+        attention(lambda m, s, v: mx.where(~m if inverted else m, s, v), lambda m, s: m.softmax(s), hide),
+        q=M.Linear(6, 6), k=M.Linear(6, 6), softmax=M.Softmax(),
+    )  # fmt: skip
+    theirs = TorchNet(
+        attention(lambda m, s, v: s.masked_fill(~m, v), lambda m, s: m.softmax(s), -math.inf),
+        q=T.Linear(6, 6), k=T.Linear(6, 6), softmax=T.Softmax(-1),
+    )  # fmt: skip
+    return *with_equal_weights(ours, theirs), {"x": draw(2, 5, 6), "mask": np.tri(5, dtype=bool)}
+
+
+def additive(layer: Callable[..., Any], size: float, approximate: bool = False) -> Any:
+    """A layer within a model; the mask is made by the model and handed to the layer in the form of each framework."""
+    mlx = layer is Net
+    nn = M if mlx else T
+
+    def inner(m: Any, x: Any, mask: Any) -> Any:
+        scores = m.q(x) @ m.k(x).swapaxes(1, 2)
+        if mlx:
+            y = mx.softmax(scores + mask, -1) @ x
+            return m.out(M.gelu_approx(y) if approximate else M.gelu(y))
+        scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return m.out(F.gelu(scores.softmax(-1) @ x))
+
+    def outer(m: Any, x: Any, keep: Any) -> Any:
+        if mlx:
+            return m.block(x, mx.where(keep[:, None, :], 0.0, size))
+        if math.isnan(size):  # booleans
+            return m.block(x, ~keep[:, None])
+        return m.block(x, torch.where(keep, 0.0, size).to(x.dtype)[:, None])
+
+    return layer(outer, block=layer(inner, **{name: nn.Linear(6, 6) for name in ("q", "k", "out")}))
+
+
+@pytest.mark.parametrize("hide", [-1e9, float(np.finfo(np.float32).min), -1e4])
+def test_masks_by_other_numbers_are_equal(hide: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        report = compare(*masked(hide), stages=["forward", "gradients"])
+        assert report.passed, report
+        assert any("masked values are other numbers" in note for note in report.notes)
+        wrong = compare(*masked(hide, inverted=True), stages=["forward"])
+    assert (wrong.passed, wrong.culprit, wrong.where) == (False, "", "between k and softmax")
+
+
+@pytest.mark.parametrize("other", [-math.inf, -1e9, math.nan])
+def test_each_side_keeps_its_own_mask(other: float) -> None:
+    keep = np.array([[True] * 4, [True, True, False, False]])
+    for approximate in (False, True):
+        ours = additive(Net, float(np.finfo(np.float32).min), approximate)
+        pair = with_equal_weights(ours, additive(TorchNet, other))
+        report = compare(*pair, {"x": draw(2, 4, 6), "keep": keep}, stages=["forward", "gradients"])
+        assert report.passed is not approximate, report
+    assert (report.culprit, report.where) == ("block", "between k and out")
+    assert "GELU" in report.cause
+
+
+def test_a_mask_is_negative_and_far_larger_than_the_rest() -> None:
+    scores = np.array([[0.5, -2.0, -1e9], [1.0, -np.inf, -1e9]], np.float32)
+    assert np.array_equal(align.masked(scores), [[False, False, True], [False, True, True]])
+    assert align.masked(np.float32([-2000, 1500, 900])) is None, "large, but no larger than the rest"
+    assert align.masked(np.float32([1e9, np.nan, 2])) is None
+    assert align.masks_otherwise(scores, np.where(scores < -1e8, -np.inf, scores))
+    assert not align.masks_otherwise(scores, scores)
+    assert not align.masks_otherwise(scores, np.abs(scores)), "masked on one side only"
+    assert align.is_mask(np.float32([0, -1e9])) and not align.is_mask(scores)
