@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def load(folder=None):
 
 if __name__ == "__main__":
     model = load()
-    print(tree_map(lambda x: (x.shape, x.dtype), model({given})))
+    print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, model({given})))
 '''
 
 
@@ -159,7 +160,7 @@ def port(
         if isinstance(example_inputs, list)
         else (example_inputs,)
     )
-    args, kwargs = exporter.contiguous((args, dict(example_kwargs or {})))
+    args, kwargs = exporter.checked_inputs((args, dict(example_kwargs or {})))
     progress("exporting")
     graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
     _check_table(graph, train)
@@ -168,7 +169,6 @@ def port(
     plan = build.plan(graph, train, layout == "nhwc", title)
     load = backends.module("mlx", "porting.load")
     model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
-    weights.mark(model, plan)
     arrays, named = exporter.to_numpy((args, kwargs))
     checked = plan
     if layout == "nhwc":  # the proof gives images with PyTorch's axes
@@ -179,12 +179,40 @@ def port(
     report = prove(checked, proven, module, program, arrays, named, progress)
     report.notes += notes
     if not report.passed:
-        report.culprit = locate(plan, program, module, arrays, named)
+        report.culprit = locate(plan, program, module, arrays, named, report)
+        functions = [*graph.functions, *(train.functions if train is not None else ())]
+        if functions and all(check.passed for check in report.checks if check.what != "gradients"):
+            report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
+    if report.fixed:
+        plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
+        model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
+    weights.mark(model, plan)
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")
     return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, module)
+
+
+def _with_fixed_sizes(plan: Plan, fixed: dict[str, dict[int, int]], nhwc: bool) -> str:
+    """Returns the source of a plan with checks of the sizes that the port cannot change, by input and dimension."""
+    start = plan.source.index(f"class {plan.class_name}(nn.Module):")
+    match = re.compile(r"    def __call__\(self(?P<parameters>[^)]*)\):\n").search(plan.source, start)
+    assert match is not None
+    parameters = [item.partition("=")[0].strip() for item in match["parameters"].split(",")]
+    lines = []
+    for name, sizes in fixed.items():
+        if name not in parameters:
+            continue
+        ndim = plan.graph.tensors[name].ndim
+        order = (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
+        for dim, size in sorted((order.index(dim), size) for dim, size in sizes.items()):
+            lines += [
+                f"        if {name}.shape[{dim}] != {size}:\n",
+                f'            raise ValueError(f"{name} has {{{name}.shape[{dim}]}} in dimension {dim}; '
+                f'the port was made for {size}")\n',
+            ]
+    return plan.source[: match.end()] + "".join(lines) + plan.source[match.end() :]
 
 
 def check(
@@ -194,7 +222,8 @@ def check(
     exporter = backends.module("torch", "porting.export")
     exporter.check_module(module)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    graph, train, _, _ = _export(exporter, module, args, dict(example_kwargs or {}), dynamic)
+    args, kwargs = exporter.checked_inputs((args, dict(example_kwargs or {})))
+    graph, train, _, _ = _export(exporter, module, args, kwargs, dynamic)
     return _missing(graph, train)
 
 
@@ -207,8 +236,10 @@ def _export(
         graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False)
     except PortError:
         if wide_args is args:
+            exporter.check_call(module, args, kwargs)
             raise
         wide_args, wide_kwargs = args, kwargs
+        exporter.check_call(module, args, kwargs)
         graph, program, shapes = exporter.export(module, args, kwargs, shapes, False)
     notes: list[str] = []
     try:
@@ -223,8 +254,6 @@ def _export(
 
 
 def _outputs(graph: Graph) -> str:
-    import re
-
     return re.sub(r"name='\w+'", "", repr(graph.output_tree))
 
 

@@ -7,13 +7,16 @@ as far away, as everywhere in IceNet (see `icenet.parity.yardstick`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from icenet.core import backends
+from icenet.core.errors import IceNetError, PortError
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import Tensor
 from icenet.parity.yardstick import FACTOR
@@ -50,6 +53,8 @@ class PortReport:
     notes: list[str] = field(default_factory=list)
     culprit: str = ""
     """The first operation that differs, and the original's line."""
+    fixed: dict[str, dict[int, int]] = field(default_factory=dict)
+    """The sizes, by dimension, of each input that the original may have at another size and the port may not."""
 
     @property
     def passed(self) -> bool:
@@ -100,8 +105,6 @@ def prove(
     run = backends.module("torch", "porting.run")
     report = PortReport()
     examples = [(args, kwargs), *other_sizes(plan, program, args, kwargs, run)]
-    if len(examples) == 1:
-        report.notes.append("the sizes of the inputs are fixed")
     random_places = random_operations(plan)
     for mode in ("evaluation", "training"):
         if mode == "training" and plan.train is None:
@@ -111,35 +114,127 @@ def prove(
             report.notes.append(f"random operations were not compared in training mode: {random_places[0]}")
             continue
         for number, (given, named) in enumerate(examples):
-            with_gradients = number == 0
             progress(f"comparing, {mode}")
             try:
-                checks = _compare(plan, model, module, given, named, mode == "training", with_gradients, run)
-            except (ValueError, RuntimeError, TypeError, IndexError) as error:
+                report.checks += _compare(
+                    plan, model, module, given, named, mode == "training", number == 0, run, report.notes
+                )
+            except PortError as error:
                 if number == 0:
                     raise
-                report.notes.append(f"not compared on {_sizes(given, named)}: {str(error).splitlines()[0][:120]}")
-                continue
-            report.checks += checks
+                report.notes.append(f"not compared on {_sizes(given, named)}: {error}")
+        if mode == "evaluation" and report.passed:
+            progress("comparing, other sizes")
+            _try_fixed_sizes(plan, model, module, args, kwargs, run, report)
+            if len({check.sizes for check in report.checks}) == 1:
+                report.notes.append("compared on the sizes of the example only: the module or the port has no others")
     return report
 
 
+@contextlib.contextmanager
+def _one_error(who: str, args: Any, kwargs: Any, training: bool) -> Iterator[None]:
+    """Turns what a call of the original or of the port raises into a PortError."""
+    try:
+        yield
+    except IceNetError:
+        raise
+    except Exception as error:  # whatever the code of a user raises
+        mode = "training" if training else "evaluation"
+        raise PortError(f"{who} fails in {mode} mode on {_sizes(args, kwargs)}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of the message of an error, or its kind if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _try_fixed_sizes(
+    plan: Plan, model: Any, module: Any, args: Any, kwargs: Any, run: Any, report: PortReport
+) -> None:
+    """Tries other sizes in the dimensions that the graph has fixed, and compares what both serve.
+
+    Most are fixed by the weights, and the original has no other size either. A dimension at which the original
+    returns something and the port fails, or returns another thing, is written to the report.
+    """
+    tensors = [plan.graph.tensors[ref.name] for ref in plan.graph.inputs]
+    same: dict[int, list[tuple[int, int]]] = {}
+    for number, tensor in enumerate(tensors):
+        for dim, size in enumerate(tensor.shape):
+            if isinstance(size, int) and size:
+                same.setdefault(size, []).append((number, dim))
+    single = run.Reference(module, False) if same else None
+    for size, places in same.items():
+        tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
+        for chosen in tries:
+            given, named = _with_size((args, kwargs), set(chosen), size + (32 if size % 32 == 0 else 1))
+            try:
+                single.run(given, named, False)
+            except Exception:  # the module does not have this size
+                continue
+            try:
+                checks = _compare(plan, model, module, given, named, False, False, run, report.notes)
+                served = all(check.passed for check in checks)
+            except PortError:
+                served = False
+            if served:
+                report.checks += checks
+            else:
+                for number, dim in chosen:
+                    report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size
+            if len(chosen) > 1:
+                break
+    for name, sizes in report.fixed.items():
+        places = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
+        report.notes.append(f"{name} has a fixed size, {places}; the port raises an error for another one")
+
+
+def _with_size(tree: Any, places: set[tuple[int, int]], size: int) -> Any:
+    """Returns random inputs with another size at some dimensions, given as (number of the input, dimension)."""
+    rng, numbers = np.random.default_rng(1), itertools.count()
+
+    def of(item: Any) -> Any:
+        if isinstance(item, np.ndarray):
+            number = next(numbers)
+            shape = tuple(size if (number, dim) in places else old for dim, old in enumerate(item.shape))
+            return item if shape == item.shape else drawn_like(item, shape, rng)
+        if isinstance(item, dict):
+            return {key: of(value) for key, value in item.items()}
+        if isinstance(item, (list, tuple)):
+            return type(item)(of(value) for value in item)
+        return item
+
+    return of(tree)
+
+
 def _compare(
-    plan: Plan, model: Any, module: Any, args: Any, kwargs: Any, training: bool, with_gradients: bool, run: Any
+    plan: Plan,
+    model: Any,
+    module: Any,
+    args: Any,
+    kwargs: Any,
+    training: bool,
+    with_gradients: bool,
+    run: Any,
+    notes: list[str],
 ) -> list[Check]:
     load = backends.module("mlx", "porting.load")
     rng = np.random.default_rng(0)
     exact, single = run.Reference(module, True), run.Reference(module, False)
     cotangents: list[Array] | None = None
-    with run.without_dropout():
+    with run.without_dropout(), _one_error("the original", args, kwargs, training):
         wanted, _ = exact.run(args, kwargs, training)
         if with_gradients:
             cotangents = [
                 rng.standard_normal(item.shape).astype(np.float32) for item in wanted if item.dtype.kind == "f"
             ]
-            wanted, wanted_gradients = exact.run(args, kwargs, training, cotangents)
-        else:
-            wanted_gradients = {}
+        wanted_gradients: dict[str, Array] = {}
+        if cotangents:
+            try:
+                wanted, wanted_gradients = exact.run(args, kwargs, training, cotangents)
+            except (RuntimeError, NotImplementedError) as error:  # of an operation without a gradient
+                mode = "training" if training else "evaluation"
+                notes.append(f"no gradients were compared in {mode} mode, the original raises: {first_line(error)}")
+                cotangents = None
         noise, noise_gradients = single.run(args, kwargs, training, cotangents)
         noises, gradient_noises = [noise], [noise_gradients]
         for sample in range(SAMPLES):
@@ -149,14 +244,15 @@ def _compare(
             noises.append(moved_outputs)
             gradient_noises.append(moved_gradients)
     flat = arrays_of((args, kwargs))
-    with load.mode(model, training):
-        ours = load.flat(load.call(model, flat))
     ours_gradients = {}
-    if cotangents:
-        with load.mode(model, training):  # with the buffers as they were before the first call
-            ours_gradients = load.gradients(model, flat, cotangents)
+    with _one_error("the port", args, kwargs, training):
+        with load.mode(model, training):
+            ours = load.flat(load.call(model, flat))
+        if cotangents:
+            with load.mode(model, training):  # with the buffers as they were before the first call
+                ours_gradients = load.gradients(model, flat, cotangents)
     if len(ours) != len(wanted):
-        raise ValueError(f"the port returns {len(ours)} arrays, the module {len(wanted)}")
+        raise PortError(f"the port returns {len(ours)} arrays, the module {len(wanted)}")
     sizes, mode = _sizes(args, kwargs), "training" if training else "evaluation"
     rows = [
         (f"output {index}", *_ratio(a, b, [sample[index] for sample in noises]))
@@ -322,8 +418,20 @@ def random_operations(plan: Plan) -> list[str]:
     return found
 
 
-def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any) -> str:
-    """Returns the first operation whose value differs, with the original's line."""
+def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any, report: PortReport) -> str:
+    """Returns the first operation whose value differs, with the original's line.
+
+    The operations of the evaluation mode are compared, on the example. If none differs, what the report found is
+    returned: an output or gradient, and its mode and sizes.
+    """
+    bad = [check for check in report.checks if not check.passed]
+    worst = max(bad, key=lambda check: check.ratio)
+    found_by_report = (
+        f"{'output' if worst.what == 'outputs' else 'gradient of'} {worst.name.removeprefix('output ')} in "
+        f"{worst.mode} mode on {worst.sizes}, {worst.ratio:.2g} times the noise of rounding"
+    )
+    if not any(check.mode == "evaluation" and check.what == "outputs" for check in bad):
+        return found_by_report
     from icenet.core.porting.build import plan as make_plan
 
     run, load = backends.module("torch", "porting.run"), backends.module("mlx", "porting.load")
@@ -348,4 +456,4 @@ def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any) -> str
                 return f"aten.{node.op} at {node.place}"
         elif wanted.size and not (value == wanted).all():
             return f"aten.{node.op} at {node.place}"
-    return "the sum of small differences"
+    return found_by_report

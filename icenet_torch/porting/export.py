@@ -601,9 +601,61 @@ def arrays(module: nn.Module, program: Any) -> dict[str, torch.Tensor]:
 
 
 def check_module(module: Any) -> None:
-    """Raises UsageError if an object is not a torch module."""
+    """Raises UsageError if an object is not a torch module that can be exported."""
     if not isinstance(module, nn.Module):
         raise UsageError(f"icenet.port takes a torch.nn.Module, not a {type(module).__name__}")
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise UsageError("icenet.port takes the torch.nn.Module from which a ScriptModule was made")
+
+
+def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises UsageError if a module does not accept the example inputs; it is unchanged afterwards."""
+    from icenet_torch.porting.run import unchanged
+
+    modes = {path: inner.training for path, inner in module.named_modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), unchanged([*module.parameters(), *module.buffers()]):
+            module(*args, **kwargs)
+    except Exception as error:  # whatever the code of a user raises
+        raise UsageError(
+            f"the module raises an error on the example inputs: {_where(error)}{_first_line(error)}"
+        ) from None
+    finally:
+        for path, inner in module.named_modules():
+            inner.training = modes[path]
+
+
+def _where(error: Exception) -> str:
+    """Returns the last line of the user's code in a traceback, or an empty string."""
+    import traceback
+
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, _HERE, "<")) and "/icenet" not in frame.filename
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line!r}: " if frames else ""
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def checked_inputs(tree: Any) -> Any:
+    """Returns example arguments with contiguous tensors, also in the place of numpy arrays.
+
+    Raises:
+        UsageError: An argument is an array of another framework.
+    """
+
+    def of(leaf: Any) -> Any:
+        if type(leaf).__module__.startswith(("mlx.", "jax", "tensorflow")):
+            kind = f"{type(leaf).__module__.partition('.')[0]} {type(leaf).__name__}"
+            raise UsageError(f"example inputs: a {kind}; give torch tensors or numpy arrays")
+        return leaf
+
+    return contiguous(tensors(pytree.tree_map(of, tree)))
 
 
 def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,0 +1,134 @@
+"""What `icenet.port` says of sizes that are fixed, of bad inputs, and of a port that differs."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import icenet.blas
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import is_one_line
+from torch import nn
+
+import icenet
+from icenet.core.errors import PortError, UsageError
+from icenet.parity.proof import Check, PortReport, locate
+
+R = torch.randn
+
+
+class Sampler(nn.Module):
+    """Resizes to the size of the input: the export takes height and width for numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(F.max_pool2d(self.conv(x), 2), size=x.shape[-2:], mode="nearest")
+
+
+class Steps(nn.Module):
+    """A loop over the axis 1, whose length the source has as a number; the axis 2 is fixed by the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        h = x.new_zeros(x.shape[0], 3)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.fc(x[:, t]) + h)
+        return {"h": h, "nothing": None}
+
+
+class NoBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) // 0.3
+
+
+def test_a_fixed_size_is_said_and_another_one_is_an_error(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    port = icenet.port(Steps(), R(2, 4, 5))
+    assert port.report.fixed == {"x": {1: 4}}
+    assert any("x has a fixed size, 4 in dimension 1" in note for note in port.report.notes)
+    assert port.module(mx.zeros((3, 4, 5)))["h"].shape == (3, 3)
+    with pytest.raises(ValueError, match="x has 6 in dimension 1; the port was made for 4"):
+        port.module(mx.zeros((2, 6, 5)))
+    saved = runpy.run_path(str(port.save(tmp_path) / "model.py"), run_name="__main__")["load"]()  # prints a None
+    with pytest.raises(ValueError, match="made for 4"):
+        saved(mx.zeros((2, 6, 5)))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_port_serves_a_size_or_refuses_it(layout: str) -> None:
+    torch.manual_seed(0)
+    module = Sampler().eval()
+    port = icenet.port(module, R(1, 2, 8, 9), layout=layout)
+    given = R(2, 2, 12, 7)
+    images = given.numpy() if layout == "nchw" else given.numpy().transpose(0, 2, 3, 1)
+    if port.report.fixed:
+        with pytest.raises(ValueError, match=f"12 in dimension {2 if layout == 'nchw' else 1}"):
+            port.module(mx.array(images))
+    else:
+        ours = np.array(port.module(mx.array(images)))
+        ours = ours if layout == "nchw" else ours.transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(ours, module(given).detach().numpy(), atol=1e-5)
+
+
+def test_inputs_that_are_not_tensors() -> None:
+    module = nn.Linear(4, 4)
+    assert icenet.port(module, np.zeros((3, 4), np.float32)).report.passed
+    with pytest.raises(UsageError) as caught:
+        icenet.port(module, mx.zeros((3, 4)))
+    assert is_one_line(str(caught.value), "mlx array", "torch tensors")
+    with pytest.raises(UsageError) as caught:
+        icenet.port(Steps(), R(2, 4, 7))
+    assert is_one_line(
+        str(caught.value), "example inputs", "(2x7 and 5x3)", "test_proof_messages.py", "self.fc(x[:, t])"
+    )
+
+
+def test_a_scripted_module_is_refused() -> None:
+    class Scripted(torch.jit.ScriptModule):
+        pass
+
+    with pytest.raises(UsageError) as caught:
+        icenet.port(Scripted(), R(3, 4))
+    assert is_one_line(str(caught.value), "ScriptModule")
+
+
+def test_an_original_without_gradients_is_compared_without_them() -> None:
+    torch.manual_seed(0)
+    report = icenet.port(NoBackward(), R(3, 4)).report
+    assert {check.what for check in report.checks} == {"outputs"}
+    assert any("no gradients were compared in training mode" in note for note in report.notes)
+
+
+def test_an_error_in_the_comparison_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icenet.porting import load
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no memory\nat all")
+
+    monkeypatch.setattr(load, "call", broken)
+    with pytest.raises(PortError) as caught:
+        icenet.port(nn.Linear(4, 4), R(3, 4))
+    assert is_one_line(str(caught.value), "the port fails in evaluation mode on 3x4", "no memory")
+
+
+def test_a_difference_in_training_names_mode_and_parameter() -> None:
+    report = PortReport([Check("evaluation", "3x4", "outputs", 0.5, 1e-7, "output 0")])
+    report.checks.append(Check("training", "3x4", "gradients", 1e5, 0.1, "fc.weight"))
+    found = locate(None, None, None, (), {}, report)  # type: ignore[arg-type]
+    assert found == "gradient of fc.weight in training mode on 3x4, 1e+05 times the noise of rounding"
