@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError, UsageError
 from icenet.core.porting.record import Array, Dtype, Graph, Module, Node, Place, Ref, Tensor
-from icenet_torch.porting import recurrent
+from icenet_torch.porting import recurrent, traceable
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -72,11 +73,13 @@ def export(
     modes = {path: inner.training for path, inner in module.named_modules()}
     module.train(training)
     try:
-        program, shapes = _program(module, args, kwargs, dynamic)
+        program, shapes, functions = _program(module, args, kwargs, dynamic)
     finally:
         for path, inner in module.named_modules():
             inner.training = modes[path]
-    return _Reader(module, program, args, kwargs, training).read(), program, shapes
+    graph = _Reader(module, program, args, kwargs, training).read()
+    graph.functions = functions
+    return graph, program, shapes
 
 
 BUDGET = 30.0
@@ -87,7 +90,9 @@ class _TooSlow(Exception):
     """The export with every dimension open takes too long."""
 
 
-def _program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> tuple[Any, Any]:
+def _program(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> tuple[Any, Any, list[str]]:
     tries: list[tuple[Any, float | None]] = [(dynamic, None)]
     if dynamic == "auto":
         tries = [
@@ -99,13 +104,20 @@ def _program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     for shapes, budget in tries:
         deadline = None if budget is None else time.process_time() + budget
         try:
-            with _marked(module, deadline), warnings.catch_warnings(), _quiet(), recurrent.whole_layers():
+            with (
+                traceable.traceable() as functions,
+                _marked(module, deadline),
+                warnings.catch_warnings(),
+                _quiet(),
+                recurrent.whole_layers(),
+            ):
                 warnings.simplefilter("ignore")
-                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False), shapes
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+                return program, shapes, functions
         except Exception as error:  # whatever a user's forward raises
             if not isinstance(error, _TooSlow):
                 first = first or error
-            if _is_data_dependent(error):
+            if _is_data_dependent(error) or isinstance(error, PortError):
                 break  # other sizes change nothing
     assert first is not None
     raise _break(first) from None
@@ -194,10 +206,11 @@ def _marked(module: nn.Module, deadline: float | None = None) -> Iterator[None]:
             info = json.dumps({"path": path, "values": _describe(given, tensors)})
             torch.ops.icenet_port.enter(tensors, info)
 
-        def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
+        def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> Any:
             tensors: list[torch.Tensor] = []
             info = json.dumps({"path": path, "values": _describe(result, tensors)})
             torch.ops.icenet_port.exit(tensors, info)
+            return without_data_classes(result) if path == "" else result
 
         handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(inner.register_forward_hook(after, with_kwargs=True))
@@ -219,7 +232,27 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
         return [_describe(item, tensors) for item in value]
     if isinstance(value, Mapping):
         return {"dict": {str(key): _describe(item, tensors) for key, item in value.items()}}
+    if _is_data_class(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"dict": {name: _describe(item, tensors) for name, item in fields.items()}}
     return {"other": type(value).__name__}
+
+
+def _is_data_class(value: Any) -> bool:
+    """Returns whether a value is an instance of a data class that `torch.export` does not know."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping))
+
+
+def without_data_classes(value: Any) -> Any:
+    """Returns an output with dicts in the place of instances of data classes; a field that is None is left out."""
+    if _is_data_class(value) and type(value) not in pytree.SUPPORTED_NODES:
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: without_data_classes(item) for name, item in fields.items() if item is not None}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_data_classes, value))
+    if type(value) is dict:
+        return {key: without_data_classes(item) for key, item in value.items()}
+    return value
 
 
 # ---- the record -------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def to_numpy(value: torch.Tensor) -> np.ndarray:
 
 def outputs(result: Any) -> list[torch.Tensor]:
     """Returns the tensors of an output in order."""
+    result = export.without_data_classes(result)
     return [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
 
 

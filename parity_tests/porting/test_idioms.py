@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,111 @@ def test_weights_below_an_underscore_are_trained_saved_and_moved_back(tmp_path: 
     with pytest.raises(WeightsError, match=r"nothing is copied; blocks\.weight has the shape \[6, 5\]") as error:
         icenet.to_torch(port.module, twin)
     assert is_one_line(error.value)
+
+
+class CumulativeNorm(nn.Module):
+    """A batch norm that averages all batches equally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+def test_a_batch_norm_without_momentum_averages_its_batches() -> None:
+    torch.manual_seed(0)
+    module = CumulativeNorm()
+    model, _ = ported(module, torch.randn(4, 3))
+    model.train()
+    for _ in range(3):
+        x = torch.randn(4, 3) + 1
+        close(model(mx.array(x.numpy())), module(x))
+    close(model.norm.running_mean, module.norm.running_mean)
+    close(model.norm.running_var, module.norm.running_var)
+    assert model.norm.num_batches_tracked.item() == 3
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, mask=mask)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_transformer_layer_takes_a_mask(is_causal: bool) -> None:
+    module, x = Encoder().eval(), torch.randn(2, 5, 8)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    model, _ = ported(module, x, causal)
+    mask = causal if is_causal else causal.T
+    close(model(mx.array(x.numpy()), mx.array(mask.numpy())), module(x, mask))
+
+
+class Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class StraightThrough(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Round.apply(self.linear(x))
+
+
+def test_a_function_with_its_own_backward_is_named_with_its_line() -> None:
+    with pytest.raises(PortError) as error:
+        icenet.port(StraightThrough(), (torch.randn(4, 3),))
+    line = str(error.value).splitlines()[0]
+    assert is_one_line(line, "test_idioms.py:", "Round.apply has a backward of its own")
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+def test_a_packed_sequence_is_refused_at_its_line() -> None:
+    with pytest.raises(PortError) as error:
+        icenet.port(Packed(), (torch.randn(2, 4, 3), torch.tensor([4, 2])))
+    assert is_one_line(error.value, "test_idioms.py:", "pack_padded_sequence(x", "pass the padded batch")
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class DataClass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> Output:
+        return Output(self.linear(x))
+
+
+def test_a_data_class_is_returned_as_a_dict() -> None:
+    module, x = DataClass().eval(), torch.randn(4, 3)
+    model, _ = ported(module, x)
+    ours = model(mx.array(x.numpy()))
+    assert list(ours) == ["hidden"]
+    close(ours["hidden"], module(x).hidden)

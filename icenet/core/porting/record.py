@@ -138,6 +138,8 @@ class Graph:
     updates: dict[str, Any] = field(default_factory=dict)
     """The value after the call of each array that the module changes, by path."""
     training: bool = False
+    functions: list[str] = field(default_factory=list)
+    """The calls of functions that have a backward of their own, of which the graph has the forward."""
 
 
 def map_refs(value: Any, function: Callable[[Ref], Any]) -> Any:
