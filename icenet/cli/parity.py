@@ -143,7 +143,10 @@ _REPORT_OPTIONS = (
         "--stages", callback=_stages, metavar="LIST", help="Stages to run, with commas. Default: all, in order."
     ),
     click.option(
-        "--copy-weights", is_flag=True, help="Compare with the weights of the second in a copy of the first."
+        "--copy-weights/--keep-weights",
+        default=None,
+        help="Compare with the weights of the second in a copy of the first, or with those it has. "
+        "Default: copied if they have nothing in common.",
     ),
     click.option("--html", type=PATH, metavar="FILE", help="Write the page with all details."),
     json_option,

@@ -31,7 +31,7 @@ def compare_files(
     dtype: str = "fp32",
     rename: Mapping[str, str] | None = None,
     stages: Sequence[str] | None = None,
-    copy_weights: bool = False,
+    copy_weights: bool | None = None,
     replay: Path | None = None,
 ) -> Report:
     """Compares two modules that files define (see `icenet.parity.compare`). The files are run.
@@ -102,7 +102,7 @@ def check_file(
     weights_file: Path | None = None,
     rename: Mapping[str, str] | None = None,
     stages: Sequence[str] | None = None,
-    copy_weights: bool = False,
+    copy_weights: bool | None = None,
 ) -> Report:
     """Compares a module that a file defines with a trace.
 

@@ -71,7 +71,7 @@ def compare(
     steps: int | None = None,
     seed: int = 0,
     draws: int | None = None,
-    copy_weights: bool = False,
+    copy_weights: bool | None = None,
     replay: str | None = None,
 ) -> Report:
     """Compares two modules stage by stage and names the first module that differs. Both stay unchanged.
@@ -96,7 +96,9 @@ def compare(
         steps: Number of free-running training steps; default: 2, or 1 for more than a million parameters.
         seed: Seed of drawn inputs, cotangents and targets.
         draws: Number of random inputs, if none are given; default: 3.
-        copy_weights: Compare with the weights of `b` in a copy of `a`.
+        copy_weights: Whether to compare with the weights of `b` in a copy of `a`. False: with those that `a` has;
+            unequal ones are a difference. None: they are copied if most of the weights of `a` have nothing in common
+            with those of `b`, because they are still the initial ones; the first line of the report says so.
         replay: Where to save the smallest input that differs; default: it is not searched for.
 
     Returns:
@@ -472,15 +474,31 @@ class Comparison:
             stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
         if stage.status == states.FAILED:
             raise _Stop
-        if self.options["copy_weights"] and self.different and (self.a.backend, self.b.backend) == ("mlx", "torch"):
+        copies = self.options["copy_weights"]
+        if copies is None and self._were_never_copied():
+            copies, self.report.copied_weights = True, True
+        if copies and self.different and (self.a.backend, self.b.backend) == ("mlx", "torch"):
             back = {theirs: ours for ours, theirs in self.a.names.items()}
             self.a.unshare()
             for path in self.different:
                 modules.from_torch(self.b.modules[path], self.a.modules[back[path]])
-        if self.options["copy_weights"]:
+        if copies:
             values = self.b.weights()
             self.a.assign({ours: values[theirs] for ours, theirs in self.parameter_names.items()})
-            self.report.notes.append("the weights of b are copied into a")
+            self.report.notes.append(
+                "the weights were not equal: those of b were used in a copy of a; icenet.from_torch copies them, "
+                "copy_weights=False compares with those that a has"
+                if self.report.copied_weights
+                else "the weights of b are copied into a"
+            )
+
+    def _were_never_copied(self) -> bool:
+        """Returns whether most weights with random initial values are unrelated on both sides."""
+        ours, theirs = self.a.weights(), self.b.weights()
+        pairs = [(ours[own], theirs[other]) for own, other in self.parameter_names.items()]
+        pairs += [(own, other) for _, _, own, other in self._converted_weights()]
+        related = [_are_related(x, y) for x, y in pairs if x.size > 1 and _varies(x) and _varies(y)]
+        return 2 * sum(related) < len(related)
 
     def _compare_weights(self, stage: Stage) -> None:
         ours, theirs = self.a.weights(), self.b.weights()
@@ -513,9 +531,10 @@ class Comparison:
         if bad:
             note = bad[0].note
             self.report.cause = cause
-            if len(bad) > max(1, len(stage.rows) // 2):
+            if self.options["copy_weights"] is False and self._were_never_copied():
                 count = f"{len(bad)} of {len(stage.rows)} arrays differ"
                 note = f"{count}: copy them first, with icenet.from_torch, or pass copy_weights=True"
+                self.report.cause = f"the weights were never copied: {note}"
             self._fail(stage, bad[0].path, note=note)
 
     def _converted_weights(self) -> list[tuple[str, str, Array, Array]]:
@@ -1550,6 +1569,28 @@ def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
         if not np.array_equal(np.isfinite(x), np.isfinite(y)) or rms(x[finite] - y[finite]) > _SAME * rms(y[finite]):
             return False
     return True
+
+
+def _varies(array: Array) -> bool:
+    """Returns whether an array has several values; those that layers begin with are often all 0 or all 1."""
+    flat = array.reshape(-1)
+    return bool((flat != flat[0]).any())
+
+
+def _are_related(x: Array, y: Array) -> bool:
+    """Returns whether two arrays of weights are equal, near to each other, or the same values in another order."""
+    if np.array_equal(x, y, equal_nan=True):
+        return True
+    flat = [np.asarray(v, np.float64).reshape(-1) for v in (x, y)]
+    if not all(np.isfinite(v).all() for v in flat):
+        return True
+    if np.array_equal(*map(np.sort, flat)) or (flat[0] == flat[1]).mean() > 0.1:
+        return True
+    centred = [v - v.mean() for v in flat]
+    sizes = [math.sqrt(float(v @ v)) for v in centred]
+    correlation = abs(float(centred[0] @ centred[1])) / (sizes[0] * sizes[1] or 1.0)
+    # independent values have a correlation of about 1 / sqrt(size)
+    return correlation > max(0.5, min(0.99, 4 / math.sqrt(x.size)))
 
 
 def _split_at(name: str, modules: Mapping[str, Any]) -> tuple[str, str]:

@@ -168,6 +168,7 @@ class Report:
         replay: Path of the file with the smallest input that differs; empty without one.
         command: A command or program that repeats the comparison; empty if it is not known.
         losses: The losses of the stage training by role; empty without it.
+        copied_weights: Whether `a` has the weights of `b`, because its own had nothing in common with them.
     """
 
     dtype: str = "fp32"
@@ -185,6 +186,7 @@ class Report:
     replay: str = ""
     command: str = ""
     losses: dict[str, list[float]] = field(default_factory=dict)
+    copied_weights: bool = False
 
     @property
     def passed(self) -> bool:
@@ -205,7 +207,9 @@ class Report:
             rows = [row for s in self.stages for row in s.rows if row.status == PASSED]
             worst = max(rows, key=lambda row: row.ratio, default=None)
             largest = f", largest ratio {number(worst.ratio)} ({worst.name})" if worst and worst.ratio else ""
-            return f"passed: {count} values agree in {self.dtype}{largest}"
+            return "; ".join(
+                filter(None, (f"passed: {count} values agree in {self.dtype}{largest}", self._weights()))
+            )
         row = self.culprit_row
         parts = [self._place()]
         if row is not None and math.isfinite(row.ratio) and row.ratio:
@@ -217,7 +221,13 @@ class Report:
             parts.append(f"{note} ({stage.name})" if note else stage.name)
         if self.cause:
             parts.append(f"cause: {self.cause}")
-        return "; ".join(parts)
+        return "; ".join(filter(None, (*parts, self._weights())))
+
+    def _weights(self) -> str:
+        """Returns that the weights were not equal, if they were copied for that reason."""
+        if not self.copied_weights:
+            return ""
+        return "the weights were not equal: those of b were used; icenet.from_torch copies them"
 
     @property
     def culprit_row(self) -> Row | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -139,8 +140,29 @@ def test_unequal_weights_are_a_finding_unless_they_are_copied() -> None:
     assert report.culprit == "fc" and "transpose" in report.verdict and report.failed_stage is not None
     assert report.failed_stage.name == "weights"
     assert compare(Block(), theirs, draw(9, 6), copy_weights=True).passed
-    report = compare(Block(), theirs, draw(9, 6))
-    assert "copy_weights=True" in report.stages[1].note
+    report = compare(Block(), theirs, draw(9, 6), copy_weights=False)
+    assert "copy_weights=True" in report.stages[1].note and "never copied" in report.verdict
+
+
+def test_weights_that_were_never_copied_are_those_of_the_reference() -> None:
+    theirs = blocks()[1]
+    ours = Block()
+    before = get_weights(ours)
+    report = compare(ours, theirs, draw(9, 6))
+    assert report.passed and report.copied_weights, report
+    assert "the weights were not equal: those of b were used; icenet.from_torch copies them" in report.verdict
+    assert all(np.array_equal(value, before[name]) for name, value in get_weights(ours).items())
+    wrong = Block("scale")
+    report = compare(wrong, theirs, draw(9, 6), stages=["forward"])
+    assert report.where == "after drop" and "those of b were used" in report.verdict
+
+
+@pytest.mark.parametrize("change", [lambda w: w.T, lambda w: -w, lambda w: w[::-1], lambda w: w * 1.1, mx.zeros_like])
+def test_one_array_that_differs_is_found(change: Callable[[Any], Any]) -> None:
+    ours, theirs = blocks()
+    ours.fc.weight = change(ours.fc.weight)
+    report = compare(ours, theirs, draw(9, 6))
+    assert (report.culprit, report.failed_stage.name) == ("fc", "weights") and not report.copied_weights
 
 
 def test_shapes_and_missing_parameters_fail_in_the_first_stage() -> None:
