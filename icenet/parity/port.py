@@ -13,9 +13,9 @@ import numpy as np
 
 from icenet.core import backends, files
 from icenet.core.errors import PortError, UsageError
-from icenet.core.porting import build, weights
+from icenet.core.porting import build, signature, weights
 from icenet.core.porting.build import Plan
-from icenet.core.porting.record import Graph
+from icenet.core.porting.record import Graph, Tensor
 from icenet.parity.proof import PortReport, arrays_of, locate, prove
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -106,7 +106,8 @@ class Port:
 
 def _file(port: Port) -> str:
     """Returns the text of model.py: the source, a function that loads the weights, and a call on zeros."""
-    given = ", ".join(f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs)
+    zeros = [f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs]
+    given = signature.call_text(port.plan.graph.signature, port.plan.graph.inputs, zeros)
     source = port.source.replace("import math\n\n", "", 1)
     standard = (
         "import math\nfrom pathlib import Path\n\n" if source != port.source else "from pathlib import Path\n\n"
@@ -197,7 +198,7 @@ def port(
 def _with_fixed_sizes(plan: Plan, fixed: dict[str, dict[int, int]], nhwc: bool) -> str:
     """Returns the source of a plan with checks of the sizes that the port cannot change, by input and dimension."""
     start = plan.source.index(f"class {plan.class_name}(nn.Module):")
-    match = re.compile(r"    def __call__\(self(?P<parameters>[^)]*)\):\n").search(plan.source, start)
+    match = re.compile(r"    def __call__\(self(?P<parameters>.*)\):\n").search(plan.source, start)
     assert match is not None
     parameters = [item.partition("=")[0].strip() for item in match["parameters"].split(",")]
     lines = []
@@ -241,6 +242,12 @@ def _export(
         wide_args, wide_kwargs = args, kwargs
         exporter.check_call(module, args, kwargs)
         graph, program, shapes = exporter.export(module, args, kwargs, shapes, False)
+    if wide_args is not args and any(
+        isinstance(tensor, Tensor) and tensor.shape[:1] == (2,)
+        for tensor in (graph.tensors[ref.name] for ref in graph.inputs)
+    ):  # the batch is fixed
+        wide_args, wide_kwargs = args, kwargs
+        graph, program, shapes = exporter.export(module, args, kwargs, "auto", False)
     notes: list[str] = []
     try:
         train, _, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True)

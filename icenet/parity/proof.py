@@ -247,10 +247,10 @@ def _compare(
     ours_gradients = {}
     with _one_error("the port", args, kwargs, training):
         with load.mode(model, training):
-            ours = load.flat(load.call(model, flat))
+            ours = load.flat(load.call(model, flat, plan.arguments))
         if cotangents:
             with load.mode(model, training):  # with the buffers as they were before the first call
-                ours_gradients = load.gradients(model, flat, cotangents)
+                ours_gradients = load.gradients(model, flat, cotangents, plan.arguments)
     if len(ours) != len(wanted):
         raise PortError(f"the port returns {len(ours)} arrays, the module {len(wanted)}")
     sizes, mode = _sizes(args, kwargs), "training" if training else "evaluation"
@@ -339,7 +339,9 @@ def other_sizes(plan: Plan, program: Any, args: Any, kwargs: Any, run: Any) -> l
     first = next(iter(symbols))
     ways: list[Callable[[str, int], int]] = [
         lambda name, size: size + 1 if name == first else size + (32 if size % 32 == 0 else 2),
+        lambda name, size: size + (1 if size == symbols[first] else 32 if size % 32 == 0 else 2),  # equal ones alike
         lambda name, size: size + 1 if name == first else size,
+        lambda name, size: size + 1 if size == symbols[first] else size,
     ]
     for way in ways:
         chosen = {name: way(name, size) for name, size in symbols.items()}
@@ -392,7 +394,10 @@ def drawn_like(item: Array, shape: tuple[int, ...], rng: np.random.Generator) ->
         return np.zeros(shape, item.dtype)
     if item.size > 1 and (np.diff(item.reshape(-1)) == 1).all():
         return np.arange(int(np.prod(shape)), dtype=item.dtype).reshape(shape) + item.reshape(-1)[0]
-    return rng.integers(int(item.min()), int(item.max()) + 1, shape).astype(item.dtype)
+    flat = item.reshape(-1)
+    if item.size > 1 and item.ndim == 1 and (np.diff(flat) >= 0).all():  # offsets, for example
+        return np.sort(np.resize(flat, shape))
+    return rng.choice(flat, shape)  # values of the example: others may have no meaning, such as labels below zero
 
 
 _KEYED = {"dropout", "native_dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -438,7 +443,8 @@ def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any, report
     traced = make_plan(plan.graph, None, False, "trace", trace=True)
     values = run.intermediate(program, args, kwargs)
     weights = run.weights(module, program)
-    found = load.trace(traced.source, traced.class_name, traced.native(weights), arrays_of((args, kwargs)))
+    flat = arrays_of((args, kwargs))
+    found = load.trace(traced.source, traced.class_name, traced.native(weights), flat, traced.arguments)
     places = {node.name: node for node in plan.graph.nodes}
     for name, value in found.items():
         order = traced.orders.get(name)

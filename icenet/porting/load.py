@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -71,10 +72,25 @@ def to_array(value: np.ndarray) -> mx.array:
     return mx.array(np.ascontiguousarray(value).reshape(value.shape))
 
 
-def call(model: Callable[..., Any], arguments: list[Any]) -> Any:
+Structure: TypeAlias = Callable[[list[Any]], list[Any]]
+"""Returns the arguments in the order of a model's parameters, from its arrays in their order."""
+
+
+def invoke(model: nn.Module, arguments: list[Any]) -> Any:
+    """Calls a model with the arguments of all of its parameters."""
+    parameters = list(inspect.signature(model.__call__).parameters.values())
+    named = {
+        item.name: value
+        for item, value in zip(parameters, arguments, strict=True)
+        if item.kind == inspect.Parameter.KEYWORD_ONLY
+    }
+    return model(*arguments[: len(arguments) - len(named)], **named)
+
+
+def call(model: nn.Module, arguments: list[Any], structure: Structure) -> Any:
     """Calls a model with numpy arrays, and returns its output as numpy arrays."""
     given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
-    result = model(*given)
+    result = invoke(model, structure(given))
     return to_numpy(result)
 
 
@@ -119,7 +135,7 @@ def _without_dropout(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def trace(
-    source: str, class_name: str, weights: Mapping[str, np.ndarray], arguments: list[Any]
+    source: str, class_name: str, weights: Mapping[str, np.ndarray], arguments: list[Any], structure: Structure
 ) -> dict[str, np.ndarray]:
     """Runs a source that records its values. Returns them by name."""
     found: dict[str, np.ndarray] = {}
@@ -132,11 +148,13 @@ def trace(
     module.__dict__["_record"] = record
     model = getattr(module, class_name)()
     assign(model, weights)
-    model.eval()(*[to_array(item) for item in arguments])
+    invoke(model.eval(), structure([to_array(item) for item in arguments]))
     return found
 
 
-def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray]) -> dict[str, np.ndarray]:
+def gradients(
+    model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray], structure: Structure
+) -> dict[str, np.ndarray]:
     """Returns the gradients of the sum of outputs times cotangents, by path.
 
     Those of a model without trainable parameters are of the inputs, "input 0" and so on.
@@ -147,7 +165,9 @@ def gradients(model: nn.Module, arguments: list[Any], cotangents: list[np.ndarra
     factors = [to_array(item) for item in cotangents]
 
     def weighted(arguments: list[Any]) -> mx.array:
-        outputs = [item for item in flat(model(*arguments)) if mx.issubdtype(item.dtype, mx.floating)]
+        outputs = [
+            item for item in flat(invoke(model, structure(arguments))) if mx.issubdtype(item.dtype, mx.floating)
+        ]
         terms = [(item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False)]
         return mx.stack(terms).sum()
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError, UsageError
-from icenet.core.porting.record import Array, Dtype, Graph, Module, Node, Place, Ref, Tensor
+from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
 from icenet_torch.porting import recurrent, traceable
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -320,15 +320,16 @@ class _Reader:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         input_tree = pytree.tree_unflatten([self.leaf(next(flat, None), leaf) for leaf in leaves], spec)
         return Graph(
-            self.nodes,
-            [item for item in inputs if isinstance(tensors[item.name], Tensor)],
-            input_tree,
-            _plain(output_tree),
-            arrays,
-            {path: _module(path, inner) for path, inner in self.module.named_modules()},
-            shared,
-            tensors,
-            aliases,
+            signature=_signature(self.module, input_tree),
+            nodes=self.nodes,
+            inputs=[item for item in inputs if isinstance(tensors[item.name], Tensor)],
+            input_tree=input_tree,
+            output_tree=_plain(output_tree),
+            arrays=arrays,
+            modules={path: _module(path, inner) for path, inner in self.module.named_modules()},
+            shared=shared,
+            tensors=tensors,
+            aliases=aliases,
             training=self.training,
         )
 
@@ -602,6 +603,34 @@ def _module(path: str, module: nn.Module) -> Module:
     except (TypeError, ValueError):
         arguments = []
     return Module(path, kind, settings, children, arguments)
+
+
+def _signature(module: nn.Module, input_tree: Any) -> list[Argument]:
+    """Returns the parameters of a module with references; none if one of them takes any number of arguments."""
+    args, kwargs = input_tree
+    signature = inspect.signature(module.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    found = []
+    for name, item in signature.parameters.items():
+        if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+            if given.get(name):
+                return []
+            continue
+        value = given.get(name, item.default)
+        has_default = _is_simple(item.default)
+        if not any(refs(value)) and not _is_simple(value):
+            if item.kind != item.KEYWORD_ONLY:
+                return []  # a value without a source: a device, for example
+            continue
+        default = item.default if has_default else None
+        found.append(Argument(name, value, item.kind == item.KEYWORD_ONLY, has_default, default))
+    return found
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_simple, value))
+    return type(value) in _SIMPLE
 
 
 def _base(kind: type) -> type | None:

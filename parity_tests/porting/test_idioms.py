@@ -246,3 +246,47 @@ def test_a_data_class_is_returned_as_a_dict() -> None:
     ours = model(mx.array(x.numpy()))
     assert list(ours) == ["hidden"]
     close(ours["hidden"], module(x).hidden)
+
+
+class Arguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        power: int = 1,
+        shift: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        y = self.a(batch["x"]) + self.b(batch["y"]) ** power
+        y = y if shift is None else y + shift
+        y = y if mask is None else y * mask
+        return (y + x) * scale
+
+
+def test_a_port_has_the_signature_of_the_original(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Arguments().eval()
+    batch, x, shift = {"x": torch.randn(2, 4), "y": torch.randn(2, 5)}, torch.randn(2, 3), torch.randn(2, 3)
+    mask = torch.ones(2, 3)
+    port = icenet.port(module, (batch, x), example_kwargs={"mask": mask, "shift": shift, "scale": 0.5})
+    names = "(self, batch, x, context=None, power=1, shift=None, *, scale=1.0, mask):"
+    assert f"def __call__{names}" in port.source
+    to_mlx = {name: mx.array(value.numpy()) for name, value in batch.items()}
+    given, named = (to_mlx, mx.array(x.numpy())), {"shift": mx.array(shift.numpy()), "mask": mx.array(mask.numpy())}
+    ours = port.module(*given, None, scale=0.5, **named)
+    close(ours, module(batch, x, shift=shift, scale=0.5, mask=mask))
+    for changed, name in (({}, "scale=0.5"), ({"scale": 0.5, "power": 2}, "power=1"), ({"shift": None}, "shift")):
+        with pytest.raises(ValueError, match=name) as error:
+            port.module(*given, **{**named, **changed})
+        assert is_one_line(error.value)
+    with pytest.raises(ValueError, match="without context"):
+        port.module(*given, named["mask"], scale=0.5, **named)
+    last = (port.save(tmp_path / "port") / "model.py").read_text().splitlines()[-1]
+    assert "shift=mx.zeros((2, 3), mx.float32), scale=0.5, mask=mx.zeros((2, 3), mx.float32))" in last

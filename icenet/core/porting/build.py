@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from icenet.core.porting import signature
 from icenet.core.porting.calls import collapse_layers
 from icenet.core.porting.functional import make_functional
 from icenet.core.porting.layers import Layer
@@ -35,6 +37,10 @@ class Plan:
         if layer is not None and leaf in layer.permutations:
             return array.transpose(np.argsort(layer.permutations[leaf]))
         return array
+
+    def arguments(self, flat: list[Any]) -> list[Any]:
+        """Returns the arguments of the port in the order of its parameters, from its arrays in their order."""
+        return signature.arguments(self.graph.signature, self.graph.inputs, flat)
 
     def native(self, weights: dict[str, np.ndarray], partial: bool = False) -> dict[str, np.ndarray]:
         """Returns the arrays that the port has, in MLX's axes, from PyTorch's by path.

@@ -117,6 +117,18 @@ class Array:
     """The value of a small constant: a number, or a list."""
 
 
+@dataclass(frozen=True)
+class Argument:
+    """A parameter of the original's `forward` and its value in the example."""
+
+    name: str
+    value: Any
+    """A Ref, a structure of them, or a constant."""
+    is_keyword_only: bool = False
+    has_default: bool = False
+    default: Any = None
+
+
 @dataclass
 class Graph:
     """The graph of one mode of a module."""
@@ -138,6 +150,8 @@ class Graph:
     updates: dict[str, Any] = field(default_factory=dict)
     """The value after the call of each array that the module changes, by path."""
     training: bool = False
+    signature: list[Argument] = field(default_factory=list)
+    """The parameters of the module, in their order; none if the example cannot be described so."""
     functions: list[str] = field(default_factory=list)
     """The calls of functions that have a backward of their own, of which the graph has the forward."""
 

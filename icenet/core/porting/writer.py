@@ -11,10 +11,11 @@ from typing import Any
 
 from icenet.core.errors import PortError
 from icenet.core.porting import helpers
+from icenet.core.porting import signature as signatures
 from icenet.core.porting.calls import Call, Item, tree
 from icenet.core.porting.layers import DEFAULTS, NAMES, Layer
 from icenet.core.porting.names import flat, new_names
-from icenet.core.porting.record import Array, Graph, Module, Node, Ref, Tensor, refs
+from icenet.core.porting.record import Argument, Array, Graph, Module, Node, Ref, Tensor, refs
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation, atom, mlx_dtype
 
@@ -82,8 +83,11 @@ _METHODS = {
     "apply_to_modules",
     "is_module",
     "trainable_parameters",
+    "trainable_parameter_filter",
+    "valid_child_filter",
+    "valid_parameter_filter",
 }
-"""Attributes of `mlx.nn.Module`, which is a dict: a layer of such a name is read as an item."""
+"""Attributes of `mlx.nn.Module`, which is a dict: a layer or array of such a name is set and read as an item."""
 
 
 @dataclass
@@ -200,10 +204,13 @@ class Frame:
                 self.consumer[name] = index
                 self.users.setdefault(name, []).append(item)
         signature = []
-        for hint, name in parameters:
-            variable = self.variable(hint, name)
-            self.text[name] = variable
-            signature.append(variable)
+        if is_root and graph.graph.signature:
+            signature = self.original_signature(graph.graph.signature)
+        else:
+            for hint, name in parameters:
+                variable = self.variable(hint, name)
+                self.text[name] = variable
+                signature.append(variable)
         self.scope = {name for _, name in parameters}
         self.open_sizes(parameters)
         for index, item in enumerate(self.items):
@@ -225,6 +232,22 @@ class Frame:
         for line in lines:
             line.code = _RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
+
+    def original_signature(self, arguments: list[Argument]) -> list[str]:
+        """Returns the parameters of the original, and writes the statements that check and unpack them."""
+
+        def variable(hint: str, value: str) -> str:
+            self.last_use.setdefault(value, 0)
+            name = self.variable(hint, value)
+            self.text[value] = name
+            return name
+
+        self.position = -1  # before the first operation
+        found, lines = signatures.parameters(arguments, variable)
+        for line in lines:
+            code = line.lstrip()
+            self.lines.append(Line(code, depth=(len(line) - len(code)) // 4))
+        return found
 
     def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
         """Names the open sizes of the arguments that are used more than once."""
@@ -941,11 +964,7 @@ class _Writer:
                 dense = self.is_dense(holder)
                 text += f"[{part}]" if dense else f"[{part!r}]"
             else:
-                text += (
-                    f"[{part!r}]"
-                    if part in _METHODS or not part.isidentifier() or keyword.iskeyword(part)
-                    else f".{part}"
-                )
+                text += _member(part)
         return text
 
     def original(self, path: str, inner: str) -> str:
@@ -1101,7 +1120,7 @@ class _Writer:
 
     @staticmethod
     def target(name: str) -> str:
-        return f"self.{name}" if name.isidentifier() and not keyword.iskeyword(name) else f"self[{name!r}]"
+        return f"self{_member(name)}"
 
     def is_needed(self, path: str) -> bool:
         return (
@@ -1184,6 +1203,12 @@ class _Writer:
         return "\n".join(lines)
 
 
+def _member(name: str) -> str:
+    """Returns the source of a module's child or array after the module's own."""
+    is_attribute = name.isidentifier() and not keyword.iskeyword(name) and name not in _METHODS
+    return f".{name}" if is_attribute else f"[{name!r}]"
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -1213,7 +1238,7 @@ def _unified(name: str, members: list[_Instance]) -> tuple[Class, list[list[str]
     hints = _hints(first.text)
     parameters: dict[tuple[str, ...], str] = {}
     replacement: dict[int, str] = {}
-    taken: set[str] = set()
+    taken = {*re.findall(r"self\.(\w+)", first.text), *_METHODS}
     stored: dict[str, None] = {}
     for index in varying:
         column = columns[index]
