@@ -318,7 +318,7 @@ def port(
     Returns:
         A `Port` with `module`, an `mlx.nn.Module` with the names of the original's parameters, `source`, the text of
         a Python file that depends on mlx only, `report`, the comparison, and the method `save(folder)`. The module
-        takes the arrays of the example in their order.
+        has the parameters of the original's `forward`; what is no array in the example is a constant.
 
     Raises:
         PortError: The graph of the module cannot be exported, an operation has no counterpart, or the port differs.
