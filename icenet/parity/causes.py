@@ -2,7 +2,7 @@
 
 What is tried, in this order:
 
-    calls           a dropout or another module that only one side calls; modes that differ
+    calls           a dropout that only one side calls; modes that differ
     numbers         attributes of both modules with the same meaning: eps, momentum, rates, strides, align_corners
     order           axes, halves, a direction or a shift of the array that differs
     sums            an array that is added, left out or multiplied by a number
@@ -10,6 +10,7 @@ What is tried, in this order:
                     scales, rotary positions, padding, variance, pooling, TF32, eps and theta as numbers in the code
     weights         the order of gates and projections, a bias that is not used
     casts           in half precision, a cast to fp32 that is left out
+    modules         another module that only one side calls, or more often: its calls are left out
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.events import Event
 from icenet.parity.pairing import relative
-from icenet.parity.sides import Pair
+from icenet.parity.sides import Pair, Side
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
 
@@ -69,10 +71,11 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
     try:
         trial = _Trial(comparison, pair, judgements)
     except (align.ReplayError, KeyError):  # a result that one side lacks
-        return _calls(comparison, pair)
+        return ""
     if trial.exact[trial.name].is_float and trial.name in trial.ours:
-        forward = (_numbers, _order, _parts, _statistics, _functions, _scale, _sums, _weights, _options, _casts)
-        backward = (_numbers, _sums, _functions, _weights, _casts, _scale)
+        searches = (_numbers, _order, _parts, _statistics, _functions, _scale, _sums, _weights, _options, _casts)
+        forward = (*searches, _calls)
+        backward = (_numbers, _sums, _functions, _weights, _casts, _scale, _calls)
         for search in forward if trial.is_forward else backward:
             if search in (_statistics, _functions, _weights, _casts) and not comparison.computes_reference:
                 continue
@@ -81,7 +84,7 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
                     return cause
             except align.ReplayError:  # of a variant
                 continue
-    return _calls(comparison, pair)
+    return ""
 
 
 class _Trial:
@@ -198,8 +201,9 @@ def _dropout(c: Comparison, pair: Pair) -> str:
     return ""
 
 
-def _calls(c: Comparison, pair: Pair) -> str:
-    """Returns which modules within a call only one side calls, as a hint."""
+def _calls(trial: _Trial) -> str:
+    """Returns which module within a call only one side calls, or more often, if without it the difference is gone."""
+    c, pair = trial.c, trial.pair
     if pair.kind in align.DIFFERENT_CALLS:
         return ""
     left_out = {id(event) for child in pair.children for event in (child.a, child.b)}
@@ -210,13 +214,45 @@ def _calls(c: Comparison, pair: Pair) -> str:
             if id(child) not in left_out:
                 yield from called(child)
 
-    ours = {c.a.names.get(path, f"{path} (of a)") for path in called(pair.a)}
-    theirs = set(called(pair.b))
-    for mine, others, text in ((theirs, ours, "is called in b, but not in a"), (ours, theirs, "in a, but not in b")):
-        extra = sorted(relative(path, pair.path) for path in mine if path not in others)
-        if extra:
-            return f"{extra[0]} {text if text.startswith('is') else f'is called {text}'}"
+    ours = Counter(called(pair.a))
+    theirs = Counter(called(pair.b))
+    named = Counter({c.a.names.get(path, f"{path} (of a)"): count for path, count in ours.items()})
+    for path, count in theirs.items():
+        if count > named[path] and c.computes_reference and trial.explains(_without(trial, c.reference, path)):
+            return _extra(relative(path, pair.path), named[path], count)
+    for path, count in ours.items():
+        name = c.a.names.get(path, f"{path} (of a)")
+        if count <= theirs[name]:
+            continue
+        before, new = trial.ours, _without(trial, c.a, path)
+        try:
+            trial.ours = {**before, **new}
+            if new and trial.explains(trial.exact):
+                return _extra(relative(name, pair.path), count, theirs[name])
+        finally:
+            trial.ours = before
     return ""
+
+
+def _without(trial: _Trial, side: Side, path: str) -> dict[str, Value]:
+    """Returns what a side computes if the calls of a module that only it makes return their input."""
+
+    def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        return next(iter((*args, *kwargs.values())))
+
+    with side.tools.intercepting({path: side.modules[path]}, handle):
+        try:
+            return trial._named(side.replay(trial.pair, trial.values, trial.seeds))
+        except (align.ReplayError, StopIteration):
+            return {}
+
+
+def _extra(name: str, ours: int, theirs: int) -> str:
+    """Returns which side calls a module more often."""
+    if not ours or not theirs:
+        return f"{name} is called in {'b' if theirs else 'a'}, but not in {'a' if theirs else 'b'}"
+    times = ["once" if count == 1 else f"{count} times" for count in (ours, theirs)]
+    return f"{name} is called {times[0]} in a, {times[1]} in b"
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------

@@ -326,3 +326,28 @@ def test_a_mask_is_negative_and_far_larger_than_the_rest() -> None:
     assert not align.masks_otherwise(scores, scores)
     assert not align.masks_otherwise(scores, np.abs(scores)), "masked on one side only"
     assert align.is_mask(np.float32([0, -1e9])) and not align.is_mask(scores)
+
+
+def often(net: Any, nn: Any, act: Any, first: int, hand: bool = False, factor: float = 1.0) -> Any:
+    """A layer that is called some times, and a norm as a module or by hand."""
+
+    def call(m: Any, x: Any) -> Any:
+        for _ in range(first):
+            x = act(m.fc(x))
+        x = m.out(x) * factor
+        return F.layer_norm(x, (6,)) + x if hand else m.norm(x) + x
+
+    layers = {name: nn.Linear(6, 6) for name in ("fc", "out")}
+    return net(call, **layers, **({} if hand else {"norm": nn.LayerNorm(6, affine=False)}))
+
+
+def test_only_a_module_whose_call_makes_the_difference_is_a_cause() -> None:
+    theirs = often(TorchNet, T, torch.tanh, 2, hand=True)
+    named = "fc is called 3 times in a, 2 times in b"
+    for count, factor, cause in ((2, 1.0, ""), (3, 1.0, named), (2, 0.9, "")):
+        act = mx.tanh if count == 2 else lambda x: x
+        other = theirs if count == 2 else often(TorchNet, T, lambda x: x, 2, hand=True)
+        ours, other = with_equal_weights(often(Net, M, act, count, factor=factor), other)
+        report = compare(ours, other, draw(4, 6), stages=["forward"])
+        assert report.passed == (count == 2 and factor == 1.0), report
+        assert report.cause == cause, report.verdict
