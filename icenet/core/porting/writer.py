@@ -1209,6 +1209,12 @@ def _member(name: str) -> str:
     return f".{name}" if is_attribute else f"[{name!r}]"
 
 
+def _member(name: str) -> str:
+    """Returns the source of a module's child or array after the module's own."""
+    is_attribute = name.isidentifier() and not keyword.iskeyword(name) and name not in _METHODS
+    return f".{name}" if is_attribute else f"[{name!r}]"
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
