@@ -1188,7 +1188,7 @@ class _Writer:
             if len(lines) > 1:
                 lines.append("")
             name = "__call__" if number == 0 else f"call_{number + 1}"
-            lines.append(f"    def {name}(self{''.join(', ' + parameter for parameter in body.parameters)}):")
+            lines += _wrapped(f"def {name}({', '.join(['self', *body.parameters])}):", 4)
             shape = None
             for line in body.lines:
                 wrapped = _wrapped(line.code, 8 + 4 * line.depth)
@@ -1201,12 +1201,6 @@ class _Writer:
         if len(lines) == 1:
             lines.append("    pass")
         return "\n".join(lines)
-
-
-def _member(name: str) -> str:
-    """Returns the source of a module's child or array after the module's own."""
-    is_attribute = name.isidentifier() and not keyword.iskeyword(name) and name not in _METHODS
-    return f".{name}" if is_attribute else f"[{name!r}]"
 
 
 def _member(name: str) -> str:
