@@ -18,7 +18,7 @@ from torch import nn
 
 import icenet
 from icenet.core.errors import PortError, UsageError
-from icenet.parity.proof import Check, PortReport, locate
+from icenet.parity.proof import Check, PortReport, drawn_like, locate
 
 R = torch.randn
 
@@ -48,6 +48,30 @@ class Steps(nn.Module):
         return {"h": h, "nothing": None}
 
 
+class Rows(nn.Module):
+    """A loop over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.fc(row) for row in x])
+
+
+class Masked(nn.Module):
+    """Two inputs whose sizes must agree, though no guard of the export says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        h[mask] = 0.0
+        return h
+
+
 class NoBackward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +92,21 @@ def test_a_fixed_size_is_said_and_another_one_is_an_error(tmp_path: Path) -> Non
     saved = runpy.run_path(str(port.save(tmp_path) / "model.py"), run_name="__main__")["load"]()  # prints a None
     with pytest.raises(ValueError, match="made for 4"):
         saved(mx.zeros((2, 6, 5)))
+
+
+def test_a_fixed_batch_of_one_stays_one() -> None:
+    torch.manual_seed(0)
+    port = icenet.port(Rows(), R(1, 4))
+    assert port.report.fixed == {"x": {0: 1}} and port.module(mx.zeros((1, 4))).shape == (1, 4)
+
+
+def test_sizes_that_must_agree_are_compared() -> None:
+    torch.manual_seed(0)
+    report = icenet.port(Masked(), (R(2, 5, 4), R(2, 5) > 0)).report
+    assert {check.sizes for check in report.checks} == {"2x5x4 2x5", "3x7x4 3x7"}
+    labels = drawn_like(np.array([3, -100, 0]), (50,), np.random.default_rng(0))
+    assert set(labels) == {3, -100, 0}
+    assert (drawn_like(np.array([0, 2, 5]), (4,), np.random.default_rng(0)) == [0, 0, 2, 5]).all()
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
