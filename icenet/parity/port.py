@@ -15,6 +15,7 @@ from icenet.core import backends, files
 from icenet.core.errors import PortError, UsageError
 from icenet.core.porting import build, signature, weights
 from icenet.core.porting.build import Plan
+from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.record import Graph, Tensor
 from icenet.parity.proof import PortReport, arrays_of, locate, prove
 
@@ -178,7 +179,7 @@ def port(
     else:
         proven = model
     report = prove(checked, proven, module, program, arrays, named, progress)
-    report.notes += notes
+    report.notes += [*notes, *optimizer_notes(graph, train)]
     if not report.passed:
         report.culprit = locate(plan, program, module, arrays, named, report)
         functions = [*graph.functions, *(train.functions if train is not None else ())]
@@ -198,19 +199,24 @@ def port(
 def _with_fixed_sizes(plan: Plan, fixed: dict[str, dict[int, int]], nhwc: bool) -> str:
     """Returns the source of a plan with checks of the sizes that the port cannot change, by input and dimension."""
     start = plan.source.index(f"class {plan.class_name}(nn.Module):")
-    match = re.compile(r"    def __call__\(self(?P<parameters>.*)\):\n").search(plan.source, start)
+    match = re.compile(r"    def __call__\((?P<parameters>.*?)\):\n", re.DOTALL).search(plan.source, start)
     assert match is not None
-    parameters = [item.partition("=")[0].strip() for item in match["parameters"].split(",")]
+    parameters = {item.partition("=")[0].strip() for item in match["parameters"].split(",")}
+    texts = {ref.name: ref.name for ref in plan.graph.inputs if ref.name in parameters}
+    for item in plan.graph.signature:
+        if item.name in parameters:
+            texts.update({leaf: text for leaf, text, _ in signature.leaves(item.value, item.name, item.name)})
     lines = []
     for name, sizes in fixed.items():
-        if name not in parameters:
+        text = texts.get(name)
+        if text is None:
             continue
         ndim = plan.graph.tensors[name].ndim
         order = (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
         for dim, size in sorted((order.index(dim), size) for dim, size in sizes.items()):
             lines += [
-                f"        if {name}.shape[{dim}] != {size}:\n",
-                f'            raise ValueError(f"{name} has {{{name}.shape[{dim}]}} in dimension {dim}; '
+                f"        if {text}.shape[{dim}] != {size}:\n",
+                f'            raise ValueError(f"{text} has {{{text}.shape[{dim}]}} in dimension {dim}; '
                 f'the port was made for {size}")\n',
             ]
     return plan.source[: match.end()] + "".join(lines) + plan.source[match.end() :]

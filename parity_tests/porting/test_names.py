@@ -6,7 +6,9 @@ import icenet.blas
 
 import mlx.core as mx
 import mlx.nn
+import mlx.optimizers
 import numpy as np
+import pytest
 import torch
 from mlx.utils import tree_flatten
 from test_idioms import close
@@ -53,3 +55,37 @@ def test_layers_and_arrays_may_have_the_names_of_methods() -> None:
 def test_the_names_of_methods_are_all_known() -> None:
     public = {name for name in dir(mlx.nn.Module) if not name.startswith("_")}
     assert public == writer._METHODS
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(2, 2)
+        self.inner = nn.ModuleDict({"learning_rate": nn.Linear(2, 2)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner["learning_rate"](self.step(x))
+
+
+class Holder(mlx.nn.Module):
+    def __init__(self, port: mlx.nn.Module) -> None:
+        super().__init__()
+        self.port = port
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.port(x)
+
+
+def test_a_name_of_the_state_of_optimizers_is_said() -> None:
+    port = icenet.port(Steps(), torch.ones(1, 2))
+    assert [note.partition(":")[0] for note in port.report.notes if "optimizer" in note] == ["step"]
+
+    def update(model: mlx.nn.Module) -> None:
+        gradients = mlx.nn.value_and_grad(model, lambda x: model(x).sum())(mx.ones((1, 2)))[1]
+        mlx.optimizers.SGD(0.5).update(model, gradients)
+
+    with pytest.raises(TypeError):  # MLX's own limit, and the note's way out
+        update(port.module)
+    before = port.module.step.bias
+    update(Holder(port.module))
+    assert not mx.array_equal(before, port.module.step.bias)

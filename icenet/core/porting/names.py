@@ -56,3 +56,20 @@ def native(path: str, names: dict[str, str]) -> str:
     """Returns a path of the original with the names in the port."""
     parts = path.split(".")
     return ".".join(names.get(".".join(parts[: end + 1]), part) for end, part in enumerate(parts))
+
+
+def optimizer_notes(*graphs: Graph | None) -> list[str]:
+    """Returns a note for each child whose name is a key of an optimizer's state, where MLX keeps it beside them."""
+    trained = {
+        array.path.partition(".")[0]
+        for graph in graphs
+        if graph is not None
+        for array in graph.arrays.values()
+        if array.kind == "parameter" and array.is_trainable
+    }
+    return [
+        f"{name}: MLX's optimizers have a value of their own under this name, and fail to update the port; to train "
+        f"it, give the optimizer a module that holds the port as a child, or rename {name} in the original"
+        for name in ("learning_rate", "step")
+        if name in trained
+    ]
