@@ -185,7 +185,7 @@ def _try_fixed_sizes(
                 break
     for name, sizes in report.fixed.items():
         places = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
-        report.notes.append(f"{name} has a fixed size, {places}; the port raises an error for another one")
+        report.notes.append(f"{name} has a fixed size, {places}; the port does not serve another one")
 
 
 def _with_size(tree: Any, places: set[tuple[int, int]], size: int) -> Any:

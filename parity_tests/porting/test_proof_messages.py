@@ -48,6 +48,11 @@ class Steps(nn.Module):
         return {"h": h, "nothing": None}
 
 
+class StepsOfDict(Steps):
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(batch["x"])["h"]
+
+
 class Rows(nn.Module):
     """A loop over the batch."""
 
@@ -92,6 +97,13 @@ def test_a_fixed_size_is_said_and_another_one_is_an_error(tmp_path: Path) -> Non
     saved = runpy.run_path(str(port.save(tmp_path) / "model.py"), run_name="__main__")["load"]()  # prints a None
     with pytest.raises(ValueError, match="made for 4"):
         saved(mx.zeros((2, 6, 5)))
+
+
+def test_a_fixed_size_in_a_structure_is_refused() -> None:
+    torch.manual_seed(0)
+    port = icenet.port(StepsOfDict(), ({"x": R(2, 3, 5)},))
+    with pytest.raises(ValueError, match=r"batch\['x'\] has 6 in dimension 1; the port was made for 3"):
+        port.module({"x": mx.zeros((2, 6, 5))})
 
 
 def test_a_fixed_batch_of_one_stays_one() -> None:

@@ -46,7 +46,7 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
                 lines += [f"if {name} is None:", f"    raise ValueError('the port was made with {name}')"]
             if not isinstance(item.value, Ref):
                 lines += [
-                    f"{variable(hint, leaf)} = {text}" for leaf, text, hint in _leaves(item.value, name, item.name)
+                    f"{variable(hint, leaf)} = {text}" for leaf, text, hint in leaves(item.value, name, item.name)
                 ]
             continue
         found.append(f"{name}={item.default!r}" if item.has_default else f"{name}=None" if has_default else name)
@@ -60,20 +60,21 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
     if absent:
         names = ", ".join(absent)
         test = f"{names} is not None" if len(absent) == 1 else f"any(item is not None for item in ({names}))"
-        lines += [f"if {test}:", f"    raise ValueError('the port was made without {names}')"]
+        said = names if len(absent) < 4 else f"{', '.join(absent[:2])} and {len(absent) - 2} other arguments"
+        lines += [f"if {test}:", f"    raise ValueError('the port was made without {said}')"]
     return found, lines
 
 
-def _leaves(value: Any, text: str, hint: str) -> Iterator[tuple[str, str, str]]:
+def leaves(value: Any, text: str, hint: str) -> Iterator[tuple[str, str, str]]:
     """Yields the name, the expression and a proposed variable of each array of a structure."""
     if isinstance(value, Ref):
         yield value.name, text, hint
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{text}[{key!r}]", str(key))
+            yield from leaves(item, f"{text}[{key!r}]", str(key))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{text}[{index}]", f"{hint}_{index}")
+            yield from leaves(item, f"{text}[{index}]", f"{hint}_{index}")
 
 
 def call_text(signature: list[Argument], inputs: list[Ref], texts: list[str]) -> str:
