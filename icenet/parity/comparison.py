@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +108,8 @@ def compare(
     Raises:
         UsageError: An argument is not a module, an option is wrong, or `b` fails on the inputs.
     """
-    stages = _check(stages, dtype, inputs, draws, steps)
+    stages = _check(stages, dtype, inputs, draws, steps, seed)
+    _check_pairs(rename, loss, optimizer, copy_weights)
     options = {"rename": rename, "layout": layout, "loss": loss, "optimizer": optimizer, "copy_weights": copy_weights}
     if hasattr(b, "judge"):  # a recorded trace
         if inputs is not None or layout is not None or draws is not None or replay is not None:
@@ -123,7 +125,14 @@ def compare(
     return report
 
 
-def _check(stages: Sequence[str], dtype: str, inputs: Any, draws: int | None, steps: int | None) -> tuple[str, ...]:
+def _check(
+    stages: Sequence[str], dtype: str, inputs: Any, draws: int | None, steps: int | None, seed: int
+) -> tuple[str, ...]:
+    for name, value, least in (("draws", draws, 1), ("steps", steps, 0), ("seed", seed, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise UsageError(f"compare: {name} is {value!r}; give a whole number, {least} or more")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"compare: seed is {seed}; give a whole number from 0 to 2**32 - 1")
     chosen = (stages,) if isinstance(stages, str) else tuple(stages)
     for name in chosen:
         if name not in ALL_STAGES:
@@ -138,6 +147,31 @@ def _check(stages: Sequence[str], dtype: str, inputs: Any, draws: int | None, st
     if steps is not None and steps < 0:
         raise UsageError(f"compare: steps is {steps}; give 0 or more")
     return tuple(name for name in ALL_STAGES if name in chosen)
+
+
+def _check_pairs(rename: Any, loss: Any, optimizer: Any, copy_weights: Any) -> None:
+    if rename is not None and not isinstance(rename, Mapping) and not callable(rename):
+        raise UsageError(f"compare: rename is {rename!r}; give a dict of names, or a function of a name")
+    if copy_weights not in (None, True, False):
+        raise UsageError(f"compare: copy_weights is {copy_weights!r}; give True, False or None")
+    for name, value, what in (
+        ("loss", loss, "two functions of the output, (that of a, that of b)"),
+        ("optimizer", optimizer, "two optimizers, (that of a, that of b)"),
+    ):
+        if value is not None and not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise UsageError(f"compare: {name} is {_kind(value)}; give {what}")
+    for item in loss or ():
+        if item is not None and not callable(item):
+            raise UsageError(f"compare: loss has {_kind(item)}; give two functions of the output")
+
+
+def _kind(value: Any) -> str:
+    """Returns what to call a value in a message."""
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
 
 
 @contextlib.contextmanager
@@ -228,6 +262,8 @@ class Comparison:
             changed = [side.silence(own) for side, own in sides]
             if any(changed):
                 self.report.notes.append(f"the dropout within {path} is left out: its masks have no counterpart")
+        for role, side, given in zip("ab", (self.a, self.b), self.optimizers or (), strict=False):
+            side.check_optimizer(given, role)
         for role, side in (("a", self.a), ("b", self.b), ("reference", self.reference)):
             self.report.environment[role] = self.describe(side)
             side.has_one_bias = self.a.backend != self.b.backend

@@ -94,6 +94,8 @@ def read(inputs: Any, dtype: str = "fp32") -> Inputs:
     for name, value in zip(found.names, values, strict=True):
         if value.array.size == 0:
             raise UsageError(f"compare: input {name} is an array without values; nothing would be compared")
+        if value.is_float and np.isnan(value.array).any():
+            raise UsageError(f"compare: input {name} has NaN, so that nothing could be compared; give finite values")
     return found
 
 

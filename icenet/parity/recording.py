@@ -880,6 +880,9 @@ class RecordedSide(Side):
             for name, array in self.trace.loss_in_order.items()
         }
 
+    def check_optimizer(self, given: Any, role: str) -> None:
+        """Does nothing: the updates are recorded."""
+
     def updated(self, optimizer: Any, gradients: Any, change: Any = None) -> dict[str, Array]:
         if change is not None:
             raise align.ReplayError("is not there to be changed")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.core.errors import UsageError
 from icenet.core.models import dropout, randomness
 from icenet.core.weights import layout
 from icenet.parity import align
@@ -401,6 +402,16 @@ class Side:
         )
         named = {f"gradient[{index}]": item for index, item in enumerate(gradients) if item is not None}
         return {"loss": found[0], **named}
+
+    def check_optimizer(self, given: Any, role: str) -> None:
+        """Raises UsageError if no optimizer can be made of what the user gave."""
+        try:
+            made = self.tools.make_optimizer(self.module, given)
+            problem = "" if hasattr(made, self.tools.UPDATE) else f"it returns {type(made).__name__}"
+        except Exception as error:  # of a function or class of the user
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if problem:
+            raise UsageError(f"compare: the optimizer of {role}: {problem}; give {self.tools.OPTIMIZERS}")
 
     def updated(
         self,

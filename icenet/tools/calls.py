@@ -288,6 +288,12 @@ def generators_kept() -> Iterator[None]:
 # ---- optimizers ---------------------------------------------------------------------------------------------
 
 
+UPDATE = "update"
+"""The method of an optimizer that changes the parameters."""
+OPTIMIZERS = "an optimizer of mlx.optimizers, or a function of the module that returns one"
+"""What `make_optimizer` accepts."""
+
+
 def make_optimizer(module: nn.Module, given: Any, rate: float = 0.1) -> Any:
     """Returns a new optimizer of the trainable parameters of a module.
 

@@ -273,6 +273,12 @@ def generators_kept() -> Iterator[None]:
 # ---- optimizers ---------------------------------------------------------------------------------------------
 
 
+UPDATE = "step"
+"""The method of an optimizer that changes the parameters."""
+OPTIMIZERS = "a class of torch.optim, a partial of it, or a function of the module"
+"""What `make_optimizer` accepts."""
+
+
 def make_optimizer(module: nn.Module, given: Any, rate: float = 0.1) -> Any:
     """Returns a new optimizer of the trainable parameters of a module.
 
