@@ -162,7 +162,7 @@ def _try_fixed_sizes(
         for dim, size in enumerate(tensor.shape):
             if isinstance(size, int) and size:
                 same.setdefault(size, []).append((number, dim))
-    single = run.Reference(module, False) if same else None
+    single = run.Reference(module, False)
     for size, places in same.items():
         tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
         for chosen in tries:
@@ -184,8 +184,8 @@ def _try_fixed_sizes(
             if len(chosen) > 1:
                 break
     for name, sizes in report.fixed.items():
-        places = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
-        report.notes.append(f"{name} has a fixed size, {places}; the port does not serve another one")
+        text = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
+        report.notes.append(f"{name} has a fixed size, {text}; the port does not serve another one")
 
 
 def _with_size(tree: Any, places: set[tuple[int, int]], size: int) -> Any:

@@ -3052,4 +3052,48 @@ FAULTS: list[Fault] = [
         "side",
         ["commands/test_bench_train.py::test_the_operations_of_images_are_those_that_pytorch_counts"],
     ),
+    Fault(
+        "trying the sizes of a port updates the original's buffers",
+        "icenet_torch/porting/run.py",
+        """with torch.no_grad(), unchanged(_state(program)):
+            program""",
+        """with torch.no_grad():
+            program""",
+        ["porting/test_proof.py::test_a_module_is_compared_and_stays_as_it_is"],
+    ),
+    Fault(
+        "the reference in float64 computes in float32 where the module names it",
+        "icenet_torch/porting/run.py",
+        "return self.dtypes.get(item, item) if isinstance(item, torch.dtype) else item",
+        "return item",
+        ["porting/test_proof.py::test_a_module_is_compared_and_stays_as_it_is"],
+    ),
+    Fault(
+        "the gradients of a port begin with the buffers that its call updated",
+        "icenet/porting/load.py",
+        "before = tree_map(mx.array, model.parameters())",
+        "before = {}",
+        ["porting/test_proof.py::test_a_module_is_compared_and_stays_as_it_is"],
+    ),
+    Fault(
+        "a gradient of zero must be zero to its last bit",
+        "icenet/parity/proof.py",
+        "is_zero = largest <= 1e-12 * scale",
+        "is_zero = False",
+        ["porting/test_proof_messages.py::test_the_rest_of_a_gradient_of_zero_is_noise"],
+    ),
+    Fault(
+        "a port with another fixed size is called",
+        "icenet/parity/port.py",
+        "    if report.fixed:",
+        "    if False:",
+        ["porting/test_proof_messages.py::test_a_fixed_size_is_said_and_another_one_is_an_error"],
+    ),
+    Fault(
+        "a fixed batch of 1 becomes one of 2",
+        "icenet/parity/port.py",
+        "tensor.shape[:1] == (2,)",
+        "tensor.shape[:1] == ()",
+        ["porting/test_proof_messages.py::test_a_fixed_batch_of_one_stays_one"],
+    ),
 ]

@@ -18,7 +18,7 @@ from torch import nn
 
 import icenet
 from icenet.core.errors import PortError, UsageError
-from icenet.parity.proof import Check, PortReport, drawn_like, locate
+from icenet.parity.proof import Check, PortReport, _ratio, drawn_like, locate
 
 R = torch.randn
 
@@ -176,6 +176,13 @@ def test_an_error_in_the_comparison_is_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(PortError) as caught:
         icenet.port(nn.Linear(4, 4), R(3, 4))
     assert is_one_line(str(caught.value), "the port fails in evaluation mode on 3x4", "no memory")
+
+
+def test_the_rest_of_a_gradient_of_zero_is_noise() -> None:
+    zero, rest = np.full(3, 1e-17), np.full(3, 3e-9)
+    assert _ratio(rest, zero, [zero], scale=1.0)[0] < 1
+    assert _ratio(np.full(3, 1e-4), zero, [zero], scale=1.0)[0] > 8
+    assert _ratio(rest + 1e-7, np.full(3, 1e-7), [np.full(3, 1e-7)], scale=1e-3)[0] > 8
 
 
 def test_a_difference_in_training_names_mode_and_parameter() -> None:
