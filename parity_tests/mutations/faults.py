@@ -24,6 +24,35 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- ports -------------------------------------------------------------------------------------------------
+    Fault(
+        "a size that a layer computes is lost",
+        "icenet/core/porting/calls.py",
+        "            nodes.extend(_shared_sizes(call, uses))\n",
+        "",
+        ["porting/test_idioms.py::test_a_size_of_one_module_is_known_in_another"],
+    ),
+    Fault(
+        "an attribute keeps its underscore, so its weights are not trained",
+        "icenet/core/porting/names.py",
+        'if not leaf.startswith("_") or is_item:',
+        "if True:",
+        ["porting/test_idioms.py::test_weights_below_an_underscore_are_trained_saved_and_moved_back"],
+    ),
+    Fault(
+        "a constant of the example is not checked",
+        "icenet/core/porting/signature.py",
+        '            lines += [f"if {name} {test} {item.value!r}:", f"    raise ValueError({message!r})"]\n',
+        "",
+        ["porting/test_idioms.py::test_a_port_has_the_signature_of_the_original"],
+    ),
+    Fault(
+        "a batch norm without momentum keeps its first batch",
+        "icenet_torch/porting/traceable.py",
+        "factor * (mean - self.running_mean)",
+        "0.1 * (mean - self.running_mean)",
+        ["porting/test_idioms.py::test_a_batch_norm_without_momentum_averages_its_batches"],
+    ),
     # ---- comparison of two modules -----------------------------------------------------------------------------
     Fault(
         "a replay computes the calls within it",
