@@ -15,40 +15,56 @@ import mlx.nn as nn
 from icenet.porting.functions.indexing import nonzero
 
 
+def pair(a, b):
+    """Returns two arrays; a number has the dtype of the other one."""
+    if not isinstance(a, mx.array):
+        a = mx.array(a, b.dtype)
+    return a, b if isinstance(b, mx.array) else mx.array(b, a.dtype)
+
+
 def divide_floor(a, b):
-    """Returns the quotient rounded down."""
-    a, b = mx.array(a), mx.array(b)
+    """Returns the quotient of a and b rounded down, from the exact remainder, as Python does: 1.0 // 0.1 is 9."""
+    divisor = b
+    a, b = pair(a, b)
     if mx.issubdtype(mx.result_type(a, b), mx.integer):
         quotient = a // b
-        return quotient - (((a - quotient * b) != 0) & ((a < 0) != (b < 0)) & (quotient * b > a)).astype(
-            quotient.dtype
-        )
-    return mx.floor(a / b)
+        rest = a - quotient * b
+        return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).astype(quotient.dtype)
+    dtype = mx.result_type(a, b)
+    a, b = (mx.stop_gradient(mx.array(item, mx.float32)) for item in (a, divisor))  # 0.1 is not rounded to fp16
+    rest = fmod(a, b)
+    quotient = (a - rest) / b
+    quotient = mx.where((rest != 0) & ((b < 0) != (rest < 0)), quotient - 1, quotient)
+    down = mx.floor(quotient)
+    down = mx.where(quotient - down > 0.5, down + 1, down)
+    return mx.where(b == 0, a / b, mx.where(quotient == 0, 0 * (a / b), down)).astype(dtype)
 
 
 def divide_trunc(a, b):
-    """Returns the quotient rounded to zero."""
-    a, b = mx.array(a), mx.array(b)
+    """Returns the quotient of a and b rounded to zero."""
+    a, b = pair(a, b)
     if mx.issubdtype(mx.result_type(a, b), mx.integer):
-        quotient = mx.abs(a) // mx.abs(b)
-        return mx.where((a < 0) != (b < 0), -quotient, quotient)
-    return trunc(a / b)
+        quotient = a // b
+        rest = a - quotient * b
+        return quotient + ((rest != 0) & ((rest < 0) != (a < 0))).astype(quotient.dtype)
+    return trunc(mx.stop_gradient(a) / mx.stop_gradient(b))
 
 
 def remainder(a, b):
     """Returns the remainder with the sign of the divisor."""
-    a, b = mx.array(a), mx.array(b)
-    result = a - divide_trunc(a, b) * b if mx.issubdtype(mx.result_type(a, b), mx.integer) else fmod(a, b)
-    return mx.where((result != 0) & ((result < 0) != (b < 0)), result + b, result)
+    a, b = pair(a, b)
+    rest = fmod(a, b)
+    return mx.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
 
 
 def fmod(a, b):
     """Returns the remainder with the sign of the dividend."""
-    a, b = mx.array(a), mx.array(b)
+    a, b = pair(a, b)
     if mx.issubdtype(mx.result_type(a, b), mx.integer):
         return a - divide_trunc(a, b) * b
-    result = mx.remainder(mx.abs(a), mx.abs(b))
-    return mx.where(a < 0, -result, result)
+    negative = signbit(a)
+    rest = mx.remainder(mx.where(negative, -a, a), mx.abs(b))
+    return mx.where(negative, -rest, rest)
 
 
 def integer_power(a, b):
