@@ -17,6 +17,7 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.core.models import modules
+from icenet.core.weights.rename import Rename
 from icenet.parity import align, causes
 from icenet.parity import inputs as drawing
 from icenet.parity import status as states
@@ -24,7 +25,7 @@ from icenet.parity.engines import Perturbation
 from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import judge_layer
-from icenet.parity.pairing import Rename, first_mismatch, match_modules, opaque_layers, pair_calls, relative
+from icenet.parity.pairing import first_mismatch, match_modules, opaque_layers, pair_calls, relative
 from icenet.parity.result import Histogram, Module, Report, Row, Stage
 from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, hidden, rounded
 from icenet.parity.status import ALL_STAGES
@@ -83,8 +84,9 @@ def compare(
             and `b` a module of MLX, they are exchanged.
         inputs: Arguments of `a`: an array, a tuple of arrays, or a dict of keyword arguments. Images `[B, H, W, C]`.
             None: drawn for the signature and the first layer, several times.
-        rename: Path of a module of `a` to its path in `b`: a mapping, also of prefixes, or a function. Modules of
-            equal paths need none.
+        rename: Path of a module of `a` to its path in `b`: a mapping, also of prefixes and with wildcards, or a
+            function. That of `icenet.from_torch`, from names of PyTorch to names of MLX, is accepted as well and
+            recognized by its names. Modules of equal paths need none.
         stages: Stages to run, some of ALL_STAGES. Each must pass before the next is run.
         dtype: Compute dtype: fp32, bf16 or fp16. Copies of the modules are converted to it.
         layout: How the inputs of `b` are made from those of `a`: "same", "channels_last" (`b` takes channels first,

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from icenet.core.errors import UsageError
+from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
 from icenet.parity import align
 from icenet.parity.events import Event, Run
 from icenet.parity.sides import Pair, Side
 from icenet.parity.trace import Value
-
-Rename = Mapping[str, str] | Callable[[str], "str | None"] | None
-
 
 # ---- modules ------------------------------------------------------------------------------------------------
 
@@ -90,41 +88,52 @@ def opaque_layers(a: Side, b: Side, to_a: Mapping[str, str]) -> list[str]:
 
 
 def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
-    """Returns the path in `b` of each module of `a`, by `rename`; its own path otherwise."""
+    """Returns the path in `b` of each module of `a`, by `rename`; its own path otherwise.
+
+    A `rename` of `icenet.from_torch`, from names of PyTorch to those of MLX, is recognized by its names.
+    """
     if rename is None:
         return {path: path for path in a.modules}
+    names_a, names_b = [*a.modules, *a.shapes], [*b.modules, *b.shapes]
+    is_pair = (a.backend, b.backend) == ("mlx", "torch")
     if callable(rename):
-        named = {path: rename(path) for path in a.modules}
-        for path, other in named.items():
-            if not isinstance(other, str) and other is not None:
-                raise UsageError(f"compare: rename returned {other!r} for {path!r}; return a path of b, or None")
-        return {path: path if other is None else other for path, other in named.items()}
-    used = set()
-    found: dict[str, str | None] = {}
-    for path in a.modules:
-        prefix = max((key for key in rename if _is_at_or_in(path, key)), key=len, default=None)
-        if prefix is not None:
-            used.add(prefix)
-        found[path] = path if prefix is None else _joined(rename[prefix], path[len(prefix) :].lstrip("."))
-    for key, value in rename.items():
-        if key not in used:
-            near = difflib.get_close_matches(key, a.modules, n=1)
-            raise UsageError(
-                f"compare: rename: a has no module {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if value not in b.modules:
-            near = difflib.get_close_matches(value, b.modules, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"compare: rename: b has no module {value!r}{hint}")
-    return found
+        forward = _applied(rename, a)
+        backward = _applied(rename, b) if is_pair else {}
+        known = [sum(new in side.modules for new in found.values()) for side, found in ((b, forward), (a, backward))]
+        if known[1] > known[0]:
+            return _reversed(a, backward)
+        found = forward or {path: call_rename(rename, path) for path in a.modules}
+        return {path: path if other is None else other for path, other in found.items()}
+    ours, theirs = list(rename), [value for value in rename.values() if value is not None]
+    fits = all_match(ours, names_a) and all_match(theirs, names_b)
+    if is_pair and not fits:
+        known = [sum(all_match([key], names) for key in ours) for names in (names_a, names_b)]
+        if known[1] == len(ours) or known[1] > known[0]:
+            given = apply_rename(rename, names_b)
+            return _reversed(a, {path: given[path] for path in b.modules})
+    for side, keys, names in (("a", ours, a.modules), ("b", theirs, b.modules)):
+        for key in keys:
+            if not all_match([key], names_a if side == "a" else names_b):
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UsageError(f"compare: rename: {side} has no module {key!r}{hint}")
+    given = apply_rename(rename, names_a)
+    return {path: given[path] if path else path for path in a.modules}
 
 
-def _is_at_or_in(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}.") or prefix == ""
+def _applied(rename: Callable[[str], str | None], side: Side) -> dict[str, str | None]:
+    """Returns the new path of each module; nothing if the function fails, as one of other names may."""
+    try:
+        return {path: call_rename(rename, path) for path in side.modules}
+    except UsageError:
+        return {}
 
 
-def _joined(*parts: str) -> str:
-    return ".".join(filter(None, parts))
+def _reversed(a: Side, renamed: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Returns the path in `b` by that in `a`, given the reverse. The modules themselves correspond."""
+    found: dict[str, str | None] = {path: path for path in a.modules}
+    found |= {ours: theirs for theirs, ours in renamed.items() if ours in found}
+    return {**found, "": ""}
 
 
 def _signature(side: Side, path: str) -> tuple[Any, ...]:

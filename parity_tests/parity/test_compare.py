@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+import icenet.blas
 
 import mlx.core as mx
 import mlx.nn as M
@@ -19,6 +19,7 @@ import torch.nn as T
 from pairs import FAULTS, PAIRS, Fault, draw, with_equal_weights
 from random_pairs import make
 
+import icenet
 from icenet.core.errors import UsageError
 from icenet.core.models.modules import get_weights
 from icenet.parity import Report, compare
@@ -269,7 +270,15 @@ class TorchNamed(T.Module):
 
 
 @pytest.mark.parametrize(
-    "rename", [{"stem": "conv", "final": "head"}, lambda path: {"stem": "conv", "final": "head"}.get(path), None]
+    "rename",
+    [
+        {"stem": "conv", "final": "head"},
+        {"conv": "stem", "head": "final"},
+        {"con*": "stem", "head.weight": "final.weight", "head": "final"},
+        lambda path: {"stem": "conv", "final": "head"}.get(path),
+        lambda name: name.replace("conv", "stem").replace("head", "final"),
+        None,
+    ],
 )
 def test_modules_with_other_names(rename: Any) -> None:
     """Without `rename` they are matched by order and shape, with a note."""
@@ -281,6 +290,18 @@ def test_modules_with_other_names(rename: Any) -> None:
 def test_a_name_that_does_not_exist_is_named() -> None:
     with pytest.raises(UsageError, match="stam"):
         compare(Renamed(), TorchNamed(), draw(2, 8, 8, 3), rename={"stam": "conv"})
+    with pytest.raises(UsageError, match="b has no module 'haed'; did you mean 'head'"):
+        compare(Renamed(), TorchNamed(), draw(2, 8, 8, 3), rename={"stem": "conv", "final": "haed"})
+    with pytest.raises(UsageError, match="'haed'"):
+        compare(Renamed(), TorchNamed(), draw(2, 8, 8, 3), rename={"conv": "stem", "haed": "final"})
+
+
+def test_one_mapping_copies_and_compares() -> None:
+    ours, theirs = Renamed(), TorchNamed()
+    rename = {"conv": "stem", "head": "final"}
+    icenet.from_torch(theirs, ours, rename)
+    report = compare(ours, theirs, draw(2, 8, 8, 3), rename=rename, copy_weights=False)
+    assert report.passed and [m.path_a for m in report.modules] == ["", "stem", "final"]
 
 
 def test_two_modules_of_one_framework() -> None:

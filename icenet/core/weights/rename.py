@@ -42,7 +42,7 @@ def apply_rename(rename: Rename, names: Iterable[str]) -> dict[str, str | None]:
     if isinstance(rename, Mapping):
         return _apply_mapping(rename, names)
     if callable(rename):
-        return {name: _call(rename, name) for name in names}
+        return {name: call_rename(rename, name) for name in names}
     raise UsageError(f"rename: must be a dict or a function of a name, not a {type(rename).__name__}")
 
 
@@ -63,15 +63,17 @@ def from_torch_names(rename: Rename, torch_names: Iterable[str], mlx_names: Iter
     if len(swapped) < len(rename) or any(left.count("*") != right.count("*") for left, right in swapped.items()):
         return rename
     theirs, ours = list(torch_names), list(mlx_names)
-    is_swapped = not _all_match(rename, theirs) and _all_match(rename, ours) and _all_match(swapped, theirs)
+    is_swapped = not all_match(rename, theirs) and all_match(rename, ours) and all_match(swapped, theirs)
     return swapped if is_swapped else rename
 
 
-def _all_match(keys: Iterable[str], names: list[str]) -> bool:
+def all_match(keys: Iterable[str], names: list[str]) -> bool:
+    """Returns whether each key of a mapping matches a name, or is the first part of one."""
     return all(any(_pattern(key, None).match(name) for name in names) for key in keys)
 
 
-def _call(function: Callable[[str], str | None], name: str) -> str | None:
+def call_rename(function: Callable[[str], str | None], name: str) -> str | None:
+    """Returns the new name that a user's function gives; see `apply_rename`."""
     try:
         new = function(name)
     except Exception as error:  # of the user's function
