@@ -63,30 +63,26 @@ def test_a_loop_over_one_head_keeps_the_argument_of_another() -> None:
 
 
 class Up(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
-
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
         return F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2]) + skip
 
 
 class Skips(nn.Module):
-    """The size of a pooled image is computed in a layer and used in another module."""
+    """The size of a pooled image is computed in a norm and used in another module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.pool = nn.Conv2d(3, 2, 3, padding=1), nn.MaxPool2d(2)
-        self.down = nn.ModuleList([nn.Conv2d(2, 2, 1), nn.Conv2d(2, 4, 1)])
-        self.up1, self.up2, self.out = Up(), Up(), nn.Conv2d(2, 4, 1)
+        self.first, self.norm = nn.Conv2d(3, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.pool1, self.pool2 = nn.MaxPool2d(2), nn.MaxPool2d(2)
+        self.up1, self.up2 = Up(), Up()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x1 = self.first(x)
-        x2 = self.down[0](self.pool(x1))
-        x3 = self.down[1](self.pool(x2))
-        return self.up2(self.out(self.up1(x3, x2)), x1)
+        x2 = self.norm(self.pool1(x1))
+        x3 = self.pool2(x2)
+        return self.up2(self.up1(x3, x2), x1)
 
 
 def test_a_size_of_one_module_is_known_in_another() -> None:
