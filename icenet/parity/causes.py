@@ -57,6 +57,8 @@ _MEANING = {
     "base": "theta",
     "negative_slope": "slope",
     "_negative_slope": "slope",
+    "_alpha": "alpha",
+    "layer_norm_epsilon": "eps",
     "softmax_scale": "scale",
     "scaling": "scale",
 }
@@ -296,6 +298,31 @@ def attributes(module: Any) -> dict[str, tuple[str, Any]]:
         if (is_number or is_tuple) and name not in ("training", "_training", "call_super_init", "dump_patches"):
             found[_MEANING.get(name, name)] = name, value
     return found
+
+
+_NUMBERS = ("eps", "momentum", "slope", "alpha", "beta", "p", "theta", "threshold")
+"""Attributes whose difference is said although all values agree."""
+
+
+def unequal_numbers(c: Comparison) -> list[str]:
+    """Returns which numbers of the modules differ, in one line for each number and its values."""
+    places: dict[str, list[str]] = {}
+    for ours, theirs in c.a.names.items():
+        own, other = (attributes(side.modules[path]) for side, path in ((c.a, ours), (c.b, theirs)))
+        for found, module in ((own, c.a.modules[ours]), (other, c.b.modules[theirs])):
+            if "_p_1" in found:  # what a dropout of MLX keeps
+                found["p"] = "p", 1.0 - module._p_1
+        for name in _NUMBERS:
+            values = [found[name][1] for found in (own, other) if name in found]
+            is_number = len(values) == 2 and not any(isinstance(value, (bool, tuple)) for value in values)
+            if is_number and not math.isclose(*values, rel_tol=1e-6, abs_tol=1e-15):
+                text = f"{_SHOWN.get(name, name)} is {_text(values[0])} in a, {_text(values[1])} in b"
+                places.setdefault(text, []).append(theirs or "the model")
+    return [
+        f"{text}, in {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}, although all "
+        "values agree: it has no effect beyond rounding on these inputs"
+        for text, paths in places.items()
+    ]
 
 
 @contextlib.contextmanager

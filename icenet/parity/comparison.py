@@ -307,6 +307,7 @@ class Comparison:
                 self.inputs_a, self.inputs_b, self.targets_a, self.targets_b = of_first
                 if self._wants("optimizer") or self._wants("training"):
                     self._train(given[0])
+                self._add_notes(causes.unequal_numbers(self))
         except _Stop:
             pass
         except ModuleError as error:  # in training mode only
