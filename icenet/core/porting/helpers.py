@@ -25,12 +25,18 @@ def _functions() -> dict[str, tuple[str, frozenset[str], int]]:
             else:
                 continue
             source = "\n".join(lines[start - 1 : node.end_lineno])
-            used = frozenset(item.id for item in ast.walk(node) if isinstance(item, ast.Name)) | frozenset(
-                {"math"} if "math." in source else set()
-            )
+            used = _names_read(node) | frozenset({"math"} if "math." in source else set())
             for name in names:
                 found[name] = (source, used, len(found))
     return found
+
+
+def _names_read(node: ast.AST) -> frozenset[str]:
+    """Returns the global names that a definition reads: an argument may have the name of a function."""
+    own = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
+    names = [item for item in ast.walk(node) if isinstance(item, ast.Name)]
+    own |= {item.id for item in names if isinstance(item.ctx, ast.Store)}
+    return frozenset(item.id for item in names) - own
 
 
 def sources(names: set[str]) -> list[str]:

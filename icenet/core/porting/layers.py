@@ -227,6 +227,30 @@ def _gelu(s: dict[str, Any]) -> Layer:
     return Layer("nn.GELU", [], keywords, "any", is_stateless=True)
 
 
+def _softplus(s: dict[str, Any]) -> Layer | None:
+    if s["beta"] != 1 or s["threshold"] < 20:  # above 20 softplus(x) is x in fp32
+        return None
+    return Layer("nn.Softplus", [], {}, "any", is_stateless=True)
+
+
+def _hardtanh(s: dict[str, Any]) -> Layer | None:
+    if (s["min_val"], s["max_val"]) != (-1, 1):
+        return None
+    return Layer("nn.HardTanh", [], {}, "any", is_stateless=True)
+
+
+def _instance_norm(rank: int) -> Callable[[dict[str, Any]], Layer | None]:
+    def make(s: dict[str, Any]) -> Layer | None:
+        if s["track_running_stats"] or (s["affine"] and not (s["has_weight"] and s["has_bias"])):
+            return None
+        keywords: dict[str, Any] = {} if s["eps"] == 1e-5 else {"eps": s["eps"]}
+        if s["affine"]:
+            keywords["affine"] = True
+        return Layer("nn.InstanceNorm", [s["num_features"]], keywords, "last", rank)
+
+    return make
+
+
 _WEIGHTED = {"Linear", "Embedding", *(f"Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))}
 
 _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
@@ -239,15 +263,21 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
     "Dropout": _dropout,
     "Identity": _activation("nn.Identity"),
     "ReLU": _activation("nn.ReLU"),
-    "ReLU6": lambda s: None,  # MLX halves the gradient at the edges
+    "ReLU6": _activation("nn.ReLU6"),
     "SiLU": _activation("nn.SiLU"),
     "Tanh": _activation("nn.Tanh"),
     "Sigmoid": _activation("nn.Sigmoid"),
     "Mish": _activation("nn.Mish"),
+    "Hardswish": _activation("nn.Hardswish"),
+    "Softsign": _activation("nn.Softsign"),
+    "LogSigmoid": _activation("nn.LogSigmoid"),
+    "Softplus": _softplus,
+    "Hardtanh": _hardtanh,
     "GELU": _gelu,
     **{f"Conv{rank}d": _conv(rank, False) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": _conv(rank, True) for rank in (1, 2, 3)},
     **{f"BatchNorm{rank}d": _batch_norm(rank) for rank in (1, 2, 3)},
+    **{f"InstanceNorm{rank}d": _instance_norm(rank) for rank in (1, 2, 3)},
     **{f"Dropout{rank}d": _channel_dropout(rank) for rank in (2, 3)},
     **{f"MaxPool{rank}d": _max_pool(rank) for rank in (1, 2, 3)},
     **{f"AvgPool{rank}d": _avg_pool(rank) for rank in (1, 2, 3)},

@@ -445,9 +445,8 @@ def diag_embed(n: Operation) -> str:
 
 @entry("tril", "triu")
 def tril(n: Operation) -> str:
-    if n.out.dtype == "bool":
-        return f"mx.{n.node.base}({n.atom('self')}.astype(mx.int32), {n['diagonal']}).astype(mx.bool_)"
-    return f"mx.{n.node.base}({n['self']}, {n['diagonal']})"
+    diagonal = f", {n['diagonal']}" if n.args["diagonal"] != 0 else ""
+    return f"mx.{n.node.base}({n['self']}{diagonal})"
 
 
 @entry("tril_indices", "triu_indices")

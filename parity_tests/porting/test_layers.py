@@ -1,0 +1,107 @@
+"""Which layers of mlx.nn a port uses: those that compute what PyTorch's do, with its gradients at edges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import icenet.blas  # noqa: F401  (before mlx)
+
+import mlx.core as mx
+import mlx.nn
+import numpy as np
+import pytest
+import torch
+from test_idioms import close, ported
+from torch import nn
+
+from icenet.core.porting import helpers
+
+EDGES = [0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 3.0, -3.0, 6.0, 19.0, 20.0, 21.0, -20.0, 100.0, -100.0]
+ACTIVATIONS: dict[str, tuple[nn.Module, Callable[[mx.array], mx.array]]] = {
+    "nn.ReLU6()": (nn.ReLU6(), mlx.nn.ReLU6()),
+    "nn.Softplus()": (nn.Softplus(), mlx.nn.Softplus()),
+    "nn.Hardswish()": (nn.Hardswish(), mlx.nn.Hardswish()),
+    "nn.Softsign()": (nn.Softsign(), mlx.nn.Softsign()),
+    "nn.LogSigmoid()": (nn.LogSigmoid(), mlx.nn.LogSigmoid()),
+    "nn.HardTanh()": (nn.Hardtanh(), mlx.nn.HardTanh()),
+}
+OTHERS = {
+    "ELU": (nn.ELU(), mlx.nn.ELU(), 100.0),
+    "LeakyReLU": (nn.LeakyReLU(), mlx.nn.LeakyReLU(), 0.0),
+    "CELU": (nn.CELU(), mlx.nn.CELU(), 0.0),
+    "SELU": (nn.SELU(), mlx.nn.SELU(), 100.0),
+}
+"""Layers of which MLX's have another gradient at a value: a port writes them itself."""
+
+
+def gradients(theirs: nn.Module, ours: Callable[[mx.array], mx.array], values: list[float]) -> list[np.ndarray]:
+    x = torch.tensor(values, requires_grad=True)
+    theirs(x).sum().backward()
+    assert x.grad is not None
+    return [np.array(mx.grad(lambda x: ours(x).sum())(mx.array(values))), x.grad.numpy()]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_a_layer_of_mlx(name: str) -> None:
+    theirs, ours = ACTIVATIONS[name]
+    close(ours(mx.array(EDGES)), theirs(torch.tensor(EDGES)))
+    np.testing.assert_allclose(*gradients(theirs, ours, EDGES), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_with_other_gradients_are_written() -> None:
+    for theirs, ours, value in OTHERS.values():
+        mine, expected = gradients(theirs, ours, [value])
+        assert not np.allclose(mine, expected)
+    names = nn.ModuleList(layer for layer, *_ in OTHERS.values())
+    model, source = ported(nn.Sequential(*names), torch.tensor([EDGES]))
+    assert not re.search(r"nn\.(C?ELU|SELU|LeakyReLU)\(", source)
+    np.testing.assert_allclose(*gradients(nn.Sequential(*names), model, EDGES[:-2]), rtol=1e-5, atol=1e-6)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.plain = nn.InstanceNorm2d(3, affine=True, eps=1e-4), nn.InstanceNorm2d(3)
+        self.acts = nn.Sequential(*(layer for layer, _ in ACTIVATIONS.values()))
+        self.steep = nn.Softplus(2.0, 5.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.steep(self.acts(self.plain(self.norm(x))))
+
+
+def test_the_source_has_layers_of_mlx_and_no_function_that_it_does_not_call() -> None:
+    torch.manual_seed(0)
+    module, x = Images(), torch.randn(2, 3, 5, 4)
+    nn.init.normal_(module.norm.weight)
+    model, source = ported(module.eval(), x)
+    close(model(mx.array(x.numpy())), module(x))
+    for text in (*ACTIVATIONS, "nn.InstanceNorm(3, eps=0.0001, affine=True)", "nn.InstanceNorm(3)", "softplus("):
+        assert text in source
+    assert re.findall(r"^def (\w+)", source, re.MULTILINE) == ["softplus"]
+
+
+def test_a_function_comes_with_those_that_it_reads() -> None:
+    """An argument of `softplus` has the name of the function `threshold`."""
+    assert [re.findall(r"def (\w+)", text) for text in helpers.sources({"softplus"})] == [["softplus"]]
+    assert "def elu(" in "".join(helpers.sources({"celu"}))
+    known = helpers._functions()
+    for name, (text, *_) in known.items():  # every function that a source calls comes with it
+        code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
+        called = {word for word in re.findall(r"(?<![\w.])(\w+)\(", code) if word in known}
+        given = "\n".join(helpers.sources({name}))
+        assert called <= set(re.findall(r"(?:def|class) (\w+)", given)), name
+
+
+class Masked(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        return x.masked_fill(mask, 0) + x * torch.ones(size, size, dtype=torch.bool).triu(1)
+
+
+def test_triangles_of_booleans_need_no_cast() -> None:
+    x = torch.randn(2, 4, 4)
+    model, source = ported(Masked(), x)
+    close(model(mx.array(x.numpy())), Masked()(x))
+    assert "mx.tril(mx.ones(" in source and "int32" not in source
