@@ -33,6 +33,19 @@ class Counter(nn.Module):
         return self.fc(x) * self.n + self.cache.sum()
 
 
+class Calls(nn.Module):
+    """Counts its calls, and takes any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        return self.fc(x) * self.n
+
+
 class Codebook(nn.Module):
     """A codebook whose exponential moving average a call in training mode updates before it is read."""
 
@@ -101,6 +114,7 @@ def old_weight_norm() -> nn.Module:
 
 CASES: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
     "a counter and a cache": (Counter, (R(2, 3, 4),)),
+    "a counter": (Calls, (R(3, 4),)),
     "a moving average in training": (Codebook, (R(3, 4),)),
     "float32 by name": (NamesFloat32, (torch.arange(1, 4),)),
     "complex weights": (Spectral, (R(2, 2, 8),)),
