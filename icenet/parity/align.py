@@ -97,7 +97,7 @@ def masked(array: Array) -> npt.NDArray[np.bool_] | None:
     if array.dtype.kind != "f" or not array.size or float(np.fmin.reduce(array, axis=None)) > -_MASKED:
         return None
     rest = array[np.isfinite(array) & (array > -_MASKED)].astype(np.float64)
-    scale = math.sqrt(float(rest @ rest) / rest.size) if rest.size else 0.0
+    scale = math.sqrt(float(np.square(rest).mean())) if rest.size else 0.0
     found: npt.NDArray[np.bool_] = array <= -_MASKED * max(scale, 1.0)
     return found if found.any() else None
 

@@ -41,6 +41,7 @@ from icenet.parity.yardstick import (
     judge_values,
     rms,
     squared_distance,
+    sum_of_products,
 )
 
 Array = npt.NDArray[Any]
@@ -1626,8 +1627,8 @@ def _are_related(x: Array, y: Array) -> bool:
     if np.array_equal(*map(np.sort, flat)) or (flat[0] == flat[1]).mean() > 0.1:
         return True
     centred = [v - v.mean() for v in flat]
-    sizes = [math.sqrt(float(v @ v)) for v in centred]
-    correlation = abs(float(centred[0] @ centred[1])) / (sizes[0] * sizes[1] or 1.0)
+    sizes = [rms(v) for v in centred]
+    correlation = abs(sum_of_products(*centred)) / (x.size * sizes[0] * sizes[1] or 1.0)
     # independent values have a correlation of about 1 / sqrt(size)
     return correlation > max(0.5, min(0.99, 4 / math.sqrt(x.size)))
 
