@@ -105,3 +105,48 @@ def test_triangles_of_booleans_need_no_cast() -> None:
     model, source = ported(Masked(), x)
     close(model(mx.array(x.numpy())), Masked()(x))
     assert "mx.tril(mx.ones(" in source and "int32" not in source
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation (Hu et al., 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 4), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        batch, channels, _, _ = x.shape
+        y = self.fc(x.mean((2, 3))).view(batch, channels, 1, 1)
+        return x * y.expand_as(x)
+
+
+def test_squeeze_and_excitation_needs_no_transpose() -> None:
+    torch.manual_seed(0)
+    module, x = Excited().eval(), torch.randn(2, 3, 5, 6)
+    model, source = ported(module, x)
+    assert source.count("transpose(") == 2 and ", 1, 1, 4)" in source  # of the images alone, at both ends
+    for sizes in ((2, 3, 5, 6), (1, 3, 4, 7)):
+        x = torch.randn(sizes)
+        close(model(mx.array(x.numpy())), module(x))
+
+
+class Flat(nn.Module):
+    """Reshapes whose axes cannot be moved by a reshape, or whose value is used in both orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        image, column = y.view(-1, 4, 3, 1), y.reshape(-1, 12)[:, :4].reshape(-1, 4, 1, 1)
+        return (x * image + column.expand_as(x)).sum(3) + column.flatten(1)[:, :, None]
+
+
+def test_other_reshapes_keep_their_meaning() -> None:
+    torch.manual_seed(0)
+    module, x, y = Flat().eval(), torch.randn(2, 2, 3, 5), torch.randn(2, 12)
+    model, _ = ported(module, x, y)
+    close(model(mx.array(x.numpy()), mx.array(y.numpy())), module(x, y))

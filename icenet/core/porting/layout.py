@@ -224,6 +224,8 @@ class _Pass:
         self.depth: list[int] = [0]
         self.counter = 0
         self.frame = 0
+        self.viewed: dict[str, tuple[int, str, list[Any]]] = {}
+        """The call, the source and the shape of values that are reshapes."""
         self.new_tensors: dict[str, Any] = dict(graph.tensors)
 
     def run(self) -> tuple[Graph, dict[str, Order]]:
@@ -287,15 +289,29 @@ class _Pass:
             return self.made[key][0]
         self.counter += 1
         new = f"{name}_p{self.counter}"
-        dims = [have.index(axis) for axis in order]
         tensor = self.tensors[name]
         self.tensors[new] = tensor
         place = self.nodes[-1].place if self.nodes else None
-        self.nodes.append(Node(new, "permute", {"self": Ref(name), "dims": dims}, physical(tensor, order), place))
+        moved = self.view_in_order(name, order)
+        if moved is None:
+            dims = [have.index(axis) for axis in order]
+            moved = ("permute", {"self": Ref(name), "dims": dims})
+        self.nodes.append(Node(new, *moved, physical(tensor, order), place))
         if order != _identity(len(order)):
             self.order[new] = order
         self.made[key] = (new, self.frame)
         return new
+
+    def view_in_order(self, name: str, order: Order) -> tuple[str, dict[str, Any]] | None:
+        """Returns the reshape that makes a value with its axes in an order, None if that takes a transpose.
+
+        Axes of size 1 may stand anywhere: the (B, C, 1, 1) of squeeze and excitation is (B, 1, 1, C).
+        """
+        frame, source, shape = self.viewed.get(name, (-1, "", []))
+        wide = [axis for axis in order if self.shape(name)[axis] != 1]
+        if not shape or frame != self.frame or name in self.order or wide != sorted(wide):
+            return None
+        return "reshape", {"self": Ref(source), "shape": [shape[axis] for axis in order]}
 
     def plain(self, name: str) -> str:
         name = self.resolve(name)
@@ -345,8 +361,17 @@ class _Pass:
             self.cat(node)
         elif base == "item":
             self.item(node, name)
+        elif base == "expand_as":
+            other = self.resolve(node.args["other"].name)
+            target = self.order.get(other, _identity(self.ndim(other)))
+            same_rank = self.ndim(name) == self.ndim(other)
+            moved = self.in_order(name, target) if same_rank else self.plain(name)
+            kept = other if same_rank else self.plain(other)
+            self.emit(node, {"self": Ref(moved), "other": Ref(kept)}, target if same_rank else None)
         elif order is None:
-            self.emit(node, self.plain_all(node.args))
+            args = self.plain_all(node.args)
+            self.emit(node, args)
+            self.note_view(node, args)
         elif base in REDUCTIONS and not self.others(node):
             self.reduction(node, name, order)
         elif base in ALONG and not self.others(node):
@@ -367,6 +392,12 @@ class _Pass:
             self.emit(node, {**node.args, "self": Ref(name), "pad": pads}, order)
         else:
             self.emit(node, self.plain_all(node.args))
+
+    def note_view(self, node: Node, args: dict[str, Any]) -> None:
+        """Notes the shape of a reshape."""
+        if node.base in ("view", "reshape", "_unsafe_view"):
+            shape = list(args.get("shape", args.get("size", [])))
+            self.viewed[node.name] = (self.frame, args["self"].name, shape)
 
     def others(self, node: Node) -> list[str]:
         return [
