@@ -103,6 +103,34 @@ FAULTS: list[Fault] = [
         "in pairs:",
         ["parity/test_compare_idioms.py::test_weights_of_layers_with_other_parameters_are_compared"],
     ),
+    Fault(
+        "masked values by other numbers are a difference",
+        "icenet/parity/pairing.py",
+        "    return ours.is_float and align.masks_otherwise(",
+        "    return False and align.masks_otherwise(",
+        ["parity/test_compare_idioms.py::test_masks_by_other_numbers_are_equal"],
+    ),
+    Fault(
+        "a mask of another shape is an obstacle",
+        "icenet/parity/pairing.py",
+        "                pair.own.add(j)\n",
+        "                pair.obstacle = 'a mask'\n",
+        ["parity/test_compare_idioms.py::test_each_side_keeps_its_own_mask"],
+    ),
+    Fault(
+        "one array that differs counts as never copied",
+        "icenet/parity/comparison.py",
+        "return 2 * sum(related) < len(related)",
+        "return sum(related) < len(related)",
+        ["parity/test_compare.py::test_an_unrelated_array_is_found"],
+    ),
+    Fault(
+        "a module that one side calls is named untried",
+        "icenet/parity/causes.py",
+        "            if new and trial.explains(trial.exact):",
+        "            if new:",
+        ["parity/test_compare_idioms.py::test_only_a_module_whose_call_makes_the_difference_is_a_cause"],
+    ),
     # ---- weights of two modules --------------------------------------------------------------------------------
     Fault(
         "keys and values of an attention are exchanged",

@@ -166,6 +166,13 @@ def test_one_array_that_differs_is_found(change: Callable[[Any], Any]) -> None:
     assert (report.culprit, report.failed_stage.name) == ("fc", "weights") and not report.copied_weights
 
 
+def test_an_unrelated_array_is_found() -> None:
+    ours, theirs = blocks()
+    ours.fc.weight = mx.array(draw(*ours.fc.weight.shape))
+    report = compare(ours, theirs, draw(9, 6))
+    assert (report.culprit, report.failed_stage.name) == ("fc", "weights") and not report.copied_weights
+
+
 def test_shapes_and_missing_parameters_fail_in_the_first_stage() -> None:
     report = compare(
         M.Sequential(M.Linear(6, 4), M.Linear(4, 4)), T.Sequential(T.Linear(6, 4), T.Linear(4, 5)), draw(2, 6)
