@@ -122,6 +122,26 @@ class Excited(nn.Module):
         return x * y.expand_as(x)
 
 
+class Window(nn.Module):
+    """Images with their channels last, as Swin has them, and axes of size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, h, w, c = x.shape
+        y = self.proj(x).view(b, h * w, c).softmax(1)
+        return y.view(b, h, w, c) + y.mean(1)[:, None, None]
+
+
+def test_sizes_have_the_names_of_their_axes() -> None:
+    module, x = Window().eval(), torch.randn(2, 4, 3, 5)
+    model, source = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
+    assert "B, H, W, _ = x.shape" in source and ".reshape(B, H * W, 5)" in source and "[:, None, None]" in source
+
+
 def test_squeeze_and_excitation_needs_no_transpose() -> None:
     torch.manual_seed(0)
     module, x = Excited().eval(), torch.randn(2, 3, 5, 6)

@@ -1001,6 +1001,8 @@ class _Writer:
         for ref in graph.inputs:
             shape = graph.tensors[ref.name].shape
             letters = {4: "BCHW", 3: "BTC", 2: "BT", 1: "B", 5: "BCDHW"}.get(len(shape), "")
+            if len(letters) > 3 and isinstance(shape[1], str) and isinstance(shape[-1], int):
+                letters = f"B{letters[2:]}C"  # of images with their channels last, which alone have a fixed number
             for letter, size in zip(letters, shape, strict=False):
                 if isinstance(size, str) and size not in names:
                     taken = set(names.values())

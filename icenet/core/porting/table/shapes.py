@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, shape_source
@@ -74,6 +75,10 @@ def movedim(n: Operation) -> str:
 def unsqueeze(n: Operation) -> str:
     dim = n.args["dim"]
     dim = dim if dim >= 0 else dim + n.out.ndim
+    added = re.fullmatch(r"(.+)\[((?:(?::|None), )*None)\]", n["self"])
+    if added and dim <= 4 and dim >= added[2].count(",") + 1:  # y[:, None][:, :, None] is y[:, None, None]
+        marks = added[2].split(", ")
+        return f"{added[1]}[{', '.join([*marks, *[':'] * (dim - len(marks)), 'None'])}]"
     if dim <= 3:
         return f"{n.atom('self')}[{', '.join([':'] * dim + ['None'])}]"
     return f"mx.expand_dims({n['self']}, {dim})"
