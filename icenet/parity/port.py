@@ -13,7 +13,8 @@ import numpy as np
 
 from icenet.core import backends, files
 from icenet.core.errors import PortError, UsageError
-from icenet.core.porting import build, signature, weights
+from icenet.core.models import ports
+from icenet.core.porting import build, signature
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.record import Graph, Tensor
@@ -189,7 +190,7 @@ def port(
     if report.fixed:
         plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
-    weights.mark(model, plan)
+    ports.mark(model, plan)
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")

@@ -18,7 +18,7 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -670,10 +670,20 @@ def check_module(module: Any) -> None:
         raise UsageError("icenet.port takes the torch.nn.Module from which a ScriptModule was made")
 
 
+@contextlib.contextmanager
+def unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restores the values of tensors when the context is left: a call of a module may update its buffers."""
+    state = [(value, value.detach().clone()) for value in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, before in state:
+                value.copy_(before)
+
+
 def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises UsageError if a module does not accept the example inputs; it is unchanged afterwards."""
-    from icenet_torch.porting.run import unchanged
-
     modes = {path: inner.training for path, inner in module.named_modules()}
     module.eval()
     try:

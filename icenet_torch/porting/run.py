@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -71,18 +71,6 @@ class _Precision(TorchDispatchMode):
         return result
 
 
-@contextlib.contextmanager
-def unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Restores the values of tensors when the context is left: a call of a module may update its buffers."""
-    state = [(value, value.detach().clone()) for value in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for value, before in state:
-                value.copy_(before)
-
-
 def _copied(module: nn.Module) -> nn.Module:
     """Returns a copy of a module, which may hold results of operations, as the old `weight_norm` does."""
     memo: dict[int, Any] = {}
@@ -136,7 +124,7 @@ class Reference:
         if self.double:
             torch.set_default_dtype(torch.float64)
         try:
-            with unchanged([*module.parameters(), *module.buffers()]), _Precision(self.dtypes):
+            with export.unchanged([*module.parameters(), *module.buffers()]), _Precision(self.dtypes):
                 args, kwargs = pytree.tree_map(self.given, (args, kwargs))
                 if cotangents is None:
                     with torch.no_grad():
@@ -219,7 +207,7 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     args, kwargs = to_torch((args, kwargs))
     flat = program._graph_module_flat_inputs(args, kwargs)
     flat = [item.clone() if isinstance(item, torch.Tensor) else item for item in flat]
-    with torch.no_grad(), unchanged(_state(program)):
+    with torch.no_grad(), export.unchanged(_state(program)):
         Recorder(program.graph_module).run(*flat)
     return values
 
@@ -273,7 +261,7 @@ def _state(program: Any) -> list[torch.Tensor]:
 def accepts(program: Any, args: Any, kwargs: Any) -> bool:
     """Returns whether the guards of an exported program allow the sizes of some arguments."""
     try:
-        with torch.no_grad(), unchanged(_state(program)):
+        with torch.no_grad(), export.unchanged(_state(program)):
             program.module()(*to_torch(args), **to_torch(kwargs))
     except Exception:
         return False

@@ -59,7 +59,7 @@ def native(path: str, names: dict[str, str]) -> str:
 
 
 def optimizer_notes(*graphs: Graph | None) -> list[str]:
-    """Returns a note for each child whose name is a key of an optimizer's state, where MLX keeps it beside them."""
+    """Returns a note for each child whose name is a key of an optimizer's state, where MLX keeps it next to them."""
     trained = {
         array.path.partition(".")[0]
         for graph in graphs
