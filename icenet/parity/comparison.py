@@ -1624,7 +1624,7 @@ def _are_related(x: Array, y: Array) -> bool:
     flat = [np.asarray(v, np.float64).reshape(-1) for v in (x, y)]
     if not all(np.isfinite(v).all() for v in flat):
         return True
-    if np.array_equal(*map(np.sort, flat)) or (flat[0] == flat[1]).mean() > 0.1:
+    if np.array_equal(np.sort(flat[0]), np.sort(flat[1])) or (flat[0] == flat[1]).mean() > 0.1:
         return True
     centred = [v - v.mean() for v in flat]
     sizes = [rms(v) for v in centred]
