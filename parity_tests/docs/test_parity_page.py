@@ -104,7 +104,7 @@ def test_the_port(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     exec(test, scope)
     scope["test_forward"](lambda *args, **options: compare(*args, **options))
     images = np.zeros((1, 32, 32, 3), np.float32)
-    assert compare(scope["net"], scope["TorchConvNeXt"](), images, stages="weights").culprit is not None
+    assert compare(scope["net"], scope["TorchConvNeXt"](), images, stages="weights").copied_weights
 
 
 def test_the_table_of_options_is_that_of_the_command() -> None:
@@ -112,4 +112,5 @@ def test_the_table_of_options_is_that_of_the_command() -> None:
 
     text = (ROOT / PAGE).read_text(encoding="utf-8").partition("### The command")[2].partition("### Two machines")[0]
     shown = set(re.findall(r"`(--[\w-]+)", text))
-    assert shown == {name for item in modules_command.params for name in item.opts if name.startswith("--")}
+    options = [name for item in modules_command.params for name in (*item.opts, *item.secondary_opts)]
+    assert shown == {name for name in options if name.startswith("--")}
