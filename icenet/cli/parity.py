@@ -38,9 +38,8 @@ class _ParityGroup(CommandGroup):
     cls=_ParityGroup,
     epilog=examples(
         "icenet parity quickstart",
-        "icenet parity runs/mine --steps 50",
-        "icenet parity mine.py:MlxNet ref.py:TorchNet --html parity.html",
-        "icenet parity record ref.py:TorchNet --input x.npz --out trace/",
+        "icenet parity runs/mine",
+        "icenet parity mine.py:MlxNet ref.py:TorchNet",
         "icenet parity check mine.py:MlxNet trace/",
     ),
 )

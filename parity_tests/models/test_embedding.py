@@ -18,6 +18,7 @@ import icenet
 from icenet.cli.main import main
 from icenet.core import backends
 from icenet.core.config import Config, custom
+from icenet.core.data.text.packed import TextDataset
 from icenet.core.errors import IceNetError, OutsideTableError
 from icenet.core.training.trainer import Trainer
 from icenet.parity.modules import compare_modules
@@ -231,16 +232,15 @@ def calls(engine: Any, batch: dict[str, Any]) -> dict[str, Callable[[], object]]
 def test_a_later_batch_with_a_wrong_id(more: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX does not read the ids of a shape again, and finds the id after a loss that is not finite."""
     settings = config(here, yaml(scale=1, more=more, steps=3))
-    trainer = Trainer.start(settings, here / "run", backend="mlx", quiet=True)
-    dataset = trainer.dataset
-    original = type(dataset).train_batch
+    original = TextDataset.train_batch
 
     def batches(self: Any, step: int, size: int) -> dict[str, Any]:
         batch = original(self, step, size)
         batch["inputs"] = np.where(step == 2, 100, 0) + np.zeros_like(batch["inputs"])
         return batch
 
-    monkeypatch.setattr(type(dataset), "train_batch", batches)
+    monkeypatch.setattr(TextDataset, "train_batch", batches)
+    trainer = Trainer.start(settings, here / "run", backend="mlx", quiet=True)
     with pytest.raises(OutsideTableError) as caught:
         trainer.fit()
     assert is_one_line(caught.value, "positions", " 100 ")
