@@ -383,12 +383,14 @@ class _Pass:
         elif base in ("unsqueeze", "squeeze", "select"):
             self.changed_rank(node, name, order)
         elif base == "pad" and node.args.get("mode") == "constant":
-            widths = list(node.args["pad"])
-            per = {self.ndim(name) - 1 - index // 2: widths[index : index + 2] for index in range(0, len(widths), 2)}
-            moved = {order.index(dim): pair for dim, pair in per.items()}
+            widths: list[Any] = list(node.args["pad"])
+            per: dict[int, list[Any]] = {
+                self.ndim(name) - 1 - index // 2: widths[index : index + 2] for index in range(0, len(widths), 2)
+            }
+            sides = {order.index(dim): pair for dim, pair in per.items()}
             pads: list[Any] = []
-            for dim in reversed(range(min(moved), self.ndim(name))):
-                pads += moved.get(dim, [0, 0])
+            for dim in reversed(range(min(sides), self.ndim(name))):
+                pads += sides.get(dim, [0, 0])
             self.emit(node, {**node.args, "self": Ref(name), "pad": pads}, order)
         else:
             self.emit(node, self.plain_all(node.args))
