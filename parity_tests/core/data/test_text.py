@@ -901,9 +901,9 @@ def test_no_space_and_no_permission_are_one_line(tmp_path: Path, cache: Path) ->
     fails(source, tmp_path / "file" / "cache", str(tmp_path / "file" / "cache"), "ICENET_CACHE")
 
 
-# numpy imports mmap late, from where a user without rights may not be allowed to read
+# numpy imports mmap late, the cache filelock, from where a user without rights may not be allowed to read
 NO_RIGHTS = """
-import mmap, os
+import filelock, mmap, os
 if os.getuid() == 0:
     os.setuid(65534)
 """
