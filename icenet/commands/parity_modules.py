@@ -45,7 +45,7 @@ def compare_files(
     Raises:
         UsageError: A file or a name in it is wrong, or the modules cannot be compared.
         DataError: The inputs cannot be read.
-        WeightError: The weights do not fit.
+        WeightsError: The weights do not fit.
     """
     a, b = load_module(module), load_module(reference)
     if weights_file is not None:

@@ -448,11 +448,10 @@ def _histogram_chart(histogram: Histogram, report: Report) -> str:
     full, height = 300, 110
     bottom, bar = height - 16, full / max(bins, 1)
     drawn = []
-    for i, counts in enumerate((histogram.a, histogram.b)):
+    for i, (name, counts) in enumerate(zip(_names(report), (histogram.a, histogram.b), strict=True)):
         for j, count in enumerate(counts):
             tall = (bottom - 6) * count / top
             between = f"{histogram.edges[j]:.3g} to {histogram.edges[j + 1]:.3g}"
-            name = _names(report)[i]
             x, width = j * bar + i * bar / 2, bar / 2
             drawn.append(
                 f'<rect class="s{i}" x="{x:.1f}" y="{bottom - tall:.1f}" width="{width:.1f}" height="{tall:.1f}">'

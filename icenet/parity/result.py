@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icenet.parity.status import (  # noqa: F401
-    ALL_STAGES,
+from icenet.parity.status import (
     CONTAINS,
     DIFFERS,
     FAILED,

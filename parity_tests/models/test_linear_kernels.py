@@ -19,7 +19,7 @@ from icenet.nn import linear_kernels as kernels
 from icenet.nn.arrays import to_numpy
 from icenet.nn.recurrent_kernels import Limits
 
-# what a block of three dimensions needs beside `emulated_gpu`
+# what a block of three dimensions needs in addition to `emulated_gpu`
 _THREADS = r"""
 struct Index3 { int x, y, z; };
 #define THREAD (machine::threads[machine::current].thread)
