@@ -14,7 +14,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array, is_half, on_cpu
-from icenet.nn.recurrent_kernels import Limits, device_limits
+from icenet.nn.device_limits import Limits, device_limits
 
 STEP, PACKED_STEP = 512, 1024
 """Inputs that a warp reads at a time: more need so many registers that fewer warps run at once."""

@@ -127,7 +127,7 @@ def keep_buffers(model: nn.Module) -> Iterator[None]:
     """Restores the running statistics and the other frozen arrays of `model` on exit; a user's model may change them.
 
     Some changes, such as `self.count += 1`, are to the array itself, so copies take the place of the arrays
-    meanwhile. They use the same memory, and what is shared stays shared.
+    meanwhile. An array that several modules share has one copy.
     """
     before = [
         (module, name, value)

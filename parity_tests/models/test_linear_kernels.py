@@ -17,7 +17,7 @@ from scipy.special import erf
 
 from icenet.nn import linear_kernels as kernels
 from icenet.nn.arrays import to_numpy
-from icenet.nn.recurrent_kernels import Limits
+from icenet.nn.device_limits import Limits
 
 # what a block of three dimensions needs in addition to `emulated_gpu`
 _THREADS = r"""

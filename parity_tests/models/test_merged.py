@@ -26,7 +26,7 @@ from icenet.models.merged import MergedBlock as MLXMergedBlock
 from icenet.models.transformer import TransformerBlock as MLXBlock
 from icenet.nn import activation as mlx_activation
 from icenet.nn import linear_kernels as mlx_kernels
-from icenet.nn.recurrent_kernels import Limits
+from icenet.nn.device_limits import Limits
 from icenet_torch.generation.capture import merge_kernels
 from icenet_torch.models import merged
 from icenet_torch.models.merged import MergedBlock

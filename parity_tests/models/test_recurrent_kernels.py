@@ -18,7 +18,9 @@ import torch
 
 from icenet.core.errors import UsageError
 from icenet.nn import GRU, LSTM, RNN, recurrent_kernels
-from icenet.nn.recurrent_kernels import GATES, Limits, choose_tiles
+from icenet.nn.device_limits import Limits
+from icenet.nn.recurrent_source import CUDA_ORDER, GATES, Kernel
+from icenet.nn.recurrent_tiles import WARPS, choose_tiles
 from icenet.parity.yardstick import judge
 from icenet_torch import nn as torch_layers
 
@@ -43,14 +45,14 @@ def emulate(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     """Returns a function that makes the layers run the kernels in the emulation."""
 
     def use(limits: Limits, metal: bool = False, reversed_order: bool = False) -> None:
-        def build(kernel: recurrent_kernels.Kernel, shared_memory: int) -> Any:
+        def build(kernel: Kernel, shared_memory: int) -> Any:
             return emulated_gpu.kernel(
                 compiled,
                 name="recurrent",
                 input_names=list(kernel.inputs),
                 output_names=list(kernel.outputs),
                 source=kernel.source,
-                header=kernel.header.replace(recurrent_kernels.CUDA_ORDER, EMULATED_ORDER),
+                header=kernel.header.replace(CUDA_ORDER, EMULATED_ORDER),
                 shared_memory=shared_memory,
                 metal=metal,
                 reversed_order=reversed_order,
@@ -192,7 +194,7 @@ def test_any_size_has_a_division(gates: int, terms: int) -> None:
                 owned = tiles.U * tiles.WU * tiles.GROUPS
                 assert tiles.unit_blocks * owned >= hidden and tiles.parts >= 1
                 assert tiles.unit_blocks * tiles.parts <= limits.multiprocessors
-                assert tiles.WB * tiles.WU * tiles.KS == recurrent_kernels.WARPS
+                assert tiles.WB * tiles.WU * tiles.KS == WARPS
                 assert tiles.SHARED_K * owned * gates * 4 <= limits.shared_memory
                 assert hidden % tiles.V == 0 == tiles.SHARED_K % tiles.V
 

@@ -21,10 +21,16 @@ from helpers import tiny
 from icenet.core import backends
 from icenet.nn import conv, training_kernels
 from icenet.nn.arrays import from_numpy, to_numpy
+from icenet.nn.training_kernels import activations, common, losses, norms, pooling, updates
 from icenet.parity.yardstick import judge
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-CACHES = [value for value in vars(training_kernels).values() if isinstance(value, functools._lru_cache_wrapper)]
+CACHES = [
+    value
+    for module in (activations, common, losses, norms, pooling, updates)
+    for value in vars(module).values()
+    if isinstance(value, functools._lru_cache_wrapper)
+]
 
 
 @pytest.fixture(scope="session")
@@ -236,13 +242,13 @@ def test_adam(is_decoupled: bool, decay: float, device: str) -> None:
 
 def test_sums_of_squares(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small and large arrays, more than a kernel has, in their order."""
-    monkeypatch.setattr(training_kernels, "_LARGE", 50_000)
-    monkeypatch.setattr(training_kernels, "_PARTS", 3)
+    monkeypatch.setattr(updates, "_LARGE", 50_000)
+    monkeypatch.setattr(updates, "_PARTS", 3)
     shapes = [
         (3,),
         (50_001,),
         (2, 70),
-        *[(index + 1,) for index in range(training_kernels.ARRAYS_OF_A_SUM)],
+        *[(index + 1,) for index in range(updates.ARRAYS_OF_A_SUM)],
         (300, 200),
     ]
     arrays = [draw("float32", *shape, offset=1.0) for shape in shapes]
@@ -264,7 +270,7 @@ def test_an_update_with_the_kernels(
     optimizer: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms, clipping and Adam of a model, whose parameters are in two groups, equal those of MLX's operations."""
-    monkeypatch.setattr(training_kernels, "_PARTS", 2)
+    monkeypatch.setattr(updates, "_PARTS", 2)
     config = tiny(tmp_path, f"training.optimizer={optimizer}", "training.max_grad_norm=0.1", "model.vocab_size=50")
     results = []
     for has_kernels in (False, True):

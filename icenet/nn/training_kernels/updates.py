@@ -1,0 +1,225 @@
+"""CUDA kernels of an optimizer's step, MLX: squares of gradients and Adam, several arrays at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+
+from icenet.nn.arrays import Array
+from icenet.nn.training_kernels.common import BLOCKS, THREADS, floats, integers
+
+_SUM_OF_SQUARES = """
+    constexpr int THREADS = 512;
+    const long long size = x_shape[0], step = (long long)gridDim.x * THREADS;
+    float total = 0.f;
+    for (long long index = blockIdx.x * (long long)THREADS + threadIdx.x; index < size; index += step) {
+      const float value = (float)x[index];
+      total += value * value;
+    }
+    __shared__ float totals[THREADS];
+    totals[threadIdx.x] = total;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
+"""
+
+# The squares of several small arrays: `PARTS` blocks for each.
+_SUMS_OF_SQUARES = """
+    constexpr int THREADS = 512;
+    const float* arrays[] = {ARRAYS};
+    const int sizes[] = {SIZES};
+    const int place = blockIdx.x / PARTS, size = sizes[place];
+    const float* x = arrays[place];
+    float total = 0.f;
+    for (int index = blockIdx.x % PARTS * THREADS + threadIdx.x; index < size; index += PARTS * THREADS) {
+      total += x[index] * x[index];
+    }
+    __shared__ float totals[THREADS];
+    totals[threadIdx.x] = total;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
+"""
+
+# Several arrays. A block computes 2048 values, each thread four neighbours if the size allows it.
+_ADAM = """
+    constexpr int THREADS = 512, N = 4;
+    struct alignas(16) Pack { float values[N]; };
+    const int sizes[] = {SIZES};
+    int place = 0, block = blockIdx.x;
+    while (block >= (sizes[place] + THREADS * N - 1) / (THREADS * N)) {
+      block -= (sizes[place] + THREADS * N - 1) / (THREADS * N);
+      place++;
+    }
+    const float *ps[] = {P}, *gs[] = {G}, *ms[] = {M}, *vs[] = {V};
+    float *new_ps[] = {NEW_P}, *new_ms[] = {NEW_M}, *new_vs[] = {NEW_V};
+    const float *p = ps[place], *g = gs[place], *m = ms[place], *v = vs[place];
+    float *new_p = new_ps[place], *new_m = new_ms[place], *new_v = new_vs[place];
+    const int size = sizes[place];
+    auto update = [&](float& a, float& b, float& c, float d) {
+      const float slope = d * factor[0] + scalars[8] * a;
+      b = scalars[4] * b + scalars[5] * slope;
+      c = scalars[6] * c + scalars[7] * slope * slope;
+      const float denominator = sqrtf(c) / scalars[1] + scalars[2];
+      a = a * scalars[3] - scalars[0] * (b / denominator);
+    };
+    if (size % N == 0) {
+      const int index = block * THREADS + threadIdx.x;
+      if (index * N >= size) return;
+      Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
+      Pack c = reinterpret_cast<const Pack*>(v)[index];
+      const Pack d = reinterpret_cast<const Pack*>(g)[index];
+      for (int i = 0; i < N; i++) update(a.values[i], b.values[i], c.values[i], d.values[i]);
+      reinterpret_cast<Pack*>(new_p)[index] = a;
+      reinterpret_cast<Pack*>(new_m)[index] = b;
+      reinterpret_cast<Pack*>(new_v)[index] = c;
+    } else {
+      for (int i = 0; i < N; i++) {
+        const int index = (block * N + i) * THREADS + threadIdx.x;
+        if (index >= size) break;
+        float a = p[index], b = m[index], c = v[index];
+        update(a, b, c, g[index]);
+        new_p[index] = a;
+        new_m[index] = b;
+        new_v[index] = c;
+      }
+    }
+"""
+
+
+def sums_of_squares(arrays: Sequence[Array]) -> Array:
+    """Returns the sum of the squares of each array, fp32 `[N]`.
+
+    Starting a kernel takes longer than reading a small array: ResNet-50 has 161 arrays.
+    """
+    flat = [array.astype(mx.float32).reshape(-1) for array in arrays]
+    small = [index for index, array in enumerate(flat) if array.size < _LARGE]
+    sums: list[Array] = [_sum_of_squares_of_one(array) for array in flat if array.size >= _LARGE]
+    for chunk in _chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, floats(0.0)):
+        [parts] = _sums_of_squares()(
+            inputs=chunk,
+            template=[("PARTS", _PARTS)],
+            grid=(ARRAYS_OF_A_SUM * _PARTS * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(ARRAYS_OF_A_SUM, _PARTS)],
+            output_dtypes=[mx.float32],
+        )
+        sums.append(parts.sum(axis=1))
+    order = [index for index, array in enumerate(flat) if array.size >= _LARGE] + small
+    places = tuple(order.index(index) for index in range(len(flat)))
+    return mx.concatenate(sums)[integers(*places)]
+
+
+ARRAYS_OF_A_SUM = 16
+"""Number of arrays of a kernel. Fewer are filled up, so that there is one kernel to compile."""
+_PARTS = 64
+_LARGE = 1 << 22
+"""Arrays with so many values have a kernel of their own, with more blocks."""
+
+
+def _sum_of_squares_of_one(x: Array) -> Array:
+    """Returns the sum of the squares of an fp32 array `[N]`, fp32 `[1]`."""
+    blocks = max(min(BLOCKS, x.size // (8 * THREADS)), 1)
+    [parts] = _sum_of_squares()(
+        inputs=[x],
+        template=[("T", x.dtype)],
+        grid=(blocks * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(blocks,)],
+        output_dtypes=[mx.float32],
+    )
+    return parts.sum(axis=0, keepdims=True)
+
+
+def _chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[Array]]:
+    for start in range(0, len(arrays), size):
+        part = list(arrays[start : start + size])
+        yield part + [filler] * (size - len(part))
+
+
+def adam(
+    parameters: Sequence[Array],
+    gradients: Sequence[Array],
+    m: Sequence[Array],
+    v: Sequence[Array],
+    factor: Array,
+    scalars: Array,
+) -> list[tuple[Array, Array, Array]]:
+    """Computes a step of Adam in one pass over the arrays, which are fp32; MLX's own operations need 12.
+
+    Args:
+        parameters, gradients, m, v: The arrays of each parameter, of one shape.
+        factor: Factor of the gradients, `[1]`.
+        scalars: step_size, root_correction, eps, shrink, beta1, 1 - beta1, beta2, 1 - beta2, and the weight decay
+            that is added to the gradient, `[9]`.
+
+    Returns:
+        The new parameter, m and v of each.
+    """
+    found: list[tuple[Array, Array, Array]] = []
+    nothing = floats(0.0)
+    while len(found) < len(parameters):
+        own = slice(len(found), len(found) + ARRAYS_OF_ADAM)
+        shapes = [parameter.shape for parameter in parameters[own]]
+        fill = ARRAYS_OF_ADAM - len(shapes)
+        inputs = [
+            array
+            for arrays in (parameters, gradients, m, v)
+            for array in [*(array.reshape(-1) for array in arrays[own]), *[nothing] * fill]
+        ]
+        outputs = [*shapes, *[(1,)] * fill]
+        blocks = sum(-(-math.prod(shape) // (4 * THREADS)) for shape in outputs)
+        new = _adam()(
+            inputs=[*inputs, factor, scalars],
+            template=[],
+            grid=(blocks * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=outputs * 3,
+            output_dtypes=[mx.float32] * (3 * ARRAYS_OF_ADAM),
+        )
+        found += [(new[i], new[i + ARRAYS_OF_ADAM], new[i + 2 * ARRAYS_OF_ADAM]) for i in range(len(shapes))]
+    return found
+
+
+ARRAYS_OF_ADAM = 8
+"""Number of parameters of a kernel; see `ARRAYS_OF_A_SUM`."""
+
+
+@lru_cache
+def _sum_of_squares() -> Any:
+    return mx.fast.cuda_kernel("icenet_sum_of_squares", ["x"], ["out"], _SUM_OF_SQUARES)
+
+
+@lru_cache
+def _sums_of_squares() -> Any:
+    names = [f"x{index}" for index in range(ARRAYS_OF_A_SUM)]
+    source = _SUMS_OF_SQUARES.replace("ARRAYS", ", ".join(names)).replace("SIZES", _sizes(names))
+    return mx.fast.cuda_kernel("icenet_sums_of_squares", names, ["out"], source)
+
+
+@lru_cache
+def _adam() -> Any:
+    names = {
+        part: [f"{part}{index}" for index in range(ARRAYS_OF_ADAM)]
+        for part in ("p", "g", "m", "v", "new_p", "new_m", "new_v")
+    }
+    source = _ADAM.replace("{SIZES}", f"{{{_sizes(names['p'])}}}")
+    for part, own in names.items():
+        source = source.replace(f"{{{part.upper()}}}", f"{{{', '.join(own)}}}")
+    inputs = [name for part in ("p", "g", "m", "v") for name in names[part]]
+    outputs = [name for part in ("new_p", "new_m", "new_v") for name in names[part]]
+    return mx.fast.cuda_kernel("icenet_adam", [*inputs, "factor", "scalars"], outputs, source)
+
+
+def _sizes(names: Sequence[str]) -> str:
+    return ", ".join(f"{name}_shape[0]" for name in names)
