@@ -15,7 +15,7 @@ from test_idioms import close
 from torch import nn
 
 import icenet
-from icenet.core.porting import writer
+from icenet.core.porting import structure
 
 
 class Attention(nn.Module):
@@ -54,7 +54,7 @@ def test_layers_and_arrays_may_have_the_names_of_methods() -> None:
 
 def test_the_names_of_methods_are_all_known() -> None:
     public = {name for name in dir(mlx.nn.Module) if not name.startswith("_")}
-    assert public == writer._METHODS
+    assert public == structure.METHODS
 
 
 class Steps(nn.Module):

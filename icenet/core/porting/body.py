@@ -1,0 +1,493 @@
+"""Writes the body of one call of a module."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from icenet.core.errors import PortError
+from icenet.core.porting import helpers
+from icenet.core.porting import signature as signatures
+from icenet.core.porting.calls import Call, Item
+from icenet.core.porting.lines import Body, Line
+from icenet.core.porting.loops import ELEMENT, RANGE, kind, roll
+from icenet.core.porting.record import Argument, Node, Ref, Tensor, refs
+from icenet.core.porting.structure import Structure
+from icenet.core.porting.table import TABLE
+from icenet.core.porting.table.base import Operation
+from icenet.core.porting.values import Values
+
+INLINE = 92
+"""Longest expression that takes another expression as its argument."""
+
+_RESERVED = {
+    *keyword.kwlist,
+    *("mx", "nn", "math", "np", "self", "layer"),
+    *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "print"),
+    *("range", "reversed", "round", "slice", "sum", "super", "tuple", "zip"),
+}
+"""Words that are no variable."""
+
+
+class Frame:
+    """Writes the body of one call."""
+
+    def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
+        self.structure, self.graph, self.call = structure, graph, call
+        self.items = list(self.flatten(call))
+        self.text: dict[str, str] = {}
+        self.lines: list[Line] = []
+        self.names: dict[str, str] = {}
+        """The value that each variable holds."""
+        self.last_use: dict[str, int] = {}
+        self.position = 0
+        self.sizes: dict[str, str] = {}
+        self.unpacked: set[str] = set()
+        self.pinned: set[str] = set()
+        """Tensors whose sizes are read later."""
+        self.runs: dict[int, int] = {}
+        self.number_runs()
+        self.scope: set[str] = set()
+
+    # ---- which values
+
+    def flatten(self, call: Call) -> Iterator[Item]:
+        for item in call.items:
+            if isinstance(item, Call) and self.structure.is_inlined(item.path):
+                yield from self.flatten(item)
+            else:
+                yield item
+
+    def used_by(self, item: Item) -> list[str]:
+        if isinstance(item, Node):
+            return list(refs(item.args))
+        return [name for _, name in self.graph.parameters(item)]
+
+    def body(self) -> Body:
+        graph = self.graph
+        parameters = graph.parameters(self.call)
+        results = graph.returns(self.call)
+        final = {name: path for path, name in graph.updates_in(self.call)}
+        is_root = self.call.path == "" and self.call is graph.root
+        for index, item in enumerate(self.items):
+            for name in self.used_by(item):
+                self.last_use[name] = index
+        names, defined = [name for _, name in parameters], graph.definers(self.items)
+        for index, item in enumerate(self.items):
+            for name in self.used_by(item):
+                if graph.size(name) is not None and not (isinstance(item, Node) and item.op.startswith("sym.")):
+                    for source in graph.sources_of_size(name, index, names, defined) or ():
+                        self.last_use[source] = max(self.last_use.get(source, -1), index + 1)
+                        self.pinned.add(source)
+        outputs = list(refs(graph.graph.output_tree)) if is_root else results
+        for name in (*outputs, *final):
+            self.last_use[name] = len(self.items)
+        self.uses = Counter(name for item in self.items for name in self.used_by(item))
+        self.uses.update(outputs)
+        self.uses.update(final.keys())
+        self.consumer: dict[str, int] = {}
+        self.users: dict[str, list[Item]] = {}
+        for index, item in enumerate(self.items):
+            for name in self.used_by(item):
+                self.consumer[name] = index
+                self.users.setdefault(name, []).append(item)
+        signature = []
+        if is_root and graph.graph.signature:
+            signature = self.original_signature(graph.graph.signature)
+        else:
+            for hint, name in parameters:
+                variable = self.variable(hint, name)
+                self.text[name] = variable
+                signature.append(variable)
+        self.scope = {name for _, name in parameters}
+        self.open_sizes(parameters)
+        for index, item in enumerate(self.items):
+            self.position = index
+            if isinstance(item, Node):
+                self.node(item, index)
+            else:
+                self.child(item, index)
+        self.position = len(self.items)
+        for name, path in final.items():
+            target = self.structure.attribute(self.call.path, path)
+            if self.text.get(name) != target:
+                self.lines.append(Line(f"{target} = {self.expression(Ref(name))}"))
+        if is_root:
+            self.lines.append(Line(f"return {self.output(graph.graph.output_tree)}"))
+        elif results:
+            self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
+        lines = roll(self.lines)
+        for line in lines:
+            line.code = RANGE.sub(self.elements, line.code)
+        return Body(signature, lines, results)
+
+    def original_signature(self, arguments: list[Argument]) -> list[str]:
+        """Returns the parameters of the original, and writes the statements that check and unpack them."""
+
+        def variable(hint: str, value: str) -> str:
+            self.last_use.setdefault(value, 0)
+            name = self.variable(hint, value)
+            self.text[value] = name
+            return name
+
+        self.position = -1  # before the first operation
+        found, lines = signatures.parameters(arguments, variable)
+        for line in lines:
+            code = line.lstrip()
+            self.lines.append(Line(code, depth=(len(line) - len(code)) // 4))
+        return found
+
+    def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
+        """Names the open sizes of the arguments that are used more than once."""
+        used = Counter(
+            str(self.graph.size(name))
+            for item in self.items
+            if isinstance(item, Node)
+            for name in refs(item.args)
+            if self.graph.size(name) is not None and item.base != "sym.sym_size"
+        )
+        for _, value in parameters:
+            tensor = self.graph.tensors.get(value)
+            if not isinstance(tensor, Tensor):
+                continue
+            found = {
+                axis: str(size)
+                for axis, size in enumerate(tensor.shape)
+                if isinstance(size, str)
+                and size in self.structure.symbols
+                and used[size] > 0
+                and size not in self.sizes
+            }
+            if sum(used[size] for size in found.values()) < 2:
+                continue
+            names = []
+            for axis in range(max(tensor.ndim, 1)):
+                name = self.structure.symbols[found[axis]] if axis in found else "_"
+                if name != "_":
+                    self.sizes[found[axis]] = name
+                    self.names[name] = f"size {name}"
+                    self.last_use[f"size {name}"] = len(self.items) + 1
+                names.append(name)
+            text = self.text[value]
+            if tensor.ndim == 1 or len(names) - names.count("_") == 1:
+                axis = next(axis for axis, name in enumerate(names) if name != "_")
+                self.lines.append(Line(f"{names[axis]} = {text}.shape[{axis}]"))
+            else:
+                self.lines.append(Line(f"{', '.join(names)} = {text}.shape"))
+
+    def elements(self, match: re.Match[str]) -> str:
+        """Returns a list, or the part of it over which a loop runs."""
+        text, start, stop = match[1], int(match[2]), int(match[3])
+        inner = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text)[5:]
+        path = self.structure.original(self.structure.outer(self.call.path), inner)
+        size = len(self.structure.modules[path].children) or len(self.structure.arrays_by_owner.get(path, ()))
+        if start == 0 and stop == size:
+            return text
+        return f"{text}[{start or ''}:{stop if stop != size else ''}]"
+
+    # ---- names
+
+    def variable(self, hint: str, value: str) -> str:
+        """Returns a variable for a value: that of the original if it is free."""
+        hint = re.sub(r"\W", "_", hint).strip("_") or "y"
+        if (
+            hint in _RESERVED
+            or not hint.isidentifier()
+            or hint in self.structure.used_helpers
+            or helpers.exists(hint)
+        ):
+            hint += "_"
+        name, number = hint, 1
+        while name in self.names and self.is_live(self.names[name]) and self.names[name] != value:
+            number += 1
+            name = f"{hint}_{number}"
+        self.names[name] = value
+        return name
+
+    def is_live(self, value: str) -> bool:
+        return self.last_use.get(value, -1) > self.position
+
+    def is_final(self, item: Item, name: str) -> bool:
+        """Returns whether a value is the result of its statement: no later operation of the statement uses it."""
+        users = self.users.get(name, ())
+        return not any(self.is_same_statement(user, item) for user in users if user is not item)
+
+    def is_same_statement(self, a: Item, b: Item) -> bool:
+        """Returns whether one execution of a statement of the original computes both."""
+        return a.place is not None and a.place == b.place and self.runs.get(id(a)) == self.runs.get(id(b))
+
+    def number_runs(self) -> None:
+        """Numbers the executions of statements: one in a loop is a sequence of operations that repeats."""
+        start = 0
+        while start < len(self.items):
+            end = start
+            while end < len(self.items) and self.items[end].place == self.items[start].place:
+                end += 1
+            end = max(end, start + 1)
+            kinds = [kind(item) for item in self.items[start:end]]
+            size = next(
+                n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
+            )
+            place = self.items[start].place
+            if place is None or len(place.targets) != 1:
+                size = len(kinds)
+            for index in range(start, end):
+                self.runs[id(self.items[index])] = start + (index - start) // size * size
+            start = end
+
+    def is_element(self, item: Item) -> bool:
+        """Returns whether this is a call of an element of a list."""
+        path = (
+            item.args["path"]
+            if isinstance(item, Node) and item.op == "layer"
+            else ""
+            if isinstance(item, Node)
+            else item.path
+        )
+        parent = path.rpartition(".")[0]
+        return (
+            bool(parent)
+            and self.structure.is_container(parent)
+            and self.structure.is_dense(parent)
+            and (len(self.structure.modules[parent].children) > 1)
+        )
+
+    def element_name(self, item: Item, name: str, given: str) -> str | None:
+        """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
+        text = self.text.get(given, "")
+        if (
+            self.is_element(item)
+            and self.names.get(text) == given
+            and not self.is_live(given)
+            and given not in self.scope
+        ):
+            return re.sub(r"_\d+$", "", text)
+        return None
+
+    def hint(self, item: Item, name: str) -> str:
+        place = item.place
+        if isinstance(item, Node) and item.op == "layer":
+            found = self.element_name(item, name, item.args["self"].name)
+            if found:
+                return found
+        if place is not None and place.targets and self.is_final(item, name):
+            if len(place.targets) == 1:
+                return place.targets[0]
+            if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
+                found = place.targets[item.args["index"]]
+                return found if found != "_" else "y"
+        if not isinstance(item, Node):
+            return item.path.rpartition(".")[2]
+        if item.base in ("alias", "dropout", "detach") or self.is_plain(item):
+            given = item.args.get("self", item.args.get("input"))
+            source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
+            if source.isidentifier():  # the same value in another form
+                return re.sub(r"_\d+$", "", source)
+        base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
+        if not base or base.isdigit() or self.is_element(item):
+            base = "y"
+        words = {"scaled_dot_product_attention": "attended", "item": "part", "view": "y", "reshape": "y"}
+        return words.get(base, base)
+
+    # ---- expressions
+
+    def expression(self, ref: Ref) -> str:
+        name = ref.name
+        if name in self.text:
+            return self.text[name]
+        graph = self.graph
+        array = graph.graph.arrays.get(name)
+        if array is not None:
+            return self.structure.read_array(self.call.path, array)
+        size = graph.size(name)
+        if size is not None:
+            return self.size_expression(name, size)
+        raise PortError(f"{self.call.path or 'the module'}: the value {name} is not known where it is used")
+
+    def size_expression(self, name: str, expression: str) -> str:
+        """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
+        if expression in self.sizes:
+            return self.sizes[expression]
+        for value in self.text:
+            tensor = self.graph.tensors.get(value)
+            variable = self.text[value]
+            if isinstance(tensor, Tensor) and self.names.get(variable) == value:
+                sizes = list(map(str, tensor.shape))
+                if expression in sizes:
+                    return f"{variable}.shape[{sizes.index(expression)}]"
+        node = self.graph.by_name.get(name)
+        if node is not None and node.op.startswith("sym.") and node.op != "sym.sym_size":
+            return self.operation(node)
+        for part, tensor in self.graph.tensors.items():  # an expression such as 2*s0 of a symbol that is known
+            if part in self.text and isinstance(tensor, Tensor) and self.text[part].isidentifier():
+                if self.names.get(self.text[part]) != part:
+                    continue
+                for axis, size in enumerate(tensor.shape):
+                    if isinstance(size, str) and size.isidentifier() and re.search(rf"\b{size}\b", expression):
+                        source = re.sub(rf"\b{size}\b", f"{self.text[part]}.shape[{axis}]", expression)
+                        if not re.search(r"\bs\d+\b|\bu\d+\b", source):
+                            return source
+        raise PortError(f"{self.call.path or 'the module'}: the size {expression} is not known where it is used")
+
+    def operation(self, node: Node) -> str:
+        name = node.base
+        if name == "layer":
+            return f"{self.structure.child(self.call.path, node.args['path'])}({self.expression(node.args['self'])})"
+        found = TABLE.get(name)
+        if found is None:
+            raise PortError(f"{node.place or node.name}: no entry for {node.op}")
+        operation = Operation(node, self.expression, self.graph.tensors.get, self.structure.used_helpers)
+        operation.training = self.graph.graph.training  # type: ignore[attr-defined]
+        return found(operation)
+
+    def output(self, value: Any) -> str:
+        if isinstance(value, Ref):
+            return self.expression(value)
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {self.output(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, tuple):
+            inner = ", ".join(map(self.output, value))
+            return f"({inner}{',' if len(value) == 1 else ''})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.output, value))}]"
+        return repr(value)
+
+    # ---- statements
+
+    def node(self, node: Node, index: int) -> None:
+        if self.uses[node.name] == 0 and node.name in self.graph.removable:
+            return
+        if node.name in self.unpacked:
+            return
+        if self.graph.size(node.name) is not None:
+            return  # written where it is used
+        text = self.operation(node)
+        trace = self.structure.trace
+        inline = self.uses[node.name] == 1 and self.is_inlined(node, index, text) and not trace
+        if inline or (text.isidentifier() and not trace):
+            self.text[node.name] = text
+            if text.isidentifier() and text in self.names:  # the same value under another name
+                held = self.names[text]
+                self.last_use[held] = max(self.last_use.get(held, -1), self.last_use.get(node.name, -1))
+            return
+        if isinstance(node.out, list) and not trace and self.unpack(node, text):
+            return
+        variable = self.variable(self.hint(node, node.name), node.name)
+        self.assign(variable, text, node.out)
+        self.text[node.name] = variable
+        if trace:
+            self.lines.append(Line(f"_record({node.name!r}, {variable})"))
+
+    def keep(self, text: str, position: int) -> None:
+        """Keeps the variables of an expression until the statement that it is written in."""
+        for word in set(re.findall(r"[A-Za-z_]\w*", text)):
+            if word in self.names:
+                value = self.names[word]
+                self.last_use[value] = max(self.last_use.get(value, -1), position)
+
+    def unpack(self, node: Node, text: str) -> bool:
+        """Assigns the parts of a result to variables, if nothing else uses it."""
+        users = self.users.get(node.name, [])
+        if not users or any(not isinstance(user, Node) or user.op != "item" for user in users) or len(node.out) < 2:
+            return False
+        if self.uses[node.name] != len(users) or len(node.out) > 8:
+            return False
+        position = self.position
+        items = {user.args["index"]: user for user in users if isinstance(user, Node)}
+        if len(items) != len(users):
+            return False
+        self.position = max(self.items.index(user) for user in users)
+        variables = []
+        for index in range(len(node.out)):
+            if index not in items:
+                variables.append("_")
+                continue
+            user = items[index]
+            variable = self.variable(self.hint(user, user.name), user.name)
+            variables.append(variable)
+            self.text[user.name] = variable
+            self.unpacked.add(user.name)
+        self.position = position
+        out = next((item for item in node.out if isinstance(item, Tensor)), None)
+        self.assign(", ".join(variables), text, out)
+        return True
+
+    def is_inlined(self, node: Node, index: int, text: str) -> bool:
+        """Returns whether an expression is written within the statement that uses it."""
+        consumer = self.consumer.get(node.name)
+        if node.name in self.pinned:
+            return False
+        if ELEMENT.match(text):
+            return False  # a loop may run over the list
+        if consumer is None:  # the return reads it
+            if len(text) >= INLINE or (node.place is not None and node.place.targets and len(text) >= 60):
+                return False
+            self.keep(text, len(self.items))
+            return True
+        user = self.items[consumer]
+        if self.is_element(user):
+            return False  # the loop reads a variable
+        if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)):
+            return False
+        same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
+        if not same and node.place is not None and node.place.targets and not self.is_plain(node):
+            return False
+        self.keep(text, consumer)
+        return True
+
+    @staticmethod
+    def is_plain(node: Node) -> bool:
+        """Returns whether a node only changes the order of the axes in memory."""
+        return node.base == "permute" and node.name.rpartition("_p")[2].isdigit()
+
+    def child(self, call: Call, index: int) -> None:
+        results = self.graph.returns(call)
+        if not results and not self.graph.has_effect(call):
+            return
+        given = ", ".join(self.expression(Ref(name)) for _, name in self.graph.parameters(call))
+        method = self.structure.method(call)
+        text = f"{self.structure.child(self.call.path, call.path)}{method}({given})"
+        if not results:
+            self.lines.append(Line(text))
+            return
+        if len(results) == 1 and self.uses[results[0]] == 1:
+            fake = Node(results[0], "call", {}, self.graph.tensors.get(results[0]), call.place)
+            if self.is_inlined(fake, index, text) and not self.structure.trace:
+                self.text[results[0]] = text
+                return
+        targets = call.place.targets if call.place else ()
+        variables = []
+        for position, name in enumerate(results):
+            hint = (
+                targets[position]
+                if len(targets) == len(results)
+                else targets[0]
+                if targets and position == 0 and len(results) == 1
+                else ""
+            )
+            first = self.graph.parameters(call)[:1]
+            reused = self.element_name(call, name, first[0][1]) if first and position == 0 else None
+            if reused:
+                hint = reused
+            elif not hint or hint == "_" or not self.is_final(call, name):
+                leaf = [part for part in call.path.split(".") if not part.isdigit()]
+                hint = (leaf[-1] if leaf else "y") if position == 0 else "extra"
+                first = self.graph.parameters(call)[:1]
+                if (
+                    call.path.rpartition(".")[2].isdigit()
+                    and first
+                    and self.text.get(first[0][1], "-").isidentifier()
+                ):
+                    hint = re.sub(r"_\d+$", "", self.text[first[0][1]])
+            variables.append(self.variable(hint, name))
+            self.text[name] = variables[-1]
+        self.assign(", ".join(variables), text, self.graph.tensors.get(results[0]) if len(results) == 1 else None)
+
+    def assign(self, variable: str, text: str, out: Any) -> None:
+        comment = ""
+        if isinstance(out, Tensor):
+            comment = self.structure.shape_comment(out)
+        self.lines.append(Line(f"{variable} = {text}", comment))

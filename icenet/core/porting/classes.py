@@ -1,0 +1,180 @@
+"""The classes of a source. Instances that differ in numbers only share a class with arguments."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from icenet.core.porting import helpers
+from icenet.core.porting.layers import NAMES
+from icenet.core.porting.lines import WIDTH, Body, Line, lists, wrapped
+from icenet.core.porting.structure import METHODS
+
+MARK = re.compile(r"@(\d+)@")
+NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|False)(?![\w])")
+
+
+@dataclass
+class Class:
+    """A generated class."""
+
+    name: str
+    init: list[str]
+    bodies: list[Body] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Instance:
+    name: str
+    init: list[str]
+    bodies: list[Body]
+    height: int
+    text: str = ""
+
+
+def resolve(instances: list[Instance]) -> list[Class]:
+    """Makes the classes of all instances. Instances that differ in numbers only share one."""
+    classes: list[Class] = []
+    sources: dict[int, str] = {}
+    names: Counter[str] = Counter()
+    for height in sorted({item.height for item in instances}):
+        groups: dict[tuple[str, str], list[int]] = {}
+        for index, item in enumerate(instances):
+            if item.height == height:
+                item.init = [lists(MARK.sub(lambda m: sources[int(m[1])], line)) for line in item.init]
+                item.text = "\n".join([*item.init, "-" * 8, *(body.key() for body in item.bodies)])
+                groups.setdefault((item.name, NUMBER.sub("#", item.text)), []).append(index)
+        for (name, _), members in groups.items():
+            names[name] += 1
+            unique = (
+                name
+                if names[name] == 1 and not helpers.exists(name)
+                else f"{name}{names[name] + helpers.exists(name)}"
+            )
+            made, arguments = unified(unique, [instances[index] for index in members])
+            classes.append(made)
+            for index, values in zip(members, arguments, strict=True):
+                sources[index] = f"{unique}({', '.join(values)})"
+    return classes
+
+
+def unified(name: str, members: list[Instance]) -> tuple[Class, list[list[str]]]:
+    """Returns the class of some instances whose texts differ in numbers, and the arguments of each instance."""
+    numbers = [NUMBER.findall(item.text) for item in members]
+    columns = list(zip(*numbers, strict=True))
+    varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
+    first = members[0]
+    if not varying:
+        return Class(name, first.init, _common_comments(members)), [[] for _ in members]
+    in_init = len(NUMBER.findall("\n".join(first.init)))
+    hints = _hints(first.text)
+    parameters: dict[tuple[str, ...], str] = {}
+    replacement: dict[int, str] = {}
+    taken = {*re.findall(r"self\.(\w+)", first.text), *METHODS}
+    stored: dict[str, None] = {}
+    for index in varying:
+        column = columns[index]
+        if column not in parameters:
+            hint = hints[index]
+            unique, number = hint, 1
+            while unique in taken:
+                number += 1
+                unique = f"{hint}_{number}"
+            taken.add(unique)
+            parameters[column] = unique
+        replacement[index] = parameters[column]
+        if index >= in_init:
+            stored[parameters[column]] = None
+            replacement[index] = f"self.{parameters[column]}"
+    position = -1
+
+    def put(match: re.Match[str]) -> str:
+        nonlocal position
+        position += 1
+        return replacement.get(position, match[0])
+
+    init = [NUMBER.sub(put, line) for line in first.init]
+    NUMBER.sub(put, "-" * 8)
+    bodies = []
+    for body, common in zip(first.bodies, _common_comments(members), strict=True):
+        lines = [
+            Line(NUMBER.sub(put, line.code), other.comment, line.depth)
+            for line, other in zip(body.lines, common.lines, strict=True)
+        ]
+        bodies.append(Body(body.parameters, lines, body.returns))
+    init = [*(f"self.{item} = {item}" for item in stored), *init]
+    arguments = [[column[row] for column in parameters] for row in range(len(members))]
+    return Class(name, init, bodies, list(parameters.values())), arguments
+
+
+def _common_comments(members: list[Instance]) -> list[Body]:
+    """Returns the bodies of the first instance with the comments that all instances have."""
+    bodies = []
+    for number, body in enumerate(members[0].bodies):
+        others = [item.bodies[number].lines for item in members[1:]]
+        lines = [
+            Line(
+                line.code,
+                line.comment if all(other[row].comment == line.comment for other in others) else "",
+                line.depth,
+            )
+            for row, line in enumerate(body.lines)
+        ]
+        bodies.append(Body(body.parameters, lines, body.returns))
+    return bodies
+
+
+def _hints(text: str) -> list[str]:
+    """Returns a name for each number of a text: its keyword, or the argument of the constructor."""
+    hints = []
+    for match in NUMBER.finditer(text):
+        before = text[: match.start()].rpartition("\n")[2]
+        found = re.search(r"(\w+)=\(?(?:\d+, )*$", before)
+        attribute = re.match(r"self\.(\w+) = ", before)
+        hint = ""
+        if found:
+            hint = found[1]
+        else:
+            opened = re.search(r"([\w.]+)\(([^()]*)$", before)
+            if opened and opened[1] in NAMES:
+                names = NAMES[opened[1]]
+                place = opened[2].count(",")
+                hint = names[place] if place < len(names) else ""
+            elif opened and opened[1] in ("range",):
+                hint = "num_layers"
+            elif attribute:
+                hint = f"{attribute[1]}_size"
+        if not hint and "reshape(" in before:
+            hint = "size"
+        hint = hint or "value"
+        hints.append({"num_features": "channels", "axis": "axis"}.get(hint, hint))
+    return hints
+
+
+def class_source(item: Class) -> str:
+    """Returns the source of a class."""
+    lines = [f"class {item.name}(nn.Module):"]
+    if item.init or item.parameters:
+        lines.append(f"    def __init__(self{''.join(', ' + name for name in item.parameters)}):")
+        lines.append("        super().__init__()")
+        for text in item.init:
+            lines += wrapped(text, 8)
+    for number, body in enumerate(item.bodies):
+        if len(lines) > 1:
+            lines.append("")
+        name = "__call__" if number == 0 else f"call_{number + 1}"
+        lines += wrapped(f"def {name}({', '.join(['self', *body.parameters])}):", 4)
+        shape = None
+        for line in body.lines:
+            code = wrapped(line.code, 8 + 4 * line.depth)
+            if line.comment and line.comment != shape and len(code[-1]) + len(line.comment) + 4 <= WIDTH:
+                code[-1] += f"  # {line.comment}"
+            shape = line.comment or shape
+            lines += code
+        if not body.lines:
+            lines.append("        pass")
+    if len(lines) == 1:
+        lines.append("    pass")
+    return "\n".join(lines)

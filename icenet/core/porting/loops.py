@@ -1,0 +1,89 @@
+"""Repeated statements as loops over the lists of a module."""
+
+from __future__ import annotations
+
+import re
+
+from icenet.core.porting.calls import Item
+from icenet.core.porting.lines import Line
+from icenet.core.porting.record import Node
+
+ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
+RANGE = re.compile(r"(self[^@\s]*)@(\d+):(\d+)@")
+_INDEX = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[(\d+)\]")
+
+
+def kind(item: Item) -> str:
+    """Returns what an operation has in common with that of another turn of a loop."""
+    if isinstance(item, Node) and item.op != "layer":
+        return item.op
+    return re.sub(r"\.\d+(?=\.|$)", ".#", item.args["path"] if isinstance(item, Node) else item.path)
+
+
+def roll(lines: list[Line]) -> list[Line]:
+    """Writes repeated statements that differ in the index of a list as a loop."""
+    index = 0
+    while index < len(lines):
+        best = None
+        for size in range(1, min(24, (len(lines) - index) // 2) + 1):
+            found = _run(lines, index, size)
+            if found is not None and (best is None or found[0] * size > best[0] * best[1]):
+                best = (*found[:1], size, *found[1:])
+        if best is None:
+            index += 1
+            continue
+        count, size, lists, start = best
+        block = lines[index : index + size]
+        names = [_singular(text) for text in lists]
+        names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
+        inner = []
+        for line in block:
+            code = line.code
+            for text, name in zip(lists, names, strict=True):
+                code = code.replace(f"{text}[{start}]", name)
+            inner.append(Line(code, line.comment, line.depth + 1))
+        ranges = [f"{text}@{start}:{start + count}@" for text in lists]
+        head = f"for {', '.join(names)} in " + (ranges[0] if len(ranges) == 1 else f"zip({', '.join(ranges)})") + ":"
+        lines = [*lines[:index], Line(head, "", block[0].depth), *inner, *lines[index + size * count :]]
+        index += size + 1
+    return lines
+
+
+def _singular(text: str) -> str:
+    name = re.sub(r"\W", "", text.rpartition(".")[2]) or "layer"
+    if name.endswith("ies"):
+        return name[:-3] + "y"
+    if name.endswith("s") and not name.endswith("ss"):
+        return name[:-1]
+    return (
+        "layer"
+        if name in ("features", "net", "model") or name.startswith("layer")
+        else "block"
+        if name.startswith(("stage", "block"))
+        else "layer"
+    )
+
+
+def _run(lines: list[Line], index: int, size: int) -> tuple[int, list[str], int] | None:
+    """Returns how often a block of statements repeats, with which lists, and the first index."""
+    block = [line.code for line in lines[index : index + size]]
+    depths = [line.depth for line in lines[index : index + size]]
+    indices = [(match[1], int(match[2])) for code in block for match in _INDEX.finditer(code)]
+    if not indices or any(line.startswith(("for ", "if ", "return")) for line in block):
+        return None
+    starts = {number for _, number in indices}
+    if len(starts) != 1:
+        return None
+    start = starts.pop()
+    lists = list(dict.fromkeys(text for text, _ in indices))
+
+    def at(step: int) -> list[str]:
+        return [_INDEX.sub(lambda m: f"{m[1]}[{start + step}]", code) for code in block]
+
+    count = 1
+    while True:
+        part = lines[index + size * count : index + size * (count + 1)]
+        if [line.code for line in part] != at(count) or [line.depth for line in part] != depths:
+            break
+        count += 1
+    return (count, lists, start) if count > 1 else None

@@ -1,0 +1,213 @@
+"""What each module of the original becomes: a class, a list, a layer, or statements where it is called."""
+
+from __future__ import annotations
+
+import keyword
+import re
+
+from icenet.core.errors import PortError
+from icenet.core.porting.calls import Call, tree
+from icenet.core.porting.layers import Layer
+from icenet.core.porting.names import flat, new_names
+from icenet.core.porting.record import Array, Graph, Tensor
+from icenet.core.porting.table.base import mlx_dtype
+
+METHODS = {
+    "keys",
+    "values",
+    "items",
+    "get",
+    "pop",
+    "update",
+    "copy",
+    "clear",
+    "setdefault",
+    "popitem",
+    "fromkeys",
+    "train",
+    "eval",
+    "state",
+    "children",
+    "parameters",
+    "modules",
+    "freeze",
+    "unfreeze",
+    "apply",
+    "training",
+    "load_weights",
+    "save_weights",
+    "leaf_modules",
+    "named_modules",
+    "update_modules",
+    "set_dtype",
+    "filter_and_map",
+    "apply_to_modules",
+    "is_module",
+    "trainable_parameters",
+    "trainable_parameter_filter",
+    "valid_child_filter",
+    "valid_parameter_filter",
+}
+"""Attributes of `mlx.nn.Module`, which is a dict: a layer or array of such a name is set and read as an item."""
+
+
+class Structure:
+    """The modules and arrays of the original, and how they are read in the source.
+
+    Args:
+        graph: The graph in evaluation mode.
+        layers: Its layers of mlx.nn by path.
+        train: The graph in training mode, None if there is none.
+        trace: Whether the source records every value.
+    """
+
+    def __init__(self, graph: Graph, layers: dict[str, Layer], train: Graph | None, trace: bool) -> None:
+        self.layers = layers
+        self.modules = graph.modules
+        self.used_helpers: set[str] = set()
+        self.names = new_names(graph, train)
+        self.trace = trace
+        self.arrays_by_owner: dict[str, list[Array]] = {}
+        seen: set[str] = set()
+        for source in (graph, train) if train is not None else (graph,):
+            for array in source.arrays.values():
+                if array.path not in seen and array.kind != "constant":
+                    seen.add(array.path)
+                    self.arrays_by_owner.setdefault(array.path.rpartition(".")[0], []).append(array)
+        self.constants: dict[str, Array] = {
+            array.path: array
+            for source in (graph, train)
+            if source
+            for array in source.arrays.values()
+            if array.kind == "constant"
+        }
+        self.shared = graph.shared
+        self.called = {call.path for source in (graph, train) if source for call in tree(source).calls()}
+        self.methods: dict[str, str] = {}
+        self.symbols = self.name_symbols(graph)
+
+    # ---- what each module becomes
+
+    def is_container(self, path: str) -> bool:
+        """Returns whether a module is a list or a dict of modules."""
+        if path == "":
+            return False
+        name = self.modules[path].class_name
+        return name in ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict") and not (
+            self.arrays_by_owner.get(path) and name not in ("ParameterList", "ParameterDict")
+        )
+
+    def is_inlined(self, path: str) -> bool:
+        """Returns whether the calls of a module are written where it is called."""
+        if path == "":
+            return False
+        if self.is_container(path):
+            return True
+        return (
+            not self.has_arrays(path) and not self.in_list(path) and self.modules[path].kind.startswith("torch.nn.")
+        )
+
+    def in_list(self, path: str) -> bool:
+        parent = path.rpartition(".")[0]
+        return self.is_container(parent)
+
+    def has_arrays(self, path: str) -> bool:
+        prefix = f"{path}." if path else ""
+        return any(owner == path or owner.startswith(prefix) for owner in self.arrays_by_owner) or any(
+            other == path or other.startswith(prefix) for other in self.layers
+        )
+
+    def can_reach(self, path: str, array: str) -> bool:
+        """Returns whether a module may read an array as an attribute of itself or of a module below it."""
+        if array in self.constants:
+            return path == ""
+        while path and self.is_inlined(path):
+            path = path.rpartition(".")[0]
+        owner = array.rpartition(".")[0]
+        return path == "" or owner == path or owner.startswith(path + ".")
+
+    def outer(self, path: str) -> str:
+        """Returns the module in whose class the calls of a module are written."""
+        while path and self.is_inlined(path):
+            path = path.rpartition(".")[0]
+        return path
+
+    def child(self, path: str, child: str) -> str:
+        """Returns the source of a module below another one."""
+        path = self.outer(path)
+        if path and not child.startswith(path + "."):
+            raise PortError(f"{path}: calls {child}, which is not below it")
+        text, at = "self", path
+        for part in (child[len(path) + 1 :] if path else child).split("."):
+            holder = at
+            at = f"{at}.{part}" if at else part
+            part = self.names.get(at, part)
+            if holder != path and self.is_container(holder):
+                dense = self.is_dense(holder)
+                text += f"[{part}]" if dense else f"[{part!r}]"
+            else:
+                text += member(part)
+        return text
+
+    def original(self, path: str, inner: str) -> str:
+        """Returns the path in the original of attributes below a module."""
+        for part in inner.split("."):
+            names = self.modules[path].children if path in self.modules else []
+            children = {self.names.get(child, name): child for name in names for child in [join(path, name)]}
+            path = children.get(part, join(path, part))
+        return path
+
+    def is_dense(self, path: str) -> bool:
+        names = self.modules[path].children or [
+            array.path.rpartition(".")[2] for array in self.arrays_by_owner.get(path, [])
+        ]
+        return [str(index) for index in range(len(names))] == names
+
+    def attribute(self, path: str, array: str) -> str:
+        if array in self.constants:
+            return f"self.{self.names.get(array, flat(array))}"
+        return self.child(path, array)
+
+    def read_array(self, path: str, array: Array) -> str:
+        if array.value is not None:
+            text = re.sub(r"-?\b(inf|nan)\b", lambda m: f'float("{m[0]}")', repr(array.value))
+            return f"mx.array({text}, mx.{mlx_dtype(array.tensor.dtype)})"
+        return self.attribute(path, array.path)
+
+    def method(self, call: Call) -> str:
+        return self.methods.get(call.entered, "")
+
+    def name_symbols(self, graph: Graph) -> dict[str, str]:
+        """Returns names of the open sizes, for comments."""
+        names: dict[str, str] = {}
+        for ref in graph.inputs:
+            shape = graph.tensors[ref.name].shape
+            letters = {4: "BCHW", 3: "BTC", 2: "BT", 1: "B", 5: "BCDHW"}.get(len(shape), "")
+            if len(letters) > 3 and isinstance(shape[1], str) and isinstance(shape[-1], int):
+                letters = f"B{letters[2:]}C"  # of images with their channels last, which alone have a fixed number
+            for letter, size in zip(letters, shape, strict=False):
+                if isinstance(size, str) and size not in names:
+                    taken = set(names.values())
+                    names[size] = letter if letter not in taken else f"{letter}{len(names)}"
+        return names
+
+    def shape_comment(self, tensor: Tensor) -> str:
+        sizes = []
+        for axis, size in enumerate(tensor.shape):
+            text = str(size)
+            for symbol, name in self.symbols.items():
+                text = re.sub(rf"\b{symbol}\b", name, text)
+            text = text[1:-1] if re.fullmatch(r"\([^()]*\)", text) else text
+            letters = {3: "BTC", 4: "BHWC", 5: "BDHWC"}.get(tensor.ndim, "?" * tensor.ndim)
+            sizes.append(text if len(text) < 14 else letters[axis])
+        return f"[{', '.join(sizes)}]"
+
+
+def member(name: str) -> str:
+    """Returns the source of a module's child or array after the module's own."""
+    is_attribute = name.isidentifier() and not keyword.iskeyword(name) and name not in METHODS
+    return f".{name}" if is_attribute else f"[{name!r}]"
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,255 @@
+"""Which values each call of a module takes, returns and sets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from icenet.core.errors import PortError
+from icenet.core.porting.calls import Call, Item, tree
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.structure import Structure
+
+
+class Values:
+    """A graph with its tree of calls, and which values each call takes and returns."""
+
+    def __init__(self, structure: Structure, graph: Graph) -> None:
+        self.structure, self.graph = structure, graph
+        self.root = tree(graph)
+        self.by_name = {node.name: node for node in self.root.nodes()}
+        self.tensors: dict[str, Any] = {**graph.tensors, **{name: node.out for name, node in self.by_name.items()}}
+        self.order = {name: index for index, name in enumerate(self.by_name)}
+        self.prune()
+        self._parameters: dict[str, list[tuple[str, str]]] = {}
+        self._returns: dict[str, list[str]] = {}
+        self.inside: dict[str, set[str]] = {}
+        self.analyse(self.root)
+        self.removable = set(self.by_name)
+
+    def prune(self) -> None:
+        """Removes operations that nothing depends on."""
+        needed: set[str] = set()
+        pending = [*refs(self.graph.output_tree), *refs(self.graph.updates)]
+        while pending:
+            name = pending.pop()
+            if name not in needed:
+                needed.add(name)
+                if name in self.by_name:
+                    pending.extend(refs(self.by_name[name].args))
+        self.needed = needed
+
+        def walk(call: Call) -> None:
+            for item in list(call.items):
+                if isinstance(item, Call):
+                    walk(item)
+            call.items = [item for item in call.items if isinstance(item, Call) or item.name in needed]
+
+        walk(self.root)
+
+    def analyse(self, call: Call) -> None:
+        order: list[tuple[str, tuple[str, ...]]] = []
+
+        def walk(item: Call, stack: tuple[str, ...]) -> None:
+            stack = (*stack, item.entered)
+            for inner in item.items:
+                if isinstance(inner, Node):
+                    order.extend((name, stack) for name in refs(inner.args))
+                    for entered in stack:
+                        self.inside.setdefault(entered, set()).add(inner.name)
+                else:
+                    walk(inner, stack)
+
+        walk(call, ())
+        for name in (*refs(self.graph.output_tree),):
+            order.append((name, (self.root.entered,)))
+        self.uses = order
+        self.outside: dict[str, set[str]] = {}
+        by_value: dict[str, list[tuple[str, ...]]] = {}
+        for name, stack in order:
+            by_value.setdefault(name, []).append(stack)
+        self.by_value = by_value
+        for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
+            self.sort(item)
+
+    def is_value(self, name: str) -> bool:
+        return self.size(name) is None and name not in self.graph.arrays
+
+    def size(self, name: str) -> str | None:
+        """Returns the expression of a size, None for a tensor."""
+        out = self.tensors.get(name)
+        return out if isinstance(out, str) else None
+
+    def own_items(self, call: Call) -> list[Item]:
+        """Returns what the body of a call contains: operations, and calls that are not written inline."""
+        found: list[Item] = []
+        for item in call.items:
+            if isinstance(item, Call) and self.structure.is_inlined(item.path):
+                found += self.own_items(item)
+            else:
+                found.append(item)
+        return found
+
+    def definers(self, items: list[Item]) -> list[tuple[int, str]]:
+        """Returns the tensors that a body defines, with their positions."""
+        found = []
+        for position, item in enumerate(items):
+            for name in [item.name] if isinstance(item, Node) else self.returns(item):
+                if isinstance(self.tensors.get(name), Tensor):
+                    found.append((position, name))
+        return found
+
+    def sources_of_size(
+        self, name: str, position: int, given: list[str], defined: list[tuple[int, str]]
+    ) -> list[str] | None:
+        """Returns the tensors from whose axes a body can compute a size, None if it cannot."""
+        if name in given:
+            return []
+        expression = self.size(name) or ""
+        known = [*given, *(value for place, value in defined if place < position)]
+
+        def with_axis(size: str) -> str | None:
+            return next(
+                (value for value in known if size in map(str, getattr(self.tensors.get(value), "shape", ()))), None
+            )
+
+        if re.fullmatch(r"-?\d+", expression):
+            return []
+        direct = with_axis(expression)
+        if direct is not None:
+            return [direct]
+        node = self.by_name.get(name)
+        if node is not None and node.op.startswith("sym.") and node.op not in ("sym.sym_size", "sym.sym_numel"):
+            found: list[str] = []
+            for inner in refs(node.args):
+                sources = self.sources_of_size(inner, position, given, defined)
+                if sources is None:
+                    break
+                found += sources
+            else:
+                return found
+        if node is not None and node.op == "sym.sym_size" and node.args["self"].name in known:
+            return [node.args["self"].name]
+        symbols = [with_axis(symbol) for symbol in set(re.findall(r"[A-Za-z_]\w*", expression))]
+        if symbols and None not in symbols and re.fullmatch(r"[\w\s()+*/-]+", expression):
+            return [symbol for symbol in symbols if symbol is not None]
+        return None
+
+    def sort(self, call: Call) -> None:
+        inside = self.inside.get(call.entered, set())
+        items = self.own_items(call)
+        used: list[str] = []
+        sizes: list[tuple[int, str]] = []
+        seen: set[str] = set()
+
+        def need(name: str, position: int) -> None:
+            if self.size(name) is not None:
+                sizes.append((position, name))
+                return
+            if name in seen:
+                return
+            seen.add(name)
+            if name in inside:
+                return
+            array = self.graph.arrays.get(name)
+            if array is not None and (array.value is not None or self.structure.can_reach(call.path, array.path)):
+                return
+            used.append(name)
+
+        for position, item in enumerate(items):
+            for name in refs(item.args) if isinstance(item, Node) else [name for _, name in self.parameters(item)]:
+                if not (isinstance(item, Node) and item.op.startswith("sym.")):
+                    need(name, position)
+        if call is self.root:
+            for name in refs(self.graph.output_tree):
+                need(name, len(items))
+        given: list[tuple[str, str]] = []
+        declared: set[str] = set()
+        for argument, value in call.given.items():
+            leaves = [name for name in refs(value) if self.is_value(name) or name in used]
+            for number, name in enumerate(leaves):
+                if name not in declared and (name in used or call is self.root):
+                    declared.add(name)
+                    given.append((argument if len(leaves) == 1 else f"{argument}_{number}", name))
+        if call is self.root:
+            for ref in self.graph.inputs:
+                if ref.name not in declared:
+                    declared.add(ref.name)
+                    given.append((ref.name, ref.name))
+            wanted = [ref.name for ref in self.graph.inputs]
+            given.sort(key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else len(wanted))
+        for name in used:
+            if name not in declared:
+                declared.add(name)
+                given.append((self.hint(name), name))
+        defined = self.definers(items)
+        for position, name in sizes:
+            names = [value for _, value in given]
+            if name not in declared and self.sources_of_size(name, position, names, defined) is None:
+                if call is self.root:
+                    raise PortError(f"the size {self.size(name)} depends on values, not on the sizes of the inputs")
+                declared.add(name)
+                given.append((self.hint(name), name))
+        self._parameters[call.entered] = given
+        results = [name for name in refs(call.results) if name in inside and self.is_value(name)]
+        updates = {value.name for value in self.graph.updates.values() if isinstance(value, Ref)}
+        escaping = [
+            name for name in self.order if name in inside and self.is_value(name) and self.escapes(name, call)
+        ]
+        returned = list(dict.fromkeys([name for name in results if name in escaping] + escaping))
+        returned += [name for name in updates & inside if name not in returned and not self.updates_here(name, call)]
+        self._returns[call.entered] = returned if call is not self.root else []
+
+    def escapes(self, name: str, call: Call) -> bool:
+        return any(call.entered not in stack for stack in self.by_value.get(name, ())) or (
+            call is self.root and False
+        )
+
+    def hint(self, name: str) -> str:
+        node = self.by_name.get(name)
+        if self.size(name) is not None:
+            targets = node.place.targets if node is not None and node.place is not None else ()
+            return targets[0] if len(targets) == 1 else "size"
+        array = self.graph.arrays.get(name)
+        if array is not None:
+            return array.path.rpartition(".")[2]
+        if node is not None and node.place is not None and len(node.place.targets) == 1:
+            return node.place.targets[0]
+        if node is not None and node.op == "item" and node.place is not None:
+            index = node.args["index"]
+            if index < len(node.place.targets):
+                return node.place.targets[index]
+        return node.base if node is not None else name
+
+    def parameters(self, call: Call) -> list[tuple[str, str]]:
+        return self._parameters[call.entered]
+
+    def returns(self, call: Call) -> list[str]:
+        return self._returns[call.entered]
+
+    def updates_here(self, name: str, call: Call) -> bool:
+        return any(value == name for _, value in self.updates_in(call, all_levels=True))
+
+    def updates_in(self, call: Call, all_levels: bool = False) -> list[tuple[str, str]]:
+        """Returns (path, value) of the arrays that a call sets: those whose value it computes itself."""
+        found = []
+        for path, value in self.graph.updates.items():
+            if not isinstance(value, Ref):
+                continue
+            inside = value.name in self.inside.get(call.entered, ())
+            reach = self.structure.can_reach(call.path, path)
+            deeper = any(
+                value.name in self.inside.get(inner.entered, ()) and self.structure.can_reach(inner.path, path)
+                for inner in call.calls()
+                if inner is not call and not self.structure.is_inlined(inner.path)
+            )
+            if (
+                reach
+                and (inside or (call is self.root and not deeper and value.name not in self.by_name))
+                and (all_levels or not deeper)
+            ):
+                found.append((path, value.name))
+        return found
+
+    def has_effect(self, call: Call) -> bool:
+        return any(self.updates_in(inner) for inner in call.calls())
