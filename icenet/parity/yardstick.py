@@ -294,6 +294,8 @@ def judge(
             return Judgement.incomparable(side)
         if not finite.any() and dtype == "fp32":
             return Judgement.incomparable("no value is finite")
+        if not finite.any():
+            return Judgement(0.0, 0.0, 0.0, 0.0, note=f"{r.size} values not finite on both")
         a, b, r, sampled = a[finite], b[finite], r[finite], sampled[finite]
     least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
     if layer_rms and rms(r) <= ZERO * layer_rms:

@@ -326,3 +326,10 @@ def test_curves_with_no_noise_or_values_that_are_not_finite() -> None:
         judge_curve([1.0], [1.0, 2.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="cannot be compared"):
         judge_curve([], [], [])
+
+
+def test_values_that_overflow_on_both_sides_are_not_judged() -> None:
+    overflow = np.full(3, np.inf)
+    assert judge(overflow, overflow, np.full(3, 1e9), "fp16").passed
+    assert not judge(np.ones(3), overflow, np.full(3, 1e9), "fp16").passed
+    assert not judge(overflow, overflow, overflow, "fp32").passed
