@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity import align
+from icenet.parity.culprit import first_name
 from icenet.parity.events import Event
 from icenet.parity.pairing import relative
 from icenet.parity.sides import Pair, Side
@@ -101,7 +102,7 @@ class _Trial:
         failing = [name for name, judgement in judgements.items() if not judgement.passed]
         outputs = [name for name in failing if name.startswith("output")]
         statistics = [name for name in failing if name.startswith("statistic ")]
-        first = comparison.first_name(pair, judgements)
+        first = first_name(pair, judgements)
         self.name = first if first in outputs or not outputs else outputs[0]
         self.is_forward = bool(outputs or statistics)
         if not outputs and statistics:

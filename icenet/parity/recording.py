@@ -30,15 +30,18 @@ from icenet.core import backends, rng
 from icenet.core.errors import UsageError
 from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
+from icenet.parity.arguments import DTYPES
 from icenet.parity.causes import attributes
-from icenet.parity.comparison import DTYPES, SMALL, Comparison, Targets, default_rate, describe, update_gradients
+from icenet.parity.comparison import Comparison, describe
 from icenet.parity.engines import Perturbation
 from icenet.parity.events import Event, Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import scaled_for_fp16
 from icenet.parity.pairing import Match, is_separable, pair_calls
 from icenet.parity.result import Report
+from icenet.parity.runs import Targets
 from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
+from icenet.parity.stages.training import SMALL, default_rate, update_gradients
 from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Value, output_name
 from icenet.parity.trace_files import TraceReader, TraceStore, TraceWriter, damaged, decode, encode
@@ -714,7 +717,7 @@ class _TraceComparison(Comparison):
             return self._trace.environment["reference" if side.is_reference else "b"]
         return super().describe(side)
 
-    def _reference_run(self, inputs: Inputs, *arguments: Any) -> Run:
+    def reference_run(self, inputs: Inputs, *arguments: Any) -> Run:
         self.inputs_b = self._trace.inputs.values
         return self.reference.record(inputs.given, self.inputs_b, self.store, *arguments)
 
@@ -725,14 +728,14 @@ class _TraceComparison(Comparison):
     def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
         return self._trace.rate
 
-    def _propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
+    def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
         kind = "in_order" if self.b.backend == "torch" and self.a.has_foreign("") else "noise"
         assert isinstance(self.b, RecordedSide)
         noise = self._trace.samples[self.b.run_mode][kind]
         return {name: noise[name] for name in exact if name in noise}
 
-    def _suggest(self, pair: Pair, judgements: Mapping[str, Any]) -> None:
-        super()._suggest(pair, judgements)
+    def suggest(self, pair: Pair, judgements: Mapping[str, Any]) -> None:
+        super().suggest(pair, judgements)
         if not self.report.cause and (hint := self._hint(pair)):
             self.report.cause = hint
 

@@ -63,7 +63,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the last difference of a replay is named",
-        "icenet/parity/comparison.py",
+        "icenet/parity/culprit.py",
         "return min(found, key=lambda origin: origin.order, default=None)",
         "return max(found, key=lambda origin: origin.order, default=None)",
         ["parity/test_compare.py::test_the_first_of_several_places_is_named"],
@@ -85,7 +85,7 @@ FAULTS: list[Fault] = [
     Fault(
         "the modes of the modules are not compared",
         "icenet/parity/comparison.py",
-        "if first and self._modes_differ(stage):",
+        "if first and forward.modes_differ(self, stage):",
         "if first and False:",
         ["parity/test_compare_idioms.py::test_modes_that_differ_are_a_difference"],
     ),
@@ -98,8 +98,8 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "weights of layers with other parameters are not compared",
-        "icenet/parity/comparison.py",
-        "in [*pairs, *self._converted_weights()]:",
+        "icenet/parity/stages/weights.py",
+        "in [*pairs, *_converted_weights(c)]:",
         "in pairs:",
         ["parity/test_compare_idioms.py::test_weights_of_layers_with_other_parameters_are_compared"],
     ),
@@ -119,7 +119,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "one array that differs counts as never copied",
-        "icenet/parity/comparison.py",
+        "icenet/parity/stages/weights.py",
         "return 2 * sum(related) < len(related)",
         "return sum(related) < len(related)",
         ["parity/test_compare.py::test_an_unrelated_array_is_found"],
@@ -2129,7 +2129,7 @@ FAULTS: list[Fault] = [
     Fault(
         "a copy for generation is kept when a weight was replaced",
         "icenet/core/generation/copies.py",
-        "self._settings == settings and self._snapshot.is_current():",
+        "self._settings == settings and self._snapshot.is_current(model):",
         "self._settings == settings:",
         ["core/generation/test_generation_copies.py::test_a_changed_weight_changes_what_is_generated"],
     ),

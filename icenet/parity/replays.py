@@ -1,0 +1,176 @@
+"""Computes each call alone on all sides, on the inputs of the reference, and judges what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.parity import align
+from icenet.parity.locate import judge_layer
+from icenet.parity.sides import Pair, Side
+from icenet.parity.trace import Call, Value
+from icenet.parity.yardstick import (
+    FACTOR,
+    Judgement,
+    Samples,
+    rms,
+)
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+_FEW = 4
+"""Number of samples of the sum of a bias."""
+_SAME = 0.1
+"""Relative distance of a replay of the reference from its run at which the replay computes something else."""
+
+
+def replay_all(c: Comparison, pairs: list[Pair], gradients: bool) -> dict[int, dict[str, Judgement]]:
+    """Returns the judgements of the replay of each call by the number of its event in `b`."""
+    found = {}
+    c.ties = set()
+    for pair in pairs:
+        if not pair.obstacle:
+            found[pair.b.number] = _replay(c, pair, gradients)
+    return found
+
+
+def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+    values, seeds = c.replay_inputs(pair, gradients)
+    pair.parameters = c.reference.parameters_within(pair.path) if gradients else []
+    try:
+        exact = c.reference.replay(pair, values, seeds)
+        if pair.children and not _is_same(exact, pair.results("b")):
+            raise align.ReplayError("computes something else")
+    except align.ReplayError as error:
+        if not pair.children:
+            pair.obstacle = f"not replayed: b {error}"
+            return {}
+        pair.children = []  # its calls cannot be left out, because they have other effects
+        return _replay(c, pair, gradients)
+    pair.parameters = [
+        name for name in pair.parameters if f"gradient {name}" in exact and c.a.has_parameter(pair, name)
+    ]
+    replays = _Replays(c, pair, (values, seeds, exact))
+    samples = replays.samples()
+    judgements, has_ties = judge_layer(
+        pair.key,
+        Call(tuple(values)),
+        seeds,
+        (replays, replays.noise, replays.exact),  # type: ignore[arg-type]
+        c.dtype,
+        samples,
+        pair.is_leaf,
+        quick=lambda name: _bias_noise(pair, name, seeds),
+        ties=c.judges_ties,
+    )
+    if has_ties:
+        c.ties.add(pair.path)
+    own = c.own_errors.setdefault(pair.path, {})
+    for name, judgement in judgements.items():
+        value = exact.get(name.replace("gradient:", "gradient ", 1))
+        what = "output" if name.startswith("output") else "gradient" if name.startswith("input") else name
+        if value is not None and math.isfinite(judgement.error):
+            size = rms(value.array)
+            own[what] = max(own.get(what, 0.0), max(judgement.error, judgement.noise) / size if size else 0.0)
+        if judgement.passed and judgement.plain_ratio:
+            c.factor = max(c.factor, judgement.plain_ratio / FACTOR)
+    return judgements
+
+
+class _Replays:
+    """The three replays of a call, in the form that `judge_layer` takes."""
+
+    def __init__(self, comparison: Comparison, pair: Pair, known: tuple[Any, Any, dict[str, Value]]) -> None:
+        self._c, self._pair = comparison, pair
+        self._known = known
+
+    def __call__(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        return self._c.a.replay(self._pair, list(call.args), cotangents)
+
+    def noise(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        return self._c.b_replay(self._pair, list(call.args), cotangents)
+
+    def exact(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+        values, seeds, found = self._known
+        is_known = (cotangents is None) == (seeds is None) and all(
+            x is y for x, y in zip(call.args, values, strict=True)
+        )
+        if is_known and (seeds is None or all(x is y for x, y in zip(cotangents, seeds, strict=True))):
+            return {name: v for name, v in found.items() if self._is_wanted(name)}
+        return {
+            name: v
+            for name, v in self._c.reference.replay(self._pair, list(call.args), cotangents).items()
+            if self._is_wanted(name)
+        }
+
+    def _is_wanted(self, name: str) -> bool:
+        return not name.startswith("gradient ") or name[9:] in self._pair.parameters
+
+    # ---- of an `AlignedReplay` ------------------------------------------------------------------------------
+
+    def by(self, replay: Callable[..., dict[str, Value]]) -> Callable[..., dict[str, Value]]:
+        return replay
+
+    def comparable(self, path: str, results: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the results that `a` has, too."""
+        statistics = self._c.a.statistics_of(self._pair)
+        return {n: v for n, v in results.items() if not n.startswith("statistic ") or n[10:] in statistics}
+
+    def cotangents(self, path: str, drawn: list[Value]) -> list[Value]:
+        return drawn
+
+    def samples(self) -> Samples[Any]:
+        """Returns the replays in nearby problems."""
+
+        def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[..., dict[str, Value]]:
+            def sample(index: int, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
+                return side.sampled_replay(self._pair, index, list(call.args), cotangents, rounds, in_order)
+
+            return sample
+
+        c, path = self._c, self._pair.a.path
+        in_order = sampled(c.b, True, True) if c.b.backend == "torch" and c.a.has_foreign(path) else None
+        return Samples(sampled(c.reference, False), sampled(c.b, True), sampled(c.a, False), in_order)
+
+
+def _bias_noise(pair: Pair, name: str, seeds: list[Value] | None) -> Array | None:
+    """Returns the noise of the gradient of a bias if it is summed term by term; None for anything else.
+
+    It is the sum of the cotangents, so no replay is needed.
+    """
+    kind = pair.kind or ""
+    is_sum = kind.startswith(("linear", "conv")) or kind in ("layer_norm", "group_norm", "batch_norm")
+    if name != "gradient:bias" or seeds is None or not is_sum or not pair.is_leaf:
+        return None
+    axis = 1 if align.KINDS.get(kind) == align.MOVED else -1
+    terms = np.moveaxis(seeds[0].array, axis, -1)
+    terms = np.ascontiguousarray(terms, np.float32).reshape(-1, terms.shape[-1])
+    exact = terms.sum(axis=0, dtype=np.float64)
+    squares = np.zeros(exact.shape)
+    for index in range(_FEW):
+        start = len(terms) * index // _FEW
+        squares += np.square(np.add.accumulate(np.roll(terms, start, axis=0), axis=0)[-1] - exact)
+    noise: Array = np.sqrt(squares / _FEW)
+    return noise
+
+
+def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
+    """Returns whether a replay of the reference computes what its run did, but for the rounding of its inputs."""
+    for index, item in enumerate(recorded):
+        other = found[f"output[{index}]" if index else "output"]
+        if other.array.shape != item.array.shape:
+            return False
+        if not item.is_float or item.array.size == 0:
+            continue
+        x, y = np.asarray(other.array, np.float64), np.asarray(item.array, np.float64)
+        finite = np.isfinite(x) & np.isfinite(y)
+        if not np.array_equal(np.isfinite(x), np.isfinite(y)) or rms(x[finite] - y[finite]) > _SAME * rms(y[finite]):
+            return False
+    return True

@@ -1,0 +1,203 @@
+"""Runs of both sides of a comparison with the loss and its gradients, and the noise of a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends
+from icenet.parity import align
+from icenet.parity import inputs as drawing
+from icenet.parity.events import Run, Store
+from icenet.parity.inputs import Inputs
+from icenet.parity.result import Row
+from icenet.parity.rows import index_of, split_at
+from icenet.parity.sides import ModuleError, Pair
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import (
+    judge,
+    rms,
+    squared_distance,
+)
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+_FEW = 4
+"""Number of samples of the noise of a run."""
+
+
+def reference_run(c: Comparison, inputs: Inputs, *arguments: Any) -> Run:
+    """Returns the run of the reference, and sets the inputs in its axes."""
+    same = c.a.backend == c.b.backend
+    candidates = [drawing.for_reference(inputs, c.b, c.options["layout"], same)]
+    if c.options["layout"] is None and not same:
+        for how in (align.SAME, align.MOVED):
+            other = drawing.moved(inputs, how)
+            if [v.array.shape for v in other] not in [[v.array.shape for v in known] for known in candidates]:
+                candidates.append(other)
+    failures: list[ModuleError] = []
+    for values in candidates:
+        try:
+            run = c.reference.record(inputs.given, values, c.store, *arguments)
+            c.inputs_b = values
+            return run
+        except ModuleError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
+    """Runs all sides in training mode with the loss and its gradients.
+
+    Raises:
+        AmbiguousAxes: The axes of the outputs of `a` are not known, because there are no pairs.
+    """
+    c.set_mode(c.trains)
+    loss_a, loss_b = c.losses or (None, None)
+    wants = any(map(c.wants, ("loss", "gradients", "optimizer", "training")))
+    c.targets_b = Targets(c.seed, c.reference.tools)
+    exact = c.reference_run(inputs, loss_b, c.targets_b, wants)
+    noise = c.b.record(inputs.given, c.inputs_b, c.store, loss_b, c.targets_b, wants)
+    hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None
+    c.targets_a = c.targets_b.on(c.a.tools, hows, c.a.backend == c.b.backend)
+    own = c.a.record(inputs.given, inputs.values, c.store, loss_a, c.targets_a, wants)
+    check_draws(c, inputs)
+    return own, noise, exact
+
+
+def check_draws(c: Comparison, inputs: Inputs) -> None:
+    """Raises Draws if a module draws random numbers without a key in the last run."""
+    for side, values in ((c.a, inputs.values), (c.b, c.inputs_b)):
+        if side.drew:
+            path = side.drawing_module(inputs.given, values)
+            name = side.names.get(path, path) if path else "the model"
+            raise Draws(f"{name} of {'a' if side is c.a else 'b'} draws random numbers without a key")
+
+
+def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
+    """Returns whether the error of an output of the model is that of its modules, propagated."""
+    j = index_of(row.part)
+    i, how = next((i, how) for i, other, how in pairs[0].outputs if other == j)
+    ours = align.to_torch(how, pairs[0].a.outputs[i].array)
+    theirs, exact = pairs[0].noise.outputs[j], pairs[0].b.outputs[j]
+    floor = c.propagated({f"output:{j}": exact}).get(f"output:{j}")
+    return judge(ours, theirs.array, exact.array, c.dtype, stored=theirs.dtype, sampled_noise=floor).passed
+
+
+def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
+    """Returns the error that values of the run have if every module is as far off as on equal inputs.
+
+    The replays found that each module agrees. The run adds up their errors, and a batch norm or a division may
+    enlarge them. So `b` runs again, with sums term by term, and the output of each module and its gradient are
+    moved by a random error as large as that of `a` in the replay.
+
+    Args:
+        exact: Values of the reference by name: `output:NUMBER` or `gradient:PATH`.
+    """
+    if c.b.backend != "torch":
+        return {}
+    loss = (c.losses or (None, None))[1]
+    squares: dict[str, Array] = {}
+    for index in range(_FEW):
+        generator = np.random.default_rng([c.seed, index])
+
+        def moved(
+            value: Value, what: str, path: str, number: int, generator: np.random.Generator = generator
+        ) -> Value:
+            level = c.own_errors.get(path, {}).get(what, 0.0) * rms(value.array)
+            noise = _error(generator, value.array.shape) * level
+            return Value((value.array + noise).astype(value.array.dtype), value.dtype)
+
+        store = Store()
+        sums = backends.module("torch", "tools.sums").summing_in_order(index)
+        with backends.module("torch", "tools.probe").perturbing(c.b.module, moved), sums:
+            run = c.b.record(c.inputs_a.given, c.inputs_b, store, loss, c.targets_b, True)
+        found = {f"output:{j}": item for j, item in enumerate(run.events[0].outputs)}
+        found |= {f"gradient:{name}": item for name, item in run.gradients.items()}
+        for name, item in exact.items():
+            holder, part = split_at(name.partition(":")[2], c.b.modules)
+            own = c.own_errors.get(holder, {}).get(f"gradient:{part}", 0.0) * rms(item.array)
+            square = squared_distance(found[name].array, item.array) + own * own
+            squares[name] = squares.get(name, np.zeros(square.shape)) + square / _FEW
+        store.close()
+    return {name: np.sqrt(square) for name, square in squares.items()}
+
+
+class AmbiguousAxes(Exception):
+    """The shape of an output does not show which of its axes are which."""
+
+
+class Draws(Exception):
+    """A module draws random numbers without a key, so that its runs cannot be compared."""
+
+
+class Targets:
+    """Random targets of the outputs of a module, as large as the outputs of the reference.
+
+    Args:
+        seed: Seed of the targets.
+        tools: The `tools.calls` of the side.
+        drawn: For `a`: the targets in the axes of the reference, by number of the output.
+        hows: The alignment of each output of `a` by its number; None if only shapes are known.
+        same: Whether both sides are of one framework.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        tools: Any,
+        drawn: dict[int, Value] | None = None,
+        hows: Mapping[int, str] | None = None,
+        same: bool = False,
+    ) -> None:
+        self._seed, self._tools, self._hows, self._same = seed, tools, hows, same
+        self._drawn = {} if drawn is None else drawn
+        self._is_a = drawn is not None
+
+    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
+        """Returns the same targets for `a`."""
+        return Targets(self._seed, tools, self._drawn, hows, same)
+
+    def __call__(self, outputs: Sequence[Any]) -> list[Value]:
+        found = []
+        for index, output in enumerate(outputs):
+            if "float" not in str(output.dtype):
+                continue
+            shape = tuple(output.shape)
+            if not self._is_a and index not in self._drawn:
+                size = rms(self._tools.value(self._tools.snapshot(output)).array) or 1.0
+                values = np.random.Generator(np.random.SFC64(self._seed + index)).standard_normal(shape)
+                self._drawn[index] = Value(np.asarray(values * size, np.float32), "fp32")
+            target = self._drawn.get(index)
+            array = (
+                None if target is None else self._aligned(index, target.array, shape) if self._is_a else target.array
+            )
+            zeros = np.zeros(shape, np.float32)
+            found.append(Value(zeros if array is None or array.shape != shape else array, "fp32"))
+        return found
+
+    def _aligned(self, index: int, target: Array, shape: tuple[int, ...]) -> Array:
+        """Returns a target with the axes of `a`."""
+        if self._same:
+            return target
+        if self._hows is not None:
+            return align.to_mlx(self._hows.get(index, align.SAME), target)
+        moved = align.to_mlx(align.MOVED, target)
+        if target.ndim > 2 and moved.shape == target.shape == shape:
+            raise AmbiguousAxes
+        return moved if moved.shape == shape else target
+
+
+def _error(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Returns random errors: one for each element, and one for each channel, as of a mean that is subtracted."""
+    error = generator.standard_normal(shape)
+    for axis in {1, len(shape) - 1} if len(shape) > 1 else ():
+        error = error + generator.standard_normal([n if k == axis else 1 for k, n in enumerate(shape)])
+    found: Array = error
+    return found

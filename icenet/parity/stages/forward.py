@@ -1,0 +1,134 @@
+"""The stage `forward`: the modes of the modules, and the outputs of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from icenet.parity import align, culprit
+from icenet.parity import status as states
+from icenet.parity.culprit import Origin
+from icenet.parity.result import Row, Stage
+from icenet.parity.rows import histogram, is_in, neutral
+from icenet.parity.runs import agrees_in_samples
+from icenet.parity.sides import Pair, hidden
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import (
+    FACTOR,
+    Judgement,
+    judge,
+    rms,
+)
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+
+def modes_differ(c: Comparison, stage: Stage) -> bool:
+    """Compares the modes of the modules that compute something else in training mode, as the user gave them."""
+    for ours, theirs in c.a.names.items():
+        flags = c.a.mode(ours), c.b.mode(theirs)
+        if flags[0] == flags[1] or not (c.a.depends_on_mode_at(ours) and c.b.depends_on_mode_at(theirs)):
+            continue
+        names = ["training" if flag else "evaluation" for flag in flags]
+        note = f"it is in {names[0]} mode in a, in {names[1]} mode in b"
+        stage.rows.append(Row(theirs, "mode", status=states.DIFFERS, ratio=math.inf, note=note))
+    if stage.rows:
+        row = stage.rows[0]
+        c.report.cause = "the mode: call train() or eval() of both modules"
+        c.fail(stage, row.path, note=row.note)
+    return bool(stage.rows)
+
+
+def judge_forward(
+    c: Comparison, stage: Stage, pairs: list[Pair], found: dict[int, dict[str, Judgement]], note: str
+) -> None:
+    """Adds a row for each output of each call, and names the call with the first difference.
+
+    Args:
+        stage, pairs: The stage and the calls.
+        found: The judgements of the replays by the number of the call in `b`.
+        note: Remark on the mode, for all rows.
+    """
+    candidates = ((pair, culprit.first_output(pair, found.get(pair.b.number, {}))) for pair in pairs)
+    origins = sorted(
+        ((pair, origin) for pair, origin in candidates if origin is not None), key=lambda item: item[1].order
+    )
+    differing = {pair.path for pair, _ in origins}
+    first = origins[0][1].order if origins else math.inf
+    places = {id(pair): origin for pair, origin in origins}
+    for pair in pairs:
+        own = {n: j for n, j in found.get(pair.b.number, {}).items() if n.startswith(("output", "statistic"))}
+        worst = max(own.values(), key=lambda judgement: judgement.ratio, default=None)
+        for i, j, how in pair.outputs:
+            if pair.b.outputs[j].is_float:
+                stage.rows.append(_output_row(c, pair, (i, j, how), worst, places, differing, first, note))
+        if pair.obstacle and pair.obstacle not in c.notes_of(pair.path):
+            c.notes_of(pair.path).append(pair.obstacle)
+    if origins:
+        pair, origin = origins[0]
+        c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or note)
+        c.suggest(pair, found[pair.b.number])
+        return
+    # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
+    root = [row for row in stage.rows if row.path == "" and row.part.startswith("output")]
+    for row in root:
+        if row.ratio > FACTOR * c.factor and not row.note and not agrees_in_samples(c, pairs, row):
+            index = stage.rows.index(row)
+            stage.rows[index] = replace(row, status=states.DIFFERS)
+            c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
+
+
+def _output_row(
+    c: Comparison,
+    pair: Pair,
+    arrays: tuple[int, int, str],
+    worst: Judgement | None,
+    places: Mapping[int, Origin],
+    differing: set[str],
+    first: float,
+    note: str,
+) -> Row:
+    i, j, how = arrays
+    ours = align.to_torch(how, pair.a.outputs[i].array)
+    theirs, exact = pair.noise.outputs[j], pair.b.outputs[j]
+    if j in pair.masked_outputs:
+        ours, theirs, exact = hidden(Value(ours, theirs.dtype)).array, hidden(theirs), hidden(exact)
+    judged = judge(ours, theirs.array, exact.array, c.dtype, stored=theirs.dtype)
+    is_over = not judged.passed
+    status, where, part = states.PASSED, "", "output" + (f"[{j}]" if j else "")
+    if id(pair) in places:
+        status, where, own_part = states.DIFFERS, places[id(pair)].where, places[id(pair)].label
+    elif any(path != pair.path and is_in(path, pair.path) for path in differing):
+        status, own_part = states.CONTAINS, ""
+    elif is_over and pair.b.number > first:
+        status, own_part = states.INHERITS, ""
+    else:
+        own_part = ""
+        if is_over or (worst is not None and worst.plain_ratio):
+            status = states.LESS_EXACT
+    remarks = filter(None, (note, judged.note, worst.note if worst is not None else "", pair.obstacle))
+    ratio = judged.ratio if worst is None else max(judged.ratio, worst.ratio)
+    return Row(
+        pair.path,
+        part,
+        exact.array.shape,
+        status,
+        ratio,
+        judged.error,
+        judged.noise,
+        rms(exact.array),
+        worst.ratio if worst is not None else None,
+        own_part,
+        where,
+        neutral("; ".join(dict.fromkeys(remarks))),
+        pair.b.call,
+        pair.b.number,
+        histogram(ours, exact.array) if status == states.DIFFERS else None,
+    )

@@ -1,0 +1,159 @@
+"""The stage `structure`: the tree of the modules, the parameters of both sides, the shapes of all arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from icenet.core.errors import UsageError
+from icenet.parity import align
+from icenet.parity import status as states
+from icenet.parity.events import Run
+from icenet.parity.inputs import Inputs
+from icenet.parity.pairing import first_mismatch, pair_calls
+from icenet.parity.result import Row, Stage
+from icenet.parity.rows import is_within, split_at
+from icenet.parity.runs import AmbiguousAxes, Draws, check_draws, run_training
+from icenet.parity.sides import ModuleError, Pair
+from icenet.parity.stages import StageFailed, weights
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+
+def _pair_parameters(c: Comparison) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Returns the names of the arrays that both sides have, `a` to `b`, and those that one of them lacks.
+
+    The latter are (path in `b`, name, side that has it).
+    """
+    shapes_a, shapes_b = c.a.shapes, c.b.shapes
+    different = {
+        match.b
+        for match in c.matches
+        if match.a is not None
+        and match.b is not None
+        and c.b.kinds.get(match.b) in align.DIFFERENT_CALLS
+        and c.a.kinds.get(match.a) == c.b.kinds.get(match.b)
+    } | c.opaque
+    c.different = {path for path in different if path is not None}
+    to_b = c.a.names
+    to_a = set(to_b.values())
+    names: dict[str, str] = {}
+    one_sided: list[tuple[str, str, str]] = []
+    for name in shapes_a:
+        holder, rest = split_at(name, c.a.modules)
+        if holder not in to_b or is_within(to_b[holder], different):
+            continue
+        other = f"{to_b[holder]}.{rest}" if to_b[holder] else rest
+        if other in shapes_b:
+            names[name] = other
+        else:
+            one_sided.append((to_b[holder], rest, "a"))
+    taken = set(names.values())
+    for name in shapes_b:
+        holder, rest = split_at(name, c.b.modules)
+        if name not in taken and holder in to_a and not is_within(holder, different):
+            one_sided.append((holder, rest, "b"))
+    return names, one_sided
+
+
+def compare_parameters(c: Comparison, stage: Stage) -> None:
+    """Compares which parameters there are, and their shapes; copies the weights of `b`, if they are to be copied."""
+    c.parameter_names, one_sided = _pair_parameters(c)
+    trained = {"a": c.a.trainable_names, "b": c.b.trainable_names}
+    for path, name, side in one_sided:
+        whole = f"{path}.{name}" if path else name
+        own = whole
+        if side == "a":
+            back = {theirs: ours for ours, theirs in c.a.names.items()}
+            own = f"{back[path]}.{name}" if back[path] else name
+        if own not in trained[side]:
+            c.report.notes.append(f"{whole}: a buffer of {side} only")
+            continue
+        note = f"the parameter {name} exists in {side} only"
+        stage.rows.append(Row(path, name, status=states.DIFFERS, ratio=math.inf, note=note))
+        c.fail(stage, path, note=note)
+    for ours, theirs in c.parameter_names.items():
+        path, name = split_at(theirs, c.b.modules)
+        shapes = c.a.shapes[ours], c.b.shapes[theirs]
+        status, note = states.PASSED, ""
+        if shapes[0] != shapes[1]:
+            status, note = states.DIFFERS, f"{name} is {list(shapes[0])} in a, {list(shapes[1])} in b"
+            c.fail(stage, path, note=note)
+        stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
+    if stage.status == states.FAILED:
+        raise StageFailed
+    weights.copy_weights(c)
+
+
+def compare_shapes(
+    c: Comparison, stage: Stage, inputs: Inputs, train: bool
+) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+    """Runs all sides and compares the shapes of all arguments and outputs.
+
+    Args:
+        stage, inputs: The stage and the inputs.
+        train: Whether to compute the loss and its gradients at once: the module does the same in both modes.
+    """
+    c.inputs_a = inputs
+    c.set_mode(False)
+    failure: ModuleError | None = None
+    try:
+        if train:
+            with contextlib.suppress(AmbiguousAxes, ModuleError, Draws):
+                return _paired(c, stage, run_training(c, inputs, []), None)
+            c.set_mode(False)
+        exact = c.reference_run(inputs)
+    except ModuleError as error:
+        raise UsageError(
+            f"compare: b ({c.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
+            f"{error.reason}; give inputs that it accepts, or layout="
+        ) from error
+    try:
+        own = c.a.record(inputs.given, inputs.values, c.store)
+    except ModuleError as error:
+        failure, own = error, error.run
+    noise = c.b.record(inputs.given, c.inputs_b, c.store)
+    try:
+        check_draws(c, inputs)
+    except Draws as error:
+        raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
+    pairs, runs = _paired(c, stage, (own, noise, exact), failure)
+    return (pairs, run_training(c, inputs, pairs)) if train else (pairs, runs)
+
+
+def _paired(
+    c: Comparison, stage: Stage, runs: tuple[Run, Run, Run], failure: ModuleError | None
+) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+    """Returns the calls of both sides, if the shapes of their arrays correspond and `a` did not fail."""
+    pairs, notes = pair_calls(c.a, c.b, runs, c.matches)
+    c.add_notes(notes)
+    if mismatch := first_mismatch(pairs):
+        c.fail(stage, mismatch.path, mismatch.where, mismatch.note)
+        row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
+        stage.rows.append(replace(row, where=mismatch.where))
+        raise StageFailed
+    if failure is not None:
+        path = c.a.names.get(failure.path, failure.path)
+        note = f"a raises an error: {failure.reason}"
+        stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
+        c.fail(stage, path, note=note)
+        raise StageFailed
+    if not pairs[0].outputs:
+        raise UsageError(
+            f"compare: {c.report.names[1]} returns nothing that can be compared; return tensors, or tuples, "
+            "lists, dicts or dataclasses of them"
+        )
+    for pair in pairs:  # the masks of a dropout depend on the axes of its input
+        how = pair.arguments[0][2] if pair.arguments else align.SAME
+        for side in (c.b, c.reference):
+            side.set_channels(pair.path, how == align.MOVED)
+        if c.a.backend == c.b.backend and c.computes_reference:
+            c.a.set_channels(pair.a.path, how == align.MOVED)
+    return pairs, runs

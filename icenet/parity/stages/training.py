@@ -1,0 +1,225 @@
+"""The stages `optimizer` and `training`: updates on equal gradients, and the losses of free-running steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.parity import causes
+from icenet.parity import status as states
+from icenet.parity.engines import Perturbation
+from icenet.parity.inputs import Inputs
+from icenet.parity.result import Row, Stage
+from icenet.parity.rows import split_at
+from icenet.parity.sides import Side
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import (
+    FACTOR,
+    LIMITS,
+    SAMPLES,
+    Samples,
+    judge,
+    judge_curve,
+    judge_values,
+    rms,
+    squared_distance,
+)
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+SMALL = 1_000_000
+"""Number of parameters up to which a comparison trains two steps by default, and one step above it."""
+_CORRECTION = 2.0**-24 / (1 - 0.999) / 2
+"""Relative error of an update of Adam if its correction by 1 - 0.999 is rounded in fp32, as in MLX."""
+_SCALES = (1.0, 0.5, -1.0)
+"""Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
+
+
+def compare_training(c: Comparison, inputs: Inputs) -> None:
+    """Compares an optimizer step on equal gradients, and the losses of free-running steps."""
+    sides = (c.a, c.b, c.reference)
+    gradients = c.gradients
+    if not gradients:
+        for name in ("optimizer", "training"):
+            if c.wants(name):
+                c.stages[name].status = states.SKIPPED
+                c.stages[name].note = "there are no trainable parameters"
+        return
+    if c.dtype != "fp32":
+        for name in ("optimizer", "training"):
+            if c.wants(name):
+                c.stages[name].status = states.SKIPPED
+                c.stages[name].note = "parameters are updated in fp32: compare with dtype='fp32'"
+        return
+    back = {theirs: ours for ours, theirs in c.parameter_names.items()}
+    names = [name for name in gradients if name in back]
+    for side in sides:
+        side.rate = c.rate(names, gradients)
+    given_a, given_b = c.optimizers or (None, None)
+    if c.wants("optimizer"):
+        with c.stage("optimizer") as stage:
+            _judge_updates(c, stage, names, back, gradients, (given_a, given_b))
+    if not c.wants("training"):
+        return
+    with c.stage("training") as stage:
+        size = sum(math.prod(shape) for shape in c.b.shapes.values())
+        steps = c.steps if c.steps is not None else 2 if size <= SMALL else 1
+        curves = []
+        loss_a, loss_b = c.losses or (None, None)
+        for side in sides:
+            is_test = side is c.a
+            values = inputs.values if is_test else c.inputs_b
+            loss, targets = (loss_a, c.targets_a) if is_test else (loss_b, c.targets_b)
+            curves.append(
+                side.train_steps(
+                    inputs.given,
+                    values,
+                    loss,
+                    targets,
+                    given_a if is_test else given_b,
+                    steps,
+                    c.first_runs[sides.index(side)],
+                )
+            )
+        c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
+        finite = [all(map(math.isfinite, losses)) for losses in zip(*curves, strict=True)]
+        if not any(all(map(math.isfinite, curve)) for curve in curves):
+            stage.note = f"all losses are infinite or NaN after {finite.index(False)} steps"
+            curves = [curve[: finite.index(False)] for curve in curves]
+        if not curves[0]:
+            return
+        judged = judge_curve(curves[0], curves[1], curves[2])
+        allowed = FACTOR * c.factor
+        noise = np.maximum(judged.noise, c.loss_noise)
+        ratios = np.where(np.isfinite(judged.ratios), judged.gap / noise, judged.ratios)
+        for step, ratio in enumerate(ratios):
+            status = states.PASSED if ratio <= FACTOR else states.LESS_EXACT if ratio <= allowed else states.DIFFERS
+            row = Row("", f"loss after {step} steps", (), status, float(ratio), float(judged.gap[step]))
+            stage.rows.append(replace(row, noise=float(judged.noise[step]), scale=abs(curves[2][step]), depth=step))
+        if float(ratios.max()) > allowed:
+            samples = _curve_samples(c, inputs, steps, (given_a, given_b))
+            if _curve_passes(judged.gap, noise, samples):
+                stage.rows = [replace(r, status=states.PASSED, ratio=min(r.ratio, FACTOR)) for r in stage.rows]
+            else:
+                c.fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
+
+
+def _curve_samples(
+    c: Comparison, inputs: Inputs, steps: int, given: tuple[Any, Any]
+) -> Samples[Callable[[int], Any]]:
+    loss_b = (c.losses or (None, None))[1]
+
+    def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[[int], Any]:
+        def sample(index: int) -> list[float]:
+            with side.nearby(index, c.inputs_b, rounds, in_order) as moved:
+                return side.train_steps(inputs.given, moved, loss_b, c.targets_b, given[1], steps)
+
+        return sample
+
+    in_order = sampled(c.b, True, True) if c.b.backend == "torch" and c.a.has_foreign("") else None
+    return Samples(sampled(c.reference, False), sampled(c.b, True), None, in_order)
+
+
+def _judge_updates(
+    c: Comparison,
+    stage: Stage,
+    names: list[str],
+    back: Mapping[str, str],
+    gradients: Mapping[str, Array],
+    optimizers: tuple[Any, Any],
+) -> None:
+    """Compares the parameters after steps on equal gradients."""
+    frozen = [name for name in c.b.trainable_names if back.get(name) and back[name] not in c.a.trainable_names]
+    extra = [
+        o for o in c.a.trainable_names if o in c.parameter_names and c.parameter_names[o] not in c.b.trainable_names
+    ]
+    for name, which in (*((n, "a") for n in frozen), *((c.parameter_names[o], "b") for o in extra)):
+        path, part = split_at(name, c.b.modules)
+        note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
+        stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
+    sequence = update_gradients(gradients, names)
+    updated = []
+    for side in (c.a, c.b, c.reference):
+        is_test = side is c.a
+        given = [{back[n]: g for n, g in step.items()} for step in sequence] if is_test else sequence
+        found = side.updated(optimizers[0 if is_test else 1], given)
+        if is_test:
+            found = {c.parameter_names[n]: array for n, array in found.items() if n in c.parameter_names}
+        updated.append(found)
+    ours, theirs, exact = updated
+
+    def sampled(side: Side, rounds: bool) -> Callable[[int], dict[str, Value]]:
+        def sample(index: int) -> dict[str, Value]:
+            perturb = Perturbation("fp32", index, rounds)
+            steps = [
+                {n: perturb.array(g, "gradient", n, k) for n, g in step.items()} for k, step in enumerate(sequence)
+            ]
+            with side.nearby(index, [], rounds):
+                found = side.updated(optimizers[1], steps)
+            return {f"parameter:{n}": Value(array, "fp32") for n, array in found.items()}
+
+        return sample
+
+    valued = [{f"parameter:{n}": Value(v[n], "fp32") for n in names if n in ours and n in theirs} for v in updated]
+    samples = Samples(sampled(c.reference, False), sampled(c.b, True))
+    judgements = judge_values(
+        valued[0], valued[1], {n: replace(v, dtype="fp32") for n, v in valued[2].items()}, "fp32", samples
+    )
+    for name in names:
+        if f"parameter:{name}" not in judgements:
+            continue
+        path, part = split_at(name, c.b.modules)
+        judged = judgements[f"parameter:{name}"]
+        if not judged.passed:  # 1 - beta^t is rounded in fp32 in MLX
+            least = _CORRECTION * rms(exact[name] - c.reference.weights()[name])
+            judged = judge(ours[name], theirs[name], exact[name], "fp32", min_noise=least)
+        status = states.PASSED if judged.passed else states.DIFFERS
+        error = np.asarray(theirs[name], np.float64) - exact[name]
+        row = Row(path, f"{part} after {len(_SCALES)} updates", exact[name].shape, status, judged.ratio, judged.error)
+        stage.rows.append(replace(row, noise=rms(error), scale=rms(exact[name]), depth=len(stage.rows)))
+    bad = [row for row in stage.rows if not row.passed]
+    if bad:
+        note = bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
+        c.fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
+        c.report.cause = causes.suggest_update(c, back, sequence, updated, optimizers[1])
+
+
+def default_rate(names: Sequence[str], weights: Mapping[str, Array], gradients: Mapping[str, Array]) -> float:
+    """Returns the learning rate with which a step changes the weights by about a hundredth."""
+    sizes = [
+        math.sqrt(sum(rms(a) ** 2 * a.size for a in arrays))
+        for arrays in ((weights[n] for n in names), (gradients[n] for n in names))
+    ]
+    return float(np.float32(0.01 * sizes[0] / sizes[1])) if sizes[1] and math.isfinite(sizes[1]) else 0.1
+
+
+def update_gradients(gradients: Mapping[str, Array], names: Sequence[str]) -> list[dict[str, Array]]:
+    """Returns the gradients of successive updates of some parameters, given those of a run."""
+    return [{name: np.asarray(gradients[name] * scale, np.float32) for name in names} for scale in _SCALES]
+
+
+def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any]]) -> bool:
+    """Returns whether the distance of two training curves is within the noise of nearby runs.
+
+    Most are far within the noise of the first runs; then no more are trained.
+    """
+    squares = np.zeros(gap.shape)
+    runs = (samples.torch, samples.in_order) if samples.in_order is not None else (samples.torch,)
+    for run in runs:
+        squares[:] = 0.0
+        for index in range(SAMPLES):
+            squares += squared_distance(run(index), samples.reference(index))
+            worst = float((gap / np.maximum(np.sqrt(squares / (index + 1)), noise)).max())
+            if worst <= FACTOR / 2 or (worst <= FACTOR and index + 1 == SAMPLES):
+                return True
+            if worst > LIMITS.get(index + 1, math.inf):
+                break
+    return False

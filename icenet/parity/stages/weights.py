@@ -1,0 +1,152 @@
+"""The stage `weights`: parameters and buffers, after conversion to the same axes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core.models import modules
+from icenet.parity import align
+from icenet.parity import status as states
+from icenet.parity.result import Row, Stage
+from icenet.parity.rows import histogram, split_at
+from icenet.parity.yardstick import (
+    rms,
+    sum_of_products,
+)
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+Array = npt.NDArray[Any]
+
+_ROUNDED = 1e-6
+"""Largest relative difference of a buffer that both sides compute, such as a table of angles."""
+
+
+def copy_weights(c: Comparison) -> None:
+    """Gives a copy of `a` the weights of `b`, if the user wants it or its own have nothing in common with them."""
+    copies = c.options["copy_weights"]
+    if copies is None and _were_never_copied(c):
+        copies, c.report.copied_weights = True, True
+    if copies and c.different and (c.a.backend, c.b.backend) == ("mlx", "torch"):
+        back = {theirs: ours for ours, theirs in c.a.names.items()}
+        c.a.unshare()
+        for path in c.different:
+            modules.from_torch(c.b.modules[path], c.a.modules[back[path]])
+    if copies:
+        values = c.b.weights()
+        c.a.assign({ours: values[theirs] for ours, theirs in c.parameter_names.items()})
+        c.report.notes.append(
+            "the weights were not equal: those of b were used in a copy of a; icenet.from_torch copies them, "
+            "copy_weights=False compares with those that a has"
+            if c.report.copied_weights
+            else "the weights of b are copied into a"
+        )
+
+
+def _were_never_copied(c: Comparison) -> bool:
+    """Returns whether most weights with random initial values are unrelated on both sides."""
+    ours, theirs = c.a.weights(), c.b.weights()
+    pairs = [(ours[own], theirs[other]) for own, other in c.parameter_names.items()]
+    pairs += [(own, other) for _, _, own, other in _converted_weights(c)]
+    related = [_are_related(x, y) for x, y in pairs if x.size > 1 and _varies(x) and _varies(y)]
+    return 2 * sum(related) < len(related)
+
+
+def compare_weights(c: Comparison, stage: Stage) -> None:
+    """Compares all parameters and buffers; those that a side computes by a formula may be off by rounding."""
+    ours, theirs = c.a.weights(), c.b.weights()
+    pairs = [(*split_at(other, c.b.modules), ours[name], theirs[other]) for name, other in c.parameter_names.items()]
+    cause = ""
+    for path, part, own, reference in [*pairs, *_converted_weights(c)]:
+        x, y = np.asarray(own, np.float64), np.asarray(reference, np.float64)
+        other = f"{path}.{part}" if path else part
+        status, note, ratio = states.PASSED, "", 0.0
+        if not np.array_equal(x, y, equal_nan=True):
+            distance = rms(x - y) / (rms(y) or 1.0)
+            is_buffer = other not in c.b.trainable_names
+            if is_buffer and distance <= _ROUNDED:
+                status, note = states.LESS_EXACT, "equal but for rounding"
+            else:
+                how = align.permutation(x, y) or _halves(x, y)
+                detail = how.replace("PyTorch's", "that of b") if how else f"by {states.number(distance)} of its size"
+                status, note, ratio = states.DIFFERS, f"{part} differs {detail}", math.inf
+                cause = cause or (f"{part} of a differs {detail}" if how else "")
+        bins = histogram(x, y) if status == states.DIFFERS else None
+        stage.rows.append(Row(path, part, y.shape, status, ratio, rms(x - y), 0.0, rms(y), note=note, histogram=bins))
+    bad = [row for row in stage.rows if not row.passed]
+    if bad:
+        note = bad[0].note
+        c.report.cause = cause
+        if c.options["copy_weights"] is False and _were_never_copied(c):
+            count = f"{len(bad)} of {len(stage.rows)} arrays differ"
+            note = f"{count}: copy them first, with icenet.from_torch, or pass copy_weights=True"
+            c.report.cause = f"the weights were never copied: {note}"
+        c.fail(stage, bad[0].path, note=note)
+
+
+def _converted_weights(c: Comparison) -> list[tuple[str, str, Array, Array]]:
+    """Returns the arrays of layers whose parameters differ between the frameworks: path, name, of `a`, of `b`.
+
+    The arrays of `a` are converted to PyTorch's. Biases that are added are compared as their sum.
+    """
+    found = []
+    module = getattr(c.b, "module", None)
+    if (c.a.backend, c.b.backend) != ("mlx", "torch") or module is None:
+        return []
+    back = {theirs: ours for ours, theirs in c.a.names.items()}
+    for path in sorted(c.different):
+        if any(path.startswith(f"{other}.") for other in c.different):
+            continue
+        layers = c.a.modules[back[path]], c.b.modules[path]
+        pairing = modules.pair(*layers)
+        if pairing.problems:
+            c.add_notes([f"{path}: its weights are not compared: {pairing.problems[0]}"])
+            continue
+        own, reference = pairing.to_torch(modules.get_weights(layers[0])), modules.get_weights(layers[1])
+        for name, array in reference.items():
+            summed = name.replace("bias_hh", "bias_ih")
+            if name not in own or (summed != name and summed in own):
+                continue
+            ours, theirs = own[name], array
+            if (other := name.replace("bias_ih", "bias_hh")) != name and other in own:
+                ours, theirs = ours + own[other], theirs + reference[other]
+            found.append((path, name, ours, theirs))
+    return found
+
+
+def _varies(array: Array) -> bool:
+    """Returns whether an array has several values; those that layers begin with are often all 0 or all 1."""
+    flat = array.reshape(-1)
+    return bool((flat != flat[0]).any())
+
+
+def _are_related(x: Array, y: Array) -> bool:
+    """Returns whether two arrays of weights are equal, near to each other, or the same values in another order."""
+    if np.array_equal(x, y, equal_nan=True):
+        return True
+    flat = [np.asarray(v, np.float64).reshape(-1) for v in (x, y)]
+    if not all(np.isfinite(v).all() for v in flat):
+        return True
+    if np.array_equal(np.sort(flat[0]), np.sort(flat[1])) or (flat[0] == flat[1]).mean() > 0.1:
+        return True
+    centred = [v - v.mean() for v in flat]
+    sizes = [rms(v) for v in centred]
+    correlation = abs(sum_of_products(*centred)) / (x.size * sizes[0] * sizes[1] or 1.0)
+    # independent values have a correlation of about 1 / sqrt(size)
+    return correlation > max(0.5, min(0.99, 4 / math.sqrt(x.size)))
+
+
+def _halves(x: Array, y: Array) -> str:
+    """Returns how the rows of one array are those of the other in another order; empty if they are not."""
+    for parts in (2, 3, 4):
+        if x.ndim and x.shape == y.shape and x.shape[0] % parts == 0 and x.shape[0] > parts:
+            blocks = [np.array_equal(p, q) for p, q in zip(np.split(x, parts), np.split(y, parts), strict=True)]
+            ours = sorted(p.tobytes() for p in np.split(x, parts))
+            if not all(blocks) and ours == sorted(q.tobytes() for q in np.split(y, parts)):
+                return f"only in the order of its {parts} blocks of rows, as of gates or of projections q k v"
+    return ""
