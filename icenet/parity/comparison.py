@@ -22,9 +22,10 @@ from icenet.parity.arguments import check_options, check_pairs
 from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.pairing import match_modules, opaque_layers, pair_calls
+from icenet.parity.pairs import Pair, cotangents_of, rounded
 from icenet.parity.result import Module, Report, Row, Stage
 from icenet.parity.runs import Draws, Targets, run_training
-from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
+from icenet.parity.sides import ModuleError, Side
 from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
 from icenet.parity.status import ALL_STAGES
 from icenet.parity.trace import Value

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy.typing as npt
 
 from icenet.parity.pairing import relative
+from icenet.parity.pairs import Pair
 from icenet.parity.rows import index_of
-from icenet.parity.sides import Pair
 from icenet.parity.yardstick import (
     Judgement,
 )

@@ -14,7 +14,8 @@ from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
 from icenet.parity import align
 from icenet.parity.events import Event, Run
-from icenet.parity.sides import Pair, Side
+from icenet.parity.pairs import Pair
+from icenet.parity.sides import Side
 from icenet.parity.trace import Value
 
 # ---- modules ------------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ from icenet.parity.events import Event, Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import scaled_for_fp16
 from icenet.parity.pairing import Match, is_separable, pair_calls
+from icenet.parity.pairs import Pair, cotangents_of, rounded
 from icenet.parity.result import Report
 from icenet.parity.runs import Targets
-from icenet.parity.sides import ModuleError, Pair, Side, cotangents_of, rounded
+from icenet.parity.sides import ModuleError, Side
 from icenet.parity.stages.training import SMALL, default_rate, update_gradients
 from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Value, output_name

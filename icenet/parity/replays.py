@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.locate import judge_layer
-from icenet.parity.sides import Pair, Side
+from icenet.parity.pairs import Pair
+from icenet.parity.sides import Side
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import (
     FACTOR,

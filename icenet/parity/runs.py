@@ -13,9 +13,10 @@ from icenet.parity import align
 from icenet.parity import inputs as drawing
 from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
+from icenet.parity.pairs import Pair
 from icenet.parity.result import Row
 from icenet.parity.rows import index_of, split_at
-from icenet.parity.sides import ModuleError, Pair
+from icenet.parity.sides import ModuleError
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     judge,

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,123 +23,13 @@ from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.engines import Perturbation
 from icenet.parity.events import Event, Recorder, Run, Store, rebuild
+from icenet.parity.pairs import Pair
 from icenet.parity.trace import Value, class_name, is_foreign, output_name, short_dtype
 
 Array = npt.NDArray[Any]
 
 Targets = Callable[[Sequence[Any]], Sequence[Value]]
 """Returns the targets of the default loss, given the arrays that the module returns."""
-
-
-@dataclass
-class Pair:
-    """A call that both sides make.
-
-    Attributes:
-        a, b: The event of the module under test, and that of the reference.
-        noise: The event of `b` in the dtype under test.
-        kind: Kind of the layer, if both sides agree on it.
-        children: The calls within it that both sides make and that can be left out of a replay, in the order of `b`.
-        arguments, outputs: Index in `a`, index in `b` and alignment of each array that both sides have.
-        obstacle: Why it cannot be replayed; empty if it can.
-        parameters: Paths in `b`, within the module, of the parameters that the replay has gradients of.
-        is_opaque: Whether it is a layer of both frameworks that has other layers within it on each side.
-        derived: For each side ("a", "b"), the outputs that are parts of others: number, and the index of the part.
-        masked_arguments, masked_outputs: Numbers in `b` of the arrays that both sides mask, by other numbers. In the
-            results of a replay, masked values are -inf on all sides; as an input, each side receives its own.
-        own: Numbers in `b` of the arguments that have another form on each side. Each side keeps its own.
-    """
-
-    a: Event
-    b: Event
-    noise: Event
-    kind: str | None = None
-    children: list[Pair] = field(default_factory=list)
-    arguments: list[tuple[int, int, str]] = field(default_factory=list)
-    outputs: list[tuple[int, int, str]] = field(default_factory=list)
-    obstacle: str = ""
-    parameters: list[str] = field(default_factory=list)
-    is_opaque: bool = False
-    derived: dict[str, dict[int, tuple[int, Any]]] = field(default_factory=dict)
-    masked_arguments: set[int] = field(default_factory=set)
-    masked_outputs: set[int] = field(default_factory=set)
-    own: set[int] = field(default_factory=set)
-
-    @property
-    def path(self) -> str:
-        """Path of the module in `b`."""
-        return self.b.path
-
-    @property
-    def key(self) -> str:
-        """The path, with the number of the call if it is not the first."""
-        return f"{self.path}#{self.b.call + 1}" if self.b.call else self.path
-
-    @property
-    def is_leaf(self) -> bool:
-        """Whether it calls no other module that both sides have."""
-        return not self.children
-
-    def inputs(self, side: str) -> list[Value]:
-        """Returns what a replay receives, of a side ("a", "b" or "noise"): arguments, then results of its calls."""
-        found = [getattr(self, side).arguments[i if side == "a" else j] for i, j, _ in self.arguments]
-        for child in self.children:
-            found += [getattr(child, side).outputs[i if side == "a" else j] for i, j, _ in child.outputs]
-        return found
-
-    def results(self, side: str) -> list[Value]:
-        """Returns what a replay computes, of a side: outputs, then arguments of its calls."""
-        found = [getattr(self, side).outputs[i if side == "a" else j] for i, j, _ in self.outputs]
-        for child in self.children:
-            found += [getattr(child, side).arguments[i if side == "a" else j] for i, j, _ in child.arguments]
-        return [hidden(item) if is_masked else item for item, is_masked in zip(found, self.hides, strict=True)]
-
-    @property
-    def hides(self) -> list[bool]:
-        """Whether each result is masked by other numbers on each side."""
-        found = [j in self.masked_outputs for _, j, _ in self.outputs]
-        for child in self.children:
-            found += [j in child.masked_arguments for _, j, _ in child.arguments]
-        return found
-
-    @property
-    def masks(self) -> list[Value | None]:
-        """The array of `a` for each input that is masked by other numbers on each side, in the axes of `a`."""
-        found = [self.a.arguments[i] if j in self.masked_arguments else None for i, j, _ in self.arguments]
-        for child in self.children:
-            found += [child.a.outputs[i] if j in child.masked_outputs else None for i, j, _ in child.outputs]
-        return found
-
-    def hidden(self, results: dict[str, Value]) -> dict[str, Value]:
-        """Returns the results of a replay with -inf for masked values."""
-        for index, is_masked in enumerate(self.hides):
-            if is_masked and (name := output_name(index)) in results:
-                results[name] = hidden(results[name])
-        return results
-
-    @property
-    def input_hows(self) -> list[str]:
-        """The alignment of each input."""
-        return [how for _, _, how in (*self.arguments, *(item for c in self.children for item in c.outputs))]
-
-    @property
-    def result_hows(self) -> list[str]:
-        """The alignment of each result."""
-        return [how for _, _, how in (*self.outputs, *(item for c in self.children for item in c.arguments))]
-
-    def places(self) -> list[tuple[Pair | None, int]]:
-        """Returns for each result the call that gets it (None: it is an output of the module), and its number."""
-        found: list[tuple[Pair | None, int]] = [(None, j) for _, j, _ in self.outputs]
-        for child in self.children:
-            found += [(child, j) for _, j, _ in child.arguments]
-        return found
-
-    def input_places(self) -> list[tuple[Pair | None, int]]:
-        """Returns for each input the call that returned it (None: it is an argument of the module)."""
-        found: list[tuple[Pair | None, int]] = [(None, j) for _, j, _ in self.arguments]
-        for child in self.children:
-            found += [(child, j) for _, j, _ in child.outputs]
-        return found
 
 
 class Side:
@@ -851,30 +740,6 @@ class ModuleError(Exception):
         super().__init__(f"{path or 'the model'}: {type(error).__name__}: {self.reason}")
 
 
-def cotangents_of(pair: Pair, dtypes: Sequence[str], seed: int = 0) -> list[Value]:
-    """Returns random cotangents of the results of a replay, rounded to their dtypes."""
-    from icenet.parity.yardstick import round_to
-
-    found, hides = [], pair.hides
-    for index, (item, dtype) in enumerate(zip(pair.results("b"), dtypes, strict=True)):
-        if not item.is_float:
-            found.append(Value(np.zeros_like(item.array), item.dtype))
-            continue
-        key = zlib.crc32(f"{seed} {pair.key} {index}".encode())
-        values = np.random.Generator(np.random.SFC64(key)).standard_normal(item.array.shape, np.float32)
-        if hides[index]:  # softmax passes nothing on to masked values
-            values[~np.isfinite(item.array)] = 0.0
-        found.append(Value(round_to(values, dtype), dtype))
-    return found
-
-
-def rounded(item: Value, dtype: str) -> Value:
-    """Returns a float value rounded to a dtype; others unchanged."""
-    from icenet.parity.yardstick import round_to
-
-    return replace(item, array=round_to(item.array, dtype), dtype=dtype) if item.is_float else item
-
-
 def _depends_on_mode(module: Any) -> bool:
     """Returns whether a module may compute something else in training mode, by its class and its code."""
     name = type(module).__name__
@@ -899,14 +764,6 @@ def _reads_mode(cls: type) -> bool:
     )
     codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
     return any(bool({"training", "dropout"} & {*code.co_names}) for code in codes if code is not None)
-
-
-def hidden(item: Value) -> Value:
-    """Returns a value with -inf where it is masked."""
-    where = align.masked(item.array)
-    return (
-        item if where is None else replace(item, array=np.where(where, -np.inf, item.array).astype(item.array.dtype))
-    )
 
 
 def _filled_in(item: Value, own: Value | None) -> Value:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from icenet.parity import align, culprit
 from icenet.parity import status as states
 from icenet.parity.culprit import Origin
+from icenet.parity.pairs import Pair, hidden
 from icenet.parity.result import Row, Stage
 from icenet.parity.rows import histogram, is_in, neutral
 from icenet.parity.runs import agrees_in_samples
-from icenet.parity.sides import Pair, hidden
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,

@@ -14,9 +14,9 @@ from icenet.parity import align, culprit
 from icenet.parity import status as states
 from icenet.parity.culprit import Origin
 from icenet.parity.events import Run
+from icenet.parity.pairs import Pair, rounded
 from icenet.parity.result import Row, Stage
 from icenet.parity.rows import index_of, neutral, split_at
-from icenet.parity.sides import Pair, rounded
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,

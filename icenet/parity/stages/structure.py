@@ -15,10 +15,11 @@ from icenet.parity import status as states
 from icenet.parity.events import Run
 from icenet.parity.inputs import Inputs
 from icenet.parity.pairing import first_mismatch, pair_calls
+from icenet.parity.pairs import Pair
 from icenet.parity.result import Row, Stage
 from icenet.parity.rows import is_within, split_at
 from icenet.parity.runs import AmbiguousAxes, Draws, check_draws, run_training
-from icenet.parity.sides import ModuleError, Pair
+from icenet.parity.sides import ModuleError
 from icenet.parity.stages import StageFailed, weights
 
 if TYPE_CHECKING:
