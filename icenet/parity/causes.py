@@ -30,7 +30,8 @@ from icenet.parity import align
 from icenet.parity.culprit import first_name
 from icenet.parity.events import Event
 from icenet.parity.pairing import relative
-from icenet.parity.sides import Pair, Side
+from icenet.parity.pairs import Pair
+from icenet.parity.sides import Side
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
 
