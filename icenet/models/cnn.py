@@ -22,58 +22,64 @@ from icenet.models.base import BaseModel
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm. The convolution has no bias, because the norm has one."""
+    """Convolution and batch norm, and what follows it. The convolution has no bias, because the norm has one."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: int, stride: int = 1, activation: str | None = None
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv = ops.Conv2d(inputs, outputs, kernel_size, stride)
         self.norm = ops.BatchNorm2d(outputs)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.norm(self.conv(x))  # H x W pixels of C -> H/s x W/s pixels of O
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """Returns activation(norm(conv(x)) + residual)."""
+        return self.norm(self.conv(x), residual, self.activation)  # H x W pixels of C -> H/s x W/s pixels of O
 
 
 class ConvBlock(ConvNorm):
     """Convolution, batch norm, activation, dropout."""
 
     def __init__(self, config: CNNConfig, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, kernel_size, stride)
-        self.activation = config.activation
+        super().__init__(inputs, outputs, kernel_size, stride, config.activation)
         self.dropout = ops.Dropout(config.dropout, images=True)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.dropout(ops.activation(self.activation, super().__call__(x)))
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        return self.dropout(super().__call__(x, residual))
 
 
 class ResidualBlock(nn.Module):
-    """The sum of a branch of convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
+    """The sum of a branch of convolutions and a shortcut, which is a 1x1 convolution if the shape changes.
+
+    The last layer of the branch computes the sum and the activation after it.
+    """
 
     def __init__(self, config: CNNConfig, block: cnn_plan.Block) -> None:
         super().__init__()
         _, inputs, outputs, stride = block
-        self.activation = config.activation
         if block.kind == "bottleneck":
             inner = outputs // cnn_plan.EXPANSION
             strides = (stride, 1) if config.bottleneck_stride == "conv1" else (1, stride)
             branch = [
                 ConvBlock(config, inputs, inner, 1, strides[0]),
                 ConvBlock(config, inner, inner, 3, strides[1]),
-                ConvNorm(inner, outputs, 1),
+                ConvNorm(inner, outputs, 1, 1, config.activation),
             ]
         else:
             branch = [
                 ConvBlock(config, inputs, outputs, 3, stride),
-                ConvNorm(outputs, outputs, 3),
+                ConvNorm(outputs, outputs, 3, 1, config.activation),
             ]
         self.branch = branch
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else ConvNorm(inputs, outputs, 1, stride)
 
     def __call__(self, x: mx.array) -> mx.array:
+        *first, last = self.branch
         y = x
-        for layer in self.branch:
+        for layer in first:
             y = layer(y)
-        return ops.activation(self.activation, y + self.shortcut(x))  # H/s x W/s pixels of O
+        return last(y, self.shortcut(x))  # H/s x W/s pixels of O
 
 
 class CNNModel(BaseModel):

@@ -14,6 +14,7 @@ from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact, training_kernels
+from icenet.nn.activations import activation as activate
 from icenet.nn.arrays import Array, is_half, on_cpu
 
 
@@ -71,6 +72,8 @@ class BatchNorm2d(nn.BatchNorm):
     """Batch normalization of images `[B, H, W, C]` (Ioffe and Szegedy, 2015), with statistics in fp32.
 
     In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
+    A call takes what follows in a block, which one kernel computes together with the norm on CUDA: images to add to
+    the result, and the name of an activation.
     """
 
     running_mean: Array
@@ -79,14 +82,20 @@ class BatchNorm2d(nn.BatchNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, activation: str | None = None) -> Array:
         if self.training and training_kernels.has_kernels() and self.weight.dtype == mx.float32:
             check_batch_norm(x.size // x.shape[-1])
             statistics = self.running_mean, self.running_var
+            relu = activation == "relu"
             y, self.running_mean, self.running_var = training_kernels.batch_norm(
-                x, self.weight, self.bias, *statistics, self.eps, self.momentum
+                x, self.weight, self.bias, *statistics, self.eps, self.momentum, relu, residual
             )
-            return y
+            return y if relu or activation is None else activate(activation, y)
+        y = self._normalize(x)
+        y = y if residual is None else y + residual
+        return y if activation is None else activate(activation, y)
+
+    def _normalize(self, x: Array) -> Array:
         y = x.astype(mx.float32 if is_half(self.weight) else self.weight.dtype)
         if not self.training:
             weight, bias, mean, var = (

@@ -12,6 +12,7 @@ from torch import nn
 from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.models.norm import check_batch_norm
 from icenet.core.weights.layout import LEFT_OUT, STATISTICS
+from icenet_torch.nn.activations import activation as activate
 from icenet_torch.nn.arrays import Array, is_half, on_cpu
 
 
@@ -57,7 +58,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalization of images `[B, C, H, W]` (Ioffe and Szegedy, 2015), with statistics in fp32.
 
     In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
-    Unlike PyTorch's own layer it does not count batches.
+    Unlike PyTorch's own layer it does not count batches. A call takes what follows in a block, as on MLX, where one
+    kernel computes both: images to add to the result, and the name of an activation.
     """
 
     momentum: float
@@ -69,7 +71,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, residual: Array | None = None, activation: str | None = None) -> Array:
+        y = self._normalize(x)
+        y = y if residual is None else y + residual
+        return y if activation is None else activate(activation, y)
+
+    def _normalize(self, x: Array) -> Array:
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if self.training:
             check_batch_norm(x.numel() // x.shape[1])

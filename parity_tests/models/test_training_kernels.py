@@ -174,6 +174,33 @@ def test_batch_norm(dtype: str, shape: tuple[int, ...], device: str) -> None:
         assert np.allclose(to_numpy(kept[name]), truth.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "has_residual"), [("bfloat16", False), ("bfloat16", True), slow("float32", True)])
+def test_batch_norm_with_what_follows(dtype: str, has_residual: bool, device: str) -> None:
+    """A sum and ReLU in the kernels of the norm equal those after it, and so do the gradients of all inputs."""
+    shape = (3, 5, 6, 40)
+    x, residual = draw(dtype, *shape, offset=10.0), draw(dtype, *shape, seed=2)
+    weight, bias = draw("float32", shape[-1], offset=1), draw("float32", shape[-1])
+    running = mx.zeros(shape[-1]), mx.ones(shape[-1])
+
+    def ours(fused: bool) -> Any:
+        def compute(x: mx.array, weight: mx.array, bias: mx.array, residual: mx.array) -> list[mx.array]:
+            added = residual if has_residual else None
+            if fused:
+                y, *_ = training_kernels.batch_norm(x, weight, bias, *running, 1e-5, 0.1, True, added)
+                return [y]
+            y, *_ = training_kernels.batch_norm(x, weight, bias, *running, 1e-5, 0.1)
+            return [mx.maximum(y if added is None else y + added, 0)]
+
+        return compute
+
+    arrays, dtypes = [x, weight, bias, residual], [dtype, "float32", "float32", dtype]
+    cotangent = draw(dtype, *shape, seed=1)
+    found, expected = (run_mlx(ours(fused), arrays, cotangent, dtypes) for fused in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        assert np.allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert (found[0] == 0).any() and found[4].any() == has_residual
+
+
 @pytest.mark.parametrize("is_centered", [True, slow(False)])
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("bfloat16", (3, 7, 264)), slow("float16", (2, 301)), slow("float32", (40, 512))]

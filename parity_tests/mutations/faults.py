@@ -3047,6 +3047,20 @@ FAULTS: list[Fault] = [
         ["models/test_training_kernels.py::test_batch_norm"],
     ),
     Fault(
+        "the kernel of batch norm takes the gradient of ReLU for one",
+        "icenet/nn/training_kernels/norms.py",
+        "if (RELU && (float)(T)(difference * a[i] + shift[i]) <= 0.f) g = 0.f;",
+        "",
+        ["models/test_training_kernels.py::test_batch_norm_with_what_follows"],
+    ),
+    Fault(
+        "the kernel of batch norm gives the residual the gradient after ReLU",
+        "icenet/nn/training_kernels/norms.py",
+        "*([dy] if residual else [])]",
+        "*([cotangents[0]] if residual else [])]",
+        ["models/test_training_kernels.py::test_batch_norm_with_what_follows"],
+    ),
+    Fault(
         "the last of equal maxima receives the gradient",
         "icenet/nn/training_kernels/pooling.py",
         "value > best ||",

@@ -48,34 +48,41 @@ _ACTIVATION = """
 def activation(name: str, x: Array) -> Array:
     """Computes `icenet.nn.activation` in fp32 and in one kernel, and its gradient in another."""
 
-    def run(arrays: list[Array], is_gradient: bool) -> Array:
-        packed = 16 // x.itemsize
-        vector = packed if x.size % packed == 0 else 1
-        [out] = _activation()(
-            inputs=[array.reshape(-1) for array in arrays],
-            template=[
-                ("T", x.dtype),
-                ("VECTOR", vector),
-                ("KIND", _ACTIVATIONS.index(name)),
-                ("GRADIENT", is_gradient),
-            ],
-            grid=(-(-x.size // vector), 1, 1),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=[x.shape],
-            output_dtypes=[x.dtype],
-        )
-        return out
-
     @mx.custom_function
     def compute(x: Array) -> Array:
-        return run([x, x], False)
+        return _run(name, x, x, False)
 
     @compute.vjp
     def gradient(x: Array, cotangent: Array, _: Array) -> Array:
-        return run([x, cotangent], True)
+        return activation_gradient(name, x, cotangent)
 
     y: Any = compute(x)
     return y  # type: ignore[no-any-return]
+
+
+def activation_gradient(name: str, x: Array, cotangent: Array) -> Array:
+    """Returns the gradient of x. For relu, x may be its result, too."""
+    return _run(name, x, cotangent, True)
+
+
+def _run(name: str, x: Array, dy: Array, is_gradient: bool) -> Array:
+    packed = 16 // x.itemsize
+    vector = packed if x.size % packed == 0 else 1
+    [out] = _activation()(
+        inputs=[x.reshape(-1), dy.reshape(-1)],
+        template=[
+            ("T", x.dtype),
+            ("VECTOR", vector),
+            ("KIND", _ACTIVATIONS.index(name)),
+            ("GRADIENT", is_gradient),
+        ],
+        grid=(-(-x.size // vector), 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    result: Array = out
+    return result
 
 
 _ACTIVATIONS = ["gelu", "gelu_tanh", "silu", "relu"]

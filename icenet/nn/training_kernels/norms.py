@@ -11,6 +11,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array
+from icenet.nn.training_kernels.activations import activation_gradient
 from icenet.nn.training_kernels.common import BLOCKS, THREADS, floats, integers
 
 # These kernels see an array as rows of channels `[M, C]`. A thread reads N neighbouring channels (a lane) of every
@@ -27,18 +28,23 @@ _LAYOUT = """
 
 # The sums of two values over the rows, for each channel and part. KIND decides what they are:
 # 0: x, without the second; 1: x - p and its square, where p is the first row, which keeps the sums small;
-# 2: dy and dy * (x - mean) * scale, with a mean and a scale for each channel; 3: the same with those of the row.
+# 2: dy and dy * (x - mean) * scale, with a mean and a scale for each channel; 3: the same with those of the row;
+# 4: as 2, where dy counts only if the ReLU of the normalized value is above zero.
 # Sums are fp32, of few terms each. (MLX's own sums of half precision are in half precision.)
 _SUMS = (
     _LAYOUT
     + """
-    float first[N] = {}, second[N] = {}, center[N] = {}, factor[N] = {};
+    float first[N] = {}, second[N] = {}, center[N] = {}, factor[N] = {}, slope[N] = {}, shift[N] = {};
     if (column < channels) {
       for (int i = 0; i < N; i++) {
         if (KIND == 1) center[i] = (float)x[column + i];
-        if (KIND == 2) {
+        if (KIND == 2 || KIND == 4) {
           center[i] = mean[column + i];
           factor[i] = scale[column + i];
+        }
+        if (KIND == 4) {
+          slope[i] = weight[column + i] * factor[i];
+          shift[i] = bias[column + i];
         }
       }
       for (long long row = begin; row < rows; row += step) {
@@ -53,8 +59,9 @@ _SUMS = (
           const Pack other = *reinterpret_cast<const Pack*>(dy + row * channels + column);
           const float row_mean = KIND == 3 ? mean[row] : 0.f, row_scale = KIND == 3 ? scale[row] : 0.f;
           for (int i = 0; i < N; i++) {
-            const float g = (float)other.values[i];
             const float difference = (float)pack.values[i] - (KIND == 3 ? row_mean : center[i]);
+            float g = (float)other.values[i];
+            if (KIND == 4 && (float)(T)(difference * slope[i] + shift[i]) <= 0.f) g = 0.f;
             first[i] += g;
             second[i] += g * difference * (KIND == 3 ? row_scale : factor[i]);
           }
@@ -113,17 +120,18 @@ _NORMALIZE = (
     _LAYOUT
     + """
     if (column >= channels) return;
-    float center[N], a[N], b[N], c[N];
+    float center[N], a[N], b[N], c[N], shift[N];
     for (int i = 0; i < N; i++) {
       center[i] = mean[column + i];
       const float inverse = scale[column + i], factor = weight[column + i] * inverse;
       if (GRADIENT) {  // (dy - (sum dy + normal * sum dy normal) / rows) * weight / deviation
         a[i] = factor;
+        shift[i] = bias[column + i];
         b[i] = -factor * sums[column + i] / (float)rows;
         c[i] = -factor * inverse * sums[channels + column + i] / (float)rows;
       } else {
         a[i] = factor;
-        b[i] = sums[column + i];  // the bias
+        b[i] = bias[column + i];
         c[i] = 0.f;
       }
     }
@@ -133,10 +141,18 @@ _NORMALIZE = (
         const Pack other = *reinterpret_cast<const Pack*>(dy + row * channels + column);
         for (int i = 0; i < N; i++) {
           const float difference = (float)pack.values[i] - center[i];
-          pack.values[i] = (T)(a[i] * (float)other.values[i] + b[i] + c[i] * difference);
+          float g = (float)other.values[i];
+          if (RELU && (float)(T)(difference * a[i] + shift[i]) <= 0.f) g = 0.f;
+          pack.values[i] = (T)(a[i] * g + b[i] + c[i] * difference);
         }
       } else {
-        for (int i = 0; i < N; i++) pack.values[i] = (T)(((float)pack.values[i] - center[i]) * a[i] + b[i]);
+        Pack other;
+        if (RESIDUAL) other = *reinterpret_cast<const Pack*>(dy + row * channels + column);
+        for (int i = 0; i < N; i++) {
+          T value = (T)(((float)pack.values[i] - center[i]) * a[i] + b[i]);
+          if (RESIDUAL) value = (T)((float)value + (float)other.values[i]);
+          pack.values[i] = RELU && (float)value < 0.f ? (T)0.f : value;
+        }
       }
       *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
     }
@@ -237,13 +253,13 @@ class _Rows:
         return cls(vector, (lanes, tiles, max(min(BLOCKS // tiles, count // (THREADS // lanes)), 1)))
 
     def run(
-        self, name: str, inputs: list[Array], option: tuple[str, Any], shape: tuple[int, ...], dtype: Any
+        self, name: str, inputs: list[Array], options: dict[str, Any], shape: tuple[int, ...], dtype: Any
     ) -> Array:
         """Returns the output of the kernel `sums` or `normalize`; the first input is the array."""
         _, tiles, parts = self.layout
         [out] = _rows_kernels()[name](
             inputs=[*inputs, integers(*self.layout)],
-            template=[("T", inputs[0].dtype), ("VECTOR", self.vector), option],
+            template=[("T", inputs[0].dtype), ("VECTOR", self.vector), *options.items()],
             grid=(THREADS * tiles * parts, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[shape],
@@ -251,25 +267,42 @@ class _Rows:
         )
         return out
 
-    def sums(self, rows: Array, dy: Array, mean: Array, scale: Array, kind: int) -> Array:
-        """Returns the two sums of each part and channel, fp32 `[parts, 2, C]`; see `_SUMS`."""
+    def sums(self, kind: int, rows: Array, *inputs: Array) -> Array:
+        """Returns the two sums of each part and channel, fp32 `[parts, 2, C]`; see `_SUMS` for kinds and inputs."""
         shape = self.layout[2], 2, rows.shape[1]
-        return self.run("sums", [rows, dy, mean, scale], ("KIND", kind), shape, mx.float32)
+        given = [*inputs, *[floats(0.0)] * (5 - len(inputs))]
+        return self.run("sums", [rows, *given], {"KIND": kind}, shape, mx.float32)
 
 
 def column_sums(x: Array) -> Array:
     """Returns sums over all axes but the last, fp32: `[..., C]` to `[C]`."""
     rows = x.reshape(-1, x.shape[-1])
-    nothing = floats(0.0)
-    return _Rows.of(rows).sums(rows, rows, nothing, nothing, 0).sum(axis=0)[:1].reshape(-1)
+    return _Rows.of(rows).sums(0, rows, rows).sum(axis=0)[:1].reshape(-1)
 
 
 def batch_norm(
-    x: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array, eps: float, momentum: float
+    x: Array,
+    weight: Array,
+    bias: Array,
+    running_mean: Array,
+    running_var: Array,
+    eps: float,
+    momentum: float,
+    relu: bool = False,
+    residual: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Computes batch norm of images `[B, H, W, C]` in training, in two passes over them and two in the gradient.
 
-    MLX's own operations need 20 passes in fp32 and as many in the gradient.
+    MLX's own operations need 20 passes in fp32 and as many in the gradient. A sum and a ReLU after it are of the same
+    pass. Without a sum, the gradient of ReLU needs no pass of its own: it is computed from x again.
+
+    Args:
+        x: The images.
+        weight, bias, running_mean, running_var: fp32 `[C]`.
+        eps: Added to the variance.
+        momentum: The part by which the running statistics move.
+        relu: Whether to apply ReLU to the result.
+        residual: Images to add before, in the dtype and shape of x.
 
     Returns:
         The images in their own dtype, and the new running mean and variance.
@@ -278,9 +311,9 @@ def batch_norm(
     division = _Rows.of(x.reshape(-1, channels))
 
     @mx.custom_function
-    def normalize(x: Array, weight: Array, bias: Array) -> list[Array]:
+    def normalize(x: Array, weight: Array, bias: Array, *residual: Array) -> list[Array]:
         rows = x.reshape(-1, channels)
-        sums = division.sums(rows, rows, weight, weight, 1)
+        sums = division.sums(1, rows, rows)
         mean, scale, new_mean, new_var = _rows_kernels()["statistics"](
             inputs=[sums, rows, running_mean, running_var, floats(eps, momentum, 1 - momentum)],
             template=[("T", x.dtype)],
@@ -289,22 +322,28 @@ def batch_norm(
             output_shapes=[(channels,)] * 4,
             output_dtypes=[mx.float32] * 4,
         )
-        inputs = [rows, rows, mean, scale, weight, bias]
-        y = division.run("normalize", inputs, ("GRADIENT", False), rows.shape, x.dtype)
+        added = residual[0].reshape(-1, channels) if residual else rows
+        inputs = [rows, added, mean, scale, weight, bias, weight]
+        options = {"GRADIENT": False, "RELU": relu, "RESIDUAL": bool(residual)}
+        y = division.run("normalize", inputs, options, rows.shape, x.dtype)
         return [y.reshape(x.shape), new_mean, new_var, mean, scale]
 
     @normalize.vjp
     def gradient(inputs: tuple[Array, ...], cotangents: list[Array], outputs: list[Array]) -> list[Array]:
-        x, weight, _ = inputs
-        mean, scale = outputs[3:]
-        rows, dy = x.reshape(-1, channels), cotangents[0].reshape(-1, channels)
-        sums = division.sums(rows, dy, mean, scale, 2).sum(axis=0)
-        arrays = [rows, dy, mean, scale, weight, sums]
-        dx = division.run("normalize", arrays, ("GRADIENT", True), rows.shape, x.dtype)
+        (x, weight, bias, *residual), (dy, *_) = inputs, cotangents
+        y, _, _, mean, scale = outputs
+        if relu and residual:  # also the gradient of the residual
+            dy = activation_gradient("relu", y, dy)
+        masked = relu and not residual
+        rows, slopes = x.reshape(-1, channels), dy.reshape(-1, channels)
+        sums = division.sums(4 if masked else 2, rows, slopes, mean, scale, weight, bias).sum(axis=0)
+        arrays = [rows, slopes, mean, scale, weight, bias, sums]
+        options = {"GRADIENT": True, "RELU": masked, "RESIDUAL": False}
+        dx = division.run("normalize", arrays, options, rows.shape, x.dtype)
         # views; sums[1] would be a kernel
-        return [dx.reshape(x.shape), sums[1:].reshape(-1), sums[:1].reshape(-1)]
+        return [dx.reshape(x.shape), sums[1:].reshape(-1), sums[:1].reshape(-1), *([dy] if residual else [])]
 
-    outputs: Any = normalize(x, weight, bias)  # MLX types the result as an object
+    outputs: Any = normalize(x, weight, bias, *([] if residual is None else [residual]))  # MLX types it as an object
     y, new_mean, new_var, _, _ = outputs
     return y, mx.stop_gradient(new_mean), mx.stop_gradient(new_var)
 
@@ -352,7 +391,7 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
         rows, dy = x.reshape(-1, channels), cotangents[0].reshape(-1, channels)
         mean, scale = outputs[1:]
         [dx] = run("gradient", [rows, dy, weight, mean, scale], [rows.shape], [x.dtype])
-        sums = _Rows.of(rows).sums(rows, dy, mean, scale, 3).sum(axis=0)
+        sums = _Rows.of(rows).sums(3, rows, dy, mean, scale).sum(axis=0)
         return [dx.reshape(x.shape), sums[1:].reshape(-1), *([sums[:1].reshape(-1)] if centered else [])]
 
     outputs: Any = normalize(x, weight, *([] if bias is None else [bias]))
@@ -367,12 +406,12 @@ def _rows_kernels() -> dict[str, Any]:
     def kernel(name: str, inputs: list[str], outputs: list[str], source: str) -> Any:
         return mx.fast.cuda_kernel(f"icenet_rows_{name}", inputs, outputs, source)
 
-    arrays = ["x", "dy", "mean", "scale"]
+    arrays = ["x", "dy", "mean", "scale", "weight", "bias"]
     statistics = ["parts", "x", "running_mean", "running_var", "constants"]
     return {
         "sums": kernel("sums", [*arrays, "layout"], ["out"], _SUMS),
         "statistics": kernel("statistics", statistics, ["mean", "scale", "new_mean", "new_var"], _STATISTICS),
-        "normalize": kernel("normalize", [*arrays, "weight", "sums", "layout"], ["out"], _NORMALIZE),
+        "normalize": kernel("normalize", [*arrays, "sums", "layout"], ["out"], _NORMALIZE),
     }
 
 
