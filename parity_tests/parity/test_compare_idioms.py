@@ -244,6 +244,18 @@ def test_weights_of_layers_with_other_parameters_are_compared() -> None:
     assert compare(ours, theirs, x, copy_weights=True).passed
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_sum_of_two_biases_is_rounded_once_in_a_and_twice_in_b(dtype: str) -> None:
+    ours, theirs, x = last_state()
+    with torch.no_grad():
+        theirs.gru.bias_ih_l0.copy_(torch.from_numpy(draw(18, seed=5)))
+        theirs.gru.bias_hh_l0.copy_(torch.from_numpy(draw(18, seed=6)))
+    icenet.from_torch(theirs, ours)
+    assert compare(ours, theirs, x, dtype=dtype, stages=["weights", "forward"], copy_weights=False).passed
+    ours.gru.b = ours.gru.b * (1.02 if dtype == "bf16" else 1.002)
+    assert compare(ours, theirs, x, dtype=dtype, stages=["weights"], copy_weights=False).culprit == "gru"
+
+
 def test_modes_that_differ_are_a_difference() -> None:
     ours, theirs = M.Sequential(M.Linear(6, 6), M.Dropout(0.5)), T.Sequential(T.Linear(6, 6), T.Dropout(0.5))
     report = compare(ours.eval(), theirs, draw(4, 6), copy_weights=True)

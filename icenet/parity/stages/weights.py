@@ -11,12 +11,9 @@ import numpy.typing as npt
 from icenet.core.models import modules
 from icenet.parity import align
 from icenet.parity import status as states
-from icenet.parity.result import Row, Stage
+from icenet.parity.result import Histogram, Row, Stage
 from icenet.parity.rows import histogram, split_at
-from icenet.parity.yardstick import (
-    rms,
-    sum_of_products,
-)
+from icenet.parity.yardstick import half_ulp, rms, sum_of_products
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
@@ -52,7 +49,7 @@ def _were_never_copied(c: Comparison) -> bool:
     """Returns whether most weights with random initial values are unrelated on both sides."""
     ours, theirs = c.a.weights(), c.b.weights()
     pairs = [(ours[own], theirs[other]) for own, other in c.parameter_names.items()]
-    pairs += [(own, other) for _, _, own, other in _converted_weights(c)]
+    pairs += [(own, other) for _, _, own, other, _ in _converted_weights(c)]
     related = [_are_related(x, y) for x, y in pairs if x.size > 1 and _varies(x) and _varies(y)]
     return 2 * sum(related) < len(related)
 
@@ -60,24 +57,30 @@ def _were_never_copied(c: Comparison) -> bool:
 def compare_weights(c: Comparison, stage: Stage) -> None:
     """Compares all parameters and buffers; those that a side computes by a formula may be off by rounding."""
     ours, theirs = c.a.weights(), c.b.weights()
-    pairs = [(*split_at(other, c.b.modules), ours[name], theirs[other]) for name, other in c.parameter_names.items()]
+    pairs: list[_Converted] = [
+        (*split_at(other, c.b.modules), ours[name], theirs[other], None) for name, other in c.parameter_names.items()
+    ]
     cause = ""
-    for path, part, own, reference in [*pairs, *_converted_weights(c)]:
-        x, y = np.asarray(own, np.float64), np.asarray(reference, np.float64)
+    for path, part, own, reference, rounding in [*pairs, *_converted_weights(c)]:
         other = f"{path}.{part}" if path else part
-        status, note, ratio = states.PASSED, "", 0.0
-        if not np.array_equal(x, y, equal_nan=True):
-            distance = rms(x - y) / (rms(y) or 1.0)
+        status, note, ratio, error = states.PASSED, "", 0.0, 0.0
+        bins: Histogram | None = None
+        if not np.array_equal(own, reference, equal_nan=True):
+            x, y = np.asarray(own, np.float64), np.asarray(reference, np.float64)
+            error = rms(x - y)
+            distance = error / (rms(y) or 1.0)
             is_buffer = other not in c.b.trainable_names
-            if is_buffer and distance <= _ROUNDED:
+            is_rounded = rounding is not None and x.shape == y.shape and bool((np.abs(x - y) <= rounding).all())
+            if is_rounded or (is_buffer and distance <= _ROUNDED):
                 status, note = states.LESS_EXACT, "equal but for rounding"
             else:
                 how = align.permutation(x, y) or _halves(x, y)
                 detail = how.replace("PyTorch's", "that of b") if how else f"by {states.number(distance)} of its size"
                 status, note, ratio = states.DIFFERS, f"{part} differs {detail}", math.inf
                 cause = cause or (f"{part} of a differs {detail}" if how else "")
-        bins = histogram(x, y) if status == states.DIFFERS else None
-        stage.rows.append(Row(path, part, y.shape, status, ratio, rms(x - y), 0.0, rms(y), note=note, histogram=bins))
+                bins = histogram(x, y)
+        shape, scale = reference.shape, rms(reference)
+        stage.rows.append(Row(path, part, shape, status, ratio, error, 0.0, scale, note=note, histogram=bins))
     bad = [row for row in stage.rows if not row.passed]
     if bad:
         note = bad[0].note
@@ -89,12 +92,17 @@ def compare_weights(c: Comparison, stage: Stage) -> None:
         c.fail(stage, bad[0].path, note=note)
 
 
-def _converted_weights(c: Comparison) -> list[tuple[str, str, Array, Array]]:
-    """Returns the arrays of layers whose parameters differ between the frameworks: path, name, of `a`, of `b`.
+_Converted = tuple[str, str, Array, Array, "Array | None"]
 
-    The arrays of `a` are converted to PyTorch's. Biases that are added are compared as their sum.
+
+def _converted_weights(c: Comparison) -> list[_Converted]:
+    """Returns the arrays of layers whose parameters differ between the frameworks.
+
+    Each with its path and name, of `a`, of `b`, and how far they may be apart, or None. The arrays of `a` are
+    converted to PyTorch's. Biases that are added are compared as their sum, of which `a` has rounded the result and
+    in half precision `b` both parts.
     """
-    found = []
+    found: list[_Converted] = []
     module = getattr(c.b, "module", None)
     if (c.a.backend, c.b.backend) != ("mlx", "torch") or module is None:
         return []
@@ -112,10 +120,12 @@ def _converted_weights(c: Comparison) -> list[tuple[str, str, Array, Array]]:
             summed = name.replace("bias_hh", "bias_ih")
             if name not in own or (summed != name and summed in own):
                 continue
-            ours, theirs = own[name], array
+            ours, theirs, rounding = own[name], array, None
             if (other := name.replace("bias_ih", "bias_hh")) != name and other in own:
-                ours, theirs = ours + own[other], theirs + reference[other]
-            found.append((path, name, ours, theirs))
+                parts = [np.asarray(v, np.float64) for v in (ours, own[other], theirs, reference[other])]
+                ours, theirs = parts[0] + parts[1], parts[2] + parts[3]
+                rounding = sum(half_ulp(v, c.dtype) for v in (*parts[2:], ours, theirs))
+            found.append((path, name, ours, theirs, rounding))
     return found
 
 
