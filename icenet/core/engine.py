@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -117,6 +118,7 @@ class Engine(ABC):
     Attributes:
         backend: mlx or torch.
         detaches: What of the framework ends the gradient of an array, for messages.
+        environment: Environment variables of the framework for training, unless they are set.
         nn: The backend's `nn` package, whose functions have the same names and meaning on both backends.
         device: The device's name in the backend.
         model: A `BaseModel` of the backend.
@@ -128,6 +130,7 @@ class Engine(ABC):
     backend: ClassVar[str]
     detaches: ClassVar[str]
     nn: ClassVar[ModuleType]
+    environment: ClassVar[Mapping[str, str]] = {}
     device: str
     model: Any
     optimizer: Optimizer
@@ -158,6 +161,12 @@ class Engine(ABC):
         model.gradient_checkpointing = training.gradient_checkpointing
         self.model = model
         self._dropouts = model.dropout_layers()
+
+    @classmethod
+    def prepare_process(cls) -> None:
+        """Sets `environment`, which the framework reads once: call it before the first kernel of the process."""
+        for name, value in cls.environment.items():
+            os.environ.setdefault(name, value)
 
     @functools.cached_property
     def tf32(self) -> str:

@@ -42,11 +42,16 @@ class Engine(engine.Engine):
     backend: ClassVar = "mlx"
     detaches: ClassVar = "mx.stop_gradient()"
     nn: ClassVar = ops
+    # MLX collects kernels in CUDA graphs. To make or update a graph, and to start it, takes the host longer than to
+    # start the kernels one by one: on an H200 a step of ResNet-50 took 70 ms, and 39 without graphs. Memory is freed
+    # after so many operations only, then; with MLX's 100 the peak was 8.7 GB instead of 5.1.
+    environment: ClassVar = {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "20"}
     optimizer: Optimizer
 
     def __init__(self, config: Config, device: str = "auto", dtype: str = "float32") -> None:
         if dtype != "float32":
             raise BackendError(f"MLX cannot be a {dtype} reference: it computes some functions in float32")
+        self.prepare_process()
         super().__init__(config, distributed.join(device))
         training = config.training
         model = build_model(config, distributed.local_device(device), seed=config.seed)
@@ -71,6 +76,11 @@ class Engine(engine.Engine):
             self._compiled_gradients = Compiled(self._gradients, inputs=state, outputs=state)
             self._compiled_update = partial(mx.compile, inputs=state, outputs=state)(self._update_arrays)
             self._compiled_outputs = Compiled(self._outputs, inputs=[self.model.state])
+
+    @classmethod
+    def prepare_process(cls) -> None:
+        if mx.cuda.is_available():  # Metal reads one of the variables, too
+            super().prepare_process()
 
     # ---- training ----------------------------------------------------------------------------------------
 

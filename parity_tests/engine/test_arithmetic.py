@@ -273,6 +273,22 @@ def test_each_use_of_an_mlx_model_is_on_its_device(tmp_path: Path, monkeypatch: 
     assert used == [default]
 
 
+def test_kernels_are_started_one_by_one_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user decides; nothing is set where MLX has no CUDA, because Metal reads one of the variables."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    engine = backends.module("mlx", "engine.engine").Engine
+    names = engine.environment.keys()
+    for name in names:
+        os.environ.pop(name, None)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    engine.prepare_process()
+    assert not names & os.environ.keys()
+    os.environ["MLX_MAX_OPS_PER_BUFFER"] = "7"
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    engine.prepare_process()
+    assert (os.environ["MLX_USE_CUDA_GRAPHS"], os.environ["MLX_MAX_OPS_PER_BUFFER"]) == ("0", "7")
+
+
 def test_the_device_of_a_model_that_is_not_built_from_a_config() -> None:
     """It follows MLX's default device, as any `mlx.nn.Module`."""
     from icenet.models import TransformerModel

@@ -82,6 +82,8 @@ class Session:
     def __init__(self, name: str, device: str) -> None:
         self._kind = kind = KINDS[name]
         backends.resolve(kind.backend)
+        if not kind.is_peer:
+            backends.module(kind.backend, "engine.engine").Engine.prepare_process()
         self._tools = backends.module(kind.backend, "tools.bench")
         self._device_name = device
         self._device = backends.module(kind.backend, "engine.build").choose_device(device)
