@@ -38,10 +38,7 @@ class Decoder(DecoderBase):
             merge_kernels(self.model)
             return CapturedStep(step, state, token)
         # tracing again takes 25 ms for 12 layers, as long as 15 tokens of GPT-2
-        settings, sizes = self.request.settings, (getattr(self.cache, "capacity", None), len(state.cache))
-        draws = settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
-        key = token.shape, sizes, getattr(self.cache, "padding", None) is None, state.keys is None, draws
-        steps = kept_steps(self.model)
+        key, steps = self.step_key(state, token), kept_steps(self.model)
         if key not in steps:
             merge_kernels(self.model)
             steps[key] = CapturedStep(self._for_tracing().decode_step, state, token)
@@ -49,6 +46,9 @@ class Decoder(DecoderBase):
         while len(steps) > KEPT_STEPS:
             del steps[next(iter(steps))]
         return steps[key]
+
+    def keep(self, step: Step) -> None:
+        """Does nothing: steps are kept when they are captured, because several requests can use one at a time."""
 
     def _for_tracing(self) -> Decoder:
         """Returns a decoder for a step that the model keeps: it holds no buffers, nor the model."""

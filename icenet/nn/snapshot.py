@@ -1,4 +1,4 @@
-"""Which arrays a model has, to notice later whether they have changed, MLX."""
+"""What a copy of a model depends on, to notice later whether it has changed, MLX."""
 
 from __future__ import annotations
 
@@ -21,27 +21,34 @@ INPUTS = 64
 
 
 class Snapshot:
-    """The arrays of a model from which a copy was made.
+    """The arrays, modules and other attributes of a model from which a copy was made.
 
     A module's new array is another object, which the copy does not have. A change in place, such as `weight *= 2`, is
     a new address: the old one is not used again, because the snapshot holds it.
     """
 
     def __init__(self, model: nn.Module, copy: nn.Module) -> None:
-        self._parts = [(holder, _values(holder)) for holder in _holders(model)]
+        holders = [holder for holder in _holders(model) if holder is not model]  # which would make a cycle
+        holders += [vars(module) for module in holders if isinstance(module, nn.Module)]
+        self._parts = [(holder, _values(holder)) for holder in holders]
+        self._own = _own_values(model)
         # a captured step has the arrays themselves: a change in place is one of the object only
         shared = {id(value) for holder in _holders(copy) for value in _values(holder)} if on_cpu() else set()
-        arrays = [value for _, values in self._parts for value in values if isinstance(value, mx.array)]
+        values = [*self._own, *(value for _, values in self._parts for value in values)]
+        arrays = [value for value in values if isinstance(value, mx.array)]
         self._others = [array for array in arrays if id(array) not in shared]
         self._before = [copying.copy(array) for array in self._others]  # with the same memory
         self._known = None if _on_cuda() else _addresses(self._before)
 
-    def is_current(self) -> bool:
-        """Returns whether the model still has these arrays, with the same values."""
+    def is_current(self, model: nn.Module) -> bool:
+        """Returns whether the model still has these arrays, with the same values, and these attributes."""
         for holder, before in self._parts:
             values = _values(holder)
             if len(values) != len(before) or not all(map(operator.is_, values, before)):
                 return False
+        own = _own_values(model)
+        if len(own) != len(self._own) or not all(map(operator.is_, own, self._own)):
+            return False
         try:
             return _addresses(self._others) == (self._known or _addresses(self._before))
         except RuntimeError:  # the kernel cannot be compiled here: then each request makes a copy
@@ -58,6 +65,11 @@ def _holders(value: Any) -> Iterator[Any]:
 
 def _values(holder: Any) -> list[Any]:
     return list(holder.values()) if isinstance(holder, dict) else list(holder)
+
+
+def _own_values(model: nn.Module) -> list[Any]:
+    """Returns the parts and the attributes of the model itself."""
+    return [*_values(model), *(value for name, value in vars(model).items() if name != "_generation_copy")]
 
 
 def _on_cuda() -> bool:

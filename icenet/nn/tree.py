@@ -256,35 +256,37 @@ def _places(model: nn.Module) -> list[_Place]:
 def _nodes(model: nn.Module) -> list[_Node]:
     """Returns the modules and containers of a model, parents first."""
     found: list[_Node] = []
-
-    def walk(node: _Node, above: tuple[int, ...]) -> None:
-        if id(node.holder) in above:
-            raise UsageError(
-                f"{node.path}: a module that contains itself; keep a reference to a parent in a function"
-            )
-        found.append(node)
-        is_module = isinstance(node.holder, nn.Module)
-        for name, value in node.items:
-            if not isinstance(value, (dict, list)):
-                continue
-            key = node.key_of(name)
-            inline = name == "layers" and isinstance(node.holder, nn.Sequential) and is_module
-            child = isinstance(value, nn.Module)
-            walk(
-                _Node(
-                    path=node.path if inline else _join(node.path, name),
-                    mlx_path=_join(node.mlx_path, name),
-                    holder=value,
-                    module=value if child else node.module,
-                    key="" if child else key,
-                    is_hidden=node.is_hidden or key.startswith("_"),
-                    is_frozen=node.is_frozen or key in node.module._no_grad,
-                ),
-                (*above, id(node.holder)),
-            )
-
-    walk(_Node("", "", model, model, "", False, False), ())
+    _walk(_Node("", "", model, model, "", False, False), (), found)
     return found
+
+
+# Not a function inside the other one: a function that calls itself is a cycle, which would keep the model in memory.
+def _walk(node: _Node, above: tuple[int, ...], found: list[_Node]) -> None:
+    """Adds a module or container, and those inside it.
+
+    Args:
+        above: The ids of the containers that contain it.
+    """
+    if id(node.holder) in above:
+        raise UsageError(f"{node.path}: a module that contains itself; keep a reference to a parent in a function")
+    found.append(node)
+    is_module = isinstance(node.holder, nn.Module)
+    for name, value in node.items:
+        if not isinstance(value, (dict, list)):
+            continue
+        key = node.key_of(name)
+        inline = name == "layers" and isinstance(node.holder, nn.Sequential) and is_module
+        is_child = isinstance(value, nn.Module)
+        child = _Node(
+            path=node.path if inline else _join(node.path, name),
+            mlx_path=_join(node.mlx_path, name),
+            holder=value,
+            module=value if is_child else node.module,
+            key="" if is_child else key,
+            is_hidden=node.is_hidden or key.startswith("_"),
+            is_frozen=node.is_frozen or key in node.module._no_grad,
+        )
+        _walk(child, (*above, id(node.holder)), found)
 
 
 def _join(path: str, name: Any) -> str:
@@ -293,21 +295,25 @@ def _join(path: str, name: Any) -> str:
 
 def copy_modules(model: M) -> M:
     """Returns a copy of a model with the same arrays. A module, list or dict that is used twice stays one."""
-    copies: dict[int, Any] = {}
+    return _copied(model, {})  # type: ignore[no-any-return]
 
-    def copied(value: Any) -> Any:
-        if type(value) is tuple:
-            return tuple(map(copied, value))
-        if not isinstance(value, (nn.Module, list, dict)):
-            return value
-        if id(value) not in copies:
-            new = copies[id(value)] = value.__class__.__new__(value.__class__)
-            if isinstance(value, nn.Module):
-                new.__dict__.update(value.__dict__)
-            if isinstance(value, list):
-                new.extend(map(copied, value))
-            else:
-                dict.update(new, {name: copied(item) for name, item in value.items()})
-        return copies[id(value)]
 
-    return copied(model)  # type: ignore[no-any-return]
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """Returns the copy of a part of a model.
+
+    Args:
+        copies: The copies that are made, by the id of the original.
+    """
+    if type(value) is tuple:
+        return tuple(_copied(item, copies) for item in value)
+    if not isinstance(value, (nn.Module, list, dict)):
+        return value
+    if id(value) not in copies:
+        new = copies[id(value)] = value.__class__.__new__(value.__class__)
+        if isinstance(value, nn.Module):
+            new.__dict__.update(value.__dict__)
+        if isinstance(value, list):
+            new.extend(_copied(item, copies) for item in value)
+        else:
+            dict.update(new, {name: _copied(item, copies) for name, item in value.items()})
+    return copies[id(value)]

@@ -43,6 +43,11 @@ def tf32(allow: bool) -> Iterator[None]:
         _restore(older, newer)
 
 
+def switches() -> tuple[Any, ...]:
+    """Returns the values of PyTorch's switches for TF32."""
+    return tuple(_newer().values()) or tuple(_older())
+
+
 def has_tf32(device: torch.device) -> bool:
     """Returns whether a device has TF32: GPUs with CUDA."""
     return device.type == "cuda"

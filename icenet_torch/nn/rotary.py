@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from icenet_torch.nn.arrays import Array
 class PositionTable(TableBase):
     """See `TableBase`. The first rows are made at once, so that a model can be traced before it has been called."""
 
+    _earlier: Sequence[Array] = ()
+
     def __init__(self, make: Callable[[int, int], NDArray[np.float32]], limit: int) -> None:
         super().__init__(make, limit)
         if torch.get_default_device().type != "meta":
@@ -31,6 +33,8 @@ class PositionTable(TableBase):
     @torch.inference_mode(False)  # a tensor of inference mode could not be used in training
     def _joined(self, rows: list[NDArray[np.float32]]) -> Array:
         new = [torch.from_numpy(array) for array in rows]
+        if self.array is not None and self.array.is_cuda:  # steps that are captured read the memory of this table
+            self._earlier = [*self._earlier, self.array]
         return torch.cat(new if self.array is None else [self.array, *(array.to(self.array.device) for array in new)])
 
     def __getitem__(self, index: Array) -> Array:

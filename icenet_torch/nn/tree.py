@@ -175,17 +175,22 @@ def _join(path: str, name: str) -> str:
 
 def copy_modules(model: M) -> M:
     """Returns a copy of a model with the same parameters and buffers. A module that is used twice stays one."""
-    copies: dict[int, nn.Module] = {}
+    return _copied(model, {})  # type: ignore[return-value]
 
-    def copied(module: nn.Module) -> nn.Module:
-        if id(module) not in copies:
-            new = copies[id(module)] = module.__class__.__new__(module.__class__)
-            new.__dict__.update(module.__dict__)
-            for name in ("_parameters", "_buffers"):
-                new.__dict__[name] = dict(module.__dict__[name])
-            new.__dict__["_modules"] = {
-                name: None if child is None else copied(child) for name, child in module._modules.items()
-            }
-        return copies[id(module)]
 
-    return copied(model)  # type: ignore[return-value]
+# Not a function inside the other one: a function that calls itself is a cycle, which would keep the model in memory.
+def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """Returns the copy of a module.
+
+    Args:
+        copies: The copies that are made, by the id of the original.
+    """
+    if id(module) not in copies:
+        new = copies[id(module)] = module.__class__.__new__(module.__class__)
+        new.__dict__.update(module.__dict__)
+        for name in ("_parameters", "_buffers"):
+            new.__dict__[name] = dict(module.__dict__[name])
+        new.__dict__["_modules"] = {
+            name: None if child is None else _copied(child, copies) for name, child in module._modules.items()
+        }
+    return copies[id(module)]

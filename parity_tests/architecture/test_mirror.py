@@ -41,7 +41,7 @@ ONE_SIDED = {
         "match_gradients_at_zero",
         *(f"{name}{method}" for name in ("LeakyReLU", "PReLU", "CELU") for method in ("", ".forward")),
     },
-    "nn.arithmetic": {"set_tf32", "chip", "tf32"},  # MLX reads its switch once; PyTorch's is open to change
+    "nn.arithmetic": {"set_tf32", "chip", "tf32", "switches"},  # MLX reads its switch once; PyTorch's is open to change
     "nn.conv": {"Conv2d.reset_parameters"},
     # MLX images have channels last; PyTorch reads into tensors that it does not fill
     "nn.arrays": {"triton_kernels", "to_channels_first", "filled", "device_index"},
@@ -60,9 +60,9 @@ ONE_SIDED = {
     },
     "nn.cached_attention": {"has_triton"},
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
-    # a compiled step of MLX serves later requests; a CUDA graph has the addresses of one request
+    # a compiled step of MLX serves several requests at a time; a CUDA graph has the memory of one request
     "generation.cache": {"KVCache.without_arrays"},
-    "generation.capture": {"kept_steps"},
+    "generation.capture": {"CapturedStep.nbytes", "keep_step", "settings"},
     "tools.calls": {"exact_arithmetic"},  # the reference is PyTorch
     "tools.probe": {"perturbing"},  # the noise is measured in PyTorch
     "nn.linear": {

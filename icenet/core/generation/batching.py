@@ -88,6 +88,7 @@ def generate_batch(decoder: DecoderBase, stopping: StoppingCriteria) -> None:
                 upcoming = None
                 batch.rearrange()
             pending = upcoming
+        decoder.end_step()
     except NonFiniteError as error:
         raise decoder.request.explain(error, decoder.model, stopping.tokens) from None
 
@@ -195,13 +196,14 @@ class Batch:
         with self.decoder.inference_mode():
             size = min(self.request.settings.max_batch_size, len(self.waiting))
             if self.slots.count(None) == len(self.slots) > size or not self.slots:
-                self.slots, self.decoder.cache, self.decoder.step = [None] * size, None, None
+                self.slots, self.decoder.cache = [None] * size, None
+                self.decoder.end_step()
             while self.waiting and None in self.slots:
                 self._join(self._next_group())
             if self.is_due:
                 kept = [slot for slot, row in enumerate(self.slots) if row is not None]
                 self._arrange(kept)
-                self.decoder.step = None
+                self.decoder.end_step()
                 self.slots = [self.slots[slot] for slot in kept]
             if self.has_rows:
                 self._make_keys()

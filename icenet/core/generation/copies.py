@@ -13,7 +13,7 @@ from typing import Any
 
 
 class GenerationCopy:
-    """Keeps the copy of a model, for the next call, while the model has the same weights.
+    """Keeps the copy of a model, for the next call, while the model has the same weights and attributes.
 
     A change of a weight in place changes the copy too, because it shares the memory. Cast weights do not, so a copy
     with such weights is not kept. In training mode it is not kept either: a training step replaces the weights, and
@@ -39,11 +39,12 @@ class GenerationCopy:
             tree: The module `nn.tree` of its backend.
             snapshot_type: The class `nn.snapshot.Snapshot` of its backend.
         """
-        settings = model.compute_dtype, str(model.device)
-        if self._copy is not None and self._settings == settings and self._snapshot.is_current():
+        settings = model.compute_dtype, str(model.device), model.allow_tf32
+        if self._copy is not None and self._settings == settings and self._snapshot.is_current(model):
             return self._copy
         self._copy = self._settings = self._snapshot = None
         copy = tree.copy_modules(model)
+        copy._generation_copy = None  # which would make a cycle
         pairs = zip(list(tree.named_modules(model)), list(tree.named_modules(copy)), strict=True)
         prepared = set()
         for (_, original), (_, copied) in pairs:

@@ -121,8 +121,10 @@ class DecoderBase(ABC):
         self.logits = self.prefill(self.lengths if longest is None else np.minimum(self.lengths, longest))
 
     def __exit__(self, *exception: object) -> None:
-        if self.prompt_cache is not None and exception[0] in (None, GeneratorExit, KeyboardInterrupt):
-            self.prompt_cache.put(self.cache, [*self.request.rows()[0].tolist(), *self.chosen])
+        if exception[0] in (None, GeneratorExit, KeyboardInterrupt):
+            self.end_step()
+            if self.prompt_cache is not None:
+                self.prompt_cache.put(self.cache, [*self.request.rows()[0].tolist(), *self.chosen])
         self.logits = self.choice = self.state = self.cache = self.step = None
 
     # ---- the steps ---------------------------------------------------------------------------------------
@@ -218,12 +220,29 @@ class DecoderBase(ABC):
         self.cache.reserve(1)
         state = replace(self.state, cache=self.cache.state)
         size = getattr(self.cache, "capacity", None), len(state.arrays)
+        before = None
         if self.step is None or self.step_size != size:
+            before = self.step
             self.step, self.step_size = self.capture(state, token), size
         self.state, self.choice = self.step(state, token)
         self.cache.state = self.state.cache
         self.cache.length += 1
+        if before is not None:
+            self.keep(before)
         return self.choice
+
+    def end_step(self) -> None:
+        """Ends the use of the captured step. The state and the cache do not have its memory afterwards."""
+        step, self.step = self.step, None
+        if step is not None:
+            self.keep(step)
+
+    def step_key(self, state: State, token: Any) -> tuple[Any, ...]:
+        """Returns what a captured `decode_step` depends on besides the model and the values of its arrays."""
+        settings = self.request.settings
+        draws = settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
+        sizes = tuple(tuple(array.shape) for array in [token, *state.arrays])
+        return sizes, getattr(self.cache, "padding", None) is None, state.keys is None, draws
 
     def _read(self, token: Any) -> Any:
         """Reads one token of each row, int `[B]`, where `decode_step` cannot.
@@ -280,6 +299,10 @@ class DecoderBase(ABC):
             state, token: Arguments of the step.
             step: The step; `decode_step` by default.
         """
+
+    @abstractmethod
+    def keep(self, step: Step) -> None:
+        """Keeps a captured step, which this request has used, for later ones."""
 
     @abstractmethod
     def copy(self, array: Any) -> Any:

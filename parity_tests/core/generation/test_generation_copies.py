@@ -197,3 +197,18 @@ def test_a_cache_of_the_user_can_be_a_list(backend: str) -> None:
     own = type("Own", (base,), {"make_cache": lambda self: [], "hidden_states": hidden_states})
     object.__setattr__(model, "__class__", own)
     assert model.generate([[5, 6, 7]], max_new_tokens=5, temperature=0.0, details=True)[0].tokens == expected
+
+
+@both_backends
+def test_a_model_is_freed_with_its_copy(backend: str) -> None:
+    """At once: the collector of cycles may run much later, and the memory is that of the weights."""
+    model = build(backend)
+    gc.collect()
+    gc.disable()
+    try:
+        model.generate([[5, 6]], max_new_tokens=3, temperature=0.0)
+        kept = weakref.ref(model), weakref.ref(model.for_generation())
+        del model
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()

@@ -106,6 +106,8 @@ def test_a_penalty_counts_the_proposals_before_a_place(backend: str) -> None:
 class StaticStep:
     """A step with the memory of a CUDA graph: each call reads and writes the arrays of the first one."""
 
+    key = None  # it is not kept
+
     def __init__(self, step: Any, state: Any, token: Any) -> None:
         self.step, self.token = step, token.clone()
         others = [a if a is None else a.clone() for a in (state.index, state.keys, state.seen)]
