@@ -5,21 +5,49 @@
     report = compare(mlx_module, torch_module, inputs)
     print(report)                                 # the culprit, the stages, the tree of the modules
 
-comparison  `compare`: any two modules, stage by stage
-result      its report: stages, rows, modules, culprit and cause
-recording   `record` and `read_trace`: a reference that is on another machine
-trace_files the files of a recording
+Any two modules:
+
+comparison  `compare`: the order of the stages, and what they share
+arguments   checks of its arguments
+inputs      inputs of the user and random ones, their axes, and the smallest that differs
+stages      one file for each stage
+pairing     which module, call and array of one side corresponds to which of the other
+pairs       a call that both sides make
+sides       a module as a side of the comparison: its runs, replays, updates
+events      the calls of a run, as a tree
+runs        runs of all sides
+replays     each call alone, on the inputs of the reference
+culprit     where a difference begins
+causes      known causes, tried on the reference
+result      the report: stages, rows, modules, culprit and cause
 status      the stages and statuses of a report
+rows        what its rows have in common
+tree        the tree of its modules
 html        its page
-yardstick   the criterion: error of MLX over noise of PyTorch, both relative to PyTorch in float64
-trace       the arrays that a run computes, in order
+
+A reference on another machine:
+
+recording   `record`: writes what a comparison needs
+recorded    `read_trace`: a comparison with it
+trace_files the files of a recording
+
+The criterion, for all comparisons:
+
+yardstick   error of MLX over noise of PyTorch, both relative to PyTorch in float64
+ties        gradients at ties and edges
 align       which axes of MLX and PyTorch correspond
-locate      comparison of traces; the layers at which a difference begins
-report      tables, verdict, JSON
-engines     the three engines of a parity run: build, record, replay
+trace       the arrays that a run computes, in order
+
+A configuration (`icenet parity CONFIG`) and a port (`icenet port`):
+
 run         the parity run of a configuration
-modules     the comparison of an MLX module with its PyTorch twin, without a configuration
+engines     its three engines: build, record, replay
+locate      comparison of their traces; the layers at which a difference begins
+report      tables, verdict, JSON
+modules     the same comparison for an MLX module and its PyTorch twin
 texts       comparison of generated texts
+port        `icenet.port`
+proof       the comparison of a port with its original
 """
 
 from __future__ import annotations
@@ -28,7 +56,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import compare
-    from icenet.parity.recording import read_trace, record
+    from icenet.parity.recorded import read_trace
+    from icenet.parity.recording import record
     from icenet.parity.result import Report
     from icenet.parity.status import ALL_STAGES
 
@@ -41,10 +70,14 @@ def __getattr__(name: str) -> Any:
         from icenet.parity.comparison import compare
 
         return compare
-    if name in ("read_trace", "record"):
-        from icenet.parity import recording
+    if name == "read_trace":
+        from icenet.parity.recorded import read_trace
 
-        return getattr(recording, name)
+        return read_trace
+    if name == "record":
+        from icenet.parity.recording import record
+
+        return record
     if name == "Report":
         from icenet.parity.result import Report
 

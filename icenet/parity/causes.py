@@ -20,6 +20,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,11 +109,10 @@ class _Trial:
         self.is_forward = bool(outputs or statistics)
         if not outputs and statistics:
             self.name = statistics[0]
-        self.values, seeds = comparison.replay_inputs(pair, gradients=not self.is_forward)
-        self.seeds = seeds
-        self.ours = self._named(comparison.a.replay(pair, self.values, seeds))
-        self.theirs = self._named(comparison.b_replay(pair, self.values, seeds))
-        self.exact = self._named(comparison.reference.replay(pair, self.values, seeds))
+        self.given = comparison.replay_of(pair, gradients=not self.is_forward)
+        self.ours = self._named(comparison.a.replay(self.given))
+        self.theirs = self._named(comparison.b_replay(self.given))
+        self.exact = self._named(comparison.reference.replay(self.given))
         passing = [n for n in judgements if judgements[n].passed and n in self.exact and n in self.ours]
         kinds = ("output", "statistic") if self.is_forward else ("input", "gradient")
         self.checked = [self.name, *(n for n in passing if n.startswith(kinds) and self.exact[n].is_float)]
@@ -161,8 +161,8 @@ class _Trial:
         if self.left < 0:
             return {}
         try:
-            given = self.values if values is None else values
-            return self._named(self.c.reference.replay(self.pair, given, self.seeds, weights))
+            given = replace(self.given, weights=weights, values=self.given.values if values is None else values)
+            return self._named(self.c.reference.replay(given))
         except align.ReplayError:
             return {}
 
@@ -246,7 +246,7 @@ def _without(trial: _Trial, side: Side, path: str) -> dict[str, Value]:
 
     with side.tools.intercepting({path: side.modules[path]}, handle):
         try:
-            return trial._named(side.replay(trial.pair, trial.values, trial.seeds))
+            return trial._named(side.replay(trial.given))
         except (align.ReplayError, StopIteration):
             return {}
 
@@ -376,7 +376,7 @@ def _order(trial: _Trial) -> str:
                 if trial.explains_array(back.reshape(exact.shape)):
                     return "swapped axes: heads and positions are exchanged once more in a"
     if ours.ndim == 2:
-        for value in trial.values:
+        for value in trial.given.values:
             shape = value.array.shape
             if len(shape) < 3 or shape[0] != len(ours) or math.prod(shape) != ours.size:
                 continue
@@ -446,7 +446,7 @@ def _parts(trial: _Trial) -> str:
     shape = trial.exact[trial.name].array.shape
     places = trial.pair.input_places()
     labels = ["the input" if c is None else f"the output of {relative(c.path, trial.pair.path)}" for c, _ in places]
-    floats = [(label, value) for label, value in zip(labels, trial.values, strict=True) if value.is_float]
+    floats = [(label, value) for label, value in zip(labels, trial.given.values, strict=True) if value.is_float]
     for label, value in floats:
         array = np.asarray(value.array, np.float64)
         for axis in range(1 if array.ndim == len(shape) + 1 and shape else array.ndim, array.ndim):
@@ -458,10 +458,10 @@ def _parts(trial: _Trial) -> str:
             for name in ("mean", "max", "sum", "min"):
                 if trial.explains_array(getattr(array, name)(axis=axis)):
                     return f"the {name} over axis {axis} of {label} is taken in a"
-    indices = [index for index, value in enumerate(trial.values) if value.is_float]
+    indices = [index for index, value in enumerate(trial.given.values) if value.is_float]
     for i, j in list(itertools.combinations(indices, 2))[:20]:
-        if trial.values[i].array.shape == trial.values[j].array.shape and labels[i] != labels[j]:
-            exchanged = list(trial.values)
+        if trial.given.values[i].array.shape == trial.given.values[j].array.shape and labels[i] != labels[j]:
+            exchanged = list(trial.given.values)
             exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
             if trial.explains(trial.replay(values=exchanged)):
                 return f"{labels[i]} and {labels[j]} are exchanged in a"
@@ -487,11 +487,11 @@ def _terms(trial: _Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
                     label = f"{relative(child.path, trial.pair.path)}.{name}"
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
-        for (source, _), value in zip(trial.pair.input_places(), trial.values, strict=True):
+        for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
             label = "the input" if source is None else f"the output of {relative(source.path, trial.pair.path)}"
             found.append((label, np.asarray(value.array, np.float64)))
-    elif trial.seeds is not None:
-        for (source, _), value in zip(trial.pair.places(), trial.seeds, strict=True):
+    elif trial.given.cotangents is not None:
+        for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
             found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
     kept: dict[str, Array] = {}
@@ -512,9 +512,9 @@ def _statistics(trial: _Trial) -> str:
         return (
             "the momentum of the running statistics has the other meaning, 1 - momentum, in a" if is_reversed else ""
         )
-    if momentum is None or not trial.values:
+    if momentum is None or not trial.given.values:
         return ""
-    shape = trial.values[0].array.shape
+    shape = trial.given.values[0].array.shape
     count = math.prod(shape) // shape[1]
     before = trial.c.reference.tools.buffers(trial.modules[1])["running_var"]
     kept = (1 - momentum) * np.asarray(before, np.float64)
@@ -632,7 +632,7 @@ def _casts(trial: _Trial) -> str:
     for variant in variants.CASTS:
         try:
             with variants.applied(variant):
-                found = trial._named(c.b.replay(trial.pair, trial.values, trial.seeds))
+                found = trial._named(c.b.replay(trial.given))
         except align.ReplayError:
             continue
         if trial.name not in found:

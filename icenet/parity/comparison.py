@@ -22,7 +22,7 @@ from icenet.parity.arguments import check_options, check_pairs
 from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.pairing import match_modules, opaque_layers, pair_calls
-from icenet.parity.pairs import Pair, cotangents_of, rounded
+from icenet.parity.pairs import Pair, Replay, Sample, cotangents_of, rounded
 from icenet.parity.result import Module, Report, Row, Stage
 from icenet.parity.runs import Draws, Targets, run_training
 from icenet.parity.sides import ModuleError, Side
@@ -358,19 +358,19 @@ class Comparison:
         """Returns the run of the reference, and sets the inputs in its axes."""
         return runs.reference_run(self, inputs, *arguments)
 
-    def replay_inputs(self, pair: Pair, gradients: bool) -> tuple[list[Value], list[Value] | None]:
-        """Returns the inputs of a replay: those of the reference, rounded, and random cotangents."""
+    def replay_of(self, pair: Pair, gradients: bool) -> Replay:
+        """Returns the replay of a call: the inputs of the reference, rounded, and random cotangents."""
         values = [
             rounded(item, theirs.dtype) for item, theirs in zip(pair.inputs("b"), pair.inputs("noise"), strict=True)
         ]
         dtypes = [item.dtype for item in pair.results("noise")]
-        return values, cotangents_of(pair, dtypes, self.seed) if gradients else None
+        return Replay(pair, values, cotangents_of(pair, dtypes, self.seed) if gradients else None)
 
-    def b_replay(self, pair: Pair, values: Sequence[Value], seeds: Sequence[Value] | None) -> dict[str, Value]:
+    def b_replay(self, given: Replay) -> dict[str, Value]:
         """Returns a replay of `b` in the dtype under test."""
         if self.b.perturbation is not None:
-            return self.b.sampled_replay(pair, 0, values, seeds, rounds=True)
-        return self.b.replay(pair, values, seeds)
+            return self.b.sampled_replay(given, Sample(0, rounds=True))
+        return self.b.replay(given)
 
     def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
         """Returns the error that values of the run have if every module is as far off as on equal inputs."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.locate import judge_layer
-from icenet.parity.pairs import Pair
+from icenet.parity.pairs import Pair, Replay, Sample
 from icenet.parity.sides import Side
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import (
@@ -19,6 +20,7 @@ from icenet.parity.yardstick import (
     Judgement,
     Samples,
     rms,
+    rms_distance,
 )
 
 if TYPE_CHECKING:
@@ -43,10 +45,10 @@ def replay_all(c: Comparison, pairs: list[Pair], gradients: bool) -> dict[int, d
 
 
 def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
-    values, seeds = c.replay_inputs(pair, gradients)
+    given = c.replay_of(pair, gradients)
     pair.parameters = c.reference.parameters_within(pair.path) if gradients else []
     try:
-        exact = c.reference.replay(pair, values, seeds)
+        exact = c.reference.replay(given)
         if pair.children and not _is_same(exact, pair.results("b")):
             raise align.ReplayError("computes something else")
     except align.ReplayError as error:
@@ -58,17 +60,17 @@ def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     pair.parameters = [
         name for name in pair.parameters if f"gradient {name}" in exact and c.a.has_parameter(pair, name)
     ]
-    replays = _Replays(c, pair, (values, seeds, exact))
+    replays = _Replays(c, given, exact)
     samples = replays.samples()
     judgements, has_ties = judge_layer(
         pair.key,
-        Call(tuple(values)),
-        seeds,
+        Call(tuple(given.values)),
+        None if given.cotangents is None else list(given.cotangents),
         (replays, replays.noise, replays.exact),  # type: ignore[arg-type]
         c.dtype,
         samples,
         pair.is_leaf,
-        quick=lambda name: _bias_noise(pair, name, seeds),
+        quick=lambda name: _bias_noise(given, name),
         ties=c.judges_ties,
     )
     if has_ties:
@@ -86,30 +88,28 @@ def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
 
 
 class _Replays:
-    """The three replays of a call, in the form that `judge_layer` takes."""
+    """The three replays of a call, in the form that `judge_layer` takes.
 
-    def __init__(self, comparison: Comparison, pair: Pair, known: tuple[Any, Any, dict[str, Value]]) -> None:
-        self._c, self._pair = comparison, pair
-        self._known = known
+    Args:
+        comparison: The comparison.
+        given: The replay.
+        found: What the reference computes in it.
+    """
+
+    def __init__(self, comparison: Comparison, given: Replay, found: Mapping[str, Value]) -> None:
+        self._c, self._pair, self._given = comparison, given.pair, given
+        self._found = found
 
     def __call__(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
-        return self._c.a.replay(self._pair, list(call.args), cotangents)
+        return self._c.a.replay(Replay(self._pair, call.args, cotangents))
 
     def noise(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
-        return self._c.b_replay(self._pair, list(call.args), cotangents)
+        return self._c.b_replay(Replay(self._pair, call.args, cotangents))
 
     def exact(self, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
-        values, seeds, found = self._known
-        is_known = (cotangents is None) == (seeds is None) and all(
-            x is y for x, y in zip(call.args, values, strict=True)
-        )
-        if is_known and (seeds is None or all(x is y for x, y in zip(cotangents, seeds, strict=True))):
-            return {name: v for name, v in found.items() if self._is_wanted(name)}
-        return {
-            name: v
-            for name, v in self._c.reference.replay(self._pair, list(call.args), cotangents).items()
-            if self._is_wanted(name)
-        }
+        is_known = _are_same(call.args, self._given.values) and _are_same(cotangents, self._given.cotangents)
+        found = self._found if is_known else self._c.reference.replay(Replay(self._pair, call.args, cotangents))
+        return {name: value for name, value in found.items() if self._is_wanted(name)}
 
     def _is_wanted(self, name: str) -> bool:
         return not name.startswith("gradient ") or name[9:] in self._pair.parameters
@@ -132,7 +132,7 @@ class _Replays:
 
         def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[..., dict[str, Value]]:
             def sample(index: int, path: str, call: Call, cotangents: Any) -> dict[str, Value]:
-                return side.sampled_replay(self._pair, index, list(call.args), cotangents, rounds, in_order)
+                return side.sampled_replay(Replay(self._pair, call.args, cotangents), Sample(index, rounds, in_order))
 
             return sample
 
@@ -141,11 +141,12 @@ class _Replays:
         return Samples(sampled(c.reference, False), sampled(c.b, True), sampled(c.a, False), in_order)
 
 
-def _bias_noise(pair: Pair, name: str, seeds: list[Value] | None) -> Array | None:
+def _bias_noise(given: Replay, name: str) -> Array | None:
     """Returns the noise of the gradient of a bias if it is summed term by term; None for anything else.
 
     It is the sum of the cotangents, so no replay is needed.
     """
+    pair, seeds = given.pair, given.cotangents
     kind = pair.kind or ""
     is_sum = kind.startswith(("linear", "conv")) or kind in ("layer_norm", "group_norm", "batch_norm")
     if name != "gradient:bias" or seeds is None or not is_sum or not pair.is_leaf:
@@ -162,6 +163,13 @@ def _bias_noise(pair: Pair, name: str, seeds: list[Value] | None) -> Array | Non
     return noise
 
 
+def _are_same(x: Sequence[Value] | None, y: Sequence[Value] | None) -> bool:
+    """Returns whether two lists hold the same objects, or both are None."""
+    if x is None or y is None:
+        return x is y
+    return len(x) == len(y) and all(map(operator.is_, x, y))
+
+
 def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
     """Returns whether a replay of the reference computes what its run did, but for the rounding of its inputs."""
     for index, item in enumerate(recorded):
@@ -170,8 +178,13 @@ def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
             return False
         if not item.is_float or item.array.size == 0:
             continue
-        x, y = np.asarray(other.array, np.float64), np.asarray(item.array, np.float64)
-        finite = np.isfinite(x) & np.isfinite(y)
-        if not np.array_equal(np.isfinite(x), np.isfinite(y)) or rms(x[finite] - y[finite]) > _SAME * rms(y[finite]):
+        x, y = other.array, item.array
+        distance, size = rms_distance(x, y), rms(y)
+        if not math.isfinite(distance):
+            finite = np.isfinite(x) & np.isfinite(y)
+            if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+                return False
+            distance, size = rms_distance(x[finite], y[finite]), rms(y[finite])
+        if distance > _SAME * size:
             return False
     return True

@@ -23,7 +23,7 @@ from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.engines import Perturbation
 from icenet.parity.events import Event, Recorder, Run, Store, rebuild
-from icenet.parity.pairs import Pair
+from icenet.parity.pairs import Pair, Replay, Sample
 from icenet.parity.trace import Value, class_name, is_foreign, output_name, short_dtype
 
 Array = npt.NDArray[Any]
@@ -265,7 +265,13 @@ class Side:
         return self._run
 
     def loss_of(
-        self, event: Event, outputs: Sequence[Value], loss: Any, targets: Targets, in_order: int | None = None
+        self,
+        event: Event,
+        outputs: Sequence[Value],
+        loss: Any,
+        targets: Targets,
+        in_order: int | None = None,
+        gradients: bool = True,
     ) -> dict[str, Value]:
         """Returns the loss of given outputs, and its gradient by each of them.
 
@@ -275,10 +281,11 @@ class Side:
             loss: The loss of the user; None for the distance from the targets.
             targets: See `record`.
             in_order: Number of a sample in which PyTorch sums term by term; None for a usual run.
+            gradients: Whether to compute the gradients.
         """
         if in_order is not None:
             with backends.module("torch", "tools.sums").summing_in_order(in_order):
-                return self.loss_of(event, outputs, loss, targets)
+                return self.loss_of(event, outputs, loss, targets, gradients=gradients)
 
         def call(*arrays: Any) -> list[Any]:
             if loss is not None:
@@ -286,10 +293,9 @@ class Side:
             floats = [array for array in arrays if "float" in str(array.dtype)]
             return [self.tools.mean_square(floats, targets(arrays), self.exact)]
 
-        found, gradients, _ = self.tools.evaluate(
-            call, outputs, self.module, (), lambda index, shape: np.ones(shape), self.exact
-        )
-        named = {f"gradient[{index}]": item for index, item in enumerate(gradients) if item is not None}
+        cotangent = (lambda index, shape: np.ones(shape)) if gradients else None
+        found, computed, _ = self.tools.evaluate(call, outputs, self.module, (), cotangent, self.exact)
+        named = {f"gradient[{index}]": item for index, item in enumerate(computed) if item is not None}
         return {"loss": found[0], **named}
 
     def check_optimizer(self, given: Any, role: str) -> None:
@@ -405,21 +411,23 @@ class Side:
         return float(np.asarray(found[0].array)), gradients
 
     @contextlib.contextmanager
-    def nearby(
-        self, sample: int, inputs: Sequence[Value], rounds: bool, in_order: bool = False
-    ) -> Iterator[list[Value]]:
+    def nearby(self, sample: Sample, inputs: Sequence[Value]) -> Iterator[list[Value]]:
         """Sets the weights to those of a nearby problem while the context is open; yields its inputs."""
-        perturb = Perturbation(self.dtype, sample, rounds)
+        perturb = Perturbation(self.dtype, sample.number, sample.rounds)
         weights = self.weights()
         moved = {name: perturb.array(weights[name], "weight", name) for name in self.tools.trainable(self.module)}
-        inner: Any = contextlib.nullcontext()
-        if rounds and self.backend == "torch":
-            inner = backends.module("torch", "tools.probe").perturbing(self.module, perturb.rounded)
-        sums: Any = contextlib.nullcontext()
-        if in_order:
-            sums = backends.module("torch", "tools.sums").summing_in_order(sample)
-        with self.tools.assigned(self.module, moved), inner, sums:
+        with self.tools.assigned(self.module, moved), self._perturbed(self.module, perturb, sample):
             yield [perturb(item, "input", index) for index, item in enumerate(inputs)]
+
+    @contextlib.contextmanager
+    def _perturbed(self, module: Any, perturb: Perturbation, sample: Sample) -> Iterator[None]:
+        """Moves what a module of PyTorch computes by ulps, and takes its sums term by term, as a sample wants it."""
+        with contextlib.ExitStack() as stack:
+            if sample.rounds and self.backend == "torch":
+                stack.enter_context(backends.module("torch", "tools.probe").perturbing(module, perturb.rounded))
+            if sample.in_order:
+                stack.enter_context(backends.module("torch", "tools.sums").summing_in_order(sample.number))
+            yield
 
     @contextlib.contextmanager
     def _open(self, before: Event | None) -> Iterator[None]:
@@ -442,25 +450,14 @@ class Side:
 
     # ---- replays --------------------------------------------------------------------------------------------
 
-    def replay(
-        self,
-        pair: Pair,
-        values: Sequence[Value],
-        cotangents: Sequence[Value] | None,
-        weights: Mapping[str, Array] | None = None,
-    ) -> dict[str, Value]:
+    def replay(self, given: Replay) -> dict[str, Value]:
         """Computes what a module does itself in a call, given its arguments and the results of the calls within it.
-
-        Args:
-            pair: The call.
-            values: Its inputs in the axes of the reference, as `Pair.inputs`.
-            cotangents: Of its results in the axes of the reference; None for no gradients.
-            weights: Canonical parameters in place of its own, by path in the reference within the module.
 
         Returns:
             `output`, `output[1]`, ... for the results, and `input 0`, ... for the gradients by the floating inputs,
             in the axes of the reference; `gradient NAME` for parameters and `statistic NAME` for running statistics.
         """
+        pair, values, cotangents, weights = given.pair, given.values, given.cotangents, given.weights
         is_test = self._is_a
         own = pair.a if is_test else pair.b if self.is_reference else pair.noise
         module = self.modules[own.path]
@@ -636,28 +633,13 @@ class Side:
 
     # ---- samples of the noise -------------------------------------------------------------------------------
 
-    def sampled_replay(
-        self,
-        pair: Pair,
-        sample: int,
-        values: Sequence[Value],
-        cotangents: Sequence[Value] | None,
-        rounds: bool,
-        in_order: bool = False,
-    ) -> dict[str, Value]:
-        """Replays in a nearby problem (see `icenet.parity.yardstick`).
-
-        Args:
-            pair, values, cotangents: See `replay`.
-            sample: Number of the sample.
-            rounds: Whether all values are also moved by an ulp.
-            in_order: Whether PyTorch sums term by term.
-        """
-        perturb = Perturbation(self.dtype, sample, rounds)
-        moved = [perturb(item, "argument", index) for index, item in enumerate(values)]
+    def sampled_replay(self, given: Replay, sample: Sample) -> dict[str, Value]:
+        """Replays in a nearby problem."""
+        pair, perturb = given.pair, Perturbation(self.dtype, sample.number, sample.rounds)
+        moved = [perturb(item, "argument", index) for index, item in enumerate(given.values)]
         seeds = None
-        if cotangents is not None:
-            seeds = [perturb(item, "cotangent", index) for index, item in enumerate(cotangents)]
+        if given.cotangents is not None:
+            seeds = [perturb(item, "cotangent", index) for index, item in enumerate(given.cotangents)]
         own = pair.a if self._is_a else pair.b
         module = self.modules[own.path]
         weights = backends.module(self.backend, "nn.tree").weights(module) if not pair.children else None
@@ -670,15 +652,9 @@ class Side:
             for name, ours in names.items()
             if ours[len(prefix) :] in weights
         }
-        sums: Any = contextlib.nullcontext()
-        if in_order:
-            sums = backends.module("torch", "tools.sums").summing_in_order(sample)
-        inner: Any = contextlib.nullcontext()
-        if rounds and self.backend == "torch":
-            inner = backends.module("torch", "tools.probe").perturbing(module, perturb.rounded)
-        with inner, sums:
-            found = self.replay(pair, moved, seeds, new)
-        if not rounds:
+        with self._perturbed(module, perturb, sample):
+            found = self.replay(Replay(pair, moved, seeds, new))
+        if not sample.rounds:
             return found
         # inputs of the calls within it are no outputs of a module, which are perturbed
         first = len(pair.outputs)

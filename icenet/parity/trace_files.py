@@ -27,6 +27,8 @@ from icenet.parity.trace import Value
 Array = npt.NDArray[Any]
 
 FORMAT = 1
+EVALUATION, TRAINING = "evaluation", "training"
+"""The modes of the runs in a trace."""
 ARRAYS, MANIFEST = "arrays.bin", "manifest.json"
 _ALIGNMENT = 64
 _MANIFEST_LIMIT = 256 << 20

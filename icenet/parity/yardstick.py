@@ -83,9 +83,9 @@ is compared with the update by PyTorch on the gradients of MLX, and the gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,9 @@ _FORMATS = {"fp64": (52, -1022), "fp32": (23, -126), "bf16": (7, -126), "fp16": 
 _SMALLEST_NORMAL = {"fp32": 2.0**-126, "bf16": 2.0**-126}
 
 Floats = npt.NDArray[np.float64]
+
+_BLOCK = 1 << 15
+"""Number of values that are compared at once."""
 
 _EXPONENT = np.int64(0x7FF0000000000000)
 """The bits of the exponent of a float64."""
@@ -230,8 +233,18 @@ class CurveJudgement:
 
 def rms(values: npt.ArrayLike) -> float:
     """Returns the root mean square; 0 for an empty array."""
-    array = np.asarray(values, np.float64).reshape(-1)
-    return math.sqrt(sum_of_products(array, array) / array.size) if array.size else 0.0
+    flat = np.asarray(values).reshape(-1)
+    return math.sqrt(sum(sum_of_products(x, x) for (x,) in _blocks(flat)) / flat.size) if flat.size else 0.0
+
+
+def rms_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Returns the root mean square of the differences of two arrays of one shape."""
+    a, b = np.asarray(x).reshape(-1), np.asarray(y).reshape(-1)
+    total = 0.0
+    for block in _blocks(a, b):
+        difference = block[0] - block[1]
+        total += sum_of_products(difference, difference)
+    return math.sqrt(total / a.size) if a.size else 0.0
 
 
 def sum_of_products(x: Floats, y: Floats) -> float:
@@ -240,6 +253,12 @@ def sum_of_products(x: Floats, y: Floats) -> float:
     It is not computed by a BLAS: that starts its threads, which takes far longer than the sum if cores are busy.
     """
     return float(np.einsum("i,i->", x, y))
+
+
+def _blocks(*flat: npt.NDArray[Any]) -> Iterator[tuple[Floats, ...]]:
+    """Yields blocks of vectors of one length as float64, which fit in the cache of a core."""
+    for start in range(0, flat[0].size, _BLOCK):
+        yield tuple(np.asarray(x[start : start + _BLOCK], np.float64) for x in flat)
 
 
 def half_ulp(values: npt.ArrayLike, dtype: str = "fp32") -> Floats:
@@ -276,17 +295,17 @@ def judge(
     Returns:
         A judgement that also fails if the shapes are unequal, or if a value is not finite on one side only.
     """
-    a, b, r = (np.asarray(values, np.float64) for values in (mlx, torch, reference))
+    a, b, r = (np.asarray(values) for values in (mlx, torch, reference))
     if a.shape != r.shape or b.shape != r.shape:
         return Judgement.incomparable(
             f"shape {list(a.shape)} in MLX, {list(b.shape)} in PyTorch, {list(r.shape)} in the reference"
         )
-    stored = stored or dtype
-    if sampled_noise is None and not layer_rms and r.size and (plain := _judge_plainly(a, b, r, stored, min_noise)):
-        return plain
-    sampled = np.zeros(r.shape) if sampled_noise is None else np.asarray(sampled_noise, np.float64)
-    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
-    if not finite.all():
+    stored, note = stored or dtype, ""
+    a, b, r = a.reshape(-1), b.reshape(-1), r.reshape(-1)
+    sampled = None if sampled_noise is None else np.asarray(sampled_noise).reshape(-1)
+    sizes = _measure(a, b, r, sampled)
+    if not sizes.is_finite:
+        finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
         # fp16 may overflow on both sides, and masks hold -inf on both; anything else is a difference
         if not np.array_equal(np.where(np.isfinite(a), 0, a), np.where(np.isfinite(b), 0, b), equal_nan=True):
             mlx_only = int((~np.isfinite(a) & np.isfinite(b)).sum())
@@ -296,45 +315,71 @@ def judge(
             return Judgement.incomparable("no value is finite")
         if not finite.any():
             return Judgement(0.0, 0.0, 0.0, 0.0, note=f"{r.size} values not finite on both")
-        a, b, r, sampled = a[finite], b[finite], r[finite], sampled[finite]
+        note = "" if finite.all() else f"{int((~finite).sum())} values not finite on both"
+        a, b, r = a[finite], b[finite], r[finite]
+        sizes = _measure(a, b, r, None if sampled is None else sampled[finite])
     least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
     if layer_rms and rms(r) <= ZERO * layer_rms:
         least = max(least, layer_rms * float(half_ulp(1.0, dtype)))
-    error, noise, rounding = np.abs(a - r), np.abs(b - r), half_ulp(r, stored)
-
-    def ratio_of(norm: Callable[[Floats], float]) -> tuple[float, float, float]:
-        floor = max(norm(rounding), norm(sampled), least)
-        return norm(error) / max(norm(noise), floor), norm(noise), floor
-
-    by_rms, by_peak = ratio_of(rms), ratio_of(_peak)
-    _, decisive_noise, decisive_floor = by_rms if by_rms[0] >= by_peak[0] else by_peak
+    rounding = float(half_ulp(sizes.largest, stored))  # of the largest value; of the others it is smaller
+    floors = [max(rounding, size, least) for size in sizes.sampled]
+    if sizes.noise[0] < floors[0]:
+        floors[0] = max(_rounding_rms(r, stored), sizes.sampled[0], least)
+    ratios = [e / max(n, floor) for e, n, floor in zip(sizes.error, sizes.noise, floors, strict=True)]
+    decisive = 0 if ratios[0] >= ratios[1] else 1
     return Judgement(
-        error=rms(error),
-        noise=max(by_rms[1:]),
-        rms_ratio=by_rms[0],
-        peak_ratio=by_peak[0],
-        floored=decisive_floor > decisive_noise,
-        note="" if finite.all() else f"{int((~finite).sum())} values not finite on both",
+        error=sizes.error[0],
+        noise=max(sizes.noise[0], floors[0]),
+        rms_ratio=ratios[0],
+        peak_ratio=ratios[1],
+        floored=floors[decisive] > sizes.noise[decisive],
+        note=note,
     )
 
 
-def _judge_plainly(a: Floats, b: Floats, r: Floats, stored: str, min_noise: float) -> Judgement | None:
-    """Returns the judgement of values whose noise is larger than every floor, without the floor of each value.
+class _Sizes(NamedTuple):
+    """The root mean square and the largest absolute value of the errors, of the noise and of the sampled noise.
 
-    Returns None for other values, and if one is not finite.
+    Attributes:
+        error, noise, sampled: These two numbers of each.
+        largest: The largest absolute value of the reference.
     """
+
+    error: tuple[float, float]
+    noise: tuple[float, float]
+    sampled: tuple[float, float]
+    largest: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are finite."""
+        return all(map(math.isfinite, (self.error[0], self.noise[0], self.largest)))
+
+
+def _measure(
+    a: npt.NDArray[Any], b: npt.NDArray[Any], r: npt.NDArray[Any], sampled: npt.NDArray[Any] | None
+) -> _Sizes:
+    squares, peaks, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        error, noise = (a - r).reshape(-1), (b - r).reshape(-1)
-        squares = sum_of_products(error, error), sum_of_products(noise, noise)
-    largest = max(float(r.max()), -float(r.min()))
-    if not all(map(math.isfinite, (*squares, largest))):
-        return None
-    floor = max(float(half_ulp(largest, stored)), min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
-    size, peak = math.sqrt(squares[1] / r.size), max(float(noise.max()), -float(noise.min()))
-    if size < floor:  # the peak is not smaller
-        return None
-    own = math.sqrt(squares[0] / r.size)
-    return Judgement(own, size, own / size, max(float(error.max()), -float(error.min())) / peak)
+        for x, y, exact in _blocks(a, b, r):
+            for index, difference in enumerate((x - exact, y - exact)):
+                squares[index] += sum_of_products(difference, difference)
+                peaks[index] = max(peaks[index], _peak(difference))
+            largest = max(largest, _peak(exact))
+        for (x,) in _blocks(sampled) if sampled is not None else ():
+            squares[2] += sum_of_products(x, x)
+            peaks[2] = max(peaks[2], _peak(x))
+    pairs = [(math.sqrt(total / max(r.size, 1)), peak) for total, peak in zip(squares, peaks, strict=True)]
+    return _Sizes(pairs[0], pairs[1], pairs[2], largest)
+
+
+def _rounding_rms(r: npt.NDArray[Any], stored: str) -> float:
+    """Returns the root mean square of half an ulp of each value."""
+    total = 0.0
+    for (exact,) in _blocks(r):
+        rounding = half_ulp(exact, stored)
+        total += sum_of_products(rounding, rounding)
+    return math.sqrt(total / r.size) if r.size else 0.0
 
 
 def judge_values(
@@ -612,8 +657,9 @@ def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:
         bits = array.astype(np.float32).view(np.uint32)
         even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
         return np.where(np.isfinite(array), even & np.uint32(0xFFFF0000), bits).astype(np.uint32).view(np.float32)
-    return array.astype({"fp64": np.float64, "fp32": np.float32, "fp16": np.float16}[dtype])
+    return array.astype({"fp64": np.float64, "fp32": np.float32, "fp16": np.float16}[dtype], copy=False)
 
 
 def _peak(values: Floats) -> float:
-    return float(values.max()) if values.size else 0.0
+    """Returns the largest absolute value; 0 for an empty array."""
+    return max(float(values.max()), -float(values.min())) if values.size else 0.0

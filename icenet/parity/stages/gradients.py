@@ -24,6 +24,7 @@ from icenet.parity.yardstick import (
     judge,
     judge_values,
     rms,
+    rms_distance,
     squared_distance,
 )
 
@@ -52,7 +53,8 @@ def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, 
             for j, (i, how) in hows.items():
                 given[i] = Value(align.to_mlx(how, values[j].array), values[j].dtype)
         function = (c.losses or (None, None))[0 if side is c.a else 1]
-        losses.append(side.loss_of(event, given, function, c.targets_a if side is c.a else c.targets_b))
+        targets = c.targets_a if side is c.a else c.targets_b
+        losses.append(side.loss_of(event, given, function, targets, gradients=c.losses is not None))
     ours, theirs, exact = losses
     judged = {}
     for name in exact:
@@ -180,8 +182,8 @@ def _parameter_rows(c: Comparison, stage: Stage, runs: tuple[Run, Run, Run], dif
         if path in differing and not item.passed:
             status = states.DIFFERS
         values = exact[name].array
-        error = np.asarray(noise[name].array, np.float64) - values
-        row = Row(path, f"gradient of {part}", values.shape, status, item.ratio, item.error, rms(error), rms(values))
+        own_noise = rms_distance(noise[name].array, values)
+        row = Row(path, f"gradient of {part}", values.shape, status, item.ratio, item.error, own_noise, rms(values))
         stage.rows.append(replace(row, note=item.note, depth=len(stage.rows)))
 
 

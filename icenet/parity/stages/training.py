@@ -14,6 +14,7 @@ from icenet.parity import causes
 from icenet.parity import status as states
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
+from icenet.parity.pairs import Sample
 from icenet.parity.result import Row, Stage
 from icenet.parity.rows import split_at
 from icenet.parity.sides import Side
@@ -27,6 +28,7 @@ from icenet.parity.yardstick import (
     judge_curve,
     judge_values,
     rms,
+    rms_distance,
     squared_distance,
 )
 
@@ -119,7 +121,7 @@ def _curve_samples(
 
     def sampled(side: Side, rounds: bool, in_order: bool = False) -> Callable[[int], Any]:
         def sample(index: int) -> list[float]:
-            with side.nearby(index, c.inputs_b, rounds, in_order) as moved:
+            with side.nearby(Sample(index, rounds, in_order), c.inputs_b) as moved:
                 return side.train_steps(inputs.given, moved, loss_b, c.targets_b, given[1], steps)
 
         return sample
@@ -162,7 +164,7 @@ def _judge_updates(
             steps = [
                 {n: perturb.array(g, "gradient", n, k) for n, g in step.items()} for k, step in enumerate(sequence)
             ]
-            with side.nearby(index, [], rounds):
+            with side.nearby(Sample(index, rounds), []):
                 found = side.updated(optimizers[1], steps)
             return {f"parameter:{n}": Value(array, "fp32") for n, array in found.items()}
 
@@ -182,9 +184,9 @@ def _judge_updates(
             least = _CORRECTION * rms(exact[name] - c.reference.weights()[name])
             judged = judge(ours[name], theirs[name], exact[name], "fp32", min_noise=least)
         status = states.PASSED if judged.passed else states.DIFFERS
-        error = np.asarray(theirs[name], np.float64) - exact[name]
+        own_noise = rms_distance(theirs[name], exact[name])
         row = Row(path, f"{part} after {len(_SCALES)} updates", exact[name].shape, status, judged.ratio, judged.error)
-        stage.rows.append(replace(row, noise=rms(error), scale=rms(exact[name]), depth=len(stage.rows)))
+        stage.rows.append(replace(row, noise=own_noise, scale=rms(exact[name]), depth=len(stage.rows)))
     bad = [row for row in stage.rows if not row.passed]
     if bad:
         note = bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
