@@ -13,6 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.locate import judge_layer
 from icenet.parity.pairs import Pair, Replay, Sample
+from icenet.parity.rows import index_of
 from icenet.parity.sides import Side
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import (
@@ -75,12 +76,15 @@ def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     )
     if has_ties:
         c.ties.add(pair.path)
-    own = c.own_errors.setdefault(pair.path, {})
+    places = pair.places()
     for name, judgement in judgements.items():
         value = exact.get(name.replace("gradient:", "gradient ", 1))
-        what = "output" if name.startswith("output") else "gradient" if name.startswith("input") else name
+        path, what = pair.path, "gradient" if name.startswith("input") else name
+        if name.startswith("output"):
+            child = places[index_of(name)][0]
+            path, what = (pair.path, "output") if child is None else (child.path, "argument")
         if value is not None and math.isfinite(judgement.error):
-            size = rms(value.array)
+            own, size = c.own_errors.setdefault(path, {}), rms(value.array)
             own[what] = max(own.get(what, 0.0), max(judgement.error, judgement.noise) / size if size else 0.0)
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)

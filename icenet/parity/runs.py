@@ -95,8 +95,8 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
     """Returns the error that values of the run have if every module is as far off as on equal inputs.
 
     The replays found that each module agrees. The run adds up their errors, and a batch norm or a division may
-    enlarge them. So `b` runs again, with sums term by term, and the output of each module and its gradient are
-    moved by a random error as large as that of `a` in the replay.
+    enlarge them. So `b` runs again, with sums term by term, and the arguments and outputs of each module and its
+    gradients are moved by a random error as large as that of `a` in the replay.
 
     Args:
         exact: Values of the reference by name: `output:NUMBER` or `gradient:PATH`.
@@ -117,7 +117,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
 
         store = Store()
         sums = backends.module("torch", "tools.sums").summing_in_order(index)
-        with backends.module("torch", "tools.probe").perturbing(c.b.module, moved), sums:
+        with backends.module("torch", "tools.probe").perturbing(c.b.module, moved, arguments=True), sums:
             run = c.b.record(c.inputs_a.given, c.inputs_b, store, loss, c.targets_b, True)
         found = {f"output:{j}": item for j, item in enumerate(run.events[0].outputs)}
         found |= {f"gradient:{name}": item for name, item in run.gradients.items()}

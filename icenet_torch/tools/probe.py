@@ -89,13 +89,14 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
 
 
 @contextlib.contextmanager
-def perturbing(model: nn.Module, perturb: Callable[..., Value]) -> Iterator[None]:
+def perturbing(model: nn.Module, perturb: Callable[..., Value], arguments: bool = False) -> Iterator[None]:
     """Perturbs the outputs of all modules within `model`, and their gradients, while the context is open.
 
     Args:
         model: Any module.
-        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output" or "gradient" and `number`
-            counts the calls for a path; returns the perturbed value, of the same shape and dtype.
+        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output", "gradient" or "argument" and
+            `number` counts the calls for a path; returns the perturbed value, of the same shape and dtype.
+        arguments: Whether the arguments of modules are perturbed, too.
     """
     numbers: dict[str, count[int]] = {}
     perturbed: dict[int, torch.Tensor] = {}  # holds the tensors, so that no other tensor gets their ids
@@ -113,7 +114,20 @@ def perturbing(model: nn.Module, perturb: Callable[..., Value]) -> Iterator[None
 
         return hook
 
+    def before(path: str) -> Any:
+        def perturbed_argument(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return tensor + (_perturbed(tensor.detach(), perturb, "argument", path, 0) - tensor.detach())
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return _map_tensors(args, perturbed_argument), _map_tensors(kwargs, perturbed_argument)
+
+        return hook
+
     handles = [module.register_forward_hook(hook_of(path)) for path, module in model.named_modules()]
+    if arguments:
+        handles += [m.register_forward_pre_hook(before(path), with_kwargs=True) for path, m in model.named_modules()]
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
+import written_pairs
 from pairs import draw, tokens, with_equal_weights
 
 import icenet
@@ -254,6 +255,23 @@ def test_the_sum_of_two_biases_is_rounded_once_in_a_and_twice_in_b(dtype: str) -
     assert compare(ours, theirs, x, dtype=dtype, stages=["weights", "forward"], copy_weights=False).passed
     ours.gru.b = ours.gru.b * (1.02 if dtype == "bf16" else 1.002)
     assert compare(ours, theirs, x, dtype=dtype, stages=["weights"], copy_weights=False).culprit == "gru"
+
+
+def test_derivatives_smaller_than_the_last_bit_of_one_are_equal() -> None:
+    """float64 has 0 for that of tanh at 20, as 1 - tanh^2; MLX has 1.7e-17."""
+
+    def net(kind: Any, nn: Any) -> Any:
+        return kind(lambda m, x: m.act(x * 4 + 20), act=nn.Tanh())
+
+    report = compare(net(Net, M), net(TorchNet, T), np.abs(draw(4, 6)), stages=["forward", "gradients"])
+    assert report.passed, report
+
+
+def test_the_error_of_what_a_model_computes_between_layers_is_passed_on() -> None:
+    """The angles of a time are off by 1e-5 in both; neither layer is wrong, but the gradients are as far off."""
+    ours, theirs, given, _ = written_pairs.make(232)
+    report = compare(ours, theirs, given, stages=["forward", "gradients"], copy_weights=False)
+    assert report.passed, report
 
 
 def test_modes_that_differ_are_a_difference() -> None:
