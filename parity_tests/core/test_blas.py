@@ -417,7 +417,13 @@ def test_a_program_without_products_loads_no_library(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     monkeypatch.delenv(blas.VARIABLE, raising=False)
     monkeypatch.setattr(blas, "_status", None)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
     blas.skip()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    monkeypatch.setattr(blas, "_status", None)
+    blas.skip()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert blas.load().name == blas.load("openblas").name == "not needed"

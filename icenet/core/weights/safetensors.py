@@ -21,6 +21,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -304,10 +305,12 @@ class _Copy:
 
     Args:
         file: The file to write, at its end.
+        threads: Copies the second half while this thread copies the first.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
         self._file = file
+        self._threads = threads
         self._source: FileMap | None = None
         self._start = self._stop = 0
 
@@ -335,11 +338,20 @@ class _Copy:
         if self._source is None or count <= 0:
             return
         self._file.flush()
-        source, target, at = self._source, self._file.fileno(), self._file.tell()
-        # the system copies pages, or shares them on some file systems; pages of the two files may be shifted
-        is_aligned = (self._start - at) % mmap.PAGESIZE == 0 and hasattr(os, "copy_file_range")
-        if not (is_aligned and _copy_range(source, self._start, target, at, count)):
-            _copy_through_memory(source, self._start, target, at, count)
+        source, target, start, at = self._source, self._file.fileno(), self._start, self._file.tell()
+
+        def copy(first: int, stop: int) -> None:
+            # the system copies pages, or shares them on some file systems; pages of the two files may be shifted
+            is_aligned = (start - at) % mmap.PAGESIZE == 0 and hasattr(os, "copy_file_range")
+            if not (is_aligned and _copy_range(source, start + first, target, at + first, stop - first)):
+                _copy_through_memory(source, start + first, target, at + first, stop - first)
+
+        # Linux writes to a file for one thread at a time; the other one reads meanwhile
+        middle = count // 2 if count >= 2 * PART else count
+        second = self._threads.submit(copy, middle, count) if middle < count else None
+        copy(0, middle)
+        if second is not None:
+            second.result()
         self._start += count
         self._file.seek(at + count)
 
@@ -424,14 +436,15 @@ def write_file(
     header += b" " * _padding(len(header), first)
     reserve(file, 8 + len(header) + start)
     file.write(len(header).to_bytes(8, "little") + header)
-    copy = _Copy(file)
-    for name in names:
-        array, first = (arrays[name] if first is None else first), None
-        if (array.dtype, array.shape) != specs[name]:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
-        if not copy.add(array):
-            copy.finish()
-            flat = contiguous(array).reshape(-1)
-            file.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
-        written(array.nbytes)
-    copy.finish()
+    with ThreadPoolExecutor(1) as threads:
+        copy = _Copy(file, threads)
+        for name in names:
+            array, first = (arrays[name] if first is None else first), None
+            if (array.dtype, array.shape) != specs[name]:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
+            if not copy.add(array):
+                copy.finish()
+                flat = contiguous(array).reshape(-1)
+                file.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+            written(array.nbytes)
+        copy.finish()

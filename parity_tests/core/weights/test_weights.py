@@ -525,8 +525,9 @@ def test_arrays_of_files_are_copied_from_file_to_file(
 def test_large_arrays_of_files_are_copied_at_the_same_place_of_a_page(
     shift: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The header may end in more spaces. Other arrays are copied through memory."""
+    """The header may end in more spaces. Other arrays are copied through memory. Two threads copy large parts."""
     monkeypatch.setattr(tensor_file, "_MOST_PENDING", at_once)
+    monkeypatch.setattr(tensor_file, "PART", 2000)
     drawn = np.random.default_rng(1)
     arrays = {name: drawn.integers(0, 99, 5000).astype(np.int8) for name in "abc"}
     weights.write(tmp_path / "x.safetensors", arrays)
@@ -552,12 +553,16 @@ def test_adjacent_arrays_of_two_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="arrays are read from the map")
-def test_a_source_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [1000, 1 << 22])
+def test_a_source_that_becomes_shorter_is_an_error(
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reading its memory map would end the process."""
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     weights.write(source, {name: np.ones(5000) for name in "ab"})
     found = weights.read(source)
     arrays = {name: found[name] for name in "ab"}
+    monkeypatch.setattr(tensor_file, "PART", part)
     os.truncate(source, 50_000)
     for read in (lambda: found["a"], lambda: weights.write(target, arrays)):
         with pytest.raises(WeightsError) as raised:
