@@ -34,7 +34,7 @@ from icenet.parity.pairing import relative
 from icenet.parity.pairs import Pair
 from icenet.parity.sides import Side
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FACTOR, Judgement, judge
+from icenet.parity.yardstick import FACTOR, Judgement, judge, rms
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
@@ -43,6 +43,8 @@ Array = npt.NDArray[Any]
 
 _ACCEPTED = 4 * FACTOR
 """Largest ratio with which a cause explains a difference. The noise is one run of the reference, without samples."""
+CORRECTION = 2.0**-24 / (1 - 0.999) / 2
+"""Relative error of an update of Adam if its correction by 1 - 0.999 is rounded in fp32, as in MLX."""
 _MOST = 400
 """Number of replays that are tried for one difference."""
 
@@ -78,11 +80,17 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
     except (align.ReplayError, KeyError):  # a result that one side lacks
         return ""
     if trial.exact[trial.name].is_float and trial.name in trial.ours:
-        searches = (_numbers, _order, _parts, _statistics, _functions, _scale, _sums, _weights, _options, _casts)
+        searches = (
+            *(_numbers, _order, _angles, _parts, _statistics, _functions, _rotary, _scale, _sums, _weights),
+            *(_options, _casts),
+        )
         forward = (*searches, _calls)
         backward = (_numbers, _sums, _functions, _weights, _casts, _scale, _calls)
         for search in forward if trial.is_forward else backward:
-            if search in (_statistics, _functions, _weights, _casts) and not comparison.computes_reference:
+            if (
+                search in (_statistics, _functions, _rotary, _angles, _weights, _casts)
+                and not comparison.computes_reference
+            ):
                 continue
             try:
                 if cause := search(trial):
@@ -351,7 +359,7 @@ def _order(trial: _Trial) -> str:
         return ""
     if found := align.permutation(ours, exact):
         return f"swapped axes: {found.replace('PyTorch', 'b')}"
-    for axis in range(1 if ours.ndim > 1 else 0, ours.ndim):
+    for axis in (*range(1, ours.ndim), 0):
         size = ours.shape[axis]
         if size > 1 and trial.explains_array(np.flip(exact, axis)):
             return f"the order along axis {axis} is reversed in a"
@@ -540,6 +548,8 @@ def _functions(trial: _Trial) -> str:
         counts[name] = counts.get(name, 0) + 1
     own = [v for _, v in attributes(trial.modules[0]).values() if isinstance(v, float)]
     table = [*variants.TABLE, *variants.number_variants(calls, own)]
+    if counts.get("mul"):
+        table += variants.theta_variants(_bases(trial))
     accepted: list[tuple[float, int, str]] = []
     for index, variant in enumerate(table):
         total = sum(counts.get(name, 0) for name in variant.names)
@@ -565,6 +575,90 @@ def _functions(trial: _Trial) -> str:
         used = [variants.activation_name(n, k, a) for n, a, k in calls if n in variants.ACTIVATION_NAMES]
         text = text.replace("{0}", next(iter(used), "another activation"))
     return text
+
+
+# ---- rotary positions -----------------------------------------------------------------------------------------
+
+
+def _bases(trial: _Trial) -> list[float]:
+    """Returns the bases of angles that the module of `a` and those within it hold."""
+    prefix = f"{trial.pair.a.path}." if trial.pair.a.path else ""
+    held = [module for path, module in trial.c.a.modules.items() if f"{path}.".startswith(prefix)]
+    found = (attributes(module).get("theta", ("", None))[1] for module in held)
+    return [float(value) for value in found if isinstance(value, (int, float)) and value >= 10]
+
+
+def _angles(trial: _Trial) -> str:
+    """Returns the base of a table of angles, cosines or sines, if another one explains the difference."""
+    if trial.c.reference.backend != "torch" or not trial.is_forward:
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    exact = np.asarray(trial.exact[trial.name].array, np.float64)
+    if exact.ndim < 2 or exact.size > 1 << 20:
+        return ""
+    for theta in dict.fromkeys((*_bases(trial), *variants.THETA)):
+        whole = variants.with_theta(exact, theta)
+        if whole is None and exact.ndim > 2:  # cosines and sines next to each other
+            parts = [variants.with_theta(part, theta) for part in np.moveaxis(exact, -2, 0)]
+            if len(parts) <= 4 and any(part is not None for part in parts):
+                olds = [part for part in parts if part is not None]
+                if len(olds) < len(parts):  # negative sines
+                    negated = [variants.with_theta(-part, theta) for part in np.moveaxis(exact, -2, 0)]
+                    pairs = [
+                        p if p is not None else (-n[0], n[1]) if n is not None else None
+                        for p, n in zip(parts, negated, strict=True)
+                    ]
+                else:
+                    pairs = parts
+                if all(pair is not None for pair in pairs):
+                    whole = np.stack([pair[0] for pair in pairs if pair is not None], axis=-2), olds[0][1]
+        if whole is not None and whole[1] != theta and trial.explains_array(whole[0]):
+            return f"theta is {theta:g} in a, {whole[1]:g} in b"
+    return ""
+
+
+def _rotary(trial: _Trial) -> str:
+    """Returns whether the rotary positions turn halves of a head on one side, and pairs of neighbours on the other.
+
+    Both are the same up to the order of the values of a head, which queries and keys have in common.
+    """
+    if not trial.is_forward:
+        return ""
+    places = trial.pair.input_places()
+    floats = [
+        index
+        for index, ((source, _), value) in enumerate(zip(places, trial.given.values, strict=True))
+        if source is not None and value.is_float and value.array.ndim >= 3
+    ]
+    chosen = [[index] for index in floats if trial.given.values[index].array.shape[-1] % 3 == 0]
+    chosen += [list(pair) for pair in itertools.combinations(floats[:4], 2)]
+    for indices in chosen:
+        widths = [trial.given.values[index].array.shape[-1] for index in indices]
+        parts = 3 if len(indices) == 1 else 1
+        width = math.gcd(*widths) // parts
+        for size in (size for size in range(4, width + 1, 2) if width % size == 0):
+            for text, halves in (
+                ("pairs (x[..., ::2]) in a, of halves in b", True),
+                ("halves in a, of pairs (x[..., ::2]) in b", False),
+            ):
+                values = list(trial.given.values)
+                for index in indices:
+                    values[index] = _turned(values[index], size, parts, halves)
+                if trial.explains(trial.replay(values=values)):
+                    return f"rotary positions of {text}"
+    return ""
+
+
+def _turned(value: Value, size: int, parts: int, halves: bool) -> Value:
+    """Returns queries and keys with the values of each head as halves in place of pairs, or the reverse."""
+    array = np.asarray(value.array)
+    order = np.arange(size).reshape(-1, 2).T if halves else np.arange(size).reshape(2, -1).T
+    heads = array.reshape(*array.shape[:-1], -1, size)
+    turned = heads[..., order.reshape(-1)]
+    if parts == 3:  # the values are not turned
+        keys = heads.shape[-2] * 2 // 3
+        turned = np.concatenate([turned[..., :keys, :], heads[..., keys:, :]], axis=-2)
+    return Value(np.ascontiguousarray(turned.reshape(array.shape)), value.dtype)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------
@@ -668,24 +762,80 @@ def suggest_update(
     if c.reference.backend != "torch" or not c.computes_reference:
         return ""
     ours, theirs, exact = updated
+    before = c.reference.weights()
 
     def ratio(new: Mapping[str, Array]) -> float:
         worst = 0.0
         for name in names:
             if name in ours and name in exact:
                 noise = np.asarray(theirs[name], np.float64) - exact[name]
-                worst = max(worst, judge(ours[name], new[name] + noise, new[name]).ratio)
+                least = CORRECTION * rms(new[name] - before[name])
+                worst = max(worst, judge(ours[name], new[name] + noise, new[name], min_noise=least).ratio)
         return worst
 
-    before = ratio(exact)
-    for text, change in _optimizer_changes():
+    first = ratio(exact)
+    for text, change in itertools.chain(_own_options(c, optimizer), _optimizer_changes()):
         try:
             found = c.reference.updated(optimizer, sequence, change)
         except (KeyError, TypeError, ValueError, AttributeError):  # an option that this optimizer lacks
             continue
-        if ratio(found) <= min(_ACCEPTED, before / 4):
+        if ratio(found) <= min(_ACCEPTED, first / 4):
             return text
     return ""
+
+
+_OPTIONS = {
+    "learning_rate": ("lr", "the learning rate"),
+    "weight_decay": ("weight_decay", "weight decay"),
+    "betas": ("betas", "betas"),
+    "eps": ("eps", "eps of the optimizer"),
+    "momentum": ("momentum", "momentum of the optimizer"),
+    "dampening": ("dampening", "dampening"),
+    "nesterov": ("nesterov", "Nesterov momentum"),
+    "alpha": ("alpha", "alpha"),
+}
+"""Options of optimizers of MLX, their names in PyTorch, and what to call them."""
+
+
+def _own_options(c: Comparison, optimizer: Any) -> Iterator[tuple[str, Change]]:
+    """Yields the options of the optimizer of `a` that are not those of `b`: each, and all together."""
+    given = c.optimizers[0] if c.optimizers else None
+    made = c.reference.tools.make_optimizer(c.reference.module, optimizer, c.reference.rate)
+    groups = getattr(made, "param_groups", ())
+    if given is None or not groups:
+        return
+    changes: list[tuple[str, str, Any]] = []
+    for name, (option, what) in _OPTIONS.items():
+        own = getattr(given, name, None)
+        own = own.item() if hasattr(own, "item") else tuple(own) if isinstance(own, (list, tuple)) else own
+        values = [
+            tuple(g[option]) if isinstance(g[option], (list, tuple)) else g[option] for g in groups if option in g
+        ]
+        if own is None or len(values) != len(groups) or len(set(values)) > 1:
+            continue
+        pairs = list(zip(*((v if isinstance(v, tuple) else (v,)) for v in (own, values[0])), strict=False))
+        if any(not math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-15) for x, y in pairs):
+            shown = [list(map(_short, v)) if isinstance(v, tuple) else _short(v) for v in (own, values[0])]
+            changes.append((f"{what} is {shown[0]} in a, {shown[1]} in b", option, own))
+    if not changes:
+        return
+
+    def setting(chosen: Sequence[tuple[str, str, Any]]) -> Change:
+        def change(optimizer: Any, step: int) -> None:
+            for group in optimizer.param_groups:
+                group.update({option: value for _, option, value in chosen})
+
+        return change
+
+    for item in changes:
+        yield item[0].replace("betas is", "betas are"), setting([item])
+    if len(changes) > 1:
+        yield "; ".join(text.replace("betas is", "betas are") for text, _, _ in changes), setting(changes)
+
+
+def _short(value: Any) -> Any:
+    """Returns a number of fp32 with the digits that it has."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _optimizer_changes() -> Iterator[tuple[str, Change]]:

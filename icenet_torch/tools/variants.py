@@ -120,6 +120,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hard swish": F.hardswish,
     "hard sigmoid": F.hardsigmoid,
     "the square of ReLU": lambda x: F.relu(x).square(),
+    "exp": torch.exp,
+    "absolute value": torch.abs,
     "no activation": lambda x: x,
 }
 
@@ -199,9 +201,175 @@ def _diagonal(by: int) -> Run:
 def _softmax(dim: int) -> Run:
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]
-        return torch.softmax(x, dim) if x.ndim >= -dim else NotImplemented
+        if x.ndim < -dim:
+            return NotImplemented
+        return torch.log_softmax(x, dim) if _name(func) == "log_softmax" else torch.softmax(x, dim)
 
     return run
+
+
+# ---- masks that are written by hand -------------------------------------------------------------------------
+
+_LOW = -1e3
+"""Scores are hidden by a number at most as large as this."""
+HIDES = frozenset({"masked_fill", "where", "add", "iadd", "radd"})
+"""Functions with which scores are hidden."""
+
+
+def _masking(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
+    """Returns the variant of masked_fill, where and sums that hide other scores.
+
+    Args:
+        change: Called with the mask, True for hidden scores; returns those to hide in place, or None for none.
+    """
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        name = _name(func)
+        if name == "masked_fill":
+            given = {**dict(zip(("input", "mask", "value"), args, strict=False)), **kwargs}
+            scores, hidden, value = given["input"], given["mask"], given["value"]
+        elif name == "where":
+            given = {**dict(zip(("condition", "input", "other"), args, strict=False)), **kwargs}
+            if "other" not in given:
+                return NotImplemented
+            scores, hidden, value = given["input"], ~given["condition"].bool(), given["other"]
+            if not _is_low(value):
+                scores, hidden, value = value, ~hidden, scores
+        else:
+            given = {**dict(zip(("input", "other"), args, strict=False)), **kwargs}
+            scores, mask = given.get("input"), given.get("other")
+            if not isinstance(scores, torch.Tensor) or not isinstance(mask, torch.Tensor):
+                return NotImplemented
+            if _is_additive(scores) and not _is_additive(mask):
+                scores, mask = mask, scores
+            if not _is_additive(mask):
+                return NotImplemented
+            hidden, value = mask <= _LOW, mask.min()
+        if not isinstance(scores, torch.Tensor) or not _is_low(value):
+            return NotImplemented
+        changed = change(hidden)
+        if changed is None:
+            return scores.clone()
+        return scores.masked_fill(changed, -1e9)  # finite: a row without keys is the mean of all
+
+    return run
+
+
+def _is_low(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and float(value) <= _LOW
+    return isinstance(value, (int, float)) and value <= _LOW
+
+
+def _is_additive(mask: torch.Tensor) -> bool:
+    """Returns whether a tensor has zeros, and numbers that hide scores."""
+    if not mask.is_floating_point() or not mask.numel():
+        return False
+    low = mask <= _LOW
+    return bool(low.any()) and not bool(mask[~low].any())
+
+
+def _moved(by: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function that moves a mask by one key; the key that comes in is as its neighbour."""
+
+    def move(hidden: torch.Tensor) -> torch.Tensor:
+        moved = hidden.roll(by, -1)
+        moved[..., 0 if by > 0 else -1] = hidden[..., 0 if by > 0 else -1]
+        return moved
+
+    return move
+
+
+def _added_as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    """Adds a mask of 0 and 1 in place of 0 and a large negative number."""
+    tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+    if len(tensors) != 2:
+        return NotImplemented
+    scores, mask = tensors if _is_additive(tensors[1]) else tensors[::-1]
+    return scores + (mask > _LOW).to(scores.dtype) if _is_additive(mask) else NotImplemented
+
+
+# ---- tables of angles ---------------------------------------------------------------------------------------
+
+
+def frequencies_of(table: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """Returns "cos", "sin" or "angle", and the frequencies of a table [..., T, D] of positions; None for others."""
+    array = np.asarray(table, np.float64)
+    while array.ndim > 2 and (array.shape[0] == 1 or np.array_equal(array[0], array[-1])):
+        array = array[0]
+    if array.ndim == 3 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 2 or len(array) < 3:
+        return None
+    positions = np.arange(len(array))[:, None]
+    for kind, inverse, function in (("cos", np.arccos, np.cos), ("sin", np.arcsin, np.sin), ("angle", None, None)):
+        first = np.clip(array[1], -1, 1) if inverse is not None else array[1]
+        frequencies = inverse(first) if inverse is not None else first
+        values = positions * frequencies if function is None else function(positions * frequencies)
+        if frequencies.max() > 0.5 and (frequencies > 0).all() and np.abs(values - array).max() < 1e-2:
+            # the arc cosine of a number near 1 has few digits: the last row tells them
+            return kind, frequencies
+    return None
+
+
+def theta_of(frequencies: np.ndarray) -> float | None:
+    """Returns the base of frequencies base^(-k / n); None if they are others."""
+    values = np.unique(np.round(np.log(frequencies), 3))[::-1]
+    if len(values) < 2 or abs(values[0]) > 1e-3:
+        return None
+    logs = -values * len(values)
+    steps = logs / np.maximum(np.arange(len(values)), 1)
+    base = float(np.exp(np.median(steps[1:])))
+    return base if base > 10 and np.allclose(steps[1:], steps[1], rtol=2e-2) else None
+
+
+def with_theta(table: np.ndarray, theta: float) -> tuple[np.ndarray, float] | None:
+    """Returns a table of angles, their cosines or sines with another base, and the base that it has."""
+    found = frequencies_of(table)
+    old = theta_of(found[1]) if found is not None else None
+    if found is None or old is None:
+        return None
+    kind, frequencies = found
+    count = len(np.unique(np.round(np.log(frequencies), 3)))
+    old = min((t for t in THETA if abs(math.log(t / old)) < 0.05), default=old)
+    places = np.round(-np.log(frequencies) / math.log(old) * count)
+    length = next(axis for axis in range(table.ndim - 2, -1, -1) if table.shape[axis] > 1)
+    angles = np.arange(table.shape[length])[:, None] * theta ** (-places / count)
+    values = angles if kind == "angle" else getattr(np, kind)(angles)
+    shape = [1] * table.ndim
+    shape[length], shape[-1] = values.shape
+    return np.broadcast_to(values.reshape(shape), table.shape), old
+
+
+def theta_variants(others: Sequence[float]) -> list[Variant]:
+    """Returns the variants of the base of the angles that a module gets as tables of cosines and sines.
+
+    Args:
+        others: Numbers that the module under test holds.
+    """
+
+    def turned(theta: float) -> Run:
+        def change(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor) or not item.is_floating_point() or item.ndim < 2:
+                return item
+            found = with_theta(item.detach().cpu().double().numpy(), theta)
+            return item if found is None else torch.from_numpy(np.ascontiguousarray(found[0])).to(item)
+
+        def run(func: Any, args: Any, kwargs: Any) -> Any:
+            changed = tuple(map(change, args))
+            return (
+                func(*changed, **kwargs)
+                if any(x is not y for x, y in zip(changed, args, strict=True))
+                else NotImplemented
+            )
+
+        return run
+
+    bases = dict.fromkeys((*(float(n) for n in others if n >= 100), *THETA))
+    return [
+        Variant(f"theta is {theta:g} in a, another in b", frozenset({"mul", "rmul"}), turned(theta))
+        for theta in bases
+    ]
 
 
 # ---- rotary positions ---------------------------------------------------------------------------------------
@@ -263,17 +431,62 @@ def _halves(func: Any, args: Any, kwargs: Any) -> Any:
 # ---- sums, norms, images ------------------------------------------------------------------------------------
 
 
-def _unbiased(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(kwargs)
-    if "correction" in given:
-        given["correction"] = 1 - given["correction"] if given["correction"] in (0, 1) else given["correction"]
-        return func(*args, **given)
-    flags = [index for index, item in enumerate(args) if isinstance(item, bool)]
-    if flags and "unbiased" not in given:
-        return func(*(not item if index == flags[0] else item for index, item in enumerate(args)), **given)
-    dim = given.pop("dim", args[1] if len(args) > 1 else None)
-    unbiased = given.pop("unbiased", True)
-    return func(args[0], dim=dim, correction=0 if unbiased else 1, **given)
+def _variance(correction: int) -> Run:
+    """Returns the variant of var and std with another number that is taken from the count."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = {k: v for k, v in kwargs.items() if k in ("keepdim",)}
+        own = list(args[1:])
+        flags = [item for item in own if isinstance(item, bool)]
+        dim = kwargs.get("dim", next((item for item in own if not isinstance(item, bool)), None))
+        is_unbiased = flags[0] if flags else kwargs.get("unbiased", kwargs.get("correction", 1) not in (0, None))
+        if len(flags) > 1:
+            given["keepdim"] = flags[1]
+        if int(bool(is_unbiased)) == correction:
+            return NotImplemented
+        return func(args[0], dim=dim, correction=correction, **given)
+
+    return run
+
+
+def _hand_written_norm(change: Callable[[torch.Tensor, float], torch.Tensor]) -> Run:
+    """Returns the variant of layer_norm with another quotient, given the deviations from the mean, and eps."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = {**dict(zip(("input", "shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
+        shape = given.get("normalized_shape", given.get("shape"))
+        x, axes = given["input"], tuple(range(-len(shape), 0))
+        if len(axes) > 1:
+            return NotImplemented
+        y = change(x - x.mean(axes, keepdim=True), given.get("eps", 1e-5))
+        y = y if given.get("weight") is None else y * given["weight"]
+        return y if given.get("bias") is None else y + given["bias"]
+
+    return run
+
+
+def _root_mean_square(x: torch.Tensor, ddof: int = 0) -> torch.Tensor:
+    return x.square().sum(-1, keepdim=True) / (x.shape[-1] - ddof)
+
+
+_NORM = frozenset({"layer_norm"})
+NORMS = [
+    Variant(
+        "unbiased variance (ddof 1) in a, biased in b",
+        _NORM,
+        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x, 1) + eps).sqrt()),
+    ),
+    Variant(
+        "eps is added to the standard deviation in a, to the variance in b",
+        _NORM,
+        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x).sqrt() + eps)),
+    ),
+    Variant(
+        "unbiased standard deviation plus eps in a, biased variance plus eps in b",
+        _NORM,
+        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x, 1).sqrt() + eps)),
+    ),
+]
 
 
 _RESIZE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
@@ -282,15 +495,19 @@ _RESIZE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_
 def _resized(**changes: Any) -> Run:
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         given = {**dict(zip(_RESIZE, args, strict=False)), **kwargs}
+        mode = given.get("mode", "nearest")
         if "align_corners" in changes:
-            if given.get("mode", "nearest") == "nearest":
+            if (
+                mode in ("nearest", "nearest-exact", "area")
+                or bool(given.get("align_corners")) is changes["align_corners"]
+            ):
                 return NotImplemented
-            return func(**{**given, "align_corners": not given.get("align_corners")})
-        mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[given["input"].ndim]
-        is_nearest = given.get("mode", "nearest") == "nearest"
-        return func(
-            **{**given, "mode": mode if is_nearest else "nearest", "align_corners": False if is_nearest else None}
-        )
+            return func(**{**given, **changes})
+        linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[given["input"].ndim]
+        new = linear if changes["mode"] == "linear" else changes["mode"]
+        if new == mode:
+            return NotImplemented
+        return func(**{**given, "mode": new, "align_corners": None if new == "nearest" else False})
 
     return run
 
@@ -344,11 +561,15 @@ def _pooled(kind: str) -> Run:
     return run
 
 
-def _without_padded_count(func: Any, args: Any, kwargs: Any) -> Any:
-    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    given["count_include_pad"] = not given.get("count_include_pad", True)
-    return func(**given)
+def _padded_count(counts: bool) -> Run:
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if bool(given.get("count_include_pad", True)) is counts:
+            return NotImplemented
+        return func(**{**given, "count_include_pad": counts})
+
+    return run
 
 
 def _bias(factor: float) -> Run:
@@ -466,7 +687,21 @@ TABLE: list[Variant] = [
     Variant(
         "mask off by one: the diagonal of triu or tril is one lower in a", frozenset({"triu", "tril"}), _diagonal(-1)
     ),
-    *(Variant(f"softmax over the axis {dim} in a", frozenset({"softmax"}), _softmax(dim)) for dim in (-1, -2, -3)),
+    *(
+        Variant(f"softmax over the axis {dim} in a", frozenset({"softmax", "log_softmax"}), _softmax(dim))
+        for dim in (-1, -2, -3)
+    ),
+    Variant("no attention mask in a: scores that b hides are seen", HIDES, _masking(lambda hidden: None)),
+    Variant("the attention mask is inverted in a", HIDES, _masking(torch.logical_not)),
+    Variant(
+        "attention mask off by one: a hides one key more, such as the position itself", HIDES, _masking(_moved(-1))
+    ),
+    Variant("attention mask off by one: a shows one key more, such as the next position", HIDES, _masking(_moved(1))),
+    Variant(
+        "the attention mask of 0 and 1 is added to the scores in a: hidden keys are seen. Add 0 and -inf",
+        frozenset({"add", "iadd", "radd"}),
+        _added_as_it_is,
+    ),
     Variant(
         "rotary positions of pairs (x[..., ::2]) in a, of halves in b", frozenset({"getitem", "chunk", "cat"}), _pairs
     ),
@@ -476,11 +711,23 @@ TABLE: list[Variant] = [
         _halves,
     ),
     Variant("rotary positions turn in the other direction in a: the sign of the sine", frozenset({"sin"}), _negated),
-    Variant("biased variance (ddof 0) in a, unbiased in b, or the reverse", frozenset({"var", "std"}), _unbiased),
-    Variant("align_corners is not equal", frozenset({"interpolate", "upsample"}), _resized(align_corners=True)),
-    Variant("interpolation mode: nearest on one side, linear on the other", frozenset({"interpolate"}), _resized()),
+    Variant("biased variance (ddof 0) in a, unbiased in b", frozenset({"var", "std"}), _variance(0)),
+    Variant("unbiased variance (ddof 1) in a, biased in b", frozenset({"var", "std"}), _variance(1)),
+    *NORMS,
     *(
-        Variant(f"padding mode {mode} in a", frozenset({"pad"}), _padded(mode))
+        Variant(
+            f"align_corners is {flag} in a, {not flag} in b",
+            frozenset({"interpolate", "upsample"}),
+            _resized(align_corners=flag),
+        )
+        for flag in (True, False)
+    ),
+    *(
+        Variant(f"interpolation mode {mode} in a, another in b", frozenset({"interpolate"}), _resized(mode=mode))
+        for mode in ("nearest", "linear", "bicubic")
+    ),
+    *(
+        Variant(f"padding mode {mode} in a, another in b", frozenset({"pad"}), _padded(mode))
         for mode in ("constant", "reflect", "replicate", "circular")
     ),
     Variant(
@@ -501,10 +748,13 @@ TABLE: list[Variant] = [
     Variant(
         "maximum pooling in a, average in b", frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"}), _pooled("max")
     ),
-    Variant(
-        "average pooling counts the padding on one side only (count_include_pad)",
-        frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"}),
-        _without_padded_count,
+    *(
+        Variant(
+            f"average pooling {'counts' if counts else 'does not count'} the padding in a (count_include_pad)",
+            frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"}),
+            _padded_count(counts),
+        )
+        for counts in (True, False)
     ),
     Variant("no bias in a", _CONVS | {"linear"}, _bias(0.0)),
     Variant("the bias is added twice in a", _CONVS | {"linear"}, _bias(2.0)),
@@ -577,7 +827,7 @@ def number_variants(
             elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
                 candidates, what = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2), "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
-                candidates, what = (0.01, 0.1, 0.2, 0.3, 1.0), "the slope or alpha"
+                candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in ("mul", "add", "sub"):
                 candidates, what = (), "a number"
             else:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -240,9 +241,9 @@ def _(model: Any) -> None:
     model.blocks[1].branch[0].norm.eval()
 
 
-@fault("cnn", "activation", "stem", "ReLU|GELU|SiLU", "activation")
+@fault("cnn", "activation", "", "SiLU", "activation")
 def _(model: Any) -> None:
-    model.stem.activation = "relu" if model.stem.activation != "relu" else "silu"
+    model.config = model.config.model_copy(update={"activation": "silu"})
 
 
 @fault("cnn", "shortcut", "blocks.1.shortcut", "zero", "missing residual")
@@ -430,18 +431,25 @@ def _(model: Any) -> None:
     changed(model.blocks[0].pwconv1, lambda call, self, x: to_tf32(x) @ to_tf32(self.weight).T + self.bias)
 
 
-@option("llama", "cast", "layers.1.input_layernorm", "cast", "missing cast", dtype="bf16")
+@option("diffusion", "cast", "", "cast to fp32 is missing", "missing cast", dtype="bf16")
 def _(model: Any) -> None:
-    model.layers[1].input_layernorm.casts = False
+    def embedded(original: Any, self: Any, t: Any) -> Any:
+        frequencies = mx.exp(-math.log(10000.0) * mx.arange(8) / 8).astype(mx.bfloat16)
+        angles = t[:, None].astype(mx.bfloat16) * frequencies
+        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+    changed(model, embedded, "embedded")
 
 
-@option("convnext", "softmax cast", "blocks.1.norm", "norm is computed in bf16", "missing cast", dtype="bf16")
+@option("tcn", "cast", "head", "fp16|cast", "missing cast", dtype="bf16")
 def _(model: Any) -> None:
     def call(original: Any, self: Any, x: Any) -> Any:
-        x = x - x.mean(axis=-1, keepdims=True)
-        return x * mx.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.eps) * self.weight + self.bias
+        y = mx.zeros(self.bias.shape, x.dtype) + self.bias
+        for index in range(x.shape[-1]):  # each sum is rounded
+            y = y + x[..., index, None] * self.weight[:, index]
+        return y * 8 - y * 7
 
-    changed(model.blocks[1].norm, call)
+    changed(model.head, call)
 
 
 def gradient_fault(model: str, name: str, path: str, kind: str, find: Callable[[Any], Any]) -> None:

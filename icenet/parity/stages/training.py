@@ -39,8 +39,6 @@ Array = npt.NDArray[Any]
 
 SMALL = 1_000_000
 """Number of parameters up to which a comparison trains two steps by default, and one step above it."""
-_CORRECTION = 2.0**-24 / (1 - 0.999) / 2
-"""Relative error of an update of Adam if its correction by 1 - 0.999 is rounded in fp32, as in MLX."""
 _SCALES = (1.0, 0.5, -1.0)
 """Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
 
@@ -181,7 +179,7 @@ def _judge_updates(
         path, part = split_at(name, c.b.modules)
         judged = judgements[f"parameter:{name}"]
         if not judged.passed:  # 1 - beta^t is rounded in fp32 in MLX
-            least = _CORRECTION * rms(exact[name] - c.reference.weights()[name])
+            least = causes.CORRECTION * rms(exact[name] - c.reference.weights()[name])
             judged = judge(ours[name], theirs[name], exact[name], "fp32", min_noise=least)
         status = states.PASSED if judged.passed else states.DIFFERS
         own_noise = rms_distance(theirs[name], exact[name])
