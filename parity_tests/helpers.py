@@ -317,7 +317,7 @@ def metrics(run: Path, evaluated_every: int = 1) -> list[dict[str, Any]]:
     A run also evaluates where it pauses; `evaluated_every` leaves such evaluations out.
     """
     return [
-        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        {key: value for key, value in record.items() if key not in ("tokens_per_second", "data_wait")}
         for record in MetricsLog.read(run / "metrics.jsonl")
         if "loss" in record or record["step"] % evaluated_every == 0
     ]

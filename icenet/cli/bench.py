@@ -60,6 +60,16 @@ def _sides(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return names
 
 
+_json_file_option = click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write the results to a file as JSON, or print them instead of the tables if no FILE is given.",
+)
+
+
 def _inference_options(command: Any) -> Any:
     """Adds the argument and the options that all measurements of inference have."""
     parts = (
@@ -83,14 +93,7 @@ def _inference_options(command: Any) -> Any:
         backend_option,
         device_option,
         set_option,
-        click.option(
-            "--json",
-            "json_file",
-            is_flag=False,
-            flag_value="-",
-            metavar="[FILE]",
-            help="Write the results to a file as JSON, or print them instead of the tables if no FILE is given.",
-        ),
+        _json_file_option,
         overwrite_option,
     )
     for part in reversed(parts):
@@ -102,12 +105,17 @@ _new_tokens_option = click.option("--new-tokens", type=click.IntRange(2), help="
 
 
 def _run_inference(rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
-    """Measures rows and shows the report."""
     from icenet.commands.bench import inference
+
+    _run_rows(lambda notify: inference.run(rows, inference.Options(**options), notify), json_file, overwrite)
+
+
+def _run_rows(run: Callable[[Callable[[str], None]], Any], json_file: str | None, overwrite: bool) -> None:
+    """Measures rows, shows the report and writes it to a file if there is one."""
     from icenet.core import files
 
     path = None if json_file in (None, "-") else files.output_file(Path(str(json_file)), overwrite=overwrite)
-    report = inference.run(rows, inference.Options(**options), _notify(json_file == "-"))
+    report = run(_notify(json_file == "-"))
     show(report, json_file == "-")
     if path is not None:
         files.write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
@@ -366,7 +374,8 @@ def _training_options(command: Any) -> Any:
         backend_option,
         device_option,
         set_option,
-        json_option,
+        _json_file_option,
+        overwrite_option,
     )
     for part in reversed(parts):
         command = part(command)
@@ -402,14 +411,11 @@ _rows_option = click.option(
 )
 
 
-def _run_training(known: Any, rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def _run_training(known: Any, rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
     from icenet.commands.bench import training
 
     chosen = {name: known[name] for name in rows}
-    report = training.run(chosen, training.Options(overrides=overrides, **options), _notify(as_json))
-    show(report, as_json)
-    if report.interruption is not None:
-        raise report.interruption
+    _run_rows(lambda notify: training.run(chosen, training.Options(**options), notify), json_file, overwrite)
 
 
 @bench.command(
@@ -417,12 +423,12 @@ def _run_training(known: Any, rows: list[str], overrides: tuple[str, ...], as_js
     epilog=examples(
         "icenet bench train",
         "icenet bench train --row gpt --batch 16 --length 1024 --set model.hidden_size=768",
-        "icenet bench train --row cnn,lstm --backend torch --precision fp32 --json",
+        "icenet bench train --row cnn,lstm --backend torch --precision fp32 --json train.json",
     ),
 )
 @_rows_option
 @_training_options
-def train_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def train_command(rows: list[str], **options: Any) -> None:
     """Measure training next to loops written by hand.
 
     Rows: gpt (a transformer, the guide's Small), lstm (4 x 512) and cnn (ResNet-50). The loops have the layers of
@@ -430,7 +436,7 @@ def train_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **
     """
     from icenet.commands.bench import training
 
-    _run_training(training.ROWS, rows, overrides, as_json, **options)
+    _run_training(training.ROWS, rows, **options)
 
 
 @bench.command(
@@ -438,7 +444,7 @@ def train_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **
 )
 @_rows_option
 @_training_options
-def guide_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def guide_command(rows: list[str], **options: Any) -> None:
     """Measure the rows of the guide's benchmark table.
 
     They are shown next to the guide's figures on an Apple M4 Pro. Rows: transformer-small, transformer-medium,
@@ -447,7 +453,7 @@ def guide_command(rows: list[str], overrides: tuple[str, ...], as_json: bool, **
     from icenet.commands.bench import guide
 
     options["only"] = options["only"] or ["icenet mlx", "icenet torch"]
-    _run_training(guide.ROWS, rows, overrides, as_json, **options)
+    _run_training(guide.ROWS, rows, **options)
 
 
 @bench.command(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from icenet.commands import isolated
 from icenet.commands.bench import guide, loops, training
 from icenet.core import backends
 from icenet.core.config import Config
+from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.errors import UsageError
 
 torch: Any = pytest.importorskip("torch")
@@ -112,15 +115,19 @@ def common_config(row: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--row", "gpt", "--batch", "2", "--length", "12", "--repeats", "2", "--seconds", "0.001", *SETS]
-    assert cli.main(["bench", "train", *arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    path = tmp_path / "train.json"
+    assert cli.main(["bench", "train", *arguments, "--json", str(path)]) == 0
+    assert "data wait" in capsys.readouterr().out
+    report = json.loads(path.read_text())
     [result] = report["results"]
     sides = {entry["side"]: entry for entry in result["sides"]}
     assert sides.keys() == {"icenet mlx", "icenet torch", "torch loop", "mlx.nn loop"}
     for entry in sides.values():
         assert len(entry["seconds"]) == 2
+        assert (entry["data_wait"] is None) == loops.KINDS[entry["side"]].is_peer
+        assert 0 <= (entry["data_wait"] or 0) < 1
         assert entry["low"] <= entry["value"] <= entry["high"]
         assert entry["speeds"].keys() == {"icenet mlx", "icenet torch"}
         assert entry["of_limit"] == pytest.approx(entry["value"] * result["operations"] / 24 / 1e11)
@@ -128,8 +135,26 @@ def test_a_report(capsys: pytest.CaptureFixture[str]) -> None:
         ratios = [a / b for a, b in zip(entry["seconds"], own, strict=True)]
         assert entry["speeds"]["icenet torch"]["median"] == pytest.approx(np.median(ratios))
     assert sum("compiled: not measured" in note for note in report["notes"]) == 3
-    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch,torch loop"]) == 0
-    assert "icenet torch / this" in capsys.readouterr().out
+    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["title"] == result["title"]
+
+
+@both_backends
+def test_the_wait_for_images(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches come from a data set and go to the device as bytes; a slow one is seen."""
+    small = ("model.stage_depths=[1]", "model.stage_widths=[8]", "model.num_layers=1", "model.hidden_size=32")
+    chosen = config("cnn", *small, "model.vocab_size=3")
+    session = loops.Session(f"icenet {backend}", "cpu")
+    session.prepare(json.loads(json.dumps(chosen.to_dict())))
+    assert 0 <= session.data_wait(3) < 1
+    assert session._loop._engine.pixel_scale is None
+
+    def slow(self: ImageDataset, step: int, batch_size: int, read: Any = ImageDataset.train_pixels) -> Any:
+        time.sleep(0.2)
+        return read(self, step, batch_size)
+
+    monkeypatch.setattr(ImageDataset, "train_pixels", slow)
+    assert session.data_wait(2) > 0.3
 
 
 @pytest.mark.usefixtures("here")

@@ -50,6 +50,22 @@ def test_the_next_batch_is_read_while_a_step_is_computed() -> None:
     assert begun[0][1] == "MainThread" and begun[1][1].startswith("icenet-data")
 
 
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_the_wait_for_a_batch(in_thread: bool) -> None:
+    """A batch that was read ahead costs no wait; the first one, and those of a user's class, cost the time to read."""
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        time.sleep(0.1)
+        return batch(step)
+
+    with Prefetch(read, 3, in_thread) as data:
+        data.batch(0)
+        assert data.waited >= 0.1
+        time.sleep(0.5)
+        data.batch(1)
+        assert (data.waited < 0.1) == in_thread
+
+
 def test_an_error_is_raised_where_its_batch_is_requested() -> None:
     def read(step: int) -> dict[str, np.ndarray]:
         if step == 2:

@@ -16,8 +16,14 @@ import numpy as np
 from icenet.commands.bench.sides import fastest
 from icenet.core import backends
 from icenet.core.config import Config
+from icenet.core.data.datasets import Dataset
+from icenet.core.data.images.dataset import ImageDataset
+from icenet.core.data.images.files import ArrayImages, ImageSource
+from icenet.core.data.text.packed import TextDataset
 from icenet.core.engine import Batch
 from icenet.core.errors import UsageError
+from icenet.core.tokenizers import get_tokenizer
+from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.run_folder import versions
 
 BATCHES = 4
@@ -70,6 +76,31 @@ class OwnLoop:
             before = handle
         return float(self._engine.read(before).loss)
 
+    def data_wait(self, data: Dataset, steps: int) -> float:
+        """Returns the share of the time of steps in which they wait for the batches of a data set, as a run reads it.
+
+        The first step, whose batch nobody could read ahead, does not count.
+        """
+        read, rows, scale = data.train_batch, self._engine.config.training.batch_size, self._engine.pixel_scale
+        if isinstance(data, ImageDataset):
+            read, self._engine.pixel_scale = data.train_pixels, data.pixel_scale
+        waited = 0.0
+        try:
+            with Prefetch(lambda step: read(step, rows), steps + 1) as batches:
+                before = self._engine.train_step(batches.batch(0), self._step, 1e-4)
+                begin = time.perf_counter()
+                for step in range(1, steps + 1):
+                    batch = batches.batch(step)
+                    waited += batches.waited
+                    handle = self._engine.train_step(batch, self._step + step, 1e-4)
+                    self._engine.read(before)
+                    before = handle
+                self._engine.read(before)
+        finally:
+            self._engine.pixel_scale = scale
+        self._step += steps + 1
+        return waited / (time.perf_counter() - begin)
+
 
 class Session:
     """One side. Arguments and results are JSON types.
@@ -91,6 +122,7 @@ class Session:
             raise UsageError("compiled sides are measured on a GPU")
         self._memory = self._tools.PeakMemory(self._device)
         self._loop: Any = None
+        self._config: Config
         self._batches: list[Batch] = []
         self._next = 0
 
@@ -126,7 +158,7 @@ class Session:
             if self._kind.compiled:
                 chosen = chosen.with_overrides("model.compile_model=true")
             self._loop = OwnLoop(backends.engine(chosen, self._kind.backend, self._device_name))
-        self._batches = make_batches(chosen)
+        self._config, self._batches = chosen, make_batches(chosen)
         cold = self._timed(1)
         if self.device == "gpu":
             self._timed(3)  # a CUDA graph is captured in the third step
@@ -135,6 +167,13 @@ class Session:
     def measure(self, steps: int) -> dict[str, Any]:
         """Returns the seconds of a step in the mean of some steps, and the peak of the memory."""
         return {"seconds": self._timed(steps), "peak_bytes": int(self._memory.growth())}
+
+    def data_wait(self, steps: int) -> float:
+        """Returns the share of steps in which they wait for data in memory, read and augmented as in a run."""
+        self._loop.run(self._batches[:1])
+        data = make_dataset(self._config)
+        self._loop.data_wait(data, 2)  # bytes of images are another step to compile
+        return float(self._loop.data_wait(data, steps))
 
     def free(self) -> None:
         """Frees the model."""
@@ -168,3 +207,22 @@ def make_batches(config: Config) -> list[Batch]:
         ]
     ids = [draws.integers(0, classes, (rows, data.seq_length + 1)).astype(np.int32) for _ in range(BATCHES)]
     return [{"inputs": tokens[:, :-1].copy(), "labels": tokens[:, 1:].copy()} for tokens in ids]
+
+
+def make_dataset(config: Config) -> Dataset:
+    """Returns a data set of random tokens or images in memory, of a few batches."""
+    draws = np.random.default_rng(0)
+    data: Any = config.data
+    model: Any = config.model
+    count = BATCHES * config.training.batch_size
+    if model.input_kind == "images":
+        pixels = draws.integers(0, 256, (count, data.image_size, data.image_size, model.image_channels), np.uint8)
+        labels = draws.integers(0, model.vocab_size, count).astype(np.int32)
+        names = [str(index) for index in range(model.vocab_size)]
+        channels = [0.5] * model.image_channels
+        padding = min(data.crop_padding, data.image_size - 1)
+        changes = {"mean": channels, "std": channels, "validation_fraction": 0.0, "crop_padding": padding}
+        settings = data.model_copy(update=changes)
+        return ImageDataset(ImageSource(ArrayImages(pixels), labels, names, "random images", ""), settings, 0)
+    tokens = draws.integers(0, model.vocab_size, (count + 1) * data.seq_length + 1).astype(np.int32)
+    return TextDataset(tokens, get_tokenizer("bytes"), seq_length=data.seq_length, seed=0)

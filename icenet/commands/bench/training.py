@@ -90,12 +90,14 @@ class Measured:
         steps: Number of steps of a round.
         rounds: Seconds of a step in each round.
         peak: Peak of the memory in bytes.
+        data_wait: Share of its steps in which IceNet waits for data.
     """
 
     cold: float
     steps: int = 1
     rounds: list[float] = field(default_factory=list)
     peak: int | None = None
+    data_wait: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class TrainingReport:
             console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
             work = f"{result['operations'] / 1e12:.3g} TFLOP of products in a step at the measured rate"
             guide = f"; the guide: {result['reference']}" if result["reference"] else ""
-            limit = f"limit {result['limit']:,.0f} {result['unit']}"
+            limit = f"limit {_number(result['limit'])} {result['unit']}"
             console.print(f"{limit}: {work}{guide}", soft_wrap=True)
             console.print()
         rates = self.rates.items()
@@ -150,15 +152,20 @@ class TrainingReport:
 def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
     return {
         "side": entry["side"],
-        result["unit"]: f"{entry['value']:,.0f}" if entry["value"] >= 100 else f"{entry['value']:.3g}",
-        "quartiles": f"{entry['low']:,.0f} to {entry['high']:,.0f}",
+        result["unit"]: _number(entry["value"]),
+        "quartiles": f"{_number(entry['low'])} to {_number(entry['high'])}",
         "step, ms": f"{1e3 * statistics.median(entry['seconds']):.4g}",
         **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["speeds"].items()},
         **({"/ the guide": f"{entry['of_reference']:,.1f}"} if result["reference"] else {}),
         "of the limit": f"{100 * entry['of_limit']:.1f}%",
+        "data wait": "" if entry["data_wait"] is None else f"{100 * entry['data_wait']:.2f}%",
         "first step, s": f"{entry['cold_s']:.2f}",
         "peak, MB": "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}",
     }
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def config_of(row: Row, options: Options, device: str) -> Config:
@@ -340,8 +347,11 @@ class _Run:
                     continue
                 side.rounds.append(found["seconds"])
                 side.peak = found["peak_bytes"]
-        for name in sides:  # frees the memory
-            self._attempt(row, name, "free")
+        for name, side in sides.items():
+            if not loops.KINDS[name].is_peer:
+                self._notify(f"{row}: {name}: wait for data")
+                side.data_wait = self._attempt(row, name, "data_wait", max(side.steps, 3))
+            self._attempt(row, name, "free")  # the memory
 
     def _measure_rate(self, row: str, precision: str) -> None:
         """Measures the rate of the machine, the best of all sides; on a CPU, fp32 replaces slower dtypes."""
@@ -381,6 +391,7 @@ class _Run:
                     "of_reference": value / reference if reference else None,
                     "cold_s": sides[name].cold,
                     "peak_bytes": sides[name].peak,
+                    "data_wait": sides[name].data_wait,
                 }
             )
         size = f"{training.batch_size} x {length}" + (f" x {length}" if is_images else " tokens")

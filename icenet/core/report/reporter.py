@@ -140,11 +140,12 @@ class Reporter:
         loss: float,
         learning_rate: float,
         grad_norm: float,
+        data_wait: float = 0.0,
         *,
         loss_scale: float | None = None,
         skipped: bool | None = None,
     ) -> None:
-        """Records a step; None leaves a key out.
+        """Records a step, also the seconds that it waited for its batch; None leaves a key out.
 
         The time of a step is the time of one iteration of the training loop, also on an asynchronous device. If an
         iteration reads two results, both have its time, or the second one its own waiting time if that is longer.
@@ -160,6 +161,7 @@ class Reporter:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             f"{_ITEMS[self._unit]}_per_second": round(speed, 1),
+            "data_wait": round(data_wait, 6),
             "backend": self.backend,
             "tf32": self.tf32,
             "loss_scale": loss_scale,

@@ -101,6 +101,8 @@ class PendingStep(NamedTuple):
     learning_rate: float
     handle: Any
     """Result of `Engine.train_step`, for `Engine.read`."""
+    data_wait: float
+    """Seconds that the step waited for its batch."""
 
 
 MAX_SKIPPED_STEPS = 10
@@ -397,7 +399,8 @@ class Trainer:
 
             rate = learning_rate(self.step, training)
             batch = data.batch(self.step)
-            submitted = PendingStep(self.step, rate, self.engine.train_step(batch, self.step, rate, self.scale.scale))
+            handle = self.engine.train_step(batch, self.step, rate, self.scale.scale)
+            submitted = PendingStep(self.step, rate, handle, data.waited)
             self.step += 1  # immediately: an error from here on must not repeat the step
             if pending is not None:
                 self._read_step(pending, reporter)
@@ -450,6 +453,7 @@ class Trainer:
             result.loss,
             pending.learning_rate,
             result.grad_norm,
+            pending.data_wait,
             loss_scale=self.scale.scale if is_fp16 else None,
             skipped=not result.finite if is_fp16 or not result.finite else None,
         )
