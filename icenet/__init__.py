@@ -91,7 +91,7 @@ def build(
 
     _check_config(config)
     config = config.checked() if isinstance(config, Config) else Config.from_yaml(files.user_path(config, "build"))
-    custom.trust(config.model.type)
+    custom.trust_model(config.model)
     return build_for_inference(config, backend, device, seed=config.seed, allow_tf32=allow_tf32)
 
 
@@ -151,7 +151,7 @@ def load(
         raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
     config = with_tokenizer(config, weights)
     if trust_code:
-        custom.trust(config.model.type)
+        custom.trust_model(config.model)
     if quantize is not None:
         weights = quantized(config, weights, quantize, group_size)
     model = build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
@@ -199,7 +199,7 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         config |= {"generation": settings} if settings else {}
     companions |= saved_model.image_file(model.image_facts, model.config)
     companions["config.yaml"] = yaml_file.dump(config).encode()
-    code = user_code.hashes(type(model).__module__)
+    code = user_code.hashes(model.code)
     quantized = model.quantized_layers()
     saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin, quantized)
     return folder

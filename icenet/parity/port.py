@@ -18,7 +18,8 @@ from icenet.core.porting import build, signature
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.record import Graph, Tensor
-from icenet.parity.proof import PortReport, arrays_of, locate, prove
+from icenet.parity.proof import PortReport, locate, prove
+from icenet.parity.proof_inputs import arrays_of
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -82,6 +83,7 @@ class Port:
             "original": self.plan.graph.modules[""].kind,
             "layout": self.layout,
             "inputs": inputs,
+            "weights": ports.as_dict(self.plan.places()),
             "report": self.report.as_dict(),
         }
 
@@ -182,7 +184,7 @@ def port(
     report = prove(checked, proven, module, program, arrays, named, progress)
     report.notes += [*notes, *optimizer_notes(graph, train)]
     if not report.passed:
-        report.culprit = locate(plan, program, module, arrays, named, report)
+        report.culprit = locate(plan, program, module, (arrays, named), report)
         functions = [*graph.functions, *(train.functions if train is not None else ())]
         if functions and all(check.passed for check in report.checks if check.what != "gradients"):
             report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
@@ -190,7 +192,7 @@ def port(
     if report.fixed:
         plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
-    ports.mark(model, plan)
+    ports.mark(model, plan.places())
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")

@@ -1,15 +1,16 @@
 """The proof of a port: it computes what the PyTorch module computes, to rounding.
 
-Reference: the PyTorch module in float64. Noise: the largest difference from it of the module in fp32, and of the
-module in float64 whose weights and inputs are moved by one ulp of fp32. The port passes if it is at most FACTOR times
-as far away, as everywhere in IceNet (see `icenet.parity.yardstick`).
+Outputs, gradients and the buffers after the call are judged by the criterion of all comparisons in IceNet
+(`icenet.parity.yardstick`): the reference is the module in float64, the noise is the module in fp32, and a value over
+the tolerance is judged again in nearby problems, in which a wrong computation is wrong each time. So are integers.
+The results of operations that jump are equal on equal inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,27 +19,30 @@ import numpy as np
 from icenet.core import backends
 from icenet.core.errors import IceNetError, PortError
 from icenet.core.porting.build import Plan
-from icenet.core.porting.record import Tensor
-from icenet.parity.yardstick import FACTOR
+from icenet.parity import proof_places
+from icenet.parity.engines import Perturbation
+from icenet.parity.proof_inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_size
+from icenet.parity.trace import Value, short_dtype
+from icenet.parity.yardstick import FACTOR, FEW, Samples, judge_values
 
 Array = np.ndarray
-SAMPLES = 2
-ULP = 2.0**-23
 
 
 @dataclass
 class Check:
-    """One comparison: the outputs or the gradients of a mode, on inputs of some sizes."""
+    """One comparison: the outputs, the gradients or the buffers of a mode, on inputs of some sizes."""
 
     mode: str
     sizes: str
     what: str
     ratio: float
-    """The largest difference from float64, as a multiple of the noise."""
+    """The largest difference from float64, as a multiple of the noise (see `icenet.parity.yardstick`)."""
     difference: float
     """The largest difference, relative to the largest value."""
     name: str
-    """The output or the parameter with the largest ratio."""
+    """The output, parameter or buffer with the largest ratio."""
+    note: str = ""
+    """Why it cannot be compared: another shape or dtype, for example."""
 
     @property
     def passed(self) -> bool:
@@ -78,9 +82,13 @@ class PortReport:
             mark = "ok " if check.passed else "BAD"
             lines.append(
                 f"  {mark} {check.mode:<10} {check.what:<9} {check.sizes:<28} ratio {check.ratio:.2g}, "
-                f"difference {check.difference:.1e} ({check.name})"
+                f"difference {check.difference:.1e} ({check.name}{': ' if check.note else ''}{check.note})"
             )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+class _OriginalFails(PortError):
+    """The original raises an error on some inputs."""
 
 
 def prove(
@@ -92,7 +100,9 @@ def prove(
     kwargs: dict[str, Any],
     progress: Callable[[str], None] = lambda stage: None,
 ) -> PortReport:
-    """Compares a port with its original: outputs and gradients, in both modes, on inputs of several sizes.
+    """Compares a port with its original, in both modes, on inputs of several sizes.
+
+    On the example, outputs, gradients and buffers are compared; on the others, outputs.
 
     Args:
         plan: The source of the port and the records of the graph.
@@ -104,43 +114,70 @@ def prove(
     """
     run = backends.module("torch", "porting.run")
     report = PortReport()
-    examples = [(args, kwargs), *other_sizes(plan, program, args, kwargs, run)]
-    random_places = random_operations(plan)
-    for mode in ("evaluation", "training"):
-        if mode == "training" and plan.train is None:
+    example = args, kwargs
+    exact, single = run.Reference(module, True), run.Reference(module, False)
+
+    def accepts(given: Arguments) -> bool:
+        if any(array.shape[:1] == (1,) for array in arrays_of(given)):  # an export has no batch of 1
+            return _runs(single, given)
+        accepted: bool = run.accepts(program, *given)
+        return accepted
+
+    others = other_sizes(plan, example, accepts)
+    random_places = proof_places.random_operations(plan)
+    for training in (False, True):
+        mode = _mode(training)
+        if training and plan.train is None:
             report.notes.append("the training mode cannot be exported and was not compared")
             continue
-        if mode == "training" and random_places:
+        if training and random_places:
             report.notes.append(f"random operations were not compared in training mode: {random_places[0]}")
             continue
-        for number, (given, named) in enumerate(examples):
+        for given in (example, *others[:1]) if training else (example, *others):
             progress(f"comparing, {mode}")
             try:
-                report.checks += _compare(
-                    plan, model, module, given, named, mode == "training", number == 0, run, report.notes
-                )
-            except PortError as error:
-                if number == 0:
+                pair = _Pair(plan, model, exact, single, given, training)
+                report.checks += pair.checks(given is example, report.notes)
+            except _OriginalFails as error:
+                if given is example and not training:
                     raise
-                report.notes.append(f"not compared on {_sizes(given, named)}: {error}")
-        if mode == "evaluation" and report.passed:
+                report.notes.append(f"not compared: {error}")
+        if not training and report.passed:
             progress("comparing, other sizes")
-            _try_fixed_sizes(plan, model, module, args, kwargs, run, report)
+            _try_fixed_sizes(plan, model, exact, single, example, report)
             if len({check.sizes for check in report.checks}) == 1:
                 report.notes.append("compared on the sizes of the example only: the module or the port has no others")
+            if place := proof_places.jump_that_differs(plan, program, module, example):
+                report.checks.append(Check(mode, sizes_text(example), "jumps", np.inf, np.inf, place, "not equal"))
     return report
 
 
+def _mode(training: bool) -> str:
+    return "training" if training else "evaluation"
+
+
+def _runs(single: Any, given: Arguments) -> bool:
+    """Returns whether the original takes some arguments."""
+    try:
+        single.run(*given, False)
+    except Exception:  # whatever the code of a user raises
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def _one_error(who: str, args: Any, kwargs: Any, training: bool) -> Iterator[None]:
+def _one_error(kind: type[PortError], given: Arguments, training: bool) -> Iterator[None]:
     """Turns what a call of the original or of the port raises into a PortError."""
     try:
         yield
     except IceNetError:
         raise
     except Exception as error:  # whatever the code of a user raises
-        mode = "training" if training else "evaluation"
-        raise PortError(f"{who} fails in {mode} mode on {_sizes(args, kwargs)}: {first_line(error)}") from error
+        who, where = "the port", ""
+        if kind is _OriginalFails:
+            who, where = "the original", backends.module("torch", "porting.export").where(error)
+        text = f"{who} fails in {_mode(training)} mode on {sizes_text(given)}: {where}{first_line(error)}"
+        raise kind(text) from error
 
 
 def first_line(error: Exception) -> str:
@@ -148,9 +185,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-def _try_fixed_sizes(
-    plan: Plan, model: Any, module: Any, args: Any, kwargs: Any, run: Any, report: PortReport
-) -> None:
+def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: Arguments, report: PortReport) -> None:
     """Tries other sizes in the dimensions that the graph has fixed, and compares what both serve.
 
     Most are fixed by the weights, and the original has no other size either. A dimension at which the original
@@ -162,17 +197,14 @@ def _try_fixed_sizes(
         for dim, size in enumerate(tensor.shape):
             if isinstance(size, int) and size:
                 same.setdefault(size, []).append((number, dim))
-    single = run.Reference(module, False)
     for size, places in same.items():
         tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
         for chosen in tries:
-            given, named = _with_size((args, kwargs), set(chosen), size + (32 if size % 32 == 0 else 1))
-            try:
-                single.run(given, named, False)
-            except Exception:  # the module does not have this size
+            given = with_size(example, set(chosen), size + (32 if size % 32 == 0 else 1))
+            if not _runs(single, given):  # the module does not have this size
                 continue
             try:
-                checks = _compare(plan, model, module, given, named, False, False, run, report.notes)
+                checks = _Pair(plan, model, exact, single, given, False).checks(False, report.notes)
                 served = all(check.passed for check in checks)
             except PortError:
                 served = False
@@ -188,278 +220,224 @@ def _try_fixed_sizes(
         report.notes.append(f"{name} has a fixed size, {text}; the port does not serve another one")
 
 
-def _with_size(tree: Any, places: set[tuple[int, int]], size: int) -> Any:
-    """Returns random inputs with another size at some dimensions, given as (number of the input, dimension)."""
-    rng, numbers = np.random.default_rng(1), itertools.count()
+class _Pair:
+    """The original and its port in one mode, on some inputs.
 
-    def of(item: Any) -> Any:
-        if isinstance(item, np.ndarray):
-            number = next(numbers)
-            shape = tuple(size if (number, dim) in places else old for dim, old in enumerate(item.shape))
-            return item if shape == item.shape else drawn_like(item, shape, rng)
-        if isinstance(item, dict):
-            return {key: of(value) for key, value in item.items()}
-        if isinstance(item, (list, tuple)):
-            return type(item)(of(value) for value in item)
-        return item
+    Args:
+        plan, model: The port.
+        exact, single: The original in float64 and in fp32 (`icenet_torch.porting.run.Reference`).
+        given: The inputs.
+        training: The mode.
+    """
 
-    return of(tree)
+    def __init__(self, plan: Plan, model: Any, exact: Any, single: Any, given: Arguments, training: bool) -> None:
+        self.plan, self.model, self.exact, self.single = plan, model, exact, single
+        self.inputs, self.training = [_single(array) for array in arrays_of(given)], training
+        self.given: Arguments = with_arrays(given, self.inputs)
+        self.native = {name: path for path, name in plan.wanted().items()}
+        self.cotangents: list[Array] | None = None
 
-
-def _compare(
-    plan: Plan,
-    model: Any,
-    module: Any,
-    args: Any,
-    kwargs: Any,
-    training: bool,
-    with_gradients: bool,
-    run: Any,
-    notes: list[str],
-) -> list[Check]:
-    load = backends.module("mlx", "porting.load")
-    rng = np.random.default_rng(0)
-    exact, single = run.Reference(module, True), run.Reference(module, False)
-    cotangents: list[Array] | None = None
-    with run.without_dropout(), _one_error("the original", args, kwargs, training):
-        wanted, _ = exact.run(args, kwargs, training)
-        if with_gradients:
-            cotangents = [
-                rng.standard_normal(item.shape).astype(np.float32) for item in wanted if item.dtype.kind == "f"
-            ]
-        wanted_gradients: dict[str, Array] = {}
-        if cotangents:
-            try:
-                wanted, wanted_gradients = exact.run(args, kwargs, training, cotangents)
-            except (RuntimeError, NotImplementedError) as error:  # of an operation without a gradient
-                mode = "training" if training else "evaluation"
-                notes.append(f"no gradients were compared in {mode} mode, the original raises: {first_line(error)}")
-                cotangents = None
-        noise, noise_gradients = single.run(args, kwargs, training, cotangents)
-        noises, gradient_noises = [noise], [noise_gradients]
-        for sample in range(SAMPLES):
-            moved = exact.perturbed(sample)
-            given, named = run.perturbed((args, kwargs), sample)
-            moved_outputs, moved_gradients = moved.run(given, named, training, cotangents)
-            noises.append(moved_outputs)
-            gradient_noises.append(moved_gradients)
-    flat = arrays_of((args, kwargs))
-    ours_gradients = {}
-    with _one_error("the port", args, kwargs, training):
-        with load.mode(model, training):
-            ours = load.flat(load.call(model, flat, plan.arguments))
-        if cotangents:
-            with load.mode(model, training):  # with the buffers as they were before the first call
-                ours_gradients = load.gradients(model, flat, cotangents, plan.arguments)
-    if len(ours) != len(wanted):
-        raise PortError(f"the port returns {len(ours)} arrays, the module {len(wanted)}")
-    sizes, mode = _sizes(args, kwargs), "training" if training else "evaluation"
-    rows = [
-        (f"output {index}", *_ratio(a, b, [sample[index] for sample in noises]))
-        for index, (a, b) in enumerate(zip(ours, wanted, strict=True))
-    ]
-    checks = [Check(mode, sizes, "outputs", *_worst(rows))]
-    if cotangents:
-        native = {name: path for path, name in plan.wanted().items()}
-        rows = []
-        scale = max((float(np.abs(value).max()) for value in wanted_gradients.values() if value.size), default=0.0)
-        for name, gradient in ours_gradients.items():
-            path = name if name.startswith("input ") else native.get(name)
-            if path is None:
-                continue
-            expected = wanted_gradients.get(path)
-            gradient = plan.to_torch(path, gradient)
-            if expected is None:
-                expected = np.zeros(gradient.shape)
-            samples = [sample.get(path, np.zeros(expected.shape)) for sample in gradient_noises]
-            rows.append((path, *_ratio(gradient, expected, samples, scale)))
-        if rows:
-            checks.append(Check(mode, sizes, "gradients", *_worst(rows)))
-    return checks
-
-
-def _worst(rows: Sequence[tuple[str, float, float]]) -> tuple[float, float, str]:
-    if not rows:
-        return 0.0, 0.0, "no output"
-    name, ratio, difference = max(rows, key=lambda row: row[1])
-    return ratio, difference, name
-
-
-def _ratio(ours: Array, wanted: Array, samples: list[Array], scale: float = 0.0) -> tuple[float, float]:
-    """Returns the distance from the reference as a multiple of the noise, and relative to the largest value."""
-    if ours.shape != wanted.shape:
-        return float("inf"), float("inf")
-    if wanted.size == 0:
-        return 0.0, 0.0
-    if wanted.dtype.kind not in "fc":
-        same = bool((ours == wanted).all())
-        return (0.0, 0.0) if same else (float("inf"), float("inf"))
-    finite = np.isfinite(wanted)
-    if not (np.isfinite(ours) == finite).all():
-        return float("inf"), float("inf")
-    if not (np.where(finite, 0, ours) == np.where(finite, 0, wanted)).all() and not np.isnan(wanted).any():
-        return float("inf"), float("inf")
-    a, b = np.where(finite, ours, 0), np.where(finite, wanted, 0)
-    largest = max(float(np.abs(b).max()), 1e-30)
-    noise = max(float(np.abs(np.where(finite, sample, 0) - b).max()) for sample in samples)
-    # The terms of a gradient that is zero cancel; what is left of them in fp32 may be exactly zero in one order.
-    is_zero = largest <= 1e-12 * scale
-    floor = max(4 * ULP * max(largest, 1e-4 * scale), ULP * scale if is_zero else 0)
-    error = float(np.abs(a - b).max())
-    return error / max(noise, floor), error / largest
-
-
-def arrays_of(tree: Any) -> list[Array]:
-    """Returns the arrays of arguments in order."""
-    if isinstance(tree, np.ndarray):
-        return [tree]
-    if isinstance(tree, dict):
-        return [item for inner in tree.values() for item in arrays_of(inner)]
-    if isinstance(tree, (list, tuple)):
-        return [item for inner in tree for item in arrays_of(inner)]
-    return []
-
-
-def _sizes(args: Any, kwargs: Any) -> str:
-    return " ".join("x".join(map(str, item.shape)) for item in arrays_of((args, kwargs)))
-
-
-def other_sizes(plan: Plan, program: Any, args: Any, kwargs: Any, run: Any) -> list[tuple[Any, Any]]:
-    """Returns random inputs of other sizes, as far as the graph is open."""
-    tensors = [plan.graph.tensors[ref.name] for ref in plan.graph.inputs]
-    flat = arrays_of((args, kwargs))
-    symbols: dict[str, int] = {}
-    for tensor, array in zip(tensors, flat, strict=True):
-        for size, number in zip(tensor.shape, array.shape, strict=True):
-            if isinstance(size, str) and size.isidentifier():
-                symbols.setdefault(size, number)
-    if not symbols:
-        return []
-    found = []
-    first = next(iter(symbols))
-    ways: list[Callable[[str, int], int]] = [
-        lambda name, size: size + 1 if name == first else size + (32 if size % 32 == 0 else 2),
-        lambda name, size: size + (1 if size == symbols[first] else 32 if size % 32 == 0 else 2),  # equal ones alike
-        lambda name, size: size + 1 if name == first else size,
-        lambda name, size: size + 1 if size == symbols[first] else size,
-    ]
-    for way in ways:
-        chosen = {name: way(name, size) for name, size in symbols.items()}
-        new = _resized((args, kwargs), iter(tensors), chosen)
-        if new is not None and run.accepts(program, *new):
-            found.append(new)
-            break
-    return found
-
-
-def _resized(tree: Any, tensors: Any, chosen: dict[str, int]) -> Any:
-    rng = np.random.default_rng(1)
-
-    def of(item: Any) -> Any:
-        if isinstance(item, np.ndarray):
-            tensor: Tensor = next(tensors)
-            shape = tuple(
-                eval(size, {"__builtins__": {}}, dict(chosen))
-                if isinstance(size, str) and set(_names(size)) <= set(chosen)
-                else number
-                for size, number in zip(tensor.shape, item.shape, strict=True)
-            )
-            return drawn_like(item, shape, rng)
-        if isinstance(item, dict):
-            return {key: of(value) for key, value in item.items()}
-        if isinstance(item, (list, tuple)):
-            return type(item)(of(value) for value in item)
-        return item
-
-    return of(tree)
-
-
-def _names(expression: str) -> list[str]:
-    import re
-
-    return re.findall(r"[A-Za-z_]\w*", expression)
-
-
-def drawn_like(item: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Returns random values of a shape, in the range of an example."""
-    if item.dtype.kind == "f" or item.dtype.name == "bfloat16":
-        values = item.astype(np.float64)
-        deviation = float(values.std()) if values.size > 1 else 1.0
-        return (rng.standard_normal(shape) * (deviation or 1.0) + float(values.mean() if values.size else 0)).astype(
-            item.dtype
+    def checks(self, with_gradients: bool, notes: list[str]) -> list[Check]:
+        """Returns the comparison of the outputs, and with gradients of the gradients and the buffers."""
+        with _one_error(_OriginalFails, self.given, self.training):
+            reference = self._reference(with_gradients, notes)
+            noise = self._original(self.single, self.inputs, self.cotangents)
+        with _one_error(PortError, self.given, self.training):
+            ours = self._port(self.inputs, self.cotangents)
+        counts = [sum(name.startswith("output") for name in values) for values in (ours, reference)]
+        if counts[0] != counts[1]:
+            raise PortError(f"the port returns {counts[0]} arrays, the module {counts[1]}")
+        names = [name for name in reference if name in ours and (with_gradients or not name.startswith("buffer:"))]
+        notes_of = {name: _incomparable(ours[name], noise[name]) for name in names}
+        ratios = {name: float("inf") if notes_of[name] else 0.0 for name in names}
+        unequal = [
+            name
+            for name in names
+            if not notes_of[name] and not np.array_equal(ours[name].array, reference[name].array, equal_nan=True)
+        ]
+        a, b, r = (
+            {name: _from(values[name], reference[name]) for name in unequal} for values in (ours, noise, reference)
         )
-    if item.dtype.kind == "b":
-        return rng.permutation(np.resize(item.ravel(), int(np.prod(shape)))).reshape(shape)
-    if item.size == 0:
-        return np.zeros(shape, item.dtype)
-    if item.size > 1 and (np.diff(item.reshape(-1)) == 1).all():
-        return np.arange(int(np.prod(shape)), dtype=item.dtype).reshape(shape) + item.reshape(-1)[0]
-    flat = item.reshape(-1)
-    if item.size > 1 and item.ndim == 1 and (np.diff(flat) >= 0).all():  # offsets, for example
-        return np.sort(np.resize(flat, shape))
-    return rng.choice(flat, shape)  # values of the example: others may have no meaning, such as labels below zero
+        with _one_error(_OriginalFails, self.given, self.training):
+            judged = judge_values(a, b, r, self._dtype(noise), self._samples(unequal))
+        for name, judgement in judged.items():
+            ratios[name], notes_of[name] = judgement.ratio, judgement.note if not judgement.passed else ""
+        found = []
+        for what, prefix in (("outputs", "output"), ("gradients", "gradient:"), ("buffers", "buffer:")):
+            of = [name for name in names if name.startswith(prefix)]
+            if what == "buffers" and not self.training and not any(ratios[name] for name in of):
+                continue  # as they were before the call
+            if of or what == "outputs":
+                found.append(self._check(what, of, ratios, notes_of, ours, reference))
+        return found
+
+    def _check(
+        self,
+        what: str,
+        names: list[str],
+        ratios: dict[str, float],
+        notes_of: dict[str, str],
+        ours: dict[str, Value],
+        reference: dict[str, Value],
+    ) -> Check:
+        """Returns the check of the values with these names: that of the one with the largest ratio."""
+        mode, sizes = _mode(self.training), sizes_text(self.given)
+        if not names:
+            return Check(mode, sizes, what, 0.0, 0.0, "no output")
+        worst = max(names, key=lambda name: ratios[name])
+        path = worst.replace("[", " ").rstrip("]") if what == "outputs" else worst.partition(":")[2]
+        return Check(
+            mode, sizes, what, ratios[worst], _difference(ours[worst], reference[worst]), path, notes_of[worst]
+        )
+
+    def _reference(self, with_gradients: bool, notes: list[str]) -> dict[str, Value]:
+        """Returns the values in float64; sets the cotangents if the original has gradients."""
+        if not with_gradients:
+            return self._original(self.exact, self.inputs, None)
+        rng = np.random.default_rng(0)
+        drawn: list[Array] = []
+
+        def draw(shape: tuple[int, ...]) -> Array:
+            drawn.append(rng.standard_normal(shape).astype(np.float32))
+            return drawn[-1]
+
+        try:
+            reference = self._original(self.exact, self.inputs, draw)
+        except (RuntimeError, NotImplementedError) as error:  # of an operation without a gradient, or of the forward
+            reference = self._original(self.exact, self.inputs, None)
+            mode = _mode(self.training)
+            notes.append(f"no gradients were compared in {mode} mode, the original raises: {first_line(error)}")
+            return reference
+        self.cotangents = drawn or None
+        return reference
+
+    def _original(
+        self,
+        side: Any,
+        inputs: list[Array],
+        cotangents: list[Array] | Callable[[tuple[int, ...]], Array] | None,
+        **options: Any,
+    ) -> dict[str, Value]:
+        run = backends.module("torch", "porting.run")
+        with run.without_dropout():
+            found: dict[str, Value] = side.run(*with_arrays(self.given, inputs), self.training, cotangents, **options)
+        return found
+
+    def _port(
+        self, inputs: list[Array], cotangents: list[Array] | None, weights: dict[str, Array] | None = None
+    ) -> dict[str, Value]:
+        """Returns the values of the port under the names, and with the axes, of the original."""
+        load, arrays = backends.module("mlx", "porting.load"), backends.module("mlx", "porting.weights")
+        with load.mode(self.model, self.training):
+            if weights:
+                arrays.assign(self.model, self.plan.native(weights, partial=True))
+            values: dict[str, Value] = load.run(self.model, inputs, self.plan.arguments, cotangents)
+        found = {}
+        for name, value in values.items():
+            kind, _, path = name.partition(":")
+            if not path or path.startswith("input "):
+                found[name] = value
+            elif path in self.native:
+                own = self.native[path]
+                kind = "buffer" if kind == "array" else kind
+                found[f"{kind}:{own}"] = Value(self.plan.to_torch(own, value.array), value.dtype)
+        return found
+
+    def _dtype(self, noise: dict[str, Value]) -> str:
+        """Returns the dtype in which the original computes: the shortest of its values."""
+        found = {value.dtype for value in noise.values()}
+        return next((dtype for dtype in ("bf16", "fp16") if dtype in found), "fp32")
+
+    def _samples(self, names: list[str]) -> Samples[Any]:
+        """Returns the nearby problems (see `icenet.parity.yardstick`).
+
+        The outputs of modules are not moved by ulps: that takes several times as long as the module, and few values
+        of a port need more noise than that of sums in order.
+        """
+        own: dict[str, Value] = self.single.weights()
+        sums = backends.module("torch", "tools.sums").summing_in_order
+
+        @functools.lru_cache(maxsize=1)
+        def nearby(sample: int) -> tuple[list[Array], list[Array] | None, dict[str, Array]]:
+            perturb = Perturbation("fp32", sample, rounds=False)
+
+            def moved(array: Array) -> Array:
+                value = perturb(Value(array, short_dtype(array.dtype)))
+                return np.asarray(value.array).astype(array.dtype)
+
+            cotangents = None if self.cotangents is None else [moved(array) for array in self.cotangents]
+            weights = {path: np.asarray(perturb(value).array) for path, value in own.items()}
+            return [moved(array) for array in self.inputs], cotangents, weights
+
+        def original(side: Any, sample: int, **options: Any) -> dict[str, Value]:
+            inputs, cotangents, weights = nearby(sample)
+            found = self._original(side, inputs, cotangents, weights=weights, **options)
+            return {name: _real(found[name]) for name in names}
+
+        def port(sample: int) -> dict[str, Value]:
+            found = self._port(*nearby(sample))
+            return {name: _real(found[name]) for name in names}
+
+        return Samples(
+            reference=lambda sample: original(self.exact, sample),
+            torch=lambda sample: original(self.single, sample),
+            mlx=port,
+            in_order=lambda sample: original(self.single, sample, within=lambda module: sums(sample)),
+            count=FEW,
+        )
 
 
-_KEYED = {"dropout", "native_dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-_RANDOM = {
-    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal"),
-    *("uniform", "exponential", "multinomial", "rrelu", "rrelu_with_noise"),
-}
+def _single(array: Array) -> Array:
+    """Returns an array in the dtype that the port is given: fp32 in the place of float64."""
+    return array.astype({"float64": np.float32, "complex128": np.complex64}.get(str(array.dtype), array.dtype))
 
 
-def random_operations(plan: Plan) -> list[str]:
-    """Returns the places of random operations other than dropout, which is switched off on both sides."""
-    found = []
-    for graph in (plan.graph, plan.train):
-        for node in graph.nodes if graph is not None else ():
-            name = node.base.rstrip("_")
-            if name in _RANDOM or (
-                name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-                and graph is plan.train
-                and node.args["dropout"]
-                and node.args["num_layers"] > 1
-            ):
-                found.append(str(node.place or node.name))
-    return found
+def _real(value: Value) -> Value:
+    """Returns a value as floating-point numbers: complex ones as pairs, integers as float64."""
+    array = value.array
+    if array.dtype.kind == "c":
+        array = np.stack([array.real, array.imag])
+    return Value(array, value.dtype) if value.is_float else Value(array.astype(np.float64), "fp32")
 
 
-def locate(plan: Plan, program: Any, module: Any, args: Any, kwargs: Any, report: PortReport) -> str:
-    """Returns the first operation whose value differs, with the original's line.
+def _from(value: Value, reference: Value) -> Value:
+    """Returns a value to be judged; of integers the distance from the reference, which is exact."""
+    if value.is_float or reference.array.dtype.kind == "c":
+        return _real(value)
+    return Value(value.array.astype(np.float64) - reference.array.astype(np.float64), "fp32")
 
-    The operations of the evaluation mode are compared, on the example. If none differs, what the report found is
-    returned: an output or gradient, and its mode and sizes.
+
+def _incomparable(ours: Value, theirs: Value) -> str:
+    """Returns why two values cannot be compared: the shape or the dtype; else an empty string."""
+    if ours.array.shape != theirs.array.shape:
+        return f"shape {list(ours.array.shape)} instead of {list(theirs.array.shape)}"
+    return f"{ours.dtype} instead of {theirs.dtype}" if ours.dtype != theirs.dtype else ""
+
+
+def _difference(ours: Value, reference: Value) -> float:
+    """Returns the largest difference relative to the largest value."""
+    a, b = ours.array, reference.array
+    if a.shape != b.shape:
+        return float("inf")
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.any():
+        return 0.0
+    a, b = (np.where(finite, x, 0).astype(np.complex128 if x.dtype.kind == "c" else np.float64) for x in (a, b))
+    return float(np.abs(a - b).max()) / max(float(np.abs(b).max()), 1e-30)
+
+
+def locate(plan: Plan, program: Any, module: Any, given: Arguments, report: PortReport) -> str:
+    """Returns what differs: the first operation, with the original's line, or the value that the report found.
+
+    The operations of the evaluation mode are compared, on the example.
     """
     bad = [check for check in report.checks if not check.passed]
     worst = max(bad, key=lambda check: check.ratio)
-    found_by_report = (
-        f"{'output' if worst.what == 'outputs' else 'gradient of'} {worst.name.removeprefix('output ')} in "
-        f"{worst.mode} mode on {worst.sizes}, {worst.ratio:.2g} times the noise of rounding"
-    )
+    if worst.what == "jumps":
+        return worst.name
+    kind = {"outputs": "output", "gradients": "gradient of", "buffers": "buffer"}[worst.what]
+    how = worst.note or f"{worst.ratio:.2g} times the noise of rounding"
+    found = f"{kind} {worst.name.removeprefix('output ')} in {worst.mode} mode on {worst.sizes}, {how}"
     if not any(check.mode == "evaluation" and check.what == "outputs" for check in bad):
-        return found_by_report
-    from icenet.core.porting.build import plan as make_plan
-
-    run, load = backends.module("torch", "porting.run"), backends.module("mlx", "porting.load")
-    traced = make_plan(plan.graph, None, False, "trace", trace=True)
-    values = run.intermediate(program, args, kwargs)
-    weights = run.weights(module, program)
-    flat = arrays_of((args, kwargs))
-    found = load.trace(traced.source, traced.class_name, traced.native(weights), flat, traced.arguments)
-    places = {node.name: node for node in plan.graph.nodes}
-    for name, value in found.items():
-        order = traced.orders.get(name)
-        if order is not None:
-            value = value.transpose(np.argsort(order))
-        wanted = values.get(name)
-        node = places.get(name)
-        if wanted is None or node is None or node.mutates:
-            continue
-        if value.shape != wanted.shape:
-            return f"aten.{node.op} at {node.place}: shape {list(value.shape)} instead of {list(wanted.shape)}"
-        if wanted.size and wanted.dtype.kind in "fc":
-            error = np.abs(value - wanted)[np.isfinite(wanted)]
-            if error.size and float(error.max()) > 1e-3 * max(float(np.abs(wanted[np.isfinite(wanted)]).max()), 1e-6):
-                return f"aten.{node.op} at {node.place}"
-        elif wanted.size and not (value == wanted).all():
-            return f"aten.{node.op} at {node.place}"
-    return found_by_report
+        return found
+    return proof_places.first_difference(plan, program, module, given) or found

@@ -16,8 +16,10 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from icenet.core.errors import PortError
+from icenet.parity.trace import Value, short_dtype
 
 _NUMBERS = itertools.count(1)
 
@@ -87,11 +89,38 @@ def invoke(model: nn.Module, arguments: list[Any]) -> Any:
     return model(*arguments[: len(arguments) - len(named)], **named)
 
 
-def call(model: nn.Module, arguments: list[Any], structure: Structure) -> Any:
-    """Calls a model with numpy arrays, and returns its output as numpy arrays."""
+def run(
+    model: nn.Module, arguments: list[Any], structure: Structure, cotangents: list[np.ndarray] | None = None
+) -> dict[str, Value]:
+    """Returns the outputs of a model, the gradients of their sum times cotangents, and its arrays after the call.
+
+    Their names are "output[0]", "gradient:PATH" and "array:PATH", with the paths of MLX. The gradients are those of
+    the parameters; of a model without trainable parameters, those of the inputs, "input 0" and so on.
+
+    Args:
+        model: The model.
+        arguments: Numpy arrays and constants.
+        structure: Returns the arguments of the call.
+        cotangents: float32 arrays in the shapes of the floating-point outputs; without them no gradients.
+    """
     given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
-    result = invoke(model, structure(given))
-    return to_numpy(result)
+    found: list[mx.array] = []
+    gradients: dict[str, mx.array] = {}
+    if cotangents is None:
+        found = flat(invoke(model, structure(given)))
+    else:
+        found, gradients = _with_gradients(model, given, structure, [to_array(item) for item in cotangents])
+    arrays = dict(tree_flatten(model.parameters()))
+    mx.eval(found, gradients, arrays)
+    return {
+        **{f"output[{number}]": _value(item) for number, item in enumerate(found)},
+        **{f"gradient:{path}": _value(item) for path, item in gradients.items()},
+        **{f"array:{path}": _value(item) for path, item in arrays.items()},
+    }
+
+
+def _value(array: mx.array) -> Value:
+    return Value(to_numpy(array), short_dtype(array.dtype))
 
 
 def to_numpy(value: Any) -> Any:
@@ -111,8 +140,6 @@ _RANDOM = ("dropout", "feature_dropout", "alpha_dropout")
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Sets the mode of a model while the context is open, without dropout; its buffers stay unchanged."""
-    from mlx.utils import tree_map
-
     before = tree_map(mx.array, model.parameters())  # an operation in place changes the array that is held
     namespace = sys.modules[type(model).__module__].__dict__
     functions = {name: namespace[name] for name in (*_RANDOM, "attention") if name in namespace}
@@ -152,24 +179,16 @@ def trace(
     return found
 
 
-def gradients(
-    model: nn.Module, arguments: list[Any], cotangents: list[np.ndarray], structure: Structure
-) -> dict[str, np.ndarray]:
-    """Returns the gradients of the sum of outputs times cotangents, by path.
+def _with_gradients(
+    model: nn.Module, given: list[Any], structure: Structure, factors: list[mx.array]
+) -> tuple[list[mx.array], dict[str, mx.array]]:
+    """Returns the outputs, and the gradients of their sum times factors."""
 
-    Those of a model without trainable parameters are of the inputs, "input 0" and so on.
-    """
-    from mlx.utils import tree_flatten
-
-    given = [to_array(item) if isinstance(item, np.ndarray) else item for item in arguments]
-    factors = [to_array(item) for item in cotangents]
-
-    def weighted(arguments: list[Any]) -> mx.array:
-        outputs = [
-            item for item in flat(invoke(model, structure(arguments))) if mx.issubdtype(item.dtype, mx.floating)
-        ]
+    def weighted(arguments: list[Any]) -> tuple[mx.array, list[mx.array]]:
+        found = flat(invoke(model, structure(arguments)))
+        outputs = [item for item in found if mx.issubdtype(item.dtype, mx.floating)]
         terms = [(item.astype(mx.float32) * factor).sum() for item, factor in zip(outputs, factors, strict=False)]
-        return mx.stack(terms).sum()
+        return mx.stack(terms).sum(), found
 
     before = model.trainable_parameters()
     if not tree_flatten(before):
@@ -179,20 +198,21 @@ def gradients(
             if isinstance(item, mx.array) and mx.issubdtype(item.dtype, mx.floating)
         }
         if not variables:
-            return {}
+            return weighted(given)[1], {}
 
-        def of_inputs(variables: dict[str, mx.array]) -> mx.array:
+        def of_inputs(variables: dict[str, mx.array]) -> tuple[mx.array, list[mx.array]]:
             return weighted([variables.get(str(number), item) for number, item in enumerate(given)])
 
-        return {f"input {number}": to_numpy(value) for number, value in mx.grad(of_inputs)(variables).items()}
+        (_, found), gradients = mx.value_and_grad(of_inputs)(variables)
+        return found, {f"input {number}": value for number, value in gradients.items()}
 
-    def loss(parameters: Any) -> mx.array:
+    def loss(parameters: Any) -> tuple[mx.array, list[mx.array]]:
         model.update(parameters)
         return weighted(given)
 
-    found = mx.grad(loss)(before)
+    (_, found), gradients = mx.value_and_grad(loss)(before)
     model.update(before)
-    return {path: to_numpy(value) for path, value in tree_flatten(found)}
+    return found, dict(tree_flatten(gradients))
 
 
 def flat(value: Any) -> list[Any]:
@@ -208,8 +228,6 @@ def flat(value: Any) -> list[Any]:
 
 def save_weights(path: str, model: nn.Module) -> None:
     """Writes the arrays of a model in MLX's layout."""
-    from mlx.utils import tree_flatten
-
     mx.save_safetensors(path, dict(tree_flatten(model.parameters())), {"format": "mlx"})
 
 

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError, UsageError
 from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
-from icenet_torch.porting import recurrent, traceable
+from icenet_torch.porting import losses, recurrent, traceable
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -110,6 +110,7 @@ def _program(
                 warnings.catch_warnings(),
                 _quiet(),
                 recurrent.whole_layers(),
+                losses.whole_losses(),
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -285,6 +286,10 @@ class _Reader:
         arrays: dict[str, Array] = {}
         inputs: list[Any] = []
         shared = _shared(self.module)
+        values = {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
         trainable = {
             path for path, value in self.module.named_parameters(remove_duplicate=False) if value.requires_grad
@@ -304,7 +309,12 @@ class _Reader:
                 constant = self.program.constants.get(spec.target) if name == "constant" else None
                 small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
                 number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
-                arrays[node.name] = Array(path, tensors[node.name], name, spec.target in trainable, number)
+                is_saved = name == "parameter" or (name == "buffer" and spec.persistent is not False)
+                fill = _fill(values.get(path))
+                is_trained = spec.target in trainable
+                arrays[node.name] = Array(
+                    path, tensors[node.name], name, is_trained, number, fill=fill, is_saved=is_saved
+                )
             elif kind == "USER_INPUT":
                 inputs.append(Ref(node.name))
             # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
@@ -365,7 +375,7 @@ class _Reader:
                 self.append(node, f"sym.{name.partition('.')[0]}", args, names)
                 return
             schema = target._schema
-            if namespace == "icenet_rnn":
+            if namespace in ("icenet_rnn", "icenet_loss"):
                 name = rest
             given: dict[str, Any] = {}
             for index, item in enumerate(schema.arguments):
@@ -490,16 +500,32 @@ class _Reader:
             return None
 
     def place(self, node: Any) -> Place | None:
-        """Returns the innermost statement of the user's code, or of the module's own file."""
+        """Returns the innermost statement of the user's code, or of the module's own file.
+
+        Functions that the `forward` of a module calls are followed within the folder of its file.
+        """
         own = self.files.get(self.stack[-1] if self.stack else "")
-        found = None
+        found: list[tuple[str, int]] = []
         for match in _FRAME.finditer(node.meta.get("stack_trace") or ""):
             file = match["file"]
-            if file.startswith(_HERE) or "/icenet_torch/" in file:
+            if file.startswith(_HERE) or "/icenet_torch/" in file or (file.startswith(_TORCH) and file != own):
                 continue
-            if not file.startswith(_TORCH) or file == own:
-                found = (file, int(match["line"]))
-        return _statement(*found) if found else None
+            if match["function"] == "forward":
+                found = [(file, int(match["line"]))]
+            elif found and Path(file).parent == Path(found[0][0]).parent:
+                found.append((file, int(match["line"])))
+        if not found:
+            return None
+        outer = tuple((file, _statements(file).get(line, (line, ()))[0]) for file, line in found[:-1])
+        return dataclasses.replace(_statement(*found[-1]), outer=outer)
+
+
+def _fill(value: torch.Tensor | None) -> float | None:
+    """Returns the number that all elements of a tensor are, None if they differ."""
+    if value is None or not value.is_floating_point() or value.numel() == 0:
+        return None
+    flat = value.detach().reshape(-1)
+    return float(flat[0]) if flat[0] == flat[-1] and bool((flat == flat[0]).all()) else None
 
 
 def _file_of(kind: type) -> str:
@@ -561,8 +587,7 @@ def _targets(node: ast.expr) -> tuple[str, ...]:
     if isinstance(node, ast.Name):
         return (node.id,)
     if isinstance(node, (ast.Tuple, ast.List)):
-        inner = [_targets(item) for item in node.elts]
-        return tuple(item[0] if len(item) == 1 else "_" for item in inner)
+        return tuple(name for item in node.elts for name in (_targets(item) or ("_",)))
     if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
         return _targets(node.value) if not isinstance(node, ast.Attribute) else (node.attr,)
     return ()
@@ -691,14 +716,14 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             module(*args, **kwargs)
     except Exception as error:  # whatever the code of a user raises
         raise UsageError(
-            f"the module raises an error on the example inputs: {_where(error)}{_first_line(error)}"
+            f"the module raises an error on the example inputs: {where(error)}{_first_line(error)}"
         ) from None
     finally:
         for path, inner in module.named_modules():
             inner.training = modes[path]
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
     """Returns the last line of the user's code in a traceback, or an empty string."""
     import traceback
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from icenet.parity.trace import Value, short_dtype
 from icenet_torch.porting import export
+from icenet_torch.tools import calls
 
 
 def to_torch(value: Any) -> Any:
@@ -41,6 +43,10 @@ def outputs(result: Any) -> list[torch.Tensor]:
     """Returns the tensors of an output in order."""
     result = export.without_data_classes(result)
     return [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
+
+
+def _value(tensor: torch.Tensor) -> Value:
+    return Value(to_numpy(tensor).copy(), short_dtype(tensor.dtype))
 
 
 _DOUBLE = {
@@ -81,6 +87,9 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+Cotangents: TypeAlias = "list[np.ndarray] | Callable[[tuple[int, ...]], np.ndarray] | None"
+
+
 class Reference:
     """A copy of a module in fp32 or float64, which can be run without a change of the module.
 
@@ -96,7 +105,6 @@ class Reference:
         self.module = _copied(module)
         self.double = double
         self.dtypes = _DOUBLE if double else _SINGLE
-        self.epsilons = {path: _epsilon(value.dtype) for path, value in module.named_parameters()}
         self.module._apply(self.converted)
         for inner in self.module.modules():
             for name, value in vars(inner).items():
@@ -108,12 +116,26 @@ class Reference:
         return value.to(self.dtypes.get(value.dtype, value.dtype))
 
     def run(
-        self, args: Any, kwargs: Any, training: bool, cotangents: list[np.ndarray] | None = None
-    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """Returns the outputs, and the gradients of their sum times cotangents.
+        self,
+        args: Any,
+        kwargs: Any,
+        training: bool,
+        cotangents: Cotangents = None,
+        weights: Mapping[str, np.ndarray] | None = None,
+        within: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> dict[str, Value]:
+        """Returns the outputs, the gradients of their sum times cotangents, and the buffers after the call.
 
-        The gradients are those of the parameters by path; of a module without trainable parameters, those of the
-        inputs, "input 0" and so on.
+        Their names are "output[0]", "gradient:PATH" and "buffer:PATH". The gradients are those of the parameters; of
+        a module without trainable parameters, those of the inputs, whose paths are "input 0" and so on.
+
+        Args:
+            args, kwargs: The arguments: numpy arrays and constants.
+            training: The mode.
+            cotangents: float32 arrays in the shapes of the floating-point outputs, or a function that returns one for
+                a shape; without them no gradients.
+            weights: Values for some of the parameters, by path.
+            within: Returns a context of the module that is open during the call.
         """
         module = self.module
         module.train(training)
@@ -124,49 +146,58 @@ class Reference:
         if self.double:
             torch.set_default_dtype(torch.float64)
         try:
-            with export.unchanged([*module.parameters(), *module.buffers()]), _Precision(self.dtypes):
-                args, kwargs = pytree.tree_map(self.given, (args, kwargs))
-                if cotangents is None:
-                    with torch.no_grad():
-                        found = outputs(module(*args, **kwargs))
-                    return [to_numpy(item) for item in found], {}
-                variables = {path: value for path, value in module.named_parameters() if value.requires_grad}
-                if not variables:
-                    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-                    variables = {
-                        f"input {number}": leaf.requires_grad_()
-                        for number, leaf in enumerate(given)
-                        if leaf.is_floating_point()
-                    }
-                    args, kwargs = pytree.tree_map(  # the module may change its inputs in place
-                        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
-                    )
-                found = outputs(module(*args, **kwargs))
-                floats = [item for item in found if item.is_floating_point()]
-                loss = sum(
-                    (item * torch.from_numpy(factor).to(item.dtype)).sum()
-                    for item, factor in zip(floats, cotangents, strict=False)
-                )
-                if isinstance(loss, torch.Tensor) and loss.requires_grad:
-                    loss.backward()
-                gradients = {
-                    path: to_numpy(value.grad) for path, value in variables.items() if value.grad is not None
-                }
-                return [to_numpy(item) for item in found], gradients
+            with (
+                export.unchanged(module.buffers()),
+                calls.assigned(module, weights or {}),
+                within(module),
+                _Precision(self.dtypes),
+            ):
+                return self._run(args, kwargs, cotangents)
         finally:
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    def perturbed(self, sample: int) -> Reference:
-        """Returns a copy in float64 whose parameters are moved by one ulp of their dtype, float64 by one of fp32."""
-        moved = Reference(self.module, True)
-        generator = torch.Generator().manual_seed(sample)
-        with torch.no_grad():
-            for path, value in moved.module.named_parameters():
-                if value.is_floating_point() or value.is_complex():
-                    signs = torch.randint(-1, 2, value.shape, generator=generator).to(value.dtype)
-                    value.mul_(1 + signs * self.epsilons[path])
-        return moved
+    def _run(self, args: Any, kwargs: Any, cotangents: Cotangents) -> dict[str, Value]:
+        module = self.module
+        args, kwargs = pytree.tree_map(self.given, (args, kwargs))
+        variables: dict[str, torch.Tensor] = {}
+        if cotangents is None:
+            with torch.no_grad():
+                found = outputs(module(*args, **kwargs))
+        else:
+            variables = {path: value for path, value in module.named_parameters() if value.requires_grad}
+            if not variables:
+                given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                variables = {
+                    f"input {number}": leaf.requires_grad_()
+                    for number, leaf in enumerate(given)
+                    if leaf.is_floating_point()
+                }
+                args, kwargs = pytree.tree_map(  # the module may change its inputs in place
+                    lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
+                )
+            found = outputs(module(*args, **kwargs))
+            floats = [item for item in found if item.is_floating_point()]
+            factors = cotangents
+            if callable(cotangents):
+                factors = [cotangents(tuple(item.shape)) for item in floats]
+            assert isinstance(factors, list)
+            loss = sum(
+                (item * torch.from_numpy(factor).to(item.dtype)).sum()
+                for item, factor in zip(floats, factors, strict=True)
+            )
+            if isinstance(loss, torch.Tensor) and loss.requires_grad:
+                loss.backward()
+        values = {f"output[{number}]": _value(item) for number, item in enumerate(found)}
+        for path, variable in variables.items():
+            gradient = torch.zeros_like(variable) if variable.grad is None else variable.grad
+            values[f"gradient:{path}"] = _value(gradient)
+        values.update({f"buffer:{path}": _value(value) for path, value in module.named_buffers()})
+        return values
+
+    def weights(self) -> dict[str, Value]:
+        """Returns the floating-point parameters by path."""
+        return {path: _value(value) for path, value in self.module.named_parameters() if value.is_floating_point()}
 
     def given(self, leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
@@ -174,12 +205,6 @@ class Reference:
         if isinstance(leaf, torch.Tensor):
             return self.converted(leaf.detach().clone())
         return leaf
-
-
-def _epsilon(dtype: torch.dtype) -> float:
-    """Returns half the distance from 1 to the next larger number, in fp32 for float64."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return (torch.finfo(dtype).eps if half else torch.finfo(torch.float32).eps) / 2
 
 
 def weights(module: nn.Module, program: Any) -> dict[str, np.ndarray]:
@@ -237,19 +262,6 @@ def without_dropout() -> Iterator[None]:
         for name, function in before.items():
             setattr(functional, name, function)
         functional.scaled_dot_product_attention, torch.dropout = attention, plain
-
-
-def perturbed(tree: Any, sample: int) -> Any:
-    """Returns arguments whose floating-point arrays are moved by one ulp of their dtype, float64 by one of fp32."""
-    rng = np.random.default_rng(100 + sample)
-
-    def moved(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and (leaf.dtype.kind == "f" or leaf.dtype.name == "bfloat16"):
-            epsilon = _epsilon(getattr(torch, leaf.dtype.name))
-            return leaf.astype(np.float64) * (1 + rng.choice([-1.0, 0.0, 1.0], leaf.shape) * epsilon)
-        return leaf
-
-    return pytree.tree_map(moved, tree)
 
 
 def _state(program: Any) -> list[torch.Tensor]:

@@ -23,7 +23,6 @@ from icenet.core.errors import PortError, UsageError
 from icenet.core.models import modules
 from icenet.core.porting import helpers
 from icenet.core.porting.table import TABLE
-from icenet.parity import proof
 
 FILE = Path(__file__).with_name("port_nets.py")
 
@@ -183,13 +182,6 @@ def test_a_wrong_port_names_the_operation_and_its_line(monkeypatch: pytest.Monke
         icenet.port(made(nets.Net), image())
     first = str(caught.value).splitlines()[0]
     assert "aten.amax" in first and "port_nets.py" in first and ".amax((2, 3))" in first
-
-
-def test_the_ratio_sees_a_small_error() -> None:
-    wanted = np.linspace(1, 2, 50)
-    assert proof._ratio(wanted * (1 + 1e-8), wanted, [wanted])[0] < 8
-    assert proof._ratio(wanted * (1 + 1e-4), wanted, [wanted])[0] > 8
-    assert proof._ratio(wanted[:9], wanted, [wanted])[0] == float("inf")
 
 
 def test_every_function_that_the_table_calls_exists() -> None:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import is_one_line
 from torch import nn
 
 import icenet
+from icenet.core.errors import PortError
+from icenet.core.porting.table import TABLE
 
 R = torch.randn
 
@@ -149,3 +152,96 @@ def test_a_module_is_compared_and_stays_as_it_is(name: str) -> None:
         with torch.no_grad():
             theirs = module.eval()(*example).float().numpy()
         np.testing.assert_allclose(np.array(ours.astype(mx.float32)), theirs, atol=0.02 if name == "bf16" else 1e-5)
+
+
+class Jump(nn.Module):
+    """A quotient of numbers that fp32 divides exactly to 10, though it is a little less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + torch.floor_divide(x, 0.1)
+
+
+def test_a_jump_is_equal_on_equal_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of rounding move the quotient over its step, so that only equal inputs tell."""
+    torch.manual_seed(0)
+    example = torch.tensor([[1.0, 0.3, -0.7, 0.25]])
+    assert icenet.port(Jump(), example).report.passed
+    monkeypatch.setitem(TABLE, "floor_divide", lambda n: f"mx.floor({n['self']} / {n['other']})")
+    with pytest.raises(PortError) as caught:
+        icenet.port(Jump(), example)
+    assert is_one_line(str(caught.value).splitlines()[0], "aten.floor_divide", "torch.floor_divide(x, 0.1)")
+
+
+class Statistics(nn.Module):
+    """Returns indices and a number in half precision, and updates a mean in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fc(self.norm(x)), x.sum(-1).half()
+
+
+def test_dtypes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    assert icenet.port(Statistics(), R(5, 6)).report.passed
+    monkeypatch.setitem(TABLE, "to", lambda n: n["self"])
+    monkeypatch.setitem(TABLE, "_to_copy", lambda n: n["self"])
+    with pytest.raises(PortError) as caught:
+        icenet.port(Statistics(), R(5, 6))
+    assert "output 1: fp32 instead of fp16" in str(caught.value)
+
+
+def test_buffers_after_a_training_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running statistics change no output of the call."""
+    from icenet.core.porting import layers
+
+    torch.manual_seed(0)
+    report = icenet.port(Statistics(), R(5, 6)).report
+    assert [check.mode for check in report.checks if check.what == "buffers"] == ["training"]
+    original = layers._MAKERS["BatchNorm1d"]
+
+    def other(settings: dict[str, Any]) -> Any:
+        return original({**settings, "momentum": 0.2})
+
+    monkeypatch.setitem(layers._MAKERS, "BatchNorm1d", other)
+    with pytest.raises(PortError) as caught:
+        icenet.port(Statistics(), R(5, 6))
+    assert is_one_line(str(caught.value).splitlines()[0], "buffer norm.running_", "training mode")
+
+
+class Flip(nn.Module):
+    """A ReLU whose input is a sum that is zero but for rounding: in fp32 it is on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(R(400))
+        self.b = nn.Parameter(R(400))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu((self.a * x).sum(-1) - (self.b * x).sum(-1))
+
+
+def test_a_sign_within_rounding_does_not_refuse_a_port() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = Flip()
+        with torch.no_grad():
+            module.b.copy_(module.a.flip(0))
+        x = R(6, 200)
+        assert icenet.port(module, torch.cat([x, x.flip(1)], 1)).report.passed
+
+
+def test_unusual_sizes_are_compared() -> None:
+    torch.manual_seed(0)
+    report = icenet.port(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()), R(2, 2, 8, 6)).report
+    assert {check.sizes for check in report.checks} >= {"2x2x8x6", "1x2x8x6", "2x2x9x7"}
+    report = icenet.port(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), R(1, 2, 1, 1)).report
+    assert any("not compared: the original fails in training mode on 1x2x1x1" in note for note in report.notes)
+    assert {check.mode for check in report.checks} == {"evaluation", "training"}

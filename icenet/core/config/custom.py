@@ -67,6 +67,13 @@ def trust(family: str) -> None:
         _trusted.add(split(family)[0].resolve())
 
 
+def trust_model(model: Any) -> None:
+    """Allows the files of a model section that the user gave to be run."""
+    trust(model.type)
+    if has_port(model):
+        trust(port_reference(model))
+
+
 def trust_all(config: Any) -> None:
     """Allows all files that a `Config` of the user names to be run."""
     for reference in references(config).values():
@@ -76,7 +83,22 @@ def trust_all(config: Any) -> None:
 def references(config: Any) -> dict[str, str]:
     """Returns the code that a `Config` names, by key."""
     named = {"model.type": config.model.type, "data.kind": config.data.kind, "training.loss": config.training.loss}
-    return {key: value for key, value in named.items() if is_custom(value)}
+    found = {key: value for key, value in named.items() if is_custom(value)}
+    return {**found, "model.port": port_reference(config.model)} if has_port(config.model) else found
+
+
+def has_port(model: Any) -> bool:
+    """Returns whether a model is a PyTorch module with a port."""
+    return is_custom(model.type) and model.port is not None
+
+
+def port_reference(model: Any) -> str:
+    """Returns the file of a model's port and the class in it, whose name is that of `type` in messages."""
+    return f"{Path(model.port) / PORT_FILE}:{split(model.type)[1]}"
+
+
+PORT_FILE = "model.py"
+"""The file of the source in the folder of a port."""
 
 
 @contextlib.contextmanager
@@ -89,6 +111,34 @@ def everything_trusted() -> Iterator[None]:
         _everything_trusted.reset(token)
 
 
+def original_of(reference: str) -> Any:
+    """Returns what `type` names in a file: the class of a PyTorch module, or a function that returns one.
+
+    Raises:
+        ConfigError, UsageError: As in `model_class`.
+    """
+    file, name = split(reference)
+    _check(reference, "model.type", "model")
+    found = _read(file, name, "model.type")
+    if found is None:
+        raise UsageError(f"model.type: {file} has no {name}")
+    return found
+
+
+def port_module(model: Any) -> Any:
+    """Returns the module of Python of a model's port. This runs its file.
+
+    Raises:
+        ConfigError, UsageError: As in `model_class`.
+    """
+    reference = port_reference(model)
+    _check(reference, "model.port", "port")
+    try:
+        return user_code.run_file(split(reference)[0], "model.port")
+    except ImportError as error:
+        raise UsageError(f"model.port: {split(reference)[0]} cannot be imported: {error}") from None
+
+
 def model_class(family: str, backend: str) -> type[Any]:
     """Returns the class of a `type` for a backend. This runs the file.
 
@@ -99,13 +149,14 @@ def model_class(family: str, backend: str) -> type[Any]:
     """
     file, name = split(family)
     _check(family, "model.type", "model")
-    backends_found, import_errors = [], []
+    backends_found, import_errors, modules = [], [], []
     # the backend's own file first: the other one would import the other framework
     for candidate in (file.with_name(f"{file.stem}_{backend}.py"), file):
         if not candidate.is_file():
             continue
         try:
-            found: Any = getattr(user_code.run_file(candidate), name, None)
+            modules.append(user_code.run_file(candidate))
+            found: Any = getattr(modules[-1], name, None)
         except ImportError as error:  # of the other framework, if only one is installed
             import_errors.append(f"{candidate} cannot be imported: {error}")
             continue
@@ -120,6 +171,11 @@ def model_class(family: str, backend: str) -> type[Any]:
         raise BackendError(
             f"{family} is written for {other} only: choose --backend {other}, "
             f"or write {file.stem}_{backend}.py:{name} for {backend}"
+        )
+    if any(_is_torch_module(getattr(module, name, None)) for module in modules):
+        raise UsageError(
+            f"model.type: {family} is a torch.nn.Module: port it with icenet port {family} --shape SIZES --out FOLDER "
+            "and set model.port: FOLDER"
         )
     package = {"mlx": "icenet", "torch": "icenet_torch"}[backend]
     raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {package}.models.base.BaseModel")
@@ -181,6 +237,12 @@ def twin_file(family: str, backend: str) -> Path | None:
         return twin
     has_own_file = file.with_name(f"{file.stem}_{backend}.py").is_file()  # then the file itself is for the other one
     return file if has_own_file and file.is_file() else None
+
+
+def _is_torch_module(found: Any) -> bool:
+    """Returns whether an object is a class of PyTorch's modules. Imports no framework."""
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return any(f"{base.__module__}.{base.__name__}" == "torch.nn.modules.module.Module" for base in bases)
 
 
 def _backend_of(found: Any) -> str | None:

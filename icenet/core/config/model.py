@@ -306,6 +306,8 @@ class CustomConfig(OpenSection, ModelConfig):
 
     type: Annotated[str, Field(pattern=custom.PATTERN)]
     """A file and the class in it: my_models.py:CustomModel."""
+    port: str | None = None
+    """The folder of a port. `type` then names the PyTorch module that `icenet port` has ported; MLX has the port."""
 
 
 FAMILIES: dict[str, type[ModelConfig]] = {

@@ -90,7 +90,8 @@ class Config(Section):
         config = cls._checked(values, parsed, lines, file)
         for key, reference in custom.references(config).items():
             section, _, name = key.partition(".")
-            setattr(getattr(config, section), name, custom.resolve(reference, file.parent, key))
+            found = custom.resolve(reference, file.parent, key)
+            setattr(getattr(config, section), name, str(Path(found).parent) if key == "model.port" else found)
         if trust_code:
             custom.trust_all(config)
         keys = [override.key for override in parsed]

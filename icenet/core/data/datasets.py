@@ -142,8 +142,9 @@ def _check_masks(config: Config, cause: str, remedy: str) -> None:
     import inspect
 
     from icenet.core import backends
+    from icenet.core.models.build import class_of
 
-    forward = custom.model_class(config.model.type, backends.choose(config)).forward
+    forward = class_of(config.model, backends.choose(config)).forward
     parameters = inspect.signature(forward).parameters
     if "attention_mask" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(

@@ -156,6 +156,11 @@ class ModelBase:
             scale = scales.get(module, 1.0)
             yield path, init.initial_value(kind, name, path, shape, seed, scale, out=(memory or {}).get(path))
 
+    @property
+    def code(self) -> str:
+        """The module of Python that defines the model."""
+        return type(self).__module__
+
     def set_weights(self, values: Mapping[str, np.ndarray]) -> None:
         """Sets all weights.
 

@@ -40,6 +40,18 @@ def check_config(model: Any) -> None:
         )
 
 
+def class_of(config: ModelConfig, backend: str) -> type[Any]:
+    """Returns the class of a custom model for a backend. This runs the user's files.
+
+    Raises:
+        ConfigError, UsageError, BackendError: As in `custom.model_class`.
+    """
+    if custom.has_port(config):
+        found: type[Any] = backends.module(backend, "models.ported").PortedModel
+        return found
+    return custom.model_class(config.type, backend)
+
+
 def new_model(
     config: ModelConfig, families: Mapping[str, Callable[..., Any]], backend: str, seed: int | None = None
 ) -> Any:
@@ -58,7 +70,7 @@ def new_model(
     """
     if not custom.is_custom(config.type):
         return families[config.type](config, seed=seed)
-    model_class = custom.model_class(config.type, backend)
+    model_class = class_of(config, backend)
     try:
         model = model_class(config)
     except IceNetError:

@@ -74,9 +74,9 @@ def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any
     """Copies the weights of a PyTorch module to its MLX twin. `icenet.from_torch` has the whole description."""
     _check_mlx("from_torch", "second", mlx_module, torch_module)
     if rename is None and _backend(torch_module) == "torch":
-        plan = port_weights.plan_of(mlx_module, torch_module)
-        if plan is not None:
-            port_weights.from_torch(plan, torch_module, mlx_module)
+        places = port_weights.places_of(mlx_module, torch_module)
+        if places is not None:
+            port_weights.from_torch(places, torch_module, mlx_module)
             return mlx_module
     values, torch = _torch_weights(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), torch, rename)
@@ -101,9 +101,9 @@ def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # torch.compile wraps it
     tree = _tree(torch_module)
     _check_has_values("to_torch", torch_module)
-    plan = port_weights.plan_of(mlx_module, torch_module) if rename is None else None
-    if plan is not None:
-        port_weights.to_torch(plan, mlx_module, torch_module)
+    places = port_weights.places_of(mlx_module, torch_module) if rename is None else None
+    if places is not None:
+        port_weights.to_torch(places, mlx_module, torch_module)
         return torch_module
     shared = shared_arrays(torch_module)
     pairing = Pairing(mlx_weights(mlx_module), _module_weights(torch_module, shared), rename)

@@ -1,31 +1,106 @@
-"""The weights of a port and of its original, which the plan of the port pairs."""
+"""The weights of a port and of its original: their places, which the port or its folder holds."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from icenet.core import backends
-from icenet.core.errors import WeightsError
-from icenet.core.porting.build import Plan
+from icenet.core.errors import FileError, WeightsError
 
-_PLAN = "icenet_plan"
-
-
-def mark(mlx_module: Any, plan: Plan) -> None:
-    """Notes the plan of a port at its class."""
-    setattr(type(mlx_module), _PLAN, plan)
+_PLACES = "icenet_places"
 
 
-def plan_of(mlx_module: Any, torch_module: Any) -> Plan | None:
-    """Returns the plan of a port, None if the modules are not a port and a module with its original's arrays."""
-    plan: Plan | None = getattr(type(mlx_module), _PLAN, None)
-    if plan is None:
+@dataclass(frozen=True)
+class Place:
+    """Where a port has an array of its original.
+
+    Attributes:
+        name: The path of the array in the port.
+        axes: The axes of the original in the order of the port; empty if they are the same.
+        kind: parameter, buffer or constant. Constants belong to the graph, and the original has none of them.
+        is_saved: Whether the original's `state_dict` has it.
+    """
+
+    name: str
+    axes: tuple[int, ...] = ()
+    kind: str = "parameter"
+    is_saved: bool = True
+
+    def to_port(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array of the original with the axes of the port."""
+        return array.transpose(self.axes) if self.axes else array
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array of the port with the axes of the original."""
+        return array.transpose(np.argsort(self.axes)) if self.axes else array
+
+
+Places = Mapping[str, Place]
+"""The places of a port by the path in the original."""
+
+
+def as_dict(places: Places) -> dict[str, Any]:
+    """Returns places in JSON types."""
+    return {path: asdict(place) for path, place in places.items()}
+
+
+def mark(mlx_module: Any, places: Places) -> None:
+    """Notes the places of a port at its class."""
+    setattr(type(mlx_module), _PLACES, places)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the config.json of the folder of a port, with its places under `weights`.
+
+    Raises:
+        FileError: It is no such folder.
+    """
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config["weights"] = {
+            name: Place(**{**place, "axes": tuple(place["axes"])}) for name, place in config["weights"].items()
+        }
+        return {**config, "class": str(config["class"]), "layout": str(config["layout"])}
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}; give the folder that icenet port --out has written") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileError(f"{path}: not the config of a port, or of an older version: port the module again") from None
+
+
+def places_of(mlx_module: Any, torch_module: Any) -> Places | None:
+    """Returns the places of a port; None if the modules are not a port and a module with its original's arrays.
+
+    A module of a saved port has them in the config.json next to its file.
+    """
+    kind = type(mlx_module)
+    places: Places | None = getattr(kind, _PLACES, None)
+    if places is None and (file := getattr(getattr(kind.__call__, "__code__", None), "co_filename", "")):
+        folder = Path(file).parent
+        if Path(file).name != "model.py" or not (folder / "config.json").is_file():
+            return None
+        try:
+            config = read_config(folder)
+        except FileError:
+            return None
+        if config["class"] != kind.__name__:
+            return None
+        places = config["weights"]
+        assert places is not None
+        mark(mlx_module, places)
+    if places is None:
         return None
     tensors = backends.module("torch", "porting.weights").tensors(torch_module)
-    return plan if all(path in tensors for path in _paths(plan)) else None
+    return places if all(path in tensors for path in _of_original(places)) else None
 
 
-def to_torch(plan: Plan, mlx_module: Any, torch_module: Any) -> None:
+def to_torch(places: Places, mlx_module: Any, torch_module: Any) -> None:
     """Copies the arrays of a port to its original, with its buffers that are not persistent.
 
     Raises:
@@ -33,13 +108,16 @@ def to_torch(plan: Plan, mlx_module: Any, torch_module: Any) -> None:
     """
     ours, theirs = backends.module("mlx", "porting.weights"), backends.module("torch", "porting.weights")
     found, tensors = ours.arrays(mlx_module), theirs.arrays(torch_module)
-    wanted = plan.wanted()
-    values = {path: plan.to_torch(path, found[wanted[path]]) for path in _paths(plan)}
+    values = {
+        path: place.to_torch(found[place.name])
+        for path, place in _of_original(places).items()
+        if place.is_saved or place.name in found  # a model that is trained holds the others as constants
+    }
     _check("to_torch", {path: (tuple(tensors[path].shape), value.shape) for path, value in values.items()})
     theirs.assign(torch_module, values)
 
 
-def from_torch(plan: Plan, torch_module: Any, mlx_module: Any) -> None:
+def from_torch(places: Places, torch_module: Any, mlx_module: Any) -> None:
     """Copies the arrays of the original to its port.
 
     Raises:
@@ -47,23 +125,15 @@ def from_torch(plan: Plan, torch_module: Any, mlx_module: Any) -> None:
     """
     ours, theirs = backends.module("mlx", "porting.weights"), backends.module("torch", "porting.weights")
     found, tensors = ours.arrays(mlx_module), theirs.arrays(torch_module)
-    wanted = plan.wanted()
-    values = plan.native(tensors, partial=True)
-    shapes = {path: (values[wanted[path]].shape, found[wanted[path]].shape) for path in _paths(plan)}
+    own = {path: p for path, p in _of_original(places).items() if p.is_saved or p.name in found}
+    values = {place.name: place.to_port(tensors[path]) for path, place in own.items()}
+    shapes = {path: (values[place.name].shape, found[place.name].shape) for path, place in own.items()}
     _check("from_torch", shapes)
     ours.assign(mlx_module, values)
 
 
-def _paths(plan: Plan) -> list[str]:
-    """Returns the paths of the original's parameters and buffers that the port has; constants belong to the graph."""
-    constants = {
-        array.path
-        for graph in (plan.graph, plan.train)
-        if graph is not None
-        for array in graph.arrays.values()
-        if array.kind == "constant"
-    }
-    return [path for path in plan.wanted() if path not in constants]
+def _of_original(places: Places) -> dict[str, Place]:
+    return {path: place for path, place in places.items() if place.kind != "constant"}
 
 
 def _check(function: str, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -12,11 +12,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, CheckpointError, UsageError
+from icenet.core.models.build import class_of
 from icenet.core.weights import layout
 
 _log = logging.getLogger("icenet")
@@ -71,7 +73,10 @@ class Description:
 
 def describe(model: Any) -> Description:
     """Returns the description of a `BaseModel` of either backend."""
-    kinds, shared, trained = model.layer_kinds(), model.shared_arrays(), model.trainable_paths()
+    shared, trained = model.shared_arrays(), model.trainable_paths()
+    kinds = model.layer_kinds()
+    if custom.has_port(model.config):  # it computes some layers by functions, whose arrays have the original's axes
+        kinds = dict.fromkeys(kinds, "plain")
     arrays = {
         path: ArrayFacts(
             tuple(shape), shared.get(path, path) in trained, layout.parameter_kind(kinds, path), shared.get(path)
@@ -191,7 +196,7 @@ def compare_with_twin(config: Config, model: Any) -> str | None:
         reason is logged: at level INFO if the framework is missing, as a warning if the twin is broken.
     """
     family = config.model.type
-    if not custom.is_custom(family) or (file := custom.twin_file(family, model.backend)) is None:
+    if not custom.is_custom(family) or (file := _twin_file(config, model.backend)) is None:
         return None
     other = {"mlx": "torch", "torch": "mlx"}[model.backend]
     unchecked = f"{family} was not compared with its {NAMES[other]} twin in {file}: "
@@ -200,7 +205,7 @@ def compare_with_twin(config: Config, model: Any) -> str | None:
         return None
     try:
         backends.resolve(other)
-        custom.model_class(family, other)
+        class_of(config.model, other)
     except BackendError as error:  # the framework does not start, or the file has no such class
         _log.info(f"{unchecked}{error}")
         return None
@@ -215,6 +220,13 @@ def compare_with_twin(config: Config, model: Any) -> str | None:
         _log.warning(f"{unchecked}{type(error).__name__}: {first_line}")
         return None
     return f"{family} differs from its {NAMES[other]} twin: {summarize(found)}" if found else None
+
+
+def _twin_file(config: Config, backend: str) -> Path | None:
+    """Returns the file that may hold the model for the other backend than `backend`, or None."""
+    if not custom.has_port(config.model):
+        return custom.twin_file(config.model.type, backend)
+    return custom.split(config.model.type if backend == "mlx" else custom.port_reference(config.model))[0]
 
 
 def check_same_model(state: Mapping[str, Any], model: Any, source: str) -> None:

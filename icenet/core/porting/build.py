@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from icenet.core.models.ports import Place
 from icenet.core.porting import signature
-from icenet.core.porting.calls import collapse_layers
+from icenet.core.porting.collapse import collapse_layers
 from icenet.core.porting.functional import make_functional
 from icenet.core.porting.layers import Layer
 from icenet.core.porting.layout import channels_last
@@ -60,6 +61,17 @@ class Plan:
             if layer is not None and leaf in layer.permutations:
                 array = array.transpose(layer.permutations[leaf])
             found[name] = array
+        return found
+
+    def places(self) -> dict[str, Place]:
+        """Returns where the port has each array of the original, by its path there."""
+        arrays = {a.path: a for g in (self.graph, self.train) if g is not None for a in g.arrays.values()}
+        found = {}
+        for path, name in self.wanted().items():
+            owner, _, leaf = path.rpartition(".")
+            layer = self.layers.get(owner)
+            axes = layer.permutations.get(leaf, ()) if layer is not None else ()
+            found[path] = Place(name, tuple(axes), arrays[path].kind, arrays[path].is_saved)
         return found
 
     def wanted(self) -> dict[str, str]:

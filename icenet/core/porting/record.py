@@ -54,6 +54,13 @@ class Place:
     code: str
     targets: tuple[str, ...] = ()
     """The variables to which the statement assigns."""
+    outer: tuple[tuple[str, int], ...] = ()
+    """File and first line of the statements that led to it, from the `forward` of its module on."""
+
+    @property
+    def chain(self) -> tuple[tuple[str, int], ...]:
+        """The statements from the `forward` of the module to this one."""
+        return (*self.outer, (self.file, self.line))
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" + (f" ({self.code})" if self.code else "")
@@ -115,6 +122,10 @@ class Array:
     is_trainable: bool = True
     value: Any = None
     """The value of a small constant: a number, or a list."""
+    fill: float | None = None
+    """The number that all elements are, None if they differ."""
+    is_saved: bool = True
+    """Whether the module's `state_dict` has it."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class CheckpointWriter:
                 state["given"] = self._given
             if is_custom(self.config.model.type):
                 state["model"] = describe(self.engine.model).as_dict()
-                state["code"] = user_code.hashes(type(self.engine.model).__module__)
+                state["code"] = user_code.hashes(self.engine.model.code)
             if is_custom(self.config.training.loss):  # a partial function, given in Python, has no module
                 state["loss_code"] = user_code.hashes(getattr(self.engine.loss, "__module__", ""))
             self._background.start(partial(self._write, step, weights, optimizer, state))
