@@ -20,12 +20,21 @@ def grouped_conv3d(x, weight, groups, **options):
     return mx.concatenate([mx.conv3d(a, w, **options) for a, w in parts], axis=-1)
 
 
-def grouped_conv_transpose(x, weight, groups, rank, **options):
-    """Returns a transposed convolution by groups of channels; the weight has PyTorch's axes [in, out, ...]."""
+def conv_transpose(x, weight, rank, groups=1, stride=1, padding=0, dilation=1, output_padding=0):
+    """Returns a transposed convolution; the weight has PyTorch's axes [in, out, ...].
+
+    MLX has no groups here, and its gradient has another shape if the output padding is larger than the padding: the
+    borders are cut afterwards.
+    """
     function = getattr(mx, f"conv_transpose{rank}d")
     axes = (1, *range(2, 2 + rank), 0)
     parts = zip(mx.split(x, groups, axis=-1), mx.split(weight, groups, axis=0))
-    return mx.concatenate([function(a, w.transpose(axes), **options) for a, w in parts], axis=-1)
+    y = mx.concatenate([function(a, w.transpose(axes), stride, 0, dilation) for a, w in parts], axis=-1)
+    cuts, widths = [slice(None)], [(0, 0)]
+    for size, before, more in zip(y.shape[1:-1], _each(padding, rank), _each(output_padding, rank)):
+        cuts.append(slice(before, min(size - before + more, size)))
+        widths.append((0, max(more - before, 0)))
+    return mx.pad(y[tuple(cuts)], [*widths, (0, 0)])
 
 
 def _windows(x, rank, kernel, stride, padding, dilation, ceil_mode, value):
@@ -134,6 +143,46 @@ def adaptive_max_pool(x, sizes):
         x, place = mx.concatenate(values, axis=axis), mx.concatenate(places, axis=axis)
     assert rank > 0
     return x, place.astype(mx.int64)
+
+
+def max_unpool(x, index, sizes):
+    """Returns images [..., *sizes] with values at places of the flattened images, and 0 elsewhere."""
+    lead = x.shape[: x.ndim - len(sizes)]
+    flat = mx.zeros((*lead, math.prod(sizes)), x.dtype)
+    values, index = x.reshape(*lead, -1), index.reshape(*lead, -1)
+    return mx.put_along_axis(flat, index, values, axis=-1).reshape(*lead, *sizes)
+
+
+def fractional_max_pool(x, kernel, sizes, samples):
+    """Returns the maxima of windows at random places, and their places (Graham, 2014); channels are first.
+
+    Samples [B, C, axes] are between 0 and 1; those of two axes are of the last axis first.
+    """
+    rank = len(sizes)
+    unbatched = x.ndim == rank + 1
+    x = x[None] if unbatched else x
+    lengths = x.shape[2:]
+    values, places = x, mx.broadcast_to(mx.arange(math.prod(lengths)).reshape(lengths), x.shape)
+    for axis in range(rank):
+        sample = samples[..., axis if rank == 3 else rank - 1 - axis][..., None]  # [B, C, 1]
+        step = (lengths[axis] - kernel[axis]) / (sizes[axis] - 1) if sizes[axis] > 1 else 0
+        row = mx.arange(sizes[axis])
+        start = mx.floor((row + sample) * step) - mx.floor(sample * step)
+        start = mx.where(row == sizes[axis] - 1, lengths[axis] - kernel[axis], start).astype(mx.int32)
+        index = start[..., None] + mx.arange(kernel[axis])  # [B, C, size, kernel]
+        flat = index.reshape(*index.shape[:2], -1, *[1] * (rank - 1))
+        parts = []
+        for part in (values, places):
+            part = mx.moveaxis(part, 2 + axis, 2)
+            wide = mx.broadcast_to(flat, (*part.shape[:2], flat.shape[2], *part.shape[3:]))
+            part = mx.take_along_axis(part, wide, axis=2)
+            parts.append(part.reshape(*part.shape[:2], sizes[axis], kernel[axis], *part.shape[3:]))
+        best = mx.argmax(mx.stop_gradient(parts[0]), axis=3, keepdims=True)
+        values, places = (
+            mx.moveaxis(mx.take_along_axis(part, best, axis=3).squeeze(3), 2, 2 + axis) for part in parts
+        )
+    places = places.astype(mx.int64)
+    return (values[0], places[0]) if unbatched else (values, places)
 
 
 def _scale(length, size, scale, align_corners):

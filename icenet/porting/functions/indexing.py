@@ -12,6 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
+from icenet.porting.functions.reductions import vector_norm
 from icenet.porting.functions.shapes import put
 
 
@@ -19,6 +20,22 @@ def embedding(weight, ids, padding):
     """Returns rows of a table; the row of the padding gets no gradient."""
     keep = (mx.arange(weight.shape[0]) != padding)[:, None]
     return mx.where(keep, weight, mx.stop_gradient(weight))[ids]
+
+
+def by_frequency(rows, ids):
+    """Returns rows of a table whose gradient is divided by the number of times that their id occurs."""
+    flat = ids.flatten()
+    count = (flat[:, None] == flat).sum(-1).reshape(*ids.shape, 1)
+    part = rows / count.astype(rows.dtype)
+    return mx.stop_gradient(rows - part) + part
+
+
+def embedding_renorm(weight, ids, max_norm, order):
+    """Returns a table whose rows of the ids have at most a norm."""
+    size = vector_norm(weight, order, -1, True)
+    used = (mx.arange(weight.shape[0])[:, None] == ids.flatten()).any(-1, keepdims=True)
+    new = mx.where(used & (size > max_norm), weight * (max_norm / (size + 1e-7)), weight)
+    return weight + mx.stop_gradient(new - weight)  # the gradient is that of the table, as in PyTorch
 
 
 def embedding_bag(weight, ids, offsets, mode, sample_weights=None, include_last=False, padding=None):
@@ -207,6 +224,8 @@ def index_reduce(x, axis, index, source, mode, include_self=True):
 
 def put_flat(x, index, source, accumulate=False):
     """Returns x with other values at places of the flattened array."""
+    if index.size == 0:
+        return x
     flat, index, source = x.flatten(), index.flatten(), source.flatten()
     new = flat.at[index].add(source) if accumulate else put(flat, index, source)
     return new.reshape(x.shape)

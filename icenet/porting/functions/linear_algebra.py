@@ -34,6 +34,16 @@ def inner(a, b):
     return mx.tensordot(a, b, ([-1], [-1]))
 
 
+def tensordot(a, b, axes_a, axes_b):
+    """Returns the sums of products over axes; an axis of size 1 is repeated."""
+    for i, j in zip(axes_a, axes_b):
+        if a.shape[i] == 1:
+            b = b.sum(j, keepdims=True)
+        elif b.shape[j] == 1:
+            a = a.sum(i, keepdims=True)
+    return mx.tensordot(a, b, (axes_a, axes_b))
+
+
 def cross(a, b, axis=-1):
     """Returns the cross product of vectors with 3 components."""
     axis = next(index for index, size in enumerate(a.shape) if size == 3) if axis is None else axis
@@ -141,6 +151,22 @@ def determinant(x):
     return result
 
 
+def singular_values(x):
+    """Returns the singular values of matrices, in descending order."""
+
+    @mx.custom_function
+    def values_of(x):
+        return mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)
+
+    @values_of.vjp
+    def gradient(x, cotangent, y):
+        u, _, vt = mx.linalg.svd(x, stream=mx.cpu)
+        count = y.shape[-1]
+        return (u[..., :, :count] * cotangent[..., None, :]) @ vt[..., :count, :]
+
+    return values_of(x)
+
+
 def matrix_norm(x, order=None, axes=None, keepdims=False):
     """Returns the norm of matrices, or of all elements."""
     if axes is None and order is None:
@@ -158,7 +184,7 @@ def matrix_norm(x, order=None, axes=None, keepdims=False):
         result = sums.max(over, keepdims=True) if order in (1, math.inf) else sums.min(over, keepdims=True)
         return result if keepdims else result.squeeze((rows, columns))
     moved = mx.moveaxis(mx.moveaxis(x, rows, -1), columns - (columns > rows), -1)
-    values = mx.linalg.svd(moved, compute_uv=False, stream=mx.cpu)
+    values = singular_values(moved)
     result = values.sum(-1) if order == "nuc" else values.max(-1) if order == 2 else values.min(-1)
     return mx.expand_dims(result, sorted((rows, columns))) if keepdims else result
 

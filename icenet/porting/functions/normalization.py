@@ -43,7 +43,7 @@ def rms_norm(x, count, weight=None, eps=1e-5):
 def group_norm(x, groups, weight=None, bias=None, eps=1e-5):
     """Returns images, with their channels last, normalized over groups of channels."""
     shape = x.shape
-    flat = x.reshape(shape[0], -1, groups, shape[-1] // groups)
+    flat = x.reshape(shape[0], math.prod(shape[1:-1]), groups, shape[-1] // groups)
     mean = flat.mean((1, 3), keepdims=True)
     variance = mx.square(flat - mean).mean((1, 3), keepdims=True)
     y = ((flat - mean) * mx.rsqrt(variance + eps)).reshape(shape)
@@ -229,3 +229,57 @@ def multi_margin_loss(x, target, p=1, margin=1.0, weight=None, reduction="mean")
         loss = loss * weight[target][:, None]
     loss = mx.where(mx.arange(x.shape[1]) == target[:, None], 0, loss).sum(1) / x.shape[1]
     return _reduced(loss[0] if single and reduction == "none" else loss, reduction)
+
+
+def multilabel_margin_loss(x, target, reduction="mean"):
+    """Returns the margin loss of rows with several classes; their ids [..., C] end at the first -1."""
+    valid = mx.cumprod((target >= 0).astype(mx.int32), axis=-1) > 0
+    ids = mx.where(valid, target, 0)
+    chosen = mx.take_along_axis(x, ids, axis=-1)
+    hit = (ids[..., None] == mx.arange(x.shape[-1])) & valid[..., None]  # [..., target, class]
+    is_target = hit.any(-2)
+    margins = mx.maximum(1 - chosen[..., None] + x[..., None, :], 0)
+    counted = valid[..., None] & ~is_target[..., None, :]
+    return _reduced(mx.where(counted, margins, 0).sum((-1, -2)) / x.shape[-1], reduction)
+
+
+def ctc_loss(x, targets, lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False):
+    """Returns the connectionist temporal classification loss (Graves et al., 2006) of log-probabilities [T, B, C].
+
+    The gradient is that of PyTorch, which is right if the log-probabilities come from `log_softmax`.
+    """
+    unbatched = x.ndim == 2
+    x = x[:, None] if unbatched else x
+    steps = x.shape[0]
+    lengths, target_lengths = lengths.reshape(-1), target_lengths.reshape(-1)
+    if targets.ndim == 1:  # the sequences one after the other
+        size = int(target_lengths.max())
+        first = mx.cumsum(target_lengths) - target_lengths
+        place = mx.minimum(first[:, None] + mx.arange(size), targets.shape[0] - 1)
+        targets = targets[place]
+    size = targets.shape[1]
+    inside = mx.arange(size) < target_lengths[:, None]
+    labels = mx.where(inside, targets, blank)
+    row = mx.arange(2 * size + 1)  # blanks and labels in turn
+    path = mx.where(row % 2 == 1, mx.take(labels, mx.minimum(row // 2, max(size - 1, 0)), axis=1), blank)
+    never = -1e30  # finite, because the gradient of logaddexp at -inf is NaN
+    skips = (row % 2 == 1) & (row > 1) & (path != mx.pad(path, [(0, 0), (2, 0)])[:, :-2])
+    emitted = mx.maximum(mx.take_along_axis(x, mx.broadcast_to(path, (steps, *path.shape)), axis=-1), never)
+    alpha = mx.where(row < 2, emitted[0], never)
+    for step in range(1, steps):
+        one = mx.pad(alpha, [(0, 0), (1, 0)], constant_values=never)[:, :-1]
+        two = mx.where(skips, mx.pad(alpha, [(0, 0), (2, 0)], constant_values=never)[:, :-2], never)
+        moved = mx.maximum(mx.logsumexp(mx.stack([alpha, one, two]), axis=0) + emitted[step], never)
+        alpha = mx.where((step < lengths)[:, None], moved, alpha)
+    last = 2 * target_lengths[:, None]
+    ends = mx.take_along_axis(alpha, mx.concatenate([last, mx.maximum(last - 1, 0)], axis=1), axis=1)
+    ends = mx.where(mx.concatenate([last >= 0, last > 0], axis=1), ends, never)
+    loss = -mx.logsumexp(ends, axis=1)
+    impossible = loss > 1e29
+    weights = mx.exp(x) * (mx.arange(steps)[:, None] < lengths)[..., None]
+    total = weights.sum((0, 2))
+    loss = loss + (total - mx.stop_gradient(total))
+    loss = mx.where(impossible, 0.0 if zero_infinity else math.inf, loss)
+    if reduction == "mean":
+        return (loss / mx.maximum(target_lengths, 1)).mean()
+    return loss.sum() if reduction == "sum" else loss[0] if unbatched else loss

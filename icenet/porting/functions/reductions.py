@@ -39,6 +39,7 @@ def argmin(x, axis=None, keepdims=False):
 
 
 def _at_index(x, index, axis, keepdims):
+    index = mx.stop_gradient(index)  # as a function of x it has no gradient
     values = mx.take_along_axis(x, index, axis=axis)
     return (values, index) if keepdims else (values.squeeze(axis), index.squeeze(axis))
 
@@ -66,6 +67,8 @@ def var(x, axis=None, correction=1, keepdims=False):
     """Returns the variance."""
     if x.ndim == 0:
         axis = None
+    if not _count(x, axis):  # MLX's reduction of an empty array that is not contiguous may not end
+        return _nothing(x, axis, keepdims)
     deviation = x - x.mean(axis, keepdims=True)
     squares = mx.square(mx.abs(deviation)).sum(axis, keepdims=keepdims)
     freedom = max(_count(x, axis) - correction, 0)
@@ -85,6 +88,13 @@ def var_mean(x, axis=None, correction=1, keepdims=False):
 def std_mean(x, axis=None, correction=1, keepdims=False):
     """Returns standard deviation and mean."""
     return std(x, axis, correction, keepdims), x.mean(axis if x.ndim else None, keepdims=keepdims)
+
+
+def _nothing(x, axis, keepdims, value=math.nan):
+    axes = range(x.ndim) if axis is None else [axis] if isinstance(axis, int) else axis
+    axes = [index % x.ndim for index in axes]
+    shape = [1 if index in axes else size for index, size in enumerate(x.shape) if keepdims or index not in axes]
+    return mx.full(shape, value, x.dtype)
 
 
 def nanmean(x, axis=None, keepdims=False):
@@ -158,16 +168,36 @@ def kthvalue(x, k, axis=-1, keepdims=False):
 
 
 def median(x):
-    """Returns the lower median of all elements."""
+    """Returns the lower median of all elements, NaN if one of them is."""
     flat = x.flatten()
-    return mx.sort(flat)[(flat.shape[0] - 1) // 2]
+    value = mx.sort(flat)[(flat.shape[0] - 1) // 2]
+    return mx.where(mx.isnan(flat).any(), math.nan, value) if mx.issubdtype(x.dtype, mx.floating) else value
 
 
 def median_with_indices(x, axis=-1, keepdims=False):
-    """Returns the lower medians and their indices."""
+    """Returns the lower medians and their indices; a NaN is the median of its row."""
     if x.ndim == 0:
         return x, mx.array(0, mx.int64)
-    return kthvalue(x, (x.shape[axis] - 1) // 2 + 1, axis, keepdims)
+    _, index = kthvalue(x, (x.shape[axis] - 1) // 2 + 1, axis, True)
+    if mx.issubdtype(x.dtype, mx.floating):
+        missing = mx.isnan(x)
+        index = mx.where(missing.any(axis, keepdims=True), argmax(missing.astype(mx.int32), axis, True), index)
+    return _at_index(x, index, axis, keepdims)
+
+
+def nanmedian(x):
+    """Returns the lower median of the elements that are not NaN."""
+    return nanmedian_with_indices(x.flatten(), 0)[0]
+
+
+def nanmedian_with_indices(x, axis=-1, keepdims=False):
+    """Returns the lower medians of the elements that are not NaN, and their indices."""
+    if x.ndim == 0 or not mx.issubdtype(x.dtype, mx.floating):
+        return median_with_indices(x, axis, keepdims)
+    missing = mx.isnan(x)
+    order = mx.argsort(mx.where(missing, math.inf, mx.stop_gradient(x)), axis=axis)
+    place = mx.maximum((~missing).sum(axis, keepdims=True) - 1, 0) // 2
+    return _at_index(x, mx.take_along_axis(order, place, axis=axis).astype(mx.int64), axis, keepdims)
 
 
 def _cumulative(x, axis, function):

@@ -158,7 +158,9 @@ def pad_replicate(x, widths):
 
 
 def pad_circular(x, widths):
-    """Returns x with itself around it."""
+    """Returns x with itself around it; a negative width cuts before."""
+    if min(widths) < 0:
+        x, widths = pad(x, [min(width, 0) for width in widths]), [max(width, 0) for width in widths]
     return _pad_with(x, widths, lambda places, size: (places + size) % size)
 
 

@@ -14,4 +14,26 @@ import icenet.core.porting.table.shapes
 import icenet.core.porting.table.sizes  # noqa: F401
 from icenet.core.porting.table.base import TABLE
 
+for _name in [
+    "alias",
+    "detach",
+    "diagonal",
+    "expand",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unfold",
+    "unsqueeze",
+    "view",
+    "view_as_complex",
+    "view_as_real",
+]:
+    TABLE[f"{_name}_copy"] = TABLE[_name]  # MLX's arrays are values: a view is a copy
+
 __all__ = ["TABLE"]

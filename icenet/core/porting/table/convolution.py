@@ -77,15 +77,10 @@ def conv_transpose(n: Operation) -> str:
     given = "".join(
         f", {name}={_one(value, rank)}" for name, value, default in options if _one(value, rank) != default
     )
-    if groups != 1:
-        text = n.call(
-            "grouped_conv_transpose",
-            x,
-            n["weight"],
-            repr(groups),
-            repr(rank),
-            *(f"{name}={_one(value, rank)}" for name, value, _ in options),
-        )
+    wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in ("output_padding", "padding")]
+    if groups != 1 or any(more > size for more, size in zip(*wide, strict=True)):
+        given += f", groups={groups}" if groups != 1 else ""
+        text = n.call("conv_transpose", x, n["weight"], repr(rank) + given)
     else:
         text = f"mx.conv_transpose{rank}d({x}, {n.atom('weight')}.transpose(1, {_spatial(rank)}, 0){given})"
     if n.args.get("bias") is not None:
@@ -158,6 +153,16 @@ def adaptive_pool(n: Operation) -> str:
         before, after = ("", "") if not before else ("tuple(part[0] for part in ", ")")
         return before + n.call("adaptive_max_pool", x, n.source(size)) + after
     return before + n.call("adaptive_avg_pool", x, n.source(size)) + after
+
+
+@entry("max_unpool2d", "max_unpool3d")
+def max_unpool(n: Operation) -> str:
+    return n.call("max_unpool", n["self"], n["indices"], n["output_size"])
+
+
+@entry("fractional_max_pool2d", "fractional_max_pool3d")
+def fractional_max_pool(n: Operation) -> str:
+    return n.call("fractional_max_pool", n["self"], n["kernel_size"], n["output_size"], n["random_samples"])
 
 
 def _axes(first: int, count: int) -> str:

@@ -9,9 +9,15 @@ from icenet.core.porting.table.base import Operation, entry
 
 @entry("embedding")
 def embedding(n: Operation) -> str:
+    rows = f"{n.atom('weight')}[{n['indices']}]"
     if n.get("padding_idx", -1) >= 0:
-        return n.call("embedding", n["weight"], n["indices"], n["padding_idx"])
-    return f"{n.atom('weight')}[{n['indices']}]"
+        rows = n.call("embedding", n["weight"], n["indices"], n["padding_idx"])
+    return n.call("by_frequency", rows, n["indices"]) if n.get("scale_grad_by_freq") else rows
+
+
+@entry("embedding_renorm")
+def embedding_renorm(n: Operation) -> str:
+    return n.call("embedding_renorm", n["self"], n["indices"], n["max_norm"], n["norm_type"])
 
 
 @entry("embedding_bag", "_embedding_bag")

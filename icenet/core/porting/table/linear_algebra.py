@@ -84,6 +84,11 @@ def einsum(n: Operation) -> str:
 
 @entry("tensordot")
 def tensordot(n: Operation) -> str:
+    a, b = n.tensor("self"), n.tensor("other")
+    assert a is not None and b is not None
+    pairs = zip(n.args["dims_self"], n.args["dims_other"], strict=True)
+    if any((a.shape[i] == 1) != (b.shape[j] == 1) for i, j in pairs):
+        return n.call("tensordot", n["self"], n["other"], n["dims_self"], n["dims_other"])
     return f"mx.tensordot({n['self']}, {n['other']}, ({n['dims_self']}, {n['dims_other']}))"
 
 
@@ -140,6 +145,7 @@ for _name in ("linalg_inv", "inverse"):
     entry(_name)(lambda n: n.call("inverse", n["self" if "self" in n.args else "A"]))
 entry("linalg_cholesky", "cholesky")(lambda n: n.call("cholesky", n["self"], repr(bool(n.get("upper", False)))))
 entry("linalg_solve")(lambda n: n.call("solve", n["A"], n["B"]))
+entry("linalg_svdvals")(lambda n: n.call("singular_values", n["A"]))
 entry("linalg_det", "det")(lambda n: n.call("determinant", n["self" if "self" in n.args else "A"]))
 
 

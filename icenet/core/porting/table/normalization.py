@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icenet.core.porting.record import Ref
 from icenet.core.porting.table.base import Operation, entry
 
 
@@ -91,4 +92,15 @@ entry("triplet_margin_loss")(
 entry("poisson_nll_loss")(_loss("poisson_nll_loss", "input", "target", "log_input", "full", "eps"))
 entry("nll_loss", "nll_loss_nd", "nll_loss2d")(_loss("nll_loss", "self", "target", "weight", "ignore_index"))
 entry("cross_entropy_loss")(_loss("cross_entropy", "self", "target", "weight", "ignore_index", "label_smoothing"))
+entry("multilabel_margin_loss")(_loss("multilabel_margin_loss", "self", "target"))
 entry("multi_margin_loss")(_loss("multi_margin_loss", "self", "target", "p", "margin", "weight"))
+
+
+@entry("ctc_loss")
+def ctc_loss(n: Operation) -> str:
+    lengths = n.args["input_lengths"], n.args["target_lengths"]
+    texts = [n.source(item) if isinstance(item, Ref) else f"mx.array({n.source(item)})" for item in lengths]
+    reduction = repr(_REDUCTIONS[n.get("reduction", 1)])
+    return n.call(
+        "ctc_loss", n["log_probs"], n["targets"], *texts, n["blank"], reduction, repr(bool(n.get("zero_infinity")))
+    )

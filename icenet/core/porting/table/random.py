@@ -7,21 +7,27 @@ from icenet.core.porting.table.elementwise import training
 from icenet.core.porting.table.shapes import _shape
 
 
+def _input(n: Operation) -> str:
+    """Returns the name of the input, which is another one in place."""
+    return "input" if "input" in n.args else "self"
+
+
 @entry("dropout", "native_dropout")
 def dropout(n: Operation) -> str:
     if n.args.get("train") is False and not getattr(n, "follows", True):
-        return n["input"]
-    return n.call("dropout", n["input"], n["p"], training(n, "train"))
+        return n[_input(n)]
+    return n.call("dropout", n[_input(n)], n["p"], training(n, "train"))
 
 
 @entry("feature_dropout")
 def feature_dropout(n: Operation) -> str:
-    return n.call("feature_dropout", n["input"], n["p"], training(n, "train"))
+    return n.call("feature_dropout", n[_input(n)], n["p"], training(n, "train"))
 
 
 @entry("alpha_dropout", "feature_alpha_dropout")
 def alpha_dropout(n: Operation) -> str:
-    return n.call("alpha_dropout", n["input"], n["p"], training(n, "train"), repr(n.node.base.startswith("feature")))
+    whole = repr(n.node.base.startswith("feature"))
+    return n.call("alpha_dropout", n[_input(n)], n["p"], training(n, "train"), whole)
 
 
 def _dtype(n: Operation) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icenet.core.porting.table.base import Operation, atom, entry, flag
+from icenet.core.porting.table.base import Operation, atom, entry, flag, mlx_dtype
 from icenet.core.porting.table.elementwise import cast_result
 
 
@@ -20,8 +20,22 @@ def _reduce(n: Operation, function: str, dtype: str | None = None) -> str:
     return f"{atom(x)}.{function}({_over(n)})"
 
 
+def _of_nothing(n: Operation, value: str) -> str | None:
+    """Returns the result of a reduction of no elements, which MLX may not end for an array that is not contiguous."""
+    tensor, dims = n.tensor("self"), n.args.get("dim")
+    if tensor is None or not tensor.ndim or not all(isinstance(size, int) for size in tensor.shape):
+        return None
+    axes = range(tensor.ndim) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
+    if all(tensor.shape[axis] for axis in axes):
+        return None
+    return f"mx.full({tuple(n.out.shape)}, {value}, mx.{mlx_dtype(n.out.dtype)})"
+
+
 @entry("sum", "nansum")
 def sum_(n: Operation) -> str:
+    nothing = _of_nothing(n, "0")
+    if nothing is not None:
+        return nothing
     x = n.cast("self", n.out.dtype)
     if n.node.base == "nansum":
         x = f"mx.where(mx.isnan({n['self']}), 0, {x})"
@@ -36,14 +50,13 @@ def sum_(n: Operation) -> str:
 def mean(n: Operation) -> str:
     if n.node.base == "nanmean":
         return n.call("nanmean", n["self"], n.dims(), repr(flag(n, "keepdim")))
-    return _reduce(n, "mean")
+    return _of_nothing(n, 'float("nan")') or _reduce(n, "mean")
 
 
 @entry("prod")
 def prod(n: Operation) -> str:
-    return cast_result(
-        n, _reduce(n, "prod"), n.out.dtype if n.out.dtype not in ("int8", "int16", "uint8", "bool") else "int32"
-    )
+    have = n.out.dtype if n.out.dtype not in ("int8", "int16", "uint8", "bool") else "int32"
+    return _of_nothing(n, "1") or cast_result(n, _reduce(n, "prod"), have)
 
 
 @entry("amax", "amin")
@@ -76,6 +89,9 @@ def argmax(n: Operation) -> str:
 
 @entry("any", "all")
 def any_(n: Operation) -> str:
+    nothing = _of_nothing(n, str(n.node.base == "all"))
+    if nothing is not None:
+        return nothing
     return f"{atom(n.cast('self', 'bool'))}.{n.node.base}({_over(n)})" + (
         ".astype(mx.uint8)" if n.out.dtype == "uint8" else ""
     )
@@ -119,12 +135,20 @@ def cummax(n: Operation) -> str:
 
 @entry("count_nonzero")
 def count_nonzero(n: Operation) -> str:
-    return f"({n.atom('self')} != 0).sum({_over(n)}).astype(mx.int64)"
+    return _of_nothing(n, "0") or f"({n.atom('self')} != 0).sum({_over(n)}).astype(mx.int64)"
 
 
 @entry("norm", "linalg_vector_norm")
 def norm(n: Operation) -> str:
     order = n.args.get("ord", n.args.get("p"))
+    if order == "nuc":
+        return n.call("matrix_norm", n["self"], repr("nuc"), n["dim"], repr(flag(n, "keepdim")))
+    if order == "fro":
+        order = 2
+    if order not in (float("inf"), float("-inf")):
+        nothing = _of_nothing(n, 'float("inf")' if order is not None and order < 0 else "0")
+        if nothing is not None:
+            return nothing
     return n.call(
         "vector_norm",
         n.cast("self", n.out.dtype),
@@ -136,6 +160,8 @@ def norm(n: Operation) -> str:
 
 @entry("softmax", "_softmax", "special_softmax", "_safe_softmax")
 def softmax(n: Operation) -> str:
+    if 0 in n.out.shape:
+        return n.cast("self", n.out.dtype)
     if not n.out.ndim:
         return f"mx.ones_like({n.cast('self', n.out.dtype)})"
     if n.node.base == "_safe_softmax":
@@ -147,6 +173,8 @@ def softmax(n: Operation) -> str:
 
 @entry("log_softmax", "_log_softmax", "special_log_softmax")
 def log_softmax(n: Operation) -> str:
+    if 0 in n.out.shape:
+        return n.cast("self", n.out.dtype)
     if not n.out.ndim:
         return f"mx.zeros_like({n.cast('self', n.out.dtype)})"
     return f"nn.log_softmax({n.cast('self', n.out.dtype)}, axis={n['dim']})"
@@ -187,8 +215,8 @@ def kthvalue(n: Operation) -> str:
 @entry("median", "nanmedian")
 def median(n: Operation) -> str:
     if "dim" not in n.args:
-        return n.call("median", n["self"])
-    return n.call("median_with_indices", n["self"], n["dim"], repr(flag(n, "keepdim")))
+        return n.call(n.node.base, n["self"])
+    return n.call(f"{n.node.base}_with_indices", n["self"], n["dim"], repr(flag(n, "keepdim")))
 
 
 @entry("bincount")

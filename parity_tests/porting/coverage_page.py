@@ -1,0 +1,109 @@
+"""The page of what ports cover, from the results of `coverage_table.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+TITLES = {
+    "ops": "samples of PyTorch's operator database",
+    "layers": "layers of `torch.nn`, each in every option",
+    "torchvision": "models of torchvision",
+    "timm": "families of timm, one model each",
+    "transformers": "families of transformers",
+}
+HEAD = """# What ports cover
+
+Measured with [`icenet.port`](port.md) by the program below, which writes this page. A layer or a model passes if the
+port is proved: the outputs and the gradients of all parameters, in evaluation and in training mode, are within 8
+times the noise of rounding. A sample of an operation passes if its outputs and, in float32, the gradients of its
+inputs agree to rounding. Integers (int64), booleans and bfloat16 are tried where PyTorch has the operation for them.
+
+```
+python parity_tests/porting/coverage_table.py all --jobs 16
+python parity_tests/porting/coverage_table.py ops --only "float32 cumsum" --show
+```
+
+The models have random weights, and inputs of 64 pixels where they allow it. Of consecutive blocks of the same
+structure two are kept; with `COVERAGE_WHOLE=1` all are. The detection models are their backbones.
+`icenet port TARGET --check` lists the operations that a module needs and the table lacks.
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """Returns the page as Markdown."""
+    lines = [HEAD, "| | tried | passed | | machine |", "|---|---|---|---|---|"]
+    for group, title in TITLES.items():
+        if group not in results:
+            continue
+        entries = results[group]["entries"]
+        machine = results[group]["machine"]
+        if group == "ops":
+            for dtype in ("float32", "int64", "bool", "bfloat16"):
+                chosen = {name: item for name, item in entries.items() if name.startswith(f"{dtype} ")}
+                if chosen:
+                    total = _total(chosen)
+                    tried = total["passed"] + total["failed"]
+                    what = f"{title}, {dtype}, {len(chosen)} operations"
+                    lines.append(_row(what, tried, total["passed"], machine))
+        elif group == "layers":
+            total = _total(entries)
+            tried = total["passed"] + total["failed"] + total["missing"]
+            lines.append(_row(f"{title}, {len(entries)} layers", tried, total["passed"], machine))
+        else:
+            passed = sum(bool(item.get("passed")) for item in entries.values())
+            lines.append(_row(title, len(entries), passed, machine))
+    lines += ["", "## What is not covered", ""]
+    for group, title in TITLES.items():
+        entries = results.get(group, {"entries": {}})["entries"]
+        bad = {name: item for name, item in entries.items() if _problems(item)}
+        if not bad:
+            continue
+        lines += [f"### {title[0].upper()}{title[1:]}", ""]
+        if group == "ops":
+            lines += _operations(bad)
+            continue
+        for name, item in bad.items():
+            lines.append(f"- {name}: {_text(item['problems'][0])}")
+        lines.append("")
+    for group in ("torchvision", "timm", "transformers"):
+        if group in results:
+            good = [name for name, item in results[group]["entries"].items() if item.get("passed")]
+            lines += [f"## Ported: {TITLES[group]}", "", ", ".join(f"`{name}`" for name in good), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _problems(item: dict[str, Any]) -> bool:
+    return bool(item.get("failed") or item.get("missing"))
+
+
+def _operations(bad: dict[str, Any]) -> list[str]:
+    """Returns the samples that differ, one line an operation, and the names of the operations that the table lacks."""
+    lines = ["| operation | samples | first difference |", "|---|---|---|"]
+    lacking: Counter[str] = Counter()
+    for name, item in bad.items():
+        for problem in item["problems"]:
+            if problem.startswith("missing: "):
+                lacking.update(set(problem.removeprefix("missing: ").split()))
+        if item.get("failed"):
+            tried = item.get("passed", 0) + item["failed"]
+            first = next(problem for problem in item["problems"] if problem.startswith("failed"))
+            lines.append(f"| {name} | {item['failed']} of {tried} | {_text(first)} |")
+    names = ", ".join(f"`{name.rstrip('.')}`" for name in sorted(lacking))
+    return [*lines, "", f"Operations that the table lacks: {names}.", ""]
+
+
+def _text(problem: str) -> str:
+    text = problem.partition(": ")[2].partition(" | ")[0]
+    return text.replace("|", "/").replace("\n", " ")[:160]
+
+
+def _total(entries: dict[str, Any]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for item in entries.values():
+        total.update({key: item.get(key, 0) for key in ("passed", "failed", "missing", "skipped")})
+    return total
+
+
+def _row(what: str, tried: int, passed: int, machine: str) -> str:
+    return f"| {what} | {tried} | {passed} | {100 * passed / max(tried, 1):.1f} % | {machine} |"
