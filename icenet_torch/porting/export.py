@@ -286,7 +286,7 @@ class _Reader:
         arrays: dict[str, Array] = {}
         inputs: list[Any] = []
         shared = _shared(self.module)
-        values = {
+        stored = {
             **dict(self.module.named_parameters(remove_duplicate=False)),
             **dict(self.module.named_buffers(remove_duplicate=False)),
         }
@@ -310,7 +310,7 @@ class _Reader:
                 small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
                 number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
                 is_saved = name == "parameter" or (name == "buffer" and spec.persistent is not False)
-                fill = _fill(values.get(path))
+                fill = _fill(stored.get(path))
                 is_trained = spec.target in trainable
                 arrays[node.name] = Array(
                     path, tensors[node.name], name, is_trained, number, fill=fill, is_saved=is_saved

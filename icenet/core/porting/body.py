@@ -6,6 +6,7 @@ import keyword
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from icenet.core.errors import PortError
@@ -22,6 +23,9 @@ from icenet.core.porting.values import Values
 
 INLINE = 92
 """Longest expression that takes another expression as its argument."""
+
+RETURNED = 104
+"""Longest expression after `return`."""
 
 _RESERVED = {
     *keyword.kwlist,
@@ -221,10 +225,20 @@ class Frame:
 
     def number_runs(self) -> None:
         """Numbers the executions of statements: one in a loop is a sequence of operations that repeats."""
+        depths = {len(item.place.chain) for item in self.items if item.place is not None}
+        for depth in sorted(depths):
+            self.number_runs_at(depth)
+
+    def number_runs_at(self, depth: int) -> None:
+        """Numbers the executions of statements within a number of calls; with the functions that it calls."""
+
+        def chain(item: Item) -> Any:
+            return item.place.chain[:depth] if item.place is not None else None
+
         start = 0
         while start < len(self.items):
             end = start
-            while end < len(self.items) and self.items[end].place == self.items[start].place:
+            while end < len(self.items) and chain(self.items[end]) == chain(self.items[start]):
                 end += 1
             end = max(end, start + 1)
             kinds = [kind(item) for item in self.items[start:end]]
@@ -235,14 +249,16 @@ class Frame:
             if place is None or len(place.targets) != 1:
                 size = len(kinds)
             for index in range(start, end):
-                self.runs[id(self.items[index])] = start + (index - start) // size * size
+                found = self.items[index].place
+                if found is not None and len(found.chain) == depth:
+                    self.runs[id(self.items[index])] = start + (index - start) // size * size
             start = end
 
     def is_element(self, item: Item) -> bool:
         """Returns whether this is a call of an element of a list."""
         path = (
             item.args["path"]
-            if isinstance(item, Node) and item.op == "layer"
+            if isinstance(item, Node) and item.op in ("layer", "recurrent")
             else ""
             if isinstance(item, Node)
             else item.path
@@ -267,6 +283,20 @@ class Frame:
             return re.sub(r"_\d+$", "", text)
         return None
 
+    def target_of(self, item: Item, name: str) -> str:
+        """Returns the variable of a value of `a, b = f(x), g(x)`, an empty string if it is not known."""
+        targets = item.place.targets if item.place else ()
+        values = [
+            (other, value)
+            for other in self.items
+            if self.is_same_statement(other, item)
+            for value in ([other.name] if isinstance(other, Node) else self.graph.returns(other))
+        ]
+        final = [value for other, value in values if self.users.get(value) and self.is_final(other, value)]
+        if len(final) != len(targets) or name not in final:
+            return ""
+        return targets[final.index(name)].strip("_")
+
     def hint(self, item: Item, name: str) -> str:
         place = item.place
         if isinstance(item, Node) and item.op == "layer":
@@ -279,6 +309,9 @@ class Frame:
             if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
                 found = place.targets[item.args["index"]]
                 return found if found != "_" else "y"
+            found = self.target_of(item, name)
+            if found:
+                return found
         if not isinstance(item, Node):
             return item.path.rpartition(".")[2]
         if item.base in ("alias", "dropout", "detach") or self.is_plain(item):
@@ -336,6 +369,9 @@ class Frame:
         name = node.base
         if name == "layer":
             return f"{self.structure.child(self.call.path, node.args['path'])}({self.expression(node.args['self'])})"
+        if name == "recurrent":
+            text = self.structure.child(self.call.path, node.args["path"])
+            node = replace(node, args={**node.args, "text": text})
         found = TABLE.get(name)
         if found is None:
             raise PortError(f"{node.place or node.name}: no entry for {node.op}")
@@ -367,6 +403,8 @@ class Frame:
         text = self.operation(node)
         trace = self.structure.trace
         inline = self.uses[node.name] == 1 and self.is_inlined(node, index, text) and not trace
+        if node.op == "recurrent" and node.place is not None and len(node.place.targets) > 1:
+            inline = False  # y, _ = self.lstm(x)
         if inline or (text.isidentifier() and not trace):
             self.text[node.name] = text
             if text.isidentifier() and text in self.names:  # the same value under another name
@@ -412,6 +450,9 @@ class Frame:
             self.unpacked.add(user.name)
         self.position = position
         out = next((item for item in node.out if isinstance(item, Tensor)), None)
+        if node.op == "recurrent" and len(variables) == 3:  # the states of an LSTM are a pair
+            states = variables[1:]
+            variables = [variables[0], "_" if states == ["_", "_"] else f"({', '.join(states)})"]
         self.assign(", ".join(variables), text, out)
         return True
 
@@ -423,7 +464,7 @@ class Frame:
         if ELEMENT.match(text):
             return False  # a loop may run over the list
         if consumer is None:  # the return reads it
-            if len(text) >= INLINE or (node.place is not None and node.place.targets and len(text) >= 60):
+            if len(text) >= RETURNED or (node.place is not None and node.place.targets and len(text) >= 60):
                 return False
             self.keep(text, len(self.items))
             return True

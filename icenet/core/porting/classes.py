@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 from icenet.core.porting import helpers
@@ -34,11 +33,17 @@ class Instance:
     text: str = ""
 
 
-def resolve(instances: list[Instance]) -> list[Class]:
-    """Makes the classes of all instances. Instances that differ in numbers only share one."""
+def resolve(instances: list[Instance], taken: set[str]) -> list[Class]:
+    """Makes the classes of all instances. Instances that differ in numbers only share one.
+
+    Args:
+        instances: The instances.
+        taken: Names that the source has already.
+    """
+    taken = set(taken)
+    names = dict(NAMES)
     classes: list[Class] = []
     sources: dict[int, str] = {}
-    names: Counter[str] = Counter()
     for height in sorted({item.height for item in instances}):
         groups: dict[tuple[str, str], list[int]] = {}
         for index, item in enumerate(instances):
@@ -47,20 +52,20 @@ def resolve(instances: list[Instance]) -> list[Class]:
                 item.text = "\n".join([*item.init, "-" * 8, *(body.key() for body in item.bodies)])
                 groups.setdefault((item.name, NUMBER.sub("#", item.text)), []).append(index)
         for (name, _), members in groups.items():
-            names[name] += 1
-            unique = (
-                name
-                if names[name] == 1 and not helpers.exists(name)
-                else f"{name}{names[name] + helpers.exists(name)}"
-            )
-            made, arguments = unified(unique, [instances[index] for index in members])
+            unique, number = name, 1
+            while unique in taken or helpers.exists(unique):
+                number += 1
+                unique = f"{name}{number}"
+            taken.add(unique)
+            made, arguments = unified(unique, [instances[index] for index in members], names)
+            names[unique] = made.parameters
             classes.append(made)
             for index, values in zip(members, arguments, strict=True):
                 sources[index] = f"{unique}({', '.join(values)})"
     return classes
 
 
-def unified(name: str, members: list[Instance]) -> tuple[Class, list[list[str]]]:
+def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> tuple[Class, list[list[str]]]:
     """Returns the class of some instances whose texts differ in numbers, and the arguments of each instance."""
     numbers = [NUMBER.findall(item.text) for item in members]
     columns = list(zip(*numbers, strict=True))
@@ -69,7 +74,7 @@ def unified(name: str, members: list[Instance]) -> tuple[Class, list[list[str]]]
     if not varying:
         return Class(name, first.init, _common_comments(members)), [[] for _ in members]
     in_init = len(NUMBER.findall("\n".join(first.init)))
-    hints = _hints(first.text)
+    hints = _hints(first.text, names)
     parameters: dict[tuple[str, ...], str] = {}
     replacement: dict[int, str] = {}
     taken = {*re.findall(r"self\.(\w+)", first.text), *METHODS}
@@ -126,7 +131,7 @@ def _common_comments(members: list[Instance]) -> list[Body]:
     return bodies
 
 
-def _hints(text: str) -> list[str]:
+def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
     """Returns a name for each number of a text: its keyword, or the argument of the constructor."""
     hints = []
     for match in NUMBER.finditer(text):
@@ -138,8 +143,8 @@ def _hints(text: str) -> list[str]:
             hint = found[1]
         else:
             opened = re.search(r"([\w.]+)\(([^()]*)$", before)
-            if opened and opened[1] in NAMES:
-                names = NAMES[opened[1]]
+            if opened and opened[1] in known:
+                names = known[opened[1]]
                 place = opened[2].count(",")
                 hint = names[place] if place < len(names) else ""
             elif opened and opened[1] in ("range",):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = Path(__file__).parents[2] / "porting" / "functions"
@@ -39,20 +40,49 @@ def _names_read(node: ast.AST) -> frozenset[str]:
     return frozenset(item.id for item in names) - own
 
 
-def sources(names: set[str]) -> list[str]:
-    """Returns the source of functions and of what they use, in the order of the files."""
+def needed(names: set[str]) -> list[str]:
+    """Returns functions and what they use, in the order of the files."""
     known = _functions()
-    needed: set[str] = set()
+    found: set[str] = set()
     pending = list(names)
     while pending:
         name = pending.pop()
-        if name in needed:
+        if name in found:
             continue
         if name not in known:
             raise KeyError(name)
-        needed.add(name)
+        found.add(name)
         pending.extend(used for used in known[name][1] if used in known)
-    return [known[name][0] for name in sorted(needed, key=lambda item: known[item][2])]
+    return sorted(found, key=lambda item: known[item][2])
+
+
+def callers_first(names: list[str]) -> list[str]:
+    """Returns functions in an order in which each comes after those that use it."""
+    known = _functions()
+    found: list[str] = []
+    rest = list(names)
+    while rest:
+        name = next(
+            (name for name in rest if not any(name in known[other][1] for other in rest if other != name)), rest[0]
+        )
+        rest.remove(name)
+        found.append(name)
+    return found
+
+
+def read_in(trees: Iterable[ast.AST]) -> set[str]:
+    """Returns the names that statements and functions read."""
+    return {item.id for tree in trees for item in ast.walk(tree) if isinstance(item, ast.Name)}
+
+
+def source(name: str) -> str:
+    """Returns the source of a function."""
+    return _functions()[name][0]
+
+
+def sources(names: set[str]) -> list[str]:
+    """Returns the source of functions and of what they use, in the order of the files."""
+    return [source(name) for name in needed(names)]
 
 
 def exists(name: str) -> bool:

@@ -50,8 +50,10 @@ NAMES = {
         for t in ("", "Transpose")
         for n in (1, 2, 3)
     },
+    **{f"{bi}{kind}": ["input_size", "hidden_size"] for bi in ("", "Bi") for kind in ("LSTM", "GRU", "RNN")},
     **{f"nn.{kind}Pool{n}d": ["kernel_size", "stride", "padding"] for kind in ("Max", "Avg") for n in (1, 2, 3)},
 }
+"""The names of positional arguments, for the arguments of the classes that hold such layers."""
 DEFAULTS = {
     "stride": 1,
     "padding": 0,
@@ -63,7 +65,6 @@ DEFAULTS = {
     "momentum": 0.1,
 }
 """The defaults of keywords. A pool has another stride."""
-"""The names of positional arguments, for the arguments of the classes that hold such layers."""
 
 
 def layer_of(module: Module) -> Layer | None:
@@ -109,6 +110,8 @@ def _conv(rank: int, transposed: bool) -> Callable[[dict[str, Any]], Layer | Non
         if s["padding_mode"] != "zeros" or (s["groups"] != 1 and (transposed or rank == 3)):
             return None
         padding = s["padding"]
+        if transposed and any(more > size for more, size in zip(s["output_padding"], padding, strict=True)):
+            return None  # MLX's gradient of the input has another shape then
         if padding == "same":
             whole = [d * (k - 1) for d, k in zip(s["dilation"], s["kernel_size"], strict=True)]
             if any(size % 2 for size in whole):

@@ -6,12 +6,13 @@ keep it: their dimensions are renumbered. `permute` is inserted where an operati
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.layers import Layer
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
+from icenet.core.porting.record import Graph, Module, Node, Ref, Tensor, map_refs, refs
 
 Order = tuple[int, ...]
 """The axis of the original at each axis in memory: (0, 2, 3, 1) for images with channels last."""
@@ -244,6 +245,7 @@ class _Pass:
             path: Ref(self.plain(value.name)) if isinstance(value, Ref) else value
             for path, value in self.graph.updates.items()
         }
+        self.nodes = hoisted(self.nodes, self.graph.modules)
         if (
             self.nodes and self.nodes[-1].op != "exit"
         ):  # what the outputs need belongs to the call of the whole module
@@ -633,6 +635,36 @@ class _Pass:
             self.emit(node, {**node.args, "self": Ref(name), "dim": moved[0]}, new)
         else:
             self.emit(replace(node, op="squeeze.dims"), {"self": Ref(name), "dim": moved}, new)
+
+
+def hoisted(nodes: list[Node], modules: dict[str, Module]) -> list[Node]:
+    """Returns the nodes with a change of axes at the start of an `nn.Sequential` before its call."""
+    found: list[Node] = []
+    for node in nodes:
+        start = len(found)
+        while start and found[start - 1].op == "enter" and _is_sequential(found[start - 1], modules):
+            start -= 1
+        calls = found[start:]
+        if (
+            not calls
+            or node.op != "permute"
+            or any(list(refs(call.args)) != [node.args["self"].name] for call in calls)
+        ):
+            found.append(node)
+            continue
+        rename = functools.partial(_always, Ref(node.name))
+        calls = [replace(call, args=map_refs(call.args, rename)) for call in calls]
+        found[start:] = [replace(node, place=calls[0].place), *calls]
+    return found
+
+
+def _always(new: Ref, ref: Ref) -> Ref:
+    return new
+
+
+def _is_sequential(node: Node, modules: dict[str, Module]) -> bool:
+    path = node.args["path"]
+    return bool(path) and modules[path].class_name == "Sequential"
 
 
 def physical(tensor: Tensor, order: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 
@@ -36,10 +37,11 @@ class Body:
 
 def lists(line: str) -> str:
     """Writes a list of equal constructors with `range`."""
-    match = re.fullmatch(r"(.* = )?\[(.*)\]", line)
+    match = re.fullmatch(r"([^\[\]]* = )?(Sequential\()?\[(.*)\](?(2)\))", line)
     if match is None:
         return line
-    parts = split(match[2])
+    target, sequence = match[1] or "", match[2] or ""
+    parts = split(match[3])
     runs: list[tuple[str, int]] = []
     for part in parts:
         part = lists(part)
@@ -48,11 +50,12 @@ def lists(line: str) -> str:
         else:
             runs.append((part, 1))
     if len(runs) == 1 and runs[0][1] > 1:
-        return f"{match[1] or ''}[{runs[0][0]} for _ in range({runs[0][1]})]"
+        text = f"{runs[0][0]} for _ in range({runs[0][1]})"
+        return f"{target}{sequence}{text})" if sequence else f"{target}[{text}]"
     texts = []
     for part, count in runs:
         texts += [f"*({part} for _ in range({count}))"] if count > 2 else [part] * count
-    return f"{match[1] or ''}[{', '.join(texts)}]"
+    return f"{target}{sequence}[{', '.join(texts)}]{')' * bool(sequence)}"
 
 
 def split(text: str) -> list[str]:
@@ -72,6 +75,18 @@ def split(text: str) -> list[str]:
             start = index + 1
     rest = text[start:].strip()
     return [*parts, rest] if rest else parts
+
+
+def _comprehension(text: str) -> list[str] | None:
+    """Returns the element and the `for` of a comprehension, None for other text."""
+    try:
+        tree = ast.parse(f"[{text}]", mode="eval").body
+    except SyntaxError:
+        return None
+    if not isinstance(tree, ast.ListComp) or not tree.generators:
+        return None
+    end = tree.elt.end_col_offset or 0
+    return [text[: end - 1].strip(), text[end - 1 :].strip()]
 
 
 def wrapped(code: str, indent: int) -> list[str]:
@@ -98,6 +113,12 @@ def wrapped(code: str, indent: int) -> list[str]:
         return [line]
     start, end = best
     inner = split(code[start + 1 : end])
+    parts = _comprehension(code[start + 1 : end])
+    if parts is not None:
+        lines = [" " * indent + code[: start + 1]]
+        for part in parts:
+            lines += wrapped(part, indent + 4)
+        return [*lines, " " * indent + code[end:]]
     if not inner or (len(inner) == 1 and " for " not in inner[0] and "(" not in inner[0]):
         return [line]
     lines = [" " * indent + code[: start + 1]]
@@ -111,8 +132,19 @@ def wrapped(code: str, indent: int) -> list[str]:
     return lines
 
 
-def zeros(array: Array) -> str:
+def initial(array: Array, fill: float | None) -> str:
+    """Returns the source of the initial value of an array.
+
+    Args:
+        array: The array.
+        fill: The number that all elements of such arrays are in the original, None if they differ.
+    """
     shape = ", ".join(map(str, array.tensor.shape))
-    comma = "," if len(array.tensor.shape) == 1 else ""
-    dtype = mlx_dtype(array.tensor.dtype)
-    return f"mx.zeros(({shape}{comma}){'' if dtype == 'float32' else f', mx.{dtype}'})"
+    shape = f"({shape}{',' if len(array.tensor.shape) == 1 else ''})"
+    name = mlx_dtype(array.tensor.dtype)
+    dtype = "" if name == "float32" else f", mx.{name}"
+    if fill is None and array.kind == "parameter" and array.tensor.is_floating and "bias" not in array.path:
+        return f"mx.random.normal({shape}{dtype}, scale=0.02)"
+    if fill == 1:
+        return f"mx.ones({shape}{dtype})"
+    return f"mx.full({shape}, {fill}{dtype})" if fill else f"mx.zeros({shape}{dtype})"

@@ -15,7 +15,7 @@ _INDEX = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[(\d+)\]")
 
 def kind(item: Item) -> str:
     """Returns what an operation has in common with that of another turn of a loop."""
-    if isinstance(item, Node) and item.op != "layer":
+    if isinstance(item, Node) and item.op not in ("layer", "recurrent"):
         return item.op
     return re.sub(r"\.\d+(?=\.|$)", ".#", item.args["path"] if isinstance(item, Node) else item.path)
 

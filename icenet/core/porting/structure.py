@@ -8,8 +8,9 @@ import re
 from icenet.core.errors import PortError
 from icenet.core.porting.calls import Call, tree
 from icenet.core.porting.layers import Layer
+from icenet.core.porting.lines import initial
 from icenet.core.porting.names import flat, new_names
-from icenet.core.porting.record import Array, Graph, Tensor
+from icenet.core.porting.record import Array, Graph, Node, Ref, Tensor, refs
 from icenet.core.porting.table.base import mlx_dtype
 
 METHODS = {
@@ -82,11 +83,71 @@ class Structure:
             if array.kind == "constant"
         }
         self.shared = graph.shared
+        self.fills: dict[tuple[str, str], set[float | None]] = {}
+        """The numbers that arrays of equal role consist of."""
+        for arrays in self.arrays_by_owner.values():
+            for array in arrays:
+                self.fills.setdefault(self.role(array), set()).add(array.fill)
         self.called = {call.path for source in (graph, train) if source for call in tree(source).calls()}
         self.methods: dict[str, str] = {}
         self.symbols = self.name_symbols(graph)
+        self.sequences = self.find_sequences([source for source in (graph, train) if source and not trace])
+
+    def role(self, array: Array) -> tuple[str, str]:
+        """Returns the class that holds an array, and its name."""
+        owner, _, leaf = array.path.rpartition(".")
+        return self.modules[owner].kind if owner in self.modules else "", leaf
+
+    def initial(self, array: Array) -> str:
+        """Returns the source of the initial value of an array: that of the original where it is one number."""
+        fills = self.fills.get(self.role(array), {None})
+        return initial(array, next(iter(fills)) if len(fills) == 1 else None)
 
     # ---- what each module becomes
+
+    def find_sequences(self, graphs: list[Graph]) -> set[str]:
+        """Returns the paths of `nn.Sequential` whose calls are those of their layers, one after another."""
+        found = {path for path, module in self.modules.items() if path and module.class_name == "Sequential"}
+        found = {path for path in found if not self.arrays_by_owner.get(path) and self.is_dense(path)}
+        called = set()
+        for graph in graphs:
+            for call in tree(graph).calls():
+                called.add(call.path)
+                if call.path in found and not self.is_chain(call):
+                    found.discard(call.path)
+        return self.whole(found & called)
+
+    def whole(self, sequences: set[str]) -> set[str]:
+        """Returns the sequences in which each list of layers is a sequence, too."""
+        while True:
+            broken = {
+                path
+                for path in sequences
+                for name in self.modules[path].children
+                if self.is_container(f"{path}.{name}") and f"{path}.{name}" not in sequences
+            }
+            if not broken:
+                return sequences
+            sequences = sequences - broken
+
+    def is_chain(self, call: Call) -> bool:
+        """Returns whether each layer of a call takes the result of the one before."""
+        names = [f"{call.path}.{name}" for name in self.modules[call.path].children]
+        given, results = list(refs(call.given)), list(refs(call.results))
+        if len(given) != 1 or len(results) != 1 or len(names) != len(call.items) or not names:
+            return False
+        value = given[0]
+        for item, path in zip(call.items, names, strict=True):
+            if isinstance(item, Node):
+                if item.op != "layer" or item.args["path"] != path or item.args["self"] != Ref(value):
+                    return False
+                value = item.name
+            else:
+                inner = list(refs(item.results))
+                if item.path != path or list(refs(item.given)) != [value] or len(inner) != 1:
+                    return False
+                value = inner[0]
+        return value == results[0]
 
     def is_container(self, path: str) -> bool:
         """Returns whether a module is a list or a dict of modules."""
@@ -99,7 +160,7 @@ class Structure:
 
     def is_inlined(self, path: str) -> bool:
         """Returns whether the calls of a module are written where it is called."""
-        if path == "":
+        if path == "" or path in self.sequences:
             return False
         if self.is_container(path):
             return True

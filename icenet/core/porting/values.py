@@ -72,6 +72,17 @@ class Values:
         for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
             self.sort(item)
 
+    def broken_sequences(self) -> set[str]:
+        """Returns the sequences whose call or whose layers take or return more than one value."""
+        found = set()
+        for call in self.root.calls():
+            parts = [call, *(item for item in call.items if isinstance(item, Call))]
+            if call.path in self.structure.sequences and any(
+                len(self.parameters(part)) != 1 or len(self.returns(part)) != 1 for part in parts
+            ):
+                found.add(call.path)
+        return found
+
     def is_value(self, name: str) -> bool:
         return self.size(name) is None and name not in self.graph.arrays
 

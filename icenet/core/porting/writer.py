@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting import helpers
+from icenet.core.porting import recurrent
 from icenet.core.porting.body import Frame
 from icenet.core.porting.calls import Call
-from icenet.core.porting.classes import MARK, Instance, class_source, resolve
+from icenet.core.porting.classes import MARK, Class, Instance, class_source, resolve
 from icenet.core.porting.layers import DEFAULTS, Layer
-from icenet.core.porting.lines import Body, zeros
+from icenet.core.porting.lines import Body
 from icenet.core.porting.modes import either
 from icenet.core.porting.names import flat
 from icenet.core.porting.record import Graph, Module
+from icenet.core.porting.simplify import Constructors, simplified, text
+from icenet.core.porting.specialize import Calls, specialized
 from icenet.core.porting.structure import Structure, member
 from icenet.core.porting.values import Values
 
@@ -39,6 +42,15 @@ def class_of(module: Module) -> str:
     return name if name.isidentifier() and not keyword.iskeyword(name) and name not in ("nn", "mx") else "Module"
 
 
+_SEQUENTIAL = '''class Sequential(list):
+    """Layers that run one after another. As a list it gives its arrays the names that they have in PyTorch."""
+
+    def __call__(self, x):
+        for layer in self:
+            x = layer(x)
+        return x'''
+
+
 class _Writer:
     def __init__(
         self, graph: Graph, layers: dict[str, Layer], train: Graph | None, title: str, trace: bool = False
@@ -46,9 +58,21 @@ class _Writer:
         self.layers, self.title = layers, title
         self.structure = Structure(graph, layers, train, trace)
         self.instances: list[Instance] = []
-        self.graph = Values(self.structure, graph)
-        self.train = Values(self.structure, train) if train is not None else None
+        self.has_sequences = False
+        self.recurrent_layers: list[recurrent.Recurrent] = []
+        self.recurrent: dict[str, str] = {}
+        """The name of each class of recurrent layers by its source without a name."""
+        self.graph, self.train = self.values(graph, train)
         self.keywords = self.all_keywords()
+
+    def values(self, graph: Graph, train: Graph | None) -> tuple[Values, Values | None]:
+        """Returns the values of the graphs. A sequence whose layers take or return others is no sequence."""
+        while True:
+            made = [Values(self.structure, item) for item in (graph, train) if item is not None]
+            wrong = {path for item in made for path in item.broken_sequences()}
+            if not wrong:
+                return made[0], made[1] if train is not None else None
+            self.structure.sequences = self.structure.whole(self.structure.sequences - wrong)
 
     def sort_of(self, path: str) -> tuple[str, str, str]:
         """Returns what layers of equal role in equal classes have in common."""
@@ -77,9 +101,10 @@ class _Writer:
     def source(self) -> str:
         bodies = self.bodies()
         self.build("", bodies)
-        classes = resolve(self.instances)
+        classes = resolve(self.instances, {*self.recurrent.values(), *(["Sequential"] if self.has_sequences else [])})
+        functions = [*self.finished(classes), *([_SEQUENTIAL] if self.has_sequences else [])]
         lines = ['"""' + self.title, "", "Written by icenet.port. It depends on mlx only.", '"""', ""]
-        code = "\n\n\n".join([*self.helper_sources(), *(class_source(item) for item in classes)])
+        code = "\n\n\n".join([*functions, *self.recurrent_sources(), *(class_source(item) for item in classes)])
         imports = []
         if re.search(r"\bmath\.", code):
             imports += ["import math", ""]
@@ -88,8 +113,35 @@ class _Writer:
         imports += ["import mlx.core as mx", "import mlx.nn as nn"]
         return "\n".join([*lines, *imports, "", "", code, ""])
 
-    def helper_sources(self) -> list[str]:
-        return helpers.sources(self.structure.used_helpers)
+    def finished(self, classes: list[Class]) -> list[str]:
+        """Simplifies the statements of classes, and returns the functions that they call."""
+        calls = Calls([])
+        statements: list[tuple[Any, ast.stmt]] = []
+        for item in classes:
+            item.init = [text(Constructors().visit(simplified(code))) for code in item.init]
+            for line in (line for body in item.bodies for line in body.lines):
+                if line.code != "else:":
+                    statements.append((line, simplified(line.code)))
+        calls.trees += [tree for _, tree in statements]
+        for layer in self.recurrent_layers:
+            calls.given.setdefault(layer.kind.lower(), []).append(recurrent.given(layer))
+        functions = specialized(self.structure.used_helpers, calls)
+        for line, tree in statements:
+            line.code = text(tree)
+        return functions
+
+    def recurrent_class(self, layer: recurrent.Recurrent) -> str:
+        """Returns the name of the class of a recurrent layer."""
+        self.structure.used_helpers.add(layer.kind.lower())
+        self.recurrent_layers.append(layer)
+        key = recurrent.class_source("", layer)
+        if key not in self.recurrent:
+            count = sum(name.rstrip("0123456789") == layer.name for name in self.recurrent.values())
+            self.recurrent[key] = layer.name + (str(count + 1) if count else "")
+        return self.recurrent[key]
+
+    def recurrent_sources(self) -> list[str]:
+        return [text.replace("class (", f"class {name}(", 1) for text, name in self.recurrent.items()]
 
     def bodies(self) -> dict[str, list[Body]]:
         """Returns the bodies of each module that becomes a class, one for each way in which it is called."""
@@ -100,7 +152,7 @@ class _Writer:
             found: dict[str, list[tuple[Call, Body]]] = {}
             # children first, as a method has a name when it is called
             for call in reversed(list(graph.root.calls())):
-                if self.structure.is_inlined(call.path):
+                if self.structure.is_inlined(call.path) or call.path in self.structure.sequences:
                     continue
                 body = Frame(self.structure, graph, call).body()
                 found.setdefault(call.path, []).append((call, body))
@@ -122,6 +174,15 @@ class _Writer:
                     for call, _ in calls:
                         self.structure.methods[call.entered] = f".call_{number + 1}"
             result[path] = variants
+        wrong = {path for path, variants in result.items() if len(variants) > 1}
+        wrong = {
+            outer for outer in self.structure.sequences if any(path.rpartition(".")[0] == outer for path in wrong)
+        }
+        if wrong:  # a list cannot say which method to call
+            self.structure.sequences = self.structure.whole(self.structure.sequences - wrong)
+            self.structure.methods.clear()
+            self.graph, self.train = self.values(self.graph.graph, self.train.graph if self.train else None)
+            return self.bodies()
         if self.structure.methods and not getattr(self, "_again", False):
             self._again = True
             return self.bodies()
@@ -131,6 +192,8 @@ class _Writer:
         """Makes the class of a module and returns the source of a new instance of it."""
         if path in self.layers:
             layer = self.layers[path]
+            if isinstance(layer, recurrent.Recurrent):
+                return layer.instance(self.recurrent_class(layer))
             known = self.keywords.get(self.sort_of(path), {})
             given = {key: layer.keywords.get(key, value) for key, value in known.items()}
             return replace(
@@ -143,7 +206,7 @@ class _Writer:
         frozen: list[str] = []
         for array in self.structure.arrays_by_owner.get(path, []):
             name = self.structure.names.get(array.path, array.path.rpartition(".")[2])
-            init.append(f"{self.target(name)} = {zeros(array)}")
+            init.append(f"{self.target(name)} = {self.structure.initial(array)}")
             if array.kind != "parameter" or not array.is_trainable:
                 frozen.append(name)
         if path == "":
@@ -151,7 +214,7 @@ class _Writer:
                 if constant.value is not None:
                     continue  # written where it is used
                 name = self.structure.names.get(constant.path, flat(constant.path))
-                init.append(f"self.{name} = {zeros(constant)}")
+                init.append(f"self.{name} = {self.structure.initial(constant)}")
                 frozen.append(name)
         for name in module.children:
             child = f"{path}.{name}" if path else name
@@ -191,15 +254,19 @@ class _Writer:
         arrays = self.structure.arrays_by_owner.get(path, [])
         if arrays:  # a ParameterList or ParameterDict
             if self.structure.is_dense(path):
-                return f"[{', '.join(zeros(array) for array in arrays)}]"
-            pairs = [f"{array.path.rpartition('.')[2]!r}: {zeros(array)}" for array in arrays]
+                return f"[{', '.join(self.structure.initial(array) for array in arrays)}]"
+            pairs = [f"{array.path.rpartition('.')[2]!r}: {self.structure.initial(array)}" for array in arrays]
             return "{" + ", ".join(pairs) + "}"
         parts = [self.build(f"{path}.{name}", bodies) for name in module.children]
         if not self.structure.is_dense(path):
             return (
                 "{" + ", ".join(f"{name!r}: {part}" for name, part in zip(module.children, parts, strict=True)) + "}"
             )
-        return f"[{', '.join(parts)}]"
+        listed = f"[{', '.join(parts)}]"
+        if path not in self.structure.sequences:
+            return listed
+        self.has_sequences = True
+        return f"Sequential({listed})"
 
     def instance_of(self, module: Module, init: list[str], bodies: list[Body]) -> str:
         """Notes an instance of a class, and returns a mark in the place of its constructor."""

@@ -2,7 +2,6 @@
 
 # The text of these functions is copied into ports, without types.
 # mypy: ignore-errors
-# ruff: noqa: B905
 
 from __future__ import annotations
 
@@ -14,75 +13,51 @@ import mlx.nn as nn
 from icenet.porting.functions.random import dropout
 
 
-def _run_layers(
-    cell, gates, x, states, params, num_layers, has_biases, bidirectional, batch_first, dropout_p, training
-):
-    """Runs layers over a sequence. `states` has one array [layers * directions, B, H] for each part of the state."""
-    unbatched = x.ndim == 2
-    if unbatched:
-        x, states = x[:, None], [state[:, None] for state in states]
-    elif batch_first:
-        x = x.swapaxes(0, 1)
-    directions = 2 if bidirectional else 1
-    per = len(params) // (num_layers * directions)
-    ends = [[] for _ in states]
-    for layer in range(num_layers):
-        outputs = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            w_ih, w_hh, *rest = params[index * per : (index + 1) * per]
-            b_ih, b_hh = rest[:2] if has_biases else (None, None)
-            w_hr = rest[-1] if len(rest) % 2 else None  # the projection of an LSTM
-            inputs = x @ w_ih.T if b_ih is None else x @ w_ih.T + b_ih
-            state = tuple(part[index] for part in states)
-            steps = range(x.shape[0]) if direction == 0 else range(x.shape[0] - 1, -1, -1)
-            hidden = []
-            for step in steps:
-                state = cell(inputs[step], state, w_hh, b_hh)
-                if w_hr is not None:
-                    state = (state[0] @ w_hr.T, *state[1:])
-                hidden.append(state[0])
-            outputs.append(mx.stack(hidden if direction == 0 else hidden[::-1]))
-            for kept, part in zip(ends, state):
-                kept.append(part)
-        x = outputs[0] if directions == 1 else mx.concatenate(outputs, axis=-1)
-        if dropout_p and layer < num_layers - 1:
-            x = dropout(x, dropout_p, training)
-    finals = [mx.stack(kept) for kept in ends]
-    if unbatched:
-        return x[:, 0], *(final[:, 0] for final in finals)
-    return x.swapaxes(0, 1) if batch_first else x, *finals
+def lstm(x, h, c, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):
+    """Runs an LSTM over x [T, B, C] (Hochreiter and Schmidhuber, 1997). Returns all h, and the last h and c."""
+    x = x @ w_ih.T if b_ih is None else mx.addmm(b_ih + b_hh, x, w_ih.T)
+    hidden = []
+    for inputs in x:
+        i, f, g, o = mx.split(mx.addmm(inputs, h, w_hh.T), 4, axis=-1)
+        c = mx.sigmoid(f) * c + mx.sigmoid(i) * mx.tanh(g)
+        h = mx.sigmoid(o) * mx.tanh(c)
+        if w_hr is not None:
+            h = h @ w_hr.T
+        hidden.append(h)
+    return mx.stack(hidden), h, c
 
 
-def _lstm_step(inputs, state, w_hh, b_hh):
-    h, c = state
-    gates = inputs + h @ w_hh.T if b_hh is None else inputs + (h @ w_hh.T + b_hh)
-    i, f, g, o = mx.split(gates, 4, axis=-1)
-    c = mx.sigmoid(f) * c + mx.sigmoid(i) * mx.tanh(g)
-    return mx.sigmoid(o) * mx.tanh(c), c
+def gru(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+    """Runs a GRU over x [T, B, C] (Cho et al., 2014). Returns all h, and the last one."""
+    x = x @ w_ih.T if b_ih is None else mx.addmm(b_ih, x, w_ih.T)
+    hidden = []
+    for inputs in x:
+        r, z, n = mx.split(inputs, 3, axis=-1)
+        h_r, h_z, h_n = mx.split(h @ w_hh.T if b_hh is None else mx.addmm(b_hh, h, w_hh.T), 3, axis=-1)
+        r, z = mx.sigmoid(r + h_r), mx.sigmoid(z + h_z)
+        n = mx.tanh(n + r * h_n)
+        h = n + z * (h - n)
+        hidden.append(h)
+    return mx.stack(hidden), h
 
 
-def _gru_step(inputs, state, w_hh, b_hh):
-    (h,) = state
-    recurrent = h @ w_hh.T if b_hh is None else h @ w_hh.T + b_hh
-    i_r, i_z, i_n = mx.split(inputs, 3, axis=-1)
-    h_r, h_z, h_n = mx.split(recurrent, 3, axis=-1)
-    r, z = mx.sigmoid(i_r + h_r), mx.sigmoid(i_z + h_z)
-    n = mx.tanh(i_n + r * h_n)
-    return (n + z * (h - n),)
+def rnn(x, h, w_ih, w_hh, b_ih=None, b_hh=None, activation=mx.tanh):
+    """Runs a recurrent layer over x [T, B, C] (Elman, 1990). Returns all h, and the last one."""
+    x = x @ w_ih.T if b_ih is None else mx.addmm(b_ih + b_hh, x, w_ih.T)
+    hidden = []
+    for inputs in x:
+        h = activation(mx.addmm(inputs, h, w_hh.T))
+        hidden.append(h)
+    return mx.stack(hidden), h
 
 
-def _tanh_step(inputs, state, w_hh, b_hh):
-    recurrent = state[0] @ w_hh.T if b_hh is None else state[0] @ w_hh.T + b_hh
-    return (mx.tanh(inputs + recurrent),)
+def rnn_relu(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+    """Runs a recurrent layer with ReLU. Returns all h, and the last one."""
+    return rnn(x, h, w_ih, w_hh, b_ih, b_hh, nn.relu)
 
 
-def _relu_step(inputs, state, w_hh, b_hh):
-    recurrent = state[0] @ w_hh.T if b_hh is None else state[0] @ w_hh.T + b_hh
-    return (nn.relu(inputs + recurrent),)
-
-
-def lstm(
+def recurrent(
+    layer,
     x,
     states,
     params,
@@ -90,85 +65,52 @@ def lstm(
     has_biases=True,
     bidirectional=False,
     batch_first=False,
-    dropout=0.0,
+    p=0.0,
     training=False,
 ):
-    """Returns the outputs of an LSTM, and the last h and c (Hochreiter and Schmidhuber, 1997)."""
-    return _run_layers(
-        _lstm_step, 4, x, states, params, num_layers, has_biases, bidirectional, batch_first, dropout, training
-    )
-
-
-def gru(
-    x,
-    state,
-    params,
-    num_layers=1,
-    has_biases=True,
-    bidirectional=False,
-    batch_first=False,
-    dropout=0.0,
-    training=False,
-):
-    """Returns the outputs of a GRU and its last state (Cho et al., 2014)."""
-    return _run_layers(
-        _gru_step, 3, x, [state], params, num_layers, has_biases, bidirectional, batch_first, dropout, training
-    )
-
-
-def rnn_tanh(
-    x,
-    state,
-    params,
-    num_layers=1,
-    has_biases=True,
-    bidirectional=False,
-    batch_first=False,
-    dropout=0.0,
-    training=False,
-):
-    """Returns the outputs of a simple recurrent network and its last state."""
-    return _run_layers(
-        _tanh_step, 1, x, [state], params, num_layers, has_biases, bidirectional, batch_first, dropout, training
-    )
-
-
-def rnn_relu(
-    x,
-    state,
-    params,
-    num_layers=1,
-    has_biases=True,
-    bidirectional=False,
-    batch_first=False,
-    dropout=0.0,
-    training=False,
-):
-    """Returns the outputs of a simple recurrent network with ReLU and its last state."""
-    return _run_layers(
-        _relu_step, 1, x, [state], params, num_layers, has_biases, bidirectional, batch_first, dropout, training
-    )
-
-
-def _cell(step, x, state, w_ih, w_hh, b_ih, b_hh):
-    return step(x @ w_ih.T if b_ih is None else x @ w_ih.T + b_ih, state, w_hh, b_hh)
+    """Runs recurrent layers. `states` has one array [layers * directions, B, H] for each part of the state."""
+    unbatched = x.ndim == 2
+    if unbatched:
+        x, states = x[:, None], [state[:, None] for state in states]
+    elif batch_first:
+        x = x.swapaxes(0, 1)
+    directions = 2 if bidirectional else 1
+    per = len(params) // (num_layers * directions)
+    ends = []
+    for index in range(num_layers):
+        outputs = []
+        for place in range(index * directions, (index + 1) * directions):
+            weights = params[place * per : (place + 1) * per]
+            if not has_biases:
+                weights = [*weights[:2], None, None, *weights[2:]]
+            is_reverse = place % directions == 1
+            y, *end = layer(x[::-1] if is_reverse else x, *(state[place] for state in states), *weights)
+            outputs.append(y[::-1] if is_reverse else y)
+            ends.append(end)
+        x = outputs[0] if directions == 1 else mx.concatenate(outputs, axis=-1)
+        if p and index < num_layers - 1:
+            x = dropout(x, p, training)
+    finals = [mx.stack([end[part] for end in ends]) for part in range(len(states))]
+    if unbatched:
+        return x[:, 0], *(final[:, 0] for final in finals)
+    return x.swapaxes(0, 1) if batch_first else x, *finals
 
 
 def lstm_cell(x, state, w_ih, w_hh, b_ih=None, b_hh=None):
     """Returns h and c after one step of an LSTM."""
-    return _cell(_lstm_step, x, state, w_ih, w_hh, b_ih, b_hh)
+    return lstm(x[None], *state, w_ih, w_hh, b_ih, b_hh)[1:]
 
 
-def gru_cell(x, state, w_ih, w_hh, b_ih=None, b_hh=None):
+def gru_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
     """Returns the state after one step of a GRU."""
-    return _cell(_gru_step, x, (state,), w_ih, w_hh, b_ih, b_hh)[0]
+    return gru(x[None], h, w_ih, w_hh, b_ih, b_hh)[1]
 
 
-def rnn_tanh_cell(x, state, w_ih, w_hh, b_ih=None, b_hh=None):
-    """Returns the state after one step of a simple recurrent network."""
-    return _cell(_tanh_step, x, (state,), w_ih, w_hh, b_ih, b_hh)[0]
+def rnn_tanh_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+    """Returns the state after one step of a recurrent layer."""
+    return rnn(x[None], h, w_ih, w_hh, b_ih, b_hh)[1]
 
 
-def rnn_relu_cell(x, state, w_ih, w_hh, b_ih=None, b_hh=None):
-    """Returns the state after one step of a simple recurrent network with ReLU."""
-    return _cell(_relu_step, x, (state,), w_ih, w_hh, b_ih, b_hh)[0]
+def rnn_relu_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+    """Returns the state after one step of a recurrent layer with ReLU."""
+    return rnn_relu(x[None], h, w_ih, w_hh, b_ih, b_hh)[1]

@@ -1,32 +1,40 @@
-"""Recurrent layers."""
+"""Recurrent layers that are no whole module of torch.nn, and their cells."""
 
 from __future__ import annotations
 
+from icenet.core.porting.record import Ref
 from icenet.core.porting.table.base import Operation, entry
 from icenet.core.porting.table.elementwise import training
 
 
 @entry("lstm", "gru", "rnn_tanh", "rnn_relu")
 def layers(n: Operation) -> str:
-    name = n.node.base
-    keywords = {"num_layers": n["num_layers"], "has_biases": n["has_biases"]}
+    layer = {"rnn_tanh": "rnn"}.get(n.node.base, n.node.base)
+    n._uses.add(layer)
+    given = {"num_layers": n["num_layers"], "has_biases": n["has_biases"]}
+    keywords = {key: value for key, value in given.items() if value not in ("1", "True")}
     if n.args["bidirectional"]:
         keywords["bidirectional"] = "True"
     if n.args["batch_first"]:
         keywords["batch_first"] = "True"
     if n.args["dropout"]:
-        keywords["dropout"] = n["dropout"]
+        keywords["p"] = n["dropout"]
         keywords["training"] = training(n, "train")
-    return n.call(
-        name,
-        n["input"],
-        n["hx"],
-        n["params"],
-        **{k: v for k, v in keywords.items() if (k, v) not in (("num_layers", "1"), ("has_biases", "True"))},
-    )
+    states = f"[{n['hx']}]" if isinstance(n.args["hx"], Ref) else n["hx"]
+    return n.call("recurrent", layer, n["input"], states, n["params"], **keywords)
 
 
 @entry("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(n: Operation) -> str:
     names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
     return n.call(n.node.base, *(n.source(n.args.get(name)) for name in names))
+
+
+@entry("recurrent")
+def module(n: Operation) -> str:
+    """A whole module of torch.nn, whose class `icenet.core.porting.recurrent` writes."""
+    states = n.args["hx"]
+    if states is None:
+        return f"{n.args['text']}({n['self']})"
+    given = n.source(states) if isinstance(states, Ref) else f"({', '.join(map(n.source, states))})"
+    return f"{n.args['text']}({n['self']}, {given})"

@@ -248,7 +248,8 @@ def unbind(n: Operation) -> str:
 
 @entry("item")
 def item(n: Operation) -> str:
-    return f"{n.atom('self')}[{n['index']}]"
+    place = n.get("place", n.args["index"])
+    return f"{n.atom('self')}{''.join(f'[{index}]' for index in (place if isinstance(place, tuple) else (place,)))}"
 
 
 @entry("select")

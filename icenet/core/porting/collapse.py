@@ -1,0 +1,153 @@
+"""Modules of the original that become one layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from icenet.core.porting.calls import Call, tree
+from icenet.core.porting.layers import Layer, layer_of
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.recurrent import Recurrent, call_of, joined, recurrent_of
+
+
+def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Graph, dict[str, Layer]]:
+    """Replaces each call of a module that is one layer of mlx.nn by a node.
+
+    Args:
+        graph: A graph without operations in place.
+        allowed: The paths of the modules that may become layers; None for all.
+
+    Returns the graph, and the layers by path. A module whose arrays are shared with another one, or whose inner
+    values are used outside, stays a call.
+    """
+    root = tree(graph)
+    candidates: dict[str, Layer] = {}
+    foreign = {path.rpartition(".")[0] for path in graph.shared}
+    for path, module in graph.modules.items():
+        layer = layer_of(module) or recurrent_of(module)
+        if layer is not None and path and path not in foreign:
+            if allowed is not None and path not in allowed:
+                continue
+            candidates[path] = layer
+    uses = _outside_uses(graph, root)
+    whole: dict[str, list[Node]] = {}
+    refused = _whole_recurrent(graph, root, candidates, uses, whole)
+    refused |= {
+        call.path
+        for call in root.calls()
+        if call.path in candidates
+        and not isinstance(candidates[call.path], Recurrent)
+        and not _is_whole(graph, call, candidates[call.path], uses)
+    }
+    layers = {path: layer for path, layer in candidates.items() if path not in refused}
+    called = {call.path for call in root.calls()}
+    nodes: list[Node] = []
+
+    def flatten(call: Call) -> None:
+        layer = layers.get(call.path)
+        if layer is not None:
+            nodes.extend(whole[call.entered] if isinstance(layer, Recurrent) else _layer_nodes(graph, call))
+            nodes.extend(_shared_sizes(call, uses))
+            return
+        nodes.append(Node(call.entered, "enter", {"path": call.path, "values": call.given}, None, call.place))
+        for item in call.items:
+            if isinstance(item, Node):
+                nodes.append(item)
+            else:
+                flatten(item)
+        nodes.append(Node(call.entered + "_exit", "exit", {"path": call.path, "values": call.results}, None))
+
+    flatten(root)
+    own = {path: layer for path, layer in layers.items() if path in called or not layer.is_stateless}
+    updates = {path: value for path, value in graph.updates.items() if path.rpartition(".")[0] not in own}
+    return replace(graph, nodes=nodes, updates=updates), own
+
+
+def _whole_recurrent(
+    graph: Graph, root: Call, candidates: dict[str, Layer], uses: dict[str, list[str]], whole: dict[str, list[Node]]
+) -> set[str]:
+    """Fills in the nodes of each call of a recurrent layer. Returns the modules that compute something else."""
+    found: dict[str, list[Recurrent | None]] = {}
+    for call in root.calls():
+        layer = candidates.get(call.path)
+        if isinstance(layer, Recurrent):
+            made = call_of(graph, call, layer, uses)
+            whole[call.entered] = made[1] if made else []
+            found.setdefault(call.path, []).append(made[0] if made else None)
+    refused = set()
+    for path, layers in found.items():
+        layer = joined([layer for layer in layers if layer is not None]) if None not in layers else None
+        if layer is None:
+            refused.add(path)
+        else:
+            candidates[path] = layer
+    return refused
+
+
+def _layer_nodes(graph: Graph, call: Call) -> list[Node]:
+    """Returns the node of a call that is one layer; none if the layer returns its argument."""
+    (given,), result = list(refs(call.given)), next(refs(call.results))
+    if result == given:
+        return []
+    return [Node(result, "layer", {"path": call.path, "self": Ref(given)}, _out(graph, result), call.place)]
+
+
+def _out(graph: Graph, name: str) -> Any:
+    if name in graph.tensors:
+        return graph.tensors[name]
+    return next(node.out for node in graph.nodes if node.name == name)
+
+
+def _outside_uses(graph: Graph, root: Call) -> dict[str, list[str]]:
+    """Returns the entered calls in which each value is used."""
+    uses: dict[str, list[str]] = {}
+
+    def walk(call: Call, stack: tuple[str, ...]) -> None:
+        stack = (*stack, call.entered)
+        for item in call.items:
+            if isinstance(item, Node):
+                for name in refs(item.args):
+                    uses.setdefault(name, []).append("/".join(stack))
+            else:
+                walk(item, stack)
+                for name in (*refs(item.given), *refs(item.results)):
+                    uses.setdefault(name, []).append("/".join(stack))
+
+    walk(root, ())
+    for name in (*refs(root.results), *refs(graph.output_tree)):
+        uses.setdefault(name, []).append("")
+    return uses
+
+
+def _shared_sizes(call: Call, uses: dict[str, list[str]]) -> list[Node]:
+    """Returns the arithmetic of sizes in a call whose results are used outside: an export computes a size once."""
+    found: list[Node] = []
+    needed: set[str] = set()
+    for node in reversed(list(call.nodes())):
+        used = any(call.entered not in stack.split("/") for stack in uses.get(node.name, ()))
+        if node.op.startswith("sym.") and (used or node.name in needed):
+            found.append(node)
+            needed.update(refs(node.args))
+    return found[::-1]
+
+
+def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]]) -> bool:
+    """Returns whether a call has one tensor as argument and result, and its other values are not used outside."""
+    given, results = list(refs(call.given)), list(refs(call.results))
+    if len(given) != 1 or len(results) != 1:
+        return False
+    source = _out(graph, given[0])
+    if not isinstance(source, Tensor):
+        return False
+    is_flat_norm = layer.constructor == "nn.BatchNorm" and source.ndim == 2
+    if layer.axes == "last" and layer.rank > 0 and source.ndim != layer.rank + 2 and not is_flat_norm:
+        return False
+    if layer.constructor == "nn.GroupNorm" and source.ndim < 3:
+        return False
+    for node in call.nodes():
+        if node.name == results[0] or node.base.startswith("sym."):
+            continue
+        if any(call.entered not in used.split("/") for used in uses.get(node.name, ())):
+            return False
+    return True

@@ -1,0 +1,195 @@
+"""Expressions of a source in the form that a person writes."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import io
+import math
+import tokenize
+from typing import Any
+
+from icenet.core.porting.layers import DEFAULTS
+
+
+def simplified(code: str) -> ast.stmt:
+    """Returns a statement, or the head of one, in its simplest form."""
+    is_head = code.endswith(":")
+    statement = ast.parse(f"{code} pass" if is_head and not code.startswith("else") else code).body[0]
+    return ast.fix_missing_locations(_Simplify().visit(statement))
+
+
+def text(tree: ast.AST) -> str:
+    """Returns the source of a tree with double quotes."""
+    generators = _Generators()
+    tree = generators.visit(copy.deepcopy(tree))
+    found = ast.unparse(tree)
+    if isinstance(tree, ast.Return) and isinstance(tree.value, ast.Tuple) and len(tree.value.elts) > 1:
+        found = f"return {ast.unparse(tree.value)[1:-1]}"
+    for name, inner in reversed(generators.found.items()):
+        found = found.replace(name, inner)
+    if isinstance(tree, (ast.If, ast.For)) and len(tree.body) == 1 and isinstance(tree.body[0], ast.Pass):
+        found = found.splitlines()[0]
+    return _double_quotes(found)
+
+
+class _Generators(ast.NodeTransformer):
+    """Puts names in the place of generators that are the only argument: `ast.unparse` writes them in two brackets."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        if len(node.args) == 1 and isinstance(node.args[0], ast.GeneratorExp) and not node.keywords:
+            name = f"generator_{len(self.found)}_"
+            self.found[name] = ast.unparse(node.args[0])[1:-1]
+            node.args = [ast.Name(name)]
+        return node
+
+
+def _double_quotes(code: str) -> str:
+    if "'" not in code:
+        return code
+    lines = code.splitlines(keepends=True)
+    try:
+        tokens = list(
+            tokenize.generate_tokens(io.StringIO(code if not code.endswith(":") else code + "\n    pass").readline)
+        )
+    except (tokenize.TokenError, IndentationError):
+        return code
+    for token in reversed(tokens):
+        if token.type == tokenize.STRING and token.string.startswith("'") and '"' not in token.string:
+            (row, start), (_, end) = token.start, token.end
+            if token.start[0] == token.end[0] and "\\" not in token.string:
+                line = lines[row - 1]
+                lines[row - 1] = f'{line[:start]}"{token.string[1:-1]}"{line[end:]}'
+    return "".join(lines)
+
+
+_ORDER = ("stride", "padding", "dilation", "groups", "output_padding")
+"""The order of keywords of convolutions; others follow."""
+
+
+class Constructors(ast.NodeTransformer):
+    """Removes the keywords of layers of mlx.nn that are their defaults, and brings the others in their order."""
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        name = _dotted(node.func)
+        if name.startswith("nn.") and "Pool" not in name:
+            kept = [
+                item
+                for item in node.keywords
+                if not (isinstance(item.value, ast.Constant) and item.value.value == DEFAULTS.get(item.arg or "", ()))
+            ]
+            places = {key: index for index, key in enumerate(_ORDER)}
+            node.keywords = sorted(kept, key=lambda item: places.get(item.arg or "", len(places)))
+        return node
+
+
+class _Simplify(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        name = _dotted(node.func)
+        if name == "mx.where" and len(node.args) == 3:
+            condition = node.args[0]
+            if isinstance(condition, ast.Call) and _dotted(condition.func) == "mx.logical_not":
+                node.args = [condition.args[0], node.args[2], node.args[1]]
+        if name == "mx.concatenate" and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
+            return node.args[0].elts[0]
+        return self.transposed(node)
+
+    def transposed(self, node: ast.Call) -> Any:
+        """Joins two changes of the order of axes."""
+        outer = _permutation(node)
+        if outer is None or not isinstance(node.func, ast.Attribute):
+            return node
+        if outer == list(range(len(outer))):
+            return node.func.value
+        inner = node.func.value
+        if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
+            return node
+        first = _permutation(inner) or _swap(inner, len(outer))
+        if first is None or len(first) != len(outer):
+            return node
+        both = [first[axis] for axis in outer]
+        if both == list(range(len(both))):
+            return inner.func.value
+        node.func.value = inner.func.value
+        node.args = [ast.Constant(axis) for axis in both]
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
+        self.generic_visit(node)
+        if node.attr == "T" and isinstance(node.value, ast.Attribute) and node.value.attr == "T":
+            return node.value.value
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        self.generic_visit(node)
+        right = node.right
+        if (
+            isinstance(node.op, ast.Add)
+            and isinstance(right, ast.UnaryOp)
+            and isinstance(right.op, ast.USub)
+            and isinstance(right.operand, ast.Constant)
+        ):
+            return ast.BinOp(node.left, ast.Sub(), right.operand)
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        value = node.value
+        if not isinstance(value, float) or math.isinf(value) or math.isnan(value):
+            return node
+        written = _written(value)
+        return ast.parse(written, mode="eval").body if written else node
+
+
+def _written(value: float) -> str:
+    """Returns the expression from which a number comes, such as math.sqrt(8); an empty string if none is known."""
+    if len(repr(value)) < 12:
+        return ""
+    square = round(value * value)
+    if 2 <= square < 10**6 and math.sqrt(square) == value:
+        return f"math.sqrt({square})"
+    if 0 < value < 1:
+        square = round(1 / (value * value))
+        if 2 <= square < 10**6 and 1 / math.sqrt(square) == value:
+            return f"1 / math.sqrt({square})"
+        rest = round(1 - value, 6)
+        if 1 - rest == value:
+            return f"1 - {rest}"
+    if value == math.sqrt(2 / math.pi):
+        return "math.sqrt(2 / math.pi)"
+    number = round(math.exp(value)) if value < 20 else 0
+    if 2 <= number < 10**6 and math.log(number) == value:
+        return f"math.log({number})"
+    return ""
+
+
+def _permutation(node: ast.Call) -> list[int] | None:
+    """Returns the axes of a transpose that names them all."""
+    if not isinstance(node.func, ast.Attribute) or node.func.attr != "transpose" or node.keywords:
+        return None
+    axes = [item.value for item in node.args if isinstance(item, ast.Constant) and type(item.value) is int]
+    return axes if len(axes) == len(node.args) and axes and sorted(axes) == list(range(len(axes))) else None
+
+
+def _swap(node: ast.Call, ndim: int) -> list[int] | None:
+    """Returns the axes of a swap in a value with a number of axes."""
+    if not isinstance(node.func, ast.Attribute) or node.func.attr != "swapaxes":
+        return None
+    try:
+        first, second = (ast.literal_eval(item) for item in node.args)
+    except ValueError:
+        return None
+    axes = list(range(ndim))
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+def _dotted(node: ast.expr) -> str:
+    return (
+        f"{node.value.id}.{node.attr}" if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+    )

@@ -1,0 +1,334 @@
+"""Helper functions with the branches that a source takes: arguments that are the same in every call are folded.
+
+A helper of `icenet/porting/functions` serves all cases of an operation. A port has one or two of them, so a person
+would not have written the others.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from icenet.core.porting import helpers
+from icenet.core.porting.lines import wrapped
+from icenet.core.porting.simplify import text
+
+_UNKNOWN, SOMETHING = object(), object()
+"""What is known about an argument: nothing, or that it is not None."""
+
+
+@dataclass
+class Calls:
+    """The calls of a source.
+
+    Attributes:
+        trees: The statements of the classes; arguments that are folded are removed from their calls.
+        given: What further calls give to the parameters of a function, by its name: the calls of recurrent layers.
+    """
+
+    trees: list[ast.AST]
+    given: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def specialized(names: set[str], calls: Calls) -> list[str]:
+    """Returns the sources of helpers and of what they use, in the order of the files.
+
+    Args:
+        names: The helpers that the classes call.
+        calls: The calls; changed in place.
+    """
+    order = helpers.needed(names)
+    trees: dict[str, ast.AST] = {}
+    texts: dict[str, str] = {}
+    for name in helpers.callers_first(order):
+        if name not in calls.given and name not in helpers.read_in([*calls.trees, *trees.values()]):
+            continue  # only a branch that is folded called it
+        source = helpers.source(name)
+        definition = ast.parse(source).body[0]
+        if isinstance(definition, ast.FunctionDef):
+            before = ast.dump(definition)
+            _fold(definition, calls, trees)
+            texts[name] = source if ast.dump(definition) == before else _Printer(source).function(definition)
+        else:
+            texts[name] = source
+        trees[name] = definition
+    for name, tree in trees.items():  # a later one may have removed arguments from calls in it
+        if isinstance(tree, ast.FunctionDef) and ast.dump(tree) != ast.dump(ast.parse(texts[name]).body[0]):
+            texts[name] = _Printer(helpers.source(name)).function(tree)
+    return [texts[name] for name in order if name in texts]
+
+
+def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]) -> None:
+    """Folds the constant arguments of a function, in its definition and in its calls."""
+    arguments = definition.args
+    if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or definition.decorator_list:
+        return
+    parameters = [item.arg for item in arguments.args]
+    defaults = dict(zip(parameters[len(parameters) - len(arguments.defaults) :], arguments.defaults, strict=True))
+    found, values = [], []
+    for tree in (*calls.trees, *callers.values(), definition):
+        for call, is_call in _uses(tree, definition.name):
+            if not is_call:
+                return  # passed as a value
+            bound = _bound(call, parameters, defaults)
+            if bound is None:
+                if definition.name in calls.given:
+                    continue  # said there
+                return
+            found.append(call)
+            if tree is definition:  # a call of itself that gives its own argument says nothing
+                bound = {
+                    key: value
+                    for key, value in bound.items()
+                    if not (isinstance(value, ast.Name) and value.id == key)
+                }
+            values.append({key: _known(value, tree) for key, value in bound.items()})
+    values += [
+        {
+            key: given.get(key, _known(defaults[key], definition) if key in defaults else _UNKNOWN)
+            for key in parameters
+        }
+        for given in calls.given.get(definition.name, [])
+    ]
+    if not values:
+        return
+    stored = {
+        item.id for item in ast.walk(definition) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
+    }
+    stored |= {
+        item.arg for inner in ast.walk(definition) if isinstance(inner, ast.Lambda) for item in inner.args.args
+    }
+    constants: dict[str, ast.expr] = {}
+    something = set()
+    for key in parameters:
+        column = [row[key] for row in values if key in row]
+        first = column[0]
+        if key in stored:
+            something |= {key} if all(item is SOMETHING for item in column) else set()
+        elif isinstance(first, ast.expr) and all(
+            isinstance(item, ast.expr) and ast.dump(item) == ast.dump(first) for item in column
+        ):
+            constants[key] = first
+        elif all(item is SOMETHING or (isinstance(item, ast.expr) and not _is_none(item)) for item in column):
+            something.add(key)
+    _Folder(constants, something - stored, definition).fold()
+    used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
+    removed = [key for key in constants if key not in used]
+    for call in found:
+        _without(call, parameters, removed)
+    offset = len(parameters) - len(arguments.defaults)
+    arguments.defaults = [
+        value for index, value in enumerate(arguments.defaults) if parameters[index + offset] not in removed
+    ]
+    arguments.args = [item for item in arguments.args if item.arg not in removed]
+    kept = [item.arg for item in arguments.args]
+    if all(set(kept) <= _given(call, kept) for call in found) and definition.name not in calls.given:
+        arguments.defaults = []  # every call gives all
+    for given in calls.given.get(definition.name, []):
+        if all(given.get(key) is SOMETHING for key in kept[len(kept) - len(arguments.defaults) :]):
+            arguments.defaults = []
+
+
+def _given(call: ast.Call, parameters: list[str]) -> set[str]:
+    return {*parameters[: len(call.args)], *(item.arg for item in call.keywords if item.arg)}
+
+
+def _uses(tree: ast.AST, name: str) -> Iterator[tuple[Any, bool]]:
+    """Yields the calls of a function, and other uses of its name."""
+    called = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            called.add(id(node.func))
+            yield node, True
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Name)
+            and node.id == name
+            and id(node) not in called
+            and isinstance(node.ctx, ast.Load)
+        ):
+            yield node, False
+
+
+def _bound(call: ast.Call, parameters: list[str], defaults: dict[str, ast.expr]) -> dict[str, ast.expr] | None:
+    """Returns the arguments of a call by parameter, None if they are not all in the source."""
+    if any(isinstance(item, ast.Starred) for item in call.args) or any(item.arg is None for item in call.keywords):
+        return None
+    given = dict(zip(parameters, call.args, strict=False))
+    given |= {item.arg: item.value for item in call.keywords if item.arg}
+    if len(call.args) > len(parameters) or any(key not in given and key not in defaults for key in parameters):
+        return None
+    return {key: given.get(key, defaults.get(key)) for key in parameters}  # type: ignore[misc]
+
+
+def _known(value: ast.expr, tree: ast.AST) -> Any:
+    """Returns the expression of a constant, or what is known about another argument."""
+    if _is_constant(value):
+        return value
+    if isinstance(tree, ast.FunctionDef) and isinstance(value, ast.Name):
+        return _UNKNOWN  # a parameter of another helper may be None
+    return _UNKNOWN if isinstance(value, ast.IfExp) else SOMETHING
+
+
+def _is_constant(value: ast.expr) -> bool:
+    if isinstance(value, (ast.Tuple, ast.List)):
+        return all(map(_is_constant, value.elts))
+    if isinstance(value, ast.UnaryOp):
+        return isinstance(value.op, ast.USub) and _is_constant(value.operand)
+    if isinstance(value, ast.Attribute):  # mx.tanh
+        return isinstance(value.value, ast.Name) and value.value.id in ("mx", "nn")
+    return isinstance(value, ast.Constant)
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+def _without(call: ast.Call, parameters: list[str], removed: list[str]) -> None:
+    """Removes arguments from a call."""
+    call.args = [value for key, value in zip(parameters, call.args, strict=False) if key not in removed]
+    call.keywords = [item for item in call.keywords if item.arg not in removed]
+
+
+class _Folder(ast.NodeTransformer):
+    """Replaces parameters by constants in a function, and takes the branches that are known."""
+
+    def __init__(self, constants: dict[str, ast.expr], something: set[str], definition: ast.FunctionDef) -> None:
+        self.constants, self.something, self.definition = constants, something, definition
+
+    def fold(self) -> None:
+        self.definition.body = self.block(self.definition.body)
+
+    def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        found: list[ast.stmt] = []
+        for statement in statements:
+            made = self.visit(statement)
+            found += made if isinstance(made, list) else [made]
+            if found and isinstance(found[-1], (ast.Return, ast.Raise)):
+                break
+        return found
+
+    def truth(self, test: ast.expr) -> bool | None:
+        """Returns the value of a condition, None if it is not known."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self.truth(test.operand)
+            return None if inner is None else not inner
+        if isinstance(test, ast.BoolOp):
+            parts = [self.truth(item) for item in test.values]
+            decisive = isinstance(test.op, ast.Or)
+            if decisive in parts:
+                return decisive
+            return None if None in parts else not decisive
+        if isinstance(test, ast.Compare) and len(test.ops) == 1:
+            left, right = test.left, test.comparators[0]
+            if isinstance(left, ast.Name) and left.id in self.something and _is_none(right):
+                return isinstance(test.ops[0], (ast.IsNot, ast.NotEq))
+        try:
+            expression = _Put(self.constants).visit(copy.deepcopy(test))
+            if any(isinstance(item, (ast.Name, ast.Call)) for item in ast.walk(expression)):
+                return None
+            if isinstance(expression, ast.Compare) and isinstance(expression.ops[0], (ast.Is, ast.IsNot)):
+                same = ast.dump(expression.left) == ast.dump(expression.comparators[0])
+                return same == isinstance(expression.ops[0], ast.Is)
+            return bool(eval(compile(ast.Expression(ast.fix_missing_locations(expression)), "", "eval"), {}))
+        except Exception:  # not an expression of constants
+            return None
+
+    def visit_If(self, node: ast.If) -> Any:
+        value = self.truth(node.test)
+        if value is None:
+            node.test = self.reduced(node.test)
+            node.body, node.orelse = self.block(node.body), self.block(node.orelse)
+            return node
+        return self.block(node.body if value else node.orelse)
+
+    def visit_For(self, node: ast.For) -> Any:
+        node.iter = self.visit(node.iter)
+        node.body = self.block(node.body)
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        value = self.truth(node.test)
+        if value is None:
+            node.test = self.reduced(node.test)
+            node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+            return node
+        return self.visit(node.body if value else node.orelse)
+
+    def reduced(self, test: ast.expr) -> ast.expr:
+        """Returns a condition without the parts that are known."""
+        if isinstance(test, ast.BoolOp):
+            parts = [self.reduced(item) for item in test.values if self.truth(item) is None]
+            return parts[0] if len(parts) == 1 else ast.BoolOp(test.op, parts)
+        return self.visit(test)
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        value = self.constants.get(node.id)
+        if value is not None and isinstance(node.ctx, ast.Load) and not _is_number(value):
+            return copy.deepcopy(value)
+        return node
+
+
+class _Put(ast.NodeTransformer):
+    def __init__(self, constants: dict[str, ast.expr]) -> None:
+        self.constants = constants
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        return copy.deepcopy(self.constants.get(node.id, node))
+
+
+def _is_number(value: ast.expr) -> bool:
+    """Returns whether an argument is a number, whose name says more than its value."""
+    value = value.operand if isinstance(value, ast.UnaryOp) else value
+    if isinstance(value, (ast.Tuple, ast.List)):
+        return True
+    return (
+        isinstance(value, ast.Constant)
+        and isinstance(value.value, (int, float))
+        and not isinstance(value.value, bool)
+    )
+
+
+class _Printer:
+    """Prints a changed function. Statements that are as before keep their text, with line breaks and comments."""
+
+    def __init__(self, source: str) -> None:
+        self.lines = source.splitlines()
+        self.before = {
+            _span(item): ast.dump(item) for item in ast.walk(ast.parse(source)) if isinstance(item, ast.stmt)
+        }
+
+    def function(self, definition: ast.FunctionDef) -> str:
+        head = copy.copy(definition)
+        head.body = [ast.Pass()]
+        lines = wrapped(text(head).splitlines()[-2].strip(), 0)
+        return "\n".join([*lines, *self.block(definition.body, 4)])
+
+    def block(self, statements: list[ast.stmt], indent: int) -> list[str]:
+        return [line for statement in statements for line in self.statement(statement, indent)]
+
+    def statement(self, statement: ast.stmt, indent: int) -> list[str]:
+        if self.before.get(_span(statement)) == ast.dump(statement):
+            first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+            own = self.lines[first:last]
+            return [line and " " * indent + line[statement.col_offset :] for line in own]
+        if isinstance(statement, (ast.If, ast.For)):
+            head = copy.copy(statement)
+            head.body, head.orelse = [ast.Pass()], []
+            lines = [*wrapped(text(head).splitlines()[0], indent), *self.block(statement.body, indent + 4)]
+            if statement.orelse:
+                lines += [" " * indent + "else:", *self.block(statement.orelse, indent + 4)]
+            return lines
+        return [part for line in text(statement).splitlines() for part in _wrapped(line, indent)]
+
+
+def _wrapped(line: str, indent: int) -> list[str]:
+    inner = line.lstrip()
+    return wrapped(inner, indent + len(line) - len(inner))
+
+
+def _span(statement: ast.stmt) -> tuple[int, int, int | None]:
+    return getattr(statement, "lineno", 0), getattr(statement, "col_offset", 0), getattr(statement, "end_lineno", 0)
