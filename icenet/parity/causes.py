@@ -82,7 +82,7 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
     if trial.exact[trial.name].is_float and trial.name in trial.ours:
         searches = (
             *(_numbers, _order, _angles, _parts, _statistics, _functions, _rotary, _scale, _sums, _weights),
-            *(_options, _casts),
+            *(_options, _direction, _casts),
         )
         forward = (*searches, _calls)
         backward = (_numbers, _sums, _functions, _weights, _casts, _scale, _calls)
@@ -390,6 +390,24 @@ def _order(trial: _Trial) -> str:
                 continue
             if trial.explains_array(align.to_mlx(align.MOVED, exact.reshape(shape)).reshape(exact.shape)):
                 return "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX"
+    return ""
+
+
+def _direction(trial: _Trial) -> str:
+    """Returns whether a layer runs over its input in the other direction, if that explains the difference."""
+    exact = np.asarray(trial.exact[trial.name].array)
+    if not trial.pair.is_leaf or exact.ndim < 3 or not trial.is_forward:
+        return ""
+    for axis in (1, 0):
+        values = [
+            Value(np.ascontiguousarray(np.flip(v.array, axis)), v.dtype)
+            if v.is_float and v.array.shape[:2] == exact.shape[:2]
+            else v
+            for v in trial.given.values
+        ]
+        new = trial.replay(values=values).get(trial.name)
+        if new is not None and trial.explains_array(np.flip(np.asarray(new.array, np.float64), axis)):
+            return f"the sequence is reversed in a: the layer runs over axis {axis} in the other direction"
     return ""
 
 
@@ -723,7 +741,7 @@ def _casts(trial: _Trial) -> str:
     variants = backends.module("torch", "tools.variants")
     exact = np.asarray(trial.exact[trial.name].array, np.float64)
     ours = np.asarray(trial.ours[trial.name].array, np.float64)
-    for variant in variants.CASTS:
+    for variant in variants.casts(c.dtype):
         try:
             with variants.applied(variant):
                 found = trial._named(c.b.replay(trial.given))
@@ -733,7 +751,7 @@ def _casts(trial: _Trial) -> str:
             continue
         uncast = np.asarray(found[trial.name].array, np.float64)
         if uncast.shape == exact.shape and judge(ours, uncast, exact, c.dtype).passed:
-            return f"{variant.text.format(c.dtype)}"
+            return str(variant.text)
     return ""
 
 

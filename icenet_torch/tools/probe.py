@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
+from icenet_torch.nn import arrays
 from icenet_torch.nn.arrays import DTYPES, from_numpy
 from icenet_torch.nn.kinds import call_kinds
 
@@ -175,9 +176,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Returns a tensor as numpy with the same axes; bf16 as float32."""
-    tensor = tensor.detach().cpu()
-    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().copy()
-    return array
+    # numpy widens bf16: a cast of PyTorch would be one that `tools.variants` leaves out
+    array = arrays.to_numpy(tensor)
+    return np.array(array, np.float32 if tensor.dtype == torch.bfloat16 else None, order="C")
 
 
 _CONVERTER = ArrayConverter(torch.Tensor, to_numpy)

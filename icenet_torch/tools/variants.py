@@ -874,8 +874,19 @@ def activation_name(name: str, kwargs: dict[str, Any], args: tuple[Any, ...] = (
 # ---- casts --------------------------------------------------------------------------------------------------
 
 
-def _uncast(func: Any, args: Any, kwargs: Any) -> Any:
-    """Leaves out a cast of half precision to fp32."""
+def _uncast(half: torch.dtype) -> Run:
+    """Returns the variant that leaves out a cast to fp32; integers become numbers of half precision."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        is_cast = _name(func) in ("float", "to", "type") and not args[0].is_floating_point()
+        if is_cast and (_name(func) == "float" or torch.float32 in (*args[1:], *kwargs.values())):
+            return args[0].to(half)
+        return _left_in_half(func, args, kwargs)
+
+    return run
+
+
+def _left_in_half(func: Any, args: Any, kwargs: Any) -> Any:
     name, x = _name(func), args[0]
     if name == "float":
         return x
@@ -906,15 +917,20 @@ def _rounded_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return y if given.get("bias") is None else y + given["bias"]
 
 
-CASTS: list[Variant] = [
-    Variant(
-        "a cast to fp32 is missing: a computes in {} what b computes in fp32",
-        frozenset({"float", "to", "type", "softmax", "sum", "mean", "log_softmax"}),
-        _uncast,
-    ),
-    Variant(
-        "softmax is computed in {} in a, in fp32 in b: pass precise=True", frozenset({"softmax"}), _rounded_softmax
-    ),
-    Variant("a norm is computed in {} in a, in fp32 in b", frozenset({"layer_norm", "rms_norm"}), _rounded_norm),
-]
-"""Casts to fp32 that a port in half precision may lack."""
+def casts(dtype: str) -> list[Variant]:
+    """Returns the variants without a cast to fp32 that a port in bf16 or fp16 may lack."""
+    return [
+        Variant(
+            f"a cast to fp32 is missing: a computes in {dtype} what b computes in fp32",
+            frozenset({"float", "to", "type", "softmax", "sum", "mean", "log_softmax"}),
+            _uncast(torch.bfloat16 if dtype == "bf16" else torch.float16),
+        ),
+        Variant(
+            f"softmax is computed in {dtype} in a, in fp32 in b: pass precise=True",
+            frozenset({"softmax"}),
+            _rounded_softmax,
+        ),
+        Variant(
+            f"a norm is computed in {dtype} in a, in fp32 in b", frozenset({"layer_norm", "rms_norm"}), _rounded_norm
+        ),
+    ]

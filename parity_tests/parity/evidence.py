@@ -288,11 +288,19 @@ def comparison(faults: Sequence[Result], models: Sequence[Result]) -> str:
     faults, models = ([r for r in results if "accepted" in r] for results in (faults, models))
     head = ["judged by", *(["faults missed"] if faults else []), *(["false alarms"] if models else [])]
     own = [sum(not r["found"] for r in faults), sum(bool(r["alarm"]) for r in models)]
-    rows = [head, ["`icenet.parity.compare`", *(f"{n} of {len(r)}" for n, r in zip(own, (faults, models)) if r)]]
+    rows = [
+        head,
+        ["`icenet.parity.compare`", *(f"{n} of {len(r)}" for n, r in zip(own, (faults, models), strict=True) if r)],
+    ]
     for judge in JUDGES:
         missed = sum(r["accepted"][judge] for r in faults)
         alarms = sum(not r["accepted"][judge] for r in models)
-        rows.append([names(judge), *(f"{n} of {len(r)}" for n, r in zip((missed, alarms), (faults, models)) if r)])
+        rows.append(
+            [
+                names(judge),
+                *(f"{n} of {len(r)}" for n, r in zip((missed, alarms), (faults, models), strict=True) if r),
+            ]
+        )
     return table(rows)
 
 

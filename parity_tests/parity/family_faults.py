@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+import icenet.blas
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
@@ -439,17 +439,6 @@ def _(model: Any) -> None:
         return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
     changed(model, embedded, "embedded")
-
-
-@option("tcn", "cast", "head", "fp16|cast", "missing cast", dtype="bf16")
-def _(model: Any) -> None:
-    def call(original: Any, self: Any, x: Any) -> Any:
-        y = mx.zeros(self.bias.shape, x.dtype) + self.bias
-        for index in range(x.shape[-1]):  # each sum is rounded
-            y = y + x[..., index, None] * self.weight[:, index]
-        return y * 8 - y * 7
-
-    changed(model.head, call)
 
 
 def gradient_fault(model: str, name: str, path: str, kind: str, find: Callable[[Any], Any]) -> None:

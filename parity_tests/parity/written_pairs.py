@@ -1,8 +1,8 @@
 """Random correct pairs of models as users write them: blocks with functional code, in random trees and sizes.
 
-`make(seed)` returns an MLX model, its PyTorch twin, the inputs, and a dtype. A block is a pair of functions of a module
-and its inputs, in the words of each framework, and the layers that both use. Widths are 1 to 128, weights are up to ten
-times as large or as small as usual.
+`make(seed)` returns an MLX model, its PyTorch twin, the inputs, and a dtype. A block is a pair of functions of a
+module and its inputs, in the words of each framework, and the layers that both use. Widths are 1 to 128, weights are
+up to ten times as large and a hundred times as small as usual.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+import icenet.blas
 
 import mlx.core as mx
 import mlx.nn as M
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from pairs import randomized
 
 import icenet
-
 
 DTYPES = ("fp32", "fp32", "bf16", "fp16")
 
@@ -669,7 +668,7 @@ def make(seed: int) -> tuple[Any, Any, Any, str]:
     dtype = draw.dtype
     randomized(pair.theirs, seed)
     matrices = [parameter for parameter in pair.theirs.parameters() if parameter.ndim > 1]
-    # more than one in three would exceed 65504, the largest number of fp16, or give scores of which a softmax is 0 or 1
+    # more than one in three would exceed 65504, the largest number of fp16, and give scores whose softmax is 0 or 1
     changed = draw.sample(matrices, (len(matrices) + 2) // 3)
     gain = draw.choice([0.1, 0.01, 1.0, 1.0, 3.0, 10.0])
     with torch.no_grad():
