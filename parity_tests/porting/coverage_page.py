@@ -78,7 +78,7 @@ def _problems(item: dict[str, Any]) -> bool:
 
 
 def _operations(bad: dict[str, Any]) -> list[str]:
-    """Returns the samples that differ, one line an operation, and the names of the operations that the table lacks."""
+    """Returns the operations with samples that differ, and the names of the operations that the table lacks."""
     lines = ["| operation | samples | first difference |", "|---|---|---|"]
     lacking: Counter[str] = Counter()
     for name, item in bad.items():

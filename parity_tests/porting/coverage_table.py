@@ -53,6 +53,7 @@ def entries(group: str) -> dict[str, Callable[[], Iterator[Callable[[], Outcome]
     import torch
 
     torch.set_num_threads(1)
+    mx.set_default_device(mx.cpu)  # PyTorch computes on the CPU too, and many processes share no GPU
     if group == "ops":
         import op_db
 

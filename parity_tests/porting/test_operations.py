@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-import icenet.blas  # noqa: F401  (before mlx)
+import icenet.blas  # before mlx
 
 import mlx.core as mx
 import numpy as np
@@ -107,16 +107,17 @@ def test_an_operation(name: str) -> None:
 
 
 class Losses(nn.Module):
-    """Layers whose code in torch reads values, or has no shapes for an export; and dropout in place."""
+    """Layers whose code in torch reads values, or has no shapes for an export; dropout in place, statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.adaptive = nn.AdaptiveLogSoftmaxWithLoss(8, 9, [3, 6], div_value=2.0)
         self.ctc, self.gaussian = nn.CTCLoss(), nn.GaussianNLLLoss()
+        self.norm = nn.InstanceNorm1d(6, track_running_stats=True, momentum=0.3)
         self.drop = nn.Sequential(nn.Dropout(0.3, inplace=True), nn.Dropout1d(0.3, inplace=True))
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = self.drop(x * 1)  # [B, T, 8]
+        x = self.drop(self.norm(x))  # [B, T, 8]
         flat = self.adaptive(x[:, 0], targets[:, 0])
         ctc = self.ctc(x.transpose(0, 1).log_softmax(-1), targets, *LENGTHS)
         return flat.output, flat.loss, ctc, self.gaussian(x[:, 0], x[:, 1], x[:, 2].exp())

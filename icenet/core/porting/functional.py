@@ -139,7 +139,7 @@ class _Functional:
                     "which": which,
                 }
                 self.mutate(
-                    running.name, self.emit("batch_norm_statistics", args, self.tensors[running.name], running.name)
+                    running.name, self.emit(f"{node.base}_statistics", args, self.tensors[running.name], running.name)
                 )
 
     def shares(self, node: Node, source: str) -> bool:

@@ -82,6 +82,14 @@ def batch_norm_statistics(x, running, momentum, which):
     return (1 - momentum) * running + momentum * new
 
 
+def instance_norm_statistics(x, running, momentum, which):
+    """Returns the running mean or variance after a batch, the mean of those of its instances."""
+    x = mx.stop_gradient(x)
+    axes = tuple(range(2, x.ndim))
+    new = x.mean(axes) if which == "mean" else var(x, axes)
+    return (1 - momentum) * running + momentum * new.mean(0)
+
+
 def weight_norm(v, g, axis=0):
     """Returns v with the norms g (Salimans and Kingma, 2016)."""
     axes = tuple(index for index in range(v.ndim) if index != axis % v.ndim) if axis != -1 else None

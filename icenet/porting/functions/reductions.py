@@ -169,9 +169,7 @@ def kthvalue(x, k, axis=-1, keepdims=False):
 
 def median(x):
     """Returns the lower median of all elements, NaN if one of them is."""
-    flat = x.flatten()
-    value = mx.sort(flat)[(flat.shape[0] - 1) // 2]
-    return mx.where(mx.isnan(flat).any(), math.nan, value) if mx.issubdtype(x.dtype, mx.floating) else value
+    return median_with_indices(x.flatten(), 0)[0]
 
 
 def median_with_indices(x, axis=-1, keepdims=False):

@@ -42,9 +42,9 @@ def batch_norm(n: Operation) -> str:
     return n.call("batch_norm", n["input"], n["running_mean"], n["running_var"], n["weight"], n["bias"], n["eps"])
 
 
-@entry("batch_norm_statistics")
-def batch_norm_statistics(n: Operation) -> str:
-    return n.call("batch_norm_statistics", n["input"], n["running"], n["momentum"], n["which"])
+@entry("batch_norm_statistics", "instance_norm_statistics")
+def statistics(n: Operation) -> str:
+    return n.call(n.node.base, n["input"], n["running"], n["momentum"], n["which"])
 
 
 @entry("native_layer_norm")
