@@ -81,7 +81,7 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
         return ""
     if trial.exact[trial.name].is_float and trial.name in trial.ours:
         searches = (
-            *(_numbers, _order, _angles, _parts, _statistics, _functions, _rotary, _scale, _sums, _weights),
+            *(_mask, _numbers, _order, _angles, _parts, _statistics, _functions, _rotary, _scale, _sums, _weights),
             *(_options, _direction, _casts),
         )
         forward = (*searches, _calls)
@@ -349,6 +349,34 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _mask(trial: _Trial) -> str:
+    """Returns whether `a` hands on a mask of 0 and 1 where `b` has 0 and a number that hides a score."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or not align.is_mask(exact) or not np.isin(ours, (0.0, 1.0)).all():
+        return ""
+    for seen, text in ((1.0, "of 0 and 1"), (0.0, "of 1 and 0")):
+        if np.array_equal(ours == seen, exact == 0):
+            return f"the attention mask {text} is not made 0 and -inf in a: added to the scores it hides nothing"
+    return ""
+
+
+def shape_numbers(c: Comparison, path: str) -> str:
+    """Returns which numbers of a layer that determine the shape of its output differ."""
+    own = c.a.own_path(path)
+    if own is None or path not in c.b.modules:
+        return ""
+    ours, theirs = attributes(c.a.modules[own]), attributes(c.b.modules[path])
+    texts = []
+    for name in ("kernel_size", "stride", "padding", "dilation", "output_padding", "scale_factor"):
+        if name in ours and name in theirs:
+            values = [found[name][1] for found in (ours, theirs)]
+            size = max((len(v) for v in values if isinstance(v, tuple)), default=1)
+            wide = [v if isinstance(v, tuple) else (v,) * size for v in values]
+            if wide[0] != wide[1]:
+                texts.append(f"{name} is {_text(values[0])} in a, {_text(values[1])} in b")
+    return "; ".join(texts)
+
+
 # ---- order ----------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +401,13 @@ def _order(trial: _Trial) -> str:
                     reordered = np.concatenate([blocks[i] for i in order], axis)
                     if order != tuple(range(parts)) and trial.explains_array(reordered):
                         return f"the {parts} parts along axis {axis} are in another order in a: {list(order)}"
+    for axis in range(1, ours.ndim - 1):
+        turned = list(exact.shape)
+        turned[axis], turned[axis + 1] = turned[axis + 1], turned[axis]
+        if 1 not in turned[axis : axis + 2]:
+            for array in (exact.reshape(turned).swapaxes(axis, axis + 1), exact.swapaxes(axis, axis + 1)):
+                if trial.explains_array(array.reshape(exact.shape)):
+                    return f"swapped axes: axes {axis} and {axis + 1} are reshaped in a, not transposed"
     if ours.ndim == 3:
         batch, length, width = ours.shape
         for heads in range(2, width):

@@ -95,8 +95,8 @@ def perturbing(model: nn.Module, perturb: Callable[..., Value], arguments: bool 
 
     Args:
         model: Any module.
-        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output", "gradient" or "argument" and
-            `number` counts the calls for a path; returns the perturbed value, of the same shape and dtype.
+        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output", "gradient" or "argument"
+            and `number` counts the calls for a path; returns the perturbed value, of the same shape and dtype.
         arguments: Whether the arguments of modules are perturbed, too.
     """
     numbers: dict[str, count[int]] = {}

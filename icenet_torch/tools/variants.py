@@ -270,11 +270,11 @@ def _is_additive(mask: torch.Tensor) -> bool:
 
 
 def _moved(by: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function that moves a mask by one key; the key that comes in is as its neighbour."""
+    """Returns the function that moves a mask by one key: by -1 the last key is hidden, by 1 the first is seen."""
 
     def move(hidden: torch.Tensor) -> torch.Tensor:
         moved = hidden.roll(by, -1)
-        moved[..., 0 if by > 0 else -1] = hidden[..., 0 if by > 0 else -1]
+        moved[..., 0 if by > 0 else -1] = by < 0
         return moved
 
     return move
@@ -353,7 +353,7 @@ def theta_variants(others: Sequence[float]) -> list[Variant]:
             if not isinstance(item, torch.Tensor) or not item.is_floating_point() or item.ndim < 2:
                 return item
             found = with_theta(item.detach().cpu().double().numpy(), theta)
-            return item if found is None else torch.from_numpy(np.ascontiguousarray(found[0])).to(item)
+            return item if found is None else torch.from_numpy(np.array(found[0])).to(item)
 
         def run(func: Any, args: Any, kwargs: Any) -> Any:
             changed = tuple(map(change, args))

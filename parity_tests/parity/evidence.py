@@ -217,6 +217,8 @@ def run_all(what: str, numbers: Sequence[int], jobs: int) -> list[Result]:
                 bar = "━" * done + " " * (30 - done)
                 text = f"\r{what} {bar} {len(results)} of {len(numbers)}, {time.monotonic() - began:.0f} s"
                 print(text, end="" if len(results) < len(numbers) else "\n", file=sys.stderr, flush=True)
+            elif 10 * len(results) // len(numbers) > 10 * (len(results) - 1) // len(numbers):
+                print(f"{what}: {len(results)} of {len(numbers)}, {time.monotonic() - began:.0f} s", file=sys.stderr)
 
     def run(index: int) -> None:
         variables = chosen[index % len(chosen)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
-from icenet.parity import align
+from icenet.parity import align, causes
 from icenet.parity import status as states
 from icenet.parity.events import Run
 from icenet.parity.inputs import Inputs
@@ -87,6 +87,8 @@ def compare_parameters(c: Comparison, stage: Stage) -> None:
         if shapes[0] != shapes[1]:
             status, note = states.DIFFERS, f"{name} is {list(shapes[0])} in a, {list(shapes[1])} in b"
             c.fail(stage, path, note=note)
+            if shapes[0] == shapes[1][::-1] and not c.report.cause:
+                c.report.cause = f"{name} is transposed in a"
         stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
     if stage.status == states.FAILED:
         raise StageFailed
@@ -137,6 +139,7 @@ def _paired(
     c.add_notes(notes)
     if mismatch := first_mismatch(pairs):
         c.fail(stage, mismatch.path, mismatch.where, mismatch.note)
+        c.report.cause = "" if mismatch.where else causes.shape_numbers(c, mismatch.path)
         row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
         stage.rows.append(replace(row, where=mismatch.where))
         raise StageFailed
