@@ -52,7 +52,7 @@ def test_the_next_batch_is_read_while_a_step_is_computed() -> None:
 
 @pytest.mark.parametrize("in_thread", [True, False])
 def test_the_wait_for_a_batch(in_thread: bool) -> None:
-    """A batch that was read ahead costs no wait; the first one, and those of a user's class, cost the time to read."""
+    """A batch that was read ahead costs no wait; the first one and those of a user cost the time to read them."""
 
     def read(step: int) -> dict[str, np.ndarray]:
         time.sleep(0.1)

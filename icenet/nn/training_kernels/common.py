@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -14,6 +15,18 @@ THREADS = 512
 """Threads of a block."""
 BLOCKS = 528
 """Most blocks of a kernel that goes through an array in steps: four for each multiprocessor of an H100."""
+
+
+def chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[Array]]:
+    """Yields parts of arrays of one size; the last one is filled up."""
+    for start in range(0, len(arrays), size):
+        part = list(arrays[start : start + size])
+        yield part + [filler] * (size - len(part))
+
+
+def sizes_of(names: Sequence[str]) -> str:
+    """Returns the source of the numbers of values of some inputs of a kernel, which have one axis."""
+    return ", ".join(f"{name}_shape[0]" for name in names)
 
 
 @lru_cache

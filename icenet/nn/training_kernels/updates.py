@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array
-from icenet.nn.training_kernels.common import BLOCKS, THREADS, floats, integers
+from icenet.nn.training_kernels.common import BLOCKS, THREADS, chunks, floats, integers, sizes_of
 
 _SUM_OF_SQUARES = """
     constexpr int THREADS = 512;
@@ -105,7 +105,7 @@ def sums_of_squares(arrays: Sequence[Array]) -> Array:
     flat = [array.astype(mx.float32).reshape(-1) for array in arrays]
     small = [index for index, array in enumerate(flat) if array.size < _LARGE]
     sums: list[Array] = [_sum_of_squares_of_one(array) for array in flat if array.size >= _LARGE]
-    for chunk in _chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, floats(0.0)):
+    for chunk in chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, floats(0.0)):
         [parts] = _sums_of_squares()(
             inputs=chunk,
             template=[("PARTS", _PARTS)],
@@ -139,12 +139,6 @@ def _sum_of_squares_of_one(x: Array) -> Array:
         output_dtypes=[mx.float32],
     )
     return parts.sum(axis=0, keepdims=True)
-
-
-def _chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[Array]]:
-    for start in range(0, len(arrays), size):
-        part = list(arrays[start : start + size])
-        yield part + [filler] * (size - len(part))
 
 
 def adam(
@@ -203,7 +197,7 @@ def _sum_of_squares() -> Any:
 @lru_cache
 def _sums_of_squares() -> Any:
     names = [f"x{index}" for index in range(ARRAYS_OF_A_SUM)]
-    source = _SUMS_OF_SQUARES.replace("ARRAYS", ", ".join(names)).replace("SIZES", _sizes(names))
+    source = _SUMS_OF_SQUARES.replace("ARRAYS", ", ".join(names)).replace("SIZES", sizes_of(names))
     return mx.fast.cuda_kernel("icenet_sums_of_squares", names, ["out"], source)
 
 
@@ -213,13 +207,9 @@ def _adam() -> Any:
         part: [f"{part}{index}" for index in range(ARRAYS_OF_ADAM)]
         for part in ("p", "g", "m", "v", "new_p", "new_m", "new_v")
     }
-    source = _ADAM.replace("{SIZES}", f"{{{_sizes(names['p'])}}}")
+    source = _ADAM.replace("{SIZES}", f"{{{sizes_of(names['p'])}}}")
     for part, own in names.items():
         source = source.replace(f"{{{part.upper()}}}", f"{{{', '.join(own)}}}")
     inputs = [name for part in ("p", "g", "m", "v") for name in names[part]]
     outputs = [name for part in ("new_p", "new_m", "new_v") for name in names[part]]
     return mx.fast.cuda_kernel("icenet_adam", [*inputs, "factor", "scalars"], outputs, source)
-
-
-def _sizes(names: Sequence[str]) -> str:
-    return ", ".join(f"{name}_shape[0]" for name in names)
