@@ -259,8 +259,9 @@ class Comparison:
                 break
             else:
                 assert failure is not None
-                name = self.report.names[1]
-                raise UsageError(f"compare: {name} fails on drawn inputs: {failure.reason}; pass inputs") from failure
+                taken = drawing.describe_signature(self.user_a)
+                problem = f"b fails on drawn ones: {failure.reason}"
+                raise UsageError(f"compare: {taken}: {problem}; pass inputs") from failure
         return found
 
     def wants(self, name: str) -> bool:

@@ -6,6 +6,7 @@ import inspect
 import io
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,11 @@ OTHER_LENGTHS, OTHER_SIDES = (4, 16, 2, 32, 64, 1), (8, 16, 28, 64, 96, 128, 224
 
 
 def draw(a: Any, module: Any, seed: int, number: int, dtype: str) -> Iterator[Inputs]:
-    """Yields random inputs for the signature and the first layer of a module, of several sizes.
+    """Yields random inputs for the signature and the layers of a module, of several sizes.
+
+    One argument is drawn for the first layer. If there are several, their names tell tokens (`input_ids`, `text`),
+    images (`images`, `pixel_values`), masks of padding (`attention_mask`), positions and times (`t`, `timesteps`).
+    Any other argument is drawn for one layer after the other, until the module accepts all.
 
     Args:
         a: The side of the module under test.
@@ -179,20 +184,56 @@ def draw(a: Any, module: Any, seed: int, number: int, dtype: str) -> Iterator[In
         UsageError: The signature or the first layer does not show what the module takes.
     """
     names = _parameters(module)
-    first = next(((path, kind) for path, kind in a.kinds.items() if kind != "plain"), None)
-    if first is None or not names:
+    layers = [(path, kind) for path, kind in a.kinds.items() if kind != "plain"]
+    if not layers or not names:
         what = "its signature has no argument" if not names else "none of its layers shows the shape of its input"
         raise UsageError(f"compare: {type(module).__name__}: {what}; pass inputs")
-    if len(names) > 1:
-        raise UsageError(
-            f"compare: {type(module).__name__} takes {', '.join(names)}, of which only one can be drawn; pass inputs "
-            "as a dict or a tuple"
-        )
+    if len(names) > _MOST_ARGUMENTS:
+        raise UsageError(f"compare: {describe_signature(module)}: too many to draw; pass inputs as a dict or a tuple")
+    choices = [layers[:1]] if len(names) == 1 else [_choices(a, name, layers) for name in names]
     lengths = (LENGTHS[number % 3] + 4 * (number // 3), *OTHER_LENGTHS)
     sides = (SIDES[number % 3], *OTHER_SIDES)
     for length, side in itertools.zip_longest(lengths, sides, fillvalue=OTHER_LENGTHS[-1]):
-        generator = np.random.default_rng([seed, number])
-        yield read(_drawn(a, *first, generator, number, length, side), dtype)
+        for chosen in itertools.islice(itertools.product(*choices), _MOST_CHOICES):
+            generator = np.random.default_rng([seed, number])
+            arrays = [_drawn(a, *layer, generator, number, length, side) for layer in chosen]
+            yield read(arrays[0] if len(names) == 1 else dict(zip(names, arrays, strict=True)), dtype)
+
+
+_MOST_ARGUMENTS, _MOST_CHOICES = 6, 25
+"""Largest number of arguments that are drawn, and of ways in which they are, for each size."""
+_TOKENS = re.compile(r"(^|_)(ids?|tokens?|text|words|captions?|src|tgt|source|target)$")
+_IMAGES = re.compile(r"(^|_)(images?|imgs?|pixel_values|pixels|frames)$")
+_TIMES = re.compile(r"^(t|times?|timesteps?|sigmas?)$")
+STEPS = 1000
+"""Number of times of a diffusion."""
+
+
+def _choices(a: Any, name: str, layers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns the layers for which an argument may be drawn, as path and kind, or what else it may be."""
+    if "mask" in name or "padding" in name:
+        return [("", "mask")]
+    if name == "position_ids":
+        return [("", "positions")]
+    distinct: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for path, kind in layers:
+        shapes = tuple(shape for own, shape in a.shapes.items() if own.rpartition(".")[0] == path)
+        distinct.setdefault((kind, shapes), (path, kind))
+    embeddings = [layer for layer in layers if layer[1] == "embedding"]
+    if _TOKENS.search(name) and embeddings:
+        is_type = "type" in name or "segment" in name
+        named = [layer for layer in embeddings if ("type" in layer[0] or "segment" in layer[0]) is is_type]
+        return named or embeddings
+    if _IMAGES.search(name) and (convs := [layer for layer in layers if layer[1].startswith("conv")]):
+        return convs[:1]
+    if _TIMES.search(name):
+        return [("", "times"), *distinct.values()][:5]
+    return list(distinct.values())[:5]
+
+
+def describe_signature(module: Any) -> str:
+    """Returns the class of a module, and the arguments that it requires."""
+    return f"{type(module).__name__} takes {', '.join(_parameters(module))}"
 
 
 def _parameters(module: Any) -> list[str]:
@@ -213,6 +254,13 @@ def _drawn(
     """Returns one array for the first layer, in the axes of MLX for MLX and of PyTorch for PyTorch."""
     shapes = {name[len(path) :].lstrip("."): shape for name, shape in a.shapes.items() if name.startswith(path)}
     batch = 2 + number % 2
+    if kind == "mask":  # of rows of unequal lengths, the first without padding
+        real = np.maximum(1, length - np.arange(batch) * (length // batch))
+        return (np.arange(length) < real[:, None]).astype(np.int32)
+    if kind == "positions":
+        return np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)).copy()
+    if kind == "times":
+        return generator.integers(0, STEPS, (batch,)).astype(np.int32)
     if kind == "embedding":
         return generator.integers(0, shapes["weight"][0], (batch, length)).astype(np.int32)
     scale = SCALES[number % 3]

@@ -371,6 +371,71 @@ def test_inputs_are_drawn_at_several_scales_and_lengths(tmp_path: Any) -> None:
     assert not compare(ours, theirs, smallest).passed
 
 
+def several(arguments: str, body: Callable[..., Any], **layers: Any) -> Any:
+    """Returns a module of both frameworks with these arguments, whose sum of outputs is the result."""
+    names = {"body": body}
+    exec(f"def call(self, {arguments}): return body(self, {arguments})", names)
+    made = []
+    for index, base in enumerate((M.Module, T.Module)):
+        method = ("__call__", "forward")[index]
+        net = type("Net", (base,), {method: names["call"]})()
+        for name, pair in layers.items():
+            setattr(net, name, pair[index])
+        made.append(net)
+    return with_equal_weights(*made)
+
+
+EMBEDDING, LINEAR = (M.Embedding(20, 6), T.Embedding(20, 6)), (M.Linear(6, 4), T.Linear(6, 4))
+CONV = (M.Conv2d(3, 6, 3), T.Conv2d(3, 6, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body", "layers", "shapes"),
+    [
+        (
+            "input_ids, attention_mask",
+            lambda m, ids, mask: m.head(m.tokens(ids) * mask[..., None]),
+            {"tokens": EMBEDDING, "head": LINEAR},
+            {"input_ids": "int32 [2, 9]", "attention_mask": "int32 [2, 9]"},
+        ),
+        (
+            "images, text",
+            lambda m, images, ids: m.head(m.tokens(ids)) + m.conv(images).mean(),
+            {"conv": CONV, "tokens": EMBEDDING, "head": LINEAR},
+            {"images": "fp32 [2, 32, 32, 3]", "text": "int32 [2, 9]"},
+        ),
+        (
+            "x, t",
+            lambda m, x, t: m.head(x) * (t[:, None, None] / 1000.0),
+            {"head": LINEAR},
+            {"x": "fp32 [2, 9, 6]", "t": "int32 [2]"},
+        ),
+        (
+            "queries, memory",
+            lambda m, x, y: m.head(x) + m.other(y),
+            {"head": LINEAR, "other": (M.Linear(5, 4), T.Linear(5, 4))},
+            {"queries": "fp32 [2, 9, 6]", "memory": "fp32 [2, 9, 5]"},
+        ),
+    ],
+    ids=["ids and mask", "images and text", "numbers and times", "two widths"],
+)
+def test_several_arguments_are_drawn(arguments: str, body: Any, layers: Any, shapes: dict[str, str]) -> None:
+    report = compare(*several(arguments, body, **layers), stages=["forward"], draws=1)
+    assert report.passed and report.inputs == shapes, report
+
+
+def test_arguments_that_cannot_be_drawn_are_named() -> None:
+    def messages(x: Any, edges: Any) -> Any:
+        return x[edges[0]] + x[edges[1]]
+
+    pair = several("x, edges", lambda m, x, edges: messages(m.head(x), edges), head=LINEAR)
+    with pytest.raises(UsageError, match=r"takes x, edges: .*pass inputs") as caught:
+        compare(*pair, stages=["forward"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="too many to draw"):
+        compare(*several("a, b, c, d, e, f, g", lambda m, *args: m.head(args[0]), head=LINEAR))
+
+
 @pytest.mark.parametrize(
     ("inputs", "options", "words"),
     [
