@@ -79,7 +79,7 @@ class OwnLoop:
     def data_wait(self, data: Dataset, steps: int) -> float:
         """Returns the share of the time of steps in which they wait for the batches of a data set, as a run reads it.
 
-        The first step, whose batch nobody could read ahead, does not count.
+        The first step, whose batch is not read ahead, does not count.
         """
         read, rows, scale = data.train_batch, self._engine.config.training.batch_size, self._engine.pixel_scale
         if isinstance(data, ImageDataset):
