@@ -48,7 +48,7 @@ class Decoder(DecoderBase):
 
     def capture(self, state: State, token: torch.Tensor, step: Step | None = None) -> Step:
         if token.device.type not in CAPTURED_DEVICES or not isinstance(self.cache, (KVCache, RecurrentCache)):
-            return step or self.decode_step
+            return step or self.plain_step
         if step is not None:
             merge_kernels(self.model)
             return CapturedStep(step, state, token)

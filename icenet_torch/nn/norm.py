@@ -42,7 +42,7 @@ class RMSNorm(nn.RMSNorm):
         self.init_scale = 0.0 if offset else 1.0
 
     def forward(self, x: Array) -> Array:
-        if x.dtype == self.weight.dtype and not self.offset and not on_cpu(x):
+        if x.dtype == self.weight.dtype and not self.offset and not (is_half(x) and on_cpu(x)):
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)  # its statistics are in fp32
         y = x.float() if is_half(x) else x
         weight = self.weight.to(y.dtype)

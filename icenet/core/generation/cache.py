@@ -49,10 +49,16 @@ class Cache(ABC):
         """Returns a cache without large arrays whose `captured` gives what that of this one gives."""
         return copy.copy(self)
 
+    def holding(self: C, state: list[Any]) -> C:
+        """Returns a cache of the same columns with the arrays `state`."""
+        other = copy.copy(self)
+        other.state = state
+        return other
+
     def captured(self: C, state: list[Any]) -> C:
         """Returns a cache with the arrays `state`, for a step that is captured: it knows no numbers of the host."""
-        other = copy.copy(self)
-        other.state, other.length = state, None
+        other = self.holding(state)
+        other.length = None
         return other
 
 

@@ -193,7 +193,13 @@ class DecoderBase(ABC):
         It depends on `state` and `token` only, so that it can be captured and run again with other arrays. The
         buffers of the cache must have room for one column.
         """
-        cache = self.cache.captured(state.cache)
+        return self._read_and_choose(state, token, self.cache.captured(state.cache))
+
+    def plain_step(self, state: State, token: Any) -> tuple[State, Choice]:
+        """The same as `decode_step`, where it is not captured: it reads the columns with tokens only."""
+        return self._read_and_choose(state, token, self.cache.holding(state.cache))
+
+    def _read_and_choose(self, state: State, token: Any, cache: Cache) -> tuple[State, Choice]:
         hidden = self.model.hidden_states(token[:, None], None, cache)
         return self.choose_token(replace(state, cache=cache.state), self.model.project(hidden[:, -1]))
 

@@ -167,14 +167,14 @@ def test_caches_are_freed_at_once(backend: str, monkeypatch: pytest.MonkeyPatch)
     model = build(backend)
     caches: list[weakref.ref[Any]] = []
     cache_type = type(model.make_cache())
-    captured = cache_type.captured
+    holding = cache_type.holding
 
     def recording(self: Any, state: Any) -> Any:
-        other = captured(self, state)
+        other = holding(self, state)
         caches.extend([weakref.ref(self), weakref.ref(other)])
         return other
 
-    monkeypatch.setattr(cache_type, "captured", recording)
+    monkeypatch.setattr(cache_type, "holding", recording)
     gc.disable()
     try:
         for _ in model.generate([[5, 6, 7]], max_new_tokens=9, temperature=0.0, stream=True):
