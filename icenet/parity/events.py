@@ -138,6 +138,8 @@ class Recorder:
         """Path of the innermost module whose call raised."""
         self._open: list[Event] = []
         self._calls: dict[str, int] = {}
+        self._known: dict[Any, tuple[Any, Any]] = {}
+        """Each array that was taken, and what it held, by its version. Modules pass the same array on."""
 
     def __call__(self, path: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self._calls.get(path, 0)
@@ -179,11 +181,18 @@ class Recorder:
 
     def _taken(self, array: Any) -> Any:
         """Returns what an array holds: PyTorch's at once, MLX's is computed with the run."""
+        version = self.tools.version(array)
+        if version is not None and version in self._known:
+            return self._known[version][1]
         taken = self.tools.snapshot(array)
-        return self.store.keep(taken) if isinstance(taken, Value) else taken
+        taken = self.store.keep(taken) if isinstance(taken, Value) else taken
+        if version is not None:
+            self._known[version] = array, taken
+        return taken
 
     def finish(self) -> list[Event]:
         """Returns the events with numpy arrays, after the computation."""
+        self._known.clear()
         for event in self.events:
             for items in (event.arguments, event.outputs, event.gradients):
                 items[:] = [

@@ -411,7 +411,6 @@ class RecordedSide(Side):
         loss: Any,
         targets: Any,
         in_order: int | None = None,
-        gradients: bool = True,
     ) -> dict[str, Value]:
         if in_order is None:
             return self.trace.loss[self._role]

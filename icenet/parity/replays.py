@@ -84,7 +84,7 @@ def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
             child = places[index_of(name)][0]
             path, what = (pair.path, "output") if child is None else (child.path, "argument")
         if value is not None and math.isfinite(judgement.error):
-            own, size = c.own_errors.setdefault(path, {}), rms(value.array)
+            own, size = c.own_errors.setdefault(path, {}), judgement.scale
             own[what] = max(own.get(what, 0.0), max(judgement.error, judgement.noise) / size if size else 0.0)
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)

@@ -271,7 +271,6 @@ class Side:
         loss: Any,
         targets: Targets,
         in_order: int | None = None,
-        gradients: bool = True,
     ) -> dict[str, Value]:
         """Returns the loss of given outputs, and its gradient by each of them.
 
@@ -281,11 +280,10 @@ class Side:
             loss: The loss of the user; None for the distance from the targets.
             targets: See `record`.
             in_order: Number of a sample in which PyTorch sums term by term; None for a usual run.
-            gradients: Whether to compute the gradients.
         """
         if in_order is not None:
             with backends.module("torch", "tools.sums").summing_in_order(in_order):
-                return self.loss_of(event, outputs, loss, targets, gradients=gradients)
+                return self.loss_of(event, outputs, loss, targets)
 
         def call(*arrays: Any) -> list[Any]:
             if loss is not None:
@@ -293,9 +291,10 @@ class Side:
             floats = [array for array in arrays if "float" in str(array.dtype)]
             return [self.tools.mean_square(floats, targets(arrays), self.exact)]
 
-        cotangent = (lambda index, shape: np.ones(shape)) if gradients else None
-        found, computed, _ = self.tools.evaluate(call, outputs, self.module, (), cotangent, self.exact)
-        named = {f"gradient[{index}]": item for index, item in enumerate(computed) if item is not None}
+        found, gradients, _ = self.tools.evaluate(
+            call, outputs, self.module, (), lambda index, shape: np.ones(shape), self.exact
+        )
+        named = {f"gradient[{index}]": item for index, item in enumerate(gradients) if item is not None}
         return {"loss": found[0], **named}
 
     def check_optimizer(self, given: Any, role: str) -> None:
@@ -360,7 +359,7 @@ class Side:
                     value, gradients = first
                 losses.append(value)
                 if step < steps:
-                    arrays = {name: np.asarray(item.array, np.float64) for name, item in gradients.items()}
+                    arrays = {name: item.array for name, item in gradients.items()}
                     self._merge_biases(arrays)
                     self.tools.apply_gradients(module, made, arrays)
         finally:

@@ -175,6 +175,7 @@ class Judgement:
         floored: Whether the larger ratio has the floor as its denominator.
         note: The reason if the tensors cannot be compared (shape, not finite), else empty.
         plain_ratio: The larger ratio without floor 6; 0 if that floor was not needed.
+        scale: rms(r) of the reference r.
     """
 
     error: float
@@ -184,6 +185,7 @@ class Judgement:
     floored: bool = False
     note: str = ""
     plain_ratio: float = 0.0
+    scale: float = 0.0
 
     @classmethod
     def incomparable(cls, note: str) -> Judgement:
@@ -236,14 +238,14 @@ class CurveJudgement:
 def rms(values: npt.ArrayLike) -> float:
     """Returns the root mean square; 0 for an empty array."""
     flat = np.asarray(values).reshape(-1)
-    return math.sqrt(sum(sum_of_products(x, x) for (x,) in _blocks(flat)) / flat.size) if flat.size else 0.0
+    return math.sqrt(sum(sum_of_products(x, x) for (x,) in blocks(flat)) / flat.size) if flat.size else 0.0
 
 
 def rms_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """Returns the root mean square of the differences of two arrays of one shape."""
     a, b = np.asarray(x).reshape(-1), np.asarray(y).reshape(-1)
     total = 0.0
-    for block in _blocks(a, b):
+    for block in blocks(a, b):
         difference = block[0] - block[1]
         total += sum_of_products(difference, difference)
     return math.sqrt(total / a.size) if a.size else 0.0
@@ -257,7 +259,7 @@ def sum_of_products(x: Floats, y: Floats) -> float:
     return float(np.einsum("i,i->", x, y))
 
 
-def _blocks(*flat: npt.NDArray[Any]) -> Iterator[tuple[Floats, ...]]:
+def blocks(*flat: npt.NDArray[Any]) -> Iterator[tuple[Floats, ...]]:
     """Yields blocks of vectors of one length as float64, which fit in the cache of a core."""
     for start in range(0, flat[0].size, _BLOCK):
         yield tuple(np.asarray(x[start : start + _BLOCK], np.float64) for x in flat)
@@ -321,7 +323,7 @@ def judge(
         a, b, r = a[finite], b[finite], r[finite]
         sizes = _measure(a, b, r, None if sampled is None else sampled[finite])
     least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
-    if layer_rms and rms(r) <= ZERO * layer_rms:
+    if layer_rms and sizes.scale <= ZERO * layer_rms:
         least = max(least, layer_rms * float(half_ulp(1.0, dtype)))
     rounding = float(half_ulp(sizes.largest, stored))  # of the largest value; of the others it is smaller
     floors = [max(rounding, size, least) for size in sizes.sampled]
@@ -336,6 +338,7 @@ def judge(
         peak_ratio=ratios[1],
         floored=floors[decisive] > sizes.noise[decisive],
         note=note,
+        scale=sizes.scale,
     )
 
 
@@ -344,12 +347,13 @@ class _Sizes(NamedTuple):
 
     Attributes:
         error, noise, sampled: These two numbers of each.
-        largest: The largest absolute value of the reference.
+        scale, largest: The same two numbers of the reference.
     """
 
     error: tuple[float, float]
     noise: tuple[float, float]
     sampled: tuple[float, float]
+    scale: float
     largest: float
 
     @property
@@ -361,24 +365,25 @@ class _Sizes(NamedTuple):
 def _measure(
     a: npt.NDArray[Any], b: npt.NDArray[Any], r: npt.NDArray[Any], sampled: npt.NDArray[Any] | None
 ) -> _Sizes:
-    squares, peaks, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0
+    squares, peaks, scale, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0, 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        for x, y, exact in _blocks(a, b, r):
+        for x, y, exact in blocks(a, b, r):
             for index, difference in enumerate((x - exact, y - exact)):
                 squares[index] += sum_of_products(difference, difference)
                 peaks[index] = max(peaks[index], _peak(difference))
+            scale += sum_of_products(exact, exact)
             largest = max(largest, _peak(exact))
-        for (x,) in _blocks(sampled) if sampled is not None else ():
+        for (x,) in blocks(sampled) if sampled is not None else ():
             squares[2] += sum_of_products(x, x)
             peaks[2] = max(peaks[2], _peak(x))
     pairs = [(math.sqrt(total / max(r.size, 1)), peak) for total, peak in zip(squares, peaks, strict=True)]
-    return _Sizes(pairs[0], pairs[1], pairs[2], largest)
+    return _Sizes(pairs[0], pairs[1], pairs[2], math.sqrt(scale / max(r.size, 1)), largest)
 
 
 def _rounding_rms(r: npt.NDArray[Any], stored: str) -> float:
     """Returns the root mean square of half an ulp of each value."""
     total = 0.0
-    for (exact,) in _blocks(r):
+    for (exact,) in blocks(r):
         rounding = half_ulp(exact, stored)
         total += sum_of_products(rounding, rounding)
     return math.sqrt(total / r.size) if r.size else 0.0

@@ -26,6 +26,9 @@ from icenet.tools.probe import to_numpy
 
 ARRAY: type = mx.array
 
+_SHARED = (mx.float32, mx.float16, mx.int32)
+"""Dtypes whose arrays numpy reads in the memory of MLX."""
+
 Handler = Callable[[str, Callable[..., Any], Any, Any], Any]
 """Called as `handle(path, call, args, kwargs)` in place of `call(*args, **kwargs)`; returns its result."""
 
@@ -136,8 +139,15 @@ def snapshot(array: mx.array) -> mx.array:
     return mx.stop_gradient(array)
 
 
+def version(array: mx.array) -> None:
+    """Returns None: an array does not show whether it was changed in place."""
+
+
 def value(taken: mx.array) -> Value:
-    """Returns a snapshot as a value, after the computation."""
+    """Returns a snapshot as a value, after the computation; on a CPU without a copy."""
+    if on_cpu() and taken.dtype in _SHARED:
+        mx.eval(taken)
+        return Value(np.asarray(memoryview(taken)), short_dtype(taken.dtype))
     return Value(to_numpy(taken), short_dtype(taken.dtype))
 
 

@@ -133,6 +133,19 @@ def snapshot(tensor: torch.Tensor) -> Value:
     return Value(to_numpy(tensor), short_dtype(tensor.dtype))
 
 
+def version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns a key that is that of the same tensor with the same values, while the tensor exists."""
+    return id(tensor), tensor._version
+
+
+def _computed(tensor: torch.Tensor) -> Value:
+    """Returns a tensor that nobody writes to, without a copy if it is in the memory of the host."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 or not tensor.is_contiguous():
+        return snapshot(tensor)
+    return Value(tensor.numpy(), short_dtype(tensor.dtype))
+
+
 def value(taken: Value) -> Value:
     """Returns a snapshot as a value, after the computation."""
     return taken
@@ -141,7 +154,7 @@ def value(taken: Value) -> Value:
 def tap(tensor: torch.Tensor, store: Callable[[Value], None]) -> torch.Tensor:
     """Returns the tensor; its gradient is given to `store` when it is computed."""
     if tensor.requires_grad:
-        tensor.register_hook(lambda gradient: store(snapshot(gradient)))
+        tensor.register_hook(lambda gradient: store(_computed(gradient)))
     return tensor
 
 
@@ -185,15 +198,14 @@ def evaluate(
     with torch.enable_grad(), exact_arithmetic() if exact else contextlib.nullcontext():
         if cotangent is not None:
             tensors = [t.requires_grad_() if item.is_float else t for t, item in zip(tensors, inputs, strict=True)]
-        # an operation in place is not possible on a leaf
-        outputs = list(function(*(t.clone() if t.requires_grad else t for t in tensors)))
+        outputs = list(function(*(_Alias.apply(t) if t.requires_grad else t for t in tensors)))
         if cotangent is None:
             return [snapshot(output) for output in outputs], [None] * len(inputs), {}
         pairs = []
         for index, output in enumerate(outputs):
             seed = cotangent(index, tuple(output.shape))
             if seed is not None and output.requires_grad:
-                pairs.append((output, from_numpy(np.array(seed, order="C")).to(output)))
+                pairs.append((output, from_numpy(np.asarray(seed, order="C")).to(output)))
         by = [t for t in tensors if t.requires_grad] + list(by_name.values())
         computed: Sequence[Any] = [None] * len(by)
         if by and pairs:
@@ -204,9 +216,26 @@ def evaluate(
     for tensor in tensors:
         gradient = next(found) if tensor.requires_grad else None
         zeros = torch.zeros_like(tensor) if tensor.requires_grad and gradient is None else gradient
-        gradients.append(None if zeros is None else snapshot(zeros))
-    used = {name: snapshot(g) for name, g in zip(by_name, found, strict=True) if g is not None}
-    return [snapshot(output) for output in outputs], gradients, used
+        gradients.append(None if zeros is None else _computed(zeros))
+    used = {name: _computed(g) for name, g in zip(by_name, found, strict=True) if g is not None}
+    # an output that nothing computed, such as a parameter, or a part of another tensor may be written to later
+    own_memory = [output.grad_fn is not None and output._base is None for output in outputs]
+    found_outputs = [
+        _computed(output) if is_own else snapshot(output) for output, is_own in zip(outputs, own_memory, strict=True)
+    ]
+    return found_outputs, gradients, used
+
+
+class _Alias(torch.autograd.Function):
+    """The identity without a copy, whose result may be changed in place, which is not possible on a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
 
 
 def mean_square(outputs: Sequence[torch.Tensor], targets: Sequence[Value], exact: bool = False) -> torch.Tensor:
@@ -300,9 +329,16 @@ def apply_gradients(module: nn.Module, optimizer: Any, gradients: Mapping[str, n
     for name, parameter in module.named_parameters():
         gradient = gradients.get(name)
         if parameter.requires_grad:
-            parameter.grad = None if gradient is None else from_numpy(np.array(gradient, order="C")).to(parameter)
+            parameter.grad = None if gradient is None else _own(gradient, parameter)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _own(gradient: np.ndarray, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns a gradient as a tensor of its own, which an optimizer may change."""
+    given = from_numpy(np.asarray(gradient, order="C"))
+    tensor = given.to(parameter)
+    return tensor.clone() if tensor is given else tensor
 
 
 def trainable(module: nn.Module) -> list[str]:

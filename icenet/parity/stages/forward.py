@@ -21,7 +21,6 @@ from icenet.parity.yardstick import (
     FACTOR,
     Judgement,
     judge,
-    rms,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def _output_row(
         ratio,
         judged.error,
         judged.noise,
-        rms(exact.array),
+        judged.scale,
         worst.ratio if worst is not None else None,
         own_part,
         where,

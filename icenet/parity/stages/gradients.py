@@ -21,11 +21,12 @@ from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
     Judgement,
+    blocks,
     judge,
     judge_values,
-    rms,
     rms_distance,
     squared_distance,
+    sum_of_products,
 )
 
 if TYPE_CHECKING:
@@ -38,12 +39,30 @@ _FEW = 4
 
 
 def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run]) -> None:
-    """Compares the loss of the outputs of `b`, which both sides receive, and its gradient by them."""
+    """Compares the loss of the user, of equal outputs; of the default loss, the values in the run are shown."""
     if stage.status == states.SKIPPED or runs[2].loss is None:
         return
     root = pairs[0]
     values = [rounded(item, theirs.dtype) for item, theirs in zip(root.b.outputs, root.noise.outputs, strict=True)]
     c.loss_noise = _loss_noise(root)
+    judged = {} if c.losses is None else _judge_users_loss(c, root, values)
+    worst = max(judged.items(), key=lambda item: item[1].ratio, default=("loss", None))
+    run = [float(np.asarray(run.loss.array)) if run.loss is not None else math.nan for run in runs]
+    is_over = any(not item.passed for item in judged.values())
+    is_finite = math.isfinite(run[0]) == math.isfinite(run[2])
+    status = states.DIFFERS if is_over or not is_finite else states.PASSED
+    part = "loss" if worst[0] == "loss" else "gradient of the loss"
+    row = Row("", "loss", (), status, error=abs(run[0] - run[2]), noise=abs(run[1] - run[2]), scale=abs(run[2]))
+    if worst[1] is not None:
+        row = replace(row, ratio=worst[1].ratio, own_ratio=worst[1].ratio, own_part=part)
+    stage.rows.append(row)
+    if status == states.DIFFERS:
+        c.fail(stage, "", "in the loss", "" if is_finite else "the loss is finite on one side only")
+
+
+def _judge_users_loss(c: Comparison, root: Pair, values: list[Value]) -> dict[str, Judgement]:
+    """Returns the judgements of the loss of equal outputs, and of its gradient by them."""
+    assert c.losses is not None
     losses = []
     hows = {j: (i, how) for i, j, how in root.outputs}
     for side, event in ((c.a, root.a), (c.b, root.noise), (c.reference, root.b)):
@@ -52,9 +71,8 @@ def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, 
             given = list(event.outputs)
             for j, (i, how) in hows.items():
                 given[i] = Value(align.to_mlx(how, values[j].array), values[j].dtype)
-        function = (c.losses or (None, None))[0 if side is c.a else 1]
-        targets = c.targets_a if side is c.a else c.targets_b
-        losses.append(side.loss_of(event, given, function, targets, gradients=c.losses is not None))
+        function = c.losses[0 if side is c.a else 1]
+        losses.append(side.loss_of(event, given, function, c.targets_a if side is c.a else c.targets_b))
     ours, theirs, exact = losses
     judged = {}
     for name in exact:
@@ -66,16 +84,7 @@ def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, 
             judged[name] = judge(x.array, y.array, exact[name].array, "fp32", min_noise=floor)
     if any(not item.passed for item in judged.values()):
         judged |= _loss_in_order(c, root, values, ours, exact, judged)
-    worst = max(judged.items(), key=lambda item: item[1].ratio)
-    run = [float(np.asarray(run.loss.array)) if run.loss is not None else math.nan for run in runs]
-    is_over = not judged["loss"].passed or any(not j.passed for j in judged.values())
-    is_finite = math.isfinite(run[0]) == math.isfinite(run[2])
-    status = states.DIFFERS if is_over or not is_finite else states.PASSED
-    part = "loss" if worst[0] == "loss" else "gradient of the loss"
-    row = Row("", "loss", (), status, worst[1].ratio, abs(run[0] - run[2]), abs(run[1] - run[2]), abs(run[2]))
-    stage.rows.append(replace(row, own_ratio=worst[1].ratio, own_part=part))
-    if status == states.DIFFERS:
-        c.fail(stage, "", "in the loss", "" if is_finite else "the loss is finite on one side only")
+    return judged
 
 
 def _loss_in_order(
@@ -133,7 +142,7 @@ def judge_gradients(
             if all(g is not None for g in grads):
                 ours = align.to_torch(how, grads[0].array)
                 judged = judge(ours, grads[1].array, grads[2].array, c.dtype, stored=grads[1].dtype)
-                scale = rms(grads[2].array)
+                scale = judged.scale
                 row = replace(row, ratio=judged.ratio, error=judged.error, noise=judged.noise, scale=scale)
                 if status == states.PASSED and not judged.passed:
                     row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
@@ -183,7 +192,7 @@ def _parameter_rows(c: Comparison, stage: Stage, runs: tuple[Run, Run, Run], dif
             status = states.DIFFERS
         values = exact[name].array
         own_noise = rms_distance(noise[name].array, values)
-        row = Row(path, f"gradient of {part}", values.shape, status, item.ratio, item.error, own_noise, rms(values))
+        row = Row(path, f"gradient of {part}", values.shape, status, item.ratio, item.error, own_noise, item.scale)
         stage.rows.append(replace(row, note=item.note, depth=len(stage.rows)))
 
 
@@ -191,7 +200,9 @@ def _loss_noise(root: Pair) -> float:
     """Returns the noise of the loss if the errors of the outputs of `b` are independent of one another."""
     total = 0.0
     for item, theirs, gradient in zip(root.b.outputs, root.noise.outputs, root.b.gradients, strict=True):
-        if gradient is not None:
-            error = np.asarray(theirs.array, np.float64) - item.array
-            total += float(np.square(np.where(np.isfinite(error), error, 0.0) * gradient.array).sum())
+        if gradient is None:
+            continue
+        for exact, noisy, weight in blocks(*(v.array.reshape(-1) for v in (item, theirs, gradient))):
+            error = (noisy - exact) * weight
+            total += sum_of_products(error, error) if np.isfinite(error).all() else float(np.nansum(error * error))
     return math.sqrt(total)

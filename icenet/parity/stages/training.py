@@ -203,7 +203,8 @@ def default_rate(names: Sequence[str], weights: Mapping[str, Array], gradients: 
 
 def update_gradients(gradients: Mapping[str, Array], names: Sequence[str]) -> list[dict[str, Array]]:
     """Returns the gradients of successive updates of some parameters, given those of a run."""
-    return [{name: np.asarray(gradients[name] * scale, np.float32) for name in names} for scale in _SCALES]
+    single = {name: np.asarray(gradients[name], np.float32) for name in names}
+    return [single if scale == 1 else {n: a * np.float32(scale) for n, a in single.items()} for scale in _SCALES]
 
 
 def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any]]) -> bool:
