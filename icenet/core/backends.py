@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,13 @@ def backend_of(module: object) -> str:
         framework = base.__module__.partition(".")[0]
         if base.__name__ == "Module" and framework in PACKAGES:
             return framework
+    if isinstance(module, type):
+        raise UsageError(f"{module.__name__}: a class, not a module; create one: {module.__name__}(...)")
+    if isinstance(module, Mapping):
+        raise UsageError(
+            f"{type(module).__name__}: not a module; give the module that has these weights, which icenet.from_torch "
+            "copies"
+        )
     raise UsageError(f"{type(module).__name__}: not a module; give an mlx.nn.Module or a torch.nn.Module")
 
 

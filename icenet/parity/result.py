@@ -241,10 +241,14 @@ class Report:
         )
 
     def _place(self) -> str:
-        """Returns `differs in blocks.2 itself, between mlp and norm2`, or `differs in blocks.2.mlp`."""
+        """Returns `differs in blocks.2.mlp`, `differs in blocks.2 itself, between mlp and norm2` or `in the loss`."""
         if self.culprit is None:
             return "differs"
         place = self.culprit or f"the model ({self.names[0]})"
+        if self.where == "in the optimizer":
+            return f"differs {self.where}, first at {place}"
+        if self.where in ("in the loss", "in the training steps"):
+            return f"differs {self.where}"
         return f"differs in {place} itself, {self.where}" if self.where else f"differs in {place}"
 
     def module(self, path: str) -> Module | None:

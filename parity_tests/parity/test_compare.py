@@ -232,6 +232,20 @@ def test_weight_decay_on_biases() -> None:
 
     report = compare(ours, theirs, draw(5, 6), optimizer=(adamw(bias_correction=True), without_biases))
     assert report.culprit == "0" and "weight decay on biases" in report.cause
+    assert str(report).startswith("differs in the optimizer, first at 0; ")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (TorchBlock, "TorchBlock: a class, not a module; create one: TorchBlock"),
+        (TorchBlock().state_dict(), "icenet.from_torch copies"),
+        (3, "int: not a module"),
+    ],
+)
+def test_what_is_no_module_is_named(module: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        compare(Block(), module, draw(9, 6))
 
 
 def test_a_loss_of_the_user() -> None:
