@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +53,11 @@ class CommandGroup(click.Group):
             hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(self.commands)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def command(name: str, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Returns a decorator that makes a function a command, as `click.command` does."""
+    return click.command(name, cls=Command, **options)
 
 
 def examples(*lines: str) -> str:
