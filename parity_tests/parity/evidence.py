@@ -114,16 +114,21 @@ MOVED = ("unet", "convnext", "tcn", "vit", "cnn")
 """Models of faults whose PyTorch twin has its channels first."""
 
 
+def compared(ours: Any, theirs: Any, given: Any, options: dict[str, Any]) -> Any:
+    """Returns the report of a pair with the weights that it has."""
+    from icenet.parity import compare
+
+    return compare(ours, theirs, given, copy_weights=False, **options)
+
+
 def check_fault(index: int) -> Result:
     """Plants a fault, compares the twins, and judges their outputs by fixed tolerances."""
     import family_faults
 
-    from icenet.parity import compare
-
     fault = family_faults.ALL[index]
     ours, theirs, given, options = family_faults.make(fault)
     began = time.process_time()
-    report = compare(ours, theirs, given, copy_weights=False, **options)
+    report = compared(ours, theirs, given, options)
     seconds = time.process_time() - began
     stage = report.failed_stage
     words = fault.cause.split("|")
@@ -160,11 +165,9 @@ def model_pair(seed: int) -> tuple[Any, Any, Any, str, bool]:
 
 def check_model(seed: int) -> Result:
     """Compares a random correct pair, and judges its outputs by fixed tolerances."""
-    from icenet.parity import compare
-
     ours, theirs, given, dtype, moves = model_pair(seed)
     began = time.process_time()
-    report = compare(ours, theirs, given, dtype=dtype, copy_weights=False)
+    report = compared(ours, theirs, given, {"dtype": dtype})
     seconds = time.process_time() - began
     accepted = judged_by_tolerances(outputs(ours, theirs, given, dtype, moves), dtype)
     ratios = [row.ratio for stage in report.stages for row in stage.rows if row.passed and row.ratio < 1e3]
