@@ -59,10 +59,7 @@ def port(
     if only_check:
         found = porting.check(module, args, example_kwargs=kwargs)
         if found:
-            lines = [f"{len(found)} operations have no counterpart:"]
-            for op, places in sorted(found.items()):
-                lines.append(f"  aten.{op}: {len(places)} times, first at {places[0]}")
-            return "\n".join(lines), False
+            return porting.describe_missing(found), False
         return f"{target}: every operation has a counterpart", True
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -60,12 +60,14 @@ class Port:
         present = [name for name in names if (folder / name).exists()]
         if present and not overwrite:
             raise UsageError(f"{folder}: {present[0]} exists; give another folder, or overwrite=True (--overwrite)")
-        folder.mkdir(parents=True, exist_ok=True)
         load = backends.module("mlx", "porting.load")
-        load.save_weights(str(folder / "weights.safetensors"), self.module)
-        (folder / "model.py").write_text(_file(self), encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
-        (folder / "parity.html").write_text(self.page(), encoding="utf-8")
+        texts = _file(self), json.dumps(self.config(), indent=2) + "\n", self.page()
+        with files.staged(folder / "model.py", durable=False) as stage:
+            with stage.open(folder / "weights.safetensors") as file:
+                load.save_weights(file, self.module)
+            for name, text in zip(("model.py", "config.json", "parity.html"), texts, strict=True):
+                with stage.open(folder / name) as file:
+                    file.write(text.encode())
         return folder
 
     def config(self) -> dict[str, Any]:
@@ -240,6 +242,7 @@ def check(
 def _export(
     exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any
 ) -> tuple[Graph, Graph | None, Any, list[str]]:
+    exporter.check_arguments(module, args, kwargs)
     wide_args, wide_kwargs = exporter.widened(args, kwargs) if dynamic is None else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic
     try:
@@ -283,9 +286,14 @@ def _missing(graph: Graph, train: Graph | None) -> dict[str, list[str]]:
 def _check_table(graph: Graph, train: Graph | None) -> None:
     found = _missing(graph, train)
     if found:
-        raise PortError(f"{len(found)} operations have no counterpart: {describe_missing(found)}")
+        raise PortError(describe_missing(found))
 
 
 def describe_missing(found: dict[str, list[str]]) -> str:
-    """Returns missing operations with their counts and first places, in one line."""
-    return "; ".join(f"aten.{op} ({len(places)} times, first at {places[0]})" for op, places in sorted(found.items()))
+    """Returns the number of missing operations, and a line for each with its count and its first place."""
+    first = f"{len(found)} operations have no counterpart:" if len(found) > 1 else "1 operation has no counterpart:"
+    lines = [
+        f"  aten.{op}: {'once, at' if len(places) == 1 else f'{len(places)} times, first at'} {places[0]}"
+        for op, places in sorted(found.items())
+    ]
+    return "\n".join([first, *lines])

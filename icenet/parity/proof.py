@@ -303,10 +303,13 @@ class _Pair:
 
         try:
             reference = self._original(self.exact, self.inputs, draw)
-        except (RuntimeError, NotImplementedError) as error:  # of an operation without a gradient, or of the forward
+        except Exception as error:  # of an operation without a gradient, of the user's backward, or of the forward
             reference = self._original(self.exact, self.inputs, None)
             mode = _mode(self.training)
-            notes.append(f"no gradients were compared in {mode} mode, the original raises: {first_line(error)}")
+            where = backends.module("torch", "porting.export").where(error)
+            notes.append(
+                f"no gradients were compared in {mode} mode, the original raises: {where}{first_line(error)}"
+            )
             return reference
         self.cotangents = drawn or None
         return reference

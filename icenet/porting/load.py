@@ -9,7 +9,7 @@ import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -226,9 +226,9 @@ def flat(value: Any) -> list[Any]:
     return []
 
 
-def save_weights(path: str, model: nn.Module) -> None:
+def save_weights(file: BinaryIO, model: nn.Module) -> None:
     """Writes the arrays of a model in MLX's layout."""
-    mx.save_safetensors(path, dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    mx.save_safetensors(file, dict(tree_flatten(model.parameters())), {"format": "mlx"})
 
 
 def set_dtype(model: nn.Module, dtype: str) -> None:

@@ -16,7 +16,9 @@ import json
 import linecache
 import operator
 import re
+import sysconfig
 import time
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError, UsageError
@@ -32,6 +35,7 @@ from icenet_torch.porting import losses, recurrent, traceable
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_PYTHON = sysconfig.get_paths()["stdlib"]
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 _library = torch.library.Library("icenet_port", "DEF")
@@ -157,13 +161,8 @@ def _auto(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whic
 
 def _break(error: Exception) -> PortError:
     """Returns the error that names the line of the user's code at which the graph breaks."""
-    import traceback
-
     text = str(error)
-    places = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((_TORCH, _HERE)) and "/icenet" not in frame.filename:
-            places.append((frame.filename, frame.lineno or 0, frame.line or ""))
+    places = _users_lines(error)
     for match in _FRAME.finditer(text):  # the code of the user in a message of torch
         if not match["file"].startswith((_TORCH, _HERE)) and match["file"].startswith("/"):
             places.append((match["file"], int(match["line"]), ""))
@@ -176,7 +175,10 @@ def _break(error: Exception) -> PortError:
         code = code or linecache.getline(file, line).strip()
         where = f"{file}:{line}: {code!r}: "
     remedy = ""
-    if _is_data_dependent(error):
+    if match := re.match(r"Found <class '([^']+)'> in output", text):
+        first = f"the output has a {match[1].rpartition('.')[2]}"
+        remedy = "; return tensors, numbers, dicts, lists, tuples or data classes of them"
+    elif _is_data_dependent(error):
         first = "the control flow depends on the values of a tensor"
         remedy = "; write it with torch.where, or compute the condition before the call"
     elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
@@ -516,6 +518,8 @@ class _Reader:
                 found.append((file, int(match["line"])))
         if not found:
             return None
+        while len(found) > 1 and _statement(*found[-1]).code.startswith("return"):
+            found.pop()  # what a function returns is a value of the statement that calls it
         outer = tuple((file, _statements(file).get(line, (line, ()))[0]) for file, line in found[:-1])
         return dataclasses.replace(_statement(*found[-1]), outer=outer)
 
@@ -693,6 +697,22 @@ def check_module(module: Any) -> None:
         raise UsageError(f"icenet.port takes a torch.nn.Module, not a {type(module).__name__}")
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UsageError("icenet.port takes the torch.nn.Module from which a ScriptModule was made")
+    for path, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value):
+            raise UsageError(f"{path}: a lazy layer has no weights before its first call; call the module once")
+        if value.is_meta:
+            raise UsageError(f"{path}: is on the device meta, without values; load the weights first")
+        if value.device.type != "cpu":
+            raise UsageError(f"{path}: is on the device {value.device}; move the module to the CPU with module.cpu()")
+
+
+def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises UsageError if the example inputs do not fit the parameters of `forward`."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"the example inputs do not fit forward{signature}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -725,14 +745,19 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def where(error: Exception) -> str:
     """Returns the last line of the user's code in a traceback, or an empty string."""
-    import traceback
+    places = _users_lines(error)
+    return "{}:{}: {!r}: ".format(*places[-1]) if places else ""
 
-    frames = [
-        frame
+
+def _users_lines(error: Exception) -> list[tuple[str, int, str]]:
+    """Returns file, line and code of each frame of a traceback that is the user's, or a package's that the user uses."""
+    return [
+        (frame.filename, frame.lineno or 0, frame.line or "")
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _HERE, "<")) and "/icenet" not in frame.filename
+        if not frame.filename.startswith((_TORCH, _HERE, "<"))
+        and "/icenet" not in frame.filename
+        and (not frame.filename.startswith(_PYTHON) or "site-packages" in frame.filename)
     ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line!r}: " if frames else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from helpers import is_one_line
 from torch import nn
 
 import icenet
-from icenet.core.errors import PortError, UsageError
+from icenet.core.errors import FileError, PortError, UsageError
 from icenet.parity.proof import Check, PortReport, locate
 from icenet.parity.proof_inputs import drawn_like
 
@@ -25,7 +25,7 @@ R = torch.randn
 
 
 class Sampler(nn.Module):
-    """Resizes to the size of the input: the export takes height and width for numbers."""
+    """Resizes to the size of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,19 +123,16 @@ def test_sizes_that_must_agree_are_compared() -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_a_port_serves_a_size_or_refuses_it(layout: str) -> None:
+def test_a_size_that_is_read_from_the_input_stays_open(layout: str) -> None:
     torch.manual_seed(0)
     module = Sampler().eval()
     port = icenet.port(module, R(1, 2, 8, 9), layout=layout)
     given = R(2, 2, 12, 7)
     images = given.numpy() if layout == "nchw" else given.numpy().transpose(0, 2, 3, 1)
-    if port.report.fixed:
-        with pytest.raises(ValueError, match=f"12 in dimension {2 if layout == 'nchw' else 1}"):
-            port.module(mx.array(images))
-    else:
-        ours = np.array(port.module(mx.array(images)))
-        ours = ours if layout == "nchw" else ours.transpose(0, 3, 1, 2)
-        np.testing.assert_allclose(ours, module(given).detach().numpy(), atol=1e-5)
+    assert not port.report.fixed
+    ours = np.array(port.module(mx.array(images)))
+    ours = ours if layout == "nchw" else ours.transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(ours, module(given).detach().numpy(), atol=1e-5)
 
 
 def test_inputs_that_are_not_tensors() -> None:
@@ -184,3 +181,78 @@ def test_a_difference_in_training_names_mode_and_parameter() -> None:
     report.checks.append(Check("training", "3x4", "gradients", 1e5, 0.1, "fc.weight"))
     found = locate(None, None, None, ((), {}), report)  # type: ignore[arg-type]
     assert found == "gradient of fc.weight in training mode on 3x4, 1e+05 times the noise of rounding"
+
+
+class Raises(nn.Module):
+    """Computes what a function says, in the user's file."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+class Lost(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x * 2
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        raise KeyError("lost")
+
+
+def in_training(self: Raises, x: torch.Tensor) -> torch.Tensor:
+    if self.training:
+        raise ValueError("not in training\nat all")
+    return self.fc(x)
+
+
+def test_what_the_module_raises_is_one_line_with_its_place(tmp_path: Path) -> None:
+    def failure(function: Any, example: Any = None) -> str:
+        with pytest.raises((PortError, UsageError)) as caught:
+            icenet.port(Raises(function), R(3, 4) if example is None else example)
+        return str(caught.value)
+
+    file = "test_proof_messages.py"
+    assert is_one_line(failure(lambda self, x: (row for row in x)), "a generator", "return tensors")
+    assert is_one_line(failure(lambda self, x: self.fc(x) * float(x.sum())), file, "float(x.sum())", "torch.where")
+    assert is_one_line(failure(lambda self, x: self.fc(x)[9].missing), file, "index 9")
+    assert is_one_line(failure(lambda self, x: x, ()), "do not fit forward", "'x'")
+    notes = icenet.port(Raises(in_training), R(3, 4)).report.notes
+    assert any(is_one_line(note, file, "training mode", "not in training") for note in notes)
+    notes = icenet.port(Raises(lambda self, x: Lost.apply(self.fc(x))), R(3, 4)).report.notes
+    assert any(file in note and "'lost'" in note and "no gradients" in note for note in notes)
+
+
+def test_each_operation_that_is_missing_has_a_line() -> None:
+    with pytest.raises(PortError) as caught:
+        icenet.port(Raises(lambda self, x: torch.special.bessel_j1(torch.special.bessel_j0(x))), R(3, 4))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "2 operations have no counterpart:" and len(lines) == 2
+    assert all("once, at" in line and "test_proof_messages.py" in line for line in lines)
+
+
+def test_a_module_without_values_or_on_another_device_is_refused() -> None:
+    for module, words in (
+        (nn.LazyLinear(4), "lazy layer"),
+        (nn.Linear(4, 4, device="meta"), "on the device meta"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            icenet.port(module, R(3, 4))
+        assert is_one_line(str(caught.value), "weight", words)
+
+
+def test_a_folder_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = icenet.port(nn.Linear(4, 4), R(3, 4))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("icenet.porting.load.save_weights", full)
+    with pytest.raises(FileError):
+        port.save(tmp_path / "port")
+    assert not (tmp_path / "port").exists()
