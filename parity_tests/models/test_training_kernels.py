@@ -364,6 +364,79 @@ def test_an_update_with_the_kernels(
         assert np.allclose(results[1][path], expected, rtol=1e-5, atol=1e-7), path
 
 
+ODD: dict[str, tuple[dict[str, Any], int]] = {
+    "transformer": (
+        {
+            "type": "transformer",
+            "hidden_size": 36,
+            "num_layers": 1,
+            "num_heads": 3,
+            "vocab_size": 61,
+            "max_seq_length": 24,
+        },
+        1,
+    ),
+    "llama": (
+        {
+            **{"type": "transformer", "hidden_size": 40, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2},
+            **{
+                "vocab_size": 131,
+                "max_seq_length": 24,
+                "norm": "rms_norm",
+                "feed_forward": "gated",
+                "activation": "silu",
+            },
+            **{"positions": "rotary", "tie_embeddings": True},
+        },
+        3,
+    ),
+    "resnet": (
+        {
+            **{"type": "cnn", "block": "bottleneck", "stem": "conv7", "base_channels": 5, "num_layers": 2},
+            **{"hidden_size": 40, "vocab_size": 7},
+        },
+        5,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
+def test_steps_with_all_kernels(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of training steps in bf16 at sizes that nothing divides, with the kernels and with MLX's operations."""
+    model, rows = ODD[name]
+    draws = np.random.default_rng(0)
+    if model["type"] == "cnn":
+        inputs: Any = draws.standard_normal((rows, 33, 33, 3)).astype(np.float32)
+        labels = draws.integers(0, 7, rows)
+    else:
+        inputs = draws.integers(0, model["vocab_size"], (rows, 19)).astype(np.int32)
+        labels = draws.integers(0, model["vocab_size"], (rows, 19))
+    batch = {"inputs": inputs, "labels": labels.astype(np.int32)}
+    monkeypatch.setattr(updates, "_PARTS", 2)
+    config = Config.from_dict(
+        {"model": {**model, "dropout": 0.0}, "training": {"mixed_precision": "bf16", "batch_size": rows}}
+    )
+    losses = []
+    for has_kernels in (False, True):
+        monkeypatch.setattr(training_kernels, "has_kernels", lambda has_kernels=has_kernels: has_kernels)
+        monkeypatch.setattr(training_kernels, "is_worthwhile", lambda x, has_kernels=has_kernels: has_kernels)
+        engine = backends.engine(config, "mlx", "cpu" if device == "emulated" else "gpu")
+        if has_kernels and device == "emulated":
+            engine.device = "gpu"
+            with monkeypatch.context() as patch:
+                patch.setattr(mx.cuda, "is_available", lambda: True)
+                engine._cast_early = engine._paths_of_products()
+            engine.device = "cpu"
+            assert engine._cast_early
+        elif not has_kernels:
+            engine._cast_early = []
+        results = [engine.read(engine.train_step(batch, step, 1e-2)) for step in range(3)]
+        losses.append([result.loss for result in results] + [result.grad_norm for result in results])
+    assert np.allclose(*losses, rtol=0.02), losses  # a rounding of bf16 is 0.004
+    assert losses[0][2] < losses[0][0]
+
+
 # ---- images -------------------------------------------------------------------------------------------------
 
 
