@@ -24,6 +24,7 @@ from icenet.parity.inputs import Inputs
 from icenet.parity.pairing import match_modules, opaque_layers, pair_calls
 from icenet.parity.pairs import Pair, Replay, Sample, cotangents_of, rounded
 from icenet.parity.result import Module, Report, Row, Stage
+from icenet.parity.run_gradients import RunGradients
 from icenet.parity.runs import Draws, Targets, run_training
 from icenet.parity.sides import ModuleError, Side
 from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
@@ -303,7 +304,7 @@ class Comparison:
             if first and forward.modes_differ(self, stage):
                 return
             if depends:
-                found = replays.replay_all(self, pairs, gradients=False)
+                found = replays.replay_all(self, pairs)
                 forward.judge_forward(self, stage, pairs, found, "")
                 if stage.status == states.FAILED:
                     raise StageFailed
@@ -320,12 +321,13 @@ class Comparison:
                     (float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three
                 ]
                 self.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
-            found = replays.replay_all(self, pairs, gradients=self.wants("gradients"))
+            backward = RunGradients(self, pairs, three) if self.wants("gradients") else None
+            found = replays.replay_all(self, pairs, backward.undecided() if backward else ())
             forward.judge_forward(self, stage, pairs, found, "in training mode" if depends else "")
         with self.stage("loss") as stage:
             gradients.judge_loss(self, stage, pairs, three)
         with self.stage("gradients") as stage:
-            gradients.judge_gradients(self, stage, pairs, three, found)
+            gradients.judge_gradients(self, stage, backward, found)
 
     def set_mode(self, train: bool) -> None:
         """Sets the mode of all sides."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -97,10 +98,15 @@ class Run:
 
 
 class Store:
-    """Keeps arrays in memory, and above a limit in temporary files, which are deleted with the store."""
+    """Keeps arrays in memory, and above a limit in temporary files, which are deleted with the store.
+
+    Attributes:
+        runs: The runs whose arrays it keeps.
+    """
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._limit, self._used = limit, 0
+        self.runs: list[Run] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 
@@ -117,7 +123,13 @@ class Store:
         return Value(np.load(path, mmap_mode="r"), value.dtype)
 
     def close(self) -> None:
-        """Deletes the files."""
+        """Deletes the files, and the arrays of the runs: their events refer to each other, so nothing else would."""
+        for run in self.runs:
+            for event in run.events:
+                event.parent = None
+                for items in (event.children, event.arguments, event.outputs, event.gradients):
+                    items.clear()
+        self.runs.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -138,7 +150,7 @@ class Recorder:
         """Path of the innermost module whose call raised."""
         self._open: list[Event] = []
         self._calls: dict[str, int] = {}
-        self._known: dict[Any, tuple[Any, Any]] = {}
+        self._known: dict[Any, tuple[weakref.ref[Any], Any]] = {}
         """Each array that was taken, and what it held, by its version. Modules pass the same array on."""
 
     def __call__(self, path: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -182,12 +194,13 @@ class Recorder:
     def _taken(self, array: Any) -> Any:
         """Returns what an array holds: PyTorch's at once, MLX's is computed with the run."""
         version = self.tools.version(array)
-        if version is not None and version in self._known:
-            return self._known[version][1]
+        known = self._known.get(version)
+        if known is not None and known[0]() is array:
+            return known[1]
         taken = self.tools.snapshot(array)
         taken = self.store.keep(taken) if isinstance(taken, Value) else taken
         if version is not None:
-            self._known[version] = array, taken
+            self._known[version] = weakref.ref(array), taken
         return taken
 
     def finish(self) -> list[Event]:

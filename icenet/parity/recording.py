@@ -14,6 +14,7 @@ has.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,8 @@ class _Recording:
         self.reference.set_mode(False)
         for values in candidates:
             try:
-                self.reference.record(given.given, values, Store())
+                with contextlib.closing(Store()) as store:
+                    self.reference.record(given.given, values, store)
             except ModuleError as error:
                 failures.append(error)
                 continue

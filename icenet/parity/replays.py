@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,17 +35,19 @@ _SAME = 0.1
 """Relative distance of a replay of the reference from its run at which the replay computes something else."""
 
 
-def replay_all(c: Comparison, pairs: list[Pair], gradients: bool) -> dict[int, dict[str, Judgement]]:
-    """Returns the judgements of the replay of each call by the number of its event in `b`."""
-    found = {}
+def replay_all(c: Comparison, pairs: list[Pair], backward: Collection[int] = ()) -> dict[int, dict[str, Judgement]]:
+    """Returns the judgements of the replay of each call by the number of its event in `b`.
+
+    Args:
+        c, pairs: The comparison and the calls.
+        backward: Numbers of the calls whose backward pass is replayed, too.
+    """
     c.ties = set()
-    for pair in pairs:
-        if not pair.obstacle:
-            found[pair.b.number] = _replay(c, pair, gradients)
-    return found
+    return {p.b.number: replay(c, p, p.b.number in backward) for p in pairs if not p.obstacle}
 
 
-def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
+    """Replays one call on all sides, forward and, with `gradients`, backward."""
     given = c.replay_of(pair, gradients)
     pair.parameters = c.reference.parameters_within(pair.path) if gradients else []
     try:
@@ -57,7 +59,7 @@ def _replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
             pair.obstacle = f"not replayed: b {error}"
             return {}
         pair.children = []  # its calls cannot be left out, because they have other effects
-        return _replay(c, pair, gradients)
+        return replay(c, pair, gradients)
     pair.parameters = [
         name for name in pair.parameters if f"gradient {name}" in exact and c.a.has_parameter(pair, name)
     ]

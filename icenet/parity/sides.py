@@ -262,6 +262,7 @@ class Side:
             events = recorder.finish()
             self.drew = randomness.generator_states(self.nn) != states
         self._run = Run(events, outputs[0] if cotangent else None, gradients)
+        store.runs.append(self._run)
         return self._run
 
     def loss_of(

@@ -147,7 +147,8 @@ def value(taken: mx.array) -> Value:
     """Returns a snapshot as a value, after the computation; on a CPU without a copy."""
     if on_cpu() and taken.dtype in _SHARED:
         mx.eval(taken)
-        return Value(np.asarray(memoryview(taken)), short_dtype(taken.dtype))
+        shared: Any = taken
+        return Value(np.asarray(memoryview(shared)), short_dtype(taken.dtype))
     return Value(to_numpy(taken), short_dtype(taken.dtype))
 
 

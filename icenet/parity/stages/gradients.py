@@ -12,18 +12,18 @@ import numpy.typing as npt
 
 from icenet.parity import align, culprit
 from icenet.parity import status as states
-from icenet.parity.culprit import Origin
 from icenet.parity.events import Run
 from icenet.parity.pairs import Pair, rounded
+from icenet.parity.replays import replay
 from icenet.parity.result import Row, Stage
 from icenet.parity.rows import index_of, neutral, split_at
+from icenet.parity.run_gradients import RunGradients
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
     Judgement,
     blocks,
     judge,
-    judge_values,
     rms_distance,
     squared_distance,
     sum_of_products,
@@ -114,86 +114,101 @@ def _loss_in_order(
 
 
 def judge_gradients(
-    c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run], found: dict[int, dict[str, Judgement]]
+    c: Comparison, stage: Stage, run: RunGradients | None, found: dict[int, dict[str, Judgement]]
 ) -> None:
-    """Adds a row for the gradient of each output and parameter, and names the call with the first difference."""
-    if stage.status == states.SKIPPED or not c.wants("gradients"):
+    """Adds a row for the gradient of each output and parameter, and names the call with the first difference.
+
+    Args:
+        c, stage: The comparison and its stage.
+        run: The gradients of the run; None if the stage is not wanted.
+        found: The judgements of the replays by the number of the call in `b`.
+    """
+    if stage.status == states.SKIPPED or run is None:
         return
+    judged, differing = dict(run.parameters), _differing(run.pairs, found)
+    over = [name for name, item in judged.items() if item.ratio > FACTOR * c.factor]
+    if over and not differing:
+        for pair in run.pairs:  # the errors of all modules add up
+            if not pair.obstacle and pair.b.number not in run.replayed:
+                found[pair.b.number] = replay(c, pair, gradients=True)
+        differing = _differing(run.pairs, found)
+        over = [name for name in over if judged[name].ratio > FACTOR * c.factor]
+    if over and not differing:
+        for name, floor in c.propagated({name: run.exact[name] for name in over}).items():
+            again = judge(
+                run.own[name].array, run.noise[name].array, run.exact[name].array, c.dtype,
+                stored=run.noise[name].dtype, sampled_noise=floor,
+            )  # fmt: skip
+            judged[name] = replace(again, plain_ratio=judged[name].ratio)
     depth = 0
-    first: tuple[Pair, Origin] | None = None
-    differing: dict[str, str] = {}
-    for pair in pairs:
+    for pair in reversed(run.pairs):  # the order of the backward pass
+        if pair.outputs:
+            row = _output_row(c, pair, run.outputs.get(pair.b.number), found.get(pair.b.number, {}), differing)
+            stage.rows.append(replace(row, depth=depth))
+            depth += 1
+    for name, item in judged.items():
+        stage.rows.append(replace(_parameter_row(c, run, name, item, differing), depth=len(stage.rows)))
+    for pair in run.pairs:
         origin = culprit.first_gradient(pair, found.get(pair.b.number, {}))
         if origin is not None:
-            first = first or (pair, origin)
-            differing.setdefault(pair.path, origin.where)
-    for pair in reversed(pairs):  # the order of the backward pass
-        own = {n: j for n, j in found.get(pair.b.number, {}).items() if not n.startswith(("output", "statistic"))}
-        worst_name = max(own, key=lambda name: own[name].ratio, default=None)
-        worst = own[worst_name] if worst_name is not None else None
-        status = states.DIFFERS if pair.path in differing else states.PASSED
-        if status == states.PASSED and worst is not None and worst.plain_ratio:
-            status = states.LESS_EXACT
-        note = "its gradient differs only at ties of its inputs" if pair.path in c.ties else ""
-        note = note or (neutral(worst.note) if worst is not None else "")
-        for i, j, how in pair.outputs[:1]:
-            grads = pair.a.gradients[i], pair.noise.gradients[j], pair.b.gradients[j]
-            row = Row(pair.path, "gradient of output", pair.b.outputs[j].array.shape, status)
-            if all(g is not None for g in grads):
-                ours = align.to_torch(how, grads[0].array)
-                judged = judge(ours, grads[1].array, grads[2].array, c.dtype, stored=grads[1].dtype)
-                scale = judged.scale
-                row = replace(row, ratio=judged.ratio, error=judged.error, noise=judged.noise, scale=scale)
-                if status == states.PASSED and not judged.passed:
-                    row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
-                    if c.ties and not differing:
-                        note = note or f"in the run only, as gradients differ at ties of {', '.join(sorted(c.ties))}"
-            if worst is not None:
-                label = culprit.gradient_label(pair, worst_name or "")
-                row = replace(row, own_ratio=worst.ratio, own_part=label, ratio=max(row.ratio, worst.ratio))
-            where = differing.get(pair.path, "")
-            stage.rows.append(replace(row, note=note, where=where, call=pair.b.call, depth=depth))
-            depth += 1
-    _parameter_rows(c, stage, runs, differing)
-    if first is not None:
-        pair, origin = first
-        c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or "in the backward pass")
-        c.suggest(pair, found[pair.b.number])
-        return
+            c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or "in the backward pass")
+            c.suggest(pair, found[pair.b.number])
+            return
     bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
     if bad:
         c.fail(stage, bad[0].path, "", bad[0].note)
 
 
-def _parameter_rows(c: Comparison, stage: Stage, runs: tuple[Run, Run, Run], differing: dict[str, str]) -> None:
-    own, noise, exact = ({f"gradient:{n}": v for n, v in run.gradients.items()} for run in runs)
-    own = {
-        f"gradient:{c.parameter_names[name.partition(':')[2]]}": value
-        for name, value in own.items()
-        if name.partition(":")[2] in c.parameter_names
-    }
-    judged = judge_values(own, noise, exact, c.dtype)
-    over = [name for name, item in judged.items() if item.ratio > FACTOR * c.factor]
-    if over and not differing:
-        floors = c.propagated({name: exact[name] for name in over})
-        for name, floor in floors.items():
-            again = judge(
-                own[name].array, noise[name].array, exact[name].array, c.dtype,
-                stored=noise[name].dtype, sampled_noise=floor,
-            )  # fmt: skip
-            judged[name] = replace(again, plain_ratio=judged[name].ratio)
-    for name, item in judged.items():
-        path, part = split_at(name.partition(":")[2], c.b.modules)
+def _differing(pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]) -> dict[str, str]:
+    """Returns the paths of the modules whose backward pass differs in a replay, and where in them it begins."""
+    differing: dict[str, str] = {}
+    for pair in pairs:
+        origin = culprit.first_gradient(pair, found.get(pair.b.number, {}))
+        if origin is not None:
+            differing.setdefault(pair.path, origin.where)
+    return differing
+
+
+def _output_row(
+    c: Comparison,
+    pair: Pair,
+    judged: Judgement | None,
+    found: Mapping[str, Judgement],
+    differing: Mapping[str, str],
+) -> Row:
+    own = {name: item for name, item in found.items() if not name.startswith(("output", "statistic"))}
+    worst_name = max(own, key=lambda name: own[name].ratio, default="")
+    worst = own.get(worst_name)
+    status = states.DIFFERS if pair.path in differing else states.PASSED
+    if status == states.PASSED and worst is not None and worst.plain_ratio:
+        status = states.LESS_EXACT
+    note = "its gradient differs only at ties of its inputs" if pair.path in c.ties else ""
+    note = note or (neutral(worst.note) if worst is not None else "")
+    row = Row(pair.path, "gradient of output", pair.b.outputs[pair.outputs[0][1]].array.shape, status)
+    if judged is not None:
+        row = replace(row, ratio=judged.ratio, error=judged.error, noise=judged.noise, scale=judged.scale)
+        if status == states.PASSED and not judged.passed:
+            row = replace(row, status=states.INHERITS if differing else states.LESS_EXACT)
+            if c.ties and not differing:
+                note = note or f"in the run only, as gradients differ at ties of {', '.join(sorted(c.ties))}"
+    if worst is not None:
+        label = culprit.gradient_label(pair, worst_name)
+        row = replace(row, own_ratio=worst.ratio, own_part=label, ratio=max(row.ratio, worst.ratio))
+    return replace(row, note=note, where=differing.get(pair.path, ""), call=pair.b.call)
+
+
+def _parameter_row(c: Comparison, run: RunGradients, name: str, item: Judgement, differing: Mapping[str, str]) -> Row:
+    path, part = split_at(name.partition(":")[2], c.b.modules)
+    status = states.LESS_EXACT if item.plain_ratio else states.PASSED
+    if not item.passed:
         is_over = item.ratio > FACTOR * c.factor
-        status = states.LESS_EXACT if item.plain_ratio else states.PASSED
-        if not item.passed:
-            status = states.INHERITS if differing else states.DIFFERS if is_over else states.LESS_EXACT
-        if path in differing and not item.passed:
-            status = states.DIFFERS
-        values = exact[name].array
-        own_noise = rms_distance(noise[name].array, values)
-        row = Row(path, f"gradient of {part}", values.shape, status, item.ratio, item.error, own_noise, item.scale)
-        stage.rows.append(replace(row, note=item.note, depth=len(stage.rows)))
+        status = states.INHERITS if differing else states.DIFFERS if is_over else states.LESS_EXACT
+    if path in differing and not item.passed:
+        status = states.DIFFERS
+    exact = run.exact[name].array
+    noise = rms_distance(run.noise[name].array, exact)
+    part = f"gradient of {part}"
+    return Row(path, part, exact.shape, status, item.ratio, item.error, noise, item.scale, note=item.note)
 
 
 def _loss_noise(root: Pair) -> float:

@@ -1,0 +1,94 @@
+"""The gradients of a run: their judgements, and the calls of which they do not show that the backward pass agrees.
+
+A backward pass that is wrong changes the gradients of the run before it. If all of them are within the tolerance, and
+their noise is far smaller than they are, no replay of a backward pass would find more. So the backward pass of a call
+is replayed only where this is not so. The forward pass of every call is replayed always.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icenet.parity import align
+from icenet.parity.events import Run
+from icenet.parity.pairs import Pair
+from icenet.parity.rows import split_at
+from icenet.parity.yardstick import Judgement, judge, judge_values
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+_CLEAR = 1e-4
+"""Largest noise of a gradient, relative to its size, with which the run shows whether it agrees."""
+
+
+class RunGradients:
+    """The gradients of a run by the outputs of all calls and by the parameters.
+
+    Args:
+        c: The comparison.
+        pairs: The calls.
+        runs: The runs of `a`, of `b` in the dtype under test, and of the reference.
+
+    Attributes:
+        pairs: The calls.
+        outputs: The judgement of the gradient by the first output of a call, by the number of the call in `b`.
+        own, noise, exact: The gradients by the parameters on each side, by `gradient:PATH` in `b`.
+        parameters: Their judgements.
+        replayed: Numbers of the calls whose backward pass is replayed; set by `undecided`.
+    """
+
+    def __init__(self, c: Comparison, pairs: list[Pair], runs: tuple[Run, Run, Run]) -> None:
+        self._c, self.pairs = c, pairs
+        self.outputs = {
+            pair.b.number: judgement for pair in pairs if (judgement := _judge_output(c, pair)) is not None
+        }
+        own, self.noise, self.exact = ({f"gradient:{n}": v for n, v in run.gradients.items()} for run in runs)
+        self.own = {
+            f"gradient:{c.parameter_names[name.partition(':')[2]]}": value
+            for name, value in own.items()
+            if name.partition(":")[2] in c.parameter_names
+        }
+        self.parameters = judge_values(self.own, self.noise, self.exact, c.dtype)
+        self.replayed: set[int] = set()
+
+    def undecided(self) -> set[int]:
+        """Returns the numbers of the calls whose backward pass the run does not decide.
+
+        Those are all, if the gradient by an output is over the tolerance, too noisy or unknown. Otherwise those with
+        such a parameter, and those that take an input of the model, whose gradient is not in the run.
+        """
+        pairs = self.pairs
+        self.replayed = {pair.b.number for pair in pairs}
+        inner = [pair for pair in pairs if pair.b.parent is not None]
+        if not inner or not self.exact or self._c.dtype != "fp32":
+            return self.replayed
+        if not all(pair.b.number in self.outputs and _is_clear(self.outputs[pair.b.number]) for pair in inner):
+            return self.replayed
+        given = {id(value) for value in pairs[0].b.arguments}
+        holders = {
+            split_at(name.partition(":")[2], self._c.b.modules)[0]
+            for name in self.exact
+            if name not in self.parameters or not _is_clear(self.parameters[name])
+        }
+        self.replayed = {
+            pair.b.number
+            for pair in pairs
+            if pair.path in holders or any(id(value) in given for value in pair.b.arguments)
+        }
+        return self.replayed
+
+
+def _judge_output(c: Comparison, pair: Pair) -> Judgement | None:
+    """Returns the judgement of the gradient by the first output of a call; None if a side has none."""
+    if not pair.outputs:
+        return None
+    i, j, how = pair.outputs[0]
+    own, noise, exact = pair.a.gradients[i], pair.noise.gradients[j], pair.b.gradients[j]
+    if own is None or noise is None or exact is None:
+        return None
+    return judge(align.to_torch(how, own.array), noise.array, exact.array, c.dtype, stored=noise.dtype)
+
+
+def _is_clear(judgement: Judgement) -> bool:
+    return judgement.passed and judgement.scale > 0 and judgement.noise <= _CLEAR * judgement.scale
