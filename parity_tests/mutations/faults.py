@@ -131,6 +131,48 @@ FAULTS: list[Fault] = [
         "            if new:",
         ["parity/test_compare_idioms.py::test_only_a_module_whose_call_makes_the_difference_is_a_cause"],
     ),
+    Fault(
+        "the error of what is computed between layers is not passed on",
+        "icenet/parity/replays.py",
+        'if child is None else (child.path, "argument")',
+        'if child is None else (child.path, "unused")',
+        ["parity/test_compare_idioms.py::test_the_error_of_what_a_model_computes_between_layers_is_passed_on"],
+    ),
+    Fault(
+        "sums of biases must be equal in half precision",
+        "icenet/parity/stages/weights.py",
+        "is_rounded = rounding is not None",
+        "is_rounded = False and rounding is not None",
+        ["parity/test_compare_idioms.py::test_the_sum_of_two_biases_is_rounded_once_in_a_and_twice_in_b"],
+    ),
+    Fault(
+        "derivatives below the last bit of one are judged",
+        "icenet/parity/locate.py",
+        "gradient_floor=floor)",
+        "gradient_floor=0.0)",
+        ["parity/test_compare_idioms.py::test_derivatives_smaller_than_the_last_bit_of_one_are_equal"],
+    ),
+    Fault(
+        "integers stay integers without a cast to fp32",
+        "icenet_torch/tools/variants.py",
+        "            return args[0].to(half)\n",
+        "            return args[0]\n",
+        ["parity/test_causes.py::test_a_missing_cast"],
+    ),
+    Fault(
+        "queries are turned, but not keys",
+        "icenet/parity/causes.py",
+        "                for index in indices:\n                    values[index] = _turned(",
+        "                for index in indices[:1]:\n                    values[index] = _turned(",
+        ["parity/test_causes.py::test_rotary_layers"],
+    ),
+    Fault(
+        "any argument is drawn for the first layer",
+        "icenet/parity/inputs.py",
+        "    return list(distinct.values())[:5]\n",
+        "    return layers[:1]\n",
+        ["parity/test_compare.py::test_several_arguments_are_drawn"],
+    ),
     # ---- weights of two modules --------------------------------------------------------------------------------
     Fault(
         "keys and values of an attention are exchanged",

@@ -364,7 +364,7 @@ ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 
 
 def trained(model: str, name: str, cause: str, kind: str, ours: Any, theirs: Any) -> None:
-    """Adds a fault of an optimizer; the path is that of the first parameter that differs."""
+    """Adds a fault of an optimizer, which no module has: its path is "*"."""
     FAULTS.append(Fault(model, name, "*", cause, kind))
     _OPTIONS[model, name] = lambda: {"optimizer": (ours(), theirs)}
 

@@ -327,6 +327,35 @@ def test_gate_order() -> None:
     assert report.culprit == "lstm" and "order" in report.cause and "gate" in report.cause, report.verdict
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w[::-1], "differs only in the order along axis 0, which is reversed"),
+        (lambda w: w * 1.001, "it is multiplied by 1.001 in a"),
+        (lambda w: w.astype(mx.bfloat16).astype(mx.float32), "it has the precision of bf16 in a"),
+        (lambda w: w.T, "weight of a is equal to that of b after x.transpose(1, 0)"),
+    ],
+)
+def test_weights_that_are_changed(change: Callable[[Any], Any], words: str) -> None:
+    pair = net(lambda m, x: m.fc(x), lambda m, x: m.fc(x), fc=linear(6, 6))
+    randomized(pair.theirs)
+    icenet.from_torch(pair.theirs, pair.ours)
+    pair.ours.fc.weight = change(pair.ours.fc.weight)
+    report = compare(*pair, draw(4, 6), copy_weights=False)
+    assert report.culprit == "fc" and words in report.cause, report.verdict
+
+
+def test_weights_of_another_layer() -> None:
+    pair = mlp(lambda m, x: m.a(x) * m.b(x), lambda m, x: m.a(x) * m.b(x), a=linear(8, 8), b=linear(8, 8))
+    randomized(pair.theirs)
+    icenet.from_torch(pair.theirs, pair.ours)
+    pair.ours.a, pair.ours.b = pair.ours.b, pair.ours.a
+    report = compare(*pair, draw(4, 6), copy_weights=False)
+    assert report.culprit == "a" and "weight of a differs and is that of b.weight in b" in report.cause, (
+        report.verdict
+    )
+
+
 def test_tf32() -> None:
     def rounded(x: mx.array) -> mx.array:
         factor = x * (2.0**13 + 1)

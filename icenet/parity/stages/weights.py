@@ -13,7 +13,7 @@ from icenet.parity import align
 from icenet.parity import status as states
 from icenet.parity.result import Histogram, Row, Stage
 from icenet.parity.rows import histogram, split_at
-from icenet.parity.yardstick import half_ulp, rms, sum_of_products
+from icenet.parity.yardstick import half_ulp, rms, round_to, sum_of_products
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
@@ -74,10 +74,14 @@ def compare_weights(c: Comparison, stage: Stage) -> None:
             if is_rounded or (is_buffer and distance <= _ROUNDED):
                 status, note = states.LESS_EXACT, "equal but for rounding"
             else:
-                how = align.permutation(x, y) or _halves(x, y)
-                detail = how.replace("PyTorch's", "that of b") if how else f"by {states.number(distance)} of its size"
-                status, note, ratio = states.DIFFERS, f"{part} differs {detail}", math.inf
-                cause = cause or (f"{part} of a differs {detail}" if how else "")
+                if moved := align.permutation(x, y):
+                    how = "is " + moved.replace("PyTorch's", "that of b")
+                else:
+                    known = _halves(x, y) or _how(c, x, y)
+                    how = f"differs {known or f'by {states.number(distance)} of its size'}"
+                    moved = known
+                status, note, ratio = states.DIFFERS, f"{part} {how}", math.inf
+                cause = cause or (f"{part} of a {how}" if moved else "")
                 bins = histogram(x, y)
         shape, scale = reference.shape, rms(reference)
         stage.rows.append(Row(path, part, shape, status, ratio, error, 0.0, scale, note=note, histogram=bins))
@@ -149,6 +153,27 @@ def _are_related(x: Array, y: Array) -> bool:
     correlation = abs(sum_of_products(*centred)) / (x.size * sizes[0] * sizes[1] or 1.0)
     # independent values have a correlation of about 1 / sqrt(size)
     return correlation > max(0.5, min(0.99, 4 / math.sqrt(x.size)))
+
+
+def _how(c: Comparison, x: Array, y: Array) -> str:
+    """Returns how an array of `a` is made from that of `b`; empty if it is not known."""
+    if x.shape != y.shape:
+        return ""
+    for axis in range(y.ndim):
+        if y.shape[axis] > 1 and np.array_equal(x, np.flip(y, axis)):
+            return f"only in the order along axis {axis}, which is reversed"
+    for dtype in ("bf16", "fp16"):
+        if np.array_equal(x, round_to(y, dtype)):
+            return f"only by rounding: it has the precision of {dtype} in a"
+    if y.size > 2 and (size := sum_of_products(y.reshape(-1), y.reshape(-1))):
+        factor = sum_of_products(x.reshape(-1), y.reshape(-1)) / size
+        if factor and bool((np.abs(x - factor * y) <= 2 * half_ulp(x, c.dtype)).all()):
+            return f"by a factor: it is multiplied by {factor:.7g} in a"
+    if y.size > 2:
+        for name, other in c.b.weights().items():
+            if other.shape == x.shape and np.array_equal(x, other):
+                return f"and is that of {name} in b"
+    return ""
 
 
 def _halves(x: Array, y: Array) -> str:
