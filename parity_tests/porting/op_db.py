@@ -144,7 +144,7 @@ def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:
         if not RANDOM.search(op.name) and not sample.kwargs.get("dropout_p"):
             exact: list[torch.Tensor] = []
             for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-                if close(ours, theirs):
+                if close(ours, theirs) or (number and _is_place(op.name, ours, theirs, inputs[0], sample)):
                     continue
                 exact = exact or _exact(lambda *given: pytree.tree_leaves(function(*given)), inputs)
                 if not _is_rounding(ours, theirs, exact[number : number + 1]):
@@ -158,6 +158,18 @@ def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:
         given = [item for item in (*sample.args, *sample.kwargs.items()) if "tensor(" not in str(item)]
         return "failed", f"{_short(error)} | {shapes} {given}"[:330]
     return "passed", ""
+
+
+def _is_place(name: str, ours: mx.array, theirs: torch.Tensor, x: torch.Tensor, sample: Any) -> bool:
+    """Returns whether indices are those of the same values; PyTorch does not say which of equal values it takes."""
+    if name not in ("topk", "kthvalue", "mode") or theirs.dtype != torch.int64 or tuple(ours.shape) != theirs.shape:
+        return False
+    given = [item for item in sample.args[0 if name == "mode" else 1 :] if type(item) is int]
+    dim = sample.kwargs.get("dim", given[0] if given else -1)
+    mine = torch.from_numpy(np.array(ours).astype(np.int64))
+    if mine.ndim < x.ndim:
+        mine, theirs = mine.unsqueeze(dim), theirs.unsqueeze(dim)
+    return bool(torch.equal(x.gather(dim, mine), x.gather(dim, theirs)))
 
 
 def _short(error: Exception) -> str:

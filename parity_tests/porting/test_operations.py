@@ -87,6 +87,26 @@ CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
         lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=(1, 0), output_padding=1, groups=2),
         (random(2, 4, 5, 4), random(4, 3, 3, 3)),
     ),
+    "transposed convolution, large padding": (
+        lambda x, w: F.conv_transpose1d(x, w, stride=2, padding=1, output_padding=1),
+        (random(1, 2, 5), random(2, 3, 1)),
+    ),
+    "integers": (
+        lambda x, w: (F.conv2d(x, w), F.avg_pool2d(x, 2), F.linear(x, w[0, 0]), torch.linspace(0.9, 9.2, 4).long()),
+        ((random(2, 3, 5, 4) * 9).long(), (random(4, 3, 4, 4) * 9).long()),
+    ),
+    "smallest integers at places": (
+        lambda x, i, y: x.scatter_reduce(0, i, y, "amin", include_self=False),
+        (torch.arange(6), torch.tensor([4, 1, 4]), torch.tensor([7, 3, 5])),
+    ),
+    "poles of the gamma function": (
+        lambda x: (torch.lgamma(x).detach(), torch.digamma(x).detach()),
+        (torch.tensor([-2.0, -1.5, 0.0, 0.3, -0.2, 5.0]),),
+    ),
+    "padding from the end": (
+        lambda w, i: F.embedding_bag(i, w, padding_idx=-1),
+        (random(5, 3), torch.tensor([[1, 4, 2], [0, 0, 4]])),
+    ),
     "circular, cut": (lambda x: F.pad(x, (-1, 1, -2, 1), mode="circular"), (random(1, 3, 4, 4),)),
     "unpool": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (random(2, 3, 6, 4),)),
     "fractional pool": (

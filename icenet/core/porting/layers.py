@@ -110,8 +110,10 @@ def _conv(rank: int, transposed: bool) -> Callable[[dict[str, Any]], Layer | Non
         if s["padding_mode"] != "zeros" or (s["groups"] != 1 and (transposed or rank == 3)):
             return None
         padding = s["padding"]
-        if transposed and any(more > size for more, size in zip(s["output_padding"], padding, strict=True)):
-            return None  # MLX's gradient of the input has another shape then
+        if transposed:
+            sizes = zip(s["kernel_size"], s["dilation"], padding, s["output_padding"], strict=True)
+            if any(more > size or size > d * (k - 1) for k, d, size, more in sizes):
+                return None  # MLX's result, or its gradient of the input, has another shape then
         if padding == "same":
             whole = [d * (k - 1) for d, k in zip(s["dilation"], s["kernel_size"], strict=True)]
             if any(size % 2 for size in whole):

@@ -212,7 +212,8 @@ def lgamma(x):
         total = total + value / (z + index + 1)
     t = z + 7.5
     value = 0.5 * math.log(2 * math.pi) + (z + 0.5) * mx.log(t) - t + mx.log(total)
-    return mx.where(reflected, math.log(math.pi) - mx.log(mx.abs(mx.sin(math.pi * x))) - value, value)
+    part = x - mx.floor(x)  # 0 at the poles, where the sine of a rounded multiple of pi is not
+    return mx.where(reflected, math.log(math.pi) - mx.log(mx.sin(math.pi * part)) - value, value)
 
 
 def digamma(x):
@@ -231,7 +232,11 @@ def digamma(x):
         - reciprocal
         * (1 / 12 - reciprocal * (1 / 120 - reciprocal * (1 / 252 - reciprocal * (1 / 240 - reciprocal / 132))))
     )
-    return mx.where(reflected, value - math.pi / mx.tan(math.pi * x), value)
+    part = x - mx.floor(x)
+    pole = mx.where(x == 0, -math.inf, math.nan)
+    part = mx.where(reflected & (part != 0), part, 0.5)
+    value = mx.where(reflected, value - math.pi / mx.tan(math.pi * part), value)
+    return mx.where((x <= 0) & (x == mx.floor(x)), pole, value)
 
 
 def trunc(x):

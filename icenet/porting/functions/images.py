@@ -23,8 +23,8 @@ def grouped_conv3d(x, weight, groups, **options):
 def conv_transpose(x, weight, rank, groups=1, stride=1, padding=0, dilation=1, output_padding=0):
     """Returns a transposed convolution; the weight has PyTorch's axes [in, out, ...].
 
-    MLX has no groups here, and its gradient has another shape if the output padding is larger than the padding: the
-    borders are cut afterwards.
+    MLX has no groups here, and other shapes if the padding is larger than the kernel, or in the gradient if the
+    output padding is larger than the padding: the borders are cut afterwards.
     """
     function = getattr(mx, f"conv_transpose{rank}d")
     axes = (1, *range(2, 2 + rank), 0)

@@ -136,6 +136,8 @@ def take_along(x, index, axis):
 
 def gather(x, axis, index):
     """Returns elements along an axis; the index may be smaller along the others."""
+    if index.size == 0:
+        return mx.zeros(index.shape, x.dtype)
     if x.ndim == 0:
         return mx.broadcast_to(x, index.shape)
     if index.ndim == 0:
@@ -170,7 +172,10 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
     if mode is None:
         return put(x, places, source)
     if not include_self:
-        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": -math.inf, "amin": math.inf}[mode]
+        limits = (-math.inf, math.inf)
+        if not mx.issubdtype(x.dtype, mx.floating):
+            limits = mx.iinfo(x.dtype).min, mx.iinfo(x.dtype).max
+        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": limits[0], "amin": limits[1]}[mode]
         written = mx.zeros(x.shape).at[places].add(mx.ones(source.shape)) > 0
         start = mx.where(written, mx.array(neutral, x.dtype), x)
     else:

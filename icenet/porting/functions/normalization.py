@@ -19,7 +19,7 @@ from icenet.porting.functions.reductions import pairwise_distance, var, vector_n
 def layer_norm(x, count, weight=None, bias=None, eps=1e-5):
     """Returns x normalized over its last axes."""
     shape = x.shape
-    flat = x.reshape(*shape[: len(shape) - count], -1)
+    flat = x.reshape(*shape[: len(shape) - count], math.prod(shape[len(shape) - count :]))
     y = mx.fast.layer_norm(flat, None, None, eps).reshape(shape)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -201,10 +201,16 @@ def nll_loss(x, target, weight=None, ignore=-100, reduction="mean"):
     return loss.sum() / factor.sum() if reduction == "mean" else _reduced(loss, reduction)
 
 
+def log_softmax(x, axis):
+    """Returns the logarithm of the softmax. That of mlx.nn crashes if the axis has one element."""
+    x = x - mx.stop_gradient(x.max(axis, keepdims=True))
+    return x - mx.logsumexp(x, axis=axis, keepdims=True)
+
+
 def cross_entropy(x, target, weight=None, ignore=-100, smoothing=0.0, reduction="mean"):
     """Returns the cross-entropy of logits; classes are the second axis."""
     axis = 1 if x.ndim > 1 else 0
-    scores = nn.log_softmax(x, axis=axis)
+    scores = log_softmax(x, axis)
     classes = x.shape[axis]
     shaped = None if weight is None else weight.reshape([-1] + [1] * (x.ndim - 1 - axis))
     if mx.issubdtype(target.dtype, mx.floating):

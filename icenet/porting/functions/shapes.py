@@ -270,6 +270,8 @@ def arange(start, stop, step, dtype):
 
 def linspace(start, stop, count, dtype):
     """Returns numbers at equal distances, both ends included."""
+    if mx.issubdtype(dtype, mx.integer):
+        start, stop = (int(item) if isinstance(item, float) else item for item in (start, stop))
     if count == 1:
         return mx.broadcast_to(mx.array(start), (1,)).astype(dtype)
     index = mx.arange(count)

@@ -183,6 +183,25 @@ class Operation:
         return f"{name}({', '.join(given)})"
 
 
+def in_floating_point(function: Entry) -> Entry:
+    """Returns an entry that computes integers in float32, for operations that MLX has in floating point only."""
+
+    @functools.wraps(function)
+    def write(n: Operation) -> str:
+        if n.out.is_floating or n.out.is_complex:
+            return function(n)
+
+        def source(ref: Ref) -> str:
+            text = n._source(ref)
+            return f"{atom(text)}.astype(mx.float32)" if n.of(ref) is not None else text
+
+        wide = Operation(n.node, source, n._tensors, n._uses)
+        wide.args = n.args
+        return f"{atom(function(wide))}.astype(mx.{mlx_dtype(n.out.dtype)})"
+
+    return write
+
+
 def flag(n: Operation, name: str) -> bool:
     return bool(n.args.get(name))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icenet.core.porting.record import Tensor
-from icenet.core.porting.table.base import Operation, atom, entry
+from icenet.core.porting.table.base import Operation, atom, entry, in_floating_point
 
 
 def _one(value: list[int] | int, rank: int) -> str:
@@ -28,6 +28,7 @@ def _spatial(rank: int) -> str:
 
 
 @entry("conv1d", "conv2d", "conv3d")
+@in_floating_point
 def conv(n: Operation) -> str:
     rank = int(n.node.base[4])
     x, before, after = _batched(n, rank, n["input"])
@@ -64,6 +65,7 @@ def conv(n: Operation) -> str:
 
 
 @entry("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@in_floating_point
 def conv_transpose(n: Operation) -> str:
     rank = int(n.node.base[14])
     x, before, after = _batched(n, rank, n["input"])
@@ -77,8 +79,14 @@ def conv_transpose(n: Operation) -> str:
     given = "".join(
         f", {name}={_one(value, rank)}" for name, value, default in options if _one(value, rank) != default
     )
-    wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in ("output_padding", "padding")]
-    if groups != 1 or any(more > size for more, size in zip(*wide, strict=True)):
+    names = ("output_padding", "padding", "dilation")
+    wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in names]
+    kernel = n.tensor("weight").shape[2:]  # type: ignore[union-attr]
+    is_odd = any(
+        more > size or size > d * (int(k) - 1)  # type: ignore[call-overload]
+        for more, size, d, k in zip(*wide, kernel, strict=True)
+    )
+    if groups != 1 or is_odd:
         given += f", groups={groups}" if groups != 1 else ""
         text = n.call("conv_transpose", x, n["weight"], repr(rank) + given)
     else:
@@ -113,6 +121,7 @@ def max_pool(n: Operation) -> str:
 
 
 @entry("avg_pool1d", "avg_pool2d", "avg_pool3d")
+@in_floating_point
 def avg_pool(n: Operation) -> str:
     rank = int(n.node.base[8])
     x, before, after = _batched(n, rank, n["self"], "self")

@@ -335,6 +335,8 @@ def prelu(n: Operation) -> str:
     x, weight = n.tensor("self"), n.tensor("weight")
     assert x is not None and weight is not None
     text = n.atom("weight")
+    if not x.ndim and weight.ndim:
+        text = f"{text}.reshape(())"
     if weight.ndim == 1 and weight.shape[0] != 1 and x.ndim > 2:
         text = f"{text}.reshape({', '.join(['-1'] + ['1'] * (x.ndim - 2))})"
     return n.call("leaky_relu", n["self"], text)

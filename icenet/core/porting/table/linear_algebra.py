@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from icenet.core.porting.table.base import Operation, atom, entry
+from icenet.core.porting.table.base import Operation, atom, entry, in_floating_point
 
 
 @entry("mm", "bmm", "matmul", "mv", "linalg_matmul", "__matmul__")
@@ -66,23 +66,27 @@ def addmm(n: Operation) -> str:
 
 
 @entry("linear")
+@in_floating_point
 def linear(n: Operation) -> str:
     text = f"{n.atom('input')} @ {n.atom('weight')}.T"
     return text if n.args.get("bias") is None else f"{text} + {n.atom('bias')}"
 
 
 @entry("bilinear")
+@in_floating_point
 def bilinear(n: Operation) -> str:
     return n.call("bilinear", n["input1"], n["input2"], n["weight"], n["bias"])
 
 
 @entry("einsum")
+@in_floating_point
 def einsum(n: Operation) -> str:
     equation = n.args["equation"].replace(" ", "")
     return f"mx.einsum({equation!r}, {', '.join(n.source(item) for item in n.args['tensors'])})"
 
 
 @entry("tensordot")
+@in_floating_point
 def tensordot(n: Operation) -> str:
     a, b = n.tensor("self"), n.tensor("other")
     assert a is not None and b is not None
@@ -93,6 +97,7 @@ def tensordot(n: Operation) -> str:
 
 
 @entry("chain_matmul", "linalg_multi_dot")
+@in_floating_point
 def chain_matmul(n: Operation) -> str:
     parts: Any = n.args.get("matrices", n.args.get("tensors"))
     return " @ ".join(atom(n.source(part)) for part in parts)
