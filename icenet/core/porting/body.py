@@ -52,9 +52,10 @@ class Frame:
         self.unpacked: set[str] = set()
         self.pinned: set[str] = set()
         """Tensors whose sizes are read later."""
-        self.runs: dict[int, int] = {}
+        self.runs: dict[tuple[int, int], int] = {}
         self.number_runs()
         self.scope: set[str] = set()
+        self.collected: list[str] = []
 
     # ---- which values
 
@@ -92,6 +93,7 @@ class Frame:
         self.uses = Counter(name for item in self.items for name in self.used_by(item))
         self.uses.update(outputs)
         self.uses.update(final.keys())
+        self.collect()
         self.consumer: dict[str, int] = {}
         self.users: dict[str, list[Item]] = {}
         for index, item in enumerate(self.items):
@@ -108,6 +110,7 @@ class Frame:
                 signature.append(variable)
         self.scope = {name for _, name in parameters}
         self.open_sizes(parameters)
+        self.lines += [Line(f"{variable} = []") for variable in self.collected]
         for index, item in enumerate(self.items):
             self.position = index
             if isinstance(item, Node):
@@ -217,11 +220,19 @@ class Frame:
     def is_final(self, item: Item, name: str) -> bool:
         """Returns whether a value is the result of its statement: no later operation of the statement uses it."""
         users = self.users.get(name, ())
-        return not any(self.is_same_statement(user, item) for user in users if user is not item)
+        return not any(self.is_within(user, item) for user in users if user is not item)
 
     def is_same_statement(self, a: Item, b: Item) -> bool:
         """Returns whether one execution of a statement of the original computes both."""
-        return a.place is not None and a.place == b.place and self.runs.get(id(a)) == self.runs.get(id(b))
+        return a.place is not None and a.place == b.place and self.is_within(a, b)
+
+    def is_within(self, inner: Item, item: Item) -> bool:
+        """Returns whether the statement that computes an item, or a function that it calls, computes another one."""
+        if item.place is None or inner.place is None:
+            return False
+        depth = len(item.place.chain)
+        same = inner.place.chain[:depth] == item.place.chain
+        return same and self.runs.get((id(inner), depth)) == self.runs.get((id(item), depth))
 
     def number_runs(self) -> None:
         """Numbers the executions of statements: one in a loop is a sequence of operations that repeats."""
@@ -246,13 +257,35 @@ class Frame:
                 n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
             )
             place = self.items[start].place
-            if place is None or len(place.targets) != 1:
+            if place is None or not (len(place.targets) == 1 or self.gives(start, size, len(place.targets))):
                 size = len(kinds)
             for index in range(start, end):
-                found = self.items[index].place
-                if found is not None and len(found.chain) == depth:
-                    self.runs[id(self.items[index])] = start + (index - start) // size * size
+                self.runs[id(self.items[index]), depth] = start + (index - start) // size * size
             start = end
+
+    def collect(self) -> None:
+        """Finds the lists to which the original appends the values that it joins, for loops."""
+        self.lists: dict[str, str] = {}
+        """The variable of the list by the name of each of its values, and of the operation that joins it."""
+        for item in self.items:
+            names = [ref.name for ref in item.args.get("tensors", ())] if isinstance(item, Node) else []
+            places = {made.place for made in self.items if isinstance(made, Node) and made.name in names}
+            place = next(iter(places), None)
+            match = re.match(r"(\w+)\.append\(", place.code) if place is not None and len(places) == 1 else None
+            is_joined = isinstance(item, Node) and item.base in ("stack", "cat") and len(names) > 2
+            made = [made.name for made in self.items if isinstance(made, Node) and made.name in names]
+            if match and is_joined and made == names and all(self.uses[name] == 1 for name in names):
+                assert isinstance(item, Node)
+                self.position = -1
+                self.last_use[f"list {item.name}"] = self.items.index(item)
+                variable = self.variable(match[1], f"list {item.name}")
+                self.lists.update(dict.fromkeys([*names, item.name], variable))
+                self.collected.append(variable)
+
+    def gives(self, start: int, size: int, count: int) -> bool:
+        """Returns whether some operations are a call with a number of results: `h, c = cell(x, h, c)` in a loop."""
+        calls = [item for item in self.items[start : start + size] if isinstance(item, Call)]
+        return len(calls) == 1 and len(self.graph.returns(calls[0])) == count
 
     def is_element(self, item: Item) -> bool:
         """Returns whether this is a call of an element of a list."""
@@ -270,6 +303,12 @@ class Frame:
             and self.structure.is_dense(parent)
             and (len(self.structure.modules[parent].children) > 1)
         )
+
+    def is_listed(self, item: Item) -> bool:
+        """Returns whether this is a call of an element of an `nn.ModuleList`, whose loop the original has written."""
+        path = item.args.get("path", "") if isinstance(item, Node) else item.path
+        parent = path.rpartition(".")[0]
+        return self.is_element(item) and self.structure.modules[parent].class_name == "ModuleList"
 
     def element_name(self, item: Item, name: str, given: str) -> str | None:
         """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
@@ -400,7 +439,14 @@ class Frame:
             return
         if self.graph.size(node.name) is not None:
             return  # written where it is used
-        text = self.operation(node)
+        if node.name in self.lists and "tensors" in node.args:
+            function = "stack" if node.base == "stack" else "concatenate"
+            text = f"mx.{function}({self.lists[node.name]}, axis={node.args['dim']})"
+        else:
+            text = self.operation(node)
+            if node.name in self.lists:
+                self.lines.append(Line(f"{self.lists[node.name]}.append({text})"))
+                return
         trace = self.structure.trace
         inline = self.uses[node.name] == 1 and self.is_inlined(node, index, text) and not trace
         if node.op == "recurrent" and node.place is not None and len(node.place.targets) > 1:
@@ -461,20 +507,23 @@ class Frame:
         consumer = self.consumer.get(node.name)
         if node.name in self.pinned:
             return False
-        if ELEMENT.match(text):
+        user = self.items[consumer] if consumer is not None else None
+        is_part = user is not None and self.is_same_statement(user, self.items[index])
+        if ELEMENT.match(text) and not (is_part and self.is_listed(self.items[index])):
             return False  # a loop may run over the list
         if consumer is None:  # the return reads it
             if len(text) >= RETURNED or (node.place is not None and node.place.targets and len(text) >= 60):
                 return False
             self.keep(text, len(self.items))
             return True
-        user = self.items[consumer]
-        if self.is_element(user):
+        assert user is not None
+        if self.is_element(user) and not (is_part and self.is_listed(user)):
             return False  # the loop reads a variable
         if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)):
             return False
         same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
-        if not same and node.place is not None and node.place.targets and not self.is_plain(node):
+        is_named = node.place is not None and bool(node.place.targets) and self.is_final(node, node.name)
+        if not same and is_named and not self.is_plain(node):
             return False
         self.keep(text, consumer)
         return True
@@ -502,6 +551,10 @@ class Frame:
         targets = call.place.targets if call.place else ()
         variables = []
         for position, name in enumerate(results):
+            is_unused = self.uses[name] == 0 and name not in self.pinned and not self.structure.trace
+            if is_unused and len(targets) != len(results):
+                variables.append("_")
+                continue
             hint = (
                 targets[position]
                 if len(targets) == len(results)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+from collections.abc import Iterator
 
 from icenet.core.porting.calls import Item
 from icenet.core.porting.lines import Line
@@ -30,7 +33,12 @@ def roll(lines: list[Line]) -> list[Line]:
             if found is not None and (best is None or found[0] * size > best[0] * best[1]):
                 best = (*found[:1], size, *found[1:])
         if best is None:
-            index += 1
+            turns = _turns(lines, index)
+            if turns is None:
+                index += 1
+                continue
+            lines = [*lines[:index], *turns[0], *lines[index + turns[1] :]]
+            index += len(turns[0])
             continue
         count, size, lists, start = best
         block = lines[index : index + size]
@@ -47,6 +55,60 @@ def roll(lines: list[Line]) -> list[Line]:
         lines = [*lines[:index], Line(head, "", block[0].depth), *inner, *lines[index + size * count :]]
         index += size + 1
     return lines
+
+
+_INTEGER = re.compile(r"(?<![\w.])\d+(?![\w.])")
+
+
+def _turns(lines: list[Line], index: int) -> tuple[list[Line], int] | None:
+    """Returns a loop in the place of statements that repeat with an index that rises, and their number."""
+    for size in range(1, min(12, (len(lines) - index) // 3) + 1):
+        block = lines[index : index + size]
+        if any(line.code.endswith(":") or line.code.startswith("return") for line in block):
+            return None
+        count, rising = 1, None
+        while True:
+            turn = lines[index + size * count : index + size * (count + 1)]
+            found = _rise(block, turn, count)
+            if found is None or (rising is not None and found != rising):
+                break
+            count, rising = count + 1, found
+        if count < 3 or rising is None:
+            continue
+        starts = {_numbers(block)[place] for place in rising}
+        if len(starts) > 1:
+            continue
+        start = starts.pop() if starts else 0
+        places = itertools.count()
+        put = functools.partial(_put, places, rising)
+        inner = [Line(_INTEGER.sub(put, line.code), line.comment, line.depth + 1) for line in block]
+        bounds = f"{start}, {start + count}" if start else str(count)
+        head = Line(f"for {'step' if rising else '_'} in range({bounds}):", "", block[0].depth)
+        return [head, *inner], size * count
+    return None
+
+
+def _put(places: Iterator[int], rising: set[int], match: re.Match[str]) -> str:
+    return "step" if next(places) in rising else match[0]
+
+
+def _numbers(lines: list[Line]) -> list[int]:
+    return [int(text) for line in lines for text in _INTEGER.findall(line.code)]
+
+
+def _rise(block: list[Line], turn: list[Line], distance: int) -> set[int] | None:
+    """Returns the places of the numbers that rise by one in each turn, None if other text differs."""
+    if [(line.depth, _INTEGER.sub("#", line.code)) for line in block] != [
+        (line.depth, _INTEGER.sub("#", line.code)) for line in turn
+    ]:
+        return None
+    rising = set()
+    for place, (first, now) in enumerate(zip(_numbers(block), _numbers(turn), strict=True)):
+        if now == first + distance:
+            rising.add(place)
+        elif now != first:
+            return None
+    return rising
 
 
 def _singular(text: str) -> str:

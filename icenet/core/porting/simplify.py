@@ -120,6 +120,30 @@ class _Simplify(ast.NodeTransformer):
         node.args = [ast.Constant(axis) for axis in both]
         return node
 
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
+        """Joins x[:, 0][:, None] as x[:, 0, None]."""
+        self.generic_visit(node)
+        if not isinstance(node.value, ast.Subscript):
+            return node
+        first, second = _indices(node.value), _indices(node)
+        is_plain = all(isinstance(item, ast.Slice) or _is_integer(item) for item in first)
+        if not is_plain or not all(_is_whole(item) or _is_new_axis(item) for item in second):
+            return node
+        joined: list[ast.expr] = []
+        for item in first:
+            if isinstance(item, ast.Slice):
+                while second and _is_new_axis(second[0]):
+                    joined.append(second.pop(0))
+                if second:
+                    second.pop(0)
+            joined.append(item)
+        joined += second
+        while joined and _is_whole(joined[-1]):
+            joined.pop()
+        if not any(_is_new_axis(item) for item in joined):
+            return node
+        return ast.Subscript(node.value.value, ast.Tuple(joined, ast.Load()), node.ctx)
+
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         self.generic_visit(node)
         if node.attr == "T" and isinstance(node.value, ast.Attribute) and node.value.attr == "T":
@@ -187,6 +211,24 @@ def _swap(node: ast.Call, ndim: int) -> list[int] | None:
     axes = list(range(ndim))
     axes[first], axes[second] = axes[second], axes[first]
     return axes
+
+
+def _indices(node: ast.Subscript) -> list[ast.expr]:
+    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+
+
+def _is_whole(item: ast.expr) -> bool:
+    return isinstance(item, ast.Slice) and item.lower is None and item.upper is None and item.step is None
+
+
+def _is_new_axis(item: ast.expr) -> bool:
+    return isinstance(item, ast.Constant) and item.value is None
+
+
+def _is_integer(item: ast.expr) -> bool:
+    item = item.operand if isinstance(item, ast.UnaryOp) else item
+    is_step = isinstance(item, ast.Name) and item.id == "step"  # of a loop
+    return is_step or (isinstance(item, ast.Constant) and type(item.value) is int)
 
 
 def _dotted(node: ast.expr) -> str:

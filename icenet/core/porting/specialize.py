@@ -31,6 +31,8 @@ class Calls:
 
     trees: list[ast.AST]
     given: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    something: dict[str, set[str]] = field(default_factory=dict)
+    """The parameters of each helper that are not None."""
 
 
 def specialized(names: set[str], calls: Calls) -> list[str]:
@@ -42,6 +44,7 @@ def specialized(names: set[str], calls: Calls) -> list[str]:
     """
     order = helpers.needed(names)
     trees: dict[str, ast.AST] = {}
+    calls.something = {}
     texts: dict[str, str] = {}
     for name in helpers.callers_first(order):
         if name not in calls.given and name not in helpers.read_in([*calls.trees, *trees.values()]):
@@ -85,10 +88,10 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
                     for key, value in bound.items()
                     if not (isinstance(value, ast.Name) and value.id == key)
                 }
-            values.append({key: _known(value, tree) for key, value in bound.items()})
+            values.append({key: _known(value, tree, calls) for key, value in bound.items()})
     values += [
         {
-            key: given.get(key, _known(defaults[key], definition) if key in defaults else _UNKNOWN)
+            key: given.get(key, _known(defaults[key], definition, calls) if key in defaults else _UNKNOWN)
             for key in parameters
         }
         for given in calls.given.get(definition.name, [])
@@ -114,6 +117,7 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
             constants[key] = first
         elif all(item is SOMETHING or (isinstance(item, ast.expr) and not _is_none(item)) for item in column):
             something.add(key)
+    calls.something[definition.name] = something - stored
     _Folder(constants, something - stored, definition).fold()
     used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
     removed = [key for key in constants if key not in used]
@@ -164,12 +168,13 @@ def _bound(call: ast.Call, parameters: list[str], defaults: dict[str, ast.expr])
     return {key: given.get(key, defaults.get(key)) for key in parameters}  # type: ignore[misc]
 
 
-def _known(value: ast.expr, tree: ast.AST) -> Any:
+def _known(value: ast.expr, tree: ast.AST, calls: Calls) -> Any:
     """Returns the expression of a constant, or what is known about another argument."""
     if _is_constant(value):
         return value
     if isinstance(tree, ast.FunctionDef) and isinstance(value, ast.Name):
-        return _UNKNOWN  # a parameter of another helper may be None
+        is_given = value.id in calls.something.get(tree.name, ())
+        return SOMETHING if is_given else _UNKNOWN  # a parameter of another helper may be None
     return _UNKNOWN if isinstance(value, ast.IfExp) else SOMETHING
 
 

@@ -31,12 +31,20 @@ class Values:
         """Removes operations that nothing depends on."""
         needed: set[str] = set()
         pending = [*refs(self.graph.output_tree), *refs(self.graph.updates)]
+        results: dict[str, list[list[str]]] = {}
+        for call in self.root.calls():
+            results.setdefault(call.path, []).append(list(refs(call.results)))
         while pending:
             name = pending.pop()
             if name not in needed:
                 needed.add(name)
                 if name in self.by_name:
                     pending.extend(refs(self.by_name[name].args))
+            if not pending:  # every call of a module returns what one of them is needed for
+                for calls in results.values():
+                    for names in zip(*calls, strict=False) if len(calls) > 1 else ():
+                        if any(name in needed for name in names):
+                            pending += [name for name in names if name not in needed and name in self.by_name]
         self.needed = needed
 
         def walk(call: Call) -> None:
@@ -69,6 +77,13 @@ class Values:
         for name, stack in order:
             by_value.setdefault(name, []).append(stack)
         self.by_value = by_value
+        self.read_results: dict[str, set[int]] = {}
+        """Which results of each module any of its calls needs: all calls return them."""
+        for item in call.calls():
+            inside = self.inside.get(item.entered, set())
+            for index, name in enumerate(refs(item.results)):
+                if name in inside and self.is_value(name) and self.escapes(name, item):
+                    self.read_results.setdefault(item.path, set()).add(index)
         for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
             self.sort(item)
 
@@ -202,13 +217,19 @@ class Values:
                 declared.add(name)
                 given.append((self.hint(name), name))
         self._parameters[call.entered] = given
-        results = [name for name in refs(call.results) if name in inside and self.is_value(name)]
+        kept = self.read_results.get(call.path, set())
+        results = [
+            name
+            for index, name in enumerate(refs(call.results))
+            if index in kept and name in inside and self.is_value(name)
+        ]
         updates = {value.name for value in self.graph.updates.values() if isinstance(value, Ref)}
         escaping = [
             name for name in self.order if name in inside and self.is_value(name) and self.escapes(name, call)
         ]
-        returned = list(dict.fromkeys([name for name in results if name in escaping] + escaping))
-        returned += [name for name in updates & inside if name not in returned and not self.updates_here(name, call)]
+        returned = list(dict.fromkeys([*results, *escaping]))
+        updated = sorted(updates & inside, key=lambda name: self.order.get(name, -1))
+        returned += [name for name in updated if name not in returned and not self.updates_here(name, call)]
         self._returns[call.entered] = returned if call is not self.root else []
 
     def escapes(self, name: str, call: Call) -> bool:
