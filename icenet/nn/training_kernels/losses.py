@@ -22,6 +22,7 @@ _CROSS_ENTROPY = """
     const T* x = logits + row * V;
     const int label = labels[row], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float cap = softcap[0];
+    auto power = [](float x) { return sizeof(T) == 2 ? __expf(x) : expf(x); };
     auto capped = [&](T logit) -> float {
       const float value = (float)logit;
       return CAPPED ? cap * tanhf(value / cap) : value;
@@ -41,8 +42,8 @@ _CROSS_ENTROPY = """
       load(start, values);
       for (int i = 0; i < N; i++) higher = fmaxf(higher, values[i]);
       if (higher > -INFINITY) {
-        total *= expf(top - higher);
-        for (int i = 0; i < N; i++) total += expf(values[i] - higher);
+        total *= power(top - higher);
+        for (int i = 0; i < N; i++) total += power(values[i] - higher);
         top = higher;
       }
     }
@@ -74,7 +75,7 @@ _CROSS_ENTROPY = """
       Pack pack;
       load(start, values);
       for (int i = 0; i < N; i++) {
-        float g = (expf(values[i] - log_total) - (start + i == label ? 1.f : 0.f)) * weight;
+        float g = (power(values[i] - log_total) - (start + i == label ? 1.f : 0.f)) * weight;
         if (CAPPED) g *= 1.f - values[i] * values[i] / (cap * cap);
         pack.values[i] = (T)(weight == 0.f ? 0.f : g);
       }

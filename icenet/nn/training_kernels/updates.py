@@ -51,21 +51,22 @@ _SUMS_OF_SQUARES = """
     if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
 """
 
-# Several arrays. A block computes 2048 values, each thread four neighbours if the size allows it.
+# Several arrays. A block computes `THREADS * N * PACKS` neighbours of one of them, which the branches of `CHOICES`
+# select: a table that is indexed at run time would be written to memory by each thread.
 _ADAM = """
-    constexpr int THREADS = 512, N = 4;
+    constexpr int THREADS = 512, N = 4, PACKS = 4;
     struct alignas(16) Pack { float values[N]; };
-    const int sizes[] = {SIZES};
-    int place = 0, block = blockIdx.x;
-    while (block >= (sizes[place] + THREADS * N - 1) / (THREADS * N)) {
-      block -= (sizes[place] + THREADS * N - 1) / (THREADS * N);
-      place++;
-    }
-    const float *ps[] = {P}, *gs[] = {G}, *ms[] = {M}, *vs[] = {V};
-    float *new_ps[] = {NEW_P}, *new_ms[] = {NEW_M}, *new_vs[] = {NEW_V};
-    const float *p = ps[place], *g = gs[place], *m = ms[place], *v = vs[place];
-    float *new_p = new_ps[place], *new_m = new_ms[place], *new_v = new_vs[place];
-    const int size = sizes[place];
+    const float *p, *g, *m, *v;
+    float *new_p, *new_m, *new_v;
+    int block = blockIdx.x, size = 0;
+    auto is_in = [&](int values) {
+      const int blocks = (values + THREADS * N * PACKS - 1) / (THREADS * N * PACKS);
+      size = values;
+      if (block < blocks) return true;
+      block -= blocks;
+      return false;
+    };
+    CHOICES
     auto update = [&](float& a, float& b, float& c, float d) {
       const float slope = d * factor[0] + scalars[8] * a;
       b = scalars[4] * b + scalars[5] * slope;
@@ -73,19 +74,21 @@ _ADAM = """
       const float denominator = sqrtf(c) / scalars[1] + scalars[2];
       a = a * scalars[3] - scalars[0] * (b / denominator);
     };
-    if (size % N == 0) {
-      const int index = block * THREADS + threadIdx.x;
-      if (index * N >= size) return;
-      Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
-      Pack c = reinterpret_cast<const Pack*>(v)[index];
-      const Pack d = reinterpret_cast<const Pack*>(g)[index];
-      for (int i = 0; i < N; i++) update(a.values[i], b.values[i], c.values[i], d.values[i]);
-      reinterpret_cast<Pack*>(new_p)[index] = a;
-      reinterpret_cast<Pack*>(new_m)[index] = b;
-      reinterpret_cast<Pack*>(new_v)[index] = c;
+    if (size % N == 0 && ((size_t)p | (size_t)g | (size_t)m | (size_t)v) % sizeof(Pack) == 0) {
+      for (int i = 0; i < PACKS; i++) {
+        const int index = (block * PACKS + i) * THREADS + threadIdx.x;
+        if (index * N >= size) break;
+        Pack a = reinterpret_cast<const Pack*>(p)[index], b = reinterpret_cast<const Pack*>(m)[index];
+        Pack c = reinterpret_cast<const Pack*>(v)[index];
+        const Pack d = reinterpret_cast<const Pack*>(g)[index];
+        for (int j = 0; j < N; j++) update(a.values[j], b.values[j], c.values[j], d.values[j]);
+        reinterpret_cast<Pack*>(new_p)[index] = a;
+        reinterpret_cast<Pack*>(new_m)[index] = b;
+        reinterpret_cast<Pack*>(new_v)[index] = c;
+      }
     } else {
-      for (int i = 0; i < N; i++) {
-        const int index = (block * N + i) * THREADS + threadIdx.x;
+      for (int i = 0; i < N * PACKS; i++) {
+        const int index = (block * N * PACKS + i) * THREADS + threadIdx.x;
         if (index >= size) break;
         float a = p[index], b = m[index], c = v[index];
         update(a, b, c, g[index]);
@@ -95,6 +98,7 @@ _ADAM = """
       }
     }
 """
+_VALUES_OF_A_BLOCK = 16 * THREADS
 
 
 def sums_of_squares(arrays: Sequence[Array]) -> Array:
@@ -172,7 +176,7 @@ def adam(
             for array in [*(array.reshape(-1) for array in arrays[own]), *[nothing] * fill]
         ]
         outputs = [*shapes, *[(1,)] * fill]
-        blocks = sum(-(-math.prod(shape) // (4 * THREADS)) for shape in outputs)
+        blocks = sum(-(-math.prod(shape) // _VALUES_OF_A_BLOCK) for shape in outputs)
         new = _adam()(
             inputs=[*inputs, factor, scalars],
             template=[],
@@ -203,13 +207,11 @@ def _sums_of_squares() -> Any:
 
 @lru_cache
 def _adam() -> Any:
-    names = {
-        part: [f"{part}{index}" for index in range(ARRAYS_OF_ADAM)]
-        for part in ("p", "g", "m", "v", "new_p", "new_m", "new_v")
-    }
-    source = _ADAM.replace("{SIZES}", f"{{{sizes_of(names['p'])}}}")
-    for part, own in names.items():
-        source = source.replace(f"{{{part.upper()}}}", f"{{{', '.join(own)}}}")
-    inputs = [name for part in ("p", "g", "m", "v") for name in names[part]]
-    outputs = [name for part in ("new_p", "new_m", "new_v") for name in names[part]]
-    return mx.fast.cuda_kernel("icenet_adam", [*inputs, "factor", "scalars"], outputs, source)
+    inputs, outputs = ("p", "g", "m", "v"), ("new_p", "new_m", "new_v")
+    choices = []
+    for index in range(ARRAYS_OF_ADAM):
+        chosen = " ".join(f"{part} = {part}{index};" for part in (*inputs, *outputs))
+        choices.append(f"if (is_in(p{index}_shape[0])) {{ {chosen} }}")
+    source = _ADAM.replace("CHOICES", " else ".join([*choices, "return;"]), 1)
+    names = [[f"{part}{index}" for part in parts for index in range(ARRAYS_OF_ADAM)] for parts in (inputs, outputs)]
+    return mx.fast.cuda_kernel("icenet_adam", [*names[0], "factor", "scalars"], names[1], source)
