@@ -14,7 +14,7 @@ TITLES = {
 }
 HEAD = """# What ports cover
 
-Measured with [`icenet.port`](port.md) by the program below, which writes this page. A layer or a model passes if the
+Measured with [`icenet.port`](porting.md) by the program below, which writes this page. A layer or a model passes if the
 port is proved: the outputs and the gradients of all parameters, in evaluation and in training mode, are within 8
 times the noise of rounding. A sample of an operation passes if its outputs and, in float32, the gradients of its
 inputs agree to rounding. Integers (int64), booleans and bfloat16 are tried where PyTorch has the operation for them.
