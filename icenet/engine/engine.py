@@ -45,7 +45,7 @@ class Engine(engine.Engine):
     # MLX collects kernels in CUDA graphs. To make or update a graph, and to start it, takes the host longer than to
     # start the kernels one by one: on an H200 a step of ResNet-50 took 70 ms, and 39 without graphs. Memory is freed
     # after so many operations only, then; with MLX's 100 the peak was 8.7 GB instead of 5.1.
-    environment: ClassVar = {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "20"}
+    environment: ClassVar = {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "50"}
     optimizer: Optimizer
 
     def __init__(self, config: Config, device: str = "auto", dtype: str = "float32") -> None:

@@ -12,27 +12,33 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array
-from icenet.nn.training_kernels.common import THREADS, chunks, floats, sizes_of
+from icenet.nn.training_kernels.common import THREADS, choice, chunks, floats
 
-# A block casts 4096 values of one array.
+# A block casts `VALUES` neighbours of one array, a thread four at a time if the size allows it.
 _CAST = """
-    constexpr int THREADS = 512, N = 8;
-    const int sizes[] = {SIZES};
-    int place = 0, block = blockIdx.x;
-    while (block >= (sizes[place] + THREADS * N - 1) / (THREADS * N)) {
-      block -= (sizes[place] + THREADS * N - 1) / (THREADS * N);
-      place++;
-    }
-    const S* arrays[] = {ARRAYS};
-    T* results[] = {RESULTS};
-    const S* x = arrays[place];
-    T* out = results[place];
-    const int size = sizes[place];
-    for (int i = 0; i < N; i++) {
-      const int index = (block * N + i) * THREADS + threadIdx.x;
-      if (index < size) out[index] = (T)(float)x[index];
+    constexpr int THREADS = 512, N = 4, PACKS = 4, VALUES = THREADS * N * PACKS;
+    struct alignas(sizeof(S) * N) From { S values[N]; };
+    struct alignas(sizeof(T) * N) To { T values[N]; };
+    const S* x;
+    T* out;
+    CHOICE
+    if (size % N == 0 && (size_t)x % sizeof(From) == 0) {
+      for (int i = 0; i < PACKS; i++) {
+        const int index = (block * PACKS + i) * THREADS + threadIdx.x;
+        if (index * N >= size) break;
+        const From from = reinterpret_cast<const From*>(x)[index];
+        To to;
+        for (int j = 0; j < N; j++) to.values[j] = (T)(float)from.values[j];
+        reinterpret_cast<To*>(out)[index] = to;
+      }
+    } else {
+      for (int i = 0; i < N * PACKS; i++) {
+        const int index = (block * N * PACKS + i) * THREADS + threadIdx.x;
+        if (index < size) out[index] = (T)(float)x[index];
+      }
     }
 """
+_VALUES_OF_A_BLOCK = 16 * THREADS
 
 ARRAYS_OF_A_CAST = 24
 """Number of arrays of a kernel. Fewer are filled up, so that there is one kernel to compile."""
@@ -63,7 +69,7 @@ def _cast(arrays: Sequence[Array], dtype: mx.Dtype) -> list[Array]:
     for start, chunk in enumerate(chunks([array.reshape(-1) for array in arrays], ARRAYS_OF_A_CAST, _filler(source))):
         own = arrays[start * ARRAYS_OF_A_CAST : (start + 1) * ARRAYS_OF_A_CAST]
         shapes = [*(array.shape for array in own), *[(1,)] * (len(chunk) - len(own))]
-        blocks = sum(-(-math.prod(shape) // (8 * THREADS)) for shape in shapes)
+        blocks = sum(-(-math.prod(shape) // _VALUES_OF_A_BLOCK) for shape in shapes)
         results = _kernel()(
             inputs=chunk,
             template=[("S", source), ("T", dtype)],
@@ -87,6 +93,5 @@ def _filler(dtype: mx.Dtype) -> Array:
 def _kernel() -> Any:
     names = [f"x{index}" for index in range(ARRAYS_OF_A_CAST)]
     results = [f"out{index}" for index in range(ARRAYS_OF_A_CAST)]
-    source = _CAST.replace("SIZES", sizes_of(names))
-    source = source.replace("ARRAYS", ", ".join(names)).replace("RESULTS", ", ".join(results))
+    source = _CAST.replace("CHOICE", choice(ARRAYS_OF_A_CAST, "x", ["x", "out"]))
     return mx.fast.cuda_kernel("icenet_cast", names, results, source)

@@ -24,9 +24,31 @@ def chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[A
         yield part + [filler] * (size - len(part))
 
 
-def sizes_of(names: Sequence[str]) -> str:
-    """Returns the source of the numbers of values of some inputs of a kernel, which have one axis."""
-    return ", ".join(f"{name}_shape[0]" for name in names)
+def choice(count: int, first: str, pointers: Sequence[str]) -> str:
+    """Returns source that selects the arrays of a block: an array has a block for each `VALUES` of its values.
+
+    Branches select them. A table that is indexed at run time would be written to memory by each thread.
+
+    Args:
+        count: Number of arrays.
+        first: The inputs whose sizes count, without their number.
+        pointers: The variables to set, each to the input or output of its name and number. `size` becomes the number
+            of values, and `block` that of the block within the array.
+    """
+    choices = []
+    for index in range(count):
+        chosen = " ".join(f"{pointer} = {pointer}{index};" for pointer in pointers)
+        choices.append(f"if (is_in({first}{index}_shape[0])) {{ {chosen} }}")
+    return """
+    int block = blockIdx.x, size = 0;
+    auto is_in = [&](int values) {
+      const int blocks = (values + VALUES - 1) / VALUES;
+      size = values;
+      if (block < blocks) return true;
+      block -= blocks;
+      return false;
+    };
+    """ + " else ".join([*choices, "return;"])
 
 
 @lru_cache

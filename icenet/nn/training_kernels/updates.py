@@ -12,7 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array
-from icenet.nn.training_kernels.common import BLOCKS, THREADS, chunks, floats, integers, sizes_of
+from icenet.nn.training_kernels.common import BLOCKS, THREADS, choice, chunks, floats, integers
 
 _SUM_OF_SQUARES = """
     constexpr int THREADS = 512;
@@ -34,10 +34,9 @@ _SUM_OF_SQUARES = """
 # The squares of several small arrays: `PARTS` blocks for each.
 _SUMS_OF_SQUARES = """
     constexpr int THREADS = 512;
-    const float* arrays[] = {ARRAYS};
-    const int sizes[] = {SIZES};
-    const int place = blockIdx.x / PARTS, size = sizes[place];
-    const float* x = arrays[place];
+    const float* x = nullptr;
+    int size = 0;
+    switch (blockIdx.x / PARTS) { CASES }
     float total = 0.f;
     for (int index = blockIdx.x % PARTS * THREADS + threadIdx.x; index < size; index += PARTS * THREADS) {
       total += x[index] * x[index];
@@ -51,28 +50,23 @@ _SUMS_OF_SQUARES = """
     if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
 """
 
-# Several arrays. A block computes `THREADS * N * PACKS` neighbours of one of them, which the branches of `CHOICES`
-# select: a table that is indexed at run time would be written to memory by each thread.
+# Several arrays. A block computes `VALUES` neighbours of one of them; see `common.choice`.
 _ADAM = """
-    constexpr int THREADS = 512, N = 4, PACKS = 4;
+    constexpr int THREADS = 512, N = 4, PACKS = 4, VALUES = THREADS * N * PACKS;
     struct alignas(16) Pack { float values[N]; };
     const float *p, *g, *m, *v;
     float *new_p, *new_m, *new_v;
-    int block = blockIdx.x, size = 0;
-    auto is_in = [&](int values) {
-      const int blocks = (values + THREADS * N * PACKS - 1) / (THREADS * N * PACKS);
-      size = values;
-      if (block < blocks) return true;
-      block -= blocks;
-      return false;
-    };
-    CHOICES
+    CHOICE
+    // read once: for the compiler, each store could change them
+    const float step_size = scalars[0], root_correction = scalars[1], eps = scalars[2], shrink = scalars[3];
+    const float beta1 = scalars[4], rest1 = scalars[5], beta2 = scalars[6], rest2 = scalars[7], added = scalars[8];
+    const float scale = factor[0];
     auto update = [&](float& a, float& b, float& c, float d) {
-      const float slope = d * factor[0] + scalars[8] * a;
-      b = scalars[4] * b + scalars[5] * slope;
-      c = scalars[6] * c + scalars[7] * slope * slope;
-      const float denominator = sqrtf(c) / scalars[1] + scalars[2];
-      a = a * scalars[3] - scalars[0] * (b / denominator);
+      const float slope = d * scale + added * a;
+      b = beta1 * b + rest1 * slope;
+      c = beta2 * c + rest2 * slope * slope;
+      const float denominator = sqrtf(c) / root_correction + eps;
+      a = a * shrink - step_size * (b / denominator);
     };
     if (size % N == 0 && ((size_t)p | (size_t)g | (size_t)m | (size_t)v) % sizeof(Pack) == 0) {
       for (int i = 0; i < PACKS; i++) {
@@ -201,17 +195,14 @@ def _sum_of_squares() -> Any:
 @lru_cache
 def _sums_of_squares() -> Any:
     names = [f"x{index}" for index in range(ARRAYS_OF_A_SUM)]
-    source = _SUMS_OF_SQUARES.replace("ARRAYS", ", ".join(names)).replace("SIZES", sizes_of(names))
+    cases = [f"case {index}: x = {name}; size = {name}_shape[0]; break;" for index, name in enumerate(names)]
+    source = _SUMS_OF_SQUARES.replace("CASES", " ".join(cases))
     return mx.fast.cuda_kernel("icenet_sums_of_squares", names, ["out"], source)
 
 
 @lru_cache
 def _adam() -> Any:
     inputs, outputs = ("p", "g", "m", "v"), ("new_p", "new_m", "new_v")
-    choices = []
-    for index in range(ARRAYS_OF_ADAM):
-        chosen = " ".join(f"{part} = {part}{index};" for part in (*inputs, *outputs))
-        choices.append(f"if (is_in(p{index}_shape[0])) {{ {chosen} }}")
-    source = _ADAM.replace("CHOICES", " else ".join([*choices, "return;"]), 1)
+    source = _ADAM.replace("CHOICE", choice(ARRAYS_OF_ADAM, "p", [*inputs, *outputs]))
     names = [[f"{part}{index}" for part in parts for index in range(ARRAYS_OF_ADAM)] for parts in (inputs, outputs)]
     return mx.fast.cuda_kernel("icenet_adam", [*names[0], "factor", "scalars"], names[1], source)
