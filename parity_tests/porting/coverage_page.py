@@ -14,8 +14,8 @@ TITLES = {
 }
 HEAD = """# What ports cover
 
-Measured with [`icenet.port`](porting.md) by the program below, which writes this page. A layer or a model passes if the
-port is proved: the outputs and the gradients of all parameters, in evaluation and in training mode, are within 8
+Measured with [`icenet.port`](porting.md) by the program below, which writes this page. A layer or a model passes if
+the port is proved: the outputs and the gradients of all parameters, in evaluation and in training mode, are within 8
 times the noise of rounding. A sample of an operation passes if its outputs and, in float32, the gradients of its
 inputs agree to rounding. Integers (int64), booleans and bfloat16 are tried where PyTorch has the operation for them.
 
@@ -38,6 +38,8 @@ def page(results: dict[str, Any]) -> str:
             continue
         entries = results[group]["entries"]
         machine = results[group]["machine"]
+        if len(entries) < results[group]["of"]:
+            title = f"{title} ({len(entries)} of {results[group]['of']} entries tried)"
         if group == "ops":
             for dtype in ("float32", "int64", "bool", "bfloat16"):
                 chosen = {name: item for name, item in entries.items() if name.startswith(f"{dtype} ")}

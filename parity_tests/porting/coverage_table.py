@@ -151,6 +151,7 @@ class Run:
         self.keep, self.kept = keep, time.monotonic()
         self.until = time.monotonic() + budget
         first = Worker(group)
+        self.all = first.entries
         index, count = map(int, part.split("/"))
         names = [name for name in first.entries if not only or _chosen(name, only)][index::count]
         self.names: queue.Queue[str] = queue.Queue()
@@ -252,16 +253,16 @@ def machine() -> str:
     return f"{processor}, {cores} cores, Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def save(group: str, results: dict[str, dict[str, Any]], partial: bool) -> None:
+def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: list[str]) -> None:
     found = stored()
     entry = found.setdefault(group, {"entries": {}})
     kept = {name: {key: value for key, value in item.items() if value} for name, item in results.items()}
     entry["entries"] = dict(sorted({**(entry["entries"] if partial else {}), **kept}.items()))
-    entry["machine"] = machine()
+    entry["machine"], entry["of"] = machine(), len(every)
     lines = []
     for name, item in sorted(found.items()):
         rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in item["entries"].items())
-        head = f'  "machine": {json.dumps(item["machine"])},\n  "entries": {{\n'
+        head = f'  "machine": {json.dumps(item["machine"])},\n  "of": {item["of"]},\n  "entries": {{\n'
         lines.append(f" {json.dumps(name)}: {{\n{head}{rows}\n  }}\n }}")
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -309,7 +310,7 @@ def main(arguments: list[str]) -> int:
 
         def keep(run: Run, group: str = group, whole: bool = whole) -> None:
             if not given.show:
-                save(group, run.results, not whole or len(run.results) < run.count)
+                save(group, run.results, not whole or len(run.results) < run.count, run.all)
 
         run = Run(group, given.jobs, limit, given.only, given.part, given.budget, keep)
         total = totals(run.results)

@@ -207,7 +207,7 @@ def _is_rounding(ours: mx.array, theirs: torch.Tensor, exact: list[torch.Tensor]
 
 def _check_gradients(model: Any, function: Any, inputs: list[torch.Tensor]) -> None:
     chosen = [index for index, item in enumerate(inputs) if item.dtype == torch.float32 and item.numel()]
-    if not chosen:
+    if not chosen or any(item.isnan().any() for item in inputs):  # whether a gradient at NaN is NaN has no rule
         return
     factors: dict[int, torch.Tensor] = {}
 

@@ -183,7 +183,7 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
     if mode == "sum":
         return start.at[places].add(source)
     if mode == "prod":
-        return start.at[places].multiply(source)
+        return multiply_at(start, places, source)
     if mode == "amax":
         return start.at[places].maximum(source)
     if mode == "amin":
@@ -192,6 +192,28 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
     count = mx.maximum(count + 1 if include_self else count, 1)
     total = start.at[places].add(source)
     return total / count if mx.issubdtype(x.dtype, mx.floating) else mx.floor(total / count).astype(x.dtype)
+
+
+def multiply_at(x, places, source):
+    """Returns x with places multiplied by values. The gradient of a factor is the product of the others."""
+
+    @mx.custom_function
+    def multiply(x, source):
+        return x.at[places].multiply(source)
+
+    @multiply.vjp
+    def gradient(inputs, cotangent, y):
+        x, source = inputs
+        products = mx.where(x == 0, 1, x).at[places].multiply(mx.where(source == 0, 1, source))
+        zeros = (x == 0).astype(mx.int32).at[places].add((source == 0).astype(mx.int32))
+
+        def of(value, cotangent, product, count):
+            others = mx.where(count == (value == 0), product / mx.where(value == 0, 1, value), 0)
+            return cotangent * others
+
+        return of(x, cotangent, products, zeros), of(source, cotangent[places], products[places], zeros[places])
+
+    return multiply(x, source)
 
 
 def _along(x, axis, index):
