@@ -339,7 +339,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """All sides run in this process; the rates are those of small matrices."""
     if not backends.installed("mlx"):
         pytest.skip("MLX is not installed")
-    monkeypatch.setattr(inference, "start", InProcess)
+    monkeypatch.setattr(common, "start", lambda session, name, device: InProcess(name, device))
     monkeypatch.setattr(inference, "prepare", target.prepare)
     monkeypatch.setattr(sides, "_doubled", lambda first, last: [first])
 
@@ -481,7 +481,9 @@ def test_a_side_that_fails_costs_one_line(
         return prefill(self, prompts)
 
     monkeypatch.setattr(sides.OwnModel, "prefill", fail)
-    monkeypatch.setattr(inference, "start", lambda name, device: started.append(name) or InProcess(name, device))
+    monkeypatch.setattr(
+        common, "start", lambda session, name, device: started.append(name) or InProcess(name, device)
+    )
     arguments = bench("prefill", "--prompts", "1x8", "--side", "icenet mlx,icenet torch", "--dtype", "fp32,bf16")
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
@@ -536,7 +538,7 @@ def test_the_start_of_processes(in_process: None, capsys: pytest.CaptureFixture[
 def test_a_target_is_checked_before_processes_start(
     row: str, target: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inference, "start", lambda name, device: pytest.fail(f"{name} is started"))
+    monkeypatch.setattr(common, "start", lambda session, name, device: pytest.fail(f"{name} is started"))
     assert cli.main(["bench", row, target, "--repeats", "1"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and is_one_line(error_line(err), target, reason)

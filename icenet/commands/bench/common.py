@@ -1,11 +1,13 @@
-"""Code that the measurements share: separate processes, interleaved timing, tables."""
+"""Code that the measurements share: separate processes, interleaved timing, tables, reports."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
@@ -146,3 +148,143 @@ def machine(backend: str, device: str) -> dict[str, Any]:
         "platform": system["platform"],
         "cores": system["cores"],
     }
+
+
+def rounded(value: float) -> str:
+    """Returns a number with three significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class SidesReport(ABC):
+    """The results of sides that are measured in turn.
+
+    Attributes:
+        machine: The platform, and the framework and device of each side.
+        rates: By dtype, the measured rates of the machine, if a limit needs them.
+        results: One entry for each row and case, with its `title` and its `sides`.
+        notes: What could not be measured, and why.
+        interruption: Ctrl-C or the signal that ended the measurement.
+    """
+
+    machine: dict[str, Any]
+    rates: dict[str, Any]
+    results: list[dict[str, Any]]
+    notes: list[str]
+    interruption: BaseException | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "rates": self.rates,
+            "results": self.results,
+            "notes": self.notes,
+            "interrupted": self.interruption is not None,
+        }
+
+    def render(self) -> None:
+        output = console()
+        for result in self.results:
+            rows = [self.cells(result, entry) for entry in result["sides"]]
+            output.print(table(result["title"], rows, [name for name in rows[0] if name != "side"]))
+            output.print(self.limit(result), soft_wrap=True, markup=False)
+            output.print()
+        for line in (self.summary(), *self.notes):
+            output.print(line, soft_wrap=True, markup=False)
+
+    @abstractmethod
+    def cells(self, result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
+        """Returns a line of a table, by column: a side of a result."""
+
+    @abstractmethod
+    def limit(self, result: Mapping[str, Any]) -> str:
+        """Returns the line below a table: the physical limit."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Returns the line below all tables."""
+
+
+class Sides:
+    """The processes of the sides, one each.
+
+    A side that fails is left out with a note. It gets a new process, because the old one may hold memory of the
+    device or may have ended.
+
+    Args:
+        session: The class that runs in a process, with the arguments name and device. Its method `facts` returns the
+            kind of the device ("device") and others.
+        device: The device of all sides.
+        notify: Receives a line of progress.
+
+    Attributes:
+        facts: What `facts` returned, by side.
+        notes: What could not be measured, and why.
+    """
+
+    def __init__(self, session: type, device: str | None, notify: Notify) -> None:
+        self._session, self._device, self._notify = session, device or "auto", notify
+        self._workers: dict[str, isolated.Worker] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """The sides that run."""
+        return list(self._workers)
+
+    @property
+    def device(self) -> str:
+        """The kind of the devices: gpu if one is, otherwise cpu."""
+        return "gpu" if any(facts["device"] == "gpu" for facts in self.facts.values()) else "cpu"
+
+    def open(self, missing: Mapping[str, str]) -> None:
+        """Starts sides, all of them at the same time.
+
+        Args:
+            missing: By name, why a side cannot run; an empty text if it can.
+        """
+        for name, reason in missing.items():
+            if reason:
+                self.notes.append(f"{name}: not measured: {reason}")
+            else:
+                self._workers[name] = self._new(name)
+        for name in self.names:
+            self._notify(f"{name}: starts")
+            try:
+                self.facts[name] = self._workers[name].call("facts")
+            except isolated.IsolatedError as error:
+                self.leave_out(name, str(error))
+
+    def call(self, name: str, method: str, *arguments: Any, part: str = "") -> Any:
+        """Returns the result of a method of a side. After a failure, a note has the reason and the result is None.
+
+        Args:
+            part: What is measured, for the note.
+        """
+        try:
+            return self._workers[name].call(method, *arguments)
+        except isolated.IsolatedError as error:
+            self.notes.append(": ".join(filter(None, [name, part, "not measured", str(error)])))
+            self._workers[name].close()
+            self._workers[name] = self._new(name)
+            return None
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Ends a side."""
+        self.notes.append(f"{name}: not measured: {reason}")
+        self._workers.pop(name).close()
+
+    def close(self) -> None:
+        """Ends all sides."""
+        for worker in self._workers.values():
+            worker.close()
+
+    def _new(self, name: str) -> isolated.Worker:
+        return start(self._session, name, self._device)
+
+
+def start(session: type, name: str, device: str) -> isolated.Worker:
+    """Returns the process of a side."""
+    environment = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
+    return isolated.Worker(session.__module__, session.__name__, name, device, environment=environment)

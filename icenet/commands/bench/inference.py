@@ -16,6 +16,7 @@ from typing import Any
 
 from icenet.commands import isolated
 from icenet.commands.bench import common, limits, sides, target
+from icenet.commands.bench.common import rounded
 from icenet.commands.doctor import system_facts
 from icenet.core.errors import IceNetError
 from icenet.core.training.signals import Stopped
@@ -23,9 +24,7 @@ from icenet.core.training.signals import Stopped
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Party = tuple[str, str]
 """A side and a variant of its model; the first variant has no name."""
-_NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
 _TARGET = target.__name__
-_SIDES = f"{__package__}.sides"
 
 
 @dataclass(frozen=True)
@@ -277,91 +276,57 @@ class Measured:
         return self.cold[0] + max(self.cold[1] - self.floor(), 0.0)
 
 
-@dataclass(frozen=True)
-class InferenceReport:
-    """The results.
+@dataclass(frozen=True, kw_only=True)
+class InferenceReport(common.SidesReport):
+    """The results. `rates` has bytes and operations per second.
 
     Attributes:
         target: What was measured, with the changes of its configuration.
         parameters: Number of its parameters.
-        machine: The platform, and the framework and device of each side.
-        rates: By dtype, the measured rates of the machine, bytes and operations per second, if a limit needs them.
-        results: One entry for each row and case.
-        notes: What could not be measured, and why.
-        interruption: Ctrl-C or the signal that ended the measurement.
     """
 
     target: str
     parameters: int
-    machine: dict[str, Any]
-    rates: dict[str, dict[str, float]]
-    results: list[dict[str, Any]]
-    notes: list[str]
-    interruption: BaseException | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        return {"target": self.target, "parameters": self.parameters, **super().as_dict()}
+
+    def cells(self, result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
+        decodes = result["row"] in ("decode", "quantized", "speculative")
+        uses_model, has_draft = result["row"] in sides.USES_MODEL, result["row"] == "speculative"
         return {
-            "target": self.target,
-            "parameters": self.parameters,
-            "machine": self.machine,
-            "rates": self.rates,
-            "results": self.results,
-            "notes": self.notes,
-            "interrupted": self.interruption is not None,
+            "side": entry["side"],
+            result["unit"]: rounded(entry["value"]),
+            "quartiles": f"{rounded(entry['low'])} to {rounded(entry['high'])}",
+            **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["ratios"].items()},
+            **({f"this / {result['first']}": f"{entry['speedup']['median']:.2f}"} if result["first"] else {}),
+            "of the limit": f"{100 * entry['of_limit']:.1f}%",
+            **({"first token, ms": rounded(1e3 * entry["first_token_s"])} if decodes else {}),
+            **({"cold, s": f"{entry['cold_first_token_s']:.2f}"} if uses_model else {}),
+            **({"peak, MB": _megabytes(entry["peak_bytes"])} if uses_model and not result["first"] else {}),
+            **({"agreement": f"{entry['agreement']:.0%}" if "agreement" in entry else ""} if has_draft else {}),
         }
 
-    def render(self) -> None:
-        console = common.console()
-        for result in self.results:
-            rows = [_cells(result, entry) for entry in result["sides"]]
-            if rows:
-                console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
-                console.print(_limit_text(result), soft_wrap=True)
-                console.print()
+    def limit(self, result: Mapping[str, Any]) -> str:
+        limit = result["limit"]
+        value = f"{rounded(limit['value'])} {result['unit']}"
+        if limit["by"] not in ("memory", "compute"):
+            return f"limit {value}: {limit['by']}; {limit['nbytes'] / 1e6:,.0f} MB"
+        by_memory = limit["by"] == "memory"
+        work = f"{limit['nbytes'] / 1e9:.3g} GB" if by_memory else f"{limit['operations'] / 1e12:.3g} TFLOP"
+        return f"limit {value}, by {limit['by']}: {work} at the measured rate"
+
+    def summary(self) -> str:
         measured = "; ".join(
-            f"{dtype}: {_number(rate['bytes'] / 1e9)} GB/s, {_number(rate['operations'] / 1e12)} TFLOP/s"
+            f"{dtype}: {rounded(rate['bytes'] / 1e9)} GB/s, {rounded(rate['operations'] / 1e12)} TFLOP/s"
             for dtype, rate in self.rates.items()
         )
         rates = f" Measured rates of the machine: {measured}." if measured else ""
-        console.print(f"{self.target}, {self.parameters:,} parameters.{rates}", soft_wrap=True)
-        for note in self.notes:
-            console.print(note, soft_wrap=True)
-
-
-def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a line of the table."""
-    decodes = result["row"] in ("decode", "quantized", "speculative")
-    uses_model, has_draft = result["row"] in sides.USES_MODEL, result["row"] == "speculative"
-    return {
-        "side": entry["side"],
-        result["unit"]: _number(entry["value"]),
-        "quartiles": f"{_number(entry['low'])} to {_number(entry['high'])}",
-        **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["ratios"].items()},
-        **({f"this / {result['first']}": f"{entry['speedup']['median']:.2f}"} if result["first"] else {}),
-        "of the limit": f"{100 * entry['of_limit']:.1f}%",
-        **({"first token, ms": _number(1e3 * entry["first_token_s"])} if decodes else {}),
-        **({"cold, s": f"{entry['cold_first_token_s']:.2f}"} if uses_model else {}),
-        **({"peak, MB": _megabytes(entry["peak_bytes"])} if uses_model and not result["first"] else {}),
-        **({"agreement": f"{entry['agreement']:.0%}" if "agreement" in entry else ""} if has_draft else {}),
-    }
-
-
-def _limit_text(result: Mapping[str, Any]) -> str:
-    limit = result["limit"]
-    value = f"{_number(limit['value'])} {result['unit']}"
-    if limit["by"] not in ("memory", "compute"):
-        return f"limit {value}: {limit['by']}; {limit['nbytes'] / 1e6:,.0f} MB"
-    kind = f"{limit['nbytes'] / 1e9:.3g} GB" if limit["by"] == "memory" else f"{limit['operations'] / 1e12:.3g} TFLOP"
-    return f"limit {value}, by {limit['by']}: {kind} at the measured rate"
+        return f"{self.target}, {self.parameters:,} parameters.{rates}"
 
 
 def _megabytes(nbytes: int | None) -> str:
-    return "" if nbytes is None else _number(nbytes / 1e6)
-
-
-def _number(value: float) -> str:
-    """Returns a number with three significant digits, or all those before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "" if nbytes is None else rounded(nbytes / 1e6)
 
 
 def run(rows: Sequence[str], options: Options, notify: common.Notify = common.ignore) -> InferenceReport:
@@ -378,19 +343,12 @@ def run(rows: Sequence[str], options: Options, notify: common.Notify = common.ig
     return _Run(rows, options, notify).run()
 
 
-def start(name: str, device: str) -> isolated.Worker:
-    """Returns the process of a side."""
-    return isolated.Worker(_SIDES, sides.Session.__name__, name, device, environment=_NO_TF32)
-
-
 class _Run:
     """A run: the processes of the sides, and what they measured."""
 
     def __init__(self, rows: Sequence[str], options: Options, notify: common.Notify) -> None:
         self._rows, self._options, self._notify = rows, options, notify
-        self._sessions: dict[str, Any] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
-        self._notes: list[str] = []
+        self._sides = common.Sides(sides.Session, options.device, notify)
         self._rates: dict[str, dict[str, float]] = {}
         self._done: list[tuple[str, dict[str, Any], str, dict[Party, Measured]]] = []
         self._model: dict[str, Any] = {}
@@ -399,7 +357,7 @@ class _Run:
         target.check(self._options.target, self._options.overrides)
         interruption: BaseException | None = None
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="icenet-bench-") as work:
-            stack.callback(self._close)
+            stack.callback(self._sides.close)
             try:
                 self._choose_sides()
                 self._measure(work)
@@ -407,41 +365,33 @@ class _Run:
                 if not any(side.rounds for *_, measured in self._done for side in measured.values()):
                     raise
                 interruption = error
-        machine = {**system_facts(), "sides": self._facts}
-        parameters = self._model["size"]["parameters"]
-        name = " ".join([self._options.target, *self._options.overrides])
-        results = [result for done in self._done for result in self._summarize(*done)]
-        return InferenceReport(name, parameters, machine, self._rates, results, self._notes, interruption)
+        return InferenceReport(
+            target=" ".join([self._options.target, *self._options.overrides]),
+            parameters=self._model["size"]["parameters"],
+            machine={**system_facts(), "sides": self._sides.facts},
+            rates=self._rates,
+            results=[result for done in self._done for result in self._summarize(*done)],
+            notes=self._sides.notes,
+            interruption=interruption,
+        )
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
-        for name, kind in sides.KINDS.items():
-            is_chosen = name in (self._options.only or sides.KINDS)
-            if not is_chosen or self._options.backend not in (None, "auto", kind.backend):
-                continue
-            if not set(self._rows) & set(kind.rows):
-                continue
-            if reason := sides.reason_missing(name):
-                self._notes.append(f"{name}: not measured: {reason}")
-                continue
-            self._sessions[name] = start(name, self._options.device or "auto")  # all of them at the same time
-        for name, session in list(self._sessions.items()):
-            self._notify(f"{name}: starts")
-            try:
-                self._facts[name] = session.call("facts")
-            except isolated.IsolatedError as error:
-                self._notes.append(f"{name}: not measured: {error}")
-                self._sessions.pop(name).close()
-        if not any(sides.KINDS[name].package is None for name in self._sessions):
-            raise IceNetError(f"bench: no side of IceNet runs here: {'; '.join(self._notes) or 'none is chosen'}")
-
-    def _close(self) -> None:
-        for session in self._sessions.values():
-            session.close()
+        chosen = [
+            name
+            for name, kind in sides.KINDS.items()
+            if name in (self._options.only or sides.KINDS)
+            and self._options.backend in (None, "auto", kind.backend)
+            and set(self._rows) & set(kind.rows)
+        ]
+        self._sides.open({name: sides.reason_missing(name) for name in chosen})
+        if not any(sides.KINDS[name].package is None for name in self._sides.names):
+            raise IceNetError(
+                f"bench: no side of IceNet runs here: {'; '.join(self._sides.notes) or 'none is chosen'}"
+            )
 
     def _measure(self, work: str) -> None:
-        is_gpu = any(facts["device"] == "gpu" for facts in self._facts.values())
-        options = self._options.for_device("gpu" if is_gpu else "cpu")
+        options = self._options.for_device(self._sides.device)
         cases = {row: ROWS[row].cases(options) for row in self._rows}
         tokens = max(
             max(case["lengths"], default=0) + case["new_tokens"] for found in cases.values() for case in found
@@ -452,9 +402,8 @@ class _Run:
         arguments = (options.target, list(options.overrides), tokens + 1, dtypes[0], work, bits, options.group_size)
         self._model = prepare(*arguments)
         if self._model["problem"]:
-            for name in [name for name in self._sessions if sides.KINDS[name].package]:
-                self._notes.append(f"{name}: not measured: {self._model['problem']}")
-                self._sessions.pop(name).close()
+            for name in [name for name in self._sides.names if sides.KINDS[name].package]:
+                self._sides.leave_out(name, self._model["problem"])
         for dtype in dtypes:
             self._measure_rates(dtype)
             for row in self._rows:
@@ -467,13 +416,13 @@ class _Run:
         if all(ROWS[row].work is None for row in self._rows):
             return
         best = self._rates.get(dtype, {"bytes": 0.0, "operations": 0.0})
-        for name in list(self._sessions):
+        for name in self._sides.names:
             if sides.KINDS[name].package is not None:
                 continue  # its framework is that of a side of IceNet
             self._notify(f"{name}: rates of the machine, {dtype}")
-            on_cpu = self._facts[name]["device"] == "cpu"
+            on_cpu = self._sides.facts[name]["device"] == "cpu"
             for kind in dict.fromkeys((dtype, "fp32") if on_cpu else (dtype,)):
-                if (found := self._attempt(name, "rates", kind)) is not None:
+                if (found := self._sides.call(name, "rates", kind)) is not None:
                     best = {key: max(best[key], found[key]) for key in best}
         self._rates[dtype] = best
 
@@ -488,14 +437,14 @@ class _Run:
         self, row: str, case: dict[str, Any], options: Options, title: str, measured: dict[Party, Measured]
     ) -> None:
         """Lets the sides do the work in turn. Two rounds that do not count load and compile code."""
-        names = [name for name in self._sessions if row in sides.KINDS[name].rows]
+        names = [name for name in self._sides.names if row in sides.KINDS[name].rows]
         names = names[:1] if case.get("once") else names
         variants = ROWS[row].variants(options)
         parties = [(name, variant) for name in names for variant in variants]
 
         def attempt(party: Party, method: str, *arguments: Any) -> Any:
             """A failure ends all variants of a side: they were in its process."""
-            found = self._attempt(party[0], method, *arguments, *([party[1]] if party[1] else []))
+            found = self._sides.call(party[0], method, *arguments, *([party[1]] if party[1] else []), part=row)
             if found is None:
                 for other in [other for other in parties if other[0] == party[0]]:
                     parties.remove(other)
@@ -519,27 +468,13 @@ class _Run:
                     measured[party].agreement = found.get("agreement")
         if row in sides.USES_MODEL and len(variants) == 1:  # otherwise several models are in the memory of a process
             for party in parties:
-                measured[party].peak = self._attempt(party[0], "peak")
+                measured[party].peak = self._sides.call(party[0], "peak")
 
     def _folder(self, row: str, name: str, variant: str) -> str:
         """Returns the folder that a side loads."""
         if row == "quantized" and variant:
             return str(self._model["quantized"][variant.split()[0]])
         return str(self._model["peers" if sides.KINDS[name].package else "own"])
-
-    def _attempt(self, name: str, method: str, *arguments: Any) -> Any:
-        """Returns the result of a method of a side. After a failure, a note has the reason and the result is None.
-
-        A new process replaces that of a side that failed, which may hold memory of the device or may have ended.
-        """
-        try:
-            return self._sessions[name].call(method, *arguments)
-        except isolated.IsolatedError as error:
-            what = f"{arguments[0]}: " if method in ("load", "measure") else ""
-            self._notes.append(f"{name}: {what}not measured: {error}")
-            self._sessions[name].close()
-            self._sessions[name] = start(name, self._options.device or "auto")
-            return None
 
     def _summarize(
         self, row: str, case: dict[str, Any], title: str, measured: dict[Party, Measured]

@@ -7,19 +7,18 @@ affects all of them equally.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from icenet.commands import isolated
 from icenet.commands.bench import common, limits, loops
+from icenet.commands.bench.common import rounded
 from icenet.commands.doctor import system_facts
 from icenet.core import backends
 from icenet.core.config import Config, cnn_plan
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.training.signals import Stopped
 
-_NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # as in IceNet, unless allow_tf32 is set; PyTorch's default is the same
 MAX_STEPS = 50
 """Steps of a side in a round, at most."""
 
@@ -101,71 +100,35 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class TrainingReport:
-    """The results.
+class TrainingReport(common.SidesReport):
+    """The results. `rates` has the operations per second of the products of matrices, by precision."""
 
-    Attributes:
-        machine: The platform, and the framework and device of each side.
-        rates: By precision, the measured operations per second of the products of matrices.
-        results: One entry for each row.
-        notes: What could not be measured, and why.
-        interruption: Ctrl-C or the signal that ended the measurement.
-    """
-
-    machine: dict[str, Any]
-    rates: dict[str, float]
-    results: list[dict[str, Any]]
-    notes: list[str]
-    interruption: BaseException | None = None
-
-    def as_dict(self) -> dict[str, Any]:
+    def cells(self, result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
         return {
-            "machine": self.machine,
-            "rates": self.rates,
-            "results": self.results,
-            "notes": self.notes,
-            "interrupted": self.interruption is not None,
+            "side": entry["side"],
+            result["unit"]: rounded(entry["value"]),
+            "quartiles": f"{rounded(entry['low'])} to {rounded(entry['high'])}",
+            "step, ms": f"{1e3 * statistics.median(entry['seconds']):.4g}",
+            **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["speeds"].items()},
+            **({"/ the guide": f"{entry['of_reference']:,.1f}"} if result["reference"] else {}),
+            "of the limit": f"{100 * entry['of_limit']:.1f}%",
+            "data wait": "" if entry["data_wait"] is None else f"{100 * entry['data_wait']:.2f}%",
+            "first step, s": f"{entry['cold_s']:.2f}",
+            "peak, MB": "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}",
         }
 
-    def render(self) -> None:
-        console = common.console()
-        for result in self.results:
-            rows = [_cells(result, entry) for entry in result["sides"]]
-            console.print(common.table(result["title"], rows, [name for name in rows[0] if name != "side"]))
-            work = f"{result['operations'] / 1e12:.3g} TFLOP of products in a step at the measured rate"
-            guide = f"; the guide: {result['reference']}" if result["reference"] else ""
-            limit = f"limit {_number(result['limit'])} {result['unit']}"
-            console.print(f"{limit}: {work}{guide}", soft_wrap=True)
-            console.print()
-        rates = self.rates.items()
-        measured = "; ".join(f"{name}: {rate / 1e12:.3g} TFLOP/s" for name, rate in rates)
-        console.print(
+    def limit(self, result: Mapping[str, Any]) -> str:
+        work = f"{result['operations'] / 1e12:.3g} TFLOP of products in a step at the measured rate"
+        guide = f"; the guide: {result['reference']}" if result["reference"] else ""
+        return f"limit {rounded(result['limit'])} {result['unit']}: {work}{guide}"
+
+    def summary(self) -> str:
+        measured = "; ".join(f"{name}: {rate / 1e12:.3g} TFLOP/s" for name, rate in self.rates.items())
+        return (
             "Each side trains on random batches of the host, in turn; values are medians. Ratios are times of the "
             "side by those of IceNet in the same round: above 1, IceNet is faster. "
-            f"Measured rate of the machine: {measured}.",
-            soft_wrap=True,
+            f"Measured rate of the machine: {measured}."
         )
-        for note in self.notes:
-            console.print(note, soft_wrap=True, markup=False)
-
-
-def _cells(result: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "side": entry["side"],
-        result["unit"]: _number(entry["value"]),
-        "quartiles": f"{_number(entry['low'])} to {_number(entry['high'])}",
-        "step, ms": f"{1e3 * statistics.median(entry['seconds']):.4g}",
-        **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["speeds"].items()},
-        **({"/ the guide": f"{entry['of_reference']:,.1f}"} if result["reference"] else {}),
-        "of the limit": f"{100 * entry['of_limit']:.1f}%",
-        "data wait": "" if entry["data_wait"] is None else f"{100 * entry['data_wait']:.2f}%",
-        "first step, s": f"{entry['cold_s']:.2f}",
-        "peak, MB": "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}",
-    }
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def config_of(row: Row, options: Options, device: str) -> Config:
@@ -263,18 +226,16 @@ def run(rows: Mapping[str, Row], options: Options, notify: common.Notify = commo
 class _Run:
     """A run: the processes of the sides, and what they measured."""
 
-    def __init__(self, rows: Mapping[str, Row], options: Options, notify: Callable[[str], None]) -> None:
+    def __init__(self, rows: Mapping[str, Row], options: Options, notify: common.Notify) -> None:
         self._rows, self._options, self._notify = rows, options, notify
-        self._sessions: dict[str, isolated.Worker] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
-        self._notes: list[str] = []
+        self._sides = common.Sides(loops.Session, options.device, notify)
         self._rates: dict[str, float] = {}
         self._done: list[tuple[str, Config, dict[str, Measured]]] = []
 
     def run(self) -> TrainingReport:
         interruption: BaseException | None = None
         try:
-            self._start()
+            self._choose_sides()
             for name in self._rows:
                 self._measure(name)
         except (KeyboardInterrupt, Stopped) as error:
@@ -282,66 +243,42 @@ class _Run:
                 raise
             interruption = error
         finally:
-            for session in self._sessions.values():
-                session.close()
+            self._sides.close()
         results = [self._summarize(*done) for done in self._done if any(side.rounds for side in done[2].values())]
         if not results and interruption is None:
-            raise IceNetError(f"bench: nothing could be measured: {'; '.join(self._notes)}")
-        machine = {**system_facts(), "sides": self._facts}
-        return TrainingReport(machine, self._rates, results, self._notes, interruption)
+            raise IceNetError(f"bench: nothing could be measured: {'; '.join(self._sides.notes)}")
+        machine = {**system_facts(), "sides": self._sides.facts}
+        return TrainingReport(machine, self._rates, results, self._sides.notes, interruption)
 
-    def _new(self, name: str) -> isolated.Worker:
-        return isolated.Worker(
-            loops.__name__, loops.Session.__name__, name, self._options.device or "auto", environment=_NO_TF32
+    def _choose_sides(self) -> None:
+        """Starts the sides that are chosen and installed."""
+        chosen = [
+            (name, kind.backend)
+            for name, kind in loops.KINDS.items()
+            if name in (self._options.only or loops.KINDS) and self._options.backend in (None, "auto", kind.backend)
+        ]
+        self._sides.open(
+            {name: "" if backends.installed(backend) else f"{backend} is not installed" for name, backend in chosen}
         )
-
-    def _start(self) -> None:
-        for name, kind in loops.KINDS.items():
-            if name not in (self._options.only or loops.KINDS):
-                continue
-            if self._options.backend not in (None, "auto", kind.backend):
-                continue
-            if not backends.installed(kind.backend):
-                self._notes.append(f"{name}: not measured: {kind.backend} is not installed")
-                continue
-            self._sessions[name] = self._new(name)  # all of them at the same time
-        for name, session in list(self._sessions.items()):
-            self._notify(f"{name}: starts")
-            try:
-                self._facts[name] = session.call("facts")
-            except isolated.IsolatedError as error:
-                self._notes.append(f"{name}: not measured: {error}")
-                self._sessions.pop(name).close()
-        if not self._sessions:
-            raise IceNetError(f"bench: no side runs here: {'; '.join(self._notes) or 'none is chosen'}")
-
-    def _attempt(self, row: str, name: str, method: str, *arguments: Any) -> Any:
-        """Returns the result of a method of a side. After a failure, a note has the reason and the result is None."""
-        try:
-            return self._sessions[name].call(method, *arguments)
-        except isolated.IsolatedError as error:
-            self._notes.append(f"{name}: {row}: not measured: {error}")
-            self._sessions[name].close()
-            self._sessions[name] = self._new(name)
-            return None
+        if not self._sides.names:
+            raise IceNetError(f"bench: no side runs here: {'; '.join(self._sides.notes) or 'none is chosen'}")
 
     def _measure(self, row: str) -> None:
-        device = "gpu" if any(facts["device"] == "gpu" for facts in self._facts.values()) else "cpu"
-        config = config_of(self._rows[row], self._options, device)
+        config = config_of(self._rows[row], self._options, self._sides.device)
         task = common.json_config(config)
         self._measure_rate(row, config.training.mixed_precision)
         sides: dict[str, Measured] = {}
         self._done.append((row, config, sides))
-        for name in list(self._sessions):
+        for name in self._sides.names:
             self._notify(f"{row}: {name}: first steps")
-            found = self._attempt(row, name, "prepare", task)
+            found = self._sides.call(name, "prepare", task, part=row)
             if found is not None:
                 steps = int(self._options.seconds / max(found["seconds"], 1e-9))
                 sides[name] = Measured(found["cold_s"], min(max(steps, 1), MAX_STEPS))
         for number in range(self._options.repeats):
             self._notify(f"{row}: round {number + 1} of {self._options.repeats}")
             for name, side in list(sides.items()):
-                found = self._attempt(row, name, "measure", side.steps)
+                found = self._sides.call(name, "measure", side.steps, part=row)
                 if found is None:
                     del sides[name]
                     continue
@@ -350,19 +287,19 @@ class _Run:
         for name, side in sides.items():
             if not loops.KINDS[name].is_peer:
                 self._notify(f"{row}: {name}: wait for data")
-                side.data_wait = self._attempt(row, name, "data_wait", max(side.steps, 3))
-            self._attempt(row, name, "free")  # the memory
+                side.data_wait = self._sides.call(name, "data_wait", max(side.steps, 3), part=row)
+            self._sides.call(name, "free", part=row)  # the memory
 
     def _measure_rate(self, row: str, precision: str) -> None:
         """Measures the rate of the machine, the best of all sides; on a CPU, fp32 replaces slower dtypes."""
         if precision in self._rates:
             return
-        on_cpu = all(facts["device"] == "cpu" for facts in self._facts.values())
-        for name in list(self._sessions):
+        on_cpu = self._sides.device == "cpu"
+        for name in self._sides.names:
             if loops.KINDS[name].is_peer or loops.KINDS[name].compiled:
                 continue  # its framework is that of another side
             self._notify(f"{name}: rate of the machine, {precision}")
-            rate = self._attempt(row, name, "rate", "fp32" if on_cpu else precision)
+            rate = self._sides.call(name, "rate", "fp32" if on_cpu else precision, part=row)
             self._rates[precision] = max(self._rates.get(precision, 0.0), rate or 0.0)
 
     def _summarize(self, row: str, config: Config, sides: Mapping[str, Measured]) -> dict[str, Any]:
