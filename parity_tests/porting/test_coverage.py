@@ -1,0 +1,56 @@
+"""The page of what ports cover, and the processes that measure it."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import coverage_page
+import coverage_table
+import pytest
+
+
+def test_the_page_is_that_of_the_stored_results() -> None:
+    assert coverage_table.PAGE.read_text(encoding="utf-8") == coverage_page.page(coverage_table.stored())
+
+
+class Worker:
+    """A worker whose second sample does not end, and whose fourth ends the process."""
+
+    made = 0
+
+    def __init__(self, group: str) -> None:
+        Worker.made += 1
+        self.entries, self.skip = ["float32 entry"], 0
+
+    def send(self, name: str, skip: int) -> None:
+        self.skip = skip
+        self.told = iter(self.messages())
+
+    def messages(self) -> Any:
+        for number in range(self.skip, 6):
+            yield {"number": number}
+            if number in (1, 3):
+                yield queue.Empty if number == 1 else None
+            yield {"status": "passed" if number else "missing", "detail": "" if number else "polygamma"}
+        yield {"done": True}
+
+    def next(self, limit: float) -> Any:
+        message = next(self.told)
+        if message is queue.Empty:
+            raise queue.Empty
+        return message
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_sample_that_hangs_or_crashes_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage_table, "Worker", Worker)
+    run = coverage_table.Run("ops", 1, 5, [], "0/1", 60, lambda run: None)
+    result = run.results["float32 entry"]
+    assert (result["passed"], result["failed"], result["missing"], Worker.made) == (3, 2, 1, 3)
+    assert [problem.partition(":")[0] for problem in result["problems"]] == ["missing", "failed", "failed"]
+    assert "sample 1 does not end in 5 s" in result["problems"][1] and "sample 3 crashes" in result["problems"][2]
+    page = coverage_page.page({"ops": {"machine": "here", "of": 1, "entries": run.results}})
+    assert "| 5 | 3 | 60.0 % | here |" in page and "2 of 5" in page and "lacks: `polygamma`" in page
