@@ -9,16 +9,18 @@ import hashlib
 import importlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from icenet.core.config import Config, ModelConfig
 from icenet.core.report.metrics import MetricsLog
@@ -251,6 +253,23 @@ def is_one_line(message: object, *names: str) -> bool:
     """
     text = str(message).strip()
     return bool(text) and "\n" not in text and all(name in text for name in names)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Returns a folder that `make` fills in one of the processes of a test run, for slow fixtures of a module.
+
+    pytest-xdist may give the tests of a module to several processes.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
 
 
 # ---- runs -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, is_one_line, python
+from helpers import ROOT, is_one_line, made_once, python
 
 pytest.importorskip("mlx")
 pytest.importorskip("torch")
@@ -95,7 +95,10 @@ def run(source: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a trace that was recorded in a process without MLX, from images with channels last."""
-    folder = tmp_path_factory.mktemp("recorded")
+    return made_once(tmp_path_factory, "recorded", record_trace) / "trace"
+
+
+def record_trace(folder: Path) -> None:
     (folder / "ref.py").write_text(REFERENCE)
     np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((2, 5, 4, 3)).astype(np.float32))
     program = """
@@ -109,7 +112,6 @@ main(["parity", "record", f"{folder}/ref.py:Net", "--input", f"{folder}/x.npz", 
     output = python(program, str(folder), blocked=["mlx"])
     assert "icenet parity check" in output
     assert {path.name for path in (folder / "trace").iterdir()} == {ARRAYS, MANIFEST}
-    return folder / "trace"
 
 
 def judged(trace: Path, options: dict[str, Any] | None = None, **more: Any) -> Any:

@@ -521,7 +521,7 @@ def trees(draw: st.DrawFn) -> Any:
     }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tree=trees())
 @example(tree={"model": {"type": "transformer"}, "data": {"source": "1e-3"}})
 @example(tree={"model": {"type": "transformer"}, "generation": {"stop": ["a\x85b"]}})
@@ -530,9 +530,10 @@ def test_to_yaml_and_back(tree: Any) -> None:
     for section, values in tree.items():
         for key, value in values.items() if isinstance(values, dict) else []:
             assert getattr(getattr(config, section), key) == value
-    values, lines = yaml_file.parse(config.to_yaml(), "text")
+    written = config.to_yaml()
+    values, lines = yaml_file.parse(written, "text")
     again = Config.from_dict(values)
-    assert again == config and again.to_yaml() == config.to_yaml()
+    assert again == config and again.to_yaml() == written
     assert lines[("model",)] == 6  # every key is written out, in the order of the class
     assert list(values) == list(Config.model_fields)
     for name in ("model", "data", "training", "generation"):

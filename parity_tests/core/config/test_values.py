@@ -530,7 +530,7 @@ def test_texts_of_a_custom_model_survive_their_file() -> None:
     assert read(config.to_yaml()).model.x == AS_GIVEN
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(options=st.dictionaries(NAMES, VALUES, max_size=4), text=TEXTS)
 @example(options={"x": {"<<": 1, "1": "1", "": None}}, text="<<")
 def test_every_option_of_a_custom_model_survives_its_file(options: dict[str, Any], text: str) -> None:
