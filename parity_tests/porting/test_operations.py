@@ -114,6 +114,11 @@ CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
         (random(2, 3, 9, 8), torch.rand(2, 3, 2)),
     ),
     "multilabel margin": (lambda x: F.multilabel_margin_loss(x, IDS), (random(2, 5),)),
+    "product at places": (
+        lambda x, i, y: x.scatter_reduce(0, i, y, "prod"),
+        (random(5), torch.tensor([4, 1, 4]), torch.tensor([0.0, 3.0, 5.0])),
+    ),
+    "ctc loss": (lambda x, y: F.ctc_loss(x, y, *LENGTHS), (random(6, 2, 5).log_softmax(2), IDS[:, :3].abs())),
     "copies of views": (lambda x: (torch.view_copy(x, (3, 2)), torch.expand_copy(x, (2, 2, 3))), (random(2, 3),)),
 }
 
