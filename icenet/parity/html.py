@@ -40,13 +40,13 @@ _STATUS = {
 """Status -> colour, mark, and meaning."""
 
 _MEANING = {
-    "structure": "The modules, parameters and outputs have the same names and shapes.",
-    "weights": "The parameters and buffers are equal, with their axes in the same order.",
-    "forward": "Each module computes the same outputs, also on the inputs of the reference.",
-    "loss": "The loss is the same.",
-    "gradients": "Each parameter and activation has the same gradient.",
-    "optimizer": "One optimizer step on equal gradients changes the parameters equally.",
-    "training": "The losses of both sides stay together while they train.",
+    "structure": "Names and shapes of modules, parameters and outputs.",
+    "weights": "Parameters and buffers, with their axes in the same order.",
+    "forward": "Outputs of each module, in the run and on the inputs of the reference.",
+    "loss": "The loss.",
+    "gradients": "Gradients of each parameter and output.",
+    "optimizer": "Parameters after updates on equal gradients.",
+    "training": "Losses of both sides while they train.",
 }
 
 
@@ -97,7 +97,8 @@ def _header(report: Report) -> str:
     state = "ok" if report.passed else "bad"
     frameworks = [_framework(report.environment.get(side, {})) for side in ("a", "b")]
     pair = (
-        f"<b>{a}</b> {frameworks[0]} is compared with <b>{b}</b> {frameworks[1]}, the reference, in {report.dtype}."
+        f"<b>a</b> is {a} {frameworks[0]}, under test. <b>b</b> is {b} {frameworks[1]}, the reference. The noise is "
+        f"what rounding to {report.dtype} changes in b."
     )
     lines = [
         f'<header class="{state}"><p class="state">{"Agrees" if report.passed else "Differs"}</p>',
@@ -141,8 +142,10 @@ def _culprit(report: Report) -> str:
     if row is not None:
         facts.append(("value", row.own_part or row.part))
         if math.isfinite(row.ratio) and row.ratio:
-            own = "" if row.own_ratio is None else f", {number(row.own_ratio)} on the inputs of the reference"
-            facts.append(("ratio", f"{number(row.ratio)}{own} ({FACTOR:g} are allowed)"))
+            ratio = f"{number(row.ratio)} times the noise, {FACTOR:g} are allowed"
+            if row.own_ratio is not None and number(row.own_ratio) != number(row.ratio):
+                ratio += f"; {number(row.own_ratio)} times on the inputs of the reference"
+            facts.append(("off by", ratio))
         if row.note:
             facts.append(("remark", row.note))
     if report.cause:
@@ -256,7 +259,7 @@ def _module_line(module: Module, outer: str) -> str:
     # with the list that holds it, which is no line
     name = (module.path[len(outer) + 1 :] if outer else module.path) or "(model)"
     same = module.class_a == module.class_b
-    kind = module.class_b if same else f"{module.class_a or 'missing'} | {module.class_b or 'missing'}"
+    kind = module.class_b if same else " | ".join(filter(None, (module.class_a, module.class_b)))
     ratio = ""
     if module.ratio:
         # a bar from 1/8 to 8 times the tolerance, in logarithms

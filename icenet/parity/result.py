@@ -275,7 +275,7 @@ class Report:
                 depth[child] = depth.get(module.path, 0) + 1
                 names[child] = child[len(module.path) + 1 :] if module.path else child
             same = module.class_a == module.class_b
-            classes = module.class_b if same else f"{module.class_a or '-'} | {module.class_b or '-'}"
+            classes = module.class_b if same else " | ".join(filter(None, (module.class_a, module.class_b)))
             name = names.get(module.path, module.path)  # with the list that holds it, which is no line
             ratio = f"  {number(module.ratio)}" if module.ratio else ""
             status = "" if module.status == PASSED else f"  {module.status}"

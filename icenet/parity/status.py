@@ -30,7 +30,9 @@ training     the losses of free-running steps
 
 
 def number(value: float) -> str:
-    """Returns a number with two digits."""
+    """Returns a number with two digits: 0.99, 8.1, 810, 1900, 2.3e+06."""
     if value == 0:
         return "0"
-    return f"{value:.2g}" if math.isfinite(value) and value < 1e4 else ("∞" if math.isinf(value) else f"{value:.1e}")
+    if not math.isfinite(value):
+        return "∞" if math.isinf(value) else "NaN"
+    return f"{float(f'{value:.2g}'):.0f}" if 100 <= value < 1e5 else f"{value:.2g}"

@@ -32,7 +32,10 @@ def add_modules(c: Comparison) -> None:
             module.notes.append(match.note)
         if match.a is None or match.b is None:
             module.status = states.SKIPPED
-            module.notes.append(f"exists in {'b' if match.a is None else 'a'} only")
+            side = "b" if match.a is None else "a"
+            is_sequence = classes[0 if side == "a" else 1] == "Sequential"
+            only = "in {} only; its layers are compared" if is_sequence else "exists in {} only"
+            module.notes.append(only.format(side))
         if path in c.modules:
             continue
         c.modules[path] = module

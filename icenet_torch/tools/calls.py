@@ -139,7 +139,7 @@ def version(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _computed(tensor: torch.Tensor) -> Value:
-    """Returns a tensor that nobody writes to, without a copy if it is in the memory of the host."""
+    """Returns a tensor that is not written to again, without a copy if it is in the memory of the host."""
     tensor = tensor.detach()
     if tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 or not tensor.is_contiguous():
         return snapshot(tensor)
