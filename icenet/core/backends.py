@@ -60,7 +60,7 @@ def choose(config: Config, backend: str | None = None) -> str:
         BackendError: As in `resolve`, or the user's file has no class for the backend.
     """
     name = backend or config.backend
-    if name != "auto" or not custom.is_custom(config.model.type):
+    if name != "auto" or not custom.is_custom(config.model.type) or custom.has_port(config.model):
         return resolve(name, config.blas)
     reasons: list[IceNetError] = []
     for candidate in PACKAGES:

@@ -16,9 +16,11 @@ import yaml
 from helpers import is_one_line, losses
 
 import icenet
+from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, FileError, IceNetError, UsageError
 from icenet.core.models.build import class_of
+from icenet.core.models.twins import compare_with_twin
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 
@@ -90,6 +92,15 @@ def test_both_backends_begin_with_the_weights_of_the_folder() -> None:
         assert set(weights) == {f"net.{name}" for name in saved if not name.endswith("tracked")}
         for name, array in weights.items():
             np.testing.assert_array_equal(array, saved[name.removeprefix("net.")].numpy())
+
+
+def test_any_backend_is_chosen_and_the_twins_agree(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.from_yaml("net.yaml")
+    assert backends.choose(config) in ("mlx", "torch")
+    for backend in ("mlx", "torch"):
+        model = icenet.build(config, backend, "cpu")
+        assert compare_with_twin(config, model) is None
+    assert not caplog.messages
 
 
 def test_a_run_changes_backend_twice(tmp_path: Path) -> None:
