@@ -48,6 +48,7 @@ class Kind:
 
 KINDS = {
     "icenet mlx": Kind("mlx"),
+    "icenet mlx compiled": Kind("mlx", compiled=True),
     "icenet torch": Kind("torch"),
     "icenet torch compiled": Kind("torch", compiled=True),
     "torch loop": Kind("torch", is_peer=True),
