@@ -41,7 +41,7 @@ def traceable() -> Iterator[list[str]]:
     TracerBase._filter_traceback_frames = _user_frames  # type: ignore[method-assign]
     batchnorm._BatchNorm.forward = lambda self, input: _batch_norm(self, input, norm)  # type: ignore[method-assign]
     nn.AdaptiveLogSoftmaxWithLoss.forward = _adaptive_log_softmax  # type: ignore[method-assign]
-    F.gaussian_nll_loss = _gaussian_nll_loss
+    F.gaussian_nll_loss = _gaussian_nll_loss  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(recorded)  # type: ignore[assignment, method-assign]
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     rnn._VF._pack_padded_sequence = _refuse_packed
