@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +25,7 @@ from icenet.engine.compiled import Compiled
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
 from icenet.nn import training_kernels, tree
-from icenet.nn.arrays import DTYPES, device_index, from_numpy, is_half, to_numpy
+from icenet.nn.arrays import DTYPES, from_numpy, is_half, to_numpy
 
 
 class Engine(engine.Engine):
@@ -184,25 +183,14 @@ class Engine(engine.Engine):
         moved = mx.array(array)
         is_image = array.ndim == 4 and array.dtype == np.float32
         if is_image and self.device == "gpu" and self.loss is None and not is_custom(self.config.model.type):
-            dtype = self.model.compute_dtype  # as the model would do
-            return self._started(lambda: moved.astype(dtype))
+            moved = moved.astype(self.model.compute_dtype)  # as the model would do; see _normalize
+            mx.async_eval(moved)
         return moved
 
     def _normalize(self, pixels: mx.array, scale: np.ndarray, shift: np.ndarray) -> mx.array:
-        factors, terms = mx.array(scale), mx.array(shift)
-        return self._started(lambda: pixels.astype(mx.float32) * factors - terms)
-
-    def _started(self, convert: Callable[[], mx.array]) -> mx.array:
-        """Returns images whose conversion has begun.
-
-        On CUDA the first kernel that reads an array of the host copies its pages, which took 13 ms for 38 MB on an
-        H200, and a fifth for bytes. In a stream of its own it does so while the device computes the step before.
-        """
-        if self.device == "gpu" and mx.cuda.is_available():
-            with mx.stream(_streams.of(self.model.device)):
-                images = convert()
-        else:
-            images = convert()
+        images = pixels.astype(mx.float32) * mx.array(scale) - mx.array(shift)
+        # On CUDA the first kernel that reads an array of the host copies its pages: here while Python describes the
+        # step. On an H200, 38 MB took 13 ms, bytes a fifth. A stream of its own for it made no difference.
         mx.async_eval(images)
         return images
 
@@ -211,19 +199,3 @@ class Engine(engine.Engine):
 
     def _to_float_numpy(self, array: mx.array) -> np.ndarray:
         return to_numpy(self._to_full_precision(array))
-
-
-class _Streams(threading.local):
-    """Streams that move images to a GPU, by its number. MLX's streams belong to the thread that makes them."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, mx.Stream] = {}
-
-    def of(self, device: mx.Device) -> mx.Stream:
-        index = device_index(device)
-        if index not in self._made:
-            self._made[index] = mx.new_stream(device)
-        return self._made[index]
-
-
-_streams = _Streams()
