@@ -525,6 +525,10 @@ def test_the_start_of_processes(in_process: None, capsys: pytest.CaptureFixture[
     help_, token = json.loads(capsys.readouterr().out)["results"]
     assert (help_["sides"][0]["seconds"], token["sides"][0]["seconds"]) == ([5.0], [11.0])
     assert token["sides"][0]["of_limit"] == pytest.approx(12 / 11)
+    assert (help_["limit"]["by"], token["limit"]["by"][:32]) == (
+        "an empty process",
+        "a process that imports the frame",
+    )
     assert programs[4] == ("-m", "icenet", "--help") and programs[5] == ("-c", "pass")
     assert (
         "generate" in programs[10][1] and "import torch" in programs[11][1] and programs[10][2:] == programs[11][2:]

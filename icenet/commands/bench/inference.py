@@ -225,12 +225,12 @@ ROWS = {
         "A process: {program}",
         "s",
         lambda options: [
-            {**_NO_TEXT, "program": "help", "once": True},
+            {**_NO_TEXT, "program": "help", "once": True, "least": "an empty process"},
             {**_NO_TEXT, "program": "first token", "lengths": [3], "new_tokens": 1},
         ],
         None,
         None,
-        "a process that imports the framework and reads the file (help: an empty one)",
+        "a process that imports the framework and reads the file",
     ),
 }
 """The rows by name. Another one adds its line here, its calls to `sides.Session.measure`, and a command."""
@@ -311,6 +311,10 @@ class InferenceReport(common.SidesReport):
         limit = result["limit"]
         value = f"{rounded(limit['value'])} {result['unit']}"
         if limit["by"] not in ("memory", "compute"):
+            sides = result["sides"]
+            if result["row"] == "start" and len(sides) > 1:  # that of each framework
+                floors = [(entry["of_limit"] * statistics.median(entry["seconds"]), entry["side"]) for entry in sides]
+                value = ", ".join(f"{rounded(seconds)} {result['unit']} ({side})" for seconds, side in floors)
             return f"limit {value}: {limit['by']}; {limit['nbytes'] / 1e6:,.0f} MB"
         by_memory = limit["by"] == "memory"
         work = f"{limit['nbytes'] / 1e9:.3g} GB" if by_memory else f"{limit['operations'] / 1e12:.3g} TFLOP"
@@ -518,7 +522,7 @@ class _Run:
             entries.append(entry)
         shortest, limit = least[next(iter(least))]
         limit = {"value": tokens / shortest if tokens else shortest, **limit}
-        shown = {key: value for key, value in case.items() if key not in ("vocab_size", "once")}
+        shown = {key: value for key, value in case.items() if key not in ("vocab_size", "once", "least")}
         shown["sample"] = self._options.sample
         head = {"row": row, "title": title, "case": shown, "unit": kind.unit, "limit": limit, "first": kind.first}
         return [{**head, "sides": entries}]
@@ -530,7 +534,7 @@ class _Run:
         work = ROWS[row].work
         if work is None:
             shortest = min(side.floor() for side in complete.values())
-            return shortest, {"by": ROWS[row].limit, "nbytes": self._model["nbytes"]}
+            return shortest, {"by": case.get("least", ROWS[row].limit), "nbytes": self._model["nbytes"]}
         bits = int(variant.split()[0]) if row == "quantized" and variant else None
         least = work(limits.ModelSize(**self._model["size"]), {**case, "bits": bits}, BYTES[case["dtype"]])
         shortest, by = least.seconds(self._rates[case["dtype"]])

@@ -1,0 +1,74 @@
+"""Options and functions that the measurements of `icenet bench` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from icenet.cli.options import show
+from icenet.core.dtypes import FLOAT_DTYPES
+from icenet.core.report import streams
+
+config_argument = click.argument("config", default="quickstart")
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "mlx", "torch"]), help="Backend to measure. Default: every installed one."
+)
+
+
+json_file_option = click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write the results to a file as JSON, or print them instead of the tables if no FILE is given.",
+)
+
+
+def names(
+    ctx: click.Context, parameter: click.Parameter, value: str | None, known: list[str], kind: str
+) -> list[str]:
+    """Returns the names of a list with commas; none if it is not given.
+
+    Args:
+        known: The names that there are.
+        kind: What they are, for the message.
+    """
+    found = [part.strip() for part in value.split(",")] if value is not None else []
+    if unknown := [name for name in found if name not in known]:
+        raise click.BadParameter(
+            f"no {kind} {unknown[0]!r}; one or more of {', '.join(known)}, separated by commas", ctx, parameter
+        )
+    return found
+
+
+def precisions(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Returns the dtypes of a list with commas."""
+    found = [part.strip() for part in value.split(",")]
+    if not set(found) <= FLOAT_DTYPES.keys():
+        known = ", ".join(FLOAT_DTYPES)
+        raise click.BadParameter(f"give one or more of {known}, separated by commas", ctx, parameter)
+    return found
+
+
+def notify(as_json: bool) -> Callable[[str], None]:
+    """Returns the function that reports progress: to standard error, or nowhere with --json."""
+    return (lambda text: None) if as_json else streams.write_error
+
+
+def run_rows(run: Callable[[Callable[[str], None]], Any], json_file: str | None, overwrite: bool) -> None:
+    """Measures rows, shows the report and writes it to a file if there is one."""
+    from icenet.core import files
+
+    path = None if json_file in (None, "-") else files.output_file(Path(str(json_file)), overwrite=overwrite)
+    report = run(notify(json_file == "-"))
+    show(report, json_file == "-")
+    if path is not None:
+        files.write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
+        streams.write(f"json  {path}")
+    if report.interruption is not None:
+        raise report.interruption
