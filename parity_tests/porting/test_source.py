@@ -268,3 +268,60 @@ def test_a_softmax_over_one_element() -> None:
             strict=True,
         ):
             close(ours, theirs)
+
+
+class Updated(nn.Module):
+    """Buffers that are read before they change, and whose values depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.ones(3))
+        self.register_buffer("b", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, before = x * self.a, self.b.clone()
+        total = self.a + self.b
+        self.a += 1
+        self.b.copy_(total)
+        return y, before, self.a.clone()
+
+
+def test_what_is_read_before_an_update_is_the_value_before() -> None:
+    module, x = Updated().eval(), torch.randn(2, 3)
+    model, _ = ported(module, x)
+    module = Updated().eval()
+    for _ in range(3):
+        for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
+            close(ours, theirs)
+    close(model.a, module.a)
+    close(model.b, module.b)
+
+
+class Copies(nn.Module):
+    """A copy that changes nothing, whose result an export takes for its argument in all that follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = Scaled(), Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.norm(x) * 1.0
+        return (y + self.other(y)) / 1
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.float32)
+        return self.weight * x
+
+
+def test_a_copy_is_no_result_of_a_module() -> None:
+    module, x = Copies().eval(), torch.randn(2, 3)
+    model, source = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
+    assert source.count("class Scaled") == 1 and "return self.weight * x\n" in source
+    assert "y = x + self.norm(x)" in source and "return y + self.other(y)" in source

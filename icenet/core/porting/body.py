@@ -117,11 +117,11 @@ class Frame:
                 self.node(item, index)
             else:
                 self.child(item, index)
-        self.position = len(self.items)
-        for name, path in final.items():
-            target = self.structure.attribute(self.call.path, path)
-            if self.text.get(name) != target:
-                self.lines.append(Line(f"{target} = {self.expression(Ref(name))}"))
+        self.position = len(self.items) - 1  # what is returned is still needed
+        updates = [(self.structure.attribute(self.call.path, path), name) for name, path in final.items()]
+        updates = [(target, name) for target, name in updates if self.text.get(name) != target]
+        self.keep_before(updates, outputs)
+        self.lines += [Line(f"{target} = {self.expression(Ref(name))}") for target, name in updates]
         if is_root:
             self.lines.append(Line(f"return {self.output(graph.graph.output_tree)}"))
         elif results:
@@ -130,6 +130,22 @@ class Frame:
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
+
+    def keep_before(self, updates: list[tuple[str, str]], outputs: list[str]) -> None:
+        """Assigns to variables what is read after an update and would see the new value."""
+        read = [(name, [target for target, _ in updates]) for name in outputs]
+        read += [(name, [target for target, _ in updates[:index]]) for index, (_, name) in enumerate(updates)]
+        for name, targets in read:
+            if self.graph.size(name) is not None:
+                continue
+            code = self.expression(Ref(name))
+            if any(re.search(rf"{re.escape(target)}(?!\w)", code) for target in targets):
+                node, array = self.graph.by_name.get(name), self.graph.graph.arrays.get(name)
+                hint = self.hint(node, name) if node is not None else array.path.rpartition(".")[2] if array else "y"
+                variable = self.variable(hint, name)
+                self.last_use[name] = len(self.items)
+                self.assign(variable, code, self.graph.tensors.get(name))
+                self.text[name] = variable
 
     def original_signature(self, arguments: list[Argument]) -> list[str]:
         """Returns the parameters of the original, and writes the statements that check and unpack them."""

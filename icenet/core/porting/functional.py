@@ -249,6 +249,45 @@ class _Functional:
         self.view_of[name] = (parent, node, self.version[parent])
 
 
+_COPIES = ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift_fresh_copy")
+
+
+def without_copies(graph: Graph) -> Graph:
+    """Returns a graph without the operations that return their argument: copies, x * 1 and x + 0.
+
+    An export takes the result of `x.to(dtype)` for x in all that follows, also outside of the module that calls it.
+    """
+    tensors = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    same: dict[str, Ref] = {}
+
+    def given(ref: Ref) -> Ref:
+        return same.get(ref.name, ref)
+
+    nodes = []
+    for node in graph.nodes:
+        node = replace(node, args=map_refs(node.args, given))
+        source = node.args.get("self")
+        if isinstance(source, Ref) and tensors.get(source.name) == node.out and _is_identity(node):
+            same[node.name] = source
+        else:
+            nodes.append(node)
+    return replace(
+        graph,
+        nodes=nodes,
+        output_tree=map_refs(graph.output_tree, given),
+        updates=map_refs(graph.updates, given),
+    )
+
+
+def _is_identity(node: Node) -> bool:
+    other = node.args.get("other")
+    if type(other) in (int, float):
+        return (node.base in ("mul", "div") and other == 1 and not node.args.get("rounding_mode")) or (
+            node.base in ("add", "sub") and other == 0
+        )
+    return node.base in _COPIES
+
+
 def is_whole(node: Node, tensors: dict[str, Any]) -> bool:
     """Returns whether a slice is all of its source."""
     if node.base != "slice":

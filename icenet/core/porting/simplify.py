@@ -10,6 +10,7 @@ import tokenize
 from typing import Any
 
 from icenet.core.porting.layers import DEFAULTS
+from icenet.core.porting.lines import WIDTH
 
 
 def simplified(code: str) -> ast.stmt:
@@ -24,8 +25,9 @@ def text(tree: ast.AST) -> str:
     generators = _Generators()
     tree = generators.visit(copy.deepcopy(tree))
     found = ast.unparse(tree)
-    if isinstance(tree, ast.Return) and isinstance(tree.value, ast.Tuple) and len(tree.value.elts) > 1:
-        found = f"return {ast.unparse(tree.value)[1:-1]}"
+    is_tuple = isinstance(tree, ast.Return) and isinstance(tree.value, ast.Tuple) and len(tree.value.elts) > 1
+    if is_tuple and len(found) <= WIDTH - 8:  # in brackets it has several lines
+        found = f"return {found[len('return (') : -1]}"
     for name, inner in reversed(generators.found.items()):
         found = found.replace(name, inner)
     if isinstance(tree, (ast.If, ast.For)) and len(tree.body) == 1 and isinstance(tree.body[0], ast.Pass):

@@ -11,6 +11,7 @@ from icenet.core.porting.layers import Layer
 from icenet.core.porting.lines import initial
 from icenet.core.porting.names import flat, new_names
 from icenet.core.porting.record import Array, Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.recurrent import Recurrent
 from icenet.core.porting.table.base import mlx_dtype
 
 METHODS = {
@@ -241,9 +242,15 @@ class Structure:
     def name_symbols(self, graph: Graph) -> dict[str, str]:
         """Returns names of the open sizes, for comments."""
         names: dict[str, str] = {}
+        recurrent = [layer for layer in self.layers.values() if isinstance(layer, Recurrent)]
+        is_time_first = any(not layer.options & {"batch_first", "unbatched"} for layer in recurrent)
         for ref in graph.inputs:
             shape = graph.tensors[ref.name].shape
             letters = {4: "BCHW", 3: "BTC", 2: "BT", 1: "B", 5: "BCDHW"}.get(len(shape), "")
+            if len(shape) == 3 and isinstance(shape[1], int) and isinstance(shape[2], str):
+                letters = "BCT"  # of a sequence whose channels, which alone have a fixed number, are first
+            elif is_time_first and len(shape) in (2, 3):
+                letters = "TBC"
             if len(letters) > 3 and isinstance(shape[1], str) and isinstance(shape[-1], int):
                 letters = f"B{letters[2:]}C"  # of images with their channels last, which alone have a fixed number
             for letter, size in zip(letters, shape, strict=False):
@@ -253,14 +260,16 @@ class Structure:
         return names
 
     def shape_comment(self, tensor: Tensor) -> str:
+        """Returns a shape with the names of its sizes; an empty string if an expression of them is long."""
         sizes = []
-        for axis, size in enumerate(tensor.shape):
+        for size in tensor.shape:
             text = str(size)
             for symbol, name in self.symbols.items():
                 text = re.sub(rf"\b{symbol}\b", name, text)
             text = text[1:-1] if re.fullmatch(r"\([^()]*\)", text) else text
-            letters = {3: "BTC", 4: "BHWC", 5: "BDHWC"}.get(tensor.ndim, "?" * tensor.ndim)
-            sizes.append(text if len(text) < 14 else letters[axis])
+            if len(text) >= 14:
+                return ""
+            sizes.append(text)
         return f"[{', '.join(sizes)}]"
 
 

@@ -131,24 +131,10 @@ def broadcast_tensors(n: Operation) -> str:
     return f"mx.broadcast_arrays({', '.join(n.source(item) for item in n.args['tensors'])})"
 
 
-@entry("repeat")
+@entry("repeat", "tile")
 def repeat(n: Operation) -> str:
-    sizes = n.args["repeats"]
-    return (
-        f"mx.tile({n['self']}, ({', '.join(map(n.source, sizes))}{',' if len(sizes) == 1 else ''}))"
-        if sizes
-        else n["self"]
-    )
-
-
-@entry("tile")
-def tile(n: Operation) -> str:
-    sizes = n.args["dims"]
-    return (
-        f"mx.tile({n['self']}, ({', '.join(map(n.source, sizes))}{',' if len(sizes) == 1 else ''}))"
-        if sizes
-        else n["self"]
-    )
+    sizes = n.args.get("repeats", n.args.get("dims"))
+    return f"mx.tile({n['self']}, {_tuple(n, sizes)})" if sizes else n["self"]
 
 
 @entry("repeat_interleave")
@@ -512,9 +498,13 @@ def channel_shuffle(n: Operation) -> str:
 # ---- new arrays -------------------------------------------------------------------------------------------
 
 
+def _tuple(n: Operation, values: Any) -> str:
+    """Returns the source of a tuple."""
+    return f"({', '.join(map(n.source, values))}{',' if len(values) == 1 else ''})"
+
+
 def _shape(n: Operation, name: str = "size") -> str:
-    sizes = n.args[name]
-    return f"({', '.join(map(n.source, sizes))}{',' if len(sizes) == 1 else ''})"
+    return _tuple(n, n.args[name])
 
 
 def _dtype(n: Operation) -> str:
