@@ -311,7 +311,11 @@ def _tokenizer(
         more = companions.MORE_TEMPLATES
         remarks = [f"{more} is left out"] if (source.files / more).is_dir() else []
         ids = _token_ids(source.files, source.values)
-        return {name: (source.files / name).read_bytes() for name in names}, remarks, ids
+        files = {name: (source.files / name).read_bytes() for name in names}
+        content = files.get(TOKENIZER_FILE, b"{}").strip()
+        if content[:1] + content[-1:] != b"{}":  # to parse all of it takes a tenth of a second
+            remarks.append(f"{TOKENIZER_FILE} is damaged, and copied as it is: no program can read text with it")
+        return files, remarks, ids
     ends = list(config.generation.eos_token_id or [])
     name = getattr(config.data, "tokenizer", ByteTokenizer.name)
     files, remarks = tokenizer_files(name), []

@@ -508,6 +508,18 @@ def test_a_damaged_config_is_one_line(llama: Path, content: bytes) -> None:
     assert is_one_line(error.value, "config.json")
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe{", b"[[[", b'{"model": ', b"version https://git-lfs.example/spec/v1"]
+)
+def test_a_damaged_tokenizer_is_said_when_it_is_copied(llama: Path, tmp_path: Path, content: bytes) -> None:
+    (llama / "tokenizer.json").write_bytes(content)
+    note = icenet.convert(llama, tmp_path / "out", "hf").note
+    assert "tokenizer.json is damaged" in note
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == content
+    (llama / "tokenizer.json").write_bytes(b'{"model": {}}\n')
+    assert "damaged" not in icenet.convert(llama, tmp_path / "other", "hf").note
+
+
 def test_all_tensors_that_do_not_fit_are_listed(llama: Path) -> None:
     arrays = random_arrays(LLAMA_SHAPES)
     arrays["model.layers.0.extra"] = arrays.pop("model.norm.weight")
