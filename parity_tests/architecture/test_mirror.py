@@ -35,6 +35,7 @@ ONE_SIDED = {
     # MLX has no objects for places of arrays; the others are about layers with other parameters in PyTorch
     "nn.tree": {"Arrays", "Arrays.get", "Arrays.set", "set_biases"},
     "nn.kinds": {"counterpart_kinds", "transposed_weights"},
+    "engine.engine": {"Engine.prepare_process"},  # MLX reads its settings of CUDA once
     # the device is an attribute on MLX, whose arrays have none
     "models.base": {"BaseModel.device", "BaseModel.match_gradients_at_zero"},
     "nn.activations": {  # MLX's layers with PyTorch's gradients
