@@ -3182,7 +3182,7 @@ FAULTS: list[Fault] = [
     Fault(
         "the kernel of Adam does not clip",
         "icenet/nn/training_kernels/updates.py",
-        "d * factor[0] +",
+        "d * scale +",
         "d +",
         ["models/test_training_kernels.py::test_adam"],
     ),
