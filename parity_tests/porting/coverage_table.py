@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -256,6 +257,8 @@ def machine() -> str:
 def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: list[str]) -> None:
     found = stored()
     entry = found.setdefault(group, {"entries": {}})
+    text = re.sub(r"(/[^/\s\"']+)+/(?=(torch|torchvision|timm|transformers|numpy)/)", "", json.dumps(results))
+    results = json.loads(text)  # without the folders of this machine
     kept = {name: {key: value for key, value in item.items() if value} for name, item in results.items()}
     entry["entries"] = dict(sorted({**(entry["entries"] if partial else {}), **kept}.items()))
     entry["machine"], entry["of"] = machine(), len(every)
