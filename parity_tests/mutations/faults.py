@@ -33,6 +33,27 @@ FAULTS: list[Fault] = [
         ["porting/test_idioms.py::test_a_size_of_one_module_is_known_in_another"],
     ),
     Fault(
+        "a port reads a buffer after its update instead of before",
+        "icenet/core/porting/body.py",
+        "        self.keep_before(updates, outputs)\n",
+        "",
+        ["porting/test_source.py::test_what_is_read_before_an_update_is_the_value_before"],
+    ),
+    Fault(
+        "a value may be None although every call of a function gives it",
+        "icenet/core/porting/specialize.py",
+        "return SOMETHING if is_given else _UNKNOWN",
+        "return SOMETHING",
+        ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
+    ),
+    Fault(
+        "a loop runs over steps that do not follow each other",
+        "icenet/core/porting/loops.py",
+        "if now == first + distance:",
+        "if now != first:",
+        ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
+    ),
+    Fault(
         "an attribute keeps its underscore, so its weights are not trained",
         "icenet/core/porting/names.py",
         'if not leaf.startswith("_") or is_item:',

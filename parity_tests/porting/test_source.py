@@ -236,6 +236,14 @@ def test_a_function_has_the_branches_that_its_calls_take() -> None:
     assert "def lstm(x, h, c, w_ih, w_hh):" in lstm and "None" not in lstm and "# " not in lstm
 
 
+def test_a_parameter_that_may_be_none_keeps_its_branch() -> None:
+    """`gru_cell` passes its biases on; one of its calls has none."""
+    trees: list[ast.AST] = [ast.parse(f"y = gru_cell(x, h, w, v, {given})") for given in ("None, None", "a, b")]
+    assert all("is None" in code for code in specialized({"gru_cell"}, Calls(trees)) if "def gru(" in code)
+    biased: list[ast.AST] = [ast.parse("y = gru_cell(x, h, w, v, a, b)")]
+    assert all("is None" not in code for code in specialized({"gru_cell"}, Calls(biased)))
+
+
 def test_statements_that_repeat_are_a_loop() -> None:
     def rolled(*codes: str) -> list[str]:
         return ["    " * line.depth + line.code for line in roll([Line(code) for code in codes])]

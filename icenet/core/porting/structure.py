@@ -135,10 +135,11 @@ class Structure:
         """Returns whether each layer of a call takes the result of the one before."""
         names = [f"{call.path}.{name}" for name in self.modules[call.path].children]
         given, results = list(refs(call.given)), list(refs(call.results))
-        if len(given) != 1 or len(results) != 1 or len(names) != len(call.items) or not names:
+        items = [item for item in call.items if not (isinstance(item, Node) and item.op.startswith("sym."))]
+        if len(given) != 1 or len(results) != 1 or len(names) != len(items) or not names:
             return False
         value = given[0]
-        for item, path in zip(call.items, names, strict=True):
+        for item, path in zip(items, names, strict=True):
             if isinstance(item, Node):
                 if item.op != "layer" or item.args["path"] != path or item.args["self"] != Ref(value):
                     return False
