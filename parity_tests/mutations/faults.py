@@ -1772,8 +1772,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the arrays of a run stay in memory until it ends",
         "icenet/parity/events.py",
-        "return self.store.keep(taken) if isinstance(taken, Value) else taken",
-        "return taken",
+        "taken = self.store.keep(taken) if isinstance(taken, Value) else taken",
+        "taken = taken",
         ["parity/test_recording.py::test_values_are_written_as_they_come"],
     ),
     Fault(
