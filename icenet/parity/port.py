@@ -17,6 +17,7 @@ from icenet.core.models import ports
 from icenet.core.porting import build, signature
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
+from icenet.core.porting.places import as_dict
 from icenet.core.porting.record import Graph, Tensor
 from icenet.parity.proof import PortReport, locate, prove
 from icenet.parity.proof_inputs import arrays_of
@@ -85,7 +86,7 @@ class Port:
             "original": self.plan.graph.modules[""].kind,
             "layout": self.layout,
             "inputs": inputs,
-            "weights": ports.as_dict(self.plan.places()),
+            "weights": as_dict(self.plan.places()),
             "report": self.report.as_dict(),
         }
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.models.ports import Place
 from icenet.core.porting import signature
 from icenet.core.porting.collapse import collapse_layers
 from icenet.core.porting.functional import make_functional, without_copies
 from icenet.core.porting.layers import Layer
 from icenet.core.porting.layout import channels_last
 from icenet.core.porting.names import flat, native, new_names
+from icenet.core.porting.places import Place
 from icenet.core.porting.record import Graph
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.writer import class_of, write
