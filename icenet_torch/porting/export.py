@@ -175,8 +175,8 @@ def _break(error: Exception) -> PortError:
         code = code or linecache.getline(file, line).strip()
         where = f"{file}:{line}: {code!r}: "
     remedy = ""
-    if match := re.match(r"Found <class '([^']+)'> in output", text):
-        first = f"the output has a {match[1].rpartition('.')[2]}"
+    if unknown := re.match(r"Found <class '([^']+)'> in output", text):
+        first = f"the output has a {unknown[1].rpartition('.')[2]}"
         remedy = "; return tensors, numbers, dicts, lists, tuples or data classes of them"
     elif _is_data_dependent(error):
         first = "the control flow depends on the values of a tensor"
@@ -750,7 +750,7 @@ def where(error: Exception) -> str:
 
 
 def _users_lines(error: Exception) -> list[tuple[str, int, str]]:
-    """Returns file, line and code of each frame of a traceback that is the user's, or a package's that the user uses."""
+    """Returns file, line and code of each frame of a traceback in code of the user, or of a package that it uses."""
     return [
         (frame.filename, frame.lineno or 0, frame.line or "")
         for frame in traceback.extract_tb(error.__traceback__)
