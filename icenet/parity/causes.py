@@ -859,7 +859,7 @@ def _own_options(c: Comparison, optimizer: Any) -> Iterator[tuple[str, Change]]:
         return
     changes: list[tuple[str, str, Any]] = []
     for name, (option, what) in _OPTIONS.items():
-        own = getattr(given, name, None)
+        own: Any = getattr(given, name, None)
         own = own.item() if hasattr(own, "item") else tuple(own) if isinstance(own, (list, tuple)) else own
         values = [
             tuple(g[option]) if isinstance(g[option], (list, tuple)) else g[option] for g in groups if option in g

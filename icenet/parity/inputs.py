@@ -196,7 +196,7 @@ def draw(a: Any, module: Any, seed: int, number: int, dtype: str) -> Iterator[In
     for length, side in itertools.zip_longest(lengths, sides, fillvalue=OTHER_LENGTHS[-1]):
         for chosen in itertools.islice(itertools.product(*choices), _MOST_CHOICES):
             generator = np.random.default_rng([seed, number])
-            arrays = [_drawn(a, *layer, generator, number, length, side) for layer in chosen]
+            arrays = [_drawn(a, path, kind, generator, number, length, side) for path, kind in chosen]
             yield read(arrays[0] if len(names) == 1 else dict(zip(names, arrays, strict=True)), dtype)
 
 

@@ -454,7 +454,7 @@ def _hand_written_norm(change: Callable[[torch.Tensor, float], torch.Tensor]) ->
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         given = {**dict(zip(("input", "shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
-        shape = given.get("normalized_shape", given.get("shape"))
+        shape: Any = given.get("normalized_shape", given.get("shape"))
         x, axes = given["input"], tuple(range(-len(shape), 0))
         if len(axes) > 1:
             return NotImplemented

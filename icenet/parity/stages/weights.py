@@ -124,11 +124,12 @@ def _converted_weights(c: Comparison) -> list[_Converted]:
             summed = name.replace("bias_hh", "bias_ih")
             if name not in own or (summed != name and summed in own):
                 continue
-            ours, theirs, rounding = own[name], array, None
+            ours, theirs = own[name], array
+            rounding: Array | None = None
             if (other := name.replace("bias_ih", "bias_hh")) != name and other in own:
                 parts = [np.asarray(v, np.float64) for v in (ours, own[other], theirs, reference[other])]
                 ours, theirs = parts[0] + parts[1], parts[2] + parts[3]
-                rounding = sum(half_ulp(v, c.dtype) for v in (*parts[2:], ours, theirs))
+                rounding = np.sum([half_ulp(v, c.dtype) for v in (*parts[2:], ours, theirs)], axis=0)
             found.append((path, name, ours, theirs, rounding))
     return found
 
