@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from icenet.parity.pairing import relative
 from icenet.parity.pairs import Pair
 from icenet.parity.rows import index_of
-from icenet.parity.yardstick import (
-    Judgement,
-)
-
-if TYPE_CHECKING:
-    pass
+from icenet.parity.yardstick import Judgement
 
 Array = npt.NDArray[Any]
 

@@ -16,13 +16,7 @@ from icenet.parity.pairs import Pair, Replay, Sample
 from icenet.parity.rows import index_of
 from icenet.parity.sides import Side
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import (
-    FACTOR,
-    Judgement,
-    Samples,
-    rms,
-    rms_distance,
-)
+from icenet.parity.yardstick import FACTOR, Judgement, Samples, rms, rms_distance
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison

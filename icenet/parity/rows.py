@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.result import Histogram
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 

@@ -18,11 +18,7 @@ from icenet.parity.result import Row
 from icenet.parity.rows import index_of, split_at
 from icenet.parity.sides import ModuleError
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import (
-    judge,
-    rms,
-    squared_distance,
-)
+from icenet.parity.yardstick import judge, rms, squared_distance
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison

@@ -17,7 +17,7 @@ _ctc_loss = torch.ctc_loss
 
 
 def _shapes(
-    log_probs: Any, targets: Any, lengths: Any, target_lengths: Any, blank: int, reduction: int, zero: bool
+    log_probs: Any, targets: Any, lengths: Any, target_lengths: Any, blank: int, reduction: int, _zero: bool
 ) -> Any:
     return log_probs.new_empty((log_probs.shape[1],) if reduction == 0 and log_probs.ndim == 3 else ())
 

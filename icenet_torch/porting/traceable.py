@@ -60,7 +60,7 @@ def traceable() -> Iterator[list[str]]:
             rnn._VF._pack_padded_sequence = pack
 
 
-def _user_frames(tracer: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
+def _user_frames(_tracer: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
     """Returns the calls of `forward` and of the user's functions; torch keeps the first only."""
     first = next((index for index, frame in enumerate(summary) if frame.name == "forward"), len(summary))
     return traceback.StackSummary.from_list(

@@ -307,7 +307,6 @@ def frequencies_of(table: np.ndarray) -> tuple[str, np.ndarray] | None:
         frequencies = inverse(first) if inverse is not None else first
         values = positions * frequencies if function is None else function(positions * frequencies)
         if frequencies.max() > 0.5 and (frequencies > 0).all() and np.abs(values - array).max() < 1e-2:
-            # the arc cosine of a number near 1 has few digits: the last row tells them
             return kind, frequencies
     return None
 
@@ -432,7 +431,7 @@ def _halves(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _variance(correction: int) -> Run:
-    """Returns the variant of var and std with another number that is taken from the count."""
+    """Returns the variant of var and std with another correction, the number that is subtracted from the count."""
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         given = {k: v for k, v in kwargs.items() if k in ("keepdim",)}
@@ -465,7 +464,8 @@ def _hand_written_norm(change: Callable[[torch.Tensor, float], torch.Tensor]) ->
     return run
 
 
-def _root_mean_square(x: torch.Tensor, ddof: int = 0) -> torch.Tensor:
+def _variance_of(x: torch.Tensor, ddof: int = 0) -> torch.Tensor:
+    """Returns the variance over the last axis of values whose mean is 0."""
     return x.square().sum(-1, keepdim=True) / (x.shape[-1] - ddof)
 
 
@@ -474,17 +474,17 @@ NORMS = [
     Variant(
         "unbiased variance (ddof 1) in a, biased in b",
         _NORM,
-        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x, 1) + eps).sqrt()),
+        _hand_written_norm(lambda x, eps: x / (_variance_of(x, 1) + eps).sqrt()),
     ),
     Variant(
         "eps is added to the standard deviation in a, to the variance in b",
         _NORM,
-        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x).sqrt() + eps)),
+        _hand_written_norm(lambda x, eps: x / (_variance_of(x).sqrt() + eps)),
     ),
     Variant(
         "unbiased standard deviation plus eps in a, biased variance plus eps in b",
         _NORM,
-        _hand_written_norm(lambda x, eps: x / (_root_mean_square(x, 1).sqrt() + eps)),
+        _hand_written_norm(lambda x, eps: x / (_variance_of(x, 1).sqrt() + eps)),
     ),
 ]
 

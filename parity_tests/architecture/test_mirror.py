@@ -42,7 +42,7 @@ ONE_SIDED = {
         "match_gradients_at_zero",
         *(f"{name}{method}" for name in ("LeakyReLU", "PReLU", "CELU") for method in ("", ".forward")),
     },
-    "nn.arithmetic": {"set_tf32", "chip", "tf32", "switches"},  # MLX reads its switch once; PyTorch's is open to change
+    "nn.arithmetic": {"set_tf32", "chip", "tf32", "switches"},  # MLX reads its switch once
     "nn.conv": {"Conv2d.reset_parameters"},
     # MLX images have channels last; PyTorch reads into tensors that it does not fill
     "nn.arrays": {"triton_kernels", "to_channels_first", "filled", "device_index"},

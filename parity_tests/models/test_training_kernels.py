@@ -205,7 +205,8 @@ def test_batch_norm_with_what_follows(dtype: str, has_residual: bool, device: st
 
 @pytest.mark.parametrize("is_centered", [True, slow(False)])
 @pytest.mark.parametrize(
-    ("dtype", "shape"), [("bfloat16", (3, 7, 264)), slow("float16", (2, 301)), slow("float32", (40, 512)), slow("bfloat16", (2, 1096))]
+    ("dtype", "shape"),
+    [("bfloat16", (3, 7, 264)), slow("float16", (2, 301)), slow("float32", (40, 512)), slow("bfloat16", (2, 1096))],
 )
 def test_layer_norm(dtype: str, shape: tuple[int, ...], is_centered: bool, device: str) -> None:
     x, weight, bias = (

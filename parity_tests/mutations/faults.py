@@ -42,8 +42,8 @@ FAULTS: list[Fault] = [
     Fault(
         "a value may be None although every call of a function gives it",
         "icenet/core/porting/specialize.py",
-        "return SOMETHING if is_given else _UNKNOWN",
-        "return SOMETHING",
+        "return NOT_NONE if is_given else _UNKNOWN",
+        "return NOT_NONE",
         ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
     ),
     Fault(

@@ -20,7 +20,7 @@ from torch import nn
 from icenet.core.porting.lines import Line
 from icenet.core.porting.loops import roll
 from icenet.core.porting.simplify import simplified, text
-from icenet.core.porting.specialize import SOMETHING, Calls, specialized
+from icenet.core.porting.specialize import NOT_NONE, Calls, specialized
 
 
 class Layer(nn.Module):
@@ -231,7 +231,7 @@ def test_a_function_has_the_branches_that_its_calls_take() -> None:
     call = ast.parse("y = clip(x, 0, None)")
     specialized({"clip"}, Calls([call]))
     assert ast.unparse(call) == "y = clip(x, 0)"
-    given = dict.fromkeys(["x", "h", "c", "w_ih", "w_hh"], SOMETHING)
+    given = dict.fromkeys(["x", "h", "c", "w_ih", "w_hh"], NOT_NONE)
     (lstm,) = specialized({"lstm"}, Calls([], {"lstm": [given]}))
     assert "def lstm(x, h, c, w_ih, w_hh):" in lstm and "None" not in lstm and "# " not in lstm
 

@@ -174,8 +174,8 @@ def model_class(family: str, backend: str) -> type[Any]:
         )
     if any(_is_torch_module(getattr(module, name, None)) for module in modules):
         raise UsageError(
-            f"model.type: {family} is a torch.nn.Module: port it with icenet port {family} --shape SIZES --out FOLDER "
-            "and set model.port: FOLDER"
+            f"model.type: {family} is a torch.nn.Module: port it with icenet port {family} --shape SIZES --out FOLDER"
+            " and set model.port: FOLDER"
         )
     package = {"mlx": "icenet", "torch": "icenet_torch"}[backend]
     raise UsageError(f"model.type: {file} has no class {name} that is a subclass of {package}.models.base.BaseModel")

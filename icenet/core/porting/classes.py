@@ -101,7 +101,6 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
         return replacement.get(position, match[0])
 
     init = [NUMBER.sub(put, line) for line in first.init]
-    NUMBER.sub(put, "-" * 8)
     bodies = []
     for body, common in zip(first.bodies, _common_comments(members), strict=True):
         lines = [

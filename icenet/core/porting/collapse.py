@@ -18,8 +18,9 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
         graph: A graph without operations in place.
         allowed: The paths of the modules that may become layers; None for all.
 
-    Returns the graph, and the layers by path. A module whose arrays are shared with another one, or whose inner
-    values are used outside, stays a call.
+    Returns:
+        The graph, and the layers by path. A module whose arrays are shared with another one, or whose inner values
+        are used outside, stays a call.
     """
     root = tree(graph)
     candidates: dict[str, Layer] = {}

@@ -9,7 +9,7 @@ from icenet.core.porting.calls import Call
 from icenet.core.porting.layers import Layer
 from icenet.core.porting.lines import wrapped
 from icenet.core.porting.record import Graph, Module, Node, Ref, Tensor, refs
-from icenet.core.porting.specialize import SOMETHING
+from icenet.core.porting.specialize import NOT_NONE
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
@@ -123,7 +123,7 @@ def given(layer: Recurrent) -> dict[str, Any]:
     keys += ["b_ih", "b_hh"] if "bias" in layer.options else []
     keys += ["w_hr"] if any(key == "proj_size" for key, _ in layer.sizes) else []
     keys += ["activation"] if "relu" in layer.options else []
-    return dict.fromkeys(keys, SOMETHING)
+    return dict.fromkeys(keys, NOT_NONE)
 
 
 def class_source(name: str, layer: Recurrent) -> str:

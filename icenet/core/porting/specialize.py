@@ -16,7 +16,7 @@ from icenet.core.porting import helpers
 from icenet.core.porting.lines import wrapped
 from icenet.core.porting.simplify import text
 
-_UNKNOWN, SOMETHING = object(), object()
+_UNKNOWN, NOT_NONE = object(), object()
 """What is known about an argument: nothing, or that it is not None."""
 
 
@@ -31,7 +31,7 @@ class Calls:
 
     trees: list[ast.AST]
     given: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    something: dict[str, set[str]] = field(default_factory=dict)
+    not_none: dict[str, set[str]] = field(default_factory=dict)
     """The parameters of each helper that are not None."""
 
 
@@ -44,7 +44,7 @@ def specialized(names: set[str], calls: Calls) -> list[str]:
     """
     order = helpers.needed(names)
     trees: dict[str, ast.AST] = {}
-    calls.something = {}
+    calls.not_none = {}
     texts: dict[str, str] = {}
     for name in helpers.callers_first(order):
         if name not in calls.given and name not in helpers.read_in([*calls.trees, *trees.values()]):
@@ -105,20 +105,20 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
         item.arg for inner in ast.walk(definition) if isinstance(inner, ast.Lambda) for item in inner.args.args
     }
     constants: dict[str, ast.expr] = {}
-    something = set()
+    not_none = set()
     for key in parameters:
         column = [row[key] for row in values if key in row]
         first = column[0]
         if key in stored:
-            something |= {key} if all(item is SOMETHING for item in column) else set()
+            not_none |= {key} if all(item is NOT_NONE for item in column) else set()
         elif isinstance(first, ast.expr) and all(
             isinstance(item, ast.expr) and ast.dump(item) == ast.dump(first) for item in column
         ):
             constants[key] = first
-        elif all(item is SOMETHING or (isinstance(item, ast.expr) and not _is_none(item)) for item in column):
-            something.add(key)
-    calls.something[definition.name] = something - stored
-    _Folder(constants, something - stored, definition).fold()
+        elif all(item is NOT_NONE or (isinstance(item, ast.expr) and not _is_none(item)) for item in column):
+            not_none.add(key)
+    calls.not_none[definition.name] = not_none - stored
+    _Folder(constants, not_none - stored, definition).fold()
     used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
     removed = [key for key in constants if key not in used]
     for call in found:
@@ -132,7 +132,7 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     if all(set(kept) <= _given(call, kept) for call in found) and definition.name not in calls.given:
         arguments.defaults = []  # every call gives all
     for given in calls.given.get(definition.name, []):
-        if all(given.get(key) is SOMETHING for key in kept[len(kept) - len(arguments.defaults) :]):
+        if all(given.get(key) is NOT_NONE for key in kept[len(kept) - len(arguments.defaults) :]):
             arguments.defaults = []
 
 
@@ -173,9 +173,9 @@ def _known(value: ast.expr, tree: ast.AST, calls: Calls) -> Any:
     if _is_constant(value):
         return value
     if isinstance(tree, ast.FunctionDef) and isinstance(value, ast.Name):
-        is_given = value.id in calls.something.get(tree.name, ())
-        return SOMETHING if is_given else _UNKNOWN  # a parameter of another helper may be None
-    return _UNKNOWN if isinstance(value, ast.IfExp) else SOMETHING
+        is_given = value.id in calls.not_none.get(tree.name, ())
+        return NOT_NONE if is_given else _UNKNOWN  # a parameter of another helper may be None
+    return _UNKNOWN if isinstance(value, ast.IfExp) else NOT_NONE
 
 
 def _is_constant(value: ast.expr) -> bool:
@@ -201,8 +201,8 @@ def _without(call: ast.Call, parameters: list[str], removed: list[str]) -> None:
 class _Folder(ast.NodeTransformer):
     """Replaces parameters by constants in a function, and takes the branches that are known."""
 
-    def __init__(self, constants: dict[str, ast.expr], something: set[str], definition: ast.FunctionDef) -> None:
-        self.constants, self.something, self.definition = constants, something, definition
+    def __init__(self, constants: dict[str, ast.expr], not_none: set[str], definition: ast.FunctionDef) -> None:
+        self.constants, self.not_none, self.definition = constants, not_none, definition
 
     def fold(self) -> None:
         self.definition.body = self.block(self.definition.body)
@@ -229,7 +229,7 @@ class _Folder(ast.NodeTransformer):
             return None if None in parts else not decisive
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             left, right = test.left, test.comparators[0]
-            if isinstance(left, ast.Name) and left.id in self.something and _is_none(right):
+            if isinstance(left, ast.Name) and left.id in self.not_none and _is_none(right):
                 return isinstance(test.ops[0], (ast.IsNot, ast.NotEq))
         try:
             expression = _Put(self.constants).visit(copy.deepcopy(test))

@@ -69,14 +69,12 @@ class Values:
                     walk(inner, stack)
 
         walk(call, ())
-        for name in (*refs(self.graph.output_tree),):
+        for name in refs(self.graph.output_tree):
             order.append((name, (self.root.entered,)))
-        self.uses = order
-        self.outside: dict[str, set[str]] = {}
-        by_value: dict[str, list[tuple[str, ...]]] = {}
+        self.by_value: dict[str, list[tuple[str, ...]]] = {}
+        """The calls around each use of a value, outermost first."""
         for name, stack in order:
-            by_value.setdefault(name, []).append(stack)
-        self.by_value = by_value
+            self.by_value.setdefault(name, []).append(stack)
         self.read_results: dict[str, set[int]] = {}
         """Which results of each module any of its calls needs: all calls return them."""
         for item in call.calls():
@@ -233,9 +231,8 @@ class Values:
         self._returns[call.entered] = returned if call is not self.root else []
 
     def escapes(self, name: str, call: Call) -> bool:
-        return any(call.entered not in stack for stack in self.by_value.get(name, ())) or (
-            call is self.root and False
-        )
+        """Returns whether a value is used outside of a call."""
+        return any(call.entered not in stack for stack in self.by_value.get(name, ()))
 
     def hint(self, name: str) -> str:
         node = self.by_name.get(name)

@@ -17,11 +17,7 @@ from icenet.parity.result import Row, Stage
 from icenet.parity.rows import histogram, is_in, neutral
 from icenet.parity.runs import agrees_in_samples
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import (
-    FACTOR,
-    Judgement,
-    judge,
-)
+from icenet.parity.yardstick import FACTOR, Judgement, judge
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
