@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from icenet.core.generation.prompt_cache import PromptCache
     from icenet.core.weights.convert import Conversion
     from icenet.core.weights.rename import Rename
-    from icenet.parity.port import Port
+    from icenet.parity.ports.port import Port
 
 __all__ = [
     "__version__",
@@ -325,7 +325,7 @@ def port(
         UsageError: An argument is wrong.
         BackendError: MLX or PyTorch is not installed.
     """
-    from icenet.parity.port import port as port_module
+    from icenet.parity.ports.port import port as port_module
 
     kwargs = dict(example_kwargs or {})
     return port_module(

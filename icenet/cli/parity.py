@@ -105,7 +105,7 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
 def _stages(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
-    from icenet.parity.status import ALL_STAGES
+    from icenet.parity.results.status import ALL_STAGES
 
     names = [part.strip() for part in value.split(",")]
     if unknown := [name for name in names if name not in ALL_STAGES]:

@@ -13,7 +13,7 @@ from icenet.core import backends, files
 from icenet.core.config import user_code
 from icenet.core.errors import UsageError
 from icenet.core.report.console import stderr_console
-from icenet.parity import port as porting
+from icenet.parity.ports import port as porting
 
 _SHAPE = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*|scalar)(?::(?P<kind>float|int|bool)(?P<below>\d+)?)?"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icenet.core.errors import UsageError
-from icenet.parity.status import ALL_STAGES
+from icenet.parity.results.status import ALL_STAGES
 
 DTYPES = ("fp32", "bf16", "fp16")
 

@@ -28,11 +28,11 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity import align
-from icenet.parity.culprit import first_name
-from icenet.parity.events import Event
-from icenet.parity.pairing import relative
-from icenet.parity.pairs import Pair
-from icenet.parity.sides import Side
+from icenet.parity.calls.culprit import first_name
+from icenet.parity.calls.events import Event
+from icenet.parity.calls.pairing import relative
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.sides import Side
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge, rms
 

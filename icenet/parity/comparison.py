@@ -15,20 +15,22 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename
-from icenet.parity import align, causes, replays, runs, tree
+from icenet.parity import align, causes
 from icenet.parity import inputs as drawing
-from icenet.parity import status as states
 from icenet.parity.arguments import check_options, check_pairs
-from icenet.parity.events import Run, Store
+from icenet.parity.calls import replays, runs
+from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.pairing import match_modules, opaque_layers, pair_calls
+from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
+from icenet.parity.calls.run_gradients import RunGradients
+from icenet.parity.calls.runs import Draws, Targets, run_training
+from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.inputs import Inputs
-from icenet.parity.pairing import match_modules, opaque_layers, pair_calls
-from icenet.parity.pairs import Pair, Replay, Sample, cotangents_of, rounded
-from icenet.parity.result import Module, Report, Row, Stage
-from icenet.parity.run_gradients import RunGradients
-from icenet.parity.runs import Draws, Targets, run_training
-from icenet.parity.sides import ModuleError, Side
+from icenet.parity.results import status as states
+from icenet.parity.results import tree
+from icenet.parity.results.result import Module, Report, Row, Stage
+from icenet.parity.results.status import ALL_STAGES
 from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
-from icenet.parity.status import ALL_STAGES
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import Judgement
 

@@ -1,6 +1,6 @@
 """Calls of the modules within any PyTorch model: intercepts, computes and differentiates them.
 
-What is done with the calls is in `icenet.parity.sides`, which names no framework. The mirror is
+What is done with the calls is in `icenet.parity.calls.sides`, which names no framework. The mirror is
 `icenet/tools/calls.py`.
 """
 

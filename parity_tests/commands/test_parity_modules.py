@@ -13,7 +13,7 @@ import pytest
 from helpers import error_line, is_one_line
 
 from icenet.cli.main import main
-from icenet.parity import recording
+from icenet.parity.recordings import recording
 
 pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
 torch: Any = pytest.importorskip("torch")

@@ -23,7 +23,7 @@ import icenet
 from icenet.core.errors import UsageError
 from icenet.core.models.modules import get_weights
 from icenet.parity import Report, compare
-from icenet.parity.status import ALL_STAGES
+from icenet.parity.results.status import ALL_STAGES
 from icenet.parity.trace import Value
 from icenet_torch.tools.calls import evaluate
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from icenet.core.errors import UsageError
-from icenet.parity import html
-from icenet.parity.result import Histogram, Module, Report, Row, Stage
-from icenet.parity.status import CONTAINS, DIFFERS, FAILED, INHERITS, PASSED
+from icenet.parity.results import html
+from icenet.parity.results.result import Histogram, Module, Report, Row, Stage
+from icenet.parity.results.status import CONTAINS, DIFFERS, FAILED, INHERITS, PASSED
 
 HOSTILE = '<script>alert("x")</script>&amp;'
 VOID = {"meta", "br", "path", "circle", "polyline", "rect", "link"}

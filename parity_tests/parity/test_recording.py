@@ -23,8 +23,9 @@ import mlx.nn
 import torch
 
 from icenet.core.errors import DataError, UsageError
-from icenet.parity import compare, read_trace, record, recording
-from icenet.parity.trace_files import ARRAYS, MANIFEST
+from icenet.parity import compare, read_trace, record
+from icenet.parity.recordings import recording
+from icenet.parity.recordings.trace_files import ARRAYS, MANIFEST
 
 REFERENCE = """
 import torch
@@ -104,7 +105,7 @@ def record_trace(folder: Path) -> None:
     program = """
 import sys
 from icenet.cli.main import main
-from icenet.parity import recording
+from icenet.parity.recordings import recording
 recording.SAMPLES = 2
 folder = sys.argv[1]
 main(["parity", "record", f"{folder}/ref.py:Net", "--input", f"{folder}/x.npz", "--out", f"{folder}/trace"])
@@ -308,7 +309,7 @@ def test_a_damaged_trace_is_one_line(trace: Path, tmp_path: Path, damage: Callab
 
 def test_no_array_is_pickled() -> None:
     for name in ("recording", "trace_files"):
-        source = (ROOT / "icenet/parity" / f"{name}.py").read_text()
+        source = (ROOT / "icenet/parity/recordings" / f"{name}.py").read_text()
         assert not re.search(r"\bpickle\.|allow_pickle=True|\beval\(|\bexec\(", source)
 
 

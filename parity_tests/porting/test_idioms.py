@@ -23,7 +23,7 @@ import icenet
 from icenet.core import backends
 from icenet.core.errors import PortError, WeightsError
 from icenet.core.porting import build
-from icenet.parity import port as porting
+from icenet.parity.ports import port as porting
 
 
 def ported(module: nn.Module, *args: Any) -> tuple[Any, str]:

@@ -18,8 +18,8 @@ from torch import nn
 
 import icenet
 from icenet.core.errors import FileError, PortError, UsageError
-from icenet.parity.proof import Check, PortReport, locate
-from icenet.parity.proof_inputs import drawn_like
+from icenet.parity.ports.inputs import drawn_like
+from icenet.parity.ports.proof import Check, PortReport, locate
 
 R = torch.randn
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from icenet.parity import align, culprit
-from icenet.parity import status as states
-from icenet.parity.culprit import Origin
-from icenet.parity.pairs import Pair, hidden
-from icenet.parity.result import Row, Stage
-from icenet.parity.rows import histogram, is_in, neutral
-from icenet.parity.runs import agrees_in_samples
+from icenet.parity import align
+from icenet.parity.calls import culprit
+from icenet.parity.calls.culprit import Origin
+from icenet.parity.calls.pairs import Pair, hidden
+from icenet.parity.calls.runs import agrees_in_samples
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Row, Stage
+from icenet.parity.results.rows import histogram, is_in, neutral
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from icenet.parity import align, culprit
-from icenet.parity import status as states
-from icenet.parity.events import Run
-from icenet.parity.pairs import Pair, rounded
-from icenet.parity.replays import replay
-from icenet.parity.result import Row, Stage
-from icenet.parity.rows import index_of, neutral, split_at
-from icenet.parity.run_gradients import RunGradients
+from icenet.parity import align
+from icenet.parity.calls import culprit
+from icenet.parity.calls.events import Run
+from icenet.parity.calls.pairs import Pair, rounded
+from icenet.parity.calls.replays import replay
+from icenet.parity.calls.run_gradients import RunGradients
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Row, Stage
+from icenet.parity.results.rows import index_of, neutral, split_at
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,

@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from icenet.core.errors import UsageError
 from icenet.parity import align, causes
-from icenet.parity import status as states
-from icenet.parity.events import Run
+from icenet.parity.calls.events import Run
+from icenet.parity.calls.pairing import first_mismatch, pair_calls
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.runs import AmbiguousAxes, Draws, check_draws, run_training
+from icenet.parity.calls.sides import ModuleError
 from icenet.parity.inputs import Inputs
-from icenet.parity.pairing import first_mismatch, pair_calls
-from icenet.parity.pairs import Pair
-from icenet.parity.result import Row, Stage
-from icenet.parity.rows import is_within, split_at
-from icenet.parity.runs import AmbiguousAxes, Draws, check_draws, run_training
-from icenet.parity.sides import ModuleError
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Row, Stage
+from icenet.parity.results.rows import is_within, split_at
 from icenet.parity.stages import StageFailed, weights
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity import causes
-from icenet.parity import status as states
+from icenet.parity.calls.pairs import Sample
+from icenet.parity.calls.sides import Side
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
-from icenet.parity.pairs import Sample
-from icenet.parity.result import Row, Stage
-from icenet.parity.rows import split_at
-from icenet.parity.sides import Side
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Row, Stage
+from icenet.parity.results.rows import split_at
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,

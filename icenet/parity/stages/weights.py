@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from icenet.core.models import modules
 from icenet.parity import align
-from icenet.parity import status as states
-from icenet.parity.result import Histogram, Row, Stage
-from icenet.parity.rows import histogram, split_at
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Histogram, Row, Stage
+from icenet.parity.results.rows import histogram, split_at
 from icenet.parity.yardstick import half_ulp, rms, round_to, sum_of_products
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from icenet.parity.pairing import relative
-from icenet.parity.pairs import Pair
-from icenet.parity.rows import index_of
+from icenet.parity.calls.pairing import relative
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.results.rows import index_of
 from icenet.parity.yardstick import Judgement
 
 Array = npt.NDArray[Any]

@@ -19,8 +19,8 @@ from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.places import as_dict
 from icenet.core.porting.record import Graph, Tensor
-from icenet.parity.proof import PortReport, locate, prove
-from icenet.parity.proof_inputs import arrays_of
+from icenet.parity.ports.inputs import arrays_of
+from icenet.parity.ports.proof import PortReport, locate, prove
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -11,7 +11,7 @@ from icenet.core import backends
 from icenet.core.porting.build import Plan
 from icenet.core.porting.build import plan as make_plan
 from icenet.core.porting.record import Node, refs
-from icenet.parity.proof_inputs import Arguments, arrays_of
+from icenet.parity.ports.inputs import Arguments, arrays_of
 
 _RANDOM = {
     *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal"),

@@ -1,7 +1,8 @@
 """The result of `icenet.parity.compare`: stages, rows, modules, the culprit and its cause.
 
-A report is data. `str(report)` is text for a terminal; `report.to_html` writes the page of `icenet.parity.html`.
-The two sides are called `a`, the module under test, and `b`, the reference. Paths of modules are those of `b`.
+A report is data. `str(report)` is text for a terminal; `report.to_html` writes the page of
+`icenet.parity.results.html`. The two sides are called `a`, the module under test, and `b`, the reference. Paths of
+modules are those of `b`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icenet.parity.status import (
+from icenet.parity.results.status import (
     CONTAINS,
     DIFFERS,
     FAILED,
@@ -306,7 +307,7 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as one HTML page that needs no other file; returns its path."""
-        from icenet.parity.html import write  # the page is not needed to compare
+        from icenet.parity.results.html import write  # the page is not needed to compare
 
         return write(self, path)
 

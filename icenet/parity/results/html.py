@@ -15,11 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icenet.core import files
-from icenet.parity.status import CONTAINS, DIFFERS, FAILED, INHERITS, LESS_EXACT, NOT_RUN, PASSED, SKIPPED, number
+from icenet.parity.results.status import (
+    CONTAINS,
+    DIFFERS,
+    FAILED,
+    INHERITS,
+    LESS_EXACT,
+    NOT_RUN,
+    PASSED,
+    SKIPPED,
+    number,
+)
 from icenet.parity.yardstick import FACTOR
 
 if TYPE_CHECKING:
-    from icenet.parity.result import Histogram, Module, Report, Row, Stage
+    from icenet.parity.results.result import Histogram, Module, Report, Row, Stage
 
 MAX_ROWS = 2000
 """Rows of the table of all values. More make a page that a phone cannot show; `as_dict` has all."""

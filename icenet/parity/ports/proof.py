@@ -19,9 +19,9 @@ import numpy as np
 from icenet.core import backends
 from icenet.core.errors import IceNetError, PortError
 from icenet.core.porting.build import Plan
-from icenet.parity import proof_places
 from icenet.parity.engines import Perturbation
-from icenet.parity.proof_inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_size
+from icenet.parity.ports import places as proof_places
+from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_size
 from icenet.parity.trace import Value, short_dtype
 from icenet.parity.yardstick import FACTOR, FEW, Samples, judge_values
 

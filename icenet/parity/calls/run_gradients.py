@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from icenet.parity import align
-from icenet.parity.events import Run
-from icenet.parity.pairs import Pair
-from icenet.parity.rows import split_at
+from icenet.parity.calls.events import Run
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.results.rows import split_at
 from icenet.parity.yardstick import Judgement, judge, judge_values
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity import align
+from icenet.parity.calls.pairs import Pair, Replay, Sample
+from icenet.parity.calls.sides import Side
 from icenet.parity.locate import judge_layer
-from icenet.parity.pairs import Pair, Replay, Sample
-from icenet.parity.rows import index_of
-from icenet.parity.sides import Side
+from icenet.parity.results.rows import index_of
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, Judgement, Samples, rms, rms_distance
 

@@ -21,9 +21,9 @@ from icenet.core.errors import UsageError
 from icenet.core.models import dropout, randomness
 from icenet.core.weights import layout
 from icenet.parity import align
+from icenet.parity.calls.events import Event, Recorder, Run, Store, rebuild
+from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.engines import Perturbation
-from icenet.parity.events import Event, Recorder, Run, Store, rebuild
-from icenet.parity.pairs import Pair, Replay, Sample
 from icenet.parity.trace import Value, class_name, is_foreign, output_name, short_dtype
 
 Array = npt.NDArray[Any]
@@ -752,7 +752,7 @@ def _filled_in(item: Value, own: Value | None) -> Value:
 
 
 def _arrays_of(item: Any, array_type: type) -> list[Any]:
-    from icenet.parity.events import take_apart
+    from icenet.parity.calls.events import take_apart
 
     return take_apart(item, array_type)[1]
 

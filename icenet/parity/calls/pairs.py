@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity import align
-from icenet.parity.events import Event
+from icenet.parity.calls.events import Event
 from icenet.parity.trace import Value, output_name
 from icenet.parity.yardstick import round_to
 

@@ -13,9 +13,9 @@ import numpy as np
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
 from icenet.parity import align
-from icenet.parity.events import Event, Run
-from icenet.parity.pairs import Pair
-from icenet.parity.sides import Side
+from icenet.parity.calls.events import Event, Run
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.sides import Side
 from icenet.parity.trace import Value
 
 # ---- modules ------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     compare(mlx_module, read_trace("trace/"))              # as with the module itself
 
 A comparison asks its reference for runs, replays of single calls, a loss, updates and training steps. `record`
-computes them and writes the results, `icenet.parity.recorded` returns them. The noise of each result is measured with
-them, by the samples that a comparison takes of a module (`icenet.parity.yardstick`).
+computes them and writes the results, `icenet.parity.recordings.recorded` returns them. The noise of each result is
+measured with them, by the samples that a comparison takes of a module (`icenet.parity.yardstick`).
 
 A replay leaves out the calls that both sides make. Those of the other side are not known yet, so the replays of a
 module with others within are recorded for several sets of calls (`_cuts`), and the finest is used that the other side
@@ -30,26 +30,26 @@ from icenet.core.errors import UsageError
 from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import DTYPES
+from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.pairing import Match, pair_calls
+from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
+from icenet.parity.calls.runs import Targets
+from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.causes import attributes
 from icenet.parity.comparison import describe
 from icenet.parity.engines import Perturbation
-from icenet.parity.events import Run, Store
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import scaled_for_fp16
-from icenet.parity.pairing import Match, pair_calls
-from icenet.parity.pairs import Pair, Replay, Sample, cotangents_of, rounded
-from icenet.parity.runs import Targets
-from icenet.parity.sides import ModuleError, Side
-from icenet.parity.stages.training import SMALL, default_rate, update_gradients
-from icenet.parity.ties import may_be_kinks, moved_apart
-from icenet.parity.trace import Call, Value
-from icenet.parity.trace_files import (
+from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,
     TraceStore,
     TraceWriter,
     encode,
 )
+from icenet.parity.stages.training import SMALL, default_rate, update_gradients
+from icenet.parity.ties import may_be_kinks, moved_apart
+from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FEW, round_to, squared_distance
 
 Array = npt.NDArray[Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icenet.parity import status as states
-from icenet.parity.result import Module
-from icenet.parity.rows import is_in
+from icenet.parity.results import status as states
+from icenet.parity.results.result import Module
+from icenet.parity.results.rows import is_in
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icenet.parity.result import Histogram
+from icenet.parity.results.result import Histogram
 
 Array = npt.NDArray[Any]
 

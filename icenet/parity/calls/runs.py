@@ -11,12 +11,12 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.parity import align
 from icenet.parity import inputs as drawing
-from icenet.parity.events import Run, Store
+from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.sides import ModuleError
 from icenet.parity.inputs import Inputs
-from icenet.parity.pairs import Pair
-from icenet.parity.result import Row
-from icenet.parity.rows import index_of, split_at
-from icenet.parity.sides import ModuleError
+from icenet.parity.results.result import Row
+from icenet.parity.results.rows import index_of, split_at
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge, rms, squared_distance
 

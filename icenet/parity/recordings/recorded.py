@@ -20,22 +20,22 @@ from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.parity import align
 from icenet.parity.arguments import DTYPES
+from icenet.parity.calls.events import Event, Run, Store
+from icenet.parity.calls.pairing import is_separable
+from icenet.parity.calls.pairs import Pair, Replay, Sample
+from icenet.parity.calls.sides import Side
 from icenet.parity.causes import attributes
 from icenet.parity.comparison import Comparison
-from icenet.parity.events import Event, Run, Store
 from icenet.parity.inputs import Inputs
-from icenet.parity.pairing import is_separable
-from icenet.parity.pairs import Pair, Replay, Sample
-from icenet.parity.result import Report
-from icenet.parity.sides import Side
-from icenet.parity.trace import Value, output_name
-from icenet.parity.trace_files import (
+from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,
     TraceReader,
     damaged,
     decode,
 )
+from icenet.parity.results.result import Report
+from icenet.parity.trace import Value, output_name
 
 Array = npt.NDArray[Any]
 

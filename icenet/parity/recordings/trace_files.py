@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from icenet.core.errors import DataError, FileError, UsageError
 from icenet.core.files import write_text
-from icenet.parity.events import Slot, Store
+from icenet.parity.calls.events import Slot, Store
 from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]

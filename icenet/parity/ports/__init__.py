@@ -1,0 +1,1 @@
+"""Ports of PyTorch modules, and the comparison of each with its original."""

@@ -1,0 +1,1 @@
+"""A reference that was recorded on another machine."""
