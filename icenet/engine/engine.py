@@ -24,7 +24,7 @@ from icenet.engine.build import build_model
 from icenet.engine.compiled import Compiled
 from icenet.engine.ema import WeightAverage
 from icenet.engine.optimizers import Optimizer
-from icenet.nn import training_kernels, tree
+from icenet.nn import tree
 from icenet.nn.arrays import DTYPES, from_numpy, is_half, to_numpy
 
 
@@ -60,7 +60,6 @@ class Engine(engine.Engine):
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
         self._parameters = tree.Arrays(self.model)
         self._trainable = list(self._parameters.get())
-        self._cast_early = self._paths_of_products()
         self._value_and_grad = mx.value_and_grad(self._scaled_loss)
         self._compiled_gradients: Any = self._gradients
         self._compiled_update: Any = self._update_arrays
@@ -119,26 +118,8 @@ class Engine(engine.Engine):
         A parameter that the model shares is set at all of its places, so its gradient is the sum over them.
         """
         self._parameters.set(parameters)
-        if self._cast_early:
-            cast = training_kernels.cast([parameters[path] for path in self._cast_early], self.model.compute_dtype)
-            self._parameters.set(dict(zip(self._cast_early, cast, strict=True)))
         loss = self._training_loss(arrays)
         return loss * scale, loss
-
-    def _paths_of_products(self) -> list[str]:
-        """Returns the weights and biases that are cast together on CUDA in half precision: those of products.
-
-        The output layer casts its own: the gradient of its weight is added up in fp32. So do modules of the user.
-        """
-        if not (self.device == "gpu" and mx.cuda.is_available()) or is_custom(self.config.model.type):
-            return []
-        if self.model.compute_dtype == mx.float32:
-            return []
-        layers = [module for _, module in self.model.named_modules() if type(module) in (ops.Linear, ops.Conv2d)]
-        own = {
-            id(layer[name]) for layer in layers if layer is not getattr(self.model, "output", None) for name in layer
-        }
-        return [path for path, array in self._parameters.get().items() if id(array) in own and array.size]
 
     def _outputs(self, arrays: Mapping[str, mx.array], as_loss: bool = False) -> mx.array:
         return call_model(self.model, arrays, self._num_classes, as_loss)

@@ -20,16 +20,15 @@ from helpers import tiny
 
 from icenet.core import backends
 from icenet.core.config import Config
-from icenet.core.data.datasets import dataset_for
 from icenet.nn import conv, training_kernels
 from icenet.nn.arrays import from_numpy, to_numpy
-from icenet.nn.training_kernels import activations, casts, common, losses, norms, pooling, updates
+from icenet.nn.training_kernels import activations, common, losses, norms, pooling, updates
 from icenet.parity.yardstick import judge
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 CACHES = [
     value
-    for module in (activations, casts, common, losses, norms, pooling, updates)
+    for module in (activations, common, losses, norms, pooling, updates)
     for value in vars(module).values()
     if isinstance(value, functools._lru_cache_wrapper)
 ]
@@ -288,55 +287,6 @@ def test_sums_of_squares(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.allclose(found, expected, rtol=1e-6)
 
 
-def test_casts_of_several_arrays(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More arrays than a kernel has, and more values than a block has; gradients are cast back."""
-    monkeypatch.setattr(casts, "ARRAYS_OF_A_CAST", 3)
-    arrays = [mx.array(draw("float32", *shape)) for shape in [(3, 2), (9001,), (1,), (2, 3, 4), (12000,)]]
-    found, gradients = mx.vjp(
-        lambda *x: [2 * y for y in training_kernels.cast(x, mx.bfloat16)],
-        arrays,
-        [a.astype(mx.bfloat16) for a in arrays],
-    )
-    for array, result, gradient in zip(arrays, found, gradients, strict=True):
-        assert mx.array_equal(result, 2 * array.astype(mx.bfloat16)) and result.dtype == mx.bfloat16
-        assert mx.array_equal(gradient, 2 * array.astype(mx.bfloat16).astype(mx.float32))
-        assert gradient.dtype == mx.float32
-
-
-@pytest.mark.parametrize("family", ["transformer", "lstm", "cnn", "resnet", "vit"])
-def test_weights_that_are_cast_together(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients are those of layers that cast their own weights, and the weights stay fp32."""
-    small = {"resnet": ("model.block=bottleneck", "model.hidden_size=32", "model.stem=conv7"), "vit": ()}
-    config = tiny(tmp_path, "training.mixed_precision=bf16", family="cnn" if family in small else family)
-    if family == "vit":
-        sizes = {
-            "hidden_size": 16,
-            "num_layers": 1,
-            "num_heads": 2,
-            "vocab_size": 10,
-            "image_size": 8,
-            "patch_size": 4,
-        }
-        config = Config.from_dict({**config.to_dict(), "model": {"type": "vit", "image_channels": 1, **sizes}})
-    config = config.with_overrides(*small.get(family, ["data.seq_length=8"] if family == "lstm" else []))
-    engine = backends.engine(config, "mlx", "cpu")
-    assert engine._cast_early == []
-    with monkeypatch.context() as patch:
-        patch.setattr(mx.cuda, "is_available", lambda: True)
-        patch.setattr(engine, "device", "gpu")
-        together = engine._paths_of_products()
-    assert bool(together) == (family != "lstm") and not [path for path in together if path.startswith("output")]
-    batch = dataset_for(config).train_batch(0, 2)
-    expected = engine.gradients(batch)
-    monkeypatch.setattr(training_kernels, "cast", lambda arrays, dtype: [array.astype(dtype) for array in arrays])
-    engine._cast_early = together
-    loss, gradients = engine.gradients(batch)
-    assert loss == expected[0]
-    for path, gradient in expected[1].items():
-        assert np.array_equal(gradients[path], gradient), path
-    assert {array.dtype for array in engine._parameters.get().values()} == {mx.float32}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 50, 16), (3000, 5)])
 def test_column_sums(shape: tuple[int, ...], device: str) -> None:
@@ -424,15 +374,6 @@ def test_steps_with_all_kernels(name: str, device: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(training_kernels, "has_kernels", lambda has_kernels=has_kernels: has_kernels)
         monkeypatch.setattr(training_kernels, "is_worthwhile", lambda x, has_kernels=has_kernels: has_kernels)
         engine = backends.engine(config, "mlx", "cpu" if device == "emulated" else "gpu")
-        if has_kernels and device == "emulated":
-            engine.device = "gpu"
-            with monkeypatch.context() as patch:
-                patch.setattr(mx.cuda, "is_available", lambda: True)
-                engine._cast_early = engine._paths_of_products()
-            engine.device = "cpu"
-            assert engine._cast_early
-        elif not has_kernels:
-            engine._cast_early = []
         results = [engine.read(engine.train_step(batch, step, 1e-2)) for step in range(3)]
         losses.append([result.loss for result in results] + [result.grad_norm for result in results])
     assert np.allclose(*losses, rtol=0.02), losses  # a rounding of bf16 is 0.004

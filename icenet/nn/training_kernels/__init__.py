@@ -11,7 +11,6 @@ import mlx.core as mx
 
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.training_kernels.activations import activation
-from icenet.nn.training_kernels.casts import cast
 from icenet.nn.training_kernels.losses import cross_entropy
 from icenet.nn.training_kernels.norms import batch_norm, column_sums, layer_norm
 from icenet.nn.training_kernels.pooling import max_pool
@@ -21,7 +20,6 @@ __all__ = [
     "activation",
     "adam",
     "batch_norm",
-    "cast",
     "column_sums",
     "cross_entropy",
     "has_kernels",

@@ -160,9 +160,9 @@ _NORMALIZE = (
 )
 
 
-# A warp computes a row. Its threads keep KEPT packs of the row each; rows of more are read again, from the cache.
+# A warp computes a row. It reads the row three times, the second and third time from the cache.
 _LAYER_NORM_ROW = """
-    constexpr int N = VECTOR, ROWS = 8, HELD = KEPT > 0 ? KEPT : 1;
+    constexpr int N = VECTOR, ROWS = 8;
     struct alignas(sizeof(T) * N) Pack { T values[N]; };
     const int channels = x_shape[1], lane = threadIdx.x % 32;
     const long long row = blockIdx.x * (long long)ROWS + threadIdx.x / 32;
@@ -174,87 +174,64 @@ _LAYER_NORM_ROW = """
     auto load = [&](const T* array, int column) {
       return *reinterpret_cast<const Pack*>(array + row * channels + column);
     };
-    // calls visit(column, pack of the first array, pack of the second one)
-    auto each = [&](const T* first, const T* second, Pack* one, Pack* other, auto visit) {
-      if (KEPT > 0) {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-          const int column = (i * 32 + lane) * N;
-          if (column < channels) visit(column, one[i], other[i]);
-        }
-      } else {
-        for (int column = lane * N; column < channels; column += 32 * N) {
-          visit(column, load(first, column), load(second, column));
-        }
-      }
-    };
-    auto keep = [&](const T* array, Pack* packs) {
-      if (KEPT > 0) {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-          if ((i * 32 + lane) * N < channels) packs[i] = load(array, (i * 32 + lane) * N);
-        }
-      }
-    };
 """
 _LAYER_NORM = (
     _LAYER_NORM_ROW
     + """
-    Pack packs[HELD];
-    keep(x, packs);
     float sum = 0.f, squares = 0.f;
     if (CENTERED) {
-      each(x, x, packs, packs, [&](int column, const Pack& pack, const Pack&) {
+      for (int column = lane * N; column < channels; column += 32 * N) {
+        const Pack pack = load(x, column);
         for (int i = 0; i < N; i++) sum += (float)pack.values[i];
-      });
+      }
     }
     const float average = total(sum) / channels;
-    each(x, x, packs, packs, [&](int column, const Pack& pack, const Pack&) {
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      const Pack pack = load(x, column);
       for (int i = 0; i < N; i++) {
         const float difference = (float)pack.values[i] - average;
         squares += difference * difference;
       }
-    });
+    }
     const float inverse = 1.f / sqrtf(total(squares) / channels + eps[0]);
     if (lane == 0) {
       mean[row] = average;
       scale[row] = inverse;
     }
-    each(x, x, packs, packs, [&](int column, const Pack& pack, const Pack&) {
-      Pack result;
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      Pack pack = load(x, column);
       for (int i = 0; i < N; i++) {
         const float normal = ((float)pack.values[i] - average) * inverse * weight[column + i];
-        result.values[i] = (T)(CENTERED ? normal + bias[column + i] : normal);
+        pack.values[i] = (T)(CENTERED ? normal + bias[column + i] : normal);
       }
-      *reinterpret_cast<Pack*>(out + row * channels + column) = result;
-    });
+      *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
+    }
 """
 )
 _LAYER_NORM_GRADIENT = (
     _LAYER_NORM_ROW
     + """
-    Pack packs[HELD], slopes[HELD];
-    keep(x, packs);
-    keep(dy, slopes);
     const float average = mean[row], inverse = scale[row];
     float sum = 0.f, products = 0.f;
-    each(x, dy, packs, slopes, [&](int column, const Pack& pack, const Pack& other) {
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      const Pack pack = load(x, column), other = load(dy, column);
       for (int i = 0; i < N; i++) {
         const float g = (float)other.values[i] * weight[column + i];
         sum += g;
         products += g * ((float)pack.values[i] - average) * inverse;
       }
-    });
+    }
     sum = CENTERED ? total(sum) / channels : 0.f;
     products = total(products) / channels;
-    each(x, dy, packs, slopes, [&](int column, const Pack& pack, const Pack& other) {
-      Pack result;
+    for (int column = lane * N; column < channels; column += 32 * N) {
+      Pack pack = load(x, column);
+      const Pack other = load(dy, column);
       for (int i = 0; i < N; i++) {
         const float normal = ((float)pack.values[i] - average) * inverse;
-        result.values[i] = (T)(inverse * ((float)other.values[i] * weight[column + i] - sum - normal * products));
+        pack.values[i] = (T)(inverse * ((float)other.values[i] * weight[column + i] - sum - normal * products));
       }
-      *reinterpret_cast<Pack*>(out + row * channels + column) = result;
-    });
+      *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
+    }
 """
 )
 
@@ -387,15 +364,12 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
     def run(name: str, inputs: list[Array], shapes: list[tuple[int, ...]], dtypes: list[mx.Dtype]) -> Any:
         rows = inputs[0]
         packed = 16 // rows.itemsize
-        vector = packed if channels % packed == 0 else 1
-        kept = -(-channels // (32 * vector))
         return _layer_norm()[name](
             inputs=inputs,
             template=[
                 ("T", rows.dtype),
-                ("VECTOR", vector),
+                ("VECTOR", packed if channels % packed == 0 else 1),
                 ("CENTERED", centered),
-                ("KEPT", kept if kept <= _KEPT_PACKS else 0),
             ],
             grid=(-(-rows.shape[0] // _ROWS_OF_A_BLOCK) * 32 * _ROWS_OF_A_BLOCK, 1, 1),
             threadgroup=(32 * _ROWS_OF_A_BLOCK, 1, 1),
@@ -425,8 +399,6 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
 
 
 _ROWS_OF_A_BLOCK = 8
-_KEPT_PACKS = 4
-"""Most packs of a row that a thread keeps in registers: rows of up to 1024 values in half precision."""
 
 
 @lru_cache
