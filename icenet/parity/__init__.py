@@ -20,7 +20,7 @@ inputs       inputs of the user and random ones, their axes, and the smallest th
 stages/      one file for each stage, or for two that belong together
 calls/       the calls of both sides: `sides` runs a module, `events` are the calls of a run, `pairing` finds those of
              both sides (`pairs`), `runs` and `replays` compute them, `culprit` is the first difference
-causes       known causes, tried on the reference
+causes/      known causes, tried on the reference (`search`)
 results/     the report: stages, rows, modules, culprit and cause (`result`), its tree and its page
 recordings/  a reference on another machine: `record` writes what a comparison needs, `read_trace` compares with it
 

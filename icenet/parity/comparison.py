@@ -15,7 +15,7 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename
-from icenet.parity import align, causes
+from icenet.parity import align
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import check_options, check_pairs
 from icenet.parity.calls import replays, runs
@@ -25,6 +25,8 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, round
 from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.calls.runs import Draws, Targets, run_training
 from icenet.parity.calls.sides import ModuleError, Side
+from icenet.parity.causes.numbers import unequal_numbers
+from icenet.parity.causes.search import suggest
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
 from icenet.parity.results import tree
@@ -225,7 +227,7 @@ class Comparison:
                 self.inputs_a, self.inputs_b, self.targets_a, self.targets_b = of_first
                 if self.wants("optimizer") or self.wants("training"):
                     training.compare_training(self, given[0])
-                self.add_notes(causes.unequal_numbers(self))
+                self.add_notes(unequal_numbers(self))
         except StageFailed:
             pass
         except ModuleError as error:  # in training mode only
@@ -390,7 +392,7 @@ class Comparison:
         if not self.options.get("suggest", True):
             return
         try:
-            self.report.cause = causes.suggest(self, pair, judgements)
+            self.report.cause = suggest(self, pair, judgements)
         except Exception as error:  # the difference is found; only its cause is not
             self.report.notes.append(f"the search for a cause stopped: {type(error).__name__}: {error}")
 

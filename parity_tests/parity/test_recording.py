@@ -308,8 +308,8 @@ def test_a_damaged_trace_is_one_line(trace: Path, tmp_path: Path, damage: Callab
 
 
 def test_no_array_is_pickled() -> None:
-    for name in ("recording", "trace_files"):
-        source = (ROOT / "icenet/parity/recordings" / f"{name}.py").read_text()
+    for path in (ROOT / "icenet/parity/recordings").glob("*.py"):
+        source = path.read_text()
         assert not re.search(r"\bpickle\.|allow_pickle=True|\beval\(|\bexec\(", source)
 
 

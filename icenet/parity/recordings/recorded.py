@@ -24,7 +24,7 @@ from icenet.parity.calls.events import Event, Run, Store
 from icenet.parity.calls.pairing import is_separable
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
-from icenet.parity.causes import attributes
+from icenet.parity.causes.numbers import attributes
 from icenet.parity.comparison import Comparison
 from icenet.parity.inputs import Inputs
 from icenet.parity.recordings.trace_files import (

@@ -35,7 +35,7 @@ from icenet.parity.calls.pairing import Match, pair_calls
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
 from icenet.parity.calls.runs import Targets
 from icenet.parity.calls.sides import ModuleError, Side
-from icenet.parity.causes import attributes
+from icenet.parity.causes.numbers import attributes
 from icenet.parity.comparison import describe
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
-from icenet.parity import align, causes
+from icenet.parity import align
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import first_mismatch, pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.runs import AmbiguousAxes, Draws, check_draws, run_training
 from icenet.parity.calls.sides import ModuleError
+from icenet.parity.causes.numbers import shape_numbers
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
@@ -139,7 +140,7 @@ def _paired(
     c.add_notes(notes)
     if mismatch := first_mismatch(pairs):
         c.fail(stage, mismatch.path, mismatch.where, mismatch.note)
-        c.report.cause = "" if mismatch.where else causes.shape_numbers(c, mismatch.path)
+        c.report.cause = "" if mismatch.where else shape_numbers(c, mismatch.path)
         row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
         stage.rows.append(replace(row, where=mismatch.where))
         raise StageFailed

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from icenet.parity import causes
 from icenet.parity.calls.pairs import Sample
 from icenet.parity.calls.sides import Side
+from icenet.parity.causes.optimizers import CORRECTION, suggest_update
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
@@ -179,7 +179,7 @@ def _judge_updates(
         path, part = split_at(name, c.b.modules)
         judged = judgements[f"parameter:{name}"]
         if not judged.passed:  # 1 - beta^t is rounded in fp32 in MLX
-            least = causes.CORRECTION * rms(exact[name] - c.reference.weights()[name])
+            least = CORRECTION * rms(exact[name] - c.reference.weights()[name])
             judged = judge(ours[name], theirs[name], exact[name], "fp32", min_noise=least)
         status = states.PASSED if judged.passed else states.DIFFERS
         own_noise = rms_distance(theirs[name], exact[name])
@@ -189,7 +189,7 @@ def _judge_updates(
     if bad:
         note = bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
         c.fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
-        c.report.cause = causes.suggest_update(c, back, sequence, updated, optimizers[1])
+        c.report.cause = suggest_update(c, back, sequence, updated, optimizers[1])
 
 
 def default_rate(names: Sequence[str], weights: Mapping[str, Array], gradients: Mapping[str, Array]) -> float:

@@ -1,0 +1,102 @@
+"""Causes in the calls of modules: modes that differ, and modules that only one side calls, or more often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from icenet.parity import align
+from icenet.parity.calls.events import Event
+from icenet.parity.calls.pairing import relative
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.sides import Side
+from icenet.parity.causes.trial import Trial
+from icenet.parity.trace import Value
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+
+def find_mode(c: Comparison, pair: Pair) -> str:
+    """Returns which norm or dropout is in another mode."""
+    inner = {child.path for child in pair.children}
+    for path, side in ((event.path, event) for event in pair.b.walk()):
+        ours = c.a.own_path(path)
+        if ours is None or (path in inner and path != pair.path) or side.path not in c.b.modules:
+            continue
+        flags = c.a.mode(ours), c.b.mode(path)
+        if flags[0] != flags[1] and c.b.depends_on_mode_at(path):
+            names = ["training" if flag else "evaluation" for flag in flags]
+            return f"{path or 'the model'} is in {names[0]} mode in a, in {names[1]} mode in b"
+    return ""
+
+
+def find_dropout(c: Comparison, pair: Pair) -> str:
+    """Returns which dropout only one side calls, if that is in training mode."""
+    if not c.a.train:
+        return ""
+    for one, other, sides in ((pair.b, pair.a, (c.b, c.a)), (pair.a, pair.b, (c.a, c.b))):
+        is_b = one is pair.b
+        called = {c.a.names.get(event.path, event.path) if is_b else event.path for event in other.walk()}
+        for event in one.walk():
+            path = event.path if is_b else c.a.names.get(event.path, event.path)
+            rate = sides[0].dropout_rate(event.path)
+            if rate and path not in called:
+                which = ("a", "b") if is_b else ("b", "a")
+                return f"{path} (dropout {rate:g}) is not called in {which[0]}, but in {which[1]}"
+    return ""
+
+
+def find_calls(trial: Trial) -> str:
+    """Returns which module within a call only one side calls, or more often, if without it the difference is gone."""
+    c, pair = trial.c, trial.pair
+    if pair.kind in align.DIFFERENT_CALLS:
+        return ""
+    left_out = {id(event) for child in pair.children for event in (child.a, child.b)}
+
+    def called(event: Event) -> Iterator[str]:
+        for child in event.children:
+            yield child.path
+            if id(child) not in left_out:
+                yield from called(child)
+
+    ours = Counter(called(pair.a))
+    theirs = Counter(called(pair.b))
+    named = Counter({c.a.names.get(path, f"{path} (of a)"): count for path, count in ours.items()})
+    for path, count in theirs.items():
+        if count > named[path] and c.computes_reference and trial.explains(_without(trial, c.reference, path)):
+            return _extra(relative(path, pair.path), named[path], count)
+    for path, count in ours.items():
+        name = c.a.names.get(path, f"{path} (of a)")
+        if count <= theirs[name]:
+            continue
+        before, new = trial.ours, _without(trial, c.a, path)
+        try:
+            trial.ours = {**before, **new}
+            if new and trial.explains(trial.exact):
+                return _extra(relative(name, pair.path), count, theirs[name])
+        finally:
+            trial.ours = before
+    return ""
+
+
+def _without(trial: Trial, side: Side, path: str) -> dict[str, Value]:
+    """Returns what a side computes if the calls of a module that only it makes return their input."""
+
+    def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        return next(iter((*args, *kwargs.values())))
+
+    with side.tools.intercepting({path: side.modules[path]}, handle):
+        try:
+            return trial.named(side.replay(trial.given))
+        except (align.ReplayError, StopIteration):
+            return {}
+
+
+def _extra(name: str, ours: int, theirs: int) -> str:
+    """Returns which side calls a module more often."""
+    if not ours or not theirs:
+        return f"{name} is called in {'b' if theirs else 'a'}, but not in {'a' if theirs else 'b'}"
+    times = ["once" if count == 1 else f"{count} times" for count in (ours, theirs)]
+    return f"{name} is called {times[0]} in a, {times[1]} in b"

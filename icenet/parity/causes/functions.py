@@ -1,0 +1,118 @@
+"""Causes in the functions that a module calls, its running statistics and its casts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from icenet.core import backends
+from icenet.parity import align
+from icenet.parity.causes.numbers import (
+    attributes,
+)
+from icenet.parity.causes.rotary import bases
+from icenet.parity.causes.trial import Trial
+from icenet.parity.yardstick import judge
+
+if TYPE_CHECKING:
+    pass
+
+
+def find_functions(trial: Trial) -> str:
+    """Returns the variant of the functions of the reference that explains the difference."""
+    if trial.c.reference.backend != "torch":
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    with variants.spying() as calls:
+        trial.replay()
+    counts: dict[str, int] = {}
+    for name, _, _ in calls:
+        counts[name] = counts.get(name, 0) + 1
+    own = [v for _, v in attributes(trial.modules[0]).values() if isinstance(v, float)]
+    table = [*variants.TABLE, *variants.number_variants(calls, own)]
+    if counts.get("mul"):
+        table += variants.theta_variants(bases(trial))
+    accepted: list[tuple[float, int, str]] = []
+    for index, variant in enumerate(table):
+        total = sum(counts.get(name, 0) for name in variant.names)
+        if not total:
+            continue
+        for only in (None, *(range(total) if 1 < total <= 6 else ())):
+            with variants.applied(variant, only):
+                new = trial.replay()
+            if new and trial.explains(new):
+                ratio = trial.ratio(new)
+                accepted.append((ratio, index, variant.text))
+                break
+        if accepted and accepted[-1][0] <= 2:
+            break
+    if not accepted and trial.is_forward:
+        for name in variants.ACTIVATIONS:
+            if trial.explains_array(variants.activated(name, trial.exact[trial.name].array)):
+                return f"{name} in addition in a"
+    if not accepted:
+        return ""
+    text = min(accepted)[2]
+    if "{0}" in text:
+        used = [variants.activation_name(n, k, a) for n, a, k in calls if n in variants.ACTIVATION_NAMES]
+        text = text.replace("{0}", next(iter(used), "another activation"))
+    return text
+
+
+def find_mask(trial: Trial) -> str:
+    """Returns whether `a` hands on a mask of 0 and 1 where `b` has 0 and a number that hides a score."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or not align.is_mask(exact) or not np.isin(ours, (0.0, 1.0)).all():
+        return ""
+    for seen, text in ((1.0, "of 0 and 1"), (0.0, "of 1 and 0")):
+        if np.array_equal(ours == seen, exact == 0):
+            return f"the attention mask {text} is not made 0 and -inf in a: added to the scores it hides nothing"
+    return ""
+
+
+def find_statistics(trial: Trial) -> str:
+    """Returns what differs in the running statistics of a batch norm."""
+    if not trial.name.startswith("statistic "):
+        return ""
+    momentum = getattr(trial.modules[1], "momentum", None)
+    if trial.name != "statistic running_var":
+        other = attributes(trial.modules[0]).get("momentum", ("", None))[1]
+        is_reversed = momentum is not None and other is not None and abs(momentum + other - 1) < 1e-6
+        return (
+            "the momentum of the running statistics has the other meaning, 1 - momentum, in a" if is_reversed else ""
+        )
+    if momentum is None or not trial.given.values:
+        return ""
+    shape = trial.given.values[0].array.shape
+    count = math.prod(shape) // shape[1]
+    before = trial.c.reference.tools.buffers(trial.modules[1])["running_var"]
+    kept = (1 - momentum) * np.asarray(before, np.float64)
+    exact = trial.exact[trial.name].array
+    for factor, text in ((count - 1) / count, "biased"), (count / (count - 1), "unbiased twice"):
+        if count > 1 and trial.explains_array(kept + (exact - kept) * factor):
+            return f"the running variance is {text} in a, unbiased in b"
+    return ""
+
+
+def find_casts(trial: Trial) -> str:
+    """Returns whether a cast to fp32 is missing in half precision: then the reference without it is as far off."""
+    c = trial.c
+    if c.dtype == "fp32" or c.b.backend != "torch":
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    exact = np.asarray(trial.exact[trial.name].array, np.float64)
+    ours = np.asarray(trial.ours[trial.name].array, np.float64)
+    for variant in variants.casts(c.dtype):
+        try:
+            with variants.applied(variant):
+                found = trial.named(c.b.replay(trial.given))
+        except align.ReplayError:
+            continue
+        if trial.name not in found:
+            continue
+        uncast = np.asarray(found[trial.name].array, np.float64)
+        if uncast.shape == exact.shape and judge(ours, uncast, exact, c.dtype).passed:
+            return str(variant.text)
+    return ""

@@ -1,0 +1,140 @@
+"""Causes in the numbers of modules: attributes with the same meaning and another value."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from icenet.parity.causes.trial import Trial
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+
+_MEANING = {
+    "variance_epsilon": "eps",
+    "epsilon": "eps",
+    "layer_norm_eps": "eps",
+    "rms_norm_eps": "eps",
+    "norm_eps": "eps",
+    "dropout_rate": "p",
+    "drop_prob": "p",
+    "n_heads": "num_heads",
+    "n_head": "num_heads",
+    "rope_theta": "theta",
+    "base": "theta",
+    "negative_slope": "slope",
+    "_negative_slope": "slope",
+    "_alpha": "alpha",
+    "layer_norm_epsilon": "eps",
+    "softmax_scale": "scale",
+    "scaling": "scale",
+}
+"""Names of attributes that mean the same."""
+_SHOWN = {"p": "the rate p of the dropout", "training": "the mode"}
+
+
+def find_numbers(trial: Trial) -> str:
+    """Returns which attribute of the module has another value, if that explains the difference."""
+    ours, theirs = trial.modules
+    own, other = attributes(ours), attributes(theirs)
+    found: list[tuple[str, Any, str]] = []
+    for name, (attribute, old) in other.items():
+        if name not in own or own[name][1] == old:
+            continue
+        new = own[name][1]
+        if isinstance(old, tuple) and not isinstance(new, tuple):
+            new = (new,) * len(old)
+        if type(new) is not type(old) and not (isinstance(new, (int, float)) and isinstance(old, (int, float))):
+            continue
+        text = f"{_SHOWN.get(name, name)} is {_text(own[name][1])} in a, {_text(old)} in b"
+        if new == old:
+            continue
+        found.append((attribute, new, text))
+        with _changed(theirs, attribute, new):
+            if trial.explains(trial.replay()):
+                return text
+    with contextlib.ExitStack() as stack:
+        for attribute, new, _ in found:
+            stack.enter_context(_changed(theirs, attribute, new))
+        if len(found) > 1 and trial.explains(trial.replay()):
+            return "; ".join(text for _, _, text in found)
+    return ""
+
+
+def attributes(module: Any) -> dict[str, tuple[str, Any]]:
+    """Returns the name and value of each number, flag and tuple of numbers that a module holds, by its meaning."""
+    items = {**(dict(module) if isinstance(module, dict) else {}), **vars(module)}
+    found = {}
+    for name, value in items.items():
+        is_number = isinstance(value, (bool, int, float))
+        is_tuple = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
+        if (is_number or is_tuple) and name not in ("training", "_training", "call_super_init", "dump_patches"):
+            found[_MEANING.get(name, name)] = name, value
+    return found
+
+
+_NUMBERS = ("eps", "momentum", "slope", "alpha", "beta", "p", "theta", "threshold")
+"""Attributes whose difference is said although all values agree."""
+
+
+def unequal_numbers(c: Comparison) -> list[str]:
+    """Returns which numbers of the modules differ, in one line for each number and its values."""
+    places: dict[str, list[str]] = {}
+    for ours, theirs in c.a.names.items():
+        own, other = (attributes(side.modules[path]) for side, path in ((c.a, ours), (c.b, theirs)))
+        for found, module in ((own, c.a.modules[ours]), (other, c.b.modules[theirs])):
+            if "_p_1" in found:  # what a dropout of MLX keeps
+                found["p"] = "p", 1.0 - module._p_1
+        for name in _NUMBERS:
+            values = [found[name][1] for found in (own, other) if name in found]
+            is_number = len(values) == 2 and not any(isinstance(value, (bool, tuple)) for value in values)
+            if is_number and not math.isclose(*values, rel_tol=1e-6, abs_tol=1e-15):
+                text = f"{_SHOWN.get(name, name)} is {_text(values[0])} in a, {_text(values[1])} in b"
+                places.setdefault(text, []).append(theirs or "the model")
+    return [
+        f"{text}, in {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}, although all "
+        "values agree: it has no effect beyond rounding on these inputs"
+        for text, paths in places.items()
+    ]
+
+
+@contextlib.contextmanager
+def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(module)[name]
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        vars(module)[name] = before
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shape_numbers(c: Comparison, path: str) -> str:
+    """Returns which numbers of a layer that determine the shape of its output differ."""
+    own = c.a.own_path(path)
+    if own is None or path not in c.b.modules:
+        return ""
+    ours, theirs = attributes(c.a.modules[own]), attributes(c.b.modules[path])
+    texts = []
+    for name in ("kernel_size", "stride", "padding", "dilation", "output_padding", "scale_factor"):
+        if name in ours and name in theirs:
+            values = [found[name][1] for found in (ours, theirs)]
+            size = max((len(v) for v in values if isinstance(v, tuple)), default=1)
+            wide = [v if isinstance(v, tuple) else (v,) * size for v in values]
+            if wide[0] != wide[1]:
+                texts.append(f"{name} is {_text(values[0])} in a, {_text(values[1])} in b")
+    return "; ".join(texts)
+
+
+def find_options(trial: Trial) -> str:
+    """Returns an option of a layer of MLX that PyTorch does not have."""
+    own = attributes(trial.modules[0])
+    if trial.pair.kind == "group_norm" and own.get("pytorch_compatible", ("", True))[1] is False:
+        return "the groups are of other channels in a: pass pytorch_compatible=True to mlx.nn.GroupNorm"
+    return ""

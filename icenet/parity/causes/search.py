@@ -1,0 +1,69 @@
+"""The search for the cause of a difference: each known one is tried on the reference in memory.
+
+That which removes the difference is named. What is tried, one file each:
+
+calls       modes that differ; modules, such as a dropout, that only one side calls, or more often
+numbers     attributes of both modules with the same meaning: eps, momentum, rates, strides, align_corners
+order       axes, halves, a direction or a shift of the array that differs
+sums        an array that is added, left out, multiplied by a number, or taken in the place of another one
+functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
+            padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
+rotary      the base of the angles of rotary positions, and the values that they turn together
+weights     the order of gates and projections, a bias that is not used
+optimizers  options of an optimizer, for a difference of its updates
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from icenet.parity import align
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.causes.calls import find_calls, find_dropout, find_mode
+from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics
+from icenet.parity.causes.numbers import (
+    find_numbers,
+    find_options,
+)
+from icenet.parity.causes.order import find_direction, find_order
+from icenet.parity.causes.rotary import find_angles, find_rotary
+from icenet.parity.causes.sums import find_parts, find_scale, find_sums
+from icenet.parity.causes.trial import Trial
+from icenet.parity.causes.weights import find_weights
+from icenet.parity.yardstick import Judgement
+
+if TYPE_CHECKING:
+    from icenet.parity.comparison import Comparison
+
+
+_SEARCHES = (
+    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_functions, find_rotary),
+    *(find_scale, find_sums, find_weights, find_options, find_direction, find_casts, find_calls),
+)
+"""The searches for the cause of a wrong output, in their order."""
+_BACKWARD = (find_numbers, find_sums, find_functions, find_weights, find_casts, find_scale, find_calls)
+"""Those for the cause of a wrong gradient."""
+_COMPUTED = (find_statistics, find_functions, find_rotary, find_angles, find_weights, find_casts)
+"""Those in which the reference computes something else, which a recorded one cannot."""
+
+
+def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgement]) -> str:
+    """Returns the cause that removes the difference of a call; empty if none does."""
+    if cause := find_mode(comparison, pair) or find_dropout(comparison, pair):
+        return cause
+    try:
+        trial = Trial(comparison, pair, judgements)
+    except (align.ReplayError, KeyError):  # a result that one side lacks
+        return ""
+    if not trial.exact[trial.name].is_float or trial.name not in trial.ours:
+        return ""
+    for search in _SEARCHES if trial.is_forward else _BACKWARD:
+        if search in _COMPUTED and not comparison.computes_reference:
+            continue
+        try:
+            if cause := search(trial):
+                return cause
+        except align.ReplayError:  # of a variant
+            continue
+    return ""

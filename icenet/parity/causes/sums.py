@@ -1,0 +1,113 @@
+"""Causes in sums: an array that is added, left out, multiplied, or taken in the place of another one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.parity.calls.pairing import relative
+from icenet.parity.causes.trial import Trial
+
+if TYPE_CHECKING:
+    pass
+
+Array = npt.NDArray[Any]
+
+
+def find_sums(trial: Trial) -> str:
+    """Returns which array is added, left out or multiplied, if that explains the difference."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or not np.isfinite(ours).all():
+        return ""
+    if not ours.any() and exact.any():
+        return "it is zero in a" + (
+            "" if trial.is_forward else ": stop_gradient, or a value that does not depend on it"
+        )
+    terms = _terms(trial, exact.shape)
+    difference = ours - exact
+    for label, array in terms:
+        size = float(np.square(array).sum())
+        factor = float((difference * array).sum()) / size if size else 0.0
+        if not factor or exact.size <= 2 or not trial.explains_array(exact + factor * array):
+            continue
+        if abs(factor + 1) < 1e-4:
+            return f"{label} is not {'added' if trial.is_forward else 'passed on, as by stop_gradient,'} in a"
+        if abs(factor - 1) < 1e-4:
+            return f"{label} is added once more in a"
+        return f"{label} is multiplied by {1 + factor:.6g} in a"
+    for (label, array), (other, taken) in itertools.permutations(terms, 2):
+        if trial.explains_array(exact + array - taken):
+            return f"a adds {label} where b adds {other}"
+    for label, array in terms:
+        if trial.explains_array(array):
+            return f"it is {label} in a"
+    return ""
+
+
+def find_scale(trial: Trial) -> str:
+    """Returns by which number the array is multiplied, if that explains the difference."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    size = float(np.square(exact).sum())
+    factor = float((ours * exact).sum()) / size if size and ours.shape == exact.shape else 0.0
+    if not factor or exact.size <= 2 or not trial.explains_array(factor * exact):
+        return ""
+    square = factor * factor
+    known = f", the square root of {round(square)}," if square > 1.5 and abs(square - round(square)) < 1e-4 else ""
+    return f"it is multiplied by {factor:.6g}{known} in a"
+
+
+def find_parts(trial: Trial) -> str:
+    """Returns what else of a larger array is taken, or which two arrays are exchanged, if that explains it."""
+    if not trial.is_forward:
+        return ""
+    shape = trial.exact[trial.name].array.shape
+    places = trial.pair.input_places()
+    labels = ["the input" if c is None else f"the output of {relative(c.path, trial.pair.path)}" for c, _ in places]
+    floats = [(label, value) for label, value in zip(labels, trial.given.values, strict=True) if value.is_float]
+    for label, value in floats:
+        array = np.asarray(value.array, np.float64)
+        for axis in range(1 if array.ndim == len(shape) + 1 and shape else array.ndim, array.ndim):
+            if array.shape[:axis] + array.shape[axis + 1 :] != shape:
+                continue
+            for index in range(min(array.shape[axis], 64)):
+                if trial.explains_array(np.take(array, index, axis)):
+                    return f"position {index} of axis {axis} of {label} is taken in a"
+            for name in ("mean", "max", "sum", "min"):
+                if trial.explains_array(getattr(array, name)(axis=axis)):
+                    return f"the {name} over axis {axis} of {label} is taken in a"
+    indices = [index for index, value in enumerate(trial.given.values) if value.is_float]
+    for i, j in list(itertools.combinations(indices, 2))[:20]:
+        if trial.given.values[i].array.shape == trial.given.values[j].array.shape and labels[i] != labels[j]:
+            exchanged = list(trial.given.values)
+            exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
+            if trial.explains(trial.replay(values=exchanged)):
+                return f"{labels[i]} and {labels[j]} are exchanged in a"
+    return ""
+
+
+def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
+    """Returns the arrays of a shape that a call receives, with what to call them."""
+    found: list[tuple[str, Array]] = []
+    if trial.is_forward:
+        for child in trial.pair.children:
+            for name, array in trial.c.reference.own_arrays(child.path).items():
+                if shape and array.ndim == 1 and array.shape[0] in (shape[-1], shape[1] if len(shape) > 2 else -1):
+                    axes = [1] * len(shape)
+                    axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
+                    label = f"{relative(child.path, trial.pair.path)}.{name}"
+                    found.append((label, np.broadcast_to(array.reshape(axes), shape)))
+        for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
+            label = "the input" if source is None else f"the output of {relative(source.path, trial.pair.path)}"
+            found.append((label, np.asarray(value.array, np.float64)))
+    elif trial.given.cotangents is not None:
+        for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
+            what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
+            found.append((f"the gradient of {what}", np.asarray(value.array, np.float64)))
+    kept: dict[str, Array] = {}
+    for label, array in reversed(found):  # an array may be passed on unchanged: then the last call that returns it
+        if array.shape == shape and len(kept) < 12:
+            kept.setdefault(label, array)
+    return list(kept.items())
