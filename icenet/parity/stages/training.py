@@ -44,72 +44,64 @@ _SCALES = (1.0, 0.5, -1.0)
 
 
 def compare_training(c: Comparison, inputs: Inputs) -> None:
-    """Compares an optimizer step on equal gradients, and the losses of free-running steps."""
-    sides = (c.a, c.b, c.reference)
-    gradients = c.gradients
-    if not gradients:
-        for name in ("optimizer", "training"):
-            if c.wants(name):
-                c.stages[name].status = states.SKIPPED
-                c.stages[name].note = "there are no trainable parameters"
-        return
+    """Compares optimizer steps on equal gradients, and the losses of free-running steps."""
+    if not c.gradients:
+        return _skip(c, "there are no trainable parameters")
     if c.dtype != "fp32":
-        for name in ("optimizer", "training"):
-            if c.wants(name):
-                c.stages[name].status = states.SKIPPED
-                c.stages[name].note = "parameters are updated in fp32: compare with dtype='fp32'"
-        return
+        return _skip(c, "parameters are updated in fp32: compare with dtype='fp32'")
     back = {theirs: ours for ours, theirs in c.parameter_names.items()}
-    names = [name for name in gradients if name in back]
-    for side in sides:
-        side.rate = c.rate(names, gradients)
-    given_a, given_b = c.optimizers or (None, None)
+    names = [name for name in c.gradients if name in back]
+    for side in (c.a, c.b, c.reference):
+        side.rate = c.rate(names, c.gradients)
+    optimizers = c.optimizers or (None, None)
     if c.wants("optimizer"):
         with c.stage("optimizer") as stage:
-            _judge_updates(c, stage, names, back, gradients, (given_a, given_b))
-    if not c.wants("training"):
+            _judge_updates(c, stage, names, back, c.gradients, optimizers)
+    if c.wants("training"):
+        with c.stage("training") as stage:
+            _judge_losses(c, stage, inputs, optimizers)
+
+
+def _skip(c: Comparison, note: str) -> None:
+    """Marks both stages as skipped."""
+    for name in ("optimizer", "training"):
+        if c.wants(name):
+            c.stages[name].status, c.stages[name].note = states.SKIPPED, note
+
+
+def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple[Any, Any]) -> None:
+    """Compares the losses of free-running steps."""
+    size = sum(math.prod(shape) for shape in c.b.shapes.values())
+    steps = c.steps if c.steps is not None else 2 if size <= SMALL else 1
+    loss_a, loss_b = c.losses or (None, None)
+    curves = []
+    for number, side in enumerate((c.a, c.b, c.reference)):
+        is_test = side is c.a
+        values = inputs.values if is_test else c.inputs_b
+        loss, targets = (loss_a, c.targets_a) if is_test else (loss_b, c.targets_b)
+        optimizer = optimizers[0 if is_test else 1]
+        curves.append(side.train_steps(inputs.given, values, loss, targets, optimizer, steps, c.first_runs[number]))
+    c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
+    finite = [all(map(math.isfinite, losses)) for losses in zip(*curves, strict=True)]
+    if not any(all(map(math.isfinite, curve)) for curve in curves):
+        stage.note = f"all losses are infinite or NaN after {finite.index(False)} steps"
+        curves = [curve[: finite.index(False)] for curve in curves]
+    if not curves[0]:
         return
-    with c.stage("training") as stage:
-        size = sum(math.prod(shape) for shape in c.b.shapes.values())
-        steps = c.steps if c.steps is not None else 2 if size <= SMALL else 1
-        curves = []
-        loss_a, loss_b = c.losses or (None, None)
-        for side in sides:
-            is_test = side is c.a
-            values = inputs.values if is_test else c.inputs_b
-            loss, targets = (loss_a, c.targets_a) if is_test else (loss_b, c.targets_b)
-            curves.append(
-                side.train_steps(
-                    inputs.given,
-                    values,
-                    loss,
-                    targets,
-                    given_a if is_test else given_b,
-                    steps,
-                    c.first_runs[sides.index(side)],
-                )
-            )
-        c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
-        finite = [all(map(math.isfinite, losses)) for losses in zip(*curves, strict=True)]
-        if not any(all(map(math.isfinite, curve)) for curve in curves):
-            stage.note = f"all losses are infinite or NaN after {finite.index(False)} steps"
-            curves = [curve[: finite.index(False)] for curve in curves]
-        if not curves[0]:
-            return
-        judged = judge_curve(curves[0], curves[1], curves[2])
-        allowed = FACTOR * c.factor
-        noise = np.maximum(judged.noise, c.loss_noise)
-        ratios = np.where(np.isfinite(judged.ratios), judged.gap / noise, judged.ratios)
-        for step, ratio in enumerate(ratios):
-            status = states.PASSED if ratio <= FACTOR else states.LESS_EXACT if ratio <= allowed else states.DIFFERS
-            row = Row("", f"loss after {step} steps", (), status, float(ratio), float(judged.gap[step]))
-            stage.rows.append(replace(row, noise=float(judged.noise[step]), scale=abs(curves[2][step]), depth=step))
-        if float(ratios.max()) > allowed:
-            samples = _curve_samples(c, inputs, steps, (given_a, given_b))
-            if _curve_passes(judged.gap, noise, samples):
-                stage.rows = [replace(r, status=states.PASSED, ratio=min(r.ratio, FACTOR)) for r in stage.rows]
-            else:
-                c.fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
+    judged = judge_curve(curves[0], curves[1], curves[2])
+    allowed = FACTOR * c.factor
+    noise = np.maximum(judged.noise, c.loss_noise)
+    ratios = np.where(np.isfinite(judged.ratios), judged.gap / noise, judged.ratios)
+    for step, ratio in enumerate(ratios):
+        status = states.PASSED if ratio <= FACTOR else states.LESS_EXACT if ratio <= allowed else states.DIFFERS
+        row = Row("", f"loss after {step} steps", (), status, float(ratio), float(judged.gap[step]))
+        stage.rows.append(replace(row, noise=float(judged.noise[step]), scale=abs(curves[2][step]), depth=step))
+    if float(ratios.max()) > allowed:
+        samples = _curve_samples(c, inputs, steps, optimizers)
+        if _curve_passes(judged.gap, noise, samples):
+            stage.rows = [replace(r, status=states.PASSED, ratio=min(r.ratio, FACTOR)) for r in stage.rows]
+        else:
+            c.fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
 
 
 def _curve_samples(
