@@ -14,6 +14,7 @@ from icenet.core.config import custom
 from icenet.core.models import ports
 from icenet.core.models.ported import logits_of
 from icenet.core.weights import files
+from icenet.porting.layers import accelerate
 from icenet.porting.load import to_array
 
 
@@ -31,7 +32,7 @@ def module(config: Any) -> nn.Module:
         if isinstance(holder, nn.Module):  # an attribute of Python, which MLX takes for no parameter
             del holder[name]
             object.__setattr__(holder, name, to_array(arrays[path]))
-    return found
+    return accelerate(found)
 
 
 def logits(net: nn.Module, inputs: mx.array, config: Any) -> mx.array:

@@ -196,6 +196,7 @@ def port(
         plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
     ports.mark(model, plan.places())
+    backends.module("mlx", "porting.layers").accelerate(model)
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")
