@@ -105,7 +105,7 @@ REPEATS = 8
 """The number of runs of MLX on nearby values if a ratio still exceeds FACTOR; the median of REPEATS + 1 decides."""
 
 FEW = 4
-"""The number of samples if a difference is already known, and the number of those whose reference is kept."""
+"""The number of samples if a difference is already known or one sum is sampled; that of references that are kept."""
 
 LIMITS = {3: 50 * FACTOR, 4: 12.5 * FACTOR, 6: 6.5 * FACTOR, 8: 4 * FACTOR}
 """A value over this ratio after so many samples is over the tolerance: no more are taken for it."""

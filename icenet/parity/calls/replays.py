@@ -16,15 +16,13 @@ from icenet.parity.calls.sides import Side
 from icenet.parity.locate import judge_layer
 from icenet.parity.results.rows import index_of
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FACTOR, Judgement, Samples, rms, rms_distance
+from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 
-_FEW = 4
-"""Number of samples of the sum of a bias."""
 _SAME = 0.1
 """Relative distance of a replay of the reference from its run at which the replay computes something else."""
 
@@ -156,10 +154,10 @@ def _bias_noise(given: Replay, name: str) -> Array | None:
     terms = np.ascontiguousarray(terms, np.float32).reshape(-1, terms.shape[-1])
     exact = terms.sum(axis=0, dtype=np.float64)
     squares = np.zeros(exact.shape)
-    for index in range(_FEW):
-        start = len(terms) * index // _FEW
+    for index in range(FEW):
+        start = len(terms) * index // FEW
         squares += np.square(np.add.accumulate(np.roll(terms, start, axis=0), axis=0)[-1] - exact)
-    noise: Array = np.sqrt(squares / _FEW)
+    noise: Array = np.sqrt(squares / FEW)
     return noise
 
 

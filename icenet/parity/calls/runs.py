@@ -18,15 +18,12 @@ from icenet.parity.inputs import Inputs
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of, split_at
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import judge, rms, squared_distance
+from icenet.parity.yardstick import FEW, judge, rms, squared_distance
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
-
-_FEW = 4
-"""Number of samples of the noise of a run."""
 
 
 def reference_run(c: Comparison, inputs: Inputs, *arguments: Any) -> Run:
@@ -101,7 +98,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
         return {}
     loss = (c.losses or (None, None))[1]
     squares: dict[str, Array] = {}
-    for index in range(_FEW):
+    for index in range(FEW):
         generator = np.random.default_rng([c.seed, index])
 
         def moved(
@@ -121,7 +118,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
             holder, part = split_at(name.partition(":")[2], c.b.modules)
             own = c.own_errors.get(holder, {}).get(f"gradient:{part}", 0.0) * rms(item.array)
             square = squared_distance(found[name].array, item.array) + own * own
-            squares[name] = squares.get(name, np.zeros(square.shape)) + square / _FEW
+            squares[name] = squares.get(name, np.zeros(square.shape)) + square / FEW
         store.close()
     return {name: np.sqrt(square) for name, square in squares.items()}
 

@@ -22,6 +22,7 @@ from icenet.parity.results.rows import index_of, neutral, split_at
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
+    FEW,
     Judgement,
     blocks,
     judge,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
-
-_FEW = 4
-"""Number of samples of the sums of a loss."""
 
 
 def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, Run, Run]) -> None:
@@ -101,11 +99,11 @@ def _loss_in_order(
         return {}
     function = (c.losses or (None, None))[1]
     squares: dict[str, Array] = {}
-    for index in range(_FEW):
+    for index in range(FEW):
         found = c.b.loss_of(root.noise, values, function, c.targets_b, in_order=index)
         for name in judged:
             distance = squared_distance(found[name].array, exact[name].array)
-            squares[name] = squares.get(name, np.zeros(distance.shape)) + distance / _FEW
+            squares[name] = squares.get(name, np.zeros(distance.shape)) + distance / FEW
     again = {}
     for name, item in judged.items():
         if not item.passed and name == "loss":
