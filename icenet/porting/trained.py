@@ -17,27 +17,31 @@ from icenet.core.weights import files
 from icenet.porting.layers import accelerate
 from icenet.porting.load import to_array
 
+_LAYOUT = "_icenet_layout"
+"""The attribute of a port that holds the layout of its images, nchw or nhwc."""
+
 
 def module(config: Any) -> nn.Module:
     """Returns the module of a port, whose constants and buffers that are not saved have their values."""
-    folder = Path(config.port)
-    found: nn.Module = getattr(custom.port_module(config), ports.read_config(folder)["class"])()
-    fixed = [place.name for place in ports.read_config(folder)["weights"].values() if not place.is_saved]
+    folder, source = Path(config.port), custom.port_module(config)
+    described = ports.read_config(folder)
+    found: nn.Module = getattr(source, described["class"])()
+    object.__setattr__(found, _LAYOUT, described["layout"])
+    fixed = [place.name for place in described["weights"].values() if not place.is_saved]
     arrays = files.read(folder / "weights.safetensors") if fixed else {}
     for path in fixed:
         *parents, name = path.split(".")
         holder: Any = found
         for part in parents:
             holder = holder[int(part)] if isinstance(holder, list) else holder[part]
-        if isinstance(holder, nn.Module):  # an attribute of Python, which MLX takes for no parameter
-            del holder[name]
-            object.__setattr__(holder, name, to_array(arrays[path]))
+        del holder[name]  # an attribute of Python, which MLX takes for no parameter
+        object.__setattr__(holder, name, to_array(arrays[path]))
     return accelerate(found)
 
 
 def logits(net: nn.Module, inputs: mx.array, config: Any) -> mx.array:
     """Returns the logits of a port, for token ids or images `[B, H, W, C]`."""
-    if inputs.ndim == 4 and ports.read_config(Path(config.port))["layout"] == "nchw":
+    if inputs.ndim == 4 and getattr(net, _LAYOUT) == "nchw":
         inputs = inputs.transpose(0, 3, 1, 2)
     found: mx.array = logits_of(net(inputs), config, mx.array)
     return found
