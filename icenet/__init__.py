@@ -136,7 +136,13 @@ def load(
         from icenet.core.config import custom
         from icenet.core.errors import CheckpointError
         from icenet.core.models.inference import build_for_inference, quantized
-        from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
+        from icenet.core.training.open_model import (
+            WITH_WEIGHTS,
+            image_facts,
+            open_averaged,
+            open_target,
+            with_tokenizer,
+        )
         from icenet.core.weights.hub import is_repository_id
 
     path = files.user_path(path, "load")
@@ -148,7 +154,7 @@ def load(
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
         problem = "contains no weights" if path.exists() else "no such file or folder"
-        raise CheckpointError(f"{path}: {problem}; give a run, a checkpoint or a saved model's folder")
+        raise CheckpointError(f"{path}: {problem}; {WITH_WEIGHTS}")
     config = with_tokenizer(config, weights)
     if trust_code:
         custom.trust_model(config.model)

@@ -134,7 +134,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("train --resume run --run damaged --set training.max_steps=40", USAGE, ["damaged: ", "a run already"]),
     ("train --resume run --set training.max_steps=40 --set model.hidden_size=64", FAILURE, ["config"]),
     # generation
-    ("generate nothing", FAILURE, ["nothing: no such file or folder", "a run, a checkpoint or a saved model"]),
+    ("generate nothing", FAILURE, ["nothing: no such file or folder", "a run, a checkpoint", "Hugging Face"]),
     ("generate folder", FAILURE, ["folder", "no checkpoint"]),
     ("generate damaged", FAILURE, ["damaged: ", "2 checkpoints"]),
     ("generate good.safetensors", FAILURE, ["good.safetensors", "config", "icenet convert"]),
@@ -167,6 +167,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("convert good.safetensors out.safetensors --to mlx --config transformer-tiny", FAILURE,
      ["good.safetensors", "config"]),
     ("convert nothing.safetensors out.pth --to torchvision", FAILURE, ["nothing.safetensors", "no such file"]),
+    ("convert nothing out --to hf", FAILURE, ["nothing: no such file or folder", "a run", "Hugging Face"]),
     ("convert nothing.safetensors out.safetensors --to canonical", FAILURE, ["nothing.safetensors", "no such file"]),
     ("convert folder out.safetensors --to canonical", FAILURE, ["folder", "model.safetensors"]),
     ("convert cut.safetensors out.safetensors --to canonical", FAILURE, ["cut.safetensors", "damaged"]),

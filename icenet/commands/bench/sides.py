@@ -91,7 +91,8 @@ def reason_missing(name: str) -> str:
     kind = KINDS[name]
     for package in (kind.backend, kind.package):
         if package is not None and importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
+            remedy = f" (pip install {package.replace('_', '-')})" if package == kind.package else ""
+            return f"{package} is not installed{remedy}"
     return ""
 
 

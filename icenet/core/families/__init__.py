@@ -8,7 +8,7 @@ from __future__ import annotations
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError
 from icenet.core.families import bert, gpt, llama, moe, multimodal, vision
-from icenet.core.families.family import Family, different_options, is_refusal
+from icenet.core.families.family import Family, different_options, is_refusal, with_values
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -48,7 +48,7 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
         found.append((different, family))
     # the one entry of a family that refuses a value says nothing about how near it is
     lacking, nearest = min(found, key=lambda pair: (any(is_refusal(name) for name in pair[0]), len(pair[0])))
-    names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in lacking)
+    names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in with_values(nearest, config, lacking))
     raise ConfigError(
         f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
         f"{names}; docs/conversion.md has the options of each family"

@@ -147,6 +147,7 @@ class Family:
 OF_TRAINING = ("dropout", "router_aux_loss_coef")
 """Options that matter in training only, which not every family has."""
 _REFUSES = "a value of the model: "
+_SHORT = (bool, int, float, str)
 
 
 def is_refusal(name: str) -> bool:
@@ -158,8 +159,7 @@ def different_options(family: Family, config: ModelConfig) -> list[str]:
     """Returns the names of the options of a model that a family does not have; those of training do not count."""
     wanted = family.options(config)
     try:
-        fields = family.read(family.write(config))
-        found = family.options(Config.from_dict({"model": fields}).model)
+        found = family.options(_as_written(family, config))
     except ConfigError as error:  # a value that the family restricts
         return [f"{_REFUSES}{error}"]
     names = [
@@ -168,6 +168,26 @@ def different_options(family: Family, config: ModelConfig) -> list[str]:
     if family.divides_width and config.hidden_size % getattr(config, "num_heads", 1):
         names.append("num_heads (not a divisor of hidden_size)")
     return ["sliding_window" if name == "windows" else name for name in names]
+
+
+def with_values(family: Family, config: ModelConfig, names: list[str]) -> list[str]:
+    """Returns the names of `different_options` with the values of both sides where they are short."""
+    if any(is_refusal(name) for name in names):
+        return names
+    wanted, found = family.options(config), family.options(_as_written(family, config))
+    short = [name for name in names if isinstance(wanted.get(name), _SHORT) and isinstance(found.get(name), _SHORT)]
+    return [
+        f"{name}: {_yaml(wanted[name])} (it has {_yaml(found[name])})" if name in short else name for name in names
+    ]
+
+
+def _yaml(value: bool | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as_written(family: Family, config: ModelConfig) -> ModelConfig:
+    """Returns the model that is read from the config.json that a family writes for a model."""
+    return Config.from_dict({"model": family.read(family.write(config))}).model
 
 
 def same_value(left: Any, right: Any, tolerance: float = 1e-12) -> bool:

@@ -22,7 +22,7 @@ from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training import checkpoint, saved_model
-from icenet.core.training.open_model import image_facts, open_averaged, open_target, with_tokenizer
+from icenet.core.training.open_model import WITH_WEIGHTS, image_facts, open_averaged, open_target, with_tokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
@@ -79,6 +79,8 @@ def export(
     if quantize is not None and form != MLX_LM:
         raise UsageError(f"--quantize: is for --to {MLX_LM}, and has no effect with --to {form}")
     source = hub.local_path(source)
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file or folder; {WITH_WEIGHTS}")
     _check_destination(source, destination, form)
     imported = folder.read(source) if folder.is_importable(source) and not averaged else None
     config: Config
@@ -88,7 +90,7 @@ def export(
     else:
         config, weights = open_averaged(source) if averaged else open_target(source)
     if weights is None:
-        raise CheckpointError(f"{source}: contains no weights; give a run, a checkpoint or a saved model's folder")
+        raise CheckpointError(f"{source}: contains no weights; {WITH_WEIGHTS}")
     config = with_tokenizer(config, weights)
     if form != FORM and config.model.input_kind == "images":
         raise UsageError(

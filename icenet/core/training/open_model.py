@@ -30,6 +30,9 @@ from icenet.core.weights.gguf import is_gguf
 from icenet.core.weights.origin import Origin
 from icenet.core.weights.quantized import read_saved
 
+WITH_WEIGHTS = "give a run, a checkpoint, a saved model, or a folder or repository (OWNER/NAME) of Hugging Face"
+"""What has a configuration and weights, for error messages."""
+
 
 def open_target(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, np.ndarray] | None]:
     """Returns the configuration and the weights at a path.

@@ -524,7 +524,7 @@ polyline{fill:none;stroke-width:2}polyline.s0{stroke:var(--s0)}polyline.s1{strok
 polyline.s2{stroke:var(--muted);stroke-dasharray:2 3}
 circle.s0,rect.s0{fill:var(--s0)}circle.s1,rect.s1{fill:var(--s1)}circle.s2{fill:var(--muted)}
 svg path.begins{stroke:var(--bad);stroke-dasharray:3 3}svg text.begins{fill:var(--bad);font-weight:600}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}figure{margin:0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}figure{margin:0;max-width:25rem}
 figcaption{font-size:.85rem;overflow-wrap:anywhere}
 @media print{body{font-size:11px}main{max-width:none;padding:0}.wide{overflow:visible}svg.chart{min-width:0}
 section,figure,tr{break-inside:avoid}section:has(table),section:has(.tree){break-inside:auto}

@@ -692,4 +692,4 @@ def test_the_nearest_family_is_not_one_that_refuses_a_value() -> None:
     model = Config.from_yaml(Path("quickstart")).model
     with pytest.raises(ConfigError) as error:
         family_of(model)
-    assert is_one_line(error.value, "gpt2, the nearest, lacks model.positions")
+    assert is_one_line(error.value, "gpt2, the nearest, lacks model.positions: sinusoidal (it has learned)")
