@@ -26,6 +26,7 @@ import icenet as front_door
 from icenet.cli.main import cli
 from icenet.core import backends
 from icenet.core.config import CNNConfig, Config, RecurrentConfig, TransformerConfig, presets
+from icenet.core.families import FAMILIES
 from icenet.core.training.trainer import Trainer
 
 pytest.importorskip("mlx")
@@ -273,6 +274,10 @@ def test_the_python_of_the_readme(here: Path) -> None:
     scope = {}
     exec(first, scope)
     assert scope["model"].backend == "torch"
+
+
+def test_the_number_of_types_in_the_readme() -> None:
+    assert f"Hugging Face folders of {len(FAMILIES)} types" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # ---- a new family -------------------------------------------------------------------------------------------
