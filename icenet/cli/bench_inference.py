@@ -7,18 +7,15 @@ from typing import Any
 import click
 
 from icenet.cli.bench_options import (
-    backend_option,
-    json_file_option,
+    add_options,
     names,
     precisions,
     run_rows,
+    sides_options,
 )
 from icenet.cli.options import (
     command,
-    device_option,
     examples,
-    overwrite_option,
-    set_option,
 )
 
 
@@ -60,15 +57,9 @@ def _inference_options(command: Any) -> Any:
             metavar="LIST",
             help="Sides to measure, e.g. 'icenet mlx,mlx-lm'. Default: all that are installed.",
         ),
-        backend_option,
-        device_option,
-        set_option,
-        json_file_option,
-        overwrite_option,
+        *sides_options,
     )
-    for part in reversed(parts):
-        command = part(command)
-    return command
+    return add_options(command, parts)
 
 
 _new_tokens_option = click.option("--new-tokens", type=click.IntRange(2), help="New tokens of each prompt.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from icenet.cli.options import show
+from icenet.cli.options import device_option, overwrite_option, set_option, show
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.report import streams
 
@@ -27,6 +27,17 @@ json_file_option = click.option(
     metavar="[FILE]",
     help="Write the results to a file as JSON, or print them instead of the tables if no FILE is given.",
 )
+
+
+sides_options = (backend_option, device_option, set_option, json_file_option, overwrite_option)
+"""The last options of the measurements of sides."""
+
+
+def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
+    """Returns a command with options, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def names(

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from icenet.cli.bench_options import (
+    add_options,
     backend_option,
     config_argument,
-    json_file_option,
     names,
     notify,
     precisions,
     run_rows,
+    sides_options,
 )
 from icenet.cli.options import (
     PATH,
@@ -53,15 +54,9 @@ def _training_options(command: Any) -> Any:
             metavar="LIST",
             help="Sides to measure, e.g. 'icenet mlx,torch loop'. Default: all that are installed.",
         ),
-        backend_option,
-        device_option,
-        set_option,
-        json_file_option,
-        overwrite_option,
+        *sides_options,
     )
-    for part in reversed(parts):
-        command = part(command)
-    return command
+    return add_options(command, parts)
 
 
 def _training_sides(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:

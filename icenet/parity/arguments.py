@@ -20,25 +20,33 @@ def check_options(
     Raises:
         UsageError: A stage, the dtype or a number is wrong.
     """
-    for name, value, least in (("draws", draws, 1), ("steps", steps, 0), ("seed", seed, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-            raise UsageError(f"compare: {name} is {value!r}; give a whole number, {least} or more")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"compare: seed is {seed}; give a whole number from 0 to 2**32 - 1")
+    check_numbers("compare", dtype, steps, seed)
+    if draws is not None and not _is_whole(draws):
+        raise UsageError(f"compare: draws is {draws!r}; give a whole number, 1 or more")
     chosen = (stages,) if isinstance(stages, str) else tuple(stages)
     for name in chosen:
         if name not in ALL_STAGES:
             raise UsageError(f"compare: there is no stage {name!r}: the stages are {', '.join(ALL_STAGES)}")
     if not chosen:
         raise UsageError(f"compare: no stage is given: the stages are {', '.join(ALL_STAGES)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"compare: dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
     if draws is not None and (inputs is not None or draws < 1):
         why = "inputs are given, so none are drawn" if inputs is not None else f"draws is {draws}"
         raise UsageError(f"compare: {why}; draws is the number of random inputs, 1 or more, without inputs")
-    if steps is not None and steps < 0:
-        raise UsageError(f"compare: steps is {steps}; give 0 or more")
     return tuple(name for name in ALL_STAGES if name in chosen)
+
+
+def check_numbers(function: str, dtype: str, steps: int | None, seed: int) -> None:
+    """Raises UsageError with the name of the function if the dtype, the number of steps or the seed is wrong."""
+    if dtype not in DTYPES:
+        raise UsageError(f"{function}: dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
+    if steps is not None and not (_is_whole(steps) and steps >= 0):
+        raise UsageError(f"{function}: steps is {steps!r}; give a whole number, 0 or more")
+    if not (_is_whole(seed) and 0 <= seed < 2**32):
+        raise UsageError(f"{function}: seed is {seed!r}; give a whole number from 0 to 2**32 - 1")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_pairs(rename: Any, loss: Any, optimizer: Any, copy_weights: Any) -> None:

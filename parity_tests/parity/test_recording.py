@@ -325,6 +325,11 @@ def test_recording_refuses_what_it_cannot_write(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as error:
             record(Linear(), inputs, tmp_path / folder)
         assert is_one_line(error.value, words)
+    options: list[dict[str, Any]] = [{"steps": 1.5}, {"seed": "0"}, {"dtype": "half"}, {"loss": 3}]
+    for wrong in options:
+        with pytest.raises(UsageError) as error:
+            record(Linear(), x, tmp_path / "wrong", **wrong)
+        assert is_one_line(error.value, f"record: {next(iter(wrong))} is") and not (tmp_path / "wrong").exists()
     with pytest.raises(DataError, match="unfinished"):
         read_trace(tmp_path / "new")
     with pytest.raises(UsageError, match="inputs"):

@@ -14,14 +14,8 @@ import mlx.core as mx
 from icenet.nn.arrays import Array
 from icenet.nn.training_kernels.common import BLOCKS, THREADS, choice, chunks, floats, integers
 
-_SUM_OF_SQUARES = """
-    constexpr int THREADS = 512;
-    const long long size = x_shape[0], step = (long long)gridDim.x * THREADS;
-    float total = 0.f;
-    for (long long index = blockIdx.x * (long long)THREADS + threadIdx.x; index < size; index += step) {
-      const float value = (float)x[index];
-      total += value * value;
-    }
+# The sum of the threads' totals.
+_SUM_OF_A_BLOCK = """
     __shared__ float totals[THREADS];
     totals[threadIdx.x] = total;
     for (int half = THREADS / 2; half > 0; half /= 2) {
@@ -31,8 +25,22 @@ _SUM_OF_SQUARES = """
     if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
 """
 
+_SUM_OF_SQUARES = (
+    """
+    constexpr int THREADS = 512;
+    const long long size = x_shape[0], step = (long long)gridDim.x * THREADS;
+    float total = 0.f;
+    for (long long index = blockIdx.x * (long long)THREADS + threadIdx.x; index < size; index += step) {
+      const float value = (float)x[index];
+      total += value * value;
+    }
+"""
+    + _SUM_OF_A_BLOCK
+)
+
 # The squares of several small arrays: `PARTS` blocks for each.
-_SUMS_OF_SQUARES = """
+_SUMS_OF_SQUARES = (
+    """
     constexpr int THREADS = 512;
     const float* x = nullptr;
     int size = 0;
@@ -41,14 +49,9 @@ _SUMS_OF_SQUARES = """
     for (int index = blockIdx.x % PARTS * THREADS + threadIdx.x; index < size; index += PARTS * THREADS) {
       total += x[index] * x[index];
     }
-    __shared__ float totals[THREADS];
-    totals[threadIdx.x] = total;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) out[blockIdx.x] = totals[0];
 """
+    + _SUM_OF_A_BLOCK
+)
 
 # Several arrays. A block computes `VALUES` neighbours of one of them; see `common.choice`.
 _ADAM = """

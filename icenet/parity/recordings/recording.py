@@ -29,7 +29,7 @@ from icenet.core import backends, rng
 from icenet.core.errors import UsageError
 from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
-from icenet.parity.arguments import DTYPES
+from icenet.parity.arguments import check_numbers
 from icenet.parity.calls.events import Run, Store
 from icenet.parity.calls.pairing import Match, pair_calls
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
@@ -95,10 +95,9 @@ def record(
         UsageError: The module fails on the inputs, or an option is wrong.
         FileError: The folder cannot be written.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"record: dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
-    if steps is not None and steps < 0:
-        raise UsageError(f"record: steps is {steps}; give 0 or more")
+    check_numbers("record", dtype, steps, seed)
+    if loss is not None and not callable(loss):
+        raise UsageError(f"record: loss is a {type(loss).__name__}; give a function of the output")
     backends.backend_of(module)  # the error if it is none
     writer = TraceWriter(folder)
     try:
