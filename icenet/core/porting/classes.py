@@ -16,7 +16,14 @@ NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|F
 
 @dataclass
 class Class:
-    """A generated class."""
+    """A generated class.
+
+    Attributes:
+        name: Its name.
+        init: The statements of its constructor.
+        bodies: The bodies of its methods, `__call__` first.
+        parameters: The parameters of its constructor.
+    """
 
     name: str
     init: list[str]
@@ -26,6 +33,16 @@ class Class:
 
 @dataclass
 class Instance:
+    """An instance of a class that is to be generated.
+
+    Attributes:
+        name: The name of the class in the original.
+        init: The statements of its constructor, with a mark in the place of each inner instance.
+        bodies: The bodies of its methods.
+        height: 1 without inner instances, and one more than that of the highest inner one.
+        text: All of this as one text, by which equal instances are found.
+    """
+
     name: str
     init: list[str]
     bodies: list[Body]

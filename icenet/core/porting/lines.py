@@ -32,6 +32,7 @@ class Body:
     """The names of the values that it returns."""
 
     def key(self) -> str:
+        """Returns the text without comments, by which equal bodies are found."""
         return "\n".join([", ".join(self.parameters), *("    " * line.depth + line.code for line in self.lines)])
 
 

@@ -171,10 +171,12 @@ class Structure:
         )
 
     def in_list(self, path: str) -> bool:
+        """Returns whether a module is an element of a list or dict."""
         parent = path.rpartition(".")[0]
         return self.is_container(parent)
 
     def has_arrays(self, path: str) -> bool:
+        """Returns whether a module has arrays or layers, itself or below it."""
         prefix = f"{path}." if path else ""
         return any(owner == path or owner.startswith(prefix) for owner in self.arrays_by_owner) or any(
             other == path or other.startswith(prefix) for other in self.layers
@@ -221,23 +223,27 @@ class Structure:
         return path
 
     def is_dense(self, path: str) -> bool:
+        """Returns whether the elements of a container are numbered from 0, as those of a list."""
         names = self.modules[path].children or [
             array.path.rpartition(".")[2] for array in self.arrays_by_owner.get(path, [])
         ]
         return [str(index) for index in range(len(names))] == names
 
     def attribute(self, path: str, array: str) -> str:
+        """Returns the source of an array as an attribute of a module."""
         if array in self.constants:
             return f"self.{self.names.get(array, flat(array))}"
         return self.child(path, array)
 
     def read_array(self, path: str, array: Array) -> str:
+        """Returns the source of an array in a module: an attribute, or a constant as it is written."""
         if array.value is not None:
             text = re.sub(r"-?\b(inf|nan)\b", lambda m: f'float("{m[0]}")', repr(array.value))
             return f"mx.array({text}, mx.{mlx_dtype(array.tensor.dtype)})"
         return self.attribute(path, array.path)
 
     def method(self, call: Call) -> str:
+        """Returns the method of a call, such as `.call_2`; empty for `__call__`."""
         return self.methods.get(call.entered, "")
 
     def name_symbols(self, graph: Graph) -> dict[str, str]:

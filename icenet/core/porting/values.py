@@ -12,7 +12,18 @@ from icenet.core.porting.structure import Structure
 
 
 class Values:
-    """A graph with its tree of calls, and which values each call takes and returns."""
+    """A graph with its tree of calls, and which values each call takes and returns.
+
+    Args:
+        structure: What each module becomes.
+        graph: The graph, without operations in place.
+
+    Attributes:
+        root: The call of the whole module.
+        by_name: The operations by name.
+        tensors: What each value is: a tensor, the expression of a size, or a list of them.
+        inside: The names of the operations in each call, by its entry.
+    """
 
     def __init__(self, structure: Structure, graph: Graph) -> None:
         self.structure, self.graph = structure, graph
@@ -56,6 +67,7 @@ class Values:
         walk(self.root)
 
     def analyse(self, call: Call) -> None:
+        """Finds where each value is used, and from that what each call takes and returns."""
         order: list[tuple[str, tuple[str, ...]]] = []
 
         def walk(item: Call, stack: tuple[str, ...]) -> None:
@@ -83,7 +95,7 @@ class Values:
                 if name in inside and self.is_value(name) and self.escapes(name, item):
                     self.read_results.setdefault(item.path, set()).add(index)
         for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
-            self.sort(item)
+            self.find_interface(item)
 
     def broken_sequences(self) -> set[str]:
         """Returns the sequences whose call or whose layers take or return more than one value."""
@@ -97,6 +109,7 @@ class Values:
         return found
 
     def is_value(self, name: str) -> bool:
+        """Returns whether a name is that of a computed tensor, not of a size or an array of the module."""
         return self.size(name) is None and name not in self.graph.arrays
 
     def size(self, name: str) -> str | None:
@@ -159,7 +172,8 @@ class Values:
             return [symbol for symbol in symbols if symbol is not None]
         return None
 
-    def sort(self, call: Call) -> None:
+    def find_interface(self, call: Call) -> None:
+        """Finds the parameters and the results of a call, given those of the calls in it."""
         inside = self.inside.get(call.entered, set())
         items = self.own_items(call)
         used: list[str] = []
@@ -235,6 +249,7 @@ class Values:
         return any(call.entered not in stack for stack in self.by_value.get(name, ()))
 
     def hint(self, name: str) -> str:
+        """Returns a name for a parameter: that of the variable or array in the original."""
         node = self.by_name.get(name)
         if self.size(name) is not None:
             targets = node.place.targets if node is not None and node.place is not None else ()
@@ -251,12 +266,15 @@ class Values:
         return node.base if node is not None else name
 
     def parameters(self, call: Call) -> list[tuple[str, str]]:
+        """Returns the name of each parameter of a call, and its value."""
         return self._parameters[call.entered]
 
     def returns(self, call: Call) -> list[str]:
+        """Returns the values that a call returns."""
         return self._returns[call.entered]
 
     def updates_here(self, name: str, call: Call) -> bool:
+        """Returns whether a call sets an array to a value."""
         return any(value == name for _, value in self.updates_in(call, all_levels=True))
 
     def updates_in(self, call: Call, all_levels: bool = False) -> list[tuple[str, str]]:
@@ -281,4 +299,5 @@ class Values:
         return found
 
     def has_effect(self, call: Call) -> bool:
+        """Returns whether a call, or one in it, sets an array."""
         return any(self.updates_in(inner) for inner in call.calls())
