@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
@@ -87,9 +89,30 @@ class ReLU(nn.ReLU):
         return activation("relu", x) if training_kernels.is_worthwhile(x) else super().__call__(x)
 
 
+class GELU(nn.GELU):
+    """The class of MLX's own `GELU` after `accelerate`."""
+
+    def __call__(self, x: Array) -> Array:
+        is_approximate = self._approx in ("tanh", "precise")
+        if self._approx != "fast" and training_kernels.is_worthwhile(x):
+            return activation("gelu_tanh" if is_approximate else "gelu", x)
+        if is_approximate and on_cpu():  # MLX takes a power, which is slow there
+            return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+        return super().__call__(x)
+
+
+class SiLU(nn.SiLU):
+    """The class of MLX's own `SiLU` after `accelerate`."""
+
+    def __call__(self, x: Array) -> Array:
+        return activation("silu", x) if training_kernels.is_worthwhile(x) else super().__call__(x)
+
+
 _ACCELERATED: dict[type, type] = {
     nn.Conv2d: Conv2d,
     nn.BatchNorm: BatchNorm,
     nn.MaxPool2d: MaxPool2d,
     nn.ReLU: ReLU,
+    nn.GELU: GELU,
+    nn.SiLU: SiLU,
 }

@@ -28,6 +28,9 @@ CASES = [
     (nn.MaxPool2d(3, stride=2, padding=1), torch.nn.MaxPool2d(3, 2, 1)),
     (nn.MaxPool2d((2, 3), stride=(2, 3)), torch.nn.MaxPool2d((2, 3))),
     (nn.ReLU(), torch.nn.ReLU()),
+    (nn.SiLU(), torch.nn.SiLU()),
+    (nn.GELU(), torch.nn.GELU()),
+    (nn.GELU(approx="tanh"), torch.nn.GELU(approximate="tanh")),
 ]
 
 

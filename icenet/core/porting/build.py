@@ -9,6 +9,7 @@ import numpy as np
 
 from icenet.core.porting import signature
 from icenet.core.porting.collapse import collapse_layers
+from icenet.core.porting.formulas import with_activations
 from icenet.core.porting.functional import make_functional, without_copies
 from icenet.core.porting.layers import Layer
 from icenet.core.porting.layout import channels_last
@@ -106,7 +107,7 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
         if item is None:
             prepared.append(None)
             continue
-        functional = make_functional(item) if trace else without_copies(make_functional(item))
+        functional = make_functional(item) if trace else with_activations(without_copies(make_functional(item)))
         found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
         prepared.append(functional)
         layers = (

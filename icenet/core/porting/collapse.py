@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.calls import Call, tree
+from icenet.core.porting.formulas import activation_of
 from icenet.core.porting.layers import Layer, layer_of
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
 from icenet.core.porting.recurrent import Recurrent, call_of, joined, recurrent_of
@@ -31,6 +32,7 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
             if allowed is not None and path not in allowed:
                 continue
             candidates[path] = layer
+    candidates |= _activations(graph, root, candidates, allowed)
     uses = _outside_uses(graph, root)
     whole: dict[str, list[Node]] = {}
     refused = _whole_recurrent(graph, root, candidates, uses, whole)
@@ -63,6 +65,22 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
     own = {path: layer for path, layer in layers.items() if path in called or not layer.is_stateless}
     updates = {path: value for path, value in graph.updates.items() if path.rpartition(".")[0] not in own}
     return replace(graph, nodes=nodes, updates=updates), own
+
+
+def _activations(graph: Graph, root: Call, known: dict[str, Layer], allowed: set[str] | None) -> dict[str, Layer]:
+    """Returns the layers of the modules that are an activation of mlx.nn in each of their calls."""
+    owners = {array.path.rpartition(".")[0] for array in graph.arrays.values()}
+    found: dict[str, list[Layer | None]] = {}
+    for call in root.calls():
+        path = call.path
+        is_free = path not in known and path not in owners and not graph.modules[path].children
+        if path and is_free and (allowed is None or path in allowed):
+            found.setdefault(path, []).append(activation_of(call))
+    return {
+        path: layers[0]
+        for path, layers in found.items()
+        if layers[0] is not None and all(layer == layers[0] for layer in layers)
+    }
 
 
 def _whole_recurrent(

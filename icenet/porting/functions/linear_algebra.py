@@ -93,6 +93,13 @@ def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
     return weights @ v
 
 
+def masked_attention(q, k, v, mask, scale):
+    """Returns the attention of queries [B, H, T, D] with a mask of booleans; a masked row is 0."""
+    empty = ~mask.any(-1, keepdims=True)
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask | empty)
+    return mx.where(empty, 0, y)
+
+
 def inverse(x):
     """Returns the inverse of matrices."""
 

@@ -270,7 +270,8 @@ templates(
 def _helper(*names: str, function: str = "", arguments: tuple[str, ...] = ("self",)) -> None:
     def write(n: Operation) -> str:
         tensor = n.tensor("self")
-        first = n.cast("self", n.out.dtype) if tensor and n.out.is_floating and not tensor.is_floating else n["self"]
+        is_integer = tensor is not None and not tensor.is_floating and not tensor.is_complex
+        first = n.cast("self", n.out.dtype) if is_integer and n.out.is_floating else n["self"]
         rest = [n[name] for name in arguments[1:]]
         return n.call(function or n.node.base, first, *rest)
 
@@ -322,7 +323,8 @@ def round_(n: Operation) -> str:
 
 @entry("gelu")
 def gelu(n: Operation) -> str:
-    return f"nn.gelu_approx({n['self']})" if n.get("approximate") == "tanh" else f"nn.gelu({n['self']})"
+    function = {"tanh": "gelu_approx", "sigmoid": "gelu_fast_approx"}.get(n.get("approximate", "none"), "gelu")
+    return f"nn.{function}({n['self']})"
 
 
 @entry("elu")

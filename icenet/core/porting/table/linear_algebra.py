@@ -52,6 +52,8 @@ def addmm(n: Operation) -> str:
     }
     a, b = names[n.node.base]
     beta, alpha = n.get("beta", 1), n.args.get("alpha", 1)
+    if n.node.base == "addmm" and alpha == beta == 1 and n.out.is_floating:
+        return f"mx.addmm({n['self']}, {n[a]}, {n[b]})"
     if n.node.base == "addr":
         text = f"{n.atom(a)}[:, None] * {n.atom(b)}"
     elif n.node.base == "addbmm":
@@ -131,6 +133,11 @@ def attention(n: Operation) -> str:
         return (
             f"mx.fast.scaled_dot_product_attention({n['query']}, {n['key']}, {n['value']}, scale={scale_text}{given})"
         )
+    v = n.tensor("value")
+    assert v is not None
+    same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
+    if plain and boolean and same and (grouped or k.shape[1] in (1, q.shape[1])):
+        return n.call("masked_attention", n["query"], n["key"], n["value"], n["attn_mask"], scale_text)
     keywords = {"mask": n["attn_mask"], "causal": repr(bool(n.args.get("is_causal"))), "scale": n.source(scale)}
     if dropout:
         keywords["dropout"] = n.source(dropout)
@@ -169,7 +176,13 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
         size = n.args.get("n", n.args.get("s"))
         dims = n.args.get("dim")
         norm = n.get("norm", "backward")
-        return n.call("fft", repr(name), n["self"], n.source(size), n.source(dims), repr(norm))
+        if norm not in (None, "backward") or (isinstance(size, (list, tuple)) and -1 in size):
+            return n.call("fft", repr(name), n["self"], n.source(size), n.source(dims), repr(norm))
+        sizes, axes = ("s", "axes") if name[-1] in "2n" else ("n", "axis")
+        default = {"2": [-2, -1], "n": None}.get(name[-1], -1)
+        given = "" if size is None else f", {sizes}={n.source(size)}"
+        given += "" if dims in (None, default) else f", {axes}={n.source(dims)}"
+        return f"mx.fft.{name}({n['self']}{given})"
 
     return write
 
