@@ -347,7 +347,7 @@ class Comparison:
         module = self.modules.get(path)
         return module.notes if module is not None else self.report.notes
 
-    # ---- what is asked of the reference, which may be a trace -----------------------------------------------
+    # ---- what the reference provides, which may be a trace --------------------------------------------------
 
     def backend_of_reference(self, b: Any) -> str:
         """Returns "mlx" or "torch"."""
