@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+import icenet.blas  # before mlx: it decides which BLAS MLX finds
 
 import mlx.core as mx
 import numpy as np
