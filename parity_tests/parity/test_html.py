@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ def test_a_page_shows_the_culprit_and_what_is_needed_to_repeat_it(tmp_path: Path
     assert page.index(found.verdict) < page.index("Stages") < page.index("Modules")
     assert "Agrees" not in text
     assert "http" not in page  # nothing is fetched
+
+
+def test_a_difference_before_an_inner_module_is_marked_at_the_point_where_the_lines_part() -> None:
+    """The block ends after its `mlp`, whose output is off already."""
+    found = report()
+    rows = found.stages[1].rows
+    rows[4] = replace(rows[4], status=DIFFERS, error=1e-2, own_part="input of mlp", where="between norm and mlp")
+    rows[5] = replace(rows[5], status=INHERITS)
+    (chart,) = (part for part in html.page(found).split("<svg") if "begins before" in part)
+    marked = re.search(r'class="begins" d="M([\d.]+) ', chart)
+    point = re.search(r'cx="([\d.]+)" [^>]*><title>blocks.1.mlp: output', chart)
+    assert marked and point and marked[1] == point[1]
+    assert "begins before blocks.1.mlp<" in chart
 
 
 def test_a_page_of_models_that_agree() -> None:

@@ -133,6 +133,24 @@ def _framework(facts: dict[str, str]) -> str:
     return f"({escape(known)})" if known else ""
 
 
+def _beginning(rows: Sequence[Row]) -> tuple[int, str] | None:
+    """Returns the number of the row where the difference begins, with a label; None if there is none.
+
+    A module that differs in what it gives to one within it ends after that one, which shows the difference first.
+    """
+    begins = next((i for i, row in enumerate(rows) if row.status == DIFFERS), None)
+    if begins is None:
+        return None
+    row = rows[begins]
+    inner = row.own_part.removeprefix("input of ")
+    if inner != row.own_part:
+        path = f"{row.path}.{inner}" if row.path else inner
+        for i, other in enumerate(rows[:begins]):
+            if other.path == path and other.call >= row.call:
+                return i, f"begins before {_short(path)}"
+    return begins, f"begins at {_short(row.name)}"
+
+
 def _culprit(report: Report) -> str:
     """Returns the box that says where the first difference is."""
     row = report.culprit_row
@@ -198,7 +216,7 @@ def _charts(report: Report) -> Iterator[str]:
             (name, [(row.error if i == 0 else row.noise) / row.scale for row in rows])
             for i, name in enumerate(_names(report))
         ]
-        begins = next((i for i, row in enumerate(rows) if row.status == DIFFERS), None)
+        begins = _beginning(rows)
         what = "outputs" if stage.name == "forward" else "gradients"
         yield (
             f"<section><h2>Error of the {what} by depth</h2><p>Relative error against the reference in float64, in "
@@ -388,14 +406,17 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 260, 56, 24, 22
 
 
 def _line_chart(
-    curves: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], begins: int | None, logarithmic: bool = True
+    curves: Sequence[tuple[str, Sequence[float]]],
+    labels: Sequence[str],
+    begins: tuple[int, str] | None,
+    logarithmic: bool = True,
 ) -> str:
     """Returns lines over the same points.
 
     Args:
         curves: Name and values of each line.
         labels: The name of each point.
-        begins: Number of the point where the difference begins; None if there is none.
+        begins: Number and label of the point where the difference begins; None if there is none.
         logarithmic: Whether the vertical axis is. Then zeros are drawn at the bottom.
     """
     finite = [v for _, values in curves for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
@@ -428,10 +449,10 @@ def _line_chart(
     drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(_short(labels[0]))}</text>')
     drawn.append(f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 4}" text-anchor="end">{escape(_short(labels[-1]))}</text>')
     if begins is not None:
-        side = 'text-anchor="end" dx="-6"' if begins > columns / 2 else 'dx="6"'
-        drawn.append(f'<path class="begins" d="M{x(begins):.1f} 4V{_HEIGHT - _BOTTOM}"/>')
-        name = escape(_short(labels[begins]))
-        drawn.append(f'<text class="begins" x="{x(begins):.1f}" y="15" {side}>begins at {name}</text>')
+        at, label = begins
+        side = 'text-anchor="end" dx="-6"' if at > columns / 2 else 'dx="6"'
+        drawn.append(f'<path class="begins" d="M{x(at):.1f} 4V{_HEIGHT - _BOTTOM}"/>')
+        drawn.append(f'<text class="begins" x="{x(at):.1f}" y="15" {side}>{escape(label)}</text>')
     for i, (name, values) in enumerate(curves):
         points = [(x(j), y(value)) for j, value in enumerate(values) if not math.isnan(value)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
