@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError, UsageError
 from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
-from icenet_torch.porting import losses, recurrent, traceable
+from icenet_torch.porting import losses, recurrent, sizes, traceable
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -115,6 +115,7 @@ def _program(
                 _quiet(),
                 recurrent.whole_layers(),
                 losses.whole_losses(),
+                sizes.open_sizes(),
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -377,7 +378,7 @@ class _Reader:
                 self.append(node, f"sym.{name.partition('.')[0]}", args, names)
                 return
             schema = target._schema
-            if namespace in ("icenet_rnn", "icenet_loss"):
+            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size"):
                 name = rest
             given: dict[str, Any] = {}
             for index, item in enumerate(schema.arguments):

@@ -126,6 +126,14 @@ def adaptive_avg_pool(x, sizes):
     return x
 
 
+def global_max_pool(x):
+    """Returns the maxima of whole images, and their places. A gradient goes to the first of equal ones."""
+    flat = x.flatten(1, -2)
+    place = mx.argmax(mx.stop_gradient(flat), axis=1, keepdims=True)
+    shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+    return mx.take_along_axis(flat, place, axis=1).reshape(shape), place.reshape(shape).astype(mx.int64)
+
+
 def adaptive_max_pool(x, sizes):
     """Returns images of given sizes: maxima of windows that cover the image, and their places."""
     rank = x.ndim - 2

@@ -160,6 +160,8 @@ def adaptive_pool(n: Operation) -> str:
     x, before, after = _batched(n, rank, n["self"], "self")
     if "max" in name:
         before, after = ("", "") if not before else ("tuple(part[0] for part in ", ")")
+        if all(item == 1 for item in size):
+            return before + n.call("global_max_pool", x) + after
         return before + n.call("adaptive_max_pool", x, n.source(size)) + after
     return before + n.call("adaptive_avg_pool", x, n.source(size)) + after
 

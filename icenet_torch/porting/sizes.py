@@ -1,0 +1,75 @@
+"""Functions whose sizes stay open in an export.
+
+`torch.export` fixes the number of steps of `torch.linspace` and the window of a pool, because they are no symbolic
+numbers in its schemas. Here they are operations that take them, and a pool over a whole image is an adaptive pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_library = torch.library.Library("icenet_size", "DEF")
+_library.define("linspace(float start, float end, SymInt steps, ScalarType dtype) -> Tensor")
+
+
+def _linspace(start: float, end: float, steps: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.linspace(start, end, steps, dtype=dtype)
+
+
+def _linspace_shape(start: float, end: float, steps: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(steps, dtype=dtype)
+
+
+_library.impl("linspace", _linspace, "CompositeExplicitAutograd")
+torch.library.register_fake("icenet_size::linspace", _linspace_shape, lib=_library)
+
+_ADAPTIVE: dict[str, Callable[..., Any]] = {
+    f"{kind}_pool{rank}d": getattr(F, f"adaptive_{kind}_pool{rank}d") for kind in ("avg", "max") for rank in (1, 2, 3)
+}
+
+
+@contextlib.contextmanager
+def open_sizes() -> Iterator[None]:
+    """Replaces the functions while the context is open."""
+    linspace, pools = torch.linspace, {name: getattr(F, name) for name in _ADAPTIVE}
+
+    def with_open_steps(start: Any, end: Any, steps: Any = None, **options: Any) -> torch.Tensor:
+        dtype = options.get("dtype") or torch.get_default_dtype()
+        if isinstance(steps, torch.SymInt) and all(isinstance(item, (int, float)) for item in (start, end)):
+            made: torch.Tensor = torch.ops.icenet_size.linspace(float(start), float(end), steps, dtype)
+            return made
+        return linspace(start, end, steps, **options)
+
+    torch.linspace = with_open_steps  # type: ignore[assignment]
+    for name, pool in pools.items():
+        setattr(F, name, _pool(pool, _ADAPTIVE[name], int(name[-2])))
+    try:
+        yield
+    finally:
+        torch.linspace = linspace
+        for name, pool in pools.items():
+            setattr(F, name, pool)
+
+
+def _pool(pool: Callable[..., Any], adaptive: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    """Returns a pool that is adaptive where its window is the whole image."""
+
+    def call(input: torch.Tensor, kernel_size: Any, *args: Any, **options: Any) -> Any:
+        window = kernel_size if isinstance(kernel_size, (tuple, list)) else [kernel_size] * rank
+        is_open = any(isinstance(size, torch.SymInt) for size in window)
+        plain = all(item is None for item in args) and all(item is None for item in options.values())
+        if is_open and plain and list(map(_text, window)) == list(map(_text, input.shape[-rank:])):
+            return adaptive(input, 1)
+        return pool(input, kernel_size, *args, **options)
+
+    return call
+
+
+def _text(size: Any) -> str:
+    """Returns a size as an expression; a comparison of numbers would fix it."""
+    return str(size)
