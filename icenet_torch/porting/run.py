@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules import rnn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,6 +245,7 @@ def without_dropout() -> Iterator[None]:
     names = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
     before = {name: getattr(functional, name) for name in names}
     attention, plain = functional.scaled_dot_product_attention, torch.dropout
+    recurrent = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
     def same(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return input
@@ -253,12 +255,19 @@ def without_dropout() -> Iterator[None]:
     ) -> Any:
         return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
 
+    def layers(run: Callable[..., Any]) -> Callable[..., Any]:  # the sixth argument is the dropout between them
+        return lambda *args: run(*args[:5], 0.0, *args[6:])
+
     for name in names:
         setattr(functional, name, same)
     functional.scaled_dot_product_attention, torch.dropout = whole, same
+    for name in recurrent:
+        setattr(rnn._VF, name, layers(getattr(torch._C._VariableFunctions, name)))
     try:
         yield
     finally:
+        for name in recurrent:
+            delattr(rnn._VF, name)
         for name, function in before.items():
             setattr(functional, name, function)
         functional.scaled_dot_product_attention, torch.dropout = attention, plain

@@ -24,13 +24,7 @@ def random_operations(plan: Plan) -> list[str]:
     found = []
     for graph in (plan.graph, plan.train):
         for node in graph.nodes if graph is not None else ():
-            name = node.base.rstrip("_")
-            if name in _RANDOM or (
-                name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-                and graph is plan.train
-                and node.args["dropout"]
-                and node.args["num_layers"] > 1
-            ):
+            if node.base.rstrip("_") in _RANDOM:
                 found.append(str(node.place or node.name))
     return found
 
