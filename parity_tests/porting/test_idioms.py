@@ -286,3 +286,66 @@ def test_a_port_has_the_signature_of_the_original(tmp_path: Path) -> None:
         port.module(*given, named["mask"], scale=0.5, **named)
     last = (port.save(tmp_path / "port") / "model.py").read_text().splitlines()[-1]
     assert "shift=mx.zeros((2, 3), mx.float32), scale=0.5, mask=mx.zeros((2, 3), mx.float32))" in last
+
+
+class Words(nn.Module):
+    """Windows and coordinates of the size of an input, a Fourier transform, a rotation by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        images = x[:, None]
+        pooled = F.max_pool1d(torch.relu(x.transpose(1, 2)), x.size(1)).squeeze(2)
+        mean = F.avg_pool2d(images, images.size()[2:]) + F.max_pool2d(images, kernel_size=images.shape[2:])
+        places = torch.linspace(0, 1, x.size(1))
+        turned = torch.view_as_complex(self.project(x).reshape(*x.shape[:-1], -1, 2)) * torch.fft.rfft(x)[..., :2]
+        root = x.abs().pow(-0.5)
+        root[x > 0.5] = 0.0
+        return (
+            pooled,
+            mean,
+            places,
+            torch.view_as_real(turned),
+            torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[1:]),
+            root,
+        )
+
+
+def test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once() -> None:
+    module = Words()
+    model, source = ported(module, torch.randn(2, 6, 4))
+    x = torch.randn(3, 9, 4).round(decimals=1) + 0.01
+    for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
+        close(ours, theirs)
+    body = source[source.index("class Words") :]
+    assert body.count("self.project(") == 1 and "mx.fft.rfft2(x)" in body and "mx.where(x > 0.5" in body
+    assert "issubdtype" not in source
+
+
+def test_layers_with_dropout_between_them_are_compared_in_training_mode() -> None:
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        layer = kind(3, 4, num_layers=2, dropout=0.5)
+        report = icenet.port(layer, torch.randn(5, 2, 3)).report
+        assert any(check.mode == "training" and check.what == "gradients" for check in report.checks)
+        assert layer.dropout == 0.5 and not report.notes
+
+
+class Scan(nn.Module):
+    """A state-space model in a loop whose results are products of several arrays, and the phase of a spectrum."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h, ys = torch.zeros_like(x[:, 0]), []
+        for step in range(x.size(1)):
+            h = 0.5 * h + x[:, step]
+            ys.append(torch.einsum("bd,bd->bd", h, x[:, step]))
+        return torch.stack(ys, dim=1), torch.angle(torch.fft.fft(x)[..., 1:])
+
+
+def test_products_in_a_list_are_no_joins_and_a_phase_is_that_of_a_complex_number() -> None:
+    x = torch.randn(2, 4, 6)
+    model, source = ported(Scan(), x)
+    for ours, theirs in zip(model(mx.array(x.numpy())), Scan()(x), strict=True):
+        close(mx.cos(ours), theirs.cos())
+    assert "ys.append(mx.einsum(" in source

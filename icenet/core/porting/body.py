@@ -283,6 +283,8 @@ class Frame:
         """Finds the lists to which the original appends the values that it joins, for loops."""
         self.lists: dict[str, str] = {}
         """The variable of the list by the name of each of its values, and of the operation that joins it."""
+        self.joins: set[str] = set()
+        """The operations that join the values of such a list."""
         for item in self.items:
             names = [ref.name for ref in item.args.get("tensors", ())] if isinstance(item, Node) else []
             places = {made.place for made in self.items if isinstance(made, Node) and made.name in names}
@@ -296,6 +298,7 @@ class Frame:
                 self.last_use[f"list {item.name}"] = self.items.index(item)
                 variable = self.variable(match[1], f"list {item.name}")
                 self.lists.update(dict.fromkeys([*names, item.name], variable))
+                self.joins.add(item.name)
                 self.collected.append(variable)
 
     def gives(self, start: int, size: int, count: int) -> bool:
@@ -455,7 +458,7 @@ class Frame:
             return
         if self.graph.size(node.name) is not None:
             return  # written where it is used
-        if node.name in self.lists and "tensors" in node.args:
+        if node.name in self.joins:
             function = "stack" if node.base == "stack" else "concatenate"
             text = f"mx.{function}({self.lists[node.name]}, axis={node.args['dim']})"
         else:
@@ -535,7 +538,7 @@ class Frame:
         assert user is not None
         if self.is_element(user) and not (is_part and self.is_listed(user)):
             return False  # the loop reads a variable
-        if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)):
+        if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
             return False
         same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
         is_named = node.place is not None and bool(node.place.targets) and self.is_final(node, node.name)
@@ -543,6 +546,17 @@ class Frame:
             return False
         self.keep(text, consumer)
         return True
+
+    def is_repeated(self, node: Node, user: Item) -> bool:
+        """Returns whether the expression of an operation has a value more than once, so that it needs a variable."""
+        if not isinstance(user, Node) or user.base not in TABLE or user.base == "recurrent":
+            return False
+        mark = "repeated_"
+        trial = Operation(
+            user, lambda ref: mark if ref.name == node.name else "other_", self.graph.tensors.get, set()
+        )
+        trial.training = self.graph.graph.training  # type: ignore[attr-defined]
+        return TABLE[user.base](trial).count(mark) > 1
 
     @staticmethod
     def is_plain(node: Node) -> bool:

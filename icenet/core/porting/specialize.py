@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,10 +212,24 @@ class _Folder(ast.NodeTransformer):
         found: list[ast.stmt] = []
         for statement in statements:
             made = self.visit(statement)
+            if isinstance(made, ast.Assign) and self.is_none(made):
+                continue
             found += made if isinstance(made, list) else [made]
             if found and isinstance(found[-1], (ast.Return, ast.Raise)):
                 break
         return found
+
+    def is_none(self, statement: ast.Assign) -> bool:
+        """Returns whether a statement sets a variable to None for the whole function, and notes it."""
+        target, arguments = statement.targets[0], self.definition.args.args
+        is_set = any(statement is item for item in self.definition.body) and _is_none(statement.value)
+        if not is_set or not isinstance(target, ast.Name) or target.id in {item.arg for item in arguments}:
+            return False
+        stores = [item for item in ast.walk(self.definition) if isinstance(item, ast.Name) and item.id == target.id]
+        if sum(isinstance(item.ctx, ast.Store) for item in stores) != 1:
+            return False
+        self.constants[target.id] = statement.value
+        return True
 
     def truth(self, test: ast.expr) -> bool | None:
         """Returns the value of a condition, None if it is not known."""
@@ -233,12 +248,17 @@ class _Folder(ast.NodeTransformer):
                 return isinstance(test.ops[0], (ast.IsNot, ast.NotEq))
         try:
             expression = _Put(self.constants).visit(copy.deepcopy(test))
-            if any(isinstance(item, (ast.Name, ast.Call)) for item in ast.walk(expression)):
+            if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "mx.issubdtype":
+                return _is_subdtype(*map(ast.unparse, expression.args))
+            unknown = (item for item in ast.walk(expression) if isinstance(item, (ast.Name, ast.Call)))
+            if any(isinstance(item, ast.Call) or item.id != "math" for item in unknown):
                 return None
             if isinstance(expression, ast.Compare) and isinstance(expression.ops[0], (ast.Is, ast.IsNot)):
                 same = ast.dump(expression.left) == ast.dump(expression.comparators[0])
                 return same == isinstance(expression.ops[0], ast.Is)
-            return bool(eval(compile(ast.Expression(ast.fix_missing_locations(expression)), "", "eval"), {}))
+            return bool(
+                eval(compile(ast.Expression(ast.fix_missing_locations(expression)), "", "eval"), {"math": math})
+            )
         except Exception:  # not an expression of constants
             return None
 
@@ -275,6 +295,12 @@ class _Folder(ast.NodeTransformer):
         if value is not None and isinstance(node.ctx, ast.Load) and not _is_number(value):
             return copy.deepcopy(value)
         return node
+
+
+def _is_subdtype(dtype: str, kind: str) -> bool | None:
+    """Returns the value of `mx.issubdtype`, None if it is not known."""
+    kinds = {"mx.integer": ("mx.int", "mx.uint"), "mx.floating": ("mx.float", "mx.bfloat")}
+    return dtype.startswith(kinds[kind]) if kind in kinds and dtype.startswith("mx.") else None
 
 
 class _Put(ast.NodeTransformer):

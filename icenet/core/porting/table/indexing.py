@@ -45,6 +45,12 @@ def index(n: Operation) -> str:
 
 @entry("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(n: Operation) -> str:
+    indices, values = n.args["indices"], n.tensor("values")
+    mask = n.of(indices[0]) if len(indices) == 1 else None
+    is_one = values is not None and values.ndim <= n.out.ndim and all(size == 1 for size in values.shape)
+    is_mask = mask is not None and mask.dtype == "bool" and mask.ndim == n.out.ndim
+    if is_mask and is_one and not n.get("accumulate", False):
+        return f"mx.where({n.source(indices[0])}, {n.cast('values', n.out.dtype)}, {n['self']})"
     return n.call(
         "index_put", n["self"], n["indices"], n.cast("values", n.out.dtype), n.source(n.get("accumulate", False))
     )
