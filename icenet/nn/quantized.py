@@ -20,6 +20,10 @@ from icenet.nn.embedding import Embedding
 _FEW_ROWS = 8
 """Rows up to which MLX's product on a CPU is faster than dequantizing the weight first. (4096 x 4096, 4 bits: 17 ms
 for one row and 1.1 s for 64, where dequantizing takes 0.1 s.)"""
+_MOST_FEATURES = 16384
+"""Inputs and outputs up to which MLX's CUDA build has a compiled product of one row. It compiles those of more rows
+from CUTLASS when they are first used (`qmm_sm90` of 4 bits and bf16: 85 s). That product is not fast (2048 x 11264,
+4 rows on an H200: 60 us, with a bf16 weight 29), so the weight is dequantized instead."""
 
 
 class QuantizedLayer(nn.Module):
@@ -130,6 +134,19 @@ def quantized_product(x: Array, layer: QuantizedLayer) -> Array:
     dtype = product_dtype(x)
     y, scales, biases = x.astype(dtype), layer.scales.astype(dtype), layer.biases.astype(dtype)
     settings: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits}
-    if on_cpu() and y.size > _FEW_ROWS * y.shape[-1]:
-        return (y @ mx.dequantize(layer.weight, scales, biases, **settings).T).astype(x.dtype)
-    return mx.quantized_matmul(y, layer.weight, scales, biases, transpose=True, **settings).astype(x.dtype)
+    if not _is_dequantized_first(x.size // x.shape[-1], x.shape[-1], layer.weight.shape[0]):
+        return mx.quantized_matmul(y, layer.weight, scales, biases, transpose=True, **settings).astype(x.dtype)
+
+    def product(y: Array, scales: Array, biases: Array) -> Array:
+        return y @ mx.dequantize(layer.weight, scales, biases, **settings).T
+
+    # a gradient dequantizes the weight again, so that a forward pass does not keep it
+    compute = product if layer._generates else mx.checkpoint(product)
+    return compute(y, scales, biases).astype(x.dtype)
+
+
+def _is_dequantized_first(rows: int, inputs: int, outputs: int) -> bool:
+    """Returns whether a product dequantizes the weight first, instead of MLX's product with packed numbers."""
+    if on_cpu():
+        return rows > _FEW_ROWS
+    return bool(mx.cuda.is_available()) and (rows > 1 or max(inputs, outputs) > _MOST_FEATURES)

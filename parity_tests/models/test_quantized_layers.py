@@ -165,6 +165,34 @@ def test_the_values_are_those_of_the_formula(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_cuda_compiles_no_product_of_several_rows(generates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX compiles `qmm_sm90` for more than a minute. The weight is dequantized, also for the gradient."""
+    mx, quantized = importlib.import_module("mlx.core"), importlib.import_module("icenet.nn.quantized")
+    layer = importlib.import_module("icenet.nn").Linear(64, 32).to_quantized(32, 4)
+    layer._generates = generates
+    inputs = {rows: mx.random.normal((1, rows, 64), key=mx.random.key(rows)) for rows in (1, 2, 40)}
+
+    def results() -> list[np.ndarray]:
+        gradients = [
+            mx.grad(lambda x: (quantized.quantized_product(x, layer) ** 2).sum())(x) for x in inputs.values()
+        ]
+        return [plain(y) for y in (*(quantized.quantized_product(x, layer) for x in inputs.values()), *gradients)]
+
+    expected, product, rows = results(), mx.quantized_matmul, []
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quantized, "on_cpu", lambda: False)
+    monkeypatch.setattr(quantized.linear_kernels, "limits", lambda: None)
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: rows.append(x.shape[-2]) or product(x, *a, **k))
+    for found, value in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+    assert set(rows) == {1}
+    monkeypatch.setattr(quantized, "_MOST_FEATURES", 63)
+    rows.clear()
+    results()
+    assert not rows
+
+
 def test_generation_joins_quantized_projections(tmp_path: Path) -> None:
     """The packed rows of q, k and v become one array, of which those of the layers are parts."""
     model = load(save(tmp_path / "model", attention_bias=True), "mlx", quantize=4, group_size=32)
