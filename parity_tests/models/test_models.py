@@ -628,3 +628,21 @@ def test_a_padded_batch_has_the_logits_of_each_prompt_alone(backend: str) -> Non
             tokens = prompt + [int(logits[0].argmax()) for logits in alone[:index]]
             exact = plain(exact_model(torch.tensor([tokens])))[0, -1]
             check_close(together[index][row], exact, alone[index][0])
+
+
+@both_backends
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_first_step_needs_no_larger_buffers(backend: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 256 columns fills buffers of the smallest size. Growing evaluates each layer."""
+    model = build(backend, max_seq_length=300, hidden_size=16, num_layers=1)
+    layer_type, grown = type(model.make_cache().layers[0]), []
+    own = layer_type.grow
+
+    def grow(self: Any, capacity: int) -> None:
+        if self.keys is not None:
+            grown.append(capacity)
+        own(self, capacity)
+
+    monkeypatch.setattr(layer_type, "grow", grow)
+    model.generate(native(backend, ids(rows, 256)), max_new_tokens=3, temperature=0)
+    assert not grown

@@ -259,6 +259,7 @@ class Batch:
         cache = model.make_cache()
         cache.limit = int(max(self.lengths + self.request.limits))
         cache.row_lengths = decoder.to_device(lengths.astype(np.int32)[:, None])
+        cache.reserve(min(longest + 1, cache.limit - 1))  # see `DecoderBase.prefill`
         last = []  # the hidden states of the last token of each row, [1, rows, D] for each chunk
         for start in range(0, longest, chunk):
             stop = min(start + chunk, longest)

@@ -151,6 +151,9 @@ class DecoderBase(ABC):
         if isinstance(self.cache, Cache):  # a user's may be a list
             self.cache.limit = longest + self.request.new_tokens
             self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
+            # room for the chunks and the first new token at once: larger buffers are copies of the ones before
+            room = min(longest + 1, self.cache.limit - 1)
+            self.cache.reserve(min(room, self.request.context_length or room) - first)
         chunk = self.request.prefill_columns(len(lengths), self.model.is_on_cpu)
         for start in range(first, longest, chunk):
             stop = min(start + chunk, longest)
