@@ -158,7 +158,8 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _without_dropout(attention: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, dropout=0.0, **options: attention(*args, **options)
+    has_dropout = "dropout" in inspect.signature(attention).parameters
+    return lambda *args, **options: attention(*args, **(options | {"dropout": 0.0} if has_dropout else options))
 
 
 def trace(

@@ -68,3 +68,23 @@ def test_attention_with_a_mask_is_fused() -> None:
     y = np.array(port.module(mx.array(x.numpy()), mx.array(mask.numpy())))
     assert not y[1, :, 2].any()
     np.testing.assert_allclose(y, original(x, mask).detach().numpy(), atol=1e-6)
+
+
+class DroppedAttention(MaskedAttention):
+    """The same with dropout in training."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.linear(x).view(B, T, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        dropout = 0.5 if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def test_attention_with_dropout_in_training_only() -> None:
+    port = icenet.port(DroppedAttention(), (torch.randn(2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)))
+    assert port.source.count("mx.fast.scaled_dot_product_attention") == 1
+    assert {check.mode for check in port.report.checks} == {"evaluation", "training"}
+    x, mask = mx.ones((1, 5, 8)), mx.ones((1, 1, 5, 5), mx.bool_)
+    assert mx.array_equal(port.module(x, mask), port.module(x, mask))
+    port.module.train()
+    assert not mx.array_equal(port.module(x, mask), port.module(x, mask))
