@@ -433,8 +433,8 @@ class Frame:
         found = TABLE.get(name)
         if found is None:
             raise PortError(f"{node.place or node.name}: no entry for {node.op}")
-        operation = Operation(node, self.expression, self.graph.tensors.get, self.structure.used_helpers)
-        operation.training = self.graph.graph.training  # type: ignore[attr-defined]
+        is_training = self.graph.graph.training
+        operation = Operation(node, self.expression, self.graph.tensors.get, self.structure.used_helpers, is_training)
         return found(operation)
 
     def output(self, value: Any) -> str:
@@ -552,10 +552,12 @@ class Frame:
         if not isinstance(user, Node) or user.base not in TABLE or user.base == "recurrent":
             return False
         mark = "repeated_"
-        trial = Operation(
-            user, lambda ref: mark if ref.name == node.name else "other_", self.graph.tensors.get, set()
-        )
-        trial.training = self.graph.graph.training  # type: ignore[attr-defined]
+        is_training = self.graph.graph.training
+
+        def source(ref: Ref) -> str:
+            return mark if ref.name == node.name else "other_"
+
+        trial = Operation(user, source, self.graph.tensors.get, set(), is_training)
         return TABLE[user.base](trial).count(mark) > 1
 
     @staticmethod

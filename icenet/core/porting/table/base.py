@@ -94,12 +94,37 @@ def promoted(a: str, b: str) -> str:
 
 
 class Operation:
-    """One operation as its entry sees it: the source of each argument, and what is known about its value."""
+    """One operation as its entry sees it: the source of each argument, and what is known about its value.
+
+    Args:
+        node: The operation.
+        source: Returns the source of a value.
+        tensors: Returns what a value is, by its name.
+        uses: The helper functions that the source calls; an entry adds to them.
+        training: Whether the graph is that of training mode.
+    """
 
     def __init__(
-        self, node: Node, source: Callable[[Any], str], tensors: Callable[[str], Any], uses: set[str]
+        self,
+        node: Node,
+        source: Callable[[Any], str],
+        tensors: Callable[[str], Any],
+        uses: set[str],
+        training: bool = False,
     ) -> None:
-        self.node, self.args, self._source, self._tensors, self._uses = node, node.args, source, tensors, uses
+        self.node, self.args, self.training = node, node.args, training
+        self._source, self._tensors, self._uses = source, tensors, uses
+
+    def changed(self, args: dict[str, Any] | None = None, source: Callable[[Any], str] | None = None) -> Operation:
+        """Returns the operation with other arguments, or another source of values."""
+        other = Operation(self.node, source or self._source, self._tensors, self._uses, self.training)
+        other.args = self.args if args is None else args
+        return other
+
+    def helper(self, name: str) -> str:
+        """Returns the name of a helper function, whose source the file will have."""
+        self._uses.add(name)
+        return name
 
     @property
     def out(self) -> Tensor:
@@ -174,13 +199,12 @@ class Operation:
         return self.source(value)
 
     def call(self, name: str, *arguments: str, **keywords: Any) -> str:
-        """Returns the source of a call of a helper function, whose source the file will have."""
-        self._uses.add(name)
+        """Returns the source of a call of a helper function."""
         given = [
             *arguments,
             *(f"{key}={value if isinstance(value, str) else self.source(value)}" for key, value in keywords.items()),
         ]
-        return f"{name}({', '.join(given)})"
+        return f"{self.helper(name)}({', '.join(given)})"
 
 
 def in_floating_point(function: Entry) -> Entry:
@@ -195,9 +219,7 @@ def in_floating_point(function: Entry) -> Entry:
             text = n._source(ref)
             return f"{atom(text)}.astype(mx.float32)" if n.of(ref) is not None else text
 
-        wide = Operation(n.node, source, n._tensors, n._uses)
-        wide.args = n.args
-        return f"{atom(function(wide))}.astype(mx.{mlx_dtype(n.out.dtype)})"
+        return f"{atom(function(n.changed(source=source)))}.astype(mx.{mlx_dtype(n.out.dtype)})"
 
     return write
 

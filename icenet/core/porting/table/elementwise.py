@@ -352,7 +352,7 @@ def rrelu(n: Operation) -> str:
 def training(n: Operation, name: str = "training") -> str:
     """Returns the source of a flag that follows the mode."""
     value = n.args.get(name, n.args.get("train"))
-    return "self.training" if value is getattr(n, "training", False) else repr(value)
+    return "self.training" if value is n.training else repr(value)
 
 
 @entry("clamp", "clip")

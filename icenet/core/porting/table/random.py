@@ -14,8 +14,6 @@ def _input(n: Operation) -> str:
 
 @entry("dropout", "native_dropout")
 def dropout(n: Operation) -> str:
-    if n.args.get("train") is False and not getattr(n, "follows", True):
-        return n[_input(n)]
     return n.call("dropout", n[_input(n)], n["p"], training(n, "train"))
 
 

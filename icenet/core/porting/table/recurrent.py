@@ -9,8 +9,7 @@ from icenet.core.porting.table.elementwise import training
 
 @entry("lstm", "gru", "rnn_tanh", "rnn_relu")
 def layers(n: Operation) -> str:
-    layer = {"rnn_tanh": "rnn"}.get(n.node.base, n.node.base)
-    n._uses.add(layer)
+    layer = n.helper({"rnn_tanh": "rnn"}.get(n.node.base, n.node.base))
     given = {"num_layers": n["num_layers"], "has_biases": n["has_biases"]}
     keywords = {key: value for key, value in given.items() if value not in ("1", "True")}
     if n.args["bidirectional"]:

@@ -278,8 +278,7 @@ def scatter_view(n: Operation) -> str:
     op, args = n.args["view"].partition(".")[0], n.args["args"]
     tensor = n.tensor("self")
     assert tensor is not None
-    inner = Operation(n.node, n._source, n._tensors, n._uses)
-    inner.args = {**args, "self": n.args["self"]}
+    inner = n.changed({**args, "self": n.args["self"]})
     if op == "select":
         return n.call("put", n["self"], _slices(tensor.ndim, args["dim"], inner["index"]), n["src"])
     if op == "slice":
