@@ -37,6 +37,9 @@ RANDOM = re.compile(
 def record(function: Any, inputs: list[torch.Tensor]) -> Graph:
     """Returns the record of a function of tensors, at the level of `torch.export`."""
     module = make_fx(function, tracing_mode="real", pre_dispatch=True)(*inputs)
+    for node in list(module.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:  # no operation; a gradient that it ends is seen as a difference
+            module.graph.erase_node(node)
     reader = export._Reader.__new__(export._Reader)
     reader.files, reader.stack, reader.storages, reader.nodes = {}, [], {}, []
     reader.count, reader.taken, reader.results = 0, set(), {}
