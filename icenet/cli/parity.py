@@ -204,7 +204,7 @@ def record_command(module: str, folder: Path, **options: Any) -> None:
     """
     from icenet.commands.parity_modules import record_file
 
-    click.echo(f"{module}: recording takes 10 to 30 times as long as a comparison, also minutes", err=True)
+    click.echo(f"recording {module}: takes 10 to 30 times as long as a comparison", err=True)
     click.echo(record_file(module, folder, **options))
 
 
