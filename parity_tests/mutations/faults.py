@@ -33,6 +33,27 @@ FAULTS: list[Fault] = [
         ["porting/test_idioms.py::test_a_size_of_one_module_is_known_in_another"],
     ),
     Fault(
+        "a formula is an activation although a part of it is used elsewhere",
+        "icenet/core/porting/formulas.py",
+        "tensors.get(x) != node.out or any(users[name] - inner for name in within)",
+        "tensors.get(x) != node.out",
+        ["porting/test_formulas.py::test_a_formula_of_an_activation_is_the_function_of_mlx"],
+    ),
+    Fault(
+        "a masked row of an attention is not zero",
+        "icenet/porting/functions/linear_algebra.py",
+        "    return mx.where(empty, 0, y)\n",
+        "    return y\n",
+        ["porting/test_formulas.py::test_attention_with_a_mask_is_fused"],
+    ),
+    Fault(
+        "a convolution that IceNet computes has the stride of one axis for both",
+        "icenet/porting/layers.py",
+        "is_square = kernel == width and stride == stride_2 and padding == padding_2\n        is_plain",
+        "is_square = kernel == width and padding == padding_2\n        is_plain",
+        ["porting/test_accelerated.py::test_layers"],
+    ),
+    Fault(
         "a port reads a buffer after its update instead of before",
         "icenet/core/porting/body.py",
         "        self.keep_before(updates, outputs)\n",
