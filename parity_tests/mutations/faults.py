@@ -3301,6 +3301,27 @@ FAULTS: list[Fault] = [
         ["porting/test_proof.py::test_a_module_is_compared_and_stays_as_it_is"],
     ),
     Fault(
+        "a port casts a complex number to a real one before its phase",
+        "icenet/core/porting/table/elementwise.py",
+        "is_integer = tensor is not None and not tensor.is_floating and not tensor.is_complex",
+        "is_integer = tensor is not None and not tensor.is_floating",
+        ["porting/test_idioms.py::test_products_in_a_list_are_no_joins_and_a_phase_is_that_of_a_complex_number"],
+    ),
+    Fault(
+        "an expression of a port computes a value twice",
+        "icenet/core/porting/body.py",
+        "return TABLE[user.base](trial).count(mark) > 1",
+        "return False",
+        ["porting/test_idioms.py::test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once"],
+    ),
+    Fault(
+        "the comparison in training mode leaves dropout between recurrent layers on",
+        "icenet_torch/porting/run.py",
+        "run(*args[:5], 0.0, *args[6:])",
+        "run(*args)",
+        ["porting/test_idioms.py::test_layers_with_dropout_between_them_are_compared_in_training_mode"],
+    ),
+    Fault(
         "the gradients of a port begin with the buffers that its call updated",
         "icenet/porting/load.py",
         "before = tree_map(mx.array, model.parameters())",
