@@ -294,6 +294,8 @@ class Comparison:
             self.report.culprit, self.report.where = path, where
 
     def _run_on(self, inputs: Inputs, first: bool) -> None:
+        for side in (self.a, self.b, self.reference):
+            side.loss_scale = 1.0
         with self.stage("structure") as stage:
             if first:
                 structure.compare_parameters(self, stage)
@@ -320,6 +322,8 @@ class Comparison:
                     three = run_training(self, inputs, pairs)
                 pairs, notes = pair_calls(self.a, self.b, three, self.matches)
                 self.add_notes(notes)
+            if self.wants("gradients"):
+                pairs, three = runs.in_range(self, inputs, pairs, three)
             if first:
                 self.first_runs = [
                     (float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three

@@ -71,6 +71,7 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     if has_ties:
         c.ties.add(pair.path)
     places = pair.places()
+    by_inputs = max((j.scale for name, j in judgements.items() if name.startswith("input")), default=0.0)
     for name, judgement in judgements.items():
         value = exact.get(name.replace("gradient:", "gradient ", 1))
         path, what = pair.path, "gradient" if name.startswith("input") else name
@@ -78,7 +79,8 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
             child = places[index_of(name)][0]
             path, what = (pair.path, "output") if child is None else (child.path, "argument")
         if value is not None and math.isfinite(judgement.error):
-            own, size = c.own_errors.setdefault(path, {}), judgement.scale
+            own = c.own_errors.setdefault(path, {})
+            size = by_inputs if what == "gradient" else judgement.scale  # one of them may be zero but for rounding
             own[what] = max(own.get(what, 0.0), max(judgement.error, judgement.noise) / size if size else 0.0)
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)

@@ -12,13 +12,15 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity import inputs as drawing
 from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.inputs import Inputs
+from icenet.parity.locate import FP16_SCALES, fits_fp16
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of, split_at
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FEW, judge, rms, squared_distance
+from icenet.parity.yardstick import FEW, half_ulp, judge, rms, squared_distance
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
@@ -65,6 +67,42 @@ def run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run,
     return own, noise, exact
 
 
+def in_range(
+    c: Comparison, inputs: Inputs, pairs: list[Pair], three: tuple[Run, Run, Run]
+) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+    """Repeats the runs of all sides with a smaller loss while gradients overflow in fp16, as training does.
+
+    Which gradients near the limit overflow depends on the last bit, and on whether the derivative of a function is
+    computed in fp16 or fp32. Gradients that are not finite with the smallest scale are a difference.
+    """
+    if c.dtype != "fp16" or not c.computes_reference:
+        return pairs, three
+    for scale in FP16_SCALES[1:]:
+        losses = [float(np.asarray(run.loss.array)) for run in three if run.loss is not None]
+        found = [_all_gradients(run) for run in three]
+        if not losses or not np.isfinite(losses).all() or fits_fp16(found[2], found[:2]):
+            break
+        finite = [all(np.isfinite(array).all() for array in arrays.values()) for arrays in found[:2]]
+        only = " in a only" if finite == [False, True] else " in b only" if finite == [True, False] else ""
+        for side in (c.a, c.b, c.reference):
+            side.loss_scale = scale
+        three = run_training(c, inputs, pairs)
+        pairs = pair_calls(c.a, c.b, three, c.matches)[0]
+        reason = "are near the limit of" if all(finite) else "overflow in"
+        c.add_notes([f"gradients {reason} fp16{only}: the loss is multiplied by {scale:g}"])
+    return pairs, three
+
+
+def _all_gradients(run: Run) -> dict[str, Array]:
+    """Returns the gradients of a run by the parameters, and by the outputs of all calls."""
+    found = {name: np.asarray(item.array) for name, item in run.gradients.items()}
+    for event in run.events:
+        for index, item in enumerate(event.gradients):
+            if item is not None:
+                found[f"{event.number} {index}"] = np.asarray(item.array)
+    return found
+
+
 def check_draws(c: Comparison, inputs: Inputs) -> None:
     """Raises Draws if a module draws random numbers without a key in the last run."""
     for side, values in ((c.a, inputs.values), (c.b, c.inputs_b)):
@@ -97,6 +135,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
     if c.b.backend != "torch":
         return {}
     loss = (c.losses or (None, None))[1]
+    least = float(half_ulp(0.0, c.dtype))  # a replay has no gradients as small as this, but the run may have
     squares: dict[str, Array] = {}
     for index in range(FEW):
         generator = np.random.default_rng([c.seed, index])
@@ -104,7 +143,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
         def moved(
             value: Value, what: str, path: str, number: int, generator: np.random.Generator = generator
         ) -> Value:
-            level = c.own_errors.get(path, {}).get(what, 0.0) * rms(value.array)
+            level = max(c.own_errors.get(path, {}).get(what, 0.0) * rms(value.array), least)
             noise = _error(generator, value.array.shape) * level
             return Value((value.array + noise).astype(value.array.dtype), value.dtype)
 
@@ -117,7 +156,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
         for name, item in exact.items():
             holder, part = split_at(name.partition(":")[2], c.b.modules)
             own = c.own_errors.get(holder, {}).get(f"gradient:{part}", 0.0) * rms(item.array)
-            square = squared_distance(found[name].array, item.array) + own * own
+            square = squared_distance(found[name].array, item.array) + max(own, least) ** 2
             squares[name] = squares.get(name, np.zeros(square.shape)) + square / FEW
         store.close()
     return {name: np.sqrt(square) for name, square in squares.items()}

@@ -248,11 +248,15 @@ class Side:
             return [self.tools.mean_square(floats, targets(outputs), self.exact)]
 
         names = self.tools.trainable(self.module) if cotangent else []
+
+        def seed(index: int, shape: tuple[int, ...]) -> Array:
+            return np.full(shape, self.loss_scale)
+
         with self._open(None), self.tools.intercepting(self.modules, recorder), self._moved_weights("", names):
             states = randomness.generator_states(self.nn)
             try:
                 outputs, _, gradients = self.tools.evaluate(
-                    call, inputs, self.module, names, (lambda i, s: np.ones(s)) if cotangent else None, self.exact
+                    call, inputs, self.module, names, seed if cotangent else None, self.exact
                 )
             except Exception as error:  # whatever a user's module raises
                 failed = recorder.failed or ""
@@ -542,6 +546,8 @@ class Side:
                 found[f"statistic {name}"] = Value(array, short_dtype(array.dtype))
         return pair.hidden(found)
 
+    loss_scale = 1.0
+    """Factor of the gradients that `record` returns."""
     _is_a = False
 
     def as_test(self) -> Side:
