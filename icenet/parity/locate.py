@@ -391,7 +391,7 @@ def _without_edges(
     """Returns the judgements without the gradients at inputs that are within a rounding of an edge.
 
     In half precision the next number below 3 plus 3 is 6, so that the gradient of hardswish by MLX is that of the
-    other side of its edge. So if only gradients are over the tolerance, the reference is requested the gradients two
+    other side of its edge. So if only gradients are over the tolerance, the reference computes the gradients two
     ulps above and below the inputs. An error counts as none where it is within the jump between them, and the jump is
     over the tolerance. Of a smooth layer no element has such a jump.
     """
