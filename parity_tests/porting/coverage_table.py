@@ -20,6 +20,7 @@ import queue
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -101,18 +102,21 @@ class Worker:
 
     def __init__(self, group: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", group],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if SHOW else subprocess.DEVNULL,
+            stderr=None if SHOW else self.errors,
             env=environment,
             text=True,
         )
         self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         first = self.next(300)
-        assert first is not None, f"the worker of {group} does not start"
+        if first is None:
+            self.errors.seek(0)
+            sys.exit(f"the worker of {group} does not start:\n{self.errors.read().decode(errors='replace')[-2000:]}")
         self.entries: list[str] = first["entries"]
 
     def _read(self) -> None:
