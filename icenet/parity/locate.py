@@ -593,8 +593,8 @@ def _judge_replay(
         name: _judge_integers(ours[name], theirs[name], value) for name, value in exact.items() if not value.is_float
     }
     drawn = [value for value in cotangents or () if value.is_float]
-    # a derivative below the smallest normal number of fp16 may be flushed to zero, as that of sigmoid at -11
-    resolution = 2.0**-14 if dtype == "fp16" else 2.0**-52
+    # smaller derivatives may be flushed to zero in fp16, and are differences of roundings in bf16
+    resolution = {"fp16": 2.0**-14, "bf16": 2.0**-16}.get(dtype, 2.0**-52)
     floor = resolution * max((rms(value.array) for value in drawn if np.isfinite(value.array).all()), default=0.0)
     nearby = samples.map(named) if samples else None
     found = judge_values(ours, theirs, exact, dtype, nearby, only_worst=True, gradient_floor=floor)

@@ -24,7 +24,9 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
 2.  Underflow: the smallest normal number of fp32 and bf16. Hardware may flush smaller numbers to zero. For a
     gradient also 2^-52 of the RMS of the cotangents: the derivative of tanh at 20 is 1.7e-17, and 0 in float64 too if
     it is computed as 1 - tanh^2. In fp16 the smallest normal number, 2^-14, of the RMS of the cotangents: MLX's
-    sigmoid at -11.1 is 0, because its exponential overflows, and so is its derivative.
+    sigmoid at -11.1 is 0, because its exponential overflows, and so is its derivative. In bf16 2^-16 of it, the
+    square of half an ulp of 1: the gradient by the scores of a softmax of nearly equal scores is a difference of
+    rounded numbers.
 3.  Cancellation: u * rms(all gradients of the layer), for a gradient that is zero in exact arithmetic because its
     terms cancel. Example: the bias of a key projection, because softmax is invariant to a shift of its inputs. The
     computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other

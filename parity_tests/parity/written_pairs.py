@@ -632,18 +632,20 @@ def diffusion(draw: Draw) -> Made:
 def graph(draw: Draw) -> Made:
     """Messages along edges, summed at their targets."""
     width, nodes, edges = draw.choice([1, 4, 16]), draw.choice([3, 9]), draw.choice([1, 7, 30])
+    # in fp16, MLX's sigmoid is 0 below -11, and so would be all outputs of a narrow layer: a difference
+    ours, theirs = (M.relu, F.relu) if draw.dtype == "fp16" else (M.silu, F.silu)
 
     def mlx_layer(m: Any, x: Any, edges: Any) -> Any:
         source, target = edges
         messages = M.relu(m.message(mx.concatenate([x[source], x[target]], axis=-1)))
         total = mx.zeros((x.shape[0], messages.shape[1]), dtype=messages.dtype).at[target].add(messages)
-        return M.silu(m.combine(mx.concatenate([x, total], axis=-1)))
+        return ours(m.combine(mx.concatenate([x, total], axis=-1)))
 
     def torch_layer(m: Any, x: Any, edges: Any) -> Any:
         source, target = edges.long()
         messages = F.relu(m.message(torch.cat([x[source], x[target]], dim=-1)))
         total = torch.zeros(x.shape[0], messages.shape[1], dtype=messages.dtype).index_add_(0, target, messages)
-        return F.silu(m.combine(torch.cat([x, total], dim=-1)))
+        return theirs(m.combine(torch.cat([x, total], dim=-1)))
 
     def layer(inputs: int) -> Pair:
         return net(mlx_layer, torch_layer, message=linear(2 * inputs, width), combine=linear(inputs + width, width))

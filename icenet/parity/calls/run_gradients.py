@@ -1,8 +1,9 @@
 """The gradients of a run: their judgements, and the calls of which they do not show that the backward pass agrees.
 
 A backward pass that is wrong changes the gradients of the run before it. If all of them are within the tolerance, and
-their noise is far smaller than they are, no replay of a backward pass would find more. So the backward pass of a call
-is replayed only where this is not so. The forward pass of every call is replayed always.
+their noise is far smaller than they are, no replay of a backward pass would find more. So the backward pass of a
+layer of the frameworks is replayed only where this is not so; that of a user's class is replayed always, and so is
+the forward pass of every call.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from icenet.parity.yardstick import Judgement, judge, judge_values
 if TYPE_CHECKING:
     from icenet.parity.comparison import Comparison
 
+_LAYERS = ("mlx.nn.", "torch.nn.")
+"""Beginnings of the names of the frameworks' own layers."""
 _CLEAR = 1e-4
 """Largest noise of a gradient, relative to its size, with which the run shows whether it agrees."""
 
@@ -56,7 +59,9 @@ class RunGradients:
         """Returns the numbers of the calls whose backward pass the run does not decide.
 
         Those are all, if the gradient by an output is over the tolerance, too noisy or unknown. Otherwise those with
-        such a parameter, and those that take an input of the model, whose gradient is not in the run.
+        such a parameter, those that take an input of the model, whose gradient is not in the run, and all of a user's
+        classes: the gradient by the input of a branch with a small factor, such as 1e-6, vanishes in the noise of the
+        residual next to it.
         """
         pairs = self.pairs
         self.replayed = {pair.b.number for pair in pairs}
@@ -74,9 +79,14 @@ class RunGradients:
         self.replayed = {
             pair.b.number
             for pair in pairs
-            if pair.path in holders or any(id(value) in given for value in pair.b.arguments)
+            if pair.path in holders or self._is_users(pair) or any(id(value) in given for value in pair.b.arguments)
         }
         return self.replayed
+
+    def _is_users(self, pair: Pair) -> bool:
+        """Returns whether a call is of a user's class on one side."""
+        names = self._c.a.classes.get(pair.a.path, ""), self._c.b.classes.get(pair.b.path, "")
+        return not (names[0].startswith(_LAYERS) and names[1].startswith(_LAYERS))
 
 
 def _judge_output(c: Comparison, pair: Pair) -> Judgement | None:

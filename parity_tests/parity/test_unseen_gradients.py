@@ -1,4 +1,4 @@
-"""Gradients in half precision: overflow on one side, underflow, and inputs within a rounding of an edge."""
+"""Gradients that a run does not show: overflow and underflow in half precision, edges, branches of small factors."""
 
 from __future__ import annotations
 
@@ -113,3 +113,54 @@ def test_a_loss_that_overflows_on_both_sides_is_no_difference() -> None:
     assert report.passed, report.verdict
     report = report_of(lambda x: x * 1000.0 - 999.0 * x, lambda x: x, numbers(4, 4, scale=300.0))
     assert not report.passed
+
+
+class MlxBranch(mlx.nn.Module):
+    """A norm whose gradient by its input is half of what it should be."""
+
+    def __init__(self, is_wrong: bool) -> None:
+        super().__init__()
+        self.is_wrong, self.weight = is_wrong, mx.ones((8,))
+
+    def __call__(self, x: Any) -> Any:
+        x = 0.5 * x + mx.stop_gradient(0.5 * x) if self.is_wrong else x
+        return self.weight * (x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + 1e-6))
+
+
+class TorchBranch(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Any) -> Any:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class MlxDamped(mlx.nn.Module):
+    def __init__(self, is_wrong: bool) -> None:
+        super().__init__()
+        self.enter, self.norm = mlx.nn.Linear(8, 8), MlxBranch(is_wrong)
+        self.up, self.head = mlx.nn.Linear(8, 8), mlx.nn.Linear(8, 2)
+
+    def __call__(self, x: Any) -> Any:
+        x = self.enter(x)
+        return self.head(x + 1e-7 * self.up(self.norm(x)))
+
+
+class TorchDamped(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm = torch.nn.Linear(8, 8), TorchBranch()
+        self.up, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x: Any) -> Any:
+        x = self.enter(x)
+        return self.head(x + 1e-7 * self.up(self.norm(x)))
+
+
+def test_a_wrong_gradient_in_a_branch_of_a_small_factor_is_found() -> None:
+    torch.manual_seed(0)
+    x = numbers(16, 8)
+    report = compare(MlxDamped(True), TorchDamped(), x, stages=STAGES, copy_weights=True)
+    assert report.culprit == "norm", report.verdict
+    assert compare(MlxDamped(False), TorchDamped(), x, stages=STAGES, copy_weights=True).passed
