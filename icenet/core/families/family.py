@@ -113,7 +113,10 @@ class Family:
         for part in parts:
             fields |= part.read(checked)
         if isinstance(count := fields["num_layers"], int) and count > MAX_LAYERS:
-            raise ConfigError(f"num_layers: {count} is more than {MAX_LAYERS}")
+            key = next(
+                (part.key for part in parts if isinstance(part, Key) and part.name == "num_layers"), "num_layers"
+            )
+            raise ConfigError(f"{key}: {count} is more than {MAX_LAYERS}")
         return fields if self.section is not TransformerConfig else self._with_head(fields, values, has_head)
 
     def _with_head(self, fields: dict[str, Any], values: Mapping[str, Any], has_head: bool | None) -> dict[str, Any]:

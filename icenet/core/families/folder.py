@@ -381,6 +381,11 @@ def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         named = None
     for ids in (given.get("eos_token_id"), values.get("eos_token_id"), named):
         ends += _as_list(ids)
+    outside = [end for end in ends if isinstance(rows, int) and isinstance(end, int) and not 0 <= end < rows]
+    if outside:
+        ids = ", ".join(map(str, dict.fromkeys(outside)))
+        _log.warning(f"{path}: eos_token_id {ids} is outside the vocabulary of {rows} tokens, and has no effect")
+        ends = [end for end in ends if end not in outside]
     if ends:
         found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]
     if given.get("do_sample"):

@@ -466,13 +466,20 @@ def test_shards_are_read_and_written(llama: Path, tmp_path: Path) -> None:
         ({"is_encoder_decoder": True}, ["is_encoder_decoder"]),
         ({"hidden_size": "6"}, ["hidden_size"]),
         ({"num_attention_heads": 0}, ["num_attention_heads"]),
-        ({"num_hidden_layers": 10**7}, ["num_layers"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers: 10000000 is more"]),
     ],
 )
 def test_a_config_that_is_not_supported_is_one_line(llama: Path, values: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         folder.read(changed(llama, **values))
     assert is_one_line(error.value, "config.json", *names)
+
+
+def test_an_end_token_outside_the_vocabulary_has_no_effect(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = json.loads((llama / "config.json").read_text())["vocab_size"]
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, rows, -1]}))
+    assert folder.read(llama).config.generation.eos_token_id == [2]
+    assert f"eos_token_id {rows}, -1 is outside the vocabulary of {rows} tokens" in caplog.text
 
 
 NONSENSE = (
