@@ -20,6 +20,7 @@ from icenet.cli.options import (
     trust_option,
 )
 from icenet.core.dtypes import FLOAT_DTYPES
+from icenet.core.report import streams
 
 _CODE = re.compile(r"[^=]+\.py:[A-Za-z_][A-Za-z0-9_]*")
 """An argument that names code in a file, such as `mine.py:Net`."""
@@ -204,7 +205,8 @@ def record_command(module: str, folder: Path, **options: Any) -> None:
     """
     from icenet.commands.parity_modules import record_file
 
-    click.echo(f"recording {module}: takes 10 to 30 times as long as a comparison", err=True)
+    if streams.Diagnostics().isatty():
+        streams.write_error(f"recording {module}: takes 10 to 30 times as long as a comparison")
     click.echo(record_file(module, folder, **options))
 
 

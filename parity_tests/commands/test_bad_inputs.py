@@ -138,7 +138,7 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("generate folder", FAILURE, ["folder", "no checkpoint"]),
     ("generate damaged", FAILURE, ["damaged: ", "2 checkpoints"]),
     ("generate good.safetensors", FAILURE, ["good.safetensors", "config", "icenet convert"]),
-    ("generate tiny.yaml", FAILURE, ["tiny.yaml", "a run, a checkpoint or a saved model"]),
+    ("generate tiny.yaml", FAILURE, ["tiny.yaml", "a run, a checkpoint, a saved model"]),
     ("generate run --max-new-tokens 500", USAGE, ["500", "model.max_seq_length 32", "slide"]),
     ("generate run --prompt 'this is a prompt of more than 32 tokens'", USAGE, ["39", "model.max_seq_length 32"]),
     ("generate run --max-length 3 --prompt alpha", USAGE, ["max_length 3", "5 tokens", "max_new_tokens"]),

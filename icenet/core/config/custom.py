@@ -240,9 +240,11 @@ def twin_file(family: str, backend: str) -> Path | None:
 
 
 def _is_torch_module(found: Any) -> bool:
-    """Returns whether an object is a class of PyTorch's modules. Imports no framework."""
+    """Returns whether an object is a class of PyTorch's modules, and no `BaseModel`. Imports no framework."""
     bases = found.__mro__ if isinstance(found, type) else ()
-    return any(f"{base.__module__}.{base.__name__}" == "torch.nn.modules.module.Module" for base in bases)
+    return not any(base.__name__ == "BaseModel" for base in bases) and any(
+        f"{base.__module__}.{base.__name__}" == "torch.nn.modules.module.Module" for base in bases
+    )
 
 
 def _backend_of(found: Any) -> str | None:
