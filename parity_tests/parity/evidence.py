@@ -281,9 +281,8 @@ def report_models(results: Sequence[Result]) -> int:
     dtypes = collections.Counter(r["dtype"] for r in results if "dtype" in r)
     settings = {json.dumps(r.get("environment"), sort_keys=True) for r in results}
     listed = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
-    largest = max((r.get("ratio", 0.0) for r in results), default=0.0)
     print(f"{len(results)} correct models ({listed}), {len(settings)} settings of instructions and threads")
-    print(f"false alarms: {len(alarms)}; largest ratio {largest:.1f} of 8\n")
+    print(f"false alarms: {len(alarms)}\n")
     for r in alarms:
         shown = " ".join(f"{key}={value}" for key, value in r.get("environment", {}).items())
         print(f"  {shown} --only {r['name']}: {r.get('error') or r['alarm']}")
