@@ -22,8 +22,8 @@ from icenet.nn.conv import conv2d, max_pool
 def accelerate(model: nn.Module) -> nn.Module:
     """Gives MLX's own layers in a port IceNet's operations, in place, and returns the model.
 
-    MLX's gradient of a strided convolution takes 70 ms on a CPU where the forward pass takes 2, that of max pooling
-    25 ms; on CUDA, batch norm makes 20 passes over the images, and a convolution copies them for its gradient.
+    In ResNet-50 with 4 images of 64 x 64 pixels, a strided convolution and its gradients take MLX 70 to 76 ms on a
+    CPU and these classes 3 to 13, max pooling 25 and 7. On CUDA, MLX's batch norm makes 20 passes over the images.
     """
     change_classes(model.named_modules(), _ACCELERATED)
     return model

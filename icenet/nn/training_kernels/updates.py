@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.nn.arrays import Array
-from icenet.nn.training_kernels.common import BLOCKS, THREADS, choice, chunks, floats, integers
+from icenet.nn.training_kernels.common import BLOCKS, THREADS, floats, integers
 
 # The sum of the threads' totals.
 _SUM_OF_A_BLOCK = """
@@ -53,7 +53,7 @@ _SUMS_OF_SQUARES = (
     + _SUM_OF_A_BLOCK
 )
 
-# Several arrays. A block computes `VALUES` neighbours of one of them; see `common.choice`.
+# Several arrays. A block computes `VALUES` neighbours of one of them; see `_choice`.
 _ADAM = """
     constexpr int THREADS = 512, N = 4, PACKS = 4, VALUES = THREADS * N * PACKS;
     struct alignas(16) Pack { float values[N]; };
@@ -106,7 +106,7 @@ def sums_of_squares(arrays: Sequence[Array]) -> Array:
     flat = [array.astype(mx.float32).reshape(-1) for array in arrays]
     small = [index for index, array in enumerate(flat) if array.size < _LARGE]
     sums: list[Array] = [_sum_of_squares_of_one(array) for array in flat if array.size >= _LARGE]
-    for chunk in chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, floats(0.0)):
+    for chunk in _chunks([flat[index] for index in small], ARRAYS_OF_A_SUM, floats(0.0)):
         [parts] = _sums_of_squares()(
             inputs=chunk,
             template=[("PARTS", _PARTS)],
@@ -140,6 +140,13 @@ def _sum_of_squares_of_one(x: Array) -> Array:
         output_dtypes=[mx.float32],
     )
     return parts.sum(axis=0, keepdims=True)
+
+
+def _chunks(arrays: Sequence[Array], size: int, filler: Array) -> Iterator[list[Array]]:
+    """Yields parts of arrays of one size; the last one is filled up."""
+    for start in range(0, len(arrays), size):
+        part = list(arrays[start : start + size])
+        yield part + [filler] * (size - len(part))
 
 
 def adam(
@@ -206,6 +213,33 @@ def _sums_of_squares() -> Any:
 @lru_cache
 def _adam() -> Any:
     inputs, outputs = ("p", "g", "m", "v"), ("new_p", "new_m", "new_v")
-    source = _ADAM.replace("CHOICE", choice(ARRAYS_OF_ADAM, "p", [*inputs, *outputs]))
+    source = _ADAM.replace("CHOICE", _choice(ARRAYS_OF_ADAM, "p", [*inputs, *outputs]))
     names = [[f"{part}{index}" for part in parts for index in range(ARRAYS_OF_ADAM)] for parts in (inputs, outputs)]
     return mx.fast.cuda_kernel("icenet_adam", [*names[0], "factor", "scalars"], names[1], source)
+
+
+def _choice(count: int, first: str, pointers: Sequence[str]) -> str:
+    """Returns source that selects the arrays of a block: an array has a block for each `VALUES` of its values.
+
+    Branches select them. A table that is indexed at run time would be written to memory by each thread.
+
+    Args:
+        count: Number of arrays.
+        first: The inputs whose sizes count, without their number.
+        pointers: The variables to set, each to the input or output of its name and number. `size` becomes the number
+            of values, and `block` that of the block within the array.
+    """
+    choices = []
+    for index in range(count):
+        chosen = " ".join(f"{pointer} = {pointer}{index};" for pointer in pointers)
+        choices.append(f"if (is_in({first}{index}_shape[0])) {{ {chosen} }}")
+    return """
+    int block = blockIdx.x, size = 0;
+    auto is_in = [&](int values) {
+      const int blocks = (values + VALUES - 1) / VALUES;
+      size = values;
+      if (block < blocks) return true;
+      block -= blocks;
+      return false;
+    };
+    """ + " else ".join([*choices, "return;"])
