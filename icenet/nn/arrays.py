@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import io
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -105,11 +108,21 @@ def filled(shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[np.ndarray],
         fill: Called with the memory, from another thread.
     """
     memory: Any = _Memory(tuple(shape), np.dtype(dtype), fill)
+    errors: list[BaseException] = memory.errors
+    freed: SimpleQueue[object] = SimpleQueue()
+    reference = weakref.ref(memory, freed.put)
     loaded: Any = mx.load(memory, format="safetensors")
+    del memory
     array: mx.array = loaded["array"]
     mx.eval(array)
-    if memory.error is not None:  # MLX passes over the errors of its threads
-        raise memory.error
+    del loaded
+    # A thread of MLX frees the file object later. If the process ends before, it aborts: Python ends a thread that
+    # waits for its lock, which C++ does not allow in a destructor.
+    with contextlib.suppress(Empty):
+        freed.get(timeout=1.0)
+    del reference
+    if errors:  # MLX passes over the errors of its threads
+        raise errors[0]
     return array
 
 
@@ -117,7 +130,7 @@ class _Memory(io.RawIOBase):
     """A safetensors file of one array, whose values a function writes into the memory that reads them."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[np.ndarray], None]) -> None:
-        self.error: BaseException | None = None
+        self.errors: list[BaseException] = []
         self._shape, self._dtype, self._fill = shape, dtype, fill
         nbytes = math.prod(shape) * dtype.itemsize
         entry = {"dtype": dtype_name(dtype), "shape": shape, "data_offsets": [0, nbytes]}
@@ -133,12 +146,15 @@ class _Memory(io.RawIOBase):
         return self._at
 
     def readinto(self, memory: Any) -> int:
-        if self._at < len(self._header):
-            memory[:] = self._header[self._at : self._at + len(memory)]
-        else:
-            try:
-                self._fill(np.frombuffer(memory, self._dtype).reshape(self._shape))
-            except BaseException as error:
-                self.error = error
-        self._at += len(memory)
-        return len(memory)
+        begin, count = self._at, len(memory)
+        self._at += count
+        if begin < len(self._header):
+            memory[:] = self._header[begin : self._at]
+            return count
+        fill, errors, target = self._fill, self.errors, np.frombuffer(memory, self._dtype).reshape(self._shape)
+        del self  # the frames of an error would keep it, and `filled` waits for its end
+        try:
+            fill(target)
+        except BaseException as error:
+            errors.append(error)
+        return count

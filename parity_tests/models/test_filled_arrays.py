@@ -11,7 +11,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import is_one_line
+from helpers import is_one_line, python
 
 from icenet.core.errors import WeightsError
 from icenet.core.weights import files
@@ -50,6 +50,18 @@ def test_an_error_while_an_array_is_written_is_raised() -> None:
         arrays.filled((2, 3), np.dtype(np.float32), fails)
     found = arrays.filled((2, 3), np.dtype(np.float32), lambda memory: memory.fill(7))
     assert found.tolist() == [[7.0] * 3] * 2
+
+
+def test_a_process_can_end_after_an_array_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's thread frees the file object later than it computes the array."""
+    monkeypatch.setenv("ICENET_BLAS", "none")
+    program = """
+import numpy as np
+from icenet.nn.arrays import filled
+found = filled((1 << 20,), np.dtype(np.float32), lambda memory: memory.fill(7))
+print(found.shape)
+"""
+    assert python(program) == "(1048576,)"
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="the file is mapped")
