@@ -22,7 +22,6 @@ def _shapes(
     return log_probs.new_empty((log_probs.shape[1],) if reduction == 0 and log_probs.ndim == 3 else ())
 
 
-_library.impl("ctc_loss", _shapes, "Meta")
 _library.impl("ctc_loss", _ctc_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("icenet_loss::ctc_loss", _shapes, lib=_library)
 

@@ -44,7 +44,6 @@ def _shapes(kind: str) -> Callable[..., Any]:
 
 
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    _library.impl(_name, _shapes(_name), "Meta")
     _library.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"icenet_rnn::{_name}", _shapes(_name), lib=_library)
 

@@ -37,8 +37,9 @@ def traceable() -> Iterator[list[str]]:
             functions.append(f"{frame.f_code.co_filename}:{frame.f_lineno}: {kind.__name__}.apply")
         return apply.__get__(None, kind)(*args, **kwargs)
 
-    frames = TracerBase._filter_traceback_frames
-    TracerBase._filter_traceback_frames = _user_frames  # type: ignore[method-assign]
+    frames = getattr(TracerBase, "_filter_traceback_frames", None)  # torch 2.6 has none
+    if frames is not None:
+        TracerBase._filter_traceback_frames = _user_frames  # type: ignore[method-assign]
     batchnorm._BatchNorm.forward = lambda self, input: _batch_norm(self, input, norm)  # type: ignore[method-assign]
     nn.AdaptiveLogSoftmaxWithLoss.forward = _adaptive_log_softmax  # type: ignore[method-assign]
     F.gaussian_nll_loss = _gaussian_nll_loss  # type: ignore[assignment]
@@ -48,7 +49,8 @@ def traceable() -> Iterator[list[str]]:
     try:
         yield functions
     finally:
-        TracerBase._filter_traceback_frames = frames  # type: ignore[method-assign]
+        if frames is not None:
+            TracerBase._filter_traceback_frames = frames  # type: ignore[method-assign]
         batchnorm._BatchNorm.forward = norm  # type: ignore[method-assign]
         nn.AdaptiveLogSoftmaxWithLoss.forward = log_softmax  # type: ignore[method-assign]
         F.gaussian_nll_loss = gaussian
