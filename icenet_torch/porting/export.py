@@ -279,6 +279,9 @@ class _Reader:
         self.nodes: list[Node] = []
         self.count = 0
         self.taken: set[str] = set()
+        self.differentiable: set[int | None] = set()
+        self.buffers: set[int | None] = set()
+        """The storages of parameters and inputs, and those of buffers."""
         self.results: dict[str, list[Any]] = {}
         """The results of inlined regions by the name of their node."""
 
@@ -321,6 +324,9 @@ class _Reader:
             elif kind == "USER_INPUT":
                 inputs.append(Ref(node.name))
             # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
+        for name, alias in aliases.items():
+            is_buffer = name in arrays and arrays[name].kind != "parameter"
+            (self.buffers if is_buffer else self.differentiable).add(alias)
         self.convert(graph, {})
         output = next(node for node in graph.nodes if node.op == "output")
         values = [
@@ -431,7 +437,9 @@ class _Reader:
         }
         stop = kind == "wrap_with_set_grad_enabled" and node.args[0] is False
         inner_names = {**outer, "": None}
+        first = len(self.nodes)
         self.convert(inner.graph, inner_names)
+        changed = self.without_gradient(first) if stop else {}
         output = next(item for item in inner.graph.nodes if item.op == "output")
         results = self.argument(output.args[0], inner_names)
         results = list(results) if isinstance(results, (tuple, list)) else [results]
@@ -439,13 +447,34 @@ class _Reader:
             stopped = []
             for result in results:
                 out = self.out_of(result)
-                if isinstance(result, Ref) and isinstance(out, Tensor) and (out.is_floating or out.is_complex):
+                if isinstance(result, Ref) and result.name in changed:
+                    result = changed[result.name]
+                elif isinstance(result, Ref) and isinstance(out, Tensor) and (out.is_floating or out.is_complex):
                     name = self.fresh("stopped")
                     self.nodes.append(Node(name, "detach", {"self": result}, out, None, None, None))
                     result = Ref(name)
                 stopped.append(result)
             results = stopped
         self.results[node.name] = results
+
+    def without_gradient(self, first: int) -> dict[str, Ref]:
+        """Makes what changes an outer value x in a region without gradients change x.detach().
+
+        Returns:
+            The outer values by the names of the results that are them.
+        """
+        outer = {*self.differentiable, *(node.alias for node in self.nodes[:first])} - self.buffers - {None}
+        region, self.nodes[first:] = self.nodes[first:], []
+        changed: dict[str, Ref] = {}
+        for node in region:
+            target = node.args.get(node.mutates) if node.mutates else None
+            if isinstance(target, Ref) and node.alias in outer:
+                name = self.fresh("detached")
+                self.nodes.append(Node(name, "detach", {"self": target}, node.out, node.place, None, node.alias))
+                node = dataclasses.replace(node, args={**node.args, str(node.mutates): Ref(name)})
+                changed[node.name] = target
+            self.nodes.append(node)
+        return changed
 
     def out_of(self, value: Any) -> Any:
         return next(

@@ -38,8 +38,11 @@ GROUPS = {
 }
 LIMITS = {"ops": 60, "layers": 120, "torchvision": 900, "timm": 900, "transformers": 900}
 """Seconds of a sample."""
+START = 600
+"""Seconds in which a worker imports its frameworks."""
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # also with `python -m` or PYTHONSAFEPATH
 RESULTS = HERE / "coverage.json"
 PAGE = HERE.parents[1] / "docs" / "port-coverage.md"
 Outcome = tuple[str, str]
@@ -113,10 +116,15 @@ class Worker:
         )
         self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        first = self.next(300)
+        try:
+            first, reason = self.next(START), "ends before it has started"
+        except queue.Empty:
+            first, reason = None, f"does not start in {START} s"
         if first is None:
             self.errors.seek(0)
-            sys.exit(f"the worker of {group} does not start:\n{self.errors.read().decode(errors='replace')[-2000:]}")
+            self.end()
+            told = self.errors.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"a worker of {group} {reason}, exit status {self.process.returncode}:\n{told}")
         self.entries: list[str] = first["entries"]
 
     def _read(self) -> None:
@@ -163,21 +171,26 @@ class Run:
         for name in names:
             self.names.put(name)
         self.lock, self.count = threading.Lock(), len(names)
-        workers = [first, *(Worker(group) for _ in range(min(jobs, len(names)) - 1))]
+        workers = [first, *[None] * (min(jobs, len(names)) - 1)]
         threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in workers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _serve(self, worker: Worker) -> None:
-        while time.monotonic() < self.until:
-            try:
-                name = self.names.get_nowait()
-            except queue.Empty:
-                break
-            worker = self._entry(worker, name)
-        worker.end()
+    def _serve(self, worker: Worker | None) -> None:
+        """Runs entries until none is left. Each thread waits for its own worker, which imports its frameworks."""
+        try:
+            worker = worker or Worker(self.group)
+            while time.monotonic() < self.until:
+                try:
+                    name = self.names.get_nowait()
+                except queue.Empty:
+                    break
+                worker = self._entry(worker, name)
+            worker.end()
+        except RuntimeError as error:  # the other workers go on
+            print(error, flush=True)
 
     def _entry(self, worker: Worker, name: str) -> Worker:
         counts, problems, skip, note, begin = Counter[str](), list[str](), 0, "", time.monotonic()
@@ -303,6 +316,7 @@ def main(arguments: list[str]) -> int:
     if given.worker:
         channel = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a model prints is not a message
+        del sys.argv[1:]  # PyTorch's tests read them when they are imported
         work(given.worker, channel)
         return 0
     wrong = [name for name in given.groups if name not in (*GROUPS, "all", "page")]

@@ -239,6 +239,27 @@ def digamma(x):
     return mx.where((x <= 0) & (x == mx.floor(x)), pole, value)
 
 
+def polygamma(x, n):
+    """Returns the n-th derivative of digamma: n! times the Hurwitz zeta function of n + 1, by its series."""
+    if n == 0:
+        return digamma(x)
+    total = sum(mx.power(x + step, -n - 1) for step in range(12))
+    y = x + 12
+    total = total + mx.power(y, -n) / n + 0.5 * mx.power(y, -n - 1)  # and the rest by Euler and Maclaurin
+    factor = 1.0
+    for step, bernoulli in enumerate((1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66), 1):
+        factor = factor * (n + 2 * step - 2 if step > 1 else 1) * (n + 2 * step - 1) / ((2 * step - 1) * 2 * step)
+        total = total + bernoulli * factor * mx.power(y, -n - 2 * step)
+    sign = 1 if n % 2 else -1
+    pole = (x <= 0) & (x == mx.floor(x))
+    return mx.where(pole, math.inf if n % 2 else -math.inf, sign * math.factorial(n) * total)
+
+
+def multivariate_lgamma(x, p):
+    """Returns the logarithm of the multivariate gamma function of dimension p."""
+    return sum(lgamma(x - index / 2) for index in range(p)) + p * (p - 1) / 4 * math.log(math.pi)
+
+
 def trunc(x):
     """Returns x rounded to zero."""
     if not mx.issubdtype(x.dtype, mx.floating):

@@ -161,6 +161,15 @@ def max_unpool(x, index, sizes):
     return mx.put_along_axis(flat, index, values, axis=-1).reshape(*lead, *sizes)
 
 
+def max_pool_backward(cotangent, index, sizes):
+    """Returns the gradient of images [..., *sizes] from that of their maxima at places of the flattened images."""
+    lead = cotangent.shape[: cotangent.ndim - len(sizes)]
+    count = math.prod(sizes)
+    flat, index = (part.reshape(math.prod(lead), -1) for part in (cotangent, index))
+    start = mx.arange(flat.shape[0])[:, None] * count
+    return mx.zeros((flat.shape[0] * count,)).at[index + start].add(flat).reshape(*lead, *sizes)
+
+
 def fractional_max_pool(x, kernel, sizes, samples):
     """Returns the maxima of windows at random places, and their places (Graham, 2014); channels are first.
 
@@ -178,7 +187,7 @@ def fractional_max_pool(x, kernel, sizes, samples):
         start = mx.floor((row + sample) * step) - mx.floor(sample * step)
         start = mx.where(row == sizes[axis] - 1, lengths[axis] - kernel[axis], start).astype(mx.int32)
         index = start[..., None] + mx.arange(kernel[axis])  # [B, C, size, kernel]
-        flat = index.reshape(*index.shape[:2], -1, *[1] * (rank - 1))
+        flat = index.reshape(*index.shape[:2], sizes[axis] * kernel[axis], *[1] * (rank - 1))
         parts = []
         for part in (values, places):
             part = mx.moveaxis(part, 2 + axis, 2)

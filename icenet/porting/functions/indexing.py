@@ -35,10 +35,12 @@ def embedding_renorm(weight, ids, max_norm, order):
     size = vector_norm(weight, order, -1, True)
     used = (mx.arange(weight.shape[0])[:, None] == ids.flatten()).any(-1, keepdims=True)
     new = mx.where(used & (size > max_norm), weight * (max_norm / (size + 1e-7)), weight)
-    return weight + mx.stop_gradient(new - weight)  # the gradient is that of the table, as in PyTorch
+    return new
 
 
-def embedding_bag(weight, ids, offsets, mode, sample_weights=None, include_last=False, padding=None):
+def embedding_bag(
+    weight, ids, offsets, mode, sample_weights=None, include_last=False, padding=None, scale_by_frequency=False
+):
     """Returns the sum, mean or maximum of the rows of each bag."""
     if offsets is None:
         count, size = ids.shape
@@ -48,7 +50,7 @@ def embedding_bag(weight, ids, offsets, mode, sample_weights=None, include_last=
     elif include_last:
         offsets = offsets[:-1]
     bags = (mx.arange(ids.shape[0])[:, None] >= offsets[None]).sum(1) - 1
-    rows = weight[ids]
+    rows = by_frequency(weight[ids], ids) if scale_by_frequency else weight[ids]
     if sample_weights is not None:
         rows = rows * sample_weights[:, None]
     valid = mx.ones((ids.shape[0], 1), weight.dtype)
@@ -238,9 +240,12 @@ def index_copy(x, axis, index, source):
 
 def index_fill(x, axis, index, value):
     """Returns x with a value at indices."""
+    value = mx.array(value, x.dtype)
     if x.ndim == 0:
-        return mx.full((), value, x.dtype)
-    return put(x, _along(x, axis, index), mx.array(value, x.dtype))
+        return value
+    filled = mx.zeros(x.shape[axis], mx.bool_)
+    filled[index] = True
+    return mx.where(filled.reshape([-1] + [1] * (x.ndim - 1 - axis % x.ndim)), value, x)
 
 
 def index_reduce(x, axis, index, source, mode, include_self=True):

@@ -12,7 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.porting.functions.reductions import vector_norm
+from icenet.porting.functions.decompositions import inverse
 from icenet.porting.functions.shapes import pad, pad_reflect, unfold
 
 
@@ -100,102 +100,6 @@ def masked_attention(q, k, v, mask, scale):
     return mx.where(empty, 0, y)
 
 
-def inverse(x):
-    """Returns the inverse of matrices."""
-
-    @mx.custom_function
-    def invert(x):
-        return mx.linalg.inv(x, stream=mx.cpu)
-
-    @invert.vjp
-    def gradient(x, cotangent, y):
-        return -(y.swapaxes(-1, -2) @ cotangent @ y.swapaxes(-1, -2))
-
-    return invert(x)
-
-
-def cholesky(x, upper=False):
-    """Returns the Cholesky factor of matrices."""
-
-    @mx.custom_function
-    def factor(x):
-        return mx.linalg.cholesky(x, False, stream=mx.cpu)
-
-    @factor.vjp
-    def gradient(x, cotangent, y):
-        inner = mx.tril(y.swapaxes(-1, -2) @ cotangent)
-        inner = inner - mx.eye(x.shape[-1]) * inner / 2
-        inverted = mx.linalg.inv(y, stream=mx.cpu)
-        whole = inverted.swapaxes(-1, -2) @ inner @ inverted
-        return (whole + whole.swapaxes(-1, -2)) / 2
-
-    lower = factor(x)
-    return lower.swapaxes(-1, -2) if upper else lower
-
-
-def solve(a, b):
-    """Returns x with a x = b."""
-    if b.ndim == a.ndim - 1 and b.shape == a.shape[:-1]:
-        return (inverse(a) @ b[..., None]).squeeze(-1)
-    return inverse(a) @ b
-
-
-def determinant(x):
-    """Returns the determinant of matrices, by Gaussian elimination with column pivots."""
-    size = x.shape[-1]
-    result = mx.ones(x.shape[:-2])
-    for step in range(size):
-        column = mx.abs(mx.stop_gradient(x[..., :, 0]))
-        pivot = mx.argmax(column, axis=-1)
-        row = mx.take_along_axis(x, mx.broadcast_to(pivot[..., None, None], (*x.shape[:-2], 1, x.shape[-1])), axis=-2)
-        value = row[..., 0, 0]
-        result = result * value * mx.where(pivot == 0, 1, -1)
-        first = x[..., :1, :]
-        is_pivot = mx.arange(x.shape[-2])[:, None] == pivot[..., None, None]
-        x = mx.where(is_pivot, first, x)[..., 1:, :]
-        if step + 1 < size:
-            x = x[..., 1:] - x[..., :1] * (row[..., 1:] / mx.where(value == 0, 1, value)[..., None, None])
-    return result
-
-
-def singular_values(x):
-    """Returns the singular values of matrices, in descending order."""
-
-    @mx.custom_function
-    def values_of(x):
-        return mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)
-
-    @values_of.vjp
-    def gradient(x, cotangent, y):
-        u, _, vt = mx.linalg.svd(x, stream=mx.cpu)
-        count = y.shape[-1]
-        return (u[..., :, :count] * cotangent[..., None, :]) @ vt[..., :count, :]
-
-    return values_of(x)
-
-
-def matrix_norm(x, order=None, axes=None, keepdims=False):
-    """Returns the norm of matrices, or of all elements."""
-    if axes is None and order is None:
-        return vector_norm(x, 2, None, keepdims)
-    axes = list(range(x.ndim))[-2:] if axes is None else [axes] if isinstance(axes, int) else list(axes)
-    if len(axes) == 1 or x.ndim == 1:
-        return vector_norm(x, 2 if order is None else order, axes[0], keepdims)
-    order = "fro" if order is None else order
-    if order == "fro":
-        return vector_norm(x, 2, tuple(axes), keepdims)
-    rows, columns = (axis % x.ndim for axis in axes)
-    if order in (1, -1, math.inf, -math.inf):
-        along, over = (rows, columns) if order in (1, -1) else (columns, rows)
-        sums = mx.abs(x).sum(along, keepdims=True)
-        result = sums.max(over, keepdims=True) if order in (1, math.inf) else sums.min(over, keepdims=True)
-        return result if keepdims else result.squeeze((rows, columns))
-    moved = mx.moveaxis(mx.moveaxis(x, rows, -1), columns - (columns > rows), -1)
-    values = singular_values(moved)
-    result = values.sum(-1) if order == "nuc" else values.max(-1) if order == 2 else values.min(-1)
-    return mx.expand_dims(result, sorted((rows, columns))) if keepdims else result
-
-
 def fft(name, x, size=None, axes=None, norm="backward"):
     """Returns a Fourier transform with the scale of a norm."""
     if name == "irfft" or name.startswith("irfft"):
@@ -230,6 +134,14 @@ def fft(name, x, size=None, axes=None, norm="backward"):
     if norm == "forward":
         return y / count if forward else y * count
     return y
+
+
+def hfft(x, size=None, axis=-1, norm="backward", inverse=False):
+    """Returns the Fourier transform of a signal that is symmetric in time, or its inverse."""
+    other = {"backward": "forward", "forward": "backward"}.get(norm, norm)
+    if inverse:
+        return mx.conj(fft("rfft", x, size, axis, other))
+    return fft("irfft", mx.conj(x), size, axis, other)
 
 
 def fftfreq(n, d=1.0):

@@ -33,6 +33,23 @@ def native_layer_norm(x, count, weight=None, bias=None, eps=1e-5):
     return layer_norm(x, count, weight, bias, eps), mean, scale
 
 
+def native_batch_norm(x, mean=None, variance=None, weight=None, bias=None, eps=1e-5):
+    """Returns the normalized values, the means and the reciprocals of the deviations; channels are the second axis.
+
+    Without running statistics those of the batch are taken, and returned.
+    """
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    saved = (mx.zeros((0,)), mx.zeros((0,)))
+    if mean is None:
+        mean = x.mean(axes)
+        variance = mx.square(x - mean.reshape(shape)).mean(axes)
+        saved = (mean, mx.rsqrt(variance + eps))
+    y = (x - mean.reshape(shape)) * mx.rsqrt(variance + eps).reshape(shape)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape), *saved
+
+
 def rms_norm(x, count, weight=None, eps=1e-5):
     """Returns x divided by its root mean square over its last axes."""
     axes = tuple(range(x.ndim - count, x.ndim))
@@ -235,8 +252,8 @@ def cross_entropy(x, target, weight=None, ignore=-100, smoothing=0.0, reduction=
 
 def multi_margin_loss(x, target, p=1, margin=1.0, weight=None, reduction="mean"):
     """Returns the mean over other classes of max(0, margin - x_target + x)^p."""
-    single = x.ndim == 1
-    x, target = (x[None], target.reshape(1)) if single else (x, target)
+    single = x.ndim < 2
+    x, target = (x.reshape(1, -1), target.reshape(1)) if single else (x, target)
     own = mx.take_along_axis(x, target[:, None], axis=1)
     loss = mx.maximum(margin - own + x, 0) ** p
     if weight is not None:
@@ -247,6 +264,7 @@ def multi_margin_loss(x, target, p=1, margin=1.0, weight=None, reduction="mean")
 
 def multilabel_margin_loss(x, target, reduction="mean"):
     """Returns the margin loss of rows with several classes; their ids [..., C] end at the first -1."""
+    x, target = mx.atleast_1d(x), mx.atleast_1d(target)
     valid = mx.cumprod((target >= 0).astype(mx.int32), axis=-1) > 0
     ids = mx.where(valid, target, 0)
     chosen = mx.take_along_axis(x, ids, axis=-1)

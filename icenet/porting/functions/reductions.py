@@ -225,6 +225,109 @@ def bincount(x, weights=None, minlength=0):
     return mx.zeros((size,), weights.dtype).at[x].add(weights)
 
 
+def histc(x, bins, low, high):
+    """Returns how many elements are in each of some intervals of equal widths; the last one has its end."""
+    if not x.size:
+        return mx.zeros((bins,), x.dtype)
+    low, high = (x.min(), x.max()) if low == high else (mx.array(low, x.dtype), mx.array(high, x.dtype))
+    low, high = mx.where(low == high, low - 1, low), mx.where(low == high, high + 1, high)
+    place = mx.floor((x - low) / (high - low) * bins)
+    place = mx.where(x == high, bins - 1, place)
+    return (place.flatten() == mx.arange(bins)[:, None]).sum(1).astype(x.dtype)
+
+
+def mode(x, axis=-1, keepdims=False):
+    """Returns the most frequent values, of several the smallest one, and the indices of their last occurrences."""
+    if x.ndim == 0:
+        return x, mx.array(0, mx.int64)
+    keys = mx.moveaxis(mx.stop_gradient(x), axis, -1)
+    count = (keys[..., None] == keys[..., None, :]).sum(-1)
+    frequent = count == count.max(-1, keepdims=True)
+    value = mx.where(frequent, keys, keys.max(-1, keepdims=True)).min(-1, keepdims=True)
+    place = mx.where(frequent & (keys == value), mx.arange(keys.shape[-1]), -1)
+    index = mx.moveaxis(place.max(-1, keepdims=True), -1, axis).astype(mx.int64)
+    return _at_index(x, index, axis, keepdims)
+
+
+def quantile(x, q, axis=None, keepdims=False, interpolation="linear", skip_nan=False):
+    """Returns quantiles; those of several fractions q [Q] have a first axis more."""
+    q = mx.array(q, x.dtype)
+    if axis is None:
+        shape = [1] * x.ndim
+        flat = quantile(x.flatten(), q, 0, False, interpolation, skip_nan)
+        return flat.reshape(*q.shape, *shape) if keepdims else flat
+    ordered = mx.moveaxis(sort(x, axis)[0] if x.ndim else x.reshape(1), axis, -1)
+    missing = mx.isnan(ordered)  # sorted to the end
+    count = (~missing).sum(-1, keepdims=True) if skip_nan else mx.array([ordered.shape[-1]])
+    place = q.flatten() * mx.maximum(count - 1, 0).astype(x.dtype)
+    if interpolation in ("lower", "higher", "nearest"):
+        place = {"lower": mx.floor, "higher": mx.ceil, "nearest": mx.round}[interpolation](place)
+    low, high = mx.floor(place), mx.ceil(place)
+    weight = mx.array(0.5, x.dtype) if interpolation == "midpoint" else place - low
+    lead = (*ordered.shape[:-1], q.size)
+    below, above = (
+        mx.take_along_axis(ordered, mx.broadcast_to(mx.stop_gradient(part).astype(mx.int32), lead), axis=-1)
+        for part in (low, high)
+    )
+    result = below + mx.where(low == place, 0, weight * (above - below))
+    if not skip_nan:
+        result = mx.where(missing.any(-1, keepdims=True), math.nan, result)
+    result = mx.moveaxis(result, -1, 0)
+    result = mx.expand_dims(result, axis % x.ndim + 1) if keepdims and x.ndim else result
+    return result if q.ndim else result[0]
+
+
+def covariance(x, correction=1, frequencies=None, weights=None):
+    """Returns the covariances of the rows of a matrix, whose columns are observations."""
+    x = x.reshape(1, -1) if x.ndim < 2 else x
+    w = mx.ones((x.shape[1],)) if frequencies is None else frequencies.astype(mx.float32)
+    squares = w if weights is None else w * weights * weights
+    w = w if weights is None else w * weights
+    total = w.sum()
+    mean = (x * w).sum(1, keepdims=True) / total
+    freedom = total - correction * (1 if weights is None else squares.sum() / total)
+    centered = x - mean
+    result = (centered * w) @ centered.T / mx.maximum(freedom, 0)
+    return result if result.size > 1 else result.reshape(())
+
+
+def correlation(x):
+    """Returns the correlation coefficients of the rows of a matrix."""
+    c = covariance(x)
+    if c.ndim == 0:
+        return c / c
+    deviation = mx.sqrt(mx.diagonal(c))
+    return mx.clip(c / deviation[:, None] / deviation, -1, 1)
+
+
+def differences(x, spacings, axes, edge_order=1):
+    """Returns the derivatives along axes by differences. A spacing is a step, or the coordinates along an axis."""
+    results = []
+    for axis, spacing in zip(axes, spacings):  # noqa: B905  (copied into ports)
+        y = mx.moveaxis(x, axis, 0)
+        count = y.shape[0]
+        shape = [-1] + [1] * (y.ndim - 1)
+        is_step = not isinstance(spacing, mx.array) or spacing.ndim == 0
+        where = mx.arange(count).astype(mx.float32) * spacing if is_step else spacing
+        step = (where[1:] - where[:-1]).reshape(shape)
+        slope = (y[1:] - y[:-1]) / step
+        before, after = step[:-1], step[1:]
+        inner = (slope[:-1] * after + slope[1:] * before) / (before + after)
+        first, last = slope[:1], slope[-1:]
+        if edge_order == 2:
+            first = first - (slope[1:2] - slope[:1]) * before[:1] / (before[:1] + after[:1])
+            last = last + (slope[-1:] - slope[-2:-1]) * after[-1:] / (before[-1:] + after[-1:])
+        results.append(mx.moveaxis(mx.concatenate([first, inner, last], axis=0), 0, axis))
+    return results
+
+
+def sum_to(x, shape):
+    """Returns the sums over axes that an array of some shape would be repeated along."""
+    lead = x.ndim - len(shape)
+    axes = [*range(lead), *(lead + axis for axis, size in enumerate(shape) if size == 1 != x.shape[lead + axis])]
+    return x.sum(axes, keepdims=True).reshape(shape) if axes else x
+
+
 def cdist(a, b, p=2.0):
     """Returns the distances between all rows."""
     return vector_norm(a[..., :, None, :] - b[..., None, :, :], p, -1)
@@ -273,6 +376,8 @@ def _trapezoids(y, x, dx, axis):
 
 def diff(x, n=1, axis=-1, prepend=None, append=None):
     """Returns the differences of neighbours."""
+    if not n:
+        return x
     parts = [part for part in (prepend, x, append) if part is not None]
     x = mx.concatenate(parts, axis=axis) if len(parts) > 1 else x
     for _ in range(min(n, x.shape[axis])):

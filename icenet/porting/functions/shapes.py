@@ -20,6 +20,26 @@ def put(x, index, values):
     return new
 
 
+def with_values(x, values):
+    """Returns values with the gradient of x."""
+    return mx.stop_gradient(values) + (x - mx.stop_gradient(x))
+
+
+def resize(x, shape):
+    """Returns the first elements in another shape, with 0 after the last one."""
+    flat, size = x.flatten(), math.prod(shape)
+    return mx.pad(flat[:size], [(0, max(size - flat.size, 0))]).reshape(shape)
+
+
+def combinations(x, count, with_replacement=False):
+    """Returns all combinations of elements, one in each row."""
+    rows = [()]
+    for _ in range(count):
+        starts = [row[-1] + (not with_replacement) if row else 0 for row in rows]
+        rows = [(*row, index) for row, start in zip(rows, starts) for index in range(start, x.shape[0])]
+    return x[mx.array(rows)] if rows else mx.zeros((0, count), x.dtype)
+
+
 def expand(x, sizes):
     """Returns x repeated along axes of size 1; -1 keeps a size."""
     added = len(sizes) - x.ndim
@@ -287,6 +307,7 @@ def logspace(start, stop, count, base, dtype):
 
 def vander(x, size=None, increasing=False):
     """Returns the powers of each element."""
+    x = mx.atleast_1d(x)
     size = x.shape[-1] if size is None else size
     powers = [mx.ones_like(x)]
     for _ in range(size - 1):

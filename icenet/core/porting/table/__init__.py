@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import icenet.core.porting.table.arrays
 import icenet.core.porting.table.convolution
+import icenet.core.porting.table.decompositions
 import icenet.core.porting.table.elementwise
 import icenet.core.porting.table.indexing
 import icenet.core.porting.table.linear_algebra

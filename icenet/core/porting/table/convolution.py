@@ -171,6 +171,12 @@ def max_unpool(n: Operation) -> str:
     return n.call("max_unpool", n["self"], n["indices"], n["output_size"])
 
 
+@entry("max_pool2d_with_indices_backward")
+def max_pool_backward(n: Operation) -> str:
+    shape = n.tensor("self").shape[-2:]  # type: ignore[union-attr]
+    return n.call("max_pool_backward", n["grad_output"], n["indices"], n.source(list(shape)))
+
+
 @entry("fractional_max_pool2d", "fractional_max_pool3d")
 def fractional_max_pool(n: Operation) -> str:
     return n.call("fractional_max_pool", n["self"], n["kernel_size"], n["output_size"], n["random_samples"])

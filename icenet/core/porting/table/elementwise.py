@@ -284,6 +284,8 @@ _helper("sinc", "special_sinc", function="sinc")
 _helper("lgamma", "special_gammaln", function="lgamma")
 _helper("digamma", "special_digamma", "special_psi", function="digamma")
 _helper("trunc", "fix", function="trunc")
+_helper("polygamma", "special_polygamma", function="polygamma", arguments=("self", "n"))
+_helper("mvlgamma", "special_multigammaln", function="multivariate_lgamma", arguments=("self", "p"))
 _helper("frac")
 _helper("sign")
 _helper("sgn", function="sgn")
@@ -464,6 +466,14 @@ def full_like(n: Operation) -> str:
 @entry("isclose")
 def isclose(n: Operation) -> str:
     return f"mx.isclose({n['self']}, {n['other']}, {n['rtol']}, {n['atol']}, equal_nan={n['equal_nan']})"
+
+
+entry("isreal")(lambda n: f"mx.imag({n['self']}) == 0" if _is_complex(n) else f"mx.ones_like({n['self']}) == 1")
+
+
+def _is_complex(n: Operation) -> bool:
+    tensor = n.tensor("self")
+    return tensor is not None and tensor.is_complex
 
 
 entry("complex")(lambda n: f"{n.atom('real')} + 1j * {n.atom('imag')}")

@@ -23,7 +23,7 @@ def embedding_renorm(n: Operation) -> str:
 @entry("embedding_bag", "_embedding_bag")
 def embedding_bag(n: Operation) -> str:
     names = ("weight", "indices", "offsets", "mode", "per_sample_weights", "include_last_offset", "padding_idx")
-    values = {name: n.args.get(name) for name in names}
+    values = {name: n.args.get(name) for name in (*names, "scale_grad_by_freq")}
     padding, weight = n.get("padding_idx", 0), n.tensor("weight")
     if n.node.base == "embedding_bag" and padding < 0 and weight is not None:  # from the end; in _embedding_bag none
         values["padding_idx"] = int(weight.shape[0]) + padding  # type: ignore[call-overload]

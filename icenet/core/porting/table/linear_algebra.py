@@ -1,4 +1,4 @@
-"""Products, attention, einsum, decompositions and Fourier transforms."""
+"""Products, attention, einsum and Fourier transforms."""
 
 from __future__ import annotations
 
@@ -150,24 +150,6 @@ def attention(n: Operation) -> str:
     )
 
 
-# ---- decompositions (on the CPU, where MLX has them) -----------------------------------------------------------
-
-
-for _name in ("linalg_inv", "inverse"):
-    entry(_name)(lambda n: n.call("inverse", n["self" if "self" in n.args else "A"]))
-entry("linalg_cholesky", "cholesky")(lambda n: n.call("cholesky", n["self"], repr(bool(n.get("upper", False)))))
-entry("linalg_solve")(lambda n: n.call("solve", n["A"], n["B"]))
-entry("linalg_svdvals")(lambda n: n.call("singular_values", n["A"]))
-entry("linalg_det", "det")(lambda n: n.call("determinant", n["self" if "self" in n.args else "A"]))
-
-
-@entry("linalg_norm", "linalg_matrix_norm")
-def matrix_norm(n: Operation) -> str:
-    dims = n.args.get("dim")
-    order = n.args.get("ord")
-    return n.call("matrix_norm", n["self"], n.source(order), n.source(dims), repr(bool(n.args.get("keepdim"))))
-
-
 # ---- Fourier transforms ------------------------------------------------------------------------------------
 
 
@@ -180,6 +162,8 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
             return n.call("fft", repr(name), n["self"], n.source(size), n.source(dims), repr(norm))
         sizes, axes = ("s", "axes") if name[-1] in "2n" else ("n", "axis")
         default = {"2": [-2, -1], "n": None}.get(name[-1], -1)
+        if size is not None and dims is None and sizes == "s":
+            dims = list(range(-len(size), 0))
         given = "" if size is None else f", {sizes}={n.source(size)}"
         given += "" if dims in (None, default) else f", {axes}={n.source(dims)}"
         return f"mx.fft.{name}({n['self']}{given})"
@@ -189,6 +173,10 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
 
 for _name in ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn"):
     entry(f"fft_{_name}")(_fft(_name))
+entry("fft_hfft")(lambda n: n.call("hfft", n["self"], n["n"], n["dim"], repr(n.get("norm", "backward"))))
+entry("fft_ihfft")(
+    lambda n: n.call("hfft", n["self"], n["n"], n["dim"], repr(n.get("norm", "backward")), inverse="True")
+)
 entry("fft_fftshift")(lambda n: f"mx.fft.fftshift({n['self']}, {n.dims()})")
 entry("fft_ifftshift")(lambda n: f"mx.fft.ifftshift({n['self']}, {n.dims()})")
 

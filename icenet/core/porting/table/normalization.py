@@ -42,6 +42,12 @@ def batch_norm(n: Operation) -> str:
     return n.call("batch_norm", n["input"], n["running_mean"], n["running_var"], n["weight"], n["bias"], n["eps"])
 
 
+@entry("native_batch_norm")
+def native_batch_norm(n: Operation) -> str:
+    running = ["None", "None"] if n.args["training"] else [n["running_mean"], n["running_var"]]
+    return n.call("native_batch_norm", n["input"], *running, n["weight"], n["bias"], n["eps"])
+
+
 @entry("batch_norm_statistics", "instance_norm_statistics")
 def statistics(n: Operation) -> str:
     return n.call(n.node.base, n["input"], n["running"], n["momentum"], n["which"])

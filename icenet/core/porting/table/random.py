@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from icenet.core.porting.table.arrays import sizes_of
 from icenet.core.porting.table.base import Operation, entry, mlx_dtype
 from icenet.core.porting.table.elementwise import training
-from icenet.core.porting.table.shapes import _shape
 
 
 def _input(n: Operation) -> str:
@@ -35,7 +35,7 @@ def _dtype(n: Operation) -> str:
 
 @entry("rand", "randn")
 def rand(n: Operation) -> str:
-    return f"mx.random.{'uniform' if n.node.base == 'rand' else 'normal'}(shape={_shape(n)}{_dtype(n)})"
+    return f"mx.random.{'uniform' if n.node.base == 'rand' else 'normal'}(shape={sizes_of(n)}{_dtype(n)})"
 
 
 @entry("rand_like", "randn_like")
@@ -47,7 +47,7 @@ def rand_like(n: Operation) -> str:
 
 @entry("randint", "randint_like")
 def randint(n: Operation) -> str:
-    shape = f"{n.atom('self')}.shape" if "self" in n.args else _shape(n)
+    shape = f"{n.atom('self')}.shape" if "self" in n.args else sizes_of(n)
     drawn = f"mx.random.randint({n.source(n.args.get('low', 0))}, {n['high']}, {shape})"
     return f"{drawn}.astype(mx.{mlx_dtype(n.out.dtype)})"
 
@@ -82,6 +82,23 @@ def uniform(n: Operation) -> str:
 @entry("exponential")
 def exponential(n: Operation) -> str:
     return f"-mx.log1p(-mx.random.uniform(shape={n.atom('self')}.shape)) / {n['lambd']}"
+
+
+@entry("log_normal")
+def log_normal(n: Operation) -> str:
+    return f"mx.exp({n['mean']} + {n['std']} * mx.random.normal({n.atom('self')}.shape))"
+
+
+@entry("cauchy")
+def cauchy(n: Operation) -> str:
+    drawn = f"mx.random.uniform(shape={n.atom('self')}.shape)"
+    return f"{n['median']} + {n['sigma']} * mx.tan(math.pi * ({drawn} - 0.5))"
+
+
+@entry("geometric")
+def geometric(n: Operation) -> str:
+    drawn = f"mx.random.uniform(shape={n.atom('self')}.shape)"
+    return f"mx.ceil(mx.log1p(-{drawn}) / math.log1p(-{n['p']})).astype(mx.{mlx_dtype(n.out.dtype)})"
 
 
 @entry("multinomial")

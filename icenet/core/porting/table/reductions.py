@@ -229,6 +229,46 @@ def bincount(n: Operation) -> str:
     return n.call("bincount", n["self"], n["weights"], n["minlength"])
 
 
+@entry("histc")
+def histc(n: Operation) -> str:
+    return n.call("histc", n["self"], n["bins"], n.source(n.get("min", 0)), n.source(n.get("max", 0)))
+
+
+@entry("mode")
+def mode(n: Operation) -> str:
+    return n.call("mode", n["self"], n.source(n.get("dim", -1)), repr(flag(n, "keepdim")))
+
+
+@entry("quantile", "nanquantile")
+def quantile(n: Operation) -> str:
+    interpolation = repr(n.get("interpolation", "linear"))
+    given = [n["self"], n["q"], n["dim"], repr(flag(n, "keepdim")), interpolation]
+    return n.call("quantile", *given, *(["True"] if n.node.base == "nanquantile" else []))
+
+
+@entry("cov")
+def cov(n: Operation) -> str:
+    x = n.cast("self", n.out.dtype)
+    return n.call("covariance", x, n.source(n.get("correction", 1)), n["fweights"], n["aweights"])
+
+
+entry("corrcoef")(lambda n: n.call("correlation", n.cast("self", n.out.dtype)))
+
+
+@entry("gradient")
+def gradient(n: Operation) -> str:
+    tensor, dims, spacing = n.tensor("self"), n.args.get("dim"), n.args.get("spacing")
+    assert tensor is not None
+    axes = list(range(tensor.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    spacing = [1 if spacing is None else spacing] * len(axes) if not isinstance(spacing, (list, tuple)) else spacing
+    return n.call("differences", n["self"], n.source(spacing), n.source(axes), n.source(n.get("edge_order", 1)))
+
+
+@entry("sum_to_size")
+def sum_to_size(n: Operation) -> str:
+    return n.call("sum_to", n["self"], n["size"])
+
+
 @entry("dist")
 def dist(n: Operation) -> str:
     return n.call("vector_norm", f"{n.atom('self')} - {n.atom('other')}", n["p"], "None", "False")

@@ -1,10 +1,12 @@
-"""Shapes: views, joins, repetitions, and new arrays."""
+"""Shapes: views, joins and repetitions."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from icenet.core.errors import PortError
+from icenet.core.porting.table.arrays import dtype_option, sizes_of, tuple_source
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, shape_source
 
 
@@ -134,7 +136,7 @@ def broadcast_tensors(n: Operation) -> str:
 @entry("repeat", "tile")
 def repeat(n: Operation) -> str:
     sizes = n.args.get("repeats", n.args.get("dims"))
-    return f"mx.tile({n['self']}, {_tuple(n, sizes)})" if sizes else n["self"]
+    return f"mx.tile({n['self']}, {tuple_source(n, sizes)})" if sizes else n["self"]
 
 
 @entry("repeat_interleave")
@@ -176,7 +178,7 @@ def stacks(n: Operation) -> str:
     return n.call({"row_stack": "vstack"}.get(n.node.base, n.node.base), n["tensors"])
 
 
-@entry("chunk")
+@entry("chunk", "unsafe_chunk")
 def chunk(n: Operation) -> str:
     tensor = n.tensor("self")
     outs = n.node.out
@@ -261,7 +263,7 @@ def slice_text(n: Operation) -> str:
     return f"{first}:{final}" + (f":{n.source(step)}" if step not in (1, None) else "")
 
 
-@entry("narrow")
+@entry("narrow", "narrow_copy")
 def narrow(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
@@ -270,6 +272,30 @@ def narrow(n: Operation) -> str:
     if isinstance(start, int) and isinstance(length, int) and start >= 0:
         return n.indexed("self", tensor.ndim, dim, f"{start}:{start + length}")
     return n.call("narrow", n["self"], repr(dim), n["start"], n["length"])
+
+
+@entry("resize", "resize_as")
+def resize(n: Operation) -> str:
+    """The elements in another shape; what an array grows by is undefined in PyTorch, and 0 here."""
+    tensor = n.tensor("self")
+    assert tensor is not None
+    shape = f"{n.atom('the_template')}.shape" if n.node.base == "resize_as" else sizes_of(n)
+    if tensor.shape == n.out.shape:
+        return n["self"]
+    if tensor.shape == (0,):
+        return f"mx.zeros({shape}{dtype_option(n)})"
+    return n.call("resize", n["self"], shape)
+
+
+@entry("combinations")
+def combinations(n: Operation) -> str:
+    return n.call("combinations", n["self"], n.source(n.get("r", 2)), repr(bool(n.get("with_replacement"))))
+
+
+@entry("with_values")
+def with_values(n: Operation) -> str:
+    """Values that x.detach() got in place: x has them, and its gradient is as before."""
+    return n.call("with_values", n["self"], n["src"])
 
 
 @entry("scatter_view")
@@ -313,7 +339,9 @@ def scatter_view(n: Operation) -> str:
         return f"mx.real({n['self']}) + 1j * {n.atom('src')}"
     if op == "expand":
         return n.call("unexpand", n["src"], n["self"])
-    raise NotImplementedError(op)
+    raise PortError(
+        f"aten.{op} of a value that is changed in place afterwards has no counterpart; write it with clone()"
+    )
 
 
 def _slices(ndim: int, dim: int, text: str) -> str:
@@ -492,74 +520,3 @@ def as_strided(n: Operation) -> str:
 @entry("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(n: Operation) -> str:
     return n.call("channel_shuffle", n["self"], n["groups"])
-
-
-# ---- new arrays -------------------------------------------------------------------------------------------
-
-
-def _tuple(n: Operation, values: Any) -> str:
-    """Returns the source of a tuple."""
-    return f"({', '.join(map(n.source, values))}{',' if len(values) == 1 else ''})"
-
-
-def _shape(n: Operation, name: str = "size") -> str:
-    return _tuple(n, n.args[name])
-
-
-def _dtype(n: Operation) -> str:
-    dtype = mlx_dtype(n.out.dtype)
-    return "" if dtype == "float32" else f", mx.{dtype}"
-
-
-@entry("zeros", "empty", "new_zeros", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
-def zeros(n: Operation) -> str:
-    return f"mx.zeros({_shape(n)}{_dtype(n)})"
-
-
-@entry("ones", "new_ones")
-def ones(n: Operation) -> str:
-    return f"mx.ones({_shape(n)}{_dtype(n)})"
-
-
-@entry("full", "new_full")
-def full(n: Operation) -> str:
-    return f"mx.full({_shape(n)}, {n['fill_value']}, mx.{mlx_dtype(n.out.dtype)})"
-
-
-@entry("scalar_tensor")
-def scalar_tensor(n: Operation) -> str:
-    return f"mx.array({n['s']}, mx.{mlx_dtype(n.out.dtype)})"
-
-
-@entry("arange")
-def arange(n: Operation) -> str:
-    start, step = n.args.get("start", 0), n.args.get("step", 1)
-    dtype = mlx_dtype(n.out.dtype)
-    if dtype != "float32" and all(
-        isinstance(value, int) or not isinstance(value, float) for value in (start, step, n.args["end"])
-    ):
-        bounds = n["end"] if start in (0, None) and step in (1, None) else f"{n.source(start or 0)}, {n['end']}"
-        bounds += f", {n.source(step)}" if step not in (1, None) else ""
-        return f"mx.arange({bounds}, dtype=mx.{dtype})"
-    return n.call("arange", n.source(start or 0), n["end"], n.source(step or 1), f"mx.{dtype}")
-
-
-@entry("linspace", "logspace")
-def linspace(n: Operation) -> str:
-    if n.node.base == "logspace":
-        return n.call("logspace", n["start"], n["end"], n["steps"], n["base"], f"mx.{mlx_dtype(n.out.dtype)}")
-    return n.call("linspace", n["start"], n["end"], n["steps"], f"mx.{mlx_dtype(n.out.dtype)}")
-
-
-@entry("eye")
-def eye(n: Operation) -> str:
-    columns = n.args.get("m")
-    sizes = n["n"] if columns is None else f"{n['n']}, {n.source(columns)}"
-    return f"mx.eye({sizes}{_dtype(n).replace(', mx', ', dtype=mx')})"
-
-
-@entry("vander", "linalg_vander")
-def vander(n: Operation) -> str:
-    return n.call(
-        "vander", n["x"], n.source(n.args.get("N")), repr(bool(n.get("increasing", n.node.base != "vander")))
-    )
