@@ -3,28 +3,33 @@
 python parity_tests/porting/coverage_table.py ops --jobs 16
 python parity_tests/porting/coverage_table.py ops --only "float32 cumsum" "int64 gather" --show
 python parity_tests/porting/coverage_table.py layers torchvision timm transformers
+python parity_tests/porting/coverage_table.py all --jobs 16 --new --budget 480
 python parity_tests/porting/coverage_table.py page          # the page alone, from the results of earlier runs
 
 Each sample runs in a worker process with a limit of time. A sample that crashes its worker or does not end counts as
-failed, and another worker goes on with the next one. Results of a group replace those of an earlier run (with --only,
-those of the named entries).
+failed, and another worker goes on with the next one. All groups advance equally, and begin with one small model of
+each family, so that a short budget sees all of them. Results of a whole group replace those of an earlier run, others
+are added to them.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import json
 import os
 import platform
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,7 +67,6 @@ def entries(group: str) -> dict[str, Callable[[], Iterator[Callable[[], Outcome]
     if group == "ops":
         import op_db
 
-        mx.disable_compile()  # a kernel is compiled by g++ on a CPU; results are the same
         operations = op_db.operations()
         return {
             f"{dtype} {op_db.name_of(op)}": lambda op=op, dtype=dtype: op_db.samples(op, getattr(torch, dtype))
@@ -73,41 +77,56 @@ def entries(group: str) -> dict[str, Callable[[], Iterator[Callable[[], Outcome]
     if group == "layers":
         import layer_cases
 
-        mx.disable_compile()
         return layer_cases.entries()
     import model_cases
 
     return model_cases.entries(group)
 
 
-def work(group: str, channel: Any) -> None:
-    """Runs the entries that the parent names, one line each, and reports every sample."""
-    found = entries(group)
-    print(json.dumps({"entries": list(found)}), file=channel, flush=True)
+def work(groups: list[str], channel: Any) -> None:
+    """Says the entries of groups, runs those that the parent names, one line each, and reports every sample."""
+
+    def tell(**message: Any) -> None:
+        print(json.dumps(message), file=channel, flush=True)
+
+    found = {group: entries(group) for group in groups}
+    tell(entries={group: list(names) for group, names in found.items()})
     for line in sys.stdin:
-        name, _, skip = line.rstrip("\n").rpartition("\t")
-        for number, check in enumerate(found[name]()):
+        group, name, skip = line.rstrip("\n").split("\t")
+        if group not in found:
+            tell(loading=group)
+            found[group] = entries(group)
+        import mlx.core as mx
+
+        if group in ("ops", "layers"):  # many small functions, each compiled by g++ on a CPU; results are the same
+            mx.disable_compile()
+        else:
+            mx.enable_compile()
+        for number, check in enumerate(found[group][name]()):
             if number < int(skip):
                 continue
-            print(json.dumps({"number": number}), file=channel, flush=True)
+            tell(number=number)
             begin = time.perf_counter()
             status, detail = check()
-            seconds = round(time.perf_counter() - begin, 1)
-            print(json.dumps({"status": status, "detail": detail, "seconds": seconds}), file=channel, flush=True)
-        print(json.dumps({"done": True}), file=channel, flush=True)
+            tell(status=status, detail=detail, seconds=round(time.perf_counter() - begin, 1))
+        tell(done=True)
 
 
 # ---- the parent ---------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A worker process. Its messages arrive in a queue, so that waiting for one has a limit."""
+    """A worker process. Its messages arrive in a queue, so that waiting for one has a limit.
 
-    def __init__(self, group: str) -> None:
+    Args:
+        groups: The groups whose entries it says. It loads another group when it gets an entry of it.
+    """
+
+    def __init__(self, groups: Sequence[str] = ()) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", group],
+            [sys.executable, str(HERE / "coverage_table.py"), "--worker", *groups],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if SHOW else self.errors,
@@ -124,8 +143,8 @@ class Worker:
             self.errors.seek(0)
             self.end()
             told = self.errors.read().decode(errors="replace")[-2000:]
-            raise RuntimeError(f"a worker of {group} {reason}, exit status {self.process.returncode}:\n{told}")
-        self.entries: list[str] = first["entries"]
+            raise RuntimeError(f"a worker {reason}, exit status {self.process.returncode}:\n{told}")
+        self.entries: dict[str, list[str]] = first["entries"]
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -137,81 +156,122 @@ class Worker:
         """Returns the next message, None if the process ended; raises queue.Empty after a number of seconds."""
         return self.messages.get(timeout=limit)
 
-    def send(self, name: str, skip: int) -> None:
+    def send(self, group: str, name: str, skip: int) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{name}\t{skip}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: the next message says so
+            self.process.stdin.write(f"{group}\t{name}\t{skip}\n")
+            self.process.stdin.flush()
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
+def interleaved(names: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Returns the entries of groups in an order in which all groups advance equally."""
+    placed = [
+        ((index + 0.5) / len(listed), group, name)
+        for group, listed in names.items()
+        for index, name in enumerate(listed)
+    ]
+    return [(group, name) for _, group, name in sorted(placed, key=lambda item: item[0])]
+
+
 class Run:
-    """One run of a group: its workers and their results."""
+    """One run: its workers and their results.
+
+    Args:
+        groups: The groups.
+        jobs: How many workers.
+        limit: The seconds of a sample by its group.
+        chosen: Returns the entries of a group to run from all of its entries.
+        budget: The seconds after which the run ends; entries under way get no result.
+        keep: Called with the run now and then, and stores its results.
+    """
 
     def __init__(
         self,
-        group: str,
+        groups: Sequence[str],
         jobs: int,
-        limit: float,
-        only: list[str],
-        part: str,
+        limit: Callable[[str], float],
+        chosen: Callable[[str, list[str]], list[str]],
         budget: float,
         keep: Callable[[Run], None],
     ) -> None:
-        self.group, self.limit, self.results = group, limit, dict[str, dict[str, Any]]()
-        self.keep, self.kept = keep, time.monotonic()
-        self.until = time.monotonic() + budget
-        first = Worker(group)
+        self.limit, self.keep = limit, keep
+        self.results: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in groups}
+        self.kept, until = time.monotonic(), time.monotonic() + budget
+        first = Worker(groups)
         self.all = first.entries
-        index, count = map(int, part.split("/"))
-        names = [name for name in first.entries if not only or _chosen(name, only)][index::count]
-        self.names: queue.Queue[str] = queue.Queue()
-        for name in names:
-            self.names.put(name)
-        self.lock, self.count = threading.Lock(), len(names)
-        workers = [first, *[None] * (min(jobs, len(names)) - 1)]
-        threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in workers]
+        self.chosen = {group: chosen(group, self.all[group]) for group in groups}
+        self.rest = collections.deque(interleaved(self.chosen))
+        self.lock, self.stopped, self.workers = threading.Lock(), False, [first]
+        threads = [
+            threading.Thread(target=self._serve, args=(first if number == 0 else None,), daemon=True)
+            for number in range(max(1, min(jobs, len(self.rest))))
+        ]
         for thread in threads:
             thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        with self.lock:
+            self.stopped = True
+            workers = list(self.workers)
+        for worker in workers:
+            worker.end()
         for thread in threads:
-            thread.join()
+            thread.join(10)
+
+    def _start(self) -> Worker:
+        """Returns a further worker. The thread waits for it, so that workers start side by side."""
+        worker = Worker()
+        with self.lock:
+            self.workers.append(worker)
+            if self.stopped:
+                worker.end()
+        return worker
 
     def _serve(self, worker: Worker | None) -> None:
-        """Runs entries until none is left. Each thread waits for its own worker, which imports its frameworks."""
         try:
-            worker = worker or Worker(self.group)
-            while time.monotonic() < self.until:
+            worker = worker or self._start()
+            while self.rest and not self.stopped:
                 try:
-                    name = self.names.get_nowait()
-                except queue.Empty:
+                    group, name = self.rest.popleft()
+                except IndexError:
                     break
-                worker = self._entry(worker, name)
+                worker = self._entry(worker, group, name)
             worker.end()
         except RuntimeError as error:  # the other workers go on
             print(error, flush=True)
 
-    def _entry(self, worker: Worker, name: str) -> Worker:
+    def _entry(self, worker: Worker, group: str, name: str) -> Worker:
         counts, problems, skip, note, begin = Counter[str](), list[str](), 0, "", time.monotonic()
-        worker.send(name, 0)
+        worker.send(group, name, 0)
+        limit = self.limit(group)
         while True:
             try:
-                message = worker.next(self.limit)
+                message = worker.next(limit)
                 reason = "crashes the process"
             except queue.Empty:
-                message, reason = None, f"does not end in {self.limit:.0f} s"
+                message, reason = None, f"does not end in {limit:.0f} s"
+            if self.stopped:
+                return worker
             if message is None:
                 counts["failed"] += 1
                 problems.append(f"failed: sample {skip} {reason}")
                 worker.end()
-                worker = Worker(self.group)
+                worker = self._start()
                 skip += 1
-                worker.send(name, skip)
+                worker.send(group, name, skip)
+            elif "loading" in message:
+                limit = START
             elif "done" in message:
                 break
             elif "number" in message:
-                skip = message["number"]
+                skip, limit = message["number"], self.limit(group)
             else:
                 counts[message["status"]] += 1
                 if message["status"] not in ("passed", "skipped"):
@@ -225,11 +285,12 @@ class Run:
         if note and not problems:
             result["note"] = note
         with self.lock:
-            self.results[name] = result
-            done = f"{len(self.results)}/{self.count}"
+            self.results[group][name] = result
+            done = f"{len(self.results[group])}/{len(self.chosen[group])}"
             told = ", ".join(f"{count} {status}" for status, count in counts.items())
-            if problems or self.limit > 100:
-                print(f"[{done}] {name}: {told} ({result['seconds']} s) {note if not problems else ''}", flush=True)
+            if problems or LIMITS[group] > 100:
+                note = note if not problems else ""
+                print(f"{group} [{done}] {name}: {told} ({result['seconds']} s) {note}", flush=True)
             for problem in problems[: 20 if SHOW else 2]:
                 print("    ", problem[:400], flush=True)
             if time.monotonic() > self.kept + 20:  # a run that is ended keeps its results
@@ -254,17 +315,17 @@ def stored() -> dict[str, Any]:
     return found
 
 
-def machine() -> str:
-    """Returns the processor, the number of cores, and the versions of the frameworks."""
+def machine(group: str) -> str:
+    """Returns the processor, the number of cores, and the versions of what a group is measured with."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         processor = lines[0].partition(":")[2].strip() if lines else processor
     versions = []
-    for name in ("torch", "mlx", "torchvision", "timm", "transformers"):
+    for name in dict.fromkeys(("torch", "mlx", "torch" if group in ("ops", "layers") else group)):
         try:
-            versions.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name).partition('+')[0]}")
         except metadata.PackageNotFoundError:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -278,7 +339,7 @@ def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: l
     results = json.loads(text)  # without the folders of this machine
     kept = {name: {key: value for key, value in item.items() if value} for name, item in results.items()}
     entry["entries"] = dict(sorted({**(entry["entries"] if partial else {}), **kept}.items()))
-    entry["machine"], entry["of"] = machine(), len(every)
+    entry["machine"], entry["of"] = machine(group), len(every)
     lines = []
     for name, item in sorted(found.items()):
         rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in item["entries"].items())
@@ -305,15 +366,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("groups", nargs="*", default=["page"], help=f"{', '.join(GROUPS)}, all, or page")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
     parser.add_argument("--limit", type=float, help="seconds of a sample")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no entry is begun")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which the run ends")
     parser.add_argument("--only", nargs="*", default=[], help="names of entries, of operations, or a dtype")
     parser.add_argument("--part", default="0/1", help="every n-th entry, such as 0/4")
+    parser.add_argument("--new", action="store_true", help="only entries that have not passed in an earlier run")
     parser.add_argument(
         "--show", action="store_true", help="print up to 20 problems of an entry, and keep no results"
     )
-    parser.add_argument("--worker", choices=GROUPS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="*", choices=GROUPS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.worker:
+    if given.worker is not None:
         channel = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a model prints is not a message
         del sys.argv[1:]  # PyTorch's tests read them when they are imported
@@ -324,18 +386,32 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{wrong[0]}: give one of {', '.join(GROUPS)}, all, page")
     global SHOW
     SHOW = given.show
-    for group in GROUPS if "all" in given.groups else [name for name in given.groups if name in GROUPS]:
+    groups = list(GROUPS) if "all" in given.groups else [name for name in given.groups if name in GROUPS]
+    whole = not given.only and given.part == "0/1" and not given.new
+    before = stored()
+    index, count = map(int, given.part.split("/"))
+
+    def chosen(group: str, names: list[str]) -> list[str]:
+        known = before.get(group, {"entries": {}})["entries"] if given.new else {}
+        passed = {name for name, item in known.items() if not (item.get("failed") or item.get("missing"))}
+        return [name for name in names if name not in passed and (not given.only or _chosen(name, given.only))][
+            index::count
+        ]
+
+    def keep(run: Run) -> None:
+        for group, results in run.results.items():
+            if results and not given.show:
+                save(group, results, not whole or len(results) < len(run.chosen[group]), run.all[group])
+
+    if groups:
         begin = time.monotonic()
-        limit = given.limit or LIMITS[group]
-        whole = not given.only and given.part == "0/1"
-
-        def keep(run: Run, group: str = group, whole: bool = whole) -> None:
-            if not given.show:
-                save(group, run.results, not whole or len(run.results) < run.count, run.all)
-
-        run = Run(group, given.jobs, limit, given.only, given.part, given.budget, keep)
-        total = totals(run.results)
-        print(f"{group}: {dict(total)}, {share(total)}, {time.monotonic() - begin:.0f} s", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
+        run = Run(groups, given.jobs, lambda group: given.limit or LIMITS[group], chosen, given.budget, keep)
+        for group, results in run.results.items():
+            total = totals(results)
+            left = len(run.chosen[group]) - len(results)
+            rest = f", {left} entries not reached" if left else ""
+            print(f"{group}: {dict(total)}, {share(total)}{rest}, {time.monotonic() - begin:.0f} s", flush=True)
         keep(run)
     if not given.show:
         import coverage_page

@@ -33,6 +33,17 @@ swinv2_cr_tiny_ns_224 coatnet_nano_rw_224 convit_tiny inception_resnet_v2 nasnet
 """.split()  # noqa: SIM905
 """One small model of each family."""
 
+TORCHVISION = """
+alexnet resnet18 mobilenet_v2 squeezenet1_1 shufflenet_v2_x0_5 mnasnet0_5 vgg11 vgg11_bn mobilenet_v3_small
+efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny densenet121 googlenet inception_v3
+swin_t swin_v2_t vit_b_32 resnet50 resnext50_32x4d wide_resnet50_2 maxvit_t segmentation.lraspp_mobilenet_v3_large
+segmentation.fcn_resnet50 segmentation.deeplabv3_resnet50 detection.ssdlite320_mobilenet_v3_large
+detection.fasterrcnn_mobilenet_v3_large_320_fpn detection.fcos_resnet50_fpn detection.retinanet_resnet50_fpn
+detection.ssd300_vgg16 video.r3d_18 video.mc3_18 video.r2plus1d_18 video.swin3d_t video.mvit_v1_b video.mvit_v2_s
+video.s3d
+""".split()  # noqa: SIM905
+"""One small model of each family, which are tried first; the others differ in their sizes."""
+
 
 def thin(module: nn.Module) -> nn.Module:
     """Removes blocks of a Sequential after the second one of the same structure. Returns the module."""
@@ -107,7 +118,8 @@ def torchvision_models() -> dict[str, Callable[[], Made]]:
     for module, make, prefix in groups:
         for name in models.list_models(module=module):
             made[prefix + name] = lambda make=make, name=name: make(name)  # type: ignore[misc]
-    return made
+    first = [name for name in TORCHVISION if name in made]
+    return {name: made[name] for name in dict.fromkeys([*first, *made])}
 
 
 def _import_torchvision() -> None:

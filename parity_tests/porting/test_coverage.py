@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import coverage_page
@@ -19,11 +21,11 @@ class Worker:
 
     made = 0
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, groups: Sequence[str] = ()) -> None:
         Worker.made += 1
-        self.entries, self.skip = ["float32 entry"], 0
+        self.entries, self.skip = {group: ["float32 entry"] for group in groups}, 0
 
-    def send(self, name: str, skip: int) -> None:
+    def send(self, group: str, name: str, skip: int) -> None:
         self.skip = skip
         self.told = iter(self.messages())
 
@@ -47,10 +49,43 @@ class Worker:
 
 def test_a_sample_that_hangs_or_crashes_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage_table, "Worker", Worker)
-    run = coverage_table.Run("ops", 1, 5, [], "0/1", 60, lambda run: None)
-    result = run.results["float32 entry"]
+    run = coverage_table.Run(["ops"], 1, lambda group: 5, lambda group, names: names, 60, lambda run: None)
+    result = run.results["ops"]["float32 entry"]
     assert (result["passed"], result["failed"], result["missing"], Worker.made) == (3, 2, 1, 3)
     assert [problem.partition(":")[0] for problem in result["problems"]] == ["missing", "failed", "failed"]
     assert "sample 1 does not end in 5 s" in result["problems"][1] and "sample 3 crashes" in result["problems"][2]
-    page = coverage_page.page({"ops": {"machine": "here", "of": 1, "entries": run.results}})
+    page = coverage_page.page({"ops": {"machine": "here", "of": 1, "entries": run.results["ops"]}})
     assert "| 5 | 3 | 60.0 % | here |" in page and "2 of 5" in page and "lacks: `polygamma`" in page
+
+
+class Slow(Worker):
+    """A worker whose first sample takes longer than the run."""
+
+    def messages(self) -> Any:
+        yield {"number": 0}
+        yield queue.Empty
+
+    def next(self, limit: float) -> Any:
+        message = next(self.told)
+        if message is queue.Empty:
+            self.ended.wait(5)
+            return None
+        return message
+
+    def __init__(self, groups: Sequence[str] = ()) -> None:
+        super().__init__(groups)
+        self.ended = threading.Event()
+
+    def end(self) -> None:
+        self.ended.set()
+
+
+def test_a_budget_ends_a_run_and_what_was_under_way_has_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage_table, "Worker", Slow)
+    run = coverage_table.Run(["ops"], 1, lambda group: 60, lambda group, names: names, 0.1, lambda run: None)
+    assert run.results == {"ops": {}} and run.chosen == {"ops": ["float32 entry"]}
+
+
+def test_all_groups_advance_equally() -> None:
+    order = coverage_table.interleaved({"a": ["1", "2", "3", "4"], "b": ["5", "6"]})
+    assert [name for _, name in order] == ["1", "5", "2", "3", "6", "4"]

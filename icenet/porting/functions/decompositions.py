@@ -239,7 +239,7 @@ def condition(x):
 
 def pseudo_inverse(x, rtol=1e-15, atol=0.0):
     """Returns the pseudo-inverse of matrices; singular values up to a bound count as 0."""
-    if x.size == 0:
+    if not x.size:
         return mx.zeros((*x.shape[:-2], x.shape[-1], x.shape[-2]))
 
     @mx.custom_function
@@ -262,8 +262,9 @@ def pseudo_inverse(x, rtol=1e-15, atol=0.0):
 
 def matrix_exp(x):
     """Returns the exponential of matrices, by scaling, a Taylor polynomial, and squaring."""
-    if x.size == 0:
+    if not x.size:
         return x
+    dtype, x = x.dtype, x.astype(mx.float32)
     size = mx.stop_gradient(mx.abs(x)).sum(-2).max(-1)
     squarings = mx.maximum(mx.ceil(mx.log2(mx.maximum(size, 1e-30))) + 2, 0)[..., None, None]  # to a norm of 1/4
     scaled = x * mx.power(mx.array(0.5), squarings)
@@ -273,7 +274,7 @@ def matrix_exp(x):
         result = result + term
     for step in range(16):
         result = mx.where(step < squarings, result @ result, result)
-    return result
+    return result.astype(dtype)
 
 
 def matrix_norm(x, order=None, axes=None, keepdims=False):

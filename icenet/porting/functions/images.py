@@ -178,6 +178,8 @@ def fractional_max_pool(x, kernel, sizes, samples):
     rank = len(sizes)
     unbatched = x.ndim == rank + 1
     x = x[None] if unbatched else x
+    if not x.size:
+        return mx.zeros((*x.shape[:2], *sizes), x.dtype), mx.zeros((*x.shape[:2], *sizes), mx.int64)
     lengths = x.shape[2:]
     values, places = x, mx.broadcast_to(mx.arange(math.prod(lengths)).reshape(lengths), x.shape)
     for axis in range(rank):

@@ -82,12 +82,17 @@ def std(x, axis=None, correction=1, keepdims=False):
 
 def var_mean(x, axis=None, correction=1, keepdims=False):
     """Returns variance and mean."""
-    return var(x, axis, correction, keepdims), x.mean(axis if x.ndim else None, keepdims=keepdims)
+    return var(x, axis, correction, keepdims), _mean(x, axis, keepdims)
 
 
 def std_mean(x, axis=None, correction=1, keepdims=False):
     """Returns standard deviation and mean."""
-    return std(x, axis, correction, keepdims), x.mean(axis if x.ndim else None, keepdims=keepdims)
+    return std(x, axis, correction, keepdims), _mean(x, axis, keepdims)
+
+
+def _mean(x, axis, keepdims):
+    axis = axis if x.ndim else None
+    return x.mean(axis, keepdims=keepdims) if _count(x, axis) else _nothing(x, axis, keepdims)
 
 
 def _nothing(x, axis, keepdims, value=math.nan):
