@@ -7,6 +7,7 @@ parallel and their arrays are small, and full-precision products, so that fp32 m
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ gc.set_threshold(20_000)  # with Python's 700, collections take 7 % of the proce
 
 DEFAULT_MARKERS = "not slow and not gpu and not mutation"
 """The markers of a default run, as in `pyproject.toml`."""
+
+_numbers = itertools.count()  # of the folders of tests
 
 MAX_WORKERS = 4
 """Each worker process holds both frameworks, about 1 GB."""
@@ -51,9 +54,18 @@ def session_cache() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives each test its own cache, and hides the variables of a launcher of several processes."""
-    monkeypatch.setenv("ICENET_CACHE", str(tmp_path / "cache"))
+def isolated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gives each test its own cache, and hides the variables of a launcher of several processes.
+
+    The folder `tmp_path` is made only for tests that ask for it: most have no files, and there are thousands.
+    """
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path")
+    else:
+        folder = tmp_path_factory.getbasetemp() / f"test-{next(_numbers)}"  # exists once the test uses the cache
+    monkeypatch.setenv("ICENET_CACHE", str(folder / "cache"))
     for name in ("RANK", "WORLD_SIZE", "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
 
