@@ -35,7 +35,7 @@ from icenet.core.errors import WeightsError
 from icenet.core.files import reserve
 from icenet.core.threads import for_ranges
 from icenet.core.weights import formats
-from icenet.core.weights.copying import MOST_THREADS, PART, contiguous
+from icenet.core.weights.copying import MOST_THREADS, PART, contiguous, copy_to
 
 Array = npt.NDArray[Any]
 
@@ -138,7 +138,7 @@ class FileMap(mmap.mmap):
 
 def file_maps(arrays: Iterable[Array]) -> list[FileMap]:
     """Returns the memory maps of files that arrays are views of."""
-    found = {id(data): data for data in map(_map_of, arrays) if isinstance(data, FileMap)}
+    found = {id(data): data for data in map(_map_of, arrays) if data is not None}
     return list(found.values())
 
 
@@ -249,12 +249,7 @@ def read_into(target: Array, array: Array) -> bool:
     """
     data = _map_of(array)
     are_contiguous = array.flags.c_contiguous and target.flags.c_contiguous
-    if (
-        not isinstance(data, FileMap)
-        or not are_contiguous
-        or array.dtype != target.dtype
-        or not hasattr(os, "preadv")
-    ):
+    if data is None or not are_contiguous or array.dtype != target.dtype or not hasattr(os, "preadv"):
         return False
     file, start, content = data.file.fileno(), _offset(array, data), target.reshape(-1).view(np.uint8).data
 
@@ -287,13 +282,13 @@ def _advise(array: Array, advice: int) -> None:
         data.madvise(advice, page, min(start + array.nbytes, len(data)) - page)
 
 
-def _map_of(array: Array) -> mmap.mmap | None:
-    """Returns the memory map that an array is a view of."""
+def _map_of(array: Array) -> FileMap | None:
+    """Returns the memory map of a file that an array is a view of. That of a user may have changes in memory only."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     data = base.obj if isinstance(base, memoryview) else base
-    return data if isinstance(data, mmap.mmap) else None
+    return data if isinstance(data, FileMap) else None
 
 
 def _offset(array: Array, data: mmap.mmap) -> int:
@@ -318,7 +313,7 @@ class _Copy:
         """Copies an array now or later. Returns whether that is possible."""
         data = _map_of(array)
         is_stored = array.flags.c_contiguous and array.dtype == array.dtype.newbyteorder("<") and array.nbytes > 0
-        if not isinstance(data, FileMap) or not is_stored or not hasattr(os, "preadv"):
+        if data is None or not is_stored or not hasattr(os, "preadv"):
             return False
         start = _offset(array, data)
         if data is not self._source or start != self._stop:
@@ -384,8 +379,38 @@ def _copy_through_memory(source: FileMap, start: int, target: int, at: int, coun
         start, at, count = start + written, at + written, count - written
 
 
-_COPIED, _MOST_PENDING = 1 << 16, 1 << 26
-"""Bytes that are copied through memory at a time, and bytes of adjacent arrays after which they are copied."""
+def _write(file: BinaryIO, array: Array) -> None:
+    """Writes an array, C-contiguous and little-endian.
+
+    An array that has another order in memory is copied a part at a time: a copy of all of it would take new pages.
+    """
+    dtype = array.dtype.newbyteorder("<")
+    if array.ndim < 2 or array.nbytes == 0 or (array.flags.c_contiguous and array.dtype == dtype):
+        _write_bytes(file, contiguous(array).astype(dtype, copy=False))
+        return
+    read_ahead(array)
+    rows = max(_PERMUTED // array[0].nbytes, _LEAST_ROWS)
+    memory = np.empty((min(rows, len(array)), *array.shape[1:]), dtype)
+    for first in range(0, len(array), rows):
+        part = array[first : first + rows]
+        copy_to(memory[: len(part)], part)
+        _write_bytes(file, memory[: len(part)])
+    release(array)
+
+
+def _write_bytes(file: BinaryIO, array: Array) -> None:
+    """Writes a C-contiguous array in pieces: Linux looks for large blocks of free memory for large pieces."""
+    content = array.reshape(-1).view(np.uint8)
+    for first in range(0, content.nbytes, _WRITTEN):
+        file.write(content[first : first + _WRITTEN].data)
+
+
+_COPIED, _WRITTEN, _MOST_PENDING = 1 << 16, 1 << 18, 1 << 26
+"""Bytes that are copied through memory at a time, those that are written at a time, and those of adjacent arrays
+that are copied together."""
+_PERMUTED, _LEAST_ROWS = 1 << 20, 64
+"""Bytes of a part of an array that has another order in memory, and the smallest number of rows: those of one cache
+line."""
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 """Errors of `copy_file_range` for files or file systems that it does not support."""
 
@@ -398,7 +423,7 @@ def _padding(length: int, first: Array | None) -> int:
     """
     start = 8 + length
     data = None if first is None else _map_of(first)
-    if first is None or not isinstance(data, FileMap) or first.nbytes < mmap.PAGESIZE:
+    if first is None or data is None or first.nbytes < mmap.PAGESIZE:
         return -start % 8
     padding = (_offset(first, data) - start) % mmap.PAGESIZE
     return padding if (start + padding) % 8 == 0 else -start % 8
@@ -444,7 +469,6 @@ def write_file(
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not {specs[name]}")
             if not copy.add(array):
                 copy.finish()
-                flat = contiguous(array).reshape(-1)
-                file.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+                _write(file, array)
             written(array.nbytes)
         copy.finish()

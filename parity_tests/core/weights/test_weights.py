@@ -592,6 +592,24 @@ def test_arrays_are_read_at_once_and_released(tmp_path: Path) -> None:
     tensor_file.read_ahead(np.ones(3))  # no array of a file
 
 
+def test_arrays_of_another_order_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they stay, also if a map of the user has changes that are not in its file."""
+    for name, value in {"_PERMUTED": 64, "_LEAST_ROWS": 2, "_WRITTEN": 24}.items():
+        monkeypatch.setattr(tensor_file, name, value)
+    (tmp_path / "raw").write_bytes(bytes(4096 * 4))
+    changed = np.memmap(tmp_path / "raw", np.float32, "c", shape=(64, 64))
+    changed[:] = values = np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32)
+    weights.write(tmp_path / "first", {"a": values.reshape(16, 8, 32)})
+    own = weights.read(tmp_path / "first")["a"]
+    views = {"a": own.transpose(2, 0, 1), "b": own[:, 3:5], "c": changed.T, "d": values.astype(">f4"), "e": own[0, 0]}
+    weights.write(tmp_path / "second", {**views, "f": values[::2, ::-3].astype(ml_dtypes.bfloat16)})
+    found = safetensors.numpy.load_file(tmp_path / "second" / "model.safetensors")
+    for name, view in views.items():
+        assert np.array_equal(found[name], view)
+    assert np.array_equal(found["f"], values[::2, ::-3].astype(ml_dtypes.bfloat16))
+    assert np.array_equal(changed, values)
+
+
 def test_the_index_of_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As mlx-lm writes it. One that lists other files is said."""
     weights.write(tmp_path, {"a": np.ones(2, np.float32)})
