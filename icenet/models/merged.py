@@ -62,7 +62,11 @@ def attend(
     if joined is None:
         q, k, v = attention.project(x if norm is None else norm(x))
     else:
-        q, k, v = mx.split(product(joined, x, norm), joined.ends[1:-1], axis=-1)
+        rows = product(joined, x, norm)
+        if attention.plan.query_key_norm == "none" and cache.reads_in_place(x.shape[1]):
+            mixed = cache.attend_joined(rows, angles, attention.plan)
+            return product(attention.out_proj, mixed, residual=residual)
+        q, k, v = mx.split(rows, joined.ends[1:-1], axis=-1)
     return product(attention.out_proj, attention.mix(q, k, v, mask, angles, cache), residual=residual)
 
 

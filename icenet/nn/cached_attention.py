@@ -16,119 +16,25 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.core.config.transformer_plan import AttentionPlan
+from icenet.nn import cuda
 from icenet.nn.arrays import Array, on_cpu
 
 COLUMNS_OF_A_BLOCK = 1024
 """Length of a buffer above which several thread blocks share the columns of a head."""
 LARGEST_HEAD = 256
 
-# One thread block computes one head of queries of one row over a part of the columns. Each of its warps takes every
-# 16th column and keeps a running maximum, sum and weighted sum of the values (Milakov and Gimelshein, 2018). The new
-# column is read from `k` and `v`, because another block may store it later.
-#
-# The blocks write the new column into `keys` and `values`, which are inputs. As an output, MLX would copy the buffers
-# whenever the step before has not ended. No kernel of the step reads that column, and the following step begins after
-# this one, because it needs its token.
-_ATTEND = """
-    constexpr int WARPS = 16;
-    constexpr int VALUES = (E + 31) / 32;  // of a head, for each thread
-    const int head = blockIdx.x, row = blockIdx.y, part = blockIdx.z;
-    const int kv_head = head / (H / K);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int last = position[PER_ROW ? row : 0];
-    int first = PADDED ? padding[row] : 0;
-    if (WINDOW > 0) first = max(first, last - WINDOW + 1);
-    const int share = max((last - first + PARTS - 1) / PARTS, 0);
-    const int begin = first + part * share, end = min(begin + share, last);
-
-    // rotates a value of a head as `rotate` does; SIZE values are rotated, in pairs of neighbours or of halves
-    const float* angle = angles + (ANGLES_PER_ROW ? row * 3 * (SIZE / 2) : 0);
-    auto rotated = [&](const T* x, int e) -> float {
-      if (e >= SIZE) return (float)x[e];
-      const int pair = NEIGHBOURS ? e / 2 : e % (SIZE / 2);
-      const bool is_first = NEIGHBOURS ? e % 2 == 0 : e < SIZE / 2;
-      const int other = NEIGHBOURS ? e ^ 1 : (is_first ? e + SIZE / 2 : e - SIZE / 2);
-      const float sine = angle[(is_first ? 1 : 2) * (SIZE / 2) + pair];
-      return (float)(T)((float)x[e] * angle[pair] + (float)x[other] * sine);
-    };
-
-    const T* query_row = q + row * q_strides[0] + head * q_strides[1];
-    const T* new_key = k + row * k_strides[0] + kv_head * k_strides[1];
-    const T* new_value = v + row * v_strides[0] + kv_head * v_strides[1];
-    const size_t buffer = (size_t)(row * K + kv_head) * S * E;
-    float query[VALUES], sum[VALUES], total = 0.f, top = -INFINITY;
-    for (int i = 0; i < VALUES; i++) {
-      const int e = lane + 32 * i;
-      query[i] = e < E ? rotated(query_row, e) * constants[0] : 0.f;
-      sum[i] = 0.f;
-    }
-    auto add = [&](float score, const T* value) {
-      for (int offset = 16; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffff, score, offset);
-      if (CAPPED) score = constants[1] * tanhf(score / constants[1]);
-      const float higher = fmaxf(top, score), keep = expf(top - higher), weight = expf(score - higher);
-      total = total * keep + weight;
-      top = higher;
-      for (int i = 0; i < VALUES; i++) {
-        const int e = lane + 32 * i;
-        if (e < E) sum[i] = sum[i] * keep + weight * (float)value[e];
-      }
-    };
-    for (int column = begin + warp; column < end; column += WARPS) {
-      const T* key = keys + buffer + (size_t)column * E;
-      float score = 0.f;
-      for (int i = 0; i < VALUES; i++) {
-        const int e = lane + 32 * i;
-        if (e < E) score += query[i] * (float)key[e];
-      }
-      add(score, values + buffer + (size_t)column * E);
-    }
-    if (part == 0 && warp == 0) {
-      T* stored_key = const_cast<T*>(keys) + buffer + (size_t)last * E;
-      T* stored_value = const_cast<T*>(values) + buffer + (size_t)last * E;
-      float score = 0.f;
-      for (int i = 0; i < VALUES; i++) {
-        const int e = lane + 32 * i;
-        if (e < E) {
-          const float key = rotated(new_key, e);
-          score += query[i] * key;
-          if (head % (H / K) == 0) {
-            stored_key[e] = (T)key;
-            stored_value[e] = new_value[e];
-          }
-        }
-      }
-      add(score, new_value);
-    }
-
-    __shared__ float tops[WARPS], totals[WARPS], sums[WARPS][E];
-    if (lane == 0) {
-      tops[warp] = top;
-      totals[warp] = total;
-    }
-    for (int i = 0; i < VALUES; i++) {
-      const int e = lane + 32 * i;
-      if (e < E) sums[warp][e] = sum[i];
-    }
-    __syncthreads();
-    top = -INFINITY;
-    for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w]);
-    total = 0.f;
-    for (int w = 0; w < WARPS; w++) total += top == -INFINITY ? 0.f : totals[w] * expf(tops[w] - top);
-    const size_t place = (size_t)(row * H + head) * PARTS + part;
-    for (int e = threadIdx.x; e < E; e += 32 * WARPS) {
-      float joined = 0.f;
-      for (int w = 0; w < WARPS; w++) joined += top == -INFINITY ? 0.f : sums[w][e] * expf(tops[w] - top);
-      if (PARTS == 1) {
-        out[place * E + e] = (R)(joined / total);
-      } else {
-        out[place * (E + 2) + e] = (R)joined;
-      }
-    }
-    if (PARTS > 1 && threadIdx.x == 0) {
-      out[place * (E + 2) + E] = (R)total;
-      out[place * (E + 2) + E + 1] = (R)top;
-    }
+_SEPARATE = """
+const size_t query_distance = q_strides[0], query_head_distance = q_strides[1];
+const size_t key_distance = k_strides[0], key_head_distance = k_strides[1];
+const size_t value_distance = v_strides[0], value_head_distance = v_strides[1];
 """
+# Views of queries, keys and values, and of the result, would be a dozen operations of each layer and token for MLX.
+_JOINED = """
+const T *q = qkv, *k = q + H * E, *v = k + K * E;
+const size_t query_distance = qkv_strides[0], key_distance = query_distance, value_distance = query_distance;
+const size_t query_head_distance = E, key_head_distance = E, value_head_distance = E;
+"""
+_MISSING = {"padding": "const int* padding = position;  // not read", "angles": "const float* angles = nullptr;"}
 
 # The parts of a head: sums `[E]`, their total weight and their maximum, fp32 `[B * H, PARTS, E + 2]`.
 _JOIN = """
@@ -182,15 +88,53 @@ def cached_attention(
         `[B, H, 1, E]` in the dtype of q.
     """
     batch, heads, _, size = q.shape
-    columns = keys.shape[2]
+    out = _attend({"q": q, "k": k, "v": v}, batch, heads, keys, values, position, padding, angles, plan)
+    return out.reshape(batch, heads, 1, size)
+
+
+def joined_attention(
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    position: Array,
+    padding: Array | None,
+    angles: Array | None,
+    plan: AttentionPlan,
+) -> Array:
+    """Computes `cached_attention` of queries, keys and values that are side by side.
+
+    Args:
+        qkv: Queries, keys and values of the tokens, `[B, 1, (H + 2 K) E]`.
+        keys, values, position, padding, angles, plan: See `cached_attention`.
+
+    Returns:
+        `[B, 1, H * E]` in the dtype of qkv.
+    """
+    heads = qkv.shape[-1] // keys.shape[3] - 2 * keys.shape[1]
+    return _attend({"qkv": qkv}, qkv.shape[0], heads, keys, values, position, padding, angles, plan)
+
+
+def _attend(
+    new: dict[str, Array],
+    batch: int,
+    heads: int,
+    keys: Array,
+    values: Array,
+    position: Array,
+    padding: Array | None,
+    angles: Array | None,
+    plan: AttentionPlan,
+) -> Array:
+    """Returns `[B, 1, H * E]`."""
+    _, kv_heads, columns, size = keys.shape
+    dtype = keys.dtype
     parts = -(-columns // COLUMNS_OF_A_BLOCK)
-    constants = _constants(size**-0.5 if plan.scale is None else plan.scale, plan.softcap or 0.0)
-    result = q.dtype if parts == 1 else mx.float32
+    result = dtype if parts == 1 else mx.float32
     template = [
-        ("T", q.dtype),
+        ("T", dtype),
         ("R", result),
         ("H", heads),
-        ("K", k.shape[1]),
+        ("K", kv_heads),
         ("E", size),
         ("S", columns),
         ("PARTS", parts),
@@ -201,42 +145,44 @@ def cached_attention(
         ("PADDED", padding is not None),
         ("PER_ROW", position.shape[0] > 1),
         ("CAPPED", plan.softcap is not None),
+        ("SCALE", cuda.bits_of_float(size**-0.5 if plan.scale is None else plan.scale)),
+        ("CAP", cuda.bits_of_float(plan.softcap or 0.0)),
     ]
-    [out] = _kernels()[0](
-        inputs=[
-            *(q, k, v, keys, values, constants, position),
-            position if padding is None else padding,
-            constants if angles is None else angles,
-        ],
+    optional = {"padding": padding, "angles": angles}
+    inputs = {**new, "keys": keys, "values": values, "position": position}
+    inputs |= {name: array for name, array in optional.items() if array is not None}
+    [out] = _kernel(tuple(inputs))(
+        inputs=list(inputs.values()),
         template=template,
         grid=(heads * 512, batch, parts),
         threadgroup=(512, 1, 1),
-        output_shapes=[(batch, heads, 1, size) if parts == 1 else (batch, heads, parts, size + 2)],
+        output_shapes=[(batch, 1, heads * size) if parts == 1 else (batch, heads, parts, size + 2)],
         output_dtypes=[result],
     )
     if parts == 1:
         return out
-    [out] = _kernels()[1](
+    [out] = _join_kernel()(
         inputs=[out],
-        template=[("T", q.dtype), ("E", size), ("PARTS", parts)],
+        template=[("T", dtype), ("E", size), ("PARTS", parts)],
         grid=(batch * heads * LARGEST_HEAD, 1, 1),
         threadgroup=(LARGEST_HEAD, 1, 1),
-        output_shapes=[(batch, heads, 1, size)],
-        output_dtypes=[q.dtype],
+        output_shapes=[(batch, 1, heads * size)],
+        output_dtypes=[dtype],
     )
     return out
 
 
-@lru_cache
-def _kernels() -> tuple[Any, Any]:
-    names = ["q", "k", "v", "keys", "values", "constants", "position", "padding", "angles"]
-    attend = mx.fast.cuda_kernel("icenet_attend", names, ["out"], _ATTEND, ensure_row_contiguous=False)
-    join = mx.fast.cuda_kernel("icenet_join_attention", ["parts"], ["out"], _JOIN)
-    return attend, join
+def _source(names: tuple[str, ...]) -> str:
+    missing = [line for name, line in _MISSING.items() if name not in names]
+    return "\n".join([_JOINED if "qkv" in names else _SEPARATE, *missing, cuda.body("attention.cuh")])
 
 
 @lru_cache
-def _constants(scale: float, softcap: float) -> Array:
-    constants = mx.array([scale, softcap], mx.float32)
-    mx.eval(constants)  # not lazy: another thread may use it
-    return constants
+def _kernel(names: tuple[str, ...]) -> Any:
+    """Returns the kernel with these inputs: MLX spends time on each input of a launch."""
+    return mx.fast.cuda_kernel("icenet_attend", list(names), ["out"], _source(names), ensure_row_contiguous=False)
+
+
+@lru_cache
+def _join_kernel() -> Any:
+    return mx.fast.cuda_kernel("icenet_join_attention", ["parts"], ["out"], _JOIN)

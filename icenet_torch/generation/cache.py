@@ -10,7 +10,7 @@ import torch
 from icenet.core.config.transformer_plan import AttentionPlan
 from icenet.core.generation.cache import Pick, RowCache
 from icenet_torch.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
-from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention
+from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention, joined_attention
 
 
 class KVCache(RowCache):
@@ -202,6 +202,24 @@ class LayerCache:
             q, k = _rotate(q, k, angles, plan.rotary_pairs)
         keys, values = self.append(k, v)
         return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
+
+    def reads_in_place(self, length: int) -> bool:
+        """See `KVCache.reads_in_place`."""
+        return self._cache.reads_in_place(length)
+
+    def attend_joined(self, qkv: torch.Tensor, angles: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
+        """Does what `attend` does, where the cache is read in place.
+
+        Args:
+            qkv: Queries, keys and values side by side, `[B, 1, (H + 2 K) E]`.
+            angles, plan: See `attend`.
+
+        Returns:
+            `[B, 1, H * E]`.
+        """
+        cache = self._cache
+        assert self.keys is not None and self.values is not None
+        return joined_attention(qkv, self.keys, self.values, cache.position, cache.padding, angles, plan)
 
     def grow(self, capacity: int) -> None:
         """Moves the columns to buffers with room for `capacity` columns."""

@@ -58,6 +58,30 @@ def cached_attention(
     return kernels.attend(q, k, v, keys, values, position, padding, angles, plan)
 
 
+def joined_attention(
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    position: Array,
+    padding: Array | None,
+    angles: Array | None,
+    plan: AttentionPlan,
+) -> Array:
+    """Computes `cached_attention` of queries, keys and values that are side by side.
+
+    Args:
+        qkv: Queries, keys and values of the tokens, `[B, 1, (H + 2 K) E]`.
+        keys, values, position, padding, angles, plan: See `cached_attention`.
+
+    Returns:
+        `[B, 1, H * E]` in the dtype of qkv.
+    """
+    batch, kv_heads, _, size = keys.shape
+    heads = qkv.shape[-1] // size - 2 * kv_heads
+    q, k, v = qkv.reshape(batch, -1, 1, size).split([heads, kv_heads, kv_heads], dim=1)
+    return cached_attention(q, k, v, keys, values, position, padding, angles, plan).reshape(batch, 1, -1)
+
+
 @lru_cache
 def has_triton() -> bool:
     """Returns whether Triton is installed."""

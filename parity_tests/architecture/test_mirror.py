@@ -16,6 +16,7 @@ TORCH_FILES = {
     "core",  # the guide's name for icenet.core.config
     "core.config",
     "engine.capture",  # MLX submits a step as one graph by itself
+    "nn.cpu_products",  # MLX calls one function of a BLAS
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     "tools.sums",  # the noise is measured in PyTorch
@@ -26,6 +27,8 @@ TORCH_FILES = {
 MLX_FILES = {
     "nn.device_limits",  # of the two below; Triton asks the device itself
     *("nn.recurrent_kernels", "nn.recurrent_source", "nn.recurrent_tiles"),  # PyTorch has cuDNN's
+    *("nn.host", "nn.recurrent_host"),  # PyTorch's functions use vector instructions
+    "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "engine.compiled",  # PyTorch captures the passes of a step
     "nn.training_kernels",  # CUDA kernels of MLX; PyTorch's operations are these, or it has them in nn.kernels
 }

@@ -31,14 +31,14 @@ inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits,
 """
 
 
-def emulated(folder: Path, reversed_order: bool) -> Callable[..., Any]:
+def emulated(folder: Path, reversed_order: bool, given: tuple[str, ...]) -> Callable[..., Any]:
     def call(*, inputs: Any, template: Any, grid: Any, threadgroup: Any, **outputs: Any) -> list[mx.array]:
         run = emulated_gpu.kernel(
             folder,
             name="linear",
-            input_names=kernels._INPUTS,
+            input_names=["x", "weight", *given],
             output_names=["out"],
-            source=kernels._SOURCE,
+            source=kernels._source(given),
             header=kernels._HEADER + _THREADS,
             shared_memory=1 << 17,
             reversed_order=reversed_order,
@@ -67,8 +67,8 @@ def device(request: Any, tmp_path: Path, monkeypatch: Any) -> str:
         if not mx.cuda.is_available():
             pytest.skip("needs CUDA")
     else:
-        run = emulated(tmp_path, request.param.startswith("last"))
-        monkeypatch.setattr(kernels, "_kernel", lambda shared_memory: run)
+        is_reversed = request.param.startswith("last")
+        monkeypatch.setattr(kernels, "_kernel", lambda _, given: emulated(tmp_path, is_reversed, given))
         monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18))
     return request.param
 
