@@ -596,8 +596,11 @@ def _judge_replay(
     # smaller derivatives may be flushed to zero in fp16, and are differences of roundings in bf16
     resolution = {"fp16": 2.0**-14, "bf16": 2.0**-16}.get(dtype, 2.0**-52)
     floor = resolution * max((rms(value.array) for value in drawn if np.isfinite(value.array).all()), default=0.0)
+    output_floor = 2.0**-18 if dtype == "fp16" else 0.0  # a sigmoid whose exponential overflows is 0
     nearby = samples.map(named) if samples else None
-    found = judge_values(ours, theirs, exact, dtype, nearby, only_worst=True, gradient_floor=floor)
+    found = judge_values(
+        ours, theirs, exact, dtype, nearby, only_worst=True, gradient_floor=floor, output_floor=output_floor
+    )
     return {**found, **integers}
 
 

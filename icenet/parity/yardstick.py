@@ -24,9 +24,10 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
 2.  Underflow: the smallest normal number of fp32 and bf16. Hardware may flush smaller numbers to zero. For a
     gradient also 2^-52 of the RMS of the cotangents: the derivative of tanh at 20 is 1.7e-17, and 0 in float64 too if
     it is computed as 1 - tanh^2. In fp16 the smallest normal number, 2^-14, of the RMS of the cotangents: MLX's
-    sigmoid at -11.1 is 0, because its exponential overflows, and so is its derivative. In bf16 2^-16 of it, the
-    square of half an ulp of 1: the gradient by the scores of a softmax of nearly equal scores is a difference of
-    rounded numbers.
+    sigmoid at -11.1 is 0, because its exponential overflows, and so is its derivative. For the same reason an output
+    of a layer in fp16 may be 0 in place of up to 2^-16, the reciprocal of the largest number; its floor is 2^-18. In
+    bf16 2^-16 of the RMS of the cotangents, the square of half an ulp of 1: the gradient by the scores of a softmax
+    of nearly equal scores is a difference of rounded numbers.
 3.  Cancellation: u * rms(all gradients of the layer), for a gradient that is zero in exact arithmetic because its
     terms cancel. Example: the bias of a key projection, because softmax is invariant to a shift of its inputs. The
     computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other
@@ -58,7 +59,8 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     user's code, if a ratio exceeds FACTOR with floor 5, the samples are taken again with all sums of PyTorch term by
     term, also those within its norms, softmax and bias gradients (`icenet_torch.tools.sums`). The roundings of a long
     sum hardly depend on the last bits of its terms, so the sums of each sample begin at another term. A value that
-    then passes is reported as less exact, with the ratio without this floor (`plain_ratio`).
+    then passes is reported as less exact, with the ratio without this floor (`plain_ratio`). The error function in
+    fp32 is moved by up to an ulp of 1 in these samples, as MLX's is.
 
 Early end: sampling ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
 8 (LIMITS). With k samples the ratio of two equal normal errors has Student's t distribution with k degrees of
@@ -400,6 +402,7 @@ def judge_values(
     samples: Samples[Callable[[int], Values]] | None = None,
     only_worst: bool = False,
     gradient_floor: float = 0.0,
+    output_floor: float = 0.0,
 ) -> dict[str, Judgement]:
     """Compares the float values that all three runs have, by the criterion of this module.
 
@@ -411,13 +414,15 @@ def judge_values(
             tolerance: `torch` for floor 5, `in_order` for floor 6, `mlx` for repetitions.
         only_worst: Whether only the worst output is needed, or without one over the tolerance the worst gradient.
             Then the other values may be judged with fewer samples.
-        gradient_floor: A known lower bound of the noise of gradients (floor 2).
+        gradient_floor, output_floor: Known lower bounds of the noise of gradients and outputs (floor 2).
     """
     sizes = gradient_rms({_path(name): value for name, value in reference.items() if _is_gradient(name)})
     noises: dict[str, Floats] = {}
 
     def floor_of(name: str) -> float:
-        return gradient_floor if name.startswith(("gradient:", "input ")) else 0.0
+        if name.startswith(("gradient:", "input ")):
+            return gradient_floor
+        return output_floor if name.startswith("output") else 0.0
 
     def judge_one(name: str, array: npt.ArrayLike) -> Judgement:
         return judge(
@@ -475,7 +480,7 @@ def judge_values(
         for index in range(REPEATS):
             undecided = [name for name, judgements in repeats.items() if not _is_decided(judgements)]
             decided = [name for name in repeats if name not in (*undecided, *cut)]
-            failed = [name for name in decided if not _median(repeats[name]).passed]
+            failed = [name for name in decided if not median(repeats[name]).passed]
             if samples.mlx is None or not needed(undecided, failed, FEW):
                 break
             run, exact_run = samples.mlx(index), reference_of(index)
@@ -485,7 +490,7 @@ def judge_values(
                 with np.errstate(invalid="ignore"):
                     moved = np.where(np.isfinite(value - exact), reference[name].array + (value - exact), value)
                 judgements.append(judge_one(name, moved))
-        judged |= {name: _median(judgements) for name, judgements in repeats.items()}
+        judged |= {name: median(judgements) for name, judgements in repeats.items()}
         if cut and all(judged[name].passed for name in names if name not in cut):
             return judged | decide(cut)  # what ended the sampling passes by repetition
         return judged
@@ -532,7 +537,7 @@ def _is_decided(judgements: list[Judgement]) -> bool:
     return max(passed, len(judgements) - passed) > REPEATS // 2
 
 
-def _median(judgements: list[Judgement]) -> Judgement:
+def median(judgements: list[Judgement]) -> Judgement:
     """Returns the median; the larger of the middle two, unless most of the judgements pass."""
     ranked = sorted(judgements, key=lambda judgement: judgement.ratio)
     return ranked[len(ranked) // 2]

@@ -1,0 +1,71 @@
+"""Correct models that differ by more than the noise of PyTorch: what MLX computes less exactly is no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as M
+import numpy as np
+import pytest
+import torch
+import torch.nn as T
+from pairs import draw, with_equal_weights
+
+from icenet.parity import compare
+from icenet_torch.tools.sums import summing_in_order
+
+
+class Net(M.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = M.Linear(8, 16), M.Linear(16, 4), function
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down(self.function(self.up(x)))
+
+
+class TorchNet(T.Module):
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = T.Linear(8, 16), T.Linear(16, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.function(self.up(x)))
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1.0])
+def test_the_error_of_erf_is_no_difference(scale: float) -> None:
+    """MLX's has errors of 4e-7 near 0, PyTorch's of 1e-8."""
+    pair = with_equal_weights(Net(mx.erf), TorchNet(torch.erf))
+    report = compare(*pair, draw(40, 8, scale=scale), stages=["forward", "gradients"])
+    assert report.passed, report
+    wrong = with_equal_weights(Net(lambda x: mx.erf(1.00001 * x)), TorchNet(torch.erf))
+    assert not compare(*wrong, draw(40, 8, scale=scale), stages=["forward", "gradients"]).passed
+
+
+def test_a_sigmoid_whose_exponential_overflows_is_no_difference() -> None:
+    """In fp16, MLX's is 0 below -11.1."""
+
+    def functions(shift: float) -> tuple[Any, Any]:
+        return with_equal_weights(Net(lambda x: mx.sigmoid(x - shift)), TorchNet(lambda x: torch.sigmoid(x - 14)))
+
+    assert compare(*functions(14), draw(4, 8), dtype="fp16", stages=["forward", "gradients"]).passed
+    assert not compare(*functions(8), draw(4, 8), dtype="fp16", stages=["forward"]).passed
+
+
+def test_errors_of_erf_are_below_an_ulp_of_one() -> None:
+    x = torch.from_numpy(draw(1000, scale=0.1))
+    with summing_in_order(1):
+        found = [torch.erf(x), torch.nn.functional.gelu(x)]
+    exact = [torch.erf(x.double()), torch.nn.functional.gelu(x.double())]
+    errors = [(y - z).numpy() for y, z in zip(found, exact, strict=True)]
+    assert 2.0**-25 < np.abs(errors[0]).max() < 2.0**-22
+    assert np.abs(errors[1]).max() < np.abs(errors[0]).max()
+    with summing_in_order(1):
+        assert torch.equal(torch.erf(x.double()), exact[0])
