@@ -12,6 +12,7 @@ from icenet.core.collection import without_collection
 @pytest.mark.parametrize("is_enabled", [True, False])
 def test_objects_of_an_import_are_not_collected_again_and_again(is_enabled: bool) -> None:
     """They are in the oldest generation, and the collector is as it was, also after an error."""
+    gc.unfreeze()  # what conftest.py has frozen
     before = gc.isenabled()
     try:
         (gc.enable if is_enabled else gc.disable)()
