@@ -29,6 +29,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Returns whether a model has layers that IceNet computes with its own operations."""
+    return any(type(module) in _ACCELERATED.values() for _, module in model.named_modules())
+
+
 class Conv2d(nn.Conv2d):
     """The class of MLX's own `Conv2d` after `accelerate`."""
 

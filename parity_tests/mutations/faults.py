@@ -27,14 +27,14 @@ FAULTS: list[Fault] = [
     # ---- ports -------------------------------------------------------------------------------------------------
     Fault(
         "a size that a layer computes is lost",
-        "icenet/core/porting/collapse.py",
+        "icenet/core/porting/graph/collapse.py",
         "            nodes.extend(_shared_sizes(call, uses))\n",
         "",
         ["porting/test_idioms.py::test_a_size_of_one_module_is_known_in_another"],
     ),
     Fault(
         "a formula is an activation although a part of it is used elsewhere",
-        "icenet/core/porting/formulas.py",
+        "icenet/core/porting/graph/formulas.py",
         "tensors.get(x) != node.out or any(users[name] - inner for name in within)",
         "tensors.get(x) != node.out",
         ["porting/test_formulas.py::test_a_formula_of_an_activation_is_the_function_of_mlx"],
@@ -55,21 +55,21 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a port reads a buffer after its update instead of before",
-        "icenet/core/porting/body.py",
+        "icenet/core/porting/source/body.py",
         "        self.keep_before(updates, outputs)\n",
         "",
         ["porting/test_source.py::test_what_is_read_before_an_update_is_the_value_before"],
     ),
     Fault(
         "a value may be None although every call of a function gives it",
-        "icenet/core/porting/specialize.py",
+        "icenet/core/porting/source/specialize.py",
         "return NOT_NONE if is_given else _UNKNOWN",
         "return NOT_NONE",
         ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
     ),
     Fault(
         "a loop runs over steps that do not follow each other",
-        "icenet/core/porting/loops.py",
+        "icenet/core/porting/source/loops.py",
         "if now == first + distance:",
         "if now != first:",
         ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
@@ -3309,7 +3309,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "an expression of a port computes a value twice",
-        "icenet/core/porting/body.py",
+        "icenet/core/porting/source/body.py",
         "return TABLE[user.base](trial).count(mark) > 1",
         "return False",
         ["porting/test_idioms.py::test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once"],

@@ -20,11 +20,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from icenet.core.porting.functional import make_functional
-from icenet.core.porting.layout import channels_last
+from icenet.core.porting.graph.functional import make_functional
+from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.record import Graph, Node, Ref
+from icenet.core.porting.source.writer import write
 from icenet.core.porting.table import TABLE
-from icenet.core.porting.writer import write
 from icenet.porting import load
 from icenet_torch.porting import export
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from test_idioms import ported
+from made_ports import ported
 from torch import nn
 
 from icenet.porting.functions import elementwise

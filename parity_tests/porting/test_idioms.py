@@ -11,32 +11,16 @@ from typing import Any
 import icenet.blas
 
 import mlx.core as mx
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import is_one_line
+from made_ports import close, ported
 from mlx.utils import tree_flatten, tree_map
 from torch import nn
 
 import icenet
-from icenet.core import backends
 from icenet.core.errors import PortError, WeightsError
-from icenet.core.porting import build
-from icenet.parity.ports import port as porting
-
-
-def ported(module: nn.Module, *args: Any) -> tuple[Any, str]:
-    """Returns a port without the proof, and its source."""
-    exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
-    load = backends.module("mlx", "porting.load")
-    graph, train, program, _ = porting._export(exporter, module, args, {}, None)
-    plan = build.plan(graph, train, False, "A port.")
-    return load.make(plan.source, plan.class_name, plan.native(run.weights(module, program))), plan.source
-
-
-def close(ours: mx.array, theirs: torch.Tensor) -> None:
-    np.testing.assert_allclose(np.array(ours), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 class Heads(nn.Module):

@@ -12,10 +12,10 @@ import mlx.nn
 import numpy as np
 import pytest
 import torch
-from test_idioms import close, ported
+from made_ports import close, ported
 from torch import nn
 
-from icenet.core.porting import helpers
+from icenet.core.porting.source import helpers
 
 EDGES = [0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 3.0, -3.0, 6.0, 19.0, 20.0, 21.0, -20.0, 100.0, -100.0]
 ACTIVATIONS: dict[str, tuple[nn.Module, Callable[[mx.array], mx.array]]] = {

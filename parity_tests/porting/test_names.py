@@ -10,12 +10,12 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+from made_ports import close
 from mlx.utils import tree_flatten
-from test_idioms import close
 from torch import nn
 
 import icenet
-from icenet.core.porting import structure
+from icenet.core.porting.source import structure
 
 
 class Attention(nn.Module):

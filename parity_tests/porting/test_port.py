@@ -21,7 +21,7 @@ import icenet
 from icenet.cli.main import main
 from icenet.core.errors import PortError, UsageError
 from icenet.core.models import modules
-from icenet.core.porting import helpers
+from icenet.core.porting.source import helpers
 from icenet.core.porting.table import TABLE
 
 FILE = Path(__file__).with_name("port_nets.py")
@@ -188,7 +188,7 @@ def test_a_wrong_port_names_the_operation_and_its_line(monkeypatch: pytest.Monke
 def test_every_function_that_the_table_calls_exists() -> None:
     import re
 
-    folder = Path(helpers.__file__).parent / "table"
+    folder = Path(helpers.__file__).parents[1] / "table"
     texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
     names = {
         name

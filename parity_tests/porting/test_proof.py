@@ -137,7 +137,7 @@ def test_a_module_is_compared_and_stays_as_it_is(name: str) -> None:
     before = {path: value.clone() for path, value in module.state_dict().items()}
     port = icenet.port(module, example)
     assert all(torch.equal(value, before[path]) for path, value in module.state_dict().items())
-    gradients = [check for check in port.report.checks if check.what == "gradients"]
+    gradients = [check for check in port.report.checks if check.what == "gradients" and check.layers == "mlx"]
     assert len(gradients) == 2 and all(check.name != "no output" for check in gradients), str(port.report)
     assert not any("not compared" in note for note in port.report.notes)
     for _ in range(2):  # a module with state returns something else in the second call
@@ -200,20 +200,32 @@ def test_dtypes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_buffers_after_a_training_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Running statistics change no output of the call."""
-    from icenet.core.porting import layers
+    from icenet.core.porting.layers import mlx_layers
 
     torch.manual_seed(0)
     report = icenet.port(Statistics(), R(5, 6)).report
-    assert [check.mode for check in report.checks if check.what == "buffers"] == ["training"]
-    original = layers._MAKERS["BatchNorm1d"]
+    assert {check.mode for check in report.checks if check.what == "buffers"} == {"training"}
+    original = mlx_layers._MAKERS["BatchNorm1d"]
 
     def other(settings: dict[str, Any]) -> Any:
         return original({**settings, "momentum": 0.2})
 
-    monkeypatch.setitem(layers._MAKERS, "BatchNorm1d", other)
+    monkeypatch.setitem(mlx_layers._MAKERS, "BatchNorm1d", other)
     with pytest.raises(PortError) as caught:
         icenet.port(Statistics(), R(5, 6))
     assert is_one_line(str(caught.value).splitlines()[0], "buffer norm.running_", "training mode")
+
+
+def test_icenets_own_layers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icenet.porting import layers
+
+    monkeypatch.setattr(layers.ReLU, "__call__", lambda self, x: mx.maximum(x, 0.01))
+    with pytest.raises(PortError) as caught:
+        icenet.port(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), R(5, 3))
+    first = str(caught.value).splitlines()[0]
+    assert is_one_line(
+        first, "output 0 in evaluation mode", "with IceNet's layers; with those of MLX the port computes"
+    )
 
 
 class Flip(nn.Module):

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made_ports import close, ported
 from mlx.utils import tree_flatten
-from test_idioms import close, ported
 from torch import nn
 
-from icenet.core.porting.lines import Line
-from icenet.core.porting.loops import roll
-from icenet.core.porting.simplify import simplified, text
-from icenet.core.porting.specialize import NOT_NONE, Calls, specialized
+from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.loops import roll
+from icenet.core.porting.source.simplify import simplified, text
+from icenet.core.porting.source.specialize import NOT_NONE, Calls, specialized
 
 
 class Layer(nn.Module):

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 
 from icenet.core.porting import signature
-from icenet.core.porting.collapse import collapse_layers
-from icenet.core.porting.formulas import with_activations
-from icenet.core.porting.functional import make_functional, without_copies
-from icenet.core.porting.layers import Layer
-from icenet.core.porting.layout import channels_last
+from icenet.core.porting.graph.collapse import collapse_layers
+from icenet.core.porting.graph.formulas import with_activations
+from icenet.core.porting.graph.functional import make_functional, without_copies
+from icenet.core.porting.graph.layout import channels_last
+from icenet.core.porting.layers import attention
+from icenet.core.porting.layers.attention import Attention
+from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.names import flat, native, new_names
 from icenet.core.porting.places import Place
 from icenet.core.porting.record import Graph
+from icenet.core.porting.source.writer import class_of, write
 from icenet.core.porting.table import TABLE
-from icenet.core.porting.writer import class_of, write
 
 
 @dataclass
@@ -110,19 +112,16 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
         functional = make_functional(item) if trace else with_activations(without_copies(make_functional(item)))
         found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
         prepared.append(functional)
-        layers = (
-            found
-            if layers is None
-            else {path: layer for path, layer in layers.items() if path in found or not _is_called(item, path)}
-        )
+        layers = found if layers is None else _in_both(layers, found, item)
     assert layers is not None
+    layers |= attention.shared({path: layer for path, layer in layers.items() if isinstance(layer, Attention)})
     written: list[Graph | None] = []
     orders: dict[str, tuple[int, ...]] = {}
     for functional_or_none in prepared:
         if functional_or_none is None:
             written.append(None)
             continue
-        collapsed, _ = collapse_layers(functional_or_none, allowed=set(layers))
+        collapsed, _ = collapse_layers(functional_or_none, allowed=layers)
         last, order = channels_last(collapsed, layers, nhwc)
         written.append(last)
         orders = {**order, **orders}
@@ -132,15 +131,24 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
     return Plan(source, class_of(graph.modules[""]), layers, graph, train, orders)
 
 
-def _is_called(graph: Graph, path: str) -> bool:
-    return any(node.op == "enter" and node.args["path"] == path for node in graph.nodes)
+def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:
+    """Returns the layers of the evaluation mode that are layers in training mode, too, as both modes need them."""
+    called = {node.args["path"] for node in graph.nodes if node.op == "enter"}
+    kept: dict[str, Layer | None] = {
+        path: layer for path, layer in layers.items() if path in train or path not in called
+    }
+    for path, layer in kept.items():
+        other = train.get(path)
+        if isinstance(layer, Attention) and isinstance(other, Attention):
+            kept[path] = attention.joined([layer, other])
+    return {path: layer for path, layer in kept.items() if layer is not None}
 
 
 def missing(graph: Graph) -> dict[str, list[str]]:
     """Returns the operations that the table lacks, with the places where they are used."""
     found: dict[str, list[str]] = {}
     collapsed, _ = collapse_layers(make_functional(graph))
-    from icenet.core.porting.functional import used_values
+    from icenet.core.porting.graph.functional import used_values
 
     used = used_values(collapsed)
     for node in collapsed.nodes:

@@ -167,6 +167,10 @@ class Graph:
     """The calls of functions that have a backward of their own, of which the graph has the forward."""
 
 
+WHOLE = ("layer", "recurrent", "attention")
+"""The operations that are the call of a whole module."""
+
+
 def map_refs(value: Any, function: Callable[[Ref], Any]) -> Any:
     """Returns an argument with each reference replaced by the result of a function."""
     if isinstance(value, Ref):

@@ -96,7 +96,7 @@ class Port:
 
         rows = "".join(
             f"<tr><td>{html.escape(c.mode)}</td><td>{html.escape(c.what)}</td><td>{html.escape(c.sizes)}</td>"
-            f"<td>{c.ratio:.2g}</td><td>{c.difference:.1e}</td><td>{html.escape(c.name)}</td></tr>"
+            f"<td>{c.ratio:.2g}</td><td>{c.difference:.1e}</td><td>{c.layers}</td><td>{html.escape(c.name)}</td></tr>"
             for c in self.report.checks
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.report.notes)
@@ -107,7 +107,7 @@ class Port:
             "<style>body{font:16px system-ui;margin:2em auto;max-width:60em;padding:0 1em}td,th{padding:.2em .8em;"
             "text-align:left;border-bottom:1px solid #ccc}</style>"
             f"<h1>{html.escape(self.plan.class_name)}</h1><p>{first}</p><table><tr><th>mode<th>compared<th>sizes"
-            f"<th>ratio<th>difference<th>largest at</tr>{rows}</table><ul>{notes}</ul></html>\n"
+            f"<th>ratio<th>difference<th>layers<th>largest at</tr>{rows}</table><ul>{notes}</ul></html>\n"
         )
 
 
@@ -176,15 +176,19 @@ def port(
     title = f"{graph.modules[''].class_name} in MLX, ported from PyTorch."
     plan = build.plan(graph, train, layout == "nhwc", title)
     load = backends.module("mlx", "porting.load")
-    model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
+    weights = run.weights(module, program)
+    model = load.make(plan.source, plan.class_name, plan.native(weights))
     arrays, named = exporter.to_numpy((args, kwargs))
     checked = plan
     if layout == "nhwc":  # the proof gives images with PyTorch's axes
         checked = build.plan(graph, train, False, title)
-        proven = load.make(checked.source, checked.class_name, checked.native(run.weights(module, program)))
+        proven = load.make(checked.source, checked.class_name, checked.native(weights))
     else:
         proven = model
-    report = prove(checked, proven, module, program, arrays, named, progress)
+    layers = backends.module("mlx", "porting.layers")
+    accelerated = layers.accelerate(load.make(checked.source, checked.class_name, checked.native(weights)))
+    accelerated = accelerated if layers.is_accelerated(accelerated) else None
+    report = prove(checked, proven, module, program, arrays, named, progress, accelerated)
     report.notes += [*notes, *optimizer_notes(graph, train)]
     if not report.passed:
         report.culprit = locate(plan, program, module, (arrays, named), report)
@@ -194,9 +198,9 @@ def port(
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
     if report.fixed:
         plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
-        model = load.make(plan.source, plan.class_name, plan.native(run.weights(module, program)))
+        model = load.make(plan.source, plan.class_name, plan.native(weights))
     ports.mark(model, plan.places())
-    backends.module("mlx", "porting.layers").accelerate(model)
+    layers.accelerate(model)
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")

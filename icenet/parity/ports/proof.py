@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class Check:
     """The output, parameter or buffer with the largest ratio."""
     note: str = ""
     """Why it cannot be compared: another shape or dtype, for example."""
+    layers: str = "mlx"
+    """Whose layers compute: "mlx", or "icenet" for those that IceNet computes with its own operations."""
 
     @property
     def passed(self) -> bool:
@@ -80,9 +82,10 @@ class PortReport:
         lines = [f"{head} (largest ratio {worst.ratio:.2g} of {FACTOR})" if worst else "nothing was compared"]
         for check in self.checks:
             mark = "ok " if check.passed else "BAD"
+            own = "" if check.layers == "mlx" else ", with IceNet's layers"
             lines.append(
                 f"  {mark} {check.mode:<10} {check.what:<9} {check.sizes:<28} ratio {check.ratio:.2g}, "
-                f"difference {check.difference:.1e} ({check.name}{': ' if check.note else ''}{check.note})"
+                f"difference {check.difference:.1e} ({check.name}{': ' if check.note else ''}{check.note}){own}"
             )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -99,10 +102,12 @@ def prove(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     progress: Callable[[str], None] = lambda stage: None,
+    accelerated: Any = None,
 ) -> PortReport:
     """Compares a port with its original, in both modes, on inputs of several sizes.
 
-    On the example, outputs, gradients and buffers are compared; on the others, outputs.
+    On the example, outputs, gradients and buffers are compared; on the others, outputs. The port as IceNet runs it,
+    with its own operations in some layers, is compared on the example, too.
 
     Args:
         plan: The source of the port and the records of the graph.
@@ -111,6 +116,7 @@ def prove(
         program: The exported program, whose guards say which sizes are possible.
         args, kwargs: The example: numpy arrays and constants.
         progress: Called with the name of each stage.
+        accelerated: The port with IceNet's operations; None if it has no layer with them.
     """
     run = backends.module("torch", "porting.run")
     report = PortReport()
@@ -138,6 +144,8 @@ def prove(
             try:
                 pair = _Pair(plan, model, exact, single, given, training)
                 report.checks += pair.checks(given is example, report.notes)
+                if given is example and accelerated is not None:
+                    report.checks += pair.checks_of(accelerated, "icenet")
             except _OriginalFails as error:
                 if given is example and not training:
                     raise
@@ -239,9 +247,16 @@ class _Pair:
 
     def checks(self, with_gradients: bool, notes: list[str]) -> list[Check]:
         """Returns the comparison of the outputs, and with gradients of the gradients and the buffers."""
+        self.with_gradients = with_gradients
         with _one_error(_OriginalFails, self.given, self.training):
-            reference = self._reference(with_gradients, notes)
-            noise = self._original(self.single, self.inputs, self.cotangents)
+            self.reference = self._reference(with_gradients, notes)
+            self.noise = self._original(self.single, self.inputs, self.cotangents)
+        return self.checks_of(self.model, "mlx")
+
+    def checks_of(self, model: Any, layers: str) -> list[Check]:
+        """Returns the comparison of a model that computes with the layers of MLX or of IceNet."""
+        self.model = model
+        reference, noise, with_gradients = self.reference, self.noise, self.with_gradients
         with _one_error(PortError, self.given, self.training):
             ours = self._port(self.inputs, self.cotangents)
         counts = [sum(name.startswith("output") for name in values) for values in (ours, reference)]
@@ -270,7 +285,8 @@ class _Pair:
             if what == "buffers" and not self.training and not any(ratios[name] for name in of):
                 continue  # as they were before the call
             if of or what == "outputs":
-                found.append(self._check(what, of, ratios, notes_of, ours, reference))
+                check = self._check(what, of, ratios, notes_of, ours, reference)
+                found.append(replace(check, layers=layers))
         return found
 
     def _check(
@@ -445,6 +461,8 @@ def locate(plan: Plan, program: Any, module: Any, given: Arguments, report: Port
     kind = {"outputs": "output", "gradients": "gradient of", "buffers": "buffer"}[worst.what]
     how = worst.note or f"{worst.ratio:.2g} times the noise of rounding"
     found = f"{kind} {worst.name.removeprefix('output ')} in {worst.mode} mode on {worst.sizes}, {how}"
+    if all(check.layers == "icenet" for check in bad):
+        return f"{found}, with IceNet's layers; with those of MLX the port computes what the module computes"
     if not any(check.mode == "evaluation" and check.what == "outputs" for check in bad):
         return found
     return proof_places.first_difference(plan, program, module, given) or found

@@ -1,4 +1,4 @@
-"""Recurrent layers that are no whole module of torch.nn, and their cells."""
+"""Recurrent layers and their cells, and whole modules of torch.nn whose classes the source has."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ def cell(n: Operation) -> str:
 
 @entry("recurrent")
 def module(n: Operation) -> str:
-    """A whole module of torch.nn, whose class `icenet.core.porting.recurrent` writes."""
+    """A whole module of torch.nn, whose class `icenet.core.porting.layers.recurrent` writes."""
     states = n.args["hx"]
     if states is None:
         return f"{n.args['text']}({n['self']})"
     given = n.source(states) if isinstance(states, Ref) else f"({', '.join(map(n.source, states))})"
     return f"{n.args['text']}({n['self']}, {given})"
+
+
+@entry("attention")
+def attention(n: Operation) -> str:
+    """A whole module of torch.nn, whose class `icenet.core.porting.layers.attention` writes."""
+    given = [n["query"]] if n.args["is_self"] else [n["query"], n["key"], n["value"]]
+    given += [f"{name}={n[name]}" for name in ("attn_mask", "key_padding_mask") if name in n.args]
+    return f"{n.args['text']}({', '.join(given)})"

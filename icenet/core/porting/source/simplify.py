@@ -9,8 +9,8 @@ import math
 import tokenize
 from typing import Any
 
-from icenet.core.porting.layers import DEFAULTS
-from icenet.core.porting.lines import WIDTH
+from icenet.core.porting.layers.mlx_layers import DEFAULTS
+from icenet.core.porting.source.lines import WIDTH
 
 
 def simplified(code: str) -> ast.stmt:

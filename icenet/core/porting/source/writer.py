@@ -8,19 +8,18 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting import recurrent
-from icenet.core.porting.body import Frame
-from icenet.core.porting.calls import Call
-from icenet.core.porting.classes import MARK, Class, Instance, class_source, resolve
-from icenet.core.porting.layers import DEFAULTS, Layer
-from icenet.core.porting.lines import Body
-from icenet.core.porting.modes import either
+from icenet.core.porting.graph.calls import Call
+from icenet.core.porting.layers.mlx_layers import DEFAULTS, Layer, WrittenLayer
 from icenet.core.porting.names import flat
 from icenet.core.porting.record import Graph, Module
-from icenet.core.porting.simplify import Constructors, simplified, text
-from icenet.core.porting.specialize import Calls, specialized
-from icenet.core.porting.structure import Structure, member
-from icenet.core.porting.values import Values
+from icenet.core.porting.source.body import Frame
+from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
+from icenet.core.porting.source.lines import Body
+from icenet.core.porting.source.modes import either
+from icenet.core.porting.source.simplify import Constructors, simplified, text
+from icenet.core.porting.source.specialize import Calls, specialized
+from icenet.core.porting.source.structure import Structure, member
+from icenet.core.porting.source.values import Values
 
 
 def write(graph: Graph, layers: dict[str, Layer], train: Graph | None, title: str, trace: bool = False) -> str:
@@ -51,6 +50,14 @@ _SEQUENTIAL = '''class Sequential(list):
         return x'''
 
 
+def _constructed(code: str) -> str:
+    """Returns a statement of a constructor in its simplest form, with its indentation."""
+    bare = code.lstrip()
+    if bare.endswith(":"):
+        return code
+    return code[: len(code) - len(bare)] + text(Constructors().visit(simplified(bare)))
+
+
 class _Writer:
     def __init__(
         self, graph: Graph, layers: dict[str, Layer], train: Graph | None, title: str, trace: bool = False
@@ -59,9 +66,9 @@ class _Writer:
         self.structure = Structure(graph, layers, train, trace)
         self.instances: list[Instance] = []
         self.has_sequences = False
-        self.recurrent_layers: list[recurrent.Recurrent] = []
-        self.recurrent: dict[str, str] = {}
-        """The name of each class of recurrent layers by its source without a name."""
+        self.written_layers: list[WrittenLayer] = []
+        self.written: dict[str, str] = {}
+        """The name of each class of such layers by its source without a name."""
         self.graph, self.train = self.values(graph, train)
         self.keywords = self.all_keywords()
 
@@ -101,10 +108,10 @@ class _Writer:
     def source(self) -> str:
         bodies = self.bodies()
         self.build("", bodies)
-        classes = resolve(self.instances, {*self.recurrent.values(), *(["Sequential"] if self.has_sequences else [])})
+        classes = resolve(self.instances, {*self.written.values(), *(["Sequential"] if self.has_sequences else [])})
         functions = [*self.finished(classes), *([_SEQUENTIAL] if self.has_sequences else [])]
         lines = ['"""' + self.title, "", "Written by icenet.port. It depends on mlx only.", '"""', ""]
-        code = "\n\n\n".join([*functions, *self.recurrent_sources(), *(class_source(item) for item in classes)])
+        code = "\n\n\n".join([*functions, *self.written_sources(), *(class_source(item) for item in classes)])
         imports = []
         if re.search(r"\bmath\.", code):
             imports += ["import math", ""]
@@ -118,30 +125,31 @@ class _Writer:
         calls = Calls([])
         statements: list[tuple[Any, ast.stmt]] = []
         for item in classes:
-            item.init = [text(Constructors().visit(simplified(code))) for code in item.init]
+            item.init = [_constructed(code) for code in item.init]
             for line in (line for body in item.bodies for line in body.lines):
                 if line.code != "else:":
                     statements.append((line, simplified(line.code)))
         calls.trees += [tree for _, tree in statements]
-        for layer in self.recurrent_layers:
-            calls.given.setdefault(layer.kind.lower(), []).append(recurrent.given(layer))
+        for layer in self.written_layers:
+            for name, given in layer.functions().items():
+                calls.given.setdefault(name, []).append(given)
         functions = specialized(self.structure.used_helpers, calls)
         for line, tree in statements:
             line.code = text(tree)
         return functions
 
-    def recurrent_class(self, layer: recurrent.Recurrent) -> str:
-        """Returns the name of the class of a recurrent layer."""
-        self.structure.used_helpers.add(layer.kind.lower())
-        self.recurrent_layers.append(layer)
-        key = recurrent.class_source("", layer)
-        if key not in self.recurrent:
-            count = sum(name.rstrip("0123456789") == layer.name for name in self.recurrent.values())
-            self.recurrent[key] = layer.name + (str(count + 1) if count else "")
-        return self.recurrent[key]
+    def written_class(self, layer: WrittenLayer) -> str:
+        """Returns the name of the class of a layer that the source has."""
+        self.structure.used_helpers.update(layer.functions())
+        self.written_layers.append(layer)
+        key = layer.class_source("")
+        if key not in self.written:
+            count = sum(name.rstrip("0123456789") == layer.name for name in self.written.values())
+            self.written[key] = layer.name + (str(count + 1) if count else "")
+        return self.written[key]
 
-    def recurrent_sources(self) -> list[str]:
-        return [text.replace("class (", f"class {name}(", 1) for text, name in self.recurrent.items()]
+    def written_sources(self) -> list[str]:
+        return [text.replace("class (", f"class {name}(", 1) for text, name in self.written.items()]
 
     def bodies(self) -> dict[str, list[Body]]:
         """Returns the bodies of each module that becomes a class, one for each way in which it is called."""
@@ -192,8 +200,8 @@ class _Writer:
         """Makes the class of a module and returns the source of a new instance of it."""
         if path in self.layers:
             layer = self.layers[path]
-            if isinstance(layer, recurrent.Recurrent):
-                return layer.instance(self.recurrent_class(layer))
+            if isinstance(layer, WrittenLayer):
+                return layer.instance(self.written_class(layer))
             known = self.keywords.get(self.sort_of(path), {})
             given = {key: layer.keywords.get(key, value) for key, value in known.items()}
             return replace(
@@ -223,14 +231,15 @@ class _Writer:
         for name in module.children:
             child = f"{path}.{name}" if path else name
             if child in self.layers and self.is_needed(child):
-                locked = [
-                    array.path.rpartition(".")[2]
-                    for array in self.structure.arrays_by_owner.get(child, [])
-                    if array.kind == "parameter" and not array.is_trainable
-                ]
-                if locked:
-                    attribute = self.target(self.structure.names.get(child, name))
-                    init.append(f"{attribute}.freeze(keys={locked!r}, recurse=False)")
+                attribute = self.target(self.structure.names.get(child, name))
+                for inner in ("", ".out_proj"):
+                    locked = [
+                        array.path.rpartition(".")[2]
+                        for array in self.structure.arrays_by_owner.get(child + inner, [])
+                        if array.kind == "parameter" and not array.is_trainable
+                    ]
+                    if locked:
+                        init.append(f"{attribute}{inner}.freeze(keys={locked!r}, recurse=False)")
         if frozen:
             init.append(f"self.freeze(keys={frozen!r}, recurse=False)")
         return self.instance_of(module, init, bodies.get(path, []))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-_FOLDER = Path(__file__).parents[2] / "porting" / "functions"
+_FOLDER = Path(__file__).parents[3] / "porting" / "functions"
 
 
 @functools.lru_cache(maxsize=1)

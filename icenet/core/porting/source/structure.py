@@ -6,12 +6,12 @@ import keyword
 import re
 
 from icenet.core.errors import PortError
-from icenet.core.porting.calls import Call, tree
-from icenet.core.porting.layers import Layer
-from icenet.core.porting.lines import initial
+from icenet.core.porting.graph.calls import Call, tree
+from icenet.core.porting.layers.mlx_layers import Layer
+from icenet.core.porting.layers.recurrent import Recurrent
 from icenet.core.porting.names import flat, new_names
 from icenet.core.porting.record import Array, Graph, Node, Ref, Tensor, refs
-from icenet.core.porting.recurrent import Recurrent
+from icenet.core.porting.source.lines import initial
 from icenet.core.porting.table.base import mlx_dtype
 
 METHODS = {

@@ -36,6 +36,27 @@ class Layer:
         return f"{self.constructor}({', '.join(given)})"
 
 
+class WrittenLayer(Layer):
+    """A layer of torch.nn whose class the source has, because that of mlx.nn has other parameters."""
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        raise NotImplementedError
+
+    def instance(self, name: str) -> str:
+        """Returns the source of a new instance of a class with a name."""
+        raise NotImplementedError
+
+    def class_source(self, name: str) -> str:
+        """Returns the source of the class under a name."""
+        raise NotImplementedError
+
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """Returns the functions that the class calls, each with what it gives to their parameters."""
+        raise NotImplementedError
+
+
 NAMES = {
     "nn.Linear": ["input_dims", "output_dims"],
     "nn.Embedding": ["num_embeddings", "dims"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from icenet.core.porting.lines import Body, Line
+from icenet.core.porting.source.lines import Body, Line
 
 
 def either(train: Body, evaluation: Body) -> Body:

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from icenet.core.errors import PortError
-from icenet.core.porting.calls import Call, Item, tree
+from icenet.core.porting.graph.calls import Call, Item, tree
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
-from icenet.core.porting.structure import Structure
+from icenet.core.porting.source.structure import Structure
 
 
 class Values:

@@ -6,10 +6,11 @@ import functools
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
-from icenet.core.porting.calls import Item
-from icenet.core.porting.lines import Line
-from icenet.core.porting.record import Node
+from icenet.core.porting.graph.calls import Item
+from icenet.core.porting.record import WHOLE, Node
+from icenet.core.porting.source.lines import Line
 
 ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
 RANGE = re.compile(r"(self[^@\s]*)@(\d+):(\d+)@")
@@ -18,7 +19,7 @@ _INDEX = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[(\d+)\]")
 
 def kind(item: Item) -> str:
     """Returns what an operation has in common with that of another turn of a loop."""
-    if isinstance(item, Node) and item.op not in ("layer", "recurrent"):
+    if isinstance(item, Node) and item.op not in WHOLE:
         return item.op
     return re.sub(r"\.\d+(?=\.|$)", ".#", item.args["path"] if isinstance(item, Node) else item.path)
 
@@ -40,8 +41,10 @@ def roll(lines: list[Line]) -> list[Line]:
             lines = [*lines[:index], *turns[0], *lines[index + turns[1] :]]
             index += len(turns[0])
             continue
-        count, size, lists, start = best
+        count, size, lists, start, entry, turn = best
         block = lines[index : index + size]
+        if entry:
+            block = [replace(line, code=code) for line, code in zip(block, turn, strict=True)]
         names = [_singular(text) for text in lists]
         names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
         inner = []
@@ -52,11 +55,14 @@ def roll(lines: list[Line]) -> list[Line]:
             inner.append(Line(code, line.comment, line.depth + 1))
         ranges = [f"{text}@{start}:{start + count}@" for text in lists]
         head = f"for {', '.join(names)} in " + (ranges[0] if len(ranges) == 1 else f"zip({', '.join(ranges)})") + ":"
-        lines = [*lines[:index], Line(head, "", block[0].depth), *inner, *lines[index + size * count :]]
-        index += size + 1
+        before = [Line(f"{entry[1]} = {entry[0]}", "", block[0].depth)] if entry else []
+        after = lines[index + size * count :]
+        lines = [*lines[:index], *before, Line(head, "", block[0].depth), *inner, *after]
+        index += len(before) + size + 1
     return lines
 
 
+_STEP = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[step\]")
 _INTEGER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 
@@ -84,8 +90,24 @@ def _turns(lines: list[Line], index: int) -> tuple[list[Line], int] | None:
         inner = [Line(_INTEGER.sub(put, line.code), line.comment, line.depth + 1) for line in block]
         bounds = f"{start}, {start + count}" if start else str(count)
         head = Line(f"for {'step' if rising else '_'} in range({bounds}):", "", block[0].depth)
+        if start == 0:
+            head, inner = _enumerated(head, inner, count)
         return [head, *inner], size * count
     return None
+
+
+def _enumerated(head: Line, inner: list[Line], count: int) -> tuple[Line, list[Line]]:
+    """Writes a loop over the steps as one over the list of which it takes the element of each step."""
+    lists = {match[1] for line in inner for match in _STEP.finditer(line.code)}
+    if len(lists) != 1:
+        return head, inner
+    text = lists.pop()
+    name = _singular(text)
+    used = {word for line in inner for word in re.findall(r"\w+", line.code)}
+    if name in used:
+        return head, inner
+    inner = [replace(line, code=line.code.replace(f"{text}[step]", name)) for line in inner]
+    return replace(head, code=f"for step, {name} in enumerate({text}@0:{count}@):"), inner
 
 
 def _put(places: Iterator[int], rising: set[int], match: re.Match[str]) -> str:
@@ -126,8 +148,13 @@ def _singular(text: str) -> str:
     )
 
 
-def _run(lines: list[Line], index: int, size: int) -> tuple[int, list[str], int] | None:
-    """Returns how often a block of statements repeats, with which lists, and the first index."""
+def _run(
+    lines: list[Line], index: int, size: int
+) -> tuple[int, list[str], int, tuple[str, str] | None, list[str]] | None:
+    """Returns how often a block of statements repeats, with which lists, the first index, and the block.
+
+    The first turn may read another variable than the others, which is the fourth value with that of the others.
+    """
     block = [line.code for line in lines[index : index + size]]
     depths = [line.depth for line in lines[index : index + size]]
     indices = [(match[1], int(match[2])) for code in block for match in _INDEX.finditer(code)]
@@ -142,10 +169,42 @@ def _run(lines: list[Line], index: int, size: int) -> tuple[int, list[str], int]
     def at(step: int) -> list[str]:
         return [_INDEX.sub(lambda m: f"{m[1]}[{start + step}]", code) for code in block]
 
-    count = 1
+    count, entry = 1, None
     while True:
         part = lines[index + size * count : index + size * (count + 1)]
-        if [line.code for line in part] != at(count) or [line.depth for line in part] != depths:
+        codes = [line.code for line in part]
+        if [line.depth for line in part] != depths:
             break
+        if codes != at(count):
+            turn = [_INDEX.sub(_earlier, code) for code in codes]
+            entry = _entry(block, turn) if count == 1 else entry
+            if count > 1 or not entry:
+                break
+            block = turn
         count += 1
-    return (count, lists, start) if count > 1 else None
+    return (count, lists, start, entry, block) if count > 1 else None
+
+
+def _earlier(match: re.Match[str]) -> str:
+    return f"{match[1]}[{int(match[2]) - 1}]"
+
+
+def _entry(first: list[str], turn: list[str]) -> tuple[str, str] | None:
+    """Returns (a, b) if the first turn of a loop is another one after `b = a`."""
+    ours, theirs = (re.findall(r"\w+|\W", "\n".join(codes)) for codes in (first, turn))
+    if len(ours) != len(theirs):
+        return None
+    places = [place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    pairs = {(ours[place], theirs[place]) for place in places}
+    if len(pairs) != 1:
+        return None
+    (a, b), ends, end = pairs.pop(), [], 0
+    for code in turn:
+        end += len(re.findall(r"\w+|\W", code)) + 1
+        ends.append(end)
+    number = next((number for number, code in enumerate(turn) if re.match(rf"{b} = ", code)), None)
+    if number is None or not a.isidentifier() or a == "self" or any(ours[place - 1] == "." for place in places):
+        return None
+    begin = ends[number - 1] if number else 0
+    is_read = b in ours[:begin] or b in ours[begin + 1 : ends[number]]
+    return None if is_read or max(places) >= ends[number] else (a, b)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from icenet.core.porting import helpers
-from icenet.core.porting.lines import wrapped
-from icenet.core.porting.simplify import text
+from icenet.core.porting.source import helpers
+from icenet.core.porting.source.lines import wrapped
+from icenet.core.porting.source.simplify import text
 
 _UNKNOWN, NOT_NONE = object(), object()
 """What is known about an argument: nothing, or that it is not None."""
@@ -103,7 +103,10 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
         item.id for item in ast.walk(definition) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
     }
     stored |= {
-        item.arg for inner in ast.walk(definition) if isinstance(inner, ast.Lambda) for item in inner.args.args
+        item.arg
+        for inner in ast.walk(definition)
+        if isinstance(inner, (ast.Lambda, ast.FunctionDef)) and inner is not definition
+        for item in inner.args.args
     }
     constants: dict[str, ast.expr] = {}
     not_none = set()
@@ -339,11 +342,19 @@ class _Printer:
         return "\n".join([*lines, *self.block(definition.body, 4)])
 
     def block(self, statements: list[ast.stmt], indent: int) -> list[str]:
-        return [line for statement in statements for line in self.statement(statement, indent)]
+        lines: list[str] = []
+        after_function = False
+        for statement in statements:
+            is_function = isinstance(statement, ast.FunctionDef)
+            lines += [*([""] if is_function or after_function else []), *self.statement(statement, indent)]
+            after_function = is_function
+        return lines
 
     def statement(self, statement: ast.stmt, indent: int) -> list[str]:
         if self.before.get(_span(statement)) == ast.dump(statement):
-            first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+            decorators = getattr(statement, "decorator_list", [])
+            first = min(item.lineno for item in (statement, *decorators)) - 1
+            last = statement.end_lineno or statement.lineno
             own = self.lines[first:last]
             return [line and " " * indent + line[statement.col_offset :] for line in own]
         if isinstance(statement, (ast.If, ast.For)):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import graphlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from icenet.core.porting import helpers
-from icenet.core.porting.layers import NAMES
-from icenet.core.porting.lines import WIDTH, Body, Line, lists, wrapped
-from icenet.core.porting.structure import METHODS
+from icenet.core.porting.layers.mlx_layers import NAMES
+from icenet.core.porting.source import helpers
+from icenet.core.porting.source.lines import WIDTH, Body, Line, lists, wrapped
+from icenet.core.porting.source.structure import METHODS
+from icenet.core.porting.source.variants import OPEN, union
 
 MARK = re.compile(r"@(\d+)@")
-NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|False)(?![\w])")
+NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|False)(?![\w])|§")
 
 
 @dataclass
@@ -61,25 +64,70 @@ def resolve(instances: list[Instance], taken: set[str]) -> list[Class]:
     names = dict(NAMES)
     classes: list[Class] = []
     sources: dict[int, str] = {}
-    for height in sorted({item.height for item in instances}):
+    heights = _heights(instances)
+    for height in sorted(set(heights)):
         groups: dict[tuple[str, str], list[int]] = {}
         for index, item in enumerate(instances):
-            if item.height == height:
+            if heights[index] == height:
                 item.init = [lists(MARK.sub(lambda m: sources[int(m[1])], line)) for line in item.init]
-                item.text = "\n".join([*item.init, "-" * 8, *(body.key() for body in item.bodies)])
+                item.text = _text(item)
                 groups.setdefault((item.name, NUMBER.sub("#", item.text)), []).append(index)
-        for (name, _), members in groups.items():
+        for name, members in _with_variants(instances, groups):
             unique, number = name, 1
             while unique in taken or helpers.exists(unique):
                 number += 1
                 unique = f"{name}{number}"
             taken.add(unique)
             made, arguments = unified(unique, [instances[index] for index in members], names)
-            names[unique] = made.parameters
+            names[unique] = [parameter.partition("=")[0] for parameter in made.parameters]
             classes.append(made)
             for index, values in zip(members, arguments, strict=True):
                 sources[index] = f"{unique}({', '.join(values)})"
     return classes
+
+
+def _text(item: Instance) -> str:
+    return "\n".join([*item.init, "-" * 8, *(body.key() for body in item.bodies)])
+
+
+def _heights(instances: list[Instance]) -> list[int]:
+    """Returns the heights of instances, with one for all of a class so that they may share it."""
+    inner: dict[str, set[str]] = {}
+    for item in instances:
+        children = {instances[int(index)].name for line in item.init for index in MARK.findall(line)}
+        inner.setdefault(item.name, set()).update(children)
+    try:
+        order = list(graphlib.TopologicalSorter(inner).static_order())
+    except graphlib.CycleError:  # a class within itself
+        return [item.height for item in instances]
+    return [order.index(item.name) for item in instances]
+
+
+def _with_variants(
+    instances: list[Instance], groups: dict[tuple[str, str], list[int]]
+) -> Iterator[tuple[str, list[int]]]:
+    """Yields the instances of each class. A class of which some instances have further layers is one."""
+    variants: dict[str, list[list[int]]] = {}
+    for (name, _), members in groups.items():
+        variants.setdefault(name, []).append(members)
+    for name, parts in variants.items():
+        if len(parts) == 2:
+            first, second = (instances[members[0]] for members in parts)
+            found = union((first.init, first.bodies), (second.init, second.bodies), _masked)
+            if found is not None:
+                made, is_first_large = found
+                for members, is_large in zip(parts, (is_first_large, not is_first_large), strict=True):
+                    for index in members:
+                        item = instances[index]
+                        item.init, item.bodies = made.written(item.init, item.bodies, is_large, _masked)
+                        item.text = _text(item)
+                parts = [sorted(index for members in parts for index in members)]
+        for members in parts:
+            yield name, members
+
+
+def _masked(text: str) -> str:
+    return NUMBER.sub(OPEN, text)
 
 
 def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> tuple[Class, list[list[str]]]:
@@ -87,6 +135,7 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     numbers = [NUMBER.findall(item.text) for item in members]
     columns = list(zip(*numbers, strict=True))
     varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
+    varying.sort(key=lambda index: OPEN in columns[index])  # numbers that some instances lack are those of others
     first = members[0]
     if not varying:
         return Class(name, first.init, _common_comments(members)), [[] for _ in members]
@@ -96,16 +145,25 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     replacement: dict[int, str] = {}
     taken = {*re.findall(r"self\.(\w+)", first.text), *METHODS}
     stored: dict[str, None] = {}
+    flags: set[str] = set()
     for index in varying:
         column = columns[index]
+        if OPEN in column:
+            like = _compatible(column, hints[index], parameters)
+            if like is None and len({*column} - {OPEN}) == 1:
+                replacement[index] = next(value for value in column if value != OPEN)
+                continue
+            column = like or tuple("None" if value == OPEN else value for value in column)
         if column not in parameters:
-            hint = hints[index]
+            hint = hints[index].removesuffix("?")
             unique, number = hint, 1
-            while unique in taken:
+            while unique in taken and hint == hints[index]:
                 number += 1
                 unique = f"{hint}_{number}"
             taken.add(unique)
             parameters[column] = unique
+            if hint != hints[index]:
+                flags.add(unique)
         replacement[index] = parameters[column]
         if index >= in_init:
             stored[parameters[column]] = None
@@ -126,8 +184,22 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
         ]
         bodies.append(Body(body.parameters, lines, body.returns))
     init = [*(f"self.{item} = {item}" for item in stored), *init]
-    arguments = [[column[row] for column in parameters] for row in range(len(members))]
-    return Class(name, init, bodies, list(parameters.values())), arguments
+    plain = {column: key for column, key in parameters.items() if key not in flags}
+    switches = {key: column for column, key in parameters.items() if key in flags}
+    arguments = []
+    for row in range(len(members)):
+        given = [f"{key}=True" for key, column in switches.items() if column[row] == "True"]
+        arguments.append([*(column[row] for column in plain), *given])
+    return Class(name, init, bodies, [*plain.values(), *(f"{key}=False" for key in switches)]), arguments
+
+
+def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, ...], str]) -> tuple[str, ...] | None:
+    """Returns the column of a parameter with the numbers of a column that some instances lack, None without one."""
+    found = [
+        other for other in parameters if all(value in (OPEN, mine) for value, mine in zip(column, other, strict=True))
+    ]
+    named = [other for other in found if re.fullmatch(rf"(\w+_)?{hint}(_\d+)?", parameters[other])]
+    return named[0] if named else found[0] if found and len({*column} - {OPEN}) > 1 else None
 
 
 def _common_comments(members: list[Instance]) -> list[Body]:
@@ -155,7 +227,10 @@ def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
         found = re.search(r"(\w+)=\(?(?:\d+, )*$", before)
         attribute = re.match(r"self\.(\w+) = ", before)
         hint = ""
-        if found:
+        if before == "if ":  # the condition of a layer that some instances lack
+            layer = re.match(r":\n +self\.(\w+)", text[match.end() :])
+            hint = f"{layer[1]}?" if layer else "flag?"
+        elif found:
             hint = found[1]
         else:
             opened = re.search(r"([\w.]+)\(([^()]*)$", before)
@@ -181,7 +256,8 @@ def class_source(item: Class) -> str:
         lines.append(f"    def __init__(self{''.join(', ' + name for name in item.parameters)}):")
         lines.append("        super().__init__()")
         for text in item.init:
-            lines += wrapped(text, 8)
+            bare = text.lstrip()
+            lines += wrapped(bare, 8 + len(text) - len(bare))
     for number, body in enumerate(item.bodies):
         if len(lines) > 1:
             lines.append("")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icenet.core.porting.calls import Call
-from icenet.core.porting.layers import Layer
-from icenet.core.porting.lines import wrapped
+from icenet.core.porting.graph.calls import Call
+from icenet.core.porting.layers.mlx_layers import WrittenLayer
 from icenet.core.porting.record import Graph, Module, Node, Ref, Tensor, refs
-from icenet.core.porting.specialize import NOT_NONE
+from icenet.core.porting.source.lines import wrapped
+from icenet.core.porting.source.specialize import NOT_NONE
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 @dataclass(frozen=True)
-class Recurrent(Layer):
+class Recurrent(WrittenLayer):
     """A module that is a recurrent layer.
 
     Attributes:
@@ -32,13 +32,21 @@ class Recurrent(Layer):
 
     @property
     def name(self) -> str:
-        """The name of the class."""
         return f"Bi{self.kind}" if "bidirectional" in self.options else self.kind
 
     def instance(self, name: str) -> str:
-        """Returns the source of a new instance of a class with a name."""
         first = [str(value) for key, value in self.sizes[:2]]
         return f"{name}({', '.join([*first, *(f'{key}={value}' for key, value in self.sizes[2:])])})"
+
+    def class_source(self, name: str) -> str:
+        return "\n".join(_Class(name, self).lines())
+
+    def functions(self) -> dict[str, dict[str, Any]]:
+        keys = ["x", "h", "w_ih", "w_hh", *(["c"] if self.kind == "LSTM" else [])]
+        keys += ["b_ih", "b_hh"] if "bias" in self.options else []
+        keys += ["w_hr"] if any(key == "proj_size" for key, _ in self.sizes) else []
+        keys += ["activation"] if "relu" in self.options else []
+        return {self.kind.lower(): dict.fromkeys(keys, NOT_NONE)}
 
 
 def recurrent_of(module: Module) -> Recurrent | None:
@@ -115,20 +123,6 @@ def joined(layers: list[Recurrent]) -> Recurrent | None:
         return None
     states = {layer.states for layer in layers}
     return replace(layers[0], states=states.pop() if len(states) == 1 else "some")
-
-
-def given(layer: Recurrent) -> dict[str, Any]:
-    """Returns what the class of a layer gives to the parameters of its function."""
-    keys = ["x", "h", "w_ih", "w_hh", *(["c"] if layer.kind == "LSTM" else [])]
-    keys += ["b_ih", "b_hh"] if "bias" in layer.options else []
-    keys += ["w_hr"] if any(key == "proj_size" for key, _ in layer.sizes) else []
-    keys += ["activation"] if "relu" in layer.options else []
-    return dict.fromkeys(keys, NOT_NONE)
-
-
-def class_source(name: str, layer: Recurrent) -> str:
-    """Returns the source of the class of a layer."""
-    return "\n".join(_Class(name, layer).lines())
 
 
 class _Class:

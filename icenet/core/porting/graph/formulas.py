@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.porting.calls import Call
-from icenet.core.porting.layers import Layer
+from icenet.core.porting.graph.calls import Call
+from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
 
 _POINTS = np.array([-7.3, -2.9, -1.0, -0.31, 0.013, 0.57, 1.4, 3.1, 6.7])

@@ -10,16 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.errors import PortError
-from icenet.core.porting import helpers
 from icenet.core.porting import signature as signatures
-from icenet.core.porting.calls import Call, Item
-from icenet.core.porting.lines import Body, Line
-from icenet.core.porting.loops import ELEMENT, RANGE, kind, roll
-from icenet.core.porting.record import Argument, Node, Ref, Tensor, refs
-from icenet.core.porting.structure import Structure
+from icenet.core.porting.graph.calls import Call, Item
+from icenet.core.porting.record import WHOLE, Argument, Node, Ref, Tensor, refs
+from icenet.core.porting.source import helpers
+from icenet.core.porting.source.lines import Body, Line
+from icenet.core.porting.source.loops import ELEMENT, RANGE, kind, roll
+from icenet.core.porting.source.structure import Structure
+from icenet.core.porting.source.values import Values
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
-from icenet.core.porting.values import Values
 
 INLINE = 92
 """Longest expression that takes another expression as its argument."""
@@ -310,7 +310,7 @@ class Frame:
         """Returns whether this is a call of an element of a list."""
         path = (
             item.args["path"]
-            if isinstance(item, Node) and item.op in ("layer", "recurrent")
+            if isinstance(item, Node) and item.op in WHOLE
             else ""
             if isinstance(item, Node)
             else item.path
@@ -362,8 +362,8 @@ class Frame:
             if found:
                 return found
         if place is not None and place.targets and self.is_final(item, name):
-            if len(place.targets) == 1:
-                return place.targets[0]
+            if len(place.targets) == 1 or (isinstance(item, Node) and item.op == "attention"):
+                return place.targets[0]  # y, _ = self.attention(x, x, x)
             if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
                 found = place.targets[item.args["index"]]
                 return found if found != "_" else "y"
@@ -427,7 +427,7 @@ class Frame:
         name = node.base
         if name == "layer":
             return f"{self.structure.child(self.call.path, node.args['path'])}({self.expression(node.args['self'])})"
-        if name == "recurrent":
+        if name in ("recurrent", "attention"):
             text = self.structure.child(self.call.path, node.args["path"])
             node = replace(node, args={**node.args, "text": text})
         found = TABLE.get(name)
@@ -528,10 +528,12 @@ class Frame:
             return False
         user = self.items[consumer] if consumer is not None else None
         is_part = user is not None and self.is_same_statement(user, self.items[index])
-        if ELEMENT.match(text) and not (is_part and self.is_listed(self.items[index])):
+        item = self.items[index]
+        if ELEMENT.match(text) and not (is_part and (self.is_listed(item) or not self.is_element(item))):
             return False  # a loop may run over the list
         if consumer is None:  # the return reads it
-            if len(text) >= RETURNED or (node.place is not None and node.place.targets and len(text) >= 60):
+            is_named = node.place is not None and bool(node.place.targets)
+            if len(text) >= RETURNED or (is_named and (len(text) >= 60 or self.is_last_turn(item))):
                 return False
             self.keep(text, len(self.items))
             return True
@@ -547,9 +549,14 @@ class Frame:
         self.keep(text, consumer)
         return True
 
+    def is_last_turn(self, item: Item) -> bool:
+        """Returns whether the statement that computes a value has run before, in a loop."""
+        earlier = self.items[: self.items.index(item)]
+        return any(other.place == item.place and not self.is_within(other, item) for other in earlier)
+
     def is_repeated(self, node: Node, user: Item) -> bool:
         """Returns whether the expression of an operation has a value more than once, so that it needs a variable."""
-        if not isinstance(user, Node) or user.base not in TABLE or user.base == "recurrent":
+        if not isinstance(user, Node) or user.base not in TABLE or user.base in WHOLE:
             return False
         mark = "repeated_"
         is_training = self.graph.graph.training

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, map_refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
 
 VIEWS = frozenset(
     [
@@ -126,7 +126,8 @@ class _Functional:
 
     def update_statistics(self, node: Node, new: Node) -> None:
         """The running statistics that a batch norm changes, which its signature does not say."""
-        flag = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(node.base)
+        kind = node.base.removeprefix("native_")
+        flag = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(kind)
         if flag is None or not node.args[flag]:
             return
         for which in ("mean", "var"):
@@ -139,7 +140,7 @@ class _Functional:
                     "which": which,
                 }
                 self.mutate(
-                    running.name, self.emit(f"{node.base}_statistics", args, self.tensors[running.name], running.name)
+                    running.name, self.emit(f"{kind}_statistics", args, self.tensors[running.name], running.name)
                 )
 
     def shares(self, node: Node, source: str) -> bool:
@@ -187,9 +188,11 @@ class _Functional:
             new = present.name
         elif base.endswith("_"):
             new = node.name
+            if base.startswith("resize"):
+                out = node.out
             self.out.append(replace(node, op=f"{base[:-1]}.{overload}", args=args, out=out, mutates=None))
         else:  # an operation with out=
-            new = node.name
+            new, out = node.name, node.out
             kept = {key: value for key, value in args.items() if key != node.mutates}
             self.out.append(replace(node, op=base, args=kept, mutates=None))
         self.tensors[new] = out
@@ -203,13 +206,23 @@ class _Functional:
                 self.version.get(target.name, 0),
             )
 
+    def takes_gradient(self, name: str) -> bool:
+        """Returns whether a value may take a gradient: it is neither of integers nor a buffer."""
+        while name in self.view_of:
+            name = self.view_of[name][0]
+        array, tensor = self.graph.arrays.get(name), self.tensors[name]
+        return (array is None or array.kind == "parameter") and isinstance(tensor, Tensor) and tensor.is_floating
+
     def mutate(self, name: str, new: str) -> None:
         self.current[name] = new
         self.version[name] = self.version.get(name, 0) + 1
         if name not in self.view_of:
             return
         parent, node, _ = self.view_of[name]
-        if node.op == "alias" or (node.base in ("detach", "contiguous", "to", "type_as", "alias")):
+        if node.base == "detach" and self.takes_gradient(parent):
+            args = {"self": Ref(self.read(parent)), "src": Ref(new)}
+            written = self.emit("with_values", args, self.tensors[parent], parent)
+        elif node.base in ("alias", "contiguous", "detach", "to", "type_as"):
             written = new
         elif node.base == "item":
             listed, list_node, _ = self.view_of[parent]
@@ -244,7 +257,8 @@ class _Functional:
             )
         if self.out and self.out[-1].name == written and self.out[-1].op == "scatter_view":
             self.scatters[written] = self.out[-1]
-        self.tensors[written] = self.tensors[parent]
+        if written != new:
+            self.tensors[written] = self.tensors[parent]
         self.mutate(parent, written)
         self.view_of[name] = (parent, node, self.version[parent])
 

@@ -6,192 +6,17 @@ keep it: their dimensions are renumbered. `permute` is inserted where an operati
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.layers import Layer
-from icenet.core.porting.record import Graph, Module, Node, Ref, Tensor, map_refs, refs
+from icenet.core.porting.graph.hoist import hoisted
+from icenet.core.porting.graph.layout_operations import ALONG, ELEMENTWISE, IMAGE_OPS, REDUCTIONS
+from icenet.core.porting.layers.mlx_layers import Layer
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
 
 Order = tuple[int, ...]
 """The axis of the original at each axis in memory: (0, 2, 3, 1) for images with channels last."""
-
-IMAGE_OPS = {
-    **{f"conv{rank}d": rank for rank in (1, 2, 3)},
-    "conv_transpose1d": 1,
-    "conv_transpose2d": 2,
-    "conv_transpose3d": 3,
-    **{
-        f"{kind}{rank}d": rank
-        for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
-        for rank in (1, 2, 3)
-    },
-    **{f"max_pool{rank}d_with_indices": rank for rank in (1, 2, 3)},
-    "batch_norm": 0,
-    "instance_norm": 0,
-    "group_norm": 0,
-    "upsample_nearest1d": 1,
-    "upsample_nearest2d": 2,
-    "upsample_nearest3d": 3,
-    "_upsample_nearest_exact1d": 1,
-    "_upsample_nearest_exact2d": 2,
-    "_upsample_nearest_exact3d": 3,
-    "upsample_linear1d": 1,
-    "upsample_bilinear2d": 2,
-    "upsample_trilinear3d": 3,
-    "upsample_bicubic2d": 2,
-    "_upsample_bilinear2d_aa": 2,
-    "_upsample_bicubic2d_aa": 2,
-    "pixel_shuffle": 2,
-    "pixel_unshuffle": 2,
-    "grid_sampler": 0,
-    "grid_sampler_2d": 2,
-    "grid_sampler_3d": 3,
-    "lp_pool2d": 2,
-    "channel_shuffle": 2,
-}
-"""Operations that read images with channels last. 0: of any rank."""
-
-ELEMENTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "rsub",
-        "neg",
-        "abs",
-        "relu",
-        "relu6",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "pow",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "mish",
-        "softplus",
-        "dropout",
-        "feature_alpha_dropout",
-        "where",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "maximum",
-        "minimum",
-        "square",
-        "reciprocal",
-        "erf",
-        "sin",
-        "cos",
-        "to",
-        "type_as",
-        "clone",
-        "contiguous",
-        "detach",
-        "alias",
-        "_to_copy",
-        "log1p",
-        "expm1",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_not",
-        "masked_fill",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "true_divide",
-        "multiply",
-        "subtract",
-        "divide",
-        "floor",
-        "ceil",
-        "round",
-        "sign",
-        "isnan",
-        "softsign",
-        "tanhshrink",
-        "hardshrink",
-        "softshrink",
-        "logsigmoid",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "threshold",
-        "copy",
-        "fill",
-        "zero",
-        "floor_divide",
-        "remainder",
-        "fmod",
-        "lift_fresh_copy",
-        "glu_none",
-        "drop_path",
-        "positive",
-        "nan_to_num",
-    ]
-)
-REDUCTIONS = {
-    "mean": "dim",
-    "sum": "dim",
-    "amax": "dim",
-    "amin": "dim",
-    "var": "dim",
-    "std": "dim",
-    "max": "dim",
-    "min": "dim",
-    "argmax": "dim",
-    "argmin": "dim",
-    "prod": "dim",
-    "any": "dim",
-    "all": "dim",
-    "logsumexp": "dim",
-    "norm": "dim",
-    "linalg_vector_norm": "dim",
-    "var_mean": "dim",
-    "nansum": "dim",
-    "median": "dim",
-}
-ALONG = {
-    "softmax": "dim",
-    "log_softmax": "dim",
-    "_softmax": "dim",
-    "_log_softmax": "dim",
-    "cumsum": "dim",
-    "slice": "dim",
-    "narrow": "dim",
-    "chunk": "dim",
-    "split": "dim",
-    "split_with_sizes": "dim",
-    "flip": "dims",
-    "roll": "dims",
-    "glu": "dim",
-    "tensor_split": "dim",
-    "index_select": "dim",
-    "cumprod": "dim",
-    "sort": "dim",
-}
-"""Operations along a dimension that keep the number of axes."""
 
 
 def channels_last(graph: Graph, layers: dict[str, Layer], nhwc: bool) -> tuple[Graph, dict[str, Order]]:
@@ -228,6 +53,11 @@ class _Pass:
         self.viewed: dict[str, tuple[int, str, list[Any]]] = {}
         """The call, the source and the shape of values that are reshapes."""
         self.new_tensors: dict[str, Any] = dict(graph.tensors)
+        self.users: dict[str, list[Node]] = {}
+        """The operations that read each value."""
+        for node in graph.nodes:
+            for name in set(refs(node.args)):
+                self.users.setdefault(name, []).append(node)
 
     def run(self) -> tuple[Graph, dict[str, Order]]:
         for name, array in self.graph.arrays.items():
@@ -245,7 +75,7 @@ class _Pass:
             path: Ref(self.plain(value.name)) if isinstance(value, Ref) else value
             for path, value in self.graph.updates.items()
         }
-        self.nodes = hoisted(self.nodes, self.graph.modules)
+        self.nodes = hoisted(self.nodes)
         if (
             self.nodes and self.nodes[-1].op != "exit"
         ):  # what the outputs need belongs to the call of the whole module
@@ -359,8 +189,8 @@ class _Pass:
             self.nodes.append(replace(node, args={"self": Ref(name), "dim": order.index(dim) if order else dim}))
         elif base in ELEMENTWISE:
             self.elementwise(node)
-        elif base == "cat":
-            self.cat(node)
+        elif base in ("cat", "stack"):
+            self.join(node)
         elif base == "item":
             self.item(node, name)
         elif base == "expand_as":
@@ -493,17 +323,34 @@ class _Pass:
 
         self.emit(node, map_refs(node.args, aligned), order)
 
-    def cat(self, node: Node) -> None:
+    def join(self, node: Node) -> None:
+        """Joins values along an axis, or a new one, in the order of the first that has another one."""
         key = "tensors"
         names = [self.resolve(ref.name) for ref in node.args[key]]
         orders = [self.order[name] for name in names if name in self.order]
         ndims = {self.ndim(name) for name in names}
+        if not orders and node.base == "cat" and self.is_for_images(node):
+            orders = [last(self.ndim(node.name))]
         if not orders or len(ndims) != 1:
             self.emit(node, self.plain_all(node.args))
             return
-        order = orders[0]
-        dim = order.index(node.args["dim"] % len(order))
-        self.emit(node, {key: [Ref(self.in_order(name, order)) for name in names], "dim": dim}, order)
+        order = new = orders[0]
+        dim = node.args["dim"] % (len(order) + (node.base == "stack"))
+        if node.base == "stack":
+            if order[:dim] != tuple(range(dim)):
+                self.emit(node, self.plain_all(node.args))
+                return
+            new = (*order[:dim], dim, *(axis + 1 for axis in order[dim:]))
+        else:
+            dim = order.index(dim)
+        self.emit(node, {key: [Ref(self.in_order(name, order)) for name in names], "dim": dim}, new)
+
+    def is_for_images(self, node: Node) -> bool:
+        """Returns whether layers that take images with channels last are all that read a value."""
+        users = self.users.get(node.name, [])
+        layers = [self.layers[user.args["path"]] for user in users if user.op == "layer"]
+        is_image = len(layers) == len(users) and all(layer.axes == "last" for layer in layers)
+        return bool(users) and is_image and self.ndim(node.name) > 2
 
     def item(self, node: Node, name: str) -> None:
         order = self.order.get(name)
@@ -635,36 +482,6 @@ class _Pass:
             self.emit(node, {**node.args, "self": Ref(name), "dim": moved[0]}, new)
         else:
             self.emit(replace(node, op="squeeze.dims"), {"self": Ref(name), "dim": moved}, new)
-
-
-def hoisted(nodes: list[Node], modules: dict[str, Module]) -> list[Node]:
-    """Returns the nodes with a change of axes at the start of an `nn.Sequential` before its call."""
-    found: list[Node] = []
-    for node in nodes:
-        start = len(found)
-        while start and found[start - 1].op == "enter" and _is_sequential(found[start - 1], modules):
-            start -= 1
-        calls = found[start:]
-        if (
-            not calls
-            or node.op != "permute"
-            or any(list(refs(call.args)) != [node.args["self"].name] for call in calls)
-        ):
-            found.append(node)
-            continue
-        rename = functools.partial(_always, Ref(node.name))
-        calls = [replace(call, args=map_refs(call.args, rename)) for call in calls]
-        found[start:] = [replace(node, place=calls[0].place), *calls]
-    return found
-
-
-def _always(new: Ref, ref: Ref) -> Ref:
-    return new
-
-
-def _is_sequential(node: Node, modules: dict[str, Module]) -> bool:
-    path = node.args["path"]
-    return bool(path) and modules[path].class_name == "Sequential"
 
 
 def physical(tensor: Tensor, order: Sequence[int]) -> Tensor:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.calls import Call, tree
-from icenet.core.porting.formulas import activation_of
-from icenet.core.porting.layers import Layer, layer_of
+from icenet.core.porting.graph.calls import Call, tree
+from icenet.core.porting.graph.formulas import activation_of
+from icenet.core.porting.graph.functional import used_values
+from icenet.core.porting.layers import attention
+from icenet.core.porting.layers.attention import Attention, attention_of
+from icenet.core.porting.layers.mlx_layers import Layer, WrittenLayer, layer_of
+from icenet.core.porting.layers.recurrent import Recurrent, call_of, joined, recurrent_of
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
-from icenet.core.porting.recurrent import Recurrent, call_of, joined, recurrent_of
 
 
-def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Graph, dict[str, Layer]]:
+def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tuple[Graph, dict[str, Layer]]:
     """Replaces each call of a module that is one layer of mlx.nn by a node.
 
     Args:
         graph: A graph without operations in place.
-        allowed: The paths of the modules that may become layers; None for all.
+        allowed: The layers that modules may become, by path; None for all.
 
     Returns:
         The graph, and the layers by path. A module whose arrays are shared with another one, or whose inner values
@@ -25,9 +28,11 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
     """
     root = tree(graph)
     candidates: dict[str, Layer] = {}
+    paths = [array.path for array in graph.arrays.values()]
     foreign = {path.rpartition(".")[0] for path in graph.shared}
+    foreign |= {path.removesuffix(".out_proj") for path in foreign}
     for path, module in graph.modules.items():
-        layer = layer_of(module) or recurrent_of(module)
+        layer = layer_of(module) or recurrent_of(module) or attention_of(module, paths)
         if layer is not None and path and path not in foreign:
             if allowed is not None and path not in allowed:
                 continue
@@ -36,21 +41,30 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
     uses = _outside_uses(graph, root)
     whole: dict[str, list[Node]] = {}
     refused = _whole_recurrent(graph, root, candidates, uses, whole)
+    refused |= _whole_attention(graph, root, candidates, uses, whole)
     refused |= {
         call.path
         for call in root.calls()
         if call.path in candidates
-        and not isinstance(candidates[call.path], Recurrent)
+        and not isinstance(candidates[call.path], WrittenLayer)
         and not _is_whole(graph, call, candidates[call.path], uses)
     }
     layers = {path: layer for path, layer in candidates.items() if path not in refused}
+    for path, layer in (allowed or {}).items():
+        if isinstance(layer, Attention) and path in layers:
+            layers[path] = layer  # as the calls of both modes need it
     called = {call.path for call in root.calls()}
     nodes: list[Node] = []
 
     def flatten(call: Call) -> None:
         layer = layers.get(call.path)
         if layer is not None:
-            nodes.extend(whole[call.entered] if isinstance(layer, Recurrent) else _layer_nodes(graph, call))
+            if isinstance(layer, Attention):
+                nodes.extend(attention.nodes_of(whole[call.entered], call, layer, graph))
+            elif isinstance(layer, WrittenLayer):
+                nodes.extend(whole[call.entered])
+            else:
+                nodes.extend(_layer_nodes(graph, call))
             nodes.extend(_shared_sizes(call, uses))
             return
         nodes.append(Node(call.entered, "enter", {"path": call.path, "values": call.given}, None, call.place))
@@ -67,7 +81,9 @@ def collapse_layers(graph: Graph, allowed: set[str] | None = None) -> tuple[Grap
     return replace(graph, nodes=nodes, updates=updates), own
 
 
-def _activations(graph: Graph, root: Call, known: dict[str, Layer], allowed: set[str] | None) -> dict[str, Layer]:
+def _activations(
+    graph: Graph, root: Call, known: dict[str, Layer], allowed: dict[str, Layer] | None
+) -> dict[str, Layer]:
     """Returns the layers of the modules that are an activation of mlx.nn in each of their calls."""
     owners = {array.path.rpartition(".")[0] for array in graph.arrays.values()}
     found: dict[str, list[Layer | None]] = {}
@@ -97,6 +113,29 @@ def _whole_recurrent(
     refused = set()
     for path, layers in found.items():
         layer = joined([layer for layer in layers if layer is not None]) if None not in layers else None
+        if layer is None:
+            refused.add(path)
+        else:
+            candidates[path] = layer
+    return refused
+
+
+def _whole_attention(
+    graph: Graph, root: Call, candidates: dict[str, Layer], uses: dict[str, list[str]], whole: dict[str, list[Node]]
+) -> set[str]:
+    """Fills in the node of each call of an attention. Returns the modules that compute something else."""
+    found: dict[str, list[Attention | None]] = {}
+    needed = used_values(graph) if any(isinstance(layer, Attention) for layer in candidates.values()) else set()
+    for call in root.calls():
+        layer = candidates.get(call.path)
+        if isinstance(layer, Attention):
+            made = attention.call_of(graph, call, layer, uses, needed)
+            whole[call.entered] = made[1] if made else []
+            found.setdefault(call.path, []).append(made[0] if made else None)
+    refused = set()
+    for path, layers in found.items():
+        known = [layer for layer in layers if layer is not None]
+        layer = attention.joined(known) if len(known) == len(layers) else None
         if layer is None:
             refused.add(path)
         else:

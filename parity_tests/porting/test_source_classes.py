@@ -1,0 +1,107 @@
+"""Classes and loops of a port's source: one class for its variants, which take images with channels last."""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx)
+
+import mlx.core as mx
+import torch
+from made_ports import close, ported
+from torch import nn
+
+
+class Residual(nn.Module):
+    """A block with two layers that some of its instances lack."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, project: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+        self.project = None
+        if project:
+            self.project = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.conv(x))
+        if self.project is not None:
+            x = self.project(x)
+        return y + x
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Residual(3, 3), Residual(3, 6, 2, project=True)
+        self.c, self.d = Residual(6, 6), Residual(6, 4, 1, project=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x))))
+
+
+def test_a_layer_that_some_instances_lack_is_an_option_of_their_class() -> None:
+    module, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    model, source = ported(module, x)
+    assert source.count("class Residual") == 1
+    assert "        if project:\n            self.project = Sequential(" in source
+    assert "self.b = Residual(3, 6, 2, project=True)" in source
+    assert '        if "project" in self:\n            x = self.project(x)' in source
+    close(model(mx.array(x.numpy())), module(x))
+    assert source.count("transpose") == 2  # of the input and of the result: no class changes the axes
+
+
+class Cell(nn.Module):
+    """A recurrent layer of images, whose first state is not an image in MLX's order yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        a, b = self.conv(torch.cat([x, h], 1)).chunk(2, 1)
+        return torch.sigmoid(a) * torch.tanh(b) + h
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = Cell(), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.new_zeros(x.shape[0], 3, *x.shape[3:])
+        found = []
+        for step in range(x.shape[1]):
+            h = self.cell(x[:, step], h)
+            found.append(self.head(h))
+        return torch.stack(found, 1)
+
+
+def test_steps_over_images_are_a_loop() -> None:
+    module, x = Steps().eval(), torch.randn(2, 3, 2, 5, 6)
+    model, source = ported(module, x)
+    assert "call_2" not in source and "for step in range(3):" in source
+    close(model(mx.array(x.numpy())), module(x))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.gate(x).softmax(-1)
+        result = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            result = result + weights[:, index].unsqueeze(-1) * expert(x)
+        h = result
+        for layer in self.layers:
+            h = torch.relu(layer(h) + result)
+        return h
+
+
+def test_loops_over_experts_and_over_layers_after_another_variable() -> None:
+    module, x = Experts().eval(), torch.randn(5, 4)
+    model, source = ported(module, x)
+    assert "expert in enumerate(self.experts):" in source
+    assert "for layer in self.layers:" in source
+    close(model(mx.array(x.numpy())), module(x))
