@@ -3,8 +3,9 @@
 One matrix product computes the contribution of the inputs to all gates at all steps. The loop over time only computes
 the product with the state and the gates: `lstm_scan`, `gru_scan`, `tanh_scan` and `relu_scan`.
 
-On CUDA, kernels run all steps in one launch (`icenet.nn.recurrent_kernels`). The loops serve a CPU and Metal, are the
-reference of the kernels, and compute gradients of gradients.
+On CUDA, kernels run all steps in one launch (`icenet.nn.recurrent_kernels`). On a Linux CPU, numpy computes the gates
+(`icenet.nn.recurrent_host`). The loops serve Metal and compiled functions, are the reference of both, and compute
+gradients of gradients.
 
 The gradients of these loops are written out. Automatic differentiation would compute the gradient of the recurrent
 weights once per step and add the steps. Here it is one product over all steps, as in PyTorch's kernels, which takes
@@ -25,6 +26,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.nn import recurrent_host as host
 from icenet.nn import recurrent_kernels as kernels
 from icenet.nn.arrays import cast_weight
 from icenet.nn.linear import linear
@@ -168,7 +170,7 @@ class RNN(Recurrent):
 
 
 def with_gradient(
-    forward: Callable[..., Any], backward: Callable[..., Arrays], fused: kernels.Fused
+    forward: Callable[..., Any], backward: Callable[..., Arrays], fused: kernels.Fused, on_host: kernels.Fused
 ) -> Callable[..., Any]:
     """Combines a loop over time and its gradient into one differentiable function, called with `training=`.
 
@@ -176,8 +178,8 @@ def with_gradient(
     `backward(inputs, cotangents, (*results, *records))` needs. They are kept in training only, because this costs up
     to a quarter of the time. A gradient in evaluation mode runs the forward pass again. The last input is the mask.
 
-    `fused` computes the same with kernels, where `kernels.are_used` chooses them. Gradients of gradients are always
-    those of the loops.
+    `fused` computes the same with kernels, where `kernels.are_used` chooses them, and `on_host` with numpy, where
+    `host.is_used` does. Gradients of gradients and derivatives of forward mode are always those of the loops.
     """
 
     def keep(*inputs: Any) -> Arrays:
@@ -187,18 +189,38 @@ def with_gradient(
     def drop(*inputs: Any) -> Arrays:
         return tuple(forward(*inputs)[0])
 
-    def second(primals: Any, cotangents: Any, _: Any) -> Arrays:
-        """The gradient of `gradient`. The records depend on the inputs, so the forward pass is part of it."""
-        inputs, given, outputs = primals
-        *floats, mask = inputs
-        count = len(floats)
+    def first(mask: mx.array | None, count: int) -> Callable[..., list[mx.array]]:
+        """The gradient as a function of `count` inputs and the cotangents. The records depend on the inputs."""
 
-        def first(*arrays: mx.array) -> list[mx.array]:
+        def compute(*arrays: mx.array) -> list[mx.array]:
             inputs = *arrays[:count], mask
             return list(backward(inputs, arrays[count:], keep(*inputs))[:-1])
 
-        found: Any = mx.vjp(first, [*floats, *given], list(cotangents))[1]
+        return compute
+
+    def second(primals: Any, cotangents: Any, _: Any) -> Arrays:
+        """The gradient of `gradient`."""
+        (*floats, mask), given, outputs = primals
+        count = len(floats)
+        found: Any = mx.vjp(first(mask, count), [*floats, *given], list(cotangents))[1]
         return (*found[:count], mask), (*found[count:],), tuple(mx.zeros_like(array) for array in outputs)
+
+    def push_forward(primals: Any, tangents: Any) -> Arrays:
+        """The derivative of forward mode of `gradient`."""
+        (*floats, mask), given, _ = primals
+        return derivative(first(mask, len(floats)), [*floats, *given], [*tangents[0][:-1], *tangents[1]])
+
+    def derivative(function: Any, primals: list[mx.array], tangents: Any) -> Arrays:
+        moved = [mx.zeros_like(a) if t is None else t for a, t in zip(primals, tangents, strict=True)]
+        return tuple(mx.jvp(lambda *arrays: list(function(*arrays)), primals, moved)[1])
+
+    def derivative_of(loop: Any) -> Any:
+        """The derivative of forward mode of `keep` or `drop`."""
+        return lambda primals, tangents: derivative(
+            lambda *floats: loop(*floats, primals[-1]), list(primals[:-1]), tangents[:-1]
+        )
+
+    own = keep, drop
 
     def pair(keep: Any, drop: Any, backward: Any) -> tuple[Any, Any]:
         def floats(inputs: Arrays, given: Arrays, outputs: Arrays) -> Arrays:
@@ -206,16 +228,26 @@ def with_gradient(
 
         gradient: Any = mx.custom_function(floats)
         gradient.vjp(second)
+        gradient.jvp(push_forward)
         kept, dropped = mx.custom_function(keep), mx.custom_function(drop)
+        for function, loop in zip((kept, dropped), own, strict=True):
+            function.jvp(derivative_of(loop))
         kept.vjp(lambda inputs, given, outputs: (*gradient(inputs, given, outputs), inputs[-1]))
         dropped.vjp(lambda inputs, given, _: (*gradient(inputs, given, keep(*inputs)), inputs[-1]))
         return kept, dropped
 
     loops = pair(keep, drop, backward)
-    launches = pair(partial(fused.forward, record=True), partial(fused.forward, record=False), fused.backward)
+    launches, numpy_loops = (
+        pair(partial(one.forward, record=True), partial(one.forward, record=False), one.backward)
+        for one in (fused, on_host)
+    )
 
     def scan(*inputs: Any, training: bool) -> Arrays:
-        kept, dropped = launches if kernels.are_used(*inputs[:2]) else loops
+        kept, dropped = loops
+        if kernels.are_used(*inputs[:2]):
+            kept, dropped = launches
+        elif host.is_used(*inputs):
+            kept, dropped = numpy_loops
         results: Arrays = (kept if training else dropped)(*inputs)
         return results
 
@@ -282,7 +314,18 @@ def lstm_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> 
     return d_gates, d_weight, dh, found["carried_c"], mask
 
 
-lstm_scan = with_gradient(lstm_forward, lstm_backward, kernels.Fused(lstm_fused, lstm_fused_backward))
+def lstm_host_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, h0, _, mask = inputs
+    d_gates, dh, dc = host.lstm_backward(inputs, cotangents, outputs)
+    return d_gates, weight_gradient(d_gates, states_before(h0, outputs[0]), weight), dh, dc, mask
+
+
+lstm_scan = with_gradient(
+    lstm_forward,
+    lstm_backward,
+    kernels.Fused(lstm_fused, lstm_fused_backward),
+    kernels.Fused(host.lstm_forward, lstm_host_backward),
+)
 
 
 def gru_forward(
@@ -347,7 +390,19 @@ def gru_fused_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> A
     return found["d_projected"], d_weight, d_bias, dh, mask
 
 
-gru_scan = with_gradient(gru_forward, gru_backward, kernels.Fused(gru_fused, gru_fused_backward))
+def gru_host_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, _, h0, mask = inputs
+    d_projected, d_recurrent, dh = host.gru_backward(inputs, cotangents, outputs)
+    d_bias = d_recurrent[..., 2 * h0.shape[-1] :].sum(axis=1).sum(axis=0)
+    return d_projected, weight_gradient(d_recurrent, states_before(h0, outputs[0]), weight), d_bias, dh, mask
+
+
+gru_scan = with_gradient(
+    gru_forward,
+    gru_backward,
+    kernels.Fused(gru_fused, gru_fused_backward),
+    kernels.Fused(host.gru_forward, gru_host_backward),
+)
 
 
 def rnn_forward(
@@ -393,15 +448,23 @@ def rnn_fused_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: 
     return d_gates, weight_gradient(d_gates, states_before(h0, outputs[0]), weight), dh, mask
 
 
+def rnn_host_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, weight, h0, mask = inputs
+    d_gates, dh = host.rnn_backward(relu, inputs, cotangents, outputs)
+    return d_gates, weight_gradient(d_gates, states_before(h0, outputs[0]), weight), dh, mask
+
+
 tanh_scan = with_gradient(
     partial(rnn_forward, mx.tanh),
     partial(rnn_backward, lambda h: 1 - h * h),
     kernels.Fused(partial(rnn_fused, False), partial(rnn_fused_backward, False)),
+    kernels.Fused(partial(host.rnn_forward, False), partial(rnn_host_backward, False)),
 )
 relu_scan = with_gradient(
     partial(rnn_forward, nn.relu),
     partial(rnn_backward, lambda h: (h > 0).astype(h.dtype)),
     kernels.Fused(partial(rnn_fused, True), partial(rnn_fused_backward, True)),
+    kernels.Fused(partial(host.rnn_forward, True), partial(rnn_host_backward, True)),
 )
 
 

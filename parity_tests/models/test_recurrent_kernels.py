@@ -1,7 +1,8 @@
-"""The kernels of MLX's recurrent layers against PyTorch in float64: emulated on the CPU, and on a GPU."""
+"""MLX's recurrent layers against PyTorch in float64: loops, numpy, kernels in an emulation, and kernels on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from icenet.core.errors import UsageError
-from icenet.nn import GRU, LSTM, RNN, recurrent_kernels
+from icenet.nn import GRU, LSTM, RNN, recurrent_host, recurrent_kernels
 from icenet.nn.device_limits import Limits
 from icenet.nn.recurrent_source import CUDA_ORDER, GATES, Kernel
 from icenet.nn.recurrent_tiles import WARPS, choose_tiles
@@ -217,6 +218,48 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "yes")
     with pytest.raises(UsageError, match=r"ICENET_RECURRENT_KERNELS is 'yes'; it must be on or off"):
         used(projected, weight)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("way", ["numpy", "loop"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu(kind: str, way: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+
+    def is_used(*arrays: Any, original: Any = recurrent_host.is_used) -> bool:
+        answer: bool = original(*arrays)
+        used.add(answer)
+        return answer
+
+    monkeypatch.setattr(recurrent_host, "is_used", is_used)
+    monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "off" if way == "loop" else "on")
+    check(kind, (6, 5, 12), padded)
+    assert used == {way == "numpy" and sys.platform == "linux"}
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_functions_that_mlx_transforms(kind: str) -> None:
+    """Compiled functions, and derivatives of forward mode of outputs and of gradients."""
+    layer = KINDS[kind](INPUTS, 8)
+    layer.update({name: mx.array(value) for name, value in weights(kind, 8).items()})
+    layer.train()
+    x, _, mask, vector = inputs(5, 3, INPUTS, 1, True)
+    x, mask, vector = mx.array(x), mx.array(mask), mx.array(vector)
+
+    def call(x: mx.array) -> mx.array:
+        return layer(x, mask=mask)[0]
+
+    def gradient(x: mx.array) -> mx.array:
+        return mx.grad(lambda x: (call(x) ** 2).sum())(x)
+
+    def slope(function: Any) -> np.ndarray:
+        return np.array(mx.jvp(function, [x], [vector])[1][0])
+
+    for function in (call, gradient):
+        np.testing.assert_allclose(np.array(mx.compile(function)(x)), np.array(function(x)), rtol=0, atol=2e-6)
+        moved = [np.array(function(x + step * vector), np.float64) for step in (1e-2, -1e-2)]
+        expected = (moved[0] - moved[1]) / 2e-2
+        assert np.abs(slope(function) - expected).max() < 2e-2 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("training", [True, False])
