@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 
 from icenet import nn as ops
 from icenet.core import engine
+from icenet.core.allocator import keep_freed_memory
 from icenet.core.config import Config
 from icenet.core.config.custom import is_custom
 from icenet.core.engine import Batch, call_model
@@ -80,6 +81,8 @@ class Engine(engine.Engine):
     def prepare_process(cls) -> None:
         if mx.cuda.is_available():  # Metal reads one of the variables, too
             super().prepare_process()
+        else:
+            keep_freed_memory()
 
     # ---- training ----------------------------------------------------------------------------------------
 
