@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from helpers import both_backends, plain, tiny
 from icenet.core import backends
 from icenet.core.data.datasets import dataset_for
 from icenet.core.data.images.dataset import ImageDataset
+from icenet.core.training import prefetch
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.trainer import Trainer
 
@@ -51,19 +51,28 @@ def test_the_next_batch_is_read_while_a_step_is_computed() -> None:
 
 
 @pytest.mark.parametrize("in_thread", [True, False])
-def test_the_wait_for_a_batch(in_thread: bool) -> None:
-    """A batch that was read ahead costs no wait; the first one and those of a user cost the time to read them."""
+def test_the_wait_for_a_batch(in_thread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was read ahead costs no wait; the first one and those of a user cost the time to read them.
+
+    Time passes in `read` only: a second of the main thread's clock, none where it reads in the other thread.
+    """
+    now = [0.0]
+    are_read = [threading.Event() for _ in range(2)]
 
     def read(step: int) -> dict[str, np.ndarray]:
-        time.sleep(0.1)
+        if threading.current_thread() is threading.main_thread():
+            now[0] += 1
+        are_read[step].set()
         return batch(step)
 
-    with Prefetch(read, 3, in_thread) as data:
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: now[0])
+    with Prefetch(read, 2, in_thread) as data:
         data.batch(0)
-        assert data.waited >= 0.1
-        time.sleep(0.5)
+        assert data.waited == 1
+        if in_thread:
+            assert are_read[1].wait(5)  # without a request
         data.batch(1)
-        assert (data.waited < 0.1) == in_thread
+        assert data.waited == (0 if in_thread else 1)
 
 
 def test_an_error_is_raised_where_its_batch_is_requested() -> None:
@@ -75,7 +84,6 @@ def test_an_error_is_raised_where_its_batch_is_requested() -> None:
     with Prefetch(read, 5) as data:
         data.batch(0)
         data.batch(1)
-        time.sleep(0.01)
         with pytest.raises(ValueError, match="damaged"):
             data.batch(2)
 
