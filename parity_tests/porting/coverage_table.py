@@ -339,7 +339,8 @@ def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: l
     results = json.loads(text)  # without the folders of this machine
     kept = {name: {key: value for key, value in item.items() if value} for name, item in results.items()}
     entry["entries"] = dict(sorted({**(entry["entries"] if partial else {}), **kept}.items()))
-    entry["machine"], entry["of"] = machine(group), len(every)
+    earlier = [item for item in entry.get("machine", "").split("; ") if item and partial]
+    entry["machine"], entry["of"] = "; ".join(dict.fromkeys([*earlier, machine(group)])), len(every)
     lines = []
     for name, item in sorted(found.items()):
         rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in item["entries"].items())

@@ -32,6 +32,9 @@ RANDOM = re.compile(
     r"dropout|rand|normal|bernoulli|uniform|multinomial|exponential|cauchy|geometric|log_normal|rrelu|empty|fractional"
 )
 """Operations whose values are random or undefined."""
+DRAWS = re.compile(r"rand|normal|bernoulli|uniform|multinomial|exponential|cauchy|geometric|log_normal|rrelu")
+FREE_SIGNS = ("linalg.svd", "svd", "linalg.eigh")
+"""Decompositions whose vectors have any sign: the database says what of them is determined."""
 
 
 def record(function: Any, inputs: list[torch.Tensor]) -> Graph:
@@ -128,7 +131,8 @@ def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:
         for index, tensor in zip(places, tensors, strict=True):
             whole[index] = tensor
         first, args, kwargs = pytree.tree_unflatten(whole, spec)
-        return op.op(first, *args, **kwargs)
+        result = op.op(first, *args, **kwargs)
+        return sample.output_process_fn_grad(result) if op.name in FREE_SIGNS else result
 
     try:
         wanted = function(*[item.clone() for item in inputs])
@@ -144,7 +148,7 @@ def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:
         expected = [item for item in pytree.tree_leaves(wanted) if isinstance(item, torch.Tensor)]
         if len(found) != len(expected):
             raise AssertionError(f"{len(found)} results instead of {len(expected)}")
-        if not RANDOM.search(op.name) and not sample.kwargs.get("dropout_p"):
+        if not RANDOM.search(op.name) and not any(map(_is_random, graph.nodes)):
             exact: list[torch.Tensor] = []
             for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
                 if close(ours, theirs) or (number and _is_place(op.name, ours, theirs, inputs[0], sample)):
@@ -161,6 +165,13 @@ def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:
         given = [item for item in (*sample.args, *sample.kwargs.items()) if "tensor(" not in str(item)]
         return "failed", f"{_short(error)} | {shapes} {given}"[:330]
     return "passed", ""
+
+
+def _is_random(node: Node) -> bool:
+    """Returns whether an operation draws random numbers."""
+    if "dropout" in node.base:
+        return bool(node.args["p"]) and bool(node.args.get("train", True))
+    return bool(DRAWS.match(node.base)) or bool(node.args.get("dropout_p"))
 
 
 def _is_place(name: str, ours: mx.array, theirs: torch.Tensor, x: torch.Tensor, sample: Any) -> bool:
@@ -226,7 +237,7 @@ def _check_gradients(model: Any, function: Any, inputs: list[torch.Tensor]) -> N
         total = sum((results[index] * factors[index]).sum() for index in floats)
         found = torch.autograd.grad(total, [leaves[index] for index in chosen], allow_unused=True)
         return [
-            torch.zeros_like(given[index]) if item is None else item
+            torch.zeros_like(given[index]) if item is None else item.to_dense() if item.is_sparse else item
             for index, item in zip(chosen, found, strict=True)
         ]
 

@@ -62,6 +62,7 @@ def random(*shape: int) -> torch.Tensor:
 
 NAN = float("nan")
 IDS = torch.tensor([[3, 0, -1, 1, 2], [1, -1, 0, 0, 0]])
+POSITIVE = random(4, 4) @ random(4, 4).T + torch.eye(4)
 LENGTHS = torch.tensor([6, 5]), torch.tensor([3, 2])
 CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
     "sum of nothing": (lambda x: x.t().sum(1), (random(0, 5),)),
@@ -119,6 +120,62 @@ CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
         (random(5), torch.tensor([4, 1, 4]), torch.tensor([0.0, 3.0, 5.0])),
     ),
     "ctc loss": (lambda x, y: F.ctc_loss(x, y, *LENGTHS), (random(6, 2, 5).log_softmax(2), IDS[:, :3].abs())),
+    "decompositions": (
+        lambda x: (torch.linalg.qr(x), *torch.linalg.svd(x.T.relu(), False)[1:2], torch.linalg.pinv(x)),
+        (random(5, 3),),
+    ),
+    "wide decompositions": (
+        lambda x: (torch.linalg.qr(x)[1], (torch.linalg.svd(x, False)[2] ** 2), torch.linalg.qr(x, "r")[1]),
+        (random(3, 5),),
+    ),
+    "symmetric matrices": (
+        lambda x: (
+            torch.linalg.eigh(x)[1].abs(),
+            torch.linalg.eigvalsh(x),
+            torch.linalg.cholesky_ex(x).L,
+            x.slogdet(),
+        ),
+        (POSITIVE,),
+    ),
+    "triangular systems": (
+        lambda a, b: (
+            torch.linalg.solve_triangular(a, b, upper=False),
+            torch.linalg.solve_triangular(a, b.T, upper=True, left=False, unitriangular=True),
+            torch.cholesky_solve(b, a.tril()),
+        ),
+        (POSITIVE, random(4, 2)),
+    ),
+    "exponential of matrices": (lambda x: (x.matrix_exp(), (9 * x).matrix_exp()), (random(4, 4),)),
+    "quantiles": (
+        lambda x, q: (x.quantile(q, 1), x.quantile(0.3, 0, True), x.nanquantile(q), x.mode(1)[0]),
+        (random(3, 4), torch.tensor([0.1, 0.75])),
+    ),
+    "statistics": (lambda x: (x.cov(), x.corrcoef(), x.histc(5), torch.gradient(x, spacing=0.5)), (random(3, 4),)),
+    "gamma functions": (
+        lambda x: (torch.polygamma(1, x), torch.polygamma(2, x), torch.mvlgamma(x + 1, 3)),
+        (torch.rand(9, generator=torch.Generator().manual_seed(0)) * 5 + 0.1,),
+    ),
+    "rows with a largest norm": (
+        lambda w, i: (F.embedding(i, w, max_norm=1.0), F.embedding_bag(i, w, mode="sum"), w),
+        (random(6, 3), torch.tensor([[1, 2], [1, 4]])),
+    ),
+    "index fill with a repeated index": (
+        lambda x, i, v: x.index_fill(1, i, v),
+        (random(2, 4), torch.tensor([1, -1, 1]), torch.tensor(2.0)),
+    ),
+    "native batch norm": (
+        lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5),
+        (random(3, 2),),
+    ),
+    "more integers": (
+        lambda a, b: (
+            torch.div(a, b, rounding_mode="trunc"),
+            torch.arange(0, -8.000001, -4.0, dtype=torch.long),
+            torch.linspace(4, -3, 50, dtype=torch.long),
+            torch.logspace(0, 3.9, 4, dtype=torch.long),
+        ),
+        (torch.tensor([-8, 7, 9]), torch.tensor([6, -2, 4])),
+    ),
     "copies of views": (lambda x: (torch.view_copy(x, (3, 2)), torch.expand_copy(x, (2, 2, 3))), (random(2, 3),)),
 }
 
@@ -146,6 +203,28 @@ class Losses(nn.Module):
         flat = self.adaptive(x[:, 0], targets[:, 0])
         ctc = self.ctc(x.transpose(0, 1).log_softmax(-1), targets, *LENGTHS)
         return flat.output, flat.loss, ctc, self.gaussian(x[:, 0], x[:, 1], x[:, 2].exp())
+
+
+class Changed(nn.Module):
+    """A weight that the forward pass changes without a gradient: in place, and by layers of torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(5) * 2)
+        self.rows = nn.Embedding(5, 4, max_norm=1.0)
+        self.bags = nn.EmbeddingBag(5, 4, max_norm=0.5)
+        self.norm = nn.CrossMapLRN2d(3)
+
+    def forward(self, ids: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return self.rows(ids) * self.weight[:4], self.bags(ids), self.norm(image)
+
+
+@pytest.mark.slow
+def test_weights_that_the_forward_pass_changes() -> None:
+    port = icenet.port(Changed(), (torch.tensor([[1, 2, 4], [2, 0, 3]]), random(2, 5, 3, 3)))
+    assert {check.mode for check in port.report.checks} == {"evaluation", "training"}
 
 
 def test_losses_that_torch_cannot_export() -> None:

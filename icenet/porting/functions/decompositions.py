@@ -289,7 +289,8 @@ def matrix_norm(x, order=None, axes=None, keepdims=False):
         return vector_norm(x, 2, tuple(axes), keepdims)
     rows, columns = (axis % x.ndim for axis in axes)
     if not x.shape[rows] * x.shape[columns]:
-        return x.sum((rows, columns), keepdims=keepdims)
+        shape = [1 if axis in (rows, columns) else size for axis, size in enumerate(x.shape)]
+        return mx.zeros(shape) if keepdims else mx.zeros(shape).squeeze((rows, columns))
     if order in (1, -1, math.inf, -math.inf):
         along, over = (rows, columns) if order in (1, -1) else (columns, rows)
         sums = mx.abs(x).sum(along, keepdims=True)

@@ -282,16 +282,18 @@ def channel_shuffle(x, groups):
 
 def arange(start, stop, step, dtype):
     """Returns numbers from start to stop."""
-    count = max(math.ceil((stop - start) / step), 0)
     if mx.issubdtype(dtype, mx.integer):
-        return (mx.arange(count, dtype=dtype) * int(step) + int(start)).astype(dtype)
+        return mx.arange(int(start), int(stop), int(step), dtype)
+    count = max(math.ceil((stop - start) / step), 0)
     return (mx.arange(count).astype(mx.float32) * step + start).astype(dtype)
 
 
 def linspace(start, stop, count, dtype):
     """Returns numbers at equal distances, both ends included."""
     if mx.issubdtype(dtype, mx.integer):
-        start, stop = (int(item) if isinstance(item, float) else item for item in (start, stop))
+        if not isinstance(start, mx.array) and not isinstance(stop, mx.array):
+            return mx.array([int(value) for value in _steps(int(start), int(stop), count)], dtype)
+        start, stop = (mx.array(item).astype(dtype) for item in (start, stop))
     if count == 1:
         return mx.broadcast_to(mx.array(start), (1,)).astype(dtype)
     index = mx.arange(count)
@@ -300,8 +302,18 @@ def linspace(start, stop, count, dtype):
     return mx.where(index < count // 2, from_start, from_stop).astype(dtype)
 
 
+def _steps(start, stop, count):
+    """Returns numbers at equal distances, counted from the nearer end."""
+    step = (stop - start) / max(count - 1, 1)
+    return [start + i * step if i < max(count // 2, 1) else stop - (count - 1 - i) * step for i in range(count)]
+
+
 def logspace(start, stop, count, base, dtype):
     """Returns powers whose exponents have equal distances."""
+    if mx.issubdtype(dtype, mx.integer):
+        if not isinstance(start, mx.array) and not isinstance(stop, mx.array):
+            return mx.array([int(base**value) for value in _steps(int(start), int(stop), count)], dtype)
+        start, stop = (mx.array(item).astype(dtype).astype(mx.float32) for item in (start, stop))
     return mx.power(mx.array(base, mx.float32), linspace(start, stop, count, mx.float32)).astype(dtype)
 
 

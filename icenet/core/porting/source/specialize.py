@@ -303,7 +303,8 @@ class _Folder(ast.NodeTransformer):
 def _is_subdtype(dtype: str, kind: str) -> bool | None:
     """Returns the value of `mx.issubdtype`, None if it is not known."""
     kinds = {"mx.integer": ("mx.int", "mx.uint"), "mx.floating": ("mx.float", "mx.bfloat")}
-    return dtype.startswith(kinds[kind]) if kind in kinds and dtype.startswith("mx.") else None
+    is_known = kind in kinds and dtype.removeprefix("mx.").isidentifier() and dtype.startswith("mx.")
+    return dtype.startswith(kinds[kind]) if is_known else None
 
 
 class _Put(ast.NodeTransformer):

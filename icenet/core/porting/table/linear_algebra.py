@@ -52,6 +52,8 @@ def addmm(n: Operation) -> str:
     }
     a, b = names[n.node.base]
     beta, alpha = n.get("beta", 1), n.args.get("alpha", 1)
+    if not n.out.is_floating and not n.out.is_complex:
+        beta, alpha = int(beta), int(alpha)
     if n.node.base == "addmm" and alpha == beta == 1 and n.out.is_floating:
         return f"mx.addmm({n['self']}, {n[a]}, {n[b]})"
     if n.node.base == "addr":
@@ -62,7 +64,7 @@ def addmm(n: Operation) -> str:
         text = product(n, a, b)
     if alpha != 1:
         text = f"{n.source(alpha)} * ({text})"
-    if n.args.get("beta", 1) == 0:
+    if beta == 0:
         return text
     return f"{n.atom('self') if beta == 1 else f'{n.source(beta)} * ' + n.atom('self')} + {text}"
 
