@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from icenet_torch.nn.arrays import Array, product_dtype
+from icenet_torch.nn.arrays import Array, is_half, product_dtype
 from icenet_torch.nn.cached_attention import has_triton
 
 Mask: TypeAlias = str | Array | None
@@ -36,7 +36,7 @@ def scaled_dot_product_attention(
     """
     dtype = product_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    queries, keys, values = (array if array.dtype == dtype else array.to(dtype) for array in (q, k, v))
     is_causal = isinstance(mask, str)
     if isinstance(mask, str):
         mask = None
@@ -107,7 +107,8 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
 
         return kernels.rotate(x, angles, pairs)
     size = 2 * angles.shape[-1]
-    y = x[..., :size].to(torch.promote_types(x.dtype, torch.float32))
+    y = x if size == x.shape[-1] else x[..., :size]
+    y = y.float() if is_half(x) else y
     # x cos + other sin, where `other` is the other value of the pair
     if pairs == "interleaved":
         angles = angles.transpose(-1, -2)  # [..., R / 2, 3]
@@ -116,7 +117,8 @@ def rotate(x: Array, angles: Array, pairs: str) -> Array:
     else:
         y = y.reshape(*y.shape[:-1], 2, -1)
         rotated = y * angles[..., :1, :] + y.flip(-2) * angles[..., 1:, :]
-    rotated = rotated.reshape(*x.shape[:-1], size).to(x.dtype)
+    rotated = rotated.reshape(*x.shape[:-1], size)
+    rotated = rotated.to(x.dtype) if is_half(x) else rotated
     return rotated if size == x.shape[-1] else torch.cat([rotated, x[..., size:]], dim=-1)
 
 

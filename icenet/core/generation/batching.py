@@ -289,7 +289,11 @@ class Batch:
     def _place(self) -> None:
         """Tells the cache the position of each slot: all tokens but the last are read. Free slots begin at zero."""
         columns = [0 if row is None else int(self.lengths[row]) + self.chosen[row] - 1 for row in self.slots]
-        self.decoder.cache.place(self.decoder.to_device(np.array(columns, np.int32)), max(columns))
+        longest = max(columns)
+        filled = {column for column, row in zip(columns, self.slots, strict=True) if row is not None}
+        if self.costs is ON_CPU and filled == {longest}:
+            columns = [longest]  # that of all rows: their columns are copied, and attention needs no mask
+        self.decoder.cache.place(self.decoder.to_device(np.array(columns, np.int32)), longest)
         self.moved = False
 
     def _make_keys(self) -> None:

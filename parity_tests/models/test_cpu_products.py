@@ -1,0 +1,65 @@
+"""Products of layers that generate on a CPU, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from icenet.core.config import TransformerConfig
+from icenet_torch.models import TransformerModel
+from icenet_torch.nn import Linear, cpu_products
+
+
+def generating(inputs: int, outputs: int, bias: bool) -> Any:
+    """Returns a layer with random weights, prepared for generation."""
+    layer = Linear(inputs, outputs, bias)
+    generator = torch.Generator().manual_seed(0)
+    for array in layer.parameters():
+        array.data = torch.randn(array.shape, generator=generator)
+    layer.prepare_generation(layer, torch.float32)
+    return layer
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("outputs", [1024, 1031, 1234, 2057])  # 1031 is prime, 1234 is 2 x 617, 2057 is 187 x 11
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_that_of_float64(rows: int, outputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, product = [], cpu_products.product
+    monkeypatch.setattr(cpu_products, "product", lambda *inputs: calls.append(1) or product(*inputs))
+    layer = generating(512, outputs, bias)
+    x = torch.randn((rows, 1, 512), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = layer(x)
+        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        separate = F.linear(x, layer.weight, layer.bias)
+    error, noise = ((array.double() - exact).abs().max() for array in (y, separate))
+    assert y.shape == (rows, 1, outputs) and y.dtype == torch.float32
+    assert error <= 8 * noise
+    assert len(calls) == cpu_products._HAS_LIBRARIES
+
+
+def test_other_products_are_those_of_pytorch() -> None:
+    """Small weights, other dtypes, autocast, a weight that is not contiguous, and a backward pass."""
+    x, weight = torch.randn(1, 512), torch.randn(1024, 512)
+    assert not cpu_products.can_compute(x, weight)  # gradients
+    with torch.no_grad():
+        assert cpu_products.can_compute(x, weight) == cpu_products._HAS_LIBRARIES
+        assert not cpu_products.can_compute(x, weight[:100])
+        assert not cpu_products.can_compute(x.double(), weight.double())
+        assert not cpu_products.can_compute(x, torch.randn(512, 1024).T)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not cpu_products.can_compute(x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_same_tokens_are_generated(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"vocab_size": 1040, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "max_seq_length": 32}
+    model = TransformerModel(TransformerConfig(**options), seed=3)
+    prompts = np.arange(6 * rows).reshape(rows, 6) * 7 % 1040
+    found = model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True)
+    monkeypatch.setattr(cpu_products, "can_compute", lambda x, weight: False)
+    assert np.array_equal(found, model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True))
