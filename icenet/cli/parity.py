@@ -184,7 +184,7 @@ def modules_command(module: str, reference: str, as_json: bool, html: Path | Non
     """
     from icenet.commands.parity_modules import compare_files
 
-    _finish(compare_files(module, reference, **options), html, as_json)
+    _finish(compare_files(module, reference, quiet=as_json, **options), html, as_json)
 
 
 @parity.command(
@@ -228,7 +228,7 @@ def check_command(module: str, trace: Path, as_json: bool, html: Path | None, **
     """
     from icenet.commands.parity_modules import check_file
 
-    _finish(check_file(module, trace, **options), html, as_json)
+    _finish(check_file(module, trace, quiet=as_json, **options), html, as_json)
 
 
 def _finish(report: Any, html: Path | None, as_json: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,6 +29,14 @@ def parity(
     replaced = {"backend": "both are compared", "allow_tf32": "the backends are compared without TF32"}
     warn_of_replaced(overrides, {**replaced, "training.mixed_precision": option("--dtype", dtype)})
     config, weights = open_model.open_target(Path(target), overrides)
+    with progress_bar(quiet) as update:
+        return run(config, weights, steps=steps, dtype=dtype, progress=update)
+
+
+@contextlib.contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a progress bar on stderr if that is a terminal. Yields a function of the stage, and of the work done and
+    in all."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     console = stderr_console()
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
@@ -36,4 +45,4 @@ def parity(
         def update(stage: str, done: int, total: int) -> None:
             bar.update(task, description=stage, completed=done, total=total)
 
-        return run(config, weights, steps=steps, dtype=dtype, progress=update)
+        yield update

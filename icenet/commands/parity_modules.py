@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.commands.parity import progress_bar
 from icenet.core import backends, weights
 from icenet.core.config import user_code
 from icenet.core.errors import DataError, UsageError
@@ -33,6 +34,7 @@ def compare_files(
     stages: Sequence[str] | None = None,
     copy_weights: bool | None = None,
     replay: Path | None = None,
+    quiet: bool = False,
 ) -> Report:
     """Compares two modules that files define (see `icenet.parity.compare`). The files are run.
 
@@ -41,6 +43,7 @@ def compare_files(
         input_file: A .npz file with the arguments; None to draw them.
         weights_file: A .safetensors file whose tensors both modules receive; None to keep the weights they have.
         seed, dtype, rename, stages, copy_weights, replay: See `icenet.parity.compare`.
+        quiet: Show no progress bar.
 
     Raises:
         UsageError: A file or a name in it is wrong, or the modules cannot be compared.
@@ -51,17 +54,20 @@ def compare_files(
     if weights_file is not None:
         for found in (a, b):
             set_weights(found, weights_file, rename)
-    report = compare(
-        a,
-        b,
-        None if input_file is None else read_inputs(input_file),
-        rename=rename,
-        stages=ALL_STAGES if stages is None else tuple(stages),
-        dtype=dtype,
-        seed=seed,
-        copy_weights=copy_weights,
-        replay=None if replay is None else str(replay),
-    )
+    inputs = None if input_file is None else read_inputs(input_file)
+    with progress_bar(quiet) as update:
+        report = compare(
+            a,
+            b,
+            inputs,
+            rename=rename,
+            stages=ALL_STAGES if stages is None else tuple(stages),
+            dtype=dtype,
+            seed=seed,
+            copy_weights=copy_weights,
+            replay=None if replay is None else str(replay),
+            progress=update,
+        )
     report.command = shlex.join(["icenet", *sys.argv[1:]])
     return report
 
@@ -90,7 +96,8 @@ def record_file(
     if weights_file is not None:
         set_weights(found, weights_file)
     inputs = None if input_file is None else read_inputs(input_file)
-    written = record(found, inputs, folder, dtype=dtype, seed=seed)
+    with progress_bar() as update:
+        written = record(found, inputs, folder, dtype=dtype, seed=seed, progress=update)
     size = sum(file.stat().st_size for file in written.iterdir())
     return f"recorded {module}: {written} ({size / 1e6:.1f} MB); check a module against it with icenet parity check"
 
@@ -103,11 +110,12 @@ def check_file(
     rename: Mapping[str, str] | None = None,
     stages: Sequence[str] | None = None,
     copy_weights: bool | None = None,
+    quiet: bool = False,
 ) -> Report:
     """Compares a module that a file defines with a trace.
 
     Args:
-        module, weights_file, rename, stages, copy_weights: See `compare_files`.
+        module, weights_file, rename, stages, copy_weights, quiet: See `compare_files`.
         trace: Folder of the trace.
 
     Raises:
@@ -119,14 +127,16 @@ def check_file(
     found = load_module(module)
     if weights_file is not None:
         set_weights(found, weights_file, rename)
-    report = compare(
-        found,
-        recorded,
-        rename=rename,
-        stages=ALL_STAGES if stages is None else tuple(stages),
-        dtype=recorded.dtype,
-        copy_weights=copy_weights,
-    )
+    with progress_bar(quiet) as update:
+        report = compare(
+            found,
+            recorded,
+            rename=rename,
+            stages=ALL_STAGES if stages is None else tuple(stages),
+            dtype=recorded.dtype,
+            copy_weights=copy_weights,
+            progress=update,
+        )
     report.command = shlex.join(["icenet", *sys.argv[1:]])
     return report
 

@@ -14,15 +14,18 @@ trace        the arrays that a run computes, in order
 
 Any two modules:
 
-comparison   `compare`: the order of the stages, and what they share
+comparison   `compare` of two modules, and the smallest input that differs
+state        what the stages, replays and causes of a comparison share
 arguments    checks of its arguments
 inputs       inputs of the user and random ones, their axes, and the smallest that differs
-stages/      one file for each stage, or for two that belong together
-calls/       the calls of both sides: `sides` runs a module, `events` are the calls of a run, `pairing` finds those of
-             both sides (`pairs`), `runs` and `replays` compute them, `culprit` is the first difference
+stages/      one file for each stage, or for two that belong together, and their `order`
+calls/       the calls of both sides: `sides` says what a side computes, `module_side` does it with a copy of a module
+             (`module_copy`, `module_replays`), `events` are the calls of a run, `pairing` finds those of both sides
+             (`pairs`), `runs` and `replays` compute them, `culprit` is the first difference
 causes/      known causes, tried on the reference (`search`)
-results/     the report: stages, rows, modules, culprit and cause (`result`), its tree and its page
-recordings/  a reference on another machine: `record` writes what a comparison needs, `read_trace` compares with it
+results/     what was found (`result`), and the `report` of it: its tree, its page (`html`, `charts`, `style`)
+recordings/  a reference on another machine: `recording` writes what a comparison needs, `trace` reads it,
+             `trace_comparison` compares a module with it
 
 A configuration (`icenet parity CONFIG`):
 
@@ -45,9 +48,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import compare
-    from icenet.parity.recordings.recorded import read_trace
     from icenet.parity.recordings.recording import record
-    from icenet.parity.results.result import Report
+    from icenet.parity.recordings.trace import read_trace
+    from icenet.parity.results.report import Report
     from icenet.parity.results.status import ALL_STAGES
 
 __all__ = ["ALL_STAGES", "Report", "compare", "read_trace", "record"]
@@ -60,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
         return compare
     if name == "read_trace":
-        from icenet.parity.recordings.recorded import read_trace
+        from icenet.parity.recordings.trace import read_trace
 
         return read_trace
     if name == "record":
@@ -68,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
         return record
     if name == "Report":
-        from icenet.parity.results.result import Report
+        from icenet.parity.results.report import Report
 
         return Report
     if name == "ALL_STAGES":

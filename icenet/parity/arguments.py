@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from icenet.core.errors import UsageError
 from icenet.parity.results.status import ALL_STAGES
 
 DTYPES = ("fp32", "bf16", "fp16")
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the stage, the finished part of its work, and all of it."""
 
 
 def check_options(

@@ -20,6 +20,7 @@ from icenet.core.models import twins
 from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.weights.arrays import first_non_finite
+from icenet.parity.arguments import Progress
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
 from icenet.parity.locate import (
     DIFFERS,
@@ -38,8 +39,6 @@ from icenet.parity.trace import Call, Trace, Value, short_dtype
 from icenet.parity.yardstick import F, Samples, judge_curve, rms
 
 Array = npt.NDArray[Any]
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, the finished part of its work, and all of it."""
 
 
 def run(

@@ -21,7 +21,8 @@ from pairs import PAIRS, draw, tokens, with_equal_weights
 
 import icenet
 from icenet.parity import align, compare, inputs
-from icenet.parity.comparison import Comparison
+from icenet.parity.comparison import ModuleComparison
+from icenet.parity.stages.order import run_stages
 from icenet.parity.trace import Value
 from icenet_torch.tools.probe import perturbing
 
@@ -273,8 +274,8 @@ def test_the_error_of_what_a_model_computes_between_layers_is_known() -> None:
     """The cosines of a time have an error that the gradients of all layers inherit; no layer has it."""
     ours, theirs, given = PAIRS["diffusion"]("")
     options = dict.fromkeys(("rename", "layout", "loss", "optimizer"), None) | {"copy_weights": False}
-    comparison = Comparison(ours, theirs, ("forward",), "fp32", 0, 0, options)
-    assert comparison.run([inputs.read(given)]).passed
+    comparison = ModuleComparison(ours, theirs, ("forward",), "fp32", 0, 0, options)
+    assert run_stages(comparison, [inputs.read(given)]).passed
     assert comparison.own_errors["time1"]["argument"] > 1e-8 and "argument" not in comparison.own_errors[""]
     seen = []
 

@@ -12,7 +12,8 @@ import pytest
 
 from icenet.core.errors import UsageError
 from icenet.parity.results import html
-from icenet.parity.results.result import Histogram, Module, Report, Row, Stage
+from icenet.parity.results.report import Report
+from icenet.parity.results.result import Histogram, Module, Row, Stage
 from icenet.parity.results.status import CONTAINS, DIFFERS, FAILED, INHERITS, PASSED
 
 HOSTILE = '<script>alert("x")</script>&amp;'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("icenet.models")  # chooses the BLAS before mlx is imported
@@ -46,6 +47,17 @@ def test_other(assert_parity, kind):
     assert_parity(Mine(), Theirs(torch.relu), X, **OPTIONS)
     assert_parity(Mine(), Theirs(torch.tanh), X, **OPTIONS)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Imports all that a comparison imports: pytester forgets what a run imports, so that the next one fails."""
+    import mlx.nn
+    import torch
+
+    from icenet.parity import compare
+
+    assert not compare(mlx.nn.Tanh(), torch.nn.Sigmoid(), np.ones((2, 3), np.float32)).passed
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> tuple[str, Path]:

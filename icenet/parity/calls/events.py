@@ -259,6 +259,11 @@ def take_apart(item: Any, array_type: type) -> tuple[Any, list[Any]]:
     return map_leaves(item, take), arrays
 
 
+def arrays_of(item: Any, array_type: type) -> list[Any]:
+    """Returns the arrays of a structure, in order."""
+    return take_apart(item, array_type)[1]
+
+
 def rebuild(item: Any, arrays: list[Any]) -> Any:
     """Returns a structure with arrays in place of its slots."""
     return map_leaves(item, lambda leaf: arrays[leaf.index] if isinstance(leaf, Slot) else leaf)

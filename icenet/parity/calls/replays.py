@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,9 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.locate import judge_layer
 from icenet.parity.results.rows import index_of
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +33,12 @@ def replay_all(c: Comparison, pairs: list[Pair], backward: Collection[int] = ())
         backward: Numbers of the calls whose backward pass is replayed, too.
     """
     c.ties = set()
-    return {p.b.number: replay(c, p, p.b.number in backward) for p in pairs if not p.obstacle}
+    found = {}
+    for index, pair in enumerate(pairs):
+        c.tell("modules", index, len(pairs))
+        if not pair.obstacle:
+            found[pair.b.number] = replay(c, pair, pair.b.number in backward)
+    return found
 
 
 def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:

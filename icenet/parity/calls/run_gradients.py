@@ -8,16 +8,12 @@ the forward pass of every call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from icenet.parity import align
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.results.rows import split_at
+from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement, judge, judge_values
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 _LAYERS = ("mlx.nn.", "torch.nn.")
 """Beginnings of the names of the frameworks' own layers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,14 @@ from icenet.parity.calls.events import Run, Store
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import ModuleError
+from icenet.parity.calls.targets import Targets
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import FP16_SCALES, fits_fp16
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of, split_at
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FEW, half_ulp, judge, rms, squared_distance
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 
@@ -150,7 +149,7 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
         store = Store()
         sums = backends.module("torch", "tools.sums").summing_in_order(index)
         with backends.module("torch", "tools.probe").perturbing(c.b.module, moved, arguments=True), sums:
-            run = c.b.record(c.inputs_a.given, c.inputs_b, store, loss, c.targets_b, True)
+            run = c.b.record(c.inputs_a.given, c.inputs_b, store, loss, c.targets_b, True, inner=False)
         found = {f"output:{j}": item for j, item in enumerate(run.events[0].outputs)}
         found |= {f"gradient:{name}": item for name, item in run.gradients.items()}
         for name, item in exact.items():
@@ -162,69 +161,8 @@ def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
-class AmbiguousAxes(Exception):
-    """The shape of an output does not show which of its axes are which."""
-
-
 class Draws(Exception):
     """A module draws random numbers without a key, so that its runs cannot be compared."""
-
-
-class Targets:
-    """Random targets of the outputs of a module, as large as the outputs of the reference.
-
-    Args:
-        seed: Seed of the targets.
-        tools: The `tools.calls` of the side.
-        drawn: For `a`: the targets in the axes of the reference, by number of the output.
-        hows: The alignment of each output of `a` by its number; None if only shapes are known.
-        same: Whether both sides are of one framework.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        tools: Any,
-        drawn: dict[int, Value] | None = None,
-        hows: Mapping[int, str] | None = None,
-        same: bool = False,
-    ) -> None:
-        self._seed, self._tools, self._hows, self._same = seed, tools, hows, same
-        self._drawn = {} if drawn is None else drawn
-        self._is_a = drawn is not None
-
-    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
-        """Returns the same targets for `a`."""
-        return Targets(self._seed, tools, self._drawn, hows, same)
-
-    def __call__(self, outputs: Sequence[Any]) -> list[Value]:
-        found = []
-        for index, output in enumerate(outputs):
-            if "float" not in str(output.dtype):
-                continue
-            shape = tuple(output.shape)
-            if not self._is_a and index not in self._drawn:
-                size = rms(self._tools.value(self._tools.snapshot(output)).array) or 1.0
-                values = np.random.Generator(np.random.SFC64(self._seed + index)).standard_normal(shape)
-                self._drawn[index] = Value(np.asarray(values * size, np.float32), "fp32")
-            target = self._drawn.get(index)
-            array = (
-                None if target is None else self._aligned(index, target.array, shape) if self._is_a else target.array
-            )
-            zeros = np.zeros(shape, np.float32)
-            found.append(Value(zeros if array is None or array.shape != shape else array, "fp32"))
-        return found
-
-    def _aligned(self, index: int, target: Array, shape: tuple[int, ...]) -> Array:
-        """Returns a target with the axes of `a`."""
-        if self._same:
-            return target
-        if self._hows is not None:
-            return align.to_mlx(self._hows.get(index, align.SAME), target)
-        moved = align.to_mlx(align.MOVED, target)
-        if target.ndim > 2 and moved.shape == target.shape == shape:
-            raise AmbiguousAxes
-        return moved if moved.shape == shape else target
 
 
 def _error(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:

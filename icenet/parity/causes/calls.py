@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icenet.parity import align
 from icenet.parity.calls.events import Event
@@ -12,10 +12,8 @@ from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.trial import Trial
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 
 def find_mode(c: Comparison, pair: Pair) -> str:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icenet.parity.causes.trial import Trial
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
-
+from icenet.parity.state import Comparison
 
 _MEANING = {
     "variance_epsilon": "eps",

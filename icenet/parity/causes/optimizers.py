@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.causes.trial import ACCEPTED
+from icenet.parity.state import Comparison
 from icenet.parity.yardstick import judge, rms
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

@@ -16,7 +16,6 @@ optimizers  options of an optimizer, for a difference of its updates
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
@@ -31,11 +30,8 @@ from icenet.parity.causes.rotary import find_angles, find_rotary
 from icenet.parity.causes.sums import find_parts, find_scale, find_sums
 from icenet.parity.causes.trial import Trial
 from icenet.parity.causes.weights import find_weights
+from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
-
 
 _SEARCHES = (
     *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_functions, find_rotary),
@@ -67,3 +63,11 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
         except align.ReplayError:  # of a variant
             continue
     return ""
+
+
+def set_cause(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
+    """Sets the cause of the report to that which removes the difference of a call."""
+    try:
+        comparison.report.cause = suggest(comparison, pair, judgements)
+    except Exception as error:  # the difference is found; only its cause is not
+        comparison.report.notes.append(f"the search for a cause stopped: {type(error).__name__}: {error}")

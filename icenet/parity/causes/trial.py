@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,9 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls.culprit import first_name
 from icenet.parity.calls.pairs import Pair
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

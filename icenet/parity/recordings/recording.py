@@ -29,14 +29,14 @@ from icenet.core import backends, rng
 from icenet.core.errors import UsageError
 from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
-from icenet.parity.arguments import check_numbers
+from icenet.parity.arguments import Progress, check_numbers
 from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairing import Match, pair_calls
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
-from icenet.parity.calls.runs import Targets
 from icenet.parity.calls.sides import ModuleError, Side
+from icenet.parity.calls.targets import Targets
 from icenet.parity.causes.numbers import attributes
-from icenet.parity.comparison import describe
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import scaled_for_fp16
@@ -69,6 +69,7 @@ def record(
     optimizer: Any = None,
     steps: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Runs a module and writes to a folder what a comparison with it needs. The module stays unchanged.
 
@@ -87,13 +88,14 @@ def record(
         optimizer: See `compare`; default: SGD with momentum.
         steps: Number of training steps; default: 2, or 1 for more than a million parameters.
         seed: Seed of drawn inputs, cotangents and targets.
+        progress: Called with the name of the stage, the finished part of its work, and all of it.
 
     Returns:
         The folder.
 
     Raises:
         UsageError: The module fails on the inputs, or an option is wrong.
-        FileError: The folder cannot be written.
+        FileError: The folder cannot be written. After any error or interrupt, nothing is left in it.
     """
     check_numbers("record", dtype, steps, seed)
     if loss is not None and not callable(loss):
@@ -102,9 +104,12 @@ def record(
     writer = TraceWriter(folder)
     try:
         recording = _Recording(module, writer, dtype, seed, loss, optimizer)
+        recording.tell = progress or recording.tell
         recording.run(inputs, layout, steps)
-    finally:
-        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    writer.close()
     return writer.folder
 
 
@@ -115,10 +120,11 @@ class _Recording:
         self.writer, self.dtype, self.seed, self.loss, self.optimizer = writer, dtype, seed, loss, optimizer
         self.store = TraceStore(writer)
         self.user, self.is_mlx = module, backends.backend_of(module) == "mlx"
-        self.b = Side(module, dtype, perturbed=self.is_mlx)
-        self.reference = Side(module, dtype, exact=True)
+        self.b = ModuleSide(module, dtype, perturbed=self.is_mlx)
+        self.reference = ModuleSide(module, dtype, exact=True)
         self.moved: set[str] = set()
         self.manifest: dict[str, Any] = {"runs": {}, "replays": {}}
+        self.tell: Progress = lambda stage, done, total: None
 
     def run(self, inputs: Any, layout: Any, steps: int | None) -> None:
         """Records everything and completes the trace."""
@@ -169,7 +175,7 @@ class _Recording:
             "trainable": sorted(trainable),
             "shapes": {name: list(shape) for name, shape in side.shapes.items()},
             "weights": {name: self.writer.add(array) for name, array in self.b.weights().items()},
-            "environment": {"b": describe(self.b), "reference": describe(side)},
+            "environment": {"b": self.b.describe(), "reference": side.describe()},
             "modules": modules,
         }
 
@@ -214,16 +220,20 @@ class _Recording:
             side.set_mode(train)
             for path in self.moved:
                 side.set_channels(path, True)
+        self.tell(f"run in {mode} mode", 0, 1)
         self.targets = Targets(self.seed, self.reference.tools)
         arguments = (self.store, self.loss, self.targets, gradients)
         try:
             exact = self.reference.record(given.given, given.values, *arguments)
             noise = self.b.record(given.given, given.values, *arguments)
+            for run in (exact, noise):  # read again when they are used
+                run.gradients = {name: self.writer.keep(item) for name, item in run.gradients.items()}
         except ModuleError as error:
             raise UsageError(
                 f"record: {type(self.user).__name__} fails in {mode} mode, in {error.path or 'the model itself'}: "
                 f"{error.reason}"
             ) from None
+        self.tell(f"noise of the run, {mode} mode", 0, 1)
         samples = self._samples_of_run(given, exact, gradients)
         self.manifest["runs"][mode] = {
             "reference": self._run_manifest(exact),
@@ -239,13 +249,12 @@ class _Recording:
                 "tuples, lists, dicts or dataclasses of them"
             )
         self._find_moved(exact)
-        self.manifest["replays"][mode] = {
-            str(pair.b.number): [
-                item for cut in _cuts(pair, pairs, self.reference) if (item := self._replayed(pair, cut, gradients))
-            ]
-            for pair in pairs
-            if not pair.obstacle
-        }
+        replays = self.manifest["replays"][mode] = {}
+        for index, pair in enumerate(pairs):
+            self.tell(f"modules in {mode} mode", index, len(pairs))
+            if not pair.obstacle:
+                cuts = _cuts(pair, pairs, self.reference)
+                replays[str(pair.b.number)] = [r for cut in cuts if (r := self._replayed(pair, cut, gradients))]
         if gradients:
             self.exact_run, self.noise_run = exact, noise
             self.manifest["loss"] = self._losses(pairs[0])
@@ -288,7 +297,7 @@ class _Recording:
         def sampled(side: Side, index: int, rounds: bool, in_order: bool) -> dict[str, Value]:
             store = Store()
             with side.nearby(Sample(index, rounds, in_order), given.values) as moved:
-                run = side.record(given.given, moved, store, self.loss, self.targets, gradients)
+                run = side.record(given.given, moved, store, self.loss, self.targets, gradients, inner=False)
             outputs = {f"output:{i}": item for i, item in enumerate(run.events[0].outputs)}
             store.close()
             return {**outputs, **{f"gradient:{name}": item for name, item in run.gradients.items()}}
@@ -315,9 +324,13 @@ class _Recording:
                 for name, value in sample(index, True, kind).items():
                     if value.is_float and name in exact and value.array.shape == exact[name].array.shape:
                         distance = squared_distance(value.array, exact[name].array)
-                        found[name] = found[name] + distance if name in found else distance
+                        if name in found and distance.ndim:
+                            found[name] += distance
+                        else:
+                            found[name] = found[name] + distance if name in found else distance
         written = [
-            {n: self.writer.add(np.sqrt(s / count).astype(np.float32)) for n, s in found.items()} for found in squares
+            {n: self.writer.add(np.sqrt(found.pop(n) / count).astype(np.float32)) for n in list(found)}
+            for found in squares
         ]
         return written if len(written) == 2 else [*written, {}]
 
@@ -405,6 +418,7 @@ class _Recording:
         if not gradients or self.dtype != "fp32":  # parameters are updated in fp32
             self.manifest["training"] = None
             return
+        self.tell("training steps", 0, 1)
         sequence = update_gradients(gradients, list(gradients))
         rate = default_rate(list(gradients), self.reference.weights(), gradients)
         self.b.rate = self.reference.rate = rate
@@ -412,7 +426,7 @@ class _Recording:
         def sample(index: int, rounds: bool, in_order: bool) -> dict[str, Value]:
             perturb = Perturbation("fp32", index, rounds)
             side = self.b if rounds else self.reference
-            moved = [{n: perturb.array(g, "gradient", n, k) for n, g in s.items()} for k, s in enumerate(sequence)]
+            moved = ({n: perturb.array(g, "gradient", n, k) for n, g in s.items()} for k, s in enumerate(sequence))
             with side.nearby(Sample(index, rounds), []):
                 return {n: Value(array, "fp32") for n, array in side.updated(self.optimizer, moved).items()}
 

@@ -6,12 +6,13 @@ file names another one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +72,7 @@ class TraceWriter:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._is_new = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             others = sorted({item.name for item in self.folder.iterdir()} - {ARRAYS, MANIFEST})
@@ -96,11 +98,9 @@ class TraceWriter:
         key = hashlib.blake2b(data, digest_size=20, person=f"{array.dtype.str}{array.ndim}".encode()).digest()
         key += repr(array.shape).encode()
         if key not in self._known:
-            try:
+            with self._writing():
                 self._file.seek(self._end)
                 self._file.write(data)
-            except OSError as error:
-                raise FileError(f"{self.folder / ARRAYS}: cannot be written ({error.strerror})") from error
             self._known[key] = len(self._places)
             self._places.append((self._end, array.dtype.str, array.shape))
             self._end += -(-len(data) // _ALIGNMENT) * _ALIGNMENT
@@ -114,7 +114,8 @@ class TraceWriter:
         offset, dtype, shape = self._places[index]
 
         def read() -> Array:
-            self._file.flush()
+            with self._writing():
+                self._file.flush()
             count = math.prod(shape)
             data = os.pread(self._file.fileno(), count * np.dtype(dtype).itemsize, offset)
             return np.frombuffer(data, dtype).reshape(shape)
@@ -123,18 +124,35 @@ class TraceWriter:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Writes the manifest, which makes the trace complete."""
-        try:
+        with self._writing():
             self._file.truncate(self._end)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise FileError(f"{self.folder / ARRAYS}: cannot be written ({error.strerror})") from error
         manifest = {"icenet_trace": FORMAT, **manifest, "arrays": self._places, "bytes": self._end}
         write_text(self.folder / MANIFEST, json.dumps(manifest) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def discard(self) -> None:
+        """Deletes what was written, after an error or an interrupt."""
+        with contextlib.suppress(OSError):  # the rest may not fit on the disk
+            self._file.close()
+        with contextlib.suppress(OSError):
+            (self.folder / ARRAYS).unlink(missing_ok=True)
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            if self._is_new:
+                self.folder.rmdir()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the errors of a disk into a FileError."""
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.folder / ARRAYS}: cannot be written ({error.strerror})"
+            raise FileError(f"{where}; the recording is deleted, because it is incomplete") from error
 
 
 class TraceStore(Store):

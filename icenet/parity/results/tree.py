@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Module
 from icenet.parity.results.rows import is_in
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
+from icenet.parity.state import Comparison
 
 
 def add_modules(c: Comparison) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
@@ -17,11 +17,9 @@ from icenet.parity.calls.runs import agrees_in_samples
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import histogram, is_in, neutral
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import index_of, neutral, split_at
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
@@ -30,9 +31,6 @@ from icenet.parity.yardstick import (
     squared_distance,
     sum_of_products,
 )
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
@@ -14,17 +14,16 @@ from icenet.parity import align
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import first_mismatch, pair_calls
 from icenet.parity.calls.pairs import Pair
-from icenet.parity.calls.runs import AmbiguousAxes, Draws, check_draws, run_training
+from icenet.parity.calls.runs import Draws, check_draws, run_training
 from icenet.parity.calls.sides import ModuleError
+from icenet.parity.calls.targets import AmbiguousAxes
 from icenet.parity.causes.numbers import shape_numbers
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import is_within, split_at
 from icenet.parity.stages import StageFailed, weights
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
+from icenet.parity.state import Comparison
 
 Array = npt.NDArray[Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import split_at
+from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import (
     FACTOR,
@@ -31,9 +32,6 @@ from icenet.parity.yardstick import (
     rms_distance,
     squared_distance,
 )
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

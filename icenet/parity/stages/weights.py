@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,8 @@ from icenet.parity import align
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Histogram, Row, Stage
 from icenet.parity.results.rows import histogram, split_at
+from icenet.parity.state import Comparison
 from icenet.parity.yardstick import half_ulp, rms, round_to, sum_of_products
-
-if TYPE_CHECKING:
-    from icenet.parity.comparison import Comparison
 
 Array = npt.NDArray[Any]
 

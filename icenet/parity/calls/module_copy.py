@@ -1,0 +1,255 @@
+"""A working copy of a user's module: its weights, its modes, its dropout masks. The user's module is not changed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends
+from icenet.core.models import dropout, randomness
+from icenet.core.weights import layout
+from icenet.parity.calls.events import Event, Run, rebuild
+from icenet.parity.calls.pairs import Sample
+from icenet.parity.calls.sides import Side
+from icenet.parity.engines import Perturbation
+from icenet.parity.trace import Value, class_name
+
+Array = npt.NDArray[Any]
+
+
+class ModuleCopy(Side):
+    """A side with a copy of a module.
+
+    Args:
+        module: The module of the user; a copy of it is used.
+        dtype: Compute dtype under test.
+        exact: Whether it is the reference, which computes in float64 if it is of PyTorch.
+        perturbed: Whether all values are moved by an ulp: the noise of a module of MLX.
+
+    Attributes:
+        is_test: Whether it is the module under test, whose axes may differ from those of the reference.
+    """
+
+    is_test = False
+
+    def __init__(self, module: Any, dtype: str, exact: bool = False, perturbed: bool = False) -> None:
+        backend = backends.backend_of(module)
+        self.tools = backends.module(backend, "tools.calls")
+        self.nn = backends.module(backend, "nn")
+        self.module = self.tools.working_copy(module, dtype, exact and backend == "torch")
+        self.modules = self.tools.distinct_modules(self.module)
+        modes = {path: bool(getattr(inner, "training", True)) for path, inner in self.modules.items()}
+        super().__init__(backend, dtype, exact, modes)
+        self.kinds = backends.module(backend, "nn.kinds").call_kinds(self.modules.items())
+        self.layer_kinds = self._tree.layer_kinds(self.module)
+        self.classes = {path: class_name(inner) for path, inner in self.modules.items()}
+        self.perturbation = Perturbation(dtype, 0) if perturbed else None
+        self._dropouts: dict[str, Any] = {}
+        self._channels: dict[str, bool] = {}
+        self._rows = 1
+        self._run: Run | None = None
+
+    @property
+    def _tree(self) -> Any:
+        return backends.module(self.backend, "nn.tree")
+
+    def describe(self) -> dict[str, str]:
+        device = backends.module(self.backend, "tools.probe").device_of(self.module)
+        name = str(getattr(device, "type", device)).rpartition(".")[2]
+        described = backends.module(self.backend, "tools.environment").describe(name)
+        uses = backends.module(self.backend, "nn.arithmetic").uses_tf32(device)
+        return {**described, "dtype": "fp64" if self.exact else self.dtype, "tf32": "on" if uses else "off"}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
+        """The canonical shape of each array, by path."""
+        found: dict[str, tuple[int, ...]] = self._tree.weight_shapes(self.module)
+        return found
+
+    @functools.cached_property
+    def trainable_names(self) -> set[str]:  # type: ignore[override]
+        """The paths of the trainable parameters, those of shared ones at each place."""
+        return {path for path, _, is_trainable in self._tree.named_arrays(self.module) if is_trainable}
+
+    @functools.cached_property
+    def depends_on_mode(self) -> bool:  # type: ignore[override]
+        """Whether the module may compute something else in training mode than in evaluation mode."""
+        return any(map(_depends_on_mode, self.modules.values()))
+
+    def depends_on_mode_at(self, path: str) -> bool:
+        return _depends_on_mode(self.modules[path])
+
+    def dropout_rate(self, path: str) -> float:
+        layer = self._dropouts.get(path)
+        return float(layer.p) if layer is not None else 0.0
+
+    # ---- weights --------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Array]:
+        found: dict[str, Array] = self._tree.weights(self.module)
+        return found
+
+    def own_arrays(self, path: str) -> dict[str, Array]:
+        return self.some_weights(self.own_names(path), f"{path}." if path else "")
+
+    def parameters_within(self, path: str) -> list[str]:
+        found: list[str] = self.tools.trainable(self.modules[path])
+        return found
+
+    def unshare(self) -> None:
+        """Gives the copy parameters of its own."""
+        self.use(self.tools.detached(self.module))
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Sets canonical weights of the copy."""
+        with self.tools.assigned(self.module, values):
+            self.module = self.tools.detached(self.module)
+        self.modules = self.tools.distinct_modules(self.module)
+
+    def use(self, module: Any) -> None:
+        """Computes with another copy."""
+        self.module = module
+        self.modules = self.tools.distinct_modules(module)
+        self._dropouts = dropout.dropout_layers(self.modules.items()) if self.train else {}
+
+    def some_weights(self, names: Any, prefix: str) -> dict[str, Array]:
+        """Returns the canonical values of some parameters, by path within the module at `prefix`."""
+        tree = self._tree
+        found = {}
+        by_holder: dict[str, list[str]] = {}
+        for name in names:
+            by_holder.setdefault(self._holder(name), []).append(name)
+        for holder, paths in by_holder.items():
+            start = f"{holder}." if holder else ""
+            arrays = dict(tree.native_arrays(self.modules[holder]))
+            for path in paths:
+                array = arrays[path[len(start) :]]
+                numpy = np.asarray(backends.module(self.backend, "tools.probe").to_numpy(array))
+                kind = layout.parameter_kind(self.layer_kinds, path)
+                moved = layout.tree_to_torch({path: numpy}, {layout.split(path)[0]: kind})
+                found[path[len(prefix) :]] = moved[path]
+        return found
+
+    def _holder(self, name: str) -> str:
+        """Returns the path of the module that holds a parameter."""
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self.modules:
+                return path
+        return ""
+
+    # ---- modes ----------------------------------------------------------------------------------------------
+
+    def eager(self) -> contextlib.AbstractContextManager[None]:
+        context: contextlib.AbstractContextManager[None] = self.tools.eager()
+        return context
+
+    def set_mode(self, train: bool) -> None:
+        self.train = train
+        self.module.train(train)
+        if train and self._modes[""]:
+            for path, inner in self.modules.items():
+                if not self._modes[path] and self.backend == "torch":
+                    inner.training = False
+                elif not self._modes[path]:
+                    inner._training = False
+        self._dropouts = {}
+        if train:
+            self.nn.dropout.key_dropouts(self.modules.items())
+            self._dropouts = dropout.dropout_layers(self.modules.items())
+            for path, is_moved in self._channels.items():  # of layers that have keys in training mode only
+                self.set_channels(path, is_moved)
+
+    def set_channels(self, path: str, is_moved: bool) -> None:
+        self._channels[path] = is_moved
+        if hasattr(self.modules[path], "images"):
+            self.modules[path].images = is_moved
+
+    def drawing_module(self, given: Any, inputs: Sequence[Value]) -> str | None:
+        """Returns the path of a module that draws random numbers without a key in a call; None without one."""
+        arrays = [self.tools.native(item, self.exact, self.module) for item in inputs]
+
+        def call() -> None:
+            args, kwargs = rebuild(given, arrays)
+            self.module(*args, **kwargs)
+
+        with self.opened(None):
+            found = self.nn.random.find_draw(self.modules.items(), call, lambda: randomness.generator_states(self.nn))
+        return None if found is None else str(found[0])
+
+    def _seed_dropouts(self, before: Event | None) -> None:
+        """Sets the keys of the dropout layers, as they are when an event begins."""
+        for path, layer in self._dropouts.items():
+            keys = dropout.dropout_keys(0, 0, range(self._rows), [self.names.get(path, path)])
+            layer.seed(self.nn.random.to_keys(keys)[0])
+            if before is not None and self._run is not None:
+                layer._calls = sum(event.path == path for event in self._run.events[: before.number])
+
+    @contextlib.contextmanager
+    def nearby(self, sample: Sample, inputs: Sequence[Value]) -> Iterator[list[Value]]:
+        """Sets the weights to those of a nearby problem while the context is open; yields its inputs."""
+        perturb = Perturbation(self.dtype, sample.number, sample.rounds)
+        weights = self.weights()
+        moved = {name: perturb.array(weights[name], "weight", name) for name in self.tools.trainable(self.module)}
+        with self.tools.assigned(self.module, moved), self.perturbed(self.module, perturb, sample):
+            yield [perturb(item, "input", index) for index, item in enumerate(inputs)]
+
+    @contextlib.contextmanager
+    def perturbed(self, module: Any, perturb: Perturbation, sample: Sample) -> Iterator[None]:
+        """Moves what a module of PyTorch computes by ulps, and takes its sums term by term, as a sample wants it."""
+        with contextlib.ExitStack() as stack:
+            if sample.rounds and self.backend == "torch":
+                stack.enter_context(backends.module("torch", "tools.probe").perturbing(module, perturb.rounded))
+            if sample.in_order:
+                stack.enter_context(backends.module("torch", "tools.sums").summing_in_order(sample.number))
+            yield
+
+    @contextlib.contextmanager
+    def opened(self, before: Event | None) -> Iterator[None]:
+        """Keeps the buffers and generators, and seeds the dropouts, while the context is open."""
+        with self.nn.norm.keep_buffers(self.module), self.tools.generators_kept():
+            self._seed_dropouts(before)
+            yield
+
+    @contextlib.contextmanager
+    def moved_weights(self, names: Sequence[str]) -> Iterator[None]:
+        """Moves weights by an ulp while the context is open, if all values of this side are moved."""
+        if self.perturbation is None or not names:
+            yield
+            return
+        perturb, weights = self.perturbation, self.weights()
+        moved = {name: perturb.array(weights[name], "weight", name) for name in names if name in weights}
+        with self.tools.assigned(self.module, moved):
+            yield
+
+
+def _depends_on_mode(module: Any) -> bool:
+    """Returns whether a module may compute something else in training mode, by its class and its code."""
+    name = type(module).__name__
+    if "BatchNorm" in name or ("InstanceNorm" in name and getattr(module, "track_running_stats", False)):
+        return True
+    if "Dropout" in name:
+        return bool(getattr(module, "p", 0.0) or getattr(module, "_p_1", 1.0) < 1.0)
+    if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
+        return True
+    found: bool = _reads_mode(type(module))  # type: ignore[arg-type]
+    return found
+
+
+@functools.cache
+def _reads_mode(cls: type) -> bool:
+    """Returns whether the code of a user's class reads its mode or drops values."""
+    functions = (
+        item
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] not in ("torch", "mlx", "builtins", "icenet", "icenet_torch")
+        for item in vars(base).values()
+    )
+    codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
+    return any(bool({"training", "dropout"} & {*code.co_names}) for code in codes if code is not None)

@@ -1,0 +1,225 @@
+"""Replays of the calls of a module: each is computed alone.
+
+A replay computes what a module does itself. The modules that it calls are not computed: each returns what it returned
+in the reference, and the inputs that it would get are results of the replay. So the replays of all modules together
+cost one run, and a difference is attributed to the module whose code has it, between two of its calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.core import backends
+from icenet.parity import align
+from icenet.parity.calls.events import Event, arrays_of, rebuild
+from icenet.parity.calls.module_copy import ModuleCopy
+from icenet.parity.calls.pairs import Pair, Replay, Sample
+from icenet.parity.engines import Perturbation
+from icenet.parity.trace import Value, output_name, short_dtype
+
+Array = npt.NDArray[Any]
+
+
+def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
+    """Computes a call alone; see `Side.replay`."""
+    pair, values, cotangents, weights = given.pair, given.values, given.cotangents, given.weights
+    is_test = side.is_test
+    own = pair.a if is_test else pair.b if side.is_reference else pair.noise
+    module = side.modules[own.path]
+    prefix = f"{own.path}." if own.path else ""
+    hows = pair.input_hows if is_test else [align.SAME] * len(values)
+    inputs = [Value(align.to_mlx(how, item.array), item.dtype) for how, item in zip(hows, values, strict=True)]
+    if is_test:
+        inputs = [_filled_in(item, mask) for item, mask in zip(inputs, pair.masks, strict=True)]
+    count = len(pair.arguments)
+    stubs = _stubs(pair, own, is_test)
+    inner = {path: side.modules[path] for path, _ in stubs}
+    captured: dict[int, list[Any]] = {}
+
+    def call(*arrays: Any) -> list[Any]:
+        captured.clear()
+        calls: dict[str, int] = {}
+        results = _results_of_calls(side, pair, arrays[count:], is_test)
+
+        def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+            number = calls.get(path, 0)
+            calls[path] = number + 1
+            index = stubs.get((path, number))
+            if index is None:
+                return original(*args, **kwargs)
+            captured[index] = arrays_of((args, kwargs), side.tools.ARRAY)
+            return results[index]
+
+        given = {i if is_test else j: array for (i, j, _), array in zip(pair.arguments, arrays, strict=False)}
+        natives = _filled(side, own.arguments, given)
+        args, kwargs = rebuild(own.given, natives)
+        with side.tools.intercepting(inner, handle):
+            result = module(*args, **kwargs)
+        outputs = arrays_of(result, side.tools.ARRAY)
+        try:
+            found = [outputs[i if is_test else j] for i, j, _ in pair.outputs]
+            for index, child in enumerate(pair.children):
+                found += [captured[index][i if is_test else j] for i, j, _ in child.arguments]
+        except (IndexError, KeyError):
+            raise align.ReplayError("calls other modules in the replay than in the run") from None
+        return found
+
+    result_hows = pair.result_hows if is_test else [align.SAME] * len(pair.result_hows)
+    cotangent = None
+    if cotangents is not None:
+        seeds = list(cotangents)
+
+        def cotangent(index: int, shape: tuple[int, ...]) -> Any:
+            seed = seeds[index]
+            array = align.to_mlx(result_hows[index], seed.array)
+            return array if seed.is_float and array.shape == shape else None
+
+    parameters = _own_names(side, pair, own)
+    overrides = {parameters[name]: array for name, array in (weights or {}).items() if name in parameters}
+    relative = [name[len(prefix) :] for name in parameters.values()] if cotangents is not None else []
+    with side.opened(own), _overridden(side, own.path, prefix, overrides):
+        before = side.tools.buffers(module) if side.train else {}
+        try:
+            outputs, gradients, by_name = side.tools.evaluate(call, inputs, module, relative, cotangent, side.exact)
+        except align.ReplayError:
+            raise
+        except Exception as error:  # whatever a user's layer raises is a result of the comparison
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise align.ReplayError(f"fails on the inputs of the reference: {reason}") from error
+        after = side.tools.buffers(module) if side.train else {}
+    found = {
+        output_name(index): Value(align.to_torch(how, item.array), item.dtype)
+        for index, (item, how) in enumerate(zip(outputs, result_hows, strict=True))
+    }
+    if cotangents is not None:
+        number = 0
+        for item, gradient, how in zip(values, gradients, hows, strict=True):
+            if item.is_float:
+                assert gradient is not None
+                found[f"input {number}"] = Value(align.to_torch(how, gradient.array), gradient.dtype)
+                number += 1
+        names = {ours: name for name, ours in parameters.items()}
+        found |= {f"gradient {names[prefix + name]}": item for name, item in by_name.items()}
+    for name, array in after.items():
+        if not np.array_equal(array, before[name], equal_nan=True):
+            found[f"statistic {name}"] = Value(array, short_dtype(array.dtype))
+    return pair.hidden(found)
+
+
+def sampled_replay(side: ModuleCopy, given: Replay, sample: Sample) -> dict[str, Value]:
+    """Replays in a nearby problem."""
+    pair, perturb = given.pair, Perturbation(side.dtype, sample.number, sample.rounds)
+    moved = [perturb(item, "argument", index) for index, item in enumerate(given.values)]
+    seeds = None
+    if given.cotangents is not None:
+        seeds = [perturb(item, "cotangent", index) for index, item in enumerate(given.cotangents)]
+    own = pair.a if side.is_test else pair.b
+    module = side.modules[own.path]
+    weights = backends.module(side.backend, "nn.tree").weights(module) if not pair.children else None
+    names = _own_names(side, pair, own)
+    prefix = f"{own.path}." if own.path else ""
+    if weights is None:
+        weights = side.some_weights(names.values(), prefix)
+    new = {
+        name: perturb.array(weights[ours[len(prefix) :]], "weight", name)
+        for name, ours in names.items()
+        if ours[len(prefix) :] in weights
+    }
+    with side.perturbed(module, perturb, sample):
+        found = replay(side, Replay(pair, moved, seeds, new))
+    if not sample.rounds:
+        return found
+    # inputs of the calls within it are no outputs of a module, which are perturbed
+    first = len(pair.outputs)
+    return {
+        name: perturb.rounded(item, "result", name)
+        if name.startswith("output") and _number_of(name) >= first and item.is_float
+        else item
+        for name, item in found.items()
+    }
+
+
+def _own_names(side: ModuleCopy, pair: Pair, own: Event) -> dict[str, str]:
+    """Returns the path in this side of each parameter of a replay, by its name in the reference."""
+    return {name: own_name(side, pair, own, name) for name in pair.parameters}
+
+
+def own_name(side: ModuleCopy, pair: Pair, own: Event, name: str) -> str:
+    if not side.is_test:
+        return f"{own.path}.{name}" if own.path else name
+    holder, _, leaf = name.rpartition(".")
+    ours = side.own_path(".".join(filter(None, (pair.path, holder))))
+    if ours is None:  # a list of parameters within a module
+        ours = ".".join(filter(None, (own.path, holder)))
+    return f"{ours}.{leaf}" if ours else leaf
+
+
+@contextlib.contextmanager
+def _overridden(side: ModuleCopy, path: str, prefix: str, values: Mapping[str, Array]) -> Iterator[None]:
+    if not values:
+        yield
+        return
+    with side.tools.assigned(side.modules[path], {name[len(prefix) :]: a for name, a in values.items()}):
+        yield
+
+
+def _stubs(pair: Pair, own: Event, is_test: bool) -> dict[tuple[str, int], int]:
+    """Returns the number of the child for each call that the replay leaves out, by path and number."""
+    events = {id(child.a if is_test else child.b): index for index, child in enumerate(pair.children)}
+    same = pair.b if not is_test else own  # the noise makes the calls of the reference
+    calls: dict[str, int] = {}
+    found: dict[tuple[str, int], int] = {}
+
+    def walk(event: Event) -> None:
+        for child in event.children:
+            number = calls.get(child.path, 0)
+            calls[child.path] = number + 1
+            if id(child) in events:
+                found[child.path, number] = events[id(child)]
+            else:
+                walk(child)
+
+    walk(same)
+    return found
+
+
+def _results_of_calls(side: ModuleCopy, pair: Pair, arrays: Sequence[Any], is_test: bool) -> list[Any]:
+    """Returns what each call that the replay leaves out returns."""
+    found, start = [], 0
+    for child in pair.children:
+        event = child.a if is_test else child.b if side.is_reference else child.noise
+        results = zip(child.outputs, arrays[start:], strict=False)
+        given = {i if is_test else j: array for (i, j, _), array in results}
+        start += len(child.outputs)
+        natives = _filled(side, event.outputs, given)
+        for index, (source, part) in child.derived.get("a" if is_test else "b", {}).items():
+            natives[index] = natives[source][part].reshape(event.outputs[index].array.shape)
+        found.append(rebuild(event.result, natives))
+    return found
+
+
+def _filled(side: ModuleCopy, recorded: Sequence[Value], given: Mapping[int, Any]) -> list[Any]:
+    """Returns the given arrays by number, and those that were recorded for the others."""
+    return [
+        given[index] if index in given else side.tools.native(item, side.exact, side.module)
+        for index, item in enumerate(recorded)
+    ]
+
+
+def _filled_in(item: Value, own: Value | None) -> Value:
+    """Returns an input with the numbers by which its own side masks."""
+    where = align.masked(item.array) if own is not None else None
+    if own is None or where is None:
+        return item
+    both = where if (hidden := align.masked(own.array)) is None else where & hidden
+    return replace(item, array=np.where(both, own.array, item.array))
+
+
+def _number_of(name: str) -> int:
+    return int(name.partition("[")[2].rstrip("]") or 0)

@@ -1,0 +1,76 @@
+"""The targets of the default loss: the distance of the outputs from them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.parity import align
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import rms
+
+Array = npt.NDArray[Any]
+
+
+class AmbiguousAxes(Exception):
+    """The shape of an output does not show which of its axes are which."""
+
+
+class Targets:
+    """Random targets of the outputs of a module, as large as the outputs of the reference.
+
+    Args:
+        seed: Seed of the targets.
+        tools: The `tools.calls` of the side.
+        drawn: For `a`: the targets in the axes of the reference, by number of the output.
+        hows: The alignment of each output of `a` by its number; None if only shapes are known.
+        same: Whether both sides are of one framework.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        tools: Any,
+        drawn: dict[int, Value] | None = None,
+        hows: Mapping[int, str] | None = None,
+        same: bool = False,
+    ) -> None:
+        self._seed, self._tools, self._hows, self._same = seed, tools, hows, same
+        self._drawn = {} if drawn is None else drawn
+        self._is_a = drawn is not None
+
+    def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
+        """Returns the same targets for `a`."""
+        return Targets(self._seed, tools, self._drawn, hows, same)
+
+    def __call__(self, outputs: Sequence[Any]) -> list[Value]:
+        found = []
+        for index, output in enumerate(outputs):
+            if "float" not in str(output.dtype):
+                continue
+            shape = tuple(output.shape)
+            if not self._is_a and index not in self._drawn:
+                size = rms(self._tools.value(self._tools.snapshot(output)).array) or 1.0
+                values = np.random.Generator(np.random.SFC64(self._seed + index)).standard_normal(shape)
+                self._drawn[index] = Value(np.asarray(values * size, np.float32), "fp32")
+            target = self._drawn.get(index)
+            array = (
+                None if target is None else self._aligned(index, target.array, shape) if self._is_a else target.array
+            )
+            zeros = np.zeros(shape, np.float32)
+            found.append(Value(zeros if array is None or array.shape != shape else array, "fp32"))
+        return found
+
+    def _aligned(self, index: int, target: Array, shape: tuple[int, ...]) -> Array:
+        """Returns a target with the axes of `a`."""
+        if self._same:
+            return target
+        if self._hows is not None:
+            return align.to_mlx(self._hows.get(index, align.SAME), target)
+        moved = align.to_mlx(align.MOVED, target)
+        if target.ndim > 2 and moved.shape == target.shape == shape:
+            raise AmbiguousAxes
+        return moved if moved.shape == shape else target

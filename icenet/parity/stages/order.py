@@ -1,0 +1,96 @@
+"""The order of the stages of a comparison, and what each takes from the one before."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from icenet.parity.calls import replays, runs
+from icenet.parity.calls.pairing import pair_calls
+from icenet.parity.calls.run_gradients import RunGradients
+from icenet.parity.calls.runs import Draws, run_training
+from icenet.parity.calls.sides import ModuleError
+from icenet.parity.causes.numbers import unequal_numbers
+from icenet.parity.inputs import Inputs
+from icenet.parity.results import status as states
+from icenet.parity.results import tree
+from icenet.parity.results.report import Report
+from icenet.parity.results.result import Row
+from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
+from icenet.parity.state import Comparison
+
+
+def run_stages(c: Comparison, given: list[Inputs]) -> Report:
+    """Runs the stages on each of the inputs and returns the report."""
+    tree.add_modules(c)
+    report = c.report
+    report.inputs, report.draws = given[0].describe(), len(given)
+    try:
+        with c.a.eager(), c.b.eager(), np.errstate(all="ignore"):  # masks hold -inf
+            for index, inputs in enumerate(given):
+                _run_on(c, inputs, first=index == 0)
+                if index == 0:
+                    of_first = c.inputs_a, c.inputs_b, c.targets_a, c.targets_b
+            c.inputs_a, c.inputs_b, c.targets_a, c.targets_b = of_first
+            if c.wants("optimizer") or c.wants("training"):
+                training.compare_training(c, given[0])
+            c.add_notes(unequal_numbers(c))
+    except StageFailed:
+        pass
+    except ModuleError as error:  # in training mode only
+        stage = next(s for s in c.report.stages if s.status == states.NOT_RUN)
+        path = c.a.names.get(error.path, error.path) if error.side is c.a else error.path
+        note = f"{'a' if error.side is c.a else 'b'} raises an error in training mode: {error.reason}"
+        stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
+        c.fail(stage, path, note=note)
+    finally:
+        c.store.close()
+    for stage in report.stages:
+        if stage.rows and stage.status == states.NOT_RUN:
+            stage.status = states.PASSED
+    tree.finish_modules(c)
+    return report
+
+
+def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
+    for side in (c.a, c.b, c.reference):
+        side.loss_scale = 1.0
+    with c.stage("structure") as stage:
+        if first:
+            structure.compare_parameters(c, stage)
+        depends = c.a.depends_on_mode or c.b.depends_on_mode
+        pairs, three = structure.compare_shapes(c, stage, inputs, train=not depends)
+    if first:
+        with c.stage("weights") as stage:
+            weights.compare_weights(c, stage)
+    if not any(map(c.wants, ("forward", "loss", "gradients"))):
+        return
+    with c.stage("forward") as stage:
+        if first and forward.modes_differ(c, stage):
+            return
+        if depends:
+            found = replays.replay_all(c, pairs)
+            forward.judge_forward(c, stage, pairs, found, "")
+            if stage.status == states.FAILED:
+                raise StageFailed
+            try:
+                three = run_training(c, inputs, pairs)
+            except Draws as error:
+                c.add_notes([f"{error} in training mode: gradients are compared in evaluation mode"])
+                c.trains = False
+                three = run_training(c, inputs, pairs)
+            pairs, notes = pair_calls(c.a, c.b, three, c.matches)
+            c.add_notes(notes)
+        if c.wants("gradients"):
+            pairs, three = runs.in_range(c, inputs, pairs, three)
+        if first:
+            c.first_runs = [(float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three]
+            c.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
+        backward = RunGradients(c, pairs, three) if c.wants("gradients") else None
+        found = replays.replay_all(c, pairs, backward.undecided() if backward else ())
+        forward.judge_forward(c, stage, pairs, found, "in training mode" if depends else "")
+    with c.stage("loss") as stage:
+        gradients.judge_loss(c, stage, pairs, three)
+    with c.stage("gradients") as stage:
+        gradients.judge_gradients(c, stage, backward, found)

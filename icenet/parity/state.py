@@ -1,0 +1,187 @@
+"""The state of one comparison, which its stages, replays and causes share."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from icenet.parity import align
+from icenet.parity.arguments import Progress
+from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.module_side import ModuleSide
+from icenet.parity.calls.pairing import match_modules, opaque_layers
+from icenet.parity.calls.pairs import Pair, Replay
+from icenet.parity.calls.sides import Side
+from icenet.parity.calls.targets import Targets
+from icenet.parity.inputs import Inputs
+from icenet.parity.results import status as states
+from icenet.parity.results.report import Report
+from icenet.parity.results.result import Module, Stage
+from icenet.parity.results.status import ALL_STAGES
+from icenet.parity.stages import StageFailed
+from icenet.parity.trace import Value
+
+Array = npt.NDArray[Any]
+
+
+class Comparison(ABC):
+    """The state of one comparison, and what it asks of its reference.
+
+    Args:
+        a: The module under test.
+        b: The reference in the dtype under test.
+        reference: The reference in float64.
+        names: Class names of the modules.
+        stages, dtype, seed, steps: See `compare`.
+        options: `rename`, `layout`, `loss`, `optimizer` and `copy_weights` of `compare`, in the order `a`, `b`.
+        notes: First remarks of the report.
+
+    Attributes:
+        report: The result.
+        stages: The stages of the report by name.
+        a, b, reference: The sides: `a`, `b` in the dtype under test, and `b` in float64.
+        matches: The modules that correspond.
+        opaque: Paths in `b` of layers of both frameworks that are compared as one layer.
+        different: Paths in `b` of layers whose parameters differ between the frameworks.
+        parameter_names: The name in `b` of each array of `a` that both sides have.
+        modules: The modules of the report by path.
+        inputs_a, inputs_b: The inputs of the current draw, in the axes of each side.
+        targets_a, targets_b: The targets of the default loss.
+        trains: Whether gradients are computed in training mode.
+        first_runs: The loss and the gradients of each side on the first inputs.
+        gradients: Those of the reference.
+        ties: Paths of the modules whose gradients differ only at ties.
+        own_errors: Relative errors of each module on equal inputs, by path: of its output, gradient and parameters.
+        factor: How much less exact the sums of `a` are than those of `b`, as far as it is known.
+        loss_noise: The noise of the loss.
+        tell: Shows the progress.
+    """
+
+    computes_reference = True
+    """Whether the reference can compute something else, to find a cause."""
+    judges_ties = True
+    """Whether layers are computed again with equal inputs moved apart."""
+
+    def __init__(
+        self,
+        a: ModuleSide,
+        b: Side,
+        reference: Side,
+        names: tuple[str, str],
+        stages: Sequence[str],
+        dtype: str,
+        seed: int,
+        steps: int | None,
+        options: dict[str, Any],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.report = Report(dtype=dtype, seed=seed, names=names, notes=list(notes))
+        self.stages = {name: Stage(name, states.NOT_RUN if name in stages else states.SKIPPED) for name in ALL_STAGES}
+        self.report.stages = list(self.stages.values())
+        self.a, self.b, self.reference = a, b, reference
+        self.dtype, self.seed, self.steps, self.options = dtype, seed, steps, options
+        self.losses, self.optimizers = options["loss"], options["optimizer"]
+        self.gradients: dict[str, Array] = {}
+        self.inputs_a = Inputs(((), {}), [])
+        self.inputs_b: list[Value] = []
+        self.trains = True
+        self.loss_noise = 0.0
+        self.own_errors: dict[str, dict[str, float]] = {}
+        self.parameter_names: dict[str, str] = {}
+        self.different: set[str] = set()
+        self.ties: set[str] = set()
+        self.first_runs: list[tuple[float, Mapping[str, Value]] | None] = [None, None, None]
+        self.targets_a = self.targets_b = Targets(seed, None)
+        self.store = Store()
+        self.factor = 1.0
+        self.modules: dict[str, Module] = {}
+        self.tell: Progress = lambda stage, done, total: None
+        if b.backend == "mlx":
+            self.report.notes.append(
+                "the noise is that of b with its values moved by an ulp, because MLX has no float64"
+            )
+        self.matches = match_modules(a, b, options["rename"])
+        a.names = {match.a: match.b for match in self.matches if match.a is not None and match.b is not None}
+        to_a = {match.b: match.a for match in self.matches if match.a is not None and match.b is not None}
+        self.opaque = set(opaque_layers(a, b, to_a))
+        for path in self.opaque | {p for p in to_a if b.kinds.get(p) in align.DIFFERENT_CALLS}:
+            changed = [side.silence(own) for side, own in ((a, to_a[path]), (b, path), (reference, path))]
+            if any(changed):
+                self.report.notes.append(f"the dropout within {path} is left out: its masks have no counterpart")
+        for role, side, given in zip("ab", (a, b), self.optimizers or (), strict=False):
+            side.check_optimizer(given, role)
+        for role, side in (("a", a), ("b", b), ("reference", reference)):
+            self.report.environment[role] = side.describe()
+            side.has_one_bias = a.backend != b.backend
+
+    # ---- stages ---------------------------------------------------------------------------------------------
+
+    def wants(self, name: str) -> bool:
+        """Returns whether a stage is to be run."""
+        return self.stages[name].status != states.SKIPPED
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Measures the time of a stage; if it failed, no other is run."""
+        stage = self.stages[name]
+        self.tell(name, 0, 1)
+        start = time.perf_counter()
+        try:
+            yield stage
+        finally:
+            stage.seconds += time.perf_counter() - start
+        if stage.status == states.FAILED:
+            raise StageFailed
+        if stage.status != states.SKIPPED:
+            stage.status = states.PASSED
+
+    def fail(self, stage: Stage, path: str, where: str = "", note: str = "") -> None:
+        """Marks a stage as failed. The first call of a comparison names the culprit."""
+        stage.status, stage.note = states.FAILED, note
+        if self.report.culprit is None:
+            self.report.culprit, self.report.where = path, where
+
+    def set_mode(self, train: bool) -> None:
+        """Sets the mode of all sides."""
+        for side in (self.a, self.b, self.reference):
+            side.set_mode(train)
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Adds remarks to the report, each once."""
+        self.report.notes += [note for note in notes if note not in self.report.notes]
+
+    def notes_of(self, path: str) -> list[str]:
+        """Returns the list of remarks on a module."""
+        module = self.modules.get(path)
+        return module.notes if module is not None else self.report.notes
+
+    # ---- what the reference provides ------------------------------------------------------------------------
+
+    @abstractmethod
+    def reference_run(self, inputs: Inputs, *arguments: Any) -> Run:
+        """Returns the run of the reference, and sets the inputs in its axes."""
+
+    @abstractmethod
+    def replay_of(self, pair: Pair, gradients: bool) -> Replay:
+        """Returns the replay of a call: the inputs of the reference, rounded, and random cotangents."""
+
+    @abstractmethod
+    def b_replay(self, given: Replay) -> dict[str, Value]:
+        """Returns a replay of `b` in the dtype under test."""
+
+    @abstractmethod
+    def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
+        """Returns the error that values of the run have if every module is as far off as on equal inputs."""
+
+    @abstractmethod
+    def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
+        """Returns the learning rate of the default optimizer."""
+
+    @abstractmethod
+    def suggest(self, pair: Pair, judgements: Mapping[str, Any]) -> None:
+        """Sets the cause of the report, if a known one explains the difference of a call."""
