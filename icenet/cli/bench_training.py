@@ -48,6 +48,13 @@ def _training_options(command: Any) -> Any:
             help="Time of a side in a round; at least one step.",
         ),
         click.option(
+            "--limit",
+            type=click.FloatRange(0, min_open=True),
+            default=120.0,
+            show_default=True,
+            help="Seconds of the rounds of a row. A slower row has fewer rounds, at least one.",
+        ),
+        click.option(
             "--side",
             "only",
             callback=_training_sides,

@@ -49,6 +49,10 @@ class IsolatedError(Exception):
     """The function raised an error, or its process crashed or exceeded the timeout. The message is one line."""
 
 
+class TimeoutReached(IsolatedError):
+    """The function exceeded the timeout."""
+
+
 class Worker:
     """A Python process that runs functions of a module, or methods of an object, one after another.
 
@@ -90,6 +94,7 @@ class Worker:
             timeout: Seconds after which the process is killed.
 
         Raises:
+            TimeoutReached: There is no result in time.
             IsolatedError: There is no result; the message has the reason. The factory may have failed.
         """
         try:
@@ -135,7 +140,7 @@ class Worker:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if not select.select([descriptor], [], [], left)[0]:
                 self.close()
-                raise IsolatedError(f"no result within {timeout:g} s")
+                raise TimeoutReached(f"no result within {timeout:g} s")
             part = os.read(descriptor, 1 << 16)
             if not part:
                 return None

@@ -324,7 +324,7 @@ class InProcess:
     def __init__(self, name: str, device: str) -> None:
         self.session = sides.Session(name, device)
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
         try:
             return json.loads(json.dumps(getattr(self.session, method)(*arguments)))
         except Exception as error:
@@ -498,7 +498,7 @@ def test_ctrl_c_shows_the_rounds_that_are_done(
 ) -> None:
     calls = []
 
-    def call(self: InProcess, method: str, *arguments: Any) -> Any:
+    def call(self: InProcess, method: str, *arguments: Any, timeout: float | None = None) -> Any:
         calls.append(method)
         if calls.count("measure") == 2 * 2 + 3:  # two warm-up rounds, one that counts, and a half
             raise KeyboardInterrupt

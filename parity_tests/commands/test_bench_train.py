@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from icenet.commands import isolated
 from icenet.commands.bench import guide, loops, training
 from icenet.core import backends
 from icenet.core.config import Config
-from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.errors import UsageError
 
 torch: Any = pytest.importorskip("torch")
@@ -40,7 +39,7 @@ class Here:
         self._arguments = name, device
         self._session: Any = None
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
         if self._arguments[0] in self.failing:
             raise isolated.IsolatedError("no memory")
         try:
@@ -141,7 +140,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @both_backends
 def test_the_wait_for_images(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches come from a data set and go to the device as bytes; a slow one is seen."""
+    """Batches come from a data set and go to the device as bytes. The first step of a measurement does not count."""
     small = ("model.stage_depths=[1]", "model.stage_widths=[8]", "model.num_layers=1", "model.hidden_size=32")
     chosen = config("cnn", *small, "model.vocab_size=3")
     session = loops.Session(f"icenet {backend}", "cpu")
@@ -149,12 +148,20 @@ def test_the_wait_for_images(backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 <= session.data_wait(3) < 1
     assert session._loop._engine.pixel_scale is None
 
-    def slow(self: ImageDataset, step: int, batch_size: int, read: Any = ImageDataset.train_pixels) -> Any:
-        time.sleep(0.2)
-        return read(self, step, batch_size)
+    now = [0.0]
 
-    monkeypatch.setattr(ImageDataset, "train_pixels", slow)
-    assert session.data_wait(2) > 0.3
+    class Waiting(loops.Prefetch):
+        """Three seconds of each step are a wait, and one is not."""
+
+        def batch(self, step: int) -> Any:
+            now[0] += 4
+            found = super().batch(step)
+            self.waited = 3.0
+            return found
+
+    monkeypatch.setattr(loops, "Prefetch", Waiting)
+    monkeypatch.setattr(loops.time, "perf_counter", lambda: now[0])
+    assert session.data_wait(2) == 0.75
 
 
 @pytest.mark.usefixtures("here")
@@ -166,6 +173,57 @@ def test_a_side_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     report = training.run({"gpt": training.ROWS["gpt"]}, options)
     assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
     assert any(is_one_line(note, "torch loop", "no memory") for note in report.notes)
+
+
+TWO = training.Options(
+    overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=5
+)
+
+
+@pytest.mark.usefixtures("here")
+def test_slow_steps_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 50 s: two rounds of two sides take 200 s, and three more than the limit."""
+    monkeypatch.setattr(loops.Session, "_timed", lambda self, steps: 50.0)
+    lines: list[str] = []
+    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=250.0), lines.append)
+    assert [entry["seconds"] for entry in report.results[0]["sides"]] == [[50.0] * 2] * 2
+    assert any(is_one_line(note, "2 of 5 rounds", "--batch", "--limit 600") for note in report.notes)
+    told = [line for line in lines if "round " in line and " left" in line]
+    assert [line.partition(";")[2] for line in told] == [
+        " about 3 minutes left", " about 150 s left", " about 100 s left", " about 50 s left",
+    ]  # fmt: skip
+    assert "round 2 of 2, torch loop" in told[-1]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_side_without_a_step_in_time_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(self: Here, method: str, *arguments: Any, timeout: float | None = None, call: Any = Here.call) -> Any:
+        if method == "prepare" and self._arguments[0] == "torch loop":
+            raise isolated.TimeoutReached(f"no result within {timeout:g} s")
+        return call(self, method, *arguments)
+
+    monkeypatch.setattr(Here, "call", call)
+    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=20.0))
+    assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
+    assert any(is_one_line(note, "torch loop", "60 s", "--batch", "--limit", "--row") for note in report.notes)
+
+
+@pytest.mark.usefixtures("here")
+def test_ctrl_c_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the second round of the second row."""
+    calls = []
+
+    def measure(self: loops.Session, steps: int, measure: Any = loops.Session.measure) -> Any:
+        calls.append(steps)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return measure(self, steps)
+
+    monkeypatch.setattr(loops.Session, "measure", measure)
+    arguments = ["--row", "gpt,lstm", "--batch", "2", "--length", "12", "--repeats", "3", "--seconds", "0.001", *SETS]
+    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch"]) == 1
+    out, err = capsys.readouterr()
+    assert "a transformer" in out and "an LSTM" in out and "Ctrl-C" in err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("here")

@@ -256,16 +256,21 @@ class Sides:
             except isolated.IsolatedError as error:
                 self.leave_out(name, str(error))
 
-    def call(self, name: str, method: str, *arguments: Any, part: str = "") -> Any:
+    def call(
+        self, name: str, method: str, *arguments: Any, part: str = "", timeout: float | None = None, advice: str = ""
+    ) -> Any:
         """Returns the result of a method of a side. After a failure, a note has the reason and the result is None.
 
         Args:
             part: What is measured, for the note.
+            timeout: Seconds after which the side has failed.
+            advice: What the note says after them.
         """
         try:
-            return self._workers[name].call(method, *arguments)
+            return self._workers[name].call(method, *arguments, timeout=timeout)
         except isolated.IsolatedError as error:
-            self.notes.append(": ".join(filter(None, [name, part, "not measured", str(error)])))
+            reason = f"{error}; {advice}" if isinstance(error, isolated.TimeoutReached) else str(error)
+            self.notes.append(": ".join(filter(None, [name, part, "not measured", reason])))
             self._workers[name].close()
             self._workers[name] = self._new(name)
             return None

@@ -171,9 +171,9 @@ class Session:
 
     def data_wait(self, steps: int) -> float:
         """Returns the share of steps in which they wait for data in memory, read and augmented as in a run."""
-        self._loop.run(self._batches[:1])
         data = make_dataset(self._config)
-        self._loop.data_wait(data, 2)  # bytes of images are another step to compile
+        if self.device == "gpu":
+            self._loop.data_wait(data, 2)  # bytes of images are another step to compile
         return float(self._loop.data_wait(data, steps))
 
     def free(self) -> None:

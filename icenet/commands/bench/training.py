@@ -6,6 +6,8 @@ affects all of them equally.
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +19,13 @@ from icenet.commands.doctor import system_facts
 from icenet.core import backends
 from icenet.core.config import Config, cnn_plan
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.threads import usable_cores
 from icenet.core.training.signals import Stopped
 
 MAX_STEPS = 50
 """Steps of a side in a round, at most."""
+QUIET_SECONDS = 5.0
+"""A side that takes longer in a round has a line of progress of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Options:
         length: Number of tokens of a row; for images, their height and width.
         seconds: Seconds of a side in a round.
         repeats: Number of rounds that count.
+        limit: Seconds of the rounds of a row. A row that would take longer has fewer rounds, but at least one. A side
+            is left out if it has made no two steps in three times as long.
     """
 
     overrides: Sequence[str] = ()
@@ -48,6 +55,7 @@ class Options:
     length: int | None = None
     seconds: float = 1.0
     repeats: int = 5
+    limit: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Measured:
 
     Attributes:
         cold: Seconds of the first step.
+        step_s: Seconds of a step before the rounds.
         steps: Number of steps of a round.
         rounds: Seconds of a step in each round.
         peak: Peak of the memory in bytes.
@@ -93,10 +102,16 @@ class Measured:
     """
 
     cold: float
+    step_s: float
     steps: int = 1
     rounds: list[float] = field(default_factory=list)
     peak: int | None = None
     data_wait: float | None = None
+
+    @property
+    def round_s(self) -> float:
+        """Seconds that a round is expected to take."""
+        return self.steps * self.step_s
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,14 @@ def image_operations(options: Any, shapes: Mapping[str, tuple[int, ...]], size: 
     return total + work("hidden", 1) + work("output", 1)
 
 
+_FASTER = "--batch and --length make steps shorter, --side leaves sides out"
+
+
+def _duration(seconds: float) -> str:
+    """Returns an expected time as text."""
+    return f"about {math.ceil(seconds)} s" if seconds < 180 else f"about {seconds / 60:.0f} minutes"
+
+
 def run(rows: Mapping[str, Row], options: Options, notify: common.Notify = common.ignore) -> TrainingReport:
     """Measures rows. A side that fails is left out with a note. Ctrl-C and signals end the run with the rounds done.
 
@@ -234,10 +257,12 @@ class _Run:
 
     def run(self) -> TrainingReport:
         interruption: BaseException | None = None
+        self._note_load()
         try:
             self._choose_sides()
-            for name in self._rows:
-                self._measure(name)
+            for number, name in enumerate(self._rows):
+                place = f" (row {number + 1} of {len(self._rows)})" if len(self._rows) > 1 else ""
+                self._measure(name, name + place)
         except (KeyboardInterrupt, Stopped) as error:
             if not any(side.rounds for *_, sides in self._done for side in sides.values()):
                 raise
@@ -249,6 +274,15 @@ class _Run:
             raise IceNetError(f"bench: nothing could be measured: {'; '.join(self._sides.notes)}")
         machine = {**system_facts(), "sides": self._sides.facts}
         return TrainingReport(machine, self._rates, results, self._sides.notes, interruption)
+
+    def _note_load(self) -> None:
+        """Notes if other processes use the cores: threads of products then wait for each other."""
+        load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, usable_cores()
+        if load > 1.5 * cores:
+            note = f"other processes use the machine (load {load:.1f}, {cores} cores), so times are longer and vary"
+            hint = "; OMP_NUM_THREADS=1 is often faster then" if not os.environ.get("OMP_NUM_THREADS") else ""
+            self._sides.notes.append(note + hint)
+            self._notify(note + hint)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
@@ -263,32 +297,63 @@ class _Run:
         if not self._sides.names:
             raise IceNetError(f"bench: no side runs here: {'; '.join(self._sides.notes) or 'none is chosen'}")
 
-    def _measure(self, row: str) -> None:
+    def _measure(self, row: str, title: str) -> None:
         config = config_of(self._rows[row], self._options, self._sides.device)
         task = common.json_config(config)
         self._measure_rate(row, config.training.mixed_precision)
         sides: dict[str, Measured] = {}
         self._done.append((row, config, sides))
-        for name in self._sides.names:
-            self._notify(f"{row}: {name}: first steps")
-            found = self._sides.call(name, "prepare", task, part=row)
-            if found is not None:
-                steps = int(self._options.seconds / max(found["seconds"], 1e-9))
-                sides[name] = Measured(found["cold_s"], min(max(steps, 1), MAX_STEPS))
-        for number in range(self._options.repeats):
-            self._notify(f"{row}: round {number + 1} of {self._options.repeats}")
-            for name, side in list(sides.items()):
-                found = self._sides.call(name, "measure", side.steps, part=row)
-                if found is None:
-                    del sides[name]
-                    continue
-                side.rounds.append(found["seconds"])
-                side.peak = found["peak_bytes"]
+        self._prepare(row, title, task, sides)
+        rounds = self._number_of_rounds(row, sides)
+        for number in range(rounds):
+            self._measure_round(row, f"{title}: round {number + 1} of {rounds}", sides, rounds - number - 1)
         for name, side in sides.items():
             if not loops.KINDS[name].is_peer:
-                self._notify(f"{row}: {name}: wait for data")
-                side.data_wait = self._sides.call(name, "data_wait", max(side.steps, 3), part=row)
+                steps = max(side.steps, 3) if rounds == self._options.repeats else 1
+                self._notify(f"{title}: {name}: wait for data, {_duration((steps + 1) * side.step_s)}")
+                side.data_wait = self._sides.call(name, "data_wait", steps, part=row)
             self._sides.call(name, "free", part=row)  # the memory
+
+    def _prepare(self, row: str, title: str, task: Mapping[str, Any], sides: dict[str, Measured]) -> None:
+        """Makes the models of a row. Adds the sides that make two steps in time."""
+        timeout = 3 * self._options.limit
+        advice = f"{_FASTER}, a longer --limit waits, and --row leaves rows out"
+        for name in self._sides.names:
+            self._notify(f"{title}: {name}: first steps")
+            found = self._sides.call(name, "prepare", task, part=row, timeout=timeout, advice=advice)
+            if found is None:
+                self._notify(self._sides.notes[-1])
+                continue
+            steps = int(self._options.seconds / max(found["seconds"], 1e-9))
+            sides[name] = Measured(found["cold_s"], found["seconds"], min(max(steps, 1), MAX_STEPS))
+            self._notify(f"{title}: {name}: {rounded(1e3 * found['seconds'])} ms a step")
+
+    def _measure_round(self, row: str, title: str, sides: dict[str, Measured], rounds_after: int) -> None:
+        """Measures each side once. Removes those that fail."""
+        after = rounds_after * sum(side.round_s for side in sides.values())
+        for place, (name, side) in enumerate(list(sides.items())):
+            if place == 0 or side.round_s > QUIET_SECONDS:
+                left = after + sum(other.round_s for other in list(sides.values())[place:])
+                self._notify(f"{title}, {name}; {_duration(left)} left")
+            found = self._sides.call(name, "measure", side.steps, part=row)
+            if found is None:
+                del sides[name]
+                continue
+            side.rounds.append(found["seconds"])
+            side.peak = found["peak_bytes"]
+
+    def _number_of_rounds(self, row: str, sides: Mapping[str, Measured]) -> int:
+        """Returns the number of rounds, and notes if the time is enough for some of them only."""
+        one = sum(side.round_s for side in sides.values())
+        rounds = max(min(self._options.repeats, int(self._options.limit / max(one, 1e-9))), 1)
+        if sides and rounds < self._options.repeats:
+            note = (
+                f"{row}: {rounds} of {self._options.repeats} rounds, because one takes {_duration(one)}: {_FASTER}, "
+                f"and --limit {math.ceil(1.2 * one * self._options.repeats)} allows all rounds"
+            )
+            self._sides.notes.append(note)
+            self._notify(note)
+        return rounds
 
     def _measure_rate(self, row: str, precision: str) -> None:
         """Measures the rate of the machine, the best of all sides; on a CPU, fp32 replaces slower dtypes."""
