@@ -276,10 +276,12 @@ _MADV_POPULATE_READ = 22
 def _advise(array: Array, advice: int) -> None:
     """Says how the memory of an array of `view` is used; does nothing for other arrays."""
     data = _map_of(array)
-    if data is not None:
-        start = _offset(array, data)
+    if data is not None and array.size:
+        steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+        start = _offset(array, data) + sum(step for step in steps if step < 0)
+        stop = start + sum(map(abs, steps)) + array.itemsize
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(advice, page, min(start + array.nbytes, len(data)) - page)
+        data.madvise(advice, page, stop - page)
 
 
 def _map_of(array: Array) -> FileMap | None:

@@ -588,6 +588,11 @@ def test_arrays_are_read_at_once_and_released(tmp_path: Path) -> None:
     assert abs(mapped() - before - 2**23) < 2**20
     tensor_file.release(found["b"])
     assert mapped() - before < 2**20
+    columns = found["a"].reshape(512, 2048)[::-1, 1024:]  # as a part of a fused layer
+    columns.sum()
+    assert mapped() - before > 2**22
+    tensor_file.release(columns)
+    assert mapped() - before < 2**20
     tensor_file.read_ahead(found["a"][:, None].T)  # any view
     tensor_file.read_ahead(np.ones(3))  # no array of a file
 
