@@ -15,7 +15,7 @@ from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import Progress, check_options, check_pairs
-from icenet.parity.calls import runs
+from icenet.parity.calls import propagation, runs
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
@@ -193,8 +193,10 @@ class ModuleComparison(Comparison):
             return self.b.sampled_replay(given, Sample(0, rounds=True))
         return self.b.replay(given)
 
-    def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
-        return runs.propagated(self, exact)
+    def propagated(
+        self, exact: Mapping[str, Value], pairs: list[Pair], gradients: bool = True, quick: bool = False
+    ) -> dict[str, Array]:
+        return propagation.propagated(self, exact, pairs, gradients, quick)
 
     def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
         return training.default_rate(names, self.reference.weights(), gradients)

@@ -56,7 +56,6 @@ class Comparison(ABC):
         first_runs: The loss and the gradients of each side on the first inputs.
         gradients: Those of the reference.
         ties: Paths of the modules whose gradients differ only at ties.
-        own_errors: Relative errors of each module on equal inputs, by path: of its output, gradient and parameters.
         factor: How much less exact the sums of `a` are than those of `b`, as far as it is known.
         loss_noise: The noise of the loss.
         tell: Shows the progress.
@@ -91,7 +90,6 @@ class Comparison(ABC):
         self.inputs_b: list[Value] = []
         self.trains = True
         self.loss_noise = 0.0
-        self.own_errors: dict[str, dict[str, float]] = {}
         self.parameter_names: dict[str, str] = {}
         self.different: set[str] = set()
         self.ties: set[str] = set()
@@ -175,7 +173,9 @@ class Comparison(ABC):
         """Returns a replay of `b` in the dtype under test."""
 
     @abstractmethod
-    def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
+    def propagated(
+        self, exact: Mapping[str, Value], pairs: list[Pair], gradients: bool = True, quick: bool = False
+    ) -> dict[str, Array]:
         """Returns the error that values of the run have if every module is as far off as on equal inputs."""
 
     @abstractmethod

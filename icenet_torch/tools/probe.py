@@ -95,11 +95,12 @@ def perturbing(model: nn.Module, perturb: Callable[..., Value], arguments: bool 
 
     Args:
         model: Any module.
-        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output", "gradient" or "argument"
-            and `number` counts the calls for a path; returns the perturbed value, of the same shape and dtype.
-        arguments: Whether the arguments of modules are perturbed, too.
+        perturb: Called as `perturb(value, what, path, number)`, where `what` is "output", "gradient" (of an output),
+            "argument" or "argument gradient", and `number` counts the outputs or arguments of a path; returns the
+            perturbed value, of the same shape and dtype.
+        arguments: Whether the arguments of modules and their gradients are perturbed, too.
     """
-    numbers: dict[str, count[int]] = {}
+    numbers: dict[tuple[str, str], count[int]] = {}
     perturbed: dict[int, torch.Tensor] = {}  # holds the tensors, so that no other tensor gets their ids
 
     def hook_of(path: str) -> Any:
@@ -109,7 +110,7 @@ def perturbing(model: nn.Module, perturb: Callable[..., Value], arguments: bool 
         def once(tensor: torch.Tensor) -> torch.Tensor:
             # a container returns the output of its last module: one value, perturbed once
             if id(tensor) not in perturbed and tensor.is_floating_point():
-                tensor = _Perturb.apply(tensor, perturb, path, next(numbers.setdefault(path, count())))
+                tensor = _Perturb.apply(tensor, perturb, "", path, next(numbers.setdefault(("", path), count())))
                 perturbed[id(tensor)] = tensor
             return tensor
 
@@ -119,7 +120,8 @@ def perturbing(model: nn.Module, perturb: Callable[..., Value], arguments: bool 
         def perturbed_argument(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_floating_point():
                 return tensor
-            return tensor + (_perturbed(tensor.detach(), perturb, "argument", path, 0) - tensor.detach())
+            number = next(numbers.setdefault(("argument", path), count()))
+            return _Perturb.apply(tensor, perturb, "argument", path, number)
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             return _map_tensors(args, perturbed_argument), _map_tensors(kwargs, perturbed_argument)
@@ -140,14 +142,13 @@ class _Perturb(torch.autograd.Function):
     """Perturbs a tensor in the forward pass and its gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, perturb: Any, path: str, number: int) -> torch.Tensor:
-        ctx.arguments = perturb, path, number
-        return _perturbed(tensor, perturb, "output", path, number)
+    def forward(ctx: Any, tensor: torch.Tensor, perturb: Any, what: str, path: str, number: int) -> torch.Tensor:
+        ctx.arguments = perturb, f"{what} gradient".strip(), path, number
+        return _perturbed(tensor, perturb, what or "output", path, number)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        perturb, path, number = ctx.arguments
-        return _perturbed(gradient, perturb, "gradient", path, number), None, None, None
+        return _perturbed(gradient, *ctx.arguments), None, None, None, None
 
 
 def _perturbed(tensor: torch.Tensor, perturb: Any, what: str, path: str, number: int) -> torch.Tensor:

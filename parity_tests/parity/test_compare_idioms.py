@@ -21,7 +21,9 @@ from pairs import PAIRS, draw, tokens, with_equal_weights
 
 import icenet
 from icenet.parity import align, compare, inputs
+from icenet.parity.calls.propagation import own_errors
 from icenet.parity.comparison import ModuleComparison
+from icenet.parity.stages import forward
 from icenet.parity.stages.order import run_stages
 from icenet.parity.trace import Value
 from icenet_torch.tools.probe import perturbing
@@ -270,13 +272,17 @@ def test_derivatives_smaller_than_the_last_bit_of_one_are_equal() -> None:
     assert report.passed, report
 
 
-def test_the_error_of_what_a_model_computes_between_layers_is_known() -> None:
+def test_the_error_of_what_a_model_computes_between_layers_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cosines of a time have an error that the gradients of all layers inherit; no layer has it."""
     ours, theirs, given = PAIRS["diffusion"]("")
     options = dict.fromkeys(("rename", "layout", "loss", "optimizer"), None) | {"copy_weights": False}
     comparison = ModuleComparison(ours, theirs, ("forward",), "fp32", 0, 0, options)
-    assert run_stages(comparison, [inputs.read(given)]).passed
-    assert comparison.own_errors["time1"]["argument"] > 1e-8 and "argument" not in comparison.own_errors[""]
+    errors: dict[tuple[str, str], float] = {}
+    monkeypatch.setattr(
+        forward, "judge_forward", lambda c, stage, pairs, *_: errors.update(own_errors(c, pairs, gradients=False))
+    )
+    run_stages(comparison, [inputs.read(given)])
+    assert errors["argument", "time1"] > 1e-8 and ("argument", "") not in errors
     seen = []
 
     def perturb(value: Value, what: str, path: str, number: int) -> Value:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as T
+from evidence import check_model
 from pairs import draw, with_equal_weights
 
 from icenet.parity import compare
@@ -69,3 +70,10 @@ def test_errors_of_erf_are_below_an_ulp_of_one() -> None:
     assert np.abs(errors[1]).max() < np.abs(errors[0]).max()
     with summing_in_order(1):
         assert torch.equal(torch.erf(x.double()), exact[0])
+
+
+@pytest.mark.parametrize("seed", [10377, 110565])
+def test_errors_of_modules_are_larger_with_the_gradients_of_the_run(seed: int) -> None:
+    """The derivative of the norm of a single value, and of a softmax of nearly equal scores, is a difference of equal
+    numbers; each is far within the tolerance with random gradients."""
+    assert check_model(seed)["alarm"] == ""

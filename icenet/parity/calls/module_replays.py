@@ -68,16 +68,18 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
                 found += [captured[index][i if is_test else j] for i, j, _ in child.arguments]
         except (IndexError, KeyError):
             raise align.ReplayError("calls other modules in the replay than in the run") from None
-        return found
+        return found + [arrays[index] for index, _ in others]
 
+    others = [(index, item) for index, item in enumerate(given.others) if item is not None]
     result_hows = pair.result_hows if is_test else [align.SAME] * len(pair.result_hows)
+    seed_hows = [*result_hows, *(hows[index] for index, _ in others)]
     cotangent = None
     if cotangents is not None:
-        seeds = list(cotangents)
+        seeds = [*cotangents, *(item for _, item in others)]
 
         def cotangent(index: int, shape: tuple[int, ...]) -> Any:
             seed = seeds[index]
-            array = align.to_mlx(result_hows[index], seed.array)
+            array = align.to_mlx(seed_hows[index], seed.array)
             return array if seed.is_float and array.shape == shape else None
 
     parameters = _own_names(side, pair, own)
@@ -95,7 +97,7 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
         after = side.tools.buffers(module) if side.train else {}
     found = {
         output_name(index): Value(align.to_torch(how, item.array), item.dtype)
-        for index, (item, how) in enumerate(zip(outputs, result_hows, strict=True))
+        for index, (item, how) in enumerate(zip(outputs, result_hows, strict=False))
     }
     if cotangents is not None:
         number = 0
@@ -132,7 +134,7 @@ def sampled_replay(side: ModuleCopy, given: Replay, sample: Sample) -> dict[str,
         if ours[len(prefix) :] in weights
     }
     with side.perturbed(module, perturb, sample):
-        found = replay(side, Replay(pair, moved, seeds, new))
+        found = replay(side, replace(given, values=moved, cotangents=seeds, weights=new))
     if not sample.rounds:
         return found
     # inputs of the calls within it are no outputs of a module, which are perturbed

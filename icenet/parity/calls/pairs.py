@@ -138,12 +138,14 @@ class Replay:
         values: Its inputs in the axes of the reference, as `Pair.inputs`.
         cotangents: Of its results in the axes of the reference; None for no gradients.
         weights: Canonical parameters in place of its own, by path in the reference within the module.
+        others: Gradients by its inputs from other uses, which are added to those of the replay; None without one.
     """
 
     pair: Pair
     values: Sequence[Value]
     cotangents: Sequence[Value] | None = None
     weights: Mapping[str, Array] | None = None
+    others: Sequence[Value | None] = ()
 
 
 @dataclass(frozen=True)

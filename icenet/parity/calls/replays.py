@@ -14,7 +14,6 @@ from icenet.parity import align
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.locate import judge_layer
-from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance
@@ -73,18 +72,7 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     )
     if has_ties:
         c.ties.add(pair.path)
-    places = pair.places()
-    by_inputs = max((j.scale for name, j in judgements.items() if name.startswith("input")), default=0.0)
-    for name, judgement in judgements.items():
-        value = exact.get(name.replace("gradient:", "gradient ", 1))
-        path, what = pair.path, "gradient" if name.startswith("input") else name
-        if name.startswith("output"):
-            child = places[index_of(name)][0]
-            path, what = (pair.path, "output") if child is None else (child.path, "argument")
-        if value is not None and math.isfinite(judgement.error):
-            own = c.own_errors.setdefault(path, {})
-            size = by_inputs if what == "gradient" else judgement.scale  # one of them may be zero but for rounding
-            own[what] = max(own.get(what, 0.0), max(judgement.error, judgement.noise) / size if size else 0.0)
+    for judgement in judgements.values():
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)
     return judgements

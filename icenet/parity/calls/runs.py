@@ -1,17 +1,15 @@
-"""Runs of both sides of a comparison with the loss and its gradients, and the noise of a whole run."""
+"""Runs of both sides of a comparison with the loss and its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from icenet.core import backends
 from icenet.parity import align
 from icenet.parity import inputs as drawing
-from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import ModuleError
@@ -19,10 +17,9 @@ from icenet.parity.calls.targets import Targets
 from icenet.parity.inputs import Inputs
 from icenet.parity.locate import FP16_SCALES, fits_fp16
 from icenet.parity.results.result import Row
-from icenet.parity.results.rows import index_of, split_at
+from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
-from icenet.parity.trace import Value
-from icenet.parity.yardstick import FEW, half_ulp, judge, rms, squared_distance
+from icenet.parity.yardstick import judge
 
 Array = npt.NDArray[Any]
 
@@ -117,58 +114,9 @@ def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
     i, how = next((i, how) for i, other, how in pairs[0].outputs if other == j)
     ours = align.to_torch(how, pairs[0].a.outputs[i].array)
     theirs, exact = pairs[0].noise.outputs[j], pairs[0].b.outputs[j]
-    floor = c.propagated({f"output:{j}": exact}).get(f"output:{j}")
+    floor = c.propagated({f"output:{j}": exact}, pairs, gradients=False).get(f"output:{j}")
     return judge(ours, theirs.array, exact.array, c.dtype, stored=theirs.dtype, sampled_noise=floor).passed
-
-
-def propagated(c: Comparison, exact: Mapping[str, Value]) -> dict[str, Array]:
-    """Returns the error that values of the run have if every module is as far off as on equal inputs.
-
-    The replays found that each module agrees. The run adds up their errors, and a batch norm or a division may
-    enlarge them. So `b` runs again, with sums term by term, and the arguments and outputs of each module and its
-    gradients are moved by a random error as large as that of `a` in the replay.
-
-    Args:
-        exact: Values of the reference by name: `output:NUMBER` or `gradient:PATH`.
-    """
-    if c.b.backend != "torch":
-        return {}
-    loss = (c.losses or (None, None))[1]
-    least = float(half_ulp(0.0, c.dtype))  # a replay has no gradients as small as this, but the run may have
-    squares: dict[str, Array] = {}
-    for index in range(FEW):
-        generator = np.random.default_rng([c.seed, index])
-
-        def moved(
-            value: Value, what: str, path: str, number: int, generator: np.random.Generator = generator
-        ) -> Value:
-            level = max(c.own_errors.get(path, {}).get(what, 0.0) * rms(value.array), least)
-            noise = _error(generator, value.array.shape) * level
-            return Value((value.array + noise).astype(value.array.dtype), value.dtype)
-
-        store = Store()
-        sums = backends.module("torch", "tools.sums").summing_in_order(index)
-        with backends.module("torch", "tools.probe").perturbing(c.b.module, moved, arguments=True), sums:
-            run = c.b.record(c.inputs_a.given, c.inputs_b, store, loss, c.targets_b, True, inner=False)
-        found = {f"output:{j}": item for j, item in enumerate(run.events[0].outputs)}
-        found |= {f"gradient:{name}": item for name, item in run.gradients.items()}
-        for name, item in exact.items():
-            holder, part = split_at(name.partition(":")[2], c.b.modules)
-            own = c.own_errors.get(holder, {}).get(f"gradient:{part}", 0.0) * rms(item.array)
-            square = squared_distance(found[name].array, item.array) + max(own, least) ** 2
-            squares[name] = squares.get(name, np.zeros(square.shape)) + square / FEW
-        store.close()
-    return {name: np.sqrt(square) for name, square in squares.items()}
 
 
 class Draws(Exception):
     """A module draws random numbers without a key, so that its runs cannot be compared."""
-
-
-def _error(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Returns random errors: one for each element, and one for each channel, as of a mean that is subtracted."""
-    error = generator.standard_normal(shape)
-    for axis in {1, len(shape) - 1} if len(shape) > 1 else ():
-        error = error + generator.standard_normal([n if k == axis else 1 for k, n in enumerate(shape)])
-    found: Array = error
-    return found

@@ -104,7 +104,9 @@ class TraceComparison(Comparison):
     def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
         return self._trace.rate
 
-    def propagated(self, exact: Mapping[str, Value]) -> dict[str, Array]:
+    def propagated(
+        self, exact: Mapping[str, Value], pairs: list[Pair], gradients: bool = True, quick: bool = False
+    ) -> dict[str, Array]:
         kind = "in_order" if self.b.backend == "torch" and self.a.has_foreign("") else "noise"
         noise = self._trace.samples[self._b.run_mode][kind]
         return {name: noise[name] for name in exact if name in noise}
