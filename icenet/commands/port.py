@@ -117,7 +117,7 @@ def _inputs(shapes: Sequence[str], example: Any, module: Any) -> tuple[tuple[Any
     rng = np.random.default_rng(0)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    tensors = backends.module("torch", "porting.export").tensors
+    tensors = backends.module("torch", "porting.inputs").tensors
     for text in shapes:
         match = _SHAPE.fullmatch(text)
         if match is None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icenet.parity.trace import Value, short_dtype
-from icenet_torch.porting import export
+from icenet_torch.porting import export, inputs
 from icenet_torch.tools import calls
 
 
@@ -148,7 +148,7 @@ class Reference:
             torch.set_default_dtype(torch.float64)
         try:
             with (
-                export.unchanged(module.buffers()),
+                inputs.unchanged(module.buffers()),
                 calls.assigned(module, weights or {}),
                 within(module),
                 _Precision(self.dtypes),
@@ -233,7 +233,7 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     args, kwargs = to_torch((args, kwargs))
     flat = program._graph_module_flat_inputs(args, kwargs)
     flat = [item.clone() if isinstance(item, torch.Tensor) else item for item in flat]
-    with torch.no_grad(), export.unchanged(_state(program)):
+    with torch.no_grad(), inputs.unchanged(_state(program)):
         Recorder(program.graph_module).run(*flat)
     return values
 
@@ -282,7 +282,7 @@ def _state(program: Any) -> list[torch.Tensor]:
 def accepts(program: Any, args: Any, kwargs: Any) -> bool:
     """Returns whether the guards of an exported program allow the sizes of some arguments."""
     try:
-        with torch.no_grad(), export.unchanged(_state(program)):
+        with torch.no_grad(), inputs.unchanged(_state(program)):
             program.module()(*to_torch(args), **to_torch(kwargs))
     except Exception:
         return False

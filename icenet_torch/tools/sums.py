@@ -93,7 +93,7 @@ def _is_single(args: Sequence[Any]) -> bool:
 def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     dims = _axes(x, dim)
     kept = [axis for axis in range(x.ndim) if axis not in dims]
-    terms = x.float().permute(*dims, *kept).reshape(-1, *(x.shape[axis] for axis in kept))
+    terms = x.float().permute((*dims, *kept)).reshape(-1, *(x.shape[axis] for axis in kept))
     array = terms.cpu().numpy()
     array = np.ascontiguousarray(np.roll(array, _first_term(len(array)), axis=0))
     total = np.zeros(array.shape[1:], np.float32) if len(array) == 0 else np.add.accumulate(array, axis=0)[-1]

@@ -3287,7 +3287,7 @@ FAULTS: list[Fault] = [
     Fault(
         "trying the sizes of a port updates the original's buffers",
         "icenet_torch/porting/run.py",
-        """with torch.no_grad(), export.unchanged(_state(program)):
+        """with torch.no_grad(), inputs.unchanged(_state(program)):
             program""",
         """with torch.no_grad():
             program""",

@@ -26,7 +26,7 @@ from icenet.core.porting.record import Graph, Node, Ref
 from icenet.core.porting.source.writer import write
 from icenet.core.porting.table import TABLE
 from icenet.porting import load
-from icenet_torch.porting import export
+from icenet_torch.porting.reader import Reader
 
 RANDOM = re.compile(
     r"dropout|rand|normal|bernoulli|uniform|multinomial|exponential|cauchy|geometric|log_normal|rrelu|empty|fractional"
@@ -43,7 +43,7 @@ def record(function: Any, inputs: list[torch.Tensor]) -> Graph:
     for node in list(module.graph.nodes):
         if node.target is torch._C._set_grad_enabled:  # no operation; a gradient that it ends is seen as a difference
             module.graph.erase_node(node)
-    reader = export._Reader.__new__(export._Reader)
+    reader = Reader.__new__(Reader)
     reader.files, reader.stack, reader.storages, reader.nodes = {}, [], {}, []
     reader.count, reader.taken, reader.results = 0, set(), {}
     tensors, aliases, names = {}, {}, []

@@ -105,3 +105,25 @@ def test_loops_over_experts_and_over_layers_after_another_variable() -> None:
     assert "expert in enumerate(self.experts):" in source
     assert "for layer in self.layers:" in source
     close(model(mx.array(x.numpy())), module(x))
+
+
+class Collected(nn.Module):
+    """The values of all turns of a loop are results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for layer in self.layers:
+            x = x + layer(x)
+            found.append(x)
+        return [x.sum(), *found]
+
+
+def test_values_of_all_turns_stay_apart() -> None:
+    module, x = Collected().eval(), torch.randn(5, 4)
+    model, _ = ported(module, x)
+    for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
+        close(ours, theirs)

@@ -160,7 +160,8 @@ def port(
     if layout not in ("nchw", "nhwc"):
         raise UsageError(f"layout {layout!r}: give nchw or nhwc")
     exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
-    exporter.check_module(module)
+    examples = backends.module("torch", "porting.inputs")
+    examples.check_module(module)
     args = (
         example_inputs
         if isinstance(example_inputs, tuple)
@@ -168,7 +169,7 @@ def port(
         if isinstance(example_inputs, list)
         else (example_inputs,)
     )
-    args, kwargs = exporter.checked_inputs((args, dict(example_kwargs or {})))
+    args, kwargs = examples.checked_inputs((args, dict(example_kwargs or {})))
     progress("exporting")
     graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
     _check_table(graph, train)
@@ -178,7 +179,7 @@ def port(
     load = backends.module("mlx", "porting.load")
     weights = run.weights(module, program)
     model = load.make(plan.source, plan.class_name, plan.native(weights))
-    arrays, named = exporter.to_numpy((args, kwargs))
+    arrays, named = examples.to_numpy((args, kwargs))
     checked = plan
     if layout == "nhwc":  # the proof gives images with PyTorch's axes
         checked = build.plan(graph, train, False, title)
@@ -237,10 +238,10 @@ def check(
     module: Any, example_inputs: Any, *, dynamic: Any = None, example_kwargs: dict[str, Any] | None = None
 ) -> dict[str, list[str]]:
     """Returns the operations that the table lacks, with the places where the module uses them."""
-    exporter = backends.module("torch", "porting.export")
-    exporter.check_module(module)
+    exporter, examples = backends.module("torch", "porting.export"), backends.module("torch", "porting.inputs")
+    examples.check_module(module)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    args, kwargs = exporter.checked_inputs((args, dict(example_kwargs or {})))
+    args, kwargs = examples.checked_inputs((args, dict(example_kwargs or {})))
     graph, train, _, _ = _export(exporter, module, args, kwargs, dynamic)
     return _missing(graph, train)
 
@@ -248,17 +249,18 @@ def check(
 def _export(
     exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any
 ) -> tuple[Graph, Graph | None, Any, list[str]]:
-    exporter.check_arguments(module, args, kwargs)
-    wide_args, wide_kwargs = exporter.widened(args, kwargs) if dynamic is None else (args, kwargs)
+    examples = backends.module("torch", "porting.inputs")
+    examples.check_arguments(module, args, kwargs)
+    wide_args, wide_kwargs = examples.widened(args, kwargs) if dynamic is None else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic
     try:
         graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False)
     except PortError:
         if wide_args is args:
-            exporter.check_call(module, args, kwargs)
+            examples.check_call(module, args, kwargs)
             raise
         wide_args, wide_kwargs = args, kwargs
-        exporter.check_call(module, args, kwargs)
+        examples.check_call(module, args, kwargs)
         graph, program, shapes = exporter.export(module, args, kwargs, shapes, False)
     if wide_args is not args and any(
         isinstance(tensor, Tensor) and tensor.shape[:1] == (2,)

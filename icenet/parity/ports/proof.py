@@ -183,7 +183,7 @@ def _one_error(kind: type[PortError], given: Arguments, training: bool) -> Itera
     except Exception as error:  # whatever the code of a user raises
         who, where = "the port", ""
         if kind is _OriginalFails:
-            who, where = "the original", backends.module("torch", "porting.export").where(error)
+            who, where = "the original", backends.module("torch", "porting.failures").where(error)
         text = f"{who} fails in {_mode(training)} mode on {sizes_text(given)}: {where}{first_line(error)}"
         raise kind(text) from error
 
@@ -324,7 +324,7 @@ class _Pair:
         except Exception as error:  # of an operation without a gradient, of the user's backward, or of the forward
             reference = self._original(self.exact, self.inputs, None)
             mode = _mode(self.training)
-            where = backends.module("torch", "porting.export").where(error)
+            where = backends.module("torch", "porting.failures").where(error)
             notes.append(
                 f"no gradients were compared in {mode} mode, the original raises: {where}{first_line(error)}"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,8 @@ from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.record import WHOLE, Argument, Node, Ref, Tensor, refs
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.lines import Body, Line
-from icenet.core.porting.source.loops import ELEMENT, RANGE, kind, roll
+from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
+from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
 from icenet.core.porting.table import TABLE
@@ -36,12 +36,11 @@ _RESERVED = {
 """Words that are no variable."""
 
 
-class Frame:
+class Frame(Statements):
     """Writes the body of one call."""
 
     def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
-        self.structure, self.graph, self.call = structure, graph, call
-        self.items = list(self.flatten(call))
+        super().__init__(structure, graph, call)
         self.text: dict[str, str] = {}
         self.lines: list[Line] = []
         self.names: dict[str, str] = {}
@@ -52,24 +51,10 @@ class Frame:
         self.unpacked: set[str] = set()
         self.pinned: set[str] = set()
         """Tensors whose sizes are read later."""
-        self.runs: dict[tuple[int, int], int] = {}
-        self.number_runs()
         self.scope: set[str] = set()
         self.collected: list[str] = []
 
     # ---- which values
-
-    def flatten(self, call: Call) -> Iterator[Item]:
-        for item in call.items:
-            if isinstance(item, Call) and self.structure.is_inlined(item.path):
-                yield from self.flatten(item)
-            else:
-                yield item
-
-    def used_by(self, item: Item) -> list[str]:
-        if isinstance(item, Node):
-            return list(refs(item.args))
-        return [name for _, name in self.graph.parameters(item)]
 
     def body(self) -> Body:
         graph = self.graph
@@ -95,11 +80,9 @@ class Frame:
         self.uses.update(final.keys())
         self.collect()
         self.consumer: dict[str, int] = {}
-        self.users: dict[str, list[Item]] = {}
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.consumer[name] = index
-                self.users.setdefault(name, []).append(item)
         signature = []
         if is_root and graph.graph.signature:
             signature = self.original_signature(graph.graph.signature)
@@ -233,52 +216,6 @@ class Frame:
     def is_live(self, value: str) -> bool:
         return self.last_use.get(value, -1) > self.position
 
-    def is_final(self, item: Item, name: str) -> bool:
-        """Returns whether a value is the result of its statement: no later operation of the statement uses it."""
-        users = self.users.get(name, ())
-        return not any(self.is_within(user, item) for user in users if user is not item)
-
-    def is_same_statement(self, a: Item, b: Item) -> bool:
-        """Returns whether one execution of a statement of the original computes both."""
-        return a.place is not None and a.place == b.place and self.is_within(a, b)
-
-    def is_within(self, inner: Item, item: Item) -> bool:
-        """Returns whether the statement that computes an item, or a function that it calls, computes another one."""
-        if item.place is None or inner.place is None:
-            return False
-        depth = len(item.place.chain)
-        same = inner.place.chain[:depth] == item.place.chain
-        return same and self.runs.get((id(inner), depth)) == self.runs.get((id(item), depth))
-
-    def number_runs(self) -> None:
-        """Numbers the executions of statements: one in a loop is a sequence of operations that repeats."""
-        depths = {len(item.place.chain) for item in self.items if item.place is not None}
-        for depth in sorted(depths):
-            self.number_runs_at(depth)
-
-    def number_runs_at(self, depth: int) -> None:
-        """Numbers the executions of statements within a number of calls; with the functions that it calls."""
-
-        def chain(item: Item) -> Any:
-            return item.place.chain[:depth] if item.place is not None else None
-
-        start = 0
-        while start < len(self.items):
-            end = start
-            while end < len(self.items) and chain(self.items[end]) == chain(self.items[start]):
-                end += 1
-            end = max(end, start + 1)
-            kinds = [kind(item) for item in self.items[start:end]]
-            size = next(
-                n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
-            )
-            place = self.items[start].place
-            if place is None or not (len(place.targets) == 1 or self.gives(start, size, len(place.targets))):
-                size = len(kinds)
-            for index in range(start, end):
-                self.runs[id(self.items[index]), depth] = start + (index - start) // size * size
-            start = end
-
     def collect(self) -> None:
         """Finds the lists to which the original appends the values that it joins, for loops."""
         self.lists: dict[str, str] = {}
@@ -301,34 +238,6 @@ class Frame:
                 self.joins.add(item.name)
                 self.collected.append(variable)
 
-    def gives(self, start: int, size: int, count: int) -> bool:
-        """Returns whether some operations are a call with a number of results: `h, c = cell(x, h, c)` in a loop."""
-        calls = [item for item in self.items[start : start + size] if isinstance(item, Call)]
-        return len(calls) == 1 and len(self.graph.returns(calls[0])) == count
-
-    def is_element(self, item: Item) -> bool:
-        """Returns whether this is a call of an element of a list."""
-        path = (
-            item.args["path"]
-            if isinstance(item, Node) and item.op in WHOLE
-            else ""
-            if isinstance(item, Node)
-            else item.path
-        )
-        parent = path.rpartition(".")[0]
-        return (
-            bool(parent)
-            and self.structure.is_container(parent)
-            and self.structure.is_dense(parent)
-            and (len(self.structure.modules[parent].children) > 1)
-        )
-
-    def is_listed(self, item: Item) -> bool:
-        """Returns whether this is a call of an element of an `nn.ModuleList`, whose loop the original has written."""
-        path = item.args.get("path", "") if isinstance(item, Node) else item.path
-        parent = path.rpartition(".")[0]
-        return self.is_element(item) and self.structure.modules[parent].class_name == "ModuleList"
-
     def element_name(self, item: Item, name: str, given: str) -> str | None:
         """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
         text = self.text.get(given, "")
@@ -340,20 +249,6 @@ class Frame:
         ):
             return re.sub(r"_\d+$", "", text)
         return None
-
-    def target_of(self, item: Item, name: str) -> str:
-        """Returns the variable of a value of `a, b = f(x), g(x)`, an empty string if it is not known."""
-        targets = item.place.targets if item.place else ()
-        values = [
-            (other, value)
-            for other in self.items
-            if self.is_same_statement(other, item)
-            for value in ([other.name] if isinstance(other, Node) else self.graph.returns(other))
-        ]
-        final = [value for other, value in values if self.users.get(value) and self.is_final(other, value)]
-        if len(final) != len(targets) or name not in final:
-            return ""
-        return targets[final.index(name)].strip("_")
 
     def hint(self, item: Item, name: str) -> str:
         place = item.place
@@ -549,11 +444,6 @@ class Frame:
         self.keep(text, consumer)
         return True
 
-    def is_last_turn(self, item: Item) -> bool:
-        """Returns whether the statement that computes a value has run before, in a loop."""
-        earlier = self.items[: self.items.index(item)]
-        return any(other.place == item.place and not self.is_within(other, item) for other in earlier)
-
     def is_repeated(self, node: Node, user: Item) -> bool:
         """Returns whether the expression of an operation has a value more than once, so that it needs a variable."""
         if not isinstance(user, Node) or user.base not in TABLE or user.base in WHOLE:
@@ -566,11 +456,6 @@ class Frame:
 
         trial = Operation(user, source, self.graph.tensors.get, set(), is_training)
         return TABLE[user.base](trial).count(mark) > 1
-
-    @staticmethod
-    def is_plain(node: Node) -> bool:
-        """Returns whether a node only changes the order of the axes in memory."""
-        return node.base == "permute" and node.name.rpartition("_p")[2].isdigit()
 
     def child(self, call: Call, index: int) -> None:
         results = self.graph.returns(call)

@@ -203,6 +203,8 @@ def _entry(first: list[str], turn: list[str]) -> tuple[str, str] | None:
         end += len(re.findall(r"\w+|\W", code)) + 1
         ends.append(end)
     number = next((number for number, code in enumerate(turn) if re.match(rf"{b} = ", code)), None)
+    if [code.partition(" = ")[0] for code in first] != [code.partition(" = ")[0] for code in turn]:
+        return None  # they set other variables
     if number is None or not a.isidentifier() or a == "self" or any(ours[place - 1] == "." for place in places):
         return None
     begin = ends[number - 1] if number else 0

@@ -1,0 +1,72 @@
+"""The line of the user's code at which an export or a call fails."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+import torch
+
+from icenet.core.errors import PortError
+
+TORCH = str(Path(torch.__file__).parent)
+HERE = str(Path(__file__).parent)
+PYTHON = sysconfig.get_paths()["stdlib"]
+FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+def where(error: Exception) -> str:
+    """Returns the last line of the user's code in a traceback, or an empty string."""
+    places = users_lines(error)
+    return "{}:{}: {!r}: ".format(*places[-1]) if places else ""
+
+
+def users_lines(error: Exception) -> list[tuple[str, int, str]]:
+    """Returns file, line and code of each frame of a traceback in code of the user, or of a package that it uses."""
+    return [
+        (frame.filename, frame.lineno or 0, frame.line or "")
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((TORCH, HERE, "<"))
+        and "/icenet" not in frame.filename
+        and (not frame.filename.startswith(PYTHON) or "site-packages" in frame.filename)
+    ]
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def is_data_dependent(error: Exception) -> bool:
+    return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
+
+
+def broken(error: Exception) -> PortError:
+    """Returns the error that names the line of the user's code at which the graph breaks."""
+    text = str(error)
+    places = users_lines(error)
+    for match in FRAME.finditer(text):  # the code of the user in a message of torch
+        if not match["file"].startswith((TORCH, HERE)) and match["file"].startswith("/"):
+            places.append((match["file"], int(match["line"]), ""))
+    kind = type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
+    first = re.sub(r"\s+", " ", first)[:300]
+    where = ""
+    if places:
+        file, line, code = places[-1]
+        code = code or linecache.getline(file, line).strip()
+        where = f"{file}:{line}: {code!r}: "
+    remedy = ""
+    if unknown := re.match(r"Found <class '([^']+)'> in output", text):
+        first = f"the output has a {unknown[1].rpartition('.')[2]}"
+        remedy = "; return tensors, numbers, dicts, lists, tuples or data classes of them"
+    elif is_data_dependent(error):
+        first = "the control flow depends on the values of a tensor"
+        remedy = "; write it with torch.where, or compute the condition before the call"
+    elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
+        remedy = "; check the example inputs"
+    elif "Constraints violated" in text:
+        remedy = "; give `dynamic` only the dimensions that may change"
+    return PortError(f"{where}cannot be exported: {first}{remedy}")

@@ -1,0 +1,482 @@
+"""Reads an exported program as the record of a graph."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import linecache
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from icenet.core.errors import PortError
+from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
+from icenet_torch.porting.failures import FRAME, HERE, TORCH
+
+_DROPPED = (
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+    "_functional_assert_async",
+    "_assert_async.msg",
+)
+"""Checks of sizes and values, which a port leaves out."""
+
+
+class Reader:
+    """Reads an exported program."""
+
+    def __init__(
+        self, module: nn.Module, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> None:
+        self.module, self.program, self.training = module, program, training
+        self.args, self.kwargs = args, kwargs
+        self.files = {
+            path: "" if isinstance(inner, (nn.Sequential, nn.ModuleList)) else _file_of(type(inner))
+            for path, inner in module.named_modules()
+        }
+        self.stack: list[str] = []
+        self.storages: dict[int, int] = {}
+        self.nodes: list[Node] = []
+        self.count = 0
+        self.taken: set[str] = set()
+        self.differentiable: set[int | None] = set()
+        self.buffers: set[int | None] = set()
+        """The storages of parameters and inputs, and those of buffers."""
+        self.results: dict[str, list[Any]] = {}
+        """The results of inlined regions by the name of their node."""
+
+    def read(self) -> Graph:
+        graph, signature = self.program.graph, self.program.graph_signature
+        tensors: dict[str, Any] = {}
+        aliases: dict[str, int] = {}
+        arrays: dict[str, Array] = {}
+        inputs: list[Any] = []
+        shared = _shared(self.module)
+        stored = {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
+        specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        trainable = {
+            path for path, value in self.module.named_parameters(remove_duplicate=False) if value.requires_grad
+        }
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                continue
+            value = node.meta.get("val")
+            tensors[node.name] = self.meta(value)
+            if isinstance(value, torch.Tensor):
+                aliases[node.name] = self.storage(value)  # type: ignore[assignment]
+            spec = specs.get(node.name)
+            kind = spec.kind.name if spec is not None else "USER_INPUT"
+            if spec is not None and kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
+                name = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[kind]
+                path = shared.get(str(spec.target), str(spec.target))
+                constant = self.program.constants.get(spec.target) if name == "constant" else None
+                small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
+                number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
+                is_saved = name == "parameter" or (name == "buffer" and spec.persistent is not False)
+                fill = _fill(stored.get(path))
+                is_trained = spec.target in trainable
+                arrays[node.name] = Array(
+                    path, tensors[node.name], name, is_trained, number, fill=fill, is_saved=is_saved
+                )
+            elif kind == "USER_INPUT":
+                inputs.append(Ref(node.name))
+            # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
+        for name, alias in aliases.items():
+            is_buffer = name in arrays and arrays[name].kind != "parameter"
+            (self.buffers if is_buffer else self.differentiable).add(alias)
+        self.convert(graph, {})
+        output = next(node for node in graph.nodes if node.op == "output")
+        values = [
+            self.argument(item)
+            for item, spec in zip(output.args[0], signature.output_specs, strict=True)
+            if spec.kind.name == "USER_OUTPUT"
+        ]
+        output_tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        flat = iter(inputs)
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        input_tree = pytree.tree_unflatten([self.leaf(next(flat, None), leaf) for leaf in leaves], spec)
+        return Graph(
+            signature=_signature(self.module, input_tree),
+            nodes=self.nodes,
+            inputs=[item for item in inputs if isinstance(tensors[item.name], Tensor)],
+            input_tree=input_tree,
+            output_tree=_plain(output_tree),
+            arrays=arrays,
+            modules={path: _module(path, inner) for path, inner in self.module.named_modules()},
+            shared=shared,
+            tensors=tensors,
+            aliases=aliases,
+            training=self.training,
+        )
+
+    @staticmethod
+    def leaf(ref: Any, leaf: Any) -> Any:
+        return ref if isinstance(leaf, torch.Tensor) else leaf
+
+    def convert(self, graph: Any, names: dict[str, Any]) -> None:
+        """Appends the nodes of a graph. `names` maps the placeholders of an inner graph to values outside."""
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.call(node, names)
+
+    def call(self, node: Any, names: dict[str, Any]) -> None:
+        target = node.target
+        arguments = functools.partial(self.argument, names=names)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.higher(node, names)
+            return
+        if target is operator.getitem:
+            self.append(node, "item", {"self": arguments(node.args[0]), "index": node.args[1]}, names)
+            return
+        if isinstance(target, torch._ops.OpOverload):
+            namespace, _, rest = target.name().partition("::")
+            if namespace == "icenet_port" and rest in ("enter", "exit"):
+                self.marker(node, rest, arguments)
+                return
+            name = rest if namespace == "aten" else f"{namespace}::{rest}"
+            if name.partition(".")[0] in _DROPPED:
+                return
+            if name.startswith("sym_"):
+                args = {"self": arguments(node.args[0]), "dim": node.args[1] if len(node.args) > 1 else None}
+                self.append(node, f"sym.{name.partition('.')[0]}", args, names)
+                return
+            schema = target._schema
+            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size"):
+                name = rest
+            given: dict[str, Any] = {}
+            for index, item in enumerate(schema.arguments):
+                if index < len(node.args) and not item.kwarg_only:
+                    given[item.name] = arguments(node.args[index])
+                elif item.name in node.kwargs:
+                    given[item.name] = arguments(node.kwargs[item.name])
+                else:
+                    given[item.name] = arguments(item.default_value) if item.has_default_value() else None
+            mutates = next(
+                (item.name for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write),
+                None,
+            )
+            self.append(node, name, given, names, mutates)
+            return
+        args = {str(index): arguments(item) for index, item in enumerate(node.args)}
+        self.append(node, f"sym.{getattr(target, '__name__', target)}", args, names)
+
+    def append(
+        self, node: Any, op: str, args: dict[str, Any], names: dict[str, Any], mutates: str | None = None
+    ) -> None:
+        name = node.name
+        if names or name in self.taken:
+            name = self.fresh(node.name)
+            names[node.name] = Ref(name)
+        value = node.meta.get("val")
+        alias = self.storage(value) if isinstance(value, torch.Tensor) else None
+        self.nodes.append(Node(name, op, args, self.meta(value), self.place(node), mutates, alias))
+        self.taken.add(name)
+
+    def fresh(self, name: str) -> str:
+        self.count += 1
+        return f"{name}__{self.count}"
+
+    def higher(self, node: Any, names: dict[str, Any]) -> None:
+        """Inlines a region without gradients or with a cast policy."""
+        kind = node.target.name()
+        graph_arg = next(
+            (index for index, item in enumerate(node.args) if getattr(item, "op", "") == "get_attr"), None
+        )
+        if "wrap_with" not in kind or graph_arg is None:
+            raise PortError(
+                f"{self.place(node) or node.name}: {kind}: control flow within the graph cannot be ported"
+            )
+        inner = getattr(node.graph.owning_module, node.args[graph_arg].target)
+        given = node.args[graph_arg + 1 :]
+        outer = {
+            item.name: self.argument(value, names)
+            for item, value in zip((n for n in inner.graph.nodes if n.op == "placeholder"), given, strict=False)
+        }
+        stop = kind == "wrap_with_set_grad_enabled" and node.args[0] is False
+        inner_names = {**outer, "": None}
+        first = len(self.nodes)
+        self.convert(inner.graph, inner_names)
+        changed = self.without_gradient(first) if stop else {}
+        output = next(item for item in inner.graph.nodes if item.op == "output")
+        results = self.argument(output.args[0], inner_names)
+        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        if stop:
+            stopped = []
+            for result in results:
+                out = self.out_of(result)
+                if isinstance(result, Ref) and result.name in changed:
+                    result = changed[result.name]
+                elif isinstance(result, Ref) and isinstance(out, Tensor) and (out.is_floating or out.is_complex):
+                    name = self.fresh("stopped")
+                    self.nodes.append(Node(name, "detach", {"self": result}, out, None, None, None))
+                    result = Ref(name)
+                stopped.append(result)
+            results = stopped
+        self.results[node.name] = results
+
+    def without_gradient(self, first: int) -> dict[str, Ref]:
+        """Makes what changes an outer value x in a region without gradients change x.detach().
+
+        Returns:
+            The outer values by the names of the results that are them.
+        """
+        outer = {*self.differentiable, *(node.alias for node in self.nodes[:first])} - self.buffers - {None}
+        region, self.nodes[first:] = self.nodes[first:], []
+        changed: dict[str, Ref] = {}
+        for node in region:
+            target = node.args.get(node.mutates) if node.mutates else None
+            if isinstance(target, Ref) and node.alias in outer:
+                name = self.fresh("detached")
+                self.nodes.append(Node(name, "detach", {"self": target}, node.out, node.place, None, node.alias))
+                node = dataclasses.replace(node, args={**node.args, str(node.mutates): Ref(name)})
+                changed[node.name] = target
+            self.nodes.append(node)
+        return changed
+
+    def out_of(self, value: Any) -> Any:
+        return next(
+            (item.out for item in reversed(self.nodes) if isinstance(value, Ref) and item.name == value.name), None
+        )
+
+    def marker(self, node: Any, op: str, arguments: Any) -> None:
+        info = json.loads(node.args[1])
+        values = [arguments(item) for item in node.args[0]]
+        place = self.place(node) if op == "enter" else None
+        if op == "enter":
+            self.stack.append(info["path"])
+        elif self.stack:
+            self.stack.pop()
+        self.nodes.append(
+            Node(node.name, op, {"path": info["path"], "values": _restore(info["values"], values)}, None, place)
+        )
+
+    def argument(self, value: Any, names: Mapping[str, Any] | None = None) -> Any:
+        if isinstance(value, torch.fx.Node):
+            if (
+                value.op == "call_function"
+                and value.target is operator.getitem
+                and value.args[0].name in self.results
+            ):
+                return self.results[value.args[0].name][value.args[1]]
+            return (names or {}).get(value.name, Ref(value.name))
+        if isinstance(value, torch.dtype):
+            return Dtype(str(value).removeprefix("torch."))
+        if isinstance(value, (list, tuple)):
+            return [self.argument(item, names) for item in value]
+        if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
+            return str(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return str(value)
+        if hasattr(value, "name") and type(value).__name__ in ("SymIntArgument", "TensorArgument"):
+            return Ref(value.name)
+        return value
+
+    def meta(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shape = tuple(size if type(size) is int else str(size.node.expr) for size in value.shape)
+            shape = tuple(int(size) if isinstance(size, str) and size.isdigit() else size for size in shape)
+            return Tensor(shape, str(value.dtype).removeprefix("torch."))
+        if isinstance(value, (tuple, list)):
+            return [self.meta(item) for item in value]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return str(value.node.expr)
+        return None if value is None else str(value)
+
+    def storage(self, value: torch.Tensor) -> int | None:
+        try:
+            return self.storages.setdefault(value.untyped_storage()._cdata, len(self.storages))
+        except (RuntimeError, NotImplementedError):
+            return None
+
+    def place(self, node: Any) -> Place | None:
+        """Returns the innermost statement of the user's code, or of the module's own file.
+
+        Functions that the `forward` of a module calls are followed within the folder of its file.
+        """
+        own = self.files.get(self.stack[-1] if self.stack else "")
+        found: list[tuple[str, int]] = []
+        for match in FRAME.finditer(node.meta.get("stack_trace") or ""):
+            file = match["file"]
+            if file.startswith(HERE) or "/icenet_torch/" in file or (file.startswith(TORCH) and file != own):
+                continue
+            if match["function"] == "forward":
+                found = [(file, int(match["line"]))]
+            elif found and Path(file).parent == Path(found[0][0]).parent:
+                found.append((file, int(match["line"])))
+        if not found:
+            return None
+        while len(found) > 1 and _statement(*found[-1]).code.startswith("return"):
+            found.pop()  # what a function returns is a value of the statement that calls it
+        outer = tuple((file, _statements(file).get(line, (line, ()))[0]) for file, line in found[:-1])
+        return dataclasses.replace(_statement(*found[-1]), outer=outer)
+
+
+def _fill(value: torch.Tensor | None) -> float | None:
+    """Returns the number that all elements of a tensor are, None if they differ."""
+    if value is None or not value.is_floating_point() or value.numel() == 0:
+        return None
+    flat = value.detach().reshape(-1)
+    return float(flat[0]) if flat[0] == flat[-1] and bool((flat == flat[0]).all()) else None
+
+
+def _file_of(kind: type) -> str:
+    try:
+        return inspect.getsourcefile(kind) or ""
+    except TypeError:
+        return ""
+
+
+def _restore(value: Any, tensors: Sequence[Any]) -> Any:
+    """The inverse of `_describe`, with references in the place of tensors."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "dict" in value:
+            return {key: _restore(item, tensors) for key, item in value["dict"].items()}
+        return value
+    if isinstance(value, list):
+        return [_restore(item, tensors) for item in value]
+    return value
+
+
+def _plain(tree: Any) -> Any:
+    """Returns an output with dicts in the place of data classes such as those of transformers."""
+    if isinstance(tree, (Ref, str, int, float, type(None))):
+        return tree
+    if isinstance(tree, Mapping):
+        return {key: _plain(item) for key, item in tree.items() if item is not None}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return {name: _plain(getattr(tree, name)) for name in tree._fields}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_plain(item) for item in tree) if type(tree) in (list, tuple) else [*map(_plain, tree)]
+    leaves, _ = pytree.tree_flatten(tree)
+    return [_plain(item) for item in leaves] if leaves and leaves[0] is not tree else tree
+
+
+@functools.cache
+def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...]]]:
+    """Returns the first line and the targets of the innermost statement at each line of a file."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return {}
+    found: dict[int, tuple[int, tuple[str, ...]]] = {}
+    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
+    for statement in ast.walk(tree):
+        if isinstance(statement, simple):
+            targets: tuple[str, ...] = ()
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                targets = _targets(statement.targets[0])
+            elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+                targets = _targets(statement.target)
+            for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
+                found[line] = (statement.lineno, targets)
+    return found
+
+
+def _targets(node: ast.expr) -> tuple[str, ...]:
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(name for item in node.elts for name in (_targets(item) or ("_",)))
+    if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
+        return _targets(node.value) if not isinstance(node, ast.Attribute) else (node.attr,)
+    return ()
+
+
+def _statement(file: str, line: int) -> Place:
+    first, targets = _statements(file).get(line, (line, ()))
+    return Place(file, first, linecache.getline(file, first).strip(), targets)
+
+
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def _module(path: str, module: nn.Module) -> Module:
+    settings = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training":
+            continue
+        if isinstance(value, _SIMPLE) or (
+            isinstance(value, (tuple, list)) and all(isinstance(item, _SIMPLE) for item in value)
+        ):
+            settings[name] = tuple(value) if isinstance(value, list) else value
+    for name in ("weight", "bias"):
+        if name in module._parameters:
+            settings[f"has_{name}"] = module._parameters[name] is not None
+    settings["is_plain_call"] = type(module).forward is getattr(_base(type(module)), "forward", None)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    base = _base(type(module))
+    if base is not type(module) and settings["is_plain_call"] and base is not None:
+        kind = f"{base.__module__}.{base.__qualname__}"  # a subclass that computes what its base does
+    children = [name for name, child in module._modules.items() if child is not None]
+    try:
+        arguments = [
+            name
+            for name, item in inspect.signature(module.forward).parameters.items()
+            if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+        ]
+    except (TypeError, ValueError):
+        arguments = []
+    return Module(path, kind, settings, children, arguments)
+
+
+def _signature(module: nn.Module, input_tree: Any) -> list[Argument]:
+    """Returns the parameters of a module with references; none if one of them takes any number of arguments."""
+    args, kwargs = input_tree
+    signature = inspect.signature(module.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    found = []
+    for name, item in signature.parameters.items():
+        if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+            if given.get(name):
+                return []
+            continue
+        value = given.get(name, item.default)
+        has_default = _is_simple(item.default)
+        if not any(refs(value)) and not _is_simple(value):
+            if item.kind != item.KEYWORD_ONLY:
+                return []  # a value without a source: a device, for example
+            continue
+        default = item.default if has_default else None
+        found.append(Argument(name, value, item.kind == item.KEYWORD_ONLY, has_default, default))
+    return found
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_simple, value))
+    return type(value) in _SIMPLE
+
+
+def _base(kind: type) -> type | None:
+    """Returns the class of torch.nn from which a class is derived."""
+    return next(
+        (base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module),
+        None,
+    )
+
+
+def _shared(module: nn.Module) -> dict[str, str]:
+    owners: dict[int, str] = {}
+    shared = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for path, value in named:
+        owner = owners.setdefault(id(value), path)
+        if owner != path:
+            shared[path] = owner
+    return shared
