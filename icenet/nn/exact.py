@@ -11,6 +11,9 @@ import mlx.core as mx
 from icenet.nn import host, training_kernels
 from icenet.nn.arrays import Array, on_cpu
 
+FEW_POSITIONS = 8
+"""Number of positions up to which a sum term by term is as accurate. It is that of a step of generation."""
+
 
 def add_bias(x: Array, bias: Array) -> Array:
     """Adds a bias `[C]` to x `[..., C]`, with an accurate gradient for the bias on the CPU.
@@ -19,6 +22,8 @@ def add_bias(x: Array, bias: Array) -> Array:
     Broadcasting N positions in two stages makes it sqrt(N) sums of sqrt(N) terms.
     """
     positions = math.prod(x.shape[:-1])
+    if positions <= FEW_POSITIONS:
+        return x + bias
     group = _divisor(positions, math.isqrt(positions))
     grouped = x.reshape(-1, group, bias.shape[0]) + mx.broadcast_to(bias, (positions // group, 1, bias.shape[0]))
     return grouped.reshape(x.shape)
@@ -27,6 +32,8 @@ def add_bias(x: Array, bias: Array) -> Array:
 def scale(x: Array, weight: Array) -> Array:
     """Multiplies x `[..., C]` by a weight `[C]`, with an accurate gradient for the weight, as `add_bias` has."""
     positions = math.prod(x.shape[:-1])
+    if positions <= FEW_POSITIONS:
+        return x * weight
     group = _divisor(positions, math.isqrt(positions))
     grouped = x.reshape(-1, group, weight.shape[0]) * mx.broadcast_to(
         weight, (positions // group, 1, weight.shape[0])
