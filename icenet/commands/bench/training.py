@@ -125,7 +125,7 @@ class TrainingReport(common.SidesReport):
             "quartiles": f"{rounded(entry['low'])} to {rounded(entry['high'])}",
             "step, ms": f"{1e3 * statistics.median(entry['seconds']):.4g}",
             **{f"{name} / this": f"{ratio['median']:.2f}" for name, ratio in entry["speeds"].items()},
-            **({"/ the guide": f"{entry['of_reference']:,.1f}"} if result["reference"] else {}),
+            **({"/ the guide": rounded(entry["of_reference"])} if result["reference"] else {}),
             "of the limit": f"{100 * entry['of_limit']:.1f}%",
             "data wait": "" if entry["data_wait"] is None else f"{100 * entry['data_wait']:.2f}%",
             "first step, s": f"{entry['cold_s']:.2f}",
