@@ -10,6 +10,8 @@ The criterion, for all comparisons:
 yardstick    error of MLX over noise of PyTorch, both relative to PyTorch in float64
 ties         gradients at ties and edges
 align        which axes of MLX and PyTorch correspond
+layer        what one layer computes, on equal inputs
+fp16         scales of a loss whose gradients would overflow
 trace        the arrays that a run computes, in order
 
 Any two modules:

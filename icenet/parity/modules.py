@@ -19,7 +19,8 @@ from icenet.core.models import dropout, modules, randomness
 from icenet.core.weights.arrays import to_array
 from icenet.parity.align import DIFFERENT_CALLS
 from icenet.parity.engines import Perturbation
-from icenet.parity.locate import Row, SampledReplay, compare, locate
+from icenet.parity.layer import SampledReplay
+from icenet.parity.locate import Row, compare, locate
 from icenet.parity.randomness import check_equal_runs
 from icenet.parity.report import Report, Section
 from icenet.parity.run import rounded, unequal

@@ -22,15 +22,14 @@ from icenet.core.training.loss_scale import LossScale
 from icenet.core.weights.arrays import first_non_finite
 from icenet.parity.arguments import Progress
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
+from icenet.parity.fp16 import FP16_SCALES, fits_fp16
+from icenet.parity.layer import SampledReplay
 from icenet.parity.locate import (
     DIFFERS,
-    FP16_SCALES,
     KINDS,
     PROPAGATED,
     Row,
-    SampledReplay,
     compare,
-    fits_fp16,
     locate,
 )
 from icenet.parity.randomness import check_randomness

@@ -126,9 +126,9 @@ FAULTS: list[Fault] = [
     # ---- comparison of two modules -----------------------------------------------------------------------------
     Fault(
         "a replay computes the calls within it",
-        "icenet/parity/calls/sides.py",
-        "                return results[index]\n",
-        "                return original(*args, **kwargs)\n",
+        "icenet/parity/calls/module_replays.py",
+        "            return results[index]\n",
+        "            return original(*args, **kwargs)\n",
         ["parity/test_compare_idioms.py::test_a_fault_in_a_layer_that_is_called_three_times"],
     ),
     Fault(
@@ -154,8 +154,8 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the modes of the modules are not compared",
-        "icenet/parity/comparison.py",
-        "if first and forward.modes_differ(self, stage):",
+        "icenet/parity/stages/order.py",
+        "if first and forward.modes_differ(c, stage):",
         "if first and False:",
         ["parity/test_compare_idioms.py::test_modes_that_differ_are_a_difference"],
     ),
@@ -217,9 +217,9 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "derivatives below the last bit of one are judged",
-        "icenet/parity/locate.py",
-        "gradient_floor=floor)",
-        "gradient_floor=0.0)",
+        "icenet/parity/layer.py",
+        "gradient_floor=floor,",
+        "gradient_floor=0.0,",
         ["parity/test_compare_idioms.py::test_derivatives_smaller_than_the_last_bit_of_one_are_equal"],
     ),
     Fault(
@@ -1820,7 +1820,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the axes of a plain dropout are forgotten before it has its keys",
-        "icenet/parity/calls/sides.py",
+        "icenet/parity/calls/module_copy.py",
         "for path, is_moved in self._channels.items():",
         "for path, is_moved in {}.items():",
         ["parity/test_recording.py::test_the_trace_says_what_the_module_itself_says"],
@@ -1883,14 +1883,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a gradient that is wrong at ties only passes",
-        "icenet/parity/locate.py",
+        "icenet/parity/layer.py",
         "    if passed and is_leaf and at_ties.has_inputs:\n",
         "    if False and at_ties.has_inputs:\n",
         ["parity/test_modules.py::test_a_gradient_that_is_wrong_at_ties_only_is_found"],
     ),
     Fault(
         "equal inputs of a smooth layer are ties",
-        "icenet/parity/locate.py",
+        "icenet/parity/layer.py",
         "    if at_ties.has_inputs and not at_ties.ties.are_kinks:\n",
         "    if False:\n",
         ["parity/test_modules.py::test_a_smooth_layer_with_equal_inputs_has_no_ties"],
@@ -1925,14 +1925,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the inputs of a replay are not moved apart at ties",
-        "icenet/parity/locate.py",
+        "icenet/parity/layer.py",
         "return Value(round_to(moved_apart(value.array, value.dtype, key), value.dtype), value.dtype)",
         "return value",
         ["parity/test_modules.py::test_max_pooling_behind_a_relu"],
     ),
     Fault(
         "a gradient that differs at ties passes wherever it differs",
-        "icenet/parity/locate.py",
+        "icenet/parity/layer.py",
         "    return moved, passed and is_larger\n",
         "    return {name: Judgement(0.0, 0.0, 0.0, 0.0) for name in moved}, is_larger\n",
         ["parity/test_modules.py::test_subgradients_at_ties_and_edges"],
@@ -2825,7 +2825,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "integers are not compared",
-        "icenet/parity/locate.py",
+        "icenet/parity/layer.py",
         "    wrong = int(((a != b) & (a != r)).sum())\n",
         "    wrong = 0\n",
         ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[integers]"],

@@ -18,7 +18,7 @@ from planted import FAULTS
 from rich.console import Console
 
 from icenet.core import backends, rng
-from icenet.parity import align, locate
+from icenet.parity import align, fp16, locate
 from icenet.parity.engines import Engines, build
 from icenet.parity.report import Report, _interesting
 from icenet.parity.run import compare_engines, optimizer_rows
@@ -202,7 +202,7 @@ def test_cotangents_are_scaled_until_no_gradient_overflows_in_fp16() -> None:
     half = partial(replay, dtype=np.float16)
     large, small = ([Value(np.full(3, value, np.float16), "fp16")] for value in (1, 2.0**-10))
     for mlx, given, scale in [(half, large, 2.0**-10), (half, small, 2.0**-10), (wrong, large, 2.0**-20)]:
-        (found,) = locate.scaled_for_fp16("", Call(()), given, (mlx, half, replay))
+        (found,) = fp16.scaled_for_fp16("", Call(()), given, (mlx, half, replay))
         assert found.dtype == "fp16" and found.array.tolist() == [scale] * 3
 
 

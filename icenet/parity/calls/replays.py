@@ -13,7 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
-from icenet.parity.locate import judge_layer
+from icenet.parity.layer import judge_layer
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance

@@ -14,8 +14,8 @@ from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.calls.targets import Targets
+from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.inputs import Inputs
-from icenet.parity.locate import FP16_SCALES, fits_fp16
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison

@@ -38,8 +38,8 @@ from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets
 from icenet.parity.causes.numbers import attributes
 from icenet.parity.engines import Perturbation
+from icenet.parity.fp16 import scaled_for_fp16
 from icenet.parity.inputs import Inputs
-from icenet.parity.locate import scaled_for_fp16
 from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,
