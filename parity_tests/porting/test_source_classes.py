@@ -127,3 +127,17 @@ def test_values_of_all_turns_stay_apart() -> None:
     model, _ = ported(module, x)
     for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
         close(ours, theirs)
+
+
+class Shift(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        y[:, 1:] = x[:, :-1]
+        return y
+
+
+def test_values_after_an_index_are_a_concatenation() -> None:
+    module, x = Shift().eval(), torch.randn(2, 5, 3)
+    model, source = ported(module, x)
+    assert "def put" not in source and "mx.concatenate([" in source
+    close(model(mx.array(x.numpy())), module(x))

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from icenet.core.errors import PortError
+from icenet.core.porting.record import Tensor
 from icenet.core.porting.table.arrays import dtype_option, sizes_of, tuple_source
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, shape_source
 
@@ -298,6 +299,22 @@ def with_values(n: Operation) -> str:
     return n.call("with_values", n["self"], n["src"])
 
 
+def _joined(n: Operation, tensor: Tensor, parts: list[Any]) -> str:
+    """Returns new values for the elements after an index as a concatenation; an empty string for other ones."""
+    source, dim = n.tensor("src"), n.args["args"]["dim"] % max(tensor.ndim, 1)
+    start, end, step = parts
+    if type(start) is not int or start <= 0 or end is not None or step not in (1, None):
+        return ""
+    if source is None or source.dtype != tensor.dtype or source.ndim != tensor.ndim:
+        return ""
+    size, given = tensor.shape[dim], source.shape[dim]
+    is_same = given == size - start if isinstance(size, int) else isinstance(given, str)
+    others = [(*shape[:dim], *shape[dim + 1 :]) for shape in (tensor.shape, source.shape)]
+    if not is_same or others[0] != others[1]:
+        return ""
+    return f"mx.concatenate([{n.indexed('self', tensor.ndim, dim, f':{start}')}, {n['src']}], axis={dim})"
+
+
 @entry("scatter_view")
 def scatter_view(n: Operation) -> str:
     """A view of an array gets new values: the array with them."""
@@ -313,7 +330,9 @@ def scatter_view(n: Operation) -> str:
         text = f"slice({', '.join(map(n.source, parts if parts[2] not in (1, None) else parts[:2]))})"
         if parts[0] in (None, 0) and parts[1] is None and parts[2] in (1, None):
             text = "slice(None)"
-        return n.call("put", n["self"], _slices(tensor.ndim, args["dim"], text), n["src"])
+        return _joined(n, tensor, parts) or n.call(
+            "put", n["self"], _slices(tensor.ndim, args["dim"], text), n["src"]
+        )
     if op == "narrow":
         start, length = n.source(args["start"]), n.source(args["length"])
         return n.call(
