@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.models.classes import change_classes
-from icenet.nn import host, training_kernels
+from icenet.nn import training_kernels
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.exact import channel_sums
 
@@ -57,9 +57,9 @@ def _on_cpu(name: str, x: Array) -> Array:
     if name == "gelu":
         return x * (1 + mx.erf(x / math.sqrt(2))) / 2
     if name == "gelu_tanh":
-        return 0.5 * x * (1 + host.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "silu":
-        return x * host.sigmoid(x)
+        return x * mx.sigmoid(x)
     return mx.maximum(x, 0)
 
 

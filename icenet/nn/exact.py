@@ -8,7 +8,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.nn import host, training_kernels
+from icenet.nn import training_kernels
 from icenet.nn.arrays import Array, on_cpu
 
 FEW_POSITIONS = 8
@@ -83,7 +83,7 @@ def softmax_terms(x: Array) -> tuple[Array, Array, Array]:
     as in PyTorch. Here groups of up to 64 are added in fp32, and their sums in fp64.
     """
     largest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
-    terms = host.exp(x - largest)
+    terms = mx.exp(x - largest)
     if not on_cpu():
         return terms, terms.sum(axis=-1, keepdims=True), largest
     group = _divisor(x.shape[-1], 64)

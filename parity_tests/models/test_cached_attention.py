@@ -125,6 +125,7 @@ def test_it_is_attention_to_the_tokens_of_a_row(case: str, is_joined: bool, writ
     keys, values = draw(batch, kv_heads, columns, size), draw(batch, kv_heads, columns, size)
     for row, length in enumerate(lengths):  # nothing may be read that is no token
         keys[row, :, length:] = values[row, :, length:] = float("nan")
+    keys, values = mx.contiguous(keys), mx.contiguous(values)
     before = exact(keys), exact(values)
     qkv = draw(batch, 1, (heads + 2 * kv_heads) * size)
     position = mx.array(lengths if len(set(lengths)) > 1 else lengths[:1], mx.int32)

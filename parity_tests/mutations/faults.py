@@ -1200,13 +1200,6 @@ FAULTS: list[Fault] = [
         ["models/test_recurrent_kernels.py::test_functions_that_mlx_transforms"],
     ),
     Fault(
-        "the derivative of the logistic function that numpy computes is that of tanh",
-        "icenet/nn/host.py",
-        "_sigmoid = _differentiable(_logistic, lambda y: y * (1 - y))",
-        "_sigmoid = _differentiable(_logistic, lambda y: 1 - y * y)",
-        ["models/test_host.py::test_values_and_derivatives"],
-    ),
-    Fault(
         "the reset and update gates of MLX's GRU are swapped",
         "icenet/nn/recurrent.py",
         "        r, z = mx.split(gates[-1], 2, axis=-1)  # [B, H] each",
