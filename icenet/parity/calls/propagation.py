@@ -123,8 +123,9 @@ def repeated(c: Comparison, exact: Mapping[str, Value]) -> Iterator[dict[str, Ar
         yield {name: item.array + (own[name] - runs[1][name.partition(":")[2]]) for name, item in exact.items()}
 
 
-def _loss(c: Comparison, gradients: bool) -> tuple[Any, ...]:
-    return ((c.losses or (None, None))[1], c.targets_b, True) if gradients else ()
+def _loss(c: Comparison, gradients: bool) -> tuple[Any, Any, bool]:
+    """Returns the loss, the targets and whether there are gradients, as `Side.record` takes them."""
+    return ((c.losses or (None, None))[1], c.targets_b, True) if gradients else (None, None, False)
 
 
 def _cotangents(c: Comparison) -> dict[tuple[str, int, int], Array]:
