@@ -24,6 +24,9 @@ from icenet.nn.arrays import Array, on_cpu
 
 Arrays: TypeAlias = tuple[Any, ...]
 
+# MLX has no warnings of overflows either; `icenet.core.training` finds losses that are not finite
+_without_warnings = np.errstate(over="ignore", invalid="ignore")
+
 
 def is_used(projected: Array, *others: Array | None) -> bool:
     """Returns whether these functions compute a layer: several steps, unless ICENET_RECURRENT_KERNELS is "off"."""
@@ -46,6 +49,7 @@ def _has_values(*arrays: Array | None) -> bool:
     return True
 
 
+@_without_warnings
 def lstm_forward(
     projected: Array, weight: Array, h: Array, c: Array, mask: Array | None, record: bool = True
 ) -> Arrays:
@@ -74,6 +78,7 @@ def lstm_forward(
     return (*results, mx.array(cs), mx.array(tanh_cs), mx.array(gates)) if record else results
 
 
+@_without_warnings
 def lstm_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     """Returns the gradients of `projected`, the first h and the first c."""
     _, weight, _, first, mask = inputs
@@ -99,6 +104,7 @@ def lstm_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays
     return mx.array(d_gates), mx.array(dh), mx.array(dc)
 
 
+@_without_warnings
 def gru_forward(
     projected: Array, weight: Array, bias_hn: Array, h: Array, mask: Array | None, record: bool = True
 ) -> Arrays:
@@ -126,6 +132,7 @@ def gru_forward(
     return tuple(mx.array(array) for array in (hs, *records))
 
 
+@_without_warnings
 def gru_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     """Returns the gradients of `projected`, of the recurrent products `[T, B, 3H]` and of the first h."""
     _, weight, _, first, mask = inputs
@@ -152,6 +159,7 @@ def gru_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     return mx.array(d_projected), mx.array(d_recurrent), mx.array(dh)
 
 
+@_without_warnings
 def rnn_forward(
     relu: bool, projected: Array, weight: Array, h: Array, mask: Array | None, record: bool = True
 ) -> Arrays:
@@ -166,6 +174,7 @@ def rnn_forward(
     return (mx.array(hs),)
 
 
+@_without_warnings
 def rnn_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     """Returns the gradients of `projected` and of the first h."""
     _, weight, first, mask = inputs

@@ -128,8 +128,7 @@ def test_mlx_traces_few_times_and_agrees_with_eager(
 def test_activations_on_a_cpu_have_the_bits_of_mlxs_and_compile_nothing(
     monkeypatch: pytest.MonkeyPatch, name: str, of_mlx: str, dtype: str
 ) -> None:
-    """Of few values: numpy computes some functions of many (test_host.py)."""
-    x = mx.array(np.random.default_rng(0).normal(scale=4, size=(16, 65)).astype(np.float32)).astype(
+    x = mx.array(np.random.default_rng(0).normal(scale=4, size=(64, 65)).astype(np.float32)).astype(
         getattr(mx, dtype)
     )
     with mx.stream(mx.cpu):

@@ -237,6 +237,21 @@ def test_on_a_cpu(kind: str, way: str, padded: bool, monkeypatch: pytest.MonkeyP
     assert used == {way == "numpy" and sys.platform == "linux"}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_values_that_overflow_cause_no_warning_of_numpy(kind: str) -> None:
+    """As those of MLX's operations."""
+    layer, random = KINDS[kind](4, 8), np.random.default_rng(0)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, dtype=np.float32))
+
+    layer.update({name: 1e38 * draw(*array.shape) for name, array in layer.parameters().items()})
+    value, gradient = mx.value_and_grad(lambda x: layer(x)[0].sum())(draw(6, 3, 4))
+    mx.eval(value, gradient)
+    assert gradient.shape == (6, 3, 4)
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_functions_that_mlx_transforms(kind: str) -> None:
     """Compiled functions, and derivatives of forward mode of outputs and of gradients."""
