@@ -109,6 +109,9 @@ class Reader:
         flat = iter(inputs)
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         input_tree = pytree.tree_unflatten([self.leaf(next(flat, None), leaf) for leaf in leaves], spec)
+        modules = {path: _module(path, inner) for path, inner in self.module.named_modules()}
+        for path, item in modules.items():  # a module that another one has already is no child
+            item.children = [name for name in item.children if (f"{path}.{name}" if path else name) in modules]
         return Graph(
             signature=_signature(self.module, input_tree),
             nodes=self.nodes,
@@ -116,8 +119,9 @@ class Reader:
             input_tree=input_tree,
             output_tree=_plain(output_tree),
             arrays=arrays,
-            modules={path: _module(path, inner) for path, inner in self.module.named_modules()},
+            modules=modules,
             shared=shared,
+            shared_modules=_shared_modules(self.module),
             tensors=tensors,
             aliases=aliases,
             training=self.training,
@@ -480,3 +484,9 @@ def _shared(module: nn.Module) -> dict[str, str]:
         if owner != path:
             shared[path] = owner
     return shared
+
+
+def _shared_modules(module: nn.Module) -> dict[str, str]:
+    owners = {id(inner): path for path, inner in module.named_modules()}
+    named = module.named_modules(remove_duplicate=False)
+    return {path: owners[id(inner)] for path, inner in named if owners[id(inner)] != path}

@@ -155,6 +155,8 @@ class Graph:
     modules: dict[str, Module]
     shared: dict[str, str]
     """The owner's path of each further path of an array."""
+    shared_modules: dict[str, str]
+    """The first path of each further path of a module."""
     tensors: dict[str, Any]
     """Shape and dtype of inputs and arrays by name."""
     aliases: dict[str, int] = field(default_factory=dict)

@@ -42,12 +42,15 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
     whole: dict[str, list[Node]] = {}
     refused = _whole_recurrent(graph, root, candidates, uses, whole)
     refused |= _whole_attention(graph, root, candidates, uses, whole)
+    entered: dict[str, set[str]] = {}
+    for call in root.calls():
+        entered.setdefault(call.path, set()).add(call.entered)
     refused |= {
         call.path
         for call in root.calls()
         if call.path in candidates
         and not isinstance(candidates[call.path], WrittenLayer)
-        and not _is_whole(graph, call, candidates[call.path], uses)
+        and not _is_whole(graph, call, candidates[call.path], uses, entered[call.path])
     }
     layers = {path: layer for path, layer in candidates.items() if path not in refused}
     for path, layer in (allowed or {}).items():
@@ -190,8 +193,11 @@ def _shared_sizes(call: Call, uses: dict[str, list[str]]) -> list[Node]:
     return found[::-1]
 
 
-def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]]) -> bool:
-    """Returns whether a call has one tensor as argument and result, and its other values are not used outside."""
+def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]], same: set[str]) -> bool:
+    """Returns whether a call has one tensor as argument and result, and its other values are not used outside.
+
+    The next call of the module, one of `same`, uses the running statistics of this one, as it does in MLX.
+    """
     given, results = list(refs(call.given)), list(refs(call.results))
     if len(given) != 1 or len(results) != 1:
         return False
@@ -206,6 +212,6 @@ def _is_whole(graph: Graph, call: Call, layer: Layer, uses: dict[str, list[str]]
     for node in call.nodes():
         if node.name == results[0] or node.base.startswith("sym."):
             continue
-        if any(call.entered not in used.split("/") for used in uses.get(node.name, ())):
+        if any(same.isdisjoint(used.split("/")) for used in uses.get(node.name, ())):
             return False
     return True

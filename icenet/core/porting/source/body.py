@@ -17,7 +17,7 @@ from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
 from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
-from icenet.core.porting.source.values import Values
+from icenet.core.porting.source.values import MODULE, Values
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
 
@@ -284,6 +284,8 @@ class Frame(Statements):
         name = ref.name
         if name in self.text:
             return self.text[name]
+        if name.startswith(MODULE):
+            return self.structure.child(self.call.path, name.removeprefix(MODULE))
         graph = self.graph
         array = graph.graph.arrays.get(name)
         if array is not None:
@@ -292,6 +294,10 @@ class Frame(Statements):
         if size is not None:
             return self.size_expression(name, size)
         raise PortError(f"{self.call.path or 'the module'}: the value {name} is not known where it is used")
+
+    def module(self, path: str) -> str:
+        """Returns the source of a module that is called: an attribute, or an argument of this call."""
+        return self.expression(Ref(MODULE + path))
 
     def size_expression(self, name: str, expression: str) -> str:
         """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
@@ -321,9 +327,9 @@ class Frame(Statements):
     def operation(self, node: Node) -> str:
         name = node.base
         if name == "layer":
-            return f"{self.structure.child(self.call.path, node.args['path'])}({self.expression(node.args['self'])})"
+            return f"{self.module(node.args['path'])}({self.expression(node.args['self'])})"
         if name in ("recurrent", "attention"):
-            text = self.structure.child(self.call.path, node.args["path"])
+            text = self.module(node.args["path"])
             node = replace(node, args={**node.args, "text": text})
         found = TABLE.get(name)
         if found is None:
@@ -463,7 +469,7 @@ class Frame(Statements):
             return
         given = ", ".join(self.expression(Ref(name)) for _, name in self.graph.parameters(call))
         method = self.structure.method(call)
-        text = f"{self.structure.child(self.call.path, call.path)}{method}({given})"
+        text = f"{self.module(call.path)}{method}({given})"
         if not results:
             self.lines.append(Line(text))
             return

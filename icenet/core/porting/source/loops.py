@@ -107,7 +107,9 @@ def _enumerated(head: Line, inner: list[Line], count: int) -> tuple[Line, list[L
     if name in used:
         return head, inner
     inner = [replace(line, code=line.code.replace(f"{text}[step]", name)) for line in inner]
-    return replace(head, code=f"for step, {name} in enumerate({text}@0:{count}@):"), inner
+    if any(re.search(r"\bstep\b", line.code) for line in inner):
+        return replace(head, code=f"for step, {name} in enumerate({text}@0:{count}@):"), inner
+    return replace(head, code=f"for {name} in {text}@0:{count}@:"), inner
 
 
 def _put(places: Iterator[int], rising: set[int], match: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import WHOLE, Node, refs
+from icenet.core.porting.record import WHOLE, Node
 from icenet.core.porting.source.loops import kind
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
@@ -39,9 +39,7 @@ class Statements:
                 yield item
 
     def used_by(self, item: Item) -> list[str]:
-        if isinstance(item, Node):
-            return list(refs(item.args))
-        return [name for _, name in self.graph.parameters(item)]
+        return self.graph.read_by(item)
 
     def is_final(self, item: Item, name: str) -> bool:
         """Returns whether a value is the result of its statement: no later operation of the statement uses it."""

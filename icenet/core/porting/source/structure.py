@@ -10,7 +10,7 @@ from icenet.core.porting.graph.calls import Call, tree
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.layers.recurrent import Recurrent
 from icenet.core.porting.names import flat, new_names
-from icenet.core.porting.record import Array, Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.record import WHOLE, Array, Graph, Node, Ref, Tensor, refs
 from icenet.core.porting.source.lines import initial
 from icenet.core.porting.table.base import mlx_dtype
 
@@ -83,13 +83,18 @@ class Structure:
             for array in source.arrays.values()
             if array.kind == "constant"
         }
-        self.shared = graph.shared
+        self.shared_modules = graph.shared_modules
         self.fills: dict[tuple[str, str], set[float | None]] = {}
         """The numbers that arrays of equal role consist of."""
         for arrays in self.arrays_by_owner.values():
             for array in arrays:
                 self.fills.setdefault(self.role(array), set()).add(array.fill)
-        self.called = {call.path for source in (graph, train) if source for call in tree(source).calls()}
+        roots = [tree(source) for source in (graph, train) if source]
+        self.called = {call.path for root in roots for call in root.calls()}
+        self.passed: set[tuple[str, str]] = set()
+        """Modules that a class calls and of which some instance holds none, by the class and their paths."""
+        for root in roots:
+            self.find_passed(root, ())
         self.methods: dict[str, str] = {}
         self.symbols = self.name_symbols(graph)
         self.sequences = self.find_sequences([source for source in (graph, train) if source and not trace])
@@ -191,6 +196,27 @@ class Structure:
         owner = array.rpartition(".")[0]
         return path == "" or owner == path or owner.startswith(path + ".")
 
+    def find_passed(self, call: Call, outer: tuple[str, ...]) -> None:
+        """Finds the modules that are called below others than those which hold them."""
+        outer = (*outer, call.path) if call.path else outer
+        for item in call.items:
+            path = called_path(item)
+            self.passed |= {(self.modules[p].kind, path) for p in outer if path and not path.startswith(p + ".")}
+            if isinstance(item, Call):
+                self.find_passed(item, outer)
+
+    def has_module(self, path: str, module: str) -> bool:
+        """Returns whether a module reads another one as an attribute; if not, it is an argument of the call."""
+        path = self.outer(path)
+        return path == "" or (module.startswith(path + ".") and (self.modules[path].kind, module) not in self.passed)
+
+    def module_name(self, path: str, module: str) -> str:
+        """Returns the name that a module has for another one: its attribute in the original."""
+        paths = [alias for alias, owner in self.shared_modules.items() if owner == module]
+        inside = [alias for alias in (module, *paths) if alias.startswith(path + ".")]
+        parts = [part for part in min(inside or [module], key=len).split(".") if not part.isdigit()]
+        return parts[-1] if parts else "layer"
+
     def outer(self, path: str) -> str:
         """Returns the module in whose class the calls of a module are written."""
         while path and self.is_inlined(path):
@@ -278,6 +304,13 @@ class Structure:
                 return ""
             sizes.append(text)
         return f"[{', '.join(sizes)}]"
+
+
+def called_path(item: Node | Call) -> str:
+    """Returns the path of the module that an item calls, an empty string for an operation."""
+    if isinstance(item, Call):
+        return item.path
+    return str(item.args["path"]) if item.op in WHOLE else ""
 
 
 def member(name: str) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.calls import Call, Item, tree
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
-from icenet.core.porting.source.structure import Structure
+from icenet.core.porting.source.structure import Structure, called_path
+
+MODULE = "module "
+"""What the name of a module begins with that is an argument of a call."""
 
 
 class Values:
@@ -127,6 +130,12 @@ class Values:
                 found.append(item)
         return found
 
+    def read_by(self, item: Item) -> list[str]:
+        """Returns the values that an item reads, and the modules that it calls or passes on."""
+        names = list(refs(item.args)) if isinstance(item, Node) else [name for _, name in self.parameters(item)]
+        path = called_path(item)
+        return [*names, MODULE + path] if path else names
+
     def definers(self, items: list[Item]) -> list[tuple[int, str]]:
         """Returns the tensors that a body defines, with their positions."""
         found = []
@@ -189,13 +198,15 @@ class Values:
             seen.add(name)
             if name in inside:
                 return
+            if name.startswith(MODULE) and self.structure.has_module(call.path, name.removeprefix(MODULE)):
+                return
             array = self.graph.arrays.get(name)
             if array is not None and (array.value is not None or self.structure.can_reach(call.path, array.path)):
                 return
             used.append(name)
 
         for position, item in enumerate(items):
-            for name in refs(item.args) if isinstance(item, Node) else [name for _, name in self.parameters(item)]:
+            for name in self.read_by(item):
                 if not (isinstance(item, Node) and item.op.startswith("sym.")):
                     need(name, position)
         if call is self.root:
@@ -219,7 +230,10 @@ class Values:
         for name in used:
             if name not in declared:
                 declared.add(name)
-                given.append((self.hint(name), name))
+                is_module = name.startswith(MODULE)
+                path = name.removeprefix(MODULE)
+                hint = self.structure.module_name(call.path, path) if is_module else self.hint(name)
+                given.append((hint, name))
         defined = self.definers(items)
         for position, name in sizes:
             names = [value for _, value in given]
