@@ -1,24 +1,44 @@
-"""Products with the weight of a layer on x86-64 CPUs, in generation, PyTorch.
+"""Products with the weight of a layer on AMD processors, in generation, PyTorch.
 
 `F.linear` calls MKL, which reads weights at half of the memory's rate and computes at half of the core's on AMD
 processors. Two other functions of PyTorch read the same memory faster, but have no backward pass. Microseconds of one
-thread of an AMD EPYC with AVX-512 (weights of 768 x 3072 values, and of GPT-2's vocabulary, 768 x 50257):
+thread (weights of 768 x 3072 values, and of GPT-2's vocabulary, 768 x 50257):
 
-rows    F.linear          batched           oneDNN
-1           584    9,256      336    5,066      449    6,599
-8         1,067   21,196                        707   10,833
-512      24,278                              10,625
+          rows    F.linear          batched           oneDNN
+AMD EPYC, AVX-512
+             1       584    9,256      336    5,066      449    6,599
+             8     1,067   21,196                        707   10,833
+           512    24,278                              10,625
+Intel Xeon, AVX-512
+             1       559   15,560    1,360   32,991      498   21,282
+             8     1,538   53,699                      1,788   24,602
+           512    19,704                              22,100
 """
 
 from __future__ import annotations
 
+import platform
+import sys
 from functools import lru_cache
 
 import torch
 
 from icenet_torch.nn.arrays import Array, on_cpu
 
-_HAS_LIBRARIES = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+def _is_amd() -> bool:
+    if sys.platform != "linux":
+        return "AuthenticAMD" in platform.processor()
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
+
+
+HAS_FUNCTIONS = (
+    torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+IS_FASTER = HAS_FUNCTIONS and _is_amd()
 _MIN_WEIGHT, _MIN_PRODUCT = 2**17, 2**20
 """Numbers of weights for one row, and of rows times weights for several, from which the functions are faster."""
 
@@ -29,7 +49,7 @@ def can_compute(x: Array, weight: Array) -> bool:
     if not (weight.numel() >= _MIN_WEIGHT if rows == 1 else rows * weight.numel() >= _MIN_PRODUCT):
         return False
     is_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return _HAS_LIBRARIES and is_fp32 and on_cpu(x) and weight.is_contiguous() and not torch.is_grad_enabled()
+    return IS_FASTER and is_fp32 and on_cpu(x) and weight.is_contiguous() and not torch.is_grad_enabled()
 
 
 def product(x: Array, weight: Array, bias: Array | None) -> Array:

@@ -14,6 +14,12 @@ from icenet_torch.models import TransformerModel
 from icenet_torch.nn import Linear, cpu_products
 
 
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions are tested on each processor that has them, not only where they are faster."""
+    monkeypatch.setattr(cpu_products, "IS_FASTER", cpu_products.HAS_FUNCTIONS)
+
+
 def generating(inputs: int, outputs: int, bias: bool) -> Any:
     """Returns a layer with random weights, prepared for generation."""
     layer = Linear(inputs, outputs, bias)
@@ -39,20 +45,22 @@ def test_a_product_is_that_of_float64(rows: int, outputs: int, bias: bool, monke
     error, noise = ((array.double() - exact).abs().max() for array in (y, separate))
     assert y.shape == (rows, 1, outputs) and y.dtype == torch.float32
     assert error <= 8 * noise
-    assert len(calls) == cpu_products._HAS_LIBRARIES
+    assert len(calls) == cpu_products.HAS_FUNCTIONS
 
 
-def test_other_products_are_those_of_pytorch() -> None:
+def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights, other dtypes, autocast, a weight that is not contiguous, and a backward pass."""
     x, weight = torch.randn(1, 512), torch.randn(1024, 512)
     assert not cpu_products.can_compute(x, weight)  # gradients
     with torch.no_grad():
-        assert cpu_products.can_compute(x, weight) == cpu_products._HAS_LIBRARIES
+        assert cpu_products.can_compute(x, weight) == cpu_products.HAS_FUNCTIONS
         assert not cpu_products.can_compute(x, weight[:100])
         assert not cpu_products.can_compute(x.double(), weight.double())
         assert not cpu_products.can_compute(x, torch.randn(512, 1024).T)
         with torch.autocast("cpu", torch.bfloat16):
             assert not cpu_products.can_compute(x, weight)
+        monkeypatch.setattr(cpu_products, "IS_FASTER", False)  # such as on Intel
+        assert not cpu_products.can_compute(x, weight)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
