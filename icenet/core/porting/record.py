@@ -155,8 +155,6 @@ class Graph:
     modules: dict[str, Module]
     shared: dict[str, str]
     """The owner's path of each further path of an array."""
-    shared_modules: dict[str, str]
-    """The first path of each further path of a module."""
     tensors: dict[str, Any]
     """Shape and dtype of inputs and arrays by name."""
     aliases: dict[str, int] = field(default_factory=dict)
@@ -167,6 +165,8 @@ class Graph:
     """The parameters of the module, in their order; none if the example cannot be described so."""
     functions: list[str] = field(default_factory=list)
     """The calls of functions that have a backward of their own, of which the graph has the forward."""
+    shared_modules: dict[str, str] = field(default_factory=dict)
+    """The first path of each further path of a module."""
 
 
 WHOLE = ("layer", "recurrent", "attention")
