@@ -272,9 +272,9 @@ def matrix_exp(x):
     for step in range(1, 11):
         term = term @ scaled / step
         result = result + term
-    for step in range(16):
+    for step in range(32):
         result = mx.where(step < squarings, result @ result, result)
-    return result.astype(dtype)
+    return mx.where(squarings > 32, math.nan, result).astype(dtype)
 
 
 def matrix_norm(x, order=None, axes=None, keepdims=False):
