@@ -65,9 +65,19 @@ def _inference_options(command: Any) -> Any:
 _new_tokens_option = click.option("--new-tokens", type=click.IntRange(2), help="New tokens of each prompt.")
 
 
+_NOT_SAMPLED = {
+    "speculative": "its tokens are drawn at temperature 100",
+    "load": "it generates no tokens",
+    "convert": "it generates no tokens",
+    "start": "its token is the most likely one",
+}
+
+
 def _run_inference(rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
     from icenet.commands.bench import inference
 
+    if options["sample"] and len(rows) == 1 and (reason := _NOT_SAMPLED.get(rows[0])):
+        raise click.UsageError(f"--sample has no effect on {rows[0]}: {reason}")
     run_rows(lambda notify: inference.run(rows, inference.Options(**options), notify), json_file, overwrite)
 
 
@@ -214,8 +224,6 @@ def speculative_command(**options: Any) -> None:
     The new tokens per second of one prompt without a draft, and with one of a quarter of the layers and half the
     width, whose proposals agree at a given rate. TARGET is the same as in icenet bench decode.
     """
-    if options["sample"]:
-        raise click.UsageError("--sample has no effect on speculative: its tokens are drawn at temperature 100")
     _run_inference(["speculative"], **options)
 
 

@@ -29,7 +29,7 @@ from icenet.core.report import streams
         "icenet port mine.py:Net --shape 1x3x224x224 --check",
     ),
 )
-@click.argument("target", metavar="FILE.py:CLASS|torchvision:NAME|timm:NAME|transformers:FOLDER")
+@click.argument("target", metavar="MODULE")
 @click.option(
     "--shape",
     "shapes",
@@ -59,8 +59,8 @@ def port_command(
 ) -> None:
     """Port a PyTorch module to MLX, as source, with proof.
 
-    A Python file is run, because you name it. The exit code is 1 if the module cannot be ported or the port computes
-    something else.
+    MODULE is FILE.py:CLASS, torchvision:NAME, timm:NAME or transformers:FOLDER. A Python file is run, because you
+    name it. The exit code is 1 if the module cannot be ported or the port computes something else.
     """
     from icenet.commands.port import port
 

@@ -7,6 +7,7 @@ module imports no framework, so one that fails to import, crashes or hangs is re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -14,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,9 @@ TESTED = {"mlx": ((0, 32, 1), (0, 33)), "torch": ((2, 6), (2, 14))}
 TESTED_PYTHON = ((3, 10), (3, 14))
 SEVERITIES = {"error": "bold red", "warning": "yellow", "note": "blue"}
 """The severities, the worst first, and their styles."""
+_WIDEST = 160
+"""Columns of a console above which cells are wrapped here, to `_CELL` columns."""
+_CELL = 48
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,12 @@ class Report:
         """Prints the report as tables."""
         if console is None:
             console = new_console()
-        console.print(_machine_table(self))
-        console.print(_backend_table(self))
+        # in a file, lines have their full length; words are not divided, because a path would be, too
+        wrap = _wrapped if console.width > _WIDEST else str
+        console.print(_machine_table(self, wrap))
+        console.print(_backend_table(self, wrap))
         if self.problems:
-            console.print(_problem_table(self))
+            console.print(_problem_table(self, wrap))
         else:
             console.print("No problems found.", style="bold green")
 
@@ -297,7 +305,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _machine_table(report: Report) -> Table:
+def _wrapped(text: str) -> str:
+    """Returns a text whose lines are short, except for longer words."""
+    wrap = functools.partial(textwrap.wrap, width=_CELL, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(part for line in text.splitlines() for part in wrap(line))
+
+
+def _machine_table(report: Report, wrap: Callable[[str], str]) -> Table:
     from rich.text import Text
 
     system = report.system
@@ -312,17 +326,17 @@ def _machine_table(report: Report) -> Table:
     }
     table = _table("Machine", "", "")
     for label, value in rows.items():
-        table.add_row(label, Text(str(value)))
+        table.add_row(label, Text(wrap(str(value))))
     return table
 
 
-def _backend_table(report: Report) -> Table:
+def _backend_table(report: Report, wrap: Callable[[str], str]) -> Table:
     from rich.text import Text
 
     columns = [_backend_column(facts) for facts in report.backends.values()]
     table = _table("Backends", "", *report.backends)
     for label in dict.fromkeys(label for column in columns for label in column):
-        table.add_row(label, *(Text(column.get(label, "-")) for column in columns))
+        table.add_row(label, *(Text(wrap(column.get(label, "-"))) for column in columns))
     return table
 
 
@@ -349,11 +363,11 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _problem_table(report: Report) -> Table:
+def _problem_table(report: Report, wrap: Callable[[str], str]) -> Table:
     from rich.text import Text
 
     table = _table("Problems", "severity", "problem", "fix")
     for problem in report.problems:
         severity = Text(problem.severity, style=SEVERITIES[problem.severity])
-        table.add_row(severity, Text(problem.what), Text(problem.remedy))
+        table.add_row(severity, Text(wrap(problem.what)), Text(wrap(problem.remedy)))
     return table

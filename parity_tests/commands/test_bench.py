@@ -427,6 +427,25 @@ def test_rows_of_inference(
     )
 
 
+def test_reading_the_file_is_not_in_the_peak_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak is that of the first load: later ones use memory that was freed."""
+    session = sides.Session("icenet torch", "cpu")
+    events: list[str] = []
+    monkeypatch.setattr(session, "_load", lambda variant="": events.append("load"))
+    monkeypatch.setattr(sides, "_read_files", lambda folder: events.append("read") or 0.0)
+
+    class Memory:
+        source = sides.resident_memory.SOURCE
+        begin = events.clear
+        growth = staticmethod(lambda: 1000 * events.count("load") + 10 * events.count("read"))
+
+    monkeypatch.setattr(session, "_memory", Memory())
+    session.load("load", str(tmp_path), "fp32", False)
+    for _ in range(2):
+        session.measure("load", {})
+    assert events == ["load", "read"] * 2 and session.peak() == 1000
+
+
 def test_quantized_weights_next_to_those_as_they_are(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--prompt", "8", "--batch", "1", "--new-tokens", "3", "--bits", "4,8", "--group-size", "32"]
     arguments = bench("quantized", *sizes, "--side", "icenet mlx,icenet torch")
@@ -465,6 +484,8 @@ def test_a_draft_next_to_plain_decoding(in_process: None, capsys: pytest.Capture
     assert is_one_line(error_line(capsys.readouterr().err), "--agreement")
     assert cli.main(bench("speculative", "--sample")) == 2
     assert is_one_line(error_line(capsys.readouterr().err), "--sample", "no effect")
+    assert cli.main(bench("load", "--sample")) == 2
+    assert is_one_line(error_line(capsys.readouterr().err), "--sample", "no effect", "no tokens")
     assert cli.main(bench("quantized", "--bits", "7")) == 2
     assert is_one_line(error_line(capsys.readouterr().err), "--bits", "8")
 
@@ -537,7 +558,7 @@ def test_the_start_of_processes(in_process: None, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("row", "target", "reason"),
-    [("decode", "nosuch", "no such file or preset"), ("load", "resnet-18", "generates no text")],
+    [("decode", "nosuch", "shapes: gpt2, "), ("load", "resnet-18", "generates no text")],
 )
 def test_a_target_is_checked_before_processes_start(
     row: str, target: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -296,3 +296,14 @@ def test_the_tables_show_every_value() -> None:
     ):
         assert words in out.getvalue()
     assert "No problems" not in out.getvalue()
+
+
+def test_the_tables_in_a_file_are_narrow_and_divide_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    system, versions = machine(mlx=None, mlx_cpu=None)
+    system["executable"] = f"/{'folder/' * 12}bin/python"
+    backends = {"torch": {**WORKS["torch"], "dtypes": "slow on the CPU; " * 20}}
+    doc.Report(system, versions, backends, doc.find_problems(system, versions, backends)).render()
+    out = capsys.readouterr().out
+    assert f"({system['executable']})" in out and "pip install 'icenet[cpu]'" in out
+    assert max(map(len, out.splitlines())) < 160

@@ -244,9 +244,10 @@ class Sides:
         Args:
             missing: By name, why a side cannot run; an empty text if it can.
         """
+        reasons: dict[str, list[str]] = {}
         for name, reason in missing.items():
             if reason:
-                self.notes.append(f"{name}: not measured: {reason}")
+                reasons.setdefault(reason, []).append(name)
             else:
                 self._workers[name] = self._new(name)
         for name in self.names:
@@ -254,7 +255,9 @@ class Sides:
             try:
                 self.facts[name] = self._workers[name].call("facts")
             except isolated.IsolatedError as error:
-                self.leave_out(name, str(error))
+                reasons.setdefault(str(error), []).append(name)
+        for reason, names in reasons.items():
+            self.leave_out(names, reason)
 
     def call(
         self, name: str, method: str, *arguments: Any, part: str = "", timeout: float | None = None, advice: str = ""
@@ -275,10 +278,14 @@ class Sides:
             self._workers[name] = self._new(name)
             return None
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Ends a side."""
-        self.notes.append(f"{name}: not measured: {reason}")
-        self._workers.pop(name).close()
+    def leave_out(self, names: Sequence[str], reason: str) -> None:
+        """Ends sides, with one note."""
+        if not names:
+            return
+        self.notes.append(f"{', '.join(names)}: not measured: {reason}")
+        for name in names:
+            if name in self._workers:
+                self._workers.pop(name).close()
 
     def close(self) -> None:
         """Ends all sides."""

@@ -315,7 +315,8 @@ class InferenceReport(common.SidesReport):
             if result["row"] == "start" and len(sides) > 1:  # that of each framework
                 floors = [(entry["of_limit"] * statistics.median(entry["seconds"]), entry["side"]) for entry in sides]
                 value = ", ".join(f"{rounded(seconds)} {result['unit']} ({side})" for seconds, side in floors)
-            return f"limit {value}: {limit['by']}; {limit['nbytes'] / 1e6:,.0f} MB"
+            size = f"; {limit['nbytes'] / 1e6:,.0f} MB" if limit["nbytes"] else ""
+            return f"limit {value}: {limit['by']}{size}"
         by_memory = limit["by"] == "memory"
         work = f"{limit['nbytes'] / 1e9:.3g} GB" if by_memory else f"{limit['operations'] / 1e12:.3g} TFLOP"
         return f"limit {value}, by {limit['by']}: {work} at the measured rate"
@@ -406,8 +407,8 @@ class _Run:
         arguments = (options.target, list(options.overrides), tokens + 1, dtypes[0], work, bits, options.group_size)
         self._model = prepare(*arguments)
         if self._model["problem"]:
-            for name in [name for name in self._sides.names if sides.KINDS[name].package]:
-                self._sides.leave_out(name, self._model["problem"])
+            peers = [name for name in self._sides.names if sides.KINDS[name].package]
+            self._sides.leave_out(peers, self._model["problem"])
         for dtype in dtypes:
             self._measure_rates(dtype)
             for row in self._rows:
@@ -534,7 +535,8 @@ class _Run:
         work = ROWS[row].work
         if work is None:
             shortest = min(side.floor() for side in complete.values())
-            return shortest, {"by": case.get("least", ROWS[row].limit), "nbytes": self._model["nbytes"]}
+            nbytes = 0 if "least" in case else self._model["nbytes"]
+            return shortest, {"by": case.get("least", ROWS[row].limit), "nbytes": nbytes}
         bits = int(variant.split()[0]) if row == "quantized" and variant else None
         least = work(limits.ModelSize(**self._model["size"]), {**case, "bits": bits}, BYTES[case["dtype"]])
         shortest, by = least.seconds(self._rates[case["dtype"]])

@@ -15,7 +15,7 @@ from icenet.commands.bench import limits
 from icenet.core import backends, rng
 from icenet.core.config import Config, yaml_file
 from icenet.core.dtypes import FLOAT_DTYPES
-from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.errors import CheckpointError, ConfigError, IceNetError, UsageError
 from icenet.core.families import folder
 from icenet.core.training import saved_model
 from icenet.core.training.open_model import open_target
@@ -129,7 +129,12 @@ def check(name: str, overrides: Sequence[str]) -> None:
     Raises:
         UsageError, CheckpointError: It does not exist, has no weights, or generates no text.
     """
-    config = config_of(name, overrides, 1)
+    try:
+        config = config_of(name, overrides, 1)
+    except ConfigError as error:
+        if "no such file or preset" not in str(error):
+            raise
+        raise ConfigError(f"{error}; shapes: {', '.join(SHAPES)}") from None
     if config is None:
         config, _ = _open(Path(name))
     _check_generates(name, config)
