@@ -141,3 +141,20 @@ def test_values_after_an_index_are_a_concatenation() -> None:
     model, source = ported(module, x)
     assert "def put" not in source and "mx.concatenate([" in source
     close(model(mx.array(x.numpy())), module(x))
+
+
+class Numbered(nn.ModuleDict):
+    """Layers with numbers as names, which are no list: torchvision's `IntermediateLayerGetter`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.values():
+            y = layer(x)
+            x = y * y
+        return x
+
+
+def test_layers_with_numbers_as_names_are_called_by_their_names() -> None:
+    module, x = Numbered({str(number): nn.Linear(4, 4) for number in range(3)}).eval(), torch.randn(2, 4)
+    model, source = ported(module, x)
+    assert 'y = self["2"](x)' in source
+    close(model(mx.array(x.numpy())), module(x))

@@ -63,7 +63,8 @@ def roll(lines: list[Line]) -> list[Line]:
 
 
 _STEP = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[step\]")
-_INTEGER = re.compile(r"(?<![\w.])\d+(?![\w.])")
+_INTEGER = re.compile(r"(?<![\w.'\"])\d+(?![\w.'\"])")
+"""A number that may rise in a loop, not the name of a layer such as `self["4"]`."""
 
 
 def _turns(lines: list[Line], index: int) -> tuple[list[Line], int] | None:
