@@ -36,7 +36,6 @@ engines      its three engines: build, record, replay
 randomness   checks that its models compute the same twice
 locate       comparison of their traces; the layers at which a difference begins
 report       tables, verdict, JSON
-modules      the same comparison for an MLX module and its PyTorch twin
 texts        comparison of generated texts
 
 A port (`icenet port`):

@@ -102,9 +102,8 @@ def judge_layer(
         judge = partial(_judge_replay, path, cotangents=None, replays=replays, dtype=dtype)
         found = judge(call, samples=None)
         if samples and any(judgement.is_over for judgement in found.values()):
-            if quick and (passing := _judge_quickly(path, call, None, replays, dtype, samples, found, quick)):
-                return passing, False
-            found = judge(call, samples=samples)
+            passing = quick and _judge_quickly(path, call, None, replays, dtype, samples, found)
+            found = passing or judge(call, samples=samples)
         return found, False
     cotangents = replays[0].cotangents(path, cotangents)
     if dtype == "fp16":
@@ -117,25 +116,30 @@ def judge_layer(
     found = judge(call, samples=None)
     if not any(judgement.is_over for judgement in found.values()):
         return found, False
-    if (
-        quick
-        and samples
-        and (passing := _judge_quickly(path, call, cotangents, replays, dtype, samples, found, quick))
-    ):
+
+    def smooth() -> dict[str, Judgement]:
+        """Returns the judgements with the noise of samples, if the layer has a derivative at the inputs."""
+        if samples is None:
+            return found
+        passing = quick and (
+            _judge_known(samples, found, quick)
+            or _judge_quickly(path, call, cotangents, replays, dtype, samples, found)
+        )
+        return passing or _without_edges(judge, exact, call, dtype, samples, judge(call, samples=samples))
+
+    is_backward = any(j.is_over for name, j in found.items() if not name.startswith(("output", "statistic")))
+    if not (ties and is_backward and _may_be_kink(call)):
+        return smooth(), False
+    if quick and samples and (passing := _judge_known(samples, found, quick)):
         return passing, False
-    # samples break exact ties at random, which would count as noise, so only outputs are sampled there
-    has_ties = ties and _may_be_kink(call)
-    if not has_ties and samples:
-        found = _without_edges(judge, exact, call, dtype, samples, judge(call, samples=samples))
-    if has_ties and any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):
-        found.update({n: j for n, j in judge(call, samples=samples).items() if n.startswith("output")})
-    worst, part = _worst(found)
-    if part.startswith("output") or not worst.is_over or not has_ties:
-        return found, False
     at_ties = _Replays(path, call, cotangents, replays)
     if at_ties.has_inputs and not at_ties.ties.are_kinks:
-        if samples:
-            found = _without_edges(judge, exact, call, dtype, samples, judge(call, samples=samples))
+        return smooth(), False
+    # samples break exact ties at random, which would count as noise, so only outputs are sampled there
+    if any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):
+        found.update({n: j for n, j in judge(call, samples=samples).items() if n.startswith("output")})
+    worst, part = _worst(found)
+    if part.startswith("output") or not worst.is_over:
         return found, False
     numbers = count()
 
@@ -198,6 +202,27 @@ def _without_edges(
     return judge(call, samples=replace(samples, mlx=None), edges=edges)
 
 
+def _judge_known(
+    samples: Samples[SampledReplay], found: Mapping[str, Judgement], known: Callable[[str], Array | None]
+) -> dict[str, Judgement] | None:
+    """Returns the judgements if every value is far within a noise that is known without a replay, else None."""
+    if samples.in_order is None:
+        return None
+    passing = dict(found)
+    for name, judgement in found.items():
+        if judgement.passed:
+            continue
+        noise = known(name) if judgement.is_over else None
+        size = 0.0 if noise is None else rms(noise)
+        # a single wrong element would have a peak that is far larger than the RMS
+        is_spread = judgement.peak_ratio <= FACTOR / 2 * judgement.rms_ratio
+        if not is_spread or judgement.error > FACTOR / 2 * size:
+            return None
+        ratio = judgement.error / size
+        passing[name] = replace(judgement, rms_ratio=ratio, peak_ratio=ratio, plain_ratio=judgement.ratio)
+    return passing
+
+
 def _judge_quickly(
     path: str,
     call: Call,
@@ -206,25 +231,11 @@ def _judge_quickly(
     dtype: str,
     samples: Samples[SampledReplay],
     found: Mapping[str, Judgement],
-    known: Callable[[str], Array | None],
 ) -> dict[str, Judgement] | None:
     """Returns the judgements if every value is far within the noise of the first sample, else None."""
     run = samples.in_order or samples.torch
     if not all(judgement.passed or judgement.is_over for judgement in found.values()):
         return None
-    passing = dict(found)
-    is_known = samples.in_order is not None
-    for name, judgement in found.items():
-        noise = known(name) if judgement.is_over and is_known else None
-        size = 0.0 if noise is None else rms(noise)
-        # a single wrong element would have a peak that is far larger than the RMS
-        is_spread = judgement.peak_ratio <= FACTOR / 2 * judgement.rms_ratio
-        is_known = is_known and (judgement.passed or (is_spread and judgement.error <= FACTOR / 2 * size))
-        if is_known and judgement.is_over:
-            ratio = judgement.error / size
-            passing[name] = replace(judgement, rms_ratio=ratio, peak_ratio=ratio, plain_ratio=judgement.ratio)
-    if is_known:
-        return passing
     sampled, nearby_exact = (_named(r(0, path, call, cotangents)) for r in (run, samples.reference))
     ours, exact = (_named(replay(path, call, cotangents)) for replay in (replays[0], replays[2]))
     noises = {}

@@ -33,6 +33,7 @@ from icenet.parity.align import (
 )
 from icenet.parity.fp16 import Replay
 from icenet.parity.layer import SampledReplay, judge_integers, replay_layer
+from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Trace
 from icenet.parity.yardstick import (
     Judgement,
@@ -192,7 +193,7 @@ def locate(
                 path, torch, reference, (aligned, *replays[1:]), dtype, chosen, is_leaf
             )
             own[path] = judgement, part
-            ties[path] = _tie_remark(mlx.classes.get(path, ""), is_leaf) if has_ties else ""
+            ties[path] = tie_remark(mlx.classes.get(path, ""), is_leaf) if has_ties else ""
         if on_layer is not None:
             on_layer(index + 1, len(paths))
     differing = [path for path, (judgement, _) in own.items() if not judgement.passed]
@@ -215,15 +216,6 @@ def locate(
             mark = PROPAGATED
         marked.append(replace(row, mark=mark))
     return marked
-
-
-def _tie_remark(class_name: str, is_leaf: bool) -> str:
-    """Returns what to say of a layer whose gradients agree except at ties, by its class in MLX."""
-    if not class_name.startswith("mlx.nn.layers.pooling.Max"):
-        remark = "its gradient differs only at ties or edges of its inputs, where it has no derivative"
-        return remark if is_leaf else f"{remark}; there it is not judged, because other layers are within it"
-    remark = "its gradient differs only at ties: MLX divides it among equal maxima, PyTorch gives it to the first"
-    return f"{remark}, as max_pool of icenet.nn does" if class_name.endswith("MaxPool2d") else remark
 
 
 def _parent(path: str) -> str:

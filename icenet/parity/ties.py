@@ -37,6 +37,20 @@ def may_be_kinks(array: Array) -> bool:
     return bool((2 * array == np.rint(2 * array)).any()) or np.unique(array).size < array.size
 
 
+def tie_remark(class_name: str, is_leaf: bool) -> str:
+    """Returns what to say of a layer whose gradients agree except at ties.
+
+    Args:
+        class_name: Its class in MLX, such as `mlx.nn.layers.pooling.MaxPool2d`.
+        is_leaf: Whether no other layer is within it.
+    """
+    if not class_name.startswith("mlx.nn.layers.pooling.Max"):
+        remark = "its gradient differs only at ties or edges of its inputs, where it has no derivative"
+        return remark if is_leaf else f"{remark}; there it is not judged, because other layers are within it"
+    remark = "its gradient differs only at ties: MLX divides it among equal maxima, PyTorch gives it to the first"
+    return f"{remark}, as max_pool of icenet.nn does" if class_name.endswith("MaxPool2d") else remark
+
+
 _STEP = 2.0**-36
 """The relative distance of the points at which `Ties` asks the reference, which is far below an ulp of fp32."""
 

@@ -94,7 +94,7 @@ def test_the_port(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
                 pages.append(Path("parity.html").read_text(encoding="utf-8"))
         else:
             assert without_numbers(printed.splitlines()[0]) == without_numbers(content)
-    assert commands == 3 and "between pwconv1 and pwconv2" in pages[1] and ">Agrees<" in pages[2]
+    assert commands == 3 and "between pwconv1 and pwconv2" in pages[1] and "Agrees: ConvNeXt" in pages[2]
     for name in ("mine", "ref", "weights"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     scope: dict[str, Any] = {"__name__": "weights"}

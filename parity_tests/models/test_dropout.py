@@ -24,7 +24,7 @@ from icenet.core.config import Config
 from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.models.modules import copy_weights
-from icenet.parity.modules import compare_modules
+from icenet.parity import compare
 from icenet.parity.run import random_batch, run
 from icenet.parity.yardstick import judge_curve
 
@@ -510,7 +510,7 @@ def test_the_first_call_has_the_keys_of_earlier_versions(here: Path) -> None:
 
 
 def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
-    """`compare_modules` in training mode: plain dropout agrees, another rate is found, other draws are refused."""
+    """`compare` in training mode: plain dropout agrees, another rate is found, other draws are told or refused."""
 
     def twins_of(rate: float, *more: Any) -> tuple[Any, Any]:
         ours = mlx_nn.Sequential(mlx_nn.Linear(6, 5), mlx_nn.Dropout(rate))
@@ -522,15 +522,17 @@ def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
 
     x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     ours, theirs = twins_of(0.2)
-    report = compare_modules(ours, theirs, [x], train=True)
-    assert report.passed, report.verdict()
+    stages = ("structure", "forward", "gradients")
+    report = compare(ours, theirs, x, stages=stages)
+    assert report.passed, report.verdict
     assert type(ours.layers[1]) is mlx_nn.Dropout and type(theirs[1]) is torch.nn.Dropout  # unchanged
-    assert compare_modules(*twins_of(0.3), [x], train=True).differing() == ["1"]
-    for train_mode in (False, True):
-        draws = torch.nn.AlphaDropout(0.1) if train_mode else AlwaysDrops()
-        with pytest.raises(UsageError) as caught:
-            compare_modules(*twins_of(0.2, draws), [x], train=train_mode)
-        assert is_one_line(caught.value, f"2 ({type(draws).__name__})")
+    report = compare(*twins_of(0.3), x, stages=stages)
+    assert report.culprit == "1" and "0.3 in a, 0.2 in b" in report.cause
+    report = compare(*twins_of(0.2, torch.nn.AlphaDropout(0.1)), x, stages=stages)
+    assert "2 of b draws random numbers without a key in training mode" in report.notes[-1]
+    with pytest.raises(UsageError) as caught:
+        compare(*twins_of(0.2, AlwaysDrops()), x, stages=stages)
+    assert is_one_line(caught.value, "2 of b draws random numbers")
 
 
 class AlwaysDrops(torch.nn.Module):  # type: ignore[name-defined,misc]

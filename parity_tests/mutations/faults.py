@@ -1882,6 +1882,20 @@ FAULTS: list[Fault] = [
         ["parity/test_modules.py::test_a_gradient_that_is_wrong_at_ties_only_is_found"],
     ),
     Fault(
+        "the noise of a gradient is sampled at ties, where it jumps",
+        "icenet/parity/layer.py",
+        "    if not (ties and is_backward and _may_be_kink(call)):\n",
+        "    if True:\n",
+        ["parity/test_modules.py::test_a_gradient_that_is_wrong_at_ties_only_is_found"],
+    ),
+    Fault(
+        "booleans may be floats of 0 and 1",
+        "icenet/parity/stages/structure.py",
+        "        if ours.is_float != theirs.is_float:\n",
+        "        if False:\n",
+        ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[a boolean for a float]"],
+    ),
+    Fault(
         "equal inputs of a smooth layer are ties",
         "icenet/parity/layer.py",
         "    if at_ties.has_inputs and not at_ties.ties.are_kinks:\n",
@@ -2811,10 +2825,17 @@ FAULTS: list[Fault] = [
     # ---- what modules return, weights and models as users have them ---------------------------------------------
     Fault(
         "the arrays of a dataclass are not compared",
+        "icenet/parity/calls/events.py",
+        "    if is_dataclass(item) and not",
+        "    if False and not",
+        ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[dataclass]"],
+    ),
+    Fault(
+        "the arrays of a dataclass are not recorded",
         "icenet/parity/trace.py",
         "        if is_dataclass(outputs) and not",
         "        if False and not",
-        ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[dataclass]"],
+        ["parity/test_probe.py::test_the_arrays_of_a_dataclass_are_recorded"],
     ),
     Fault(
         "integers are not compared",

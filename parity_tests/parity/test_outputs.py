@@ -1,4 +1,4 @@
-"""Arguments and outputs of `compare_modules`: dataclasses, integers, booleans; unusable ones are one line."""
+"""Arguments and outputs of `compare`: dataclasses, integers, booleans; unusable ones are one line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from helpers import is_one_line
 
 from icenet.core.errors import UsageError
 from icenet.core.models.modules import copy_weights
-from icenet.parity.modules import compare_modules
+from icenet.parity import compare
 
 Twins = tuple[Any, Any]
+STAGES = ("structure", "weights", "forward", "gradients")
 X = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
 
 
@@ -62,54 +63,72 @@ RIGHT: dict[str, Callable[[], Twins]] = {
     "both": lambda: twins(lambda y: (y, y.argmax(-1)), lambda y: (y, y.argmax(-1))),
 }
 WRONG: dict[str, tuple[Callable[[], Twins], str]] = {
-    "dataclass": (lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)), "(model output)"),
+    "dataclass": (lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)), "after linear; output is off by"),
     "integers": (lambda: twins(lambda y: y.argmin(-1), lambda y: y.argmax(-1)), "integers"),
     "both": (lambda: twins(lambda y: (y, y.argmin(-1)), lambda y: (y, y.argmax(-1))), "integers"),
     "booleans": (lambda: twins(lambda y: y < 0, lambda y: y > 0), "integers"),
     "a boolean for a float": (
         lambda: twins(lambda y: (y > 0).astype(mx.float32), lambda y: y > 0),
-        "dtype fp32 in MLX, bool in PyTorch",
+        "output is fp32 in a, bool in b",
+    ),
+    "a boolean in place of a float": (
+        lambda: twins(lambda y: y > 0, lambda y: (y > 0).float()),
+        "output is bool in a, fp32 in b",
     ),
 }
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
 def test_equal_outputs_of_any_kind_agree(make: Callable[[], Twins]) -> None:
-    assert compare_modules(*make(), [X]).passed
+    assert compare(*make(), X, stages=STAGES).passed
 
 
 @pytest.mark.parametrize(("make", "word"), WRONG.values(), ids=WRONG)
 def test_unequal_outputs_of_any_kind_are_found(make: Callable[[], Twins], word: str) -> None:
-    report = compare_modules(*make(), [X])
+    report = compare(*make(), X, stages=STAGES)
     assert not report.passed
-    assert word in report.verdict()
+    assert word in report.verdict
 
 
 def plain() -> Twins:
     return twins(lambda y: y, lambda y: y)
 
 
-UNUSABLE: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, ...]]] = {
-    "swapped": (lambda ours, theirs: compare_modules(theirs, ours, [X]), ("first", "Theirs")),
-    "an array": (lambda ours, theirs: compare_modules(ours, theirs, X), ("mlx_inputs", "[x]", "ndarray")),
-    "None": (lambda ours, theirs: compare_modules(ours, theirs, None), ("mlx_inputs", "NoneType")),
-    "no inputs": (lambda ours, theirs: compare_modules(ours, theirs, []), ("mlx_inputs", "empty")),
-    "no rows": (lambda ours, theirs: compare_modules(ours, theirs, [X], [X[:0]]), ("torch_inputs[0]", "values")),
-    "float16": (
-        lambda ours, theirs: compare_modules(ours, theirs.half(), [X]),
-        ("linear.weight", "float16", "float()"),
-    ),
-    "float64": (lambda ours, theirs: compare_modules(ours, theirs.double(), [X]), ("linear.weight", "float64")),
+def test_without_floats_there_is_no_loss() -> None:
+    report = compare(*RIGHT["integers"](), X)
+    assert report.passed
+    skipped = {stage.name: stage.note for stage in report.stages if stage.status == "skipped"}
+    assert skipped == dict.fromkeys(
+        ("loss", "gradients", "optimizer", "training"), "b returns no floats, so there is no loss"
+    )
+
+
+UNUSABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "None": ((None, None), ("inputs is no array",)),
+    "no inputs": ((), ("inputs is no array", "a tuple of arrays")),
+    "no rows": (X[:0], ("input 0", "values")),
+    "text": ("x", ("inputs is a str", "give an array")),
 }
 
 
-@pytest.mark.parametrize(("call", "names"), UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_arguments_are_one_line(call: Callable[[Any, Any], Any], names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("inputs", "names"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_inputs_are_one_line(inputs: Any, names: tuple[str, ...]) -> None:
     with pytest.raises(UsageError) as error:
-        call(*plain())
+        compare(*plain(), inputs)
     assert is_one_line(str(error.value), *names)
+
+
+def test_modules_may_be_swapped_and_of_any_precision() -> None:
+    """PyTorch is the reference in any order. Copies of the modules are converted to the dtype of the comparison."""
+    ours, theirs = plain()
+    swapped = compare(theirs, ours, X, stages=STAGES)
+    assert swapped.passed and "exchanged" in swapped.notes[0]
+    assert compare(ours, theirs.double(), X, stages=STAGES).passed
+    assert theirs.linear.weight.dtype == torch.float64
+    report = compare(ours, theirs.half(), X, stages=STAGES)  # which rounds its weights
+    assert is_one_line(report.verdict, "differs in linear; weight differs")
 
 
 def test_a_module_without_comparable_outputs() -> None:
     with pytest.raises(UsageError, match="returns nothing that can be compared"):
-        compare_modules(*twins(lambda y: None, lambda y: None), [X])
+        compare(*twins(lambda y: None, lambda y: None), X)

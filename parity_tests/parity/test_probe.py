@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ class TorchModel(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.inner(self.inner(x)), x
+
+
+@dataclass
+class Output:
+    first: Any
+    second: Any
+
+
+class MLXDataclass(MLXModel):
+    def __call__(self, x: mx.array) -> Any:
+        return Output(*super().__call__(x))
+
+
+class TorchDataclass(TorchModel):
+    def forward(self, x: torch.Tensor) -> Any:
+        return Output(*super().forward(x))
+
+
+@pytest.mark.parametrize(("backend", "model_class"), [("mlx", MLXDataclass), ("torch", TorchDataclass)])
+def test_the_arrays_of_a_dataclass_are_recorded(backend: str, model_class: Callable[[], Any]) -> None:
+    with probe(backend).recording(model := model_class(), Trace()) as trace:
+        model(native(backend, np.ones((2, 3), np.float32)))
+    assert list(trace.values) == ["module:inner", "module:inner#2", "module:", "module:[1]"]
 
 
 on_any_module = pytest.mark.parametrize(("backend", "model_class"), [("mlx", MLXModel), ("torch", TorchModel)])

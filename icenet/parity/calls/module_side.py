@@ -71,7 +71,9 @@ class ModuleSide(ModuleCopy):
         def seed(index: int, shape: tuple[int, ...]) -> Array:
             return np.full(shape, self.loss_scale)
 
-        with self.opened(None), self.tools.intercepting(modules, recorder), self.moved_weights(names):
+        # MLX reads and writes other memory if an id is outside a table
+        checked = self.nn.embedding.reading_ids(self.modules.items())
+        with checked, self.opened(None), self.tools.intercepting(modules, recorder), self.moved_weights(names):
             states = randomness.generator_states(self.nn)
             try:
                 outputs, _, gradients = self.tools.evaluate(

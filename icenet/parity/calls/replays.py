@@ -15,6 +15,7 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.layer import judge_layer
 from icenet.parity.state import Comparison
+from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Call, Value
 from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance
 
@@ -70,8 +71,11 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
         quick=lambda name: _bias_noise(given, name),
         ties=c.judges_ties,
     )
-    if has_ties:
+    if has_ties and pair.path not in c.ties:
         c.ties.add(pair.path)
+        remark = tie_remark(c.a.classes.get(pair.a.path, ""), pair.is_leaf)
+        if remark not in c.notes_of(pair.path):
+            c.notes_of(pair.path).append(remark)
     for judgement in judgements.values():
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)

@@ -135,6 +135,10 @@ def judge_gradients(
         over = [name for name in over if judged[name].ratio > FACTOR * c.factor]
     if over and not differing:
         judged |= _judge_again(c, run, over)
+        if c.ties:
+            names = ", ".join(name.partition(":")[2] for name in over[:3])
+            places = ", ".join(path or "the model" for path in sorted(c.ties))
+            c.add_notes([f"gradients of the run are over the tolerance ({names}); possible cause: ties in {places}"])
     depth = 0
     for pair in reversed(run.pairs):  # the order of the backward pass
         if pair.outputs:

@@ -24,6 +24,7 @@ from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import is_within, split_at
 from icenet.parity.stages import StageFailed, weights
 from icenet.parity.state import Comparison
+from icenet.parity.trace import output_name
 
 Array = npt.NDArray[Any]
 
@@ -128,6 +129,9 @@ def compare_shapes(
     except Draws as error:
         raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
     pairs, runs = _paired(c, stage, (own, noise, exact), failure)
+    if c.losses is None and not any(item.is_float for item in pairs[0].b.outputs):
+        for name in ("loss", "gradients", "optimizer", "training"):
+            c.stages[name].status, c.stages[name].note = states.SKIPPED, "b returns no floats, so there is no loss"
     return (pairs, run_training(c, inputs, pairs)) if train else (pairs, runs)
 
 
@@ -154,6 +158,14 @@ def _paired(
             f"compare: {c.report.names[1]} returns nothing that can be compared; return tensors, or tuples, "
             "lists, dicts or dataclasses of them"
         )
+    for i, j, _ in pairs[0].outputs:
+        ours, theirs = pairs[0].a.outputs[i], pairs[0].noise.outputs[j]
+        if ours.is_float != theirs.is_float:
+            part = output_name(j)
+            note = f"{part} is {ours.dtype} in a, {theirs.dtype} in b"
+            stage.rows.append(Row("", part, theirs.array.shape, states.DIFFERS, math.inf, note=note))
+            c.fail(stage, "", note=note)
+            raise StageFailed
     for pair in pairs:  # the masks of a dropout depend on the axes of its input
         how = pair.arguments[0][2] if pair.arguments else align.SAME
         for side in (c.b, c.reference):
