@@ -170,3 +170,11 @@ def test_other_reshapes_keep_their_meaning() -> None:
     module, x, y = Flat().eval(), torch.randn(2, 2, 3, 5), torch.randn(2, 12)
     model, _ = ported(module, x, y)
     close(model(mx.array(x.numpy()), mx.array(y.numpy())), module(x, y))
+
+
+def test_batch_norm_of_volumes_is_no_layer_of_mlx() -> None:
+    module, x = nn.Sequential(nn.Conv3d(2, 3, 1), nn.BatchNorm3d(3)), torch.randn(2, 2, 3, 4, 4)
+    model, _ = ported(module, x)
+    for training in (True, False):  # in evaluation mode with the statistics of the call in training mode
+        model.train(training)
+        close(model(mx.array(x.numpy())), module.train(training)(x))

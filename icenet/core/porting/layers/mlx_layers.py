@@ -302,7 +302,7 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
     "GELU": _gelu,
     **{f"Conv{rank}d": _conv(rank, False) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": _conv(rank, True) for rank in (1, 2, 3)},
-    **{f"BatchNorm{rank}d": _batch_norm(rank) for rank in (1, 2, 3)},
+    **{f"BatchNorm{rank}d": _batch_norm(rank) for rank in (1, 2)},  # MLX refuses volumes
     **{f"InstanceNorm{rank}d": _instance_norm(rank) for rank in (1, 2, 3)},
     **{f"Dropout{rank}d": _channel_dropout(rank) for rank in (2, 3)},
     **{f"MaxPool{rank}d": _max_pool(rank) for rank in (1, 2, 3)},
