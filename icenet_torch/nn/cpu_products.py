@@ -27,10 +27,14 @@ from icenet_torch.nn.arrays import Array, on_cpu
 
 
 def _is_amd() -> bool:
+    """Returns whether the processor is one of AMD; False if the system does not tell."""
     if sys.platform != "linux":
         return "AuthenticAMD" in platform.processor()
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
+    except OSError:  # a container without /proc
+        return False
 
 
 HAS_FUNCTIONS = (
