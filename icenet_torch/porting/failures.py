@@ -16,6 +16,8 @@ TORCH = str(Path(torch.__file__).parent)
 HERE = str(Path(__file__).parent)
 PYTHON = sysconfig.get_paths()["stdlib"]
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+TESTED = ("2.11", "2.13")
+"""The versions of PyTorch with which ports are tested."""
 
 
 def where(error: Exception) -> str:
@@ -69,4 +71,12 @@ def broken(error: Exception) -> PortError:
         remedy = "; check the example inputs"
     elif "Constraints violated" in text:
         remedy = "; give `dynamic` only the dimensions that may change"
-    return PortError(f"{where}cannot be exported: {first}{remedy}")
+    return PortError(f"{where}cannot be exported: {first}{remedy}{version_note(torch.__version__)}")
+
+
+def version_note(version: str) -> str:
+    """Returns what is said of a version of PyTorch that is older than those with which ports are tested."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers >= tuple(map(int, TESTED[0].split("."))):
+        return ""
+    return f"; this is PyTorch {version}, and icenet.port is tested with {' and '.join(TESTED)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,85 @@ def test_a_folder_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch
     with pytest.raises(FileError):
         port.save(tmp_path / "port")
     assert not (tmp_path / "port").exists()
+
+
+class Grid(nn.Module):
+    """Samples an image on an affine grid of its own size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Linear(2, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        theta = self.theta(x.mean((2, 3))).view(-1, 2, 3)
+        return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
+def test_height_and_width_of_an_affine_grid_are_open() -> None:
+    torch.manual_seed(0)
+    module, given = Grid(), R(2, 2, 7, 9)
+    port = icenet.port(module, R(3, 2, 6, 6))  # equal in the example
+    assert not port.report.fixed
+    np.testing.assert_allclose(
+        np.array(port.module(mx.array(given.numpy()))), module(given).detach().numpy(), atol=1e-5
+    )
+
+
+def test_a_width_that_is_read_from_the_height_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("icenet_torch.porting.sizes.open_sizes", contextlib.nullcontext)  # the grid has fixed sizes
+    port = icenet.port(Grid(), R(3, 2, 6, 6))
+    assert port.report.fixed == {"x": {2: 6, 3: 6}}  # a grid of 7x7 is served, one of 7x6 is not
+    with pytest.raises(ValueError, match="x has 7 in dimension 2; the port was made for 6"):
+        port.module(mx.zeros((3, 2, 7, 9)))
+
+
+class Keeps(nn.Module):
+    """Stores what it computes, also in attributes that it has only after a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.maps: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.fc(x)
+        self.maps.append(self.last)
+        return self.last * 2
+
+
+def test_the_attributes_of_a_module_are_unchanged() -> None:
+    torch.manual_seed(0)
+    module = Keeps()
+    before = set(vars(module))
+    assert icenet.port(module, R(2, 4)).report.passed
+    assert set(vars(module)) == before and not module.maps
+
+
+class Nothing(nn.Module):
+    def forward(self, x: torch.Tensor) -> None:
+        self.last = x
+
+
+def test_a_module_that_returns_nothing_is_refused() -> None:
+    with pytest.raises(PortError, match="Nothing returns no tensor"):
+        icenet.port(Nothing(), R(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("version", "is_noted"), [("2.6.0+cu124", True), ("2.11.0", False), ("2.13.0a0+git1", False)]
+)
+def test_a_failed_export_names_an_old_version_of_pytorch(
+    version: str, is_noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(PortError, match="control flow") as error:
+        icenet.port(Branch(), R(3, 4))
+    assert (
+        f"this is PyTorch {version}, and icenet.port is tested with 2.11 and 2.13" in str(error.value)
+    ) == is_noted
+    assert is_one_line(error.value)
