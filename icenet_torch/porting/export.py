@@ -51,16 +51,39 @@ def export(
     Raises:
         PortError: The graph breaks; the message names the line.
     """
-    modes = {path: inner.training for path, inner in module.named_modules()}
-    module.train(training)
-    try:
+    with _same_attributes(module):
+        module.train(training)
         program, shapes, functions = _program(module, args, kwargs, dynamic)
-    finally:
-        for path, inner in module.named_modules():
-            inner.training = modes[path]
     graph = Reader(module, program, args, kwargs, training).read()
     graph.functions = functions
     return graph, program, shapes
+
+
+@contextlib.contextmanager
+def _same_attributes(module: nn.Module) -> Iterator[None]:
+    """Restores the attributes of all modules when the context is left: modes, and what a `forward` stores.
+
+    An export calls `forward` with tensors that have no values.
+    """
+    before = [(inner, dict(vars(inner)), _containers(inner)) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for inner, attributes, containers in before:
+            vars(inner).clear()
+            vars(inner).update(attributes)
+            for container, content in containers:
+                container.clear()
+                container.update(content) if isinstance(container, dict) else container.extend(content)
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Returns the lists and dicts that are attributes of a module, with a copy of each."""
+    own = vars(module).items()
+    return [(value, value.copy()) for name, value in own if type(value) in (list, dict) and name not in _OF_TORCH]
 
 
 BUDGET = 30.0

@@ -1,7 +1,8 @@
 """Functions whose sizes stay open in an export.
 
-`torch.export` fixes the number of steps of `torch.linspace` and the window of a pool, because they are no symbolic
-numbers in its schemas. Here they are operations that take them, and a pool over a whole image is an adaptive pool.
+`torch.export` fixes the number of steps of `torch.linspace`, the size of `F.affine_grid` and the window of a pool,
+because they are no symbolic numbers in its schemas. Here they are operations that take them, and a pool over a whole
+image is an adaptive pool.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 _library = torch.library.Library("icenet_size", "DEF")
 _library.define("linspace(float start, float end, SymInt steps, ScalarType dtype) -> Tensor")
+_library.define("affine_grid_generator(Tensor theta, SymInt[] size, bool align_corners) -> Tensor")
 
 
 def _linspace(start: float, end: float, steps: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -28,6 +30,14 @@ def _linspace_shape(start: float, end: float, steps: Any, dtype: torch.dtype) ->
 _library.impl("linspace", _linspace, "CompositeExplicitAutograd")
 torch.library.register_fake("icenet_size::linspace", _linspace_shape, lib=_library)
 
+
+def _affine_grid_shape(theta: torch.Tensor, size: Any, align_corners: bool) -> torch.Tensor:
+    return theta.new_empty((size[0], *size[2:], len(size) - 2))
+
+
+_library.impl("affine_grid_generator", torch.affine_grid_generator, "CompositeExplicitAutograd")
+torch.library.register_fake("icenet_size::affine_grid_generator", _affine_grid_shape, lib=_library)
+
 _ADAPTIVE: dict[str, Callable[..., Any]] = {
     f"{kind}_pool{rank}d": getattr(F, f"adaptive_{kind}_pool{rank}d") for kind in ("avg", "max") for rank in (1, 2, 3)
 }
@@ -36,7 +46,8 @@ _ADAPTIVE: dict[str, Callable[..., Any]] = {
 @contextlib.contextmanager
 def open_sizes() -> Iterator[None]:
     """Replaces the functions while the context is open."""
-    linspace, pools = torch.linspace, {name: getattr(F, name) for name in _ADAPTIVE}
+    linspace, affine_grid = torch.linspace, F.affine_grid
+    pools = {name: getattr(F, name) for name in _ADAPTIVE}
 
     def with_open_steps(start: Any, end: Any, steps: Any = None, **options: Any) -> torch.Tensor:
         dtype = options.get("dtype") or torch.get_default_dtype()
@@ -45,13 +56,20 @@ def open_sizes() -> Iterator[None]:
             return made
         return linspace(start, end, steps, **options)
 
+    def with_open_size(theta: torch.Tensor, size: Any, align_corners: bool | None = None) -> torch.Tensor:
+        if any(isinstance(item, torch.SymInt) for item in size):
+            made: torch.Tensor = torch.ops.icenet_size.affine_grid_generator(theta, list(size), bool(align_corners))
+            return made
+        return affine_grid(theta, size, align_corners)
+
     torch.linspace = with_open_steps  # type: ignore[assignment]
+    F.affine_grid = with_open_size
     for name, pool in pools.items():
         setattr(F, name, _pool(pool, _ADAPTIVE[name], int(name[-2])))
     try:
         yield
     finally:
-        torch.linspace = linspace
+        torch.linspace, F.affine_grid = linspace, affine_grid
         for name, pool in pools.items():
             setattr(F, name, pool)
 

@@ -18,7 +18,7 @@ from icenet.core.porting import build, signature
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.places import as_dict
-from icenet.core.porting.record import Graph, Tensor
+from icenet.core.porting.record import Graph, Tensor, refs
 from icenet.parity.ports.inputs import arrays_of
 from icenet.parity.ports.proof import PortReport, locate, prove
 
@@ -172,6 +172,8 @@ def port(
     args, kwargs = examples.checked_inputs((args, dict(example_kwargs or {})))
     progress("exporting")
     graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
+    if not list(refs(graph.output_tree)):
+        raise PortError(f"{graph.modules[''].class_name} returns no tensor; a port needs one to compare")
     _check_table(graph, train)
     progress("writing the source")
     title = f"{graph.modules[''].class_name} in MLX, ported from PyTorch."

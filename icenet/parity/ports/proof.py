@@ -218,9 +218,9 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
                 served = False
             if served:
                 report.checks += checks
-            else:
-                for number, dim in chosen:
-                    report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size
+                continue  # all at once; each alone may differ, as a source may read the width from the height
+            for number, dim in chosen:
+                report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size
             if len(chosen) > 1:
                 break
     for name, sizes in report.fixed.items():

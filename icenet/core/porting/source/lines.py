@@ -144,8 +144,11 @@ def initial(array: Array, fill: float | None) -> str:
     shape = f"({shape}{',' if len(array.tensor.shape) == 1 else ''})"
     name = mlx_dtype(array.tensor.dtype)
     dtype = "" if name == "float32" else f", mx.{name}"
-    if fill is None and array.kind == "parameter" and array.tensor.is_floating and "bias" not in array.path:
-        return f"mx.random.normal({shape}{dtype}, scale=0.02)"
+    if fill is None and array.kind == "parameter" and "bias" not in array.path:
+        if name == "complex64":  # MLX has no random complex numbers
+            return f"mx.random.normal({shape}, scale=0.02) + 1j * mx.random.normal({shape}, scale=0.02)"
+        if array.tensor.is_floating:
+            return f"mx.random.normal({shape}{dtype}, scale=0.02)"
     if fill == 1:
         return f"mx.ones({shape}{dtype})"
     return f"mx.full({shape}, {fill}{dtype})" if fill else f"mx.zeros({shape}{dtype})"
