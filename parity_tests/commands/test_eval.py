@@ -65,9 +65,11 @@ def test_each_token_is_predicted_once(
     assert found.perplexity == math.exp(found.loss)
 
 
-def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both backends print the same number; a part of the text, and JSON."""
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both backends print the same number; a part of the text, and JSON. The progress counts tokens."""
     pytest.importorskip("mlx")
+    for name in ("_DELAY_SECONDS", "_LINE_SECONDS"):
+        monkeypatch.setattr(f"icenet.core.report.bar.{name}", 0)
     found = {}
     for backend in ("mlx", "torch"):
         arguments = ["eval", str(folder / "model"), "--text", str(folder / "book.txt"), "--backend", backend]
@@ -75,8 +77,10 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         found[backend] = json.loads(capsys.readouterr().out)
     assert found["mlx"]["tokens"] == found["torch"]["tokens"] == 43
     np.testing.assert_allclose(found["mlx"]["loss"], found["torch"]["loss"], rtol=1e-6)
-    assert main([*arguments, "--max-tokens", "5", "--quiet"]) == 0
-    assert "4 tokens of file" in capsys.readouterr().out.replace("\n", " ")
+    for options in ([], ["--quiet"]):
+        assert main([*arguments, "--max-tokens", "5", *options]) == 0
+        out, err = capsys.readouterr()
+        assert "4 tokens of file" in out.replace("\n", " ") and ("4 tokens of 4 tokens" in err) == (not options)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,11 @@ def load(path: str | Path, model: Any) -> PromptCache:
     cache = PromptCache(model)
     if not path.exists():
         raise UsageError(f"{path}: no such file; icenet generate --save-prompt-cache FILE makes a prompt cache")
-    metadata, entries, data = safetensors.open_file(path)
+    try:
+        metadata, entries, data = safetensors.open_file(path)
+    except WeightsError as error:  # its way out is for a file of weights
+        reason = str(error).partition("; ")[0]
+        raise WeightsError(f"{reason}; icenet generate --save-prompt-cache FILE makes a prompt cache") from None
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: not a prompt cache of IceNet; icenet generate --save-prompt-cache FILE makes one"

@@ -113,7 +113,7 @@ def evaluate_text(
     if count < 1:
         raise DataError(f"eval: {found.description} has {len(tokens)} tokens, too few to predict one")
     total, done = 0.0, 0
-    with Bar(f"evaluating {source}", quiet) as bar:
+    with Bar(f"evaluating {source}", quiet, unit="tokens") as bar:
         for inputs, labels in _batches(tokens, prefix, own, stride, batch_size):
             loss, labelled = model.compute_loss(inputs, labels)
             if not math.isfinite(loss):

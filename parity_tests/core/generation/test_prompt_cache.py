@@ -311,6 +311,10 @@ def test_a_cut_file_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(IceNetError) as error:
             icenet.load_prompt_cache(path, model)
         assert is_one_line(error.value, str(path))
+    path.write_text("a text\n")
+    with pytest.raises(WeightsError) as error:
+        icenet.load_prompt_cache(path, model)
+    assert is_one_line(error.value, str(path), "is a text file", "--save-prompt-cache")
     with pytest.raises(UsageError, match="exists"):
         icenet.prompt_cache(model, "a").save(path)
 
