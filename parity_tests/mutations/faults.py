@@ -203,9 +203,9 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the error of what is computed between layers is not passed on",
-        "icenet/parity/calls/replays.py",
-        'if child is None else (child.path, "argument")',
-        'if child is None else (child.path, "unused")',
+        "icenet/parity/calls/propagation.py",
+        'if child is None else ("argument", child.path)',
+        'if child is None else ("unused", child.path)',
         ["parity/test_compare_idioms.py::test_the_error_of_what_a_model_computes_between_layers_is_known"],
     ),
     Fault(
