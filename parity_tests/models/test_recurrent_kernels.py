@@ -277,6 +277,25 @@ def test_functions_that_mlx_transforms(kind: str) -> None:
         assert np.abs(slope(function) - expected).max() < 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_layers_in_vmap(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a state that is mapped, too: the loops compute the layer and its gradient."""
+    monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "off" if mx.cuda.is_available() else "on")
+    layer, random = KINDS[kind](INPUTS, 8), np.random.default_rng(0)
+    layer.update({name: mx.array(value) for name, value in weights(kind, 8).items()})
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, dtype=np.float32))
+
+    x, states = draw(2, 4, 3, INPUTS), [draw(2, 1, 3, 8) for _ in range(layer.states)]
+
+    def gradient(x: mx.array, *state: mx.array) -> mx.array:
+        return mx.grad(lambda x: (layer(x, state)[0] ** 2).sum())(x)
+
+    expected = mx.stack([gradient(x[index], *(state[index] for state in states)) for index in range(2)])
+    np.testing.assert_allclose(np.array(mx.vmap(gradient)(x, *states)), np.array(expected), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_of_a_gradient(kind: str, training: bool) -> None:
