@@ -5,6 +5,7 @@ from __future__ import annotations
 import icenet.blas  # noqa: F401  (before mlx)
 
 import mlx.core as mx
+import pytest
 import torch
 from made_ports import close, ported
 from torch import nn
@@ -158,3 +159,52 @@ def test_layers_with_numbers_as_names_are_called_by_their_names() -> None:
     model, source = ported(module, x)
     assert 'y = self["2"](x)' in source
     close(model(mx.array(x.numpy())), module(x))
+
+
+class Grid(nn.Module):
+    """Takes sizes only, in training mode one more than in evaluation mode and in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        if self.training:
+            return self.scale * torch.arange(width) + torch.arange(height)[:, None]
+        return self.scale * torch.arange(height)[:, None]
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grid = nn.Conv2d(1, 2, 2, 2), Grid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x + self.grid(*x.shape[2:])
+
+
+class Table(nn.Module):
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        return torch.ones(height, width).cumsum(0)
+
+
+class Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(1, 2, 2, 2), Table()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        _, _, height, width = x.shape
+        x = x.reshape(-1, 2, height * width).softmax(-1).reshape(-1, 2, height, width)
+        return x + self.table(height, width)
+
+
+@pytest.mark.parametrize("module", [Positions(), Places()], ids=lambda module: type(module).__name__)
+def test_a_module_may_take_sizes_only(module: nn.Module) -> None:
+    x = torch.randn(2, 1, 8, 6)
+    model, _ = ported(module, x)
+    for training in (True, False):
+        model.train(training)
+        close(model(mx.array(x.numpy())), module.train(training)(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 from collections import Counter
@@ -39,8 +40,10 @@ _RESERVED = {
 class Frame(Statements):
     """Writes the body of one call."""
 
-    def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
+    def __init__(self, structure: Structure, graph: Values, call: Call, parameters: list[str] | None = None) -> None:
         super().__init__(structure, graph, call)
+        self.parameters = parameters or []
+        """The names of the parameters in the other mode."""
         self.text: dict[str, str] = {}
         self.lines: list[Line] = []
         self.names: dict[str, str] = {}
@@ -78,7 +81,6 @@ class Frame(Statements):
         self.uses = Counter(name for item in self.items for name in self.used_by(item))
         self.uses.update(outputs)
         self.uses.update(final.keys())
-        self.collect()
         self.consumer: dict[str, int] = {}
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
@@ -87,10 +89,13 @@ class Frame(Statements):
         if is_root and graph.graph.signature:
             signature = self.original_signature(graph.graph.signature)
         else:
-            for hint, name in parameters:
-                variable = self.variable(hint, name)
+            self.position = -1  # before the first operation, so that no two have one name
+            for (hint, name), known in itertools.zip_longest(parameters, self.parameters[: len(parameters)]):
+                self.last_use.setdefault(name, 0)
+                variable = self.variable(known or hint, name)
                 self.text[name] = variable
                 signature.append(variable)
+        self.collect()
         self.scope = {name for _, name in parameters}
         self.open_sizes(parameters)
         self.lines += [Line(f"{variable} = []") for variable in self.collected]

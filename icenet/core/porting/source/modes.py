@@ -8,8 +8,13 @@ from icenet.core.porting.source.lines import Body, Line
 
 
 def either(train: Body, evaluation: Body) -> Body:
-    """Returns a body with both modes: statements that differ are in branches."""
-    parameters = list(dict.fromkeys([*evaluation.parameters, *train.parameters]))
+    """Returns a body with both modes: statements that differ are in branches.
+
+    Their parameters have the same names; those that one mode lacks are None there.
+    """
+    count = min(len(train.parameters), len(evaluation.parameters))
+    longer = max(evaluation.parameters, train.parameters, key=len)
+    parameters = [*longer[:count], *(f"{name}=None" for name in longer[count:])]
     ours, theirs = _statements(train.lines), _statements(evaluation.lines)
     keys = [[tuple((line.depth, line.code) for line in part) for part in side] for side in (ours, theirs)]
     lines: list[Line] = []

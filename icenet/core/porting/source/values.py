@@ -33,6 +33,9 @@ class Values:
         self.root = tree(graph)
         self.by_name = {node.name: node for node in self.root.nodes()}
         self.tensors: dict[str, Any] = {**graph.tensors, **{name: node.out for name, node in self.by_name.items()}}
+        self.of_tensors = {node.place for node in self.by_name.values() if not isinstance(node.out, str)}
+        self.of_tensors |= {call.place for call in self.root.calls()}
+        """The statements of the original that compute a tensor."""
         self.order = {name: index for index, name in enumerate(self.by_name)}
         self.prune()
         self._parameters: dict[str, list[tuple[str, str]]] = {}
@@ -266,8 +269,9 @@ class Values:
         """Returns a name for a parameter: that of the variable or array in the original."""
         node = self.by_name.get(name)
         if self.size(name) is not None:
-            targets = node.place.targets if node is not None and node.place is not None else ()
-            return targets[0] if len(targets) == 1 else "size"
+            place = node.place if node is not None else None
+            is_named = place is not None and len(place.targets) == 1 and place not in self.of_tensors
+            return place.targets[0] if place is not None and is_named else "size"
         array = self.graph.arrays.get(name)
         if array is not None:
             return array.path.rpartition(".")[2]

@@ -153,7 +153,7 @@ class _Writer:
 
     def bodies(self) -> dict[str, list[Body]]:
         """Returns the bodies of each module that becomes a class, one for each way in which it is called."""
-        per_mode = []
+        per_mode: list[dict[str, list[tuple[Call, Body]]]] = []
         for graph in (self.graph, self.train):
             if graph is None:
                 continue
@@ -162,8 +162,10 @@ class _Writer:
             for call in reversed(list(graph.root.calls())):
                 if self.structure.is_inlined(call.path) or call.path in self.structure.sequences:
                     continue
-                body = Frame(self.structure, graph, call).body()
-                found.setdefault(call.path, []).append((call, body))
+                made = found.setdefault(call.path, [])
+                other = per_mode[0].get(call.path, [])[len(made) :][:1] if per_mode else []
+                names = [name for _, body in other for name in body.parameters]
+                made.append((call, Frame(self.structure, graph, call, names).body()))
             per_mode.append(found)
         result: dict[str, list[Body]] = {}
         for path in dict.fromkeys(path for found in per_mode for path in found):
