@@ -104,6 +104,12 @@ def test_functions(name: str) -> None:
     assert any(word in cause for word in words.split("|")), cause
 
 
+def test_the_default_eps_of_the_rms_norms() -> None:
+    """That of PyTorch is the epsilon of the dtype."""
+    pair = net(lambda m, x: m.norm(x), lambda m, x: m.norm(x), norm=(M.RMSNorm(6), T.RMSNorm(6)))
+    assert "eps is 1e-05 in a, 1.19209e-07 in b" in cause_of(pair, 0.01 * draw(2, 6))
+
+
 # ---- attention ----------------------------------------------------------------------------------------------
 
 

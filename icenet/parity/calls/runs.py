@@ -105,7 +105,7 @@ def check_draws(c: Comparison, inputs: Inputs) -> None:
         if side.drew:
             path = side.drawing_module(inputs.given, values)
             name = side.names.get(path, path) if path else "the model"
-            raise Draws(f"{name} of {'a' if side is c.a else 'b'} draws random numbers without a key")
+            raise Draws(f"{name} of {'a' if side is c.a else 'b'}")
 
 
 def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
@@ -119,4 +119,12 @@ def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
 
 
 class Draws(Exception):
-    """A module draws random numbers without a key, so that its runs cannot be compared."""
+    """A module draws random numbers without a key, so that its runs cannot be compared.
+
+    Args:
+        place: The path of the module, and its side.
+    """
+
+    def __init__(self, place: str) -> None:
+        super().__init__(f"{place} draws random numbers without a key")
+        self.place = place

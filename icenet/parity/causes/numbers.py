@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
 
@@ -66,6 +68,8 @@ def attributes(module: Any) -> dict[str, tuple[str, Any]]:
     items = {**(dict(module) if isinstance(module, dict) else {}), **vars(module)}
     found = {}
     for name, value in items.items():
+        if name == "eps" and value is None:  # of PyTorch's RMSNorm: that of the dtype
+            value = float(np.finfo(np.float32).eps)
         is_number = isinstance(value, (bool, int, float))
         is_tuple = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
         if (is_number or is_tuple) and name not in ("training", "_training", "call_super_init", "dump_patches"):
@@ -91,9 +95,13 @@ def unequal_numbers(c: Comparison) -> list[str]:
             if is_number and not math.isclose(*values, rel_tol=1e-6, abs_tol=1e-15):
                 text = f"{_SHOWN.get(name, name)} is {_text(values[0])} in a, {_text(values[1])} in b"
                 places.setdefault(text, []).append(theirs or "the model")
+    effect = (
+        "although all values agree: it has no effect beyond rounding on these inputs"
+        if c.trains
+        else "although all values agree in evaluation mode: the training mode, which it may change, was not compared"
+    )
     return [
-        f"{text}, in {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}, although all "
-        "values agree: it has no effect beyond rounding on these inputs"
+        f"{text}, in {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}, {effect}"
         for text, paths in places.items()
     ]
 

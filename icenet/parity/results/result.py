@@ -162,6 +162,7 @@ class Result:
         replay: Path of the file with the smallest input that differs; empty without one.
         command: A command or program that repeats the comparison; empty if it is not known.
         losses: The losses of the stage training by role; empty without it.
+        draws_in: The module that draws random numbers in training mode, so that this mode was not compared.
         copied_weights: Whether `a` has the weights of `b`, because its own had nothing in common with them.
     """
 
@@ -181,6 +182,7 @@ class Result:
     command: str = ""
     losses: dict[str, list[float]] = field(default_factory=dict)
     copied_weights: bool = False
+    draws_in: str = ""
 
     @property
     def passed(self) -> bool:
@@ -201,8 +203,11 @@ class Result:
             rows = [row for s in self.stages for row in s.rows if row.status == PASSED]
             worst = max(rows, key=lambda row: row.ratio, default=None)
             largest = f", largest ratio {number(worst.ratio)} ({worst.name})" if worst and worst.ratio else ""
+            mode = (
+                f"the training mode was not compared: {self.draws_in} draws random numbers" if self.draws_in else ""
+            )
             return "; ".join(
-                filter(None, (f"passed: {count} values agree in {self.dtype}{largest}", self._weights()))
+                filter(None, (f"passed: {count} values agree in {self.dtype}{largest}", mode, self._weights()))
             )
         row = self.culprit_row
         parts = [self._place()]

@@ -78,7 +78,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
                 three = run_training(c, inputs, pairs)
             except Draws as error:
                 c.add_notes([f"{error} in training mode: gradients are compared in evaluation mode"])
-                c.trains = False
+                c.trains, c.report.draws_in = False, error.place
                 three = run_training(c, inputs, pairs)
             pairs, notes = pair_calls(c.a, c.b, three, c.matches)
             c.add_notes(notes)
