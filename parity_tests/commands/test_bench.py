@@ -131,6 +131,21 @@ def test_a_report_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("peak", [1.3e6, 20.1e6, 80e9])
+def test_the_labels_of_the_axis_of_memory_are_its_values(peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(memory.canvas, "save", lambda figure, path: figures.append(figure))
+    rows = [
+        {"backend": "mlx", "depth": depth, "precision": "fp32", "checkpointing": False, "peak": peak}
+        for depth in (2, 4)
+    ]
+    memory.draw("mine", rows, Path("p.png"))
+    [axes] = figures[0].axes
+    figures[0].canvas.draw()
+    labels = [float(label.get_text().replace(",", "")) for label in axes.get_yticklabels()]
+    assert len(labels) > 2 and labels == pytest.approx(list(axes.get_yticks()))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -219,6 +219,6 @@ def draw(name: str, rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     axes.set_xticks(depths)
     axes.set_xlabel("layers")
     axes.set_ylabel("peak (MB)")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.9g}")
     canvas.end_labels(axes, labels, 0.06)
     return canvas.save(figure, path)
