@@ -57,14 +57,7 @@ class ModuleSide(ModuleCopy):
         def call(*arrays: Any) -> list[Any]:
             args, kwargs = rebuild(given, list(arrays))
             output = self.module(*args, **kwargs)
-            if not cotangent:
-                return []
-            if loss is not None:
-                return [loss(output)]
-            outputs = arrays_of(output, self.tools.ARRAY)
-            floats = [o for o in outputs if "float" in str(o.dtype)]
-            assert targets is not None
-            return [self.tools.mean_square(floats, targets(outputs), self.exact)]
+            return [self._loss(output, loss, targets)] if cotangent else []
 
         names = self.tools.trainable(self.module) if cotangent else []
 
@@ -92,6 +85,15 @@ class ModuleSide(ModuleCopy):
         self._run = run if inner else before
         store.runs.append(run)
         return run
+
+    def _loss(self, output: Any, loss: Any, targets: Targets | None) -> Any:
+        """Returns the loss of an output of the module: that of the user, or the distance from the targets."""
+        if loss is not None:
+            return loss(output)
+        outputs = arrays_of(output, self.tools.ARRAY)
+        floats = [array for array in outputs if "float" in str(array.dtype)]
+        assert targets is not None
+        return self.tools.mean_square(floats, targets(outputs), self.exact)
 
     def loss_of(
         self,
@@ -185,19 +187,12 @@ class ModuleSide(ModuleCopy):
                 count = len(gradients[name]) if "GRU" not in self.classes[holder] else 2 * len(gradients[name]) // 3
                 gradients[name] = np.concatenate([np.zeros(count), gradients[name][count:]])
 
-    drew = False
-
     def _step(
         self, given: Any, inputs: Sequence[Value], loss: Any, targets: Targets, backward: bool
     ) -> tuple[float, Mapping[str, Value]]:
         def call(*arrays: Any) -> list[Any]:
             args, kwargs = rebuild(given, list(arrays))
-            output = self.module(*args, **kwargs)
-            if loss is not None:
-                return [loss(output)]
-            outputs = arrays_of(output, self.tools.ARRAY)
-            floats = [o for o in outputs if "float" in str(o.dtype)]
-            return [self.tools.mean_square(floats, targets(outputs), self.exact)]
+            return [self._loss(self.module(*args, **kwargs), loss, targets)]
 
         names = self.tools.trainable(self.module) if backward else []
         cotangent = (lambda index, shape: np.ones(shape)) if backward else None
