@@ -22,5 +22,5 @@ def keep_freed_memory() -> None:
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # musl has none
-        # glibc before 2.35 refuses such a threshold; the other one alone would fix the first at its smallest value
+        # older versions of glibc refuse a threshold above 32 MB; the other one alone would fix the first at 128 kB
         _ = library.mallopt(_M_MMAP_THRESHOLD, 1 << 30) and library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -9,8 +9,6 @@ from icenet.core.porting.record import Node, Ref, map_refs, refs
 
 _Permutation = tuple[str, tuple[int, ...]]
 """A value, and the order of its axes."""
-
-
 _FILLS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 
 
