@@ -55,17 +55,24 @@ def imported() -> None:
     import mlx.nn
     import torch
 
+    import icenet.parity.results.html  # noqa: F401
     from icenet.parity import compare
 
     assert not compare(mlx.nn.Tanh(), torch.nn.Sigmoid(), np.ones((2, 3), np.float32)).passed
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads no other plugin in a run: pytester would forget its modules, such as hypothesis, which load once only."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> tuple[str, Path]:
     """Runs the tests of the user and returns the message of the failure and the path of the page."""
     pytester.makepyfile(PROGRAM)
     loaded = any(point.name == "icenet" for point in metadata.entry_points(group="pytest11"))
-    plugin = () if loaded else ("-p", "icenet.parity.pytest_plugin")
-    result = pytester.runpytest_inprocess(*plugin, "-p", "no:xdist", "-p", "no:randomly", *arguments)
+    plugin = "icenet" if loaded else "icenet.parity.pytest_plugin"
+    result = pytester.runpytest_inprocess("-p", plugin, *arguments)
     result.assert_outcomes(passed=1, failed=1)
     lines = result.stdout.lines
     place = next(index for index, line in enumerate(lines) if line.startswith("page: "))
