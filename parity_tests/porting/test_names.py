@@ -89,3 +89,32 @@ def test_a_name_of_the_state_of_optimizers_is_said() -> None:
     before = port.module.step.bias
     update(Holder(port.module))
     assert not mx.array_equal(before, port.module.step.bias)
+
+
+class GRU(nn.Module):
+    """Has the name of a layer within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+class SpectralNorm(nn.Module):
+    """Has the name of the class of a parametrization within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", [GRU, SpectralNorm])
+def test_a_module_may_have_the_name_of_a_layer_within_it(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, x = kind().eval(), torch.randn(2, 5, 3)
+    close(icenet.port(module, x).module(mx.array(x.numpy())), module(x))

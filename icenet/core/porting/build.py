@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.names import flat, native, new_names
 from icenet.core.porting.places import Place
 from icenet.core.porting.record import Graph
-from icenet.core.porting.source.writer import class_of, write
+from icenet.core.porting.source.writer import write
 from icenet.core.porting.table import TABLE
 
 
@@ -128,7 +129,9 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
     first = written[0]
     assert first is not None
     source = write(first, layers, written[1], title, trace)
-    return Plan(source, class_of(graph.modules[""]), layers, graph, train, orders)
+    # the last class; it has another name than the original if a layer within it has that name
+    class_name = re.findall(r"^class (\w+)\(", source, re.MULTILINE)[-1]
+    return Plan(source, class_name, layers, graph, train, orders)
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:
