@@ -62,6 +62,12 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     then passes is reported as less exact, with the ratio without this floor (`plain_ratio`). The error function in
     fp32 is moved by up to an ulp of 1 in these samples, as MLX's is.
 
+7.  Jumps. A large model has values that are within rounding of the edge of a ReLU, and a gradient jumps if a rounding
+    moves one across: in ResNeXt-101 with random weights by 1e-2 of its size, in every second run of either framework.
+    The few samples of a port may all miss it. So if a gradient of a port exceeds FACTOR with the floors above, its
+    floor is the RMS distance between the references of FEW nearby problems and r, if that is a jump: over FACTOR
+    times the noise, and over JUMP of the gradient, 500 times what a change of 4 ulps is of a value.
+
 Early end: sampling ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
 8 (LIMITS). With k samples the ratio of two equal normal errors has Student's t distribution with k degrees of
 freedom. Even if the error of MLX is twice that of PyTorch, it exceeds these limits by chance less often than equal
@@ -118,6 +124,9 @@ LIMITS = {3: 50 * FACTOR, 4: 12.5 * FACTOR, 6: 6.5 * FACTOR, 8: 4 * FACTOR}
 REPEAT_LIMIT = 4 * FACTOR
 """A value over this ratio in the run and in two repetitions is over the tolerance."""
 
+JUMP = 2.0**-12
+"""A gradient that changes by more than this share of its RMS between nearby problems has a jump (floor 7)."""
+
 ZERO = 2.0**-40
 """A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
 
@@ -151,6 +160,7 @@ class Samples(Generic[F]):
         mlx: By MLX; None if a value is judged by its only run.
         in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
         count: The largest number of samples; None for SAMPLES.
+        may_jump: Whether the gradients are those of a whole model, which may jump (floor 7).
     """
 
     reference: F
@@ -158,6 +168,7 @@ class Samples(Generic[F]):
     mlx: F | None = None
     in_order: F | None = None
     count: int | None = None
+    may_jump: bool = False
 
     def few(self) -> Samples[F]:
         """Returns FEW samples without repetitions, for values whose judgement does not change the verdict."""
@@ -166,7 +177,7 @@ class Samples(Generic[F]):
     def map(self, function: Callable[[F], G]) -> Samples[G]:
         """Returns the results of a function for each field that is not None."""
         mlx, in_order = (None if item is None else function(item) for item in (self.mlx, self.in_order))
-        return Samples(function(self.reference), function(self.torch), mlx, in_order, self.count)
+        return Samples(function(self.reference), function(self.torch), mlx, in_order, self.count, self.may_jump)
 
 
 @dataclass(frozen=True)
@@ -469,6 +480,12 @@ def judge_values(
                     return pending if index + 1 < count else []
         return []
 
+    def nearby_distance(name: str) -> Floats:
+        exact = reference[name].array
+        squares = [squared_distance(reference_of(index)[name].array, exact) for index in range(FEW)]
+        distance: Floats = np.sqrt(np.mean(squares, axis=0))
+        return distance
+
     def decide(names: list[str]) -> dict[str, Judgement]:
         cut = sample_noise(samples.torch, names)
         judged = {name: judge_again(name) for name in names}
@@ -476,6 +493,12 @@ def judge_values(
         if samples.in_order is not None and still_over:
             cut = sample_noise(samples.in_order, still_over)
             judged |= {name: replace(judge_again(name), plain_ratio=judged[name].ratio) for name in still_over}
+        for name in names if samples.may_jump else ():
+            if judged[name].is_over and _is_gradient(name):
+                jump = nearby_distance(name)
+                if rms(jump) > max(FACTOR * judged[name].noise, JUMP * judged[name].scale):
+                    noises[name] = np.maximum(jump, noises[name])
+                    judged[name] = judge_again(name)
         repeats = {name: [judged[name]] for name in names if judged[name].is_over}
         for index in range(REPEATS):
             undecided = [name for name, judgements in repeats.items() if not _is_decided(judgements)]

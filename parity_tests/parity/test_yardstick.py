@@ -333,3 +333,29 @@ def test_values_that_overflow_on_both_sides_are_not_judged() -> None:
     assert judge(overflow, overflow, np.full(3, 1e9), "fp16").passed
     assert not judge(np.ones(3), overflow, np.full(3, 1e9), "fp16").passed
     assert not judge(overflow, overflow, overflow, "fp32").passed
+
+
+@pytest.mark.parametrize("may_jump", [True, False])
+def test_a_gradient_may_differ_by_what_it_jumps_in_nearby_problems(may_jump: bool) -> None:
+    """The input of a ReLU is within rounding of 0: one of a hundred gradients changes in some problems."""
+    exact = np.ones(100)
+
+    def values(array: np.ndarray) -> dict[str, Value]:
+        return {"gradient:weight": Value(array, "fp32")}
+
+    def reference(index: int) -> np.ndarray:
+        return exact + 0.02 * (index % 2) * (np.arange(100) == 3)
+
+    def judged(ours: np.ndarray) -> Judgement:
+        noise = 1e-7 * np.random.default_rng(0).standard_normal(100)
+        samples = Samples(
+            lambda index: values(reference(index)),
+            lambda index: values(reference(index) + noise),
+            lambda index: values(reference(index) + ours - exact),
+            may_jump=may_jump,
+        )
+        return judge_values(values(ours), values(exact + noise), values(exact), samples=samples)["gradient:weight"]
+
+    assert judged(exact - 0.02 * (np.arange(100) == 7)).passed == may_jump
+    assert not judged(exact * 1.02).passed
+    assert not judged(exact - 0.2 * (np.arange(100) == 7)).passed

@@ -407,6 +407,7 @@ class _Pair:
             mlx=port,
             in_order=lambda sample: original(self.single, sample, within=lambda module: sums(sample)),
             count=FEW,
+            may_jump=True,
         )
 
 
