@@ -16,6 +16,7 @@ import torch.nn as T
 from evidence import check_model
 from pairs import draw, with_equal_weights
 
+from icenet.nn import BatchNorm2d
 from icenet.parity import compare
 from icenet_torch.tools.sums import summing_in_order
 
@@ -77,3 +78,10 @@ def test_errors_of_modules_are_larger_with_the_gradients_of_the_run(seed: int) -
     """The derivative of the norm of a single value, and of a softmax of nearly equal scores, is a difference of equal
     numbers; each is far within the tolerance with random gradients."""
     assert check_model(seed)["alarm"] == ""
+
+
+def test_statistics_of_many_values_with_a_mean_near_zero_are_no_difference() -> None:
+    """PyTorch takes them in float64, so that they have hardly any noise."""
+    x = np.random.default_rng(0).standard_normal((8, 32, 32, 6)).astype(np.float32)
+    report = compare(BatchNorm2d(6), T.BatchNorm2d(6), x, layout="channels_last", stages=["forward"])
+    assert report.passed, str(report)

@@ -131,8 +131,8 @@ class _Replays:
 
             return sample
 
-        c, path = self._c, self._pair.a.path
-        in_order = sampled(c.b, True, True) if c.b.backend == "torch" and c.a.has_foreign(path) else None
+        c = self._c
+        in_order = sampled(c.b, True, True) if c.b.backend == "torch" else None
         return Samples(sampled(c.reference, False), sampled(c.b, True), sampled(c.a, False), in_order)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from icenet.parity.calls.events import Event, Run, Store
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.engines import Perturbation
-from icenet.parity.trace import Value, is_foreign
+from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]
 
@@ -91,14 +91,6 @@ class Side(ABC):
     def mode(self, path: str) -> bool:
         """Returns whether the user's module at a path is in training mode."""
         return self._modes[path]
-
-    def has_foreign(self, path: str) -> bool:
-        """Returns whether the module at a path, or one within it, computes with code outside IceNet."""
-        return any(
-            is_foreign(name)
-            for inner, name in self.classes.items()
-            if path in ("", inner) or inner.startswith(path + ".")
-        )
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

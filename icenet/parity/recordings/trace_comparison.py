@@ -107,7 +107,7 @@ class TraceComparison(Comparison):
     def propagated(
         self, exact: Mapping[str, Value], pairs: list[Pair], gradients: bool = True, quick: bool = False
     ) -> dict[str, Array]:
-        kind = "in_order" if self.b.backend == "torch" and self.a.has_foreign("") else "noise"
+        kind = "in_order" if self.b.backend == "torch" else "noise"
         noise = self._trace.samples[self._b.run_mode][kind]
         return {name: noise[name] for name in exact if name in noise}
 

@@ -114,7 +114,7 @@ def _curve_samples(
 
         return sample
 
-    in_order = sampled(c.b, True, True) if c.b.backend == "torch" and c.a.has_foreign("") else None
+    in_order = sampled(c.b, True, True) if c.b.backend == "torch" else None
     return Samples(sampled(c.reference, False), sampled(c.b, True), None, in_order)
 
 
