@@ -8,6 +8,7 @@ import re
 import sys
 import types
 import unittest
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -295,6 +296,7 @@ def operations() -> list[Any]:
         module = types.ModuleType("expecttest")
         module.TestCase = unittest.TestCase  # type: ignore[attr-defined]
         sys.modules["expecttest"] = module
-    from torch.testing._internal.common_methods_invocations import op_db
-
+    # the import would forbid changes of switches such as cuDNN's for the rest of the process
+    with unittest.mock.patch.object(torch.backends, "disable_global_flags", lambda: None):
+        from torch.testing._internal.common_methods_invocations import op_db
     return list(op_db)
