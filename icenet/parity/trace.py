@@ -48,9 +48,7 @@ def class_name(module: object) -> str:
 
 def is_foreign(name: str) -> bool:
     """Returns whether the class with this full name is outside IceNet and computes something."""
-    return not name.startswith(
-        ("icenet.", "icenet_torch.", "mlx.nn.layers.containers.", "torch.nn.modules.container.")
-    )
+    return not name.startswith(_NOT_FOREIGN)
 
 
 @dataclass(frozen=True)
