@@ -8,9 +8,20 @@ from __future__ import annotations
 
 
 class IceNetError(Exception):
-    """Base class of all errors that are shown to the user as one line."""
+    """Base class of all errors that are shown to the user as one line.
+
+    Args:
+        problem: What is wrong.
+        remedy: The way to fix it, which follows the problem in the message. A caller with another way uses
+            `problem` alone. Some errors have both in `problem`.
+    """
 
     exit_code = 1
+
+    def __init__(self, problem: str = "", remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem = problem
+        self.remedy = remedy
 
 
 class UsageError(IceNetError):

@@ -13,7 +13,7 @@ import numpy as np
 import icenet
 from icenet.commands.bench import limits
 from icenet.core import backends, rng
-from icenet.core.config import Config, yaml_file
+from icenet.core.config import Config, presets, yaml_file
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError, UsageError
 from icenet.core.families import folder
@@ -131,10 +131,8 @@ def check(name: str, overrides: Sequence[str]) -> None:
     """
     try:
         config = config_of(name, overrides, 1)
-    except ConfigError as error:
-        if "no such file or preset" not in str(error):
-            raise
-        raise ConfigError(f"{error}; shapes: {', '.join(SHAPES)}") from None
+    except presets.NotFoundError as error:
+        raise ConfigError(error.problem, f"{error.remedy}; shapes: {', '.join(SHAPES)}") from None
     if config is None:
         config, _ = _open(Path(name))
     _check_generates(name, config)

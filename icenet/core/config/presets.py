@@ -27,6 +27,11 @@ GUIDE = {
 }
 """Figures of the model guide for each preset: number of parameters, and their bytes in FP16."""
 
+
+class NotFoundError(ConfigError):
+    """A path of a configuration at which there is neither a file nor a preset."""
+
+
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -48,7 +53,8 @@ def find(path: str | Path) -> Path:
     work in any folder.
 
     Raises:
-        ConfigError: There is neither a file nor a preset, or the file cannot be read.
+        NotFoundError: There is neither a file nor a preset.
+        ConfigError: The file cannot be read.
     """
     file = Path(path)
     try:
@@ -68,4 +74,4 @@ def find(path: str | Path) -> Path:
         return preset
     close = difflib.get_close_matches(file.stem, names(), 1)
     hint = f"did you mean {close[0]}?" if close else f"presets: {', '.join(names())}"
-    raise ConfigError(f"{path}: no such file or preset; {hint}")
+    raise NotFoundError(f"{path}: no such file or preset", hint)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from icenet.core.generation.request import Request
 
 FORMAT, VERSION = "icenet.prompt_cache", "1"
+_REMEDY = "icenet generate --save-prompt-cache FILE makes a prompt cache"
 _ENDING = 4
 """Number of tokens at the end of a cached text that may differ, because tokens depend on the text that follows."""
 _SAMPLED = 8
@@ -222,16 +223,13 @@ def load(path: str | Path, model: Any) -> PromptCache:
     path = files.user_path(path, "load_prompt_cache")
     cache = PromptCache(model)
     if not path.exists():
-        raise UsageError(f"{path}: no such file; icenet generate --save-prompt-cache FILE makes a prompt cache")
+        raise UsageError(f"{path}: no such file", _REMEDY)
     try:
         metadata, entries, data = safetensors.open_file(path)
-    except WeightsError as error:  # its way out is for a file of weights
-        reason = str(error).partition("; ")[0]
-        raise WeightsError(f"{reason}; icenet generate --save-prompt-cache FILE makes a prompt cache") from None
+    except WeightsError as error:  # its remedy is one for weights
+        raise WeightsError(error.problem, _REMEDY) from None
     if metadata.get("format") != FORMAT:
-        raise WeightsError(
-            f"{path}: not a prompt cache of IceNet; icenet generate --save-prompt-cache FILE makes one"
-        )
+        raise WeightsError(f"{path}: not a prompt cache of IceNet", _REMEDY)
     if metadata.get("version") != VERSION:
         raise WeightsError(
             f"{path}: version {metadata.get('version')!r:.20} of prompt caches is unknown; make it again"

@@ -6,7 +6,7 @@
         state.json               step, loss scale, fingerprint of the data, versions
         config.yaml              the configuration of the run
         tokenizer.json           the tokenizer, unless it is `bytes`
-    2_Dense/                 layers after the pooling of embeddings, if there are any
+        2_Dense/                 layers after the pooling of embeddings, if there are any
         manifest.json            size and SHA-256 of each of these files
 
 A checkpoint becomes complete with one rename. `save` writes it as `.step-00000100.partial`, flushes everything to the
@@ -44,6 +44,7 @@ FORMAT = 1
 FOLDER = "checkpoints"
 """Name of the folder of checkpoints in the folder of a run."""
 MANIFEST = "manifest.json"
+_USE_ANOTHER = "use another checkpoint of the run"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -231,11 +232,11 @@ def verify(path: Path) -> None:
         if not isinstance(entry, dict) or any(Path(part).name != part or part in ("", "..") for part in parts):
             raise CheckpointError(f"{path / MANIFEST}: damaged: invalid entry {name!r}")
         if not file.is_file():
-            raise IncompleteError(f"{file}: missing; use another checkpoint of the run")
+            raise IncompleteError(f"{file}: missing", _USE_ANOTHER)
         if isinstance(entry.get("bytes"), int) and file.stat().st_size < entry["bytes"]:
-            raise IncompleteError(f"{file}: damaged (it is cut short); use another checkpoint of the run")
+            raise IncompleteError(f"{file}: damaged (it is cut short)", _USE_ANOTHER)
         if file.stat().st_size != entry.get("bytes") or weight_files.checksum(file) != entry.get("sha256"):
-            raise CheckpointError(f"{file}: damaged (its checksum is wrong); use another checkpoint of the run")
+            raise CheckpointError(f"{file}: damaged (its checksum is wrong)", _USE_ANOTHER)
 
 
 def load(path: Path) -> Checkpoint:
@@ -263,8 +264,8 @@ def load(path: Path) -> Checkpoint:
 def _check_format(path: Path, content: Mapping[str, Any]) -> None:
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: has checkpoint format {content.get('format')!r}, and this version of icenet reads {FORMAT}; "
-            "install the version that wrote it (see state.json)"
+            f"{path}: has checkpoint format {content.get('format')!r}, and this version of icenet reads {FORMAT}",
+            "install the version that wrote it (see state.json)",
         )
 
 
@@ -308,21 +309,18 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
         incomplete = next((entry for entry in problems if isinstance(entry[1], IncompleteError)), None)
         if incomplete is not None and not skip_incomplete:
             raise IncompleteError(
-                f"{_reason(incomplete[1])}; copy the rest of {incomplete[0].name}, or continue from the newest "
-                f"intact checkpoint: --resume {found.path}"
+                incomplete[1].problem,
+                f"copy the rest of {incomplete[0].name}, or continue from the newest intact checkpoint: "
+                f"--resume {found.path}",
             )
         for skipped, problem in problems:
             (warn or logging.getLogger("icenet").warning)(f"skipping {skipped.name}: {problem}")
         return found
     raise CheckpointError(
         f"{path}: all of its {len(candidates)} checkpoints are damaged or incomplete; the newest: "
-        f"{_reason(problems[0][1])}; copy an intact one there, or train again without --resume"
+        f"{problems[0][1].problem}",
+        "copy an intact one there, or train again without --resume",
     )
-
-
-def _reason(error: IceNetError) -> str:
-    """Returns the message of an error without its remedy."""
-    return str(error).partition(";")[0]
 
 
 def check_link(run: Path) -> None:

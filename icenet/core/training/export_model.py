@@ -233,12 +233,13 @@ def _image_files(source: Path, config: Config) -> folder.ImageFiles | None:
 
 def images_problem(source: Path) -> str:
     """Returns why `icenet predict` will refuse a model of images at a path; empty if it will not."""
+    where = ""
     try:
         facts = image_facts(source)
+        where = f"{folder.PREPROCESSOR}: "  # messages of the processor do not name its file
         if facts is not None:
             _ = facts.processor
     except ConfigError as error:
-        where = "" if folder.PREPROCESSOR in str(error) else f"{folder.PREPROCESSOR}: "
         return f"icenet predict does not read images for it: {where}{error}"
     return ""
 

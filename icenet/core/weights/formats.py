@@ -49,13 +49,12 @@ class Format(NamedTuple):
 UNKNOWN = Format(OTHER, "")
 
 
-def explain(path: Path) -> str:
-    """Returns `is a GGUF file of llama.cpp, ...; REMEDY` for any file but safetensors, for which it is empty."""
+def explain(path: Path) -> tuple[str, str] | None:
+    """Returns `is a GGUF file of llama.cpp` and the remedy; None for a file of safetensors or an unknown one."""
     found = identify(path)
     if found.kind == SAFETENSORS or not found.name:
-        return ""
-    remedy = found.remedy or f"icenet convert {path} NEW.safetensors --to canonical reads it"
-    return f"is {found.name}; {remedy}"
+        return None
+    return f"is {found.name}", found.remedy or f"icenet convert {path} NEW.safetensors --to canonical reads it"
 
 
 def identify(path: Path) -> Format:

@@ -149,7 +149,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], FileMap]:
         WeightsError: The file cannot be read, or its header does not describe the whole file.
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; check the path, or copy the missing file next to the others")
+        raise WeightsError(f"{path}: no such file", "check the path, or copy the missing file next to the others")
     try:
         with path.open("rb") as file:
             with safe_open(path, framework="np") as header:
@@ -161,7 +161,7 @@ def open_file(path: Path) -> tuple[dict[str, str], dict[str, Entry], FileMap]:
             data = FileMap.of(file)
     except OSError as error:
         raise WeightsError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk"
+            f"{path}: cannot be read ({error.strerror or error})", "check its permissions and the disk"
         ) from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error).removeprefix("Error while deserializing header: ")) from None
@@ -199,8 +199,8 @@ def _entries(path: Path, header: Any, start: int) -> dict[str, Entry]:
             raise _damaged(path, "an array has no name")
         if dtype not in DTYPES:
             raise WeightsError(
-                f"{path}: {name!r} has dtype {dtype}, which IceNet does not support; save it as one of "
-                f"{', '.join(DTYPES)}"
+                f"{path}: {name!r} has dtype {dtype}, which IceNet does not support",
+                f"save it as one of {', '.join(DTYPES)}",
             )
         itemsize = DTYPES[dtype].itemsize
         # numpy limits the product of the non-empty axes even of an empty array and (before 2.0) their number
@@ -216,9 +216,9 @@ def _damaged(path: Path, reason: str) -> WeightsError:
     # the reason can contain names from the file: keep it to one short line
     line = "".join(character if character.isprintable() else "?" for character in reason)
     line = line if len(line) <= 200 else line[:200] + "..."
-    if what := formats.explain(path):
-        return WeightsError(f"{path}: {what}")
-    return WeightsError(f"{path}: damaged or not a safetensors file ({line}); copy or save it again")
+    if explanation := formats.explain(path):
+        return WeightsError(f"{path}: {explanation[0]}", explanation[1])
+    return WeightsError(f"{path}: damaged or not a safetensors file ({line})", "copy or save it again")
 
 
 def view(entry: Entry, data: mmap.mmap) -> Array:

@@ -134,11 +134,11 @@ def of_saved(path: Path) -> ImageFacts | None:
     """Returns the facts of a saved model; None if it has none. Raises ConfigError if its file is damaged."""
     if not (path / FILE).is_file():
         return None
+    content = folder.read_json(path / FILE)
     try:
-        return ImageFacts(**folder.read_json(path / FILE))
+        return ImageFacts(**content)
     except (ConfigError, TypeError) as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(str(path)) else f"{path / FILE}: {text}") from None
+        raise ConfigError(f"{path / FILE}: {error}") from None
 
 
 def _written(facts: ImageFacts) -> dict[str, Any]:

@@ -187,11 +187,11 @@ def read(folder: Path, model_type: str, channels: int) -> Preprocessor:
         raise ConfigError(
             f"{folder}: has no {PREPROCESSOR}, which says how images are read; copy it from the original model"
         )
+    values = read_json(file)
     try:
-        return from_values(read_json(file), model_type, channels)
+        return from_values(values, model_type, channels)
     except ConfigError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(str(file)) else f"{file}: {text}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def from_values(given: Mapping[str, Any], model_type: str, channels: int) -> Preprocessor:
