@@ -257,22 +257,21 @@ class Batch:
         # the padding repeats a token of the row: that of another token may have a vector that is not finite
         tokens = np.stack([np.pad(self.prompts[row], (0, longest - self.lengths[row]), mode="edge") for row in group])
         cache = model.make_cache()
-        cache.limit = int(max(self.lengths + self.request.limits))
-        cache.row_lengths = decoder.to_device(lengths.astype(np.int32)[:, None])
-        cache.reserve(min(longest + 1, cache.limit - 1))  # see `DecoderBase.prefill`
+        limit = int(max(self.lengths + self.request.limits)) - 1  # the last token is not read
         last = []  # the hidden states of the last token of each row, [1, rows, D] for each chunk
-        for start in range(0, longest, chunk):
-            stop = min(start + chunk, longest)
-            mask = np.arange(stop) < lengths[:, None]
-            is_masked = cache.reads_padding and not mask.all()
-            hidden = model.hidden_states(
-                decoder.to_device(tokens[:, start:stop]), decoder.to_device(mask) if is_masked else None, cache
-            )
-            ends = np.flatnonzero((lengths > start) & (lengths <= stop))
-            if len(ends):
-                last.append(hidden[decoder.to_device(ends), decoder.to_device(lengths[ends] - 1 - start)][None])
-            decoder.evaluate([*last, *cache.state])
-        cache.row_lengths = None
+        with cache.reading_prompts(longest, limit, decoder.to_device(lengths.astype(np.int32)[:, None])):
+            for start in range(0, longest, chunk):
+                stop = min(start + chunk, longest)
+                mask = np.arange(stop) < lengths[:, None]
+                is_masked = cache.reads_padding and not mask.all()
+                hidden = model.hidden_states(
+                    decoder.to_device(tokens[:, start:stop]), decoder.to_device(mask) if is_masked else None, cache
+                )
+                ends = np.flatnonzero((lengths > start) & (lengths <= stop))
+                if len(ends):
+                    places = decoder.to_device(lengths[ends] - 1 - start)
+                    last.append(hidden[decoder.to_device(ends), places][None])
+                decoder.evaluate([*last, *cache.state])
         return cache, model.project(decoder.concatenate(last)[0])
 
     def _arrange(self, rows: list[int], joined: Rows | None = None) -> None:

@@ -7,9 +7,10 @@ depends on the number of tokens, such as the size of buffers, is done by `reserv
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 C = TypeVar("C", bound="Cache")
@@ -23,7 +24,7 @@ class Cache(ABC):
 
     Attributes:
         length: Number of columns read, padding included. None in a captured step, which must not depend on it.
-        limit: Number of columns that will be needed at most; None if it is unknown.
+        limit: Number of columns that will be read at most; None if it is unknown.
         row_lengths: Number of tokens of each row when its prompt has been read, int32 `[B, 1]` on the device, while
             it is read in pieces; None if each piece is the end of the row so far. Some rotary positions depend on it.
     """
@@ -44,6 +45,24 @@ class Cache(ABC):
     @abstractmethod
     def reserve(self, columns: int) -> None:
         """Makes room for further columns."""
+
+    @contextlib.contextmanager
+    def reading_prompts(self, columns: int, limit: int, row_lengths: Any) -> Iterator[None]:
+        """A context in which prompts are read in chunks.
+
+        It begins with room for the prompts and the first new token, because larger buffers are copies of the ones
+        before.
+
+        Args:
+            columns: Number of columns of the prompts, with those that are read.
+            limit, row_lengths: See the attributes.
+        """
+        self.limit, self.row_lengths = limit, row_lengths
+        self.reserve(min(columns + 1, limit) - (self.length or 0))
+        try:
+            yield
+        finally:
+            self.row_lengths = None
 
     def without_arrays(self: C) -> C:
         """Returns a cache without large arrays whose `captured` gives what that of this one gives."""

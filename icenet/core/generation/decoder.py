@@ -148,21 +148,20 @@ class DecoderBase(ABC):
             self.cache, first = self.prompt_cache.take(self.request.rows()[0].tolist())
         if self.cache is None:
             self.cache = self.model.make_cache()
+        prompts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(self.cache, Cache):  # a user's may be a list
-            self.cache.limit = longest + self.request.new_tokens
-            self.cache.row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
-            # room for the chunks and the first new token at once: larger buffers are copies of the ones before
-            room = min(longest + 1, self.cache.limit - 1)
-            self.cache.reserve(min(room, self.request.context_length or room) - first)
+            limit = longest + self.request.new_tokens - 1  # the last one is not read
+            limit = min(limit, self.request.context_length or limit)
+            row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
+            prompts = self.cache.reading_prompts(longest, limit, row_lengths)
         chunk = self.request.prefill_columns(len(lengths), self.model.is_on_cpu)
-        for start in range(first, longest, chunk):
-            stop = min(start + chunk, longest)
-            mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
-            hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
-            # with the position, which no output depends on: another thread may read the next token
-            self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])
-        if isinstance(self.cache, Cache):
-            self.cache.row_lengths = None
+        with prompts:
+            for start in range(first, longest, chunk):
+                stop = min(start + chunk, longest)
+                mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
+                hidden = self.model.hidden_states(context[:, start:stop], mask, self.cache)
+                # with the position, which no output depends on: another thread may read the next token
+                self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])
         return self.model.project(hidden[:, -1])
 
     def _join_context(self) -> Any:
