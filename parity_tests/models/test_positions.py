@@ -58,6 +58,26 @@ def test_a_table_that_grows_has_the_same_rows(
 
 @both_backends
 @by_kind
+def test_a_captured_step_finds_the_rows_of_its_position(
+    backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows no numbers of the host, so `reserve` makes the rows of the table before it."""
+    tokens = native(backend, token_ids(1, 311, vocab_size=61))
+    model = build_model(backend, ModelConfig(**SMALL, **options))
+    cache = model.make_cache()
+    model(tokens[:, :310], cache=cache)
+    expected = plain(model(tokens[:, 310:], cache=cache))
+    monkeypatch.setattr(tables, "LEAST", 8)
+    model = build_model(backend, ModelConfig(**SMALL, **options))
+    cache = model.make_cache()
+    model(tokens[:, :310], cache=cache)
+    cache.reserve(1)
+    found = plain(model(tokens[:, 310:], cache=cache.captured(cache.state)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@both_backends
+@by_kind
 def test_the_length_of_a_prompt_does_not_matter(backend: str, options: dict[str, Any]) -> None:
     """Next to longer ones, padded on the left, in pieces: logits and tokens are those of each prompt alone."""
     model = build_model(backend, ModelConfig(**SMALL, **options))
