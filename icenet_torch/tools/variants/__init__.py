@@ -1,0 +1,41 @@
+"""Variants of what a PyTorch module computes: common mistakes of ports, applied to the functions that it calls.
+
+`icenet.parity.causes` replays a module of the reference with each variant and names the one that computes what the
+module under test does. In the texts, `a` is the module under test and `b` the reference.
+"""
+
+from __future__ import annotations
+
+from icenet_torch.tools.variants import activations, attention, images, masks, norms, operations, rotary
+from icenet_torch.tools.variants.activations import ACTIVATION_NAMES, ACTIVATIONS, activated, activation_name
+from icenet_torch.tools.variants.angles import THETA, theta_variants, with_theta
+from icenet_torch.tools.variants.casts import casts
+from icenet_torch.tools.variants.numbers import number_variants
+from icenet_torch.tools.variants.variant import Variant, applied, spying
+
+TABLE: list[Variant] = [
+    *activations.VARIANTS,
+    *attention.VARIANTS,
+    *masks.VARIANTS,
+    *rotary.VARIANTS,
+    *norms.VARIANTS,
+    *images.VARIANTS,
+    *operations.VARIANTS,
+]
+"""The variants that need nothing of the module under test, the more likely ones first."""
+
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_NAMES",
+    "TABLE",
+    "THETA",
+    "Variant",
+    "activated",
+    "activation_name",
+    "applied",
+    "casts",
+    "number_variants",
+    "spying",
+    "theta_variants",
+    "with_theta",
+]

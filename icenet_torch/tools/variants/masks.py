@@ -1,0 +1,110 @@
+"""Masks that a module applies by itself, with masked_fill, where or a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
+
+_LOW = -1e3
+"""Scores are hidden by a number at most as large as this."""
+_SUMS = frozenset({"add", "iadd", "radd"})
+_HIDES = frozenset({"masked_fill", "where"}) | _SUMS
+"""Functions with which scores are hidden."""
+
+
+def _masking(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
+    """Returns the variant of masked_fill, where and sums that hide other scores.
+
+    Args:
+        change: Called with the mask, True for hidden scores; returns those to hide in place, or None for none.
+    """
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        found = _scores_and_mask(name_of(func), args, kwargs)
+        if found is None:
+            return NotImplemented
+        scores, hidden = found
+        changed = change(hidden)
+        if changed is None:
+            return scores.clone()
+        return scores.masked_fill(changed, -1e9)  # finite: a row without keys is the mean of all
+
+    return run
+
+
+def _scores_and_mask(name: str, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Returns the scores of a call of _HIDES and a mask, True for hidden ones; None for a call that hides none."""
+    if name in _SUMS:
+        given = arguments(("input", "other"), args, kwargs)
+        scores, mask = given.get("input"), given.get("other")
+        if not isinstance(scores, torch.Tensor) or not isinstance(mask, torch.Tensor):
+            return None
+        if _is_additive(scores) and not _is_additive(mask):
+            scores, mask = mask, scores
+        return (scores, mask <= _LOW) if _is_additive(mask) else None
+    if name == "masked_fill":
+        given = arguments(("input", "mask", "value"), args, kwargs)
+        scores, hidden, value = given["input"], given["mask"], given["value"]
+    else:
+        given = arguments(("condition", "input", "other"), args, kwargs)
+        if "other" not in given:
+            return None
+        scores, hidden, value = given["input"], ~given["condition"].bool(), given["other"]
+        if not _is_low(value):
+            scores, hidden, value = value, ~hidden, scores
+    return (scores, hidden) if isinstance(scores, torch.Tensor) and _is_low(value) else None
+
+
+def _is_low(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and float(value) <= _LOW
+    return isinstance(value, (int, float)) and value <= _LOW
+
+
+def _is_additive(mask: torch.Tensor) -> bool:
+    """Returns whether a tensor has zeros, and numbers that hide scores."""
+    if not mask.is_floating_point() or not mask.numel():
+        return False
+    low = mask <= _LOW
+    return bool(low.any()) and not bool(mask[~low].any())
+
+
+def _moved(by: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function that moves a mask by one key: by -1 the last key is hidden, by 1 the first is seen."""
+
+    def move(hidden: torch.Tensor) -> torch.Tensor:
+        moved = hidden.roll(by, -1)
+        moved[..., 0 if by > 0 else -1] = by < 0
+        return moved
+
+    return move
+
+
+def _added_as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    """Adds a mask of 0 and 1 in place of 0 and a large negative number."""
+    tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+    if len(tensors) != 2:
+        return NotImplemented
+    scores, mask = tensors if _is_additive(tensors[1]) else tensors[::-1]
+    return scores + (mask > _LOW).to(scores.dtype) if _is_additive(mask) else NotImplemented
+
+
+VARIANTS: list[Variant] = [
+    Variant("no attention mask in a: scores that b hides are seen", _HIDES, _masking(lambda hidden: None)),
+    Variant("the attention mask is inverted in a", _HIDES, _masking(torch.logical_not)),
+    Variant(
+        "attention mask off by one: a hides one key more, such as the position itself", _HIDES, _masking(_moved(-1))
+    ),
+    Variant(
+        "attention mask off by one: a shows one key more, such as the next position", _HIDES, _masking(_moved(1))
+    ),
+    Variant(
+        "the attention mask of 0 and 1 is added to the scores in a: hidden keys are seen. Add 0 and -inf",
+        _SUMS,
+        _added_as_it_is,
+    ),
+]

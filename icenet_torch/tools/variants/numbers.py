@@ -1,0 +1,76 @@
+"""Numbers in the calls of a module: eps, theta, scales and slopes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from icenet_torch.tools.variants.angles import THETA
+from icenet_torch.tools.variants.variant import Run, Variant
+
+EPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
+_EQUAL = 1e-9
+"""Relative difference up to which two numbers are the same one."""
+
+
+def number_variants(
+    calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]], others: Sequence[float]
+) -> list[Variant]:
+    """Returns variants of the numbers in the calls of a module: eps, theta and scales.
+
+    Args:
+        calls: What `spying` found.
+        others: Numbers that the module under test holds.
+    """
+    found: dict[tuple[str, float, float], Variant] = {}
+
+    def add(name: str, old: float, new: float, what: str) -> None:
+        if abs(old - new) > _EQUAL * max(abs(old), 1e-12):
+            shown = (math.exp(abs(new)), math.exp(abs(old))) if what == "theta" and abs(old) < 100 else (new, old)
+            text = f"{what} is {shown[0]:.6g} in a, {shown[1]:.6g} in b"
+            found.setdefault((name, old, new), Variant(text, frozenset({name}), _replacing(old, new)))
+
+    for name, args, kwargs in calls:
+        numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
+        for old in map(float, numbers):
+            candidates: tuple[float, ...]
+            if name in ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "normalize"):
+                candidates, what = (EPS if 0 <= old <= 1e-2 else ()), "eps"
+            elif name in ("add", "radd", "iadd", "sub", "clamp", "clamp_min", "maximum") and 0 <= old <= 1e-2:
+                candidates, what = EPS, "eps"
+            elif name in ("pow", "rpow") and old >= 100:
+                candidates, what = THETA, "theta"
+            elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
+                candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
+            elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
+                candidates, what = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2), "a scale"
+            elif name in ("leaky_relu", "elu", "celu", "softplus"):
+                candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
+            elif name in ("mul", "add", "sub"):
+                candidates, what = (), "a number"
+            else:
+                continue
+            for new in (*candidates, *others):
+                if what != "eps" or 0 <= new <= 1e-2:
+                    add(name, old, float(new), what)
+    return list(found.values())
+
+
+def _is_log(value: float) -> bool:
+    return any(abs(value - math.log(theta)) < 1e-6 * value for theta in THETA)
+
+
+def _replacing(old: float, new: float) -> Run:
+    def change(item: Any) -> Any:
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        return new if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        changed = tuple(map(change, args)), {name: change(item) for name, item in kwargs.items()}
+        same = all(x is y for x, y in zip(changed[0], args, strict=True))
+        if same and all(changed[1][name] is item for name, item in kwargs.items()):
+            return NotImplemented
+        return func(*changed[0], **changed[1])
+
+    return run
