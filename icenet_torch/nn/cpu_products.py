@@ -48,12 +48,16 @@ _MIN_WEIGHT, _MIN_PRODUCT = 2**17, 2**20
 
 
 def can_compute(x: Array, weight: Array) -> bool:
-    """Returns whether `product` computes x W^T: in fp32 on a CPU, for a large weight, without a backward pass."""
+    """Returns whether `product` computes x W^T: in fp32 on a CPU, for a large weight, without a backward pass.
+
+    Not if oneDNN is switched off, as `F.linear` does not use it then.
+    """
     rows = x.numel() // x.shape[-1]
     if not (weight.numel() >= _MIN_WEIGHT if rows == 1 else rows * weight.numel() >= _MIN_PRODUCT):
         return False
     is_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return IS_FASTER and is_fp32 and on_cpu(x) and weight.is_contiguous() and not torch.is_grad_enabled()
+    can_run = is_fp32 and on_cpu(x) and weight.is_contiguous() and not torch.is_grad_enabled()
+    return IS_FASTER and can_run and torch.backends.mkldnn.enabled
 
 
 def product(x: Array, weight: Array, bias: Array | None) -> Array:

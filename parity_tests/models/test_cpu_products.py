@@ -49,7 +49,7 @@ def test_a_product_is_that_of_float64(rows: int, outputs: int, bias: bool, monke
 
 
 def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights, other dtypes, autocast, a weight that is not contiguous, and a backward pass."""
+    """Small weights, other dtypes, autocast, a transposed weight, a backward pass, and oneDNN switched off."""
     x, weight = torch.randn(1, 512), torch.randn(1024, 512)
     assert not cpu_products.can_compute(x, weight)  # gradients
     with torch.no_grad():
@@ -58,6 +58,8 @@ def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) ->
         assert not cpu_products.can_compute(x.double(), weight.double())
         assert not cpu_products.can_compute(x, torch.randn(512, 1024).T)
         with torch.autocast("cpu", torch.bfloat16):
+            assert not cpu_products.can_compute(x, weight)
+        with torch.backends.mkldnn.flags(enabled=False):
             assert not cpu_products.can_compute(x, weight)
         monkeypatch.setattr(cpu_products, "IS_FASTER", False)  # such as on Intel
         assert not cpu_products.can_compute(x, weight)
