@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from icenet.core import backends
 from icenet.core.config import EmbeddingConfig, GenerationConfig, ImageModelConfig, ModelConfig, custom, user_code
 from icenet.core.errors import IceNetError, OutsideTableError, UsageError
 from icenet.core.generation.copies import GenerationCopy
-from icenet.core.generation.decoder import DecoderBase
 from icenet.core.generation.prompt_cache import PromptCache
 from icenet.core.generation.prompts import check_mask, check_vocabulary
 from icenet.core.generation.request import Tokens, make_request
@@ -22,6 +20,7 @@ from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs
 from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
+from icenet.core.models.interface import ModelInterface
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, packed, sharing
 from icenet.core.weights import files as weight_files
@@ -32,11 +31,11 @@ from icenet.core.weights.safetensors import release
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
-class ModelBase:
+class ModelBase(ModelInterface):
     """The part of `BaseModel` that is the same on both backends.
 
     `icenet.models.base.BaseModel` and `icenet_torch.models.base.BaseModel` derive from it and from the framework's
-    `nn.Module`. They define the class variables and the methods in the last section.
+    `nn.Module`. They define what `ModelInterface` lists.
 
     Attributes:
         config: The model section of the configuration.
@@ -47,16 +46,10 @@ class ModelBase:
         image_facts: How images are read and the names of the classes (an `ImageFacts`), if that is known.
         allow_tf32: Whether fp32 products may use TF32. None, for a model that `icenet.build` did not make, leaves it
             to the framework.
-        compute_dtype: The framework's dtype of the activations.
-        device: The framework's device of the weights; None is MLX's default device.
         computes_loss: Whether `forward` takes `labels` and returns their mean loss without keeping the logits.
         checks_ids: Whether `check_tokens` also reads the ids and the mask. False where the caller has checked them on
             the host.
     """
-
-    backend: ClassVar[str]
-    decoder_type: ClassVar[type[DecoderBase]]
-    array_type: ClassVar[type[Any]]
 
     config: ModelConfig
     tokenizer: Tokenizer | None = None
@@ -65,10 +58,6 @@ class ModelBase:
     origin: Origin | None = None
     image_facts: Any = None
     allow_tf32: bool | None = None
-    compute_dtype: Any
-    device: Any
-    training: Any
-    eval: Any
     checks_ids: bool = True
     computes_loss: bool = False
     _generation_copy: GenerationCopy | None = None
@@ -302,18 +291,6 @@ class ModelBase:
 
     # ---- embeddings --------------------------------------------------------------------------------------
 
-    def guard_embeddings(self, reads_all: bool = False) -> None:
-        """Makes the embeddings of a user's model check their ids, in place (see `nn/embedding.py` of the backend).
-
-        Args:
-            reads_all: Whether they read the ids of each call on the host, not only where their shape is new.
-        """
-        raise NotImplementedError
-
-    def reading_ids(self) -> AbstractContextManager[None]:
-        """Returns a context in which the embeddings read and check the ids of each call on the host."""
-        raise NotImplementedError
-
     def check_embeddings(self, tokens: Sequence[int]) -> None:
         """Checks the ids that a user's model looks up for one sequence, after a result that is not finite.
 
@@ -332,16 +309,7 @@ class ModelBase:
         except IceNetError:  # of a sequence that was longer than the context, for example
             return
 
-    # ---- activations -------------------------------------------------------------------------------------
-
-    def match_gradients_at_zero(self) -> None:
-        """Gives the framework's own activations PyTorch's gradients at 0, in place (see `nn/activations.py`)."""
-
     # ---- dropout -----------------------------------------------------------------------------------------
-
-    def key_dropouts(self) -> None:
-        """Turns the framework's own dropout layers into keyed ones, in place (see `nn/dropout.py` of the backend)."""
-        raise NotImplementedError
 
     def dropout_layers(self) -> dict[str, Any]:
         """Returns the dropout layers with a probability above zero, by module path, sorted.
@@ -509,96 +477,6 @@ class ModelBase:
         if details:
             return found
         return self._to_native_tokens(append_to_prompts([row.tokens for row in found], request))
-
-    # ---- defined by each backend's BaseModel -------------------------------------------------------------
-
-    def arithmetic(self) -> AbstractContextManager[None]:
-        """Returns a context in which operations have the model's device (MLX) and its precision (PyTorch).
-
-        A call of the model and `generate` open it. Open it around the whole step of your own training loop.
-        """
-        raise NotImplementedError
-
-    @property
-    def is_on_cpu(self) -> bool:
-        """Whether the device of the model is a CPU."""
-        raise NotImplementedError
-
-    def without_gradients(self) -> AbstractContextManager[None]:
-        """Returns a context in which the framework records nothing for gradients."""
-        raise NotImplementedError
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """Returns copies of the canonical weights: numpy arrays in PyTorch's layouts, by path."""
-        raise NotImplementedError
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each parameter and statistic in PyTorch's layout, by path, in the model's order.
-
-        A shared array has all of its paths.
-        """
-        raise NotImplementedError
-
-    def layer_kinds(self) -> dict[str, str]:
-        """Returns the kind of each layer with parameters, by module path (see `icenet.core.weights.layout`)."""
-        raise NotImplementedError
-
-    @property
-    def is_meta(self) -> bool:
-        """Whether the parameters have no values."""
-        raise NotImplementedError
-
-    def unregistered(self) -> list[str]:
-        """Returns the paths of attributes with layers or arrays that the framework neither trains nor saves."""
-        raise NotImplementedError
-
-    def mlx_names(self) -> dict[str, str]:
-        """Returns the canonical path of each array by the path that it has in MLX, where the two differ."""
-        raise NotImplementedError
-
-    def set_weight_dtype(self, dtype: str) -> None:
-        """Holds the floating weights in fp32, bf16 or fp16, and computes in it, for inference.
-
-        Their values are undefined until `set_weights` sets them.
-        """
-        raise NotImplementedError
-
-    def _named_layers(self) -> Iterable[tuple[str, Any]]:
-        """Yields all modules with their canonical paths, parents first; a shared one under each of its paths."""
-        raise NotImplementedError
-
-    def _named_arrays(self) -> Sequence[tuple[str, Any, bool]]:
-        """Returns path, array and whether it is trainable for each parameter and buffer, in the model's order."""
-        raise NotImplementedError
-
-    def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Sets weights with the model's names and shapes; a shared one has its owner's name."""
-        raise NotImplementedError
-
-    def _host_memory(self) -> Mapping[str, np.ndarray]:
-        """Returns C-contiguous float32 views of the weights that numpy can write to, by path."""
-        raise NotImplementedError
-
-    def _to_host(self, array: Any, waits: bool = False) -> np.ndarray | None:
-        """Returns an array of the framework as numpy, or None if its values are unknown.
-
-        Args:
-            array: Any array.
-            waits: Whether to wait for an array on CUDA too; otherwise it gives None.
-        """
-        raise NotImplementedError
-
-    def _to_float_host(self, array: Any) -> np.ndarray:
-        """Returns an output of the model as numpy; half precision as float32."""
-        raise NotImplementedError
-
-    def _to_native_floats(self, array: np.ndarray) -> Any:
-        """Returns float32 values as an array of the framework in `compute_dtype` on the model's device."""
-        raise NotImplementedError
-
-    def _to_native_tokens(self, tokens: Tokens) -> Any:
-        """Returns tokens, int32 `[B, L]`, as an array of the framework on the model's device."""
-        raise NotImplementedError
 
 
 def _one_by_one(values: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
