@@ -24,6 +24,28 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- the process -------------------------------------------------------------------------------------------
+    Fault(
+        "freed memory goes back to the system, although a threshold is set",
+        "icenet/core/allocator.py",
+        " and library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)",
+        "",
+        ["core/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
+    ),
+    Fault(
+        "variables with which users set the allocator are replaced",
+        "icenet/core/allocator.py",
+        " or any(os.environ.get(name) for name in VARIABLES)",
+        "",
+        ["core/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
+    ),
+    Fault(
+        "a training process of MLX gives freed memory back",
+        "icenet/engine/engine.py",
+        "            keep_freed_memory()\n",
+        "            pass\n",
+        ["core/test_allocator.py::test_training_of_mlx_on_a_cpu_keeps_it"],
+    ),
     # ---- ports -------------------------------------------------------------------------------------------------
     Fault(
         "a size that a layer computes is lost",
@@ -622,7 +644,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the loss that balances experts is not added",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "return loss if more is None else loss + more",
         "return loss",
         ["models/test_experts.py::test_training_has_the_loss_and_gradients_of_transformers"],
@@ -807,7 +829,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "random numbers without a key are accepted",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "        if after != before and",
         "        if not after and",
         ["models/test_dropout.py::test_random_numbers_without_a_key_are_refused"],
@@ -981,7 +1003,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a training step runs outside of the model's arithmetic",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "    @in_arithmetic\n    def train_step(",
         "    def train_step(",
         [
@@ -1058,7 +1080,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "logits with too few classes are accepted",
-        "icenet/core/engine.py",
+        "icenet/core/engine/logits.py",
         "shape[:-1] != labels or shape[-1] < vocab_size or",
         "shape[:-1] != labels or",
         ["models/test_inputs.py::test_a_model_that_does_not_fit_its_data"],
@@ -1403,7 +1425,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "micro-batches have equal weights",
-        "icenet/core/engine.py",
+        "icenet/core/engine/batches.py",
         'parts.append((part, range(start, end), count_labels(part["labels"]) / counted))',
         "parts.append((part, range(start, end), 1 / number / size))",
         ["core/training/test_training.py::test_the_mean_is_over_labels_and_not_over_micro_batches"],
@@ -1445,14 +1467,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a skipped step leaves its running statistics",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "            self.nn.norm.set_running_statistics(self.model, statistics)\n            return self._submit",
         "            return self._submit",
         ["models/test_cnn.py::test_a_skipped_step_changes_nothing"],
     ),
     Fault(
         "processes share a row of the batch",
-        "icenet/core/engine.py",
+        "icenet/core/engine/batches.py",
         "edges = [own.start + len(own) * index // number for index in range(number + 1)]",
         "edges = [len(own) * index // number for index in range(number + 1)]",
         ["core/distributed/test_distributed.py::test_micro_batches_of_all_processes_are_the_batch"],
@@ -2564,7 +2586,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "gradients that cancel out in the first batch are taken for detached logits",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "if norm.item() == 0 and self._is_detached(batch, step) and loss",
         "if norm.item() == 0 and loss",
         ["core/data/test_images.py::test_equal_images_whose_gradients_cancel_out"],
@@ -2718,7 +2740,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "logits without a gradient are accepted",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "if norm.item() == 0 and self._is_detached(batch, step) and loss.item() > 0:",
         "if False:",
         ["models/test_custom.py::test_logits_without_a_gradient"],
@@ -2911,7 +2933,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the dtype of a user's logits is not checked",
-        "icenet/core/engine.py",
+        "icenet/core/engine/logits.py",
         """ or "float" not in dtype:""",
         ":",
         ["engine/test_model_output.py::test_an_output_that_is_not_logits[booleans-mlx]"],
@@ -3088,14 +3110,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a micro-batch without labels makes a loss of the user NaN",
-        "icenet/core/engine.py",
-        "_labelled_rows(batch, len(rows)) or part",
+        "icenet/core/engine/engine.py",
+        "labelled_rows(batch, len(rows)) or part",
         "part",
         ["core/training/test_user_data.py::test_rows_without_labels_do_not_make_the_loss_nan[torch]"],
     ),
     Fault(
         "a process without rows makes the validation loss NaN",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "loss = mean.item() if counted else 0.0",
         "loss = mean.item()",
         ["core/training/test_user_data.py::test_rows_without_labels_do_not_make_the_loss_nan[torch]"],
@@ -3258,7 +3280,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "MLX's settings of CUDA replace those of the user",
-        "icenet/core/engine.py",
+        "icenet/core/engine/engine.py",
         "os.environ.setdefault(name, value)",
         "os.environ[name] = value",
         ["engine/test_arithmetic.py::test_kernels_are_started_one_by_one_on_cuda"],
