@@ -11,10 +11,9 @@ import functools
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,68 +21,16 @@ from numpy.typing import NDArray
 from icenet.core import rng
 from icenet.core.config import Config, custom, output_size, user_code
 from icenet.core.distributed import processes
-from icenet.core.errors import DataError, UsageError
-from icenet.core.generation.prompts import check_mask
+from icenet.core.engine.batches import Array, Batch, MicroBatch, check_ids, count_labels, labelled_rows, micro_batches
+from icenet.core.engine.logits import call_model
+from icenet.core.engine.results import Evaluation, StepResult, step_result
+from icenet.core.errors import UsageError
 from icenet.core.models import buckets, randomness
 from icenet.core.models.dropout import seed_dropouts
 
 if TYPE_CHECKING:
     from icenet.core.training.ema import WeightAverage
     from icenet.core.training.optimizer import Optimizer
-
-Batch = dict[str, NDArray[Any]]
-"""`inputs` and `labels`, and `attention_mask` for padded sequences.
-
-Tokens: inputs and labels int32 `[B, T]`. Images: inputs float32 `[B, H, W, C]`, or uint8 with `Engine.pixel_scale`,
-labels int32 `[B]`. A negative label
-is ignored.
-"""
-
-Array = Any
-"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
-
-MAX_LARGEST = 3
-"""Number of parameters in `StepResult.largest`."""
-
-
-class StepResult(NamedTuple):
-    """Loss, gradient norm and status of one training step."""
-
-    loss: float
-    """Mean loss in nats."""
-    grad_norm: float
-    """Norm of all gradients together, before clipping."""
-    finite: bool
-    """Whether loss and gradient norm are finite."""
-    stop: str | None = None
-    """Reason to stop that one of several processes received (see `processes.SIGNALS`); the same in all, or None."""
-    largest: tuple[tuple[str, float], ...] = ()
-    """If not finite: the parameters with the largest gradients, and the norms of these."""
-
-
-class Evaluation(NamedTuple):
-    """Loss and accuracy of one batch in evaluation mode."""
-
-    loss: float
-    """Mean loss in nats."""
-    labels: int
-    """Number of labels counted."""
-    correct: int | None
-    """Number of rows classified correctly if labels are `[B]`; None for tokens."""
-
-
-class MicroBatch(NamedTuple):
-    """The part of a training batch that one forward and backward pass computes."""
-
-    arrays: dict[str, Array]
-    """The batch on the device."""
-    dropout_keys: Array | None
-    """Dropout keys `[sites, rows, 2]`; None if the framework's own generator draws the masks."""
-    share: float
-    """Its part of the batch's counted labels. Losses weighted by their shares add up to the batch's mean loss."""
-    is_last: bool
-    """Whether it is the last one of this process."""
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -371,7 +318,7 @@ class Engine(ABC):
         for index, (part, rows, share) in enumerate(parts):
             keys = self._dropout_keys(step, rows)
             if not share and self.loss is not None:  # the mean of nothing may be NaN, and so is its product with 0
-                part = _labelled_rows(batch, len(rows)) or part
+                part = labelled_rows(batch, len(rows)) or part
             yield MicroBatch(self.to_device(part), keys, share, is_last=index + 1 == len(parts))
 
     def _norms(self, gradients: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -472,7 +419,7 @@ class Engine(ABC):
             CheckpointError: It is the state of another optimizer or model; nothing is changed then.
         """
         named = self.model.with_canonical_names(state, is_state=True)
-        averages, slots = split_averages(self.process_group.local_shard(named))
+        averages, slots = _split_averages(self.process_group.local_shard(named))
         self.optimizer.set_state_arrays(slots)
         if self.average is not None:
             # a checkpoint that has no averages starts them from the current weights
@@ -568,107 +515,7 @@ class Engine(ABC):
         return loss, norm, norms
 
 
-def call_model(
-    model: Callable[..., Array], arrays: Mapping[str, Array], vocab_size: int | None, as_loss: bool = False
-) -> Array:
-    """Returns the output of a model for a batch on the device.
-
-    Args:
-        model: The model.
-        arrays: The batch.
-        vocab_size: Number of logits for each label; None if the labels are not classes.
-        as_loss: Return the mean loss of the labels instead, which the model computes (`computes_loss`).
-
-    Raises:
-        UsageError: The code of a user's model fails, or its output does not fit the labels.
-    """
-    options = {name: arrays[name] for name in ("attention_mask", *(["labels"] if as_loss else [])) if name in arrays}
-    with user_code.explain_errors(arrays["inputs"]):
-        output = model(arrays["inputs"], **options)
-    if "labels" in arrays and vocab_size is not None and not as_loss:
-        _check_output(output, list(arrays["labels"].shape), vocab_size)
-    return output
-
-
-def _check_output(output: Any, labels: list[int], vocab_size: int) -> None:
-    """Checks that logits are floats, in the shape of the labels, with a value for each class. MLX checks neither."""
-    is_array = hasattr(output, "shape") and not isinstance(output, np.ndarray)
-    shape = list(output.shape) if is_array else []
-    dtype = str(output.dtype).rpartition(".")[2] if is_array else ""
-    if shape[:-1] != labels or shape[-1] < vocab_size or "float" not in dtype:
-        given = f"has type {type(output).__name__}"
-        if is_array:
-            given = f"is {shape}" if "float" in dtype else f"has the dtype {dtype}"
-        raise UsageError(
-            f"the output of the model {given}, and for labels {labels} it must be logits {[*labels, vocab_size]} "
-            "(the last number is model.vocab_size)"
-        )
-
-
-def micro_batches(batch: Batch, number: int, rank: int = 0, size: int = 1) -> list[tuple[Batch, range, float]]:
-    """Splits a process's rows of a batch into consecutive micro-batches.
-
-    Returns:
-        For each micro-batch: its arrays, its rows in the batch, and its share of the batch's counted labels. The mean
-        losses of all micro-batches of all processes, weighted by their shares, add up to the batch's mean loss.
-    """
-    own = processes.local_rows(len(batch["labels"]), rank, size)
-    if number == size == 1:
-        return [(batch, own, 1.0)]
-    counted = max(count_labels(batch["labels"]), 1)
-    edges = [own.start + len(own) * index // number for index in range(number + 1)]
-    parts = []
-    for start, end in pairwise(edges):
-        part = {name: array[start:end] for name, array in batch.items()}
-        parts.append((part, range(start, end), count_labels(part["labels"]) / counted))
-    return parts
-
-
-def _labelled_rows(batch: Batch, count: int) -> Batch:
-    """Returns rows of a batch that have counted labels, repeated to `count` rows; nothing if there are none."""
-    labels = batch["labels"].reshape(len(batch["labels"]), -1)
-    rows = np.flatnonzero((labels >= 0 if labels.dtype.kind in "iu" else np.isfinite(labels)).any(axis=1))
-    return {name: array[np.resize(rows, count)] for name, array in batch.items()} if len(rows) else {}
-
-
-def step_result(
-    loss: float, grad_norm: float, stop: str | None, norms: Callable[[], Mapping[str, float]]
-) -> StepResult:
-    """Returns the result of a step. `norms` returns each gradient's norm; it is called only if one is not finite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return StepResult(loss, grad_norm, True, stop)
-    ranked = sorted(norms().items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
-    return StepResult(loss, grad_norm, False, stop, tuple(ranked[:MAX_LARGEST]))
-
-
-def split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits optimizer state by `PATH.SLOT` into averaged weights by path and the other slots."""
     averages = {name.removesuffix(".ema"): array for name, array in state.items() if name.endswith(".ema")}
     return averages, {name: array for name, array in state.items() if not name.endswith(".ema")}
-
-
-def count_labels(labels: NDArray[Any]) -> int:
-    """Returns how many labels a mean loss is over: integers that are not negative, or rows of numbers but NaN."""
-    if labels.dtype.kind in "iu":
-        return int((labels >= 0).sum())
-    return int(np.isfinite(labels).reshape(len(labels), -1).any(axis=1).sum())
-
-
-def check_ids(batch: Batch, vocab_size: int, names: Sequence[str] = ("inputs", "labels")) -> None:
-    """Checks that token and class ids are inside the vocabulary, because MLX does not check index bounds.
-
-    Raises:
-        DataError: An id is outside; negative labels are allowed.
-        UsageError: The attention mask has other values than 0 and 1.
-    """
-    if "attention_mask" in batch:
-        check_mask(batch["attention_mask"], "attention_mask")
-    for name, array in batch.items():
-        if array.size and np.issubdtype(array.dtype, np.integer) and name in names:
-            least, most = int(array.min()), int(array.max())
-            if most >= vocab_size or (name == "inputs" and least < 0):
-                wrong = most if most >= vocab_size else least
-                raise DataError(
-                    f"{name} contain the id {wrong}, outside the vocabulary (0 to {vocab_size - 1}); "
-                    "raise model.vocab_size or change data.tokenizer"
-                )
