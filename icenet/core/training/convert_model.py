@@ -74,25 +74,14 @@ def convert_model(
     in_folder = destination.is_dir() or not destination.suffix
     if in_folder:
         saved_model.check_apart(source, destination)
-    imported: folder.Folder | None = None
     if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find(source).path
     if averaged:
         common["arrays"] = open_averaged(source)[1]
-    keeps_names = config or source_form or key or strip_prefix or averaged
-    stored: Path | None = None
-    if not keeps_names and folder.is_known(source):
-        imported = folder.read(source)
-        settings = imported.config
+    keeps_names = bool(config or source_form or key or strip_prefix or averaged)
+    imported, settings, stored = _find_config(source, config, keeps_names)
+    if imported is not None:
         common |= {"arrays": imported.weights, "source_form": "canonical"}
-    elif config is None:
-        stored = (source if source.is_dir() else source.parent) / "config.yaml"
-        settings = Config.from_yaml(stored, trust_code=False) if stored.is_file() else None
-    elif isinstance(config, Config):
-        settings = config
-    else:
-        stored = Path(config)
-        settings = Config.from_yaml(config)
     if settings is not None:
         model = backends.meta_model(settings)
         common |= {"kinds": model.layer_kinds(), "shapes": model.weight_shapes(), "names": model.mlx_names()}
@@ -103,12 +92,7 @@ def convert_model(
         notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if to == torchvision.FORM:
         to, notes = translations["to"], [f"the names are those of {to}"]
-    target = destination_file(destination, to)
-    refuse_existing(source, target, overwrite)
-    if in_folder or target.name.startswith(Path(DEFAULT_NAME).stem):
-        saved_model.check_not_a_run(target.parent)
-    if (enclosing := checkpoint.enclosing(target)) is not None:
-        raise UsageError(f"{target}: is in the checkpoint {enclosing}; choose another place")
+    _check_target(source, destination_file(destination, to), in_folder, overwrite)
     if settings is not None and to == "canonical" and in_folder:
         companions = _companions(settings, stored, destination)
         if config is None and settings.model.input_kind in ("images", "anything"):
@@ -125,6 +109,30 @@ def convert_model(
     if imported is not None:
         done = replace(done, source=replace(done.source, form=export_model.source_form(imported)))
     return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
+
+
+def _find_config(
+    source: Path, config: str | Path | Config | None, keeps_names: bool
+) -> tuple[folder.Folder | None, Config | None, Path | None]:
+    """Returns the imported folder, unless its names are kept, the configuration, and the file that has it."""
+    if not keeps_names and folder.is_known(source):
+        imported = folder.read(source)
+        return imported, imported.config, None
+    if isinstance(config, Config):
+        return None, config, None
+    if config is not None:
+        return None, Config.from_yaml(config), Path(config)
+    stored = (source if source.is_dir() else source.parent) / "config.yaml"
+    return None, Config.from_yaml(stored, trust_code=False) if stored.is_file() else None, stored
+
+
+def _check_target(source: Path, target: Path, in_folder: bool, overwrite: bool) -> None:
+    """Raises UsageError if the file to write is there already, or belongs to a run or a checkpoint."""
+    refuse_existing(source, target, overwrite)
+    if in_folder or target.name.startswith(Path(DEFAULT_NAME).stem):
+        saved_model.check_not_a_run(target.parent)
+    if (enclosing := checkpoint.enclosing(target)) is not None:
+        raise UsageError(f"{target}: is in the checkpoint {enclosing}; choose another place")
 
 
 def _companions(settings: Config, stored: Path | None, destination: Path) -> dict[str, bytes]:

@@ -82,59 +82,31 @@ def export(
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or folder; {WITH_WEIGHTS}")
     _check_destination(source, destination, form)
-    imported = folder.read(source) if folder.is_importable(source) and not averaged else None
-    config: Config
-    weights: Mapping[str, Array] | None
-    if imported is not None:
-        config, weights = imported.config, imported.weights
-    else:
-        config, weights = open_averaged(source) if averaged else open_target(source)
-    if weights is None:
-        raise CheckpointError(f"{source}: contains no weights; {WITH_WEIGHTS}")
-    config = with_tokenizer(config, weights)
-    if form != FORM and config.model.input_kind == "images":
-        raise UsageError(
-            f"--to {form}: is for models of text, and a {config.model.type} classifies images; use --to {FORM}"
-        )
-    if form == MLX_LM and not getattr(config.model, "causal", True):
-        raise UsageError(f"--to {form}: mlx-lm has no encoders (model.causal is false); use --to {FORM}")
+    imported, config, weights = _open(source, averaged)
+    _check_model(config, form)
     stored: Any = packed_of(weights) or weights
     if quantize is not None:
         weights = quantized(config, weights, quantize, group_size)
-    packed = packed_of(weights)
-    images = _image_files(source, config) if imported is None and config.model.input_kind == "images" else None
+    is_of_images = config.model.input_kind == "images"
+    images = _image_files(source, config) if imported is None and is_of_images else None
     family, files, remarks = folder.files_for(config, weights, imported, images)
-    if config.model.input_kind == "images" and (problem := images_problem(source)):
+    if is_of_images and (problem := images_problem(source)):
         remarks.append(problem)
     notes: list[str] = []
-    if packed is not None and form != MLX_LM:
+    if form != MLX_LM and (packed := packed_of(weights)) is not None:
         notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if form in gguf_export.KINDS:
         destination = output_file(destination, overwrite=overwrite, inputs=[source] if source.is_file() else [])
         return _export_gguf(source, source_form(imported), destination, form, config, family, weights, files, notes)
-    remarks += notes
     if not overwrite:
         saved_model.refuse_replacing(destination, [weight_files.DEFAULT_NAME, *files], set())
-    is_kept = imported is not None and not any(_OF_MLX_LM.fullmatch(name) for name in imported.weights.stored)
-    exported: Mapping[str, Array]
-    if imported is not None and (is_kept or form == MLX_LM):
-        exported = OriginalWeights(imported.weights)
-    else:
-        exported = ExportedWeights(family, config, weights)
-    quantization: dict[str, Any] = {}
-    if packed is not None and form == MLX_LM:
-        exported, quantization = _packed(family, config, packed)
+    exported, quantization, remarks_on_names = _tensors(form, imported, family, config, weights)
+    if quantization is not None:
         values = json.loads(files[folder.CONFIG])
         files[folder.CONFIG] = folder.to_json(values | dict.fromkeys(QUANTIZATION_KEYS, quantization))
     if form == MLX_LM and isinstance(config.model, TransformerConfig):
-        remarks += mlx_lm.differences(family, config.model)
+        notes += mlx_lm.differences(family, config.model)
     metadata = {"format": "mlx"} if form == MLX_LM else None
-    if packed is not None and form == MLX_LM:
-        remarks.append(f"quantized: {describe(packed.layers)}")
-    elif family.model_type in _WITHOUT_PREFIX and _loses_prefix(form, config, imported if is_kept else None):
-        exported = RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported})
-    elif family.model_type in _WITHOUT_PREFIX and _is_tied(config) and next(iter(exported)).startswith(family.prefix):
-        remarks.append(f"mlx-lm does not read names that begin with {family.prefix}; use --to {MLX_LM} for it")
     written = weight_files.write(
         destination, exported, metadata, max_shard_bytes, progress, companions=files, durable=False
     )
@@ -144,8 +116,54 @@ def export(
         summary(destination, form, exported),
         written,
         left_out,
-        "; ".join([f"the family is {family.model_type}", *remarks]),
+        "; ".join([f"the family is {family.model_type}", *remarks, *notes, *remarks_on_names]),
     )
+
+
+def _open(source: Path, averaged: bool) -> tuple[folder.Folder | None, Config, Mapping[str, Array]]:
+    """Returns the imported folder or file, if the source is one, and the configuration and the weights of a model."""
+    imported = folder.read(source) if folder.is_importable(source) and not averaged else None
+    config: Config
+    weights: Mapping[str, Array] | None
+    if imported is not None:
+        config, weights = imported.config, imported.weights
+    else:
+        config, weights = open_averaged(source) if averaged else open_target(source)
+    if weights is None:
+        raise CheckpointError(f"{source}: contains no weights; {WITH_WEIGHTS}")
+    return imported, with_tokenizer(config, weights), weights
+
+
+def _check_model(config: Config, form: str) -> None:
+    """Raises UsageError if models of this kind cannot have a form."""
+    if form != FORM and config.model.input_kind == "images":
+        raise UsageError(
+            f"--to {form}: is for models of text, and a {config.model.type} classifies images; use --to {FORM}"
+        )
+    if form == MLX_LM and not getattr(config.model, "causal", True):
+        raise UsageError(f"--to {form}: mlx-lm has no encoders (model.causal is false); use --to {FORM}")
+
+
+def _tensors(
+    form: str, imported: folder.Folder | None, family: Family, config: Config, weights: Mapping[str, Array]
+) -> tuple[Mapping[str, Array], dict[str, Any] | None, list[str]]:
+    """Returns the tensors of a folder by name, the settings of quantized layers if there are any, and remarks."""
+    if form == MLX_LM and (packed := packed_of(weights)) is not None:
+        return *_packed(family, config, packed), [f"quantized: {describe(packed.layers)}"]
+    is_kept = imported is not None and not any(_OF_MLX_LM.fullmatch(name) for name in imported.weights.stored)
+    exported: Mapping[str, Array]
+    if imported is not None and (is_kept or form == MLX_LM):
+        exported = OriginalWeights(imported.weights)
+    else:
+        exported = ExportedWeights(family, config, weights)
+    if family.model_type not in _WITHOUT_PREFIX:
+        return exported, None, []
+    if _loses_prefix(form, config, imported if is_kept else None):
+        return RenamedWeights(exported, {name: name.removeprefix(family.prefix) for name in exported}), None, []
+    remarks = []
+    if _is_tied(config) and next(iter(exported)).startswith(family.prefix):
+        remarks.append(f"mlx-lm does not read names that begin with {family.prefix}; use --to {MLX_LM} for it")
+    return exported, None, remarks
 
 
 def _packed(family: Family, config: Config, weights: PackedWeights) -> tuple[ExportedWeights, dict[str, Any]]:

@@ -177,75 +177,116 @@ def convert(
     _check_form(to)
     destination = destination_file(destination, to)
     refuse_existing(source, destination, overwrite)
-    found, source_metadata = _read(source, key) if arrays is None or not is_gguf(source) else (arrays, {})
-    if isinstance(found, weights.Weights):
-        files.output_file(destination, overwrite=True, inputs=found.files)  # a shard
-    destination = files.output_file(destination, overwrite=True)  # behind a symbolic link
-    layers: Mapping[str, Quantization] = {}
-    if arrays is None and isinstance(found, weights.Weights):
-        found = read_saved(found)
-        layers = packed.layers if (packed := packed_of(found)) else {}
-    found = found if arrays is None else arrays
-    others: list[str] = []
-    if strip_prefix:
-        found, others = _without_prefix(source, found, strip_prefix)
-    translated = None if read_as is None or source_form == "mlx" else read_as(found)
-    found = found if translated is None else translated
-    if translated is not None and source_form is None:  # also without metadata
-        source_form = "torch" if _is_pickled(source) else "canonical"
-    form = source_form or detect(source, source_metadata)
-    _check_form(form)
+    given = _open_source(source, source_form, key, strip_prefix, arrays, read_as)
+    # one of its shards may be the destination, which may be behind a symbolic link
+    destination = files.output_file(destination, overwrite=True, inputs=given.files)
     if model is not None:
         kinds, shapes, names, shared = _facts(model)
     names = names or {}
-    if form == "mlx":
-        found = layout.RenamedWeights(found, names)
+    found = layout.RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
     found = sharing.complete(found, shared or {})
-    permutes = (form == "mlx") != (to == "mlx")
-    if kinds is None and (permutes or (form == "mlx" and shapes is not None)):
+    permutes = (given.form == "mlx") != (to == "mlx")
+    if kinds is None and (permutes or (given.form == "mlx" and shapes is not None)):
         raise UsageError(
-            f"{source}: converting {form} to {to} needs the kinds of the layers, which a config determines; "
+            f"{source}: converting {given.form} to {to} needs the kinds of the layers, which a config determines; "
             "name it with --config, or in Python give the model: convert(..., model=model)"
         )
     if shapes is not None:
-        _check_shapes(found, form, kinds or {}, shapes, str(source))
+        _check_shapes(found, given.form, kinds or {}, shapes, str(source))
     direction = None if not permutes else "to_mlx" if to == "mlx" else "to_torch"
     result = layout.PermutedWeights(found, kinds or {}, direction)
-    if to == "mlx":
-        unsupported = [name for name in result if dtype_name(spec_of(result, name).dtype) in _MLX_UNSUPPORTED]
-        if unsupported:
-            raise WeightsError(
-                f"{source}: MLX does not read float64 from safetensors, and {len(unsupported)} arrays have it "
-                f"(the first is {unsupported[0]}); save the weights as float32 first"
-            )
     written: Mapping[str, Array] = result
     if to == "mlx":
+        _check_dtypes_of_mlx(result, source)
         written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()})
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
-    described = {**source_metadata, **(metadata or {}), "format": _FORMATS[to]}
-    if layers:
-        del described[METADATA]
-    if destination.suffix in PICKLED:
+    described: dict[str, str] = {}
+    if destination.suffix in PICKLED:  # a state dict contains tensors only
         _state_dict_module().write_state_dict(destination, written)
         outputs = [destination]
         if progress is not None:
             total = sum(spec_of(result, name).nbytes for name in result)
             progress(total, total)
-        described = {}  # a state dict contains tensors only
     else:
+        described = {**given.metadata, **(metadata or {}), "format": _FORMATS[to]}
+        if given.layers:
+            del described[METADATA]
         limit = None if to == "mlx" else max_shard_bytes
         outputs = weights.write(destination, written, described, limit, progress, companions, durable=False)
     return Conversion(
-        summary(source, form, found, source_metadata),
+        summary(source, given.form, found, given.metadata),
         summary(destination, to, written, described),
         outputs,
-        [*(name for name in found if name not in result), *others],
-        _contradiction(source, source_metadata, source_form)
-        or (f"the weights are dequantized: {describe(layers)} in the source" if layers else "")
-        or ("the names of the source are those of another program" if translated is not None else "")
-        or (_note(found) if shapes is None else ""),
+        [*(name for name in found if name not in result), *given.left_out],
+        given.note or (_note(found) if shapes is None else ""),
     )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The weights of a conversion.
+
+    Attributes:
+        arrays: The weights, without a prefix and under the names of the model.
+        form: Their form.
+        metadata: The metadata of the file.
+        files: The files that were opened.
+        layers: The layers that are dequantized.
+        left_out: Names without the prefix to strip.
+        note: A remark on how the source was read; empty without one.
+    """
+
+    arrays: Mapping[str, Array]
+    form: str
+    metadata: Mapping[str, str]
+    files: Sequence[Path]
+    layers: Mapping[str, Quantization]
+    left_out: list[str]
+    note: str
+
+
+def _open_source(
+    path: Path,
+    form: str | None,
+    key: str | None,
+    strip_prefix: str | Sequence[str],
+    arrays: Mapping[str, Array] | None,
+    read_as: Translation | None,
+) -> _Source:
+    """Opens the source of a conversion. The arguments are those of `convert`."""
+    found, metadata = _read(path, key) if arrays is None or not is_gguf(path) else (arrays, {})
+    opened = found.files if isinstance(found, weights.Weights) else []
+    layers: Mapping[str, Quantization] = {}
+    if arrays is not None:
+        found = arrays
+    elif isinstance(found, weights.Weights):
+        found = read_saved(found)
+        layers = packed.layers if (packed := packed_of(found)) else {}
+    left_out: list[str] = []
+    if strip_prefix:
+        found, left_out = _without_prefix(path, found, strip_prefix)
+    translated = None if read_as is None or form == "mlx" else read_as(found)
+    note = _contradiction(path, metadata, form)
+    if layers:
+        note = note or f"the weights are dequantized: {describe(layers)} in the source"
+    if translated is not None:
+        found = translated
+        form = form or ("torch" if _is_pickled(path) else "canonical")  # also without metadata
+        note = note or "the names of the source are those of another program"
+    form = form or detect(path, metadata)
+    _check_form(form)
+    return _Source(found, form, metadata, opened, layers, left_out, note)
+
+
+def _check_dtypes_of_mlx(found: Mapping[str, Array], source: Path) -> None:
+    """Raises WeightsError if arrays have a dtype that MLX cannot read from a file."""
+    unsupported = [name for name in found if dtype_name(spec_of(found, name).dtype) in _MLX_UNSUPPORTED]
+    if unsupported:
+        raise WeightsError(
+            f"{source}: MLX does not read float64 from safetensors, and {len(unsupported)} arrays have it "
+            f"(the first is {unsupported[0]}); save the weights as float32 first"
+        )
 
 
 def _without_prefix(
