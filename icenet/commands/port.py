@@ -55,7 +55,7 @@ def port(
     module, example = _module(target)
     if weights is not None:
         backends.module("torch", "porting.sources").load_weights(module, files.user_path(weights, "port"))
-    args, kwargs = _inputs(shapes, example, module)
+    args, kwargs = _inputs(shapes, example)
     if only_check:
         found = porting.check(module, args, example_kwargs=kwargs)
         if found:
@@ -106,7 +106,7 @@ def _module(target: str) -> tuple[Any, Any]:
     )
 
 
-def _inputs(shapes: Sequence[str], example: Any, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(shapes: Sequence[str], example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns random inputs of the shapes."""
     if not shapes:
         if example is None:

@@ -48,13 +48,13 @@ def resolve(values: Mapping[str, Any], schema: type[Section], path: KeyPath = ()
         field = schema.model_fields.get(key)
         if field is not None and may_be_empty(field) and _is_empty(value):
             continue
-        resolved[key] = _typed(value, _expected(field, value), (*path, key))
+        resolved[key] = _typed(value, _expected(field), (*path, key))
     return resolved
 
 
 def may_be_empty(field: FieldInfo) -> bool:
     """Returns whether a key is a section, or a list of sections, whose keys all have defaults: it may be null."""
-    expected = _expected(field, None)
+    expected = _expected(field)
     return bool(expected.sections or (expected.items and expected.items.sections)) and not field.is_required()
 
 
@@ -116,7 +116,7 @@ class _Expected:
 _ANYTHING = _Expected()
 
 
-def _expected(field: FieldInfo | None, value: Any) -> _Expected:
+def _expected(field: FieldInfo | None) -> _Expected:
     if field is None:
         return _ANYTHING
     discriminators = [entry.discriminator for entry in field.metadata if isinstance(entry, Discriminator)]

@@ -136,7 +136,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
         config = Config.from_dict({"model": fields})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if fields.get("tie_embeddings") and _has_own_head(family, config, found):
+    if fields.get("tie_embeddings") and _has_own_head(family, found):
         _log.warning(f"{path}: {family.head} differs from the embedding, so they are not tied; config.json ties them")
         fields["tie_embeddings"] = False
     reads_text = config.model.input_kind == "tokens"
@@ -416,7 +416,7 @@ def _weights(path: Path) -> weight_files.Weights:
     return weight_files.read(path)
 
 
-def _has_own_head(family: Family, config: Config, weights: StoredWeights) -> bool:
+def _has_own_head(family: Family, weights: StoredWeights) -> bool:
     """Returns whether the files of a tied model have an output projection that is not a copy of the embedding."""
     if family.head not in weights:
         return False

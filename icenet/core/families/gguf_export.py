@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icenet.core.config import Config, ModelConfig
+from icenet.core.config import Config
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES
 from icenet.core.families.family import OF_TRAINING, Family, same_value
@@ -115,7 +115,7 @@ def write(
         _write_data(path, start, own, tensor, sizes[own])
         start += _aligned(sizes[own])
     os.truncate(path, start)  # with the zeros after the last tensor
-    _check(path, config.model, options)
+    _check(path, options)
     return {own: (tensor.kind, tensor.shape) for own, tensor in tensors.items()}
 
 
@@ -184,7 +184,7 @@ def _blocks(values: Array) -> tuple[Array, Array]:
     return scales, packed
 
 
-def _check(path: Path, config: ModelConfig, options: Mapping[str, Any]) -> None:
+def _check(path: Path, options: Mapping[str, Any]) -> None:
     """Raises ConfigError unless the file has the options of the model."""
     try:
         found = read(path)
