@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import icenet._deprecated  # noqa: F401  (old module names)
-from icenet.core.collection import without_collection
+from icenet.core.garbage_collection import without_garbage_collection
 
 if TYPE_CHECKING:
     from icenet.core.config import Config
@@ -84,7 +84,7 @@ def build(
         BackendError: The backend or the device does not exist, or TF32 is not allowed and MLX already uses it in this
             process.
     """
-    with without_collection():
+    with without_garbage_collection():
         from icenet.core import files
         from icenet.core.config import Config, custom
         from icenet.core.models.inference import build_for_inference
@@ -131,7 +131,7 @@ def load(
         UsageError: The weights cannot be quantized like this.
         BackendError: As in `build`.
     """
-    with without_collection():
+    with without_garbage_collection():
         from icenet.core import backends, files
         from icenet.core.config import custom
         from icenet.core.errors import CheckpointError

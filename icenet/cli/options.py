@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import click
 
-from icenet.core.collection import without_collection
 from icenet.core.dtypes import FLOAT_DTYPES
+from icenet.core.garbage_collection import without_garbage_collection
 from icenet.core.report import streams
 
 _OTHER_WORDS = {
@@ -31,7 +31,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         module = f"icenet.commands.{self.name}"
-        with without_collection():
+        with without_garbage_collection():
             if importlib.util.find_spec(module) is not None:
                 importlib.import_module(module)
         return super().invoke(ctx)

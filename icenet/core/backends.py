@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from icenet.core import blas as blas_library
-from icenet.core.collection import without_collection
 from icenet.core.config import Config, custom
 from icenet.core.errors import BackendError, IceNetError, UsageError
+from icenet.core.garbage_collection import without_garbage_collection
 
 if TYPE_CHECKING:
     from icenet.core.engine import Engine
@@ -99,7 +99,7 @@ def _import(name: str, blas: str = "auto") -> None:
         if name == "mlx":
             blas_library.load(blas)
         if framework not in sys.modules:
-            with without_collection():
+            with without_garbage_collection():
                 importlib.import_module(framework)
     except (ImportError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -112,7 +112,7 @@ def module(name: str, part: str) -> ModuleType:
     found = f"{PACKAGES[name]}.{part}"
     if found in sys.modules:
         return sys.modules[found]
-    with without_collection():
+    with without_garbage_collection():
         return importlib.import_module(found)
 
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from icenet.core.collection import without_collection
+from icenet.core.garbage_collection import without_garbage_collection
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
@@ -16,7 +16,7 @@ def test_objects_of_an_import_are_not_collected_again_and_again(is_enabled: bool
     before = gc.isenabled()
     try:
         (gc.enable if is_enabled else gc.disable)()
-        with pytest.raises(ImportError), without_collection():
+        with pytest.raises(ImportError), without_garbage_collection():
             assert not gc.isenabled()
             made = [[] for _ in range(10)]
             raise ImportError

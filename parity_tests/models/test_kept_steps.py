@@ -226,7 +226,7 @@ def test_the_memory_of_kept_steps_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         texts(model, one, temperature=0.5 + seed / 10, max_new_tokens=2)
     assert len(steps) == torch_capture.KEPT_STEPS
     kept = [weakref.ref(step) for step in steps.values()]
-    del steps, model  # without waiting for the collector of cycles
+    del steps, model  # without waiting for the garbage collector
     assert not any(step() for step in kept)
 
 

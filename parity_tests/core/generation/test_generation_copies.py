@@ -201,7 +201,7 @@ def test_a_cache_of_the_user_can_be_a_list(backend: str) -> None:
 
 @both_backends
 def test_a_model_is_freed_with_its_copy(backend: str) -> None:
-    """At once: the collector of cycles may run much later, and the memory is that of the weights."""
+    """At once: the garbage collector may run much later, and the memory is that of the weights."""
     model = build(backend)
     gc.collect()
     gc.disable()
