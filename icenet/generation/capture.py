@@ -39,8 +39,7 @@ def kept_steps(model: nn.Module) -> dict[Any, CapturedStep]:
 class CapturedStep:
     """A step that `mx.compile` traces once and runs again with other arrays.
 
-    Tracing merges elementwise operations to one kernel. Running it again costs about 0.3 ms for 12 layers, where the
-    operations of Python would cost three times as much.
+    Tracing merges elementwise operations to one kernel, and the Python code of the operations runs only once.
 
     Args:
         step: `DecoderBase.decode_step`, which depends on its arrays only.

@@ -68,7 +68,7 @@ def settings(device: torch.device) -> tuple[Any, ...]:
 
 
 class CapturedStep:
-    """A step as a CUDA graph: its kernels are started together, in 0.6 ms instead of 5 ms for 12 layers.
+    """A step as a CUDA graph: its kernels are started together, without the Python code of the operations.
 
     The graph reads and writes the same memory each time. Its first run gets copies of the state's arrays; after that
     the state is that memory. The buffers of the cache are written in place, so they are not copied. Capturing takes

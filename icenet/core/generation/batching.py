@@ -41,8 +41,8 @@ class Costs:
 
 
 ON_GPU = Costs(padding=4096, joining=1 / 8, leaving=1 / 2)
-"""A pass of 12 layers takes about 5 ms to start and reads a million tokens per second. A smaller batch is hardly
-faster, and its step is captured again."""
+"""Starting a pass takes as long as reading thousands of tokens. A smaller batch is hardly faster, and its step is
+captured again."""
 ON_CPU = Costs(padding=32, joining=0.0, leaving=1 / 8)
 """The time is that of the operations. Reading the weights takes as long as computing about 30 tokens."""
 
