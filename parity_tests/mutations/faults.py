@@ -1051,7 +1051,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a resumed run does not say that TF32 has changed",
-        "icenet/core/training/trainer.py",
+        "icenet/core/training/continued.py",
         "if before is not None and before != engine.tf32:",
         "if False:",
         ["engine/test_arithmetic.py::test_a_run_records_its_arithmetic"],
@@ -1784,7 +1784,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "characters without a token are dropped in silence",
-        "icenet/core/tokenizers/huggingface.py",
+        "icenet/core/tokenizers/coverage.py",
         "self.is_silent = is_bpe and not complete",
         "self.is_silent = False",
         ["core/tokenizers/test_tokenizers.py::test_letters_without_an_unknown_token"],
@@ -2990,7 +2990,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the table of positions does not grow with the cache",
-        "icenet_torch/generation/cache.py",
+        "icenet/core/generation/cache.py",
         "self._prepare(self.capacity)",
         "pass",
         ["models/test_positions.py::test_a_captured_step_finds_the_rows_of_its_position"],
@@ -3173,7 +3173,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the limit of quantized weights leaves out the biases of groups",
-        "icenet/commands/bench/inference.py",
+        "icenet/commands/bench/inference_rows.py",
         "bits / 8 + 2 * value_bytes",
         "bits / 8 + value_bytes",
         ["commands/test_bench.py::test_quantized_weights_next_to_those_as_they_are"],

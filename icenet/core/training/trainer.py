@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icenet.core import backends
-from icenet.core.config import Config, CustomDataConfig, custom
+from icenet.core.config import Config, custom
 from icenet.core.data.datasets import Dataset, dataset_for
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.user import UserDataset
@@ -29,13 +29,13 @@ from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import changed_keys, initial_weights, loss_twins, run_folder, unused_keys
 from icenet.core.training import checkpoint as checkpoints
+from icenet.core.training import continued, initial_weights, loss_twins, run_folder, unused_keys
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.prefetch import Prefetch
-from icenet.core.training.schedule import explain_change, learning_rate
+from icenet.core.training.schedule import learning_rate
 from icenet.core.training.signals import on_stop_signal
 from icenet.core.weights.origin import Origin
 
@@ -273,27 +273,9 @@ class Trainer:
         engine.set_weights(dict(found.weights))
         engine.model.origin = Origin.of(found.weights)
         engine.set_optimizer_state(dict(found.optimizer))
-        precision = config.training.mixed_precision
-        scale = LossScale.for_precision(precision)
-        if precision == found.config.training.mixed_precision:
-            try:
-                scale = LossScale.read(found.state.get("loss_scale"))
-            except ValueError:
-                raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
+        scale = continued.loss_scale(found, config)
         trainer = cls(config, plan.run, engine, found.step, scale, quiet, given)
         trainer.notes += plan.notes
-        for key, reference in (("code", config.model.type), ("loss_code", config.training.loss)):
-            code = twins.changed_code(found.state.get(key), reference, str(found.path))
-            trainer.notes += [code] if code else []
-        changed = explain_change(found.step, found.config.training, config.training)
-        trainer.notes += [changed] if changed else []
-        before = found.state.get("tf32")  # None in a checkpoint of an earlier version
-        if before is not None and before != engine.tf32:
-            place = f"{engine.backend} {engine.device}, allow_tf32: {str(config.allow_tf32).lower()}"
-            trainer.notes.append(
-                f"TF32 is {engine.tf32} from step {found.step + 1} ({place}), and was {before} before: the losses "
-                "change by more than rounding"
-            )
         if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.facts:
             trainer.dataset.facts = dict(found.state.get("facts") or {})  # of the model that the run began with
         if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.files:
@@ -303,23 +285,8 @@ class Trainer:
         if plan.branched_from is not None:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
-            best = EarlyStopping.read(found.state.get("best"))
-            if (
-                not config.training.keep_best
-                or best.step is None
-                or checkpoints.path_of(plan.run, best.step).is_dir()
-            ):
-                trainer.early_stopping = best
-        same_data = found.state.get("data") == trainer.dataset.fingerprint
-        trainer.notes += changed_keys.notes(found.config, config, found.step, trainer.dataset, same_data=same_data)
-        if not same_data:
-            source = f"data of {trainer.dataset.description} is"
-            if not isinstance(config.data, CustomDataConfig) and data is None:
-                content, verb = ("images", "are") if trainer.dataset.unit == "img" else ("text", "is")
-                source = f"{content} of data.source {config.data.source} {verb}"
-            trainer.notes.append(f"the {source} not what the checkpoint was trained on")
-        elif isinstance(trainer.dataset, UserDataset):
-            trainer.notes += trainer.dataset.changed_batch(found.state.get("last_batch"))
+            trainer.early_stopping = continued.best_evaluation(found, config, plan.run)
+        trainer.notes += continued.notes(found, config, engine, trainer.dataset)
         return trainer
 
     def fit(self, until: int | None = None) -> Result:
