@@ -74,11 +74,11 @@ _NOT_SAMPLED = {
 
 
 def _run_inference(rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
-    from icenet.commands.bench import inference
+    from icenet.commands.bench import inference, inference_rows
 
     if options["sample"] and len(rows) == 1 and (reason := _NOT_SAMPLED.get(rows[0])):
         raise click.UsageError(f"--sample has no effect on {rows[0]}: {reason}")
-    run_rows(lambda notify: inference.run(rows, inference.Options(**options), notify), json_file, overwrite)
+    run_rows(lambda notify: inference.run(rows, inference_rows.Options(**options), notify), json_file, overwrite)
 
 
 _batches_option = click.option(

@@ -16,7 +16,7 @@ from helpers import BACKENDS, TINY, both_backends, error_line, is_one_line, pyth
 from icenet.cli import bench as cli_bench
 from icenet.cli import main as cli
 from icenet.commands import isolated
-from icenet.commands.bench import common, inference, limits, memory, sides, step, target
+from icenet.commands.bench import common, inference, inference_rows, limits, memory, sides, step, target
 from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
@@ -604,11 +604,11 @@ def test_a_model_without_a_form_for_peers(in_process: None, capsys: pytest.Captu
 def test_the_seconds_of_new_tokens() -> None:
     """The shortest call of one token is subtracted. A new process adds what only first calls do."""
     measured = inference.Measured([5.0, 9.0], [[1.0, 3.0], [1.5, 4.0], [1.1, 5.0]])
-    assert measured.seconds(inference.ROWS["decode"]) == [2.0, 3.0, 4.0]
+    assert measured.seconds(inference_rows.ROWS["decode"]) == [2.0, 3.0, 4.0]
     assert measured.first_token() == 1.1
-    assert measured.cold_first_token(inference.ROWS["decode"]) == 5 + 9 - 4
-    assert measured.seconds(inference.ROWS["load"]) == [1.0, 1.5, 1.1]
-    assert measured.cold_first_token(inference.ROWS["load"]) == 5
+    assert measured.cold_first_token(inference_rows.ROWS["decode"]) == 5 + 9 - 4
+    assert measured.seconds(inference_rows.ROWS["load"]) == [1.0, 1.5, 1.1]
+    assert measured.cold_first_token(inference_rows.ROWS["load"]) == 5
 
 
 @pytest.mark.parametrize("experts", [None, 4])

@@ -7,19 +7,14 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
-from icenet.core.files import LFS_POINTER, LFS_REMEDY
 from icenet.core.tokenizers import llama, sentencepiece, wordpiece
 from icenet.core.tokenizers.base import TOKENIZER_FILE, NoTokenError, utf8
 from icenet.core.tokenizers.companions import (
@@ -31,6 +26,8 @@ from icenet.core.tokenizers.companions import (
     read_added_tokens,
     read_files,
 )
+from icenet.core.tokenizers.coverage import Coverage
+from icenet.core.tokenizers.library import library, one_line_errors, read_tokenizer
 
 EOT_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|end|>", "<end_of_text>"),
@@ -79,8 +76,8 @@ class HFTokenizer:
         self._settings = settings = parse(self._files, where)
         self.chat_templates = dict(settings.templates)
         self.template_tokens = settings.named
-        self._tokenizer, self._post_processor = _read(content, where)
-        with _one_line(f"data.tokenizer: {where}: cannot add the tokens of {CONFIG}"):
+        self._tokenizer, self._post_processor = read_tokenizer(content, where)
+        with one_line_errors(f"data.tokenizer: {where}: cannot add the tokens of {CONFIG}"):
             changes = _apply(settings, self._tokenizer)
         identity = content + json.dumps(changes).encode() if changes else content
         self.name = f"hf:{hashlib.sha256(identity).hexdigest()[:32]}"
@@ -106,7 +103,7 @@ class HFTokenizer:
         is_bpe = isinstance(self._tokenizer.model, library().models.BPE)  # for which transformers does not do it
         cleans = settings.values.get("clean_up_tokenization_spaces") is True and not is_bpe
         self.unstable_characters = _CLEANED_CHARACTERS if cleans else 0
-        self._coverage = _Coverage(self._tokenizer)
+        self._coverage = Coverage(self._tokenizer)
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
         self.special_tokens: Mapping[str, int] = {**special, eot_token: self.eot_id}
         self._hidden = frozenset(self.special_tokens.values())
@@ -303,7 +300,7 @@ class HFTokenizer:
         # the end-of-text token may be an ordinary token of the file
         hidden = self._hidden if skip_special_tokens else ()
         shown = [token for token in ids if token not in hidden]
-        with _one_line(f"data.tokenizer: {self._where}: cannot decode a text"):
+        with one_line_errors(f"data.tokenizer: {self._where}: cannot decode a text"):
             text: str = self._tokenizer.decode(
                 self._with_valid_bytes(shown) if self._bytes else shown, skip_special_tokens=skip_special_tokens
             )
@@ -331,7 +328,7 @@ class HFTokenizer:
         if self._coverage.is_silent:
             self._check(texts)
         try:
-            with _one_line(f"data.tokenizer: {self._where}: cannot encode a text"):
+            with one_line_errors(f"data.tokenizer: {self._where}: cannot encode a text"):
                 yield
         except DataError:
             self._check(texts)
@@ -366,106 +363,6 @@ def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, int]:
     """Returns the byte of each token `<0x00>` to `<0xFF>`; empty if one of them is missing."""
     names = [f"<0x{value:02X}>" for value in range(256)]
     return {vocabulary[name]: value for value, name in enumerate(names)} if {*names} <= {*vocabulary} else {}
-
-
-class _Coverage:
-    """Finds parts of texts that a tokenizer has no token for.
-
-    Without an unknown token, the library's BPE drops such characters silently, and its other models fail.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = sorted((token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len)
-        self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
-        self._known: dict[str, bool] = {}
-        probe = "\U000f0000"  # a character for private use
-        complete = self.has_token(probe)
-        if complete and self._pieces(probe) != [(probe, 0)]:  # written as bytes: each must have a token
-            complete = all(map(self._covers, library().pre_tokenizers.ByteLevel.alphabet()))
-        is_bpe = isinstance(tokenizer.model, library().models.BPE)
-        self.is_silent = is_bpe and not complete
-        """Whether the library drops characters without an error."""
-        affixes = is_bpe and (tokenizer.model.continuing_subword_prefix or tokenizer.model.end_of_word_suffix)
-        self._by_character = is_bpe and not affixes
-
-    def has_token(self, character: str) -> bool:
-        """Returns whether a character alone can be encoded."""
-        if character not in self._known:
-            self._known[character] = all(self._covers(piece) for piece, _ in self._pieces(character))
-        return self._known[character]
-
-    def first_unknown(self, text: str) -> tuple[str, int] | None:
-        """Returns the first part without a token and its index; None if there is none."""
-        if self._by_character and all(map(self.has_token, set(text))):
-            return None
-        first = 0
-        for found in [*(self._added.finditer(text) if self._added else ()), None]:
-            end = found.start() if found else len(text)
-            for piece, offset in self._pieces(text[first:end]):
-                if not self._covers(piece):
-                    part = next((character for character in piece if not self.has_token(character)), piece)
-                    position = text.find(part, first + offset)
-                    return part, position if position >= 0 else first + offset  # a normalizer changes the text
-            first = found.end() if found else end
-        return None
-
-    def _pieces(self, text: str) -> list[tuple[str, int]]:
-        """Returns what the model encodes of a text, with offsets: words, usually."""
-        tokenizer = self._tokenizer
-        if not text:
-            return []
-        if tokenizer.normalizer is not None:
-            text = tokenizer.normalizer.normalize_str(text)
-        if tokenizer.pre_tokenizer is None:
-            return [(text, 0)]
-        return [(piece, offsets[0]) for piece, offsets in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-    def _covers(self, piece: str) -> bool:
-        """Returns whether the tokens of a piece cover all of its bytes."""
-        try:
-            tokens = self._tokenizer.model.tokenize(piece)
-        except Exception:  # what the library raises without an unknown token
-            return False
-        return sum(last - first for first, last in (token.offsets for token in tokens)) == len(piece.encode())
-
-
-def library() -> ModuleType:
-    """Returns the module `tokenizers`.
-
-    Raises:
-        DataError: It is not installed.
-    """
-    try:
-        import tokenizers
-    except ImportError as error:
-        missing = f" ({error})" if not isinstance(error, ModuleNotFoundError) else ""
-        raise DataError(
-            f"data.tokenizer: a tokenizer.json needs the package tokenizers{missing}: pip install 'icenet[text]'"
-        ) from None
-    return tokenizers
-
-
-@contextlib.contextmanager
-def limit_threads(count: int | None) -> Iterator[None]:
-    """Sets the number of threads of `encode_batch`; None leaves the library's default, one per processor.
-
-    The library reads the number when it first uses threads, and keeps it until the process ends.
-    """
-    if count is None:
-        yield
-        return
-    values = {"TOKENIZERS_PARALLELISM": "true" if count > 1 else "false", "RAYON_NUM_THREADS": str(count)}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _clean(text: str) -> str:
@@ -504,78 +401,3 @@ def _clean_up(text: str) -> str:
     for old, new in _CLEANED.items():
         text = text.replace(old, new)
     return text
-
-
-def _read(content: bytes, where: str) -> tuple[Any, Any]:
-    """Returns the tokenizer of the library, without what drops, adds or samples tokens, and its post-processor."""
-    tokenizers = library()
-    with _one_line(f"data.tokenizer: {where}: this version of tokenizers cannot read it"), _silent():
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except BaseException:  # parsing it before takes as long again
-            _check_json(content, where)
-            raise
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        post_processor = tokenizer.post_processor
-        tokenizer.post_processor = None
-        if getattr(tokenizer.model, "dropout", None):
-            tokenizer.model.dropout = None
-        _try(tokenizer)
-    return tokenizer, post_processor
-
-
-def _check_json(content: bytes, where: str) -> None:
-    """Raises DataError unless a file is JSON with a model."""
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
-        if content.startswith(LFS_POINTER):
-            raise DataError(f"data.tokenizer: {where}: is a Git LFS pointer, not the file; {LFS_REMEDY}") from None
-        raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")
-
-
-def _try(tokenizer: Any) -> None:
-    """Encodes and decodes a text, because the library finds some faults of a file only then."""
-    try:
-        ids = tokenizer.encode("a b\n", add_special_tokens=False).ids
-    except Exception as error:
-        if "unk" not in str(error).lower():  # letters without a token, which is no fault of the file
-            raise
-        ids = [min(tokenizer.get_vocab().values())]
-    tokenizer.decode(ids)
-
-
-@contextlib.contextmanager
-def _one_line(problem: str) -> Iterator[None]:
-    """Turns errors of the library, panics included, into a DataError."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError):
-        raise
-    except BaseException as error:  # a Rust panic is not an Exception
-        raise DataError(f"{problem}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Discards what Rust writes to the standard error when it panics; the DataError reports it."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is no standard error
-        yield
-        return
-    try:
-        sys.stderr.flush()
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

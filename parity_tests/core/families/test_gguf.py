@@ -28,7 +28,8 @@ from icenet.core.families.weights import family_tensors
 from icenet.core.models import rotary
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers import read_tokenizer
-from icenet.core.tokenizers.huggingface import HFTokenizer, library
+from icenet.core.tokenizers.huggingface import HFTokenizer
+from icenet.core.tokenizers.library import library
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.gguf import TYPES, GgufFile
 

@@ -26,7 +26,7 @@ from icenet.core.data.text.sources import Source
 from icenet.core.data.text.token_file import VERSION, TokenFile, open_file
 from icenet.core.errors import DataError, FileError
 from icenet.core.tokenizers.base import Tokenizer
-from icenet.core.tokenizers.huggingface import limit_threads
+from icenet.core.tokenizers.library import limit_threads
 
 F = TypeVar("F")
 """A file in the cache."""
