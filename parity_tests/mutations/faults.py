@@ -24,6 +24,28 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- causes of a comparison --------------------------------------------------------------------------------
+    Fault(
+        "the rate of a dropout whose class a user derives is not compared",
+        "icenet/parity/causes/numbers.py",
+        'if "_p_1" in found:',
+        "if False:",
+        ["parity/test_compare_idioms.py::test_numbers_without_an_effect_are_said"],
+    ),
+    Fault(
+        "two numbers of a module are no cause",
+        "icenet/parity/causes/numbers.py",
+        "if len(found) > 1 and trial.explains",
+        "if False and trial.explains",
+        ["parity/test_causes.py::test_two_numbers_of_a_module"],
+    ),
+    Fault(
+        "a number and a tuple of equal numbers differ",
+        "icenet/parity/causes/numbers.py",
+        "wide = [v if isinstance(v, tuple) else (v,) * size for v in values]",
+        "wide = values",
+        ["parity/test_causes.py::test_numbers_of_layers_whose_shapes_differ"],
+    ),
     # ---- the process -------------------------------------------------------------------------------------------
     Fault(
         "freed memory goes back to the system, although a threshold is set",
@@ -651,7 +673,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the biases of experts decay",
-        "icenet/core/training/parameter_groups.py",
+        "icenet/core/engine/parameter_groups.py",
         'return len(shape) - (kinds.get(layout.split(path)[0]) == "stacked_linear")',
         "return len(shape)",
         ["models/test_experts.py::test_biases_of_experts_have_no_weight_decay"],
@@ -1336,18 +1358,18 @@ FAULTS: list[Fault] = [
         ["models/test_models.py::test_padding_changes_nothing_for_real_positions"],
     ),
     Fault(
-        "a merged block of parallel branches reads the sum",
-        "icenet_torch/models/merged.py",
+        "a fused block of parallel branches reads the sum",
+        "icenet_torch/models/fused.py",
         "x if self.parallel else y, second, y)",
         "y, second, y)",
-        ["models/test_merged.py::test_a_merged_block_computes_what_the_block_does"],
+        ["models/test_fused.py::test_a_fused_block_computes_what_the_block_does"],
     ),
     Fault(
-        "a merged block of parallel branches reads the sum, MLX",
-        "icenet/models/merged.py",
+        "a fused block of parallel branches reads the sum, MLX",
+        "icenet/models/fused.py",
         "x if self.parallel else y, second, y)",
         "y, second, y)",
-        ["models/test_merged.py::test_a_merged_block_of_mlx_computes_what_the_block_does"],
+        ["models/test_fused.py::test_a_fused_block_of_mlx_computes_what_the_block_does"],
     ),
     Fault(
         "products with packed numbers are compiled on CUDA, MLX",
@@ -1385,11 +1407,11 @@ FAULTS: list[Fault] = [
         ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
     ),
     Fault(
-        "a merged block does not call hooks",
-        "icenet_torch/models/merged.py",
+        "a fused block does not call hooks",
+        "icenet_torch/models/fused.py",
         "type(attention) is not Attention or _has_hooks(attention)",
         "type(attention) is not Attention",
-        ["models/test_merged.py::test_layers_of_a_user_and_hooks_are_called"],
+        ["models/test_fused.py::test_layers_of_a_user_and_hooks_are_called"],
     ),
     Fault(
         "post-norm adds the residual after the norm",
@@ -1524,14 +1546,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "norms and biases decay",
-        "icenet/core/training/parameter_groups.py",
+        "icenet/core/engine/parameter_groups.py",
         "decay = weight_decay(training) if _num_axes(path, shape, kinds) >= 2 else 0.0",
         "decay = weight_decay(training)",
         ["engine/test_optimizers.py::test_matrices_decay_and_vectors_do_not"],
     ),
     Fault(
         "the last matching parameter group wins",
-        "icenet/core/training/parameter_groups.py",
+        "icenet/core/engine/parameter_groups.py",
         "for index, group in enumerate(groups) if matching",
         "for index, group in reversed([*enumerate(groups)]) if matching",
         ["engine/test_optimizers.py::test_a_parameter_is_in_the_first_group_that_matches"],
@@ -1555,7 +1577,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the average of weights moves by the decay",
-        "icenet/core/training/schedule.py",
+        "icenet/core/engine/ema.py",
         "return 1 - min(decay, (1 + step) / (10 + step))",
         "return min(decay, (1 + step) / (10 + step))",
         ["core/training/test_training.py::test_the_weight_of_an_average"],

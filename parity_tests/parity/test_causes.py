@@ -265,6 +265,36 @@ def test_numbers_of_layers_whose_shapes_differ() -> None:
     )  # fmt: skip
     report = compare(*pair, draw(2, 6, 6, 3), copy_weights=True)
     assert report.culprit == "conv" and "padding is (0, 0) in a, (1, 1) in b" in report.cause, report.verdict
+    pair = net(
+        lambda m, x: m.conv(x), lambda m, x: m.conv(x),
+        conv=Pair(M.Conv1d(3, 4, 3), T.Conv1d(3, 4, 3, padding=1)),
+    )  # fmt: skip
+    report = compare(*pair, draw(2, 6, 3), copy_weights=True)
+    assert report.cause == "padding is 0 in a, (1,) in b", report.verdict  # 1 and (1,) are equal strides
+
+
+def test_two_numbers_of_a_module() -> None:
+    """Neither explains the difference alone."""
+    pair = net(lambda m, x: m.bent(x), lambda m, x: m.bent(x), bent=Pair(Bent(0.5, 2.0), TorchBent(1.0, 3.0)))
+    assert "alpha is 0.5 in a, 1 in b; beta is 2 in a, 3 in b" in cause_of(pair, draw(4, 6))
+
+
+class Bent(M.Module):
+    def __init__(self, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.where(x > 0, self.beta * x, self.alpha * x)
+
+
+class TorchBent(T.Module):
+    def __init__(self, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, self.beta * x, self.alpha * x)
 
 
 def test_a_transposed_parameter() -> None:
