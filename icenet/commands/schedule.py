@@ -11,11 +11,11 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.config.training import TrainingConfig
+from icenet.core.engine.parameter_groups import assign, gather
 from icenet.core.errors import UsageError
 from icenet.core.report import canvas
 from icenet.core.report.console import new_console, print_line
 from icenet.core.training import open_model
-from icenet.core.training.parameter_groups import assign, gather
 from icenet.core.training.schedule import decay_start, learning_rate, length
 
 _POINTS = 1000

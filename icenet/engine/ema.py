@@ -8,13 +8,13 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.core.training import ema
+from icenet.core.engine import ema
 from icenet.models import BaseModel
 from icenet.nn import tree
 
 
 class WeightAverage(ema.WeightAverage):
-    """See `icenet.core.training.ema.WeightAverage`.
+    """See `icenet.core.engine.ema.WeightAverage`.
 
     `arrays` stays the same dictionary, because a compiled step captures it.
     """

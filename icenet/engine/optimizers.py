@@ -18,9 +18,9 @@ import mlx.optimizers as optim
 import numpy as np
 
 from icenet.core.config import TrainingConfig
-from icenet.core.training import optimizer
-from icenet.core.training.optimizer import OptimizerGroup, orthogonalize
-from icenet.core.training.parameter_groups import Group, momentum, muon_factor
+from icenet.core.engine import optimizer
+from icenet.core.engine.optimizer import OptimizerGroup, orthogonalize
+from icenet.core.engine.parameter_groups import Group, momentum, muon_factor
 from icenet.core.training.schedule import adafactor_scalars, adam_corrections
 from icenet.core.weights import layout
 from icenet.models import BaseModel
@@ -211,7 +211,7 @@ def frobenius_norm(matrix: mx.array) -> mx.array:
 
 
 class Optimizer(optimizer.Optimizer):
-    """See `icenet.core.training.optimizer.Optimizer`.
+    """See `icenet.core.engine.optimizer.Optimizer`.
 
     `state` holds every array that a step changes, in containers that stay the same: a compiled step captures them.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 from icenet.core.config import Config
 from icenet.core.engine import Batch
-from icenet.core.training.parameter_groups import weight_decay
+from icenet.core.engine.parameter_groups import weight_decay
 from icenet.engine.build import build_model, choose_device
 from icenet.engine.engine import Engine
 from icenet.models import BaseModel

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from icenet.core.training import ema
+from icenet.core.engine import ema
 
 
 class WeightAverage(ema.WeightAverage):
-    """See `icenet.core.training.ema.WeightAverage`.
+    """See `icenet.core.engine.ema.WeightAverage`.
 
     Args:
         model: The model, or this process's shards of its parameters.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn, optim
 
 from icenet.core.config import TrainingConfig
-from icenet.core.training import optimizer
-from icenet.core.training.optimizer import OptimizerGroup, orthogonalize
-from icenet.core.training.parameter_groups import Group, momentum, muon_factor
+from icenet.core.engine import optimizer
+from icenet.core.engine.optimizer import OptimizerGroup, orthogonalize
+from icenet.core.engine.parameter_groups import Group, momentum, muon_factor
 from icenet_torch.nn.arrays import from_numpy, to_numpy
 
 Parameters = list[nn.Parameter]
@@ -188,7 +188,7 @@ def frobenius_norm(matrix: Tensor) -> Tensor:
 
 
 class Optimizer(optimizer.Optimizer):
-    """See `icenet.core.training.optimizer.Optimizer`."""
+    """See `icenet.core.engine.optimizer.Optimizer`."""
 
     def __init__(self, training: TrainingConfig, model: Any) -> None:
         self.parameters = {path: p for path, p in model.named_parameters() if p.requires_grad}

@@ -12,8 +12,8 @@ from torch import nn
 
 from icenet.core.config import Config
 from icenet.core.engine import Batch
+from icenet.core.engine.parameter_groups import weight_decay
 from icenet.core.report import resident_memory
-from icenet.core.training.parameter_groups import weight_decay
 from icenet_torch.engine.build import build_model, choose_device
 from icenet_torch.engine.engine import Engine
 from icenet_torch.models import BaseModel

@@ -19,10 +19,10 @@ from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.config.training import ParameterGroup, TrainingConfig
 from icenet.core.distributed import processes
+from icenet.core.engine.optimizer import orthogonalize
+from icenet.core.engine.parameter_groups import Group, assign, gather
 from icenet.core.errors import CheckpointError, ConfigError
 from icenet.core.training import checkpoint
-from icenet.core.training.optimizer import orthogonalize
-from icenet.core.training.parameter_groups import Group, assign, gather
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
 from icenet.parity.engines import build

@@ -13,9 +13,9 @@ from helpers import both_backends, build_model, native, plain
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, TrainingConfig
 from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
+from icenet.core.engine.parameter_groups import assign
 from icenet.core.families import folder
 from icenet.core.models import modules
-from icenet.core.training.parameter_groups import assign
 from icenet.parity.engines import build
 from icenet.parity.run import compare_engines, random_batch, run
 

@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,13 @@ from icenet.core import rng
 from icenet.core.config import Config, custom, output_size, user_code
 from icenet.core.distributed import processes
 from icenet.core.engine.batches import Array, Batch, MicroBatch, check_ids, count_labels, labelled_rows, micro_batches
+from icenet.core.engine.ema import WeightAverage
 from icenet.core.engine.logits import call_model
+from icenet.core.engine.optimizer import Optimizer
 from icenet.core.engine.results import Evaluation, StepResult, step_result
 from icenet.core.errors import UsageError
 from icenet.core.models import buckets, randomness
 from icenet.core.models.dropout import seed_dropouts
-
-if TYPE_CHECKING:
-    from icenet.core.training.ema import WeightAverage
-    from icenet.core.training.optimizer import Optimizer
 
 P = ParamSpec("P")
 R = TypeVar("R")

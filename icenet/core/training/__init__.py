@@ -1,1 +1,1 @@
-"""The training loop and what it needs: run folders, checkpoints, schedules, parameter groups."""
+"""The training loop and what it needs: run folders, checkpoints, schedules."""

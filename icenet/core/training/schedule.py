@@ -1,6 +1,6 @@
-"""Learning rate schedules and other scalars that are pure functions of the step, computed on the host in float64.
+"""Learning rate schedules: pure functions of the step, computed on the host in float64.
 
-Computed in MLX's graph, in fp32, a schedule has an error of 1e-6 to 1e-5, and a bias correction a larger one.
+Computed in MLX's graph, in fp32, a schedule has an error of 1e-6 to 1e-5.
 """
 
 from __future__ import annotations
@@ -104,12 +104,3 @@ def adafactor_scalars(step: int, learning_rate: float) -> tuple[float, float]:
     the learning rate is 0.01).
     """
     return (step + 1) ** -0.8, min(learning_rate, (step + 1) ** -0.5)
-
-
-def ema_weight(step: int, decay: float) -> float:
-    """Returns the weight of the new parameters in their exponential moving average, after step 0, 1, ...
-
-    It is 1 - decay, and larger at the beginning, so that the average forgets the initial parameters soon: the decay
-    of step t is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
-    """
-    return 1 - min(decay, (1 + step) / (10 + step))

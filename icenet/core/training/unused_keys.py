@@ -14,8 +14,8 @@ from icenet.core.config import Config, CustomConfig, GenerationConfig, ModelConf
 from icenet.core.config.written import is_written
 from icenet.core.data.datasets import Dataset
 from icenet.core.data.images.dataset import ImageDataset
+from icenet.core.engine import parameter_groups
 from icenet.core.errors import ConfigError
-from icenet.core.training import parameter_groups
 from icenet.core.training.schedule import learning_rate, length
 
 Reasons = Iterator[tuple[str, str]]

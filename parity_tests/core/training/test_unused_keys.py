@@ -9,8 +9,8 @@ from helpers import is_one_line, tiny
 
 from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
+from icenet.core.engine import parameter_groups
 from icenet.core.errors import ConfigError
-from icenet.core.training import parameter_groups
 from icenet.core.training.unused_keys import Circumstances, notices
 
 SHAPES = {

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from icenet.core.config import TrainingConfig
+from icenet.core.engine.batches import Array
+from icenet.core.engine.parameter_groups import Group, Shape, assign
 from icenet.core.errors import CheckpointError
-from icenet.core.training.parameter_groups import Group, Shape, assign
-
-Array = Any
-"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
 
 
 class OptimizerGroup(NamedTuple):

@@ -7,10 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from icenet.core.training.schedule import ema_weight
-
-Array = Any
-"""An array of the backend: `mlx.core.array` or `torch.Tensor`."""
+from icenet.core.engine.batches import Array
 
 
 class WeightAverage(ABC):
@@ -61,3 +58,12 @@ class WeightAverage(ABC):
     @abstractmethod
     def _set_weights(self, arrays: Mapping[str, Array]) -> None:
         """Sets the model's trainable weights."""
+
+
+def ema_weight(step: int, decay: float) -> float:
+    """Returns the weight of the new parameters in their exponential moving average, after step 0, 1, ...
+
+    It is 1 - decay, and larger at the beginning, so that the average forgets the initial parameters soon: the decay
+    of step t is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
+    """
+    return 1 - min(decay, (1 + step) / (10 + step))
