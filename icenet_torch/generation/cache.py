@@ -8,65 +8,24 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from icenet.core.config.transformer_plan import AttentionPlan
-from icenet.core.generation.cache import Pick, RowCache
+from icenet.core.generation.cache import KVCacheBase, Pick
 from icenet_torch.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
 from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention, joined_attention
 
 
-class KVCache(RowCache):
-    """Keys and values of the attention layers of a model.
-
-    The buffers have room for `capacity` columns. They double when they are full, and `reserve` can make room before.
-
-    Args:
-        num_layers: Number of attention layers.
-        prepare: Called with the number of columns when the buffers grow.
+class KVCache(KVCacheBase):
+    """See `icenet.core.generation.cache.KVCacheBase`.
 
     Attributes:
-        layers: The cache of each layer.
-        capacity: Number of columns that the buffers can hold.
         columns: Places of the tokens that are read, int64 `[1, T]` or `[B, T]`.
-        position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
-            between the rows.
-        padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
     """
 
-    reads_padding = False  # a token attends to earlier columns only, and later ones are written over
-    step = 256
-
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
-        self._prepare = prepare
-        self.capacity = 0
-        self.position = torch.zeros(1, dtype=torch.int32, device="cpu")
+        super().__init__(num_layers, torch.zeros(1, dtype=torch.int32, device="cpu"), prepare)
         self.columns: torch.Tensor | None = None
-        self.padding: torch.Tensor | None = None
-        self.layers = [LayerCache(self) for _ in range(num_layers)]
 
-    @property
-    def state(self) -> list[torch.Tensor]:
-        padding = [] if self.padding is None else [self.padding]
-        buffers = (buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None)
-        return [self.position, *padding, *buffers]
-
-    @state.setter
-    def state(self, arrays: list[torch.Tensor]) -> None:
-        remaining = iter(arrays)
-        self.position = next(remaining)
-        if self.padding is not None:
-            self.padding = next(remaining)
-        self.layers = [LayerCache(self, next(remaining), next(remaining)) for _ in self.layers]
-
-    def reserve(self, columns: int) -> None:
-        """Makes room for further columns: at least twice the present room, but not for more than `limit`."""
-        assert self.length is not None
-        needed = self.length + columns
-        if needed > self.capacity:
-            doubled = 2 * self.capacity if self.limit is None else min(2 * self.capacity, self.limit)
-            self.capacity = -(-max(needed, doubled) // self.step) * self.step
-            for layer in self.layers:
-                layer.grow(self.capacity)
-            if self._prepare is not None:
-                self._prepare(self.capacity)
+    def make_layer(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> LayerCache:
+        return LayerCache(self, keys, values)
 
     def begin(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, windows: Iterable[int | None] = (None,)
@@ -116,9 +75,6 @@ class KVCache(RowCache):
         self.position = torch.full_like(self.position, length)
         self.length = length
 
-    def place(self, positions: torch.Tensor, longest: int) -> None:
-        self.position, self.length = positions, longest
-
     def arrange(self, rows: Sequence[int], pick: Pick, other: KVCache | None = None) -> None:
         assert self.padding is None and self.length is not None
         if other is None:
@@ -131,12 +87,6 @@ class KVCache(RowCache):
         replaced = [row for row, source in enumerate(rows) if source != row]
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(replaced, new, other.length)
-
-    def end(self, length: int) -> None:
-        """Counts the columns that all layers have stored."""
-        self.position = self.position + length
-        if self.length is not None:
-            self.length += length
 
 
 class LayerCache:

@@ -104,6 +104,74 @@ class RowCache(Cache):
         """
 
 
+class KVCacheBase(RowCache):
+    """Keys and values of the attention layers of a model.
+
+    The buffers have room for `capacity` columns. They double when they are full, and `reserve` can make room before.
+
+    Args:
+        num_layers: Number of attention layers.
+        position: Zero, int32 `[1]`.
+        prepare: Called with the number of columns when the buffers grow.
+
+    Attributes:
+        layers: The cache of each layer.
+        capacity: Number of columns that the buffers can hold.
+        position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
+            between the rows.
+        padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
+    """
+
+    reads_padding = False  # a token attends to earlier columns only, and later ones are written over
+    step = 256
+
+    def __init__(self, num_layers: int, position: Any, prepare: Callable[[int], None] | None) -> None:
+        self._prepare = prepare
+        self.capacity = 0
+        self.position = position
+        self.padding: Any = None
+        self.layers = [self.make_layer() for _ in range(num_layers)]
+
+    @abstractmethod
+    def make_layer(self, keys: Any = None, values: Any = None) -> Any:
+        """Returns the cache of one layer with these buffers."""
+
+    @property
+    def state(self) -> list[Any]:
+        padding = [] if self.padding is None else [self.padding]
+        buffers = (buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None)
+        return [self.position, *padding, *buffers]
+
+    @state.setter
+    def state(self, arrays: list[Any]) -> None:
+        remaining = iter(arrays)
+        self.position = next(remaining)
+        if self.padding is not None:
+            self.padding = next(remaining)
+        self.layers = [self.make_layer(next(remaining), next(remaining)) for _ in self.layers]
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for further columns: at least twice the present room, but not for more than `limit`."""
+        assert self.length is not None
+        needed = self.length + columns
+        if needed > self.capacity:
+            doubled = 2 * self.capacity if self.limit is None else min(2 * self.capacity, self.limit)
+            self.capacity = -(-max(needed, doubled) // self.step) * self.step
+            for layer in self.layers:
+                layer.grow(self.capacity)
+            if self._prepare is not None:
+                self._prepare(self.capacity)
+
+    def place(self, positions: Any, longest: int) -> None:
+        self.position, self.length = positions, longest
+
+    def end(self, length: int) -> None:
+        """Counts the columns that all layers have stored."""
+        self.position = self.position + length
+        if self.length is not None:
+            self.length += length
+
+
 class RecurrentCache(RowCache):
     """The state of each recurrent layer after the last token, `[directions, B, H]`; None before the first one."""
 
