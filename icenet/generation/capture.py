@@ -15,11 +15,11 @@ from icenet.core.models.classes import change_classes
 from icenet.nn import tree
 
 CAPTURED_TYPES: dict[type, type] = {}
-"""Classes of modules, and the classes that compute the same in fewer kernels where a step is captured."""
+"""Classes of modules, and the classes that compute the same with fused kernels where a step is captured."""
 
 
-def merge_kernels(model: nn.Module) -> None:
-    """Gives the modules of a model that generates the classes for captured steps, in place; subclasses stay."""
+def fuse_kernels(model: nn.Module) -> None:
+    """Gives the modules of a model that generates their classes with fused kernels, in place; subclasses stay."""
     change_classes(tree.named_modules(model), CAPTURED_TYPES)
 
 
@@ -39,7 +39,7 @@ def kept_steps(model: nn.Module) -> dict[Any, CapturedStep]:
 class CapturedStep:
     """A step that `mx.compile` traces once and runs again with other arrays.
 
-    Tracing merges elementwise operations to one kernel, and the Python code of the operations runs only once.
+    Tracing fuses elementwise operations into one kernel, and the Python code of the operations runs only once.
 
     Args:
         step: `DecoderBase.decode_step`, which depends on its arrays only.

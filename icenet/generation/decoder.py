@@ -19,7 +19,7 @@ from icenet.core.generation.request import Tokens
 from icenet.core.generation.sampling import SamplingOps
 from icenet.generation import sampling
 from icenet.generation.cache import KVCache
-from icenet.generation.capture import KEPT_STEPS, CapturedStep, kept_steps, merge_kernels
+from icenet.generation.capture import KEPT_STEPS, CapturedStep, fuse_kernels, kept_steps
 from icenet.nn.arrays import on_cpu
 
 
@@ -35,12 +35,12 @@ class Decoder(DecoderBase):
         if on_cpu() or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.plain_step
         if step is not None:
-            merge_kernels(self.model)
+            fuse_kernels(self.model)
             return CapturedStep(step, state, token)
         # tracing takes as long as several tokens, so that steps are kept for later requests
         key, steps = self.step_key(state, token), kept_steps(self.model)
         if key not in steps:
-            merge_kernels(self.model)
+            fuse_kernels(self.model)
             steps[key] = CapturedStep(self._for_tracing().decode_step, state, token)
         steps[key] = steps.pop(key)  # the last one was used last
         while len(steps) > KEPT_STEPS:

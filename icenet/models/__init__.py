@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import icenet.models.merged  # noqa: F401  (the classes for captured steps)
+import icenet.models.fused  # noqa: F401  (the classes for captured steps)
 from icenet.models.base import BaseModel
 from icenet.models.cnn import CNNModel
 from icenet.models.rnn import GRUModel, LSTMModel, RNNModel

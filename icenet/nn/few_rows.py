@@ -1,4 +1,4 @@
-"""Linear layers for steps of few rows, which are captured: fewer kernels, MLX.
+"""Linear layers with fused kernels, for captured steps of few rows, MLX.
 
 MLX's CUDA build submits an operation in 8 to 10 us, and a product of several rows in 23, so that the number of
 operations of a token decides. `icenet.nn.linear_kernels` computes a product with the operations around it in one. It

@@ -15,11 +15,11 @@ CAPTURED_DEVICES = ("cuda",)
 """Types of devices on which steps are captured."""
 
 CAPTURED_TYPES: dict[type, type] = {}
-"""Classes of modules, and the classes that compute the same in fewer kernels where a step is captured."""
+"""Classes of modules, and the classes that compute the same with fused kernels where a step is captured."""
 
 
-def merge_kernels(model: nn.Module) -> None:
-    """Gives the modules of a model that generates the classes for captured steps, in place; subclasses stay."""
+def fuse_kernels(model: nn.Module) -> None:
+    """Gives the modules of a model that generates their classes with fused kernels, in place; subclasses stay."""
     change_classes(tree.named_modules(model), CAPTURED_TYPES)
 
 

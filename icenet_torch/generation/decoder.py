@@ -19,9 +19,9 @@ from icenet_torch.generation.cache import KVCache
 from icenet_torch.generation.capture import (
     CAPTURED_DEVICES,
     CapturedStep,
+    fuse_kernels,
     keep_step,
     kept_steps,
-    merge_kernels,
     settings,
 )
 
@@ -50,12 +50,12 @@ class Decoder(DecoderBase):
         if token.device.type not in CAPTURED_DEVICES or not isinstance(self.cache, (KVCache, RecurrentCache)):
             return step or self.plain_step
         if step is not None:
-            merge_kernels(self.model)
+            fuse_kernels(self.model)
             return CapturedStep(step, state, token)
         # capturing takes as long as dozens of tokens, so that steps are kept for later requests
         key, steps = (*self.step_key(state, token), settings(token.device)), kept_steps(self.model)
         if (kept := steps.pop(key, None)) is None:  # two requests at a time need memory of their own
-            merge_kernels(self.model)
+            fuse_kernels(self.model)
             kept = CapturedStep(self.decode_step, state, token)
             kept.key = key
         return kept

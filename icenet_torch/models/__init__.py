@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import icenet_torch.models.merged  # noqa: F401  (the classes for captured steps)
+import icenet_torch.models.fused  # noqa: F401  (the classes for captured steps)
 from icenet_torch.models.base import BaseModel
 from icenet_torch.models.cnn import CNNModel
 from icenet_torch.models.rnn import GRUModel, LSTMModel, RNNModel

@@ -1,8 +1,8 @@
-"""Linear layers for steps of few rows, which are captured: fewer kernels, PyTorch.
+"""Linear layers with fused kernels, for captured steps of few rows, PyTorch.
 
 For a token of GPT-2, a layer's norms, products, biases, activations and sums are ten kernels of about 4 us each on an
 H200, of which reading the weights is a third. `icenet_torch.nn.linear_kernels` computes a product with the operations
-around it in one kernel. MLX merges elementwise operations with `mx.compile`.
+around it in one kernel. MLX fuses elementwise operations with `mx.compile`.
 """
 
 from __future__ import annotations

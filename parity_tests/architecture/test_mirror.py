@@ -83,7 +83,7 @@ ONE_SIDED = {
 OWN_IMPLEMENTATION = {"engine.distributed", "engine.optimizers", "nn.recurrent"}
 """Files with the same classes and different helpers: PyTorch has these algorithms, MLX does not, or the reverse."""
 
-DIFFERENT_LINES = {"models.base": 45, "models.merged": 10}
+DIFFERENT_LINES = {"models.base": 45, "models.fused": 10}
 """Model files with lines that differ in more than the words: conversions of arrays, the call of a module, hooks."""
 
 

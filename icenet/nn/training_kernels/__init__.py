@@ -36,5 +36,5 @@ def has_kernels() -> bool:
 
 
 def is_worthwhile(x: Array) -> bool:
-    """Returns whether an array has many values, on CUDA. For one token `mx.compile` merges the operations instead."""
+    """Returns whether an array has many values, on CUDA. For one token `mx.compile` fuses the operations instead."""
     return x.size >= 1 << 18 and has_kernels()

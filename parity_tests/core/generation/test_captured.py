@@ -63,7 +63,7 @@ def decode(model: Any, prompts: list[list[int]], count: int, **options: Any) -> 
 
 @pytest.fixture
 def plain_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns a context in which steps are not captured, and operations are not merged."""
+    """Returns a context in which steps are not captured, and operations are not fused."""
 
     @contextlib.contextmanager
     def use() -> Iterator[None]:
@@ -71,7 +71,7 @@ def plain_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
             for name in backends.PACKAGES:
                 decoder = backends.module(name, "generation.decoder").Decoder
                 patch.setattr(decoder, "capture", lambda self, state, token: self.decode_step)
-            patch.setattr("icenet_torch.models.merged.has_few_rows", lambda x: False)
+            patch.setattr("icenet_torch.models.fused.has_few_rows", lambda x: False)
             yield
 
     return use

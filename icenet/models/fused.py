@@ -1,4 +1,4 @@
-"""The block of a transformer in steps of few rows that are captured: fewer kernels, MLX."""
+"""The block of a transformer with fused kernels, for captured steps of few rows, MLX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icenet.nn import Mask
 from icenet.nn.few_rows import gated_product, has_few_rows, product
 
 
-class MergedBlock(TransformerBlock):
+class FusedBlock(TransformerBlock):
     """A `TransformerBlock` whose norms, activations and sums are computed by the kernels of its products."""
 
     def __call__(
@@ -43,7 +43,7 @@ class MergedBlock(TransformerBlock):
         return x + self.feed_forward_post_norm(feed_forward(self.feed_forward, x, second, None))
 
 
-CAPTURED_TYPES[TransformerBlock] = MergedBlock
+CAPTURED_TYPES[TransformerBlock] = FusedBlock
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""The block of a transformer in steps of few rows that are captured: fewer kernels, PyTorch."""
+"""The block of a transformer with fused kernels, for captured steps of few rows, PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from icenet_torch.nn import Mask
 from icenet_torch.nn.few_rows import gated_product, has_few_rows, product
 
 
-class MergedBlock(TransformerBlock):
+class FusedBlock(TransformerBlock):
     """A `TransformerBlock` whose norms, activations and sums are computed by the kernels of its products."""
 
     def forward(
@@ -41,7 +41,7 @@ class MergedBlock(TransformerBlock):
         return x + self.feed_forward_post_norm(feed_forward(self.feed_forward, x, second, None))
 
 
-CAPTURED_TYPES[TransformerBlock] = MergedBlock
+CAPTURED_TYPES[TransformerBlock] = FusedBlock
 
 
 def attend(

@@ -21,15 +21,15 @@ from helpers import build_model, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import make_request
-from icenet.generation.capture import merge_kernels as mlx_merge_kernels
-from icenet.models.merged import MergedBlock as MLXMergedBlock
+from icenet.generation.capture import fuse_kernels as mlx_fuse_kernels
+from icenet.models.fused import FusedBlock as MLXFusedBlock
 from icenet.models.transformer import TransformerBlock as MLXBlock
 from icenet.nn import activation as mlx_activation
 from icenet.nn import linear_kernels as mlx_kernels
 from icenet.nn.device_limits import Limits
-from icenet_torch.generation.capture import merge_kernels
-from icenet_torch.models import merged
-from icenet_torch.models.merged import MergedBlock
+from icenet_torch.generation.capture import fuse_kernels
+from icenet_torch.models import fused
+from icenet_torch.models.fused import FusedBlock
 from icenet_torch.models.transformer import FeedForward, TransformerBlock
 from icenet_torch.nn import activation, few_rows
 
@@ -99,18 +99,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return y if residual is None else y + residual
 
     def capture(decoder: Any, state: Any, token: Any, step: Any = None) -> Any:
-        merge_kernels(decoder.model)
+        fuse_kernels(decoder.model)
         return step or decoder.decode_step
 
     monkeypatch.setattr(few_rows, "_fused", separate)
-    monkeypatch.setattr(merged, "has_few_rows", lambda x: True)
+    monkeypatch.setattr(fused, "has_few_rows", lambda x: True)
     monkeypatch.setattr("icenet_torch.generation.decoder.Decoder.capture", capture)
     yield found
 
 
 def expected(model: Any) -> tuple[np.ndarray, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merged, "has_few_rows", lambda x: False)
+        patch.setattr(fused, "has_few_rows", lambda x: False)
         return decode(model)
 
 
@@ -124,11 +124,11 @@ def check_equal(model: Any, calls: list[Any], count: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_merged_block_computes_what_the_block_does(name: str, calls: list[Any]) -> None:
+def test_a_fused_block_computes_what_the_block_does(name: str, calls: list[Any]) -> None:
     model = build(name)
     check_equal(model, calls, 2 * OPTIONS[name][1])
     assert all(type(block) is TransformerBlock for block in model.blocks)
-    assert all(type(block) is MergedBlock for block in model.for_generation().blocks)
+    assert all(type(block) is FusedBlock for block in model.for_generation().blocks)
 
 
 class Twice(FeedForward):
@@ -170,12 +170,12 @@ def test_layers_of_a_user_and_hooks_are_called(change: Any, count: int, calls: l
 def test_prompts_and_large_batches_have_separate_operations(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merged, "has_few_rows", lambda x: x.shape[0] * x.shape[1] <= 2)
+    monkeypatch.setattr(fused, "has_few_rows", lambda x: x.shape[0] * x.shape[1] <= 2)
     model = build()
     decode(model, rows=3)
     assert calls == []
     prepared = model.for_generation()
-    assert type(prepared.blocks[0]) is MergedBlock
+    assert type(prepared.blocks[0]) is FusedBlock
     prepared(torch.tensor([[5, 6]]))  # without a cache
     prepared(torch.tensor([[5, 6]]), cache=prepared.make_cache())  # a prompt
     assert calls == []
@@ -218,7 +218,7 @@ def mlx_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return y if residual is None else y + residual
 
     def capture(decoder: Any, state: Any, token: Any, step: Any = None) -> Any:
-        mlx_merge_kernels(decoder.model)
+        mlx_fuse_kernels(decoder.model)
         return step or decoder.decode_step
 
     monkeypatch.setattr(mlx_kernels, "fused_linear", fused)
@@ -229,7 +229,7 @@ def mlx_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_merged_block_of_mlx_computes_what_the_block_does(
+def test_a_fused_block_of_mlx_computes_what_the_block_does(
     name: str, bits: int, mlx_calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name, backend="mlx", hidden_size=64)
@@ -245,7 +245,7 @@ def test_a_merged_block_of_mlx_computes_what_the_block_does(
     assert len(mlx_calls) == products + routers and sum(mlx_calls) == (products if bits else 0)
     assert np.array_equal(found_tokens, tokens)
     assert np.abs(found - scores).max() <= 2.0**-18 * np.abs(scores).max()  # sums of another order
-    assert all(type(block) is MLXMergedBlock for block in model.for_generation().blocks)
+    assert all(type(block) is MLXFusedBlock for block in model.for_generation().blocks)
     assert all(type(block) is MLXBlock for block in model.blocks)
 
 
@@ -253,7 +253,7 @@ def test_a_merged_block_of_mlx_computes_what_the_block_does(
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_captured_steps_of_mlx_with_merged_blocks(
+def test_captured_steps_of_mlx_with_fused_blocks(
     name: str, rows: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not mx.cuda.is_available():
@@ -262,7 +262,7 @@ def test_captured_steps_of_mlx_with_merged_blocks(
     if bits:
         mlx_nn.quantize(model, group_size=32, bits=bits)
     found_tokens, found = decode(model, rows, 20)
-    assert all(type(block) is MLXMergedBlock for block in model.for_generation().blocks)
+    assert all(type(block) is MLXFusedBlock for block in model.for_generation().blocks)
     monkeypatch.setattr(mlx_kernels, "limits", lambda: None)
     tokens, scores = decode(model, rows, 20)
     assert np.array_equal(found_tokens, tokens)
@@ -344,11 +344,11 @@ def test_one_kernel_rounds_as_separate_operations(case: Any, kernel: Any) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_captured_steps_with_merged_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_with_fused_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name, "cuda")
     found_tokens, found = decode(model, rows, 20)
-    assert all(type(block) is MergedBlock for block in model.for_generation().blocks)
-    monkeypatch.setattr(merged, "has_few_rows", lambda x: False)
+    assert all(type(block) is FusedBlock for block in model.for_generation().blocks)
+    monkeypatch.setattr(fused, "has_few_rows", lambda x: False)
     tokens, scores = decode(model, rows, 20)
     assert np.array_equal(found_tokens, tokens)
     assert np.abs(found - scores).max() <= 2.0**-16 * np.abs(scores).max()
