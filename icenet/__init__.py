@@ -435,11 +435,11 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
         source: What `load` accepts, or a file or folder of weights.
         destination: A file or folder.
         to: The form.
-        options: See `icenet.core.training.convert_model.convert_model`, and for "hf" and "mlx-lm"
-            `icenet.core.training.export_model.export`.
+        options: See `icenet.core.conversion.convert.convert_model`, and for "hf" and "mlx-lm"
+            `icenet.core.conversion.export.export`.
     """
     from icenet.core import files
-    from icenet.core.training.convert_model import convert_model
+    from icenet.core.conversion.convert import convert_model
 
     source, destination = files.user_path(source, "convert"), files.user_path(destination, "convert")
     return convert_model(source, destination, to, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from icenet.core.training import convert_model as conversion
+from icenet.core.conversion import convert
 
 
 def convert_model(
@@ -26,9 +26,9 @@ def convert_model(
 
     Args:
         source, destination, to, source_form, config, overwrite, averaged, key, strip_prefix, quantize, group_size:
-            See `icenet.core.training.convert_model.convert_model`.
+            See `icenet.core.conversion.convert.convert_model`.
     """
-    done = conversion.convert_model(
+    done = convert.convert_model(
         source,
         destination,
         to,

@@ -37,6 +37,7 @@ LAYERS = [
     ["core.engine"],
     ["core.data"],
     ["core.training"],
+    ["core.conversion"],
     ["parity"],
     ["commands"],
     ["cli"],

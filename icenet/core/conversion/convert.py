@@ -9,10 +9,11 @@ from typing import Any
 
 from icenet.core import backends
 from icenet.core.config import Config, ImageModelConfig
+from icenet.core.conversion import export
 from icenet.core.errors import UsageError
 from icenet.core.families import folder, sentence_transformers, torchvision
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import checkpoint, export_model, saved_model
+from icenet.core.training import checkpoint, saved_model
 from icenet.core.training.open_model import image_facts, open_averaged
 from icenet.core.weights import hub
 from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
@@ -43,7 +44,7 @@ def convert_model(
         source: A file or folder of weights, a run (its newest intact checkpoint), a folder of Hugging Face, a GGUF
             file, or the id of a repository.
         destination: A file or a folder. In a folder the canonical form gets a config.yaml, for `icenet.load`.
-        to: "canonical", "mlx" or "torch"; "hf", a folder of Hugging Face, or another form of `export_model.FORMS`; or
+        to: "canonical", "mlx" or "torch"; "hf", a folder of Hugging Face, or another form of `export.FORMS`; or
             "torchvision", a state dict with its names. Such a state dict is recognized as a source, too.
         source_form: The form of the source; None detects it. With it or `config`, the names in a folder of Hugging
             Face are kept.
@@ -53,19 +54,19 @@ def convert_model(
         strip_prefix: Prefixes to remove from the names of the weights.
         averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
         overwrite: Whether to replace existing files.
-        quantize: Number of bits of quantized layers; see `export_model.export`.
+        quantize: Number of bits of quantized layers; see `export.export`.
         options: Arguments of `icenet.core.weights.convert.convert`. With `model`, or its kinds of layers and shapes,
             no config is looked for, and the source is a file or folder of weights.
     """
     source = hub.local_path(source)
-    if to in export_model.FORMS:
+    if to in export.FORMS:
         given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}
         if unused := [option for option, value in given.items() if value]:
             raise UsageError(f"{', '.join(unused)}: has no effect with --to {to}; the source's own config is used")
         options |= {"overwrite": overwrite, "averaged": averaged, "quantize": quantize}
-        return export_model.export(source, destination, to, **options)
+        return export.export(source, destination, to, **options)
     if quantize is not None:
-        raise UsageError(f"--quantize: is for --to {export_model.MLX_LM}, and has no effect with --to {to}")
+        raise UsageError(f"--quantize: is for --to {export.MLX_LM}, and has no effect with --to {to}")
     common = {"source_form": source_form, "key": key, "strip_prefix": strip_prefix, "overwrite": overwrite, **options}
     if any(options.get(name) is not None for name in _OF_A_MODEL):
         own = getattr(options.get("model"), "config", None)
@@ -98,7 +99,7 @@ def convert_model(
         if config is None and settings.model.input_kind in ("images", "anything"):
             images = saved_model.image_file(image_facts(source), settings.model)
             companions = {**images, **companions}  # config.yaml is the last
-            notes += [problem] if (problem := export_model.images_problem(source)) else []
+            notes += [problem] if (problem := export.images_problem(source)) else []
         if not overwrite:
             saved_model.refuse_replacing(destination, list(companions), set())
         common["companions"] = companions
@@ -107,7 +108,7 @@ def convert_model(
         metadata |= imported.weights.metadata
     done = convert(source, destination, metadata=metadata, **translations, **common)
     if imported is not None:
-        done = replace(done, source=replace(done.source, form=export_model.source_form(imported)))
+        done = replace(done, source=replace(done.source, form=export.source_form(imported)))
     return replace(done, note="; ".join(note for note in (done.note, *notes) if note))
 
 
