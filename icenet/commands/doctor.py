@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
+from icenet.core import blas
 from icenet.core.report.console import new_console
 from icenet.core.threads import usable_cores
 
@@ -221,6 +222,10 @@ def _backend_problems(name: str, facts: dict[str, Any], has_nvidia: bool) -> lis
         what = f"MLX uses its reference BLAS on the CPU, about 25 times slower ({facts['blas']['note']})"
         remedy = "install OpenBLAS (Debian: apt install libopenblas0) or torch, and leave ICENET_BLAS unset"
         problems.append(Problem("warning", what, remedy))
+    if name == "mlx" and facts["blas"]["name"] == "torch" and blas.is_amd_with_avx512():
+        what = "MLX's products on the CPU are those of MKL in PyTorch, which uses no AVX-512 on AMD processors"
+        remedy = "OpenBLAS does, and is up to twice as fast (Debian: apt install libopenblas0)"
+        problems.append(Problem("note", what, remedy))
     if has_nvidia and facts["default_device"] == "cpu":
         remedy = {
             "mlx": "pip uninstall -y mlx-cpu; pip install 'icenet[cuda]'",
@@ -345,7 +350,7 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
     if "error" in facts:
         error = facts["error"]
         return {"state": error if error == "not installed" else f"does not work: {error}"}
-    blas, tf32, threads = facts["blas"], facts["tf32"], facts["decoding_threads"]
+    library, tf32, threads = facts["blas"], facts["tf32"], facts["decoding_threads"]
     precision = "TF32" if tf32["used"] else "full fp32"
     choice = "TF32 with allow_tf32: true" if tf32["available"] else "this device has no TF32"
     rates = (f"{name} {rate:g} GFLOP/s" for name, rate in facts["matmul_gflops"].items())
@@ -354,7 +359,8 @@ def _backend_column(facts: dict[str, Any]) -> dict[str, str]:
         "version": facts["version"],
         "devices": f"{', '.join(facts['devices'])} (default: {facts['default_device']})",
         "chip": facts["chip"] or "-",
-        "BLAS on the CPU": f"{blas['name']} ({blas['note']})" + (f"\n{blas['path']}" if blas["path"] else ""),
+        "BLAS on the CPU": f"{library['name']} ({library['note']})"
+        + (f"\n{library['path']}" if library["path"] else ""),
         "fp32 matmul of 1024x1024": ", ".join(rates),
         "small operations on the CPU": "\n".join(f"{name} {us:g} us" for name, us in facts["small_us"].items()),
         "threads for decoding": f"{threads['chosen']} of {threads['of']}" if threads["of"] else "not adjustable",

@@ -31,6 +31,8 @@ VARIABLE = "ICENET_BLAS"
 # Threaded builds come first: next to them, libopenblas.so.0 is the serial build (Fedora, openSUSE).
 OPENBLAS_NAMES = ("libopenblasp.so.0", "libopenblas_pthreads.so.0", "libopenblas.so.0", "libopenblas.so")
 MKL_CBWR = "AUTO,STRICT"
+CORE_VARIABLE = "OPENBLAS_CORETYPE"
+"""It makes OpenBLAS compute as on another processor, so on one with AVX-512 it can halve the speed."""
 REMEDY = "install OpenBLAS (Debian: apt install libopenblas0; Fedora: dnf install openblas-threads) or torch"
 
 
@@ -149,7 +151,9 @@ def _load(choice: str, setting: str = "") -> Status:
         problem = _open(candidate)
         if problem is None:
             path = _global_blas() or candidate
-            return Status(_name(path), path, setting)
+            name, core = _name(path), os.environ.get(CORE_VARIABLE)
+            is_replaced = name == "openblas" and core is not None
+            return Status(name, path, f"{setting}, {CORE_VARIABLE}={core}" if is_replaced else setting)
         if os.path.sep in candidate or choice == candidate:  # a library name that is not installed is expected
             problems.append(f"{candidate} {problem}")
     if choice == "auto":
@@ -201,6 +205,15 @@ def _open(path: str) -> str | None:
     if _address(ctypes.CDLL(None)) != _address(library):
         return f"is too late: {_global_blas()} is already loaded and stays loaded until the process ends"
     return None
+
+
+def is_amd_with_avx512() -> bool:
+    """Returns whether this is an AMD processor with AVX-512, which MKL does not use there; False if unknown."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a container without /proc
+        return False
+    return "AuthenticAMD" in text and {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(text.split())
 
 
 def _address(library: ctypes.CDLL) -> int | None:

@@ -81,6 +81,17 @@ def test_the_remedy_of_the_reference_blas() -> None:
     assert "reference BLAS" in problem.what and "leave ICENET_BLAS unset" in problem.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "has_avx512", "count"), [("torch", True, 1), ("torch", False, 0), ("openblas", True, 0)]
+)
+def test_mkl_on_an_amd_processor(name: str, has_avx512: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doc.blas, "is_amd_with_avx512", lambda: has_avx512)
+    facts = {**WORKS["mlx"], "blas": {"name": name, "path": "/lib/x.so", "note": "ICENET_BLAS=auto"}}
+    problems = doc.find_problems(*machine(), {**WORKS, "mlx": facts})
+    assert [problem.severity for problem in problems] == ["note"] * count
+    assert all("MKL" in problem.what and "apt install libopenblas0" in problem.remedy for problem in problems)
+
+
 @pytest.mark.slow  # matrix products of the reference BLAS
 @linux
 @with_mlx

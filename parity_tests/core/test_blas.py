@@ -28,6 +28,25 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
 X86 = platform.machine() == "x86_64"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t: fpu avx2 avx512f avx512dq avx512bw avx512vl\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t: fpu avx2\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t: fpu avx2 avx512f avx512dq avx512bw avx512vl\n", False),
+        (None, False),
+    ],
+)
+def test_amd_processors_with_avx512(text: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*args: object, **kwargs: object) -> str:
+        if text is None:
+            raise FileNotFoundError
+        return text
+
+    monkeypatch.setattr(blas.Path, "read_text", read)
+    assert blas.is_amd_with_avx512() == expected
+
+
 def installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
@@ -99,6 +118,17 @@ def stub(folder: Path, name: str, *defines: str) -> str:
 
 
 # ---- the choice ----------------------------------------------------------------------------------
+
+
+@linux
+@with_mlx
+@mlx_cpu_build
+def test_the_status_names_the_variable_that_chooses_openblas_kernels(tmp_path: Path) -> None:
+    """`icenet doctor` shows the note: products of half the speed have a visible cause."""
+    stub(tmp_path, "libopenblasp.so.0")
+    code = "import icenet.blas; print(icenet.blas.status().note)"
+    variables = {"LD_LIBRARY_PATH": str(tmp_path), "OPENBLAS_CORETYPE": "Haswell"}
+    assert answer(code, **variables) == ["ICENET_BLAS=auto, OPENBLAS_CORETYPE=Haswell"]
 
 
 @linux
