@@ -33,6 +33,7 @@ for command in (  # in the order of the help
     bench_inference.all_command,
     bench_training.train_command,
     bench_training.guide_command,
+    bench_training.cpu_command,
     bench_training.memory_command,
     bench_training.step_command,
     bench_training.dropout_command,

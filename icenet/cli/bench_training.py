@@ -1,4 +1,4 @@
-"""`icenet bench train`, `guide`, `memory`, `step` and `dropout`."""
+"""`icenet bench train`, `guide`, `cpu`, `memory`, `step` and `dropout`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _training_options(command: Any) -> Any:
             type=click.FloatRange(0, min_open=True),
             default=120.0,
             show_default=True,
-            help="Seconds of the rounds of a row. A slower row has fewer rounds, at least one.",
+            help="Seconds of the rounds of a row, without compiling. A slower row has fewer rounds, at least one.",
         ),
         click.option(
             "--side",
@@ -73,9 +73,9 @@ def _training_sides(ctx: click.Context, parameter: click.Parameter, value: str |
 
 
 def _training_rows(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
-    from icenet.commands.bench import guide, training
+    from icenet.commands.bench import cpu, guide, training
 
-    rows = guide.ROWS if ctx.info_name == "guide" else training.ROWS
+    rows = {"guide": guide.ROWS, "cpu": cpu.ROWS}.get(str(ctx.info_name), training.ROWS)
     return names(ctx, parameter, value, list(rows), "row") or list(rows)
 
 
@@ -84,11 +84,13 @@ _rows_option = click.option(
 )
 
 
-def _run_training(known: Any, rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
+def _run_training(module: Any, rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
+    """Measures rows of a module of `icenet.commands.bench`."""
     from icenet.commands.bench import training
 
-    chosen = {name: known[name] for name in rows}
-    run_rows(lambda notify: training.run(chosen, training.Options(**options), notify), json_file, overwrite)
+    chosen = {name: module.ROWS[name] for name in rows}
+    run = getattr(module, "run", training.run)
+    run_rows(lambda notify: run(chosen, training.Options(**options), notify), json_file, overwrite)
 
 
 @command(
@@ -104,12 +106,12 @@ def _run_training(known: Any, rows: list[str], json_file: str | None, overwrite:
 def train_command(rows: list[str], **options: Any) -> None:
     """Measure training next to loops written by hand.
 
-    Rows: gpt (a transformer, the guide's Small), lstm (4 x 512) and cnn (ResNet-50). The loops have the layers of
+    Rows: gpt (the preset transformer-small), lstm (4 x 512) and cnn (ResNet-50). The loops have the layers of
     PyTorch, torchvision and mlx.nn. The sizes are smaller on a CPU.
     """
     from icenet.commands.bench import training
 
-    _run_training(training.ROWS, rows, **options)
+    _run_training(training, rows, **options)
 
 
 @command(
@@ -126,7 +128,31 @@ def guide_command(rows: list[str], **options: Any) -> None:
     from icenet.commands.bench import guide
 
     options["only"] = options["only"] or ["icenet mlx", "icenet torch"]
-    _run_training(guide.ROWS, rows, **options)
+    _run_training(guide, rows, **options)
+
+
+@command(
+    "cpu",
+    epilog=examples(
+        "icenet bench cpu",
+        "icenet bench cpu --row lstm-2x256,gpt-quickstart --repeats 9",
+        "icenet bench cpu --row lstm-4x512 --batch 64 --set model.bidirectional=true --json",
+    ),
+)
+@_rows_option
+@_training_options
+def cpu_command(rows: list[str], **options: Any) -> None:
+    """Measure the processor time of training on a CPU.
+
+    Small models of all kinds on MLX and PyTorch. Processor time depends less on other programs than time does. Rows:
+    gpt-quickstart, gpt-small, cnn-digits, gru-2x256, gru-4x512, rnn-2x256, rnn-4x512, lstm-1x128, lstm-2x256,
+    lstm-2x256-wide, lstm-2x256-bidirectional, lstm-4x512, lstm-4x512-wide (wide: more rows in a batch).
+    """
+    from icenet.commands.bench import cpu
+
+    options["only"] = options["only"] or ["icenet mlx", "icenet torch"]
+    options["device"] = options["device"] or "cpu"
+    _run_training(cpu, rows, **options)
 
 
 def _layer_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from helpers import both_backends, is_one_line
 
 from icenet.cli import main as cli
 from icenet.commands import isolated
-from icenet.commands.bench import guide, loops, training
+from icenet.commands.bench import common, guide, loops, training
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
@@ -197,6 +198,62 @@ def test_slow_steps_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_rounds_that_are_slower_than_expected_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round takes 20 s in place of some milliseconds, as beside a program that starts after the first steps."""
+    now = [0.0]
+
+    def measure(self: loops.Session, steps: int) -> dict[str, Any]:
+        now[0] += 10
+        return {"seconds": 0.001, "processor_s": 1.0, "peak_bytes": 0}
+
+    monkeypatch.setattr(loops.Session, "measure", measure)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: 0.0)
+    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=30.0))
+    assert [entry["seconds"] for entry in report.results[0]["sides"]] == [[0.001] * 2] * 2
+    assert any(is_one_line(note, "2 of 5 rounds", "40 s", "--batch", "--side") for note in report.notes)
+
+
+def test_a_long_first_step_is_told() -> None:
+    lines: list[str] = []
+    told = threading.Event()
+
+    def notify(text: str) -> None:
+        lines.append(text)
+        told.set()
+
+    with common.waiting(notify, "gpt: first step", every=0.001):
+        assert told.wait(10)
+    count = len(lines)
+    assert lines[0] == "gpt: first step, 0 s so far"
+    assert len(lines) == count  # none after the block
+
+
+@pytest.mark.usefixtures("here")
+def test_processor_time(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--row",
+        "lstm-1x128",
+        "--batch",
+        "2",
+        "--length",
+        "12",
+        "--repeats",
+        "3",
+        "--seconds",
+        "0.001",
+        *SETS,
+    ]
+    assert cli.main(["bench", "cpu", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("LSTM, 1 x 128", "icenet mlx, ms", "icenet torch, ms", "mlx / torch"))
+    assert cli.main(["bench", "cpu", *arguments, "--side", "icenet torch", "--json"]) == 0
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    [entry] = result["sides"]
+    assert len(entry["processor_s"]) == 3 and min(entry["processor_s"]) > 0
+
+
+@pytest.mark.usefixtures("here")
 def test_a_side_without_a_step_in_time_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(self: Here, method: str, *arguments: Any, timeout: float | None = None, call: Any = Here.call) -> Any:
         if method == "prepare" and self._arguments[0] == "torch loop":
@@ -216,7 +273,7 @@ def test_ctrl_c_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     def measure(self: loops.Session, steps: int, measure: Any = loops.Session.measure) -> Any:
         calls.append(steps)
-        if len(calls) == 5:
+        if len(calls) == 7:  # two of them before the rounds
             raise KeyboardInterrupt
         return measure(self, steps)
 
@@ -245,6 +302,7 @@ def test_the_guides_rows(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "--row", "gpt,cm"], ["'cm'", "gpt, lstm, cnn"]),
         (["guide", "--row", "gpt"], ["'gpt'", "transformer-small"]),
+        (["cpu", "--row", "lstm"], ["'lstm'", "lstm-2x256"]),
         (["train", "--side", "jax"], ["'jax'", "icenet mlx"]),
         (["train", "--set", "model.hidden_sise=3"], ["hidden_sise", "hidden_size"]),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,30 @@ Notify = Callable[[str], None]
 
 def ignore(text: str) -> None:
     """Discards a line of progress."""
+
+
+@contextlib.contextmanager
+def waiting(notify: Notify, text: str, every: float = 20.0) -> Iterator[None]:
+    """Repeats a line of progress while the block runs, with the seconds that have passed.
+
+    Args:
+        notify: Receives the lines, in another thread.
+        text: What the block waits for.
+        every: Seconds between the lines.
+    """
+    done, begin = threading.Event(), time.perf_counter()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            notify(f"{text}, {time.perf_counter() - begin:.0f} s so far")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def chosen_by_options(backend: str | None, device: str | None) -> dict[str, str | None]:

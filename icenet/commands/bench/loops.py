@@ -143,12 +143,8 @@ class Session:
         products = ((2.0 * n**3, self._tools.matrix_product(n, precision, self._device)) for n in sizes)
         return fastest(products)
 
-    def prepare(self, config: Mapping[str, Any]) -> dict[str, float]:
-        """Makes the model of a configuration and trains a few steps.
-
-        Returns:
-            `cold_s`: seconds of the first step, which compiles code; `seconds`: those of a step after it.
-        """
+    def prepare(self, config: Mapping[str, Any]) -> float:
+        """Makes the model of a configuration. Returns the seconds of its first step, which compiles code."""
         self.free()
         self._memory.begin()
         chosen = Config.from_dict(config)
@@ -160,14 +156,14 @@ class Session:
                 chosen = chosen.with_overrides("model.compile_model=true")
             self._loop = OwnLoop(backends.engine(chosen, self._kind.backend, self._device_name))
         self._config, self._batches = chosen, make_batches(chosen)
-        cold = self._timed(1)
-        if self.device == "gpu":
-            self._timed(3)  # a CUDA graph is captured in the third step
-        return {"cold_s": cold, "seconds": self._timed(1 if self.device == "cpu" else 3)}
+        return self._timed(1)
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Returns the seconds of a step in the mean of some steps, and the peak of the memory."""
-        return {"seconds": self._timed(steps), "peak_bytes": int(self._memory.growth())}
+        """Returns the seconds and the processor time of a step, means of some steps, and the peak of the memory."""
+        begin = time.process_time()
+        seconds = self._timed(steps)
+        processor = (time.process_time() - begin) / steps
+        return {"seconds": seconds, "processor_s": processor, "peak_bytes": int(self._memory.growth())}
 
     def data_wait(self, steps: int) -> float:
         """Returns the share of steps in which they wait for data in memory, read and augmented as in a run."""

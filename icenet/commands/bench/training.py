@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,8 @@ class Options:
         length: Number of tokens of a row; for images, their height and width.
         seconds: Seconds of a side in a round.
         repeats: Number of rounds that count.
-        limit: Seconds of the rounds of a row. A row that would take longer has fewer rounds, but at least one. A side
-            is left out if it has made no two steps in three times as long.
+        limit: Seconds of the rounds of a row. A row that takes longer has fewer rounds, but at least one. Compiling
+            and the first steps do not count. A side is left out if these, or a round, take three times as long.
     """
 
     overrides: Sequence[str] = ()
@@ -79,7 +80,9 @@ class Row:
 
 
 ROWS = {
-    "gpt": Row("a transformer, the guide's Small", "transformer-small", (32, 512), (2, 128), ("model.dropout=0",)),
+    "gpt": Row(
+        "a transformer, the preset transformer-small", "transformer-small", (32, 512), (2, 128), ("model.dropout=0",)
+    ),
     "lstm": Row(
         "an LSTM of 4 x 512", "lstm-medium", (64, 128), (16, 32), ("model.dropout=0", "model.vocab_size=256")
     ),
@@ -97,6 +100,7 @@ class Measured:
         step_s: Seconds of a step before the rounds.
         steps: Number of steps of a round.
         rounds: Seconds of a step in each round.
+        processor: Seconds of processor time of a step in each round, of all threads.
         peak: Peak of the memory in bytes.
         data_wait: Share of its steps in which IceNet waits for data.
     """
@@ -105,6 +109,7 @@ class Measured:
     step_s: float
     steps: int = 1
     rounds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     peak: int | None = None
     data_wait: float | None = None
 
@@ -281,8 +286,7 @@ class _Run:
         if load > 1.5 * cores:
             note = f"other processes use the machine (load {load:.1f}, {cores} cores), so times are longer and vary"
             hint = "; OMP_NUM_THREADS=1 is often faster then" if not os.environ.get("OMP_NUM_THREADS") else ""
-            self._sides.notes.append(note + hint)
-            self._notify(note + hint)
+            self._note(note + hint)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
@@ -304,29 +308,54 @@ class _Run:
         sides: dict[str, Measured] = {}
         self._done.append((row, config, sides))
         self._prepare(row, title, task, sides)
-        rounds = self._number_of_rounds(row, sides)
+        rounds, begin = self._number_of_rounds(row, sides), time.perf_counter()
         for number in range(rounds):
+            passed = time.perf_counter() - begin
+            if number and passed * (number + 1) / number > 1.5 * self._options.limit:  # slower than expected
+                self._note(f"{row}: {number} of {rounds} rounds, because they took {passed:.0f} s: {_FASTER}")
+                break
             self._measure_round(row, f"{title}: round {number + 1} of {rounds}", sides, rounds - number - 1)
         for name, side in sides.items():
             if not loops.KINDS[name].is_peer:
                 steps = max(side.steps, 3) if rounds == self._options.repeats else 1
                 self._notify(f"{title}: {name}: wait for data, {_duration((steps + 1) * side.step_s)}")
-                side.data_wait = self._sides.call(name, "data_wait", steps, part=row)
+                side.data_wait = self._call(name, "data_wait", steps, row=row)
             self._sides.call(name, "free", part=row)  # the memory
 
-    def _prepare(self, row: str, title: str, task: Mapping[str, Any], sides: dict[str, Measured]) -> None:
-        """Makes the models of a row. Adds the sides that make two steps in time."""
-        timeout = 3 * self._options.limit
+    def _call(self, name: str, method: str, *arguments: Any, row: str) -> Any:
+        """Returns the result of a method that trains steps; None, with a note, if it fails or takes too long."""
         advice = f"{_FASTER}, a longer --limit waits, and --row leaves rows out"
+        timeout = 3 * self._options.limit
+        found = self._sides.call(name, method, *arguments, part=row, timeout=timeout, advice=advice)
+        if found is None:
+            self._notify(self._sides.notes[-1])
+        return found
+
+    def _note(self, text: str) -> None:
+        self._sides.notes.append(text)
+        self._notify(text)
+
+    def _prepare(self, row: str, title: str, task: Mapping[str, Any], sides: dict[str, Measured]) -> None:
+        """Makes the models of a row. Adds the sides that make their first steps in time."""
         for name in self._sides.names:
-            self._notify(f"{title}: {name}: first steps")
-            found = self._sides.call(name, "prepare", task, part=row, timeout=timeout, advice=advice)
+            first = f"{title}: {name}: first step" + (", which compiles" if loops.KINDS[name].compiled else "")
+            self._notify(first)
+            with common.waiting(self._notify, first):
+                cold = self._call(name, "prepare", task, row=row)
+                found = None if cold is None else self._warm_up(name, row)
             if found is None:
-                self._notify(self._sides.notes[-1])
                 continue
-            steps = int(self._options.seconds / max(found["seconds"], 1e-9))
-            sides[name] = Measured(found["cold_s"], found["seconds"], min(max(steps, 1), MAX_STEPS))
-            self._notify(f"{title}: {name}: {rounded(1e3 * found['seconds'])} ms a step")
+            seconds = found["seconds"]
+            steps = int(self._options.seconds / max(seconds, 1e-9))
+            sides[name] = Measured(cold, seconds, min(max(steps, 1), MAX_STEPS))
+            self._notify(f"{title}: {name}: {rounded(cold)} s, then {rounded(1e3 * seconds)} ms a step")
+
+    def _warm_up(self, name: str, row: str) -> Any:
+        """Returns the measurement of steps after the first one; None, with a note, if they fail."""
+        if self._sides.device == "cpu":
+            return self._call(name, "measure", 1, row=row)
+        captured = self._call(name, "measure", 3, row=row)  # a CUDA graph is captured in the third step
+        return captured and self._call(name, "measure", 3, row=row)
 
     def _measure_round(self, row: str, title: str, sides: dict[str, Measured], rounds_after: int) -> None:
         """Measures each side once. Removes those that fail."""
@@ -335,11 +364,12 @@ class _Run:
             if place == 0 or side.round_s > QUIET_SECONDS:
                 left = after + sum(other.round_s for other in list(sides.values())[place:])
                 self._notify(f"{title}, {name}; {_duration(left)} left")
-            found = self._sides.call(name, "measure", side.steps, part=row)
+            found = self._call(name, "measure", side.steps, row=row)
             if found is None:
                 del sides[name]
                 continue
             side.rounds.append(found["seconds"])
+            side.processor.append(found["processor_s"])
             side.peak = found["peak_bytes"]
 
     def _number_of_rounds(self, row: str, sides: Mapping[str, Measured]) -> int:
@@ -347,12 +377,10 @@ class _Run:
         one = sum(side.round_s for side in sides.values())
         rounds = max(min(self._options.repeats, int(self._options.limit / max(one, 1e-9))), 1)
         if sides and rounds < self._options.repeats:
-            note = (
+            self._note(
                 f"{row}: {rounds} of {self._options.repeats} rounds, because one takes {_duration(one)}: {_FASTER}, "
                 f"and --limit {math.ceil(1.2 * one * self._options.repeats)} allows all rounds"
             )
-            self._sides.notes.append(note)
-            self._notify(note)
         return rounds
 
     def _measure_rate(self, row: str, precision: str) -> None:
@@ -388,6 +416,7 @@ class _Run:
                     "low": low,
                     "high": high,
                     "seconds": seconds,
+                    "processor_s": sides[name].processor[:done],
                     "speeds": {ours: common.ratio(seconds, times) for ours, times in own.items()},
                     "of_limit": value / limit if limit else 0.0,
                     "of_reference": value / reference if reference else None,
