@@ -24,7 +24,71 @@ class Fault(NamedTuple):
 
 
 FAULTS: list[Fault] = [
+    # ---- recurrent layers and attention of ports --------------------------------------------------------------
+    Fault(
+        "dropout of a recurrent layer in a port follows its last layer",
+        "icenet/core/porting/layers/recurrent.py",
+        '"if layer + 1 < self.num_layers:"',
+        '"if layer < self.num_layers:"',
+        ["porting/test_source.py::test_a_recurrent_layer_is_a_class_with_its_options"],
+    ),
+    Fault(
+        "both directions of a recurrent layer in a port begin with one state",
+        "icenet/core/porting/layers/recurrent.py",
+        "{' + 1' * direction}",
+        "",
+        ["porting/test_source.py::test_a_recurrent_layer_takes_an_initial_state"],
+    ),
+    Fault(
+        "the state of a recurrent layer without a batch lacks the axis of the batch",
+        "icenet/core/porting/layers/recurrent.py",
+        '            lines.append("h0 = h0[:, None]")\n',
+        "            pass\n",
+        ["porting/test_source.py::test_a_recurrent_layer_takes_an_initial_state"],
+    ),
+    Fault(
+        "calls of a recurrent layer with and without a batch have one class",
+        "icenet/core/porting/layers/recurrent.py",
+        "if len({layer.options for layer in layers}) != 1:",
+        "if False:",
+        ["porting/test_source.py::test_a_recurrent_layer_serves_calls_with_and_without_a_batch"],
+    ),
+    Fault(
+        "a recurrent layer gets a copy of the weights of another",
+        "icenet/core/porting/layers/recurrent.py",
+        "if owners != {call.path} or any(name not in graph.arrays",
+        "if any(name not in graph.arrays",
+        ["porting/test_source.py::test_a_recurrent_layer_with_the_weights_of_another_is_ported"],
+    ),
+    Fault(
+        "an update of every other column changes all",
+        "icenet/core/porting/graph/functional.py",
+        '        and node.args.get("step") in (None, 1)\n',
+        "",
+        ["porting/test_source.py::test_an_update_of_every_other_column_leaves_the_others"],
+    ),
+    Fault(
+        "an attention that zeroes rows is called without its mask",
+        "icenet/core/porting/layers/attention.py",
+        "return None if found.zeroes_rows and len(found.always) < len(found.given) else found",
+        "return found",
+        ["porting/test_attention.py::test_calls_with_and_without_a_mask"],
+    ),
     # ---- causes of a comparison --------------------------------------------------------------------------------
+    Fault(
+        "a number that was tried as a cause keeps its new value",
+        "icenet/parity/causes/numbers.py",
+        "        vars(module)[name] = before\n",
+        "        pass\n",
+        ["parity/test_causes.py::test_a_number_that_is_no_cause_does_not_hide_one"],
+    ),
+    Fault(
+        "the number of further places counts the named ones, too",
+        "icenet/parity/causes/numbers.py",
+        "{len(paths) - 3} more",
+        "{len(paths)} more",
+        ["parity/test_compare_idioms.py::test_numbers_without_an_effect_are_said"],
+    ),
     Fault(
         "the rate of a dropout whose class a user derives is not compared",
         "icenet/parity/causes/numbers.py",

@@ -279,13 +279,19 @@ def test_two_numbers_of_a_module() -> None:
     assert "alpha is 0.5 in a, 1 in b; beta is 2 in a, 3 in b" in cause_of(pair, draw(4, 6))
 
 
+def test_a_number_that_is_no_cause_does_not_hide_one() -> None:
+    pair = net(lambda m, x: m.bent(x), lambda m, x: m.bent(x), bent=Pair(Bent(1.0, 2.0), TorchBent(1.0, 3.0)))
+    pair.ours.bent.alpha = 0.5  # the code does not use it
+    assert "; cause: beta is 2 in a, 3 in b" in cause_of(pair, draw(4, 6))
+
+
 class Bent(M.Module):
     def __init__(self, alpha: float, beta: float) -> None:
         super().__init__()
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta, self.used = alpha, beta, alpha
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.where(x > 0, self.beta * x, self.alpha * x)
+        return mx.where(x > 0, self.beta * x, self.used * x)
 
 
 class TorchBent(T.Module):

@@ -408,14 +408,14 @@ def test_numbers_without_an_effect_are_said() -> None:
     def net(kind: Any, nn: Any, eps: float, rate: float) -> Any:
         subclass = type("Off", (nn.Dropout,), {})
         layers = {"fc": nn.Linear(6, 6), "norm": nn.LayerNorm(6, eps=eps), "off": nn.Dropout(rate)}
-        layers["own"] = subclass(rate)
+        layers |= {"own": subclass(rate), "second": nn.Dropout(rate), "third": nn.Dropout(rate)}
         return kind(lambda m, x: m.norm(m.fc(x) * 1e4), **layers)
 
     report = compare(*twins(net(Net, M, 1e-6, 0.1), net(TorchNet, T, 1e-5, 0.2), draw(4, 6)), stages=["forward"])
     assert report.passed, report
     for words in (
         "eps is 1e-06 in a, 1e-05 in b, in norm",
-        "the rate p of the dropout is 0.1 in a, 0.2 in b, in off, own,",
+        "the rate p of the dropout is 0.1 in a, 0.2 in b, in off, own, second and 1 more,",
     ):
         assert any(words in note for note in report.notes), report.notes
     report = compare(*twins(net(Net, M, 1e-5, 0.1), net(TorchNet, T, 1e-5, 0.1), draw(4, 6)), stages=["forward"])

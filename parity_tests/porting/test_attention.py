@@ -75,6 +75,25 @@ def test_a_row_without_keys() -> None:
         close(*((ours, theirs) if isinstance(ours, mx.array) else (ours[0], theirs[0])))
 
 
+class MaskedOnce(nn.Module):
+    """Attention that is called with a mask, which zeroes rows, and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y, _ = self.attn(x, x, x, attn_mask=mask, need_weights=False)
+        return self.attn(y, y, y, need_weights=False)[0]
+
+
+def test_calls_with_and_without_a_mask() -> None:
+    torch.manual_seed(0)
+    module, x, mask = MaskedOnce().eval(), torch.randn(2, 3, 8), torch.eye(3).bool()
+    model, _ = ported(module, x, mask)
+    close(model(mx.array(x.numpy()), mx.array(mask.numpy())), module(x, mask))
+
+
 class Seq2Seq(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -66,12 +66,28 @@ def test_a_recurrent_layer_is_a_class_with_its_options(name: str) -> None:
     assert {path for path, _ in tree_flatten(model.parameters())} == set(module.state_dict())
     named = dict(tree_flatten(type(model)().parameters()))  # the values with which PyTorch begins
     assert all(0 < mx.abs(value).max().item() <= 4**-0.5 for value in named.values())
+    if "dropout" in options:  # between the layers only
+        calls: list[int] = []
+        model.layer.dropout = lambda x: calls.append(1) or x
+        model(mx.zeros((5, 2, 3)))
+        assert len(calls) == options["num_layers"] - 1
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_a_recurrent_layer_takes_an_initial_state(kind: type[nn.RNNBase]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options", "x_size", "state_size"),
+    [
+        (nn.LSTM, {"batch_first": True}, (2, 5, 3), (1, 2, 4)),
+        (nn.GRU, {"batch_first": True}, (2, 5, 3), (1, 2, 4)),
+        (nn.GRU, {"num_layers": 2, "bidirectional": True}, (5, 2, 3), (4, 2, 4)),
+        (nn.LSTM, {}, (5, 3), (1, 4)),  # without a batch
+        (nn.GRU, {"bidirectional": True}, (5, 3), (2, 4)),
+    ],
+)
+def test_a_recurrent_layer_takes_an_initial_state(
+    kind: type[nn.RNNBase], options: dict[str, Any], x_size: tuple[int, ...], state_size: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    module, x, h0 = Layer(kind, batch_first=True).eval(), torch.randn(2, 5, 3), torch.randn(1, 2, 4)
+    module, x, h0 = Layer(kind, **options).eval(), torch.randn(x_size), torch.randn(state_size)
     model, source = ported(module, x, h0)
     for ours, theirs in zip(model(mx.array(x.numpy()), mx.array(h0.numpy())), module(x, h0), strict=True):
         close(ours, theirs)
@@ -99,6 +115,25 @@ def test_a_recurrent_layer_serves_calls_with_and_without_a_state() -> None:
     assert "h0=None" in source and "_, h = self.gru(x)" in source
 
 
+class Ranks(nn.Module):
+    """A layer that is called with a batch and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.gru(x)
+        return self.gru(y[:, 0])[0]
+
+
+def test_a_recurrent_layer_serves_calls_with_and_without_a_batch() -> None:
+    torch.manual_seed(0)
+    module, x = Ranks().eval(), torch.randn(5, 2, 3)
+    model, _ = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
+
+
 class Shared(nn.Module):
     """A layer whose weights another module has, which no class of its own can hold."""
 
@@ -116,6 +151,7 @@ def test_a_recurrent_layer_with_the_weights_of_another_is_ported() -> None:
     module, x = Shared().eval(), torch.randn(5, 2, 3)
     model, _ = ported(module, x)
     close(model(mx.array(x.numpy())), module(x))
+    assert len(tree_flatten(model.parameters())) == len(list(module.parameters()))
 
 
 class Decoder(nn.Module):
@@ -303,6 +339,19 @@ def test_what_is_read_before_an_update_is_the_value_before() -> None:
             close(ours, theirs)
     close(model.a, module.a)
     close(model.b, module.b)
+
+
+class Strided(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[:, ::2].mul_(3.0)
+        return y
+
+
+def test_an_update_of_every_other_column_leaves_the_others() -> None:
+    module, x = Strided(), torch.randn(2, 5)
+    model, _ = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
 
 
 class Copies(nn.Module):
