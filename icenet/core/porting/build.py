@@ -11,7 +11,7 @@ import numpy as np
 from icenet.core.porting import signature
 from icenet.core.porting.graph.collapse import collapse_layers
 from icenet.core.porting.graph.formulas import with_activations
-from icenet.core.porting.graph.functional import make_functional, without_copies
+from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
 from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention
@@ -94,7 +94,9 @@ class Plan:
         return paths
 
 
-def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool = False) -> Plan:
+def plan(
+    graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool = False, exact_masks: bool = False
+) -> Plan:
     """Returns the source of a port.
 
     Args:
@@ -103,6 +105,7 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
         nhwc: Whether images are given and returned with their channels last.
         title: First line of the source's docstring.
         trace: Whether the source records every value, to find an operation that differs.
+        exact_masks: Whether gradients that are not finite are dropped where a mask leaves values out, as in PyTorch.
     """
     prepared: list[Graph | None] = []
     layers: dict[str, Layer] | None = None
@@ -124,7 +127,7 @@ def plan(graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool 
             continue
         collapsed, _ = collapse_layers(functional_or_none, allowed=layers)
         last, order = channels_last(collapsed, layers, nhwc)
-        written.append(last)
+        written.append(with_exact_gradients(last) if exact_masks else last)
         orders = {**order, **orders}
     first = written[0]
     assert first is not None

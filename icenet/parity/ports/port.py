@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -111,6 +112,16 @@ class Port:
         )
 
 
+_NUMBERED = re.compile(r"['\"]\d+['\"]: ")
+"""A dict of layers with numbers as names, which `load_weights` takes for a list."""
+_LOADED = """    model.load_weights(str(folder / "weights.safetensors"))"""
+_LOADED_BY_NAME = """    for name, array in mx.load(str(folder / "weights.safetensors")).items():
+        owner, (*path, last) = model, name.split(".")
+        for part in path:
+            owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+        owner[int(last) if isinstance(owner, list) else last] = array"""
+
+
 def _file(port: Port) -> str:
     """Returns the text of model.py: the source, a function that loads the weights, and a call on zeros."""
     zeros = [f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs]
@@ -130,7 +141,7 @@ def load(folder=None):
     """Returns the model with the weights of a folder, by default the one of this file."""
     folder = Path(__file__).parent if folder is None else Path(folder)
     model = {port.plan.class_name}()
-    model.load_weights(str(folder / "weights.safetensors"))
+{_LOADED if not re.search(_NUMBERED, source) else _LOADED_BY_NAME}
     return model.eval()
 
 
@@ -177,21 +188,28 @@ def port(
     _check_table(graph, train)
     progress("writing the source")
     title = f"{graph.modules[''].class_name} in MLX, ported from PyTorch."
-    plan = build.plan(graph, train, layout == "nhwc", title)
     load = backends.module("mlx", "porting.load")
-    weights = run.weights(module, program)
-    model = load.make(plan.source, plan.class_name, plan.native(weights))
-    arrays, named = examples.to_numpy((args, kwargs))
-    checked = plan
-    if layout == "nhwc":  # the proof gives images with PyTorch's axes
-        checked = build.plan(graph, train, False, title)
-        proven = load.make(checked.source, checked.class_name, checked.native(weights))
-    else:
-        proven = model
     layers = backends.module("mlx", "porting.layers")
-    accelerated = layers.accelerate(load.make(checked.source, checked.class_name, checked.native(weights)))
-    accelerated = accelerated if layers.is_accelerated(accelerated) else None
-    report = prove(checked, proven, module, program, arrays, named, progress, accelerated)
+    weights = run.weights(module, program)
+    arrays, named = examples.to_numpy((args, kwargs))
+
+    def attempt(exact_masks: bool) -> tuple[Plan, Any, PortReport]:
+        plan = build.plan(graph, train, layout == "nhwc", title, exact_masks=exact_masks)
+        model = load.make(plan.source, plan.class_name, plan.native(weights))
+        checked, proven = plan, model
+        if layout == "nhwc":  # the proof gives images with PyTorch's axes
+            checked = build.plan(graph, train, False, title, exact_masks=exact_masks)
+            proven = load.make(checked.source, checked.class_name, checked.native(weights))
+        accelerated = layers.accelerate(load.make(checked.source, checked.class_name, checked.native(weights)))
+        accelerated = accelerated if layers.is_accelerated(accelerated) else None
+        return plan, model, prove(checked, proven, module, program, arrays, named, progress, accelerated)
+
+    plan, model, report = attempt(False)
+    if any(check.what == "gradients" and math.isinf(check.ratio) for check in report.checks):
+        others = attempt(True)
+        if others[2].passed:
+            plan, model, report = others
+            notes.append("exact_where drops gradients that are not finite where a mask leaves values out")
     report.notes += [*notes, *optimizer_notes(graph, train)]
     if not report.passed:
         report.culprit = locate(plan, program, module, (arrays, named), report)

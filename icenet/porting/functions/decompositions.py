@@ -13,7 +13,6 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.porting.functions.reductions import vector_norm
-from icenet.porting.functions.shapes import with_values
 
 
 def inverse(x):
@@ -226,25 +225,24 @@ def eigh(x, triangle="L"):
     return decompose(x)
 
 
-def from_triangle(x):
-    """Returns symmetric matrices from their lower triangle, with the gradient of the whole matrix as in PyTorch."""
-    return with_values(x, mx.tril(x) + mx.tril(x, -1).swapaxes(-1, -2))
-
-
 def condition(x):
     """Returns the ratio of the largest to the smallest singular value of matrices."""
     values = singular_values(x)
     return values[..., 0] / values[..., -1]
 
 
-def pseudo_inverse(x, rtol=1e-15, atol=0.0):
-    """Returns the pseudo-inverse of matrices; singular values up to a bound count as 0."""
+def pseudo_inverse(x, rtol=1e-15, atol=0.0, hermitian=False):
+    """Returns the pseudo-inverse of matrices; singular values up to a bound count as 0.
+
+    Of symmetric matrices (hermitian) only the lower triangle is read; the gradient is PyTorch's, that of whole ones.
+    """
     if not x.size:
         return mx.zeros((*x.shape[:-2], x.shape[-1], x.shape[-2]))
 
     @mx.custom_function
     def invert(x):
-        u, s, vt = mx.linalg.svd(x, stream=mx.cpu)
+        whole = mx.tril(x) + mx.tril(x, -1).swapaxes(-1, -2) if hermitian else x
+        u, s, vt = mx.linalg.svd(whole, stream=mx.cpu)
         count = s.shape[-1]
         limit = mx.maximum(mx.array(rtol)[..., None] * s[..., :1], mx.array(atol)[..., None])
         reciprocal = mx.where(s > limit, 1 / s, 0)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.porting.functions.indexing import nonzero
+from icenet.porting.functions.reductions import sum_to
 
 
 def pair(a, b):
@@ -193,7 +194,7 @@ def sinc(x):
 
 
 def lgamma(x):
-    """Returns log |gamma(x)| (Lanczos, g = 7)."""
+    """Returns log |gamma(x)| (Lanczos, g = 7; from 0.5 to 2.5, where it has its zeros, a series)."""
     reflected = x < 0.5
     z = mx.where(reflected, 1 - x, x) - 1
     total = mx.full(z.shape, 0.99999999999980993, z.dtype)
@@ -212,7 +213,16 @@ def lgamma(x):
         total = total + value / (z + index + 1)
     t = z + 7.5
     value = 0.5 * math.log(2 * math.pi) + (z + 0.5) * mx.log(t) - t + mx.log(total)
-    part = x - mx.floor(x)  # 0 at the poles, where the sine of a rounded multiple of pi is not
+    is_low, is_near = x < 1.5, (x >= 0.5) & (x < 2.5)
+    y = mx.where(is_near, mx.where(is_low, x - 1, x - 2), 0)
+    series = mx.zeros_like(y)
+    rest = (0.64493407, 0.20205690, 0.08232323, 0.03692776, 0.01734306, 0.00834928, 0.00407736, 0.00200839)
+    rest = (*rest, 0.000994575, 0.000494189, 0.000246087, 0.000122713, 0.0000612481)  # zeta(k) - 1 from k = 2 on
+    for k in range(14, 1, -1):
+        series = series * y + (-1) ** k * rest[k - 2] / k
+    series = (series * y + 0.42278433509846714) * y  # 1 minus Euler's constant
+    value = mx.where(is_near, mx.where(is_low, series - mx.log1p(y), series), value)
+    part = mx.where(reflected, x - mx.floor(x), 0.5)  # 0 at the poles, where sin(pi x) is not
     return mx.where(reflected, math.log(math.pi) - mx.log(mx.sin(math.pi * part)) - value, value)
 
 
@@ -294,10 +304,17 @@ def angle(x):
 
 def entr(x):
     """Returns -x log(x)."""
-    positive = x > 0
-    return mx.where(
-        positive, -x * mx.log(mx.where(positive, x, 1)), mx.where(x == 0, 0.0, mx.where(mx.isnan(x), x, -math.inf))
-    )
+
+    @mx.custom_function
+    def compute(x):
+        value = mx.where(x > 0, -x * mx.log(mx.where(x > 0, x, 1)), mx.where(x == 0, 0.0, -math.inf))
+        return mx.where(mx.isnan(x), x, value)
+
+    @compute.vjp
+    def gradient(x, cotangent, y):  # NaN below 0, as in PyTorch
+        return cotangent * (-mx.log(x) - 1)
+
+    return compute(x)
 
 
 def ndtr(x):
@@ -428,6 +445,23 @@ def nan_to_num(x, nan=0.0, posinf=None, neginf=None):
     return mx.where(x == -math.inf, -limit if neginf is None else neginf, x)
 
 
+def exact_where(condition, a, b):
+    """Returns `mx.where` with the gradient of PyTorch: 0 where a value is left out, also for one of NaN after it."""
+    dtype = mx.result_type(*[item for item in (a, b) if isinstance(item, mx.array)])
+    a, b = (item if isinstance(item, mx.array) else mx.array(item, dtype) for item in (a, b))
+
+    @mx.custom_function
+    def choose(a, b):
+        return mx.where(condition, a, b)
+
+    @choose.vjp
+    def gradient(inputs, cotangent, y):
+        chosen, other = mx.where(condition, cotangent, 0), mx.where(condition, 0, cotangent)
+        return sum_to(chosen, inputs[0].shape), sum_to(other, inputs[1].shape)
+
+    return choose(a, b)
+
+
 def broadcast_like(x, other):
     """Returns x in the shape of another array."""
     return mx.broadcast_to(x, other.shape)
@@ -435,27 +469,4 @@ def broadcast_like(x, other):
 
 def nonzero_where(condition):
     """Returns the indices of the true elements along each axis. The shape depends on the values."""
-    return tuple(mx.moveaxis(nonzero(condition), -1, 0))
-
-
-def i0(x):
-    """Returns the modified Bessel function of order 0 (Abramowitz and Stegun, 9.8.1 and 9.8.2)."""
-    size = mx.abs(x)
-    t = (size / 3.75) ** 2
-    small = 1 + t * (
-        3.5156229 + t * (3.0899424 + t * (1.2067492 + t * (0.2659732 + t * (0.0360768 + t * 0.0045813))))
-    )
-    u = 3.75 / mx.maximum(size, 1e-30)
-    large = 0.39894228 + u * (
-        0.01328592
-        + u
-        * (
-            0.00225319
-            + u
-            * (
-                -0.00157565
-                + u * (0.00916281 + u * (-0.02057706 + u * (0.02635537 + u * (-0.01647633 + u * 0.00392377))))
-            )
-        )
-    )
-    return mx.where(size < 3.75, small, mx.exp(size) / mx.sqrt(mx.maximum(size, 1e-30)) * large)
+    return tuple(mx.moveaxis(nonzero(mx.atleast_1d(condition)), -1, 0))

@@ -357,7 +357,8 @@ def grid_sample(x, grid, mode=0, padding=0, align_corners=False):
             rest, which = divmod(rest, len(offsets))
             offset = offsets[which]
             distance = place - low - offset
-            weight = weight * (_cubic(distance) if mode == 2 else 1 - mx.abs(distance))
+            linear = 1 + distance if offset else 1 - distance  # not |distance|, whose gradient at 0 is 0
+            weight = weight * (_cubic(distance) if mode == 2 else linear)
             indices.append(low + offset)
         total = total + read(indices) * weight[..., None]
     return total

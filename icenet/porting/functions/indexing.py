@@ -93,6 +93,20 @@ def nonzero(x):
     return mx.stack(parts[::-1], axis=1) if parts else mx.zeros((count, 0), mx.int64)
 
 
+def nonzero_static(x, count, fill=-1):
+    """Returns the indices of the first elements that are not 0, one row each, and then rows of a number."""
+    flat = (x != 0).flatten()
+    places = mx.argsort(mx.where(flat, 0, 1))[:count].astype(mx.int64)
+    places = mx.pad(places, [(0, max(count - flat.size, 0))])
+    valid = (mx.arange(count) < flat.sum())[:, None]
+    parts = []
+    for size in reversed(x.shape):
+        parts.append(places % size)
+        places = places // size
+    rows = mx.stack(parts[::-1], axis=1) if parts else mx.zeros((count, 0), mx.int64)
+    return mx.where(valid, rows, fill)
+
+
 def masked_select(x, mask):
     """Returns the elements under a mask. The shape depends on the values."""
     x, mask = mx.broadcast_arrays(x, mask)
@@ -157,6 +171,8 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
         return scatter(x, 0, index, source, mode, include_self).reshape(())
     if index.size == 0:
         return x
+    if mode is not None and x.dtype == mx.bool_:
+        return scatter(x.astype(mx.int32), axis, index, source, mode, include_self) != 0
     if index.ndim == 0:
         index = index.reshape(1)
     axis = axis % x.ndim
@@ -261,6 +277,34 @@ def put_flat(x, index, source, accumulate=False):
     flat, index, source = x.flatten(), index.flatten(), source.flatten()
     new = flat.at[index].add(source) if accumulate else put(flat, index, source)
     return new.reshape(x.shape)
+
+
+def as_strided_scatter(x, source, sizes, strides, offset=0):
+    """Returns x with other values at the places of `mx.as_strided`."""
+    places = mx.as_strided(mx.arange(x.size), sizes, strides, offset)
+    return put_flat(x, places, source)
+
+
+def segment_reduce(x, mode, lengths=None, offsets=None, axis=0, initial=None):
+    """Returns the reductions of the segments, one after the other, along an axis; the axes before it are batches."""
+    starts = mx.cumsum(lengths, axis=-1) - lengths if offsets is None else offsets[..., :-1]
+    ends = starts + lengths if offsets is None else offsets[..., 1:]
+    flat = x.reshape(*x.shape[: axis + 1], -1)  # [..., elements, features]
+    place = mx.arange(x.shape[axis])
+    member = (place >= starts[..., None]) & (place < ends[..., None])  # [..., segments, elements]
+    empty = {"max": -math.inf, "min": math.inf, "prod": 1.0}.get(mode, 0.0)
+    parts = mx.where(member[..., None], flat[..., None, :, :], empty)
+    start = empty if initial is None else initial
+    count = (ends - starts)[..., None].astype(x.dtype)
+    if mode in ("max", "min"):
+        parts = mx.concatenate([parts, mx.full((*parts.shape[:-2], 1, parts.shape[-1]), start, x.dtype)], axis=-2)
+        total = parts.max(-2) if mode == "max" else parts.min(-2)
+    else:
+        total = parts.prod(-2) * start if mode == "prod" else parts.sum(-2) + start
+    if mode == "mean":
+        nothing = math.nan if initial is None else initial
+        total = mx.where(count == 0, nothing, total / mx.maximum(count, 1))
+    return total.reshape(*starts.shape, *x.shape[axis + 1 :])
 
 
 def one_hot(ids, classes=-1):

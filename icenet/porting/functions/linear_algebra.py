@@ -31,6 +31,8 @@ def inner(a, b):
     """Returns the products of the last axes."""
     if a.ndim == 0 or b.ndim == 0:
         return a * b
+    if not mx.issubdtype(a.dtype, mx.inexact):
+        return (a.reshape(*a.shape[:-1], *[1] * (b.ndim - 1), a.shape[-1]) * b).sum(-1)
     return mx.tensordot(a, b, ([-1], [-1]))
 
 
@@ -136,12 +138,12 @@ def fft(name, x, size=None, axes=None, norm="backward"):
     return y
 
 
-def hfft(x, size=None, axis=-1, norm="backward", inverse=False):
-    """Returns the Fourier transform of a signal that is symmetric in time, or its inverse."""
+def hfft(name, x, size=None, axes=None, norm="backward"):
+    """Returns the Fourier transform of a signal that is symmetric in time, or its inverse (ihfft)."""
     other = {"backward": "forward", "forward": "backward"}.get(norm, norm)
-    if inverse:
-        return mx.conj(fft("rfft", x, size, axis, other))
-    return fft("irfft", mx.conj(x), size, axis, other)
+    if name.startswith("i"):
+        return mx.conj(fft(f"r{name[2:]}", x, size, axes, other))
+    return fft(f"ir{name[1:]}", mx.conj(x), size, axes, other)
 
 
 def fftfreq(n, d=1.0):

@@ -50,6 +50,17 @@ def native_batch_norm(x, mean=None, variance=None, weight=None, bias=None, eps=1
     return y if bias is None else y + bias.reshape(shape), *saved
 
 
+def native_group_norm(x, groups, weight=None, bias=None, eps=1e-5):
+    """Returns the values normalized over groups of channels (axis 1), the means and 1 / deviation."""
+    flat = x.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
+    mean = flat.mean(-1)
+    scale = mx.rsqrt(mx.square(flat - mean[..., None]).mean(-1) + eps)
+    y = ((flat - mean[..., None]) * scale[..., None]).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape), mean, scale
+
+
 def rms_norm(x, count, weight=None, eps=1e-5):
     """Returns x divided by its root mean square over its last axes."""
     axes = tuple(range(x.ndim - count, x.ndim))

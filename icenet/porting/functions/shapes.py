@@ -289,11 +289,9 @@ def arange(start, stop, step, dtype):
 
 
 def linspace(start, stop, count, dtype):
-    """Returns numbers at equal distances, both ends included."""
+    """Returns numbers at equal distances, both ends included. Of integers it reads the ends."""
     if mx.issubdtype(dtype, mx.integer):
-        if not isinstance(start, mx.array) and not isinstance(stop, mx.array):
-            return mx.array([int(value) for value in _steps(int(start), int(stop), count)], dtype)
-        start, stop = (mx.array(item).astype(dtype) for item in (start, stop))
+        return mx.array([int(value) for value in _steps(_integer(start), _integer(stop), count)], dtype)
     if count == 1:
         return mx.broadcast_to(mx.array(start), (1,)).astype(dtype)
     index = mx.arange(count)
@@ -302,18 +300,25 @@ def linspace(start, stop, count, dtype):
     return mx.where(index < count // 2, from_start, from_stop).astype(dtype)
 
 
+def _integer(value):
+    return int(value.item() if isinstance(value, mx.array) else value)
+
+
 def _steps(start, stop, count):
-    """Returns numbers at equal distances, counted from the nearer end."""
-    step = (stop - start) / max(count - 1, 1)
-    return [start + i * step if i < max(count // 2, 1) else stop - (count - 1 - i) * step for i in range(count)]
+    """Returns numbers at equal distances from integers on, counted from the nearer end, each rounded once."""
+    step, unit = ((stop - start) / max(count - 1, 1)).as_integer_ratio()
+    near = max(count // 2, 1)
+    return [
+        (start * unit + i * step) / unit if i < near else (stop * unit - (count - 1 - i) * step) / unit
+        for i in range(count)
+    ]
 
 
 def logspace(start, stop, count, base, dtype):
-    """Returns powers whose exponents have equal distances."""
+    """Returns powers whose exponents have equal distances. Of integers it reads the ends."""
     if mx.issubdtype(dtype, mx.integer):
-        if not isinstance(start, mx.array) and not isinstance(stop, mx.array):
-            return mx.array([int(base**value) for value in _steps(int(start), int(stop), count)], dtype)
-        start, stop = (mx.array(item).astype(dtype).astype(mx.float32) for item in (start, stop))
+        steps = _steps(_integer(start), _integer(stop), count)
+        return mx.array([int(base**value) for value in steps], dtype)
     return mx.power(mx.array(base, mx.float32), linspace(start, stop, count, mx.float32)).astype(dtype)
 
 

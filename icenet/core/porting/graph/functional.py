@@ -67,6 +67,10 @@ VIEWS = frozenset(
 """Operations whose result may share the memory of their first argument."""
 
 
+BATCH_NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update")
+"""Operations that change their running statistics in training."""
+
+
 def make_functional(graph: Graph) -> Graph:
     """Returns the graph without operations in place; `updates` has the new values of parameters and buffers."""
     return _Functional(graph).run()
@@ -89,7 +93,7 @@ class _Functional:
     def run(self) -> Graph:
         for node in self.graph.nodes:
             self.place = node.place
-            if node.mutates is not None:
+            if node.mutates is not None and node.base not in BATCH_NORMS:
                 self.mutate_by(node)
                 continue
             new = replace(node, args=self.read_all(node.args))
@@ -126,12 +130,12 @@ class _Functional:
 
     def update_statistics(self, node: Node, new: Node) -> None:
         """The running statistics that a batch norm changes, which its signature does not say."""
-        kind = node.base.removeprefix("native_")
+        kind = "batch_norm" if node.base in BATCH_NORMS else node.base
         flag = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(kind)
-        if flag is None or not node.args[flag]:
+        if flag is None or not node.args.get(flag, node.base == "_batch_norm_with_update"):
             return
         for which in ("mean", "var"):
-            running = node.args[f"running_{which}"]
+            running = node.args.get(f"running_{which}")
             if isinstance(running, Ref):
                 args = {
                     "input": new.args["input"],
@@ -300,6 +304,19 @@ def _is_identity(node: Node) -> bool:
             node.base in ("add", "sub") and other == 0
         )
     return node.base in _COPIES
+
+
+def with_exact_gradients(graph: Graph) -> Graph:
+    """Returns a graph whose choices by a mask have no gradient where they leave a value out.
+
+    MLX multiplies the gradient there by 0, so that NaN and infinite ones, as of a softmax over a row that is masked
+    as a whole, are NaN. PyTorch drops them.
+    """
+    nodes = [
+        replace(node, op=f"exact_{node.op}") if node.base in ("where", "masked_fill") else node
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=nodes)
 
 
 def is_whole(node: Node, tensors: dict[str, Any]) -> bool:

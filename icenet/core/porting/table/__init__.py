@@ -13,7 +13,8 @@ import icenet.core.porting.table.random
 import icenet.core.porting.table.recurrent
 import icenet.core.porting.table.reductions
 import icenet.core.porting.table.shapes
-import icenet.core.porting.table.sizes  # noqa: F401
+import icenet.core.porting.table.sizes
+import icenet.core.porting.table.special  # noqa: F401
 from icenet.core.porting.table.base import TABLE
 
 for _name in [

@@ -23,6 +23,11 @@ def dtype_option(n: Operation) -> str:
     return "" if dtype == "float32" else f", mx.{dtype}"
 
 
+def fill_value(n: Operation, value: Any) -> str:
+    """Returns the source of the value of all elements. MLX keeps a number other than 0 and 1 as a boolean."""
+    return repr(bool(value)) if n.out.dtype == "bool" and isinstance(value, (int, float)) else n.source(value)
+
+
 @entry("zeros", "empty", "new_zeros", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 def zeros(n: Operation) -> str:
     return f"mx.zeros({sizes_of(n)}{dtype_option(n)})"
@@ -35,7 +40,7 @@ def ones(n: Operation) -> str:
 
 @entry("full", "new_full")
 def full(n: Operation) -> str:
-    return f"mx.full({sizes_of(n)}, {n['fill_value']}, mx.{mlx_dtype(n.out.dtype)})"
+    return f"mx.full({sizes_of(n)}, {fill_value(n, n.args['fill_value'])}, mx.{mlx_dtype(n.out.dtype)})"
 
 
 @entry("scalar_tensor")

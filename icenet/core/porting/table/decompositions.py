@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icenet.core.errors import PortError
+from icenet.core.porting.table.arrays import tuple_source
 from icenet.core.porting.table.base import Operation, entry
 
 
@@ -102,8 +103,8 @@ def pinv(n: Operation) -> str:
     if rtol is None:
         size = max(size for size in matrix.shape[-2:] if isinstance(size, int))
         rtol = 0.0 if isinstance(atol, float) and atol > 0 else size * 2.0**-23
-    x = n.call("from_triangle", n["self"]) if n.get("hermitian", False) else n["self"]
-    return n.call("pseudo_inverse", x, n.source(rtol), n.source(0.0 if atol is None else atol))
+    bounds = n.source(rtol), n.source(0.0 if atol is None else atol)
+    return n.call("pseudo_inverse", n["self"], *bounds, *(["True"] if n.get("hermitian", False) else []))
 
 
 @entry("linalg_norm", "linalg_matrix_norm")
@@ -111,3 +112,42 @@ def matrix_norm(n: Operation) -> str:
     dims = n.args.get("dim")
     order = n.args.get("ord")
     return n.call("matrix_norm", n["self"], n.source(order), n.source(dims), repr(bool(n.args.get("keepdim"))))
+
+
+# ---- LU factors, reflections, least squares ------------------------------------------------------------------
+
+
+entry("linalg_lu")(lambda n: n.call("lu", n["A"]))
+entry("linalg_lu_factor")(lambda n: n.call("lu_factor", n["A"]))
+entry("lu_unpack")(lambda n: n.call("lu_unpack", n["LU_data"], n["LU_pivots"], n["unpack_data"], n["unpack_pivots"]))
+entry("linalg_lu_solve")(
+    lambda n: n.call("lu_solve", n["LU"], n["pivots"], n["B"], repr(bool(n.get("left", True))), n["adjoint"])
+)
+entry("lu_solve")(lambda n: n.call("lu_solve", n["LU_data"], n["LU_pivots"], n["self"]))
+entry("linalg_householder_product")(lambda n: n.call("householder_product", n["input"], n["tau"]))
+entry("ormqr")(lambda n: n.call("reflect", n["self"], n["input2"], n["input3"], n["left"], n["transpose"]))
+entry("linalg_tensorinv")(lambda n: n.call("tensor_inverse", n["self"], n["ind"]))
+entry("linalg_tensorsolve")(lambda n: n.call("tensor_solve", n["self"], n["other"], n["dims"]))
+
+
+@entry("linalg_lu_factor_ex", "_lu_with_info")
+def lu_factor_with_info(n: Operation) -> str:
+    matrix = n.tensor(_name(n))
+    assert matrix is not None
+    return f"(*{n.call('lu_factor', _matrix(n))}, mx.zeros({tuple_source(n, matrix.shape[:-2])}, mx.int32))"
+
+
+@entry("linalg_matrix_rank")
+def matrix_rank(n: Operation) -> str:
+    x = n.source(n.args.get("input", n.args.get("self")))
+    atol, rtol = n.args.get("atol"), n.args.get("rtol")
+    if "tol" in n.args:
+        atol, rtol = n.args["tol"], 0.0
+    return n.call("matrix_rank", x, n.source(atol), n.source(rtol), repr(bool(n.get("hermitian", False))))
+
+
+@entry("linalg_lstsq")
+def least_squares(n: Operation) -> str:
+    """The solution; residuals, rank and singular values where PyTorch's driver returns them."""
+    wanted = [repr(item.shape != (0,)) for item in n.node.out[1:]]
+    return n.call("least_squares", n["self"], n["b"], n["rcond"], *wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icenet.core.porting.record import Dtype, Tensor
+from icenet.core.porting.table.arrays import fill_value
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, promoted, templates
 
 
@@ -53,7 +54,7 @@ entry("mul", "multiply")(_binary("*"))
 @entry("add", "sub", "subtract", "add_relu")
 def add(n: Operation) -> str:
     if n.out.dtype == "bool":
-        return f"mx.logical_or({n['self']}, {n['other']})"
+        return f"mx.logical_or({n['self']}, {n['other']})" if n.args.get("alpha", 1) else n["self"]
     return _binary("+" if n.node.base == "add" else "-")(n)
 
 
@@ -291,7 +292,6 @@ _helper("sign")
 _helper("sgn", function="sgn")
 _helper("signbit")
 _helper("angle", function="angle")
-_helper("i0", function="i0")
 _helper("special_entr", function="entr")
 _helper("special_log_ndtr", function="log_ndtr")
 _helper("special_ndtr", function="ndtr")
@@ -307,13 +307,19 @@ _helper("hardshrink", function="hardshrink", arguments=("self", "lambd"))
 _helper("softshrink", function="softshrink", arguments=("self", "lambd"))
 _helper("celu", function="celu", arguments=("self", "alpha"))
 _helper("threshold", function="threshold", arguments=("self", "threshold", "value"))
-_helper("hardtanh", function="hardtanh", arguments=("self", "min_val", "max_val"))
 _helper("softplus", function="softplus", arguments=("self", "beta", "threshold"))
+
+
+@entry("hardtanh")
+def hardtanh(n: Operation) -> str:
+    bounds = [n.args["min_val"], n.args["max_val"]]
+    bounds = bounds if n.out.is_floating else [int(bound) for bound in bounds]
+    return n.call("hardtanh", n["self"], *map(n.source, bounds))
 
 
 @entry("square")
 def square(n: Operation) -> str:
-    return f"mx.square({n['self']})"
+    return f"mx.square({n.cast('self', n.out.dtype)})"
 
 
 @entry("round")
@@ -368,27 +374,32 @@ entry("clamp_min")(lambda n: n.call("clip", n.cast("self", n.out.dtype), n["min"
 entry("clamp_max")(lambda n: n.call("clip", n.cast("self", n.out.dtype), "None", n["max"]))
 
 
-@entry("where")
+@entry("where", "exact_where")
 def where(n: Operation) -> str:
     condition = n.cast("condition", "bool")
     if "self" not in n.args:
         return n.call("nonzero_where", condition)
     a, b = operands(n, "self", "other")
-    return f"mx.where({condition}, {_bare(a)}, {_bare(b)})"
+    return _where(n, condition, _bare(a), _bare(b))
+
+
+def _where(n: Operation, condition: str, a: str, b: str) -> str:
+    is_exact = n.node.base.startswith("exact_") and n.out.is_floating
+    return n.call("exact_where", condition, a, b) if is_exact else f"mx.where({condition}, {a}, {b})"
 
 
 def _bare(text: str) -> str:
     return text[1:-1] if text.startswith("(") and text.endswith(")") and text.count("(") == 1 else text
 
 
-@entry("masked_fill")
+@entry("masked_fill", "exact_masked_fill")
 def masked_fill(n: Operation) -> str:
     value = n.args["value"]
     tensor = n.tensor("value")
     text = n.cast("value", n.out.dtype) if tensor is not None else n.source(value)
-    if tensor is None and not n.out.is_floating and isinstance(value, float):
-        text = repr(int(value))
-    return f"mx.where({n['mask']}, {text}, {n['self']})"
+    if tensor is None and not n.out.is_floating and isinstance(value, (float, int)):
+        text = repr(bool(value) if n.out.dtype == "bool" else int(value))
+    return _where(n, n["mask"], text, n["self"])
 
 
 entry("lerp")(lambda n: f"{n.atom('self')} + {n.atom('weight')} * ({n.atom('end')} - {n.atom('self')})")
@@ -442,7 +453,7 @@ def fill(n: Operation) -> str:
     value = n.args["value"]
     if n.tensor("value") is not None:
         return n.call("broadcast_like", n.cast("value", n.out.dtype), n["self"])
-    return f"mx.full({n.atom('self')}.shape, {n.source(value)}, mx.{mlx_dtype(n.out.dtype)})"
+    return f"mx.full({n.atom('self')}.shape, {fill_value(n, value)}, mx.{mlx_dtype(n.out.dtype)})"
 
 
 entry("zero")(lambda n: f"mx.zeros_like({n['self']})")
@@ -460,7 +471,7 @@ def _like(n: Operation, function: str) -> str:
 
 @entry("full_like")
 def full_like(n: Operation) -> str:
-    return f"mx.full({n.atom('self')}.shape, {n['fill_value']}, mx.{mlx_dtype(n.out.dtype)})"
+    return f"mx.full({n.atom('self')}.shape, {fill_value(n, n.args['fill_value'])}, mx.{mlx_dtype(n.out.dtype)})"
 
 
 @entry("isclose")

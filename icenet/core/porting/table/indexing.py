@@ -139,3 +139,24 @@ def isin(n: Operation) -> str:
     first = n.args.get("elements", n.args.get("element"))
     second = n.args.get("test_elements", n.args.get("test_element"))
     return n.call("isin", n.source(first), n.source(second), repr(bool(n.args.get("invert"))))
+
+
+entry("nonzero_numpy")(lambda n: n.call("nonzero_where", n["self"]))
+
+
+@entry("nonzero_static")
+def nonzero_static(n: Operation) -> str:
+    return n.call("nonzero_static", n["self"], n["size"], n.source(n.get("fill_value", -1)))
+
+
+@entry("as_strided_scatter")
+def as_strided_scatter(n: Operation) -> str:
+    offset = n.source(n.get("storage_offset", 0))
+    return n.call("as_strided_scatter", n["self"], n["src"], n["size"], n["stride"], offset)
+
+
+@entry("segment_reduce")
+def segment_reduce(n: Operation) -> str:
+    arrays = [n.source(n.args.get(name)) for name in ("lengths", "offsets")]
+    axis, initial = n.source(n.get("axis", 0)), n.source(n.args.get("initial"))
+    return n.call("segment_reduce", n["data"], n["reduce"], *arrays, axis, initial)

@@ -56,6 +56,9 @@ def addmm(n: Operation) -> str:
         beta, alpha = int(beta), int(alpha)
     if n.node.base == "addmm" and alpha == beta == 1 and n.out.is_floating:
         return f"mx.addmm({n['self']}, {n[a]}, {n[b]})"
+    if n.out.dtype == "bool":
+        text = f"{n.atom(a)}[:, None] & {n.atom(b)}" if alpha else f"mx.zeros_like({n['self']})"
+        return f"{n.atom('self')} | {atom(text)}" if beta else text
     if n.node.base == "addr":
         text = f"{n.atom(a)}[:, None] * {n.atom(b)}"
     elif n.node.base == "addbmm":
@@ -175,10 +178,14 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
 
 for _name in ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn"):
     entry(f"fft_{_name}")(_fft(_name))
-entry("fft_hfft")(lambda n: n.call("hfft", n["self"], n["n"], n["dim"], repr(n.get("norm", "backward"))))
-entry("fft_ihfft")(
-    lambda n: n.call("hfft", n["self"], n["n"], n["dim"], repr(n.get("norm", "backward")), inverse="True")
-)
+
+
+@entry("fft_hfft", "fft_ihfft", "fft_hfft2", "fft_ihfft2", "fft_hfftn", "fft_ihfftn")
+def hfft(n: Operation) -> str:
+    size = n.source(n.args.get("n", n.args.get("s")))
+    return n.call("hfft", repr(n.node.base[4:]), n["self"], size, n["dim"], repr(n.get("norm", "backward")))
+
+
 entry("fft_fftshift")(lambda n: f"mx.fft.fftshift({n['self']}, {n.dims()})")
 entry("fft_ifftshift")(lambda n: f"mx.fft.ifftshift({n['self']}, {n.dims()})")
 

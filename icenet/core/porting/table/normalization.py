@@ -42,10 +42,22 @@ def batch_norm(n: Operation) -> str:
     return n.call("batch_norm", n["input"], n["running_mean"], n["running_var"], n["weight"], n["bias"], n["eps"])
 
 
-@entry("native_batch_norm")
+@entry("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 def native_batch_norm(n: Operation) -> str:
-    running = ["None", "None"] if n.args["training"] else [n["running_mean"], n["running_var"]]
+    is_training = n.get("training", False) or n.args.get("running_mean") is None
+    running = ["None", "None"] if is_training else [n["running_mean"], n["running_var"]]
     return n.call("native_batch_norm", n["input"], *running, n["weight"], n["bias"], n["eps"])
+
+
+@entry("_batch_norm_with_update")
+def batch_norm_with_update(n: Operation) -> str:
+    text = n.call("native_batch_norm", n["input"], "None", "None", n["weight"], n["bias"], n["eps"])
+    return f"(*{text}, mx.zeros((0,), mx.uint8))"
+
+
+@entry("native_group_norm")
+def native_group_norm(n: Operation) -> str:
+    return n.call("native_group_norm", n["input"], n["group"], n["weight"], n["bias"], n["eps"])
 
 
 @entry("batch_norm_statistics", "instance_norm_statistics")

@@ -266,7 +266,7 @@ def gradient(n: Operation) -> str:
 
 @entry("sum_to_size")
 def sum_to_size(n: Operation) -> str:
-    return n.call("sum_to", n["self"], n["size"])
+    return n.call("sum_to", n.cast("self", n.out.dtype), n["size"])
 
 
 @entry("dist")
