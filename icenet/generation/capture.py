@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.generation.decoder import Choice, State, Step
-from icenet.core.models.classes import change_classes
+from icenet.core.nn.classes import change_classes
 from icenet.nn import tree
 
 CAPTURED_TYPES: dict[type, type] = {}

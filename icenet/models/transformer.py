@@ -21,8 +21,8 @@ from icenet import nn as ops
 from icenet.core.config import TransformerConfig, transformer_plan
 from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, ExpertsPlan, FeedForwardPlan, LayerType
 from icenet.core.models.init import sinusoidal_rows
-from icenet.core.models.relative import distance_buckets
-from icenet.core.models.router_scores import RouterScores
+from icenet.core.nn.relative_positions import distance_buckets
+from icenet.core.nn.router_scores import RouterScores
 from icenet.generation.cache import KVCache, LayerCache
 from icenet.models.base import BaseModel
 

@@ -11,7 +11,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.core.models.classes import change_classes
+from icenet.core.nn.classes import change_classes
 from icenet.nn import training_kernels
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.exact import channel_sums

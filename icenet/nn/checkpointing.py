@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.errors import UsageError
-from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
+from icenet.core.nn.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet.nn.arrays import Array
 from icenet.nn.norm import keep_buffers
 

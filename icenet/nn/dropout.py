@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core import rng
-from icenet.core.models.classes import change_classes
-from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
+from icenet.core.nn.classes import change_classes
+from icenet.core.nn.dropout import KeyedCalls, check_channels, keys_for_rows
 from icenet.nn.arrays import Array
 from icenet.nn.random import random_bits
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from icenet.core.models import embedding
+from icenet.core.nn import embedding
 from icenet.nn.arrays import Array, to_numpy
 
 
@@ -48,7 +48,7 @@ _CHECKED: dict[type, type] = {nn.Embedding: Embedding}
 
 
 def guard_embeddings(modules: Iterable[tuple[str, nn.Module]], reads_all: bool = False) -> None:
-    """Makes the embeddings in a model, MLX's and IceNet's, check their ids; see `core.models.embedding.guard`."""
+    """Makes the embeddings in a model, MLX's and IceNet's, check their ids; see `core.nn.embedding.guard`."""
     embedding.guard(modules, _CHECKED, reads_all)
 
 

@@ -8,7 +8,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.core.models.loss import rows_of_a_chunk
+from icenet.core.nn.loss import rows_of_a_chunk
 from icenet.nn import exact, training_kernels
 from icenet.nn.arrays import Array, cast_weight, is_half
 

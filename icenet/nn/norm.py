@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.config.transformer_plan import NormPlan
-from icenet.core.models.norm import check_batch_norm
+from icenet.core.nn.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
 from icenet.nn import exact, training_kernels
 from icenet.nn.activations import activation as activate

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config.transformer_plan import LayerType, RotaryPlan
-from icenet.core.models.rotary import RotaryRows
-from icenet.core.models.tables import TableBase
+from icenet.core.nn.position_tables import TableBase
+from icenet.core.nn.rotary import RotaryRows
 from icenet.nn.arrays import Array
 
 

@@ -9,7 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.core.models.classes import change_classes
+from icenet.core.nn.classes import change_classes
 from icenet.nn import exact, norm, training_kernels
 from icenet.nn.activations import activation
 from icenet.nn.arrays import Array, on_cpu

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from icenet.core.generation.decoder import Choice, State, Step
-from icenet.core.models.classes import change_classes
+from icenet.core.nn.classes import change_classes
 from icenet_torch.nn import arithmetic, tree
 
 CAPTURED_DEVICES = ("cuda",)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from icenet.core.models.dropout import KeyedCalls, count_calls, repeated_calls
+from icenet.core.nn.dropout import KeyedCalls, count_calls, repeated_calls
 from icenet_torch.nn.norm import keep_buffers
 
 

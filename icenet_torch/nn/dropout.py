@@ -18,8 +18,8 @@ from torch import nn
 
 from icenet.core import rng
 from icenet.core.errors import UsageError
-from icenet.core.models.classes import change_classes
-from icenet.core.models.dropout import KeyedCalls, check_channels, keys_for_rows
+from icenet.core.nn.classes import change_classes
+from icenet.core.nn.dropout import KeyedCalls, check_channels, keys_for_rows
 from icenet_torch.nn.arrays import Array, triton_kernels
 from icenet_torch.nn.random import random_bits_at_least
 

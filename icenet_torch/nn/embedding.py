@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from icenet.core.models import embedding
+from icenet.core.nn import embedding
 from icenet_torch.nn.arrays import Array, to_numpy
 
 
@@ -41,7 +41,7 @@ _CHECKED: dict[type, type] = {nn.Embedding: Embedding}
 
 
 def guard_embeddings(modules: Iterable[tuple[str, nn.Module]], reads_all: bool = False) -> None:
-    """Makes the embeddings in a model, PyTorch's and IceNet's, check their ids; see `core.models.embedding.guard`."""
+    """Makes the embeddings in a model, PyTorch's and IceNet's, check their ids; see `core.nn.embedding.guard`."""
     embedding.guard(modules, _CHECKED, reads_all)
 
 

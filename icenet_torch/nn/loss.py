@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from icenet.core.models.loss import rows_of_a_chunk
+from icenet.core.nn.loss import rows_of_a_chunk
 from icenet_torch.nn import exact
 from icenet_torch.nn.arrays import Array, cast_weight, is_half, triton_kernels
 from icenet_torch.nn.linear import linear

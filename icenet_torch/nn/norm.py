@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from icenet.core.config.transformer_plan import NormPlan
-from icenet.core.models.norm import check_batch_norm
+from icenet.core.nn.norm import check_batch_norm
 from icenet.core.weights.layout import LEFT_OUT, STATISTICS
 from icenet_torch.nn.activations import activation as activate
 from icenet_torch.nn.arrays import Array, is_half, on_cpu

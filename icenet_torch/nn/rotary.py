@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from icenet.core.config.transformer_plan import LayerType, RotaryPlan
-from icenet.core.models.rotary import RotaryRows
-from icenet.core.models.tables import TableBase
+from icenet.core.nn.position_tables import TableBase
+from icenet.core.nn.rotary import RotaryRows
 from icenet_torch.nn.arrays import Array
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],
     ["core.backends"],
-    ["core.weights"],
+    ["core.weights", "core.nn"],
     ["core.generation"],
     ["core.models", "core.distributed", "core.embedding"],
     ["core.families"],

@@ -17,7 +17,7 @@ from helpers import TINY_MODELS, both_backends, build_model, native, plain, toke
 import icenet.nn
 import icenet_torch.nn
 from icenet.core.config import Config
-from icenet.core.models import loss
+from icenet.core.nn import loss
 from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.parity.yardstick import judge
 

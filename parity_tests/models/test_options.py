@@ -15,7 +15,7 @@ from helpers import both_backends, build_model, native, plain, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError, UsageError
-from icenet.core.models.relative import distance_buckets
+from icenet.core.nn.relative_positions import distance_buckets
 
 SMALL: dict[str, Any] = {
     "type": "transformer",

@@ -12,7 +12,8 @@ from helpers import BACKENDS, both_backends, build_model, native, plain, token_i
 
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig
-from icenet.core.models import rotary, tables
+from icenet.core.nn import position_tables as tables
+from icenet.core.nn import rotary
 
 SMALL: dict[str, Any] = {
     **{"type": "transformer", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 61},

@@ -880,7 +880,7 @@ FAULTS: list[Fault] = [
     # ---- dropout in users' models -------------------------------------------------------------------------------
     Fault(
         "a layer has the same mask in each of its calls",
-        "icenet/core/models/dropout.py",
+        "icenet/core/nn/dropout.py",
         "        self._calls = call + 1\n",
         "",
         ["models/test_dropout.py::test_the_frameworks_dropout_has_equal_masks_and_the_right_rate"],
@@ -1238,14 +1238,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "all rows have the dropout key of the first",
-        "icenet/core/models/dropout.py",
+        "icenet/core/nn/dropout.py",
         "return keys if shape[0] % keys.shape[0] == 0 else keys[:1]",
         "return keys[:1]",
         ["core/training/test_training.py::test_micro_batches_give_the_gradients_of_the_whole"],
     ),
     Fault(
         "dropout does not scale the values it keeps",
-        "icenet/core/models/dropout.py",
+        "icenet/core/nn/dropout.py",
         "1 / (1 - self.p) if",
         "1.0 if",
         ["core/test_rng.py::test_dropout_rate_and_scale"],
@@ -3140,7 +3140,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "distances to later tokens are those to earlier ones",
-        "icenet/core/models/relative.py",
+        "icenet/core/nn/relative_positions.py",
         "before[1:] + np.int32(buckets // 2)",
         "before[1:]",
         ["models/test_options.py::test_distances_have_the_groups_of_the_formula"],

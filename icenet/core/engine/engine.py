@@ -28,7 +28,7 @@ from icenet.core.engine.optimizer import Optimizer
 from icenet.core.engine.results import Evaluation, StepResult, step_result
 from icenet.core.errors import UsageError
 from icenet.core.models import buckets, randomness
-from icenet.core.models.dropout import seed_dropouts
+from icenet.core.nn.dropout import seed_dropouts
 
 P = ParamSpec("P")
 R = TypeVar("R")

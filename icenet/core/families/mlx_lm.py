@@ -14,7 +14,7 @@ import numpy as np
 from icenet.core.config import TransformerConfig
 from icenet.core.families.family import Family
 from icenet.core.families.transformer_keys import period_of
-from icenet.core.models.rotary import attention_factor
+from icenet.core.nn.rotary import attention_factor
 
 _HEADS_OF_WIDTH = ("mixtral", "qwen2", "phi3", "gpt2", "gpt_neox")
 _FOUR_TIMES = ("gpt2", "gpt_neox")

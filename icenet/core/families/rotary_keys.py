@@ -11,7 +11,7 @@ from icenet.core.config import RotaryScaling
 from icenet.core.errors import ConfigError
 from icenet.core.families.keys import Options, Values, shown
 from icenet.core.families.transformer_keys import FULL, SLIDING, LayerWindows
-from icenet.core.models.rotary import attention_factor
+from icenet.core.nn.rotary import attention_factor
 
 _ORIGINAL = {"original_max_position_embeddings": "original_length"}
 SCALINGS: Mapping[str, Mapping[str, str]] = {

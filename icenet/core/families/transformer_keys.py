@@ -9,7 +9,7 @@ from typing import Any
 from icenet.core.config import TransformerConfig, transformer_plan
 from icenet.core.errors import ConfigError
 from icenet.core.families.keys import Options, Values, shown
-from icenet.core.models.rotary import attention_factor
+from icenet.core.nn.rotary import attention_factor
 
 MAX_LAYERS = 2**14
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -1,1 +1,1 @@
-"""Models without a framework: the base class, building, initial values, dropout keys, padding of compiled models."""
+"""Models without a framework: the base class, building, initial values, twins, padding of compiled models."""

@@ -19,8 +19,8 @@ from icenet.core.generation.request import Tokens, make_request
 from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import append_to_prompts, generate_tokens, stream_tokens
 from icenet.core.models import init, inputs
-from icenet.core.models.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.models.interface import ModelInterface
+from icenet.core.nn.dropout import dropout_keys, dropout_layers, seed_dropouts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import arrays, layout, packed, sharing
 from icenet.core.weights import files as weight_files

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
-from icenet.core.models import dropout, randomness
+from icenet.core.models import randomness
+from icenet.core.nn import dropout
 from icenet.core.weights import layout
 from icenet.parity.calls.events import Event, Run, rebuild
 from icenet.parity.calls.pairs import Sample

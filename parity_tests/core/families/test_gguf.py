@@ -25,7 +25,7 @@ from icenet.core.config import Config, transformer_plan
 from icenet.core.errors import IceNetError
 from icenet.core.families import FAMILIES, folder, gguf_export
 from icenet.core.families.weights import family_tensors
-from icenet.core.models import rotary
+from icenet.core.nn import rotary
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers import read_tokenizer
 from icenet.core.tokenizers.huggingface import HFTokenizer

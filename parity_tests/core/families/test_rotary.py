@@ -9,8 +9,8 @@ import pytest
 
 from icenet.core.config import RotaryScaling
 from icenet.core.config.transformer_plan import RotaryPlan
-from icenet.core.models.rotary import RotaryRows, attention_factor, frequencies
-from icenet.core.models.tables import TableBase
+from icenet.core.nn.position_tables import TableBase
+from icenet.core.nn.rotary import RotaryRows, attention_factor, frequencies
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"factor": 4.0}, {"factor": 4.0}),

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from icenet.core.errors import OutsideTableError
-from icenet.core.models.classes import change_classes
+from icenet.core.nn.classes import change_classes
 
 
 class CheckedIds:
