@@ -7,6 +7,10 @@ with PyTorch's. There are two alignments:
     SAME    the axes are the same
     MOVED   PyTorch's axis 1, the channels, is MLX's last axis
 
+`compare` of any two modules has a third one for calls within the model (`rows`): the elements are in the same order,
+but leading axes are merged, or of length 1, on one side. An example is a layer that gets `[B, L, D]` in MLX and
+`[B * L, D]` in PyTorch, or the state of a recurrent layer, `[B, H]` in MLX and `[1, B, H]` in PyTorch.
+
 If both sides call a layer of the same kind, the kind determines the alignment (`KINDS`), as it determines the layout
 of weights. A module whose kind does not determine it (an activation, a container, a user's own module) may take
 either. Then the shapes of the two recorded arrays determine it, and where both alignments fit, as for 8 channels of
@@ -32,6 +36,7 @@ from icenet.parity.trace import Call, Trace, Value, output_name
 Array = npt.NDArray[Any]
 
 SAME, MOVED = "same", "moved"
+_ROWS = "rows "
 
 KINDS: dict[str, str] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), MOVED),
@@ -82,13 +87,42 @@ def nearer(ours: Array, theirs: Array) -> str | None:
     return MOVED if moved < same / 2 else SAME if same < moved / 2 else None
 
 
+def rows(ours: Array, theirs: Array) -> str | None:
+    """Returns the alignment of arrays whose elements are in the same order, in other leading axes; None if not.
+
+    Either the last axes are equal and the others are merged on one side, or one side has axes of length 1.
+    """
+    if ours.shape == theirs.shape or ours.size != theirs.size or not ours.size:
+        return None
+    long = [tuple(size for size in array.shape if size > 1) for array in (ours, theirs)]
+    is_merged = ours.ndim != theirs.ndim and min(ours.ndim, theirs.ndim) > 0 and ours.shape[-1] == theirs.shape[-1]
+    if not is_merged and long[0] != long[1]:
+        return None
+    return f"{_ROWS}{list(ours.shape)} {list(theirs.shape)}"
+
+
+def _shape_of(name: str, index: int) -> tuple[int, ...]:
+    """Returns a shape of an alignment of `rows`: 0 of MLX, 1 of PyTorch."""
+    text = name.removeprefix(_ROWS)[1:-1].split("] [")[index]
+    return tuple(int(size) for size in text.split(",") if size)
+
+
+def is_near(ours: Array, theirs: Array) -> bool:
+    """Returns whether aligned arrays are equal but for rounding errors, also in half precision."""
+    return ours.shape == theirs.shape and _distance(ours, theirs) < 10 * _EQUAL
+
+
 def to_torch(name: str, array: Array) -> Array:
     """Returns an MLX array with PyTorch's axes."""
+    if name.startswith(_ROWS):
+        return array.reshape(_shape_of(name, 1))
     return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if name == MOVED and array.ndim > 2 else array
 
 
 def to_mlx(name: str, array: Array) -> Array:
     """Returns a PyTorch array with MLX's axes."""
+    if name.startswith(_ROWS):
+        return array.reshape(_shape_of(name, 0))
     return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if name == MOVED and array.ndim > 2 else array
 
 

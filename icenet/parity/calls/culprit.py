@@ -51,7 +51,7 @@ def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | No
                 found.append(Origin(last + 0.5, where, label, name, judgement))
             else:
                 label = f"input of {relative(child.path, pair.path)}"
-                found.append(Origin(child.b.number - 0.5, _between(pair, child), label, name, judgement))
+                found.append(Origin(child.b.number - 0.5, between(pair, child), label, name, judgement))
     return min(found, key=lambda origin: origin.order, default=None)
 
 
@@ -61,7 +61,7 @@ def first_name(pair: Pair, judgements: Mapping[str, Judgement]) -> str:
     return origin.name if origin is not None else "output"
 
 
-def _between(pair: Pair, child: Pair) -> str:
+def between(pair: Pair, child: Pair) -> str:
     """Returns `between mlp and norm2`, given a call within a module."""
     index = pair.children.index(child)
     name = relative(child.path, pair.path)

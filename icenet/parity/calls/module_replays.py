@@ -29,6 +29,7 @@ Array = npt.NDArray[Any]
 def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
     """Computes a call alone; see `Side.replay`."""
     pair, values, cotangents, weights = given.pair, given.values, given.cotangents, given.weights
+    left_out = given.left_out
     is_test = side.is_test
     own = pair.a if is_test else pair.b if side.is_reference else pair.noise
     module = side.modules[own.path]
@@ -58,7 +59,10 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
 
         given = {i if is_test else j: array for (i, j, _), array in zip(pair.arguments, arrays, strict=False)}
         natives = _filled(side, own.arguments, given)
+        natives = [None if index in left_out else item for index, item in enumerate(natives)]
         args, kwargs = rebuild(own.given, natives)
+        if left_out:
+            args, kwargs = tuple(map(_without_empty, args)), {n: _without_empty(item) for n, item in kwargs.items()}
         with side.tools.intercepting(inner, handle):
             result = module(*args, **kwargs)
         outputs = arrays_of(result, side.tools.ARRAY)
@@ -212,6 +216,11 @@ def _filled(side: ModuleCopy, recorded: Sequence[Value], given: Mapping[int, Any
         given[index] if index in given else side.tools.native(item, side.exact, side.module)
         for index, item in enumerate(recorded)
     ]
+
+
+def _without_empty(item: Any) -> Any:
+    """Returns None in place of a tuple or list of nothing else, such as the state of an LSTM."""
+    return None if isinstance(item, (tuple, list)) and item and all(part is None for part in item) else item
 
 
 def _filled_in(item: Value, own: Value | None) -> Value:

@@ -190,6 +190,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         _align(pair, shapes, same)
         if pair.kind in align.DIFFERENT_CALLS:
             pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
+    pairs, other_rows = _without_other_rows(pairs, by_event)
+    notes += other_rows
     for pair in pairs:
         children_a = {id(child) for child in _nearest(pair.a, by_event)}
         for child in _nearest(pair.b, by_event):
@@ -202,6 +204,53 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
     if any(pair.masked_arguments or pair.masked_outputs for pair in pairs):
         notes.append("masked values are other numbers in a than in b, such as -inf and -1e9: they count as equal")
     return pairs, notes
+
+
+def _without_other_rows(pairs: list[Pair], by_event: dict[int, Pair]) -> tuple[list[Pair], list[str]]:
+    """Leaves out calls that get other rows on each side, and those within them; returns the rest, and notes.
+
+    An example is an expert that gets the tokens that are routed to it on one side, and all tokens on the other. Such
+    calls are computed within the call around them, if its own arrays correspond: if also in values, or if only the
+    rows of one side are gathered from several axes. Otherwise the shapes are a difference.
+    """
+    left_out: set[int] = set()
+    found: dict[str, list[str]] = {}
+    example = ""
+    for pair in pairs:
+        outer = pair.b.parent
+        while outer is not None and id(outer) not in by_event:
+            outer = outer.parent
+        if id(pair.b) in left_out or outer is None or align.KINDS.get(pair.kind or "") == align.MOVED:
+            continue
+        arrays = [*zip(pair.a.arguments, pair.b.arguments, strict=False)]
+        arrays += zip(pair.a.outputs, pair.b.outputs, strict=False)
+        shapes = [(x.array.shape, y.array.shape) for x, y in arrays if y.is_float]
+        others = [(x, y) for x, y in shapes if x[:-1] != y[:-1] and x[-1:] == y[-1:] and len(x) * len(y) > 0]
+        around = by_event[id(outer)]
+        if not (_argument_mismatch(pair) or _output_mismatch(pair)) or len(others) < len(shapes):
+            continue
+        if _argument_mismatch(around) or _output_mismatch(around):
+            continue
+        if all(len(x) != len(y) for x, y in others) or _agree(around):
+            events = {id(event) for side in (pair.a, pair.b) for event in side.walk()}
+            left_out |= events
+            names = found.setdefault(around.path or "the model", [])
+            names += [pair.path] if pair.path not in names else []
+            example = example or f"{list(others[0][0])} and {list(others[0][1])}"
+    notes = [
+        f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: called with other rows in "
+        f"a than in b, such as {example}; computed within {around}"
+        for around, paths in found.items()
+    ]
+    for event in left_out & by_event.keys():
+        del by_event[event]
+    return [pair for pair in pairs if id(pair.b) not in left_out], notes
+
+
+def _agree(pair: Pair) -> bool:
+    """Returns whether the outputs of a call are about equal in the runs of both sides."""
+    arrays = [(align.to_torch(how, pair.a.outputs[i].array), pair.b.outputs[j].array) for i, j, how in pair.outputs]
+    return all(align.is_near(ours, theirs) for ours, theirs in arrays if theirs.dtype.kind == "f")
 
 
 def _derived(event: Event) -> dict[int, tuple[int, Any]]:
@@ -253,9 +302,12 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
     ours, theirs = pair.a, pair.b
 
     def how(a: Value, b: Value) -> str | None:
-        if same:
-            return align.SAME if a.array.shape == b.array.shape else None
-        return align.alignment(pair.kind, a.array, b.array, shapes)
+        found = align.alignment(pair.kind, a.array, b.array, shapes) if not same else None
+        if same and a.array.shape == b.array.shape:
+            return align.SAME
+        if found is None and theirs.parent is not None and align.KINDS.get(pair.kind or "") != align.MOVED:
+            return align.rows(a.array, b.array)  # the interface of the model itself must be the same
+        return found
 
     if len(ours.names) == len(theirs.names):
         by_name = set(ours.names) == set(theirs.names) and len(set(ours.names)) == len(ours.names)
@@ -265,7 +317,7 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
             # a mask may be booleans on one side and numbers on the other: then each side keeps its own
             if found is not None and ours.arguments[i].is_float == theirs.arguments[j].is_float:
                 pair.arguments.append((i, j, found))
-            elif found is None and _are_masks(ours.arguments[i], theirs.arguments[j]):
+            elif _are_masks(ours.arguments[i], theirs.arguments[j]):
                 pair.own.add(j)
             elif found is None and ours.arguments[i].is_float:
                 pair.obstacle = pair.obstacle or unequal(

@@ -139,6 +139,7 @@ class Replay:
         cotangents: Of its results in the axes of the reference; None for no gradients.
         weights: Canonical parameters in place of its own, by path in the reference within the module.
         others: Gradients by its inputs from other uses, which are added to those of the replay; None without one.
+        left_out: Numbers of arguments in place of which the side gets None.
     """
 
     pair: Pair
@@ -146,6 +147,7 @@ class Replay:
     cotangents: Sequence[Value] | None = None
     weights: Mapping[str, Array] | None = None
     others: Sequence[Value | None] = ()
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     pass
 
 
+_MOST_SITES = 8
+"""Number of places in the code up to which a variant is also tried at each of them alone."""
+
+
 def find_functions(trial: Trial) -> str:
     """Returns the variant of the functions of the reference that explains the difference."""
     if trial.c.reference.backend != "torch":
@@ -27,24 +32,25 @@ def find_functions(trial: Trial) -> str:
     variants = backends.module("torch", "tools.variants")
     with variants.spying() as calls:
         trial.replay()
-    counts: dict[str, int] = {}
-    for name, _, _ in calls:
-        counts[name] = counts.get(name, 0) + 1
+    sites: dict[str, list[Any]] = {}
+    for call in calls:
+        found = sites.setdefault(call.name, [])
+        found += [call.site] if call.site not in found else []
     own = [v for _, v in attributes(trial.modules[0]).values() if isinstance(v, float)]
     table = [*variants.TABLE, *variants.number_variants(calls, own)]
-    if counts.get("mul"):
+    if "mul" in sites:
         table += variants.theta_variants(bases(trial))
     accepted: list[tuple[float, int, str]] = []
     for index, variant in enumerate(table):
-        total = sum(counts.get(name, 0) for name in variant.names)
-        if not total:
+        own_sites = list(dict.fromkeys(site for name in variant.names for site in sites.get(name, ())))
+        if not own_sites:
             continue
-        for only in (None, *(range(total) if 1 < total <= 6 else ())):
+        for only in (None, *(own_sites if 1 < len(own_sites) <= _MOST_SITES else ())):
             with variants.applied(variant, only):
                 new = trial.replay()
             if new and trial.explains(new):
                 ratio = trial.ratio(new)
-                accepted.append((ratio, index, variant.text))
+                accepted.append((ratio, index, _text(variant, only, calls)))
                 break
         if accepted and accepted[-1][0] <= 2:
             break
@@ -52,13 +58,15 @@ def find_functions(trial: Trial) -> str:
         for name in variants.ACTIVATIONS:
             if trial.explains_array(variants.activated(name, trial.exact[trial.name].array)):
                 return f"{name} in addition in a"
-    if not accepted:
-        return ""
-    text = min(accepted)[2]
-    if "{0}" in text:
-        used = [variants.activation_name(n, k, a) for n, a, k in calls if n in variants.ACTIVATION_NAMES]
-        text = text.replace("{0}", next(iter(used), "another activation"))
-    return text
+    return min(accepted)[2] if accepted else ""
+
+
+def _text(variant: Any, only: Any, calls: Sequence[Any]) -> str:
+    """Returns the text of a variant, with the name of the activation that it replaces."""
+    activation_name = backends.module("torch", "tools.variants").activation_name
+    replaced = (c for c in calls if c.name in variant.names and only in (None, c.site))
+    used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
+    return str(variant.text).replace("{0}", " and ".join(used) or "another activation")
 
 
 def find_mask(trial: Trial) -> str:

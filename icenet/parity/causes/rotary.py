@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from icenet.core import backends
-from icenet.parity.causes.numbers import (
-    attributes,
-)
+from icenet.parity.calls.events import Event
+from icenet.parity.causes.numbers import attributes
 from icenet.parity.causes.trial import Trial
 from icenet.parity.trace import Value
 
@@ -61,7 +60,7 @@ def find_rotary(trial: Trial) -> str:
 
     Both are the same up to the order of the values of a head, which queries and keys have in common.
     """
-    if not trial.is_forward:
+    if not trial.is_forward or not _turns(trial):
         return ""
     places = trial.pair.input_places()
     floats = [
@@ -86,6 +85,25 @@ def find_rotary(trial: Trial) -> str:
                 if trial.explains(trial.replay(values=values)):
                     return f"rotary positions of {text}"
     return ""
+
+
+def _turns(trial: Trial) -> bool:
+    """Returns whether a module has rotary positions: sines of its own, tables of them, or a layer of that name."""
+    if trial.c.reference.backend != "torch" or not trial.c.computes_reference:
+        return True
+    inner = [path.rpartition(".")[2].lower() for event in (trial.pair.a, trial.pair.b) for path in _paths(event)]
+    held = [name.lower() for module in trial.modules for name in vars(module)]
+    if any(part in name for name in (*inner, *held) for part in ("rot", "rope", "freq", "cos", "sin", "theta")):
+        return True
+    if any("cos" in name or "sin" in name or "freq" in name for name in trial.pair.b.names):
+        return True
+    with backends.module("torch", "tools.variants").spying() as calls:
+        trial.replay()
+    return bool({"cos", "sin", "polar", "view_as_complex"} & {call.name for call in calls})
+
+
+def _paths(event: Event) -> list[str]:
+    return [inner.path for inner in event.walk()]
 
 
 def _turned(value: Value, size: int, parts: int, halves: bool) -> Value:

@@ -10,6 +10,7 @@ functions   variants of the functions that the reference calls (`icenet_torch.to
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
 rotary      the base of the angles of rotary positions, and the values that they turn together
 weights     the order of gates and projections, a bias that is not used
+passed      what a module passes to one that it calls: an argument of one side only, another mask (before the others)
 optimizers  options of an optimizer, for a difference of its updates
 """
 

@@ -37,13 +37,13 @@ def find_sums(trial: Trial) -> str:
             return f"{label} is not {'added' if trial.is_forward else 'passed on, as by stop_gradient,'} in a"
         if abs(factor - 1) < 1e-4:
             return f"{label} is added once more in a"
-        return f"{label} is multiplied by {1 + factor:.6g} in a"
+        return f"{label} is added {factor:.6g} times more in a"
     for (label, array), (other, taken) in itertools.permutations(terms, 2):
         if trial.explains_array(exact + array - taken):
             return f"a adds {label} where b adds {other}"
     for label, array in terms:
         if trial.explains_array(array):
-            return f"it is {label} in a"
+            return f"a takes {label} in its place"
     return ""
 
 

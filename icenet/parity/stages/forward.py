@@ -12,8 +12,10 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
+from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair, hidden
 from icenet.parity.calls.runs import agrees_in_samples
+from icenet.parity.causes.passed import find_passed, passes_on
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import histogram, is_in, neutral
@@ -54,12 +56,17 @@ def judge_forward(
     origins = sorted(
         ((pair, origin) for pair, origin in candidates if origin is not None), key=lambda item: item[1].order
     )
+    passed = ""
+    if origins:
+        passed = _move_to_caller(c, pairs, origins, found)
     differing = {pair.path for pair, _ in origins}
     first = origins[0][1].order if origins else math.inf
     places = {id(pair): origin for pair, origin in origins}
     for pair in pairs:
         own = {n: j for n, j in found.get(pair.b.number, {}).items() if n.startswith(("output", "statistic"))}
         worst = max(own.values(), key=lambda judgement: judgement.ratio, default=None)
+        if passed and pair is origins[0][0]:
+            worst = origins[0][1].judgement
         for i, j, how in pair.outputs:
             if pair.b.outputs[j].is_float:
                 stage.rows.append(_output_row(c, pair, (i, j, how), worst, places, differing, first, note))
@@ -68,7 +75,10 @@ def judge_forward(
     if origins:
         pair, origin = origins[0]
         c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or note)
-        c.suggest(pair, found[pair.b.number])
+        if passed:
+            c.report.cause = passed
+        else:
+            c.suggest(pair, found[pair.b.number])
         return
     # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
     root = [row for row in stage.rows if row.path == "" and row.part.startswith("output")]
@@ -77,6 +87,30 @@ def judge_forward(
             index = stage.rows.index(row)
             stage.rows[index] = replace(row, status=states.DIFFERS)
             c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
+
+
+def _move_to_caller(
+    c: Comparison, pairs: list[Pair], origins: list[tuple[Pair, Origin]], found: Mapping[int, Mapping[str, Judgement]]
+) -> str:
+    """Replaces the first origin by its caller, if that passes other arguments to it; returns which, else empty."""
+    pair, origin = origins[0]
+    outer = _caller(pairs, pair)
+    if outer is None:
+        return ""
+    passed = find_passed(c, pair, outer, found[pair.b.number])
+    if passed:
+        c.suggest(pair, found[pair.b.number])
+        passed += f": {c.report.cause}" if "mask" in c.report.cause and "mask" in passed else ""
+        while passes_on(outer, pair) and (upper := _caller(pairs, outer)) is not None:
+            pair, outer = outer, upper
+        label = f"output of {relative(pair.path, outer.path)}"
+        where = culprit.between(outer, pair)
+        origins[0] = outer, origin._replace(order=pair.b.number - 0.5, where=where, label=label)
+    return passed
+
+
+def _caller(pairs: list[Pair], pair: Pair) -> Pair | None:
+    return next((other for other in pairs if any(child is pair for child in other.children)), None)
 
 
 def _output_row(

@@ -32,6 +32,12 @@ def _with_scale(power: float) -> Run:
     return _attention(change)
 
 
+def _with_scale_of_all(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Changes the scale to that of the width of all heads."""
+    query = options["query"]
+    return {**options, "scale": float(query.shape[1] * query.shape[-1]) ** -0.5} if query.ndim == 4 else None
+
+
 def _with_mask(diagonal: int | None) -> Run:
     """Returns the variant with a causal mask that ends at a diagonal, as in `torch.tril`; None is no mask."""
 
@@ -100,6 +106,11 @@ VARIANTS: list[Variant] = [
     Variant("attention without a scale in a, with 1 / sqrt(size) in b", _SDPA, _with_scale(0.0)),
     Variant("attention scale 1 / size^(1/4) in a, 1 / sqrt(size) in b", _SDPA, _with_scale(-0.25)),
     Variant("attention scale sqrt(size) in a, 1 / sqrt(size) in b", _SDPA, _with_scale(0.5)),
+    Variant(
+        "attention scale 1 / sqrt(size of all heads) in a, 1 / sqrt(size of one) in b",
+        _SDPA,
+        _attention(_with_scale_of_all),
+    ),
     Variant("softmax of the attention over the queries in a, over the keys in b", _SDPA, _over_queries),
     Variant("no attention mask in a", _SDPA, _with_mask(None)),
     Variant("a causal attention mask in a, none in b", _SDPA, _with_mask(0)),

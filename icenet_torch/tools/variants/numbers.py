@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from icenet_torch.tools.variants.angles import THETA
-from icenet_torch.tools.variants.variant import Run, Variant
+from icenet_torch.tools.variants.variant import FunctionCall, Run, Variant
 
 EPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
 _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
 
-def number_variants(
-    calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]], others: Sequence[float]
-) -> list[Variant]:
+def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> list[Variant]:
     """Returns variants of the numbers in the calls of a module: eps, theta and scales.
 
     Args:
@@ -31,7 +29,7 @@ def number_variants(
             text = f"{what} is {shown[0]:.6g} in a, {shown[1]:.6g} in b"
             found.setdefault((name, old, new), Variant(text, frozenset({name}), _replacing(old, new)))
 
-    for name, args, kwargs in calls:
+    for name, args, kwargs, _ in calls:
         numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
         for old in map(float, numbers):
             candidates: tuple[float, ...]
@@ -44,7 +42,10 @@ def number_variants(
             elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
                 candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
             elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
-                candidates, what = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2), "a scale"
+                candidates = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
+                if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
+                    candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
+                what = "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in ("mul", "add", "sub"):

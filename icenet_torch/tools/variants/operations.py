@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +51,101 @@ def _reversed_parts(func: Any, args: Any, kwargs: Any) -> Any:
     return tuple(parts)[::-1]
 
 
+def _ordered_list(order: Callable[[int], Sequence[int]]) -> Run:
+    """Returns the variant of a concatenation whose parts are in another order, given their number."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = list(args[0] if args else kwargs["tensors"])
+        chosen = order(len(tensors))
+        if len(tensors) < 3 or sorted(chosen) != list(range(len(tensors))):
+            return NotImplemented
+        rest = {k: v for k, v in kwargs.items() if k != "tensors"}
+        return func([tensors[i] for i in chosen], *args[1:], **rest)
+
+    return run
+
+
+def _in_pairs(first: int) -> Callable[[int], Sequence[int]]:
+    """Returns the order in which neighbours are exchanged, from a part on."""
+
+    def order(count: int) -> Sequence[int]:
+        return [i if i < first else first + ((i - first) ^ 1) for i in range(count)]
+
+    return order
+
+
+def _ordered_parts(order: Sequence[int]) -> Run:
+    """Returns the variant of a split whose parts are taken in another order."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        parts = tuple(func(*args, **kwargs))
+        if len(parts) != len(order) or any(
+            parts[i].shape != part.shape for i, part in zip(order, parts, strict=True)
+        ):
+            return NotImplemented
+        return tuple(parts[i] for i in order)
+
+    return run
+
+
+def _split_otherwise(order: Sequence[int]) -> Run:
+    """Returns the variant of a reshape that splits the last axis into its factors in another order."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        y, count = func(*args, **kwargs), len(order)
+        lead = y.shape[: y.ndim - count]
+        if args[0].shape[:-1] != lead or y.ndim != args[0].ndim + count - 1 or 1 in y.shape[-count:]:
+            return NotImplemented
+        sizes = [y.shape[len(lead) + i] for i in order]
+        back = [len(lead) + list(order).index(i) for i in range(count)]
+        return args[0].reshape(*lead, *sizes).permute(*range(len(lead)), *back)
+
+    return run
+
+
+def _merged_otherwise(func: Any, args: Any, kwargs: Any) -> Any:
+    """Merges the last two axes in the reverse order."""
+    x, y = args[0], func(*args, **kwargs)
+    if not isinstance(x, torch.Tensor) or x.ndim < 3 or 1 in x.shape[-2:] or y.ndim >= x.ndim:
+        return NotImplemented
+    return x.transpose(-1, -2).reshape(y.shape) if y.shape[-1] == x.shape[-1] * x.shape[-2] else NotImplemented
+
+
+def _reshaped(func: Any, args: Any, kwargs: Any) -> Any:
+    """Reshapes where axes are exchanged."""
+    y = func(*args, **kwargs)
+    return args[0].reshape(y.shape) if args and args[0].ndim > 2 else NotImplemented
+
+
+def _other_half(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(("input", "dim"), args, kwargs)
+    dim = given.get("dim", -1)
+    return func(torch.cat(given["input"].chunk(2, dim)[::-1], dim), dim)
+
+
+def _rolled_back(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(("input", "shifts", "dims"), args, kwargs)
+    shifts = given["shifts"]
+    return func(
+        given["input"], tuple(-n for n in shifts) if isinstance(shifts, tuple) else -shifts, given.get("dims")
+    )
+
+
+def _unchanged(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs["input"]
+
+
+def _squared(func: Any, args: Any, kwargs: Any) -> Any:
+    return _unchanged(func, args, kwargs).square()
+
+
+def _scaled_scores(func: Any, args: Any, kwargs: Any) -> Any:
+    """Multiplies a product of queries and keys by 1 / sqrt(size)."""
+    y = func(*args, **kwargs)
+    x = next((item for item in args if isinstance(item, torch.Tensor)), None)
+    return y * x.shape[-1] ** -0.5 if x is not None and y.ndim > 2 else NotImplemented
+
+
 def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
     given = arguments(("input", "repeats", "dim"), args, kwargs)
     if not isinstance(given.get("repeats"), int) or given.get("dim") is None:
@@ -85,6 +182,9 @@ def _left_out_first(func: Any, args: Any, kwargs: Any) -> Any:
     return _left_out(func, args[1::-1], kwargs)
 
 
+_CAT = frozenset({"cat", "concat", "concatenate", "stack"})
+_SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split"})
+_RESHAPE = frozenset({"view", "reshape", "unflatten"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 _PRODUCTS = _CONVS | {"linear", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
@@ -93,11 +193,46 @@ VARIANTS: list[Variant] = [
     Variant("the bias is added twice in a", _CONVS | {"linear"}, _bias(2.0)),
     Variant(
         "the parts are concatenated in the reverse order in a",
-        frozenset({"cat", "concat", "concatenate", "stack"}),
+        _CAT,
         _reversed_list,
     ),
+    Variant("the parts of a split are in the reverse order in a", _SPLITS, _reversed_parts),
+    *(
+        Variant(f"the parts of a split are in another order in a: {list(order)}", _SPLITS, _ordered_parts(order))
+        for count in (3, 4)
+        for order in itertools.permutations(range(count))
+        if order not in (tuple(range(count)), tuple(range(count))[::-1])
+    ),
+    Variant("the halves of GLU are exchanged in a", frozenset({"glu"}), _other_half),
+    Variant("the first part is concatenated last in a", _CAT, _ordered_list(lambda n: [*range(1, n), 0])),
+    Variant("the last part is concatenated first in a", _CAT, _ordered_list(lambda n: [n - 1, *range(n - 1)])),
+    *(
+        Variant(f"neighbouring parts are concatenated in the reverse order in a{text}", _CAT, _ordered_list(order))
+        for text, order in (("", _in_pairs(0)), (", from the second on", _in_pairs(1)))
+    ),
+    *(
+        Variant(f"a reshape splits the last axis in another order in a: its parts {list(order)}", _RESHAPE, run)
+        for count in (2, 3)
+        for order in itertools.permutations(range(count))
+        if order != tuple(range(count))
+        for run in (_split_otherwise(order),)
+    ),
     Variant(
-        "the parts of a split are in the reverse order in a", frozenset({"chunk", "split", "unbind"}), _reversed_parts
+        "a reshape merges the last two axes in the reverse order in a", _RESHAPE | {"flatten"}, _merged_otherwise
+    ),
+    Variant(
+        "swapped axes: reshaped in a, transposed in b",
+        frozenset({"transpose", "permute", "swapaxes", "movedim"}),
+        _reshaped,
+    ),
+    Variant("a roll in the other direction in a", frozenset({"roll"}), _rolled_back),
+    Variant("a roll is left out in a", frozenset({"roll"}), _unchanged),
+    Variant("exp is left out in a", frozenset({"exp"}), _unchanged),
+    Variant("the square in a, the absolute value in b", frozenset({"abs"}), _squared),
+    Variant(
+        "attention scores are multiplied by 1 / sqrt(size) in a, not scaled in b",
+        frozenset({"matmul", "bmm", "baddbmm"}),
+        _scaled_scores,
     ),
     Variant(
         "heads repeated in turn (tile) in a, each several times (repeat_interleave) in b",

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
 
+import torch
 from torch.overrides import TorchFunctionMode
 
+_TORCH = str(Path(torch.__file__).parent)
+Site = tuple[str, int, int]
+"""Where the code of a module calls a function: file, line of the code object, and instruction."""
 Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called as `run(function, args, kwargs)` in place of `function(*args, **kwargs)`."""
 
@@ -38,17 +45,26 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func)).strip("_")
 
 
+class FunctionCall(NamedTuple):
+    """A call of a function: its name, its arguments as far as they are numbers, flags and texts, and its site."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    site: Site
+
+
 @contextlib.contextmanager
-def applied(variant: Variant, only: int | None = None) -> Iterator[None]:
-    """Applies a variant to all calls of its functions, or to that with a number, while the context is open."""
+def applied(variant: Variant, only: Site | None = None) -> Iterator[None]:
+    """Applies a variant to all calls of its functions, or to those of one site, while the context is open."""
     with _Applied(variant, only):
         yield
 
 
 @contextlib.contextmanager
-def spying() -> Iterator[list[tuple[str, tuple[Any, ...], dict[str, Any]]]]:
-    """Yields a list to which each call of a function is added: its name and its arguments, numbers and flags only."""
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+def spying() -> Iterator[list[FunctionCall]]:
+    """Yields a list to which each call of a function is added."""
+    calls: list[FunctionCall] = []
     with _Spy(calls):
         yield calls
 
@@ -60,25 +76,36 @@ class _Spy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._calls.append((name_of(func), tuple(map(_plain, args)), {k: _plain(v) for k, v in kwargs.items()}))
+        plain = tuple(map(_plain, args)), {k: _plain(v) for k, v in kwargs.items()}
+        self._calls.append(FunctionCall(name_of(func), *plain, _site()))
         return func(*args, **kwargs)
 
 
 class _Applied(TorchFunctionMode):
-    def __init__(self, variant: Variant, only: int | None) -> None:
+    def __init__(self, variant: Variant, only: Site | None) -> None:
         super().__init__()
-        self._variant, self._only, self._count = variant, only, 0
+        self._variant, self._only = variant, only
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if name_of(func) in self._variant.names:
-            number = self._count
-            self._count += 1
-            if self._only is None or self._only == number:
-                found = self._variant.run(func, args, kwargs)
-                if found is not NotImplemented:
-                    return found
+        if name_of(func) in self._variant.names and (self._only is None or self._only == _site()):
+            found = self._variant.run(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
         return func(*args, **kwargs)
+
+
+def _site() -> Site:
+    """Returns the site of the call of a function in the code of a user: that of all calls in a loop is the same."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and _is_dispatch(frame.f_code):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
+
+
+def _is_dispatch(code: CodeType) -> bool:
+    """Returns whether code is of PyTorch, or of another mode in which a module runs."""
+    return code.co_filename.startswith(_TORCH) or code.co_name == "__torch_function__"
 
 
 def _plain(item: Any) -> Any:

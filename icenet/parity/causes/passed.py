@@ -1,0 +1,121 @@
+"""Causes in what a module passes to one that it calls: an argument of one side only, or another mask.
+
+The call then differs in its replay, because each side keeps such an argument, but the difference begins in the code
+of the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icenet.parity import align
+from icenet.parity.calls.events import Event
+from icenet.parity.calls.pairing import relative
+from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.sides import Side
+from icenet.parity.causes.trial import Trial
+from icenet.parity.state import Comparison
+from icenet.parity.yardstick import Judgement
+
+Array = npt.NDArray[Any]
+
+
+def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str, Judgement]) -> str:
+    """Returns what the caller of a call that differs passes to it on one side only; empty if that is not why.
+
+    Args:
+        c: The comparison.
+        pair: The call.
+        outer: The call around it.
+        judgements: Those of its replay.
+    """
+    if all(judgement.passed for name, judgement in judgements.items() if name.startswith("output")):
+        return ""
+    child = relative(pair.path, outer.path)
+    for j in _other_masks(pair):
+        return f"the mask that {child} gets as {_name(c.b, pair.b, j)} hides other elements in a than in b"
+    only = _one_sided(pair)
+    with contextlib.suppress(align.ReplayError, KeyError):
+        trial = Trial(c, pair, judgements)
+        ours = trial.ours
+        for side, own, event in (("b", c.reference, pair.b), ("a", c.a, pair.a)):
+            numbers = only.get(side, []) if side == "a" or c.computes_reference else []
+            for left_out in (*({n} for n in numbers), *([set(numbers)] if len(numbers) > 1 else [])):
+                try:
+                    without = trial.named(own.replay(replace(trial.given, left_out=frozenset(left_out))))
+                except align.ReplayError:  # it needs the argument
+                    continue
+                trial.ours = {**ours, **without} if side == "a" else ours
+                if trial.explains(trial.exact if side == "a" else without):
+                    return f"{child} gets the argument {_name(own, event, min(left_out))} in {side} only"
+            trial.ours = ours
+    return ""
+
+
+def passes_on(outer: Pair, pair: Pair) -> bool:
+    """Returns whether a call only passes on what `find_passed` found: it gets it itself."""
+    if _other_masks(pair):
+        return bool(_other_masks(outer))
+    for side, numbers in _one_sided(pair).items():
+        events = (outer.a, pair.a) if side == "a" else (outer.b, pair.b)
+        given = [events[0].arguments[n].array for n in _one_sided(outer).get(side, [])]
+        if any(np.array_equal(events[1].arguments[n].array, array) for n in numbers for array in given):
+            return True
+    return False
+
+
+def _other_masks(pair: Pair) -> list[int]:
+    """Returns the numbers in `b` of the masks that hide other elements on each side."""
+    found = []
+    for j in sorted(pair.own):
+        name = pair.b.names[j]
+        ours = pair.a.arguments[pair.a.names.index(name) if name in pair.a.names else j]
+        if hides_otherwise(ours.array, pair.b.arguments[j].array):
+            found.append(j)
+    return found
+
+
+def _one_sided(pair: Pair) -> dict[str, list[int]]:
+    """Returns the numbers of the arguments that only one side has, if it has more of them."""
+    if len(pair.a.arguments) == len(pair.b.arguments):
+        return {}
+    given = {side: {place[index] for place in pair.arguments} for index, side in enumerate("ab")}
+    return {
+        side: [n for n in range(len(event.arguments)) if n not in given[side]]
+        for side, event in (("a", pair.a), ("b", pair.b))
+    }
+
+
+def hides_otherwise(ours: Array, theirs: Array) -> bool:
+    """Returns whether two masks of any form hide other elements; booleans may be true for those, or for the rest."""
+    shapes = [tuple(size for size in array.shape if size > 1) for array in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return False  # one of them may be repeated
+    hidden = [_hidden(array).reshape(-1) for array in (ours, theirs)]
+    either = [array.dtype.kind != "f" or align.masked(array) is None for array in (ours, theirs)]
+    same = np.array_equal(hidden[0], hidden[1])
+    return not same and not (any(either) and np.array_equal(hidden[0], ~hidden[1]))
+
+
+def _hidden(array: Array) -> Array:
+    found = align.masked(array) if array.dtype.kind == "f" else None
+    return found if found is not None else array == 0
+
+
+def _name(side: Side, event: Event, index: int) -> str:
+    """Returns the name of an argument of a call."""
+    name = event.names[index].partition("[")[0]
+    module = getattr(side, "modules", {}).get(event.path)
+    if name.isdigit() and module is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = list(inspect.signature(module.forward if hasattr(module, "forward") else module).parameters)
+            if int(name) < len(parameters):
+                return parameters[int(name)]
+    return name
