@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def without_garbage_collection() -> Iterator[None]:
     """Disables the collector, and moves the objects made meanwhile to its oldest generation.
 
-    Those of imported modules stay, and the collector would read them again and again. Processor time of
-    collections: 0.4 s until the first token of a GPT-2 of 124M on PyTorch, and a tenth of the start of a command.
+    Those of imported modules stay, and the collector would read them again and again, which is a part of the time
+    until a command shows something.
     """
     was_enabled = gc.isenabled()
     gc.disable()
