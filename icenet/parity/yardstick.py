@@ -57,9 +57,10 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     rounding error grows with sqrt(n), 20 times PyTorch's for the statistics of a plain `mlx.nn.BatchNorm` over 16
     images of 32x32. IceNet's own layers avoid this and are not granted this floor where IceNet's models are compared.
     For MLX's own layers, for a user's code and in `compare`, if a ratio exceeds FACTOR with floor 5, the samples are
-    taken again with all sums of PyTorch term by term, also those within its norms, softmax and bias gradients
-    (`icenet_torch.tools.sums`). The roundings of a long
-    sum hardly depend on the last bits of its terms, so the sums of each sample begin at another term. A value that
+    taken again with all sums of PyTorch term by term, also those within its norms, softmax and bias gradients, and
+    the products that have few results of many terms (`icenet_torch.tools.sums`): the order there is that of the BLAS,
+    which depends on the processor. The roundings of a long sum hardly depend on the last bits of its terms, so the
+    sums of each sample begin at another term. A value that
     then passes is reported as less exact, with the ratio without this floor (`plain_ratio`). The error function in
     fp32 is moved by up to an ulp of 1 in these samples, as MLX's is.
 

@@ -51,8 +51,10 @@ _COMPOSED = get_decompositions(
 def summing_in_order(sample: int = 0) -> Iterator[None]:
     """Takes fp32 and half-precision sums, means and variances term by term while the context is open.
 
-    This includes those in the layers of PyTorch and in their gradients. Matrix products and convolutions stay. The
-    error function gets the error that it has in MLX.
+    This includes those in the layers of PyTorch and in their gradients, and matrix products whose sums are long and
+    whose results are few, as the gradient of a linear layer of 4 features over 76,832 positions: a BLAS sums them in
+    parts on some processors and term by term on others. Other products and convolutions stay. The error function
+    gets the error that it has in MLX.
 
     Args:
         sample: Number of the order of the terms: each sum begins at another term. The roundings of a long sum hardly
@@ -99,6 +101,17 @@ def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtyp
     total = np.zeros(array.shape[1:], np.float32) if len(array) == 0 else np.add.accumulate(array, axis=0)[-1]
     shape = [1 if axis in dims else x.shape[axis] for axis in range(x.ndim)] if keepdim else total.shape
     return torch.from_numpy(np.asarray(total)).reshape(tuple(shape)).to(x.device, dtype or x.dtype)
+
+
+LONG, MANY = 1024, 1 << 24
+"""A product whose sums have LONG terms is taken in order if all of its sums have at most MANY terms together."""
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    count = a.shape[1]
+    if count < LONG or a.shape[0] * count * b.shape[1] > MANY:
+        return aten.mm.default(a, b)
+    return _sum(a.float().T[:, :, None] * b.float()[:, None], 0).to(a.dtype)
 
 
 def _first_term(count: int) -> int:
@@ -161,6 +174,7 @@ def _axes(x: Tensor, dim: Any) -> list[int]:
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _mm,
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _sum,
     aten.mean.default: _mean,

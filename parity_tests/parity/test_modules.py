@@ -422,6 +422,20 @@ def test_each_sample_sums_in_another_order() -> None:
     assert len(set(sums)) > 2 and max(sums) - min(sums) < 1e-2
 
 
+def test_products_with_few_results_of_many_terms_are_sums_too() -> None:
+    """As the weight gradient of a layer of 3 features over 50,000 positions: a BLAS may sum it term by term."""
+    x, few = torch.from_numpy(draw(50_000, 3)), torch.from_numpy(draw(3, 50_000))
+    exact, found = few.double() @ x.double(), []
+    short = few[:, :500] @ x[:500]
+    for sample in range(3):
+        with summing_in_order(sample):
+            found.append(few @ x)
+            assert torch.equal(few[:, :500] @ x[:500], short)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    for product in found:
+        np.testing.assert_allclose(product, exact, rtol=1e-4, atol=0.02)
+
+
 def test_sums_of_a_plain_group_norm_are_less_exact() -> None:
     x = draw(1, 4, 60, 60, seed=16)  # one mean and variance only: a single draw of the error
     report = check((M.GroupNorm(1, 4, pytorch_compatible=True), T.GroupNorm(1, 4)), x)
