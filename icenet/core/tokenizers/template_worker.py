@@ -110,11 +110,26 @@ class _Refused(Exception):
 
 
 def _environment() -> Any:
+    from jinja2.ext import loopcontrols
+
+    environment = _sandbox_class()(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.filters |= {name: _limited(environment.filters[name]) for name in _SIZED_FILTERS}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _namespace_class(),
+    }
+    return environment
+
+
+# the classes are made in functions, because this file can be imported without jinja2
+
+
+def _generation_tag() -> type[Any]:
     from jinja2 import nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+    from jinja2.ext import Extension
 
     class Generation(Extension):
         """`{% generation %} ... {% endgeneration %}` marks what the model has written; it renders its content."""
@@ -129,35 +144,36 @@ def _environment() -> Any:
         def _content(self, caller: Any) -> str:
             return str(caller())
 
+    return Generation
+
+
+def _namespace_class() -> type[Any]:
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
     class SafeNamespace(Namespace):
         """The namespace of jinja2, without names that begin with an underscore."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, given = args[0], dict(*args[1:], **kwargs)
             for name in given:
-                _check_name(name)
+                check_name(name)
             Namespace.__init__(self, given)
 
         def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
+            check_name(name)
             super().__setitem__(name, value)
 
-    def _check_name(name: Any) -> None:
+    def check_name(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"the name {name!r} in a namespace")
 
-    class Dict:
-        """Makes a dict, without the attributes of the class."""
+    return SafeNamespace
 
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
 
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
-
-    def check_widths(arguments: Iterable[Any]) -> None:
-        if any(isinstance(value, int) and value > _MAX_WIDTH for value in arguments):
-            raise SecurityError(f"a width above {_MAX_WIDTH:,}")
+def _sandbox_class() -> type[Any]:
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Environment(ImmutableSandboxedEnvironment):
         """The sandbox, with limits of what one operation makes."""
@@ -165,56 +181,76 @@ def _environment() -> Any:
         intercepted_binops = frozenset({"+", "*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            size = 0
-            if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-                if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
-                    bits, exponent = left.bit_length(), right.bit_length() if operator == "*" else right
-                    size = bits + exponent if operator == "*" else bits * exponent
-                    if size > _MAX_BITS:
-                        raise SecurityError(f"a number of more than {_MAX_BITS:,} bits")
-            elif operator == "*":
-                size = _length(left) * right if isinstance(right, int) else _length(right) * left
-            elif operator == "+":
-                size = _length(left) + _length(right)
-            if isinstance(size, int) and size > MAX_CHARACTERS:
+            if _bits(operator, left, right) > _MAX_BITS:
+                raise SecurityError(f"a number of more than {_MAX_BITS:,} bits")
+            if _items(operator, left, right) > MAX_CHARACTERS:
                 raise SecurityError(f"a text or list of more than {MAX_CHARACTERS:,} items")
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             if isinstance(getattr(function, "__self__", None), str):
-                check_widths((*args, *kwargs.values()))
+                _check_widths((*args, *kwargs.values()))
             return super().call(context, function, *args, **kwargs)
 
-    def limited(function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            check_widths((*args, *kwargs.values()))
-            return function(*args, **kwargs)
+    return Environment
 
-        return call
 
-    def raise_exception(message: Any) -> NoReturn:
-        raise _Refused(str(message))
+def _bits(operator: str, left: Any, right: Any) -> int:
+    """Returns the number of bits of a product or power of integers at most; 0 for any other operation."""
+    if not isinstance(left, int) or not isinstance(right, int) or operator not in ("*", "**"):
+        return 0
+    return left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * right
 
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
 
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        # the filter of jinja2 escapes characters of HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _items(operator: str, left: Any, right: Any) -> int:
+    """Returns the length of a text or list that an operation makes; 0 for numbers."""
+    if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+        return 0
+    if operator == "+":
+        return _length(left) + _length(right)
+    count = (_length(left), right) if isinstance(right, int) else (_length(right), left)
+    return count[0] * count[1] if operator == "*" and isinstance(count[1], int) else 0
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.filters |= {name: limited(environment.filters[name]) for name in _SIZED_FILTERS}
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": strftime_now,
-        "dict": Dict(),
-        "namespace": SafeNamespace,
-    }
-    return environment
+
+def _check_widths(arguments: Iterable[Any]) -> None:
+    from jinja2.exceptions import SecurityError
+
+    if any(isinstance(value, int) and value > _MAX_WIDTH for value in arguments):
+        raise SecurityError(f"a width above {_MAX_WIDTH:,}")
+
+
+def _limited(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _check_widths((*args, *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Dict:
+    """Makes a dict, without the attributes of the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise _Refused(str(message))
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # the filter of jinja2 escapes characters of HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _length(value: Any) -> int:
