@@ -28,7 +28,7 @@ class KVCache(KVCacheBase):
         return LayerCache(self, keys, values)
 
     def without_arrays(self) -> KVCache:
-        """Returns a cache without buffers whose `captured` gives what that of this one gives."""
+        """Returns a cache without buffers that makes the same captured caches, for a step that is traced."""
         other = copy.copy(self)
         other._prepare = None
         other.layers = [other.make_layer() for _ in self.layers]

@@ -136,5 +136,5 @@ def _is_hidden_matrix(path: str, shape: Shape, kinds: Mapping[str, str], outputs
 
 
 def _num_axes(path: str, shape: Shape, kinds: Mapping[str, str]) -> int:
-    """Returns the number of axes of a parameter, or of that of each of stacked layers."""
+    """Returns the number of axes of a parameter; of stacked layers, the number of one of them."""
     return len(shape) - (kinds.get(layout.split(path)[0]) == "stacked_linear")

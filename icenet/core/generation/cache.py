@@ -65,7 +65,7 @@ class Cache(ABC):
             self.row_lengths = None
 
     def without_arrays(self: C) -> C:
-        """Returns a cache without large arrays whose `captured` gives what that of this one gives."""
+        """Returns a cache without large arrays that makes the same captured caches, for a step that is traced."""
         return copy.copy(self)
 
     def holding(self: C, state: list[Any]) -> C:
