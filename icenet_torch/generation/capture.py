@@ -26,7 +26,7 @@ def fuse_kernels(model: nn.Module) -> None:
 KEPT_STEPS = 8
 """Number of captured steps that a model keeps for later requests."""
 KEPT_SHARE, KEPT_BYTES = 1 / 8, 64 * 2**20
-"""Memory of the kept steps: at most this share of the memory of the weights, or this number of bytes if it is more."""
+"""Memory of the kept steps: at most this share of that of the weights, or this number of bytes if that is more."""
 
 
 def kept_steps(model: nn.Module) -> dict[Any, CapturedStep]:
