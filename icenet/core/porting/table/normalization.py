@@ -114,6 +114,20 @@ entry("multilabel_margin_loss")(_loss("multilabel_margin_loss", "self", "target"
 entry("multi_margin_loss")(_loss("multi_margin_loss", "self", "target", "p", "margin", "weight"))
 
 
+_CHUNKED = "torch_nn::_linear_cross_entropy_batch_chunked"
+
+
+@entry(_CHUNKED, f"{_CHUNKED}_no_reduction")
+def linear_cross_entropy(n: Operation) -> str:
+    """The loss without PyTorch's chunks, which bound its memory; its other results are gradients for its backward."""
+    logits = f"{n.atom('input')} @ {n.atom('linear_weight')}.T"
+    logits += "" if n.args.get("linear_bias") is None else f" + {n.atom('linear_bias')}"
+    reduction = repr(n.get("reduction", "none"))
+    weight = "None" if n.args.get("weight") is None else f"mx.stop_gradient({n['weight']})"
+    loss = n.call("cross_entropy", logits, n["target"], weight, n["ignore_index"], "0.0", reduction)
+    return loss if n.node.base.endswith("_no_reduction") else f"({loss},)"
+
+
 @entry("ctc_loss")
 def ctc_loss(n: Operation) -> str:
     lengths = n.args["input_lengths"], n.args["target_lengths"]
