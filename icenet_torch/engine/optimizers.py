@@ -67,15 +67,20 @@ class SGD(_Method, optim.SGD):
         return super().init_single(parameter) if self.defaults["momentum"] > 0 else {}
 
 
+def _is_dense(parameter: Tensor) -> bool:
+    """Returns whether the values fill the memory, in any order of the axes: then arrays like it have its strides."""
+    return torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+
+
 class _AdamMethod(_Method):
-    """What Adam and AdamW share: their state, and one kernel for all parameters on CUDA."""
+    """What Adam and AdamW share: their state, and PyTorch's fused kernel on CUDA and the CPU."""
 
     slots: ClassVar = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
     def __init__(self, parameters: Parameters, training: TrainingConfig, group: Group) -> None:
         betas = (training.beta1, training.beta2)
-        # its numbers are those of the other implementations; AdamW of 70 million parameters takes 0.6 ms on an H200
-        fused = all(p.is_cuda for p in parameters)
+        # Its numbers are as exact as those of the other implementations, which pass over the arrays several times.
+        fused = all(p.device.type in ("cuda", "cpu") and _is_dense(p) for p in parameters)
         super().__init__(  # type: ignore[call-arg]
             parameters, training.learning_rate, betas, training.eps, group.weight_decay, fused=fused or None
         )
@@ -196,7 +201,10 @@ class Optimizer(optimizer.Optimizer):
 
     def update(self, gradients: Mapping[str, Tensor]) -> None:
         for path, parameter in self.parameters.items():
-            parameter.grad = gradients[path]
+            gradient = gradients[path]
+            if gradient.stride() != parameter.stride():  # fused kernels read all arrays in the order of memory
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
         for group in self.groups:
             group.optimizer.step()
 
