@@ -40,25 +40,11 @@ FAULTS: list[Fault] = [
         ["porting/test_source.py::test_a_recurrent_layer_takes_an_initial_state"],
     ),
     Fault(
-        "the state of a recurrent layer without a batch lacks the axis of the batch",
-        "icenet/core/porting/layers/recurrent.py",
-        '            lines.append("h0 = h0[:, None]")\n',
-        "            pass\n",
-        ["porting/test_source.py::test_a_recurrent_layer_takes_an_initial_state"],
-    ),
-    Fault(
         "calls of a recurrent layer with and without a batch have one class",
         "icenet/core/porting/layers/recurrent.py",
         "if len({layer.options for layer in layers}) != 1:",
         "if False:",
         ["porting/test_source.py::test_a_recurrent_layer_serves_calls_with_and_without_a_batch"],
-    ),
-    Fault(
-        "a recurrent layer gets a copy of the weights of another",
-        "icenet/core/porting/layers/recurrent.py",
-        "if owners != {call.path} or any(name not in graph.arrays",
-        "if any(name not in graph.arrays",
-        ["porting/test_source.py::test_a_recurrent_layer_with_the_weights_of_another_is_ported"],
     ),
     Fault(
         "an update of every other column changes all",
@@ -72,9 +58,23 @@ FAULTS: list[Fault] = [
         "icenet/core/porting/layers/attention.py",
         "return None if found.zeroes_rows and len(found.always) < len(found.given) else found",
         "return found",
-        ["porting/test_attention.py::test_calls_with_and_without_a_mask"],
+        ["porting/test_attention.py::test_two_calls_of_one_attention"],
     ),
     # ---- causes of a comparison --------------------------------------------------------------------------------
+    Fault(
+        "two calls of an attention with masks of two kinds have one class",
+        "icenet/core/porting/layers/attention.py",
+        'if len({name for name, _, _ in kinds}) < len(kinds) or len(weights - {""}) > 1:',
+        'if len(weights - {""}) > 1:',
+        ["porting/test_attention.py::test_two_calls_of_one_attention"],
+    ),
+    Fault(
+        "an attention that is called with other keys attends to its queries",
+        "icenet/core/porting/layers/attention.py",
+        "is_self=all(layer.is_self for layer in layers)",
+        "is_self=layers[0].is_self",
+        ["porting/test_attention.py::test_two_calls_of_one_attention"],
+    ),
     Fault(
         "a number that was tried as a cause keeps its new value",
         "icenet/parity/causes/numbers.py",

@@ -75,23 +75,38 @@ def test_a_row_without_keys() -> None:
         close(*((ours, theirs) if isinstance(ours, mx.array) else (ours[0], theirs[0])))
 
 
-class MaskedOnce(nn.Module):
-    """Attention that is called with a mask, which zeroes rows, and without one."""
+TWO_CALLS: dict[str, Any] = {
+    "with and without a mask": lambda attn, x, y, mask: (
+        attn(x, x, x, attn_mask=mask, need_weights=False)[0],
+        attn(x, x, x, need_weights=False)[0],
+    ),
+    "masks of two kinds": lambda attn, x, y, mask: (
+        attn(x, x, x, attn_mask=mask, need_weights=False)[0],
+        attn(x, x, x, attn_mask=mask * -2.0, need_weights=False)[0],
+    ),
+    "to itself and to another": lambda attn, x, y, mask: (attn(x, x, x)[0], attn(x, y, y)[0]),
+}
 
-    def __init__(self) -> None:
+
+class CalledTwice(nn.Module):
+    def __init__(self, calls: Any) -> None:
         super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attn, self.calls = nn.MultiheadAttention(8, 2, batch_first=True), calls
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        y, _ = self.attn(x, x, x, attn_mask=mask, need_weights=False)
-        return self.attn(y, y, y, need_weights=False)[0]
+    def forward(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.calls(self.attn, x, y, mask)
 
 
-def test_calls_with_and_without_a_mask() -> None:
+@pytest.mark.parametrize("calls", TWO_CALLS)
+def test_two_calls_of_one_attention(calls: str) -> None:
     torch.manual_seed(0)
-    module, x, mask = MaskedOnce().eval(), torch.randn(2, 3, 8), torch.eye(3).bool()
-    model, _ = ported(module, x, mask)
-    close(model(mx.array(x.numpy()), mx.array(mask.numpy())), module(x, mask))
+    module, inputs = (
+        CalledTwice(TWO_CALLS[calls]).eval(),
+        (torch.randn(2, 3, 8), torch.randn(2, 4, 8), torch.eye(3).bool()),
+    )
+    model, _ = ported(module, *inputs)
+    for ours, theirs in zip(model(*(mx.array(item.numpy()) for item in inputs)), module(*inputs), strict=True):
+        close(ours, theirs)
 
 
 class Seq2Seq(nn.Module):
