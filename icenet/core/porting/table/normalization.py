@@ -125,7 +125,7 @@ def linear_cross_entropy(n: Operation) -> str:
     reduction = repr(n.get("reduction", "none"))
     weight = "None" if n.args.get("weight") is None else f"mx.stop_gradient({n['weight']})"
     loss = n.call("cross_entropy", logits, n["target"], weight, n["ignore_index"], "0.0", reduction)
-    return loss if n.node.base.endswith("_no_reduction") else f"({loss},)"
+    return loss if n.node.base.endswith("_no_reduction") else f"({loss}, None, None, None)"
 
 
 @entry("ctc_loss")
