@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.arguments import Progress
+from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Run, Store
 from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairing import match_modules, opaque_layers
@@ -58,6 +59,9 @@ class Comparison(ABC):
         ties: Paths of the modules whose gradients differ only at ties.
         factor: How much less exact the sums of `a` are than those of `b`, as far as it is known.
         loss_noise: The noise of the loss.
+        draws: The random numbers that the modules of `a` draw without a key, if they are shared.
+        mirrored: Paths in `b` of modules for which it was tried to mirror the uniform numbers of `a`, without effect.
+        moved: Paths in `b` of the modules whose inputs have their channels last in `a`, and first in `b`.
         tell: Shows the progress.
     """
 
@@ -97,6 +101,9 @@ class Comparison(ABC):
         self.targets_a = self.targets_b = Targets(seed, None)
         self.store = Store()
         self.factor = 1.0
+        self.draws: SharedDraws | None = None
+        self.moved: set[str] = set()
+        self.mirrored: set[str] = set()
         self.modules: dict[str, Module] = {}
         self.tell: Progress = lambda stage, done, total: None
         if b.backend == "mlx":
@@ -148,6 +155,20 @@ class Comparison(ABC):
         """Sets the mode of all sides."""
         for side in (self.a, self.b, self.reference):
             side.set_mode(train)
+
+    def share_draws(self) -> bool:
+        """Makes all sides draw equal random numbers; returns False if they cannot, or do so already."""
+        sides = self.a, self.b, self.reference
+        if self.draws is not None or not self.computes_reference:
+            return False
+        dropouts = [{side.names.get(path) for path in side.dropouts()} for side in sides[:2]]
+        for side in sides:
+            side.shared_dropouts = frozenset(p for p in side.dropouts() if side.names[p] in dropouts[0] & dropouts[1])
+        matched = {match.b: match.b for match in self.matches if match.a is not None and match.b is not None}
+        numbers = SharedDraws(self.seed, matched)
+        self.reference.draws, self.b.draws = numbers, SharedDraws(self.seed, matched)
+        self.a.draws = self.draws = SharedDraws(self.seed, self.a.names, numbers, self.moved)
+        return True
 
     def add_notes(self, notes: Sequence[str]) -> None:
         """Adds remarks to the report, each once."""

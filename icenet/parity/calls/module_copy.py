@@ -50,6 +50,7 @@ class ModuleCopy(Side):
         self.layer_kinds = self._tree.layer_kinds(self.module)
         self.classes = {path: class_name(inner) for path, inner in self.modules.items()}
         self.perturbation = Perturbation(dtype, 0) if perturbed else None
+        self._off: set[str] = set()
         self._dropouts: dict[str, Any] = {}
         self._channels: dict[str, bool] = {}
         self._rows = 1
@@ -88,6 +89,9 @@ class ModuleCopy(Side):
     def dropout_rate(self, path: str) -> float:
         layer = self._dropouts.get(path)
         return float(layer.p) if layer is not None else 0.0
+
+    def dropouts(self) -> list[str]:
+        return [path for path in dropout.dropout_layers(self.modules.items()) if path in self.names]
 
     # ---- weights --------------------------------------------------------------------------------------------
 
@@ -160,12 +164,25 @@ class ModuleCopy(Side):
                     inner.training = False
                 elif not self._modes[path]:
                     inner._training = False
+        for path in self._off if train else ():
+            setattr(self.modules[path], "training" if self.backend == "torch" else "_training", False)
         self._dropouts = {}
         if train:
             self.nn.dropout.key_dropouts(self.modules.items())
             self._dropouts = dropout.dropout_layers(self.modules.items())
             for path, is_moved in self._channels.items():  # of layers that have keys in training mode only
                 self.set_channels(path, is_moved)
+
+    def switch_off(self, path: str) -> bool:
+        changed = False
+        for own in self.modules:
+            nearest = own
+            while nearest and nearest not in self.names:
+                nearest = nearest.rpartition(".")[0]
+            if self.names.get(nearest) == path and own not in self._off:
+                self._off.add(own)
+                changed = True
+        return changed
 
     def set_channels(self, path: str, is_moved: bool) -> None:
         self._channels[path] = is_moved
@@ -187,6 +204,9 @@ class ModuleCopy(Side):
     def _seed_dropouts(self, before: Event | None) -> None:
         """Sets the keys of the dropout layers, as they are when an event begins."""
         for path, layer in self._dropouts.items():
+            if self.draws is not None and path not in self.shared_dropouts:
+                layer.seed(None)
+                continue
             keys = dropout.dropout_keys(0, 0, range(self._rows), [self.names.get(path, path)])
             layer.seed(self.nn.random.to_keys(keys)[0])
             if before is not None and self._run is not None:
@@ -216,7 +236,12 @@ class ModuleCopy(Side):
         """Keeps the buffers and generators, and seeds the dropouts, while the context is open."""
         with self.nn.norm.keep_buffers(self.module), self.tools.generators_kept():
             self._seed_dropouts(before)
-            yield
+            if self.draws is None:
+                yield
+                return
+            self.draws.begin()
+            with backends.module(self.backend, "tools.draws").replaced(self.draws.draw):
+                yield
 
     @contextlib.contextmanager
     def moved_weights(self, names: Sequence[str]) -> Iterator[None]:

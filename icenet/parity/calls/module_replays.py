@@ -41,10 +41,18 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
     count = len(pair.arguments)
     stubs = _stubs(pair, own, is_test)
     inner = {path: side.modules[path] for path, _ in stubs}
+    draws = side.draws
+    first_calls: dict[str, int] = {}
+    for event in own.walk() if draws is not None else ():
+        inner[event.path] = side.modules[event.path]
+        first_calls.setdefault(side.names.get(event.path, event.path), event.call)
+    inner.pop(own.path, None)
     captured: dict[int, list[Any]] = {}
 
     def call(*arrays: Any) -> list[Any]:
         captured.clear()
+        if draws is not None:
+            draws.begin(pair.path, pair.b.call, first_calls)
         calls: dict[str, int] = {}
         results = _results_of_calls(side, pair, arrays[count:], is_test)
 
@@ -53,7 +61,7 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
             calls[path] = number + 1
             index = stubs.get((path, number))
             if index is None:
-                return original(*args, **kwargs)
+                return original(*args, **kwargs) if draws is None else draws.handle(path, original, args, kwargs)
             captured[index] = arrays_of((args, kwargs), side.tools.ARRAY)
             return results[index]
 

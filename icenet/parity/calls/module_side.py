@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,13 @@ class ModuleSide(ModuleCopy):
         self._rows = next((item.array.shape[0] for item in inputs if item.array.ndim), 1)
         before, self._run = self._run, None
         modules = self.modules if inner else {"": self.modules[""]}
+        handle: Any = recorder
+        if (draws := self.draws) is not None:
+            modules = self.modules
+
+            def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+                with draws.within(path):
+                    return recorder(path, call, args, kwargs) if inner or not path else call(*args, **kwargs)
 
         def call(*arrays: Any) -> list[Any]:
             args, kwargs = rebuild(given, list(arrays))
@@ -66,7 +74,7 @@ class ModuleSide(ModuleCopy):
 
         # MLX reads and writes other memory if an id is outside a table
         checked = self.nn.embedding.reading_ids(self.modules.items())
-        with checked, self.opened(None), self.tools.intercepting(modules, recorder), self.moved_weights(names):
+        with checked, self.opened(None), self.tools.intercepting(modules, handle), self.moved_weights(names):
             states = randomness.generator_states(self.nn)
             try:
                 outputs, _, gradients = self.tools.evaluate(
@@ -77,7 +85,8 @@ class ModuleSide(ModuleCopy):
             except Exception as error:  # whatever a user's module raises
                 failed = recorder.failed or ""
                 if cotangent:  # the arrays of a run with gradients cannot be read
-                    raise ModuleError(self, failed, error, Run([])) from error
+                    is_late = bool(recorder.events) and recorder.events[0].is_complete
+                    raise ModuleError(self, failed, error, Run([]), is_late) from error
                 raise ModuleError(self, failed, error, Run(recorder.finish())) from error
             events = recorder.finish()
             self.drew = randomness.generator_states(self.nn) != states
@@ -196,7 +205,10 @@ class ModuleSide(ModuleCopy):
 
         names = self.tools.trainable(self.module) if backward else []
         cotangent = (lambda index, shape: np.ones(shape)) if backward else None
-        with self.opened(None):
+        tracking = (
+            self.tools.intercepting(self.modules, self.draws.handle) if self.draws else contextlib.nullcontext()
+        )
+        with self.opened(None), tracking:
             found, _, gradients = self.tools.evaluate(call, inputs, self.module, names, cotangent, self.exact)
         return float(np.asarray(found[0].array)), gradients
 

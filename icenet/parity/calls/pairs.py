@@ -17,6 +17,9 @@ from icenet.parity.yardstick import round_to
 
 Array = npt.NDArray[Any]
 
+FRAMEWORK_LAYERS = ("mlx.nn.", "torch.nn.")
+"""Beginnings of the names of the frameworks' own layers."""
+
 
 @dataclass
 class Pair:

@@ -8,15 +8,16 @@ the forward pass of every call.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from icenet.parity import align
 from icenet.parity.calls.events import Run
-from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.forced import forced_runs
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
 from icenet.parity.results.rows import split_at
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement, judge, judge_values
 
-_LAYERS = ("mlx.nn.", "torch.nn.")
-"""Beginnings of the names of the frameworks' own layers."""
 _CLEAR = 1e-4
 """Largest noise of a gradient, relative to its size, with which the run shows whether it agrees."""
 
@@ -33,7 +34,7 @@ class RunGradients:
         pairs: The calls.
         outputs: The judgement of the gradient by the first output of a call, by the number of the call in `b`.
         own, noise, exact: The gradients by the parameters on each side, by `gradient:PATH` in `b`.
-        parameters: Their judgements.
+        parameters: Their judgements. What is over the tolerance may agree at the values of `a` (`forced_runs`).
         replayed: Numbers of the calls whose backward pass is replayed; set by `undecided`.
     """
 
@@ -50,6 +51,28 @@ class RunGradients:
         }
         self.parameters = judge_values(self.own, self.noise, self.exact, c.dtype)
         self.replayed: set[int] = set()
+        if any(item.is_over for item in (*self.outputs.values(), *self.parameters.values())):
+            self._judge_at_own_values()
+
+    def _judge_at_own_values(self) -> None:
+        """Sets the judgements of the gradients that agree with those of the reference at the values of `a`."""
+        c, runs = self._c, forced_runs(self._c, self.pairs)
+        if runs is None:
+            return
+        noise, exact = (run.by_call() for run in runs)
+        for pair in self.pairs:
+            before, call = self.outputs.get(pair.b.number), (pair.path, pair.b.call)
+            if before is not None and before.is_over and call in noise and call in exact:
+                found = _judge_output(c, replace(pair, noise=noise[call], b=exact[call]))
+                if found is not None and found.passed:
+                    self.outputs[pair.b.number] = replace(found, plain_ratio=before.ratio)
+        for name, before in self.parameters.items():
+            theirs, reference = (run.gradients.get(name.partition(":")[2]) for run in runs)
+            if before.is_over and theirs is not None and reference is not None:
+                own = self.own[name].array
+                found = judge(own, theirs.array, reference.array, c.dtype, stored=theirs.dtype)
+                if found.passed:
+                    self.parameters[name] = replace(found, plain_ratio=before.ratio)
 
     def undecided(self) -> set[int]:
         """Returns the numbers of the calls whose backward pass the run does not decide.
@@ -82,7 +105,7 @@ class RunGradients:
     def _is_users(self, pair: Pair) -> bool:
         """Returns whether a call is of a user's class on one side."""
         names = self._c.a.classes.get(pair.a.path, ""), self._c.b.classes.get(pair.b.path, "")
-        return not (names[0].startswith(_LAYERS) and names[1].startswith(_LAYERS))
+        return not (names[0].startswith(FRAMEWORK_LAYERS) and names[1].startswith(FRAMEWORK_LAYERS))
 
 
 def _judge_output(c: Comparison, pair: Pair) -> Judgement | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +15,20 @@ from icenet.parity import inputs as drawing
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
-from icenet.parity.calls.sides import ModuleError
+from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets
 from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.inputs import Inputs
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
-from icenet.parity.yardstick import judge
+from icenet.parity.yardstick import judge, rms, rms_distance
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+_SAME_MASK = 0.01
+"""Largest relative distance of the outputs of a module that has the same mask on both sides."""
 
 
 def reference_run(c: Comparison, inputs: Inputs, *arguments: Any) -> Run:
@@ -47,9 +54,83 @@ def reference_run(c: Comparison, inputs: Inputs, *arguments: Any) -> Run:
 def run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     """Runs all sides in training mode with the loss and its gradients.
 
+    Modules that draw random numbers without a key draw equal ones. If they cannot, they are kept in evaluation mode,
+    and if they draw in that mode too, the whole model is.
+
     Raises:
         AmbiguousAxes: The axes of the outputs of `a` are not known, because there are no pairs.
+        Draws: There are no pairs, or modules draw in evaluation mode, too.
     """
+    while True:
+        try:
+            found = with_equal_draws(c, lambda: _run_training(c, inputs, pairs))
+        except Draws as error:
+            if not pairs or not c.trains:
+                raise
+            if not error.path or not _switch_off(c, error):
+                c.trains = False
+                c.report.draws_in = error.place
+                c.add_notes([f"{error} in training mode: gradients are compared in evaluation mode"])
+        else:
+            if not _mirror_draws(c, pairs, found):
+                return found
+
+
+def _mirror_draws(c: Comparison, pairs: list[Pair], runs: tuple[Run, Run, Run]) -> bool:
+    """Mirrors the uniform numbers of the modules of a class of `a` that make masks of them in another way than `b`.
+
+    Returns:
+        Whether a run must be repeated, because the numbers were changed: the outputs of such a module differ.
+    """
+    if c.draws is None:
+        return False
+    own, exact = runs[0].by_call(), runs[2].by_call()
+    hows = {pair.path: pair.outputs for pair in reversed(pairs)}
+    mixed = c.draws.mixed()
+    for path in mixed:
+        ours = c.a.own_path(path) or ""
+        if path in c.mirrored or (ours, 0) not in own or (path, 0) not in exact:
+            continue
+        x, y = own[ours, 0].outputs, exact[path, 0].outputs
+        found = [(align.to_torch(how, x[i].array), y[j].array) for i, j, how in hows.get(path, ()) if y[j].is_float]
+        if all(p.shape == q.shape and rms_distance(p, q) <= _SAME_MASK * rms(q) for p, q in found):
+            continue
+        same = {p for p in mixed if c.a.classes[c.a.own_path(p) or ""] == c.a.classes[ours]}
+        if path in c.draws.mirrored:  # that is not the reason
+            c.draws.mirrored -= same
+            c.mirrored |= same
+        else:
+            c.draws.mirrored |= same
+        return True
+    return False
+
+
+def with_equal_draws(c: Comparison, run: Callable[[], T]) -> T:
+    """Makes runs of all sides; if modules draw random numbers without a key, again with equal ones on all sides.
+
+    Raises:
+        Draws: They cannot be made equal.
+    """
+    try:
+        return run()
+    except Draws:
+        if not (c.share_draws() or (c.draws is not None and c.draws.pair_others())):
+            raise
+    return with_equal_draws(c, run)
+
+
+def _switch_off(c: Comparison, error: Draws) -> bool:
+    """Keeps a module in evaluation mode on all sides; returns whether it was not."""
+    path = error.path
+    changed = [side.switch_off(path) for side in (c.a, c.b, c.reference)]
+    if not any(changed):
+        return False
+    c.report.modes_off.append(path)
+    c.add_notes([f"{error}: {path} itself is compared in evaluation mode"])
+    return True
+
+
+def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     c.set_mode(c.trains)
     loss_a, loss_b = c.losses or (None, None)
     wants = any(map(c.wants, ("loss", "gradients", "optimizer", "training")))
@@ -58,9 +139,29 @@ def run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run,
     noise = c.b.record(inputs.given, c.inputs_b, c.store, loss_b, c.targets_b, wants)
     hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None
     c.targets_a = c.targets_b.on(c.a.tools, hows, c.a.backend == c.b.backend)
-    own = c.a.record(inputs.given, inputs.values, c.store, loss_a, c.targets_a, wants)
+    try:
+        own = c.a.record(inputs.given, inputs.values, c.store, loss_a, c.targets_a, wants)
+    except ModuleError as error:
+        error.path = _failing_backward(c, pairs) if error.in_backward else error.path
+        raise
     check_draws(c, inputs)
     return own, noise, exact
+
+
+def _failing_backward(c: Comparison, pairs: list[Pair]) -> str:
+    """Returns the path of the innermost module of `a` whose backward pass alone raises an error; "" without one."""
+    for pair in reversed(pairs):  # those within a module first
+        whole = replace(pair, children=[])
+        if pair.obstacle or not c.computes_reference:
+            continue
+        whole.parameters = [n for n in c.reference.parameters_within(pair.path) if c.a.has_parameter(pair, n)]
+        try:
+            c.a.replay(c.replay_of(whole, True))
+        except align.ReplayError:
+            with contextlib.suppress(align.ReplayError):
+                c.a.replay(c.replay_of(whole, False))
+                return pair.a.path
+    return ""
 
 
 def in_range(
@@ -100,12 +201,23 @@ def _all_gradients(run: Run) -> dict[str, Array]:
 
 
 def check_draws(c: Comparison, inputs: Inputs) -> None:
-    """Raises Draws if a module draws random numbers without a key in the last run."""
+    """Raises Draws if a module draws random numbers without a key in the last run, that are not equal."""
     for side, values in ((c.a, inputs.values), (c.b, c.inputs_b)):
         if side.drew:
-            path = side.drawing_module(inputs.given, values)
-            name = side.names.get(path, path) if path else "the model"
-            raise Draws(f"{name} of {'a' if side is c.a else 'b'}")
+            path = side.drawing_module(inputs.given, values) or ""
+            raise Draws(
+                f"{side.names.get(path, path) or 'the model'} of {'a' if side is c.a else 'b'}", _place(side, path)
+            )
+    if c.draws is not None and (unmatched := c.draws.unmatched()) is not None:
+        place = c.a.names.get(unmatched, unmatched) or "the model"
+        raise Draws(place, _place(c.a, unmatched), "draws other random numbers on each side")
+
+
+def _place(side: Side, path: str) -> str:
+    """Returns the path in the reference of the innermost module around a module that both sides have."""
+    while path and path not in side.names:
+        path = path.rpartition(".")[0]
+    return side.names.get(path, "")
 
 
 def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
@@ -119,12 +231,14 @@ def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
 
 
 class Draws(Exception):
-    """A module draws random numbers without a key, so that its runs cannot be compared.
+    """A module draws random numbers that are not equal on both sides, so that its runs cannot be compared.
 
     Args:
-        place: The path of the module, and its side.
+        place: The module, and its side.
+        path: The path in the reference of the innermost module around it that both sides have.
+        reason: What it does.
     """
 
-    def __init__(self, place: str) -> None:
-        super().__init__(f"{place} draws random numbers without a key")
-        self.place = place
+    def __init__(self, place: str, path: str, reason: str = "draws random numbers without a key") -> None:
+        super().__init__(f"{place} {reason}")
+        self.place, self.path = place, path

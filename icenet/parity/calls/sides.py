@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Event, Run, Store
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.engines import Perturbation
@@ -43,6 +44,8 @@ class Side(ABC):
         perturbation: Moves all values by an ulp, for the noise of a module of MLX; None otherwise.
         train: Whether it is in training mode.
         drew: Whether the last run drew random numbers without a key.
+        draws: The random numbers that its modules draw without a key; None to draw from the framework.
+        shared_dropouts: Paths of the dropout layers whose masks have keys on both sides, if draws are shared.
         loss_scale: Factor of the gradients that `record` returns.
         rate: Learning rate of the default optimizer.
         has_one_bias: Whether the other side has one bias per gate in its recurrent layers.
@@ -60,6 +63,8 @@ class Side(ABC):
     perturbation: Perturbation | None = None
     train = False
     drew = False
+    shared_dropouts: frozenset[str] = frozenset()
+    draws: SharedDraws | None = None
     loss_scale = 1.0
     rate = 0.1
     has_one_bias = False
@@ -104,6 +109,10 @@ class Side(ABC):
     def dropout_rate(self, path: str) -> float:
         """Returns the rate of a dropout layer; 0 for other modules."""
 
+    def dropouts(self) -> list[str]:
+        """Returns the paths of the dropout layers with a rate above zero, in training mode."""
+        return []
+
     @abstractmethod
     def weights(self) -> dict[str, Array]:
         """Returns the canonical weights."""
@@ -126,6 +135,14 @@ class Side(ABC):
     @abstractmethod
     def set_mode(self, train: bool) -> None:
         """Sets the mode: evaluation, or that of training with the layers that the user froze."""
+
+    def switch_off(self, path: str) -> bool:
+        """Keeps a module in evaluation mode, with what only this side has in it; returns whether it was not.
+
+        Args:
+            path: Its path in the reference.
+        """
+        return False
 
     @abstractmethod
     def set_channels(self, path: str, is_moved: bool) -> None:
@@ -273,9 +290,10 @@ class ModuleError(Exception):
         side: The side.
         path: Path of the innermost module that raised.
         run: The events until then.
+        in_backward: Whether all modules had returned.
     """
 
-    def __init__(self, side: Side, path: str, error: Exception, run: Run) -> None:
-        self.side, self.path, self.run = side, path, run
+    def __init__(self, side: Side, path: str, error: Exception, run: Run, in_backward: bool = False) -> None:
+        self.side, self.path, self.run, self.in_backward = side, path, run, in_backward
         self.reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         super().__init__(f"{path or 'the model'}: {type(error).__name__}: {self.reason}")

@@ -163,6 +163,7 @@ class Result:
         command: A command or program that repeats the comparison; empty if it is not known.
         losses: The losses of the stage training by role; empty without it.
         draws_in: The module that draws random numbers in training mode, so that this mode was not compared.
+        modes_off: Paths of modules that were compared in evaluation mode, because their random numbers are not equal.
         copied_weights: Whether `a` has the weights of `b`, because its own had nothing in common with them.
     """
 
@@ -183,6 +184,7 @@ class Result:
     losses: dict[str, list[float]] = field(default_factory=dict)
     copied_weights: bool = False
     draws_in: str = ""
+    modes_off: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -206,6 +208,9 @@ class Result:
             mode = (
                 f"the training mode was not compared: {self.draws_in} draws random numbers" if self.draws_in else ""
             )
+            if self.modes_off and not mode:
+                names = ", ".join(path or "the model" for path in self.modes_off)
+                mode = f"the training mode of {names} itself was not compared: its random numbers are not equal"
             return "; ".join(
                 filter(None, (f"passed: {count} values agree in {self.dtype}{largest}", mode, self._weights()))
             )

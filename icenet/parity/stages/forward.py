@@ -13,7 +13,7 @@ from icenet.parity import align
 from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
 from icenet.parity.calls.pairing import relative
-from icenet.parity.calls.pairs import Pair, hidden
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, hidden
 from icenet.parity.calls.runs import agrees_in_samples
 from icenet.parity.causes.passed import find_passed, passes_on
 from icenet.parity.results import status as states
@@ -40,6 +40,33 @@ def modes_differ(c: Comparison, stage: Stage) -> bool:
         c.report.cause = "the mode: call train() or eval() of both modules"
         c.fail(stage, row.path, note=row.note)
     return bool(stage.rows)
+
+
+def outputs_agree(pairs: list[Pair], dtype: str) -> bool:
+    """Returns whether the outputs of the model agree in the run."""
+    root = pairs[0]
+    return all(
+        judge(
+            align.to_torch(how, root.a.outputs[i].array),
+            root.noise.outputs[j].array,
+            root.b.outputs[j].array,
+            dtype,
+            stored=root.noise.outputs[j].dtype,
+        ).passed
+        for i, j, how in root.outputs
+        if root.b.outputs[j].is_float
+    )
+
+
+def is_replayed_again(c: Comparison, pair: Pair) -> bool:
+    """Returns whether a call computes the same in training mode, in which it is replayed, too.
+
+    That is so for the frameworks' own layers without a mode. If the outputs of the model agree in evaluation mode,
+    their replays in that mode find nothing more.
+    """
+    classes = c.a.classes.get(pair.a.path, ""), c.b.classes.get(pair.path, "")
+    depends = c.a.depends_on_mode_at(pair.a.path) or c.b.depends_on_mode_at(pair.path)
+    return pair.is_leaf and not depends and all(name.startswith(FRAMEWORK_LAYERS) for name in classes)
 
 
 def judge_forward(

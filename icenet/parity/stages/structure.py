@@ -12,9 +12,9 @@ import numpy.typing as npt
 from icenet.core.errors import UsageError
 from icenet.parity import align
 from icenet.parity.calls.events import Run
-from icenet.parity.calls.pairing import first_mismatch, pair_calls
+from icenet.parity.calls.pairing import first_mismatch, pair_calls, relative
 from icenet.parity.calls.pairs import Pair
-from icenet.parity.calls.runs import Draws, check_draws, run_training
+from icenet.parity.calls.runs import Draws, check_draws, run_training, with_equal_draws
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.calls.targets import AmbiguousAxes
 from icenet.parity.causes.numbers import shape_numbers
@@ -107,32 +107,38 @@ def compare_shapes(
     """
     c.inputs_a = inputs
     c.set_mode(False)
-    failure: ModuleError | None = None
     try:
         if train:
             with contextlib.suppress(AmbiguousAxes, ModuleError, Draws):
                 return _paired(c, stage, run_training(c, inputs, []), None)
             c.set_mode(False)
-        exact = c.reference_run(inputs)
+        (own, noise, exact), failure = with_equal_draws(c, lambda: _forward_runs(c, inputs))
+    except Draws as error:
+        raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
     except ModuleError as error:
         raise UsageError(
             f"compare: b ({c.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
             f"{error.reason}; give inputs that it accepts, or layout="
         ) from error
-    try:
-        own = c.a.record(inputs.given, inputs.values, c.store)
-    except ModuleError as error:
-        failure, own = error, error.run
-    noise = c.b.record(inputs.given, c.inputs_b, c.store)
-    try:
-        check_draws(c, inputs)
-    except Draws as error:
-        raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
     pairs, runs = _paired(c, stage, (own, noise, exact), failure)
     if c.losses is None and not any(item.is_float for item in pairs[0].b.outputs):
         for name in ("loss", "gradients", "optimizer", "training"):
             c.stages[name].status, c.stages[name].note = states.SKIPPED, "b returns no floats, so there is no loss"
     return (pairs, run_training(c, inputs, pairs)) if train else (pairs, runs)
+
+
+def _forward_runs(c: Comparison, inputs: Inputs) -> tuple[tuple[Run, Run, Run], ModuleError | None]:
+    """Returns the runs of all sides, and the error of `a`; that of `b` is raised."""
+    failure: ModuleError | None = None
+    exact = c.reference_run(inputs)
+    try:
+        own = c.a.record(inputs.given, inputs.values, c.store)
+    except ModuleError as error:
+        failure, own = error, error.run
+    noise = c.b.record(inputs.given, c.inputs_b, c.store)
+    if failure is None:
+        check_draws(c, inputs)
+    return (own, noise, exact), failure
 
 
 def _paired(
@@ -143,7 +149,10 @@ def _paired(
     c.add_notes(notes)
     if mismatch := first_mismatch(pairs):
         c.fail(stage, mismatch.path, mismatch.where, mismatch.note)
-        c.report.cause = "" if mismatch.where else shape_numbers(c, mismatch.path)
+        numbers = shape_numbers(c, mismatch.child if mismatch.where else mismatch.path)
+        c.report.cause = (
+            f"{relative(mismatch.child, mismatch.path)}: {numbers}" if mismatch.where and numbers else numbers
+        )
         row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
         stage.rows.append(replace(row, where=mismatch.where))
         raise StageFailed
@@ -170,6 +179,8 @@ def _paired(
         how = pair.arguments[0][2] if pair.arguments else align.SAME
         for side in (c.b, c.reference):
             side.set_channels(pair.path, how == align.MOVED)
+        if how == align.MOVED:
+            c.moved.add(pair.path)
         if c.a.backend == c.b.backend and c.computes_reference:
             c.a.set_channels(pair.a.path, how == align.MOVED)
     return pairs, runs

@@ -1,0 +1,119 @@
+"""Random numbers that a PyTorch model draws, from a given source. The mirror is `icenet/tools/draws.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from icenet_torch.nn.arrays import from_numpy
+
+Source = Callable[[str, tuple[int, ...]], np.ndarray]
+"""Called as `source(distribution, shape)`; returns uniform numbers in [0, 1), or normal ones, fp32.
+
+The distribution is that which the model draws from: `bernoulli`, `uniform`, `normal` or another one. All but `normal`
+are made of uniform numbers.
+"""
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def replaced(source: Source) -> Iterator[None]:
+    """Draws the numbers of PyTorch from a source while the context is open, those of `torch.nn.functional` included.
+
+    Calls with a generator, and of operations that are not listed in `_functions`, draw as usual.
+    """
+    with _Replaced(_functions(source)):
+        yield
+
+
+class _Replaced(TorchDispatchMode):
+    def __init__(self, functions: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in self._functions or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        kwargs.pop("generator", None)
+        return self._functions[func](*args, **kwargs)
+
+
+def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
+    """Returns the operations that take their numbers from a source."""
+
+    def draw(distribution: str, shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        dtype = dtype if dtype is not None and dtype.is_floating_point else torch.get_default_dtype()
+        return from_numpy(source(distribution, tuple(shape))).to(device or "cpu", dtype)
+
+    def drawn_like(distribution: str, x: Tensor, dtype: Any = None) -> Tensor:
+        return draw(distribution, x.shape, dtype or x.dtype, x.device)
+
+    def keeps(x: Tensor, p: Any) -> Tensor:
+        # fp32 numbers, as on all sides; `uniform >= rate`, in which the rate is that of zeros
+        return draw("bernoulli", x.shape, torch.float32, x.device) >= 1 - torch.as_tensor(p, dtype=torch.float32)
+
+    def dropout(x: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
+        keep = keeps(x, 1 - p) if train is not False else torch.ones_like(x, dtype=torch.bool)
+        return x * keep * (1 / (1 - p) if p < 1 and train is not False else 1.0), keep
+
+    def gumbels(x: Tensor) -> Tensor:
+        return -torch.log(_exponential(drawn_like("categorical", x)))
+
+    def multinomial(x: Tensor, count: int, replacement: bool = False) -> Tensor:
+        if count != 1:
+            return aten.multinomial(x, count, replacement)
+        return (x.log() + gumbels(x)).argmax(-1, keepdim=True)
+
+    def integers(low: int, high: int, shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        numbers = draw("randint", shape, torch.float32, device)
+        return ((numbers * (high - low)).floor() + low).clamp(max=high - 1).to(dtype or torch.int64)
+
+    def order(n: int, dtype: Any = None, device: Any = None) -> Tensor:
+        return draw("permutation", (n,), torch.float32, device).argsort().to(dtype or torch.int64)
+
+    def normal(mean: Any, std: Any = 1.0) -> Tensor:
+        like = mean if isinstance(mean, Tensor) else std
+        return drawn_like("normal", like.expand(torch.broadcast_shapes(*map(np.shape, (mean, std))))) * std + mean
+
+    def new(distribution: str) -> Callable[..., Tensor]:
+        return lambda size, dtype=None, device=None, **_: draw(distribution, size, dtype, device)
+
+    def like(distribution: str) -> Callable[..., Tensor]:
+        return lambda x, dtype=None, **_: drawn_like(distribution, x, dtype)
+
+    return {
+        aten.rand.default: new("uniform"),
+        aten.randn.default: new("normal"),
+        aten.rand_like.default: like("uniform"),
+        aten.randn_like.default: like("normal"),
+        aten.uniform_.default: lambda x, a=0.0, b=1.0: x.copy_(drawn_like("uniform", x) * (b - a) + a),
+        aten.normal_.default: lambda x, mean=0.0, std=1.0: x.copy_(drawn_like("normal", x) * std + mean),
+        aten.normal.Tensor_float: normal,
+        aten.normal.float_Tensor: normal,
+        aten.normal.Tensor_Tensor: normal,
+        aten.exponential_.default: lambda x, rate=1.0: x.copy_(_exponential(drawn_like("gumbel", x)) / rate),
+        aten.bernoulli.default: lambda x: keeps(x, x).to(x.dtype),
+        aten.bernoulli.p: lambda x, p: keeps(x, p).to(x.dtype),
+        aten.bernoulli_.float: lambda x, p=0.5: x.copy_(keeps(x, p)),
+        aten.bernoulli_.Tensor: lambda x, p: x.copy_(keeps(x, p)),
+        aten.native_dropout.default: dropout,
+        aten.multinomial.default: multinomial,
+        aten.randint.default: lambda high, size, dtype=None, device=None, **_: integers(0, high, size, dtype, device),
+        aten.randint.low: lambda low, high, size, dtype=None, device=None, **_: integers(
+            low, high, size, dtype, device
+        ),
+        aten.randperm.default: lambda n, dtype=None, device=None, **_: order(n, dtype, device),
+    }
+
+
+def _exponential(numbers: Tensor) -> Tensor:
+    """Returns exponentially distributed numbers, given uniform ones, of which 0 would be infinite."""
+    return -torch.log(numbers.clamp(min=2.0**-24))
