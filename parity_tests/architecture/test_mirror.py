@@ -15,7 +15,6 @@ TORCH_FILES = {
     "",  # sets MKL's mode
     "core",  # the guide's name for icenet.core.config
     "engine.capture",  # MLX submits a step as one graph by itself
-    "nn.cpu_products",  # MLX calls one function of a BLAS
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     "tools.sums",  # the noise is measured in PyTorch
@@ -80,7 +79,7 @@ ONE_SIDED = {
 }
 """Public names that only one backend has, and why."""
 
-OWN_IMPLEMENTATION = {"engine.distributed", "engine.optimizers", "nn.recurrent"}
+OWN_IMPLEMENTATION = {"engine.distributed", "engine.optimizers", "nn.recurrent", "nn.cpu_products"}
 """Files with the same classes and different helpers: PyTorch has these algorithms, MLX does not, or the reverse."""
 
 DIFFERENT_LINES = {"models.base": 45, "models.fused": 10}

@@ -1,15 +1,21 @@
-"""Products of layers that generate on a CPU, against float64."""
+"""Products of layers that generate on a CPU, against float64, on both backends."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from icenet import nn as mlx_ops
 from icenet.core.config import TransformerConfig
+from icenet.models import TransformerModel as MLXTransformerModel
+from icenet.nn import cpu_products as mlx_products
 from icenet_torch.models import TransformerModel
 from icenet_torch.nn import Linear, cpu_products
 
@@ -18,6 +24,7 @@ from icenet_torch.nn import Linear, cpu_products
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions are tested on each processor that has them, not only where they are faster."""
     monkeypatch.setattr(cpu_products, "IS_FASTER", cpu_products.HAS_FUNCTIONS)
+    monkeypatch.setattr(mlx_products, "_is_faster", lambda: True)
 
 
 def generating(inputs: int, outputs: int, bias: bool) -> Any:
@@ -72,4 +79,51 @@ def test_the_same_tokens_are_generated(rows: int, monkeypatch: pytest.MonkeyPatc
     prompts = np.arange(6 * rows).reshape(rows, 6) * 7 % 1040
     found = model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True)
     monkeypatch.setattr(cpu_products, "can_compute", lambda x, weight: False)
+    assert np.array_equal(found, model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True))
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 512), (1, 4096), (2, 512), (3, 577), (4, 1536)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_of_mlx_is_that_of_float64(
+    rows: int, inputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, product = [], mlx_products.product
+    monkeypatch.setattr(mlx_products, "product", lambda *given: calls.append(1) or product(*given))
+    with mx.stream(mx.cpu):
+        layer: Any = mlx_ops.Linear(inputs, 1031, bias)
+        layer.weight, x = (
+            mx.random.normal(shape, key=mx.random.key(0)) for shape in ((1031, inputs), (rows, 1, inputs))
+        )
+        layer.prepare_generation(layer, mx.float32)
+        y = layer(x)
+        separate = np.array(x @ layer.weight.T + layer.get("bias", 0))
+    weight = np.array(layer.weight, np.float64)
+    exact = np.array(x, np.float64) @ weight.T + np.array(layer.get("bias", 0.0), np.float64)
+    error, noise = (np.abs(np.array(array) - exact).max() for array in (y, separate))
+    assert y.shape == (rows, 1, 1031) and y.dtype == mx.float32
+    assert error <= 8 * noise
+    assert len(calls) == 1
+
+
+def test_other_products_of_mlx_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights, other dtypes, many rows, long or odd inputs, the GPU, and another BLAS or processor."""
+    x, weight = mx.zeros((1, 512)), mx.zeros((1024, 512))
+    with mx.stream(mx.cpu):
+        assert mlx_products.can_compute(x, weight)
+        assert not mlx_products.can_compute(x, weight[:100])
+        assert not mlx_products.can_compute(x.astype(mx.bfloat16), weight)
+        assert not mlx_products.can_compute(mx.zeros((5, 512)), weight)
+        assert not mlx_products.can_compute(mx.zeros((2, 2048)), mx.zeros((1024, 2048)))
+        assert not mlx_products.can_compute(mx.zeros((1, 1023)), mx.zeros((1024, 1023)))
+        monkeypatch.setattr(mlx_products, "_is_faster", lambda: False)
+        assert not mlx_products.can_compute(x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_mlx_generates_the_same_tokens(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"vocab_size": 2080, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "max_seq_length": 32}
+    model = MLXTransformerModel(TransformerConfig(**options), seed=3)
+    prompts = np.arange(6 * rows).reshape(rows, 6) * 7 % 1040
+    found = model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True)
+    monkeypatch.setattr(mlx_products, "can_compute", lambda x, weight: False)
     assert np.array_equal(found, model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True))
