@@ -112,7 +112,7 @@ def _resnet(options: Any) -> nn.Module:
     try:
         from torchvision.models import resnet
     except ImportError:
-        raise UsageError("torchvision is not installed") from None
+        raise UsageError("torchvision is not installed (pip install torchvision)") from None
     if (options.stem, options.block, options.classifier) != ("conv7", "bottleneck", "linear"):
         raise UsageError("torchvision has ResNets only: model.stem conv7, block bottleneck, classifier linear")
     if options.stage_widths != [64, 128, 256, 512] or options.image_channels != 3:

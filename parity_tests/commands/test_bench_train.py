@@ -214,6 +214,24 @@ def test_rounds_that_are_slower_than_expected_end(monkeypatch: pytest.MonkeyPatc
     assert any(is_one_line(note, "2 of 5 rounds", "40 s", "--batch", "--side") for note in report.notes)
 
 
+@pytest.mark.usefixtures("here")
+def test_steps_in_which_a_gpu_captures_graphs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch captures its third step. The fourth to sixth of a side tell how many steps a round has."""
+    seconds, steps = iter([50.0, 0.5, 0.001]), []
+
+    def measure(self: loops.Session, count: int) -> dict[str, Any]:
+        steps.append(count)
+        return {"seconds": next(seconds), "processor_s": 0.0, "peak_bytes": 0}
+
+    monkeypatch.setattr(common.Sides, "device", "gpu")
+    monkeypatch.setattr(loops.Session, "measure", measure)
+    monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: 0.0)
+    options = replace(TWO, only=("icenet torch",), seconds=1.0, repeats=1, precision="fp32")
+    report = training.run({"gpt": training.ROWS["gpt"]}, options)
+    assert steps == [3, 3, 2]
+    assert report.results[0]["sides"][0]["seconds"] == [0.001]
+
+
 def test_a_long_first_step_is_told() -> None:
     lines: list[str] = []
     told = threading.Event()
