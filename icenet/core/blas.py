@@ -13,14 +13,13 @@ importing torch. On other platforms nothing is loaded, and with MLX's CUDA build
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,21 +165,26 @@ def _load(choice: str, setting: str = "") -> Status:
     raise BackendError(f"{setting}: {'; '.join(problems) or 'not found'}; {remedy}")
 
 
-def _candidates(choice: str) -> list[str]:
-    """Returns the libraries to try, in order: paths, or names for the dynamic loader."""
-    found: list[str] = []
+def _candidates(choice: str) -> Iterator[str]:
+    """Yields the libraries to try, in order: paths, or names for the dynamic loader."""
+    if choice not in ("auto", "openblas", "torch"):
+        yield os.path.expanduser(choice)
     if choice in ("auto", "openblas"):
-        found += OPENBLAS_NAMES
+        yield from OPENBLAS_NAMES
         in_prefix = Path(sys.prefix, "lib", "libopenblas.so.0")  # conda's, which the loader may not find
-        found += [str(in_prefix)] if in_prefix.exists() else []
-        other = ctypes.util.find_library("openblas")
-        found += [other] if other and other not in found else []
+        if in_prefix.exists():
+            yield str(in_prefix)
     if choice in ("auto", "torch"):
         spec = importlib.util.find_spec("torch")  # does not import torch
         for folder in (spec.submodule_search_locations or []) if spec else []:
             library = Path(folder, "lib", "libtorch_cpu.so")
-            found += [str(library)] if library.exists() else []
-    return found if choice in ("auto", "openblas", "torch") else [os.path.expanduser(choice)]
+            if library.exists():
+                yield str(library)
+    if choice in ("auto", "openblas"):
+        from ctypes.util import find_library  # last, because it starts ldconfig, gcc and ld: 20 ms with its import
+
+        if (other := find_library("openblas")) and other not in OPENBLAS_NAMES:
+            yield other
 
 
 def _open(path: str) -> str | None:

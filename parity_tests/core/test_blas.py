@@ -289,10 +289,10 @@ def test_a_choice_against_a_preloaded_blas_is_an_error(tmp_path: Path) -> None:
 
 
 ABSENT = """
-import os
+import ctypes.util, os
 import icenet.core.blas as blas
 blas.OPENBLAS_NAMES, blas.sys.prefix = (), "/nowhere"
-blas.ctypes.util.find_library = lambda name: None
+ctypes.util.find_library = lambda name: None
 blas.importlib.util.find_spec = lambda name: None
 blas._status = None
 os.environ["ICENET_BLAS"] = {choice!r}
