@@ -30,13 +30,15 @@ class Attends(nn.Module):
 
 
 PADDING = torch.tensor([[False, False, False, True], [False, True, False, True]])
+HIDES_ALL = torch.tensor([[False, False, False, True], [True, False, False, True]])
+"""With CAUSAL, the first query of the second row has no key."""
 CAUSAL = torch.triu(torch.ones(3, 4, dtype=torch.bool), 1)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Any, Any]]] = {
     "plain": ({"need_weights": False}, {"batch_first": True}, (None, None)),
     "steps first, without biases": ({"need_weights": False}, {"bias": False}, (None, None)),
     "padding": ({"need_weights": False}, {"batch_first": True}, (None, PADDING)),
     "an addend": ({"need_weights": False}, {}, (torch.randn(3, 4), None)),
-    "both, of booleans": ({"need_weights": False}, {"batch_first": True, "dropout": 0.1}, (CAUSAL, PADDING)),
+    "both, of booleans": ({"need_weights": False}, {"batch_first": True, "dropout": 0.1}, (CAUSAL, HIDES_ALL)),
     "both, of two kinds": ({"need_weights": False}, {"dropout": 0.1}, (torch.randn(4, 3, 4), PADDING.float())),
     "weights": ({}, {"batch_first": True, "dropout": 0.1}, (CAUSAL, None)),
     "weights of each head": ({"average_attn_weights": False}, {}, (torch.randn(3, 4), None)),

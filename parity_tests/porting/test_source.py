@@ -226,6 +226,9 @@ def test_a_sequence_is_called_as_a_whole_or_by_its_layers() -> None:
         ("return (a, (b + c))", "return a, b + c"),
         ("y = x / 2.8284271247461903", "y = x / math.sqrt(8)"),
         ("y = x * 0.09999999999999998", "y = x * (1 - 0.9)"),
+        ("y = x * 2.0794415416798357", "y = x * math.log(8)"),
+        ("y = x * 2.0794415416798353", "y = x * 2.0794415416798353"),  # of no number that is known
+        ("y = x * 0.09999999999999996", "y = x * 0.09999999999999996"),
         ("y = mx.where(mx.logical_not(m), a, b)", "y = mx.where(m, b, a)"),
         ("y = x.swapaxes(1, 2).transpose(0, 2, 1)", "y = x"),
         ("y = x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2)", "y = x"),
