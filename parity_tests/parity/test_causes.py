@@ -270,7 +270,7 @@ def test_numbers_of_layers_whose_shapes_differ() -> None:
         conv=Pair(M.Conv1d(3, 4, 3), T.Conv1d(3, 4, 3, padding=1)),
     )  # fmt: skip
     report = compare(*pair, draw(2, 6, 3), copy_weights=True)
-    assert report.cause == "padding is 0 in a, (1,) in b", report.verdict  # 1 and (1,) are equal strides
+    assert report.cause == "padding is 0 in a, 1 in b", report.verdict  # 1 and (1,) are equal strides
 
 
 def test_two_numbers_of_a_module() -> None:

@@ -223,3 +223,155 @@ def test_losses_after_steps_of_adam_have_its_rounded_correction() -> None:
         copy_weights=True,
     )
     assert report.passed, str(report)
+
+
+class Tied(M.Module):
+    def __init__(self, untied: bool = False) -> None:
+        super().__init__()
+        self.embed = M.Embedding(7, 4)
+        if untied:
+            self.head = M.Linear(4, 7, bias=False)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = mx.tanh(self.embed(ids))
+        return self.head(x) if "head" in self else self.embed.as_linear(x)
+
+
+class TorchTied(T.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = T.Embedding(7, 4), T.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_weights_that_are_tied_in_the_reference_only(untied: bool) -> None:
+    report = compare(Tied(untied), TorchTied(), np.arange(6).reshape(2, 3), copy_weights=True)
+    assert report.passed != untied, str(report)
+    if untied:
+        assert report.culprit in ("embed", "head")
+        assert "tied weights" in report.cause
+
+
+def test_options_of_a_layer_that_gets_another_shape_are_named() -> None:
+    class Padded(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = M.Conv1d(2, 3, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.conv(mx.pad(x, [(0, 0), (0, 2), (0, 0)]))
+
+    class TorchPadded(T.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = T.Conv1d(2, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x)
+
+    report = compare(Padded(), TorchPadded(), draw(2, 8, 2), copy_weights=True, layout="channels_last")
+    assert report.verdict == (
+        "differs in the model (Padded) itself, before conv; input of shape [2, 10, 2] in a, [2, 2, 8] in b, which is "
+        "[2, 8, 2] with the axes of a (structure); cause: conv: padding is 0 in a, 1 in b"
+    )
+
+
+def heads(x: Any, order: tuple[int, ...], is_mlx: bool) -> Any:
+    """Splits the last axis of `[B, L, 12]` into three axes of a given order, and brings them to that of 3, 2, 2."""
+    sizes = [(3, 2, 2)[i] for i in order]
+    back = [order.index(i) + 2 for i in range(3)]
+    split = x.reshape(*x.shape[:2], *sizes)
+    return split.transpose(0, 1, *back) if is_mlx else split.permute(0, 1, *back)
+
+
+def in_a_loop(x: Any, halves: tuple[Any, Any]) -> Any:
+    first, second = halves
+    for _ in range(4):
+        x = x + first(second(x) * 2.0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "cause"),
+    [
+        (
+            lambda x: heads(x, (1, 0, 2), True).max(axis=2),
+            lambda x: heads(x, (0, 1, 2), False).amax(2),
+            "splits the last axis",
+        ),
+        (
+            lambda x: x.reshape(2, 5, 3, 4).transpose(0, 1, 3, 2).reshape(2, 5, 12) ** 3,
+            lambda x: x.unflatten(-1, (3, 4)).flatten(-2) ** 3,
+            "merges the last two axes in the reverse order",
+        ),
+        (
+            lambda x: (lambda p: p[1] * 2 + p[0] * mx.tanh(p[2]))(mx.split(x, 3, axis=-1)),
+            lambda x: (lambda p: p[0] * 2 + p[1] * torch.tanh(p[2]))(x.chunk(3, -1)),
+            "the parts of a split are in another order in a: [1, 0, 2]",
+        ),
+        (
+            lambda x: (lambda p: p[1] * mx.sigmoid(p[0]))(mx.split(x, 2, axis=-1)),
+            lambda x: F.glu(x, -1),
+            "the halves of GLU are exchanged in a",
+        ),
+        (
+            lambda x: mx.roll(x, 2, axis=1) * x,
+            lambda x: torch.roll(x, -2, 1) * x,
+            "a roll in the other direction in a",
+        ),
+        (lambda x: x * x.sum(), lambda x: x * x.exp().sum(), "exp is left out in a"),
+        (lambda x: mx.square(x).sum(-1) * x[..., 0], lambda x: x.abs().sum(-1) * x[..., 0], "the square in a"),
+        (
+            lambda x: mx.softmax(x @ x.swapaxes(1, 2) / 12**0.5, axis=-1) @ x,
+            lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+            "attention scores are multiplied by 1 / sqrt(size) in a",
+        ),
+        (
+            lambda x: in_a_loop(x, (mx.sigmoid, mx.sigmoid)),
+            lambda x: in_a_loop(x, (torch.tanh, torch.sigmoid)),
+            "sigmoid in a, tanh in b",
+        ),
+    ],
+)
+def test_causes_in_the_code_between_layers(ours: Any, theirs: Any, cause: str) -> None:
+    report = compare(Net(ours), TorchNet(theirs), draw(2, 5, 12), stages=["forward"], copy_weights=True)
+    assert not report.passed
+    assert cause in report.cause, str(report)
+
+
+class Net(M.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.fc, self.call = M.Linear(12, 12), call
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.call(self.fc(x))
+
+
+class TorchNet(T.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.fc, self.call = T.Linear(12, 12), call
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(self.fc(x))
+
+
+def test_no_rotary_positions_are_named_where_there_are_none() -> None:
+    def split(x: Any) -> Any:
+        return x.reshape(2, 5, 2, 3, 2)  # q, k, v of two heads
+
+    def ours(x: mx.array) -> mx.array:
+        q, k, v = (x[..., i * 4 : i * 4 + 4].reshape(2, 5, 2, 2).transpose(0, 3, 1, 2) for i in range(3))
+        return (mx.softmax(q @ k.swapaxes(2, 3), axis=-1) @ v).transpose(0, 2, 1, 3).reshape(2, 5, 4)
+
+    def theirs(x: torch.Tensor) -> Any:
+        q, k, v = (x[..., i * 4 : i * 4 + 4].reshape(2, 5, 2, 2).permute(0, 2, 1, 3) for i in range(3))
+        return ((q @ k.transpose(2, 3)).softmax(-1) @ v).permute(0, 2, 1, 3).reshape(2, 5, 4)
+
+    report = compare(Net(ours), TorchNet(theirs), draw(2, 5, 12), stages=["forward"], copy_weights=True)
+    assert not report.passed and "rotary" not in report.cause, str(report)

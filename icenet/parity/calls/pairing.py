@@ -360,6 +360,9 @@ def _are_masks(ours: Value, theirs: Value) -> bool:
 def unequal(kind: str | None, ours: Value, theirs: Value, what: str) -> str:
     """Returns a phrase on two arrays whose shapes do not correspond."""
     text = align.unequal_shapes(kind, ours.array, theirs.array)
+    shapes = ours.array.shape, align.to_mlx(align.MOVED, theirs.array).shape
+    if align.KINDS.get(kind or "") == align.MOVED and shapes[0] != shapes[1] and len(shapes[0]) == len(shapes[1]):
+        text += f", which is {list(shapes[1])} with the axes of a"
     return f"{what} {text}".replace("in MLX", "in a").replace("in PyTorch", "in b")
 
 
@@ -371,11 +374,13 @@ class Mismatch:
         path: Path in `b` of the module that computed it.
         where: Where in that module, between which of its calls.
         note: The shapes.
+        child: Path in `b` of the module that gets it; empty for an output.
     """
 
     path: str
     where: str
     note: str
+    child: str = ""
 
 
 def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
@@ -389,7 +394,7 @@ def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
             if note:
                 name = relative(event.path, parent.path) if parent is not None else ""
                 where = f"{f'between {before} and' if before else 'before'} {name}" if parent is not None else ""
-                return Mismatch(parent.path if parent is not None else "", where, note)
+                return Mismatch(parent.path if parent is not None else "", where, note, event.path)
         last = ""
         for child in event.children:
             found = visit(child, event if pair is not None else parent, last if pair is not None else before)

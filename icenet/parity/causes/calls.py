@@ -63,7 +63,9 @@ def find_calls(trial: Trial) -> str:
     theirs = Counter(called(pair.b))
     named = Counter({c.a.names.get(path, f"{path} (of a)"): count for path, count in ours.items()})
     for path, count in theirs.items():
-        if count > named[path] and c.computes_reference and trial.explains(_without(trial, c.reference, path)):
+        if count <= named[path] or not c.computes_reference:
+            continue
+        if any(trial.explains(_without(trial, c.reference, path, zero)) for zero in (False, True)):
             return _extra(relative(path, pair.path), named[path], count)
     for path, count in ours.items():
         name = c.a.names.get(path, f"{path} (of a)")
@@ -79,10 +81,13 @@ def find_calls(trial: Trial) -> str:
     return ""
 
 
-def _without(trial: Trial, side: Side, path: str) -> dict[str, Value]:
-    """Returns what a side computes if the calls of a module that only it makes return their input."""
+def _without(trial: Trial, side: Side, path: str, zero: bool = False) -> dict[str, Value]:
+    """Returns what a side computes if the calls of a module that only it makes return their input, or zeros."""
 
     def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        if zero:
+            result = original(*args, **kwargs)
+            return 0 * result if hasattr(result, "shape") else result
         return next(iter((*args, *kwargs.values())))
 
     with side.tools.intercepting({path: side.modules[path]}, handle):

@@ -66,7 +66,8 @@ def _text(variant: Any, only: Any, calls: Sequence[Any]) -> str:
     activation_name = backends.module("torch", "tools.variants").activation_name
     replaced = (c for c in calls if c.name in variant.names and only in (None, c.site))
     used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
-    return str(variant.text).replace("{0}", " and ".join(used) or "another activation")
+    others = [name for name in used if not variant.text.startswith(f"{name} in a")]
+    return str(variant.text).replace("{0}", " and ".join(others) or "another activation")
 
 
 def find_mask(trial: Trial) -> str:

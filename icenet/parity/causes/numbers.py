@@ -117,6 +117,7 @@ def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _text(value: Any) -> str:
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -35,7 +35,7 @@ from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
-    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_functions, find_rotary),
+    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_functions),
     *(find_scale, find_sums, find_weights, find_options, find_direction, find_casts, find_calls),
 )
 """The searches for the cause of a wrong output, in their order."""

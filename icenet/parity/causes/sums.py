@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.calls.pairing import relative
+from icenet.parity.calls.pairs import Pair
 from icenet.parity.causes.trial import Trial
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def find_parts(trial: Trial) -> str:
         return ""
     shape = trial.exact[trial.name].array.shape
     places = trial.pair.input_places()
-    labels = ["the input" if c is None else f"the output of {relative(c.path, trial.pair.path)}" for c, _ in places]
+    labels = [_label(trial.pair, source) for source, _ in places]
     floats = [(label, value) for label, value in zip(labels, trial.given.values, strict=True) if value.is_float]
     for label, value in floats:
         array = np.asarray(value.array, np.float64)
@@ -88,6 +89,14 @@ def find_parts(trial: Trial) -> str:
     return ""
 
 
+def _label(pair: Pair, source: Pair | None) -> str:
+    """Returns what to call the output of a call within another one, or (None) an argument of that."""
+    if source is None:
+        return "the input"
+    is_only = sum(child.path == source.path for child in pair.children) == 1
+    return f"the output of {relative(source.path, pair.path)}" + ("" if is_only else f" (call {source.b.call + 1})")
+
+
 def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
     """Returns the arrays of a shape that a call receives, with what to call them."""
     found: list[tuple[str, Array]] = []
@@ -100,8 +109,7 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     label = f"{relative(child.path, trial.pair.path)}.{name}"
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
         for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
-            label = "the input" if source is None else f"the output of {relative(source.path, trial.pair.path)}"
-            found.append((label, np.asarray(value.array, np.float64)))
+            found.append((_label(trial.pair, source), np.asarray(value.array, np.float64)))
     elif trial.given.cotangents is not None:
         for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.causes.trial import Trial
+from icenet.parity.state import Comparison
 
 if TYPE_CHECKING:
     pass
@@ -57,6 +58,21 @@ def find_weights(trial: Trial) -> str:
                 return f"{name} is transposed in a"
     finally:
         pair.parameters = before
+    return ""
+
+
+def find_untied(c: Comparison, path: str) -> str:
+    """Returns which parameter of a module of `b` is tied to another one, but is one of its own in `a`."""
+    module = getattr(c.reference, "module", None)
+    if c.reference.backend != "torch" or module is None:
+        return ""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    held = set(c.parameter_names.values()) & named.keys()
+    for name in held:
+        if name.rpartition(".")[0] == path:
+            for other in sorted(held - {name}):
+                if named[other] is named[name]:
+                    return f"{other} is {name} in b (tied weights), a parameter of its own in a"
     return ""
 
 

@@ -17,6 +17,7 @@ from icenet.parity.calls.pairs import Pair, rounded
 from icenet.parity.calls.propagation import repeated
 from icenet.parity.calls.replays import replay
 from icenet.parity.calls.run_gradients import RunGradients
+from icenet.parity.causes.weights import find_untied
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import index_of, neutral, split_at
@@ -156,6 +157,7 @@ def judge_gradients(
     bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
     if bad:
         c.fail(stage, bad[0].path, "", bad[0].note)
+        c.report.cause = c.report.cause or find_untied(c, bad[0].path)
 
 
 def _judge_again(c: Comparison, run: RunGradients, over: list[str]) -> dict[str, Judgement]:
