@@ -156,6 +156,12 @@ def test_a_file_is_read_once_whatever_leads_to_it(tmp_path: Path, cache: Path) -
     assert found.names[left_out.FOLDERS] == ["again", "sub"] and "'**/*'" in found.summary()
 
 
+def test_a_folder_is_listed_once_although_a_link_leads_back_to_it(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert find_source(str(tmp_path)).left_out.names == {left_out.LINKED_TWICE: ["loop"]}
+
+
 def test_runs_below_a_source_are_left_out(tmp_path: Path) -> None:
     """A run that its own data contained would be another run when it is continued."""
     (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
