@@ -134,8 +134,6 @@ class Attention(nn.Module):
 def test_a_row_that_is_masked_as_a_whole_has_the_gradient_of_pytorch() -> None:
     torch.manual_seed(0)
     mask = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    port = icenet.port(Attention(), (random(2, 5, 4), mask))
-    assert "exact_where" not in port.source
     mask[:, 2] = False
     port = icenet.port(Attention(), (random(2, 5, 4), mask))
     assert "exact_where(mask, mx.softmax(" in port.source
