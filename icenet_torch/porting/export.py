@@ -116,6 +116,7 @@ def _program(
                 recurrent.whole_layers(),
                 losses.whole_losses(),
                 sizes.open_sizes(),
+                sizes.open_lengths(module),
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -183,7 +184,8 @@ def _marked(module: nn.Module, deadline: float | None = None) -> Iterator[None]:
             torch.ops.icenet_port.exit(tensors, info)
             return without_data_classes(result) if path == "" else result
 
-        handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
+        # what a hook of the module computes, such as the weight of weight_norm, is in its call
+        handles.append(inner.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         handles.append(inner.register_forward_hook(after, with_kwargs=True))
     try:
         yield

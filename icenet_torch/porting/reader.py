@@ -326,7 +326,11 @@ class Reader:
         while len(found) > 1 and _statement(*found[-1]).code.startswith("return"):
             found.pop()  # what a function returns is a value of the statement that calls it
         outer = tuple((file, _statements(file).get(line, (line, ()))[0]) for file, line in found[:-1])
-        return dataclasses.replace(_statement(*found[-1]), outer=outer)
+        place = dataclasses.replace(_statement(*found[-1]), outer=outer)
+        # what a hook computes for a layer of torch.nn is no variable of the statement that calls the layer
+        return (
+            dataclasses.replace(place, targets=()) if (own or "").startswith(TORCH) and found[-1][0] != own else place
+        )
 
 
 def _fill(value: torch.Tensor | None) -> float | None:
@@ -387,9 +391,19 @@ def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...]]]:
                 targets = _targets(statement.targets[0])
             elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
                 targets = _targets(statement.target)
+            elif isinstance(statement, ast.Expr):
+                targets = _changed(statement.value)
             for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
                 found[line] = (statement.lineno, targets)
     return found
+
+
+def _changed(node: ast.expr) -> tuple[str, ...]:
+    """Returns the variable that a call changes in place: `x.index_add_(...)`."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return ()
+    is_in_place = node.func.attr.endswith("_") and not node.func.attr.endswith("__")
+    return _targets(node.func.value) if is_in_place else _changed(node.func.value)
 
 
 def _targets(node: ast.expr) -> tuple[str, ...]:

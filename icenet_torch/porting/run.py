@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -85,7 +86,24 @@ def _copied(module: nn.Module) -> nn.Module:
         for value in vars(inner).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for inner in copied.modules():
+        for name, value in vars(inner).items():
+            if isinstance(value, types.FunctionType) and value.__closure__:
+                vars(inner)[name] = _rebound(value, memo)
+    return copied
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """Returns a function such as `lambda x: m.proj(m.fc(x))` that reads the copies of what it reads."""
+    cells = tuple(
+        types.CellType(memo.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__ or ()
+    )
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 Cotangents: TypeAlias = "list[np.ndarray] | Callable[[tuple[int, ...]], np.ndarray] | None"

@@ -1,18 +1,20 @@
 """Functions whose sizes stay open in an export.
 
 `torch.export` fixes the number of steps of `torch.linspace`, the size of `F.affine_grid` and the window of a pool,
-because they are no symbolic numbers in its schemas. Here they are operations that take them, and a pool over a whole
-image is an adaptive pool.
+because they are no symbolic numbers in its schemas, and `len(x)`, because Python's is a number. Here they are
+operations that take them, a pool over a whole image is an adaptive pool, and `len(x)` is `x.shape[0]`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 _library = torch.library.Library("icenet_size", "DEF")
 _library.define("linspace(float start, float end, SymInt steps, ScalarType dtype) -> Tensor")
@@ -41,6 +43,30 @@ torch.library.register_fake("icenet_size::affine_grid_generator", _affine_grid_s
 _ADAPTIVE: dict[str, Callable[..., Any]] = {
     f"{kind}_pool{rank}d": getattr(F, f"adaptive_{kind}_pool{rank}d") for kind in ("avg", "max") for rank in (1, 2, 3)
 }
+
+
+@contextlib.contextmanager
+def open_lengths(module: nn.Module) -> Iterator[None]:
+    """Keeps `len(x)` of a tensor open in the files of a module's classes while the context is open."""
+    files = {id(names): names for names in map(_names, module.modules()) if names is not None and "len" not in names}
+    for names in files.values():
+        names["len"] = _len
+    try:
+        yield
+    finally:
+        for names in files.values():
+            del names["len"]
+
+
+def _names(module: nn.Module) -> dict[str, Any] | None:
+    """Returns the global names of the file of a module's class, None if it is one of PyTorch's."""
+    function = inspect.unwrap(type(module).forward)
+    names: dict[str, Any] = getattr(function, "__globals__", {})
+    return None if str(names.get("__name__", "torch")).partition(".")[0] in ("torch", "builtins") else names
+
+
+def _len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
 
 
 @contextlib.contextmanager

@@ -285,14 +285,14 @@ def test_a_parameter_that_may_be_none_keeps_its_branch() -> None:
 
 def test_statements_that_repeat_are_a_loop() -> None:
     def rolled(*codes: str) -> list[str]:
-        return ["    " * line.depth + line.code for line in roll([Line(code) for code in codes])]
+        return ["    " * line.depth + line.code for line in roll([Line(code) for code in codes], {})]
 
     steps = [f"h = f(x[{step}], h, 7)" for step in range(2, 6)]
     assert rolled("h = y", *steps) == ["h = y", "for step in range(2, 6):", "    h = f(x[step], h, 7)"]
     assert rolled(*["h = f(h)"] * 3) == ["for _ in range(3):", "    h = f(h)"]
     for other in (
         ["h = f(h)"] * 2,
-        ["a = x[0]", "b = x[1]", "c = x[2]"],
+        ["a = x[0]", "b = x[1]", "c = x[2]", "return f(a, b, c)"],
         ["h = f(x[0])", "h = f(x[2])", "h = f(x[4])"],
     ):
         assert rolled(*other) == other

@@ -13,6 +13,7 @@ from icenet.core.porting.graph.collapse import collapse_layers
 from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
 from icenet.core.porting.graph.layout import channels_last
+from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention
 from icenet.core.porting.layers.mlx_layers import Layer
@@ -113,7 +114,7 @@ def plan(
         if item is None:
             prepared.append(None)
             continue
-        functional = make_functional(item) if trace else with_activations(without_copies(make_functional(item)))
+        functional = make_functional(item) if trace else _simple(make_functional(item))
         found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
         prepared.append(functional)
         layers = found if layers is None else _in_both(layers, found, item)
@@ -135,6 +136,11 @@ def plan(
     # the last class; it has another name than the original if a layer within it has that name
     class_name = re.findall(r"^class (\w+)\(", source, re.MULTILINE)[-1]
     return Plan(source, class_name, layers, graph, train, orders)
+
+
+def _simple(graph: Graph) -> Graph:
+    """Returns a graph as a person would write it: without copies, with known activations, and with whole indices."""
+    return joined_writes(with_activations(without_copies(graph)))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import keyword
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,15 +12,16 @@ from typing import Any
 from icenet.core.errors import PortError
 from icenet.core.porting import signature as signatures
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import WHOLE, Argument, Node, Ref, Tensor, refs
-from icenet.core.porting.source import helpers
+from icenet.core.porting.graph.writes import index_of
+from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
-from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import MODULE, Values
+from icenet.core.porting.source.variables import Variables
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
+from icenet.core.porting.table.writes import written_at
 
 INLINE = 92
 """Longest expression that takes another expression as its argument."""
@@ -28,34 +29,33 @@ INLINE = 92
 RETURNED = 104
 """Longest expression after `return`."""
 
-_RESERVED = {
-    *keyword.kwlist,
-    *("mx", "nn", "math", "np", "self", "layer"),
-    *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "print"),
-    *("range", "reversed", "round", "slice", "sum", "super", "tuple", "zip"),
-}
-"""Words that are no variable."""
+_DEFAULT = re.compile(r", (?:stride=1|padding=0|dilation=1|output_padding=0)(?=[,)])")
+"""Keywords that are left out at the end."""
+
+_GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(")
+"""An expression that may be an array which another variable holds."""
+
+_JOIN = re.compile(r"\b(?:stack|cat|concat|concatenate)\(\s*(\w+)\s*[,)]")
 
 
-class Frame(Statements):
+class Frame(Variables):
     """Writes the body of one call."""
 
     def __init__(self, structure: Structure, graph: Values, call: Call, parameters: list[str] | None = None) -> None:
         super().__init__(structure, graph, call)
         self.parameters = parameters or []
         """The names of the parameters in the other mode."""
-        self.text: dict[str, str] = {}
         self.lines: list[Line] = []
-        self.names: dict[str, str] = {}
-        """The value that each variable holds."""
-        self.last_use: dict[str, int] = {}
-        self.position = 0
         self.sizes: dict[str, str] = {}
         self.unpacked: set[str] = set()
         self.pinned: set[str] = set()
         """Tensors whose sizes are read later."""
-        self.scope: set[str] = set()
-        self.collected: list[str] = []
+        self.made: set[str] = set()
+        """Values that a variable holds, and no other one: no arguments, attributes or results of a function."""
+        self.joined: dict[str, Place] = {}
+        """The statements of the operations that join lists."""
+        self.list_names: dict[str, str] = {}
+        """The variables of these lists in the original, by their texts here."""
 
     # ---- which values
 
@@ -100,11 +100,13 @@ class Frame(Statements):
         self.open_sizes(parameters)
         self.lines += [Line(f"{variable} = []") for variable in self.collected]
         for index, item in enumerate(self.items):
-            self.position = index
+            self.position, start = index, len(self.lines)
             if isinstance(item, Node):
                 self.node(item, index)
             else:
                 self.child(item, index)
+            for line in self.lines[start:]:
+                line.origin = item.place.chain if item.place is not None else None
         self.position = len(self.items) - 1  # what is returned is still needed
         updates = [(self.structure.attribute(self.call.path, path), name) for name, path in final.items()]
         updates = [(target, name) for target, name in updates if self.text.get(name) != target]
@@ -114,7 +116,7 @@ class Frame(Statements):
             self.lines.append(Line(f"return {self.output(graph.graph.output_tree)}"))
         elif results:
             self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
-        lines = roll(self.lines)
+        lines = roll(self.lines, self.list_names)
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
@@ -194,94 +196,10 @@ class Frame(Statements):
         text, start, stop = match[1], int(match[2]), int(match[3])
         inner = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text)[5:]
         path = self.structure.original(self.structure.outer(self.call.path), inner)
-        size = len(self.structure.modules[path].children) or len(self.structure.arrays_by_owner.get(path, ()))
+        size = self.structure.length(path)
         if start == 0 and stop == size:
             return text
         return f"{text}[{start or ''}:{stop if stop != size else ''}]"
-
-    # ---- names
-
-    def variable(self, hint: str, value: str) -> str:
-        """Returns a variable for a value: that of the original if it is free."""
-        hint = re.sub(r"\W", "_", hint).strip("_") or "y"
-        if (
-            hint in _RESERVED
-            or not hint.isidentifier()
-            or hint in self.structure.used_helpers
-            or helpers.exists(hint)
-        ):
-            hint += "_"
-        name, number = hint, 1
-        while name in self.names and self.is_live(self.names[name]) and self.names[name] != value:
-            number += 1
-            name = f"{hint}_{number}"
-        self.names[name] = value
-        return name
-
-    def is_live(self, value: str) -> bool:
-        return self.last_use.get(value, -1) > self.position
-
-    def collect(self) -> None:
-        """Finds the lists to which the original appends the values that it joins, for loops."""
-        self.lists: dict[str, str] = {}
-        """The variable of the list by the name of each of its values, and of the operation that joins it."""
-        self.joins: set[str] = set()
-        """The operations that join the values of such a list."""
-        for item in self.items:
-            names = [ref.name for ref in item.args.get("tensors", ())] if isinstance(item, Node) else []
-            places = {made.place for made in self.items if isinstance(made, Node) and made.name in names}
-            place = next(iter(places), None)
-            match = re.match(r"(\w+)\.append\(", place.code) if place is not None and len(places) == 1 else None
-            is_joined = isinstance(item, Node) and item.base in ("stack", "cat") and len(names) > 2
-            made = [made.name for made in self.items if isinstance(made, Node) and made.name in names]
-            if match and is_joined and made == names and all(self.uses[name] == 1 for name in names):
-                assert isinstance(item, Node)
-                self.position = -1
-                self.last_use[f"list {item.name}"] = self.items.index(item)
-                variable = self.variable(match[1], f"list {item.name}")
-                self.lists.update(dict.fromkeys([*names, item.name], variable))
-                self.joins.add(item.name)
-                self.collected.append(variable)
-
-    def element_name(self, item: Item, name: str, given: str) -> str | None:
-        """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
-        text = self.text.get(given, "")
-        if (
-            self.is_element(item)
-            and self.names.get(text) == given
-            and not self.is_live(given)
-            and given not in self.scope
-        ):
-            return re.sub(r"_\d+$", "", text)
-        return None
-
-    def hint(self, item: Item, name: str) -> str:
-        place = item.place
-        if isinstance(item, Node) and item.op == "layer":
-            found = self.element_name(item, name, item.args["self"].name)
-            if found:
-                return found
-        if place is not None and place.targets and self.is_final(item, name):
-            if len(place.targets) == 1 or (isinstance(item, Node) and item.op == "attention"):
-                return place.targets[0]  # y, _ = self.attention(x, x, x)
-            if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
-                found = place.targets[item.args["index"]]
-                return found if found != "_" else "y"
-            found = self.target_of(item, name)
-            if found:
-                return found
-        if not isinstance(item, Node):
-            return item.path.rpartition(".")[2]
-        if item.base in ("alias", "dropout", "detach") or self.is_plain(item):
-            given = item.args.get("self", item.args.get("input"))
-            source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
-            if source.isidentifier():  # the same value in another form
-                return re.sub(r"_\d+$", "", source)
-        base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
-        if not base or base.isdigit() or self.is_element(item):
-            base = "y"
-        words = {"scaled_dot_product_attention": "attended", "item": "part", "view": "y", "reshape": "y"}
-        return words.get(base, base)
 
     # ---- expressions
 
@@ -369,6 +287,12 @@ class Frame(Statements):
             text = f"mx.{function}({self.lists[node.name]}, axis={node.args['dim']})"
         else:
             text = self.operation(node)
+            if node.base in ("stack", "cat") and node.place is not None:
+                joined = _JOIN.findall(node.place.code)  # the statement may join several lists
+                number = sum(place == node.place for place in self.joined.values())
+                if number < len(joined):
+                    self.list_names[", ".join(map(self.expression, node.args["tensors"]))] = joined[number]
+                self.joined[node.name] = node.place
             if node.name in self.lists:
                 self.lines.append(Line(f"{self.lists[node.name]}.append({text})"))
                 return
@@ -384,11 +308,45 @@ class Frame(Statements):
             return
         if isinstance(node.out, list) and not trace and self.unpack(node, text):
             return
+        if text.startswith("put(") and not trace and self.write(node):
+            return
         variable = self.variable(self.hint(node, node.name), node.name)
         self.assign(variable, text, node.out)
         self.text[node.name] = variable
+        if node.op not in WHOLE and not _GIVEN.match(text):
+            self.made.add(node.name)
         if trace:
             self.lines.append(Line(f"_record({node.name!r}, {variable})"))
+
+    def write(self, node: Node) -> bool:
+        """Writes values into an array that nothing else reads: `x[:, 0] = y`. Returns whether it is one."""
+        index = index_of(node, self.graph.tensors) if node.op == "scatter_view" else None
+        target, src = node.args.get("self"), node.args.get("src")
+        if index is None or not isinstance(target, Ref) or not isinstance(src, Ref):
+            return False
+        variable = self.text.get(target.name, "")
+        held = self.names.get(variable, "")
+        is_shared = self.text.get(held) != variable or self.is_live(held) or self.is_live(target.name)
+        if held not in self.made or is_shared:
+            return False
+        is_training = self.graph.graph.training
+        operation = Operation(node, self.expression, self.graph.tensors.get, set(), is_training)
+        self.lines.append(Line(f"{variable}[{written_at(operation, index)}] = {self.written_value(src)}"))
+        self.text[node.name] = variable
+        self.names[variable] = node.name
+        self.made.add(node.name)
+        return True
+
+    def written_value(self, src: Ref) -> str:
+        """Returns the source of values that are written; they need not have the shape of the part."""
+        node, text = self.graph.by_name.get(src.name), self.expression(src)
+        if node is None or node.base not in ("fill", "copy") or text.isidentifier():
+            return text
+        value = node.args.get("value", node.args.get("src"))
+        array = self.graph.graph.arrays.get(value.name) if isinstance(value, Ref) else None
+        if array is not None and type(array.value) in (int, float, bool):
+            return repr(array.value) if math.isfinite(array.value) else f'float("{array.value}")'
+        return self.expression(value) if isinstance(value, Ref) else text
 
     def keep(self, text: str, position: int) -> None:
         """Keeps the variables of an expression until the statement that it is written in."""
@@ -429,7 +387,7 @@ class Frame(Statements):
 
     def is_inlined(self, node: Node, index: int, text: str) -> bool:
         """Returns whether an expression is written within the statement that uses it."""
-        consumer = self.consumer.get(node.name)
+        consumer, length = self.consumer.get(node.name), len(_DEFAULT.sub("", text))
         if node.name in self.pinned:
             return False
         user = self.items[consumer] if consumer is not None else None
@@ -439,14 +397,14 @@ class Frame(Statements):
             return False  # a loop may run over the list
         if consumer is None:  # the return reads it
             is_named = node.place is not None and bool(node.place.targets)
-            if len(text) >= RETURNED or (is_named and (len(text) >= 60 or self.is_last_turn(item))):
+            if length >= RETURNED or (is_named and (length >= 60 or self.is_last_turn(item))):
                 return False
             self.keep(text, len(self.items))
             return True
         assert user is not None
         if self.is_element(user) and not (is_part and self.is_listed(user)):
             return False  # the loop reads a variable
-        if len(text) > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
+        if length > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
             return False
         same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
         is_named = node.place is not None and bool(node.place.targets) and self.is_final(node, node.name)

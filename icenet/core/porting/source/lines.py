@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from icenet.core.porting.record import Array
 from icenet.core.porting.table.base import mlx_dtype
@@ -20,6 +21,8 @@ class Line:
     code: str
     comment: str = ""
     depth: int = 0
+    origin: Any = None
+    """The statements of the original that led to it, None if they are not known."""
 
 
 @dataclass

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 from icenet.core.porting.graph.calls import Item
 from icenet.core.porting.record import WHOLE, Node
 from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.turns import Loop, turns
 
 ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
 RANGE = re.compile(r"(self[^@\s]*)@(\d+):(\d+)@")
@@ -24,8 +22,13 @@ def kind(item: Item) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".#", item.args["path"] if isinstance(item, Node) else item.path)
 
 
-def roll(lines: list[Line]) -> list[Line]:
-    """Writes repeated statements that differ in the index of a list as a loop."""
+def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
+    """Writes repeated statements that differ in the index of a list, or in a number that rises, as a loop.
+
+    Args:
+        lines: The statements of a body.
+        names: The variables that hold the lists of the original, by their texts.
+    """
     index = 0
     while index < len(lines):
         best = None
@@ -34,71 +37,42 @@ def roll(lines: list[Line]) -> list[Line]:
             if found is not None and (best is None or found[0] * size > best[0] * best[1]):
                 best = (*found[:1], size, *found[1:])
         if best is None:
-            turns = _turns(lines, index)
-            if turns is None:
+            loop = turns(lines, index, names)
+            if loop is None:
                 index += 1
                 continue
-            lines = [*lines[:index], *turns[0], *lines[index + turns[1] :]]
-            index += len(turns[0])
+            head, inner = _enumerated(loop)
+            lines = [*loop.before, head, *inner, *loop.after]
+            index = len(lines) - len(loop.after)
             continue
         count, size, lists, start, entry, turn = best
         block = lines[index : index + size]
         if entry:
             block = [replace(line, code=code) for line, code in zip(block, turn, strict=True)]
-        names = [_singular(text) for text in lists]
-        names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
+        elements = [_singular(text) for text in lists]
+        elements = [name if elements.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(elements)]
         inner = []
         for line in block:
             code = line.code
-            for text, name in zip(lists, names, strict=True):
+            for text, name in zip(lists, elements, strict=True):
                 code = code.replace(f"{text}[{start}]", name)
             inner.append(Line(code, line.comment, line.depth + 1))
         ranges = [f"{text}@{start}:{start + count}@" for text in lists]
-        head = f"for {', '.join(names)} in " + (ranges[0] if len(ranges) == 1 else f"zip({', '.join(ranges)})") + ":"
+        given = ranges[0] if len(ranges) == 1 else f"zip({', '.join(ranges)})"
+        head = Line(f"for {', '.join(elements)} in {given}:", "", block[0].depth)
         before = [Line(f"{entry[1]} = {entry[0]}", "", block[0].depth)] if entry else []
         after = lines[index + size * count :]
-        lines = [*lines[:index], *before, Line(head, "", block[0].depth), *inner, *after]
+        lines = [*lines[:index], *before, head, *inner, *after]
         index += len(before) + size + 1
     return lines
 
 
 _STEP = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[step\]")
-_INTEGER = re.compile(r"(?<![\w.'\"])\d+(?![\w.'\"])")
-"""A number that may rise in a loop, not the name of a layer such as `self["4"]`."""
 
 
-def _turns(lines: list[Line], index: int) -> tuple[list[Line], int] | None:
-    """Returns a loop in the place of statements that repeat with an index that rises, and their number."""
-    for size in range(1, min(12, (len(lines) - index) // 3) + 1):
-        block = lines[index : index + size]
-        if any(line.code.endswith(":") or line.code.startswith("return") for line in block):
-            return None
-        count, rising = 1, None
-        while True:
-            turn = lines[index + size * count : index + size * (count + 1)]
-            found = _rise(block, turn, count)
-            if found is None or (rising is not None and found != rising):
-                break
-            count, rising = count + 1, found
-        if count < 3 or rising is None:
-            continue
-        starts = {_numbers(block)[place] for place in rising}
-        if len(starts) > 1:
-            continue
-        start = starts.pop() if starts else 0
-        places = itertools.count()
-        put = functools.partial(_put, places, rising)
-        inner = [Line(_INTEGER.sub(put, line.code), line.comment, line.depth + 1) for line in block]
-        bounds = f"{start}, {start + count}" if start else str(count)
-        head = Line(f"for {'step' if rising else '_'} in range({bounds}):", "", block[0].depth)
-        if start == 0:
-            head, inner = _enumerated(head, inner, count)
-        return [head, *inner], size * count
-    return None
-
-
-def _enumerated(head: Line, inner: list[Line], count: int) -> tuple[Line, list[Line]]:
+def _enumerated(loop: Loop) -> tuple[Line, list[Line]]:
     """Writes a loop over the steps as one over the list of which it takes the element of each step."""
+    head, inner = loop.head, loop.body
     lists = {match[1] for line in inner for match in _STEP.finditer(line.code)}
     if len(lists) != 1:
         return head, inner
@@ -108,32 +82,11 @@ def _enumerated(head: Line, inner: list[Line], count: int) -> tuple[Line, list[L
     if name in used:
         return head, inner
     inner = [replace(line, code=line.code.replace(f"{text}[step]", name)) for line in inner]
+    part = f"{text}@{loop.start}:{loop.start + loop.count}@"
     if any(re.search(r"\bstep\b", line.code) for line in inner):
-        return replace(head, code=f"for step, {name} in enumerate({text}@0:{count}@):"), inner
-    return replace(head, code=f"for {name} in {text}@0:{count}@:"), inner
-
-
-def _put(places: Iterator[int], rising: set[int], match: re.Match[str]) -> str:
-    return "step" if next(places) in rising else match[0]
-
-
-def _numbers(lines: list[Line]) -> list[int]:
-    return [int(text) for line in lines for text in _INTEGER.findall(line.code)]
-
-
-def _rise(block: list[Line], turn: list[Line], distance: int) -> set[int] | None:
-    """Returns the places of the numbers that rise by one in each turn, None if other text differs."""
-    if [(line.depth, _INTEGER.sub("#", line.code)) for line in block] != [
-        (line.depth, _INTEGER.sub("#", line.code)) for line in turn
-    ]:
-        return None
-    rising = set()
-    for place, (first, now) in enumerate(zip(_numbers(block), _numbers(turn), strict=True)):
-        if now == first + distance:
-            rising.add(place)
-        elif now != first:
-            return None
-    return rising
+        first = f", {loop.start}" if loop.start else ""
+        return replace(head, code=f"for step, {name} in enumerate({part}{first}):"), inner
+    return replace(head, code=f"for {name} in {part}:"), inner
 
 
 def _singular(text: str) -> str:

@@ -6,6 +6,7 @@ import ast
 import copy
 import io
 import math
+import re
 import tokenize
 from typing import Any
 
@@ -98,6 +99,8 @@ class _Simplify(ast.NodeTransformer):
             condition = node.args[0]
             if isinstance(condition, ast.Call) and _dotted(condition.func) == "mx.logical_not":
                 node.args = [condition.args[0], node.args[2], node.args[1]]
+        if name.startswith("mx.conv"):
+            node.keywords = [item for item in node.keywords if not _is_default(item)]
         if name == "mx.concatenate" and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
             return node.args[0].elts[0]
         return self.transposed(node)
@@ -172,8 +175,21 @@ class _Simplify(ast.NodeTransformer):
         return ast.parse(written, mode="eval").body if written else node
 
 
+def _is_default(item: ast.keyword) -> bool:
+    """Returns whether a keyword of a convolution is its default."""
+    default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}.get(item.arg or "")
+    return default is not None and isinstance(item.value, ast.Constant) and item.value.value == default
+
+
 def _written(value: float) -> str:
     """Returns the expression from which a number comes, such as math.sqrt(8); an empty string if none is known."""
+    limits = {"float32": 2.0**127 * (2 - 2.0**-23), "bfloat16": 2.0**127 * (2 - 2.0**-7)}
+    for name, number in limits.items():
+        if abs(value) == number:
+            return f"mx.finfo(mx.{name}).{'min' if value < 0 else 'max'}"
+    short = re.sub(r"e[+-]0*", lambda m: m[0].rstrip("0").rstrip("+"), f"{value:g}")
+    if "e" in short and len(short) + 2 < len(repr(value)) and float(short) == value:
+        return short
     if len(repr(value)) < 12:
         return ""
     square = round(value * value)
@@ -183,6 +199,8 @@ def _written(value: float) -> str:
         square = round(1 / (value * value))
         if 2 <= square < 10**6 and 1 / math.sqrt(square) == value:
             return f"1 / math.sqrt({square})"
+        if square**-0.5 == value:
+            return f"{square}**-0.5"
         rest = round(1 - value, 6)
         if 1 - rest == value:
             return f"1 - {rest}"

@@ -104,6 +104,10 @@ class Structure:
         owner, _, leaf = array.path.rpartition(".")
         return self.modules[owner].kind if owner in self.modules else "", leaf
 
+    def role_of(self, path: str) -> tuple[str, str]:
+        """Returns what the calls of a module have in common with those of equal modules of a list."""
+        return (path.rpartition(".")[0], self.modules[path].kind) if self.in_list(path) else (path, "")
+
     def initial(self, array: Array) -> str:
         """Returns the source of the initial value of an array: that of the original where it is one number."""
         fills = self.fills.get(self.role(array), {None})
@@ -138,7 +142,7 @@ class Structure:
 
     def is_chain(self, call: Call) -> bool:
         """Returns whether each layer of a call takes the result of the one before."""
-        names = [f"{call.path}.{name}" for name in self.modules[call.path].children]
+        names = [self.element(f"{call.path}.{index}") for index in range(self.length(call.path))]
         given, results = list(refs(call.given)), list(refs(call.results))
         items = [item for item in call.items if not (isinstance(item, Node) and item.op.startswith("sym."))]
         if len(given) != 1 or len(results) != 1 or len(names) != len(items) or not names:
@@ -248,12 +252,31 @@ class Structure:
             path = children.get(part, join(path, part))
         return path
 
+    def names_in(self, path: str) -> list[str]:
+        """Returns the names of the elements of a container."""
+        arrays = self.arrays_by_owner.get(path, [])
+        return self.modules[path].children or [array.path.rpartition(".")[2] for array in arrays]
+
     def is_dense(self, path: str) -> bool:
-        """Returns whether the elements of a container are numbered from 0, as those of a list."""
-        names = self.modules[path].children or [
-            array.path.rpartition(".")[2] for array in self.arrays_by_owner.get(path, [])
-        ]
+        """Returns whether a container is a list in the source: its elements are numbered.
+
+        An element of a list that another module holds is None there.
+        """
+        names = self.names_in(path)
+        if self.modules[path].class_name in ("ModuleList", "Sequential", "ParameterList"):
+            return all(name.isdigit() for name in names)
         return [str(index) for index in range(len(names))] == names
+
+    def element(self, path: str) -> str:
+        """Returns the path of an element of a list: that of another one if both are the same layer without arrays."""
+        owner = self.shared_modules.get(path, path)
+        layer = self.layers.get(owner)
+        return owner if layer is not None and layer.is_stateless else path
+
+    def length(self, path: str) -> int:
+        """Returns the number of elements of a list, with those that another module holds."""
+        others = [alias.rpartition(".")[2] for alias in self.shared_modules if alias.rpartition(".")[0] == path]
+        return max((int(name) + 1 for name in (*self.names_in(path), *others) if name.isdigit()), default=0)
 
     def attribute(self, path: str, array: str) -> str:
         """Returns the source of an array as an attribute of a module."""

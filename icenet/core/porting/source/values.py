@@ -48,16 +48,16 @@ class Values:
         """Removes operations that nothing depends on."""
         needed: set[str] = set()
         pending = [*refs(self.graph.output_tree), *refs(self.graph.updates)]
-        results: dict[str, list[list[str]]] = {}
+        results: dict[tuple[str, str], list[list[str]]] = {}
         for call in self.root.calls():
-            results.setdefault(call.path, []).append(list(refs(call.results)))
+            results.setdefault(self.structure.role_of(call.path), []).append(list(refs(call.results)))
         while pending:
             name = pending.pop()
             if name not in needed:
                 needed.add(name)
                 if name in self.by_name:
                     pending.extend(refs(self.by_name[name].args))
-            if not pending:  # every call of a module returns what one of them is needed for
+            if not pending:  # every call of a module, or of equal ones of a list, returns what one is needed for
                 for calls in results.values():
                     for names in zip(*calls, strict=False) if len(calls) > 1 else ():
                         if any(name in needed for name in names):
@@ -93,13 +93,13 @@ class Values:
         """The calls around each use of a value, outermost first."""
         for name, stack in order:
             self.by_value.setdefault(name, []).append(stack)
-        self.read_results: dict[str, set[int]] = {}
-        """Which results of each module any of its calls needs: all calls return them."""
+        self.read_results: dict[tuple[str, str], set[int]] = {}
+        """Which results of each module, or of the equal ones of a list, any of their calls needs: all return them."""
         for item in call.calls():
             inside = self.inside.get(item.entered, set())
             for index, name in enumerate(refs(item.results)):
                 if name in inside and self.is_value(name) and self.escapes(name, item):
-                    self.read_results.setdefault(item.path, set()).add(index)
+                    self.read_results.setdefault(self.structure.role_of(item.path), set()).add(index)
         for item in reversed(list(call.calls())):  # what a call needs depends on the calls in it
             self.find_interface(item)
 
@@ -246,7 +246,7 @@ class Values:
                 declared.add(name)
                 given.append((self.hint(name), name))
         self._parameters[call.entered] = given
-        kept = self.read_results.get(call.path, set())
+        kept = self.read_results.get(self.structure.role_of(call.path), set())
         results = [
             name
             for index, name in enumerate(refs(call.results))

@@ -262,22 +262,25 @@ class _Writer:
         )
 
     def container(self, path: str, module: Module, bodies: dict[str, list[Body]]) -> str:
-        arrays = self.structure.arrays_by_owner.get(path, [])
-        if arrays:  # a ParameterList or ParameterDict
-            if self.structure.is_dense(path):
-                return f"[{', '.join(self.structure.initial(array) for array in arrays)}]"
-            pairs = [f"{array.path.rpartition('.')[2]!r}: {self.structure.initial(array)}" for array in arrays]
-            return "{" + ", ".join(pairs) + "}"
-        parts = [self.build(f"{path}.{name}", bodies) for name in module.children]
+        arrays = self.structure.arrays_by_owner.get(path, [])  # of a ParameterList or ParameterDict
+        parts = {array.path.rpartition(".")[2]: self.structure.initial(array) for array in arrays}
+        parts = parts or {name: self.build(f"{path}.{name}", bodies) for name in module.children}
         if not self.structure.is_dense(path):
-            return (
-                "{" + ", ".join(f"{name!r}: {part}" for name, part in zip(module.children, parts, strict=True)) + "}"
-            )
-        listed = f"[{', '.join(parts)}]"
+            return "{" + ", ".join(f"{name!r}: {part}" for name, part in parts.items()) + "}"
+        elements = [
+            parts.get(str(index)) or self.shared_layer(f"{path}.{index}", bodies)
+            for index in range(self.structure.length(path))
+        ]
+        listed = f"[{', '.join(elements)}]"
         if path not in self.structure.sequences:
             return listed
         self.has_sequences = True
         return f"Sequential({listed})"
+
+    def shared_layer(self, path: str, bodies: dict[str, list[Body]]) -> str:
+        """Returns an element of a list that another module holds, too: a new one if it has no arrays."""
+        owner = self.structure.element(path)
+        return self.build(owner, bodies) if owner != path else "None"
 
     def instance_of(self, module: Module, init: list[str], bodies: list[Body]) -> str:
         """Notes an instance of a class, and returns a mark in the place of its constructor."""

@@ -14,7 +14,8 @@ import icenet.core.porting.table.recurrent
 import icenet.core.porting.table.reductions
 import icenet.core.porting.table.shapes
 import icenet.core.porting.table.sizes
-import icenet.core.porting.table.special  # noqa: F401
+import icenet.core.porting.table.special
+import icenet.core.porting.table.writes  # noqa: F401
 from icenet.core.porting.table.base import TABLE
 
 for _name in [

@@ -47,15 +47,14 @@ def conv(n: Operation) -> str:
         if any(size % 2 for size in wide):
             pads = ", ".join(["(0, 0)", *(f"(0, {size % 2})" for size in wide), "(0, 0)"])
             x = f"mx.pad({x}, [{pads}])"
-    options = [("stride", n.args["stride"], "1"), ("padding", padding, "0"), ("dilation", dilation, "1")]
-    given = "".join(
-        f", {name}={_one(value, rank)}" for name, value, default in options if _one(value, rank) != default
-    )
+    # defaults are left out at the end, so that layers of which some have them share a class
+    options = [("stride", n.args["stride"]), ("padding", padding), ("dilation", dilation)]
+    given = "".join(f", {name}={_one(value, rank)}" for name, value in options)
     groups = n.args["groups"]
     given += f", groups={groups}" if groups != 1 else ""
     if rank == 3 and groups != 1:
         text = n.call(
-            "grouped_conv3d", x, weight, repr(groups), *(f"{name}={_one(value, rank)}" for name, value, _ in options)
+            "grouped_conv3d", x, weight, repr(groups), *(f"{name}={_one(value, rank)}" for name, value in options)
         )
     else:
         text = f"mx.conv{rank}d({x}, {weight}{given})"
@@ -71,14 +70,12 @@ def conv_transpose(n: Operation) -> str:
     x, before, after = _batched(n, rank, n["input"])
     groups = n.args["groups"]
     options = [
-        ("stride", n.args["stride"], "1"),
-        ("padding", n.args["padding"], "0"),
-        ("dilation", n.args["dilation"], "1"),
-        ("output_padding", n.args["output_padding"], "0"),
+        ("stride", n.args["stride"]),
+        ("padding", n.args["padding"]),
+        ("dilation", n.args["dilation"]),
+        ("output_padding", n.args["output_padding"]),
     ]
-    given = "".join(
-        f", {name}={_one(value, rank)}" for name, value, default in options if _one(value, rank) != default
-    )
+    given = "".join(f", {name}={_one(value, rank)}" for name, value in options)
     names = ("output_padding", "padding", "dilation")
     wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in names]
     kernel = n.tensor("weight").shape[2:]  # type: ignore[union-attr]

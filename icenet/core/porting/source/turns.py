@@ -1,0 +1,407 @@
+"""The turns of a loop of the original, which an export writes one after another, as a loop."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from icenet.core.porting.source.lines import Line
+
+LONGEST = 40
+"""The number of statements of the longest turn."""
+
+_TOKEN = re.compile(
+    r"\"[^\"]*\"|'[^']*'|\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|\.[A-Za-z_]\w*|[A-Za-z_]\w*=(?!=)|[A-Za-z_]\w*|\d+|\s+|."
+)
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_COUNTERS = ("step", "i", "index", "turn")
+_Definition: TypeAlias = "tuple[int, int, int]"
+"""A variable as a turn sets it: the turn, the statement, and the place among its targets."""
+
+
+class Statement:
+    """A statement by its words.
+
+    Attributes:
+        words: Its text in parts: names of variables and numbers are parts of their own.
+        targets: The places of the variables that it sets.
+        reads: The places of the variables that it reads.
+        form: The text without variables and integers, which the statements of all turns have in common.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self.words = _TOKEN.findall(line.code)
+        head = line.code.partition(" = ")[0] if " = " in line.code else ""
+        is_plain = bool(head) and re.fullmatch(r"[\w, ()]+", head) is not None
+        self.targets: list[int] = []
+        self.reads: list[int] = []
+        at = 0
+        for place, word in enumerate(self.words):
+            if _NAME.fullmatch(word) and word not in ("_", "mx", "nn", "math", "self", "for", "in", "if", "return"):
+                (self.targets if is_plain and at < len(head) else self.reads).append(place)
+            at += len(word)
+        variables = {*self.targets, *self.reads}
+        self.form = (line.depth, tuple(self.shown(place, variables) for place in range(len(self.words))))
+
+    def shown(self, place: int, variables: set[int]) -> str:
+        return "@" if place in variables else "#" if self.words[place].isdigit() else self.words[place]
+
+    def put(self, words: dict[int, str]) -> str:
+        """Returns the text with other words at some places."""
+        return "".join(words.get(place, word) for place, word in enumerate(self.words))
+
+
+@dataclass
+class Turns:
+    """Statements that repeat.
+
+    Attributes:
+        index, size, count: Where the first turn begins, the statements of a turn, and the number of turns.
+        rows: Each statement of each turn; None where the last turn lacks one, whose result nothing reads.
+        end: Where the statements after the loop begin.
+    """
+
+    index: int
+    size: int
+    count: int
+    rows: list[list[Statement | None]]
+    end: int
+
+
+@dataclass
+class Loop:
+    """A loop: the statements before it, its `for`, its statements, and those after it."""
+
+    before: list[Line]
+    head: Line
+    body: list[Line]
+    after: list[Line]
+    start: int
+    count: int
+
+
+def turns(lines: list[Line], index: int, names: dict[str, str]) -> Loop | None:
+    """Returns statements with a loop in the place of turns that begin at one of them.
+
+    Args:
+        lines: The statements of a body.
+        index: The first statement of the first turn.
+        names: The variables that hold the lists of the original, by their texts.
+    """
+    statements = [Statement(line) for line in lines]
+    candidates = [
+        found for size in range(1, LONGEST + 1) for found in [_repeated(lines, statements, index, size)] if found
+    ]
+    for found in sorted(candidates, key=lambda item: item.index - item.end):
+        loop = _Loop(lines, statements, found, names)
+        for rule in (0, 1, -1):
+            made = loop.written(rule)
+            if made is not None:
+                return made
+    return None
+
+
+def _repeated(lines: list[Line], statements: list[Statement], index: int, size: int) -> Turns | None:
+    """Returns the turns of a size that begin at a statement."""
+    block = statements[index : index + size]
+    if any(line.code.endswith(":") or line.code.startswith("return") for line in lines[index : index + size]):
+        return None
+    count = 1
+
+    def same(one: int, other: int) -> bool:
+        return statements[one].form == statements[other].form and lines[one].origin == lines[other].origin
+
+    while index + size * (count + 1) <= len(lines) and all(
+        same(index + number, index + size * count + number) for number in range(size)
+    ):
+        count += 1
+    end = index + size * count
+    rows: list[list[Statement | None]] = [
+        list(statements[index + size * turn : index + size * (turn + 1)]) for turn in range(count)
+    ]
+    last: list[Statement | None] = []
+    at = end
+    for number in range(size):  # nothing reads what the last turn leaves out
+        is_there = at < len(lines) and lines[at].origin is not None and same(index + number, at)
+        last.append(statements[at] if is_there else None)
+        at += is_there
+    if count > 1 and 2 * (at - end) >= size:
+        rows.append(last)
+        count, end = count + 1, at
+    if len(block) < size or count < 2 or (count == 2 and (size < 3 or lines[index].origin is None)):
+        return None
+    return Turns(index, size, count, rows, end)
+
+
+class _Loop:
+    """The loop of some turns."""
+
+    def __init__(self, lines: list[Line], statements: list[Statement], found: Turns, names: dict[str, str]) -> None:
+        self.lines, self.statements, self.found, self.names = lines, statements, found, names
+        self.used = {word for statement in statements for word in statement.words}
+        self.carried: dict[tuple[int, int], str] = {}
+        """The variables that a turn takes from the one before, and those that the first one reads."""
+
+    def written(self, rule: int) -> Loop | None:
+        """Returns the statements with the loop.
+
+        Args:
+            rule: The turn whose variables the loop has.
+        """
+        found = self.found
+        self.carried = {}
+        sources = self.sources()
+        numbers = self.numbers()
+        if sources is None or numbers is None:
+            return None
+        rows = found.rows if found.rows[-1].count(None) == 0 else found.rows[:-1]
+        variables = {
+            (number, place): statement.words[target]
+            for number, statement in enumerate(rows[min(rule, len(rows) - 1)])
+            if statement is not None
+            for place, target in enumerate(statement.targets)
+        }
+        after, lists = self.after(variables)
+        if after is None:
+            return None
+        counter = next((name for name in _COUNTERS if name not in self.used), None)
+        start = Counter(numbers.values()).most_common(1)[0][0] if numbers else 0
+        if counter is None:
+            return None
+        body = []
+        for number, statement in enumerate(rows[0]):
+            assert statement is not None
+            words = {target: variables[number, place] for place, target in enumerate(statement.targets)}
+            for place in statement.reads:
+                source = sources[number, place]
+                words[place] = variables[source] if isinstance(source, tuple) else source
+            for place in range(len(statement.words)):
+                first = numbers.get((number, place))
+                if first is not None:
+                    words[place] = (
+                        counter
+                        if first == start
+                        else f"{counter} {'-' if first < start else '+'} {abs(first - start)}"
+                    )
+            line = self.lines[found.index + number]
+            comments = {self.lines[found.index + found.size * turn + number].comment for turn in range(len(rows))}
+            comment = line.comment if len(comments) == 1 else ""
+            body.append(Line(statement.put(words), comment, line.depth + 1, line.origin))
+            for place in range(len(statement.targets)):
+                if (number, place) in lists:
+                    body.append(
+                        Line(f"{lists[number, place][0]}.append({variables[number, place]})", "", line.depth + 1)
+                    )
+        depth = self.lines[found.index].depth
+        before, entries = self.entries(variables)
+        entries += [f"{name} = [{first}]" for name, first in lists.values()]
+        bounds = f"{start}, {start + found.count}" if start else str(found.count)
+        head = f"for {counter if numbers else '_'} in range({bounds}):"
+        before += [Line(code, "", depth) for code in entries]
+        flat = [*before]
+        for turn in range(found.count):
+            flat += _turn(body, counter, start + turn)
+        if _meaning([*flat, *after]) != _meaning(self.lines):
+            return None
+        return Loop(before, Line(head, "", depth), body, after, start, found.count)
+
+    def sources(self) -> dict[tuple[int, int], str | tuple[int, int]] | None:
+        """Returns what each statement of a turn reads: a variable from outside, or one that a statement sets.
+
+        None if the turns differ in it.
+        """
+        found = self.found
+        defined: dict[str, _Definition] = {}
+        sources: dict[tuple[int, int], str | tuple[int, int]] = {}
+        first: dict[tuple[int, int], str | _Definition] = {}
+        for turn, row in enumerate(found.rows):
+            for number, statement in enumerate(row):
+                if statement is None:
+                    continue
+                for place in statement.reads:
+                    name = statement.words[place]
+                    source = defined.get(name)
+                    if turn == 0:
+                        first[number, place] = source or name
+                        continue
+                    if source is not None and source[0] < turn - 1:
+                        return None
+                    now: str | tuple[int, int] = name if source is None else source[1:]
+                    if sources.setdefault((number, place), now) != now:
+                        return None
+                    was = first[number, place]
+                    if source is None or source[0] == turn:
+                        if was != (name if source is None else (0, *source[1:])):
+                            return None
+                    elif (
+                        turn == 1
+                        and (  # from the turn before
+                            not isinstance(was, str) or self.carried.setdefault(source[1:], was) != was
+                        )
+                    ):
+                        return None
+                for place, target in enumerate(statement.targets):
+                    defined[statement.words[target]] = (turn, number, place)
+        return sources
+
+    def numbers(self) -> dict[tuple[int, int], int] | None:
+        """Returns the first value of each number that rises in the turns; None if one changes in another way."""
+        rising = {}
+        for number, first in enumerate(self.found.rows[0]):
+            assert first is not None
+            for place, word in enumerate(first.words):
+                if not word.isdigit():
+                    continue
+                values = [int(row[number].words[place]) for row in self.found.rows if row[number] is not None]  # type: ignore[union-attr]
+                if values == [int(word) + turn for turn in range(len(values))]:
+                    around = (first.words[place - 1 : place] or [""])[0] + (
+                        first.words[place + 1 : place + 2] or [""]
+                    )[0]
+                    if not re.fullmatch(r"[\[(:\s,][\]):,]", around):
+                        return None
+                    rising[number, place] = int(word)
+                elif len(set(values)) > 1:
+                    return None
+        return rising
+
+    def after(
+        self, variables: dict[tuple[int, int], str]
+    ) -> tuple[list[Line] | None, dict[tuple[int, int], tuple[str, str]]]:
+        """Returns the statements after the loop, and the lists of all turns' values with their first elements."""
+        found = self.found
+        defined: dict[str, _Definition] = {}
+        for turn, row in enumerate(found.rows):
+            for number, statement in enumerate(row):
+                for place, target in enumerate(statement.targets if statement is not None else ()):
+                    defined[statement.words[target]] = (turn, number, place)  # type: ignore[union-attr]
+        lists: dict[tuple[int, int], tuple[str, str]] = {}
+        lines = []
+        for index in range(found.end, len(self.lines)):
+            statement, line = self.statements[index], self.lines[index]
+            words: dict[int, str] = {}
+            for place in statement.reads:
+                source = defined.get(statement.words[place])
+                if source is None or place in words:
+                    continue
+                turn, key = source[0], source[1:]
+                if turn == 0 and found.count > 1:
+                    others = {name for other, (name, _) in lists.items() if other != key}
+                    made = self.listed(statement, place, key, defined, variables[key], others)
+                    if made is None or lists.setdefault(key, made[:2]) != made[:2]:
+                        return None, {}
+                    words.update(made[2])
+                elif key in variables:
+                    words[place] = variables[key]
+            for target in statement.targets:
+                defined.pop(statement.words[target], None)
+            lines.append(replace(line, code=statement.put(words)))
+        return lines, lists
+
+    def listed(
+        self,
+        statement: Statement,
+        place: int,
+        key: tuple[int, int],
+        defined: dict[str, _Definition],
+        variable: str,
+        others: set[str],
+    ) -> tuple[str, str, dict[int, str]] | None:
+        """Returns the list of all turns' values, its first element, and the words of the statement that reads it."""
+        words = statement.words
+        start = place
+        while start and words[start - 1] != "[":
+            start -= 1
+        end = place
+        while end < len(words) and words[end] != "]":
+            end += 1
+        inner = words[start:end]
+        elements = [word.strip() for word in "".join(inner).split(",")]
+        before = "".join(words[start:place]).rstrip(", ")
+        own = elements[len(before.split(",")) if before else 0 :]
+        turns_ = [defined.get(word) for word in own]
+        if turns_ != [(turn, *key) for turn in range(self.found.count)] or start == 0:
+            return None
+        text = "".join(inner)
+        taken = ({*self.used} - set(elements)) | others
+        name = self.names.get(text, "")
+        if not name or name == variable or name in others:
+            name = f"{variable}{'es' if variable.endswith('s') else 's'}"
+            name = f"all_{variable}" if name in taken else name
+        changed = dict.fromkeys(range(start - 1, end + 1), "")
+        changed[start - 1] = name
+        return name, before, changed
+
+    def entries(self, variables: dict[tuple[int, int], str]) -> tuple[list[Line], list[str]]:
+        """Returns the statements before the loop, and those that set the variables that its first turn reads."""
+        before = list(self.lines[: self.found.index])
+        entries = []
+        for key, name in self.carried.items():
+            variable = variables[key]
+            if name == variable:
+                continue
+            place = self.set_before(name, variable)
+            if place is None:
+                entries.append(f"{variable} = {name}")
+            else:
+                before[place] = replace(before[place], code=variable + before[place].code[len(name) :])
+        return before, entries
+
+    def set_before(self, name: str, variable: str) -> int | None:
+        """Returns the statement that sets a variable only for the loop, so that it may have another name."""
+        index = self.found.index
+        for place in range(index - 1, max(index - 6, -1), -1):
+            line, statement = self.lines[place], self.statements[place]
+            if line.code.startswith(f"{name} = ") and line.depth == 0:
+                read = [word for other in self.statements[self.found.end :] for word in other.words]
+                return place if name not in read else None
+            if line.depth or {name, variable} & {*statement.words}:
+                return None
+        return None
+
+
+def _turn(body: list[Line], counter: str, value: int) -> list[Line]:
+    """Returns the statements of a loop with a number in the place of its counter."""
+
+    def number(match: re.Match[str]) -> str:
+        return str(value + int((match[1] or "0").replace(" ", "")))
+
+    return [replace(line, code=re.sub(rf"\b{counter}( [+-] \d+)?\b", number, line.code)) for line in body]
+
+
+def _meaning(lines: list[Line]) -> list[str]:
+    """Returns what statements without loops compute: the effects and results, with each value as its computation."""
+    values: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
+    effects = []
+    for line in lines:
+        statement = Statement(line)
+
+        def value(name: str) -> str:
+            return f"[{', '.join(lists[name])}]" if name in lists else values.get(name, name)
+
+        text = statement.put({place: value(statement.words[place]) for place in statement.reads})
+        match = re.fullmatch(r"(\w+)\.append\((.*)\)", line.code)
+        if match and match[1] in lists:
+            lists[match[1]].append(text.partition(".append(")[2][:-1])
+            continue
+        if not statement.targets:
+            effects.append(text)
+            continue
+        head, _, source = text.partition(" = ")
+        names = [statement.words[target] for target in statement.targets]
+        for name in names:
+            lists.pop(name, None)
+        if len(names) == 1 and head == names[0] and re.fullmatch(r"\[[^\[\]]*\]", source) and line.code.endswith("]"):
+            inner = source[1:-1]
+            lists[names[0]] = inner.split(", ") if inner else []
+            continue
+        if len(names) == 1 and head == names[0] and source.isidentifier():
+            values[names[0]] = source
+            continue
+        key = "v" + hashlib.sha1(f"{re.sub(_NAME, '@', head)} = {source}".encode()).hexdigest()
+        for number, name in enumerate(names):
+            values[name] = f"{key}_{number}"
+    return effects

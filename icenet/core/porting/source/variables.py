@@ -1,0 +1,143 @@
+"""The names of the variables in one call of a module: those of the original where they are free."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections import Counter
+
+from icenet.core.porting.graph.calls import Call, Item
+from icenet.core.porting.record import Node, Ref
+from icenet.core.porting.source import helpers
+from icenet.core.porting.source.statements import Statements
+from icenet.core.porting.source.structure import Structure
+from icenet.core.porting.source.values import Values
+
+_RESERVED = {
+    *keyword.kwlist,
+    *("mx", "nn", "math", "np", "self", "layer"),
+    *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "print"),
+    *("range", "reversed", "round", "slice", "sum", "super", "tuple", "zip"),
+}
+"""Words that are no variable."""
+
+
+class Variables(Statements):
+    """Chooses the variables of one call.
+
+    Attributes:
+        text: The source of each value that is known: a variable or an expression.
+        names: The value that each variable holds.
+        last_use: The place of the last item that reads a value.
+        position: The place of the present item.
+        uses: How often each value is read.
+        scope: The parameters.
+        collected: The lists to which the values of all turns of a loop are appended.
+    """
+
+    def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
+        super().__init__(structure, graph, call)
+        self.text: dict[str, str] = {}
+        self.names: dict[str, str] = {}
+        self.last_use: dict[str, int] = {}
+        self.position = 0
+        self.uses: Counter[str] = Counter()
+        self.scope: set[str] = set()
+        self.collected: list[str] = []
+
+    def variable(self, hint: str, value: str) -> str:
+        """Returns a variable for a value: that of the original if it is free."""
+        hint = re.sub(r"\W", "_", hint).strip("_") or "y"
+        if (
+            hint in _RESERVED
+            or not hint.isidentifier()
+            or hint in self.structure.used_helpers
+            or helpers.exists(hint)
+        ):
+            hint += "_"
+        name, number = hint, 1
+        while name in self.names and self.is_live(self.names[name]) and self.names[name] != value:
+            number += 1
+            name = f"{hint}_{number}"
+        self.names[name] = value
+        return name
+
+    def is_live(self, value: str) -> bool:
+        return self.last_use.get(value, -1) > self.position
+
+    def collect(self) -> None:
+        """Finds the lists to which the original appends the values that it joins, for loops."""
+        self.lists: dict[str, str] = {}
+        """The variable of the list by the name of each of its values, and of the operation that joins it."""
+        self.joins: set[str] = set()
+        """The operations that join the values of such a list."""
+        for item in self.items:
+            names = [ref.name for ref in item.args.get("tensors", ())] if isinstance(item, Node) else []
+            places = {made.place for made in self.items if isinstance(made, Node) and made.name in names}
+            place = next(iter(places), None)
+            match = re.match(r"(\w+)\.append\(", place.code) if place is not None and len(places) == 1 else None
+            is_joined = isinstance(item, Node) and item.base in ("stack", "cat") and len(names) > 2
+            made = [made.name for made in self.items if isinstance(made, Node) and made.name in names]
+            if match and is_joined and made == names and all(self.uses[name] == 1 for name in names):
+                assert isinstance(item, Node)
+                self.position = -1
+                self.last_use[f"list {item.name}"] = self.items.index(item)
+                variable = self.variable(match[1], f"list {item.name}")
+                self.lists.update(dict.fromkeys([*names, item.name], variable))
+                self.joins.add(item.name)
+                self.collected.append(variable)
+
+    def element_name(self, item: Item, name: str, given: str) -> str | None:
+        """Returns the variable of the argument for the result of a list's element, so that a loop may run."""
+        text = self.text.get(given, "")
+        if (
+            self.is_element(item)
+            and self.names.get(text) == given
+            and not self.is_live(given)
+            and given not in self.scope
+        ):
+            return re.sub(r"_\d+$", "", text)
+        return None
+
+    def becomes(self, item: Node) -> str:
+        """Returns the variable of the only value that needs a part: `q, k, v = map(f, parts)`."""
+        name = item.name
+        while True:
+            users = self.users.get(name, [])
+            if len(users) != 1 or not isinstance(users[0], Node) or not self.is_same_statement(users[0], item):
+                return ""
+            name = users[0].name
+            if self.is_final(users[0], name):
+                return self.target_of(users[0], name)
+
+    def hint(self, item: Item, name: str) -> str:
+        place = item.place
+        if isinstance(item, Node) and item.op == "layer":
+            found = self.element_name(item, name, item.args["self"].name)
+            if found:
+                return found
+        if place is not None and place.targets and self.is_final(item, name):
+            if len(place.targets) == 1 or (isinstance(item, Node) and item.op == "attention"):
+                return place.targets[0]  # y, _ = self.attention(x, x, x)
+            found = self.target_of(item, name)
+            if found:
+                return found
+            if isinstance(item, Node) and item.op == "item" and item.args["index"] < len(place.targets):
+                found = place.targets[item.args["index"]]
+                return found if found != "_" else "y"
+        if isinstance(item, Node) and item.op == "item":
+            found = self.becomes(item)
+            if found:
+                return found
+        if not isinstance(item, Node):
+            return item.path.rpartition(".")[2]
+        if item.base in ("alias", "dropout", "detach") or self.is_plain(item):
+            given = item.args.get("self", item.args.get("input"))
+            source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
+            if source.isidentifier():  # the same value in another form
+                return re.sub(r"_\d+$", "", source)
+        base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
+        if not base or base.isdigit() or self.is_element(item):
+            base = "y"
+        words = {"scaled_dot_product_attention": "attended", "item": "part", "view": "y", "reshape": "y"}
+        return words.get(base, base)

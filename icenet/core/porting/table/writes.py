@@ -1,0 +1,142 @@
+"""Values that are written into views of arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icenet.core.errors import PortError
+from icenet.core.porting.record import Tensor
+from icenet.core.porting.table.base import Operation, entry
+
+
+def _joined(n: Operation, tensor: Tensor, parts: list[Any]) -> str:
+    """Returns new values for the elements after an index as a concatenation; an empty string for other ones."""
+    source, dim = n.tensor("src"), n.args["args"]["dim"] % max(tensor.ndim, 1)
+    start, end, step = parts
+    if type(start) is not int or start <= 0 or end is not None or step not in (1, None):
+        return ""
+    if source is None or source.dtype != tensor.dtype or source.ndim != tensor.ndim:
+        return ""
+    size, given = tensor.shape[dim], source.shape[dim]
+    is_same = given == size - start if isinstance(size, int) else isinstance(given, str)
+    others = [(*shape[:dim], *shape[dim + 1 :]) for shape in (tensor.shape, source.shape)]
+    if not is_same or others[0] != others[1]:
+        return ""
+    return f"mx.concatenate([{n.indexed('self', tensor.ndim, dim, f':{start}')}, {n['src']}], axis={dim})"
+
+
+@entry("scatter_view")
+def scatter_view(n: Operation) -> str:
+    """A view of an array gets new values: the array with them."""
+    op, args = n.args["view"].partition(".")[0], n.args["args"]
+    tensor = n.tensor("self")
+    assert tensor is not None
+    inner = n.changed({**args, "self": n.args["self"]})
+    if op == "index":
+        texts = [_slice(n, item) if isinstance(item, slice) else n.source(item) for item in args["index"]]
+        return n.call("put", n["self"], f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", n["src"])
+    if op == "select":
+        return n.call("put", n["self"], _slices(tensor.ndim, args["dim"], inner["index"]), n["src"])
+    if op == "slice":
+        parts = [args.get("start"), args.get("end"), args.get("step", 1)]
+        parts[1] = None if isinstance(parts[1], int) and parts[1] > 2**40 else parts[1]
+        text = f"slice({', '.join(map(n.source, parts if parts[2] not in (1, None) else parts[:2]))})"
+        if parts[0] in (None, 0) and parts[1] is None and parts[2] in (1, None):
+            text = "slice(None)"
+        return _joined(n, tensor, parts) or n.call(
+            "put", n["self"], _slices(tensor.ndim, args["dim"], text), n["src"]
+        )
+    if op == "narrow":
+        start, length = n.source(args["start"]), n.source(args["length"])
+        return n.call(
+            "put", n["self"], _slices(tensor.ndim, args["dim"], f"slice({start}, {start} + {length})"), n["src"]
+        )
+    if op in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "_unsafe_view"):
+        return f"{n.atom('src')}.reshape({n.atom('self')}.shape)"
+    if op in ("transpose", "swapaxes", "swapdims"):
+        first, second = args.get("dim0", args.get("axis0")), args.get("dim1", args.get("axis1"))
+        return f"{n.atom('src')}.swapaxes({first}, {second})"
+    if op in ("t", "numpy_T", "mT"):
+        return f"{n.atom('src')}.swapaxes(-1, -2)" if tensor.ndim > 1 else n["src"]
+    if op == "permute":
+        dims = [dim % tensor.ndim for dim in args["dims"]]
+        return f"{n.atom('src')}.transpose({', '.join(str(dims.index(axis)) for axis in range(tensor.ndim))})"
+    if op == "diagonal":
+        return n.call(
+            "diagonal_scatter", n["self"], n["src"], repr(args["offset"]), repr(args["dim1"]), repr(args["dim2"])
+        )
+    if op == "real":
+        return f"{n.atom('src')} + 1j * mx.imag({n['self']})"
+    if op == "imag":
+        return f"mx.real({n['self']}) + 1j * {n.atom('src')}"
+    if op == "expand":
+        return n.call("unexpand", n["src"], n["self"])
+    raise PortError(
+        f"aten.{op} of a value that is changed in place afterwards has no counterpart; write it with clone()"
+    )
+
+
+def _slice(n: Operation, item: slice) -> str:
+    if item == slice(None):
+        return "slice(None)"
+    parts = [item.start, item.stop, item.step]
+    return f"slice({', '.join(map(n.source, parts if item.step is not None else parts[:2]))})"
+
+
+def written_at(n: Operation, index: list[Any]) -> str:
+    """Returns the source of an index in brackets."""
+    while len(index) > 1 and index[-1] == slice(None):
+        index = index[:-1]
+    tensor = n.tensor("self")
+    rest = 0
+    while rest < len(index) - 1 and index[rest] == slice(None):
+        rest += 1
+    texts = []
+    for item in index:
+        if isinstance(item, slice):
+            ends = ["" if end is None else n.source(end) for end in (item.start, item.stop)]
+            texts.append(":".join(ends) + (f":{n.source(item.step)}" if item.step is not None else ""))
+        else:
+            texts.append(n.source(item))
+    if rest > 1 and tensor is not None and len(index) == tensor.ndim:
+        texts = ["...", *texts[rest:]]
+    return ", ".join(texts)
+
+
+def _slices(ndim: int, dim: int, text: str) -> str:
+    parts = ["slice(None)"] * (dim % ndim) + [text]
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+@entry("scatter_item")
+def scatter_item(n: Operation) -> str:
+    op, args, index = n.args["view"].partition(".")[0], n.args["args"], n.args["index"]
+    tensor, source = n.tensor("self"), n.tensor("src")
+    assert tensor is not None and source is not None
+    dim = args.get("dim", 0)
+    if op == "unbind":
+        return n.call("put", n["self"], _slices(tensor.ndim, dim, repr(index)), n["src"])
+    sizes = args.get("split_sizes")
+    if sizes is None:
+        given = args.get("split_size", args.get("split_size_or_sections"))
+        size = given if isinstance(given, int) else -(-int(tensor.shape[dim]) // int(args["chunks"]))  # type: ignore[arg-type]
+        start = index * size
+    else:
+        start = sum(sizes[:index])
+    return n.call(
+        "put", n["self"], _slices(tensor.ndim, dim, f"slice({start}, {start + int(source.shape[dim])})"), n["src"]
+    )  # type: ignore[arg-type]
+
+
+@entry("select_scatter", "slice_scatter", "diagonal_scatter")
+def view_scatter(n: Operation) -> str:
+    tensor = n.tensor("self")
+    assert tensor is not None
+    if n.node.base == "diagonal_scatter":
+        return n.call("diagonal_scatter", n["self"], n["src"], n["offset"], n["dim1"], n["dim2"])
+    if n.node.base == "select_scatter":
+        return n.call("put", n["self"], _slices(tensor.ndim, n.args["dim"], n["index"]), n["src"])
+    end = n.args.get("end")
+    end = None if isinstance(end, int) and end > 2**40 else end
+    text = f"slice({n['start']}, {n.source(end)}, {n['step']})"
+    return n.call("put", n["self"], _slices(tensor.ndim, n.args["dim"], text), n["src"])
