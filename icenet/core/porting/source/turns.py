@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -32,9 +33,9 @@ class Statement:
         form: The text without variables and integers, which the statements of all turns have in common.
     """
 
-    def __init__(self, line: Line) -> None:
-        self.words = _TOKEN.findall(line.code)
-        head = line.code.partition(" = ")[0] if " = " in line.code else ""
+    def __init__(self, code: str, depth: int) -> None:
+        self.words = _TOKEN.findall(code)
+        head = code.partition(" = ")[0] if " = " in code else ""
         is_plain = bool(head) and re.fullmatch(r"[\w, ()]+", head) is not None
         self.targets: list[int] = []
         self.reads: list[int] = []
@@ -44,7 +45,7 @@ class Statement:
                 (self.targets if is_plain and at < len(head) else self.reads).append(place)
             at += len(word)
         variables = {*self.targets, *self.reads}
-        self.form = (line.depth, tuple(self.shown(place, variables) for place in range(len(self.words))))
+        self.form = (depth, tuple(self.shown(place, variables) for place in range(len(self.words))))
 
     def shown(self, place: int, variables: set[int]) -> str:
         return "@" if place in variables else "#" if self.words[place].isdigit() else self.words[place]
@@ -52,6 +53,11 @@ class Statement:
     def put(self, words: dict[int, str]) -> str:
         """Returns the text with other words at some places."""
         return "".join(words.get(place, word) for place, word in enumerate(self.words))
+
+
+@functools.lru_cache(maxsize=8192)
+def _statement(code: str, depth: int) -> Statement:
+    return Statement(code, depth)  # each is looked at from every statement before it
 
 
 @dataclass
@@ -91,7 +97,7 @@ def turns(lines: list[Line], index: int, names: dict[str, str]) -> Loop | None:
         index: The first statement of the first turn.
         names: The variables that hold the lists of the original, by their texts.
     """
-    statements = [Statement(line) for line in lines]
+    statements = [_statement(line.code, line.depth) for line in lines]
     candidates = [
         found for size in range(1, LONGEST + 1) for found in [_repeated(lines, statements, index, size)] if found
     ]
@@ -377,7 +383,7 @@ def _meaning(lines: list[Line]) -> list[str]:
     lists: dict[str, list[str]] = {}
     effects = []
     for line in lines:
-        statement = Statement(line)
+        statement = _statement(line.code, line.depth)
 
         def value(name: str) -> str:
             return f"[{', '.join(lists[name])}]" if name in lists else values.get(name, name)
