@@ -27,6 +27,7 @@ from icenet.core.training.checkpoint import newest as newest_checkpoint
 from icenet.core.training.checkpoint import path_of
 from icenet.core.training.trainer import Interrupted, Trainer
 from icenet.parity import yardstick
+from icenet.parity.curves import CurveJudgement, judge_curve
 from icenet.parity.texts import TextComparison, compare_texts
 
 PROMPT = "def "
@@ -55,7 +56,7 @@ class Report:
     out: Path
     half: int
     steps: list[int]
-    judgement: yardstick.CurveJudgement
+    judgement: CurveJudgement
     final_loss: dict[str, float]
     texts: TextComparison
     plot: Path | None
@@ -180,7 +181,7 @@ def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Rep
     steps = sorted(curves["mlx"])
     after = [step for step in steps if step > half]
     mlx, torch, exact = (np.array([curves[name][step] for step in after]) for name in ("mlx", "torch", "reference"))
-    judgement = yardstick.judge_curve(mlx, torch, exact)
+    judgement = judge_curve(mlx, torch, exact)
     texts = compare_texts(out / "mlx", PROMPT, seed=config.seed)
     draw = partial(
         plots.plot_parity,

@@ -8,6 +8,9 @@
 The criterion, for all comparisons:
 
 yardstick    error of MLX over noise of PyTorch, both relative to PyTorch in float64
+curves       the same for training curves
+nearby       values of nearby problems, in which the noise is sampled
+measures     sizes, distances and roundings of arrays
 ties         gradients at ties and edges
 align        which axes of MLX and PyTorch correspond
 layer        what one layer computes, on equal inputs
@@ -23,7 +26,8 @@ inputs       inputs of the user and random ones, their axes, and the smallest th
 stages/      one file for each stage, or for two that belong together, and their `order`
 calls/       the calls of both sides: `sides` says what a side computes, `module_side` does it with a copy of a module
              (`module_copy`, `module_replays`), `events` are the calls of a run, `pairing` finds those of both sides
-             (`pairs`), `runs` and `replays` compute them, `culprit` is the first difference
+             (`pairs`), `runs` and `replays` compute them, `draws` are equal random numbers, `forced` is a run of the
+             reference at the values of the other side, `culprit` is the first difference
 causes/      known causes, tried on the reference (`search`)
 results/     what was found (`result`), and the `report` of it: its tree, its page (`html`, `charts`, `style`)
 recordings/  a reference on another machine: `recording` writes what a comparison needs, `trace` reads it,

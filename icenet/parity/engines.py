@@ -19,8 +19,9 @@ from icenet.core.config import Config, custom, user_code
 from icenet.core.engine import Batch, Engine, check_ids
 from icenet.core.models import modules
 from icenet.parity import align
+from icenet.parity.measures import round_to
+from icenet.parity.nearby import nearby, perturb_by_ulp
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
-from icenet.parity.yardstick import nearby, perturb_by_ulp, round_to
 
 Array = npt.NDArray[Any]
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.align import ReplayError
+from icenet.parity.measures import round_to
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import round_to
 
 Array = npt.NDArray[Any]
 

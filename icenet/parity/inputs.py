@@ -21,8 +21,8 @@ from icenet.core.files import write_bytes
 from icenet.core.weights.arrays import to_array
 from icenet.parity import align
 from icenet.parity.calls.events import Slot, argument_names, map_leaves, rebuild
+from icenet.parity.measures import round_to
 from icenet.parity.trace import Value, short_dtype
-from icenet.parity.yardstick import round_to
 
 Array = npt.NDArray[Any]
 

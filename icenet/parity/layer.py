@@ -17,9 +17,10 @@ import numpy.typing as npt
 from icenet.core import rng
 from icenet.parity.align import AlignedReplay, ReplayError
 from icenet.parity.fp16 import Replay, scaled_for_fp16
+from icenet.parity.measures import half_ulp, rms, round_to
 from icenet.parity.ties import Ties, may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, half_ulp, judge_values, rms, round_to
+from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values
 
 Array = npt.NDArray[Any]
 

@@ -11,8 +11,9 @@ import numpy as np
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import UsageError
 from icenet.parity.engines import Engines, record
+from icenet.parity.measures import half_ulp, rms
 from icenet.parity.trace import Trace
-from icenet.parity.yardstick import FACTOR, ZERO, half_ulp, rms
+from icenet.parity.yardstick import FACTOR, ZERO
 
 
 def check_randomness(engines: Engines, batch: Batch, step: int = 0) -> None:

@@ -21,6 +21,7 @@ from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.weights.arrays import first_non_finite
 from icenet.parity.arguments import Progress
+from icenet.parity.curves import judge_curve
 from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
 from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.layer import SampledReplay
@@ -32,10 +33,11 @@ from icenet.parity.locate import (
     compare,
     locate,
 )
+from icenet.parity.measures import rms
 from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
 from icenet.parity.trace import Call, Trace, Value, short_dtype
-from icenet.parity.yardstick import F, Samples, judge_curve, rms
+from icenet.parity.yardstick import F, Samples
 
 Array = npt.NDArray[Any]
 

@@ -88,7 +88,7 @@ FACTOR stays the same; the noise and the error are only measured with more sampl
 
 `judge_values` applies the criterion to all values of a run: outputs, losses, gradients, replays of single layers,
 optimizer steps and whole training steps. Training curves have the floors 1 and 5 and the running maximum of the noise
-(see `judge_curve`).
+(see `icenet.parity.curves`).
 
 One value cannot be compared this way: Adam divides a gradient by its own size, so that where a gradient is zero but
 for rounding its update has a random sign and the size of the learning rate. Therefore the update of a training step
@@ -98,14 +98,22 @@ is compared with the update by PyTorch on the gradients of MLX, and the gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from icenet.core import rng
+from icenet.parity.measures import (
+    Floats,
+    blocks,
+    half_ulp,
+    peak,
+    rms,
+    squared_distance,
+    sum_of_products,
+)
 from icenet.parity.trace import Value
 
 FACTOR = 8.0
@@ -132,18 +140,7 @@ JUMP = 2.0**-12
 ZERO = 2.0**-40
 """A gradient whose RMS is below this share of the layer's counts as zero in exact arithmetic (floor 3)."""
 
-# dtype: (bits of the mantissa without the leading one, exponent of the smallest normal number)
-_FORMATS = {"fp64": (52, -1022), "fp32": (23, -126), "bf16": (7, -126), "fp16": (10, -14)}
 _SMALLEST_NORMAL = {"fp32": 2.0**-126, "bf16": 2.0**-126}
-
-Floats = npt.NDArray[np.float64]
-
-_BLOCK = 1 << 15
-"""Number of values that are compared at once."""
-
-_EXPONENT = np.int64(0x7FF0000000000000)
-"""The bits of the exponent of a float64."""
-
 
 Values = Mapping[str, Value]
 """Values by `KIND:PATH`, as in a trace."""
@@ -223,73 +220,6 @@ class Judgement:
     def is_over(self) -> bool:
         """Whether the ratio is over the tolerance, and not because the values cannot be compared."""
         return not self.passed and math.isfinite(self.ratio)
-
-
-@dataclass(frozen=True)
-class CurveJudgement:
-    """The result for one training curve. Arrays are float64 `[steps]`.
-
-    Attributes:
-        gap: |MLX - PyTorch| at each step.
-        noise: Running maximum of |PyTorch - reference|, at least half an ulp.
-        ratios: `gap / noise`.
-        worst, worst_step: The largest of `ratios`, and its index (0 is the first step).
-        strict, strict_step: The same without the running maximum; for information only.
-        plain_worst: The largest ratio without floor 6; 0 if that floor was not needed.
-        passed: Whether `worst` is at most FACTOR.
-    """
-
-    gap: Floats
-    noise: Floats
-    ratios: Floats
-    worst: float
-    worst_step: int
-    strict: float
-    strict_step: int
-    plain_worst: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        return self.worst <= FACTOR
-
-
-def rms(values: npt.ArrayLike) -> float:
-    """Returns the root mean square; 0 for an empty array."""
-    flat = np.asarray(values).reshape(-1)
-    return math.sqrt(sum(sum_of_products(x, x) for (x,) in blocks(flat)) / flat.size) if flat.size else 0.0
-
-
-def rms_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Returns the root mean square of the differences of two arrays of one shape."""
-    a, b = np.asarray(x).reshape(-1), np.asarray(y).reshape(-1)
-    total = 0.0
-    for block in blocks(a, b):
-        difference = block[0] - block[1]
-        total += sum_of_products(difference, difference)
-    return math.sqrt(total / a.size) if a.size else 0.0
-
-
-def sum_of_products(x: Floats, y: Floats) -> float:
-    """Returns the scalar product of two vectors of float64.
-
-    It is not computed by a BLAS: that starts its threads, which takes far longer than the sum if cores are busy.
-    """
-    return float(np.einsum("i,i->", x, y))
-
-
-def blocks(*flat: npt.NDArray[Any]) -> Iterator[tuple[Floats, ...]]:
-    """Yields blocks of vectors of one length as float64, which fit in the cache of a core."""
-    for start in range(0, flat[0].size, _BLOCK):
-        yield tuple(np.asarray(x[start : start + _BLOCK], np.float64) for x in flat)
-
-
-def half_ulp(values: npt.ArrayLike, dtype: str = "fp32") -> Floats:
-    """Returns half the distance between neighbouring numbers of `dtype` (fp64, fp32, bf16, fp16) at each value."""
-    mantissa, least = _FORMATS[dtype]
-    array = np.asarray(np.abs(np.asarray(values, np.float64)))
-    bits = array.reshape(-1).view(np.int64) & _EXPONENT  # those of the power of two below
-    halves: Floats = np.maximum(bits.view(np.float64), 2.0**least) * 2.0 ** -(mantissa + 1)
-    return halves.reshape(array.shape)
 
 
 def judge(
@@ -388,12 +318,12 @@ def _measure(
         for x, y, exact in blocks(a, b, r):
             for index, difference in enumerate((x - exact, y - exact)):
                 squares[index] += sum_of_products(difference, difference)
-                peaks[index] = max(peaks[index], _peak(difference))
+                peaks[index] = max(peaks[index], peak(difference))
             scale += sum_of_products(exact, exact)
-            largest = max(largest, _peak(exact))
+            largest = max(largest, peak(exact))
         for (x,) in blocks(sampled) if sampled is not None else ():
             squares[2] += sum_of_products(x, x)
-            peaks[2] = max(peaks[2], _peak(x))
+            peaks[2] = max(peaks[2], peak(x))
     pairs = [(math.sqrt(total / max(r.size, 1)), peak) for total, peak in zip(squares, peaks, strict=True)]
     return _Sizes(pairs[0], pairs[1], pairs[2], math.sqrt(scale / max(r.size, 1)), largest)
 
@@ -597,114 +527,3 @@ def _path(name: str) -> str:
 def _parent(name: str) -> str:
     """Returns the path of the module that holds a parameter, given its path or its name."""
     return (_path(name) or name).rpartition(".")[0]
-
-
-def judge_curve(
-    mlx: npt.ArrayLike,
-    torch32: npt.ArrayLike,
-    torch64: npt.ArrayLike,
-    samples: Samples[Callable[[int], npt.ArrayLike]] | None = None,
-) -> CurveJudgement:
-    """Compares training curves: the loss at each step by MLX, by PyTorch, and by PyTorch in float64.
-
-    Passes if at every step |MLX - PyTorch| <= FACTOR * noise, where
-
-        noise[t] = max(max over s <= t of |PyTorch[s] - float64[s]|, half an ulp of fp32 at float64[t])
-
-    The running maximum is needed because curves cross: where they do, the distance is zero by chance. It does not
-    help at the first steps, where a loss is a single number. So if a ratio exceeds FACTOR, the RMS noise of SAMPLES
-    nearby runs is used as well (floor 5).
-
-    Args:
-        mlx, torch32: Losses `[steps]` in the dtype under test.
-        torch64: Losses `[steps]` of the reference.
-        samples: Return the losses `[steps]` of sample 0 to SAMPLES - 1.
-
-    Raises:
-        ValueError: The curves are empty or of unequal length.
-    """
-    a, b, r = (np.atleast_1d(np.asarray(values, np.float64)) for values in (mlx, torch32, torch64))
-    if a.size == 0 or not a.shape == b.shape == r.shape or a.ndim != 1:
-        raise ValueError(f"curves of {a.shape}, {b.shape} and {r.shape} steps cannot be compared")
-    judgement = _judge_curve(a, b, r, np.zeros(r.shape))
-    if samples is None or judgement.passed or not math.isfinite(judgement.worst):
-        return judgement
-    judgement = _judge_curve(a, b, r, _curve_noise(samples.torch, samples.reference))
-    if samples.in_order is None or judgement.passed:
-        return judgement
-    again = _judge_curve(a, b, r, _curve_noise(samples.in_order, samples.reference))
-    return replace(again, plain_worst=judgement.worst)
-
-
-def _curve_noise(run: Callable[[int], npt.ArrayLike], reference: Callable[[int], npt.ArrayLike]) -> Floats:
-    """Returns the RMS noise of SAMPLES runs at each step."""
-    squares = [squared_distance(run(index), reference(index)) for index in range(SAMPLES)]
-    noise: Floats = np.sqrt(np.mean(squares, axis=0))
-    return noise
-
-
-def _judge_curve(a: Floats, b: Floats, r: Floats, sampled: Floats) -> CurveJudgement:
-    with np.errstate(invalid="ignore"):
-        gap, distance = np.abs(a - b), np.abs(b - r)
-    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(r)
-    distance = np.maximum(distance, sampled)
-    rounding = half_ulp(np.where(np.isfinite(r), r, 0.0), "fp32")
-    noise = np.maximum(np.maximum.accumulate(np.where(finite, distance, 0.0)), rounding)
-    ratios = np.where(finite, gap / noise, np.inf)  # a loss that is not finite never passes
-    strict = np.where(finite, gap / np.maximum(distance, rounding), np.inf)
-    worst, strict_step = int(np.argmax(ratios)), int(np.argmax(strict))
-    return CurveJudgement(gap, noise, ratios, float(ratios[worst]), worst, float(strict[strict_step]), strict_step)
-
-
-def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
-    """Returns values that differ from the given ones by up to 4 ulps of `dtype`, not rounded to it.
-
-    The difference is a function of the value and the sample, so it does not depend on the axes of the array, and
-    equal values stay equal. Zeros and values that are not finite (masks) stay.
-    """
-    array = np.asarray(values, np.float64)
-    bits = array.astype(np.float32).view(np.uint32)
-    key = rng.key(0, "nearby", sample)
-    words, _ = rng.threefry2x32((key[:1], key[1:]), (bits.reshape(-1), np.zeros(bits.size, np.uint32)))
-    uniform = words.reshape(array.shape) * 2.0**-31 - 1
-    movable = np.isfinite(array) & (array != 0)
-    moved: Floats = array + np.where(movable, 8 * uniform * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
-    return moved
-
-
-def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
-    """Returns the values of one sample: one in SAMPLES of them is moved up or down by one ulp of `dtype`.
-
-    With the same key, each value is moved in exactly one of the samples 0 to SAMPLES - 1, so the mean square of its
-    changes is ulp^2 / 12, that of a rounding. The result is exact in `dtype`. Zeros and values that are not finite
-    (masks) stay.
-    """
-    array = np.asarray(values, np.float64)
-    slots = np.floor(rng.uniform(key, array.shape).astype(np.float64) * (2 * SAMPLES))
-    ulps = (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
-    movable = np.isfinite(array) & (array != 0)
-    moved: Floats = array + np.where(movable, 2 * ulps * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
-    return moved
-
-
-def squared_distance(sample: npt.ArrayLike, exact: npt.ArrayLike) -> Floats:
-    """Returns the squared distances, element by element; 0 where one of the two is not finite."""
-    with np.errstate(invalid="ignore"):
-        squares = np.square(np.asarray(sample, np.float64) - np.asarray(exact, np.float64))
-    found: Floats = np.nan_to_num(squares, nan=0.0, posinf=0.0)
-    return found
-
-
-def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:
-    """Returns the values rounded to the nearest of `dtype`: float64, float32 or float16 arrays; bf16 as float32."""
-    array = np.asarray(values)
-    if dtype == "bf16":
-        bits = array.astype(np.float32).view(np.uint32)
-        even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
-        return np.where(np.isfinite(array), even & np.uint32(0xFFFF0000), bits).astype(np.uint32).view(np.float32)
-    return array.astype({"fp64": np.float64, "fp32": np.float32, "fp16": np.float16}[dtype], copy=False)
-
-
-def _peak(values: Floats) -> float:
-    """Returns the largest absolute value; 0 for an empty array."""
-    return max(float(values.max()), -float(values.min())) if values.size else 0.0

@@ -419,7 +419,7 @@ CURVES = (
     + """
 from icenet.core.config import Config
 from icenet.parity.run import curves
-from icenet.parity.yardstick import judge_curve
+from icenet.parity.curves import judge_curve
 from icenet.core import backends
 from icenet.parity.engines import Engines
 config = Config.from_yaml("quickstart", ["training.max_steps=100"])

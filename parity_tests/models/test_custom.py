@@ -40,9 +40,9 @@ from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageErro
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
+from icenet.parity.curves import judge_curve
 from icenet.parity.engines import build
 from icenet.parity.run import curves, run
-from icenet.parity.yardstick import judge_curve
 
 mx: Any = pytest.importorskip("mlx.core")
 torch: Any = pytest.importorskip("torch")

@@ -1478,6 +1478,20 @@ FAULTS: list[Fault] = [
         ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
     ),
     Fault(
+        "the constants in packed numbers of tensor cores stay in the sums",
+        "icenet/nn/cuda/tensor_linear.cuh",
+        " - factor * ADDED;",
+        ";",
+        ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
+    ),
+    Fault(
+        "tensor cores mix groups of different scales",
+        "icenet/nn/cuda/tensor_linear.cuh",
+        "BITS ? g != column % 8 : g >= ROWS",
+        "BITS ? g != 0 : g >= ROWS",
+        ["models/test_linear_kernels.py::test_one_kernel_rounds_as_separate_operations"],
+    ),
+    Fault(
         "a group of threads forgets the columns before",
         "icenet/nn/cuda/attention.cuh",
         "    sum[i] *= keep;\n    sum[i] +=",
@@ -2939,7 +2953,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a training curve is judged at its end only",
-        "icenet/parity/yardstick.py",
+        "icenet/parity/curves.py",
         "worst, strict_step = int(np.argmax(ratios)), int(np.argmax(strict))",
         "worst, strict_step = len(ratios) - 1, int(np.argmax(strict))",
         ["parity/test_yardstick.py::test_curves_are_compared_step_by_step"],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from icenet.core import rng
+from icenet.parity.measures import round_to
 from icenet.parity.ties import may_be_kinks, moved_apart
-from icenet.parity.yardstick import round_to
 
 KEY = rng.key(0, "test")
 NORMAL = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)

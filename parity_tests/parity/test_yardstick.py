@@ -10,24 +10,11 @@ import numpy as np
 import pytest
 
 from icenet.core import rng
+from icenet.parity.curves import judge_curve
+from icenet.parity.measures import half_ulp, rms, round_to
+from icenet.parity.nearby import nearby, perturb_by_ulp
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import (
-    FACTOR,
-    FEW,
-    LIMITS,
-    REPEATS,
-    SAMPLES,
-    Judgement,
-    Samples,
-    half_ulp,
-    judge,
-    judge_curve,
-    judge_values,
-    nearby,
-    perturb_by_ulp,
-    rms,
-    round_to,
-)
+from icenet.parity.yardstick import FACTOR, FEW, LIMITS, REPEATS, SAMPLES, Judgement, Samples, judge, judge_values
 
 
 def noisy(seed: int, scale: float, shape: tuple[int, ...] = (64, 32)) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.calls.events import Event
+from icenet.parity.measures import round_to
 from icenet.parity.trace import Value, output_name
-from icenet.parity.yardstick import round_to
 
 Array = npt.NDArray[Any]
 

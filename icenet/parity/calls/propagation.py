@@ -23,10 +23,11 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.events import Store
 from icenet.parity.calls.pairs import Pair, Sample, rounded
+from icenet.parity.measures import half_ulp, rms, squared_distance
 from icenet.parity.results.rows import index_of, split_at
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FEW, REPEATS, half_ulp, rms, squared_distance
+from icenet.parity.yardstick import FEW, REPEATS
 
 Array = npt.NDArray[Any]
 

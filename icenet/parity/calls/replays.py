@@ -14,10 +14,11 @@ from icenet.parity import align
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.layer import judge_layer
+from icenet.parity.measures import rms, rms_distance
 from icenet.parity.state import Comparison
 from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples, rms, rms_distance
+from icenet.parity.yardstick import FACTOR, FEW, Judgement, Samples
 
 Array = npt.NDArray[Any]
 

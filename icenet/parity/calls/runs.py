@@ -19,10 +19,11 @@ from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets
 from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.inputs import Inputs
+from icenet.parity.measures import rms, rms_distance
 from icenet.parity.results.result import Row
 from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
-from icenet.parity.yardstick import judge, rms, rms_distance
+from icenet.parity.yardstick import judge
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")

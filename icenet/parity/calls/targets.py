@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity import align
+from icenet.parity.measures import rms
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import rms
 
 Array = npt.NDArray[Any]
 

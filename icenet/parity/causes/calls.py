@@ -32,7 +32,7 @@ def find_mode(c: Comparison, pair: Pair) -> str:
 
 def find_dropout(c: Comparison, pair: Pair) -> str:
     """Returns which dropout only one side calls, if that is in training mode."""
-    if not c.a.train:
+    if not c.a.train or c.draws is not None:  # a call of a function may have the place of a layer
         return ""
     for one, other, sides in ((pair.b, pair.a, (c.b, c.a)), (pair.a, pair.b, (c.a, c.b))):
         is_b = one is pair.b

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity.causes.trial import ACCEPTED
+from icenet.parity.measures import rms
 from icenet.parity.state import Comparison
-from icenet.parity.yardstick import judge, rms
+from icenet.parity.yardstick import judge
 
 Array = npt.NDArray[Any]
 

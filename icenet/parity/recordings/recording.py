@@ -40,6 +40,7 @@ from icenet.parity.causes.numbers import attributes
 from icenet.parity.engines import Perturbation
 from icenet.parity.fp16 import scaled_for_fp16
 from icenet.parity.inputs import Inputs
+from icenet.parity.measures import round_to, squared_distance
 from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,
@@ -50,7 +51,7 @@ from icenet.parity.recordings.trace_files import (
 from icenet.parity.stages.training import SMALL, default_rate, update_gradients
 from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FEW, round_to, squared_distance
+from icenet.parity.yardstick import FEW
 
 Array = npt.NDArray[Any]
 

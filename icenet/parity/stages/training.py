@@ -13,25 +13,16 @@ import numpy.typing as npt
 from icenet.parity.calls.pairs import Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.optimizers import CORRECTION, suggest_update
+from icenet.parity.curves import judge_curve
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
+from icenet.parity.measures import rms, rms_distance, squared_distance
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import split_at
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import (
-    FACTOR,
-    LIMITS,
-    SAMPLES,
-    Samples,
-    judge,
-    judge_curve,
-    judge_values,
-    rms,
-    rms_distance,
-    squared_distance,
-)
+from icenet.parity.yardstick import FACTOR, LIMITS, SAMPLES, Samples, judge, judge_values
 
 Array = npt.NDArray[Any]
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from icenet.core.models import modules
 from icenet.parity import align
+from icenet.parity.measures import half_ulp, rms, round_to, sum_of_products
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Histogram, Row, Stage
 from icenet.parity.results.rows import histogram, split_at
 from icenet.parity.state import Comparison
-from icenet.parity.yardstick import half_ulp, rms, round_to, sum_of_products
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +31,11 @@ def copy_weights(c: Comparison) -> None:
         back = {theirs: ours for ours, theirs in c.a.names.items()}
         c.a.unshare()
         for path in c.different:
-            modules.from_torch(c.b.modules[path], c.a.modules[back[path]])
+            theirs = c.b.modules[path]
+            if not c.computes_reference:  # a trace has the arrays alone
+                held = c.b.weights()
+                theirs = {name[len(path) + 1 :]: held[name] for name in held if name.startswith(f"{path}.")}
+            modules.from_torch(theirs, c.a.modules[back[path]])
     if copies:
         values = c.b.weights()
         c.a.assign({ours: values[theirs] for ours, theirs in c.parameter_names.items()})

@@ -28,7 +28,8 @@ from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.parity import run as parity
-from icenet.parity.yardstick import judge, rms
+from icenet.parity.measures import rms
+from icenet.parity.yardstick import judge
 
 EOT = 256
 

@@ -45,9 +45,9 @@ from icenet.core.errors import BackendError, CheckpointError, ConfigError, IceNe
 from icenet.core.training import checkpoint
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
+from icenet.parity.curves import judge_curve
 from icenet.parity.engines import build
 from icenet.parity.run import curves
-from icenet.parity.yardstick import judge_curve
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx")

@@ -21,7 +21,9 @@ from icenet.core.families import FAMILIES
 from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights.origin import Origin
-from icenet.parity.yardstick import Samples, judge_curve, nearby
+from icenet.parity.curves import judge_curve
+from icenet.parity.nearby import nearby
+from icenet.parity.yardstick import Samples
 
 pytest.importorskip("torch")
 

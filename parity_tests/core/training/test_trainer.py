@@ -40,9 +40,10 @@ from icenet.core.training import checkpoint
 from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
 from icenet.core.training.trainer import Interrupted, Trainer
+from icenet.parity.curves import judge_curve
 from icenet.parity.engines import build
 from icenet.parity.run import curves
-from icenet.parity.yardstick import judge, judge_curve
+from icenet.parity.yardstick import judge
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("mlx")
