@@ -58,7 +58,7 @@ struct bfloat16 {
 
 namespace machine {
 struct Barrier { int waiting = 0, generation = 0; };
-struct Warp { Barrier barrier; float values[32]; };
+struct Warp { Barrier barrier; float values[32]; unsigned words[32][6]; };
 struct Block { Barrier barrier; std::vector<Warp> warps; char* fixed; char* dynamic; };
 struct Thread { jmp_buf point; ucontext_t context; int block, thread; bool started = false, done = false; };
 std::vector<Block> blocks;

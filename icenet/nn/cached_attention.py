@@ -31,7 +31,7 @@ const size_t value_distance = v_strides[0], value_head_distance = v_strides[1];
 # Views of queries, keys and values, and of the result, would be a dozen operations of each layer and token for MLX.
 _JOINED = """
 const T *q = qkv, *k = q + H * E, *v = k + K * E;
-const size_t query_distance = qkv_strides[0], key_distance = query_distance, value_distance = query_distance;
+const size_t query_distance = (H + 2 * K) * E, key_distance = query_distance, value_distance = query_distance;
 const size_t query_head_distance = E, key_head_distance = E, value_head_distance = E;
 """
 _MISSING = {"padding": "const int* padding = position;  // not read", "angles": "const float* angles = nullptr;"}
@@ -179,8 +179,9 @@ def _source(names: tuple[str, ...]) -> str:
 
 @lru_cache
 def _kernel(names: tuple[str, ...]) -> Any:
-    """Returns the kernel with these inputs: MLX spends time on each input of a launch."""
-    return mx.fast.cuda_kernel("icenet_attend", list(names), ["out"], _source(names), ensure_row_contiguous=False)
+    """Returns the kernel with these inputs: MLX spends time on each input of a launch, and on strides."""
+    is_joined = "qkv" in names
+    return mx.fast.cuda_kernel("icenet_attend", list(names), ["out"], _source(names), ensure_row_contiguous=is_joined)
 
 
 @lru_cache

@@ -22,12 +22,14 @@ class Limits:
             memory at each step.
         rows: Largest number of rows of the batch of a warp: its sums, eight per row, must fit in registers.
         vector: Largest number of values that a thread loads at once.
+        has_tensor_cores: Whether the tensor cores of CUDA multiply bf16 and fp16.
     """
 
     multiprocessors: int
     shared_memory: int
     rows: int = 16
     vector: int = 4
+    has_tensor_cores: bool = False
 
 
 def _device_attribute(attribute: int, index: int) -> int:
@@ -57,9 +59,10 @@ def device_limits(index: int = 0) -> Limits | None:
     try:
         multiprocessors = _device_attribute(16, index)  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
         shared_memory = _device_attribute(97, index)  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        capability = _device_attribute(75, index)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
     except (OSError, AttributeError):
         return None
-    return Limits(multiprocessors, shared_memory - _BYTES_OF_SUMS)
+    return Limits(multiprocessors, shared_memory - _BYTES_OF_SUMS, has_tensor_cores=capability >= 8)
 
 
 _BYTES_OF_SUMS = 8 * 1024

@@ -18,9 +18,13 @@ from icenet.nn.device_limits import Limits, device_limits
 
 STEP, PACKED_STEP = 512, 1024
 """Inputs that a warp reads at a time: more need so many registers that fewer warps run at once."""
+CHUNK = 128
+"""Inputs that a warp reads at a time with tensor cores; of packed ones as many times more as there are in 16 bits."""
+TENSOR_BITS = (0, 4, 8)
+"""Bits of the weights that tensor cores multiply; 0: floating ones."""
 WARPS = 8
 """Most warps of a thread block."""
-BLOCKS_OF_A_PROCESSOR = 3
+BLOCKS_OF_A_PROCESSOR, TENSOR_BLOCKS_OF_A_PROCESSOR = 3, 2
 """Thread blocks that a multiprocessor is given. Each computes the norm, then several groups of outputs."""
 SHARED_MEMORY = (16000, 48000, 90112, 180224)
 """Bytes of shared memory of a block. Each size is a kernel of its own."""
@@ -33,8 +37,10 @@ _HEADER = """
   type* name = (type*)dynamic_memory
 """
 
-_SIZES = """
-const int size = x_shape[x_ndim - 1], weight_rows = weight_shape[0];
+# Sizes are part of the kernel: shapes cost a launch 1 us. The number of rows changes while a batch is decoded.
+_ONE_ROW = "constexpr int size = SIZE, weight_rows = WEIGHT_ROWS, rows = 1;"
+_SEVERAL_ROWS = """
+constexpr int size = SIZE, weight_rows = WEIGHT_ROWS;
 int rows = 1;
 for (int i = 0; i + 1 < x_ndim; i++) rows *= x_shape[i];
 """
@@ -63,6 +69,7 @@ class Blocks(NamedTuple):
     """The parts of a product that thread blocks compute.
 
     Attributes:
+        on_tensor_cores: Whether tensor cores multiply.
         rows: Rows that the kernel is compiled for; those that are missing are zero.
         outputs: Rows of the weight that a warp multiplies.
         parts: Warps that share the inputs of these outputs.
@@ -71,6 +78,7 @@ class Blocks(NamedTuple):
         shared_memory: Bytes of each block, one of `SHARED_MEMORY`.
     """
 
+    on_tensor_cores: bool
     rows: int
     outputs: int
     parts: int
@@ -110,19 +118,22 @@ def fused_linear(
     size = x.shape[-1]
     outputs = weight.shape[0] // (2 if is_gated else 1)
     if blocks is None:
-        bits = 0 if packed is None else packed.bits
-        blocks = choose_blocks(x.size // size, outputs, size, is_gated, x.itemsize, bits, limits())
+        blocks = _blocks(x, outputs, is_gated, packed)
     assert blocks is not None
     scales, biases = (None, None) if packed is None else packed[:2]
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     optional = dict(zip(_OPTIONAL, (scales, biases, bias, norm_weight, norm_bias, residual), strict=True))
     given = {name: array for name, array in optional.items() if array is not None}
-    [out] = _kernel(blocks.shared_memory, tuple(given))(
+    [out] = _kernel(blocks.on_tensor_cores, blocks.rows > 1, blocks.shared_memory, tuple(given))(
         inputs=[x, weight, *given.values()],
         template=[
             ("T", x.dtype),
+            ("SIZE", size),
+            ("WEIGHT_ROWS", weight.shape[0]),
             ("ROWS", blocks.rows),
-            ("OUTPUTS", blocks.outputs),
+            ("PAIRED", packed is not None and packed.scales.shape[-1] % 2 == 0)
+            if blocks.on_tensor_cores
+            else ("OUTPUTS", blocks.outputs),
             ("BITS", 0 if packed is None else packed.bits),
             ("GROUP", 1 if packed is None else packed.group_size),
             ("NORM", 0 if norm is None else KINDS.index(norm.kind)),
@@ -143,29 +154,74 @@ def fused_linear(
 
 @lru_cache
 def choose_blocks(
-    rows: int, outputs: int, size: int, is_gated: bool, itemsize: int, bits: int, limits: Limits | None
+    rows: int,
+    outputs: int,
+    size: int,
+    is_gated: bool,
+    dtype: mx.Dtype,
+    bits: int,
+    is_plain: bool,
+    limits: Limits | None,
 ) -> Blocks | None:
-    """Returns the parts of a product that thread blocks compute; None if the kernel cannot compute it.
+    """Returns the parts of a product that thread blocks compute; None if no kernel can compute it.
 
-    Warps share outputs if there are too few outputs for all warps of a GPU, and blocks are small if there are too few
-    for all multiprocessors.
+    Args:
+        dtype: That of the inputs.
+        bits: Bits of a weight; 0: it is not packed.
+        is_plain: Whether tensor cores cannot multiply.
     """
     if limits is None or size % (32 if bits else 8):
         return None
     padded = 1 << (rows - 1).bit_length()
-    each = 4 if 0 < bits <= 4 and padded <= 2 else 2
+    if dtype == mx.float32 or is_plain or bits not in TENSOR_BITS or not limits.has_tensor_cores:
+        return _plain_blocks(padded, outputs, size, is_gated, dtype.size, bits, limits)
+    return _tensor_blocks(padded, outputs, size, is_gated, bits, limits)
+
+
+def _tensor_blocks(rows: int, outputs: int, size: int, is_gated: bool, bits: int, limits: Limits) -> Blocks | None:
+    """Returns the blocks with tensor cores: those of which the warps read the fewest chunks one after the other."""
+    each, chunk = 8 if is_gated else 16, CHUNK * (16 // bits if bits else 1)
+    tiles, chunks = -(-outputs // each), -(-size // chunk)
+    sums = 16 * WARPS * rows + 16 * rows + (rows * chunks * chunk // 32 + 4 if bits else 0)
+    shared_memory = _smallest(4 * sums + 2 * rows * chunks * chunk + 16, limits)
+    if shared_memory is None:
+        return None
+    found: list[tuple[int, Blocks]] = []
+    for parts in (1, 2, 4, 8):
+        teams = max(1, min(WARPS // parts, -(-tiles // limits.multiprocessors)))
+        count = -(-tiles // teams)
+        rounds = -(-count // (TENSOR_BLOCKS_OF_A_PROCESSOR * limits.multiprocessors))
+        blocks = Blocks(True, rows, each, parts, teams, -(-count // rounds), shared_memory)
+        found.append((rounds * -(-chunks // parts), blocks))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _plain_blocks(
+    rows: int, outputs: int, size: int, is_gated: bool, itemsize: int, bits: int, limits: Limits
+) -> Blocks | None:
+    """Returns the blocks without tensor cores.
+
+    Warps share outputs if there are too few outputs for all warps of a GPU, and blocks are small if there are too few
+    for all multiprocessors.
+    """
+    each = 4 if 0 < bits <= 4 and rows <= 2 else 2
     step = PACKED_STEP if bits else STEP
     steps = -(-size // step)
-    needed = 4 * (WARPS * each * padded + WARPS * padded) + padded * steps * step * itemsize
-    shared_memory = next((most for most in SHARED_MEMORY if needed <= most), None)
-    if shared_memory is None or shared_memory > limits.shared_memory:
+    shared_memory = _smallest(4 * (WARPS * each * rows + WARPS * rows) + rows * steps * step * itemsize, limits)
+    if shared_memory is None:
         return None
     groups = -(-outputs // (each // 2 if is_gated else each))
     parts = max(1, min(steps, WARPS, -(-limits.multiprocessors * WARPS // groups)))
     teams = max(1, min(WARPS // parts, -(-groups // limits.multiprocessors)))
     count = -(-groups // teams)
     count = -(-count // -(-count // (BLOCKS_OF_A_PROCESSOR * limits.multiprocessors)))
-    return Blocks(padded, each, parts, teams, count, shared_memory)
+    return Blocks(False, rows, each, parts, teams, count, shared_memory)
+
+
+def _smallest(needed: int, limits: Limits) -> int | None:
+    """Returns the smallest size of shared memory that is enough; None if the GPU has less."""
+    found = next((size for size in SHARED_MEMORY if needed <= size), None)
+    return None if found is None or found > limits.shared_memory else found
 
 
 def most_rows(x: Array) -> int:
@@ -180,8 +236,13 @@ def can_compute(x: Array, weight: Array, packed: Packed | None = None) -> bool:
         return False
     if packed is None and weight.dtype != x.dtype:
         return False
-    bits = 0 if packed is None else packed.bits
-    return choose_blocks(x.size // size, weight.shape[0], size, False, x.itemsize, bits, limits()) is not None
+    return _blocks(x, weight.shape[0], False, packed) is not None
+
+
+def _blocks(x: Array, outputs: int, is_gated: bool, packed: Packed | None) -> Blocks | None:
+    size, bits = x.shape[-1], 0 if packed is None else packed.bits
+    is_plain = packed is not None and packed.scales.dtype != x.dtype
+    return choose_blocks(x.size // size, outputs, size, is_gated, x.dtype, bits, is_plain, limits())
 
 
 def packed_weight(layer: Any) -> Packed | None:
@@ -195,15 +256,16 @@ def limits() -> Limits | None:
 
 
 @lru_cache
-def _kernel(shared_memory: int, given: tuple[str, ...]) -> Any:
+def _kernel(on_tensor_cores: bool, has_several_rows: bool, shared_memory: int, given: tuple[str, ...]) -> Any:
     """Returns the kernel with some of the optional inputs: MLX spends time on each input of a launch."""
-    source = _source(given)
-    names = ["x", "weight", *given]
-    return mx.fast.cuda_kernel(
-        f"icenet_linear_{shared_memory}", names, ["out"], source, _HEADER, shared_memory=shared_memory
-    )
+    name = f"icenet_{'tensor_' if on_tensor_cores else ''}linear_{shared_memory}"
+    header = cuda.body("tensor_cores.cuh") if on_tensor_cores else ""
+    names, source = ["x", "weight", *given], _source(on_tensor_cores, has_several_rows, given)
+    return mx.fast.cuda_kernel(name, names, ["out"], source, header + _HEADER, shared_memory=shared_memory)
 
 
-def _source(given: tuple[str, ...]) -> str:
+def _source(on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...]) -> str:
+    sizes = _SEVERAL_ROWS if has_several_rows else _ONE_ROW
     missing = [f"const T* {name} = x;  // not read" for name in _OPTIONAL if name not in given]
-    return "\n".join([_SIZES, *missing, cuda.body("linear.cuh")])
+    body = "tensor_linear.cuh" if on_tensor_cores else "linear.cuh"
+    return "\n".join([sizes, *missing, cuda.body("ending.cuh"), cuda.body(body)])

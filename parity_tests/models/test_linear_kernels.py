@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,61 @@ struct Index3 { int x, y, z; };
 inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 """
 
+# what `tensor_cores.cuh` defines, by its comment
+_TENSOR_CORES = r"""
+template <class T> struct Half {
+  static constexpr bool IS_BFLOAT = std::is_same_v<T, bfloat16>;
+  static constexpr int MANTISSA = IS_BFLOAT ? 7 : 10;
+  static constexpr unsigned ONES = IS_BFLOAT ? 0x43004300 : 0x64006400;
+  static float number(unsigned word, int i) {
+    T value;
+    memcpy(&value, (const char*)&word + 2 * i, 2);
+    return (float)value;
+  }
+  static unsigned word(float first, float second) {
+    const T pair[2] = {(T)first, (T)second};
+    unsigned found;
+    memcpy(&found, pair, 4);
+    return found;
+  }
+  static unsigned subtract(unsigned x, unsigned y) {
+    return word(number(x, 0) - number(y, 0), number(x, 1) - number(y, 1));
+  }
+  static unsigned sixteenfold(unsigned x, unsigned y) {
+    return word(16 * number(x, 0) + number(y, 0), 16 * number(x, 1) + number(y, 1));
+  }
+  static void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const int thread = machine::threads[machine::current].thread, g = thread % 32 / 4, t = thread % 4;
+    machine::Warp& warp = machine::own_block().warps[thread / 32];
+    const unsigned given[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(warp.words[thread % 32], given, sizeof given);
+    machine::meet(warp.barrier, 32);
+    for (int i = 0; i < 4; i++) {
+      for (int k = 0; k < 16; k++) {
+        const unsigned* left = warp.words[4 * g + k % 8 / 2];
+        const unsigned* right = warp.words[4 * (2 * t + i % 2) + k % 8 / 2];
+        c[i] += number(left[i / 2 + k / 8 * 2], k % 2) * number(right[4 + k / 8], k % 2);
+      }
+    }
+    machine::meet(warp.barrier, 32);
+  }
+};
+inline void copy_16_bytes(void* into, const void* from) { memcpy(into, from, 16); }
+inline void wait_for_copies() {}
+"""
 
-def emulated(folder: Path, reversed_order: bool, given: tuple[str, ...]) -> Callable[..., Any]:
+
+def emulated(
+    folder: Path, reversed_order: bool, on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...]
+) -> Callable[..., Any]:
     def call(*, inputs: Any, template: Any, grid: Any, threadgroup: Any, **outputs: Any) -> list[mx.array]:
         run = emulated_gpu.kernel(
             folder,
             name="linear",
             input_names=["x", "weight", *given],
             output_names=["out"],
-            source=kernels._source(given),
-            header=kernels._HEADER + _THREADS,
+            source=kernels._source(on_tensor_cores, has_several_rows, given),
+            header=kernels._HEADER + _THREADS + _TENSOR_CORES,
             shared_memory=1 << 17,
             reversed_order=reversed_order,
         )
@@ -68,8 +115,12 @@ def device(request: Any, tmp_path: Path, monkeypatch: Any) -> str:
             pytest.skip("needs CUDA")
     else:
         is_reversed = request.param.startswith("last")
-        monkeypatch.setattr(kernels, "_kernel", lambda _, given: emulated(tmp_path, is_reversed, given))
-        monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18))
+        monkeypatch.setattr(
+            kernels,
+            "_kernel",
+            lambda cores, several, _, given: emulated(tmp_path, is_reversed, cores, several, given),
+        )
+        monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18, has_tensor_cores=True))
     return request.param
 
 
@@ -80,7 +131,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "gemma": (3, 9, 24, mx.float16, 0, 0, "rms_offset", True, "gelu_tanh", True, False),
     "head": (8, 701, 264, mx.bfloat16, 0, 0, None, False, None, False, False),
     "4 bits": (1, 37, 1184, mx.bfloat16, 4, 32, "rms", False, "silu", True, True),
+    "4 bits, several rows": (6, 20, 640, mx.float16, 4, 64, "rms", False, "silu", True, False),
+    "4 bits, large groups": (2, 70, 1280, mx.bfloat16, 4, 128, None, True, None, False, True),
     "8 bits": (5, 21, 384, mx.float16, 8, 128, "layer without bias", True, "relu", False, True),
+    "8 bits, small groups": (1, 90, 608, mx.bfloat16, 8, 32, None, False, "gelu", False, False),
     "6 bits": (2, 21, 2112, mx.float32, 6, 64, None, True, None, False, True),
     "5 bits": (1, 7, 96, mx.float32, 5, 32, None, False, None, False, False),
     "3 bits": (4, 50, 320, mx.float16, 3, 64, "rms", True, None, False, True),
@@ -113,7 +167,7 @@ def reference(x: Any, weight: Any, bias: Any, norm: Any, name: Any, is_gated: bo
 
 # compiling a case takes 3 s
 @pytest.mark.parametrize(
-    "case", [c if c in ("gpt", "4 bits") else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+    "case", [c if c in ("gpt", "4 bits", "5 bits") else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 @pytest.mark.parametrize("is_aligned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, device: str) -> None:
@@ -137,7 +191,9 @@ def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, d
     if bits:
         with mx.stream(mx.cpu):
             weight, scales, biases = mx.quantize(weight.astype(mx.float32), group_size, bits)
-            values = exact(mx.dequantize(weight, scales, biases, group_size, bits))
+            if dtype != mx.float32:
+                scales, biases = scales.astype(dtype), biases.astype(dtype)
+            values = exact(mx.dequantize(weight, *(a.astype(mx.float32) for a in (scales, biases)), group_size, bits))
         packed = kernels.Packed(scales, biases, bits, group_size)
     if not is_aligned:
         weight = mx.concatenate([weight.reshape(-1)[:1], weight.reshape(-1)])[1:].reshape(weight.shape)
@@ -153,16 +209,18 @@ def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, d
 
 def test_blocks_have_all_outputs_and_all_multiprocessors() -> None:
     limits = Limits(132, 227 << 10)
-    for rows, outputs, size, is_gated, bits in [
+    shapes = [
         (1, 768, 768, False, 0),
         (1, 768, 3072, False, 4),
         (8, 2048, 5632, False, 4),
         (2, 5632, 2048, True, 4),
         (4, 50257, 768, False, 0),
         (1, 3, 8192, False, 0),
-    ]:
-        found = kernels.choose_blocks(rows, outputs, size, is_gated, 2, bits, limits)
-        assert found is not None
+    ]
+    for (rows, outputs, size, is_gated, bits), has_tensor_cores in itertools.product(shapes, [False, True]):
+        of_gpu = dataclasses.replace(limits, has_tensor_cores=has_tensor_cores)
+        found = kernels.choose_blocks(rows, outputs, size, is_gated, mx.bfloat16, bits, False, of_gpu)
+        assert found is not None and found.on_tensor_cores == has_tensor_cores
         groups = outputs / (found.outputs // (2 if is_gated else 1))
         assert found.number * found.teams >= min(groups, 132) and found.number <= 3 * 132
         assert (found.teams * (found.number - 1)) < groups and found.parts * found.teams <= kernels.WARPS

@@ -211,17 +211,7 @@ for (int base = first; base < total; base += gridDim.x * teams) {
       value += partial[((warp + i) * R + o) * ROWS + end_row];
       if (GATED) up += partial[((warp + i) * R + EACH + o) * ROWS + end_row];
     }
-    value = (float)(T)value;
-    if (ACTIVATION == 1) value = value * 0.5f * (1.f + erff(value * 0.70710678f));
-    if (ACTIVATION == 2) {
-      const float inner = 0.79788456f * (value + 0.044715f * value * value * value);
-      value = value * 0.5f * (1.f + tanhf(inner));
-    }
-    if (ACTIVATION == 3) value = value / (1.f + expf(-value));
-    if (ACTIVATION == 4) value = value < 0.f ? 0.f : value;
-    if (GATED) value = (float)(T)value * (float)(T)up;
-    if (RESIDUAL) value = (float)(T)value + added;
-    out[(size_t)end_row * outputs + n] = (T)value;
+    out[(size_t)end_row * outputs + n] = finish(value, up, added);
   }
   if (parts > 1) __syncthreads(); else __syncwarp();
 }
