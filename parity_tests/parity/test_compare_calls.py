@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import icenet.blas  # noqa: F401 - before mlx
@@ -17,7 +18,7 @@ import torch.nn as T
 import torch.nn.functional as F
 from pairs import draw
 
-from icenet.parity import align, compare
+from icenet.parity import align, compare, read_trace, record
 from icenet.parity.causes.passed import hides_otherwise
 
 
@@ -375,3 +376,10 @@ def test_no_rotary_positions_are_named_where_there_are_none() -> None:
 
     report = compare(Net(ours), TorchNet(theirs), draw(2, 5, 12), stages=["forward"], copy_weights=True)
     assert not report.passed and "rotary" not in report.cause, str(report)
+
+
+@pytest.mark.slow
+def test_weights_of_a_recurrent_layer_are_copied_from_a_trace(tmp_path: Path) -> None:
+    record(TorchSeq2Seq(), (draw(2, 3, 4), draw(2, 2, 4)), tmp_path / "trace")
+    report = compare(Seq2Seq(), read_trace(tmp_path / "trace"), stages=["forward"], copy_weights=True)
+    assert report.passed, str(report)
