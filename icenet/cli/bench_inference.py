@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from icenet.cli.bench_options import (
+    FiniteRange,
     add_options,
     names,
     precisions,
@@ -213,7 +214,7 @@ def quantized_command(**options: Any) -> None:
 @_new_tokens_option
 @click.option(
     "--agreement",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.7,
     show_default=True,
     help="Probability that the draft proposes the token of the model.",

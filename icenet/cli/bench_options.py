@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ json_file_option = click.option(
 
 sides_options = (backend_option, device_option, set_option, json_file_option, overwrite_option)
 """The last options of the measurements of sides."""
+
+
+class FiniteRange(click.FloatRange):
+    """A number of a range, neither infinite nor NaN, which a range of click accepts."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:

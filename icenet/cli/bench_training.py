@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from icenet.cli.bench_options import (
+    FiniteRange,
     add_options,
     backend_option,
     config_argument,
@@ -42,14 +43,14 @@ def _training_options(command: Any) -> Any:
         click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count."),
         click.option(
             "--seconds",
-            type=click.FloatRange(0, min_open=True),
+            type=FiniteRange(0, min_open=True),
             default=1.0,
             show_default=True,
             help="Time of a side in a round; at least one step.",
         ),
         click.option(
             "--limit",
-            type=click.FloatRange(0, min_open=True),
+            type=FiniteRange(0, min_open=True),
             default=120.0,
             show_default=True,
             help="Seconds of the rounds of a row, without compiling. A slower row has fewer rounds, at least one.",

@@ -177,6 +177,18 @@ def test_a_side_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(is_one_line(note, "torch loop", "no memory") for note in report.notes)
 
 
+@pytest.mark.usefixtures("here")
+def test_other_programs_are_no_reason_of_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Here, "failing", tuple(loops.KINDS))
+    monkeypatch.setattr(training.os, "getloadavg", lambda: (1e4, 0.0, 0.0))
+    assert cli.main(["bench", "cpu", "--row", "gpt-quickstart"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "10000" in lines[0]
+    assert is_one_line(lines[-1], "icenet mlx", "no memory") and "10000" not in lines[-1]
+
+
 TWO = training.Options(
     overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=5
 )
@@ -323,6 +335,12 @@ def test_the_guides_rows(capsys: pytest.CaptureFixture[str]) -> None:
         (["cpu", "--row", "lstm"], ["'lstm'", "lstm-2x256"]),
         (["train", "--side", "jax"], ["'jax'", "icenet mlx"]),
         (["train", "--set", "model.hidden_sise=3"], ["hidden_sise", "hidden_size"]),
+        (["cpu", "--side", "icenet mlx", "--backend", "torch"], ["--side icenet mlx", "--backend torch"]),
+        (["decode", "--side", "mlx-lm", "--backend", "torch"], ["--side mlx-lm", "--backend torch"]),
+        (["speculative", "--side", "mlx-lm"], ["--side mlx-lm", "icenet mlx, icenet torch"]),
+        (["train", "--limit", "nan"], ["--limit", "nan", "finite"]),
+        (["cpu", "--seconds", "inf"], ["--seconds", "inf", "finite"]),
+        (["speculative", "--agreement", "nan"], ["--agreement", "nan", "finite"]),
     ],
 )
 def test_misuse_is_one_line(arguments: list[str], names: list[str], capsys: pytest.CaptureFixture[str]) -> None:

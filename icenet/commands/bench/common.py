@@ -17,7 +17,7 @@ from icenet.commands.doctor import system_facts
 from icenet.commands.overrides import option
 from icenet.core import backends
 from icenet.core.config import Config
-from icenet.core.errors import IceNetError
+from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report.console import new_console
 from icenet.core.training.run_folder import versions
 
@@ -320,6 +320,28 @@ class Sides:
 
     def _new(self, name: str) -> isolated.Worker:
         return start(self._session, name, self._device)
+
+
+def chosen_sides(able: Mapping[str, str], only: Sequence[str] | None, backend: str | None) -> list[str]:
+    """Returns the sides to measure.
+
+    Args:
+        able: By name, the backend of each side that can be measured.
+        only: The names of `--side`; None or no names: all.
+        backend: The value of `--backend`.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = [name for name in able if name in (only or able)]
+    chosen = [name for name in found if backend in (None, "auto", able[name])]
+    if not found:
+        raise UsageError(f"--side {','.join(only or ())}: cannot be measured here; choose from {', '.join(able)}")
+    if not chosen:
+        raise UsageError(
+            f"--side {','.join(found)} and --backend {backend} exclude each other; leave one of them out"
+        )
+    return chosen
 
 
 def start(session: type, name: str, device: str) -> isolated.Worker:

@@ -173,18 +173,12 @@ class _Run:
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
-        chosen = [
-            name
-            for name, kind in sides.KINDS.items()
-            if name in (self._options.only or sides.KINDS)
-            and self._options.backend in (None, "auto", kind.backend)
-            and set(self._rows) & set(kind.rows)
-        ]
+        able = {name: kind.backend for name, kind in sides.KINDS.items() if set(self._rows) & set(kind.rows)}
+        chosen = common.chosen_sides(able, self._options.only, self._options.backend)
         self._sides.open({name: sides.reason_missing(name) for name in chosen})
         if not any(sides.KINDS[name].package is None for name in self._sides.names):
-            raise IceNetError(
-                f"bench: no side of IceNet runs here: {'; '.join(self._sides.notes) or 'none is chosen'}"
-            )
+            notes = "; ".join(self._sides.notes) or "--side has none, and the peers are measured next to one"
+            raise IceNetError(f"bench: no side of IceNet runs here: {notes}")
 
     def _measure(self, work: str) -> None:
         options = self._options.for_device(self._sides.device)

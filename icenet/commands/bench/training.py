@@ -259,6 +259,7 @@ class _Run:
         self._sides = common.Sides(loops.Session, options.device, notify)
         self._rates: dict[str, float] = {}
         self._done: list[tuple[str, Config, dict[str, Measured]]] = []
+        self._conditions: list[str] = []  # notes on the machine, which are no reasons of failures
 
     def run(self) -> TrainingReport:
         interruption: BaseException | None = None
@@ -278,7 +279,8 @@ class _Run:
         if not results and interruption is None:
             raise IceNetError(f"bench: nothing could be measured: {'; '.join(self._sides.notes)}")
         machine = {**system_facts(), "sides": self._sides.facts}
-        return TrainingReport(machine, self._rates, results, self._sides.notes, interruption)
+        notes = [*self._conditions, *self._sides.notes]
+        return TrainingReport(machine, self._rates, results, notes, interruption)
 
     def _note_load(self) -> None:
         """Notes if other processes use the cores: threads of products then wait for each other."""
@@ -286,20 +288,21 @@ class _Run:
         if load > 1.5 * cores:
             note = f"other processes use the machine (load {load:.1f}, {cores} cores), so times are longer and vary"
             hint = "; OMP_NUM_THREADS=1 is often faster then" if not os.environ.get("OMP_NUM_THREADS") else ""
-            self._note(note + hint)
+            self._conditions.append(note + hint)
+            self._notify(note + hint)
 
     def _choose_sides(self) -> None:
         """Starts the sides that are chosen and installed."""
-        chosen = [
-            (name, kind.backend)
-            for name, kind in loops.KINDS.items()
-            if name in (self._options.only or loops.KINDS) and self._options.backend in (None, "auto", kind.backend)
-        ]
+        of_backend = {name: kind.backend for name, kind in loops.KINDS.items()}
+        chosen = common.chosen_sides(of_backend, self._options.only, self._options.backend)
         self._sides.open(
-            {name: "" if backends.installed(backend) else f"{backend} is not installed" for name, backend in chosen}
+            {
+                name: "" if backends.installed(of_backend[name]) else f"{of_backend[name]} is not installed"
+                for name in chosen
+            }
         )
         if not self._sides.names:
-            raise IceNetError(f"bench: no side runs here: {'; '.join(self._sides.notes) or 'none is chosen'}")
+            raise IceNetError(f"bench: no side runs here: {'; '.join(self._sides.notes)}")
 
     def _measure(self, row: str, title: str) -> None:
         config = config_of(self._rows[row], self._options, self._sides.device)
