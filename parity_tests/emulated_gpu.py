@@ -186,6 +186,20 @@ _MEMORY = r"""
 """
 
 
+def memory_of(array: mx.array) -> np.ndarray:
+    """Returns a copy of an array whose address is as far from a multiple of 16 as that of a view is on a GPU.
+
+    There new arrays begin at multiples of 16. On a CPU, MLX puts their size before them.
+    """
+    values = np.ascontiguousarray(to_numpy(array))
+    distance = (_address(array) - _address(mx.zeros(1))) % 16
+    memory = np.empty(values.nbytes + 32, np.uint8)
+    start = -memory.ctypes.data % 16 + distance
+    found = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    found[...] = values
+    return found
+
+
 def kernel(
     folder: Path,
     *,
@@ -210,7 +224,7 @@ def kernel(
     def call(
         *, inputs: Any, template: Any, grid: Any, threadgroup: Any, output_shapes: Any, output_dtypes: Any
     ) -> list[mx.array]:
-        arrays = [np.ascontiguousarray(to_numpy(array)) for array in inputs]
+        arrays = [memory_of(array) for array in inputs]
         shapes = [name for name in input_names if re.search(rf"\b{name}_shape\b", source)]
         arguments, shape_arguments = [], []
         for index, (label, array) in enumerate(zip(input_names, inputs, strict=True)):
@@ -257,6 +271,10 @@ def kernel(
         return [from_numpy(array) for array in results]
 
     return call
+
+
+def _address(array: mx.array) -> int:
+    return np.array(array.view(mx.uint8) if array.ndim else array[None], copy=False).ctypes.data
 
 
 def _c_type(dtype: mx.Dtype) -> str:
