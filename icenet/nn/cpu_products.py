@@ -37,13 +37,15 @@ def _is_faster() -> bool:
 def can_compute(x: Array, weight: Array) -> bool:
     """Returns whether `product` computes x W^T: in fp32 on a CPU, for few rows and a large weight."""
     inputs = x.shape[-1]
+    if weight.size < _MIN_WEIGHT or inputs != weight.shape[1]:  # sizes that do not fit are an error of the product
+        return False
     rows = x.size // inputs
     if rows == 1:
         is_short = inputs <= _MOST_INPUTS and inputs % 2 == 0
     else:
-        is_short = rows <= _MOST_ROWS and inputs <= _MOST_INPUTS_OF_ROWS
+        is_short = 1 < rows <= _MOST_ROWS and inputs <= _MOST_INPUTS_OF_ROWS
     is_fp32 = x.dtype == weight.dtype == mx.float32
-    return is_short and weight.size >= _MIN_WEIGHT and is_fp32 and on_cpu() and _is_faster()
+    return is_short and is_fp32 and on_cpu() and _is_faster()
 
 
 def product(x: Array, weight: Array, bias: Array | None) -> Array:

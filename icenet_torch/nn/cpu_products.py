@@ -52,6 +52,8 @@ def can_compute(x: Array, weight: Array) -> bool:
 
     Not if oneDNN is switched off, as `F.linear` does not use it then.
     """
+    if x.numel() == 0 or x.shape[-1] != weight.shape[1]:  # sizes that do not fit are an error of F.linear
+        return False
     rows = x.numel() // x.shape[-1]
     if not (weight.numel() >= _MIN_WEIGHT if rows == 1 else rows * weight.numel() >= _MIN_PRODUCT):
         return False
@@ -63,6 +65,7 @@ def can_compute(x: Array, weight: Array) -> bool:
 def product(x: Array, weight: Array, bias: Array | None) -> Array:
     """Computes x W^T + b: x `[..., in]`, weight `[out, in]`, bias `[out]` to `[..., out]`, all fp32."""
     outputs, inputs = weight.shape
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads the memory of a view in its order
     if x.numel() > inputs or (blocks := _count_blocks(outputs)) == 1:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     # matrices times a column: the weight in blocks of rows. The transpose of a row has the strides of a column.

@@ -18,6 +18,7 @@ from icenet.models import TransformerModel as MLXTransformerModel
 from icenet.nn import cpu_products as mlx_products
 from icenet_torch.models import TransformerModel
 from icenet_torch.nn import Linear, cpu_products
+from icenet_torch.nn.linear import linear
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,18 @@ def test_a_product_is_that_of_float64(rows: int, outputs: int, bias: bool, monke
     assert len(calls) == cpu_products.HAS_FUNCTIONS
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_views_are_read_in_their_own_order(rows: int) -> None:
+    x, weight, bias = torch.randn(rows, 1024)[:, ::2], torch.randn(2048, 512)[1024:], torch.randn(2048)[::2]
+    with torch.no_grad():
+        assert cpu_products.can_compute(x, weight) == cpu_products.HAS_FUNCTIONS
+        found = linear(x, weight, bias, generates=True)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
 def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights, other dtypes, autocast, a transposed weight, a backward pass, and oneDNN switched off."""
+    """Small weights, other dtypes, sizes and modes, a transposed weight, a backward pass, and oneDNN switched off."""
     x, weight = torch.randn(1, 512), torch.randn(1024, 512)
     assert not cpu_products.can_compute(x, weight)  # gradients
     with torch.no_grad():
@@ -64,6 +75,8 @@ def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) ->
         assert not cpu_products.can_compute(x, weight[:100])
         assert not cpu_products.can_compute(x.double(), weight.double())
         assert not cpu_products.can_compute(x, torch.randn(512, 1024).T)
+        assert not cpu_products.can_compute(x[:0], weight)
+        assert not cpu_products.can_compute(torch.randn(4, 256), weight)
         with torch.autocast("cpu", torch.bfloat16):
             assert not cpu_products.can_compute(x, weight)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -106,13 +119,15 @@ def test_a_product_of_mlx_is_that_of_float64(
 
 
 def test_other_products_of_mlx_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights, other dtypes, many rows, long or odd inputs, the GPU, and another BLAS or processor."""
+    """Small weights, other dtypes and sizes, many rows or none, long or odd inputs, and another BLAS or processor."""
     x, weight = mx.zeros((1, 512)), mx.zeros((1024, 512))
     with mx.stream(mx.cpu):
         assert mlx_products.can_compute(x, weight)
         assert not mlx_products.can_compute(x, weight[:100])
         assert not mlx_products.can_compute(x.astype(mx.bfloat16), weight)
         assert not mlx_products.can_compute(mx.zeros((5, 512)), weight)
+        assert not mlx_products.can_compute(mx.zeros((0, 512)), weight)
+        assert not mlx_products.can_compute(mx.zeros((2, 256)), weight)
         assert not mlx_products.can_compute(mx.zeros((2, 2048)), mx.zeros((1024, 2048)))
         assert not mlx_products.can_compute(mx.zeros((1, 1023)), mx.zeros((1024, 1023)))
         monkeypatch.setattr(mlx_products, "_is_faster", lambda: False)
@@ -127,3 +142,18 @@ def test_mlx_generates_the_same_tokens(rows: int, monkeypatch: pytest.MonkeyPatc
     found = model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True)
     monkeypatch.setattr(mlx_products, "can_compute", lambda x, weight: False)
     assert np.array_equal(found, model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True))
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 512), (2, 0)])
+def test_layers_that_generate_take_empty_arrays(rows: int, inputs: int) -> None:
+    bias = np.arange(1024, dtype=np.float32)
+    with torch.no_grad():
+        layer = generating(inputs, 1024, bias=True)
+        layer.bias.copy_(torch.from_numpy(bias))
+        found = layer(torch.zeros(rows, inputs)).numpy()
+    with mx.stream(mx.cpu):
+        other: Any = mlx_ops.Linear(512, 1024)
+        other.weight, other.bias = mx.zeros((1024, inputs)), mx.array(bias)
+        other.prepare_generation(other, mx.float32)
+        both = found, np.array(other(mx.zeros((rows, inputs))))
+    assert all(np.array_equal(array, np.tile(bias, (rows, 1))) for array in both)
