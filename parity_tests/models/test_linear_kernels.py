@@ -207,6 +207,25 @@ def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, d
     assert error <= 2 * noise + 16 * 2.0**-24 * np.abs(truth).max()
 
 
+@pytest.mark.slow  # compiling takes 3 s
+@pytest.mark.parametrize("bits", [0, 3, 4, 8])
+def test_a_row_that_is_not_finite_leaves_the_others(bits: int, device: str) -> None:
+    """The rows of a batch are those of different users, and tensor cores multiply them together."""
+    random = np.random.default_rng(0)
+    x, w = (mx.array(random.standard_normal(shape).astype(np.float32)) for shape in ((5, 1, 352), (21, 352)))
+    weight, packed = w.astype(mx.bfloat16), None
+    if bits:
+        with mx.stream(mx.cpu):
+            weight, scales, biases = mx.quantize(w, 32, bits)
+        packed = kernels.Packed(scales.astype(mx.bfloat16), biases.astype(mx.bfloat16), bits, 32)
+    norm = kernels.Norm("layer", mx.ones((352,), mx.bfloat16), None, 1e-5)
+    finite = kernels.fused_linear(x.astype(mx.bfloat16), weight, norm=norm, packed=packed)
+    x[1, 0, 7], x[3, 0, 351] = float("nan"), float("-inf")
+    found = kernels.fused_linear(x.astype(mx.bfloat16), weight, norm=norm, packed=packed)
+    assert np.isfinite(to_numpy(found).astype(np.float32)).all((1, 2)).tolist() == [True, False, True, False, True]
+    assert np.array_equal(to_numpy(found)[::2], to_numpy(finite)[::2])
+
+
 def test_blocks_have_all_outputs_and_all_multiprocessors() -> None:
     limits = Limits(132, 227 << 10)
     shapes = [
