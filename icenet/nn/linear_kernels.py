@@ -160,20 +160,24 @@ def choose_blocks(
     is_gated: bool,
     dtype: mx.Dtype,
     bits: int,
-    is_plain: bool,
+    has_other_scales: bool,
     limits: Limits | None,
 ) -> Blocks | None:
     """Returns the parts of a product that thread blocks compute; None if no kernel can compute it.
 
     Args:
+        rows, outputs, size: Number of rows of x, of outputs of a row, and of inputs.
+        is_gated: See `fused_linear`.
         dtype: That of the inputs.
         bits: Bits of a weight; 0: it is not packed.
-        is_plain: Whether tensor cores cannot multiply.
+        has_other_scales: Whether packed weights have scales of another dtype, which only the kernel without tensor
+            cores reads.
+        limits: What the kernel may use; None: there is no kernel.
     """
     if limits is None or size % (32 if bits else 8):
         return None
     padded = 1 << (rows - 1).bit_length()
-    if dtype == mx.float32 or is_plain or bits not in TENSOR_BITS or not limits.has_tensor_cores:
+    if dtype == mx.float32 or has_other_scales or bits not in TENSOR_BITS or not limits.has_tensor_cores:
         return _plain_blocks(padded, outputs, size, is_gated, dtype.size, bits, limits)
     return _tensor_blocks(padded, outputs, size, is_gated, bits, limits)
 
@@ -241,8 +245,8 @@ def can_compute(x: Array, weight: Array, packed: Packed | None = None) -> bool:
 
 def _blocks(x: Array, outputs: int, is_gated: bool, packed: Packed | None) -> Blocks | None:
     size, bits = x.shape[-1], 0 if packed is None else packed.bits
-    is_plain = packed is not None and packed.scales.dtype != x.dtype
-    return choose_blocks(x.size // size, outputs, size, is_gated, x.dtype, bits, is_plain, limits())
+    has_other_scales = packed is not None and packed.scales.dtype != x.dtype
+    return choose_blocks(x.size // size, outputs, size, is_gated, x.dtype, bits, has_other_scales, limits())
 
 
 def packed_weight(layer: Any) -> Packed | None:
