@@ -211,8 +211,8 @@ def test_slow_steps_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_rounds_that_are_slower_than_expected_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round takes 20 s in place of some milliseconds, as beside a program that starts after the first steps."""
-    now = [0.0]
+    """Each round takes 20 s in place of some milliseconds, as next to a program that starts after the first steps."""
+    now, waits = [0.0], []
 
     def measure(self: loops.Session, steps: int) -> dict[str, Any]:
         now[0] += 10
@@ -220,10 +220,11 @@ def test_rounds_that_are_slower_than_expected_end(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(loops.Session, "measure", measure)
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: 0.0)
+    monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: waits.append(steps) or 0.0)
     report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=30.0))
     assert [entry["seconds"] for entry in report.results[0]["sides"]] == [[0.001] * 2] * 2
     assert any(is_one_line(note, "2 of 5 rounds", "40 s", "--batch", "--side") for note in report.notes)
+    assert waits == [1]  # steps, as in other rows that are slow
 
 
 @pytest.mark.usefixtures("here")

@@ -316,6 +316,7 @@ class _Run:
             passed = time.perf_counter() - begin
             if number and passed * (number + 1) / number > 1.5 * self._options.limit:  # slower than expected
                 self._note(f"{row}: {number} of {rounds} rounds, because they took {passed:.0f} s: {_FASTER}")
+                rounds = number
                 break
             self._measure_round(row, f"{title}: round {number + 1} of {rounds}", sides, rounds - number - 1)
         for name, side in sides.items():
