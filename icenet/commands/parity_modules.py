@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,13 +159,7 @@ def load_module(reference: str) -> Any:
         raise UsageError(f"{reference}: {file} has no {name!r}") from None
     if not callable(found) or (hasattr(found, "parameters") and not isinstance(found, type)):
         return found  # compare says what is no module
-    try:
-        return found()
-    except TypeError as error:
-        raise UsageError(
-            f"{reference}: cannot be called without arguments ({error}); add a function to {file} that returns the "
-            f"module, and name it"
-        ) from None
+    return user_code.call(found, reference)
 
 
 def set_weights(module: Any, file: Path, rename: Mapping[str, str] | None = None) -> None:
@@ -196,7 +191,7 @@ def read_inputs(file: Path) -> Any:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "it is no .npz file of arrays"
         raise DataError(f"{file}: cannot be read ({reason}); write it with numpy.savez({str(file)!r}, x=x)") from None
     if not found:

@@ -91,7 +91,10 @@ def _module(target: str) -> tuple[Any, Any]:
         path = files.user_path(Path(kind), "port")
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-        found = user_code.run_file(path, "icenet port")
+        try:
+            found = user_code.run_file(path, "icenet port")
+        except ImportError as error:
+            raise UsageError(f"{target}: {error}") from None
         made = getattr(found, name, None)
         if made is None:
             raise UsageError(
@@ -124,6 +127,8 @@ def _inputs(shapes: Sequence[str], example: Any) -> tuple[tuple[Any, ...], dict[
             raise UsageError(
                 f"--shape {text}: write sizes with x between them, such as 1x3x224x224 or mask=1x16:bool"
             )
+        if re.search(r"(?:^|=|x)0+(?:x|:|$)", text) or int(match["below"] or 1) == 0:
+            raise UsageError(f"--shape {text}: give sizes and numbers of ids from 1")
         sizes = () if match["sizes"] == "scalar" else tuple(map(int, match["sizes"].split("x")))
         if match["kind"] == "int":
             array = rng.integers(0, int(match["below"] or 10), sizes)

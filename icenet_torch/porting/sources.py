@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from icenet.core.config import user_code
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files
 
@@ -33,11 +34,7 @@ def instance(made: Any, target: str) -> nn.Module:
         return made
     if not callable(made):
         raise UsageError(f"{target}: a {type(made).__name__}, not a torch.nn.Module or a function that returns one")
-    try:
-        inspect.signature(made).bind()
-    except TypeError as error:
-        raise UsageError(f"{target}: {error}; name a function without arguments that returns the module") from None
-    module = made()
+    module = user_code.call(made, target)
     if not isinstance(module, nn.Module):
         raise UsageError(f"{target}: returns a {type(module).__name__}, not a torch.nn.Module")
     return module
@@ -138,6 +135,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             first = next(iter(str(error).splitlines()), "damaged")
+            if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends to run the code of the file
+                first = "it has other objects, or is no file of torch.save; save the state_dict() of the module"
             raise WeightsError(f"{path}: cannot be read as a file of tensors only: {first[:160]}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -46,6 +46,9 @@ number = 7
 
 def make():
     return [1, 2]
+
+def fails():
+    raise OSError("no license")
 """
 
 MINE = """
@@ -98,6 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "nothing.npz")
     (folder / "pickled.npz").write_bytes(pickle.dumps(Hostile()))
     (folder / "text.npz").write_text("1, 2, 3")
+    (folder / "short.npz").write_bytes((folder / "x.npz").read_bytes()[:100])
     names: dict[str, Any] = {"__name__": "ref"}
     exec(REFERENCE, names)
     from safetensors.torch import save_file
@@ -171,12 +175,14 @@ ERRORS = [
     ("parity syntax.py:Net ref.py:Net", USAGE, ["syntax.py"]),
     ("parity mine.py:Nett ref.py:Net", USAGE, ["mine.py", "'Nett'"]),
     ("parity mine.py:Net ref.py:Wide", USAGE, ["ref.py:Wide", "without arguments", "width"]),
+    ("parity mine.py:Net ref.py:fails", USAGE, ["ref.py:fails", "no license", "ref.py, line"]),
     ("parity mine.py:Net ref.py:number", USAGE, ["module"]),
     ("parity mine.py:Net ref.py:make", USAGE, ["module"]),
     ("parity mine.py:Net ref.py:Broken --input x.npz --copy-weights", USAGE, ["Broken", "missing"]),
     ("parity mine.py:Net", USAGE, ["REFERENCE"]),
     ("parity mine.py:Net ref.py:Net --input absent.npz", USAGE, ["absent.npz"]),
     ("parity mine.py:Net ref.py:Net --input text.npz", USAGE, ["text.npz", "no .npz file"]),
+    ("parity mine.py:Net ref.py:Net --input short.npz", USAGE, ["short.npz", "no .npz file"]),
     ("parity mine.py:Net ref.py:Net --input pickled.npz", USAGE, ["pickled.npz", "no .npz file"]),
     ("parity mine.py:Net ref.py:Net --input objects.npz", USAGE, ["objects.npz"]),
     ("parity mine.py:Net ref.py:Net --input nothing.npz", USAGE, ["nothing.npz", "no arrays"]),

@@ -233,6 +233,8 @@ def test_the_command_checks_the_operations(capsys: pytest.CaptureFixture[str]) -
         ([f"{FILE}:Block", "--shape", "3"], ["Block", "channels"]),
         ([f"{FILE}:Net"], ["--shape"]),
         ([f"{FILE}:Net", "--shape", "3;4"], ["3;4"]),
+        ([f"{FILE}:Net", "--shape", "0x3x10x10"], ["0x3x10x10", "from 1"]),
+        ([f"{FILE}:Net", "--shape", "1x12:int0"], ["1x12:int0", "from 1"]),
         (["resnet50"], ["torchvision:NAME"]),
     ],
 )
@@ -243,8 +245,23 @@ def test_bad_arguments_are_one_line(
     assert is_one_line(capsys.readouterr().err.strip(), *names)
 
 
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import absent_package", ["net.py:Net", "absent_package", "line 1"]),
+        ("\ndef Net():\n    raise RuntimeError('no file')", ["net.py:Net", "no file", "net.py, line 3"]),
+    ],
+)
+def test_a_file_that_fails_is_one_line(
+    source: str, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(source)
+    assert command(f"{tmp_path / 'net.py'}:Net", "--shape", "3") == 2
+    assert is_one_line(capsys.readouterr().err.strip(), *names)
+
+
 def test_a_pickle_of_other_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "w.pt"
     torch.save(made(nets.Net), path)
     assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(path)) == 1
-    assert is_one_line(capsys.readouterr().err.strip(), "w.pt", "tensors only")
+    assert is_one_line(capsys.readouterr().err.strip(), "w.pt", "tensors only", "state_dict()")

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -73,6 +74,33 @@ def run_file(file: Path, key: str = "model.type") -> ModuleType:
         where = "" if isinstance(error, SyntaxError) else _in_brackets(error)
         raise UsageError(f"{key}: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
     return module
+
+
+def call(function: Callable[[], Any], reference: str) -> Any:
+    """Returns what a class or function of a user's file returns without arguments.
+
+    Args:
+        function: The class or function.
+        reference: Its name, for messages.
+
+    Raises:
+        UsageError: It needs arguments, or fails; the message names the line.
+    """
+    try:
+        with contextlib.suppress(ValueError):  # some of C have no signature
+            inspect.signature(function).bind()
+    except TypeError as error:
+        raise UsageError(
+            f"{reference}: cannot be called without arguments ({error}); name a function without arguments that "
+            f"returns the module"
+        ) from None
+    try:
+        return function()
+    except IceNetError:
+        raise
+    except (Exception, SystemExit) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"{reference}: fails: {type(error).__name__}: {first_line}{_in_brackets(error)}") from error
 
 
 def hashes(module: str) -> dict[str, str]:

@@ -68,14 +68,14 @@ def read_prompt(path: Path) -> str:
     try:
         content = _read_stdin() if str(path) == "-" else path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the prompt: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot read the text: {error.strerror}") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UsageError(f"{path}: cannot read the prompt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
+        raise UsageError(f"{path}: cannot read the text: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}: cannot read the prompt: not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{path}: cannot read the text: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
 
 
