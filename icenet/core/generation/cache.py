@@ -116,7 +116,7 @@ class KVCacheBase(RowCache):
 
     Attributes:
         layers: The cache of each layer.
-        capacity: Number of columns that the buffers can hold.
+        capacity: Number of columns that the buffers can hold, a multiple of `step`.
         position: Number of columns stored, which is the place of the next one: int32 `[1]`, or `[B]` if it differs
             between the rows.
         padding: Number of columns of padding on the left of each row, int32 `[B]`; None without padding.
