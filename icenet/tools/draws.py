@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,8 +27,8 @@ are made of uniform numbers.
 def replaced(source: Source) -> Iterator[None]:
     """Draws the numbers of `mx.random` from a source while the context is open.
 
-    Calls with a key, and of functions that are not in `_functions`, draw as usual. So does a function that code
-    imported by its own name.
+    Calls with a key, in other threads, and of functions that are not in `_functions`, draw as usual. So does a
+    function that code imported by its own name.
     """
     before = {name: getattr(mx.random, name) for name in _functions(source)}
     try:
@@ -39,11 +41,16 @@ def replaced(source: Source) -> Iterator[None]:
 
 
 def _without_key(function: Callable[..., mx.array], original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def draw(*args: Any, key: mx.array | None = None, stream: Any = None, **kwargs: Any) -> mx.array:
-        if key is None:
-            with contextlib.suppress(TypeError):  # a key by its position, or an option that is not known
-                return function(*args, **kwargs)
-        return original(*args, key=key, stream=stream, **kwargs)
+    thread = threading.get_ident()  # other threads draw as usual, as in PyTorch
+    names = list(inspect.signature(function).parameters)
+
+    def draw(*args: Any, **kwargs: Any) -> mx.array:
+        own = {**dict(zip(names, args, strict=False)), **kwargs}
+        has_key = any(item is not None for item in (*args[len(names) :], kwargs.get("key")))
+        options = {name: item for name, item in own.items() if name not in ("key", "stream")}
+        if threading.get_ident() != thread or has_key or not set(options) <= set(names):
+            return original(*args, **kwargs)
+        return function(**options)
 
     return draw
 

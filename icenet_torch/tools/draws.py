@@ -27,7 +27,7 @@ aten = torch.ops.aten
 def replaced(source: Source) -> Iterator[None]:
     """Draws the numbers of PyTorch from a source while the context is open, those of `torch.nn.functional` included.
 
-    Calls with a generator, and of operations that are not listed in `_functions`, draw as usual.
+    Calls with a generator, of complex numbers, and of operations that are not listed in `_functions`, draw as usual.
     """
     with _Replaced(_functions(source)):
         yield
@@ -40,10 +40,15 @@ class _Replaced(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in self._functions or kwargs.get("generator") is not None:
+        if func not in self._functions or kwargs.get("generator") is not None or _is_complex(args, kwargs):
             return func(*args, **kwargs)
         kwargs.pop("generator", None)
         return self._functions[func](*args, **kwargs)
+
+
+def _is_complex(args: Any, kwargs: Any) -> bool:
+    dtype = kwargs.get("dtype") or next((item.dtype for item in args if isinstance(item, Tensor)), None)
+    return dtype is not None and dtype.is_complex
 
 
 def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
@@ -77,7 +82,7 @@ def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
         return ((numbers * (high - low)).floor() + low).clamp(max=high - 1).to(dtype or torch.int64)
 
     def order(n: int, dtype: Any = None, device: Any = None) -> Tensor:
-        return draw("permutation", (n,), torch.float32, device).argsort().to(dtype or torch.int64)
+        return draw("permutation", (n,), torch.float32, device).argsort(stable=True).to(dtype or torch.int64)
 
     def normal(mean: Any, std: Any = 1.0) -> Tensor:
         like = mean if isinstance(mean, Tensor) else std
@@ -96,6 +101,9 @@ def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
         aten.randn_like.default: like("normal"),
         aten.uniform_.default: lambda x, a=0.0, b=1.0: x.copy_(drawn_like("uniform", x) * (b - a) + a),
         aten.normal_.default: lambda x, mean=0.0, std=1.0: x.copy_(drawn_like("normal", x) * std + mean),
+        aten.normal.float_float: lambda mean, std, size, dtype=None, device=None, **_: (
+            draw("normal", size, dtype, device) * std + mean
+        ),
         aten.normal.Tensor_float: normal,
         aten.normal.float_Tensor: normal,
         aten.normal.Tensor_Tensor: normal,

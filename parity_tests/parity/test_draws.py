@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from pairs import draw
 
 from icenet.parity import compare
+from icenet.tools import draws as our_draws
+from icenet_torch.tools import draws as their_draws
 
 RATE = 0.4
 
@@ -204,3 +207,29 @@ def test_generators_of_the_frameworks_are_left_alone() -> None:
     pair, function, state = stacks(), mx.random.bernoulli, torch.get_rng_state()
     compare(*pair, draw(8, 6), copy_weights=True, stages=["forward"])
     assert mx.random.bernoulli is function and torch.equal(torch.get_rng_state(), state)
+
+
+def uniform(distribution: str, shape: tuple[int, ...]) -> Any:
+    return np.full(shape, 0.25, np.float32)
+
+
+def test_calls_with_a_key_at_its_place_and_other_threads_draw_as_usual() -> None:
+    key, found = mx.random.key(3), []
+    expected = mx.random.normal((2,), mx.float32, None, None, key), mx.random.bernoulli(0.5, (2,), key)
+    with our_draws.replaced(uniform):
+        got = mx.random.normal((2,), mx.float32, None, None, key), mx.random.bernoulli(0.5, (2,), key)
+        own = mx.random.uniform(0, 2, [3], mx.float16, None)
+        thread = threading.Thread(target=lambda: found.append(mx.random.uniform(shape=(3,)).tolist()))
+        thread.start()
+        thread.join()
+    assert all(mx.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert own.dtype == mx.float16 and own.tolist() == [0.5] * 3 and found[0] != [0.25] * 3
+
+
+def test_normal_numbers_of_a_shape_are_replaced_and_complex_ones_are_not() -> None:
+    with their_draws.replaced(uniform):
+        normal = torch.normal(1.0, 2.0, (3,))
+        z, like = torch.randn(3, dtype=torch.complex64), torch.randn_like(torch.zeros(3, dtype=torch.complex64))
+        order = torch.randperm(20)  # of equal numbers, as in MLX
+    assert normal.tolist() == [1.5] * 3 and order.tolist() == list(range(20))
+    assert z.dtype == like.dtype == torch.complex64
