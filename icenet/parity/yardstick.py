@@ -70,6 +70,12 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     floor is the RMS distance between the references of FEW nearby problems and r, if that is a jump: over FACTOR
     times the noise, and over JUMP of the gradient, 500 times what a change of 4 ulps is of a value.
 
+8.  Maxima that a softmax subtracts. They do not change its result, but the gradient of a maximum takes the rounding
+    errors of the terms back: in an attention over the edges of a graph the gradient of what all edges of a node share
+    is 20 times more exact with the maximum of each node than with that of all scores. So if only gradients of a
+    replay in fp32 are over the tolerance, and the reference computes the same gradients, to 2^-40, with maxima that
+    are constants, the noise is sampled with such maxima.
+
 Early end: sampling ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
 8 (LIMITS). With k samples the ratio of two equal normal errors has Student's t distribution with k degrees of
 freedom. Even if the error of MLX is twice that of PyTorch, it exceeds these limits by chance less often than equal

@@ -17,7 +17,7 @@ TORCH_FILES = {
     "engine.capture",  # MLX submits a step as one graph by itself
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
-    "tools.sums",  # the noise is measured in PyTorch
+    *("tools.maxima", "tools.sums"),  # the noise is measured in PyTorch
     "tools.variants",  # the causes of a difference are tried on PyTorch
 }
 """Modules and packages of PyTorch without a counterpart, and why."""

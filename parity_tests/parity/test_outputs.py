@@ -63,7 +63,7 @@ RIGHT: dict[str, Callable[[], Twins]] = {
     "both": lambda: twins(lambda y: (y, y.argmax(-1)), lambda y: (y, y.argmax(-1))),
 }
 WRONG: dict[str, tuple[Callable[[], Twins], str]] = {
-    "dataclass": (lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)), "after linear; output is off by"),
+    "dataclass": (lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)), "after linear; output.logits is off by"),
     "integers": (lambda: twins(lambda y: y.argmin(-1), lambda y: y.argmax(-1)), "integers"),
     "both": (lambda: twins(lambda y: (y, y.argmin(-1)), lambda y: (y, y.argmax(-1))), "integers"),
     "booleans": (lambda: twins(lambda y: y < 0, lambda y: y > 0), "integers"),
@@ -132,3 +132,26 @@ def test_modules_may_be_swapped_and_of_any_precision() -> None:
 def test_a_module_without_comparable_outputs() -> None:
     with pytest.raises(UsageError, match="returns nothing that can be compared"):
         compare(*twins(lambda y: None, lambda y: None), X)
+
+
+def test_outputs_in_a_dict_are_named_by_their_keys() -> None:
+    class Heads(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = M.Linear(4, 4)
+
+        def __call__(self, x: mx.array) -> dict[str, Any]:
+            y = self.lin(x)
+            return {"logits": y, "boxes": (2 * y, 3.1 * y)}
+
+    class TorchHeads(T.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = T.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            y = self.lin(x)
+            return {"logits": y, "boxes": (2 * y, 3 * y)}
+
+    report = compare(Heads(), TorchHeads(), X[:, :4], copy_weights=True, stages=["forward"])
+    assert 'output["boxes"][1] is off by' in str(report).splitlines()[0]

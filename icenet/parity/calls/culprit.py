@@ -47,7 +47,7 @@ def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | No
             child, number = places[index_of(name)]
             if child is None:
                 where = f"after {relative(pair.children[-1].path, pair.path)}" if pair.children else ""
-                label = "output" + (f"[{number}]" if number else "")
+                label = pair.b.output_label(number)
                 found.append(Origin(last + 0.5, where, label, name, judgement))
             else:
                 label = f"input of {relative(child.path, pair.path)}"

@@ -71,6 +71,11 @@ class Event:
         """Whether the result holds nothing but arrays and constants."""
         return bool(self.outputs) and all(map(_is_constant, leaves(self.result)))
 
+    def output_label(self, index: int) -> str:
+        """Returns what to call an output: `output`, `output[1]`, or with its key, as `output["logits"]`."""
+        keys = _keys(self.result).get(index, "")
+        return f"output{keys}" if keys else "output" + (f"[{index}]" if index else "")
+
     def walk(self) -> Iterator[Event]:
         """Yields the event and all within it, in order."""
         yield self
@@ -277,6 +282,24 @@ def argument_names(given: Any) -> list[str]:
         slots = [leaf for leaf in leaves(item) if isinstance(leaf, Slot)]
         found += [name] if isinstance(item, Slot) else [f"{name}[{index}]" for index in range(len(slots))]
     return found
+
+
+def _keys(item: Any, path: str = "", is_named: bool = False) -> dict[int, str]:
+    """Returns where each slot of a structure is, such as `["boxes"][1]`, if there is a key or a field on the way."""
+    if isinstance(item, Slot):
+        return {item.index: path} if is_named else {}
+    if isinstance(item, dict):
+        parts = [(f'["{key}"]' if isinstance(key, str) else f"[{key}]", value) for key, value in item.items()]
+    elif isinstance(item, tuple) and hasattr(item, "_fields"):
+        parts = [(f".{name}", value) for name, value in zip(item._fields, item, strict=True)]
+    elif type(item) in (tuple, list):
+        inner = enumerate(item)
+        return {k: v for n, value in inner for k, v in _keys(value, f"{path}[{n}]", is_named).items()}
+    elif is_dataclass(item) and not isinstance(item, (type, Value)):
+        parts = [(f".{part.name}", getattr(item, part.name)) for part in fields(item)]
+    else:
+        return {}
+    return {k: v for name, value in parts for k, v in _keys(value, path + name, True).items()}
 
 
 def _is_constant(leaf: Any) -> bool:

@@ -229,6 +229,8 @@ class ModuleCopy(Side):
                 stack.enter_context(backends.module("torch", "tools.probe").perturbing(module, perturb.rounded))
             if sample.in_order:
                 stack.enter_context(backends.module("torch", "tools.sums").summing_in_order(sample.number))
+            if sample.constant_maxima:
+                stack.enter_context(backends.module("torch", "tools.maxima").constant_maxima())
             yield
 
     @contextlib.contextmanager

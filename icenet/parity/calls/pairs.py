@@ -161,11 +161,13 @@ class Sample:
         number: Its number, from 0.
         rounds: Whether all values are also moved by an ulp, as by one more rounding.
         in_order: Whether PyTorch sums term by term.
+        constant_maxima: Whether maxima of PyTorch have no gradient (`icenet_torch.tools.maxima`).
     """
 
     number: int
     rounds: bool = False
     in_order: bool = False
+    constant_maxima: bool = False
 
 
 def cotangents_of(pair: Pair, dtypes: Sequence[str], seed: int = 0) -> list[Value]:

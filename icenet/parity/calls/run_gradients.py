@@ -51,8 +51,16 @@ class RunGradients:
         }
         self.parameters = judge_values(self.own, self.noise, self.exact, c.dtype)
         self.replayed: set[int] = set()
-        if any(item.is_over for item in (*self.outputs.values(), *self.parameters.values())):
+        if any(map(self._is_open, (*self.outputs.values(), *self.parameters.values()))):
             self._judge_at_own_values()
+
+    def _is_open(self, judgement: Judgement) -> bool:
+        """Returns whether a gradient is over the tolerance, or so noisy that it does not show whether it agrees.
+
+        It is both if a value is on the other side of an edge: in `a`, or in `b` in the dtype under test.
+        """
+        is_noisy = self._c.dtype == "fp32" and judgement.scale > 0 and not _is_clear(judgement)
+        return judgement.is_over or (is_noisy and judgement.passed)
 
     def _judge_at_own_values(self) -> None:
         """Sets the judgements of the gradients that agree with those of the reference at the values of `a`."""
@@ -62,17 +70,17 @@ class RunGradients:
         noise, exact = (run.by_call() for run in runs)
         for pair in self.pairs:
             before, call = self.outputs.get(pair.b.number), (pair.path, pair.b.call)
-            if before is not None and before.is_over and call in noise and call in exact:
+            if before is not None and self._is_open(before) and call in noise and call in exact:
                 found = _judge_output(c, replace(pair, noise=noise[call], b=exact[call]))
                 if found is not None and found.passed:
-                    self.outputs[pair.b.number] = replace(found, plain_ratio=before.ratio)
+                    self.outputs[pair.b.number] = _in_place_of(before, found)
         for name, before in self.parameters.items():
             theirs, reference = (run.gradients.get(name.partition(":")[2]) for run in runs)
-            if before.is_over and theirs is not None and reference is not None:
+            if self._is_open(before) and theirs is not None and reference is not None:
                 own = self.own[name].array
                 found = judge(own, theirs.array, reference.array, c.dtype, stored=theirs.dtype)
                 if found.passed:
-                    self.parameters[name] = replace(found, plain_ratio=before.ratio)
+                    self.parameters[name] = _in_place_of(before, found)
 
     def undecided(self) -> set[int]:
         """Returns the numbers of the calls whose backward pass the run does not decide.
@@ -117,6 +125,11 @@ def _judge_output(c: Comparison, pair: Pair) -> Judgement | None:
     if own is None or noise is None or exact is None:
         return None
     return judge(align.to_torch(how, own.array), noise.array, exact.array, c.dtype, stored=noise.dtype)
+
+
+def _in_place_of(before: Judgement, found: Judgement) -> Judgement:
+    """Returns a judgement that passes, with the ratio that was over the tolerance before."""
+    return replace(found, plain_ratio=before.ratio) if before.is_over else found
 
 
 def _is_clear(judgement: Judgement) -> bool:

@@ -21,7 +21,6 @@ from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance
 from icenet.parity.results.result import Row
-from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import judge
 
@@ -223,8 +222,7 @@ def _place(side: Side, path: str) -> str:
 
 def agrees_in_samples(c: Comparison, pairs: list[Pair], row: Row) -> bool:
     """Returns whether the error of an output of the model is that of its modules, propagated."""
-    j = index_of(row.part)
-    i, how = next((i, how) for i, other, how in pairs[0].outputs if other == j)
+    i, j, how = next(item for item in pairs[0].outputs if pairs[0].b.output_label(item[1]) == row.part)
     ours = align.to_torch(how, pairs[0].a.outputs[i].array)
     theirs, exact = pairs[0].noise.outputs[j], pairs[0].b.outputs[j]
     floor = c.propagated({f"output:{j}": exact}, pairs, gradients=False).get(f"output:{j}")

@@ -157,7 +157,7 @@ def _output_row(
         ours, theirs, exact = hidden(Value(ours, theirs.dtype)).array, hidden(theirs), hidden(exact)
     judged = judge(ours, theirs.array, exact.array, c.dtype, stored=theirs.dtype)
     is_over = not judged.passed
-    status, where, part = states.PASSED, "", "output" + (f"[{j}]" if j else "")
+    status, where, part = states.PASSED, "", pair.b.output_label(j)
     if id(pair) in places:
         status, where, own_part = states.DIFFERS, places[id(pair)].where, places[id(pair)].label
     elif any(path != pair.path and is_in(path, pair.path) for path in differing):
