@@ -9,6 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import pytest
 import torch
+import torch.nn.functional as F
 from made_ports import close, ported
 from mlx.utils import tree_flatten
 from torch import nn
@@ -77,6 +78,42 @@ def test_a_row_without_keys() -> None:
         close(*((ours, theirs) if isinstance(ours, mx.array) else (ours[0], theirs[0])))
 
 
+def test_a_row_of_minus_infinity() -> None:
+    """As one of booleans, a mask that an input adds to the scores may leave a query without keys."""
+    x, mask = torch.randn(2, 3, 8), torch.randn(3, 3)
+    mask[1] = -torch.inf
+    module = Attends({"need_weights": False}, batch_first=True, dropout=0.1)
+    model, source = ported(module, x, x, mask)
+    assert source.count("biased_attention(") == 2
+    module.attn.dropout, model.attn.dropout = 0.0, nn.Identity()
+    for training in (False, True):
+        module.train(training)
+        model.train(training)
+        close(model(mx.array(x.numpy()), mx.array(x.numpy()), mx.array(mask.numpy())), module(x, x, mask))
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+        return (
+            F.scaled_dot_product_attention(q, k, v, mask if bias is None else mask + bias).transpose(1, 2).flatten(2)
+        )
+
+
+def test_only_masks_of_inputs_are_checked_for_empty_rows() -> None:
+    x, bias = torch.randn(2, 3, 8), torch.tensor([[-torch.inf, 0.0, 0.0]]).expand(3, 3).clone()
+    module = Causal().eval()
+    for inputs in ((x,), (x, bias)):
+        model, source = ported(module, *inputs)
+        assert ("biased_attention(" in source) == (len(inputs) == 2)
+        close(model(*(mx.array(item.numpy()) for item in inputs)), module(*inputs))
+
+
 TWO_CALLS: dict[str, Any] = {
     "with and without a mask": lambda attn, x, y, mask: (
         attn(x, x, x, attn_mask=mask, need_weights=False)[0],
@@ -85,6 +122,14 @@ TWO_CALLS: dict[str, Any] = {
     "masks of two kinds": lambda attn, x, y, mask: (
         attn(x, x, x, attn_mask=mask, need_weights=False)[0],
         attn(x, x, x, attn_mask=mask * -2.0, need_weights=False)[0],
+    ),
+    "with a mask and with two": lambda attn, x, y, mask: (
+        attn(x, x, x, key_padding_mask=mask[:2], attn_mask=mask, need_weights=False)[0],
+        attn(x, x, x, key_padding_mask=mask[:2], need_weights=False)[0],
+    ),
+    "a query without a key is 0, and NaN": lambda attn, x, y, mask: (
+        attn(x, x, x, attn_mask=mask, need_weights=False)[0],
+        attn(x, x, x, attn_mask=mask)[0],
     ),
     "to itself and to another": lambda attn, x, y, mask: (attn(x, x, x)[0], attn(x, y, y)[0]),
 }
@@ -102,10 +147,9 @@ class CalledTwice(nn.Module):
 @pytest.mark.parametrize("calls", TWO_CALLS)
 def test_two_calls_of_one_attention(calls: str) -> None:
     torch.manual_seed(0)
-    module, inputs = (
-        CalledTwice(TWO_CALLS[calls]).eval(),
-        (torch.randn(2, 3, 8), torch.randn(2, 4, 8), torch.eye(3).bool()),
-    )
+    mask = torch.eye(3).bool()
+    mask[1] = True
+    module, inputs = CalledTwice(TWO_CALLS[calls]).eval(), (torch.randn(2, 3, 8), torch.randn(2, 4, 8), mask)
     model, _ = ported(module, *inputs)
     for ours, theirs in zip(model(*(mx.array(item.numpy()) for item in inputs)), module(*inputs), strict=True):
         close(ours, theirs)

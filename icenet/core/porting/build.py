@@ -13,6 +13,7 @@ from icenet.core.porting.graph.collapse import collapse_layers
 from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
 from icenet.core.porting.graph.layout import channels_last
+from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention
@@ -114,7 +115,8 @@ def plan(
         if item is None:
             prepared.append(None)
             continue
-        functional = make_functional(item) if trace else _simple(make_functional(item))
+        functional = with_hiding_masks(make_functional(item))
+        functional = functional if trace else _simple(functional)
         found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
         prepared.append(functional)
         layers = found if layers is None else _in_both(layers, found, item)

@@ -102,6 +102,15 @@ def masked_attention(q, k, v, mask, scale):
     return mx.where(empty, 0, y)
 
 
+def biased_attention(q, k, v, mask, scale):
+    """Returns the attention of queries [B, H, T, D] with a mask that is added to the scores; a row of -inf is 0."""
+    if mask is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    empty = (mask == -math.inf).all(-1, keepdims=True)
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mx.where(empty, 0, mask))
+    return mx.where(empty, 0, y)
+
+
 def fft(name, x, size=None, axes=None, norm="backward"):
     """Returns a Fourier transform with the scale of a norm."""
     if name == "irfft" or name.startswith("irfft"):

@@ -8,6 +8,7 @@ from typing import Any
 from icenet.core.porting.graph.calls import Call, tree
 from icenet.core.porting.graph.formulas import activation_of
 from icenet.core.porting.graph.functional import used_values
+from icenet.core.porting.graph.masks import hiding_masks
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention, attention_of
 from icenet.core.porting.layers.mlx_layers import Layer, WrittenLayer, layer_of
@@ -128,11 +129,13 @@ def _whole_attention(
 ) -> set[str]:
     """Fills in the node of each call of an attention. Returns the modules that compute something else."""
     found: dict[str, list[Attention | None]] = {}
-    needed = used_values(graph) if any(isinstance(layer, Attention) for layer in candidates.values()) else set()
+    needed, hiding = set(), set()
+    if any(isinstance(layer, Attention) for layer in candidates.values()):
+        needed, hiding = used_values(graph), hiding_masks(graph)
     for call in root.calls():
         layer = candidates.get(call.path)
         if isinstance(layer, Attention):
-            made = attention.call_of(graph, call, layer, uses, needed)
+            made = attention.call_of(graph, call, layer, uses, needed, hiding)
             whole[call.entered] = made[1] if made else []
             found.setdefault(call.path, []).append(made[0] if made else None)
     refused = set()

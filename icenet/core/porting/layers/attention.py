@@ -25,7 +25,8 @@ class Attention(WrittenLayer):
         batch_first: Whether its inputs are [B, T, C], not [T, B, C].
         is_self: Whether query, key and value are one array in all calls.
         weights: Whether the calls return the weights: "" for no, "mean" over the heads, or "all".
-        is_masked_zero: Whether a query without a key gives 0, as in PyTorch if no weights are needed; else it is NaN.
+        hidden: What a query without a key gives: as in PyTorch, "zero" if no weights are needed and else "nan"; "" if
+            each query has a key.
         masks: The masks that some calls give, with "bool" or "float", and their number of axes.
         always: The masks that all calls give.
     """
@@ -35,7 +36,7 @@ class Attention(WrittenLayer):
     batch_first: bool = False
     is_self: bool = True
     weights: str = ""
-    is_masked_zero: bool = False
+    hidden: str = ""
     masks: frozenset[tuple[str, str, int]] = frozenset()
     always: frozenset[str] = frozenset()
 
@@ -52,17 +53,23 @@ class Attention(WrittenLayer):
         return f"{name}({dims}, {heads}{f', dropout={dropout}' if dropout else ''})"
 
     def functions(self) -> dict[str, dict[str, Any]]:
-        keys = ["q", "k", "v", "mask", "scale"]
-        return {"masked_attention": dict.fromkeys(keys, NOT_NONE)} if self.zeroes_rows else {}
+        keys = ["q", "k", "v", "scale", *(["mask"] if self.always else [])]
+        return {self.helper: dict.fromkeys(keys, NOT_NONE)} if self.hidden == "zero" else {}
 
     @property
     def given(self) -> list[str]:
         return [key for key in _MASKS if any(key == name for name, _, _ in self.masks)]
 
     @property
-    def zeroes_rows(self) -> bool:
-        """Whether the class sets the results of queries without a key to 0."""
-        return self.is_masked_zero and bool(self.masks) and all(kind == "bool" for _, kind, _ in self.masks)
+    def is_boolean(self) -> bool:
+        """Whether the class sets the results of queries without a key to 0 with a mask of booleans."""
+        is_given = bool(self.masks) and len(self.always) == len(self.given)
+        return self.hidden == "zero" and is_given and all(kind == "bool" for _, kind, _ in self.masks)
+
+    @property
+    def helper(self) -> str:
+        """The function that attends and sets the results of queries without a key to 0."""
+        return "masked_attention" if self.is_boolean else "biased_attention"
 
     def class_source(self, name: str) -> str:
         return "\n".join(_Class(name, self).lines())
@@ -88,7 +95,7 @@ def attention_of(module: Module, arrays: Iterable[str]) -> Attention | None:
 
 
 def call_of(
-    graph: Graph, call: Call, layer: Attention, uses: dict[str, list[str]], needed: set[str]
+    graph: Graph, call: Call, layer: Attention, uses: dict[str, list[str]], needed: set[str], hiding: set[str]
 ) -> tuple[Attention, list[Node]] | None:
     """Returns the layer as a call needs it and the node of the call; None if it computes something else.
 
@@ -98,6 +105,7 @@ def call_of(
         layer: The layer of its module.
         uses: The calls in which each value is used.
         needed: The values that the results of the graph depend on.
+        hiding: The masks of numbers that may hide all keys of a query.
     """
     inputs = [call.given.get(name) for name in ("query", "key", "value")]
     masks = {name: call.given[name] for name in _MASKS if call.given.get(name) is not None}
@@ -118,11 +126,13 @@ def call_of(
     for name, value in masks.items():
         mask = outs[value.name]
         kinds.add((name, "bool" if mask.dtype == "bool" else "float", mask.ndim))
+    hides = any(outs[value.name].dtype == "bool" or value.name in hiding for value in masks.values())
+    needs_weights = call.given.get("need_weights", True) is not False
     layer = replace(
         layer,
         is_self=len({value.name for value in inputs if value is not None}) == 1,
         weights=weights,
-        is_masked_zero=call.given.get("need_weights", True) is False,
+        hidden=("nan" if needs_weights else "zero") if hides else "",
         masks=frozenset(kinds),
         always=frozenset(masks),
     )
@@ -151,22 +161,19 @@ def nodes_of(nodes: list[Node], call: Call, layer: Attention, graph: Graph) -> l
 
 def joined(layers: list[Attention]) -> Attention | None:
     """Returns the layer that serves several calls, None if one does not."""
-    first = layers[0]
     kinds = frozenset(kind for layer in layers for kind in layer.masks)
     weights = {layer.weights for layer in layers}
-    if len({name for name, _, _ in kinds}) < len(kinds) or len(weights - {""}) > 1:
+    hidden = {layer.hidden for layer in layers}
+    if len({name for name, _, _ in kinds}) < len(kinds) or len(weights - {""}) > 1 or len(hidden - {""}) > 1:
         return None
-    found = replace(
-        first,
+    return replace(
+        layers[0],
         is_self=all(layer.is_self for layer in layers),
         weights=max(weights),
+        hidden=max(hidden),
         masks=kinds,
         always=frozenset.intersection(*(layer.always for layer in layers)),
     )
-    is_bool = any(kind == "bool" for _, kind, _ in kinds)
-    if is_bool and any(layer.is_masked_zero != first.is_masked_zero for layer in layers):
-        return None
-    return None if found.zeroes_rows and len(found.always) < len(found.given) else found
 
 
 def shared(layers: dict[str, Attention]) -> dict[str, Attention]:
@@ -190,10 +197,12 @@ def _both(layer: Attention, other: Attention) -> Attention | None:
     """Returns a layer whose class is that of another one, too."""
 
     def key(item: Attention) -> tuple[Any, ...]:
-        return item.has_bias, item.batch_first, item.is_self, item.weights, bool(item.dropout), item.zeroes_rows
+        return item.has_bias, item.batch_first, item.is_self, item.weights, bool(item.dropout)
 
     made = joined([layer, other]) if key(layer) == key(other) else None
-    return None if made is None else replace(made, sizes=layer.sizes)
+    if made is None or {layer.is_boolean, other.is_boolean} != {made.is_boolean}:
+        return None
+    return replace(made, sizes=layer.sizes)
 
 
 class _Class:
@@ -264,7 +273,7 @@ class _Class:
                 return f"{name}[:, None, None]"
             return f"{name}.reshape(-1, self.num_heads, *{name}.shape[1:])" if kinds[name][1] == 3 else name
 
-        if layer.zeroes_rows:
+        if layer.is_boolean:
             text = " | ".join(shaped(name) for name in layer.given)
             return [f"mask = ~({text})" if len(layer.given) > 1 else f"mask = ~{text}"]
         texts = {
@@ -291,11 +300,11 @@ class _Class:
         scale = "scale = q.shape[-1] ** -0.5"
         given = ", mask=mask" if layer.given else ""
         fused = [f"y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale{given})"]
-        if layer.zeroes_rows:
-            fused = ["y = masked_attention(q, k, v, mask, scale)"]
+        if layer.hidden == "zero":
+            fused = [f"y = {layer.helper}(q, k, v, mask, scale)"]
         if not layer.dropout and not layer.weights:
             return [scale, *fused]
-        if layer.zeroes_rows:
+        if layer.is_boolean:
             explicit = [
                 "empty = ~mask.any(-1, keepdims=True)",
                 "scores = mx.where(mask | empty, scale * q @ k.swapaxes(-1, -2), -mx.inf)",
@@ -307,7 +316,11 @@ class _Class:
                 explicit = [f"{explicit[0]} + mask"]
             elif layer.given:
                 explicit += ["if mask is not None:", "    scores = scores + mask"]
-            explicit += ["weights = mx.softmax(scores, axis=-1)"]
+            if layer.hidden == "zero":
+                explicit += ["empty = (scores == -mx.inf).all(-1, keepdims=True)"]
+                explicit += ["weights = mx.where(empty, 0, mx.softmax(mx.where(empty, 0, scores), axis=-1))"]
+            else:
+                explicit += ["weights = mx.softmax(scores, axis=-1)"]
         if layer.dropout:
             explicit[-1] = explicit[-1].replace("weights = ", "weights = self.dropout(") + ")"
         explicit.append("y = weights @ v")

@@ -134,6 +134,8 @@ def attention(n: Operation) -> str:
     mask_meta = n.tensor("attn_mask")
     boolean = mask_meta is not None and mask_meta.dtype == "bool"
     if plain and mask and not boolean and (grouped or q.shape[1] == k.shape[1]):
+        if n.get("hides_rows"):
+            return n.call("biased_attention", n["query"], n["key"], n["value"], mask, scale_text)
         given = "" if mask == "None" else f", mask={mask}"
         return (
             f"mx.fast.scaled_dot_product_attention({n['query']}, {n['key']}, {n['value']}, scale={scale_text}{given})"
