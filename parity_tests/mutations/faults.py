@@ -60,13 +60,13 @@ FAULTS: list[Fault] = [
         "if",
         ["porting/test_attention.py::test_two_calls_of_one_attention"],
     ),
-    # ---- causes of a comparison --------------------------------------------------------------------------------
     Fault(
         "an attention that gives 0 without a key in one call and NaN in another has one class",
         "icenet/core/porting/layers/attention.py",
         ' or len(hidden - {""}) > 1:',
         ":",
         ["porting/test_attention.py::test_two_calls_of_one_attention"],
+    ),
     Fault(
         "a mask that only some calls give is before one that all give",
         "icenet/core/porting/layers/attention.py",
@@ -94,7 +94,6 @@ FAULTS: list[Fault] = [
         "    return given & infinite\n",
         "    return infinite\n",
         ["porting/test_attention.py::test_only_masks_of_inputs_are_checked_for_empty_rows"],
-    ),
     ),
     Fault(
         "an attention that is called with other keys attends to its queries",
@@ -124,6 +123,7 @@ FAULTS: list[Fault] = [
         "if True:",
         ["porting/test_source.py::test_an_expression_is_simple"],
     ),
+    # ---- causes of a comparison --------------------------------------------------------------------------------
     Fault(
         "a number that was tried as a cause keeps its new value",
         "icenet/parity/causes/numbers.py",
