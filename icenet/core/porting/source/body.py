@@ -32,7 +32,7 @@ RETURNED = 104
 _DEFAULT = re.compile(r", (?:stride=1|padding=0|dilation=1|output_padding=0)(?=[,)])")
 """Keywords that are left out at the end."""
 
-_GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(")
+_GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(|self[\w.\[\]'\"]*\(")
 """An expression that may be an array which another variable holds."""
 
 _JOIN = re.compile(r"\b(?:stack|cat|concat|concatenate)\(\s*(\w+)\s*[,)]")
