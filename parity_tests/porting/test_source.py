@@ -17,6 +17,7 @@ from made_ports import close, ported
 from mlx.utils import tree_flatten
 from torch import nn
 
+from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.source.lines import Line
 from icenet.core.porting.source.loops import roll
 from icenet.core.porting.source.simplify import simplified, text
@@ -257,7 +258,7 @@ def test_a_simple_index_reads_the_same_elements() -> None:
 
 def functions(name: str, *calls: str) -> str:
     trees: list[ast.AST] = [ast.parse(call) for call in calls]
-    return "\n".join(specialized({name}, Calls(trees)))
+    return "\n".join(specialized(Helpers({name}), Calls(trees)))
 
 
 def test_a_function_has_the_branches_that_its_calls_take() -> None:
@@ -268,19 +269,19 @@ def test_a_function_has_the_branches_that_its_calls_take() -> None:
     either = functions("clip", "y = clip(x, 0, None)", "z = clip(x, None, 1)")
     assert "if low is not None" in either and "if high is not None" in either
     call = ast.parse("y = clip(x, 0, None)")
-    specialized({"clip"}, Calls([call]))
+    specialized(Helpers({"clip"}), Calls([call]))
     assert ast.unparse(call) == "y = clip(x, 0)"
     given = dict.fromkeys(["x", "h", "c", "w_ih", "w_hh"], NOT_NONE)
-    (lstm,) = specialized({"lstm"}, Calls([], {"lstm": [given]}))
+    (lstm,) = specialized(Helpers({"lstm"}), Calls([], {"lstm": [given]}))
     assert "def lstm(x, h, c, w_ih, w_hh):" in lstm and "None" not in lstm and "# " not in lstm
 
 
 def test_a_parameter_that_may_be_none_keeps_its_branch() -> None:
     """`gru_cell` passes its biases on; one of its calls has none."""
     trees: list[ast.AST] = [ast.parse(f"y = gru_cell(x, h, w, v, {given})") for given in ("None, None", "a, b")]
-    assert all("is None" in code for code in specialized({"gru_cell"}, Calls(trees)) if "def gru(" in code)
+    assert all("is None" in code for code in specialized(Helpers({"gru_cell"}), Calls(trees)) if "def gru(" in code)
     biased: list[ast.AST] = [ast.parse("y = gru_cell(x, h, w, v, a, b)")]
-    assert all("is None" not in code for code in specialized({"gru_cell"}, Calls(biased)))
+    assert all("is None" not in code for code in specialized(Helpers({"gru_cell"}), Calls(biased)))
 
 
 def test_statements_that_repeat_are_a_loop() -> None:

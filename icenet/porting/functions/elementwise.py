@@ -32,7 +32,8 @@ def divide_floor(a, b):
         rest = a - quotient * b
         return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).astype(quotient.dtype)
     dtype = mx.result_type(a, b)
-    a, b = (mx.stop_gradient(mx.array(item, mx.float32)) for item in (a, divisor))  # 0.1 is not rounded to fp16
+    a = mx.stop_gradient(mx.array(a, mx.float32))
+    b = mx.stop_gradient(mx.array(divisor, mx.float32))  # 0.1 is not rounded to fp16
     rest = fmod(a, b)
     quotient = (a - rest) / b
     quotient = mx.where((rest != 0) & ((b < 0) != (rest < 0)), quotient - 1, quotient)
@@ -217,7 +218,14 @@ def lgamma(x):
     y = mx.where(is_near, mx.where(is_low, x - 1, x - 2), 0)
     series = mx.zeros_like(y)
     rest = (0.64493407, 0.20205690, 0.08232323, 0.03692776, 0.01734306, 0.00834928, 0.00407736, 0.00200839)
-    rest = (*rest, 0.000994575, 0.000494189, 0.000246087, 0.000122713, 0.0000612481)  # zeta(k) - 1 from k = 2 on
+    rest = (
+        *rest,
+        0.000994575,
+        0.000494189,
+        0.000246087,
+        0.000122713,
+        0.0000612481,
+    )  # those of zeta less 1, from k = 2 on
     for k in range(14, 1, -1):
         series = series * y + (-1) ** k * rest[k - 2] / k
     series = (series * y + 0.42278433509846714) * y  # 1 minus Euler's constant

@@ -13,6 +13,7 @@ from icenet.core.errors import PortError
 from icenet.core.porting import signature as signatures
 from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.graph.writes import index_of
+from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
@@ -330,7 +331,7 @@ class Frame(Variables):
         if held not in self.made or is_shared:
             return False
         is_training = self.graph.graph.training
-        operation = Operation(node, self.expression, self.graph.tensors.get, set(), is_training)
+        operation = Operation(node, self.expression, self.graph.tensors.get, Helpers(), is_training)
         self.lines.append(Line(f"{variable}[{written_at(operation, index)}] = {self.written_value(src)}"))
         self.text[node.name] = variable
         self.names[variable] = node.name
@@ -423,7 +424,7 @@ class Frame(Variables):
         def source(ref: Ref) -> str:
             return mark if ref.name == node.name else "other_"
 
-        trial = Operation(user, source, self.graph.tensors.get, set(), is_training)
+        trial = Operation(user, source, self.graph.tensors.get, Helpers(), is_training)
         return TABLE[user.base](trial).count(mark) > 1
 
     def child(self, call: Call, index: int) -> None:

@@ -75,6 +75,11 @@ def read_in(trees: Iterable[ast.AST]) -> set[str]:
     return {item.id for tree in trees for item in ast.walk(tree) if isinstance(item, ast.Name)}
 
 
+def uses(name: str, other: str) -> bool:
+    """Returns whether a function reads the name of another one."""
+    return other in _functions()[name][1]
+
+
 def source(name: str) -> str:
     """Returns the source of a function."""
     return _functions()[name][0]

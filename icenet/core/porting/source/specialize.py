@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from icenet.core.porting import kinds
+from icenet.core.porting.kinds import NUMBER, Helpers, Kind
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.lines import wrapped
 from icenet.core.porting.source.simplify import text
@@ -34,9 +36,11 @@ class Calls:
     given: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     not_none: dict[str, set[str]] = field(default_factory=dict)
     """The parameters of each helper that are not None."""
+    inner: dict[str, list[tuple[list[Kind | None], dict[str, Kind | None]]]] = field(default_factory=dict)
+    """What is known about the arguments of the calls of each helper in others."""
 
 
-def specialized(names: set[str], calls: Calls) -> list[str]:
+def specialized(names: Helpers, calls: Calls) -> list[str]:
     """Returns the sources of helpers and of what they use, in the order of the files.
 
     Args:
@@ -54,6 +58,9 @@ def specialized(names: set[str], calls: Calls) -> list[str]:
         definition = ast.parse(source).body[0]
         if isinstance(definition, ast.FunctionDef):
             before = ast.dump(definition)
+            if not _has_known_calls(name, names, calls, order, trees):
+                names.unknown.add(name)
+            definition = _of_kinds(definition, names, calls)
             _fold(definition, calls, trees)
             texts[name] = source if ast.dump(definition) == before else _Printer(source).function(definition)
         else:
@@ -63,6 +70,34 @@ def specialized(names: set[str], calls: Calls) -> list[str]:
         if isinstance(tree, ast.FunctionDef) and ast.dump(tree) != ast.dump(ast.parse(texts[name]).body[0]):
             texts[name] = _Printer(helpers.source(name)).function(tree)
     return [texts[name] for name in order if name in texts]
+
+
+def _has_known_calls(name: str, names: Helpers, calls: Calls, order: list[str], trees: dict[str, ast.AST]) -> bool:
+    """Returns whether all calls of a function are those of the table and of the functions before it."""
+    later = (other for other in order if other != name and other not in trees and helpers.uses(other, name))
+    others = [tree for tree in trees.values() if not isinstance(tree, ast.FunctionDef)]
+    passed = (is_call for tree in (*calls.trees, *trees.values()) for _, is_call in _uses(tree, name))
+    return not any(later) and name not in calls.given and all(passed) and name not in helpers.read_in(others)
+
+
+def _of_kinds(definition: ast.FunctionDef, names: Helpers, calls: Calls) -> ast.FunctionDef:
+    """Returns a function without the branches on axes and dtypes that no call takes."""
+    name, parameters = definition.name, [item.arg for item in definition.args.args]
+    inner = calls.inner.get(name, [])
+    rows = [dict(zip(parameters, given, strict=False)) | keywords for given, keywords in inner]
+    known: dict[str, Kind] = {}
+    if name not in names.unknown and not definition.args.vararg:
+        rows = [*names.of(name, parameters), *rows]
+        columns = {key: kinds.common([row.get(key) for row in rows]) for key in parameters} if rows else {}
+        known = {key: value for key, value in columns.items() if value is not None}
+    folder = _Folder({}, set(), copy.deepcopy(definition), known)
+    folder.fold()
+    if name in folder.called:  # with arrays of other kinds
+        folder = _Folder({}, set(), copy.deepcopy(definition), {})
+        folder.fold()
+    for other, given in folder.called.items():
+        calls.inner.setdefault(other, []).extend(given)
+    return folder.definition
 
 
 def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]) -> None:
@@ -109,6 +144,7 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
         for item in inner.args.args
     }
     constants: dict[str, ast.expr] = {}
+    choices: dict[str, list[ast.expr]] = {}
     not_none = set()
     for key in parameters:
         column = [row[key] for row in values if key in row]
@@ -121,8 +157,10 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
             constants[key] = first
         elif all(item is NOT_NONE or (isinstance(item, ast.expr) and not _is_none(item)) for item in column):
             not_none.add(key)
+        if key not in constants and key not in stored and all(isinstance(item, ast.expr) for item in column):
+            choices[key] = list({ast.dump(item): item for item in column}.values())
     calls.not_none[definition.name] = not_none - stored
-    _Folder(constants, not_none - stored, definition).fold()
+    _Folder(constants, not_none - stored, definition, choices=choices).fold()
     used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
     removed = [key for key in constants if key not in used]
     for call in found:
@@ -205,22 +243,82 @@ def _without(call: ast.Call, parameters: list[str], removed: list[str]) -> None:
 class _Folder(ast.NodeTransformer):
     """Replaces parameters by constants in a function, and takes the branches that are known."""
 
-    def __init__(self, constants: dict[str, ast.expr], not_none: set[str], definition: ast.FunctionDef) -> None:
+    def __init__(
+        self,
+        constants: dict[str, ast.expr],
+        not_none: set[str],
+        definition: ast.FunctionDef,
+        known: dict[str, Kind] | None = None,
+        choices: dict[str, list[ast.expr]] | None = None,
+    ) -> None:
+        self.choices = choices or {}
+        """The constants that the calls give to a parameter, less those for which an earlier branch returned."""
         self.constants, self.not_none, self.definition = constants, not_none, definition
+        self.kinds = known or {}
+        """What is known about variables at the statement that is visited."""
+        self.called: dict[str, list[tuple[list[Kind | None], dict[str, Kind | None]]]] = {}
+        """The arguments of the calls of other helpers."""
 
     def fold(self) -> None:
-        self.definition.body = self.block(self.definition.body)
+        self.definition.body = _read(self.block(self.definition.body))
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         found: list[ast.stmt] = []
         for statement in statements:
-            made = self.visit(statement)
+            is_loop = isinstance(statement, (ast.For, ast.While, ast.With, ast.Try))
+            for name in _stored(ast.AST if is_loop else ast.comprehension, statement):
+                self.kinds.pop(name, None)
+            made = self.visit(self.paired(statement))
+            if not isinstance(made, list):
+                self.assigned(statement)
             if isinstance(made, ast.Assign) and self.is_none(made):
                 continue
             found += made if isinstance(made, list) else [made]
             if found and isinstance(found[-1], (ast.Return, ast.Raise)):
                 break
         return found
+
+    def paired(self, statement: ast.stmt) -> ast.stmt:
+        """Returns `a, b = pair(a, b)` as what it does to an array and a number: the number becomes an array."""
+        if ast.unparse(statement) != "a, b = pair(a, b)":
+            return statement
+        found = {name: self.kinds.get(name) for name in "ab"}
+        arrays = [name for name, kind in found.items() if kind is not None and kind.category != NUMBER]
+        if len(arrays) == 2:
+            return ast.parse("a = a").body[0]
+        other = {"a": "b", "b": "a"}[arrays[0]] if arrays else ""
+        if not arrays or found[other] is None:
+            return statement
+        return ast.parse(f"{other} = mx.array({other}, {arrays[0]}.dtype)").body[0]
+
+    def assigned(self, statement: ast.stmt) -> None:
+        """Notes what a statement says about the variables that it sets."""
+        known, parts = self.kinds, [statement]
+        if isinstance(statement, ast.If):
+            branches = [branch for branch in (statement.body, statement.orelse) if branch]
+            parts = [item for part in branches if not isinstance(part[-1], ast.Return) for item in part]
+        found: dict[str, Kind | None] = dict.fromkeys(name for part in parts for name in _stored(ast.AST, part))
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            found[statement.targets[0].id] = kinds.of_expression(statement.value, known)
+        elif ast.unparse(statement) == "a, b = pair(a, b)":
+            first, second = known.get("a"), known.get("b")
+            if first is not None and second is not None:
+                found["a"] = Kind(second.category, 0, False) if first.category == NUMBER else first
+                found["b"] = Kind(first.category, 0, False) if second.category == NUMBER else second
+        self.kinds = {key: value for key, value in {**known, **found}.items() if value is not None}
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        if isinstance(node.func, ast.Name):
+            given = [kinds.of_expression(item, self.kinds) for item in node.args]
+            named = {item.arg: kinds.of_expression(item.value, self.kinds) for item in node.keywords if item.arg}
+            self.called.setdefault(node.func.id, []).append((given, named))
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        outer, self.kinds = self.kinds, {}  # it may have arguments of the same names, and be called later
+        self.generic_visit(node)
+        self.kinds = outer
+        return node
 
     def is_none(self, statement: ast.Assign) -> bool:
         """Returns whether a statement sets a variable to None for the whole function, and notes it."""
@@ -249,8 +347,24 @@ class _Folder(ast.NodeTransformer):
             left, right = test.left, test.comparators[0]
             if isinstance(left, ast.Name) and left.id in self.not_none and _is_none(right):
                 return isinstance(test.ops[0], (ast.IsNot, ast.NotEq))
+        of_kinds = kinds.truth(test, self.kinds)
+        if of_kinds is not None:
+            return of_kinds
+        chosen = self.chosen(test)
+        if chosen is not None:
+            outcomes = {self.evaluated(test, {chosen: value}) for value in self.choices[chosen]}
+            return outcomes.pop() if len(outcomes) == 1 else None
+        return self.evaluated(test, {})
+
+    def chosen(self, test: ast.expr) -> str | None:
+        """Returns the parameter of several constants on which a condition depends, None if it is not one alone."""
+        names = {item.id for item in ast.walk(test) if isinstance(item, ast.Name)} & self.choices.keys()
+        return names.pop() if len(names) == 1 else None
+
+    def evaluated(self, test: ast.expr, more: dict[str, ast.expr]) -> bool | None:
+        """Returns the value of a condition of constants, None if it has others."""
         try:
-            expression = _Put(self.constants).visit(copy.deepcopy(test))
+            expression = _Put({**self.constants, **more}).visit(copy.deepcopy(test))
             if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "mx.issubdtype":
                 return _is_subdtype(*map(ast.unparse, expression.args))
             unknown = (item for item in ast.walk(expression) if isinstance(item, (ast.Name, ast.Call)))
@@ -269,7 +383,17 @@ class _Folder(ast.NodeTransformer):
         value = self.truth(node.test)
         if value is None:
             node.test = self.reduced(node.test)
-            node.body, node.orelse = self.block(node.body), self.block(node.orelse)
+            before = dict(self.kinds)
+            node.body = self.block(node.body)
+            self.kinds = before
+            node.orelse = self.block(node.orelse)
+            self.kinds = before
+            chosen = self.chosen(node.test)
+            if chosen is not None and isinstance(node.body[-1], ast.Return) and not node.orelse:
+                rest = [
+                    item for item in self.choices[chosen] if self.evaluated(node.test, {chosen: item}) is not True
+                ]
+                self.choices = {**self.choices, chosen: rest or self.choices[chosen]}
             return node
         return self.block(node.body if value else node.orelse)
 
@@ -298,6 +422,35 @@ class _Folder(ast.NodeTransformer):
         if value is not None and isinstance(node.ctx, ast.Load) and not _is_number(value):
             return copy.deepcopy(value)
         return node
+
+
+def _stored(kind: type[ast.AST], tree: ast.AST) -> set[str]:
+    """Returns the variables that are set in parts of a tree of a kind."""
+    parts = [part for part in ast.walk(tree) if isinstance(part, kind)]
+    names = [item for part in parts for item in ast.walk(part) if isinstance(item, ast.Name)]
+    return {item.id for item in names if isinstance(item.ctx, ast.Store)}
+
+
+def _read(statements: list[ast.stmt]) -> list[ast.stmt]:
+    """Returns statements without `x = x` and without other names for variables that nothing reads."""
+    loaded = {
+        item.id
+        for statement in statements
+        for item in ast.walk(statement)
+        if isinstance(item, ast.Name)
+        and isinstance(item.ctx, ast.Load)
+        and not (isinstance(statement, ast.Assign) and statement.value is item)
+    }
+
+    def is_kept(statement: ast.stmt) -> bool:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Name):
+            return True
+        target = statement.targets[0]
+        if not isinstance(target, ast.Name):
+            return True
+        return target.id != statement.value.id and target.id in loaded
+
+    return [item for item in statements if is_kept(item)]
 
 
 def _is_subdtype(dtype: str, kind: str) -> bool | None:

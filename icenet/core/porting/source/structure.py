@@ -7,6 +7,7 @@ import re
 
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.calls import Call, tree
+from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.layers.recurrent import Recurrent
 from icenet.core.porting.names import flat, new_names
@@ -66,7 +67,7 @@ class Structure:
     def __init__(self, graph: Graph, layers: dict[str, Layer], train: Graph | None, trace: bool) -> None:
         self.layers = layers
         self.modules = graph.modules
-        self.used_helpers: set[str] = set()
+        self.used_helpers = Helpers()
         self.names = new_names(graph, train)
         self.trace = trace
         self.arrays_by_owner: dict[str, list[Array]] = {}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from icenet.core.porting.kinds import NUMBER, Helpers, Kind, kind
 from icenet.core.porting.record import Dtype, Node, Ref, Tensor
 
 Entry = Callable[["Operation"], str]
@@ -109,16 +110,19 @@ class Operation:
         node: Node,
         source: Callable[[Any], str],
         tensors: Callable[[str], Any],
-        uses: set[str],
+        uses: Helpers,
         training: bool = False,
     ) -> None:
         self.node, self.args, self.training = node, node.args, training
         self._source, self._tensors, self._uses = source, tensors, uses
+        self._kinds: dict[str, Kind | None] = {}
+        self._is_changed = False
 
     def changed(self, args: dict[str, Any] | None = None, source: Callable[[Any], str] | None = None) -> Operation:
         """Returns the operation with other arguments, or another source of values."""
         other = Operation(self.node, source or self._source, self._tensors, self._uses, self.training)
         other.args = self.args if args is None else args
+        other._is_changed = self._is_changed or source is not None
         return other
 
     def helper(self, name: str) -> str:
@@ -150,7 +154,9 @@ class Operation:
     def source(self, value: Any) -> str:
         """Returns the source of an argument."""
         if isinstance(value, Ref):
-            return self._source(value)
+            text = self._source(value)
+            self._kinds[text] = kind(self._tensors(value.name))
+            return text
         if isinstance(value, Dtype):
             return f"mx.{mlx_dtype(value.name)}"
         if isinstance(value, (list, tuple)):
@@ -184,7 +190,9 @@ class Operation:
         tensor = self.tensor(name)
         if tensor is None or mlx_dtype(tensor.dtype) == mlx_dtype(dtype):
             return self[name]
-        return f"{self.atom(name)}.astype(mx.{mlx_dtype(dtype)})"
+        text = f"{self.atom(name)}.astype(mx.{mlx_dtype(dtype)})"
+        self._kinds[text] = kind(Tensor(tensor.shape, dtype))
+        return text
 
     def dims(self, name: str = "dim", of: str = "self") -> str:
         """Returns the source of axes: a number, a tuple, or None for all."""
@@ -204,7 +212,17 @@ class Operation:
             *arguments,
             *(f"{key}={value if isinstance(value, str) else self.source(value)}" for key, value in keywords.items()),
         ]
-        return f"{self.helper(name)}({', '.join(given)})"
+        named = {key: self.kind(value) for key, value in keywords.items() if isinstance(value, str)}
+        self._uses.called(name, [self.kind(item) for item in arguments], named)
+        return f"{name}({', '.join(given)})"
+
+    def kind(self, text: str) -> Kind | None:
+        """Returns what is known about an argument of a helper function, by its source."""
+        if re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", text):
+            return Kind(NUMBER)
+        if self._is_changed:  # the source of an argument may be another array
+            return None
+        return self._kinds.get(text[1:-1] if text not in self._kinds and text.startswith("(") else text)
 
 
 def in_floating_point(function: Entry) -> Entry:

@@ -307,7 +307,14 @@ _helper("hardshrink", function="hardshrink", arguments=("self", "lambd"))
 _helper("softshrink", function="softshrink", arguments=("self", "lambd"))
 _helper("celu", function="celu", arguments=("self", "alpha"))
 _helper("threshold", function="threshold", arguments=("self", "threshold", "value"))
-_helper("softplus", function="softplus", arguments=("self", "beta", "threshold"))
+
+
+@entry("softplus")
+def softplus(n: Operation) -> str:
+    beta, threshold = n.get("beta", 1), n.get("threshold", 20)
+    if beta == 1 and threshold >= 20:  # above 20 softplus(x) is x in fp32
+        return f"nn.softplus({n['self']})"
+    return n.call("softplus", n["self"], n["beta"], n["threshold"])
 
 
 @entry("hardtanh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from icenet.core.porting.table.base import Operation, entry
@@ -75,8 +76,24 @@ def take_along_dim(n: Operation) -> str:
     return n.call("take_along", n["self"], n["indices"], n["dim"])
 
 
+def _narrow(index: str, axes: list[int]) -> str:
+    """Returns an index without `mx.broadcast_to`, as `mx.take_along_axis` broadcasts the other axes itself."""
+    match = re.fullmatch(r"mx\.broadcast_to\((\w+)(\[[:, None]+\])?, \((.+)\)\)", index)
+    if match is None or match[2] is None:
+        return index
+    parts = [part.strip() for part in match[2][1:-1].split(",")]
+    is_added = [number for number, part in enumerate(parts) if part == "None"]
+    is_whole = len(parts) == len(axes) + 1 and set(is_added) <= set(axes)
+    return f"{match[1]}{match[2]}" if is_whole and set(parts) <= {":", "None"} else index
+
+
 @entry("gather")
 def gather(n: Operation) -> str:
+    array, index, axis = n.tensor("self"), n.tensor("index"), n.args["dim"]
+    if array is not None and index is not None and array.ndim and array.ndim == index.ndim and 0 not in index.shape:
+        others = [number for number in range(array.ndim) if number != axis % array.ndim]
+        if all(array.shape[number] == index.shape[number] for number in others):
+            return f"mx.take_along_axis({n['self']}, {_narrow(n['index'], others)}, axis={n['dim']})"
     return n.call("gather", n["self"], n["dim"], n["index"])
 
 

@@ -165,7 +165,7 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
         size = n.args.get("n", n.args.get("s"))
         dims = n.args.get("dim")
         norm = n.get("norm", "backward")
-        if norm not in (None, "backward") or (isinstance(size, (list, tuple)) and -1 in size):
+        if isinstance(size, (list, tuple)) and -1 in size:
             return n.call("fft", repr(name), n["self"], n.source(size), n.source(dims), repr(norm))
         sizes, axes = ("s", "axes") if name[-1] in "2n" else ("n", "axis")
         default = {"2": [-2, -1], "n": None}.get(name[-1], -1)
@@ -173,6 +173,7 @@ def _fft(name: str):  # type: ignore[no-untyped-def]
             dims = list(range(-len(size), 0))
         given = "" if size is None else f", {sizes}={n.source(size)}"
         given += "" if dims in (None, default) else f", {axes}={n.source(dims)}"
+        given += "" if norm == "backward" else f", norm={norm!r}"
         return f"mx.fft.{name}({n['self']}{given})"
 
     return write
