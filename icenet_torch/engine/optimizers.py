@@ -73,14 +73,14 @@ def _is_dense(parameter: Tensor) -> bool:
 
 
 class _AdamMethod(_Method):
-    """What Adam and AdamW share: their state, and PyTorch's fused kernel on CUDA and the CPU."""
+    """What Adam and AdamW share: their state, and PyTorch's fused kernel on CUDA."""
 
     slots: ClassVar = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
     def __init__(self, parameters: Parameters, training: TrainingConfig, group: Group) -> None:
         betas = (training.beta1, training.beta2)
         # Its numbers are as exact as those of the other implementations, which pass over the arrays several times.
-        fused = all(p.device.type in ("cuda", "cpu") and _is_dense(p) for p in parameters)
+        fused = all(p.device.type == "cuda" and _is_dense(p) for p in parameters)
         super().__init__(  # type: ignore[call-arg]
             parameters, training.learning_rate, betas, training.eps, group.weight_decay, fused=fused or None
         )

@@ -225,13 +225,6 @@ FAULTS: list[Fault] = [
         ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
     ),
     Fault(
-        "a loop runs over steps that do not follow each other",
-        "icenet/core/porting/source/loops.py",
-        "if now == first + distance:",
-        "if now != first:",
-        ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
-    ),
-    Fault(
         "an attribute keeps its underscore, so its weights are not trained",
         "icenet/core/porting/names.py",
         'if not leaf.startswith("_") or is_item:',
