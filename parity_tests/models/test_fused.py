@@ -240,7 +240,7 @@ def test_a_fused_block_of_mlx_computes_what_the_block_does(
         tokens, scores = decode(model)
     assert mlx_calls == []
     found_tokens, found = decode(model)
-    # with packed weights, also the logits after the prompt and each step; a CPU has a product of its own for the others
+    # with packed weights, also the logits of the prompt and each step; a CPU has a product of its own for the others
     products = 3 * 2 * OPTIONS[name][1] + (4 if bits else 0)
     assert len(mlx_calls) == products and sum(mlx_calls) == (products if bits else 0)
     assert np.array_equal(found_tokens, tokens)

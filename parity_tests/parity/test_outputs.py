@@ -63,7 +63,10 @@ RIGHT: dict[str, Callable[[], Twins]] = {
     "both": lambda: twins(lambda y: (y, y.argmax(-1)), lambda y: (y, y.argmax(-1))),
 }
 WRONG: dict[str, tuple[Callable[[], Twins], str]] = {
-    "dataclass": (lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)), "after linear; output.logits is off by"),
+    "dataclass": (
+        lambda: twins(lambda y: Output(y), lambda y: Output(2 * y)),
+        "after linear; output.logits is off by",
+    ),
     "integers": (lambda: twins(lambda y: y.argmin(-1), lambda y: y.argmax(-1)), "integers"),
     "both": (lambda: twins(lambda y: (y, y.argmin(-1)), lambda y: (y, y.argmax(-1))), "integers"),
     "booleans": (lambda: twins(lambda y: y < 0, lambda y: y > 0), "integers"),
