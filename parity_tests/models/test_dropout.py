@@ -510,7 +510,7 @@ def test_the_first_call_has_the_keys_of_earlier_versions(here: Path) -> None:
 
 
 def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
-    """`compare` in training mode: plain dropout agrees, another rate is found."""
+    """`compare` in training mode: plain dropout agrees, another rate and other draws are found."""
 
     def twins_of(rate: float, *more: Any) -> tuple[Any, Any]:
         ours = mlx_nn.Sequential(mlx_nn.Linear(6, 5), mlx_nn.Dropout(rate))
@@ -527,6 +527,11 @@ def test_modules_without_a_config_have_equal_masks(here: Path) -> None:
     assert report.passed, report.verdict
     assert type(ours.layers[1]) is mlx_nn.Dropout and type(theirs[1]) is torch.nn.Dropout  # unchanged
     report = compare(*twins_of(0.3), x, stages=stages)
+    assert report.culprit == "1" and "0.3 in a, 0.2 in b" in report.cause
+    for more in (torch.nn.AlphaDropout(0.1), AlwaysDrops()):  # a passes on what b drops
+        report = compare(*twins_of(0.2, more), x, stages=stages)
+        assert report.culprit == "2" and "a takes the input in its place" in report.cause
+    report = compare(*twins_of(0.3, torch.nn.AlphaDropout(0.1)), x, stages=stages)
     assert report.culprit == "1" and "0.3 in a, 0.2 in b" in report.cause
 
 
