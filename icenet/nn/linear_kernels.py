@@ -272,4 +272,4 @@ def _source(on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...
     sizes = _SEVERAL_ROWS if has_several_rows else _ONE_ROW
     missing = [f"const T* {name} = x;  // not read" for name in _OPTIONAL if name not in given]
     body = "tensor_linear.cuh" if on_tensor_cores else "linear.cuh"
-    return "\n".join([sizes, *missing, cuda.body("ending.cuh"), cuda.body(body)])
+    return "\n".join([sizes, *missing, cuda.body("common.cuh"), cuda.body(body)])

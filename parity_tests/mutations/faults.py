@@ -225,6 +225,13 @@ FAULTS: list[Fault] = [
         ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
     ),
     Fault(
+        "a loop ends a turn early",
+        "icenet/core/porting/source/turns.py",
+        "{start}, {start + found.count}",
+        "{start}, {start + found.count - 1}",
+        ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
+    ),
+    Fault(
         "an attribute keeps its underscore, so its weights are not trained",
         "icenet/core/porting/names.py",
         'if not leaf.startswith("_") or is_item:',

@@ -95,14 +95,6 @@ for (int p = thread; p < packs; p += threads) {
     }
   }
 }
-float gain[8], shift[8];
-auto read_norm = [&](int p) {
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    gain[i] = p * 8 < size ? (float)norm_weight[p * 8 + i] + (NORM == 3 ? 1.f : 0.f) : 0.f;
-    shift[i] = NORM_BIAS && p * 8 < size ? (float)norm_bias[p * 8 + i] : 0.f;
-  }
-};
 if (NORM) read_norm(thread);
 
 const int first = blockIdx.x * teams, stride = gridDim.x * teams, end = (chunks + parts - 1) / parts * parts;
