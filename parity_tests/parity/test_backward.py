@@ -13,33 +13,12 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
+from function_nets import Net, TorchNet
 from pairs import draw
 
 from icenet.parity import compare
 
 STAGES = ("forward", "gradients")
-
-
-class Net(M.Module):
-    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def __call__(self, x: Any) -> Any:
-        return self.function(self, x)
-
-
-class TorchNet(T.Module):
-    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
 
 
 def around(ours: Any, theirs: Any) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
+from function_nets import Net, TorchNet
 from pairs import draw
 
 from icenet.parity import compare
@@ -105,28 +106,6 @@ def test_stochastic_depth_has_equal_masks_however_they_are_made(theirs: str) -> 
 def test_faults_beside_stochastic_depth_are_found(fault: dict[str, Any], culprit: str, words: str) -> None:
     report = compare(*stacks(**fault), draw(8, 6), copy_weights=True)
     assert report.culprit == culprit.removeprefix("layers.") and words in report.verdict, report.verdict
-
-
-class Net(M.Module):
-    def __init__(self, function: Any, **layers: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def __call__(self, x: Any) -> Any:
-        return self.function(self, x)
-
-
-class TorchNet(T.Module):
-    def __init__(self, function: Any, **layers: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
 
 
 @pytest.mark.parametrize(("rate", "passes"), [(0.3, True), (0.2, False)])
