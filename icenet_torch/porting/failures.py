@@ -64,6 +64,8 @@ def broken(error: Exception) -> PortError:
     if unknown := re.match(r"Found <class '([^']+)'> in output", text):
         first = f"the output has a {unknown[1].rpartition('.')[2]}"
         remedy = "; return tensors, numbers, dicts, lists, tuples or data classes of them"
+        if unknown[1].endswith("Cache"):
+            remedy += ", for a model of transformers by example_kwargs={'use_cache': False}"
     elif is_data_dependent(error):
         first = "the control flow depends on the values of a tensor"
         remedy = "; write it with torch.where, or compute the condition before the call"

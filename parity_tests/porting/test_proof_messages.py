@@ -206,6 +206,10 @@ class Lost(torch.autograd.Function):
         raise KeyError("lost")
 
 
+class DynamicCache:
+    """A cache as the models of transformers return it."""
+
+
 def in_training(self: Raises, x: torch.Tensor) -> torch.Tensor:
     if self.training:
         raise ValueError("not in training\nat all")
@@ -220,6 +224,7 @@ def test_what_the_module_raises_is_one_line_with_its_place(tmp_path: Path) -> No
 
     file = "test_proof_messages.py"
     assert is_one_line(failure(lambda self, x: (row for row in x)), "a generator", "return tensors")
+    assert is_one_line(failure(lambda self, x: (self.fc(x), DynamicCache())), "a DynamicCache", "'use_cache': False")
     assert is_one_line(failure(lambda self, x: self.fc(x) * float(x.sum())), file, "float(x.sum())", "torch.where")
     assert is_one_line(failure(lambda self, x: self.fc(x)[9].missing), file, "index 9")
     assert is_one_line(failure(lambda self, x: x, ()), "do not fit forward", "'x'")
