@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
-from icenet.core import blas
+from icenet.core import processor
 from icenet.core.report.console import new_console
 from icenet.core.threads import usable_cores
 
@@ -222,7 +222,7 @@ def _backend_problems(name: str, facts: dict[str, Any], has_nvidia: bool) -> lis
         what = f"MLX uses its reference BLAS on the CPU, about 25 times slower ({facts['blas']['note']})"
         remedy = "install OpenBLAS (Debian: apt install libopenblas0) or torch, and leave ICENET_BLAS unset"
         problems.append(Problem("warning", what, remedy))
-    if name == "mlx" and facts["blas"]["name"] == "torch" and blas.is_amd_with_avx512():
+    if name == "mlx" and facts["blas"]["name"] == "torch" and processor.is_amd_with_avx512():
         what = "MLX's products on the CPU are those of MKL in PyTorch, which uses no AVX-512 on AMD processors"
         remedy = "OpenBLAS does, and is up to twice as fast (Debian: apt install libopenblas0)"
         problems.append(Problem("note", what, remedy))

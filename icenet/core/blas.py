@@ -211,15 +211,6 @@ def _open(path: str) -> str | None:
     return None
 
 
-def is_amd_with_avx512() -> bool:
-    """Returns whether this is an AMD processor with AVX-512, which MKL does not use there; False if unknown."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another system, or a container without /proc
-        return False
-    return "AuthenticAMD" in text and {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(text.split())
-
-
 def _address(library: ctypes.CDLL) -> int | None:
     """Returns the address of `sgemm_` as `library` resolves it."""
     return ctypes.cast(library.sgemm_, ctypes.c_void_p).value if hasattr(library, "sgemm_") else None

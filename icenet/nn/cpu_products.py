@@ -19,7 +19,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.core import blas
+from icenet.core import blas, processor
 from icenet.nn.arrays import Array, on_cpu
 
 _MIN_WEIGHT = 2**19
@@ -31,7 +31,7 @@ _MOST_ROWS, _MOST_INPUTS_OF_ROWS, _MOST_INPUTS = 4, 1536, 4096
 @lru_cache
 def _is_faster() -> bool:
     """Returns whether the BLAS is MKL, on a processor where this was measured."""
-    return blas.status().name == "torch" and blas.is_amd_with_avx512()
+    return blas.status().name == "torch" and processor.is_amd_with_avx512()
 
 
 def can_compute(x: Array, weight: Array) -> bool:

@@ -17,32 +17,19 @@ Intel Xeon, AVX-512
 
 from __future__ import annotations
 
-import platform
-import sys
 from functools import lru_cache
 
 import torch
 
+from icenet.core import processor
 from icenet_torch.nn.arrays import Array, on_cpu
-
-
-def _is_amd() -> bool:
-    """Returns whether the processor is one of AMD; False if the system does not tell."""
-    if sys.platform != "linux":
-        return "AuthenticAMD" in platform.processor()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
-    except OSError:  # a container without /proc
-        return False
-
 
 HAS_FUNCTIONS = (
     torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-IS_FASTER = HAS_FUNCTIONS and _is_amd()
+IS_FASTER = HAS_FUNCTIONS and processor.is_amd()
 _MIN_WEIGHT, _MIN_PRODUCT = 2**17, 2**20
 """Numbers of weights for one row, and of rows times weights for several, from which the functions are faster."""
 

@@ -85,7 +85,7 @@ def test_the_remedy_of_the_reference_blas() -> None:
     ("name", "has_avx512", "count"), [("torch", True, 1), ("torch", False, 0), ("openblas", True, 0)]
 )
 def test_mkl_on_an_amd_processor(name: str, has_avx512: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doc.blas, "is_amd_with_avx512", lambda: has_avx512)
+    monkeypatch.setattr(doc.processor, "is_amd_with_avx512", lambda: has_avx512)
     facts = {**WORKS["mlx"], "blas": {"name": name, "path": "/lib/x.so", "note": "ICENET_BLAS=auto"}}
     problems = doc.find_problems(*machine(), {**WORKS, "mlx": facts})
     assert [problem.severity for problem in problems] == ["note"] * count

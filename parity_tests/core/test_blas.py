@@ -28,25 +28,6 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
 X86 = platform.machine() == "x86_64"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("vendor_id\t: AuthenticAMD\nflags\t: fpu avx2 avx512f avx512dq avx512bw avx512vl\n", True),
-        ("vendor_id\t: AuthenticAMD\nflags\t: fpu avx2\n", False),
-        ("vendor_id\t: GenuineIntel\nflags\t: fpu avx2 avx512f avx512dq avx512bw avx512vl\n", False),
-        (None, False),
-    ],
-)
-def test_amd_processors_with_avx512(text: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*args: object, **kwargs: object) -> str:
-        if text is None:
-            raise FileNotFoundError
-        return text
-
-    monkeypatch.setattr(blas.Path, "read_text", read)
-    assert blas.is_amd_with_avx512() == expected
-
-
 def installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
