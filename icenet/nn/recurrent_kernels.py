@@ -1,6 +1,6 @@
 """Kernels of the recurrent layers, MLX on a GPU: all steps of a layer in one launch on CUDA, one step on Metal.
 
-The loops of `icenet.nn.recurrent` launch about eight kernels per step, and MLX's CUDA build spends about 20
+The loops of `icenet.nn.recurrent_loops` launch about eight kernels per step, and MLX's CUDA build spends about 20
 microseconds on each. Here one launch computes all steps, as cuDNN's persistent kernels do (Diamos et al., 2016).
 
 A thread block owns some of the hidden units and some of the rows of the batch. It keeps the weights of its units in

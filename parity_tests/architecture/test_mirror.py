@@ -25,6 +25,7 @@ TORCH_FILES = {
 MLX_FILES = {
     "nn.device_limits",  # of the two below; Triton asks the device itself
     *("nn.recurrent_kernels", "nn.recurrent_source", "nn.recurrent_tiles"),  # PyTorch has cuDNN's
+    "nn.recurrent_loops",  # PyTorch's own functions compute whole sequences
     "nn.recurrent_host",  # PyTorch's functions use vector instructions
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "engine.compiled",  # PyTorch captures the passes of a step
