@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
+from icenet.core.porting.graph.functional import DROPOUTS
 from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
 from icenet_torch.porting.failures import FRAME, HERE, TORCH
 
@@ -186,7 +187,10 @@ class Reader:
             name = self.fresh(node.name)
             names[node.name] = Ref(name)
         value = node.meta.get("val")
-        alias = self.storage(value) if isinstance(value, torch.Tensor) else None
+        if op.partition(".")[0] in DROPOUTS and not (args.get("train") and args.get("p")):
+            self.same_storage(value, node.args[0].meta.get("val"))  # an export has a copy
+        first = value[0] if isinstance(value, (list, tuple)) and value else value  # the parts of a tensor share it
+        alias = self.storage(first) if isinstance(first, torch.Tensor) else None
         self.nodes.append(Node(name, op, args, self.meta(value), self.place(node), mutates, alias))
         self.taken.add(name)
 
@@ -305,6 +309,12 @@ class Reader:
             return self.storages.setdefault(value.untyped_storage()._cdata, len(self.storages))
         except (RuntimeError, NotImplementedError):
             return None
+
+    def same_storage(self, value: torch.Tensor, other: torch.Tensor) -> None:
+        """Gives the memory of a value the number of that of another one."""
+        number = self.storage(other)
+        if number is not None:
+            self.storages[value.untyped_storage()._cdata] = number
 
     def place(self, node: Any) -> Place | None:
         """Returns the innermost statement of the user's code, or of the module's own file.

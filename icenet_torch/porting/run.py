@@ -265,8 +265,15 @@ def without_dropout() -> Iterator[None]:
     attention, plain = functional.scaled_dot_product_attention, torch.dropout
     recurrent = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
-    def same(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return input
+    def without(default: bool) -> Callable[..., torch.Tensor]:
+        """Returns a dropout that drops nothing; in training its result has memory of its own."""
+
+        def same(
+            input: torch.Tensor, p: float = 0.5, training: bool = default, inplace: bool = False
+        ) -> torch.Tensor:
+            return input.clone() if training and p and not inplace else input
+
+        return same
 
     def whole(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
@@ -277,8 +284,8 @@ def without_dropout() -> Iterator[None]:
         return lambda *args: run(*args[:5], 0.0, *args[6:])
 
     for name in names:
-        setattr(functional, name, same)
-    functional.scaled_dot_product_attention, torch.dropout = whole, same
+        setattr(functional, name, without(name not in ("alpha_dropout", "feature_alpha_dropout")))
+    functional.scaled_dot_product_attention, torch.dropout = whole, without(True)
     for name in recurrent:
         setattr(rnn._VF, name, layers(getattr(torch._C._VariableFunctions, name)))
     try:

@@ -279,10 +279,14 @@ def put_flat(x, index, source, accumulate=False):
     return new.reshape(x.shape)
 
 
+def put_view(x, view, values):
+    """Returns x with other values in a part of it. `view` is a function that returns the part."""
+    return put_flat(x, view(mx.arange(x.size).reshape(x.shape)), values)
+
+
 def as_strided_scatter(x, source, sizes, strides, offset=0):
     """Returns x with other values at the places of `mx.as_strided`."""
-    places = mx.as_strided(mx.arange(x.size), sizes, strides, offset)
-    return put_flat(x, places, source)
+    return put_view(x, lambda places: mx.as_strided(places, sizes, strides, offset), source)
 
 
 def segment_reduce(x, mode, lengths=None, offsets=None, axis=0, initial=None):

@@ -11,61 +11,24 @@ from typing import Any
 
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
 
-VIEWS = frozenset(
+SAME = frozenset(
     [
-        "view",
-        "reshape",
-        "transpose",
-        "permute",
-        "t",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "flatten",
-        "unflatten",
-        "narrow",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "diagonal",
-        "unfold",
-        "view_as",
-        "expand_as",
         "alias",
-        "detach",
         "contiguous",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "moveaxis",
-        "numpy_T",
-        "mT",
-        "mH",
-        "tensor_split",
-        "hsplit",
-        "vsplit",
-        "dsplit",
-        "item",
-        "_unsafe_view",
-        "reshape_as",
-        "real",
-        "imag",
-        "view_as_real",
-        "view_as_complex",
+        "detach",
+        "lift_fresh",
+        "positive",
+        "resolve_conj",
+        "resolve_neg",
+        "sum_to_size",
         "to",
         "type_as",
-        "squeeze_multiple",
-        "adjoint",
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
     ]
 )
-"""Operations whose result may share the memory of their first argument."""
+"""Operations whose result, if it shares the memory of their argument, is their argument."""
 
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+"""Operations that return their argument in evaluation mode."""
 
 BATCH_NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update")
 """Operations that change their running statistics in training."""
@@ -104,9 +67,9 @@ class _Functional:
                 self.current[node.name] = written
             source = node.args.get("self", node.args.get("input", node.args.get("tensor")))
             self.update_statistics(node, new)
-            if is_whole(node, self.tensors):
-                node = replace(node, op="alias", args={"self": source})
-            if node.base in VIEWS and isinstance(source, Ref) and self.shares(node, source.name):
+            if isinstance(source, Ref) and self.shares(node, source.name):
+                if is_whole(node, self.tensors) or node.base in DROPOUTS:
+                    node = replace(node, op="alias", args={"self": source})
                 self.view_of[node.name] = (source.name, node, self.version.get(source.name, 0))
         outputs = self.read_all(self.graph.output_tree)
         updates = {}
@@ -148,13 +111,10 @@ class _Functional:
                 )
 
     def shares(self, node: Node, source: str) -> bool:
-        """Returns whether a result shares the memory of its source; the elements of a list take that of the list."""
-        if isinstance(node.out, list):
-            return True
+        """Returns whether a result shares the memory of its source: a view, or the source itself."""
+        if node.base == "item" and source not in self.view_of:
+            return False  # a part of several new tensors
         mine, theirs = self.alias.get(node.name), self.alias.get(source)
-        if node.base == "item" and theirs is None:
-            source_of_list = self.view_of.get(source)
-            theirs = self.alias.get(source_of_list[0]) if source_of_list else None
         return mine is not None and mine == theirs
 
     def read_all(self, value: Any) -> Any:
@@ -226,7 +186,7 @@ class _Functional:
         if node.base == "detach" and self.takes_gradient(parent):
             args = {"self": Ref(self.read(parent)), "src": Ref(new)}
             written = self.emit("with_values", args, self.tensors[parent], parent)
-        elif node.base in ("alias", "contiguous", "detach", "to", "type_as"):
+        elif node.base in SAME:
             written = new
         elif node.base == "item":
             listed, list_node, _ = self.view_of[parent]

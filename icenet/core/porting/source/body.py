@@ -15,6 +15,7 @@ from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.graph.writes import index_of
 from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
+from icenet.core.porting.source import simplify
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
 from icenet.core.porting.source.structure import Structure
@@ -328,7 +329,7 @@ class Frame(Variables):
         variable = self.text.get(target.name, "")
         held = self.names.get(variable, "")
         is_shared = self.text.get(held) != variable or self.is_live(held) or self.is_live(target.name)
-        if held not in self.made or is_shared:
+        if held not in self.made or is_shared or self.is_given(held):
             return False
         is_training = self.graph.graph.training
         operation = Operation(node, self.expression, self.graph.tensors.get, Helpers(), is_training)
@@ -337,6 +338,11 @@ class Frame(Variables):
         self.names[variable] = node.name
         self.made.add(node.name)
         return True
+
+    def is_given(self, name: str) -> bool:
+        """Returns whether the expression of a value, in its simplest form, may be an array that has another name."""
+        code = self.operation(self.graph.by_name[name])
+        return _GIVEN.match(simplify.text(simplify.simplified(code))) is not None
 
     def written_value(self, src: Ref) -> str:
         """Returns the source of values that are written; they need not have the shape of the part."""

@@ -5,8 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from icenet.core.errors import PortError
-from icenet.core.porting.record import Tensor
-from icenet.core.porting.table.base import Operation, entry
+from icenet.core.porting.record import Node, Ref, Tensor
+from icenet.core.porting.table.base import TABLE, Operation, entry, mlx_dtype
+
+_RESHAPES = (
+    "view",
+    "reshape",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "ravel",
+    "squeeze",
+    "unsqueeze",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "view_as",
+    "_unsafe_view",
+)
 
 
 def _joined(n: Operation, tensor: Tensor, parts: list[Any]) -> str:
@@ -32,6 +48,8 @@ def scatter_view(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
     inner = n.changed({**args, "self": n.args["self"]})
+    if op == "view" and "dtype" in args:
+        return f"{n.atom('src')}.view(mx.{mlx_dtype(tensor.dtype)})"
     if op == "index":
         texts = [_slice(n, item) if isinstance(item, slice) else n.source(item) for item in args["index"]]
         return n.call("put", n["self"], f"({', '.join(texts)}{',' if len(texts) == 1 else ''})", n["src"])
@@ -51,13 +69,15 @@ def scatter_view(n: Operation) -> str:
         return n.call(
             "put", n["self"], _slices(tensor.ndim, args["dim"], f"slice({start}, {start} + {length})"), n["src"]
         )
-    if op in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "_unsafe_view"):
+    if op in _RESHAPES:
         return f"{n.atom('src')}.reshape({n.atom('self')}.shape)"
     if op in ("transpose", "swapaxes", "swapdims"):
         first, second = args.get("dim0", args.get("axis0")), args.get("dim1", args.get("axis1"))
         return f"{n.atom('src')}.swapaxes({first}, {second})"
-    if op in ("t", "numpy_T", "mT"):
-        return f"{n.atom('src')}.swapaxes(-1, -2)" if tensor.ndim > 1 else n["src"]
+    if op in ("mT", "mH", "adjoint") or (op in ("t", "numpy_T", "T", "matrix_H", "H") and tensor.ndim <= 2):
+        is_conjugate = tensor.is_complex and op in ("mH", "adjoint", "matrix_H", "H")
+        values = f"mx.conj({n['src']})" if is_conjugate else n.atom("src")
+        return f"{values}.swapaxes(-1, -2)" if tensor.ndim > 1 else values
     if op == "permute":
         dims = [dim % tensor.ndim for dim in args["dims"]]
         return f"{n.atom('src')}.transpose({', '.join(str(dims.index(axis)) for axis in range(tensor.ndim))})"
@@ -69,11 +89,31 @@ def scatter_view(n: Operation) -> str:
         return f"{n.atom('src')} + 1j * mx.imag({n['self']})"
     if op == "imag":
         return f"mx.real({n['self']}) + 1j * {n.atom('src')}"
-    if op == "expand":
+    if op == "view_as_real":
+        return f"{n.atom('src')}[..., 0] + 1j * {n.atom('src')}[..., 1]"
+    if op == "view_as_complex":
+        return f"mx.stack([mx.real({n['src']}), mx.imag({n['src']})], axis=-1)"
+    if op in ("conj", "_conj"):
+        return f"mx.conj({n['src']})"
+    if op in ("expand", "expand_as", "broadcast_to"):
         return n.call("unexpand", n["src"], n["self"])
-    raise PortError(
-        f"aten.{op} of a value that is changed in place afterwards has no counterpart; write it with clone()"
-    )
+    return _put_view(n)
+
+
+def _put_view(n: Operation, out: Any = None, part: str = "") -> str:
+    """Returns the source that writes values into any view, whose places are those of the view of their numbers."""
+    view = Node(n.node.name, n.args["view"], {**n.args["args"], "self": n.args["self"]}, out or n.of(n.args["src"]))
+    if view.base not in TABLE:
+        raise PortError(
+            f"aten.{view.base} of a value that is changed in place afterwards has no counterpart; "
+            "write it with clone()"
+        )
+
+    def source(ref: Ref) -> str:
+        return "places" if ref == n.args["self"] else n._source(ref)
+
+    text = TABLE[view.base](Operation(view, source, n._tensors, n._uses, n.training))
+    return n.call("put_view", n["self"], f"lambda places: {text}{part}", n["src"])
 
 
 def _slice(n: Operation, item: slice) -> str:
@@ -116,16 +156,15 @@ def scatter_item(n: Operation) -> str:
     dim = args.get("dim", 0)
     if op == "unbind":
         return n.call("put", n["self"], _slices(tensor.ndim, dim, repr(index)), n["src"])
-    sizes = args.get("split_sizes")
-    if sizes is None:
-        given = args.get("split_size", args.get("split_size_or_sections"))
-        size = given if isinstance(given, int) else -(-int(tensor.shape[dim]) // int(args["chunks"]))  # type: ignore[arg-type]
-        start = index * size
-    else:
-        start = sum(sizes[:index])
-    return n.call(
-        "put", n["self"], _slices(tensor.ndim, dim, f"slice({start}, {start + int(source.shape[dim])})"), n["src"]
-    )  # type: ignore[arg-type]
+    sizes, size, length = args.get("split_sizes"), args.get("split_size"), source.shape[dim]
+    start = index * size if type(size) is int else sum(sizes[:index]) if _are_numbers(sizes) else None
+    if start is None or type(length) is not int:
+        return _put_view(n, [source], f"[{index}]")
+    return n.call("put", n["self"], _slices(tensor.ndim, dim, f"slice({start}, {start + length})"), n["src"])
+
+
+def _are_numbers(sizes: Any) -> bool:
+    return isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
 
 
 @entry("select_scatter", "slice_scatter", "diagonal_scatter")
