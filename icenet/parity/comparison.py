@@ -182,9 +182,8 @@ class ModuleComparison(Comparison):
         return runs.reference_run(self, inputs, *arguments)
 
     def replay_of(self, pair: Pair, gradients: bool) -> Replay:
-        values = [
-            rounded(item, theirs.dtype) for item, theirs in zip(pair.inputs("b"), pair.inputs("noise"), strict=True)
-        ]
+        inputs = pair.inputs("b") if pair.larger is None else pair.larger
+        values = [rounded(item, theirs.dtype) for item, theirs in zip(inputs, pair.inputs("noise"), strict=True)]
         dtypes = [item.dtype for item in pair.results("noise")]
         return Replay(pair, values, cotangents_of(pair, dtypes, self.seed) if gradients else None)
 

@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
 def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | None:
     """Returns where in a replay a difference begins, in the order of the computation."""
-    places = pair.places()
+    places, at = pair.places(), " at larger inputs" if pair.larger is not None else ""
     found = []
     last = max((event.number for event in pair.b.walk()), default=pair.b.number)
     for name, judgement in judgements.items():
@@ -47,10 +47,10 @@ def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | No
             child, number = places[index_of(name)]
             if child is None:
                 where = f"after {relative(pair.children[-1].path, pair.path)}" if pair.children else ""
-                label = pair.b.output_label(number)
+                label = f"{pair.b.output_label(number)}{at}"
                 found.append(Origin(last + 0.5, where, label, name, judgement))
             else:
-                label = f"input of {relative(child.path, pair.path)}"
+                label = f"input of {relative(child.path, pair.path)}{at}"
                 found.append(Origin(child.b.number - 0.5, between(pair, child), label, name, judgement))
     return min(found, key=lambda origin: origin.order, default=None)
 

@@ -38,6 +38,7 @@ class Pair:
         masked_arguments, masked_outputs: Numbers in `b` of the arrays that both sides mask, by other numbers. In the
             results of a replay, masked values are -inf on all sides; as an input, each side receives its own.
         own: Numbers in `b` of the arguments that have another form on each side. Each side keeps its own.
+        larger: Inputs of a replay in place of those of the run, on which it differs (`calls.larger`); None without.
     """
 
     a: Event
@@ -54,6 +55,7 @@ class Pair:
     masked_arguments: set[int] = field(default_factory=set)
     masked_outputs: set[int] = field(default_factory=set)
     own: set[int] = field(default_factory=set)
+    larger: list[Value] | None = None
 
     @property
     def path(self) -> str:

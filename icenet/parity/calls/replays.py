@@ -60,20 +60,7 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     pair.parameters = [
         name for name in pair.parameters if f"gradient {name}" in exact and c.a.has_parameter(pair, name)
     ]
-    replays = _Replays(c, given, exact)
-    samples = replays.samples()
-    judgements, has_ties = judge_layer(
-        pair.key,
-        Call(tuple(given.values)),
-        None if given.cotangents is None else list(given.cotangents),
-        (replays, replays.noise, replays.exact),  # type: ignore[arg-type]
-        c.dtype,
-        samples,
-        pair.is_leaf,
-        quick=lambda name: _bias_noise(given, name),
-        ties=c.judges_ties,
-    )
-    judgements |= _with_cancellation(c, replays, judgements)
+    judgements, has_ties = judge_replay(c, given, exact)
     if has_ties and pair.path not in c.ties:
         c.ties.add(pair.path)
         remark = tie_remark(c.a.classes.get(pair.a.path, ""), pair.is_leaf)
@@ -83,6 +70,31 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)
     return judgements
+
+
+def judge_replay(c: Comparison, given: Replay, exact: Mapping[str, Value]) -> tuple[dict[str, Judgement], bool]:
+    """Judges the results of a replay.
+
+    Args:
+        c, given: The comparison and the replay.
+        exact: What the reference computes in it.
+
+    Returns:
+        The judgement of each result by name, and whether gradients agree only where the inputs were moved apart.
+    """
+    replays = _Replays(c, given, exact)
+    judgements, has_ties = judge_layer(
+        given.pair.key,
+        Call(tuple(given.values)),
+        None if given.cotangents is None else list(given.cotangents),
+        (replays, replays.noise, replays.exact),  # type: ignore[arg-type]
+        c.dtype,
+        replays.samples(),
+        given.pair.is_leaf,
+        quick=lambda name: _bias_noise(given, name),
+        ties=c.judges_ties,
+    )
+    return judgements | _with_cancellation(c, replays, judgements), has_ties
 
 
 def _with_cancellation(c: Comparison, replays: _Replays, found: Mapping[str, Judgement]) -> dict[str, Judgement]:

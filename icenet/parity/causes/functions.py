@@ -37,7 +37,14 @@ def find_functions(trial: Trial) -> str:
         found = sites.setdefault(call.name, [])
         found += [call.site] if call.site not in found else []
     own = [v for _, v in attributes(trial.modules[0]).values() if isinstance(v, float)]
+    ours = trial.ours[trial.name].array
+    # a value that reaches a bound is equal to it
+    edges = [float(edge) for edge in (ours.min(), ours.max()) if (ours == edge).sum() > 1]
+    edges = edges if trial.pair.larger is not None else []
+    own += edges
     table = [*variants.TABLE, *variants.number_variants(calls, own)]
+    caps = variants.cap_variants(calls, own)
+    table = [*caps, *table] if "tanh" in sites else [*table, *caps]
     if "mul" in sites:
         table += variants.theta_variants(bases(trial))
     accepted: list[tuple[float, int, str]] = []
@@ -58,6 +65,11 @@ def find_functions(trial: Trial) -> str:
         for name in variants.ACTIVATIONS:
             if trial.explains_array(variants.activated(name, trial.exact[trial.name].array)):
                 return f"{name} in addition in a"
+        for cap in dict.fromkeys((*(n for n in own if n > 1), *variants.CAPS)):
+            if trial.explains_array(variants.capped(trial.exact[trial.name].array, cap)):
+                return f"a soft cap, {cap:g} * tanh(x / {cap:g}), in addition in a"
+        if edges and trial.explains_array(np.clip(trial.exact[trial.name].array, ours.min(), ours.max())):
+            return f"clipped at {' and '.join(f'{edge:g}' for edge in edges)} in a"
     return min(accepted)[2] if accepted else ""
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from icenet.parity.calls import replays, runs
+from icenet.parity.calls import larger, replays, runs
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.calls.runs import run_training
@@ -19,6 +20,7 @@ from icenet.parity.results.report import Report
 from icenet.parity.results.result import Row
 from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
 from icenet.parity.state import Comparison
+from icenet.parity.yardstick import Judgement
 
 
 def run_stages(c: Comparison, given: list[Inputs]) -> Report:
@@ -74,8 +76,10 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
             if not forward.outputs_agree(pairs, c.dtype):
                 again.clear()
             found = replays.replay_all(c, [pair for pair in pairs if pair.b.number not in again])
-            if not all(judgement.passed for judged in found.values() for judgement in judged.values()):
+            if not _agree(found):
                 found |= replays.replay_all(c, [pair for pair in pairs if pair.b.number in again])
+            elif first:
+                found |= larger.replay_larger(c, pairs)
             forward.judge_forward(c, stage, pairs, found, "")
             if stage.status == states.FAILED:
                 raise StageFailed
@@ -89,8 +93,14 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
             c.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
         backward = RunGradients(c, pairs, three) if c.wants("gradients") else None
         found = replays.replay_all(c, pairs, backward.undecided() if backward else ())
+        if first and not depends and _agree(found):
+            found |= larger.replay_larger(c, pairs)
         forward.judge_forward(c, stage, pairs, found, "in training mode" if depends else "")
     with c.stage("loss") as stage:
         gradients.judge_loss(c, stage, pairs, three)
     with c.stage("gradients") as stage:
         gradients.judge_gradients(c, stage, backward, found)
+
+
+def _agree(found: Mapping[int, Mapping[str, Judgement]]) -> bool:
+    return all(judgement.passed for judged in found.values() for judgement in judged.values())

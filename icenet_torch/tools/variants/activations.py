@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from icenet_torch.tools.variants.variant import Variant
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ReLU": F.relu,
     "exact GELU": F.gelu,
     "the tanh approximation of GELU": lambda x: F.gelu(x, approximate="tanh"),
     "the sigmoid approximation of GELU, x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
     "the sigmoid approximation of GELU, x * sigmoid(1.773 x)": lambda x: x * torch.sigmoid(1.773 * x),  # older MLX
     "SiLU": F.silu,
-    "ReLU": F.relu,
     "leaky ReLU with slope 0.01": lambda x: F.leaky_relu(x, 0.01),
     "leaky ReLU with slope 0.1": lambda x: F.leaky_relu(x, 0.1),
     "leaky ReLU with slope 0.2": lambda x: F.leaky_relu(x, 0.2),
@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 ACTIVATION_NAMES = frozenset(
     {"gelu", "silu", "relu", "leaky_relu", "relu6", "tanh", "sigmoid", "elu", "selu", "celu", "softplus", "mish"}
-    | {"hardswish", "hardsigmoid"}
+    | {"hardswish", "hardsigmoid", "hardtanh"}
 )
 """Functions that are replaced."""
 
@@ -67,5 +67,7 @@ def activation_name(name: str, kwargs: dict[str, Any], args: tuple[Any, ...] = (
     """Returns what an activation function is called in a message."""
     if name == "gelu":
         return "the tanh approximation of GELU" if "tanh" in (*args, *kwargs.values()) else "exact GELU"
+    if name == "relu6" or (name == "hardtanh" and {0.0, 6.0} <= {*args, *kwargs.values()}):
+        return "ReLU6"
     names = {"silu": "SiLU", "relu": "ReLU", "leaky_relu": "leaky ReLU", "elu": "ELU", "mish": "Mish"}
     return names.get(name, name)

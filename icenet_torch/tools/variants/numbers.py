@@ -10,6 +10,10 @@ from icenet_torch.tools.variants.angles import THETA
 from icenet_torch.tools.variants.variant import FunctionCall, Run, Variant
 
 EPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
+BOUNDED = frozenset(
+    {"clamp", "clip", "clamp_min", "clamp_max", "clamp_", "hardtanh", "minimum", "maximum", "threshold"}
+)
+"""Functions with bounds."""
 _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
@@ -26,8 +30,9 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
     def add(name: str, old: float, new: float, what: str) -> None:
         if abs(old - new) > _EQUAL * max(abs(old), 1e-12):
             shown = (math.exp(abs(new)), math.exp(abs(old))) if what == "theta" and abs(old) < 100 else (new, old)
-            text = f"{what} is {shown[0]:.6g} in a, {shown[1]:.6g} in b"
-            found.setdefault((name, old, new), Variant(text, frozenset({name}), _replacing(old, new)))
+            root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
+            text = f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"
+            found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
 
     for name, args, kwargs, _ in calls:
         numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
@@ -48,6 +53,8 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
                 what = "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
+            elif name in BOUNDED:
+                candidates, what = (), "a bound"
             elif name in ("mul", "add", "sub"):
                 candidates, what = (), "a number"
             else:
@@ -58,11 +65,20 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
     return list(found.values())
 
 
+def _root(value: float) -> str:
+    """Returns of which number a scale is the square root, if that is a whole one."""
+    square = value * value
+    is_root = square > 1.5 and abs(square - round(square)) < 1e-6 and abs(value - round(value)) > 1e-6
+    return f" (the square root of {round(square)})" if is_root else ""
+
+
 def _is_log(value: float) -> bool:
     return any(abs(value - math.log(theta)) < 1e-6 * value for theta in THETA)
 
 
-def _replacing(old: float, new: float) -> Run:
+def replacing(old: float, new: float) -> Run:
+    """Returns the variant of a call with another number."""
+
     def change(item: Any) -> Any:
         is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
         return new if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item

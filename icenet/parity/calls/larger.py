@@ -1,0 +1,92 @@
+"""Replays on larger inputs than those of the run: they reach bounds that the run does not.
+
+A ReLU6 and a ReLU are equal while no value is above 6, and leaky ReLUs of any slope while none is below 0. So the
+code of users and the layers without parameters are replayed once more, forward only, on random values of both signs.
+Code with a softmax is left out: masks of -1e4 and -inf, and the maxima of rows and of all scores, are equal only for
+scores of a usual size.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from icenet.core import backends
+from icenet.parity import align
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
+from icenet.parity.calls.replays import judge_replay
+from icenet.parity.state import Comparison
+from icenet.parity.trace import Value
+from icenet.parity.yardstick import Judgement
+
+LARGEST = 48.0
+"""Bound of the values. Exponentials of them do not overflow in fp32."""
+_REMARK = f"at inputs of up to {LARGEST:g}, which reach bounds that those of the run do not"
+_SOFTMAX = {"softmax", "log_softmax", "scaled_dot_product_attention"}
+_SUMS = {"sum", "max", "amax", "scatter_add", "index_add", "scatter_reduce"}
+
+
+def replay_larger(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judgement]]:
+    """Returns the judgements that are over the tolerance on larger inputs, by the number of the event in `b`.
+
+    The first call of each module is replayed. Results that are not finite on one side are no difference: the run
+    shows whether its own values are. A pair that differs keeps the inputs, on which a cause is then searched for.
+    """
+    found = {}
+    for pair in pairs:
+        if not c.computes_reference or pair.b.call or pair.obstacle or not _may_have_bounds(c, pair):
+            continue
+        for has_signs in (False, True):  # with the signs of the run if the function is not defined for others
+            pair.larger = _larger(c, pair, has_signs)
+            judged = _judge(c, pair)
+            over = {name: replace(item, note=_REMARK) for name, item in judged.items() if item.is_over}
+            if over:
+                found[pair.b.number] = over
+                break
+            pair.larger = None
+            if all(item.passed for item in judged.values()):
+                break
+    return found
+
+
+def _judge(c: Comparison, pair: Pair) -> Mapping[str, Judgement]:
+    given = c.replay_of(pair, False)
+    try:
+        if c.reference.backend != "torch":
+            return judge_replay(c, given, c.reference.replay(given))[0]
+        with backends.module("torch", "tools.variants").spying() as calls:
+            exact = c.reference.replay(given)
+        names = {call.name for call in calls}
+        has_softmax = names & _SOFTMAX or ("exp" in names and names & _SUMS)
+        return {} if has_softmax else judge_replay(c, given, exact)[0]
+    except align.ReplayError:  # `b` does not take such inputs
+        return {}
+
+
+def _may_have_bounds(c: Comparison, pair: Pair) -> bool:
+    """Returns whether a call is of a user's class, or of a layer of the frameworks without parameters."""
+    if any(pair.hides) or any(mask is not None for mask in pair.masks) or pair.own or pair.is_opaque:
+        return False
+    if not any(item.is_float for item in pair.inputs("b")):
+        return False
+    names = c.a.classes.get(pair.a.path, ""), c.b.classes.get(pair.path, "")
+    if not all(name.startswith(FRAMEWORK_LAYERS) for name in names):
+        return True
+    return pair.is_leaf and pair.kind is None and not c.b.own_names(pair.path) and "Dropout" not in names[1]
+
+
+def _larger(c: Comparison, pair: Pair, has_signs: bool) -> list[Value]:
+    """Returns random inputs of a replay, uniform up to LARGEST; masks, positions and whole numbers as they are."""
+    found = []
+    for index, item in enumerate(pair.inputs("b")):
+        if not item.is_float or not np.isfinite(item.array).all() or np.array_equal(item.array, np.rint(item.array)):
+            found.append(item)
+            continue
+        key = zlib.crc32(f"{c.seed} larger {pair.key} {index}".encode())
+        drawn = np.random.Generator(np.random.SFC64(key)).random(item.array.shape, np.float32)
+        values = np.sign(item.array) * drawn if has_signs else 2 * drawn - 1
+        found.append(replace(item, array=np.asarray(LARGEST * values, np.float32)))
+    return found

@@ -1,0 +1,190 @@
+"""Bounds that no value of the inputs reaches: `compare` reaches them with larger inputs of single modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as M
+import pytest
+import torch
+import torch.nn as T
+import torch.nn.functional as F
+from function_nets import Net, TorchNet
+from pairs import draw
+
+from icenet.parity import compare
+
+Function = Callable[[Any], Any]
+
+
+@pytest.fixture(autouse=True)
+def seeded(mlx_on_cpu: None) -> None:
+    torch.manual_seed(0)
+
+
+class Activated(M.Module):
+    """Two layers with an activation between them, as a module of its own."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = M.Linear(6, 8), act, M.Linear(8, 3)
+
+    def __call__(self, x: Any) -> Any:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TorchActivated(T.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = T.Linear(6, 8), act, T.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def within(ours: Function, theirs: Function) -> Any:
+    """Compares nets in whose code a function is called between two layers."""
+    a = Net(lambda m, x: m.fc2(ours(m.fc1(x))), fc1=M.Linear(6, 8), fc2=M.Linear(8, 3))
+    b = TorchNet(lambda m, x: m.fc2(theirs(m.fc1(x))), fc1=T.Linear(6, 8), fc2=T.Linear(8, 3))
+    return compare(a, b, draw(4, 6), copy_weights=True)
+
+
+LAYERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any], str]] = {
+    "relu6": (M.ReLU, M.ReLU6, T.ReLU6, "ReLU in a, ReLU6 in b"),
+    "relu": (M.ReLU6, M.ReLU, T.ReLU, "ReLU6 in a, ReLU in b"),
+    "hardtanh": (
+        lambda: Net(lambda m, x: mx.clip(x, -8, 8)),
+        lambda: Net(lambda m, x: mx.clip(x, -10, 10)),
+        lambda: T.Hardtanh(-10, 10),
+        "clipped at -8 and 8 in a",
+    ),
+    "hardswish": (lambda: Net(lambda m, x: x * (x + 3) / 6), M.Hardswish, T.Hardswish, ""),
+    "hardsigmoid": (
+        lambda: Net(lambda m, x: x / 6 + 0.5),
+        lambda: Net(lambda m, x: mx.clip(x / 6 + 0.5, 0, 1)),
+        T.Hardsigmoid,
+        "",
+    ),
+    "threshold": (
+        M.Identity,
+        lambda: Net(lambda m, x: mx.where(x > -10, x, -20)),
+        lambda: T.Threshold(-10, -20),
+        "a takes the input in its place",
+    ),
+}
+"""By name: a wrong layer, the right one, the layer of the reference, and the cause."""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_activation_with_another_bound_is_found(name: str, dtype: str) -> None:
+    wrong, right, theirs, cause = LAYERS[name]
+    x = draw(4, 6)
+    report = compare(Activated(wrong()), TorchActivated(theirs()), x, copy_weights=True, dtype=dtype)
+    assert report.verdict.startswith("differs in act; output at larger inputs is off by"), report.verdict
+    assert cause in report.cause or dtype == "bf16"
+    assert "inputs of up to 48" in report.stages[2].note
+    report = compare(Activated(right()), TorchActivated(theirs()), x, copy_weights=True, dtype=dtype)
+    assert report.passed, report.verdict
+
+
+FUNCTIONS: dict[str, tuple[Function, Function, Function, str]] = {
+    "relu6": (M.relu, M.relu6, F.relu6, "ReLU in a, ReLU6 in b"),
+    "upper": (
+        lambda x: mx.exp(0.5 * mx.clip(x, -30, 10)),
+        lambda x: mx.exp(0.5 * mx.clip(x, -30, 20)),
+        lambda x: torch.exp(0.5 * x.clamp(-30, 20)),
+        "clipped at",
+    ),
+    "lower": (
+        lambda x: mx.clip(x, -9, 20),
+        lambda x: mx.clip(x, -30, 20),
+        lambda x: x.clamp(-30, 20),
+        "a bound is -9 in a, -30 in b",
+    ),
+    "none": (lambda x: x, lambda x: mx.minimum(x, 7), lambda x: torch.clamp(x, max=7), "output of fc1 in its place"),
+    "added": (lambda x: mx.minimum(x, 7), lambda x: x, lambda x: x, "clipped at 7 in a"),
+    "gate": (
+        lambda x: mx.maximum(x, 0) * mx.sigmoid(x),
+        lambda x: mx.clip(x, 0, 7) * mx.sigmoid(x),
+        lambda x: x.clamp(0, 7) * torch.sigmoid(x),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_with_another_bound_within_a_module_is_found(name: str) -> None:
+    wrong, right, theirs, cause = FUNCTIONS[name]
+    report = within(wrong, theirs)
+    place = "differs in the model (Net) itself, between fc1 and fc2; input of fc2 at larger inputs is off by"
+    assert report.verdict.startswith(place), report.verdict
+    assert cause in report.cause
+    report = within(right, theirs)
+    assert report.passed, report.verdict
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.2])
+def test_a_slope_that_no_value_uses_is_compared(slope: float) -> None:
+    a = Net(lambda m, x: M.leaky_relu(m.size(x), slope), size=Net(lambda m, x: mx.abs(x)))
+    b = TorchNet(lambda m, x: F.leaky_relu(m.size(x), 0.2), size=TorchNet(lambda m, x: x.abs()))
+    report = compare(a, b, draw(4, 6))
+    assert report.passed == (slope == 0.2), report.verdict
+    assert slope == 0.2 or report.verdict.startswith("differs in the model (Net) itself, after size"), report.verdict
+
+
+SAME: dict[str, tuple[Function, Function]] = {
+    "softplus": (lambda x: mx.log(1 + mx.exp(x)), F.softplus),
+    "sigmoid": (lambda x: 1 / (1 + mx.exp(-x)), torch.sigmoid),
+    "softmax": (lambda x: mx.softmax(x, -1), lambda x: torch.exp(x) / torch.exp(x).sum(-1, keepdim=True)),
+    "logarithm": (lambda x: mx.log(mx.abs(x) + 0.1), lambda x: torch.log(x.abs() + 0.1)),
+    "square root": (lambda x: mx.sqrt(mx.exp(x)), lambda x: torch.sqrt(torch.exp(x))),
+    "frequencies": (lambda x: mx.sin(300 * x), lambda x: torch.sin(300 * x)),
+    "product": (lambda x: mx.cumprod(x, -1), lambda x: x.cumprod(-1)),
+    "share": (lambda x: x / x.sum(-1, keepdims=True), lambda x: x / x.sum(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_code_that_is_another_for_large_values_only_within_rounding_passes(name: str) -> None:
+    report = within(*SAME[name])
+    assert report.passed, report.verdict
+
+
+def test_masks_of_other_numbers_are_equal_also_at_larger_inputs() -> None:
+    """Scores of a softmax are not made so large that -1e4 hides nothing."""
+
+    def ours(m: Any, x: Any) -> Any:
+        y = m.fc1(x)
+        return m.fc2(mx.softmax(y @ y.T + mx.triu(mx.full((4, 4), -mx.inf), 1), -1) @ y)
+
+    def theirs(m: Any, x: Any) -> Any:
+        y = m.fc1(x)
+        return m.fc2(torch.softmax(y @ y.T + torch.full((4, 4), -1e4, dtype=y.dtype).triu(1), -1) @ y)
+
+    a = Net(ours, fc1=M.Linear(6, 64), fc2=M.Linear(64, 3))
+    b = TorchNet(theirs, fc1=T.Linear(6, 64), fc2=T.Linear(64, 3))
+    report = compare(a, b, draw(4, 6), copy_weights=True)
+    assert report.passed, report.verdict
+
+
+class Pooled(M.Module):
+    """The mean of the values that a mask of 1 and 0 shows."""
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        return (x * mask).sum(1) / mask.sum(1)
+
+
+class TorchPooled(T.Module):
+    def forward(self, x: Any, mask: Any) -> Any:
+        return torch.where(mask > 0, x, 0.0).sum(1) / (mask > 0).sum(1)
+
+
+def test_masks_of_ones_and_zeros_stay_masks() -> None:
+    mask = (draw(3, 5, 1) > -0.5).astype("float32")
+    report = compare(Pooled(), TorchPooled(), (draw(3, 5, 4), mask), stages=["forward"])  # it has no gradient in b
+    assert report.passed, report.verdict
