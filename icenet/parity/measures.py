@@ -15,8 +15,8 @@ Floats = npt.NDArray[np.float64]
 # dtype: (bits of the mantissa without the leading one, exponent of the smallest normal number)
 _FORMATS = {"fp64": (52, -1022), "fp32": (23, -126), "bf16": (7, -126), "fp16": (10, -14)}
 
-_BLOCK = 1 << 15
-"""Number of values that are compared at once."""
+BLOCK = 1 << 15
+"""Number of values that are compared at once: their arrays stay in the cache."""
 
 _EXPONENT = np.int64(0x7FF0000000000000)
 """The bits of the exponent of a float64."""
@@ -48,8 +48,8 @@ def sum_of_products(x: Floats, y: Floats) -> float:
 
 def blocks(*flat: npt.NDArray[Any]) -> Iterator[tuple[Floats, ...]]:
     """Yields blocks of vectors of one length as float64, which fit in the cache of a core."""
-    for start in range(0, flat[0].size, _BLOCK):
-        yield tuple(np.asarray(x[start : start + _BLOCK], np.float64) for x in flat)
+    for start in range(0, flat[0].size, BLOCK):
+        yield tuple(np.asarray(x[start : start + BLOCK], np.float64) for x in flat)
 
 
 def half_ulp(values: npt.ArrayLike, dtype: str = "fp32") -> Floats:

