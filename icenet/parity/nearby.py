@@ -7,10 +7,7 @@ import numpy.typing as npt
 
 from icenet.core import rng
 from icenet.parity import yardstick
-from icenet.parity.measures import Floats, half_ulp
-
-
-BLOCK = 1 << 15  # values at a time, whose arrays stay in the cache: 2.5 times as fast for 2.4M values
+from icenet.parity.measures import BLOCK, Floats, half_ulp
 
 
 def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
