@@ -268,6 +268,26 @@ def eager() -> Iterator[None]:
         mx.enable_compile()
 
 
+@contextlib.contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Keeps all values for the backward pass in the context: what `mx.checkpoint` wraps in it is computed once.
+
+    A function that recomputes has no gradient by arrays that it does not get as arguments, such as given results of
+    the layers within it.
+    """
+    before: Any = mx.checkpoint
+    called: Any = _called
+    mx.checkpoint = called
+    try:
+        yield
+    finally:
+        mx.checkpoint = before
+
+
+def _called(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 def _compiles() -> bool:
     """Returns whether MLX compiles functions: then it traces one once."""
     traces: list[None] = []

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from icenet.parity.trace import Value, short_dtype
 from icenet_torch.nn.arrays import DTYPES, from_numpy
@@ -280,12 +281,45 @@ def _wide(item: Any) -> Any:
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Compiles nothing in the context: hooks and modes have no effect on compiled code."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+    """Compiles nothing in the context: hooks and modes have no effect on compiled code. Nothing is recomputed."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_checkpoints())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+
+
+@contextlib.contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Keeps all values for the backward pass in the context: `torch.utils.checkpoint` computes nothing again.
+
+    A module is called once then. PyTorch draws the same random numbers again, so the gradients are the same.
+    """
+    before = {name: getattr(checkpoint, name) for name in _CHECKPOINTS}
+    try:
+        for name, replacement in _CHECKPOINTS.items():
+            setattr(checkpoint, name, replacement)
         yield
+    finally:
+        for name, original in before.items():
+            setattr(checkpoint, name, original)
+
+
+class _Called:
+    """In place of the function that recomputes with `use_reentrant=True`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _keeping(*_: Any, **__: Any) -> Iterator[None]:
+    """In place of the context of a call that recomputes with `use_reentrant=False`."""
+    yield
+
+
+_CHECKPOINTS = {"CheckpointFunction": _Called, "_checkpoint_without_reentrant_generator": _keeping}
+"""What `torch.utils.checkpoint.checkpoint` calls: user code holds that function by its own name."""
 
 
 # ---- state of the process -----------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
     parameters = _own_names(side, pair, own)
     overrides = {parameters[name]: array for name, array in (weights or {}).items() if name in parameters}
     relative = [name[len(prefix) :] for name in parameters.values()] if cotangents is not None else []
-    with side.opened(own), _overridden(side, own.path, prefix, overrides):
+    with side.opened(own), _overridden(side, own.path, prefix, overrides), side.tools.without_checkpoints():
         before = side.tools.buffers(module) if side.train else {}
         try:
             outputs, gradients, by_name = side.tools.evaluate(call, inputs, module, relative, cotangent, side.exact)

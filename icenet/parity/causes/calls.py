@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from icenet.parity import align
-from icenet.parity.calls.events import Event
+from icenet.parity.calls.events import Event, Store
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import Side
-from icenet.parity.causes.trial import Trial
+from icenet.parity.causes.trial import ACCEPTED, Trial
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
+from icenet.parity.yardstick import judge
 
 
 def find_mode(c: Comparison, pair: Pair) -> str:
@@ -28,6 +29,30 @@ def find_mode(c: Comparison, pair: Pair) -> str:
             names = ["training" if flag else "evaluation" for flag in flags]
             return f"{path or 'the model'} is in {names[0]} mode in a, in {names[1]} mode in b"
     return ""
+
+
+def find_recomputed(c: Comparison, name: str, noise: Value, exact: Value) -> str:
+    """Returns whether a gradient of the run agrees if `a` computes nothing again in its backward pass.
+
+    Args:
+        c, name: The comparison, and the path in `b` of the parameter.
+        noise, exact: The gradient of `b` in the dtype under test, and of the reference.
+    """
+    own = next((ours for ours, theirs in c.parameter_names.items() if theirs == name), "")
+    if c.a.backend != "mlx" or not own:
+        return ""
+    store = Store()
+    with c.a.tools.without_checkpoints():
+        loss = (c.losses or (None, None))[0]
+        run = c.a.record(c.inputs_a.given, c.inputs_a.values, store, loss, c.targets_a, True, inner=False)
+    agrees = judge(run.gradients[own].array, noise.array, exact.array, c.dtype, stored=noise.dtype).ratio <= ACCEPTED
+    store.close()
+    if not agrees:
+        return ""
+    return (
+        "mx.checkpoint in a: what it computes again draws other random numbers, and only the arguments of its "
+        "function have gradients (mlx.nn.utils.checkpoint passes the parameters of a module)"
+    )
 
 
 def find_dropout(c: Comparison, pair: Pair) -> str:

@@ -17,6 +17,7 @@ from icenet.parity.calls.pairs import Pair, rounded
 from icenet.parity.calls.propagation import repeated
 from icenet.parity.calls.replays import replay
 from icenet.parity.calls.run_gradients import RunGradients
+from icenet.parity.causes.calls import find_recomputed
 from icenet.parity.causes.weights import find_untied
 from icenet.parity.measures import blocks, rms_distance, squared_distance, sum_of_products
 from icenet.parity.results import status as states
@@ -148,7 +149,13 @@ def judge_gradients(
     bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
     if bad:
         c.fail(stage, bad[0].path, "", bad[0].note)
-        c.report.cause = c.report.cause or find_untied(c, bad[0].path)
+        c.report.cause = c.report.cause or find_untied(c, bad[0].path) or _find_recomputed(c, run, bad[0])
+
+
+def _find_recomputed(c: Comparison, run: RunGradients, row: Row) -> str:
+    name = f"{row.path}.{row.part.removeprefix('gradient of ')}".removeprefix(".")
+    noise, exact = (values.get(f"gradient:{name}") for values in (run.noise, run.exact))
+    return find_recomputed(c, name, noise, exact) if noise is not None and exact is not None else ""
 
 
 def _judge_again(c: Comparison, run: RunGradients, over: list[str]) -> dict[str, Judgement]:
